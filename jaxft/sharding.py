@@ -1,0 +1,116 @@
+"""The one table from logical axes to mesh axes, and the only place that writes a PartitionSpec.
+
+Code elsewhere names logical axes ("rows", "heads", ...). Under an ambient mesh (`jax.set_mesh`) `constrain` and
+`per_device` apply; without one, or on one device, they do nothing, so the same code runs everywhere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+AXES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),  # of a batch
+    "time": (),
+    "layers": (),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("fsdp", "tensor"),
+    "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
+    "rank": (),
+}
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
+    """Mesh over all devices. Raises ValueError if the sizes don't multiply to the number of devices."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(shape, axis) for axis in MESH_AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(f"mesh sizes are positive, with at most one -1 for the rest; found {shape}")
+    fixed = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"{shape} needs a multiple of {fixed} devices, found {len(devices)}; change mesh.data/fsdp/tensor")
+    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "") -> PartitionSpec:
+    """The mesh axes of each dimension. fsdp is left out where it doesn't divide; tensor must divide, or ValueError says so."""
+    sizes = dict(mesh.shape)
+    entries: list[Any] = []
+    for i, axis in enumerate(axes):
+        wanted = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
+        if shape is not None and math.prod(sizes[a] for a in wanted) and shape[i] % math.prod(sizes[a] for a in wanted):
+            if "tensor" in wanted and shape[i] % sizes["tensor"]:
+                fits = [d for d in range(1, shape[i] + 1) if shape[i] % d == 0][:8]
+                raise ValueError(f"{path}: {axis} of size {shape[i]} does not divide over tensor={sizes['tensor']}; use one of {fits}")
+            wanted = tuple(a for a in wanted if a == "tensor")
+        entries.append(wanted if len(wanted) > 1 else (wanted[0] if wanted else None))
+    return PartitionSpec(*entries)
+
+
+def named(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "") -> NamedSharding:
+    """NamedSharding of an array with these logical axes."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, shape, path))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _ambient() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Shard an activation by its logical axes."""
+    mesh = _ambient()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
+def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: Any) -> Callable:
+    """`fn` over each device's own block (shard_map); for kernels that the partitioner can't see through."""
+
+    def call(*args):
+        mesh = _ambient()
+        if mesh is None:
+            return fn(*args)
+        specs = tuple(
+            PartitionSpec() if axes is None or x is None else partition_spec(mesh, axes, x.shape)
+            for axes, x in zip(in_axes, args, strict=True)
+        )
+        out = jax.tree.map(lambda axes: partition_spec(mesh, axes), out_axes, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(a, str) for a in x))
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+    return call
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """[micro, rows, ...]: axis 1 over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, AXES["rows"], *(None,) * (ndim - 2)))
+
+
+def place_batch(mesh: Mesh, batch: Any) -> Any:
+    """Host arrays [micro, rows, ...], the same on every process, to the mesh."""
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, np.ndim(x))), batch)
