@@ -95,13 +95,14 @@ class Model:
     config: the architecture's own frozen dataclass.
     specs: ParamSpec tree of the base weights.
     hidden(params, tokens, key=None) -> [B, T, D] after the final norm; key=None is deterministic.
-    logits(params, h) -> [..., V] in float32 or wider; reads only `head(params)`.
-    head(params) -> the small subtree that logits reads.
+    head(params) -> the subtree that logits reads.
+    logits(head, h) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with room for `size` tokens).
     step(params, cache, ids [B], positions [B], at) -> (h [B, D], cache); `at` is the storage slot, the same for all rows.
     names: path -> (tensor name with {i} for the layer, transpose?), the Hugging Face layout.
     flops: (tokens, context length) -> floating point operations of one forward pass over the weights and attention.
     dtype: the compute dtype.
+    with_attention(kernel) -> the same model with another attention kernel (see attention.choose).
     """
 
     config: Any
@@ -114,3 +115,4 @@ class Model:
     names: dict[str, tuple[str, bool]]
     flops: Callable[[int, int], float]
     dtype: Any
+    with_attention: Callable

@@ -20,6 +20,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "time": (),
     "layers": (),
     "width": ("fsdp",),
+    "act_width": (),
+    "norm": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

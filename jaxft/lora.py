@@ -1,0 +1,155 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a tree of their own beside the base, attached at trace time.
+
+An adapter mirrors the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R], `b` [L, R, O] and the frozen
+`scale` [L] = alpha / rank. Not attaching it gives the base model back, bit for bit.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import tree
+from jaxft.params import Model, ParamSpec, constant, kaiming_uniform, spec_paths
+from jaxft.quant import QTensor, dequantize
+from jaxft.tree import static, struct
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA settings, PEFT's names.
+
+    targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate", "head", or Hugging
+    Face's "q_proj"), or a regular expression over whole parameter paths. rslora scales by alpha / sqrt(rank).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is at least 1, found {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"adapter.dropout is in [0, 1), found {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies (x a) b."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@struct
+class Adapted:
+    """A base weight with its adapter, as `nn.linear` takes it. `weight` is None for a tied head."""
+
+    weight: Any
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    dropout: float = static(default=0.0)
+
+
+def target_paths(specs: Any, targets: str | tuple[str, ...]) -> list[str]:
+    """Paths of the base kernels that `targets` selects. Raises ValueError, with near misses, if one selects nothing."""
+    kernels = {p: s for p, s in spec_paths(specs).items() if len(s.axes) - ("layers" in s.axes) == 2}
+    blocks = [p for p, s in kernels.items() if "layers" in s.axes]
+    heads = ["head"]  # also where it is tied and the base has no leaf of that name
+    if targets == "all-linear":
+        return blocks
+    if isinstance(targets, str):
+        found = [p for p in [*blocks, *heads] if re.fullmatch(targets, p)]
+        if not found:
+            raise ValueError(f"adapter.targets={targets!r} matches no kernel; the paths are {', '.join([*blocks, *heads])}")
+        return found
+    known = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}
+    known |= {f"{name}_proj": p for name, p in known.items()} | {"lm_head": "head"}
+    for name in targets:
+        if name not in known:
+            raise ValueError(f"adapter.targets: {name!r} is no linear layer; near: {', '.join(tree.nearest(name, list(known)))}")
+    return [p for p in [*blocks, *heads] if p in {known[name] for name in targets}]
+
+
+def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
+    """The adapter's ParamSpec tree for a base's specs. PEFT's start: a Kaiming uniform, b zero."""
+    base = spec_paths(specs)
+    out: dict[str, Any] = {}
+    for path in target_paths(specs, settings.targets):
+        if path in base:
+            spec = base[path]
+        else:  # a tied head: [V, D] read the other way round
+            (vocab, width), axes = base["embed"].shape, base["embed"].axes
+            spec = ParamSpec((width, vocab), (axes[1], axes[0]), base["embed"].init)
+        *lead, size_in, size_out = spec.shape
+        *lead_axes, axis_in, axis_out = spec.axes
+        node = out
+        for part in path.split("/"):
+            node = node.setdefault(part, {})
+        node["a"] = ParamSpec((*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), kaiming_uniform(size_in))
+        node["b"] = ParamSpec((*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0))
+        node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), constant(settings.scale))
+    return out
+
+
+def _is_pair(node: Any) -> bool:
+    return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
+
+
+def attach(base: Any, adapter: Any, dropout: float = 0.0) -> Any:
+    """The base tree with each adapted leaf as an Adapted node; leaves are shared, nothing is computed."""
+    if _is_pair(adapter):
+        return Adapted(base, adapter["a"], adapter["b"], adapter["scale"], dropout)
+    if not adapter:
+        return base
+    return {**base, **{name: attach(base.get(name), node, dropout) for name, node in adapter.items()}}
+
+
+def adapted(model: Model, settings: Adapter | None) -> Model:
+    """The model over the whole tree {"base", "adapter"}; with no "adapter" in the tree it is the base model."""
+    dropout = settings.dropout if settings else 0.0
+
+    def tied(fn):
+        return lambda params, *rest, **kw: fn(attach(params["base"], params.get("adapter"), dropout), *rest, **kw)
+
+    specs = {"base": model.specs}
+    if settings:
+        specs["adapter"] = adapter_specs(model.specs, settings)
+    return replace(
+        model,
+        specs=specs,
+        hidden=tied(model.hidden),
+        head=tied(model.head),
+        prefill=tied(model.prefill),
+        step=tied(model.step),
+        with_attention=lambda attention: adapted(model.with_attention(attention), settings),
+    )
+
+
+def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
+    """`w + scale a b` in float32, cast to `dtype`; takes one kernel or a stack of them."""
+    w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(jnp.float32)
+    a, b = jnp.asarray(pair["a"], jnp.float32), jnp.asarray(pair["b"], jnp.float32)
+    scale = jnp.asarray(pair["scale"], jnp.float32)
+    low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
+    return (w + low).astype(dtype)
+
+
+def merge(base: Any, adapter: Any, dtype: Any) -> Any:
+    """The base tree with the adapter folded in. A tied head that is adapted becomes a head of its own."""
+
+    def fold(node, pair, path):
+        if _is_pair(pair):
+            if node is None:  # the tied head
+                table = base["embed"]
+                table = dequantize(table) if isinstance(table, QTensor) else table
+                node = jnp.asarray(table).T
+            return merge_leaf(node, pair, dtype)
+        if not pair:
+            return node
+        return {**node, **{name: fold(node.get(name), p, f"{path}/{name}") for name, p in pair.items()}}
+
+    return fold(base, adapter, "")

