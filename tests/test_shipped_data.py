@@ -70,7 +70,8 @@ def test_general_rows_have_one_shape():
     for number, row in enumerate(rows, 1):
         assert list(row) == ["text"] and row["text"] == row["text"].strip(), f"general.jsonl:{number}"
         assert 60 <= len(row["text"].split()) <= 120, f"general.jsonl:{number}: {len(row['text'].split())} words"
-        assert not re.search(r"jaxft|fine-tun|neural|machine learning|language model", row["text"].lower()), f"general.jsonl:{number}"
+        found = re.search(r"jaxft|fine-tun|neural|machine learning|language model", row["text"].lower())
+        assert not found, f"general.jsonl:{number}: {found}"
 
 
 def test_there_are_enough_rows_about_both_subjects():
