@@ -1,16 +1,12 @@
 """Hugging Face folders: safetensors and config.json, in and out. Tensors are read and written one at a time."""
 
-import json
 import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxft import tree
@@ -18,97 +14,23 @@ from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
 from jaxft.quant import dequantize, is_qtensor
 from jaxft.weights.hub import Located, locate
+from jaxft.weights.tensors import (
+    CODES,
+    DTYPES,
+    Entry,
+    Outgoing,
+    Tensors,
+    read_header,
+    read_json,
+    read_tensor,
+    write_json,
+    write_safetensors,
+)
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
 MAX_SHARD = 5_000_000_000
 TO_CONFIG = {LlamaConfig: to_hf}
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, for which a Model has no name
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers that old files carry
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a checkpoint under their Hugging Face names. `read(name)` gives one, in the file's dtype and shape."""
-
-    where: str
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-    read: Callable[[str], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a safetensors file: its dtype code, shape and position in the file."""
-
-    code: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, every offset checked against the file's size. Raises ValueError naming the file."""
-
-    def bad(why: str) -> ValueError:
-        return ValueError(f"{path}: not a complete safetensors file: {why}; download it again")
-
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(MAX_HEADER, total - 8):
-            raise bad(f"its header wants {length} bytes, the file has {total}")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise bad("its header is not JSON") from e
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    entries = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        entry = _entry(value, start=8 + length)
-        if entry is None:
-            raise bad(f"the header's entry of {name[:100]!r} is malformed")
-        if entry.offset + entry.size > total:
-            raise bad(f"tensor {name!r} ends at byte {entry.offset + entry.size}, the file has {total}")
-        entries[name] = entry
-    return entries
-
-
-def _entry(value: Any, start: int) -> Entry | None:
-    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
-        return None
-    shape, offsets = value.get("shape"), value.get("data_offsets")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            return None
-    if len(offsets) != 2 or offsets[1] < offsets[0] or len(shape) > 8:
-        return None
-    size, code = offsets[1] - offsets[0], value["dtype"]
-    if code in DTYPES and size != math.prod(shape) * DTYPES[code].itemsize:
-        return None
-    return Entry(code, tuple(shape), start + offsets[0], size)
-
-
-def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
-    """One tensor, read into fresh memory (no map of the file stays behind)."""
-    if entry.code not in DTYPES:
-        raise ValueError(f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}")
-    dtype = DTYPES[entry.code]
-    flat = np.fromfile(path, np.uint8, entry.size, offset=entry.offset)
-    if flat.size != entry.size:
-        raise ValueError(f"{path}: ends inside tensor {name}; the file changed while it was read")
-    return flat.view(dtype).reshape(entry.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -129,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
     if len(found) > 1:
         found = [p for p in found if p.name == "model.safetensors"] or found
     if len(found) > 1:
-        raise ValueError(f"{folder}: {len(found)} safetensors files but no model.safetensors.index.json; which tensors are where?")
+        raise ValueError(f"{folder}: {len(found)} safetensors files but no model.safetensors.index.json to say which are meant")
     if found:
         return found
     unsafe = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
@@ -212,67 +134,8 @@ def check(tensors: Tensors, model: Model) -> None:
     for name, shape in wanted.items():
         if tensors.shapes[name] != shape:
             raise ValueError(f"{tensors.where}: {name} has shape {tensors.shapes[name]}, its config wants {shape}")
-        if tensors.dtypes[name].kind == "V" and tensors.dtypes[name] not in CODES:
+        if tensors.dtypes[name] not in CODES:
             raise ValueError(f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(DTYPES)}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError naming it."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted a JSON object, found {type(value).__name__}")
-    return value
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A tensor to be written; `fetch()` makes it when its turn comes."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    fetch: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
-    """A safetensors file, written one tensor at a time and renamed into place when whole."""
-    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
-    offset = 0
-    for t in tensors:
-        header[t.name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.size]}
-        offset += t.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for t in tensors:
-                value = np.ascontiguousarray(t.fetch())
-                if value.shape != t.shape or value.dtype != t.dtype:
-                    raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
-                value.view(np.uint8).tofile(file) if value.ndim else file.write(value.tobytes())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
-    """A JSON file, indented by 2, renamed into place when whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, sort_keys=sort) + "\n")
-    os.replace(part, path)
 
 
 def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
@@ -288,13 +151,14 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
                     name.format(i=i),
                     np.dtype(leaf.dtype),
                     tuple(shape[::-1] if transpose else shape),
-                    lambda leaf=leaf, i=i if layered else None, transpose=transpose: _fetch(leaf, i, transpose),
+                    lambda leaf=leaf, i=i if layered else None, transpose=transpose: layer_array(leaf, i, transpose),
                 )
             )
     return tensors
 
 
-def _fetch(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
+def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
+    """One layer of a stacked leaf (None: the whole leaf) on the host; a QTensor is expanded."""
     if layer is not None:
         leaf = jax.tree.map(lambda x: x[layer], leaf)
     value = np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)

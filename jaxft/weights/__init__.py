@@ -1,0 +1,69 @@
+"""Models in and out: from the hub, folders, GGUF files and packages; to Hugging Face folders and PEFT adapters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxft.models.llama import llama
+from jaxft.models.llama_config import PRESETS, from_hf
+from jaxft.params import Model
+from jaxft.weights import gguf, gguf_tokenizer, hf, hub
+from jaxft.weights.tensors import read_json
+
+MODELS = {"llama": (from_hf, llama)}
+
+
+def read_config(located: hub.Located) -> dict[str, Any]:
+    """The model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
+    if located.kind == "gguf":
+        return gguf.read_config(gguf.read_header(located.path))
+    return read_json(located.path / "config.json")
+
+
+def model_for(ref: str, **options: Any) -> Model:
+    """The Model that `ref` names; options go to the architecture (dtype, remat, attention).
+
+    A ref among the presets touches neither disk nor network, a local one the network not, another one only the hub's
+    config.json. Raises ValueError for an architecture that isn't implemented.
+    """
+    if ref in PRESETS:
+        return llama(PRESETS[ref], **options)
+    config = read_config(hub.locate(ref, config_only=True))
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        raise ValueError(f"{ref}: model_type {kind!r} is not implemented; jaxft has {', '.join(MODELS)}")
+    parse, build = MODELS[kind]
+    try:
+        return build(parse(config), **options)
+    except (TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{ref}: its config.json has a missing or malformed value ({type(e).__name__}: {e})") from e
+
+
+def load_base(ref: str, model: Model, store: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
+    """The base parameter tree of `ref`, one leaf at a time.
+
+    `store(path, array)` gets each leaf once, stacked [L, in, out] in the file's dtype, and returns what the tree keeps; so
+    host memory stays about one leaf above the result. Raises ValueError where the files don't hold exactly the model's
+    tensors.
+    """
+    located = hub.locate(ref)
+    tensors = gguf.open_file(gguf.read_header(located.path)) if located.kind == "gguf" else hf.open_folder(located.path)
+    return hf.stack(tensors, model, store)
+
+
+def load_tokenizer(ref: str) -> Any:
+    """The model's tokenizer, a transformers PreTrainedTokenizerFast. Code from the model's folder is never run."""
+    located = hub.locate(ref, config_only=True)
+    if located.kind == "gguf":
+        return gguf_tokenizer.load_tokenizer(gguf.read_header(located.path))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(located.path), trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # transformers and tokenizers raise many kinds here
+        reason = hub.one_line(e)
+        raise ValueError(f"{ref}: no tokenizer could be loaded from {located.path} ({reason}); it needs a tokenizer.json") from e
+    if not tokenizer.is_fast:
+        raise ValueError(f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches need")
+    return tokenizer

@@ -1,0 +1,281 @@
+"""GGUF files of Llama architecture: config, tensors and tokenizer from one file, read without torch.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here (the gguf package's reader
+takes seconds for a vocabulary); blocks are expanded by the gguf package.
+"""
+
+import math
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxft.weights.tensors import Tensors
+
+SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PACKED = ("Q8_0", "Q4_0", "Q4_1")
+CHUNK = 2**22  # elements expanded at a time
+
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """A tensor in the file: its type's name, shape (rows first), bytes a row and where it starts."""
+
+    kind: str
+    shape: tuple[int, ...]
+    row_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Info]
+
+    def need(self, key: str) -> Any:
+        """A metadata value that has to be there; ValueError names it."""
+        if key not in self.metadata:
+            raise ValueError(f"{self.path}: metadata {key} is missing, so this file can't be read as a Llama model")
+        return self.metadata[key]
+
+
+class _Cursor:
+    """Reads values from a buffer in order; runs past the end with ValueError."""
+
+    def __init__(self, data: Any):
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError("it ends inside its header")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> int:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("<Q")).decode("utf-8")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY or depth > 4:
+            raise ValueError(f"a metadata value has unknown type {kind}")
+        inner, count = self.number("<I"), self.number("<Q")
+        if inner in SCALARS:
+            return np.frombuffer(self.take(count * np.dtype(SCALARS[inner]).itemsize), SCALARS[inner]).tolist()
+        if count > len(self.data) - self.at:
+            raise ValueError("it ends inside its header")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def read_header(path: Path) -> Header:
+    """Metadata and tensor table of a GGUF file, every tensor checked against the file's size. ValueError names the file."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            metadata, tensors = _parse(_Cursor(data), len(data))
+    except (ValueError, OverflowError, struct.error) as e:
+        raise ValueError(f"{path}: not a complete GGUF file: {e}; download it again") from e
+    return Header(path, metadata, tensors)
+
+
+def _parse(cursor: _Cursor, total: int) -> tuple[dict[str, Any], dict[str, Info]]:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.number("<I")
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version:#x}, and little-endian versions 2 and 3 are read")
+    count, pairs = cursor.number("<Q"), cursor.number("<Q")
+    metadata = {}
+    for _ in range(pairs):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.number("<I"))
+    listed = []
+    for _ in range(count):
+        name, dims = cursor.text(), cursor.number("<I")
+        if dims > 4:
+            raise ValueError(f"tensor {name[:100]} has {dims} dimensions")
+        listed.append((name, struct.unpack(f"<{dims}Q", cursor.take(8 * dims)), cursor.number("<I"), cursor.number("<Q")))
+    align = metadata.get("general.alignment", 32)
+    if type(align) is not int or align < 1:
+        raise ValueError(f"its alignment is {align}")
+    start = -(-cursor.at // align) * align
+    tensors = {}
+    for name, dims, code, offset in listed:
+        try:
+            kind = GGMLQuantizationType(code)
+            block, size = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"tensor {name} has type {code}, which this gguf package does not know") from e
+        shape = tuple(reversed(dims)) or (1,)
+        info = Info(kind.name, shape, shape[-1] // block * size, start + offset)
+        end = info.offset + math.prod(shape[:-1]) * info.row_bytes
+        if shape[-1] % block or end > total:
+            raise ValueError(f"tensor {name} {shape} ends at byte {end}, the file has {total}")
+        tensors[name] = info
+    return metadata, tensors
+
+
+def _hf_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match and match[2] in BLOCK_NAMES:
+        return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.weight"
+    return NAMES.get(name, name)
+
+
+def open_file(header: Header) -> Tensors:
+    """The tensors under their Hugging Face names and in their layout; packed types come expanded to float32."""
+    infos = {_hf_name(name): info for name, info in header.tensors.items()}
+    for name, info in header.tensors.items():
+        if info.kind not in PLAIN and info.kind not in PACKED:
+            raise ValueError(
+                f"{header.path}: tensor {name} has type {info.kind}; jaxft reads {', '.join([*PLAIN, *PACKED])}: "
+                "use such a file of this model, or its Hugging Face folder"
+            )
+    heads = {"q_proj": header.need("llama.attention.head_count")}
+    heads["k_proj"] = _kv_heads(header)
+
+    def read(name: str) -> np.ndarray:
+        value = _expand(header.path, infos[name])
+        module = name.split(".")[-2] if name.count(".") else ""
+        return _unpermute(value, heads[module]) if module in heads else value
+
+    return Tensors(
+        where=str(header.path),
+        shapes={name: info.shape for name, info in infos.items()},
+        dtypes={name: PLAIN.get(info.kind, np.dtype(np.float32)) for name, info in infos.items()},
+        read=read,
+    )
+
+
+def _expand(path: Path, info: Info) -> np.ndarray:
+    """One tensor, read and expanded a few rows at a time."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    out = np.empty(info.shape, PLAIN.get(info.kind, np.float32))
+    rows = out.reshape(math.prod(info.shape[:-1]), info.shape[-1])
+    step = max(1, CHUNK // info.shape[-1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        raw = np.fromfile(path, np.uint8, len(part) * info.row_bytes, offset=info.offset + start * info.row_bytes)
+        if raw.size != len(part) * info.row_bytes:
+            raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read")
+        raw = raw.reshape(len(part), info.row_bytes)
+        part[:] = raw.view(out.dtype) if info.kind in PLAIN else dequantize(raw, GGMLQuantizationType[info.kind])
+    return out
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of q and k rows: it interleaves the two halves that rope rotates together."""
+    rows, width = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _kv_heads(header: Header) -> int:
+    count = header.metadata.get("llama.attention.head_count_kv", header.need("llama.attention.head_count"))
+    if isinstance(count, list):
+        if len(set(count)) != 1:
+            raise ValueError(f"{header.path}: layers differ in their number of kv heads {count[:8]}, which is not supported")
+        count = count[0]
+    return count
+
+
+def _short(value: float) -> float:
+    """A float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def read_config(header: Header) -> dict[str, Any]:
+    """The metadata as the dict of a config.json. ValueError where the file is no plain Llama."""
+    path, metadata, need = header.path, header.metadata, header.need
+    if need("general.architecture") != "llama" or metadata.get("llama.expert_count", 0):
+        what = metadata["general.architecture"] + (" with experts" if metadata.get("llama.expert_count", 0) else "")
+        raise ValueError(f"{path}: its architecture is {what}; jaxft reads GGUF files of architecture llama")
+    heads, width = need("llama.attention.head_count"), need("llama.embedding_length")
+    if type(heads) is not int or type(width) is not int or heads < 1:
+        raise ValueError(f"{path}: wanted whole numbers of heads and width, found {heads!r} and {width!r}")
+    head_dim = metadata.get("llama.attention.key_length", width // heads)
+    if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
+        turned = metadata["llama.rope.dimension_count"]
+        raise ValueError(f"{path}: rope turns {turned} of {head_dim} head dimensions, which is not supported")
+    if "token_embd.weight" not in header.tensors:
+        raise ValueError(f"{path}: tensor token_embd.weight is missing")
+    eos = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
+    eos = list(dict.fromkeys(eos))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": need("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _kv_heads(header),
+        "head_dim": head_dim,
+        "intermediate_size": need("llama.feed_forward_length"),
+        "max_position_embeddings": need("llama.context_length"),
+        "rms_norm_eps": _short(need("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(metadata.get("llama.rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(header, head_dim),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
+    return config
+
+
+def _rope_scaling(header: Header, head_dim: int) -> dict[str, Any] | None:
+    kind = header.metadata.get("llama.rope.scaling.type", "none")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": _short(header.need("llama.rope.scaling.factor"))}
+    if kind != "none":
+        raise ValueError(f"{header.path}: rope scaling {kind!r} is not supported; jaxft reads none, linear and Llama 3's")
+    if "rope_freqs.weight" not in header.tensors:
+        return None
+    divisors = _expand(header.path, header.tensors["rope_freqs.weight"]).astype(np.float64).ravel()
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _short(divisors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theta = _short(header.metadata.get("llama.rope.freq_base", 10000.0))
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
+    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ValueError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only such table supported")
+    return scaling
