@@ -64,7 +64,8 @@ def partition_spec(mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | No
         if shape is not None and math.prod(sizes[a] for a in wanted) and shape[i] % math.prod(sizes[a] for a in wanted):
             if "tensor" in wanted and shape[i] % sizes["tensor"]:
                 fits = [d for d in range(1, shape[i] + 1) if shape[i] % d == 0][:8]
-                raise ValueError(f"{path}: {axis} of size {shape[i]} does not divide over tensor={sizes['tensor']}; use one of {fits}")
+                found = f"{path or 'activation'}: {axis} of size {shape[i]} does not divide over tensor={sizes['tensor']}"
+                raise ValueError(f"{found}; use one of {fits}")
             wanted = tuple(a for a in wanted if a == "tensor")
         entries.append(wanted if len(wanted) > 1 else (wanted[0] if wanted else None))
     return PartitionSpec(*entries)
@@ -91,7 +92,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: Any) -> Callable:
+def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: tuple[str, ...]) -> Callable:
     """`fn` over each device's own block (shard_map); for kernels that the partitioner can't see through."""
 
     def call(*args):
@@ -102,7 +103,7 @@ def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_ax
             PartitionSpec() if axes is None or x is None else partition_spec(mesh, axes, x.shape)
             for axes, x in zip(in_axes, args, strict=True)
         )
-        out = jax.tree.map(lambda axes: partition_spec(mesh, axes), out_axes, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(a, str) for a in x))
+        out = partition_spec(mesh, out_axes)
         return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     return call

@@ -53,7 +53,8 @@ def mask_by_path(tree: Any, pattern: str) -> Any:
     mask = map_with_path(lambda path, _: any(wanted.fullmatch(p) for p in _prefixes(path)), tree)
     if not any(jax.tree.leaves(mask)):
         known = list(paths(tree))
-        raise ValueError(f"pattern {pattern!r} matches none of {len(known)} parameters; near: {', '.join(nearest(pattern, known))}")
+        near = ", ".join(nearest(pattern, known))
+        raise ValueError(f"pattern {pattern!r} matches none of {len(known)} parameters; near: {near}")
     return mask
 
 

@@ -26,6 +26,16 @@ REMAT: dict[str, tuple[str, ...] | None] = {
 }
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass is told beside parameters and tokens: sizes, compute dtype, remat policy, attention kernel."""
+
+    config: LlamaConfig
+    dtype: Any
+    remat: str
+    attention: Any
+
+
 def llama_specs(c: LlamaConfig) -> dict[str, Any]:
     """One line a parameter."""
     L, D, F, V = c.layers, c.width, c.mlp, c.vocab
@@ -120,19 +130,22 @@ def embed_tokens(c: LlamaConfig, params: Any, ids: Int[Array, "B T"], dtype: Any
     return constrain(h, "rows", "time", "act_width")
 
 
-def hidden(c: LlamaConfig, dtype: Any, remat: str, attention: Any, params: Any, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T D"]:
+def hidden(
+    run: Forward, params: Any, tokens: Tokens, key: Array | None = None
+) -> Float[Array, "B T D"]:
     """Final hidden states after the last norm, in the compute dtype."""
+    c, dtype = run.config, run.dtype
     angles = rope_angles(c, tokens.positions, dtype)
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)
-        return attention(q, k, v, tokens.segments, tokens.branches), None
+        return run.attention(q, k, v, tokens.segments, tokens.branches), None
 
     def body(h, layer):
         p, layer_key = layer
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
-    saved = REMAT[remat]
+    saved = REMAT[run.remat]
     if saved is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
@@ -142,23 +155,27 @@ def hidden(c: LlamaConfig, dtype: Any, remat: str, attention: Any, params: Any, 
 
 
 def head(params: Any) -> Any:
-    """What logits reads: the head, or the table of a tied one."""
-    return {name: params[name] for name in ("embed", "head") if name in params}
+    """What logits reads: the head, or for a tied one the table and the adapter on it."""
+    own = params.get("head")
+    tied = own is None or getattr(own, "weight", own) is None
+    return {name: params[name] for name in ("embed", "head") if name in params and (tied or name == "head")}
 
 
-def prefill(c: LlamaConfig, dtype: Any, attention: Any, params: Any, tokens: Tokens, size: int) -> tuple[Array, dict[str, Array]]:
+def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array, dict[str, Array]]:
     """Hidden states [B, T, D] of the prompts and a key/value cache with room for `size` tokens a row.
 
     Prompts are left-padded (segments 0), so that every row writes its next token to the same slot. Cache: k, v
     [L, B, size, K, E] as raw bits and visible [B, size].
     """
+    c, dtype = run.config, run.dtype
     angles = rope_angles(c, tokens.positions, dtype)
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)
-        return attention(q, k, v, tokens.segments, tokens.branches), (to_bits(k), to_bits(v))
+        return run.attention(q, k, v, tokens.segments, tokens.branches), (to_bits(k), to_bits(v))
 
-    h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), embed_tokens(c, params, tokens.ids, dtype), params["layers"])
+    start = embed_tokens(c, params, tokens.ids, dtype)
+    h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), start, params["layers"])
     room = size - tokens.ids.shape[1]
     pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
     visible = jnp.pad(tokens.segments > 0, ((0, 0), (0, room)))
@@ -166,8 +183,11 @@ def prefill(c: LlamaConfig, dtype: Any, attention: Any, params: Any, tokens: Tok
     return rms_norm(h, params["final_norm"], c.norm_eps, dtype), cache
 
 
-def step(c: LlamaConfig, dtype: Any, params: Any, cache: Any, ids: Int[Array, "B"], positions: Int[Array, "B"], at: Array) -> tuple[Array, Any]:
+def step(
+    run: Forward, params: Any, cache: Any, ids: Int[Array, "B"], positions: Int[Array, "B"], at: Array
+) -> tuple[Float[Array, "B D"], dict[str, Array]]:
     """Decode one token a row into slot `at`: hidden [B, D] and the cache, which is carried and updated in place."""
+    c, dtype = run.config, run.dtype
     angles = rope_angles(c, positions[:, None], dtype)
     visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1]) == at)[None]
 
@@ -205,15 +225,15 @@ def llama(config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projecti
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT)}")
-    kernel = attention or attn.flash
+    forward = Forward(config, dtype, remat, attention or attn.flash)
     return Model(
         config=config,
         specs=llama_specs(config),
-        hidden=partial(hidden, config, dtype, remat, kernel),
+        hidden=partial(hidden, forward),
         logits=lambda head, h: lm_head(h, head),
         head=head,
-        prefill=partial(prefill, config, dtype, kernel),
-        step=partial(step, config, dtype),
+        prefill=partial(prefill, forward),
+        step=partial(step, forward),
         names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
         flops=partial(forward_flops, config),
         dtype=dtype,

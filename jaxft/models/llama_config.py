@@ -71,7 +71,8 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, RopeScaling("linear", float(rope["factor"]))
     if kind == "llama3":
         original = int(rope["original_max_position_embeddings"])
-        return theta, RopeScaling("llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original)
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original)
     raise ValueError(f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3")
 
 
