@@ -1,0 +1,258 @@
+"""Examples to token ids and an exact loss mask.
+
+Conversations and instruction rows go through the tokenizer's chat template and are tokenised without adding special tokens
+again, so there is one BOS. Plain prompt and completion, and text, get the special tokens that the tokenizer adds, and EOS.
+The mask is found on the rendered text, as ranges of characters, and carried to tokens by their offsets: a token is learned
+if it shows any character of an answer. An assistant turn is what the template's {% generation %} markers enclose or, where it
+has none, everything after the prompt that generation would start from; its end-of-turn token belongs to it, because that
+is how the model learns to stop. Text rows have no prompt and are learned whole.
+
+A tokenizer without a template gets FALLBACK for instruction rows; conversations need a template.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from os.path import commonprefix
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxft.data.formats import Chat, Completion, Example, Message, Text
+
+DATE = "26 Jul 2024"  # Llama 3's own default; a template that prints today's date would change tokens at midnight
+FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
+LOSS_ON = ("completion", "assistant", "all")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template, its date pinned. `opening` starts an answer; `closing` matches an end-of-turn token."""
+
+    tokenizer: Any
+    source: str
+    date: str
+    marked: bool
+    opening: str
+    closing: re.Pattern | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text as the model will see it, the character ranges that are learned, and which special tokens are to be added."""
+
+    name: str
+    text: str
+    learned: tuple[Span, ...]
+    begin: bool
+    end: bool
+
+
+def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
+    """The tokenizer's template with today's date replaced by `date` ("26 Jul 2024"); None if it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        day = datetime.strptime(date, "%d %b %Y")
+    except ValueError as error:
+        raise ValueError(f"data.date={date!r}; wanted a day like {DATE!r}") from error
+    source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
+    bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)), "", None)
+    probe = [{"role": "user", "content": "x"}]
+    try:
+        without, opened = _render(bare, probe), _render(bare, probe, generation=True)
+        opening = opened.removeprefix(without) if opened.startswith(without) else ""
+    except (jinja2.TemplateError, TypeError):
+        opening = ""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    ends = sorted((t for t in special if t and t not in opening), key=len, reverse=True)
+    closing = re.compile(r"\s*(?:" + "|".join(map(re.escape, ends)) + ")") if ends else None
+    return Template(tokenizer, source, date, bare.marked, opening, closing)
+
+
+def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
+    """The text of an example and the parts of it that are learned; raises ValueError naming the row."""
+    match example:
+        case Text(name, text):
+            return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
+        case Completion(name, prompt, completion):
+            text = prompt + completion
+            return Rendered(name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True)
+        case Chat() if template is not None:
+            return _render_chat(example, template, loss_on)
+        case Chat(name, messages, answer, plain=True):
+            prompt = fallback_prompt(messages[:answer])
+            return render(Completion(name, prompt, messages[answer]["content"]), None, loss_on)
+        case _:
+            raise ValueError(
+                f"{example.name}: a conversation needs a chat template and the tokenizer has none; take an instruct model's "
+                "tokenizer, put chat_template.jinja into the model's folder, or give prompt and completion as plain strings"
+            )
+
+
+def tokenise(
+    examples: Sequence[Example], tokenizer: Any, loss_on: str = "completion", date: str = DATE
+) -> Iterator[tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
+    """(token ids, learned?) of each example in order, untruncated."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("loss masks need character offsets: found a slow tokenizer, wanted a fast one (tokenizer.json)")
+    template = template_of(tokenizer, date)
+    for at in range(0, len(examples), 1024):
+        rendered = [render(example, template, loss_on) for example in examples[at : at + 1024]]
+        begins = [r.begin and not _has_bos(r.text, tokenizer) for r in rendered]
+        encoded = {
+            flag: _encode([r.text for r, begin in zip(rendered, begins, strict=True) if begin is flag], tokenizer, flag)
+            for flag in (True, False)
+        }
+        for r, begin in zip(rendered, begins, strict=True):
+            yield _mask(r, *next(encoded[begin]), tokenizer.eos_token_id)
+
+
+def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE) -> list[int]:
+    """Token ids to generate from, exactly as training saw them: messages through the template, a string as plain text."""
+    if isinstance(prompt, str):
+        begin = not _has_bos(prompt, tokenizer)
+        ids = tokenizer(prompt, add_special_tokens=begin).input_ids
+        return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
+    template = template_of(tokenizer, date)
+    if template is None:
+        return prompt_ids(fallback_prompt(prompt), tokenizer)
+    return tokenizer(_render(template, prompt, generation=True), add_special_tokens=False).input_ids
+
+
+def fallback_prompt(messages: Sequence[Message]) -> str:
+    """The plain prompt of an instruction for a tokenizer without a template; a system text goes in front."""
+    *system, user = [m["content"] for m in messages]
+    return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
+
+
+def _has_bos(text: str, tokenizer: Any) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[list, list]]:
+    if not texts:
+        return iter(())
+    out = tokenizer(
+        texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, truncation=False,
+        padding=False, verbose=False,
+    )  # fmt: skip
+    return zip(out["input_ids"], out["offset_mapping"], strict=True)
+
+
+def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
+    # Byte-level tokenizers leave a leading space out of a token's offsets: the token starts where the one before it ends.
+    # Pieces of one character share its offsets, so the earlier of the two counts.
+    first = np.minimum(first, np.concatenate([[0], last])[:-1])
+    learned = np.zeros(len(ids), bool)
+    for start, end in r.learned:
+        learned |= (last > start) & (first < end)
+    if r.learned == ((0, len(r.text)),):
+        learned[:] = True
+    if r.end:
+        if eos is None:
+            raise ValueError(f"{r.name}: plain text ends with EOS and the tokenizer has none; set its eos_token")
+        if not (r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0):  # some tokenizers add EOS themselves
+            ids, learned = [*ids, eos], np.append(learned, True)
+        learned[-1] = True
+    return np.asarray(ids, np.int32), learned
+
+
+def _render(template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False) -> str:
+    return template.tokenizer.apply_chat_template(
+        list(messages), tools=tools, chat_template=template.source, tokenize=False, add_generation_prompt=generation,
+        date_string=template.date,
+    )  # fmt: skip
+
+
+def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
+    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+    wanted = [i for i in turns if loss_on != "completion" or i >= chat.answer]
+    if not wanted and loss_on != "all":
+        raise ValueError(
+            f"{chat.name}: empty loss mask, no assistant turn to learn; add one, remove the row or set data.loss_on=all"
+        )
+    try:
+        if loss_on == "all":
+            text = _render(template, chat.messages, chat.tools)
+            learned = [(0, len(text))]
+        elif template.marked:
+            text, spans = _render_marked(template, chat)
+            learned = [(start, _close(template, text, end) or end) for start, end in spans[-len(wanted) :]]
+        else:
+            text = _render(template, chat.messages, chat.tools)
+            learned = [_turn(template, chat, text, i) for i in wanted]
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"{chat.name}: the chat template refuses the row: {str(error).splitlines()[0]}") from error
+    unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not _closed(template, text)
+    return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
+
+
+def _render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(chat.messages)], tools=chat.tools, chat_template=template.source, return_assistant_tokens_mask=True,
+        date_string=template.date, **template.tokenizer.special_tokens_map,
+    )  # fmt: skip
+    return texts[0], spans[0]
+
+
+def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
+    """Where assistant turn `index` stands in the rendered conversation, its end-of-turn token included.
+
+    Starts after the generation prompt if rendering the messages before gives a prefix of the text; templates that rewrite
+    earlier turns or have no generation prompt show the content's place when it is exchanged for another.
+    """
+    before, message = chat.messages[:index], chat.messages[index]
+    start = None
+    if before and template.opening:
+        prefix = _render(template, before, chat.tools, generation=True)
+        start = len(prefix) if text.startswith(prefix) else None
+    if start is not None and "tool_calls" not in message:
+        for content in (message["content"], message["content"].strip()):
+            end = _close(template, text, start + len(content)) if text.startswith(content, start) else None
+            if end is not None:
+                return start, end
+    if start is not None:
+        through = _render(template, chat.messages[: index + 1], chat.tools)
+        if text.startswith(through) and len(through) > start:
+            return start, _last_close(template, text, start, len(through))
+    first, last = _exchange(template, chat, text, index)
+    return first if start is None else start, _close(template, text, last) or last
+
+
+def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
+    others = []
+    for content in ("Qx7w", "Zk9y"):  # they share no first or last character, so one of them differs from the content's
+        messages = [*chat.messages[:index], {**chat.messages[index], "content": content}, *chat.messages[index + 1 :]]
+        others.append(_render(template, messages, chat.tools))
+    first = min(len(commonprefix([text, other])) for other in others)
+    last = len(text) - min(len(commonprefix([text[::-1], other[::-1]])) for other in others)
+    if first >= last:
+        raise TypeError(f"it does not show message {index}, an assistant turn")
+    return first, last
+
+
+def _close(template: Template, text: str, at: int) -> int | None:
+    match = template.closing.match(text, at) if template.closing else None
+    return match.end() if match else None
+
+
+def _last_close(template: Template, text: str, start: int, end: int) -> int:
+    ends = [m.end() for m in template.closing.finditer(text, start, end)] if template.closing else []
+    return ends[-1] if ends and not text[ends[-1] : end].strip() else end
+
+
+def _closed(template: Template, text: str) -> bool:
+    end = len(text.rstrip())
+    return template.closing is not None and any(m.end() == end for m in template.closing.finditer(text))

@@ -1,0 +1,254 @@
+"""Bring a row's columns into one of three shapes: text, prompt and completion, or a conversation.
+
+Accepted formats (`format="auto"` takes the one whose columns are there):
+
+    text               {"text"}
+    messages           {"messages": [{"role", "content"}, ...]}
+    prompt-completion  {"prompt", "completion"}, each a string or both lists of messages
+    instruction        {"instruction", "response" or "output"} and optionally "input" and "system" (Alpaca)
+    conversations      {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
+
+`columns=("prompt=question", "completion=answer")` renames: ours on the left. Conversations may carry "tools" (JSON schemas).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.data.rows import Row
+from jaxft.tree import nearest
+
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # format -> its columns; a tuple lists spellings of one column
+    "text": (("text",),),
+    "messages": (("messages",),),
+    "prompt-completion": (("prompt",), ("completion",)),
+    "instruction": (("instruction",), ("response", "output")),
+    "conversations": (("conversations",),),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "messages": ("tools",),
+    "prompt-completion": ("tools",),
+    "instruction": ("input", "system"),
+    "conversations": ("system", "tools"),
+}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document; all of it is learned."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Plain text that goes on with `completion` after `prompt`."""
+
+    name: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; the answer is every assistant turn from message `answer` on. `plain`: it came from an instruction row."""
+
+    name: str
+    messages: tuple[Message, ...]
+    answer: int
+    plain: bool = False
+    tools: list | None = None
+
+
+Example = Text | Completion | Chat
+
+
+def normalise(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()) -> list[Example]:
+    """Every row as an Example; the format is decided once, from the first row.
+
+    Raises ValueError that lists the found columns and the accepted formats where the format is unclear, and names the row
+    where a later one does not fit.
+    """
+    mapping = _mapping(columns)
+    first = _rename(rows[0], mapping)
+    chosen = _detect(first, set(mapping)) if format == "auto" else format
+    if chosen not in FORMATS:
+        raise ValueError(f"data.format={format!r}; wanted auto or one of {', '.join(FORMATS)}")
+    return [_example(_rename(row, mapping), chosen) for row in rows]
+
+
+def accepted() -> str:
+    """The formats and their columns in one line, for messages."""
+    return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in FORMATS.items())
+
+
+def _mapping(columns: Sequence[str]) -> dict[str, str]:
+    known = sorted(
+        {c for group in FORMATS.values() for names in group for c in names} | {c for o in OPTIONAL.values() for c in o}
+    )
+    mapping = {}
+    for item in columns:
+        ours, equals, theirs = (part.strip() for part in item.partition("="))
+        if not (ours and equals and theirs):
+            raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
+        if ours not in known:
+            raise ValueError(f"data.columns: {item!r} maps to unknown column {ours!r}; near: {', '.join(nearest(ours, known))}")
+        if ours in mapping:
+            raise ValueError(f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}")
+        mapping[ours] = theirs
+    return mapping
+
+
+def _rename(row: Row, mapping: dict[str, str]) -> Row:
+    if not mapping:
+        return row
+    for ours, theirs in mapping.items():
+        if theirs not in row.fields and not any(ours in extra for extra in OPTIONAL.values()):
+            found = ", ".join(map(str, row.fields))
+            raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
+    kept = {c: v for c, v in row.fields.items() if c not in mapping.values()}
+    return Row(row.name, kept | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
+
+
+def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
+    return all(any(c in fields for c in names) for names in columns)
+
+
+def _detect(row: Row, mapped: set[str]) -> str:
+    def uses_mapped(name):  # a mapping says which format is meant
+        return mapped <= {c for names in FORMATS[name] for c in names} | set(OPTIONAL[name])
+
+    fits = [name for name, columns in FORMATS.items() if _has(row.fields, columns) and uses_mapped(name)]
+    if len(fits) == 1:
+        return fits[0]
+    found = ", ".join(map(str, row.fields))
+    if fits:
+        raise ValueError(f"{row.name}: columns fit {' and '.join(fits)}; set data.format to one of them; found columns: {found}")
+    raise ValueError(
+        f"{row.name}: found columns: {found}; wanted {accepted()}; map them with data.columns=prompt=...,completion=..."
+    )
+
+
+def _example(row: Row, format: str) -> Example:
+    fields = row.fields
+    if not _has(fields, FORMATS[format]):
+        missing = next(names for names in FORMATS[format] if not any(c in fields for c in names))
+        found = ", ".join(map(str, fields))
+        raise ValueError(
+            f"{row.name}: no column {' or '.join(missing)} (format {format}); found columns: {found}; wanted {accepted()}"
+        )
+    match format:
+        case "text":
+            return Text(row.name, _string(row, "text"))
+        case "messages":
+            return _chat(row, _messages(row, "messages"))
+        case "conversations":
+            return _chat(row, _system(row) + _messages(row, "conversations", "from", "value"))
+        case "prompt-completion":
+            return _prompt_completion(row)
+        case _:
+            return _instruction(row)
+
+
+def _string(row: Row, column: str, empty: bool = False) -> str:
+    value = row.fields[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{row.name}: column {column!r} is {type(value).__name__}, wanted a string")
+    if not empty and not value.strip():
+        raise ValueError(f"{row.name}: column {column!r} is empty; fill it or remove the row")
+    return value
+
+
+def _parsed(row: Row, column: str) -> Any:
+    """The column, read as JSON if a table format stored a list as a string."""
+    value = row.fields[column]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{row.name}: column {column!r} is no valid JSON list ({error})") from error
+    return value
+
+
+def _content(row: Row, column: str, index: int, content: Any) -> Any:
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(p.get("text", "")) for p in content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"{row.name}: {column}[{index}] has content of type {type(content).__name__}, wanted a string")
+    return content
+
+
+def _messages(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
+    value = _parsed(row, column)
+    if not isinstance(value, list | tuple) or not value:
+        what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
+        raise ValueError(f"{row.name}: column {column!r} is {what}, wanted a list of {{{role!r}, {content!r}}} objects")
+    messages = []
+    for index, item in enumerate(value):
+        if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or "tool_calls" in item):
+            keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
+            raise ValueError(f"{row.name}: {column}[{index}] has {keys}; wanted {role!r} and {content!r}")
+        rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
+        text = _content(row, column, index, item.get(content))
+        if text is None and "tool_calls" not in rest:
+            raise ValueError(f"{row.name}: {column}[{index}] has no content; wanted a string")
+        name = ROLES.get(item[role], item[role])
+        if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
+            raise ValueError(f"{row.name}: {column}[{index}], an assistant turn, is empty; fill it or remove the row")
+        messages.append({"role": name, "content": text or "", **rest})
+    return messages
+
+
+def _system(row: Row) -> list[Message]:
+    text = row.fields.get("system")
+    return [{"role": "system", "content": _string(row, "system")}] if text else []
+
+
+def _tools(row: Row) -> list | None:
+    if not row.fields.get("tools"):
+        return None
+    tools = _parsed(row, "tools")
+    if not isinstance(tools, list):
+        raise ValueError(f"{row.name}: column 'tools' is {type(tools).__name__}, wanted a list of JSON schemas")
+    return tools
+
+
+def _chat(row: Row, messages: list[Message]) -> Chat:
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return Chat(row.name, tuple(messages), turns[-1] if turns else len(messages), tools=_tools(row))
+
+
+def _prompt_completion(row: Row) -> Example:
+    lists = [isinstance(_parsed(row, c), list | tuple) for c in ("prompt", "completion")]
+    if lists[0] != lists[1]:
+        raise ValueError(f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; wanted both the same")
+    if not lists[0]:
+        return Completion(row.name, _string(row, "prompt", empty=True), _string(row, "completion"))
+    prompt = _messages(row, "prompt")
+    return Chat(row.name, (*prompt, *_messages(row, "completion")), len(prompt), tools=_tools(row))
+
+
+def _instruction(row: Row) -> Chat:
+    answers = [c for c in ("response", "output") if c in row.fields]
+    if len(answers) > 1:
+        raise ValueError(
+            f"{row.name}: found both 'response' and 'output'; say which with data.columns=instruction=instruction,response=..."
+        )
+    user = _string(row, "instruction")
+    if row.fields.get("input"):
+        user = f"{user}\n\n{_string(row, 'input')}"
+    messages = [*_system(row), {"role": "user", "content": user}, {"role": "assistant", "content": _string(row, answers[0])}]
+    return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)

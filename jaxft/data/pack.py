@@ -1,0 +1,108 @@
+"""Which examples share a row, and in what order the rows come: a pure function of (lengths, seed, epoch).
+
+First-fit decreasing within windows of WINDOW examples. Which window an example falls in depends on the seed alone, and examples
+change places from epoch to epoch only with examples of the same length and count of read positions; so every epoch has the
+same number of rows and the same largest row, and one compiled program serves all of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+WINDOW = 2**16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Row r holds the examples members[offsets[r]:offsets[r + 1]], in that order."""
+
+    members: Int[np.ndarray, " examples"]
+    offsets: Int[np.ndarray, " rows_plus_1"]
+
+    @property
+    def rows(self) -> int:
+        """How many rows an epoch has."""
+        return len(self.offsets) - 1
+
+    def slice(self, start: int, stop: int) -> "Plan":
+        """Rows start to stop (fewer at the end of the epoch)."""
+        offsets = self.offsets[start : min(stop, self.rows) + 1]
+        return Plan(self.members[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
+    """A shuffle of range(count) that depends on the integers in `key` alone, the same in every version of numpy."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mix(state + np.uint64(part % 2**64))
+    return np.argsort(_mix(state + _mix(np.arange(count, dtype=np.uint64))), kind="stable")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # splitmix64, https://prng.di.unimi.it/splitmix64.c
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
+    """The row of each example if each in turn goes into the first row that has room for it; lengths must not increase.
+
+    Examples of one length are placed together: a row takes room // length of them before the next row gets any.
+    """
+    if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
+        raise ValueError(f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; wanted 1 to {size}")
+    rows = np.empty(len(lengths), np.int64)
+    values, counts = np.unique(-lengths, return_counts=True)
+    room = np.empty(0, np.int64)
+    open_rows = np.empty(0, np.int64)  # those with room for the shortest example, in order of opening
+    done = used = 0
+    for length, count in zip(-values, counts, strict=True):
+        fits = room // length
+        taken = np.clip(count - (np.cumsum(fits) - fits), 0, fits)
+        rest, each = count - taken.sum(), size // length
+        new = -(-rest // each)
+        opened = np.full(new, each)
+        if new:
+            opened[-1] = rest - each * (new - 1)
+        open_rows = np.concatenate([open_rows, np.arange(used, used + new)])
+        taken = np.concatenate([taken, opened])
+        room = np.concatenate([room, np.full(new, size)]) - taken * length
+        rows[done : done + count] = np.repeat(open_rows, taken)
+        keep = room >= lengths[-1]
+        open_rows, room, done, used = open_rows[keep], room[keep], done + count, used + new
+    return rows
+
+
+def packed(lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int) -> Plan:
+    """Rows of at most `size` tokens, each example in exactly one of them."""
+    rank = np.empty(len(lengths), np.int64)
+    rank[permutation(len(lengths), seed, 1, epoch)] = np.arange(len(lengths))
+    windows = permutation(len(lengths), seed, 2)
+    members, sizes = [], []
+    for start in range(0, len(lengths), WINDOW):
+        window = windows[start : start + WINDOW]
+        window = window[np.lexsort((rank[window], -reads[window], -lengths[window]))]
+        rows = first_fit(lengths[window], size)
+        members.append(window[np.argsort(rows, kind="stable")])
+        sizes.append(np.bincount(rows))
+    return _shuffled(np.concatenate(members), np.concatenate(sizes), seed, epoch)
+
+
+def unpacked(count: int, seed: int, epoch: int) -> Plan:
+    """One example a row, shuffled."""
+    return Plan(permutation(count, seed, 1, epoch), np.arange(count + 1))
+
+
+def _shuffled(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> Plan:
+    order = permutation(len(sizes), seed, 3, epoch)
+    starts = (np.cumsum(sizes) - sizes)[order]
+    offsets = np.concatenate([[0], np.cumsum(sizes[order])])
+    return Plan(members[spread(starts, sizes[order])], offsets)
+
+
+def spread(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+    """The ranges start, start + 1, ... start + count - 1 one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
