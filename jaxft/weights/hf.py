@@ -92,21 +92,23 @@ def stack(tensors: Tensors, model: Model, store: Callable[[str, np.ndarray], Any
     base: dict[str, Any] = {}
     check(tensors, model)
     for path, spec in specs.items():
-        name, transpose = model.names[path]
-        parts = [name.format(i=i) for i in range(spec.shape[0])] if "{i}" in name else [name]
-        dtypes = {tensors.dtypes[part] for part in parts}
-        out = np.empty(spec.shape, dtypes.pop() if len(dtypes) == 1 else np.float32)
-        for i, part in enumerate(parts):
-            target = out[i] if "{i}" in name else out
-            value = tensors.read(part)
-            np.copyto(target, value.T if transpose else value, casting="unsafe")
         *above, last = path.split("/")
         node = base
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = store(path, out)
-        del out
+        node[last] = store(path, _stacked(tensors, spec.shape, *model.names[path]))
     return base
+
+
+def _stacked(tensors: Tensors, shape: tuple[int, ...], name: str, transpose: bool) -> np.ndarray:
+    layered = "{i}" in name
+    parts = [name.format(i=i) for i in range(shape[0])] if layered else [name]
+    dtypes = {tensors.dtypes[part] for part in parts}
+    out = np.empty(shape, dtypes.pop() if len(dtypes) == 1 else np.float32)
+    for i, part in enumerate(parts):
+        value = tensors.read(part)
+        np.copyto(out[i] if layered else out, value.T if transpose else value, casting="unsafe")
+    return out
 
 
 def check(tensors: Tensors, model: Model) -> None:

