@@ -29,15 +29,19 @@ def model_for(ref: str, **options: Any) -> Model:
     """
     if ref in PRESETS:
         return llama(PRESETS[ref], **options)
-    config = read_config(hub.locate(ref, config_only=True))
-    kind = config.get("model_type")
-    if kind not in MODELS:
-        raise ValueError(f"{ref}: model_type {kind!r} is not implemented; jaxft has {', '.join(MODELS)}")
-    parse, build = MODELS[kind]
+    located = hub.locate(ref, config_only=True)
     try:
-        return build(parse(config), **options)
-    except (TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{ref}: its config.json has a missing or malformed value ({type(e).__name__}: {e})") from e
+        config = read_config(located)
+        kind = config.get("model_type")
+        if kind not in MODELS:
+            raise ValueError(f"model_type {kind!r} is not implemented; jaxft has {', '.join(MODELS)}")
+        parse, build = MODELS[kind]
+        parsed = parse(config)
+    except ValueError as e:
+        raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
+    except (TypeError, KeyError, AttributeError, OverflowError) as e:
+        raise ValueError(f"{located.path}: its configuration has a missing or malformed value ({hub.one_line(e)})") from e
+    return build(parsed, **options)
 
 
 def load_base(ref: str, model: Model, store: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:

