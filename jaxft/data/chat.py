@@ -200,27 +200,24 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
 def _render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(  # (texts, ranges enclosed by the markers)
         conversations=[list(chat.messages)], tools=chat.tools, chat_template=template.source, return_assistant_tokens_mask=True,
         date_string=template.date, **template.tokenizer.special_tokens_map,
     )  # fmt: skip
-    return texts[0], spans[0]
+    return rendered[0][0], rendered[1][0]
 
 
 def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
     """Where assistant turn `index` stands in the rendered conversation, its end-of-turn token included.
 
-    Starts after the generation prompt if rendering the messages before gives a prefix of the text; templates that rewrite
-    earlier turns or have no generation prompt show the content's place when it is exchanged for another.
+    The content is looked for after the messages before it; where the template rewrites earlier turns or the answer itself, its
+    place shows when it is exchanged for another.
     """
-    before, message = chat.messages[:index], chat.messages[index]
-    start = None
-    if before and template.opening:
-        prefix = _render(template, before, chat.tools, generation=True)
-        start = len(prefix) if text.startswith(prefix) else None
+    message = chat.messages[index]
+    start = _start(template, chat, text, index)
     if start is not None and "tool_calls" not in message:
-        for content in (message["content"], message["content"].strip()):
-            end = _close(template, text, start + len(content)) if text.startswith(content, start) else None
+        for content, at in ((message["content"], start), (message["content"].strip(), start + _space(text, start))):
+            end = _close(template, text, at + len(content)) if text.startswith(content, at) else None
             if end is not None:
                 return start, end
     if start is not None:
@@ -229,6 +226,19 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
             return start, _last_close(template, text, start, len(through))
     first, last = _exchange(template, chat, text, index)
     return first if start is None else start, _close(template, text, last) or last
+
+
+def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
+    """Where generation would begin: after the messages before the turn and, if the template has one, its generation prompt."""
+    if index == 0:
+        return None
+    prefix = _render(template, chat.messages[:index], chat.tools, generation=True)
+    if not text.startswith(prefix):
+        return None
+    content = chat.messages[index]["content"].strip()
+    if template.opening or (content and text.startswith(content, len(prefix) + _space(text, len(prefix)))):
+        return len(prefix)
+    return None  # what stands between is a header, which is not learned
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
@@ -241,6 +251,11 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
     if first >= last:
         raise TypeError(f"it does not show message {index}, an assistant turn")
     return first, last
+
+
+def _space(text: str, at: int) -> int:
+    rest = text[at : at + 100]
+    return len(rest) - len(rest.lstrip())
 
 
 def _close(template: Template, text: str, at: int) -> int | None:

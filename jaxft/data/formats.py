@@ -99,7 +99,7 @@ def _mapping(columns: Sequence[str]) -> dict[str, str]:
     known = sorted(
         {c for group in FORMATS.values() for names in group for c in names} | {c for o in OPTIONAL.values() for c in o}
     )
-    mapping = {}
+    mapping: dict[str, str] = {}
     for item in columns:
         ours, equals, theirs = (part.strip() for part in item.partition("="))
         if not (ours and equals and theirs):

@@ -148,7 +148,7 @@ def _load(path: Path, count: int) -> tuple[dict[str, np.ndarray] | None, str]:
         return None, "rebuilt"
 
 
-def _save(path: Path, stored: dict[str, np.ndarray]) -> str | None:
+def _save(path: Path, stored: Any) -> str | None:
     """Write under another name and rename, so that no reader sees half a file. A cache that can't be written is only slower."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
