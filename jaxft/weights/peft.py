@@ -15,6 +15,7 @@ from jaxft.weights.hf import HEAD, layer_array
 from jaxft.weights.tensors import Entry, Outgoing, read_header, read_json, read_tensor, write_json, write_safetensors
 
 PREFIX = "base_model.model."
+BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
 PEFT_VERSION = "0.17.0"  # whose fields these are; every later one reads them
 
 # What an adapter_config.json may switch on that changes the arithmetic, with the values that leave plain LoRA.
@@ -123,7 +124,8 @@ def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adap
     """An adapter folder as (tree of numpy arrays, settings).
 
     Ranks and alphas that differ between modules become one rank, padded with zeros, and each layer's own scale; a layer
-    without an adapter is a zero pair. Raises ValueError for what is not plain LoRA on this model's linear layers.
+    without an adapter is a zero pair. The copy of the head's base weight that peft adds to an adapter on lm_head is not
+    read. Raises ValueError for what is not plain LoRA on this model's linear layers.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -161,7 +163,7 @@ def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adap
             node = node.setdefault(key, {})
         node[last] = _stacked(parts, settings.rank, layered="{i}" in name)
         targets.append(last)
-    extra = [name for name in entries if name not in used]
+    extra = [name for name in entries if name not in used and not (name in BASE_COPIES and "head" in targets)]
     if extra or not targets:
         what = f"tensor {extra[0]} is no LoRA pair of a linear layer" if extra else "it holds no LoRA pair"
         raise ValueError(f"{path}: {what} of this model; is the adapter for another base model?")

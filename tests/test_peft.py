@@ -1,0 +1,220 @@
+"""Adapters in PEFT's layout: ours in peft + torch, peft's here, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
+
+from jaxft import weights
+from jaxft.lora import Adapter, adapted, adapter_specs
+from jaxft.params import init_params
+from jaxft.weights import peft as peft_layout
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def world(request, tmp_path_factory):
+    """A folder on disk, its jaxft model and base (tied where a test asks for it); torch_model(world) is a fresh torch one."""
+    folder = write_folder(tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False)))
+    model = weights.model_for(str(folder), dtype=jnp.float32)
+    return folder, model, weights.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
+
+
+def torch_model(world):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(world[0])).eval()
+
+
+def trained(model, settings, seed=0):
+    """An adapter whose b is not zero any more."""
+    fresh = init_params(adapter_specs(model.specs, settings), jax.random.key(seed))
+    key = jax.random.key(seed + 1)
+
+    def move(path, x):
+        return x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.fold_in(key, len(str(path))), x.shape)
+
+    return jax.tree_util.tree_map_with_path(move, fresh)
+
+
+def ours(world, adapter, settings, tokens):
+    return our_logits(adapted(world[1], settings), {"base": world[2], "adapter": adapter}, tokens)
+
+
+@pytest.mark.parametrize(
+    "world, settings",
+    [
+        (False, Adapter(rank=4, alpha=12.0)),
+        (False, Adapter(rank=4, alpha=12.5, rslora=True, dropout=0.1)),
+        (False, Adapter(rank=2, alpha=2.0, targets=r"layers/attn/[kv]")),
+        (False, Adapter(rank=3, alpha=6.0, targets=("q", "down", "head"))),
+        (True, Adapter(rank=3, alpha=6.0, targets=("q", "down", "head"))),
+    ],
+    ids=["all", "rslora", "regex", "head", "tied head"],
+    indirect=["world"],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_our_adapter_gives_the_same_logits_in_peft_and_comes_back(world, tmp_path, settings):
+    adapter, tokens = trained(world[1], settings), some_tokens()
+    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], f"{world[0]}")
+    expected = ours(world, adapter, settings, tokens)
+    base = our_logits(adapted(world[1], None), {"base": world[2]}, tokens)
+    assert np.abs(expected - base).max() > 0.1
+
+    theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
+    np.testing.assert_allclose(torch_logits(theirs, tokens), expected, atol=2e-4)
+    again, settings_again = peft_layout.load_adapter(tmp_path, world[1])
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    assert (settings_again.rank, settings_again.alpha) == (settings.rank, settings.alpha)
+    assert (settings_again.dropout, settings_again.rslora) == (settings.dropout, settings.rslora)
+    shapes = jax.tree.map(lambda s: s.shape, adapter_specs(world[1].specs, settings_again), is_leaf=lambda x: hasattr(x, "init"))
+    assert shapes == jax.tree.map(lambda x: x.shape, again)
+
+
+def written_by_peft(world, folder, **config):
+    """A peft adapter with random pairs on the torch model; its logits on some_tokens()."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(torch_model(world), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    model.save_pretrained(str(folder))
+    return torch_logits(model, some_tokens())
+
+
+@pytest.mark.parametrize(
+    "world, config",
+    [
+        (False, dict(target_modules="all-linear")),
+        (False, dict(target_modules=list(ALL), use_rslora=True, init_lora_weights="gaussian")),
+        (False, dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])),
+        (False, dict(target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 6, r"layers\.1\.mlp\.up_proj": 2})),
+        (False, dict(target_modules=["o_proj", "up_proj"], alpha_pattern={r".*\.0\..*o_proj": 3, "up_proj": 20})),
+        (False, dict(target_modules=["q_proj", "lm_head"])),
+        (True, dict(target_modules=["q_proj", "lm_head"])),
+    ],
+    ids=["all", "rslora", "layers", "ranks", "alphas", "head", "tied head"],
+    indirect=["world"],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_an_adapter_by_peft_gives_the_same_logits_here_and_leaves_again(world, tmp_path, config):
+    expected = written_by_peft(world, tmp_path / "in", r=4, lora_alpha=16, **config)
+    assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
+    adapter, settings = peft_layout.load_adapter(tmp_path / "in", world[1])
+    np.testing.assert_allclose(ours(world, adapter, settings, some_tokens()), expected, atol=2e-4)
+    peft_layout.save_adapter(tmp_path / "out", adapter, settings, world[1], "org/base@abc")
+    theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path / "out")).eval()
+    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), expected, atol=2e-4)
+
+
+def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
+    settings = Adapter(rank=2, alpha=4.0, targets=("q", "gate", "head"))
+    peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main")
+    text = (tmp_path / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert list(config) == sorted(config) and '\n  "alpha_pattern"' in text
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-3.2-1B" and config["revision"] == "main"
+    assert config["target_modules"] == ["gate_proj", "lm_head", "q_proj"] and config["lora_alpha"] == 4
+    assert isinstance(config["lora_alpha"], int) and config["peft_type"] == "LORA" and config["use_dora"] is False
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"].shape == (2, 64)
+    assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (320, 2)
+
+
+def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
+    settings = Adapter(rank=2, alpha=4.0, targets=("q",))
+    adapter = trained(world[1], settings)
+    adapter["layers"]["attn"]["q"]["scale"] = jnp.array([2.0, 0.0, 0.5])
+    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], "base")
+    theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
+    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), ours(world, adapter, settings, some_tokens()), atol=2e-4)
+
+
+def test_a_bfloat16_adapter_survives_bit_for_bit(world, tmp_path):
+    settings = Adapter(rank=2, alpha=4.0, targets=("v",))
+    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained(world[1], settings))
+    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], "base")
+    again = peft_layout.load_adapter(tmp_path, world[1])[0]["layers"]["attn"]["v"]
+    assert again["a"].dtype == again["b"].dtype == ml_dtypes.bfloat16 and again["scale"].dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, again, adapter["layers"]["attn"]["v"])
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, world, tmp_path):
+        settings = Adapter(rank=2, alpha=4.0, targets=("q",))
+        peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "base")
+        return tmp_path
+
+    def refuses(self, world, folder, *words, error=ValueError):
+        with pytest.raises(error) as caught:
+            peft_layout.load_adapter(folder, world[1])
+        message = str(caught.value)
+        assert "\n" not in message and str(folder) in message and all(word in message for word in words), message
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["score"]},
+            {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None}, {"rank_pattern": {"q_proj": -1}},
+            {"fan_in_fan_out": True},
+            {"task_type": "SEQ_CLS"}, {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
+        ],
+    )  # fmt: skip
+    def test_settings_that_are_not_plain_lora(self, world, folder, change):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        self.refuses(world, folder, next(iter(change)))
+
+    def test_tensors_that_do_not_fit(self, world, folder):
+        path = folder / "adapter_model.safetensors"
+        whole = path.read_bytes()
+        good = load_file(path)
+        a = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+        for change, word in [
+            ({a: np.zeros((2, 63), np.float32)}, "lora_A (2, 63)"),
+            ({a: np.zeros((3, 64), np.float32)}, "rank 2"),
+            ({a: np.zeros((64,), np.float32)}, "two dimensions"),
+            ({a.replace("lora_A", "lora_B"): None}, "missing"),
+            ({a.replace(".1.", ".9."): np.zeros((2, 64), np.float32)}, ".9."),
+            ({a.replace("q_proj", "qkv_proj"): np.zeros((2, 64), np.float32)}, "another base model"),
+            (dict.fromkeys(good), "no LoRA pair"),
+        ]:
+            save_file({k: v for k, v in {**good, **change}.items() if v is not None}, path)
+            self.refuses(world, folder, word)
+        path.write_bytes(whole[:-1])
+        self.refuses(world, folder, "not a complete safetensors file")
+
+    def test_missing_and_pickled_files(self, world, folder):
+        (folder / "adapter_model.safetensors").unlink()
+        self.refuses(world, folder, "no such file", error=FileNotFoundError)
+        (folder / "adapter_model.bin").write_bytes(b"\x80")
+        self.refuses(world, folder, "adapter_model.bin", "save_pretrained", error=FileNotFoundError)
+        (folder / "adapter_config.json").write_text("[]")
+        self.refuses(world, folder, "adapter_config.json", "JSON object")
+        (folder / "adapter_config.json").unlink()
+        self.refuses(world, folder, "adapter_config.json", "no such file", error=FileNotFoundError)
+
+    def test_trees_that_are_not_this_model_s(self, world, tmp_path):
+        pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}
+        for adapter, word in [
+            ({}, "no pairs"),
+            ({"embed": pair}, "no linear layer"),
+            ({"layers": {"attn": {"q": {**pair, "magnitude": np.ones((3, 64))}}}}, "magnitude"),
+            ({"layers": {"attn": {"q": pair}}}, "rank 4"),
+        ]:
+            with pytest.raises(ValueError, match=word):
+                peft_layout.save_adapter(tmp_path, adapter, Adapter(rank=4), world[1], "base")
+        assert not list(tmp_path.iterdir())
