@@ -16,8 +16,7 @@ from jaxft.params import Model
 def sft(model: Model) -> Callable:
     """`loss = -sum_t w_t log p(target_t | before)`, with the batch's own token weights (they sum to 1 over a step).
 
-    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens that have a loss; num_tokens, the
-    tokens seen.
+    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens that have a loss.
     """
 
     def objective(params: Any, batch: Tokens, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
@@ -32,7 +31,6 @@ def sft(model: Model) -> Callable:
             "loss": Sum(loss, seen),
             "entropy": Sum(jnp.sum(trained * lp.entropy), count),
             "mean_token_accuracy": Sum(jnp.sum(trained * lp.top1), count),
-            "num_tokens": Sum(jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.float32(0.0)),
         }
         return loss, jax.lax.stop_gradient(metrics)
 

