@@ -24,6 +24,7 @@ from jaxft.tree import nearest
 
 __all__ = ["describe", "differences", "knobs", "load"]
 
+
 def _parse_for(label: str, text: str, kind: Any, now: Any) -> Any:
     """Parse an override; an annotation that says nothing is read off the present value."""
     if kind in (BARE, Any):
