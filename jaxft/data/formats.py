@@ -119,7 +119,8 @@ def _rename(row: Row, mapping: dict[str, str]) -> Row:
         if theirs not in row.fields and not any(ours in extra for extra in OPTIONAL.values()):
             found = ", ".join(map(str, row.fields))
             raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
-    kept = {c: v for c, v in row.fields.items() if c not in mapping.values()}
+    spellings = {c for group in FORMATS.values() for names in group if set(names) & set(mapping) for c in names}
+    kept = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
     return Row(row.name, kept | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
 
@@ -244,9 +245,7 @@ def _prompt_completion(row: Row) -> Example:
 def _instruction(row: Row) -> Chat:
     answers = [c for c in ("response", "output") if c in row.fields]
     if len(answers) > 1:
-        raise ValueError(
-            f"{row.name}: found both 'response' and 'output'; say which with data.columns=instruction=instruction,response=..."
-        )
+        raise ValueError(f"{row.name}: found both 'response' and 'output'; say which with data.columns=response=...")
     user = _string(row, "instruction")
     if row.fields.get("input"):
         user = f"{user}\n\n{_string(row, 'input')}"

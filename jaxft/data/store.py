@@ -1,8 +1,10 @@
 """Tokenised rows, and their cache on disk under a key of everything they depend on."""
 
+import contextlib
 import hashlib
 import json
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from jaxft.data.source import Rows
 
 VERSION = 1  # counts changes to what rows become
+_BROKEN = (  # what zipfile and numpy raise at flipped bits
+    OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError, TypeError,
+    zipfile.BadZipFile, zlib.error, struct.error,
+)  # fmt: skip
 _ARRAYS = {"ids": np.int32, "learned": np.bool_, "offsets": np.int64, "kept": np.int64, "cut": np.bool_}
 
 
@@ -137,14 +143,14 @@ def _load(path: Path, count: int) -> tuple[dict[str, np.ndarray] | None, str]:
     if not path.exists():
         return None, "built"
     try:
-        with np.load(path, allow_pickle=False) as file:  # the zip's checksums find flipped bits
-            stored = {name: file[name] for name in _ARRAYS}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
+            stored = {name: arrays[name] for name in _ARRAYS}
         sizes = [len(stored[name]) for name in ("ids", "learned", "offsets", "kept", "cut")]
         tokens, examples = sizes[0], sizes[3]
         sound = sizes == [tokens, tokens, examples + 1, examples, examples] and stored["offsets"][-1] == tokens
         sound = sound and all(stored[name].dtype == dtype for name, dtype in _ARRAYS.items()) and (stored["kept"] < count).all()
         return (stored, "found") if sound else (None, "rebuilt")
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+    except _BROKEN:
         return None, "rebuilt"
 
 
@@ -157,6 +163,7 @@ def _save(path: Path, stored: Any) -> str | None:
             np.savez(file, **stored)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         return f"not written ({error.strerror})"
     return None
