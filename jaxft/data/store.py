@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,12 @@ class Tokenised:
     dropped: int = 0
     cache: str = field(default="off", compare=False)
 
-    @property
+    @cached_property
     def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def reads(self) -> Int[np.ndarray, " examples"]:
         """Learned tokens of each example."""
         return np.diff(np.concatenate([[0], np.cumsum(self.learned)])[self.offsets])
