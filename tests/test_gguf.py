@@ -188,7 +188,7 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
     np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)
 
 
-def refuses(path, *words):
+def check_refuses(path, *words):
     with pytest.raises(ValueError) as caught:
         load(path)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(path), *words)), caught.value
@@ -197,19 +197,19 @@ def refuses(path, *words):
 def test_what_is_not_a_readable_llama_is_named(tmp_path):
     reference, path = tiny_torch(), tmp_path / "tiny.gguf"
     write_gguf(path, reference, architecture="qwen2")
-    refuses(path, "qwen2", "architecture")
+    check_refuses(path, "qwen2", "architecture")
     write_gguf(path, reference, Kind.Q5_1)
-    refuses(path, "Q5_1", "token_embd.weight", "Q4_1")
+    check_refuses(path, "Q5_1", "token_embd.weight", "Q4_1")
     write_gguf(path, reference, fields=[("add_expert_count", 8)])
-    refuses(path, "experts")
+    check_refuses(path, "experts")
     write_gguf(path, reference, fields=[("add_rope_scaling_type", gguf_package.RopeScalingType.YARN)])
-    refuses(path, "yarn")
+    check_refuses(path, "yarn")
     write_gguf(path, reference, extra=[("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32))])
-    refuses(path, "rope_freqs.weight")
+    check_refuses(path, "rope_freqs.weight")
     write_gguf(path, reference, extra=[("blk.0.attn_q.bias", np.zeros(64, np.float32))])
-    refuses(path, "blk.0.attn_q.bias")
+    check_refuses(path, "blk.0.attn_q.bias")
     write_gguf(path, reference, fields=[("add_key_length", 32)])
-    refuses(path, "rope turns 16 of 32")
+    check_refuses(path, "rope turns 16 of 32")
 
 
 def test_a_cut_file_is_named(tmp_path):
@@ -217,7 +217,7 @@ def test_a_cut_file_is_named(tmp_path):
     whole = path.read_bytes()
     for size in (0, 3, 4, 20, 100, 2000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refuses(path, "not a complete GGUF file")
+        check_refuses(path, "not a complete GGUF file")
 
 
 @pytest.fixture(scope="module")

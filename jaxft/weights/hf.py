@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,9 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
         layered = "{i}" in name
         shape = leaf.shape[1:] if layered else leaf.shape
         for i in range(leaf.shape[0] if layered else 1):
-            tensors.append(
-                Outgoing(
-                    name.format(i=i),
-                    np.dtype(leaf.dtype),
-                    tuple(shape[::-1] if transpose else shape),
-                    lambda leaf=leaf, i=i if layered else None, transpose=transpose: layer_array(leaf, i, transpose),
-                )
-            )
+            fetch = partial(layer_array, leaf, i if layered else None, transpose)
+            shape_out = tuple(shape[::-1] if transpose else shape)
+            tensors.append(Outgoing(name.format(i=i), np.dtype(leaf.dtype), shape_out, fetch))
     return tensors
 
 

@@ -55,7 +55,7 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": repo,
@@ -175,7 +175,9 @@ def _settings(folder: Path, config: dict[str, Any]) -> Adapter:
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:
             raise ValueError(f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with {key}={plain[0]!r}")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    dropout: Any = config.get("lora_dropout", 0.0)
     if type(rank) is not int or not 0 < rank < 2**16 or not all(isinstance(x, int | float) for x in (alpha, dropout)):
         raise ValueError(f"{where}: wanted numbers r, lora_alpha and lora_dropout, found {rank!r}, {alpha!r} and {dropout!r}")
     ranks = (config.get("rank_pattern") or {}).values()

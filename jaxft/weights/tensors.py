@@ -76,16 +76,18 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(value: Any, start: int) -> Entry | None:
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         return None
-    shape, offsets = value.get("shape"), value.get("data_offsets")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            return None
-    if len(offsets) != 2 or offsets[1] < offsets[0] or len(shape) > 8:
+    shape, offsets = _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or offsets[1] < offsets[0] or len(shape) > 8:
         return None
     size, code = offsets[1] - offsets[0], value["dtype"]
     if code in DTYPES and size != math.prod(shape) * DTYPES[code].itemsize:
         return None
-    return Entry(code, tuple(shape), start + offsets[0], size)
+    return Entry(code, shape, start + offsets[0], size)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    whole = isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    return tuple(value) if whole else None
 
 
 def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
