@@ -36,7 +36,7 @@ class _Bad(Exception):
 
 def hash_array(array: np.ndarray) -> str:
     """xxh3-128 of the bytes in C order."""
-    return xxhash.xxh3_128_hexdigest(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _hash_file(path: Path) -> str:
@@ -344,7 +344,7 @@ def _check_tree(abstract: Any, entries: dict[str, Any], folder: Path) -> None:
     if wrong:
         told = [f"{n}: found {_shown(found.get(n))}, wanted {_shown(wanted.get(n))}" for n in wrong[:3]]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or start a run of another name")
+        raise ValueError(f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or use another name")
 
 
 def _shown(entry: tuple[list[int], str] | None) -> str:
