@@ -92,10 +92,13 @@ def flash(
     step = math.gcd(block, 16)
     block = -(-T // (count * step)) * step  # the smallest that still makes `count` blocks, so that little is padding
     arrays = (q_BTHE.reshape(B, T, K, H // K, E), k_BTKE, v_BTKE, segments_BT, branches_BT)
-    extra = count * block - T
-    if extra:
-        arrays = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2)), arrays)
-    return _flash(*arrays, block).reshape(B, T + extra, H, E)[:, :T]
+    arrays = jax.tree.map(lambda x: _padded(x, count * block - T), arrays)
+    return _flash(*arrays, block).reshape(B, count * block, H, E)[:, :T]
+
+
+def _padded(x_BT: jax.Array, extra: int) -> jax.Array:
+    """More positions at the end of each row; 0 makes them segment 0."""
+    return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2)) if extra else x_BT
 
 
 # Below, a block is N storage positions of one row, and all blocks of all rows stand in one list C = B * T / N. Query
@@ -262,10 +265,63 @@ def _flash_backward(block, saved, do):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def choose(mesh: Any, head_dim: int, dtype: Any) -> Attention:
-    """The attention function (q, k, v, segments, branches=None) -> o for a mesh's devices, present or only described."""
+def triton(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
+    """Pallas's Triton kernel for NVIDIA GPUs. It has no grouped heads, so keys and values are repeated."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
 
-    def attention(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT=None):
-        return flash(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
+    T, H, E = q_BTHE.shape[1:]
+    q, k, v, segments = (_padded(x, -T % 128) for x in (q_BTHE, k_BTKE, v_BTKE, segments_BT))
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    return mha(q, k, v, segments, sm_scale=E**-0.5, causal=True, interpret=interpret)[:, :T]
+
+
+def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
+    """Pallas's splash attention for TPUs."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    T, H, E = q_BTHE.shape[1:]
+    q, k, v, segments = (_padded(x, -T % 128) for x in (q_BTHE * E**-0.5, k_BTKE, v_BTKE, segments_BT))
+    padded = q.shape[1]
+    size = next(n for n in (512, 384, 256, 128) if padded % n == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = kernels.make_splash_mha_single_device(
+        kernels.MultiHeadMask([kernels.CausalMask((padded, padded))] * H),
+        block_sizes=kernels.BlockSizes(**{f"block_{name}": size for name in names}),
+        residual_checkpoint_name="attn_out",
+        interpret=interpret,
+    )
+    heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(*heads_first, kernels.SegmentIds(segments, segments)).swapaxes(1, 2)[:, :T]
+
+
+def _kernel_for(device: Any, head_dim: int, dtype: Any) -> Attention:
+    """The fastest kernel known to work there; `flash` works everywhere."""
+    dtype = jnp.dtype(dtype)
+    if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
+        return splash
+    if device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind and dtype.itemsize == 2 and head_dim <= 128:
+        return triton if float(getattr(device, "compute_capability", 0)) >= 8 else flash
+    return flash
+
+
+def choose(mesh: Any, head_dim: int, dtype: Any) -> Attention:
+    """The attention function (q, k, v, segments, branches=None) -> o for a mesh's devices, present or only described.
+
+    Rows with branches go to `flash` everywhere. On a mesh each device works on its own rows and heads (sharding.py).
+    """
+    kernel = _kernel_for(mesh.devices.flat[0], head_dim, dtype)
+    queries, keys, row = ("rows", "time", "heads", "head_dim"), ("rows", "time", "kv_heads", "head_dim"), ("rows", "time")
+
+    def attention(
+        q_BTHE: Float[Array, "B T H E"],
+        k_BTKE: Float[Array, "B T K E"],
+        v_BTKE: Float[Array, "B T K E"],
+        segments_BT: Int[Array, "B T"],
+        branches_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H E"]:
+        if branches_BT is None:
+            return per_device(kernel, (queries, keys, keys, row), queries)(q_BTHE, k_BTKE, v_BTKE, segments_BT)
+        axes = (queries, keys, keys, row, row)
+        return per_device(flash, axes, queries)(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
 
     return attention

@@ -1,0 +1,320 @@
+"""Laws of attention: every kernel means what `dense` means, on one device or many, and none of them grows with T x T."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxft import attention
+from jaxft.sharding import MeshShape, make_mesh, named
+
+QUERIES, KEYS, ROW = ("rows", "time", "heads", "head_dim"), ("rows", "time", "kv_heads", "head_dim"), ("rows", "time")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def packed(rng, B, T, most=4, padding=True):
+    """Segments 1, 2, ... of unequal length in each row, the last tokens padding; branches 0 (shared) first, then 1, 2, 3."""
+    segments, branches = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    for b in range(B):
+        used = T - int(rng.integers(0, T // 2 + 1)) if padding else T
+        cuts = np.sort(rng.integers(0, used + 1, rng.integers(0, most)))
+        for n, (start, stop) in enumerate(zip([0, *cuts], [*cuts, used], strict=True)):
+            segments[b, start:stop] = n + 1
+            branches[b, start:stop] = np.sort(rng.integers(0, 4, stop - start))
+    return jnp.asarray(segments), jnp.asarray(branches)
+
+
+def arrays(rng, B, T, H, K, E, dtype):
+    """q, k, v and a cotangent for o."""
+    return tuple(jnp.asarray(rng.normal(size=(B, T, heads, E)), dtype) for heads in (H, K, K, H))
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(fn, q, k, v, cotangent, *rest):
+    o, back = jax.vjp(lambda q, k, v: fn(q, k, v, *rest), q, k, v)
+    return o, *back(cotangent)
+
+
+def assert_close(found, wanted, tolerance):
+    for name, x, y in zip(("o", "dq", "dk", "dv"), found, wanted, strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.all(np.isfinite(x)), name
+        assert np.abs(x - y).max() <= tolerance * max(1.0, np.abs(y).max()), name
+
+
+def by_the_definition(q, k, v, segments, branches):
+    """Python loops over single queries: independent of everything under test."""
+    q, k, v, segments = (np.asarray(x) for x in (q, k, v, segments))
+    branches = np.zeros_like(segments) if branches is None else np.asarray(branches)
+    o = np.zeros_like(q)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        g = h // (q.shape[2] // k.shape[2])
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] != 0 and branches[b, s] in (0, branches[b, t])]
+        if seen:
+            score = k[b, seen, g] @ q[b, t, h] / np.sqrt(q.shape[3])
+            weight = np.exp(score - score.max())
+            o[b, t, h] = weight @ v[b, seen, g] / weight.sum()
+    return o
+
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_dense_is_the_definition(branched):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        q, k, v, _ = arrays(rng, 3, 17, 4, 2, 8, jnp.float64)
+        segments, branches = packed(rng, 3, 17)
+        branches = branches if branched else None
+        found = attention.dense(q, k, v, segments, branches)
+        np.testing.assert_allclose(found, by_the_definition(q, k, v, segments, branches), atol=1e-13)
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "K", "E", "block"),
+    [
+        (3, 45, 4, 2, 8, 16),
+        (2, 37, 3, 1, 4, 8),
+        (2, 64, 2, 2, 8, 16),
+        (2, 13, 6, 3, 8, 256),
+        (1, 1, 2, 1, 4, 256),
+        (1, 300, 3, 3, 8, 256),
+    ],
+)
+def test_flash_equals_dense_in_value_and_gradient(B, T, H, K, E, block, branched):
+    rng = np.random.default_rng(T)
+    with jax.enable_x64(True):
+        x = arrays(rng, B, T, H, K, E, jnp.float64)
+        segments, branches = packed(rng, B, T)
+        rest = (segments, branches if branched else None)
+        wanted = value_and_gradients(attention.dense, *x, *rest)
+        assert_close(value_and_gradients(partial(attention.flash, block=block), *x, *rest), wanted, 1e-10)
+
+
+BLOCKS_OF_8 = partial(attention.flash, block=8)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3), min_size=30, max_size=30), st.lists(st.integers(0, 2), min_size=30, max_size=30))
+def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, branches):
+    """Not sorted, as no packer would write them: skipping may lose time on such rows, never a key."""
+    with jax.enable_x64(True):
+        x = arrays(np.random.default_rng(0), 1, 30, 2, 1, 4, jnp.float64)
+        rest = (jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32))
+        wanted = value_and_gradients(attention.dense, *x, *rest)
+        assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), wanted, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02), (jnp.float16, 0.003)])
+def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
+    rng = np.random.default_rng(1)
+    narrow = arrays(rng, 2, 80, 4, 2, 16, dtype)
+    rest = packed(rng, 2, 80)
+    found = value_and_gradients(partial(attention.flash, block=32), *narrow, *rest)
+    assert all(x.dtype == dtype for x in found)
+    with jax.enable_x64(True):
+        wanted = value_and_gradients(attention.dense, *(x.astype(jnp.float64) for x in narrow), *rest)
+    assert_close(found, wanted, tolerance)
+
+
+def test_scores_of_thousands_stay_finite():
+    rng = np.random.default_rng(2)
+    q, k, v, do = arrays(rng, 1, 40, 2, 1, 8, jnp.float32)
+    segments, _ = packed(rng, 1, 40)
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in (100 * q, 100 * k, v, do))
+        wanted = value_and_gradients(attention.dense, *wide, segments)
+    found = value_and_gradients(partial(attention.flash, block=16), 100 * q, 100 * k, v, do, segments)
+    assert_close(found, wanted, 0.02)  # float32 holds a score of 10^4 to 10^-3
+
+
+@pytest.mark.parametrize("kernel", [attention.dense, partial(attention.flash, block=16)])
+def test_masked_tokens_change_nothing(kernel):
+    """To the bit: another segment, another branch, later tokens and padding may hold anything finite."""
+    rng = np.random.default_rng(3)
+    q, k, v, do = arrays(rng, 1, 64, 2, 1, 8, jnp.float32)
+    segments = jnp.repeat(jnp.asarray([[1, 2, 3, 0]], jnp.int32), 16, axis=1)
+    branches = jnp.asarray([[0] * 20 + [1] * 6 + [2] * 6 + [0] * 32], jnp.int32)
+    mine = jnp.asarray([*range(16, 20), *range(26, 30)])  # the second segment's prompt, and most of its second answer
+    others = jnp.ones(64, bool).at[mine].set(False)[None, :, None, None]
+    do = jnp.where(others, 0, do)
+    before = value_and_gradients(kernel, q, k, v, do, segments, branches)
+    noisy = (jnp.where(others, x + 50, x) for x in (q, k, v))
+    after = value_and_gradients(kernel, *noisy, do, segments, branches)
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x[:, mine], y[:, mine])
+    for gradient in after[1:]:
+        assert not np.any(np.where(others, gradient, 0))
+
+
+def test_padding_gives_zeros_even_in_rows_of_nothing_else():
+    x = arrays(np.random.default_rng(4), 2, 40, 2, 1, 8, jnp.float32)
+    for found in value_and_gradients(partial(attention.flash, block=16), *x, jnp.zeros((2, 40), jnp.int32)):
+        assert not np.any(found)
+
+
+def test_packed_examples_equal_examples_alone():
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        q, k, v, _ = arrays(rng, 1, 50, 4, 2, 8, jnp.float64)
+        segments = jnp.asarray([[1] * 11 + [2] * 30 + [3] * 9], jnp.int32)
+        together = attention.flash(q, k, v, segments, block=16)
+        for start, stop in ((0, 11), (11, 41), (41, 50)):
+            alone = attention.flash(*(x[:, start:stop] for x in (q, k, v)), jnp.ones((1, stop - start), jnp.int32), block=16)
+            np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-12)
+
+
+def test_answers_after_a_shared_prompt_equal_prompt_and_answer_alone():
+    rng = np.random.default_rng(6)
+    with jax.enable_x64(True):
+        q, k, v, _ = arrays(rng, 1, 40, 4, 2, 8, jnp.float64)
+        branches = jnp.asarray([[0] * 13 + [1] * 12 + [2] * 15], jnp.int32)
+        together = attention.flash(q, k, v, jnp.ones((1, 40), jnp.int32), branches, block=16)
+        for start, stop in ((13, 25), (25, 40)):
+            at = jnp.asarray([*range(13), *range(start, stop)])
+            alone = attention.flash(q[:, at], k[:, at], v[:, at], jnp.ones((1, len(at)), jnp.int32), block=16)
+            np.testing.assert_allclose(together[:, at], alone, atol=1e-12)
+
+
+def test_visits_skip_later_blocks_other_segments_padding_and_other_answers():
+    segments = jnp.repeat(jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]], jnp.int32), 4, axis=1)
+    places, counts = attention._visits(segments, None, 4)
+    assert counts.tolist() == [1, 2, 1, 2, 0, 1, 2, 3, 4, 5]
+    assert places[3, :2].tolist() == [2, 3]
+    assert places[8, :4].tolist() == [5, 6, 7, 8]
+    branches = jnp.repeat(jnp.asarray([[0, 1, 2, 3, 3]] * 2, jnp.int32), 4, axis=1)
+    places, counts = attention._visits(segments, branches, 4)
+    assert counts.tolist()[5:] == [1, 2, 2, 2, 3]
+    assert places[9, :3].tolist() == [5, 8, 9]
+
+
+def test_decode_is_the_last_row_of_dense():
+    rng = np.random.default_rng(7)
+    with jax.enable_x64(True):
+        q, k, v, _ = arrays(rng, 3, 20, 4, 2, 8, jnp.float64)
+        segments = jnp.ones((3, 20), jnp.int32)
+        wanted = attention.dense(q, k, v, segments)[:, -1]
+        room = ((0, 0), (2, 7), (0, 0), (0, 0))  # a cache is larger than what it holds
+        visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
+        cache = [jnp.pad(x, room, constant_values=9.0) for x in (k, v)]
+        found = attention.decode(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
+        np.testing.assert_allclose(found, wanted, atol=1e-13)
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("shape", [MeshShape(data=8), MeshShape(data=2, fsdp=2, tensor=2)])
+def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
+    rng = np.random.default_rng(8)
+    mesh = make_mesh(shape)
+    with jax.enable_x64(True):
+        x = arrays(rng, 8, 40, 4, 2, 8, jnp.float64)
+        segments, branches = packed(rng, 8, 40)
+        rest = (segments, branches) if branched else (segments,)
+        wanted = value_and_gradients(attention.dense, *x, *rest)
+        axes = (QUERIES, KEYS, KEYS, QUERIES, *(ROW for _ in rest))
+        placed = [jax.device_put(a, named(mesh, names, a.shape)) for a, names in zip((*x, *rest), axes, strict=True)]
+        attend = attention.choose(mesh, 8, jnp.float64)
+        with jax.set_mesh(mesh):
+            compiled = value_and_gradients.lower(attend, *placed).compile()
+            assert_close(compiled(*placed), wanted, 1e-10)
+    between_devices = r"replica_groups=(\{\{\d+,|\[\d+,(?!1\])\d+\])|collective-permute"  # a group of one moves nothing
+    assert not re.search(between_devices, compiled.as_text())
+
+
+def layers(q, k, v, segments, policy):
+    """Three layers as a model runs them: scanned, rematerialised."""
+
+    def layer(x, _):
+        return jax.checkpoint(lambda x: attention.flash(x, k, v, segments, block=16), policy=policy)(x), None
+
+    return jax.lax.scan(layer, q, length=3)[0]
+
+
+def products(fn, *args):
+    return len(re.findall(r"= dot_general\[", str(jax.make_jaxpr(fn)(*args))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_saved_names_spare_the_backward_pass_the_forward_pass(dtype):
+    q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
+    segments = jnp.ones((1, 32), jnp.int32)
+    names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+    count = {
+        policy: products(partial(value_and_gradients, partial(layers, policy=policy)), q, k, v, do, segments)
+        for policy in (names, jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.nothing_saveable)
+    }
+    assert list(count.values()) == [2 + 5, 2 + 5, 2 + 2 + 5]
+
+
+def test_no_program_holds_a_t_by_t_matrix():
+    """Temporaries of a gradient grow with T (here 2 x), not with T^2 (4 x); one head's float32 scores would be 4 MB."""
+
+    def temporaries(T):
+        shapes = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+        segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        compiled = value_and_gradients.lower(attention.flash, *shapes, segments).compile()
+        assert not re.search(rf"\[(\d+,)*{T},{T}[,\]]", compiled.as_text())
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(1024), temporaries(2048)
+    assert large < 2.2 * small
+
+
+class Described:
+    """A device as `choose` sees it."""
+
+    def __init__(self, platform, device_kind="", compute_capability=0):
+        self.platform, self.device_kind, self.compute_capability = platform, device_kind, compute_capability
+
+
+H100 = Described("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "dtype", "wanted"),
+    [
+        (Described("cpu", "cpu"), 64, jnp.bfloat16, attention.flash),
+        (H100, 128, jnp.bfloat16, attention.triton),
+        (H100, 256, jnp.bfloat16, attention.flash),
+        (H100, 64, jnp.float32, attention.flash),
+        (Described("gpu", "Tesla V100-SXM2-16GB", "7.0"), 64, jnp.float16, attention.flash),
+        (Described("gpu", "AMD Instinct MI300X", "gfx942"), 64, jnp.bfloat16, attention.flash),
+        (Described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),
+        (Described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
+    ],
+)
+def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype, wanted):
+    assert attention._kernel_for(device, head_dim, dtype) is wanted
+
+
+@pytest.mark.parametrize("T", [128, 200])
+@pytest.mark.parametrize("kernel", [attention.triton, attention.splash])
+def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
+    rng = np.random.default_rng(10)
+    q, k, v, do = arrays(rng, 2, T, 4, 2, 64, jnp.float32)
+    segments, _ = packed(rng, 2, T)
+    do = jnp.where(segments[:, :, None, None] == 0, 0, do)
+    with jax.numpy_dtype_promotion("standard"):
+        found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, segments)
+    wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
+    real = segments[:, :, None, None] != 0  # what padding queries get is their own affair, as long as it is finite
+    assert np.all(np.isfinite(found[0]))
+    assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "platform"), [(attention.triton, "cuda"), (attention.splash, "tpu")])
+def test_accelerated_kernels_lower_for_their_platform(kernel, platform):
+    shapes = [jax.ShapeDtypeStruct((2, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+    segments = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+    with jax.numpy_dtype_promotion("standard"):
+        lowered = value_and_gradients.trace(kernel, *shapes, segments).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("custom_call") >= 3
