@@ -1,5 +1,8 @@
 """Loss masks: what is learned is exactly the answers and what ends them."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -138,6 +141,44 @@ def test_eos_that_the_tokenizer_adds_is_not_doubled():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])
     ((ids, learned),) = chat.tokenise([Completion("r:1", "the", " rank")], tokenizer)
     assert ids.tolist().count(eos) == 1 and learned[-1]
+
+
+def stock(name, eos):
+    """A template that TRL ships, on a tokenizer that knows its special tokens."""
+    trl = pytest.importorskip("trl")
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = tiny.__wrapped__("none")
+    special = sorted(set(re.findall(r"<[|｜][^|｜<> ]+[|｜]>|<(?:start|end)_of_turn>", source)))
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": eos, "bos_token": "<bos>"})
+    tokenizer.chat_template = source
+    return chat.template_of(tokenizer)
+
+
+@pytest.mark.parametrize("name", ("llama3", "qwen2_5", "qwen3_instruct_2507", "gemma", "gemma3", "cohere", "cohere2", "lfm2"))
+@pytest.mark.parametrize("loss_on", ("assistant", "completion"))
+def test_prefix_rendering_finds_what_the_markers_of_trl_enclose(name, loss_on):
+    eos = {"llama3": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>"}.get(name, "<|im_end|>")
+    for texts in (["q", "one"], ["q", "one", "r", "two\n\nlines 🙂"], ["q", "one"] * 3):
+        found = []
+        for template in (stock(name, eos), stock(f"{name}_training", eos)):
+            r = chat.render(conversation(texts), template, loss_on)
+            found.append([r.text[start:end].strip() for start, end in r.learned])  # their markers take the newline after too
+        assert found[0] == found[1] and len(found[0]) == (len(texts) // 2 if loss_on == "assistant" else 1)
+
+
+def test_a_token_that_opens_the_next_turn_is_not_learned():
+    for name, end in (
+        ("deepseekv3", "<｜end▁of▁sentence｜>"),
+        ("cohere2", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+        ("phi3", "<|end|>"),
+    ):
+        r = chat.render(conversation(["q", "one", "r", "two"]), stock(name, end), "assistant")
+        assert [r.text[a:b] for a, b in r.learned] == ["one" + end, "two" + end]
+
+
+def test_a_template_that_hides_the_answer_is_refused():
+    with pytest.raises(ValueError, match="rows.jsonl:1: empty loss mask, the chat template shows nothing"):
+        chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
 
 
 def test_date_is_pinned_for_string_and_for_function():

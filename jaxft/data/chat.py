@@ -66,16 +66,36 @@ def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
         raise ValueError(f"data.date={date!r}; wanted a day like {DATE!r}") from error
     source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
     bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)), "", None)
-    probe = [{"role": "user", "content": "x"}]
-    try:
-        without, opened = _render(bare, probe), _render(bare, probe, generation=True)
-        opening = opened.removeprefix(without) if opened.startswith(without) else ""
-    except (jinja2.TemplateError, TypeError):
-        opening = ""
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
-    ends = sorted((t for t in special if t and t not in opening), key=len, reverse=True)
-    closing = re.compile(r"\s*(?:" + "|".join(map(re.escape, ends)) + ")") if ends else None
+    try:
+        opening = _opening(bare)
+        ends = special - _openers(bare, special, opening)
+    except (jinja2.TemplateError, TypeError, LookupError):  # it refuses or hides so plain a conversation
+        opening, ends = "", special
+    closing = re.compile(rf"\s*(?:{_any_of(ends)})+") if ends else None
     return Template(tokenizer, source, date, bare.marked, opening, closing)
+
+
+def _any_of(tokens: set[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+def _opening(bare: Template) -> str:
+    """The generation prompt, empty if the template has none."""
+    user = [{"role": "user", "content": "x"}]
+    without, opened = _render(bare, user), _render(bare, user, generation=True)
+    return opened[len(commonprefix([without, opened])) :]
+
+
+def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
+    """Special tokens that open a turn: those of the generation prompt, and those between an answer and the next question
+    that don't stand behind a last answer too."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "Qx7w"), ("assistant", "Zk9y"), ("user", "Jv5u"))]
+    find = re.compile(_any_of(special)).findall
+    behind = find(_render(bare, turns[:2]).split("Zk9y")[1])
+    between = find(_render(bare, turns).split("Zk9y")[1].split("Jv5u")[0])
+    closers = len(behind) if between[: len(behind)] == behind else 1
+    return set(find(opening)) | set(between[closers:])
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
@@ -187,12 +207,19 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
             learned = [(0, len(text))]
         elif template.marked:
             text, spans = _render_marked(template, chat)
-            learned = [(start, _close(template, text, end) or end) for start, end in spans[-len(wanted) :]]
+            others = _exchanged(template, chat, wanted[0]) if loss_on == "completion" else [""]
+            at = min(len(commonprefix([text, other])) for other in others)
+            learned = [(start, _extended(template, text, start, end)) for start, end in spans if end > at]
         else:
             text = _render(template, chat.messages, chat.tools)
             learned = [_turn(template, chat, text, i) for i in wanted]
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"{chat.name}: the chat template refuses the row: {str(error).splitlines()[0]}") from error
+    bare = [template.closing.sub("", text[start:end]) if template.closing else text[start:end] for start, end in learned]
+    if not any(map(str.strip, bare)):
+        raise ValueError(
+            f"{chat.name}: empty loss mask, the chat template shows nothing of the answer; use another model's tokenizer"
+        )
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not _closed(template, text)
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
 
@@ -242,15 +269,24 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
-    others = []
-    for content in ("Qx7w", "Zk9y"):  # they share no first or last character, so one of them differs from the content's
-        messages = [*chat.messages[:index], {**chat.messages[index], "content": content}, *chat.messages[index + 1 :]]
-        others.append(_render(template, messages, chat.tools))
+    others = _exchanged(template, chat, index)
     first = min(len(commonprefix([text, other])) for other in others)
     last = len(text) - min(len(commonprefix([text[::-1], other[::-1]])) for other in others)
     if first >= last:
         raise TypeError(f"it does not show message {index}, an assistant turn")
     return first, last
+
+
+def _exchanged(template: Template, chat: Chat, index: int) -> list[str]:
+    """The conversation with another answer in turn `index`; the two share no first or last character."""
+    before, after = chat.messages[:index], chat.messages[index + 1 :]
+    answers = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
+    return [_render(template, [*before, answer, *after], chat.tools) for answer in answers]
+
+
+def _extended(template: Template, text: str, start: int, end: int) -> int:
+    """The end of a marked turn: markers that leave out the end-of-turn token would teach the model never to stop."""
+    return end if _closed(template, text[start:end]) else _close(template, text, end) or end
 
 
 def _space(text: str, at: int) -> int:
