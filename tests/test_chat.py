@@ -177,7 +177,7 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
 
 
 def test_a_template_that_hides_the_answer_is_refused():
-    with pytest.raises(ValueError, match="rows.jsonl:1: empty loss mask, the chat template shows nothing"):
+    with pytest.raises(ValueError, match="rows.jsonl:1: the chat template refuses the row: it does not show message 1"):
         chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
 
 
