@@ -22,7 +22,7 @@ from jaxft.data.rows import Row, read_rows
 if TYPE_CHECKING:
     from jaxft.data.source import Rows
 
-VERSION = 1  # counts changes to what rows become
+VERSION = 2  # counts changes to what rows become
 _BROKEN = (  # what zipfile and numpy raise at flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError, TypeError,
     zipfile.BadZipFile, zlib.error, struct.error,
