@@ -10,8 +10,10 @@ import collections
 import json
 import math
 import os
+import platform
 import re
 import secrets
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -120,17 +122,30 @@ def _trackio(folder: Path) -> tuple[Callable, Callable]:
 
 
 def _tensorboard(folder: Path, start_step: int) -> tuple[Callable, Callable]:
-    from tensorboardX import SummaryWriter
+    # tensorboardX's SummaryWriter writes in a thread that dies on a full disk and leaves the run waiting: its messages, our file
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.summary import scalar
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+    file = (folder / "tensorboard" / name).open("ab")
+
+    def write(**fields: Any) -> None:
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        file.write(size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data)))
 
     def send(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
+        for tag, value in values.items():
             if math.isfinite(value):
-                writer.add_scalar(name, value, step)
-        writer.flush()  # a killed run loses nothing
+                write(step=step, summary=scalar(tag, value))
+        file.flush()  # a killed run loses nothing
 
-    return send, writer.close
+    write(file_version="brain.Event:2")
+    # hides what an earlier process wrote about later steps
+    write(step=start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
+    return send, file.close
 
 
 def open_trackers(names: tuple[str, ...], folder: Path) -> list[tuple[Callable, Callable]]:
@@ -226,11 +241,11 @@ class Log:
         try:
             self._file.write(text + "\n")
             self._file.flush()
+            for send, _ in self._sinks:
+                send(step, {**metrics, **{f"perf/{name}": value for name, value in perf.items()}})
         except OSError as error:
-            path = str(self.folder / "metrics.jsonl")
-            raise OSError(error.errno, f"metrics can't be written: {error.strerror}; mend that and run again", path) from error
-        for send, _ in self._sinks:
-            send(step, {**metrics, **{f"perf/{name}": value for name, value in perf.items()}})
+            told = f"metrics can't be written: {error.strerror}; mend that and run again"
+            raise OSError(error.errno, told, str(self.folder)) from error
         if step > self._step:
             self._pace.append((step, time.monotonic()))
         self._step = step

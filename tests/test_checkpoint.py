@@ -1,0 +1,381 @@
+"""Laws of checkpoints: what comes back is bit for bit what was saved, or an older one that is; never anything else."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft import checkpoint, tree
+from jaxft.checkpoint import Checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@tree.struct
+class State:
+    step: Any
+    trainable: Any
+    opt_state: Any
+    aux: Any
+
+
+def make_state(seed: int, width: int = 12) -> State:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    trainable = {
+        "base": {"embed": None, "norm": jax.random.normal(keys[0], (width,))},
+        "adapter": {"layers": {"q": {"a": jax.random.normal(keys[1], (2, width, 3), jnp.bfloat16), "b": jnp.zeros((2, 3, 5))}}},
+    }
+    opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(trainable)
+    pair = (jnp.float32(seed), jnp.zeros((0, 3), jnp.int32))
+    aux = {"codes": jax.random.bits(keys[2], (7, 2), jnp.uint16), "none": None, "pair": pair}
+    return State(jnp.int32(seed), trainable, opt_state, aux)
+
+
+def abstract(state: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def bits(state: Any) -> dict[str, tuple]:
+    return {path: (x.dtype.name, x.shape, np.asarray(x).tobytes()) for path, x in tree.paths(state).items()}
+
+
+def is_exactly(found: Any, wanted: Any) -> bool:
+    return jax.tree.structure(found) == jax.tree.structure(wanted) and bits(found) == bits(wanted)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with checkpoints of steps 1 and 2, to be copied."""
+    folder = tmp_path_factory.mktemp("two")
+    saved = Checkpoints(folder, keep_best=0)
+    for step in (1, 2):
+        saved.save(step, make_state(step), {"step": step, "third": 1 / 3})
+    saved.close()
+    return folder
+
+
+def test_what_is_restored_is_what_was_saved(two):
+    state, meta, step = Checkpoints(two).restore(abstract(make_state(0)))
+    assert step == 2 and meta == {"step": 2, "third": 1 / 3}
+    assert is_exactly(state, make_state(2))
+    state, meta, step = Checkpoints(two).restore(abstract(make_state(0)), step=1)
+    assert step == 1 and is_exactly(state, make_state(1))
+
+
+def test_an_empty_or_missing_folder_restores_nothing(tmp_path):
+    assert Checkpoints(tmp_path / "none").restore(abstract(make_state(0))) is None
+    assert Checkpoints(tmp_path).latest() is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1 if x.size else x, s), donate_argnums=0)
+    saved = Checkpoints(tmp_path)
+    state, wanted = make_state(5, width=200_000), bits(make_state(5, width=200_000))
+    saved.save(5, state, {})
+    for _ in range(3):
+        state = jax.block_until_ready(overwrite(state))
+    found, _, _ = saved.restore(abstract(state))
+    assert bits(found) == wanted
+    saved.close()
+
+
+def damage_bit(path: Path, generator: np.random.Generator) -> None:
+    data = bytearray(path.read_bytes())
+    data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
+    path.write_bytes(bytes(data))
+
+
+def damage_half(path: Path, generator: np.random.Generator) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_gone(path: Path, generator: np.random.Generator) -> None:
+    path.unlink()
+
+
+def damage_empty(path: Path, generator: np.random.Generator) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [damage_bit, damage_half, damage_gone, damage_empty])
+def test_damage_to_any_file_is_found_and_the_older_checkpoint_taken(two, tmp_path, damage):
+    generator = np.random.default_rng(0)
+    for i, name in enumerate(files_of(two / "2") * (3 if damage is damage_bit else 1)):
+        folder = shutil.copytree(two, tmp_path / str(i))
+        damage(folder / "2" / name, generator)
+        said: list[str] = []
+        saved = Checkpoints(folder, say=said.append)
+        restored = saved.restore(abstract(make_state(0)))
+        assert restored is not None and restored[2] == 1, name
+        assert is_exactly(restored[0], make_state(1)), name
+        if name == "manifest.json" and damage is damage_gone:
+            continue  # without a manifest it never was a checkpoint
+        assert (folder / "2.bad").is_dir() and not (folder / "2").exists(), name
+        assert len(said) == 1 and "step 2 is bad" in said[0] and "going back to step 1" in said[0]
+
+
+def test_every_bit_of_the_manifest_counts(two, tmp_path):
+    whole = (two / "2" / "manifest.json").read_bytes()
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for i in np.random.default_rng(1).choice(len(whole) * 8, 400, replace=False):
+        data = bytearray(whole)
+        data[i // 8] ^= 1 << int(i % 8)
+        (folder / "manifest.json").write_bytes(bytes(data))
+        with pytest.raises(checkpoint._Bad, match="damaged"):
+            checkpoint._read_manifest(folder)
+
+
+def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "c")
+    path = folder / "2" / "manifest.json"
+    body = json.loads(path.read_text())
+    body.pop("xxh3")
+    name = "trainable.adapter.layers.q.a"
+    body["leaves"][name]["xxh3"] = body["leaves"][name]["xxh3"][::-1]
+    path.write_text(checkpoint._seal(body))
+    said: list[str] = []
+    restored = Checkpoints(folder, say=said.append).restore(abstract(make_state(0)))
+    assert restored is not None and restored[2] == 1 and f"leaf {name}: xxh3" in said[0]
+
+
+def test_where_all_are_bad_none_is_taken_and_each_is_named(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "c")
+    for step in "12":
+        damage_bit(folder / step / "manifest.json", np.random.default_rng(0))
+    said: list[str] = []
+    assert Checkpoints(folder, say=said.append).restore(abstract(make_state(0))) is None
+    assert len(said) == 2 and "no older one is left" in said[1]
+    assert sorted(p.name for p in folder.iterdir()) == ["1.bad", "2.bad"]
+
+
+def test_a_step_asked_for_by_number_has_no_substitute(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7; it has 1, 2"):
+        Checkpoints(folder).restore(abstract(make_state(0)), step=7)
+    damage_half(folder / "2" / "manifest.json", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        Checkpoints(folder, say=lambda text: None).restore(abstract(make_state(0)), step=2)
+
+
+def test_another_tree_is_refused_by_name_and_nothing_is_renamed(two):
+    before = everything(two)
+    other = make_state(0)
+    other.trainable["adapter"]["layers"]["q"]["a"] = jnp.zeros((2, 12, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"adapter.layers.q.a: found bfloat16\[2, 12, 3\], wanted bfloat16\[2, 12, 8\]"):
+        Checkpoints(two).restore(abstract(other))
+    with pytest.raises(ValueError, match="aux.extra: found nothing, wanted float32"):
+        Checkpoints(two).restore(abstract(make_state(0).replace(aux={**make_state(0).aux, "extra": jnp.zeros(3)})))
+    assert everything(two) == before
+
+
+def test_shardings_may_change_between_save_and_restore(tmp_path):
+    devices = jax.devices()
+    if len(devices) < 8:
+        pytest.skip("needs 8 simulated devices")
+    values = {"w": np.arange(16 * 24, dtype=np.float32).reshape(16, 24), "n": np.arange(8, dtype=np.int32)}
+
+    def place(shape: tuple[int, int], spec: P) -> Any:
+        mesh = Mesh(np.array(devices[: shape[0] * shape[1]]).reshape(shape), ("x", "y"))
+        return {k: jax.device_put(v, NamedSharding(mesh, spec if v.ndim == 2 else P())) for k, v in values.items()}
+
+    saved = Checkpoints(tmp_path)
+    saved.save(1, place((4, 2), P("x", "y")), {})
+    for shape, spec in [((2, 4), P("y", "x")), ((8, 1), P(None, "x")), ((1, 1), P())]:
+        like = place(shape, spec)
+        found, _, _ = saved.restore(abstract(like))
+        for key in values:
+            assert found[key].sharding == like[key].sharding
+            np.testing.assert_array_equal(np.asarray(found[key]), values[key])
+    saved.close()
+
+
+@pytest.mark.parametrize(
+    ("scores", "keep_last", "keep_best", "wanted"),
+    [
+        ([None] * 5, 2, 1, [4, 5]),
+        ([3.0, 1.0, 2.0, 4.0, 5.0], 1, 1, [2, 5]),
+        ([3.0, 1.0, 2.0, 4.0, 5.0], 2, 2, [2, 3, 4, 5]),
+        ([1.0, float("nan"), 2.0, float("inf"), None], 1, 1, [1, 5]),
+        ([2.0, 1.0, 1.0, 3.0, 3.0], 1, 1, [3, 5]),  # of equals the newer
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1, 0, [5]),
+    ],
+)
+def test_the_last_and_the_best_are_kept(tmp_path, scores, keep_last, keep_best, wanted):
+    saved = Checkpoints(tmp_path, keep_last, keep_best)
+    for step, score in enumerate(scores, 1):
+        saved.save(step, {"x": jnp.float32(step)}, {}, score)
+    saved.close()
+    assert saved.steps() == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, wanted))
+    finite = [s for s in wanted if scores[s - 1] is not None and np.isfinite(scores[s - 1])]
+    assert (saved.best() in finite) if finite else saved.best() is None
+
+
+def test_a_step_saved_again_replaces_itself(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(3, {"x": jnp.float32(1)}, {"n": 1})
+    saved.save(3, {"x": jnp.float32(2)}, {"n": 2})
+    state, meta, _ = saved.restore({"x": jax.ShapeDtypeStruct((), jnp.float32)})
+    assert float(state["x"]) == 2 and meta == {"n": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["3"]
+    saved.close()
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="keep_last is at least 1"):
+        Checkpoints(tmp_path, keep_last=0)
+    saved = Checkpoints(tmp_path)
+    with pytest.raises(TypeError):
+        saved.save(1, {"x": jnp.ones(2)}, {"not json": object()})
+    with pytest.raises(ValueError, match="key_data"):
+        saved.save(1, {"key": jax.random.key(0)}, {})
+    with pytest.raises(ValueError, match="same path"):
+        saved.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_leaves_no_half_checkpoint_and_is_told_once(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "c")
+    before = everything(folder)
+    saved = Checkpoints(folder)
+    with largest_file(100_000):
+        saved.save(3, {"x": jax.random.normal(jax.random.key(0), (1 << 18,))}, {})
+        with pytest.raises(OSError, match=r"step 3 was not written.*steps 1, 2 are intact"):
+            saved.wait()
+    saved.wait()  # told already
+    assert everything(folder) == before
+    saved.save(4, make_state(4), {})  # space again
+    saved.close()
+    assert saved.steps() == [2, 4]
+
+
+@pytest.mark.parametrize("when", ["save", "close", "restore"])
+def test_the_error_of_a_save_surfaces_at_the_next_call(two, tmp_path, when):
+    folder = shutil.copytree(two, tmp_path / "c")
+    saved = Checkpoints(folder)
+    with largest_file(100_000):
+        saved.save(3, {"x": jax.random.normal(jax.random.key(0), (1 << 18,))}, {})
+        assert saved._thread is not None
+        saved._thread.join()
+    with pytest.raises(OSError, match="step 3 was not written"):
+        {"save": lambda: saved.save(4, {}, {}), "close": saved.close, "restore": lambda: saved.restore({})}[when]()
+    saved.close()
+
+
+def test_a_full_disk_is_told_as_such(tmp_path):
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True)
+    if made.returncode:
+        pytest.skip("no right to mount a small tmpfs")
+    try:
+        saved = Checkpoints(tmp_path)
+        saved.save(1, make_state(1), {})
+        saved.wait()
+        before = everything(tmp_path)
+        with pytest.raises(OSError, match="step 2 was not written: no space left on the disk; checkpoints of steps 1 are intact"):
+            saved.save(2, {"x": jax.random.normal(jax.random.key(0), (1 << 20,))}, {})
+            saved.wait()
+        assert everything(tmp_path) == before
+        saved.save(2, make_state(2), {})
+        saved.close()
+        state, _, step = saved.restore(abstract(make_state(0)))
+        assert step == 2 and is_exactly(state, make_state(2))
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_can_still_be_read(two):
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(two, Path(name) / "c")
+        Path(name).chmod(0o755)
+        before, user = everything(folder), os.geteuid()
+        folder.chmod(0o555)
+        saved = Checkpoints(folder)
+        saved.restore(abstract(make_state(0)))  # imports what it needs while it may
+        try:
+            if user == 0:
+                os.seteuid(65534)  # root may write anywhere
+            with pytest.raises(OSError, match=r"step 3 was not written: the folder can't be written.*steps 1, 2 are intact"):
+                saved.save(3, make_state(3), {})
+            restored = saved.restore(abstract(make_state(0)))
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+        assert restored is not None and restored[2] == 2 and everything(folder) == before
+        saved.close()
+
+
+KILLED = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    import jax.numpy as jnp
+    from jaxft.checkpoint import Checkpoints
+    saved = Checkpoints(Path(sys.argv[1]))
+    found = saved.restore({"x": jnp.zeros((300, 1000)), "n": jnp.int32(0)})
+    step = found[2] if found else 0
+    print("start", step, flush=True)
+    while True:
+        step += 1
+        saved.save(step, {"x": jnp.full((300, 1000), step, jnp.float32) * jnp.arange(1000), "n": jnp.int32(step)}, {"step": step})
+        print(step, flush=True)
+""")
+
+
+def test_kill_9_while_saving_leaves_the_last_complete_checkpoint(tmp_path):
+    folder, generator, reached = tmp_path / "c", np.random.default_rng(0), 0
+    for _ in range(3):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0] == f"start {reached}\n"
+        time.sleep(generator.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        told = [int(text) for text in [*lines[1:], *process.stdout.read().splitlines()]]
+        process.wait()
+        like = {"x": jax.ShapeDtypeStruct((300, 1000), jnp.float32), "n": jax.ShapeDtypeStruct((), jnp.int32)}
+        found = Checkpoints(folder, say=pytest.fail).restore(like)
+        assert found is not None
+        state, meta, reached = found
+        assert reached >= told[-1] - 1 and meta == {"step": reached} and int(state["n"]) == reached
+        np.testing.assert_array_equal(np.asarray(state["x"])[7], np.float32(reached) * np.arange(1000, dtype=np.float32))
+    saved = Checkpoints(folder)
+    saved.save(reached + 1, {"x": jnp.zeros((300, 1000)), "n": jnp.int32(0)}, {})
+    saved.close()
+    assert sorted(p.name for p in folder.iterdir()) == sorted(map(str, saved.steps()))  # nothing of the killed saves is left

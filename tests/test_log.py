@@ -1,0 +1,329 @@
+"""Laws of the log: a resumed metrics.jsonl equals an uninterrupted one; the terminal view never garbles plain output."""
+
+import io
+import json
+import math
+import os
+import resource
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from jaxft import log
+from jaxft.log import Log
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def numbers(step: int) -> dict[str, float]:
+    return {"loss": float(np.sin(step) ** 2 + 1 / 3), "learning_rate": 1e-4 / step, "num_tokens": 100 * step}
+
+
+def work(folder: Path, first: int, last: int, before_step_1: bool = True, **settings) -> None:
+    """The calls that a training run makes between two steps."""
+    writer = Log(folder, total_steps=10, start_step=first, quiet=True, **settings)
+    if first == 0 and before_step_1:
+        writer.step(0, {"eval_loss": 2.5}, {})
+    for step in range(first + 1, last + 1):
+        writer.step(step, numbers(step), {"seconds": float(np.random.rand())})
+        if step % 4 == 0:
+            writer.step(step, {"eval_loss": 1 / step}, {})
+    if last == 10:
+        writer.step(10, {"eval_loss": 0.1, "general_loss": 3.0}, {})
+    writer.close()
+
+
+def lines(folder: Path) -> list[dict]:
+    entries = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "perf"} for entry in entries]
+
+
+@pytest.mark.parametrize("restored", [0, 1, 4, 7, 10])
+@pytest.mark.parametrize("killed", [4, 8, 10])
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, killed, restored):
+    if restored > killed:
+        pytest.skip("a checkpoint is not ahead of the log")
+    work(tmp_path / "whole", 0, 10)
+    work(tmp_path / "parts", 0, killed)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0.')  # killed in the middle of a line
+    work(tmp_path / "parts", restored, 10)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_line_half_written_is_dropped_though_it_is_json_so_far(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}')
+    Log(tmp_path, 5, start_step=2, quiet=True).close()
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_cutting_is_atomic_and_leaves_a_whole_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
+    path.write_text(text)
+    inode = path.stat().st_ino
+    log.cut(path, 2)
+    assert path.stat().st_ino == inode and path.read_text() == text
+
+    def fails(handle):
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="no"):
+        log.cut(path, 1)
+    assert path.read_text() == text  # a cut that fails changes nothing
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+@settings(max_examples=200)
+def test_a_float_comes_back_as_the_same_bits(value):
+    found = json.loads(log.line(1, {"x": value}, {}))["x"]
+    assert struct.pack("<d", found) == struct.pack("<d", value)
+
+
+def test_float32_scalars_are_written_by_their_exact_value():
+    value = np.float32(0.1)
+    assert json.loads(log.line(1, {"x": value}, {}))["x"] == float(value)
+
+
+def test_values_that_are_not_finite_are_null_and_the_line_is_json():
+    text = log.line(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 7}, {"mfu": math.nan})
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found == {"step": 1, "a": None, "b": None, "c": None, "d": 7, "perf": {"mfu": None}}
+
+
+def test_times_and_memory_are_nowhere_but_under_perf():
+    entry = json.loads(log.line(3, {"loss": 1.0}, {"seconds": 2.0, "memory_gib": 1.0}))
+    assert list(entry) == ["step", "loss", "perf"] and set(entry["perf"]) == {"seconds", "memory_gib"}
+    assert "perf" not in json.loads(log.line(3, {"loss": 1.0}, {}))
+
+
+@pytest.mark.parametrize("name", ["step", "perf"])
+def test_a_metric_does_not_hide_the_step(name):
+    with pytest.raises(ValueError, match=f"can't be called '{name}'"):
+        log.line(1, {name: 1.0}, {})
+
+
+def records(path: Path) -> list[bytes]:
+    """Records of length, crc, content, crc."""
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        found.append(data[at + 12 : at + 12 + size])
+        at += 16 + size
+    return found
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """All scalars of a TensorBoard folder."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for record in (r for path in sorted(folder.iterdir()) for r in records(path)):
+        event = Event.FromString(record)
+        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        if event.session_log.status:
+            found.append((event.step, "start", 0.0))
+    return found
+
+
+def test_the_tensorboard_file_is_what_tensorboardx_would_write(tmp_path):
+    from tensorboardX.record_writer import RecordWriter
+
+    writer = Log(tmp_path, 4, quiet=True)
+    writer.step(1, {"loss": 0.5, "rewards/margins": 2.0}, {})
+    writer.close()
+    (ours,) = (tmp_path / "tensorboard").iterdir()
+    assert ours.name.startswith("events.out.tfevents.")
+    theirs = RecordWriter(str(tmp_path / "theirs"))
+    for record in records(ours):
+        theirs.write(record)
+    theirs.close()
+    assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert records(ours)[0].endswith(b"brain.Event:2")
+
+
+def test_a_tensorboard_folder_on_a_full_disk_ends_the_run_and_never_hangs_it(tmp_path, monkeypatch):
+    writer = Log(tmp_path, 50, quiet=True)
+    folder = tmp_path / "tensorboard"
+    size = max(p.stat().st_size for p in [*folder.iterdir(), tmp_path / "metrics.jsonl"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2000, hard))
+    try:
+        with pytest.raises(OSError, match="metrics can't be written"):
+            for step in range(50):
+                writer.step(step, {f"a{i}": 1.0 for i in range(9)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
+
+
+def test_tensorboard_has_every_finite_number_and_a_mark_where_the_run_went_on(tmp_path):
+    first = Log(tmp_path, 4, quiet=True)
+    first.step(1, {"loss": 0.5, "bad": math.nan}, {"mfu": 0.25})
+    first.step(2, {"loss": 0.25}, {})
+    assert (2, "loss", 0.25) in events(tmp_path / "tensorboard")  # before close: a killed run has it too
+    first.close()
+    second = Log(tmp_path, 4, start_step=1, quiet=True)
+    second.step(2, {"loss": 0.125}, {})
+    second.close()
+    found = events(tmp_path / "tensorboard")
+    assert {(1, "loss", 0.5), (1, "perf/mfu", 0.25), (2, "start", 0.0), (2, "loss", 0.125)} <= set(found)
+    assert "bad" not in {tag for _, tag, _ in found}
+
+
+def plain_log(folder: Path, **settings) -> tuple[Log, io.StringIO]:
+    out = io.StringIO()
+    return Log(folder, total_steps=20, console=Console(file=out, width=80), **settings), out
+
+
+PERF = {"seconds": 0.5, "tokens_per_second": 1234.5, "mfu": 0.415, "memory_gib": 2.0}
+
+
+def test_without_a_terminal_each_logged_step_is_one_plain_line(tmp_path):
+    writer, out = plain_log(tmp_path)
+    writer.message("hello [red]not markup[/red]")
+    for step in (1, 2):
+        writer.step(step, {**numbers(step), "grad_norm": 0.5, "rewards/margins": 1e-5, "skipped": 0.0}, PERF)
+    writer.step(2, {"eval_loss": 2.25}, {})
+    writer.close()
+    said = out.getvalue().splitlines()
+    assert len(said) == 4 and "\x1b" not in out.getvalue()
+    assert said[0] == "hello [red]not markup[/red]"
+    wanted = "step 1/20  loss 1.041  lr 1.00e-04  grad 0.5  rewards/margins 1.00e-05  1,234 tok/s  MFU 41.5%  2.00 GiB"
+    assert said[1].startswith(wanted)
+    assert "eta 0:00" in said[2] and said[3] == "step 2/20  eval loss 2.25"
+
+
+def test_text_from_the_data_does_not_steer_the_terminal(tmp_path):
+    writer, out = plain_log(tmp_path)
+    writer.message("row 0: \x1b[2J\x07 two\nlines\tand a tab")
+    writer.close()
+    assert out.getvalue().expandtabs() == "row 0: \ufffd[2J\ufffd two\nlines\tand a tab\n".expandtabs()
+
+
+def test_a_long_message_is_not_wrapped_and_quiet_says_nothing(tmp_path):
+    writer, out = plain_log(tmp_path / "a")
+    writer.message("x" * 300)
+    assert out.getvalue() == "x" * 300 + "\n"
+    writer.close()
+    writer, out = plain_log(tmp_path / "b", quiet=True)
+    writer.message("x")
+    writer.step(1, {"loss": 1.0}, {})
+    writer.close()
+    assert out.getvalue() == "" and lines(tmp_path / "b") == [{"step": 1, "loss": 1.0}]
+
+
+def test_skipped_steps_are_shown_where_there_are_any(tmp_path):
+    writer, out = plain_log(tmp_path)
+    writer.step(1, {"loss": 1.0, "skipped": 1.0}, {})
+    writer.close()
+    assert out.getvalue() == "step 1/20  loss 1  skipped 1\n"
+
+
+def test_the_live_view_shows_progress_and_messages_and_gives_the_cursor_back(tmp_path):
+    class Utf8(io.StringIO):
+        encoding = "utf-8"
+
+    out = Utf8()
+    console = Console(file=out, force_terminal=True, width=100, record=True, legacy_windows=False, _environ={"TERM": "xterm"})
+    writer = Log(tmp_path / "my-run", total_steps=8, console=console)
+    writer.message("above the view")
+    for step in range(1, 9):
+        writer.step(step, {**numbers(step), "skipped": 0.0}, PERF)
+    writer.step(8, {"eval_loss": 1.5}, {})
+    writer.close()
+    writer.close()
+    text, raw = console.export_text(), out.getvalue()
+    assert "above the view" in text
+    last = text[text.rindex("my-run") :]
+    parts = ["8/8", "100%", "elapsed, eta 0:00", "loss 1.312", "eval loss 1.5", "lr 1.25e-05"]
+    parts += ["1,234 tok/s", "MFU 41.5%", "2.00 GiB"]
+    for part in parts:
+        assert part in last, part
+    assert any(block in last for block in log.SPARKS)
+    assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1
+    assert "step 8/8" not in text  # no plain lines beside the view
+
+
+def test_the_view_fits_a_narrow_terminal(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, record=True, _environ={"TERM": "xterm"})
+    writer = Log(tmp_path, total_steps=8, console=console)
+    writer.step(1, numbers(1), PERF)
+    writer.close()
+    assert max(map(len, console.export_text().splitlines())) <= 40
+
+
+def test_standard_output_that_is_no_terminal_and_no_utf8_still_works(tmp_path):
+    says = "w.message('caf\\u00e9 \\U0001f600'); w.step(1, {'loss': 1.5}, {}); w.close()"
+    code = f"from jaxft.log import Log; w = Log({str(tmp_path)!r}, 2); {says}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "caf? ?\nstep 1/2  loss 1.5\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [([], ""), ([1.0, 1.0], "▁▁"), ([0.0, 1.0, 0.5], "▁█▅"), ([math.nan, 0.0, 1.0], " ▁█"), ([math.inf], "")],
+)
+def test_sparkline(values, wanted):
+    assert log.sparkline(values) == wanted
+
+
+def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
+    writer = Log(tmp_path, 5, quiet=True)
+    writer.step(1, {"loss": 1.0}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        with pytest.raises(OSError, match=r"metrics can't be written: File too large; mend that and run again"):
+            writer.step(2, {"loss": 1.0}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
+    work(tmp_path, 1, 2, before_step_1=False)  # the broken end is cut, the run goes on
+    assert [entry["step"] for entry in lines(tmp_path)] == [1, 2]
+
+
+def test_a_tracker_that_is_unknown_or_missing_is_one_line_before_anything_starts(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="trackers has 'mlflow'; known are wandb, trackio"):
+        Log(tmp_path, 5, trackers=("mlflow",))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"'wandb', which is not installed .*pip install 'jaxft\[track\]'"):
+        Log(tmp_path, 5, trackers=("wandb",))
+
+
+def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+    run = types.SimpleNamespace(
+        define_metric=lambda name, step_metric: calls.append(("define", name, step_metric)),
+        log=lambda values: calls.append(("wandb", values)),
+        finish=lambda: calls.append(("wandb finish",)),
+    )
+    wandb = types.SimpleNamespace(init=lambda **settings: calls.append(("init", settings["id"], settings["resume"])) or run)
+    trackio = types.SimpleNamespace(
+        init=lambda **settings: calls.append(("trackio init", settings["name"], settings["resume"])),
+        log=lambda values, step: calls.append(("trackio", step, values)),
+        finish=lambda: calls.append(("trackio finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    for first in (0, 1):
+        writer = Log(tmp_path / "r", 5, start_step=first, quiet=True, trackers=("wandb", "trackio"))
+        writer.step(first + 1, {"loss": 1.5}, {"mfu": 0.5})
+        writer.close()
+    assert ("wandb", {"loss": 1.5, "perf/mfu": 0.5, "step": 2}) in calls
+    assert ("trackio", 1, {"loss": 1.5, "perf/mfu": 0.5}) in calls
+    assert [c[0] for c in calls].count("wandb finish") == [c[0] for c in calls].count("trackio finish") == 2
+    identities = {c[1] for c in calls if c[0] == "init"}
+    assert len(identities) == 1 and ("trackio init", "r", "allow") in calls
