@@ -107,7 +107,7 @@ def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed:
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, found = accumulated(state, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         after = (optax.apply_updates(state.trainable, updates), opt_state)

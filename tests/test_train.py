@@ -1,0 +1,226 @@
+"""Laws of the step: additivity, packing, meshes, partition, non-finite steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import batch_of, close, examples, micro, one_by_one, tiny
+
+from jaxft import evaluate, metrics, optim, params, prepare, sharding, tree
+from jaxft.lora import Adapter
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim, make_optimizer
+from jaxft.train import TrainState, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def loss_and_grads(model, whole, batch):
+    objective = sft(model)
+    return jax.value_and_grad(lambda p: objective(p, batch, None, {})[0])(whole)
+
+
+def state_of(trainable, tx):
+    return TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32))
+
+
+def gradient_of(model, whole, batch):
+    """Loss and summed gradients as the train step makes them: SGD with rate 1 moves by exactly the gradient."""
+    tx = optax.sgd(1.0)
+    step = jax.jit(make_train_step(sft(model), tx, 0))
+    state, found = step(state_of(whole, tx), jax.tree.map(lambda _: None, whole), batch)
+    return metrics.read(found)["loss"], jax.tree.map(jnp.subtract, whole, state.trainable)
+
+
+def test_accumulation_is_the_big_batch_for_rows_of_unequal_length():
+    model, whole = tiny()
+    batch = one_by_one(examples(8))
+    one = gradient_of(model, whole, micro(batch, 1))
+    for count in (2, 4, 8):
+        close(gradient_of(model, whole, micro(batch, count)), one)
+
+
+def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
+    model, whole = tiny()
+    batch = one_by_one(examples(6))
+    total = loss_and_grads(model, whole, batch)
+    parts = [loss_and_grads(model, whole, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2, 4)]
+    close(jax.tree.map(lambda *x: sum(x), *parts), total)
+
+
+def test_packed_is_unpacked():
+    model, whole = tiny()
+    some = examples(6)
+    weight = 1 / sum(len(ids) - prompt for ids, prompt in some)
+    packed = batch_of([some[:3], some[3:]], 48, 40, weight)
+    close(loss_and_grads(model, whole, packed), loss_and_grads(model, whole, one_by_one(some)))
+
+
+def test_padding_rows_change_nothing_and_an_empty_batch_has_loss_zero():
+    model, whole = tiny()
+    some = examples(4)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), one_by_one(some))
+    close(loss_and_grads(model, whole, padded), loss_and_grads(model, whole, one_by_one(some)))
+    loss, grads = loss_and_grads(model, whole, jax.tree.map(lambda x: x[4:], padded))
+    assert loss == 0 and all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
+
+
+def test_evaluation_gives_the_same_numbers_for_any_batch_size():
+    model, whole = tiny()
+    batch = one_by_one(examples(8))
+    step = jax.jit(evaluate.make_eval_step(sft(model)))
+    frozen = jax.tree.map(lambda _: None, whole)
+    found = []
+    for size in (1, 2, 8):
+        parts = [jax.tree.map(lambda x, i=i, n=size: x[None, i : i + n], batch) for i in range(0, 8, size)]
+        found.append(evaluate.evaluate(lambda b: step(whole, frozen, b, {}), parts))
+    assert found[0].keys() == {"loss", "entropy", "mean_token_accuracy"}
+    for other in found[1:]:
+        for name in other:
+            assert other[name] == pytest.approx(found[0][name], rel=1e-12)
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=4, targets=("q", "down", "head"))], ids=["full", "lora"])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 2)], ids=str)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(adapter, shape):
+    model, whole = tiny(adapter=adapter, tied=adapter is None)
+    batch = micro(one_by_one(examples(8)), 1)
+    one = gradient_of(model, whole, batch)
+    count = shape[0] * shape[1] * shape[2]
+    mesh = sharding.make_mesh(sharding.MeshShape(*shape), jax.devices()[:count])
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
+        many = gradient_of(model, placed, sharding.place_batch(mesh, batch))
+    close(jax.device_get(many), jax.device_get(one))
+
+
+def lora_run(tx, dropout=0.0):
+    model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
+    plain, _ = tiny()
+    t = prepare.trained(plain_model(), Adapter(rank=4, dropout=dropout), None)
+    return (*prepare.split(t, whole), jax.jit(make_train_step(sft(t.model), tx, 0)))
+
+
+def plain_model():
+    from tiny_model import CONFIG
+
+    from jaxft.models.llama import llama
+
+    return llama(CONFIG, jnp.float64)
+
+
+def test_only_the_adapter_moves():
+    tx, _ = make_optimizer(Optim(weight_decay=0.1), lora_specs(), 10)
+    trainable, frozen, step = lora_run(tx)
+    before = jax.tree.map(np.array, frozen)
+    state = state_of(trainable, tx)
+    batch = micro(one_by_one(examples(4)), 2)
+    for _ in range(3):
+        state, _ = step(state, frozen, batch)
+    assert set(tree.paths(trainable)) == {p for p in params.spec_paths(lora_specs())}
+    assert all(p.endswith(("/a", "/b")) for p in tree.paths(trainable))
+    for path, leaf in tree.paths(state.trainable).items():
+        assert np.any(np.asarray(leaf) != np.asarray(tree.paths(trainable)[path])), path
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
+
+
+def lora_specs():
+    return prepare.trained(plain_model(), Adapter(rank=4), None).trainable_specs
+
+
+def test_a_nonfinite_step_changes_nothing_but_is_counted():
+    tx, _ = make_optimizer(Optim(), lora_specs(), 10)
+    trainable, frozen, step = lora_run(tx)
+    state = state_of(trainable, tx)
+    good = micro(one_by_one(examples(4)), 2)
+    bad = good.replace(token_weights=good.token_weights.at[1, 0, 0].set(jnp.nan))
+    state, _ = step(state, frozen, good)
+    after, found = step(state, frozen, bad)
+    assert metrics.read(found)["skipped"] == 1 and after.bad.tolist() == [1, 1] and after.step == 2
+    same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # noqa: E731
+    jax.tree.map(same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
+    again, found = step(after, frozen, good)
+    assert again.bad.tolist() == [1, 0] and metrics.read(found)["skipped"] == 0
+
+
+def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
+    tx = optax.sgd(0.0)
+    trainable, frozen, step = lora_run(tx, dropout=0.5)
+    batch = micro(one_by_one(examples(4)), 1)
+    state = state_of(trainable, tx)
+    state, first = step(state, frozen, batch)
+    _, second = step(state, frozen, batch)
+    _, first_again = step(state_of(trainable, tx), frozen, batch)
+    losses = [metrics.read(m)["loss"] for m in (first, second, first_again)]
+    assert losses[0] == losses[2] and losses[0] != losses[1]
+
+
+def test_remat_policies_give_the_same_gradients():
+    found = []
+    for remat in ("none", "full", "attention", "projections"):
+        model, whole = tiny(remat=remat)
+        found.append(loss_and_grads(model, whole, one_by_one(examples(4))))
+    for other in found[1:]:
+        close(other, found[0])
+
+
+@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
+def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
+    specs = {
+        "layers": {"w": params.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), params.constant(0.0))},
+        "norms": params.ParamSpec((3, 130), ("layers", "norm"), params.constant(0.0)),
+    }
+    settings = Optim(optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant, warmup=0.0)
+    stacked = params.init_params({"layers": {"w": params.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), params.normal(1.0))},
+                                  "norms": params.ParamSpec((3, 130), ("layers", "norm"), params.normal(1.0))}, jax.random.key(1))
+    scales = jnp.array([1.0, 100.0, 0.01])  # layers whose gradients differ in size
+    grads = [jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked) for k in range(3)]
+
+    def run(specs, start, grads):
+        tx, _ = make_optimizer(settings, specs, 10)
+        state = tx.init(start)
+        for g in grads:
+            updates, state = tx.update(g, state, start)
+            start = optax.apply_updates(start, updates)
+        return start
+
+    whole = run(specs, stacked, grads)
+    single = jax.tree.map(lambda s: params.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=params.is_spec)
+    for i in range(3):
+        layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
+        close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
+
+
+def test_weight_decay_reaches_matrices_only():
+    mask = tree.paths(optim.decay_mask(plain_model().specs))
+    assert {p for p, m in mask.items() if not m} == {"layers/attn_norm", "layers/mlp_norm", "final_norm"}
+
+
+def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
+    specs = lora_specs()
+    trainable = params.init_params(specs, jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, trainable)
+
+    def updates(groups):
+        tx, _ = make_optimizer(Optim(lr_groups=groups, warmup=0.0), specs, 10)
+        return tree.paths(tx.update(grads, tx.init(trainable), trainable)[0])
+
+    plain, plus = updates(()), updates((("adapter/.*/b", 16.0),))
+    for path in plain:
+        np.testing.assert_allclose(plus[path], plain[path] * (16.0 if path.endswith("/b") else 1.0), rtol=1e-6)
+    with pytest.raises(ValueError, match="matches none"):
+        updates((("nothing", 2.0),))
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_warm_up_from_zero_and_end_where_they_say(name):
+    schedule = getattr(optim, name)(1.0, 0.1, 10, 100)
+    assert float(schedule(0)) == 0.0 and float(schedule(5)) == pytest.approx(0.5) and float(schedule(10)) == pytest.approx(1.0)
+    assert float(schedule(100)) == pytest.approx(1.0 if name == "constant" else 0.1)
+    after = [float(schedule(i)) for i in range(10, 101)]
+    assert all(a >= b for a, b in zip(after, after[1:]))
