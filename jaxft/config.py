@@ -94,7 +94,11 @@ def load(path: str, overrides: list[str]) -> Any:
     if not dotted:
         return root
     final = _apply(root, dotted)
-    _refuse_computed(fn, {k: knobs.get(k, default) for k, (_, default) in known.items()}, root, dotted)
+    sections = {steps for steps in dotted if dataclasses.is_dataclass(_get(root, steps))}  # set to none as a whole
+    alone = {steps: item for steps, item in dotted.items() if steps not in sections}
+    settings = {k: knobs.get(k, default) for k, (_, default) in known.items()}
+    _refuse_computed(fn, settings, list(knobs), root, dotted)
+    _refuse_computed(fn, settings, [k for k in known if k not in knobs], root, alone)
     return final
 
 
@@ -161,10 +165,11 @@ def _apply(node: Any, dotted: dict[tuple[str, ...], tuple[str, str]]) -> Any:
 # Fields that the config computed from a knob
 
 
-def _refuse_computed(fn: Callable, knobs: dict[str, Any], root: Any, dotted: dict[tuple[str, ...], tuple[str, str]]) -> None:
-    """Call the config with each knob changed: a field that changes along is the knob's, and setting both would contradict."""
+def _refuse_computed(fn: Callable, knobs: dict[str, Any], tried: list[str], root: Any, dotted: dict) -> None:
+    """Call the config with each knob of `tried` changed: a field that changes along is the knob's, setting both contradicts."""
     hints = _knobs(fn)
-    for knob, value in knobs.items():
+    for knob in tried if dotted else ():
+        value = knobs[knob]
         for other in _others(value, hints[knob][0]):
             try:
                 changed = fn(**{**knobs, knob: other})
@@ -180,10 +185,10 @@ def _brief(value: Any) -> str:
 
 
 def _follows(fn: Callable, knobs: dict[str, Any], knob: str, other: Any, pair: tuple[Any, Any], steps: tuple[str, ...]) -> bool:
-    try:
-        before, after = _get(pair[0], steps), _get(pair[1], steps)
-    except AttributeError:  # the section itself came or went with the knob
-        return True
+    for i in range(len(steps)):
+        if type(_get(pair[0], steps[:i])) is not type(_get(pair[1], steps[:i])):
+            return False  # the section itself comes and goes with the knob: that says nothing about its fields
+    before, after = _get(pair[0], steps), _get(pair[1], steps)
     if not isinstance(other, str) or other != knobs[knob]:
         return describe(before) != describe(after)
     # A text is often a name that is looked up (a model, a file), so it isn't changed but followed, as an equal copy

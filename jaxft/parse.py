@@ -137,7 +137,7 @@ def parse(text: str, kind: Any) -> Any:
     elif dataclasses.is_dataclass(kind):
         raise ValueError(f"it is a section; set its fields: {', '.join(f.name for f in dataclasses.fields(kind))}")
     else:
-        raise ValueError(f"a {kind_name(kind)} can't be written on the command line; change the config file")
+        raise ValueError("such a value can't be written on the command line; change the config file")
     raise ValueError(f"wanted {kind_name(kind)}")
 
 
@@ -154,12 +154,12 @@ def _parse_union(text: str, kind: Any, kinds: tuple[Any, ...]) -> Any:
     raise ValueError(f"wanted {kind_name(kind)}")
 
 
-def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple:
-    items = [item.strip() for item in text.split(",")] if text else []
+def _parse_tuple(text: str, args: tuple[Any, ...], mark: str = ",") -> tuple:
+    items = [item.strip() for item in text.split(mark)] if text else []
     if items and items[-1] == "":
         items.pop()  # "a," is the tuple of one
-    if not args or args[-1] is ...:
-        return tuple(parse(item, args[0] if args else str) for item in items)
-    if len(items) != len(args):
-        raise ValueError(f"wanted {len(args)} values, found {len(items)}")
-    return tuple(parse(item, k) for item, k in zip(items, args, strict=True))
+    kinds = args[:1] * len(items) if len(args) == 2 and args[1] is ... else args or (str,) * len(items)
+    if len(items) != len(kinds):
+        raise ValueError(f"wanted {len(kinds)} values with {mark!r} between, found {len(items)}")
+    inner = [typing.get_args(k) if typing.get_origin(k) is tuple and mark == "," else None for k in kinds]  # a:1,b:2
+    return tuple(parse(i, k) if t is None else _parse_tuple(i, t, ":") for i, k, t in zip(items, kinds, inner, strict=True))

