@@ -218,6 +218,7 @@ def _backward(arrays, o, lse_CKM, do, block, dtype):
     def query_block(carry, i):
         q_KME, q_KEM = _queries(q_CNKGE, i, dtype), _queries(q_CNKGE, i, dtype, True)
         do_KME, do_KEM = _queries(do, i, dtype), _queries(do, i, dtype, True)
+        lse_KM = lse_CKM[i]
         delta_KM = (do_KME.astype(wide) * _queries(o, i, dtype).astype(wide)).sum(2)
 
         def visit(n, carry):
@@ -225,7 +226,7 @@ def _backward(arrays, o, lse_CKM, do, block, dtype):
             j = places[i, n]
             k_KNE = _floats(k_CKNE[j], dtype)
             s_KMN = _scores(q_KME, k_KNE, segments_CN, branches_CN, i, j)
-            p_KMN = jnp.exp(s_KMN - lse_CKM[i][:, :, None]).astype(dtype)
+            p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
             dv_CKEN = _add(dv_CKEN, j, _dot("kem,kmn->ken", do_KEM, p_KMN))
             dp_KMN = _dot("kme,kne->kmn", do_KME, _floats(v_CKNE[j], dtype))
             ds_KMN = (p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5).astype(dtype)
