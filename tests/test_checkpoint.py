@@ -286,6 +286,23 @@ def test_a_write_that_fails_leaves_no_half_checkpoint_and_is_told_once(two, tmp_
     assert saved.steps() == [2, 4]
 
 
+def test_what_the_disk_garbled_while_writing_never_becomes_a_checkpoint(two, tmp_path, monkeypatch):
+    folder = shutil.copytree(two, tmp_path / "c")
+    before, write = everything(folder), checkpoint._write_durably
+
+    def garble(path: Path, text: str) -> None:
+        largest = max((path.parent / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+        damage_half(largest, np.random.default_rng(0))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "_write_durably", garble)
+    saved = Checkpoints(folder)
+    saved.save(3, {"x": jax.random.normal(jax.random.key(0), (1 << 14,))}, {})
+    with pytest.raises(OSError, match="step 3 was not written"):
+        saved.close()
+    assert everything(folder) == before
+
+
 @pytest.mark.parametrize("when", ["save", "close", "restore"])
 def test_the_error_of_a_save_surfaces_at_the_next_call(two, tmp_path, when):
     folder = shutil.copytree(two, tmp_path / "c")
