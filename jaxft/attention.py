@@ -285,9 +285,10 @@ def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
     padded = q.shape[1]
     size = next(n for n in (512, 384, 256, 128) if padded % n == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": size for name in names}
     kernel = kernels.make_splash_mha_single_device(
         kernels.MultiHeadMask([kernels.CausalMask((padded, padded))] * H),
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=kernels.BlockSizes(**sizes),
         residual_checkpoint_name="attn_out",
         interpret=interpret,
     )
