@@ -103,7 +103,7 @@ def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_ax
             PartitionSpec() if axes is None or x is None else partition_spec(mesh, axes, x.shape)
             for axes, x in zip(in_axes, args, strict=True)
         )
-        out = partition_spec(mesh, out_axes)
+        out = partition_spec(mesh, out_axes, jax.eval_shape(fn, *args).shape)
         return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     return call

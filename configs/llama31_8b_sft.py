@@ -1,0 +1,49 @@
+"""Llama-3.1-8B-Instruct, LoRA on one 80 GB GPU or sharded over several; in full over 8 of them.
+
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
+
+Needs access to the model on the hub (HF_TOKEN). Long logs: set loop.log_every. A mesh that shards the base over 2 GPUs of
+24 GB works too: mesh.fsdp=2.
+"""
+
+import jax.numpy as jnp
+
+from jaxft import optim
+from jaxft.data.source import Rows
+from jaxft.lora import Adapter
+from jaxft.objectives.sft import sft
+from jaxft.sharding import MeshShape
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    data: str = "configs/data/finetuning.jsonl",
+    model: str = "meta-llama/Llama-3.1-8B-Instruct",
+    name: str = "llama31_8b_sft",
+    full: bool = False,
+    lr: float | None = None,
+    rank: int = 16,
+    epochs: float = 2.0,
+    batch: int = 16,
+    micro: int = 2,
+    max_length: int = 4096,
+    seed: int = 0,
+) -> Run:
+    """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
+    return Run(
+        name=name,
+        weights=model,
+        model=model_for(model, dtype=jnp.bfloat16, remat="attention"),
+        objective=sft,
+        data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
+        adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
+        optim=optim.Optim(
+            lr=lr if lr is not None else 1e-5 if full else 2e-4, optimizer=optim.adafactor if full else optim.adamw
+        ),
+        mesh=MeshShape(data=1, fsdp=-1),
+        loop=Loop(log_every=10, eval_every=100, save_every=100),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )

@@ -1,0 +1,45 @@
+"""Llama-3.2-1B-Instruct, LoRA or in full, on instruction rows of your own.
+
+    python scripts/train.py --config configs/llama32_1b_sft.py data=rows.jsonl
+
+One GPU of 16 GB for LoRA (rank 16, packed 4 x 2048), 40 GB for full=true; needs access to the model on the hub (HF_TOKEN).
+"""
+
+import jax.numpy as jnp
+
+from jaxft.data.source import Rows
+from jaxft.lora import Adapter
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim
+from jaxft.sharding import MeshShape
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    data: str = "configs/data/finetuning.jsonl",
+    model: str = "meta-llama/Llama-3.2-1B-Instruct",
+    name: str = "llama32_1b_sft",
+    full: bool = False,
+    lr: float | None = None,
+    rank: int = 16,
+    epochs: float = 2.0,
+    batch: int = 16,
+    micro: int = 4,
+    max_length: int = 2048,
+    seed: int = 0,
+) -> Run:
+    """SFT of a 1B model; lr is 2e-4 for LoRA and 1e-5 for full fine-tuning unless you set it."""
+    return Run(
+        name=name,
+        weights=model,
+        model=model_for(model, dtype=jnp.bfloat16, remat="attention"),
+        objective=sft,
+        data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
+        adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
+        optim=Optim(lr=lr if lr is not None else 1e-5 if full else 2e-4),
+        mesh=MeshShape(data=1, fsdp=-1),
+        loop=Loop(log_every=10, eval_every=100, save_every=100),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )

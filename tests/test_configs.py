@@ -1,0 +1,58 @@
+"""Every shipped config builds as shapes, without weights, rows or a network."""
+
+import socket
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxft import config, describe, params, train, tree
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a config reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_builds_abstractly(path):
+    run = config.load(str(path), [])
+    programs, batch = train.abstract(run, jax.devices()[:1])
+    assert params.count(programs.trained.trainable_specs) > 0
+    with jax.set_mesh(programs.mesh):
+        state, found = jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
+    assert jax.tree.structure(state) == jax.tree.structure(programs.state)
+    assert {"loss", "grad_norm", "skipped"} <= found.keys()
+    assert describe.describe(run)["model"]["config"]["layers"] == run.model.config.layers
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_docstring_says_how_to_run_it_and_what_it_takes(path):
+    text = path.read_text().split('"""')[1]
+    assert f"python scripts/train.py --config configs/{path.name}" in text and "GB" in text
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_an_8b_state_is_sharded_over_fsdp(full):
+    run = config.load("configs/llama31_8b_sft.py", [f"full={str(full).lower()}", "mesh.fsdp=8"])
+    programs, _ = train.abstract(run)
+    leaves = jax.tree.leaves((programs.state.trainable, programs.frozen))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    local = sum(leaf.sharding.shard_shape(leaf.shape)[0] * _rest(leaf) * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)
+    assert local < whole / 7.9 * 1.05
+    ours = tree.paths(programs.state.trainable)
+    for path, leaf in tree.paths(programs.state.opt_state).items():
+        like = next((ours[p] for p in ours if path.endswith("/" + p) and ours[p].shape == leaf.shape), None)
+        assert like is None or like.sharding == leaf.sharding, path
+
+
+def _rest(leaf):
+    size = 1
+    for n in leaf.sharding.shard_shape(leaf.shape)[1:]:
+        size *= n
+    return size
