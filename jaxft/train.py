@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Int
 
 from jaxft import attention, evaluate, metrics, prepare, report, runfolder, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
@@ -69,11 +69,11 @@ class Run:
 class TrainState:
     """All that is needed to go on. bad: non-finite steps so far, and of those the last in a row."""
 
-    step: Array
+    step: Int[Any, ""]
     trainable: Any
     opt_state: Any
     aux: Any
-    bad: Array
+    bad: Int[Any, "2"]
 
 
 def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed: int) -> Callable:
@@ -110,12 +110,9 @@ def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed:
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        after = (optax.apply_updates(state.trainable, updates), opt_state)
-        if hasattr(objective, "after_step"):
-            after = (*after, objective.after_step(state.aux, after[0], found))
-        else:
-            after = (*after, state.aux)
-        before = (state.trainable, state.opt_state, state.aux)
+        moved = optax.apply_updates(state.trainable, updates)
+        aux = objective.after_step(state.aux, moved, found) if hasattr(objective, "after_step") else state.aux
+        before, after = (state.trainable, state.opt_state, state.aux), (moved, opt_state, aux)
         trainable, opt_state, aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, before)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
         one = jnp.ones((), norm.dtype)
@@ -136,8 +133,8 @@ class Programs:
     schedule: Callable
     state: TrainState  # shapes and shardings
     frozen: Any  # shapes and shardings
-    train_step: Callable
-    eval_step: Callable
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
 
 def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
@@ -187,7 +184,7 @@ def start(run: Run, p: Programs, restored: TrainState | None) -> tuple[TrainStat
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
-def compile_step(p: Programs, batch: Any) -> Callable:
+def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
     """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
     return p.train_step.lower(p.state, p.frozen, _placed(p, batch)).compile()
 
@@ -301,7 +298,7 @@ def dry_run(run: Run, record: dict[str, Any]) -> str:
     """The resolved settings, the parameter table and the planned bytes of the train step on the local devices."""
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         p, batch = abstract(run)
-        memory = compile_step(p, batch).memory_analysis()
+        memory: Any = compile_step(p, batch).memory_analysis()
     parts = {
         "parameters, optimizer and batch": memory.argument_size_in_bytes,
         "activations and temporaries": memory.temp_size_in_bytes,

@@ -6,17 +6,23 @@ A path is the leaf's dict keys and field names joined by "/", e.g. `base/layers/
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from flax import struct as _flax_struct
 
-struct = _flax_struct.dataclass
+T = TypeVar("T")
 
 
 def static(**kwargs: Any) -> Any:
     """A struct field that is part of the tree's structure, not a leaf."""
     return _flax_struct.field(pytree_node=False, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def struct(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is a pytree: flax.struct's, in a form that type checkers see through."""
+    return _flax_struct.dataclass(cls)
 
 
 def path_of(keys: tuple) -> str:

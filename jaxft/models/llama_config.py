@@ -147,7 +147,7 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
     return out
 
 
-_LLAMA3 = {"vocab": 128256, "rope_theta": 500000.0, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
+_LLAMA3: dict[str, Any] = {"vocab": 128256, "rope_theta": 500000.0, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
 _SCALED32 = RopeScaling("llama3", 32.0)
 _SCALED8 = RopeScaling("llama3", 8.0)
 _CHAT = (128001, 128008, 128009)
