@@ -1,0 +1,183 @@
+"""Speed and memory of training steps on this machine, as one JSON line.
+
+    python scripts/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
+
+Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, taken as plain text. The programs are those of
+scripts/train.py. A token counts once, when it is a real token of a row; padding and the EOS that is added do not count.
+`tokens_per_second` is all such tokens over all seconds of the steps after the first two, `peak_rss_gib` the operating
+system's figure for the whole process: loading and compiling included, and on an accelerator the host's memory only.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objective", choices=("sft",))
+    parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step: packed ones, or examples without packing")
+    parser.add_argument("--micro", type=int, default=1, help="microbatches that a step's rows are computed in")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--full", action="store_true", help="train every weight instead of LoRA on all linear layers")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the computation; trained weights are fp32")
+    parser.add_argument("--remat", default="projections", help="what a layer keeps for its backward pass")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
+    parser.add_argument("--no-packing", dest="packing", action="store_false", help="one example a row, padded")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only, no progress on stderr")
+    return parser.parse_args()
+
+
+def plain_rows(path: str, count: int) -> list[dict[str, str]]:
+    """The first `count` rows as prompt and completion."""
+    from jaxft.data.rows import read_rows
+
+    found = [row.fields for row in read_rows(path)[:count]]
+    if "question" in found[0]:
+        return [{"prompt": f["question"] + "\n", "completion": f["answer"]} for f in found]
+    return [{"prompt": f["prompt"], "completion": f["completion"]} for f in found]
+
+
+def make_run(a: argparse.Namespace, data: Path) -> Any:
+    """The settings of the baseline: AdamW at 1e-4 falling to 0, no warm-up, clipping at 1."""
+    import jax.numpy as jnp
+
+    from jaxft import optim, train, weights
+    from jaxft.data.source import Rows
+    from jaxft.lora import Adapter
+    from jaxft.objectives.sft import sft
+
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
+    rows = {"max_length": a.max_length, "packing": a.packing, "batch": a.batch, "micro": a.micro}
+    return train.Run(
+        name="bench",
+        weights=a.model,
+        model=weights.model_for(a.model, dtype=dtype, remat=a.remat),
+        objective=sft,
+        data=Rows(str(data), held_out=None, format="prompt-completion", **rows),
+        adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
+        optim=optim.Optim(
+            lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0
+        ),
+    )
+
+
+def batches(source: Any, batch: int) -> list[int]:
+    """Numbers of the batches to run: whole epochs without their last, partly filled batch, enough to time LEAST steps."""
+    full = source.stats["rows"] // batch
+    if not full:
+        raise ValueError(f"{source.stats['rows']} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch")
+    epochs = -(-(WARM + LEAST) // full)
+    return [epoch * source.steps_per_epoch + k for epoch in range(epochs) for k in range(full)]
+
+
+def useful(batch: Any, eos: int) -> int:
+    """Real tokens of a batch, the added EOS left out."""
+    return int(((batch.segments > 0) & (batch.ids != eos)).sum())
+
+
+def measure(run: Any, say: Any) -> dict[str, Any]:
+    """Load, compile and train; the numbers of the JSON line that the clock and the loss give."""
+    import jax
+
+    from jaxft import metrics, sharding, train, weights
+
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
+        tokenizer = weights.load_tokenizer(run.weights)
+        source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent)
+        numbers = batches(source, run.data.batch)
+        p = train.build(run, len(numbers))
+        state, frozen = train.start(run, p, None)
+        jax.block_until_ready((state, frozen))
+        say(f"loaded, peak {peak_gib():.2f} GiB")
+        begin = time.perf_counter()
+        step = train.compile_step(p, source.abstract)
+        compiled = time.perf_counter() - begin
+        say(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
+        seconds, tokens, losses = [], [], []
+        begin = time.perf_counter()
+        for number in numbers:
+            since = time.perf_counter()
+            batch = source.batch(number, state)
+            state, found = step(state, frozen, sharding.place_batch(p.mesh, batch))
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - since)
+            tokens.append(useful(batch, tokenizer.eos_token_id))
+            losses.append(metrics.read(found)["loss"])
+            say(f"step {len(losses)}/{len(numbers)}: loss {losses[-1]:.4f}, {tokens[-1] / seconds[-1]:.0f} tokens/s")
+    return {
+        "steps": len(seconds),
+        "timed_steps": len(seconds[WARM:]),
+        "tokens_per_second": round(sum(tokens[WARM:]) / sum(seconds[WARM:]), 1),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "loss": round(sum(losses) / len(losses), 4),
+        "compile_seconds": round(compiled, 1),
+    }
+
+
+def peak_gib() -> float:
+    """The largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def commit() -> str | None:
+    """The checked-out commit, with + where files differ from it; None outside a repository."""
+    command = ["git", "-C", sys.path[0], "describe", "--always", "--abbrev=10", "--dirty=+", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> int:
+    """Measure and print."""
+    a = arguments()
+    say = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows)))
+        found = measure(make_run(a, data), say)
+    import jax
+
+    about = {
+        "peer": "jaxft",
+        "objective": a.objective,
+        "mode": "full" if a.full else f"lora-r{a.rank}",
+        "dtype": a.dtype,
+        "packing": a.packing,
+    }
+    rest = {
+        "peak_rss_gib": round(peak_gib(), 2),
+        "remat": a.remat,
+        "optimizer": a.optimizer,
+        "batch": a.batch,
+        "micro": a.micro,
+        "max_length": a.max_length,
+        "commit": commit(),
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    print(json.dumps({**about, **found, **rest}))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.cli import one_line_errors
+
+    sys.exit(one_line_errors(main))

@@ -1,0 +1,77 @@
+"""scripts/bench.py prints the baseline's fields, counts the tokens that the baseline counts, and times only full batches."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
+
+from jaxft.data.source import Rows, sft_source
+
+SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "bench.py")
+PEER = {  # what the TRL baseline prints
+    "peer", "objective", "mode", "dtype", "packing", "steps", "tokens_per_second", "seconds", "loss", "peak_rss_gib",
+}  # fmt: skip
+ROWS = [{"question": "q" * (4 + 5 * i % 17), "answer": "a" * (5 + 3 * i % 13)} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_folder(folder / "model", tiny_torch())
+    (folder / "gsm.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return folder
+
+
+@pytest.fixture
+def bench(place, monkeypatch, capsys):
+    def run(*args):
+        files = ("--model", str(place / "model"), "--data", str(place / "gsm.jsonl"))
+        small = ("--max-length", "32", "--batch", "8", "--rank", "4", "--json")
+        monkeypatch.setattr(sys, "argv", [SCRIPT, "sft", *files, *small, *args])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("mode", [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")], ids=["full", "lora"])
+def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
+    code, out, _ = bench(*mode)
+    found = json.loads(out)
+    assert code == 0 and found.keys() >= PEER and out.count("\n") == 1
+    assert found["mode"] == ("full" if "--full" in mode else "lora-r4") and found["packing"] == ("--full" not in mode)
+    assert found["timed_steps"] == found["steps"] - 2 >= 6 and found["tokens_per_second"] > 0
+    assert 0.5 * np.log(320) < found["loss"] < 2 * np.log(320) and 0.05 < found["peak_rss_gib"] < 50
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_token_of_prompt_and_completion_counts_once_and_eos_does_not(tmp_path, packing):
+    names = runpy.run_path(SCRIPT)
+    data = tmp_path / "rows.jsonl"
+    (tmp_path / "gsm.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    rows = names["plain_rows"](str(tmp_path / "gsm.jsonl"), 20)
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = Rows(str(data), held_out=None, format="prompt-completion", max_length=32, batch=2, packing=packing)
+    tokenizer = tiny_tokenizer()
+    source = sft_source(settings, tokenizer, cache=tmp_path)
+    counted = sum(names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch))
+    assert counted == sum(min(len(r["prompt"] + r["completion"]), 32) for r in rows)
+
+
+@pytest.mark.parametrize("rows, per_epoch", [(9, 3), (8, 2), (64, 16)])
+def test_only_full_batches_are_timed_and_epochs_repeat_until_there_are_enough(rows, per_epoch):
+    numbers = runpy.run_path(SCRIPT)["batches"](SimpleNamespace(stats={"rows": rows}, steps_per_epoch=per_epoch), 4)
+    assert len(numbers) >= 8 and len(set(numbers)) == len(numbers)
+    assert all((n % per_epoch + 1) * 4 <= rows for n in numbers)
+
+
+def test_too_few_rows_for_a_batch_are_one_line(bench):
+    code, out, err = bench("--rows", "7", "--no-packing")
+    assert code == 1 and out == "" and "do not fill a batch of 8" in err and err.count("\n") == 1
