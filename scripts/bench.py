@@ -71,9 +71,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         objective=sft,
         data=Rows(str(data), held_out=None, format="prompt-completion", **rows),
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
-        optim=optim.Optim(
-            lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0
-        ),
+        optim=optim.Optim(lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0),
     )
 
 

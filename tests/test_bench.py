@@ -41,7 +41,9 @@ def bench(place, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("mode", [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "mode", [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")], ids=["full", "lora"]
+)
 def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
     code, out, _ = bench(*mode)
     found = json.loads(out)
