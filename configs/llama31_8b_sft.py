@@ -7,6 +7,8 @@ Needs access to the model on the hub (HF_TOKEN). Long logs: set loop.log_every. 
 24 GB works too: mesh.fsdp=2.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from jaxft import optim
@@ -29,13 +31,15 @@ def config(
     batch: int = 16,
     micro: int = 2,
     max_length: int = 4096,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.bfloat16, remat="attention"),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),

@@ -5,6 +5,8 @@
 One GPU of 16 GB for LoRA (rank 16, packed 4 x 2048), 40 GB for full=true; needs access to the model on the hub (HF_TOKEN).
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from jaxft.data.source import Rows
@@ -27,13 +29,15 @@ def config(
     batch: int = 16,
     micro: int = 4,
     max_length: int = 2048,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
 ) -> Run:
     """SFT of a 1B model; lr is 2e-4 for LoRA and 1e-5 for full fine-tuning unless you set it."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.bfloat16, remat="attention"),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),

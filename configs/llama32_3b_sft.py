@@ -5,6 +5,8 @@
 One GPU of 24 GB (rank 16, packed 16 x 2048 in 8 microbatches); needs access to the model on the hub (HF_TOKEN).
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from jaxft.data.source import Rows
@@ -26,13 +28,15 @@ def config(
     batch: int = 16,
     micro: int = 8,
     max_length: int = 2048,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
 ) -> Run:
     """LoRA supervised fine-tuning of a 3B model."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.bfloat16, remat="attention"),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),

@@ -5,6 +5,8 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer, packed rows of 512 tokens. About 5 minutes and 2 GB on a 2-core CPU.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from jaxft.data.source import Rows
@@ -25,13 +27,15 @@ def config(
     epochs: float = 3.0,
     batch: int = 4,
     max_length: int = 512,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
 ) -> Run:
     """LoRA supervised fine-tuning."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.bfloat16, remat="projections"),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
         objective=sft,
         data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),

@@ -6,6 +6,8 @@ SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compu
 The learning rate is a twentieth of LoRA's; `general_loss` before and after shows what the model forgets.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from jaxft.data.source import Rows
@@ -25,13 +27,15 @@ def config(
     batch: int = 4,
     max_length: int = 512,
     train: str = "base/.*",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
 ) -> Run:
     """Full fine-tuning; `train` is a path pattern, "base/layers/.*" freezes the embedding table and the last norm."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.bfloat16, remat="projections"),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
         objective=sft,
         data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None,
