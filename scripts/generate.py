@@ -73,11 +73,13 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
     """Every prompt as a string or a list of messages."""
     if not args.file:
         return args.prompt
-    path = Path(args.file).expanduser()
-    if path.suffix == ".txt":
-        return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    from jaxft.data.rows import read_rows
+    from jaxft.data.rows import read_rows, resolve
 
+    if args.file.endswith(".txt"):
+        path = resolve(args.file)
+        if path is None:
+            raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
+        return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return args.prompt + [prompt_of(row) for row in read_rows(args.file)]
 
 

@@ -9,7 +9,7 @@ from jaxft.models.llama import llama
 from jaxft.models.llama_config import PRESETS, from_hf
 from jaxft.params import Model
 from jaxft.weights import gguf, gguf_tokenizer, hf, hub
-from jaxft.weights.tensors import read_json
+from jaxft.weights.tensors import Tensors, read_json
 
 MODELS = {"llama": (from_hf, llama)}
 
@@ -51,9 +51,13 @@ def load_base(ref: str, model: Model, store: Callable[[str, np.ndarray], Any]) -
     host memory stays about one leaf above the result. Raises ValueError where the files don't hold exactly the model's
     tensors.
     """
+    return hf.stack(open_tensors(ref), model, store)
+
+
+def open_tensors(ref: str) -> Tensors:
+    """The tensors of `ref` under their Hugging Face names, each read when it is asked for."""
     located = hub.locate(ref)
-    tensors = gguf.open_file(gguf.read_header(located.path)) if located.kind == "gguf" else hf.open_folder(located.path)
-    return hf.stack(tensors, model, store)
+    return gguf.open_file(gguf.read_header(located.path)) if located.kind == "gguf" else hf.open_folder(located.path)
 
 
 def load_tokenizer(ref: str) -> Any:

@@ -1,0 +1,69 @@
+"""A base and an adapter as one model's weights, each tensor made when it is written: memory holds one tensor, not a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import lora, tree
+from jaxft.params import Model, spec_paths
+from jaxft.weights.hf import check
+from jaxft.weights.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A stacked leaf that `make(layer)` gives layer by layer; `make(None)` is the whole of one without layers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[int | None], np.ndarray]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.make(layer)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.make(None)
+
+
+def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str, Any]:
+    """The base tree of a checkpoint with `adapter` (arrays, or None) folded in: Lazy leaves in `dtype`, for hf.save_folder.
+
+    An adapted tied head becomes a head of its own. Raises ValueError where the files don't hold the model's tensors.
+    """
+    check(tensors, model)
+    pairs = _pairs(adapter)
+    shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
+    if "head" in pairs and "head" not in shapes:
+        shapes["head"] = shapes["embed"][::-1]
+    out: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        name, transpose = model.names.get(path, (model.names["embed"][0], True))
+        *above, last = path.split("/")
+        node = out
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = Lazy(shape, np.dtype(dtype), _maker(tensors, name, transpose, pairs.get(path), np.dtype(dtype)))
+    return out
+
+
+def _maker(tensors: Tensors, name: str, transpose: bool, pair: Any, dtype: np.dtype) -> Callable[[int | None], np.ndarray]:
+    def make(layer: int | None) -> np.ndarray:
+        value = tensors.read(name.format(i=layer))
+        value = value.T if transpose else value
+        if pair is None:
+            return value.astype(dtype)
+        one = pair if layer is None else jax.tree.map(lambda x: x[layer], pair)
+        return np.asarray(lora.merge_leaf(value, one, dtype))
+
+    return make
+
+
+def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.paths(adapter or {}).items():
+        above, _, name = path.rpartition("/")
+        found.setdefault(above, {})[name] = leaf
+    return found
