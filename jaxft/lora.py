@@ -89,8 +89,9 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
         node = out
         for part in path.split("/"):
             node = node.setdefault(part, {})
-        node["a"] = ParamSpec((*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), kaiming_uniform(size_in))
-        node["b"] = ParamSpec((*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0))
+        start = kaiming_uniform(size_in)
+        node["a"] = ParamSpec((*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), start, spec.heads)
+        node["b"] = ParamSpec((*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0), spec.heads)
         node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), constant(settings.scale))
     return out
 

@@ -36,11 +36,15 @@ def constant(value: float) -> Init:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, a logical axis name for each dimension (see sharding.AXES) and how it starts."""
+    """One parameter: its shape, a logical axis name for each dimension (see sharding.AXES) and how it starts.
+
+    heads: how many heads its "heads" or "kv_heads" axis holds, so that a mesh cuts between heads only.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
+    heads: int | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -71,9 +75,14 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
 
 
+def place(spec: ParamSpec, mesh: Any, path: str) -> Any:
+    """The NamedSharding of one parameter; `path` names it where it doesn't fit the mesh."""
+    return sharding.named(mesh, spec.axes, spec.shape, path, spec.heads)
+
+
 def shardings(specs: Any, mesh: Any) -> Any:
     """The NamedSharding of every leaf."""
-    return tree.map_with_path(lambda path, s: sharding.named(mesh, s.axes, s.shape, path), specs, is_leaf=is_spec)
+    return tree.map_with_path(lambda path, s: place(s, mesh, path), specs, is_leaf=is_spec)
 
 
 def count(specs: Any) -> int:

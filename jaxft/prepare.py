@@ -70,7 +70,7 @@ def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[st
             return None
         dtype, packed = stored(spec, mask[full], t.model.dtype)
         host = array.astype(dtype, copy=False)
-        place = sharding.named(mesh, spec.axes, spec.shape, full)
+        place = params.place(spec, mesh, full)
         if not packed:
             return jax.device_put(host, place)
         return QTensor(jax.device_put(host.view(np.uint16), place), "bits", jnp.dtype(dtype))
@@ -108,7 +108,7 @@ def abstract_params(t: Trained, mesh: Any) -> Any:
         dtype, packed = stored(spec, is_trained, t.model.dtype)
         if path.startswith("adapter/"):
             dtype, packed = jnp.promote_types(t.model.dtype, jnp.float32), False
-        place = sharding.named(mesh, spec.axes, spec.shape, path)
+        place = params.place(spec, mesh, path)
         shape = jax.ShapeDtypeStruct(spec.shape, jnp.uint16 if packed else dtype, sharding=place)
         return QTensor(shape, "bits", jnp.dtype(dtype)) if packed else shape
 
@@ -125,7 +125,10 @@ def split(t: Trained, whole: Any) -> tuple[Any, Any]:
 
 
 def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
-    """Shardings for a tree that mirrors the parameters (optimizer state): a leaf at a parameter's path with its shape lies as it does."""
+    """Shardings for a tree that mirrors the parameters (optimizer state).
+
+    A leaf that ends in a parameter's path and has its shape lies as the parameter does, any other one on every device.
+    """
     known = {path: x for path, x in tree.paths(trainable).items()}
 
     def place(path, x):

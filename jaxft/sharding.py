@@ -49,31 +49,43 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ValueError(f"mesh sizes are positive, with at most one -1 for the rest; found {shape}")
     fixed = math.prod(s for s in sizes if s != -1)
+    wanted = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"{shape} needs a multiple of {fixed} devices, found {len(devices)}; change mesh.data/fsdp/tensor")
+        raise ValueError(f"{shape} needs {wanted} devices, found {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor")
     return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "") -> PartitionSpec:
-    """The mesh axes of each dimension. fsdp is left out where it doesn't divide; tensor must divide, or ValueError says so."""
+def partition_spec(
+    mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "", heads: int | None = None
+) -> PartitionSpec:
+    """The mesh axes of each dimension. fsdp is left out where it doesn't divide; tensor must divide, or ValueError says so.
+
+    heads: how many heads a flattened "heads" or "kv_heads" dimension holds; they are divided, never cut.
+    """
     sizes = dict(mesh.shape)
     entries: list[Any] = []
     for i, axis in enumerate(axes):
         wanted = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
-        if shape is not None and math.prod(sizes[a] for a in wanted) and shape[i] % math.prod(sizes[a] for a in wanted):
-            if "tensor" in wanted and shape[i] % sizes["tensor"]:
-                fits = [d for d in range(1, shape[i] + 1) if shape[i] % d == 0][:8]
-                found = f"{path or 'activation'}: {axis} of size {shape[i]} does not divide over tensor={sizes['tensor']}"
-                raise ValueError(f"{found}; use one of {fits}")
-            wanted = tuple(a for a in wanted if a == "tensor")
+        if shape is not None:
+            units = heads if heads and axis in ("heads", "kv_heads") else shape[i]
+            if "tensor" in wanted and units % sizes["tensor"]:
+                kind = axis.replace("_", " ")
+                found = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
+                fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
+                where = path or "activation"
+                raise ValueError(f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}")
+            if shape[i] % math.prod(sizes[a] for a in wanted):
+                wanted = tuple(a for a in wanted if a == "tensor")
         entries.append(wanted if len(wanted) > 1 else (wanted[0] if wanted else None))
     return PartitionSpec(*entries)
 
 
-def named(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "") -> NamedSharding:
-    """NamedSharding of an array with these logical axes."""
-    return NamedSharding(mesh, partition_spec(mesh, axes, shape, path))
+def named(
+    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "", heads: int | None = None
+) -> NamedSharding:
+    """NamedSharding of an array with these logical axes; see partition_spec."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, shape, path, heads))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -109,11 +121,17 @@ def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_ax
     return call
 
 
-def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """[micro, rows, ...]: axis 1 over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(None, AXES["rows"], *(None,) * (ndim - 2)))
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """[micro, rows, ...]: axis 1 over data and fsdp. Raises ValueError where the rows don't divide."""
+    parts = math.prod(dict(mesh.shape)[axis] for axis in AXES["rows"])
+    if shape[1] % parts:
+        raise ValueError(
+            f"{shape[1]} rows of a microbatch do not divide over data x fsdp = {parts} devices; "
+            f"make data.batch / data.micro a multiple of {parts}, or change mesh.data or mesh.fsdp"
+        )
+    return NamedSharding(mesh, PartitionSpec(None, AXES["rows"], *(None,) * (len(shape) - 2)))
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
     """Host arrays [micro, rows, ...], the same on every process, to the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, np.ndim(x))), batch)
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, np.shape(x))), batch)

@@ -45,10 +45,10 @@ def llama_specs(c: LlamaConfig) -> dict[str, Any]:
         "layers": {
             "attn_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
             "attn": {
-                "q": ParamSpec((L, D, Q), ("layers", "width", "heads"), fan_in(D)),
-                "k": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D)),
-                "v": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D)),
-                "o": ParamSpec((L, Q, D), ("layers", "heads", "width"), fan_in(Q)),
+                "q": ParamSpec((L, D, Q), ("layers", "width", "heads"), fan_in(D), c.heads),
+                "k": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
+                "v": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
+                "o": ParamSpec((L, Q, D), ("layers", "heads", "width"), fan_in(Q), c.heads),
             },
             "mlp_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
             "mlp": {

@@ -1,0 +1,145 @@
+"""The table from logical axes to a mesh: what divides, what is replicated, and what is refused in one line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from jaxft import params, prepare, sharding
+from jaxft.lora import Adapter
+from jaxft.models.llama import PRESETS, LlamaConfig, llama
+from jaxft.sharding import AXES, MESH_AXES, MeshShape, make_mesh, partition_spec
+
+SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
+
+
+def abstract(data=1, fsdp=1, tensor=1):
+    """A mesh of devices that needn't be here."""
+    return AbstractMesh((data, fsdp, tensor, 1), MESH_AXES)
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_rest_takes_what_is_left():
+    assert dict(make_mesh(MeshShape()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
+    assert dict(make_mesh(MeshShape(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert make_mesh(MeshShape(2, 1, 1), jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        (MeshShape(-1, 3), "needs a multiple of 3 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (MeshShape(-1, 16), "needs a multiple of 16 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (MeshShape(2, 2, 1), "needs 4 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (MeshShape(-1, -1), "at most one -1"),
+        (MeshShape(0), "mesh sizes are positive"),
+        (MeshShape(-2), "mesh sizes are positive"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
+    with pytest.raises(ValueError) as error:
+        make_mesh(shape)
+    assert says in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "config, path, tensor, says",
+    [
+        (EIGHT_B, "layers/attn/k", 16, "layers/attn/k: 8 kv heads do not divide over tensor=16; use one of (1, 2, 4, 8)"),
+        (SMOL, "layers/attn/k", 2, "layers/attn/k: 3 kv heads do not divide over tensor=2; use one of (1,)"),
+        (SMOL, "layers/attn/v", 9, "layers/attn/v: 3 kv heads do not divide over tensor=9; use one of (1, 3)"),
+        (SMOL, "layers/attn/q", 2, "layers/attn/q: 9 heads do not divide over tensor=2; use one of (1,)"),
+        (SMOL, "layers/attn/o", 6, "layers/attn/o: 9 heads do not divide over tensor=6; use one of (1, 3)"),
+        (SMOL, "embed", 5, "embed: vocab of size 49152 does not divide over tensor=5; use one of (1, 2, 3, 4)"),
+        (SMOL, "layers/mlp/up", 5, "layers/mlp/up: mlp of size 1536 does not divide over tensor=5; use one of (1, 2, 3, 4)"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
+)
+def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, says):
+    spec = params.spec_paths(llama(config).specs)[path]
+    with pytest.raises(ValueError) as error:
+        params.place(spec, abstract(tensor=tensor), path)
+    assert one_line(error) == says
+
+
+def test_the_sizes_that_an_error_offers_are_accepted():
+    specs = params.spec_paths(llama(EIGHT_B).specs)
+    for tensor in (1, 2, 4, 8):
+        found = params.place(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
+        assert found == P(None, None, "tensor" if tensor > 1 else None)
+
+
+def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
+    t = prepare.trained(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
+    with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
+        prepare.abstract_params(t, make_mesh(MeshShape(-1, 1, 2)))
+    with pytest.raises(ValueError, match="o/a: 9 heads"):
+        params.place(params.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
+
+
+def test_whole_models_lie_on_the_meshes_that_their_heads_allow():
+    for config, tensor in ((SMOL, 3), (EIGHT_B, 8)):
+        for spec in params.spec_paths(llama(config).specs).values():
+            named = partition_spec(abstract(fsdp=4, tensor=tensor), spec.axes, spec.shape, "", spec.heads)
+            assert len(spec.axes) - ("layers" in spec.axes) == 1 or "tensor" in str(named)
+
+
+def test_fsdp_that_does_not_divide_is_left_out():
+    mesh = abstract(fsdp=5, tensor=2)
+    assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 32, 48)) == P(None, None, "tensor")
+    assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 35, 48)) == P(None, "fsdp", "tensor")
+    assert partition_spec(mesh, ("vocab", "table_width"), (42, 32)) == P("tensor", None)
+    assert partition_spec(mesh, ("vocab", "table_width"), (40, 32)) == P(("fsdp", "tensor"), None)
+    assert partition_spec(abstract(fsdp=5), ("vocab", "table_width"), (42, 32)) == P(None, None)
+
+
+def test_no_array_is_cut_twice_along_one_mesh_axis():
+    mesh = abstract(2, 2, 2)
+    config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
+    t = prepare.trained(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
+    for path, spec in params.spec_paths(t.specs).items():
+        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in params.place(spec, mesh, path).spec]
+        used = [axis for entry in entries for axis in entry if axis]
+        assert len(used) == len(set(used)), path
+    assert all(a in MESH_AXES for axes in AXES.values() for a in axes)
+
+
+def test_without_a_mesh_or_on_one_device_nothing_is_constrained():
+    x = jnp.ones((3, 5))
+    assert sharding.constrain(x, "rows", "heads") is x  # 5 heads would not divide
+    with jax.set_mesh(make_mesh(MeshShape(1), jax.devices()[:1])):
+        assert sharding.constrain(x, "rows", "heads") is x
+        assert sharding.per_device(lambda a: a, (("rows", "heads"),), ("rows", "heads"))(x) is x
+
+
+def test_constrain_and_per_device_cut_by_the_table():
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    x = jnp.arange(64.0).reshape(8, 8)
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda x: sharding.constrain(x, "rows", "heads"))(x)
+        own = sharding.per_device(lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"))
+        sizes = jax.jit(own)(x)
+    assert placed.sharding.spec == P(("data", "fsdp"), "tensor")
+    np.testing.assert_array_equal(placed, x)
+    assert np.all(np.asarray(sizes) == 8)  # 2 rows of 4
+
+
+def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    placed = sharding.place_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
+    assert placed["ids"].sharding.spec[1] == ("data", "fsdp") and placed["ids"].addressable_shards[0].data.shape == (2, 2, 3)
+    np.testing.assert_array_equal(placed["ids"], np.arange(48).reshape(2, 8, 3))
+    with pytest.raises(ValueError) as error:
+        sharding.place_batch(mesh, np.ones((2, 6, 3)))
+    assert one_line(error) == (
+        "6 rows of a microbatch do not divide over data x fsdp = 4 devices; "
+        "make data.batch / data.micro a multiple of 4, or change mesh.data or mesh.fsdp"
+    )
