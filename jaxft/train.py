@@ -164,7 +164,7 @@ def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any
     """A run as shapes: its programs and one batch, the largest that the settings allow."""
     p = build(run, run.loop.steps or 1000, devices_)
     batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, len(s.shape))),
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
         abstract_tokens(run.data),
     )
     return p, batch
@@ -209,7 +209,7 @@ def compile_eval(p: Programs, frozen: Any, *held_out: tuple[Any, ...]) -> Callab
 
 
 def _placed(p: Programs, batch: Any) -> Any:
-    place = lambda x: sharding.batch_sharding(p.mesh, len(x.shape))  # noqa: E731
+    place = lambda x: sharding.batch_sharding(p.mesh, x.shape)  # noqa: E731
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
 
 
