@@ -20,9 +20,9 @@ def make_eval_step(objective: Callable) -> Callable:
 
 
 def evaluate(step: Callable, batches: Iterable[Any]) -> dict[str, float]:
-    """Add the metrics of every batch and divide once. `step(batch) -> metrics`."""
+    """Add the metrics of every batch on the host and divide once. `step(batch) -> metrics`."""
     total: dict[str, Any] | None = None
     for batch in batches:
-        found = step(batch)
+        found = jax.device_get(step(batch))
         total = found if total is None else m.add(total, found)
     return {} if total is None else m.read(total)

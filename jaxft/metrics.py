@@ -38,9 +38,10 @@ def is_metric(x: Any) -> bool:
 def _add(a: Any, b: Any) -> Any:
     if isinstance(a, Sum):
         return Sum(a.total + b.total, a.weight + b.weight)
+    on_host = not isinstance(a.value, jax.Array)  # where nothing may be compiled
     if isinstance(a, Max):
-        return Max(jnp.maximum(a.value, b.value))
-    return Min(jnp.minimum(a.value, b.value))
+        return Max(max(a.value, b.value) if on_host else jnp.maximum(a.value, b.value))
+    return Min(min(a.value, b.value) if on_host else jnp.minimum(a.value, b.value))
 
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

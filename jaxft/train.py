@@ -1,5 +1,6 @@
 """A run from its settings to its results: the train step, and the loop, top to bottom."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Int
 
 from jaxft import attention, evaluate, metrics, prepare, report, runfolder, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, abstract_tokens, sft_source
-from jaxft.generate import Sampling, make_generate
+from jaxft.generate import Sampling
 from jaxft.log import Log
 from jaxft.lora import Adapter
 from jaxft.optim import Optim, make_optimizer
@@ -25,8 +27,10 @@ from jaxft.tree import struct
 
 @dataclass(frozen=True)
 class Loop:
-    """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. max_bad: non-finite steps in a row that
-    end the run. profile: (first, last) step of a trace, None for none."""
+    """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. log_every: metrics are means over as many
+    steps. keep_last, keep_best: checkpoints that stay, the newest and those with the lowest eval_loss. max_bad: non-finite
+    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10,15`), None for none.
+    """
 
     steps: int | None = None
     log_every: int = 1
@@ -36,6 +40,16 @@ class Loop:
     keep_best: int = 1
     max_bad: int = 5
     profile: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"loop.{name} is at least 1, found {value}")
+        if self.keep_best < 0:
+            raise ValueError(f"loop.keep_best is at least 0, found {self.keep_best}")
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}")
 
 
 @dataclass(frozen=True)
@@ -213,85 +227,121 @@ def _placed(p: Programs, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run that may go: checked, locked, with its rows and its log."""
+
+    run: Run
+    steps: int
+    programs: Programs
+    tokenizer: Any
+    source: Source
+    general: tuple[Any, ...]
+    saved: Checkpoints
+    log: Log
+    folder: Path
+    record: dict[str, Any]
+
+
 def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
     """Train, or go on where the run folder's newest checkpoint stands. Returns the process's exit code.
 
     record: the settings as JSON (describe.describe). 0: finished; 128 + n: stopped by signal n with everything saved.
     Raises ValueError, FileNotFoundError or OSError with one line that says what to change.
     """
-    folder = root / r.name
-    with runfolder.lock(folder), runfolder.Interrupt() as interrupt, jax.set_mesh(sharding.make_mesh(r.mesh)):
+    folder = runfolder.place(root, r.name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runfolder.lock(folder))
+        stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
         tokenizer = weights.load_tokenizer(r.weights)
-        source = r.source(r.data, tokenizer)
+        source, general = r.source(r.data, tokenizer), report.general_source(r.data, r.general, tokenizer)
+        for each in (source, general):
+            report.check_ids(each, r.model, r.weights)
         steps = r.loop.steps or source.steps
-        record = {**record, "fingerprint": source.fingerprint}
         p = build(r, steps)
-        saved = Checkpoints(folder / "checkpoints", keep_last=r.loop.keep_last, keep_best=r.loop.keep_best)
-        changes = runfolder.check(folder, record, resuming=saved.latest() is not None)
-        if runfolder.finished(folder) >= steps:
-            print(f"{folder}: this run is finished ({steps} steps); results in {folder / 'summary.json'}")
+        _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
+        identity = {"data_fingerprint": source.fingerprint, "weights_identity": runfolder.weights_identity(r.weights)}
+        record = {**record, **identity}
+        saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
+        done = runfolder.finished(folder)
+        changes = runfolder.check(folder, record) if done or saved.latest() is not None else []
+        if done >= steps:
+            print(f"{folder}: this run is finished ({done} steps); its results are in {folder / 'README.md'}")
+            print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another run.name")
             return 0
         restored = saved.restore(p.state)
-        state, frozen = start(r, p, restored[0] if restored else None)
-        first, counters = (restored[2], restored[1]["counters"]) if restored else (0, {"num_tokens": 0})
+        first = restored[2] if restored else 0
+        if first > steps:
+            raise ValueError(f"{folder}: the run is after step {first} already and loop.steps={steps}; raise it to go on")
+        if restored:
+            changes = runfolder.compare(folder, restored[1]["record"], record)
         runfolder.open_record(folder, record)
-
-        log = Log(folder, total_steps=steps, start_step=first, trackers=r.trackers)
+        log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=r.trackers)))
         for line in report.opening(p.trained, source, steps, first, changes):
             log.message(line)
-        general = report.general_rows(r.data, r.general, tokenizer)
-        begin = time.perf_counter()
-        evaluated = compile_eval(p, frozen, source.held_out, general)
-        train_step = compile_step(p, source.abstract)
-        log.message(f"compiled the train and evaluation steps in {time.perf_counter() - begin:.1f} s")
-        generate = make_generate(p.trained.model, r.sampling, report.stop_tokens(r.model.config.eos, tokenizer))
+        held_out = () if general is None else general.held_out
+        return _go(Job(r, steps, p, tokenizer, source, held_out, saved, log, folder, record), restored)
 
-        def look(state: TrainState) -> dict[str, Any]:
-            whole = tree.combine(state.trainable, frozen)
-            loss = {f"eval_{name}": value for name, value in evaluated(state, source.held_out).items()}
-            if general:
-                loss["general_loss"] = evaluated(state, general)["loss"]
-            return {"metrics": loss, "samples": report.samples(generate, whole, source, tokenizer, r.samples)}
 
-        if first == 0:
-            before = look(state)
-            runfolder.write_json(folder / "before.json", before)
-            log.step(0, before["metrics"], {})
-        meter = report.Meter(p.trained, p.schedule, source, counters)
-        for step in range(first, steps):
-            with report.trace(r.loop.profile, step, folder / "profile"):
-                batch = source.batch(step, state)
-                state, found = train_step(state, frozen, sharding.place_batch(p.mesh, batch))
-                meter.add(step, batch, found)
+def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> int:
+    """Load and compile, look, train, look again, write the results."""
+    r, p, source, log = job.run, job.programs, job.source, job.log
+    state, frozen = start(r, p, restored[0] if restored else None)
+    begin = time.perf_counter()
+    evaluated = compile_eval(p, frozen, source.held_out, job.general)
+    whole = tree.combine(p.state.trainable, p.frozen)
+    answer = report.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
+    train_step = compile_step(p, source.abstract)
+    log.message(f"compiled in {time.perf_counter() - begin:.1f} s")
+
+    def measure(state: TrainState) -> dict[str, float]:
+        return {f"eval_{name}": value for name, value in evaluated(state, source.held_out).items()}
+
+    def look(state: TrainState) -> dict[str, Any]:
+        general = {"general_loss": evaluated(state, job.general)["loss"]} if job.general else {}
+        return {"metrics": {**measure(state), **general}, "samples": answer(tree.combine(state.trainable, frozen))}
+
+    kept: dict[str, Any] = restored[1] if restored else {"before": look(state), "counters": None}
+    before, first = kept["before"], restored[2] if restored else 0
+    if not restored:
+        log.step(0, before["metrics"], {})
+    rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
+    meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
+    with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(r.loop.profile, job.folder / "profile")) as trace:
+        for step in range(first, job.steps):
             done = step + 1
-            if done % r.loop.log_every == 0 or done == steps:
+            trace.before(done)
+            batch = source.batch(step, state)
+            state, found = train_step(state, frozen, sharding.place_batch(p.mesh, batch))
+            meter.add(step, batch, found)
+            trace.after(done, state)
+            if done % r.loop.log_every == 0 or done == job.steps:
                 log.step(done, *meter.read())
-                meter.stop_if_bad(state.bad, r.loop.max_bad)
             score = None
-            if r.loop.eval_every and done % r.loop.eval_every == 0 and done < steps and source.held_out:
-                numbers = {f"eval_{name}": value for name, value in evaluated(state, source.held_out).items()}
+            if r.loop.eval_every and done % r.loop.eval_every == 0 and done < job.steps and source.held_out:
+                with meter.aside():
+                    numbers = measure(state)
                 score = numbers["eval_loss"]
                 log.step(done, numbers, {})
-                meter.restart()
-            if done % r.loop.save_every == 0 or done == steps or score is not None or interrupt.signal:
-                saved.save(done, state, {"record": record, "counters": meter.counters}, score)
-            if interrupt.signal and done < steps:
-                saved.close()
-                log.message(f"stopped by signal {interrupt.signal} after step {done}; saved, the same command goes on from here")
-                log.close()
-                return 128 + interrupt.signal
-        saved.close()
+            stop = interrupt.signal
+            if done % r.loop.save_every == 0 or done == job.steps or score is not None or stop:
+                meta = {"record": job.record, "counters": meter.counters(), "before": before}
+                job.saved.save(done, state, meta, score)
+            if stop:
+                break
+        job.saved.wait()
+    if interrupt.signal:
+        log.message(f"stopped by {interrupt.name} after step {done}, saved; the same command goes on from here")
+        return 128 + interrupt.signal
 
-        after = look(state)
-        log.step(steps, after["metrics"], {})
-        out = report.export(p.trained, tree.combine(state.trainable, frozen), r, tokenizer, folder)
-        before = runfolder.read_json(folder / "before.json")
-        for line in report.closing(out, before, after):
-            log.message(line)
-        report.write_card(r, folder, out, before, after)
-        runfolder.write_json(folder / "summary.json", {"steps": steps, "before": before, "after": after})
-        log.close()
-        return 0
+    after = look(state)
+    log.step(job.steps, after["metrics"], {})
+    out = report.export(p.trained, tree.combine(state.trainable, frozen), r, job.tokenizer, job.folder)
+    report.write_card(job, out, before, after)
+    runfolder.write_json(job.folder / "summary.json", {"steps": job.steps, "before": before, "after": after})
+    for line in report.closing(job.folder, out, before, after):
+        log.message(line)
+    return 0
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:

@@ -253,5 +253,6 @@ def _stats(rows: Rows, pool: Tokenised, split: tuple, plan: pack.Plan, sizes: tu
         "row_length": size,
         "read_length": reads,
         "steps_per_epoch": per_epoch,
+        "largest_id": int(pool.ids.max()),
         "cache": pool.cache,
     }
