@@ -26,7 +26,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "vocab": ("fsdp", "tensor"),
+    "vocab": ("tensor", "fsdp"),  # tensor first: gathering along fsdp then moves no block to another place
+    "act_vocab": ("tensor",),
     "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
     "rank": (),
 }
@@ -102,6 +103,20 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Shard an activation by its logical axes."""
     mesh = _ambient()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
+def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of a weight as products use it: whole along fsdp, still cut along tensor."""
+    return tuple({"width": "act_width", "vocab": "act_vocab"}.get(axis, axis) for axis in axes)
+
+
+def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """Into how many parts the ambient mesh cuts an array with these logical axes."""
+    mesh = _ambient()
+    if mesh is None:
+        return 1
+    used = [entry if isinstance(entry, tuple) else (entry,) for entry in partition_spec(mesh, axes, shape) if entry]
+    return math.prod(dict(mesh.shape)[axis] for entry in used for axis in entry)
 
 
 def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: tuple[str, ...]) -> Callable:

@@ -97,7 +97,7 @@ def test_fsdp_that_does_not_divide_is_left_out():
     assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 32, 48)) == P(None, None, "tensor")
     assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 35, 48)) == P(None, "fsdp", "tensor")
     assert partition_spec(mesh, ("vocab", "table_width"), (42, 32)) == P("tensor", None)
-    assert partition_spec(mesh, ("vocab", "table_width"), (40, 32)) == P(("fsdp", "tensor"), None)
+    assert partition_spec(mesh, ("vocab", "table_width"), (40, 32)) == P(("tensor", "fsdp"), None)
     assert partition_spec(abstract(fsdp=5), ("vocab", "table_width"), (42, 32)) == P(None, None)
 
 

@@ -1,0 +1,242 @@
+"""Chunked log-probs: log_softmax in value and gradient, without its memory, products or collectives."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, close
+
+from jaxft import params, sharding, tree
+from jaxft.lora import Adapter, adapted
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.objectives import logps
+from jaxft.objectives.logps import gather_read, token_logps
+from jaxft.quant import quantize
+
+B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
+ADAPTER = Adapter(rank=4, targets=("head",))
+HEADS = {"untied": (False, False), "tied": (True, False), "untied-lora": (False, True), "tied-lora": (True, True)}
+heads = pytest.mark.parametrize("tied, lora", HEADS.values(), ids=HEADS)
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def setting(tied, lora, dtype="float64"):
+    """A model, what its head reads, hidden states, targets and weights for the log-probs (negative ones too)."""
+    model = adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.dtype(dtype)), ADAPTER if lora else None)
+    rng = np.random.default_rng(3)
+    random = lambda *shape: jnp.asarray(rng.normal(0, 0.3, shape), dtype)  # noqa: E731
+    whole = {"base": {"embed": random(V, D)} if tied else {"head": random(D, V)}}
+    if lora:
+        whole["adapter"] = {"head": {"a": random(D, 4), "b": random(4, V), "scale": jnp.asarray(0.7, dtype)}}
+    h = 4 * random(B, M, D)
+    likely = plain(whole, h, jnp.zeros((B, M), jnp.int32))[1].argmax(-1)  # right answers in every other row
+    targets = jnp.where(jnp.arange(B)[:, None] % 2 == 0, likely, jnp.asarray(rng.integers(0, V, (B, M)))).astype(jnp.int32)
+    return model, whole, h, targets, random(B, M)
+
+
+@jax.jit
+def plain(whole, h, targets):
+    """The same by one product, one log_softmax and autodiff; and the logits."""
+    base = whole["base"]
+    logits = h @ (base["head"] if "head" in base else base["embed"].T)
+    if "adapter" in whole:
+        pair = whole["adapter"]["head"]
+        logits = logits + pair["scale"] * (h @ pair["a"]) @ pair["b"]
+    logp = jax.nn.log_softmax(logits, -1)
+    entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
+    best = jnp.argmax(logits, -1) == targets
+    at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    return logps.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype)), logits
+
+
+def loss_of(model, weights):
+    return lambda whole, h, targets: jnp.sum(weights * token_logps(model, whole, h, targets).logp)
+
+
+@pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
+def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * chunk)  # 7 positions: 3 chunks of which the last is padded, 7, 1
+    model, whole, h, targets, weights = setting(*HEADS[name])
+
+    def both(fn):
+        def loss(whole, h):
+            found = fn(whole, h)
+            return jnp.sum(weights * found.logp), found
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(whole, h)
+
+    (_, found), grads = both(lambda *a: token_logps(model, *a, targets))
+    (_, wanted), wanted_grads = both(lambda *a: plain(*a, targets)[0])
+    close(found, wanted)
+    close(grads, wanted_grads)
+    assert B * M / 2 <= float(jnp.sum(found.top1)) < B * M
+
+
+def test_the_gradient_of_a_part_is_that_part_of_the_gradient():
+    model, whole, h, targets, weights = setting(False, True)
+    loss = loss_of(model, weights)
+    everything = tree.paths(jax.jit(jax.grad(loss))(whole, h, targets))
+    for pattern in ("base/head", "adapter/.*/[ab]"):
+        trained, frozen = tree.partition(whole, tree.mask_by_path(whole, pattern))
+        grads = jax.jit(jax.grad(lambda t, frozen=frozen: loss(tree.combine(t, frozen), h, targets)))(trained)
+        for path, g in tree.paths(grads).items():
+            close(g, everything[path])
+
+
+def test_only_logp_has_a_gradient():
+    model, whole, h, targets, _ = setting(False, False)
+
+    def others(whole, h):
+        found = token_logps(model, whole, h, targets)
+        return jnp.sum(found.lse + found.entropy + found.top1)
+
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.jit(jax.grad(others, (0, 1)))(whole, h)))
+
+
+def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
+    model, whole, h, targets, _ = setting(False, False)
+
+    def total(h):
+        found = token_logps(model, whole, h, targets)
+        return jnp.sum(found.logp), found
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, found), _ = run(jnp.zeros_like(h))
+    close(found, jax.tree.map(lambda x, y: jnp.full_like(x, y), found, logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)))
+    (value, _), grad = run(1e6 * h)
+    assert np.isfinite(value) and np.all(np.isfinite(grad))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_packed_head_is_the_plain_one_to_the_bit(tied):
+    model, whole, h, targets, _ = setting(tied, False, "bfloat16")
+    packed = {"base": jax.tree.map(lambda x: quantize(x, "bits"), whole["base"])}
+    run = jax.jit(jax.value_and_grad(lambda h, whole: jnp.sum(token_logps(model, whole, h, targets).logp)))
+    jax.tree.map(np.testing.assert_array_equal, run(h, packed), run(h, whole))
+
+
+def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    model, whole, h, targets, weights = setting(True, True)
+    pair = whole["adapter"]["head"]
+    factors = np.array([1.0, -1.0, 2.0])[:, None, None]
+    some, hs = {"a": factors * pair["a"], "b": jnp.stack([pair["b"]] * 3)}, factors[..., None] * h
+
+    def loss(some, h):
+        return loss_of(model, weights)({**whole, "adapter": {"head": {**some, "scale": pair["scale"]}}}, h, targets)
+
+    each = jax.value_and_grad(loss, (0, 1))
+    alone = jax.jit(lambda *x: jax.lax.map(lambda one: each(*one), x))(some, hs)
+    close(jax.jit(jax.vmap(each))(some, hs), alone)
+
+
+def products(compiled):
+    """(operand and result shapes) of the matrix products in a compiled program."""
+    return [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f\d+\[([\d,]+)\]\S* dot\(", compiled.as_text())]
+
+
+@heads
+def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(monkeypatch, tied, lora):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    model, whole, h, targets, weights = setting(tied, lora)
+    by_h = jax.jit(jax.grad(loss_of(model, weights), 1)).lower(whole, h, targets).compile()
+    # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient by its input
+    assert len(products(by_h)) == (6 if lora else 2)
+    if not tied and not lora:
+        everything = jax.jit(jax.grad(loss_of(model, weights), (0, 1))).lower(whole, h, targets).compile()
+        assert len(products(everything)) == 4
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, tied):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    model, whole, h, targets, weights = setting(tied, True)
+
+    def loss(adapter, base):
+        return loss_of(model, weights)({"base": base, "adapter": adapter}, h, targets)
+
+    shapes = products(jax.jit(jax.grad(loss)).lower(whole["adapter"], whole["base"]).compile())
+    assert not {s for s in shapes if s[-2:] in ((D, V), (V, D))} and {s for s in shapes if s[-2:] in ((4, V), (V, 4))}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_all_logits_never_exist_at_once(monkeypatch, trained):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", 2**16)
+    rows, reads, vocab = 4, 256, 8192
+    model = llama(LlamaConfig(vocab=vocab, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16), jnp.float32)
+    shape = jax.ShapeDtypeStruct
+    head, h, t = {"head": shape((16, vocab), np.float32)}, shape((rows, reads, 16), np.float32), shape((rows, reads), np.int32)
+    loss = lambda whole, h, t: jnp.sum(token_logps(model, whole, h, t).logp)  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, (0, 1) if trained else 1)).lower(head, h, t).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * reads * vocab * 4 / 16
+
+
+def compiled_on(mesh, model, whole, h, targets, weights, by):
+    """The gradient program over arguments that lie on the mesh as in a run, and those arguments."""
+    specs = {name: model.specs[name] for name in whole}
+    specs["base"] = {name: specs["base"][name] for name in whole["base"]}
+    rows = lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
+    args = (jax.tree.map(jax.device_put, whole, params.shardings(specs, mesh)), rows(h), rows(targets))
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.value_and_grad(loss_of(model, rows(weights)), by)).lower(*args).compile(), args
+
+
+@pytest.mark.parametrize("name, shape", [*((name, (2, 2, 2)) for name in HEADS), ("tied", (1, 2, 4))])
+def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatch, name, shape):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
+    model, whole, h, targets, weights = setting(*HEADS[name])
+    one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
+    program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1))
+    close(jax.device_get(program(*args)), jax.device_get(one))
+
+
+def collectives(text):
+    """(in a loop?, operation, sizes) of every collective of a compiled program."""
+    found, entry = [], False
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
+        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+        match = re.search(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", line)
+        if match:
+            for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+                found.append((not entry, match[2], tuple(int(d) for d in dims.split(",") if d)))
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
+    some = setting(tied, False)
+    mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
+    for by in (1, (0, 1)):
+        found = collectives(compiled_on(mesh, *some, by)[0].as_text())
+        in_loop = [dims for loop, _, dims in found if loop]
+        assert in_loop, "the softmax over a sharded vocabulary needs some"
+        assert not [dims for dims in in_loop if {V, V // 2, V // 4, V // 8} & {*dims}]
+        whole_head = [op for loop, op, dims in found if not loop and {V, V // 2} & {*dims}]
+        assert whole_head.count("all-gather") == 1 and len(whole_head) == (1 if by == 1 else 2)
+
+
+def test_a_chunk_is_measured_on_a_device(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
+    model, whole, h, targets, _ = setting(False, False)
+    lengths = lambda: re.findall(r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets)))  # noqa: E731
+    assert set(lengths()) == {"7"}
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(2, 2, 2))):
+        assert set(lengths()) == {"1"}
+
+
+def test_read_positions_are_gathered_row_by_row():
+    h = jnp.arange(2 * 5 * 3.0).reshape(2, 5, 3)
+    read = jnp.array([[4, 0], [1, 1]])
+    close(gather_read(h, read), jnp.stack([h[0, jnp.array([4, 0])], h[1, jnp.array([1, 1])]]))
