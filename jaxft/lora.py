@@ -4,7 +4,6 @@ An adapter mirrors the base's paths; each adapted kernel [L, I, O] has `a` [L, I
 `scale` [L] = alpha / rank. Not attaching it gives the base model back, bit for bit.
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,8 +60,11 @@ def target_paths(specs: Any, targets: str | tuple[str, ...]) -> list[str]:
     heads = ["head"]  # also where it is tied and the base has no leaf of that name
     if targets == "all-linear":
         return blocks
+    if not targets:
+        raise ValueError("adapter.targets names no layer; use all-linear or some of q, k, v, o, gate, up, down, head")
     if isinstance(targets, str):
-        found = [p for p in [*blocks, *heads] if re.fullmatch(targets, p)]
+        wanted = tree.regex(targets, "adapter.targets")
+        found = [p for p in [*blocks, *heads] if wanted.fullmatch(p)]
         if not found:
             raise ValueError(f"adapter.targets={targets!r} matches no kernel; the paths are {', '.join([*blocks, *heads])}")
         return found
@@ -131,10 +133,10 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
-    """`w + scale a b` in float32, cast to `dtype`; takes one kernel or a stack of them."""
-    w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(jnp.float32)
-    a, b = jnp.asarray(pair["a"], jnp.float32), jnp.asarray(pair["b"], jnp.float32)
-    scale = jnp.asarray(pair["scale"], jnp.float32)
+    """`w + scale a b` in float32 or wider, cast to `dtype`; takes one kernel or a stack of them."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
+    a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))
     low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
     return (w + low).astype(dtype)
 

@@ -50,12 +50,20 @@ def _prefixes(path: str) -> list[str]:
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
+def regex(pattern: str, name: str) -> re.Pattern[str]:
+    """The compiled regular expression. Raises ValueError that names the setting where it is malformed."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression ({e})") from e
+
+
 def mask_by_path(tree: Any, pattern: str) -> Any:
     """True where the regular expression matches the whole path of a leaf or of a node above it.
 
     Raises ValueError if nothing matches, with the nearest paths: a mask is never silently empty.
     """
-    wanted = re.compile(pattern)
+    wanted = regex(pattern, "pattern")
     mask = map_with_path(lambda path, _: any(wanted.fullmatch(p) for p in _prefixes(path)), tree)
     if not any(jax.tree.leaves(mask)):
         known = list(paths(tree))

@@ -1,5 +1,7 @@
 """A tiny random Llama and ragged examples for the laws: everything small enough for float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,24 +9,32 @@ import numpy as np
 from jaxft import lora, params
 from jaxft.batch import Tokens
 from jaxft.models.llama import LlamaConfig, llama
+from jaxft.tree import map_with_path
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
 
 
 def tiny(dtype=jnp.float64, adapter=None, tied=False, **options):
     """The model over {"base", "adapter"} and a random tree for it; an adapter's b is random too, so that it matters."""
+    model, whole = _tiny(jnp.dtype(dtype), adapter, tied, tuple(options.items()))
+    return model, jax.tree.map(lambda x: x, whole)
+
+
+@functools.cache
+def _tiny(dtype, adapter, tied, options):
     config = LlamaConfig(**{**CONFIG.__dict__, "tied": tied})
-    model = lora.adapted(llama(config, dtype, **options), adapter)
-    tree = params.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32))
+    model = lora.adapted(llama(config, dtype, **dict(options)), adapter)
 
     def shake(path, x):
         if not path.endswith("/b"):
             return x
         return 0.3 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)
 
-    from jaxft.tree import map_with_path
+    @jax.jit
+    def start():
+        return map_with_path(shake, params.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32)))
 
-    return model, map_with_path(shake, tree)
+    return model, start()
 
 
 def examples(count=6, seed=0, longest=14):

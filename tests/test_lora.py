@@ -1,0 +1,270 @@
+"""Adapters: PEFT's start and sizes, attaching and merging, which kernels, and the fused product's gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, close, examples, one_by_one, tiny
+
+from jaxft import lora, params, tree
+from jaxft.lora import Adapted, Adapter, adapted, adapter_specs, attach, merge, target_paths
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.nn import dropout, linear, lora_matmul
+from jaxft.objectives.sft import sft
+from jaxft.quant import dequantize, quantize
+
+KERNELS = ["layers/attn/q", "layers/attn/k", "layers/attn/v", "layers/attn/o"]
+KERNELS += ["layers/mlp/gate", "layers/mlp/up", "layers/mlp/down"]
+SPECS = llama(CONFIG).specs
+TIED = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": True})).specs
+SOME = Adapter(rank=3, alpha=5.0, targets=("q", "k", "o", "gate", "down", "head"))
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def logits(model, whole, batch):
+    return jax.jit(lambda whole: model.logits(model.head(whole), model.hidden(whole, batch)))(whole)
+
+
+# How an adapter starts
+
+
+def test_a_is_kaiming_uniform_and_b_is_zero():
+    settings = Adapter(rank=64, alpha=16.0)
+    fresh = params.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    for path, x in tree.paths(fresh).items():
+        kernel, _, name = path.rpartition("/")
+        if name == "scale":
+            np.testing.assert_array_equal(x, np.full(CONFIG.layers, 0.25))
+        elif name == "b":
+            assert not np.any(x)
+        else:
+            bound = params.spec_paths(SPECS)[kernel].shape[-2] ** -0.5  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
+            assert 0.98 * bound < np.abs(x).max() <= bound
+            assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(np.mean(x)) < 0.03 * bound
+
+
+def test_the_start_and_the_sizes_are_pefts():
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from tiny_llama import tiny_torch
+
+    from jaxft.models.llama import from_hf
+
+    for names in (["q_proj", "v_proj"], "all-linear", ["k_proj", "down_proj", "lm_head"]):
+        theirs = tiny_torch()
+        specs = llama(from_hf(theirs.config.to_dict())).specs
+        wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=64, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))
+        settings = Adapter(rank=64, alpha=8.0, targets=names if isinstance(names, str) else tuple(names))
+        ours = adapter_specs(specs, settings)
+        scales = sum(s.shape[0] if s.shape else 1 for p, s in params.spec_paths(ours).items() if p.endswith("scale"))
+        assert params.count(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
+    a = next(p for name, p in wrapped.named_parameters() if "layers.0.mlp.down_proj.lora_A" in name).detach()
+    fresh = tree.paths(params.init_params(ours, jax.random.key(0)))
+    mine = fresh["layers/mlp/down/a"][0]
+    assert mine.shape == a.T.shape and np.std(mine) == pytest.approx(float(torch.std(a)), rel=0.05)
+    assert np.abs(mine).max() == pytest.approx(float(a.abs().max()), rel=0.02)
+
+
+def test_the_parameters_are_rank_times_in_plus_out_a_layer():
+    for rank in (1, 5):
+        for path, spec in params.spec_paths(SPECS).items():
+            if path in KERNELS:
+                found = adapter_specs(SPECS, Adapter(rank=rank, targets=(path.rsplit("/", 1)[-1],)))
+                size_in, size_out = spec.shape[-2:]
+                assert params.count(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
+
+
+@pytest.mark.parametrize("rslora, scale", [(False, 32.0 / 16), (True, 32.0 / 4)])
+def test_the_scale_is_alpha_over_rank_or_over_its_root(rslora, scale):
+    settings = Adapter(rank=16, alpha=32.0, rslora=rslora)
+    assert settings.scale == scale
+    start = params.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    assert set(np.asarray(start["layers"]["attn"]["q"]["scale"])) == {scale}
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}], ids=str)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"adapter.{next(iter(wrong))} is"):
+        Adapter(**wrong)
+
+
+# Which kernels
+
+
+@pytest.mark.parametrize(
+    "targets, paths",
+    [
+        ("all-linear", KERNELS),
+        (("q", "down"), ["layers/attn/q", "layers/mlp/down"]),
+        (("down_proj", "q_proj"), ["layers/attn/q", "layers/mlp/down"]),
+        (("lm_head",), ["head"]),
+        (("v", "head"), ["layers/attn/v", "head"]),
+        (r"layers/attn/.*", KERNELS[:4]),
+        (r".*(up|head)", ["layers/mlp/up", "head"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("specs", [SPECS, TIED], ids=["untied", "tied"])
+def test_targets(targets, paths, specs):
+    assert sorted(target_paths(specs, targets)) == sorted(paths)
+    found = {p.rpartition("/")[0] for p in params.spec_paths(adapter_specs(specs, Adapter(targets=targets)))}
+    assert found == set(paths)
+
+
+@pytest.mark.parametrize(
+    "targets, says",
+    [
+        (("q_prj",), "adapter.targets: 'q_prj' is no linear layer; near: q_proj"),
+        (("q", "gat"), "adapter.targets: 'gat' is no linear layer; near: gate"),
+        (("embed",), "adapter.targets: 'embed' is no linear layer; near: "),
+        (("attn_norm",), "adapter.targets: 'attn_norm' is no linear layer; near: "),
+        ("layers/mixer/.*", "adapter.targets='layers/mixer/.*' matches no kernel; the paths are layers/attn/"),
+        ("q", "adapter.targets='q' matches no kernel; the paths are layers/attn/"),
+    ],
+    ids=str,
+)
+def test_targets_that_are_not_there_are_named_with_near_misses(targets, says):
+    with pytest.raises(ValueError) as error:
+        target_paths(SPECS, targets)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("targets", ["layers/attn/[q", ()], ids=["broken regex", "nothing"])
+def test_targets_that_cannot_select_are_refused(targets):
+    with pytest.raises(ValueError, match="adapter.targets"):
+        target_paths(SPECS, targets)
+
+
+# Attached and merged
+
+
+@pytest.mark.parametrize("tied, dtype", [(False, jnp.float32), (True, jnp.bfloat16)], ids=["untied-float32", "tied-bfloat16"])
+def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
+    model, whole = tiny(dtype, SOME, tied)
+    batch = one_by_one(examples(4))
+    plain, _ = tiny(dtype, None, tied)
+    base = {"base": jax.tree.map(lambda x: x.astype(dtype), whole["base"])}
+    wanted = logits(plain, base, batch)
+    assert np.std(np.asarray(wanted, np.float32)) > 0.1
+    np.testing.assert_array_equal(logits(model, base, batch), wanted)
+    fresh = params.init_params(model.specs["adapter"], jax.random.key(5))
+    np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), wanted)
+    assert np.any(np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(wanted))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_merged_is_unmerged(wide, tied):
+    model, whole = tiny(adapter=SOME, tied=tied)
+    batch = one_by_one(examples(4))
+    merged = merge(whole["base"], whole["adapter"], jnp.float64)
+    assert "head" in merged and ("head" in whole["base"]) != tied
+    untied, _ = tiny()
+    close(logits(untied, {"base": merged}, batch), logits(model, whole, batch))
+    untouched = {p: x for p, x in tree.paths(merged).items() if p in ("embed", "final_norm", "layers/attn/v")}
+    assert len(untouched) == 3 and all(x is tree.paths(whole["base"])[p] for p, x in untouched.items())
+
+
+def test_a_packed_kernel_is_merged_like_a_plain_one():
+    _, whole = tiny(jnp.bfloat16, SOME)
+    plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole["base"])
+    packed = jax.tree.map(lambda x: quantize(x, "bits"), plain)
+    found, wanted = (merge(base, whole["adapter"], jnp.bfloat16) for base in (packed, plain))
+    np.testing.assert_array_equal(found["layers"]["attn"]["q"], wanted["layers"]["attn"]["q"])
+    assert np.any(np.asarray(wanted["layers"]["attn"]["q"]) != np.asarray(plain["layers"]["attn"]["q"]))
+
+
+def test_attaching_shares_every_leaf_and_touches_nothing_else():
+    _, whole = tiny(jnp.float32, SOME)
+    found = attach(whole["base"], whole["adapter"], 0.5)
+    q = found["layers"]["attn"]["q"]
+    assert isinstance(q, Adapted) and q.weight is whole["base"]["layers"]["attn"]["q"] and q.dropout == 0.5
+    assert q.a is whole["adapter"]["layers"]["attn"]["q"]["a"]
+    assert found["layers"]["attn"]["v"] is whole["base"]["layers"]["attn"]["v"]
+    assert not isinstance(whole["base"]["layers"]["attn"]["q"], Adapted)
+    assert attach(whole["base"], None) is whole["base"] and attach(whole["base"], {}) is whole["base"]
+
+
+def test_the_base_trained_beside_an_adapter_gets_the_merged_weights_gradient(wide):
+    # d loss / d W is the same for W + s a b read in two parts and for the merged weight
+    model, whole = tiny(adapter=SOME)
+    batch = one_by_one(examples(4))
+    plain, _ = tiny()
+    merged = merge(whole["base"], whole["adapter"], jnp.float64)
+    loss = lambda model: jax.jit(jax.grad(lambda whole: sft(model)(whole, batch, None, {})[0]))  # noqa: E731
+    found, wanted = loss(model)(whole), loss(plain)({"base": merged})
+    close(found["base"], wanted["base"])
+    for path in ("layers/attn/q", "layers/mlp/down"):
+        pair, grad, w = (tree_at(t, path) for t in (whole["adapter"], found["adapter"], wanted["base"]))
+        scale = pair["scale"][:, None, None]
+        close(grad["a"], scale * w @ jnp.swapaxes(pair["b"], 1, 2))
+        close(grad["b"], scale * jnp.swapaxes(pair["a"], 1, 2) @ w)
+        assert not np.any(grad["scale"])  # frozen by the product itself
+
+
+def tree_at(nested, path):
+    for part in path.split("/"):
+        nested = nested[part]
+    return nested
+
+
+# The fused product
+
+
+def plain_product(x, dropped, w, a, b, scale):
+    w = dequantize(w).astype(x.dtype) if hasattr(w, "codes") else w
+    return x @ w + scale * ((dropped @ a) @ b)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_fused_product_is_the_plain_one_in_value_and_gradients(wide, packed, rate):
+    rng = np.random.default_rng(0)
+    random = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+    x, a, b, scale, cotangent = random(2, 5, 7), random(7, 3), random(3, 6), jnp.asarray(1.7), random(2, 5, 6)
+    w = quantize(random(7, 6).astype(jnp.bfloat16), "bits") if packed else random(7, 6)
+    key = jax.random.key(1)
+
+    def loss(product, x, trained):
+        w_ = w if packed else trained["w"]
+        dropped = dropout(x, rate, key)
+        return jnp.sum(cotangent * jnp.sin(product(x, dropped, w_, trained["a"], trained["b"], scale)))
+
+    trained = {"a": a, "b": b} | ({} if packed else {"w": w})
+    found, wanted = (
+        jax.jit(jax.value_and_grad(lambda x, t, f=f: loss(f, x, t), (0, 1)))(x, trained) for f in (lora_matmul, plain_product)
+    )
+    close(found, wanted)
+    close(linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale))
+
+
+def test_dropout_needs_a_key_keeps_the_mean_and_spares_the_base():
+    x = jnp.ones((200, 50))
+    w, a, b = jnp.ones((50, 4)), jnp.ones((50, 2)), jnp.ones((2, 4))
+    node = Adapted(w, a, b, jnp.asarray(1.0), 0.25)
+    np.testing.assert_array_equal(linear(x, node), linear(x, Adapted(w, a, b, jnp.asarray(1.0), 0.0), jax.random.key(0)))
+    assert float(jnp.mean(linear(x, node, jax.random.key(0)))) == pytest.approx(150, rel=0.02)
+    fresh = Adapted(w, a, jnp.zeros_like(b), jnp.asarray(1.0), 0.9)
+    np.testing.assert_array_equal(linear(x, fresh, jax.random.key(0)), x @ w)
+    dropped = dropout(x, 0.25, jax.random.key(2))
+    assert float(jnp.mean(dropped == 0)) == pytest.approx(0.25, abs=0.02)
+    assert {round(float(v), 5) for v in np.unique(dropped)} == {0.0, round(1 / 0.75, 5)}
+
+
+def test_each_layer_and_projection_drops_its_own():
+    model, whole = tiny(jnp.float32, Adapter(rank=3, dropout=0.5))
+    batch = one_by_one(examples(2))
+    text = str(jax.make_jaxpr(lambda key: model.hidden(whole, batch, key))(jax.random.key(0)))
+    assert len(re.findall(r"name=_bernoulli", text)) == len(KERNELS)  # in the body of the scan over layers
+    assert "random_split[shape=(3,)]" in text and "random_split[shape=(7,)]" in text
+
+
+def test_adapted_without_settings_is_the_model_over_a_base_alone():
+    model = adapted(llama(CONFIG, jnp.float32), None)
+    assert set(model.specs) == {"base"} and lora.adapted(llama(CONFIG), SOME).specs["base"] is not None
