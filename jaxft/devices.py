@@ -12,6 +12,7 @@ import jax.numpy as jnp
 PEAK_BF16 = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA B200": 2250e12,
     "NVIDIA A100": 312e12,

@@ -35,7 +35,7 @@ def quantize(weight: jax.Array, kind: str) -> QTensor:
     """Pack a weight. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly."""
     if kind != "bits":
         raise ValueError(f"quantisation {kind!r} is not known; use 'bits'")
-    if jnp.dtype(weight.dtype).itemsize != 2:
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
         raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
     return QTensor(jax.lax.bitcast_convert_type(weight, jnp.uint16), "bits", jnp.dtype(weight.dtype))
 

@@ -1,0 +1,48 @@
+"""What a device can do: the table of peaks by device kind, and what is measured where it has no row."""
+
+import types
+
+import jax
+import pytest
+
+from jaxft.devices import PEAK_BF16, memory_gib, peak_flops
+
+KINDS = {  # as jax's device_kind gives them
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def device(kind, **stats):
+    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_finds_its_own_row(kind):
+    assert peak_flops(device(kind)) == KINDS[kind]
+
+
+def test_a_longer_name_comes_before_its_prefix():
+    names = list(PEAK_BF16)
+    for i, long in enumerate(names):
+        assert not [short for short in names[:i] if long.startswith(short)], long
+
+
+def test_a_device_without_a_row_is_measured():
+    found = peak_flops(jax.devices()[0])
+    assert 1e9 < found < 1e15
+
+
+def test_memory_is_the_devices_peak_or_the_process_s():
+    assert memory_gib(device("x", peak_bytes_in_use=3 * 2**30, bytes_in_use=1)) == 3.0
+    assert 0.05 < memory_gib(jax.devices()[0]) < 1024
