@@ -107,7 +107,7 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
 def generate(
     run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8
 ) -> list[list[int]]:
-    """Completions (token ids, the stop token left out) of all prompts through a `make_generate` function.
+    """Completions (token ids; one that a stop token ended holds it as its last) of all prompts through `make_generate`.
 
     Raises ValueError for an empty prompt: there is nothing to read the first token from.
     """

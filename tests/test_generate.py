@@ -1,0 +1,191 @@
+"""Generation: its cuts are transformers', its rows are independent, its cache is updated in place, adapters come and go."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, tiny
+
+from jaxft import lora
+from jaxft.generate import Sampling, cut, generate, left_pad, make_generate, sample
+from jaxft.lora import Adapter
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.params import init_params
+
+KEY = jax.random.key(5)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [27], [8] * 30, [30, 31, 32], list(range(40)) * 2]
+
+
+GREEDY = Sampling(max_new=12)
+PROGRAMS = {}
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A model without an adapter and random weights that are large enough for answers to differ."""
+    model, whole = tiny(jnp.float32)
+    return model, jax.tree.map(lambda x: 2 * x, whole)
+
+
+@pytest.fixture(scope="module")
+def greedy(world):
+    """Each prompt's greedy answer in one batch."""
+    return answers(world)
+
+
+def program(model, sampling, stop=()):
+    """make_generate, once for all tests."""
+    return PROGRAMS.setdefault((model.step, sampling, stop), make_generate(model, sampling, stop))
+
+
+def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, batch=5):
+    return generate(program(world[0], sampling, stop), world[1], prompts, key, batch)
+
+
+def logits_of(model, whole, tokens):
+    return jitted_logits(model.hidden, model.head, model.logits, whole, tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def jitted_logits(hidden, head, logits, whole, tokens):
+    return logits(head(whole), hidden(whole, tokens))
+
+
+CUTS = {
+    "top_k": Sampling(temperature=1.0, top_k=7),
+    "top_k beyond the vocabulary": Sampling(temperature=1.0, top_k=999),
+    "top_p": Sampling(temperature=1.0, top_p=0.6),
+    "tiny top_p": Sampling(temperature=1.0, top_p=1e-6),
+    "cold": Sampling(temperature=0.3),
+    "all": Sampling(temperature=1.7, top_k=20, top_p=0.8),
+}
+
+
+@pytest.mark.parametrize("sampling", CUTS.values(), ids=CUTS.keys())
+def test_a_cut_is_transformers_own(sampling):
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as theirs
+
+    logits = np.random.default_rng(0).normal(0, 3, (16, 97)).astype(np.float32)
+    chain = [theirs.TemperatureLogitsWarper(sampling.temperature)]
+    chain += [theirs.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    chain += [theirs.TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []
+    wanted = torch.tensor(logits)
+    for step in chain:
+        wanted = step(None, wanted)
+    found = np.asarray(cut(jnp.asarray(logits), sampling))
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted.numpy()))
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
+    assert np.isfinite(found).any(1).all()
+
+
+def test_samples_follow_the_cut_distribution():
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
+    sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
+    drawn = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
+    wanted = count * np.asarray(jax.nn.softmax(cut(logits[None], sampling)[0]))
+    assert (drawn[wanted == 0] == 0).all() and (wanted == 0).any()
+    kept = wanted > 0
+    chi2 = ((drawn - wanted)[kept] ** 2 / wanted[kept]).sum()
+    assert chi2 < 30  # at most 7 degrees of freedom: a fair draw exceeds this once in 10^4
+
+
+def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
+    logits = jax.random.normal(KEY, (9, 97))
+    np.testing.assert_array_equal(sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), KEY), logits.argmax(-1))
+    assert answers(world, Sampling(max_new=12, temperature=2.0, top_k=1)) == greedy
+    assert answers(world, key=jax.random.key(6)) == greedy
+
+
+def test_greedy_answers_are_what_the_whole_forward_says(world, greedy):
+    model, whole = world
+    for prompt, answer in zip(PROMPTS, greedy, strict=True):
+        row = left_pad([prompt + answer], 1)
+        logits = np.asarray(logits_of(model, whole, row))[0]
+        start = row.ids.shape[1] - len(answer)
+        assert len(answer) == 12
+        np.testing.assert_array_equal(logits[start - 1 : -1].argmax(-1), answer)
+
+
+def test_sampling_depends_on_the_key_alone(world):
+    sampling = Sampling(max_new=12, temperature=1.5)
+    first = answers(world, sampling)
+    assert answers(world, sampling) == first
+    assert answers(world, sampling, key=jax.random.key(6)) != first
+    twice = answers(world, sampling, prompts=[PROMPTS[0]] * 2)
+    assert twice[0] != twice[1]
+    halves = answers(world, sampling, prompts=[PROMPTS[0]] * 2, batch=1)
+    assert halves[0] != halves[1]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_prompt_alone_is_answered_as_in_a_batch(world, greedy, batch):
+    assert answers(world, batch=batch) == greedy
+
+
+def test_a_stop_token_ends_its_row_and_no_other(world, greedy):
+    stop = (greedy[0][4], greedy[3][2])
+    stopped = answers(world, stop=stop)
+    for before, after in zip(greedy, stopped, strict=True):
+        ends = [i + 1 for i, token in enumerate(before) if token in stop]
+        assert after == before[: min(ends, default=12)]
+    assert len(stopped[0]) <= 5 and len({len(a) for a in stopped}) > 1
+    raw = np.asarray(program(world[0], GREEDY, stop)(world[1], left_pad(PROMPTS, 8), KEY))
+    assert (raw[len(PROMPTS) :, 1:] == -1).all()  # rows that only fill the batch stop at once
+    for row, after in zip(raw, stopped):
+        assert row.tolist() == after + [-1] * (12 - len(after))
+
+
+def test_a_bucket_is_compiled_once(world):
+    run = make_generate(world[0], Sampling(max_new=3), ())
+    for prompts in (PROMPTS[:2], PROMPTS[1:4], PROMPTS[:1], PROMPTS[2:4]):
+        generate(run, world[1], [*prompts, [1], [2]][:2], KEY, batch=2)
+    assert run._cache_size() == 1
+    generate(run, world[1], PROMPTS[3:], KEY, batch=2)
+    assert run._cache_size() == 2
+
+
+def test_an_empty_prompt_and_bad_settings_are_refused(world):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        answers(world, prompts=[[1], []])
+    for bad in (dict(max_new=0), dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampling(**bad)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_cache_is_updated_in_place(dtype):
+    model = llama(LlamaConfig(**{**CONFIG.__dict__, "max_positions": 4096}), dtype)
+    abstract = jax.eval_shape(lambda: init_params(model.specs, KEY, dtype))
+    rows, prompt, new = 4, 64, 2048
+    tokens = left_pad([[1]], rows)
+    memory = make_generate(model, Sampling(max_new=new), ()).lower(abstract, tokens, KEY).compile().memory_analysis()
+    cache = 2 * CONFIG.layers * rows * (prompt + new) * CONFIG.kv_heads * CONFIG.head_dim * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < 1.5 * cache  # the cache itself is one of the temporaries
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
+def test_an_adapter_changes_the_answers_and_without_it_the_base_is_back(world, greedy, targets):
+    model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=targets))
+    attached, detached = {**world[1], "adapter": whole["adapter"]}, world[1]
+    assert answers((model, attached)) != greedy
+    assert answers((model, detached)) == greedy
+    tokens = left_pad(PROMPTS, 5)
+    np.testing.assert_array_equal(logits_of(model, detached, tokens), logits_of(*world, tokens))
+    assert np.abs(logits_of(model, attached, tokens) - logits_of(*world, tokens)).max() > 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_merged_is_unmerged(tied):
+    settings = Adapter(rank=4, alpha=8.0, targets=("q", "v", "o", "gate", "down", "head"))
+    model, whole = tiny(jnp.float32, adapter=settings, tied=tied)
+    plain = lora.adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": False}), jnp.float32), None)
+    merged = {"base": lora.merge(whole["base"], whole["adapter"], jnp.float32)}
+    tokens = left_pad(PROMPTS, 5)
+    real = np.asarray(tokens.segments > 0)
+    wanted = np.asarray(logits_of(model, whole, tokens))[real]
+    assert np.abs(wanted - np.asarray(logits_of(model, {"base": whole["base"]}, tokens))[real]).max() > 0.1
+    np.testing.assert_allclose(np.asarray(logits_of(plain, merged, tokens))[real], wanted, atol=2e-5)
+    assert answers((plain, merged)) == answers((model, whole))
