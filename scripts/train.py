@@ -1,21 +1,32 @@
-"""Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`."""
+"""Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
+
+The same command goes on with a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130; a
+second one stops at once. JAXFT_TRACEBACK=1 shows where an error comes from. `loop.profile=10,15` traces steps 10 to 15.
+"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def main() -> int:
-    """Parse the command line, load the config, run it."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and the parameters, touch nothing else")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the settings, the parameters and the planned memory, then end"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="with --config, list the config's knobs too")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Parse the command line, load the config, run it."""
+    parser = arguments()
+    args = parser.parse_intermixed_args()
     if args.help or not args.config:
         parser.print_help()
         if args.config:
@@ -27,6 +38,8 @@ def main() -> int:
     from jaxft import config, describe, train
 
     run = config.load(args.config, args.overrides)
+    if not isinstance(run, train.Run):
+        raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.Run")
     if args.dry_run:
         print(train.dry_run(run, describe.describe(run)))
         return 0
@@ -34,7 +47,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import one_line_errors
+    from jaxft import cli
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla"))
-    sys.exit(one_line_errors(main))
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,144 @@
+"""Whole runs of a tiny model through scripts/train.py, each in a process of its own that may be killed.
+
+The processes are forked from a server that has imported everything, so that one starts in a moment.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax.profiler  # noqa: F401  what a run imports, before the fork
+from tiny_llama import tiny_torch, write_folder
+from transformers import AutoTokenizer  # noqa: F401
+
+import jaxft.train  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tiny_run"])
+CONFIG = '''"""A tiny Llama in a folder beside this file."""
+
+import jax.numpy as jnp
+
+from jaxft.data.source import Rows
+from jaxft.generate import Sampling
+from jaxft.lora import Adapter
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4, full: bool = False,
+    batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
+) -> Run:
+    return Run(
+        name=name,
+        weights=model,
+        model=model_for(model, dtype=jnp.float32),
+        objective=sft,
+        data=Rows(data, held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
+        adapter=None if full else Adapter(rank=4, dropout=dropout),
+        optim=Optim(lr=lr),
+        loop=Loop(steps=steps, save_every=1),
+        samples=2,
+        sampling=Sampling(max_new=4),
+        seed=seed,
+    )
+'''
+
+
+def rows(count=40):
+    """Rows of unequal length."""
+    return [{"prompt": f"what is {i} plus {i}?", "completion": f"it is {2 * i}" + " or so" * (i % 5)} for i in range(count)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_place(folder):
+    """A working directory with base/, rows.jsonl and config.py."""
+    write_folder(folder / "base", tiny_torch())
+    write_rows(folder / "rows.jsonl", rows())
+    (folder / "general.jsonl").write_text('{"text": "a general text that has nothing to do with sums"}\n')
+    (folder / "config.py").write_text(CONFIG)
+
+
+def child(folder, argv, environment, devices):
+    """The body of a process: standard streams to files, then the script."""
+    os.chdir(folder)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ.update(environment)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.argv = [str(ROOT / "scripts" / "train.py"), *argv]
+    if hook := environment.get("HOOK"):
+        exec(hook, {})
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Place:
+    """A working directory and the runs that are started in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self, *argv, devices=1, hook="", **environment):
+        """Begin `scripts/train.py --config config.py ...`; hook: Python that is run first, to break or watch something."""
+        argv = ["--config", "config.py", *argv]
+        process = SERVER.Process(target=child, args=(self.folder, argv, {"HOOK": hook, **environment}, devices))
+        process.start()
+        return process
+
+    def run(self, *argv, **options):
+        """The exit code of a whole run."""
+        process = self.start(*argv, **options)
+        process.join()
+        return process.exitcode
+
+    def out(self):
+        return (self.folder / "stdout").read_text()
+
+    def err(self):
+        return (self.folder / "stderr").read_text()
+
+    def runs(self, name):
+        return self.folder / "runs" / name
+
+    def metrics(self, name):
+        """metrics.jsonl without timings and memory."""
+        lines = (self.runs(name) / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "perf"} for line in lines]
+
+    def checkpoints(self, name):
+        folder = self.runs(name) / "checkpoints"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+    def leaves(self, name, step):
+        """Hashes of every array of a checkpoint."""
+        manifest = json.loads((self.runs(name) / "checkpoints" / str(step) / "manifest.json").read_text())
+        return {path: (leaf["dtype"], leaf["shape"], leaf["xxh3"]) for path, leaf in manifest["leaves"].items()}
+
+    def results(self, name, step):
+        """All that must be the same, however often a run was stopped."""
+        folder = self.runs(name)
+        out = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
+        files = {p.name: p.read_bytes() for p in out.iterdir()}
+        card = (folder / "README.md").read_text().replace(name, "NAME")
+        return {"metrics": self.metrics(name), "leaves": self.leaves(name, step), "files": files, "card": card}
+
+    def wait_for(self, process, condition, seconds=60):
+        """Until the condition holds or the process has ended."""
+        until = time.monotonic() + seconds
+        while process.is_alive() and not condition():
+            assert time.monotonic() < until, (self.out(), self.err())
+            time.sleep(0.005)
