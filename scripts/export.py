@@ -8,7 +8,6 @@ rounded once, tensor by tensor, so that memory holds one tensor and not the mode
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import one_line_errors
+    from jaxft import cli
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla"))
-    sys.exit(one_line_errors(main))
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -10,7 +10,6 @@ Prompts go through the model's chat template, if it has one, as a user's message
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -173,7 +172,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import one_line_errors
+    from jaxft import cli
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla"))
-    sys.exit(one_line_errors(main))
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,249 @@
+"""scripts/generate.py and scripts/export.py: a base, its adapter and a run, asked, merged, and read again by transformers."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
+
+from jaxft import cli, lora, weights
+from jaxft.lora import Adapter
+from jaxft.params import init_params
+from jaxft.weights import hf, peft
+from jaxft.weights.merged import merged
+
+torch = pytest.importorskip("torch")
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SETTINGS = Adapter(rank=4, alpha=8.0, targets=("q", "o", "up", "head"))
+
+
+def random_adapter(model, settings, size=0.3):
+    """One whose b is not zero."""
+    fresh = init_params(lora.adapter_specs(model.specs, settings), jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda x: size * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, fresh)
+
+
+tied_too = pytest.mark.parametrize("world", [False, True], ids=["untied", "tied"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def world(request, tmp_path_factory):
+    """A folder with base/, adapter/ and a finished run runs/r, relative to it."""
+    root = tmp_path_factory.mktemp("world")
+    base = write_folder(root / "base", tiny_torch(tie_word_embeddings=getattr(request, "param", False)))
+    model = weights.model_for(str(base), dtype=jnp.float32)
+    adapter = random_adapter(model, SETTINGS)
+    for folder in (root / "adapter", root / "runs" / "r" / "adapter"):
+        peft.save_adapter(folder, adapter, SETTINGS, model, str(base))
+    record = {"weights": str(base), "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
+    (root / "runs" / "r" / "config.json").write_text(json.dumps(record))
+    return root, model, adapter
+
+
+def call(monkeypatch, capsys, name, *args):
+    """(exit code, stdout, stderr) of a script in this process, as its last lines run it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    capsys.readouterr()
+    try:
+        code = cli.one_line_errors(module.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, world):
+    monkeypatch.chdir(world[0])
+    return lambda name, *args: call(monkeypatch, capsys, name, *args)
+
+
+def load(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", **options).eval()
+
+
+@tied_too
+def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, world, tmp_path):
+    root, model, adapter = world
+    code, out, _ = script("export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "m", "--dtype", "float32")
+    assert code == 0 and "float32" in out
+    whole = {"base": weights.load_base(str(root / "base"), model, lambda _, x: jnp.asarray(x)), "adapter": adapter}
+    full = lora.adapted(model, SETTINGS)
+    wanted = np.asarray(full.logits(full.head(whole), full.hidden(whole, some_tokens())))
+    theirs = load(tmp_path / "m")
+    assert theirs.dtype == torch.float32 and not theirs.config.tie_word_embeddings
+    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), wanted, atol=1e-4)
+    assert np.abs(torch_logits(load(root / "base"), some_tokens()) - wanted).max() > 0.5
+
+
+@tied_too
+def test_a_run_is_merged_as_its_parts_are_and_rounded_once(script, world, tmp_path):
+    assert script("export", "--run", "runs/r", "--out", tmp_path / "run")[0] == 0
+    assert script("export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "wide", "--dtype", "float32")[0] == 0
+    narrow, wide = load(tmp_path / "run").state_dict(), load(tmp_path / "wide").state_dict()
+    assert narrow.keys() == wide.keys()
+    for name, value in wide.items():
+        assert torch.equal(narrow[name], value.to(torch.bfloat16)), name
+
+
+@tied_too
+def test_without_an_adapter_the_base_is_copied_bit_for_bit(script, world, tmp_path):
+    assert script("export", "--model", "base", "--out", tmp_path / "copy", "--dtype", "float32")[0] == 0
+    copy, base = load(tmp_path / "copy").state_dict(), load(world[0] / "base").state_dict()
+    assert copy.keys() == base.keys() and all(torch.equal(copy[name], base[name]) for name in base)
+
+
+def test_merging_holds_a_tensor_and_not_a_model(world, tmp_path):
+    wide = tiny_torch(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    write_folder(tmp_path / "base", wide)
+    model = weights.model_for(str(tmp_path / "base"))
+    total = sum(p.numel() * 4 for p in wide.parameters())
+    base = merged(weights.open_tensors(str(tmp_path / "base")), model, None, np.float32)
+    tracemalloc.start()
+    hf.save_folder(tmp_path / "out", model, base, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < total / 8
+
+
+def prompts_of(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@tied_too
+def test_a_run_answers_as_its_adapter_and_as_the_merged_model(script, tmp_path):
+    ask = ("--prompt", "ab", "--prompt", "What is rope?", "--max-new", "6", "--json")
+    _, base, _ = script("generate", "--model", "base", "--dtype", "float32", *ask)
+    _, adapted, _ = script("generate", "--model", "base", "--adapter", "adapter", "--dtype", "float32", *ask)
+    assert script("generate", "--run", "runs/r", *ask)[:2] == (0, adapted)
+    assert prompts_of(adapted)[0]["prompt"] == "ab" and len(prompts_of(adapted)) == 2 and adapted != base
+    assert script("export", "--run", "runs/r", "--out", tmp_path / "m", "--dtype", "float32")[0] == 0
+    assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, adapted)
+
+
+def test_answers_are_transformers_own_through_the_template_and_raw(script, world, tmp_path):
+    from transformers import AutoTokenizer
+
+    theirs, tokenizer = load(world[0] / "base"), AutoTokenizer.from_pretrained(str(world[0] / "base"))
+    rows = [
+        {"prompt": "Hello"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ignored"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+        {"instruction": "Sum", "input": "1 2", "response": "ignored"},
+        {"instruction": "Only asked"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["<s>Hello</s>", "<s>q</s>", "<s>a</s><s>b</s><s>c</s>", "<s>Sum\n\n1 2</s>", "<s>Only asked</s>"]
+    (tmp_path / "lines.txt").write_text("Hello\n\nagain\n")
+    ask = ("--model", "base", "--max-new", "8", "--dtype", "float32", "--json", "--batch", "2")
+    for file, extra, wanted in [
+        ("rows.jsonl", (), texts),
+        ("lines.txt", (), ["<s>Hello</s>", "<s>again</s>"]),
+        ("lines.txt", ("--raw",), ["Hello", "again"]),
+    ]:
+        code, out, _ = script("generate", "--file", tmp_path / file, *ask, *extra)
+        found = prompts_of(out)
+        assert code == 0 and len(found) == len(wanted)
+        for answer, text in zip(found, wanted, strict=True):
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            new = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
+            assert answer["completion"] == tokenizer.decode(new, skip_special_tokens=True), text
+            assert answer["finish"] == ("stop" if new[-1] == 257 else "length") and answer["tokens"] == len(new)
+
+
+def test_sampling_repeats_with_its_seed(script):
+    ask = (
+        "generate",
+        "--model",
+        "base",
+        "--prompt",
+        "ab",
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.95",
+        "--max-new",
+        "9",
+    )
+    first = script(*ask, "--seed", "1")[1]
+    assert script(*ask, "--seed", "1")[1] == first != script(*ask, "--seed", "2")[1]
+    assert first.startswith("--- prompt\nab\n--- completion\n")
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("generate --run runs/none --prompt x", ("runs/none", "config.json")),
+        ("generate --model nowhere.gguf --prompt x", ("nowhere.gguf",)),
+        ("generate --model base --adapter none --prompt x", ("none/adapter_config.json",)),
+        ("generate --model base --file none.txt", ("none.txt",)),
+        ("generate --model base --file none.jsonl", ("none.jsonl",)),
+        ("generate --model base --file empty.txt", ("empty.txt", "no prompts")),
+        ("generate --model base --file text.jsonl", ("text.jsonl:1", "wanted messages, prompt or instruction")),
+        ("generate --model base --file chat.jsonl --raw", ("--raw",)),
+        ("generate --model base --prompt x --temperature -1", ("temperature",)),
+        ("generate --model base --prompt x --max-new 300", ("256 positions",)),
+        ("export --model base --out base", ("--out base", "choose another")),
+        ("export --model base --adapter none --out m", ("none/adapter_config.json",)),
+        ("export --run runs --out m", ("no run's folder",)),
+    ],
+)
+def test_a_mistake_is_one_line(script, world, command, words):
+    for name, text in [("empty.txt", "\n\n"), ("text.jsonl", '{"text": "x"}\n'), ("chat.jsonl", '{"instruction": "x"}\n')]:
+        (world[0] / name).write_text(text)
+    code, out, err = script(*command.split())
+    assert code == 1 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not (world[0] / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("generate --model base", "--prompt or --file"),
+        ("generate --run r --model base --prompt x", "--run"),
+        ("generate --model base --prompt x --batch 0", "--batch"),
+        ("export --out m", "--run"),
+        ("export --run r --model base --out m", "--run"),
+        ("export --run r --adapter a --out m", "--adapter"),
+    ],
+)
+def test_wrong_options_are_told(script, command, word):
+    code, _, err = script(*command.split())
+    assert code == 2 and word in err
+
+
+def test_a_finished_full_run_is_read_from_its_model(script, world, tmp_path):
+    run = tmp_path / "full"
+    write_folder(run / "model", tiny_torch(seed=7))
+    record = {"weights": "nowhere", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
+    (run / "config.json").write_text(json.dumps(record))
+    ask = ("--prompt", "x", "--max-new", "5", "--dtype", "float32", "--json")
+    code, out, _ = script("generate", "--run", run, *ask)
+    assert code == 0 and out == script("generate", "--model", run / "model", *ask)[1]
+    assert script("export", "--run", run, "--out", run / "model")[0] == 1
+
+
+def test_the_scripts_start_from_anywhere(world, tmp_path):
+    for name in ("generate", "export"):
+        done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "--adapter" in done.stdout
+    command = [sys.executable, SCRIPTS / "generate.py", "--model", world[0] / "base", "--prompt", "x", "--max-new", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("--- prompt\nx\n"), done.stderr
