@@ -1,0 +1,254 @@
+"""Layers against plain autodiff and transformers; precision, dtypes, and what a backward pass keeps."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import print_saved_residuals
+from tiny_model import close, examples, one_by_one, tiny
+
+from jaxft import nn, prepare, sharding, tree
+from jaxft.lora import Adapter
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.objectives.sft import sft
+from jaxft.quant import dequantize, quantize
+
+RNG = np.random.default_rng(0)
+# Every size is another number, so that a shape says what an array is.
+DEEP = LlamaConfig(vocab=88, width=32, layers=13, heads=4, kv_heads=2, head_dim=10, mlp=48)
+B, T = 4, 16
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape, dtype=None):
+    return jnp.asarray(RNG.normal(size=shape), dtype)
+
+
+def batch32(count=B):
+    """A batch as a run has it: 32-bit integers and float32 weights."""
+    narrow = lambda x: x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)  # noqa: E731
+    return jax.tree.map(narrow, one_by_one(examples(count)))
+
+
+# Products
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
+def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transposed):
+    x, cotangent = random(2, 3, 5), random(2, 3, 4)
+    w = random(4, 5) if transposed else random(5, 4)
+    w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
+
+    def plain(x, w):
+        w = dequantize(w).astype(x.dtype) if packed else w
+        return x @ (w.T if transposed else w)
+
+    def both(product):
+        if packed:
+            return jax.jit(jax.value_and_grad(lambda x: jnp.sum(cotangent * jnp.sin(product(x, w)))))(x)
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(cotangent * jnp.sin(product(x, w))), (0, 1)))(x, w)
+
+    close(both(lambda x, w: nn.matmul(x, w, transposed, True)), both(plain))
+    close(both(lambda x, w: nn.matmul(x, w, transposed, False)), both(plain))
+
+
+def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
+    x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.float32)
+    for wide_result, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
+        y = nn.matmul(x, w, False, wide_result)
+        assert y.dtype == dtype and float(y[0, 0]) == 4096  # in bfloat16 a sum of ones stops at 256
+    dx, dw = jax.grad(lambda x, w: jnp.sum(nn.linear(x, w)).astype(jnp.float32), (0, 1))(jnp.ones((4096, 1), jnp.bfloat16), w[:1])
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0]) == 4096
+
+
+def test_a_weights_gradient_keeps_the_accumulators_precision():
+    x, g = random(512, 8, dtype=jnp.bfloat16), random(512, 4, dtype=jnp.bfloat16)
+    dw = jax.vjp(nn.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
+    exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+    assert np.abs(dw - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
+def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
+    from jaxft.lora import Adapted
+
+    w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
+    if rank:
+        w = Adapted(w, jnp.ones((6, rank)), jnp.ones((rank, 5)), jnp.ones(()))
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: nn.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16)))
+    assert (6, 5) in {x.shape for x in kept} and {x.dtype for x in kept if x.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
+
+
+# Layers
+
+
+def test_rms_norm_is_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = random(2, 5, 24, dtype=jnp.float32), random(24, dtype=jnp.float32)
+    theirs = LlamaRMSNorm(24, eps=1e-3)
+    theirs.weight.data = torch.tensor(np.asarray(weight))
+    for scale in (1.0, 1e-3, 1e4):  # eps matters in the second
+        with torch.no_grad():
+            wanted = theirs(torch.tensor(np.asarray(scale * x))).numpy()
+        np.testing.assert_allclose(nn.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6)
+    assert nn.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("scaling", [None, "llama3"])
+def test_rope_is_transformers(scaling):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig as TheirConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    from jaxft.models.llama import from_hf, rope_angles
+
+    factors = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    parameters = {"rope_type": scaling, "rope_theta": 5e5, **factors} if scaling else {"rope_type": "default", "rope_theta": 5e5}
+    config = TheirConfig(hidden_size=96, num_attention_heads=4, num_key_value_heads=2, rope_parameters=parameters)
+    q, k = random(2, 9, 4, 24, dtype=jnp.float32), random(2, 9, 2, 24, dtype=jnp.float32)
+    positions = np.array([np.arange(9), np.r_[0:4, 500:505]])
+    angles = rope_angles(from_hf(config.to_dict()), jnp.asarray(positions), jnp.float32)
+    heads_first = lambda x: torch.tensor(np.asarray(x)).transpose(1, 2)  # noqa: E731
+    cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
+    wanted = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
+    for x, theirs in zip((q, k), wanted):
+        np.testing.assert_allclose(nn.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_only():
+    from jaxft.models.llama import rope_angles
+
+    q, k = random(1, 1, 1, 10, dtype=jnp.float32), random(1, 1, 1, 10, dtype=jnp.float32)
+    turn = lambda x, at: nn.rope(x, *rope_angles(DEEP, jnp.array([[at]]), jnp.float32))  # noqa: E731
+    np.testing.assert_allclose(jnp.linalg.norm(turn(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
+    near, far = jnp.vdot(turn(q, 7), turn(k, 4)), jnp.vdot(turn(q, 53), turn(k, 50))
+    np.testing.assert_allclose(near, far, rtol=1e-4, atol=1e-5)
+    assert abs(near - jnp.vdot(turn(q, 8), turn(k, 4))) > 1e-3
+
+
+def test_swiglu_is_torchs():
+    torch = pytest.importorskip("torch")
+    gate, up = random(3, 7, dtype=jnp.float32), random(3, 7, dtype=jnp.float32)
+    wanted = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
+    np.testing.assert_allclose(nn.swiglu(gate, up), wanted.numpy(), rtol=1e-6, atol=1e-6)
+    assert nn.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_embedding_a_packed_table_is_embedding_the_plain_one():
+    table, ids = random(9, 4, dtype=jnp.bfloat16), jnp.array([[3, 0, 8], [3, 3, 1]])
+    np.testing.assert_array_equal(nn.embed(quantize(table, "bits"), ids), np.asarray(table)[np.asarray(ids)])
+    np.testing.assert_array_equal(nn.embed(table, ids), np.asarray(table)[np.asarray(ids)])
+    grad = jax.grad(lambda t: jnp.sum(nn.embed(t, ids)))(table.astype(jnp.float32))
+    np.testing.assert_array_equal(grad[:, 0], np.bincount(np.ravel(ids), minlength=9))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("dtype, kept", [(jnp.bfloat16, "u16"), (jnp.float32, "f32")], ids=["bfloat16", "float32"])
+def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys, dtype, kept):
+    def layer(x):
+        return jnp.sum(jnp.sin(nn.remember(jnp.sin(x), "here")).astype(jnp.float32))
+
+    x = random(3, 5, dtype=dtype)
+    for names, expected in ((("here",), True), (("elsewhere",), False)):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        print_saved_residuals(jax.checkpoint(layer, policy=policy), x)
+        found = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+        assert (len(found) == 1 and found[0].startswith(f"{kept}[3,5] named 'here'")) if expected else not found
+    plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(layer)(x), jax.grad(plain)(x))
+    np.testing.assert_array_equal(nn.remember(x, "here"), x)
+
+
+SIZES = {  # of what a layer may keep, in DEEP
+    "q": (B, T, 4, 10), "k": (B, T, 2, 10), "attn_out": (B, T, 2, 2, 10), "attn_lse": (B, 4, T), "gate": (B, T, 48),
+}  # fmt: skip
+KEPT = {"full": (), "attention": ("attn_out",), "projections": ("q", "k", "attn_out", "gate")}
+
+
+@functools.cache
+def deep_program(adapter, remat):
+    """The compiled gradient of the SFT loss of a deep bfloat16 model, held as a run holds it."""
+    t = prepare.trained(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
+    mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
+    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+
+    def gradient(trainable, frozen, batch):
+        return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
+
+    text = jax.jit(gradient).lower(trainable, frozen, batch32()).compile().as_text()
+    return {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)}
+
+
+@pytest.mark.parametrize("remat", KEPT)
+def test_a_remat_policy_keeps_what_it_names_and_16_bit_values_as_bits(remat):
+    stacked = deep_program(Adapter(rank=3), remat)
+    for name in ("q", "k", "attn_out", "gate"):
+        found = {dtype for dtype, dims in stacked if dims == SIZES[name]}
+        assert found == ({"u16"} if name in KEPT[remat] else set()), name
+    assert ("f32", (B, T, 32)) in stacked  # a block's input
+
+
+@pytest.mark.parametrize("adapter", [Adapter(rank=3), None], ids=["lora", "full"])
+def test_stacked_weights_are_never_converted_as_a_whole(adapter):
+    stacked = deep_program(adapter, "projections")
+    kernels = {"q": (32, 40), "k": (32, 20), "o": (40, 32), "gate": (32, 48), "down": (48, 32)}
+    for name, dims in kernels.items():
+        held = "u16" if adapter else "f32"  # frozen ones as raw bits; trained ones as they are, and so are their gradients
+        assert {dtype for dtype, found in stacked if found == dims} == {held}, name
+
+
+# Dtypes and precision
+
+
+SOME = Adapter(rank=3, dropout=0.1, targets=("q", "o", "down", "head"))
+
+
+@pytest.mark.parametrize("adapter", [SOME, None], ids=["lora", "full"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dtype, tied):
+    config = LlamaConfig(**{**DEEP.__dict__, "tied": tied, "layers": 2})
+    t = prepare.trained(llama(config, dtype), adapter, None)
+    mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
+    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    some, batch, key = tree.combine(trainable, frozen), batch32(), jax.random.key(0)
+
+    def gradient(trainable, frozen, key):
+        loss = lambda some: sft(t.model)(tree.combine(some, frozen), batch, key, {})  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+    with jax.numpy_dtype_promotion("strict"):
+        h = jax.eval_shape(lambda p: t.model.hidden(p, batch), some)
+        logits = jax.eval_shape(lambda p: t.model.logits(t.model.head(p), t.model.hidden(p, batch)), some)
+        (loss, found), grads = jax.eval_shape(gradient, trainable, frozen, key)
+        prefill = jax.eval_shape(lambda p: t.model.prefill(p, batch, T + 4), some)
+        ids, at = batch.ids[:, 0], jnp.int32(T)
+        step = jax.eval_shape(lambda p, cache: t.model.step(p, cache, ids, ids, at), some, prefill[1])
+    assert h.dtype == prefill[0].dtype == step[0].dtype == dtype and logits.dtype == loss.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves((grads, found))} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.structure(grads) == jax.tree.structure(trainable)
+
+
+def test_bfloat16_gradients_are_float32s_within_a_few_per_cent():
+    grads = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, whole = tiny(dtype, Adapter(rank=4, alpha=4.0, targets=("k", "o", "gate")))  # some kernels with, some without
+        gradient = jax.jit(jax.grad(lambda p, model=model: sft(model)(p, batch32(8), None, {})[0]))
+        grads.append(tree.paths(gradient(whole)))
+    for path, wanted in grads[0].items():
+        if not path.endswith("scale"):
+            error = np.linalg.norm(grads[1][path] - wanted) / np.linalg.norm(wanted)
+            assert 0 < error < 0.05, f"{path}: {error}"
