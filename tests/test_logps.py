@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import CONFIG, close
+from tiny_model import CONFIG, assert_close
 
 from jaxft import params, sharding, tree
 from jaxft.lora import Adapter, adapted
@@ -76,8 +76,8 @@ def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypat
 
     (_, found), grads = both(lambda *a: token_logps(model, *a, targets))
     (_, wanted), wanted_grads = both(lambda *a: plain(*a, targets)[0])
-    close(found, wanted)
-    close(grads, wanted_grads)
+    assert_close(found, wanted)
+    assert_close(grads, wanted_grads)
     assert B * M / 2 <= float(jnp.sum(found.top1)) < B * M
 
 
@@ -89,7 +89,7 @@ def test_the_gradient_of_a_part_is_that_part_of_the_gradient():
         trained, frozen = tree.partition(whole, tree.mask_by_path(whole, pattern))
         grads = jax.jit(jax.grad(lambda t, frozen=frozen: loss(tree.combine(t, frozen), h, targets)))(trained)
         for path, g in tree.paths(grads).items():
-            close(g, everything[path])
+            assert_close(g, everything[path])
 
 
 def test_only_logp_has_a_gradient():
@@ -111,7 +111,7 @@ def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     (_, found), _ = run(jnp.zeros_like(h))
-    close(found, jax.tree.map(lambda x, y: jnp.full_like(x, y), found, logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)))
+    assert_close(found, jax.tree.map(lambda x, y: jnp.full_like(x, y), found, logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)))
     (value, _), grad = run(1e6 * h)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
 
@@ -136,7 +136,7 @@ def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
 
     each = jax.value_and_grad(loss, (0, 1))
     alone = jax.jit(lambda *x: jax.lax.map(lambda one: each(*one), x))(some, hs)
-    close(jax.jit(jax.vmap(each))(some, hs), alone)
+    assert_close(jax.jit(jax.vmap(each))(some, hs), alone)
 
 
 def products(compiled):
@@ -196,7 +196,7 @@ def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatc
     model, whole, h, targets, weights = setting(*HEADS[name])
     one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
     program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1))
-    close(jax.device_get(program(*args)), jax.device_get(one))
+    assert_close(jax.device_get(program(*args)), jax.device_get(one))
 
 
 def collectives(text):
@@ -239,4 +239,4 @@ def test_a_chunk_is_measured_on_a_device(monkeypatch):
 def test_read_positions_are_gathered_row_by_row():
     h = jnp.arange(2 * 5 * 3.0).reshape(2, 5, 3)
     read = jnp.array([[4, 0], [1, 1]])
-    close(gather_read(h, read), jnp.stack([h[0, jnp.array([4, 0])], h[1, jnp.array([1, 1])]]))
+    assert_close(gather_read(h, read), jnp.stack([h[0, jnp.array([4, 0])], h[1, jnp.array([1, 1])]]))

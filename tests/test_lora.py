@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import CONFIG, close, examples, one_by_one, tiny
+from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
 from jaxft import lora, params, tree
 from jaxft.lora import Adapted, Adapter, adapted, adapter_specs, attach, merge, target_paths
@@ -166,7 +166,7 @@ def test_merged_is_unmerged(wide, tied):
     merged = merge(whole["base"], whole["adapter"], jnp.float64)
     assert "head" in merged and ("head" in whole["base"]) != tied
     untied, _ = tiny()
-    close(logits(untied, {"base": merged}, batch), logits(model, whole, batch))
+    assert_close(logits(untied, {"base": merged}, batch), logits(model, whole, batch))
     untouched = {p: x for p, x in tree.paths(merged).items() if p in ("embed", "final_norm", "layers/attn/v")}
     assert len(untouched) == 3 and all(x is tree.paths(whole["base"])[p] for p, x in untouched.items())
 
@@ -199,12 +199,12 @@ def test_the_base_trained_beside_an_adapter_gets_the_merged_weights_gradient(wid
     merged = merge(whole["base"], whole["adapter"], jnp.float64)
     loss = lambda model: jax.jit(jax.grad(lambda whole: sft(model)(whole, batch, None, {})[0]))  # noqa: E731
     found, wanted = loss(model)(whole), loss(plain)({"base": merged})
-    close(found["base"], wanted["base"])
+    assert_close(found["base"], wanted["base"])
     for path in ("layers/attn/q", "layers/mlp/down"):
         pair, grad, w = (tree_at(t, path) for t in (whole["adapter"], found["adapter"], wanted["base"]))
         scale = pair["scale"][:, None, None]
-        close(grad["a"], scale * w @ jnp.swapaxes(pair["b"], 1, 2))
-        close(grad["b"], scale * jnp.swapaxes(pair["a"], 1, 2) @ w)
+        assert_close(grad["a"], scale * w @ jnp.swapaxes(pair["b"], 1, 2))
+        assert_close(grad["b"], scale * jnp.swapaxes(pair["a"], 1, 2) @ w)
         assert not np.any(grad["scale"])  # frozen by the product itself
 
 
@@ -240,8 +240,8 @@ def test_the_fused_product_is_the_plain_one_in_value_and_gradients(wide, packed,
     found, wanted = (
         jax.jit(jax.value_and_grad(lambda x, t, f=f: loss(f, x, t), (0, 1)))(x, trained) for f in (lora_matmul, plain_product)
     )
-    close(found, wanted)
-    close(linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale))
+    assert_close(found, wanted)
+    assert_close(linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale))
 
 
 def test_dropout_needs_a_key_keeps_the_mean_and_spares_the_base():

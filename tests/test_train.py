@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import batch_of, close, examples, micro, one_by_one, tiny
+from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
 
 from jaxft import evaluate, metrics, optim, params, prepare, sharding, tree
 from jaxft.lora import Adapter
@@ -42,7 +42,7 @@ def test_accumulation_is_the_big_batch_for_rows_of_unequal_length():
     batch = one_by_one(examples(8))
     one = gradient_of(model, whole, micro(batch, 1))
     for count in (2, 4, 8):
-        close(gradient_of(model, whole, micro(batch, count)), one)
+        assert_close(gradient_of(model, whole, micro(batch, count)), one)
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
@@ -50,7 +50,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
     batch = one_by_one(examples(6))
     total = loss_and_grads(model, whole, batch)
     parts = [loss_and_grads(model, whole, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2, 4)]
-    close(jax.tree.map(lambda *x: sum(x), *parts), total)
+    assert_close(jax.tree.map(lambda *x: sum(x), *parts), total)
 
 
 def test_packed_is_unpacked():
@@ -58,14 +58,14 @@ def test_packed_is_unpacked():
     some = examples(6)
     weight = 1 / sum(len(ids) - prompt for ids, prompt in some)
     packed = batch_of([some[:3], some[3:]], 48, 40, weight)
-    close(loss_and_grads(model, whole, packed), loss_and_grads(model, whole, one_by_one(some)))
+    assert_close(loss_and_grads(model, whole, packed), loss_and_grads(model, whole, one_by_one(some)))
 
 
 def test_padding_rows_change_nothing_and_an_empty_batch_has_loss_zero():
     model, whole = tiny()
     some = examples(4)
     padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), one_by_one(some))
-    close(loss_and_grads(model, whole, padded), loss_and_grads(model, whole, one_by_one(some)))
+    assert_close(loss_and_grads(model, whole, padded), loss_and_grads(model, whole, one_by_one(some)))
     loss, grads = loss_and_grads(model, whole, jax.tree.map(lambda x: x[4:], padded))
     assert loss == 0 and all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
@@ -96,7 +96,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(adapter, shape):
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
         many = gradient_of(model, placed, sharding.place_batch(mesh, batch))
-    close(jax.device_get(many), jax.device_get(one))
+    assert_close(jax.device_get(many), jax.device_get(one))
 
 
 def lora_run(tx, dropout=0.0):
@@ -166,7 +166,7 @@ def test_remat_policies_give_the_same_gradients():
         model, whole = tiny(remat=remat)
         found.append(loss_and_grads(model, whole, one_by_one(examples(4))))
     for other in found[1:]:
-        close(other, found[0])
+        assert_close(other, found[0])
 
 
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
@@ -193,7 +193,7 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     single = jax.tree.map(lambda s: params.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=params.is_spec)
     for i in range(3):
         layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
-        close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
+        assert_close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
 
 
 def test_weight_decay_reaches_matrices_only():

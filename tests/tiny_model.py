@@ -78,7 +78,7 @@ def micro(batch, count):
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
 
-def close(a, b, rtol=1e-10):
+def assert_close(a, b, rtol=1e-10):
     """Every leaf equal within rtol of the leaf's largest value."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
