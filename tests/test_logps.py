@@ -111,7 +111,8 @@ def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     (_, found), _ = run(jnp.zeros_like(h))
-    assert_close(found, jax.tree.map(lambda x, y: jnp.full_like(x, y), found, logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)))
+    uniform = logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)
+    assert_close(found, jax.tree.map(lambda x, value: jnp.full_like(x, value), found, uniform))
     (value, _), grad = run(1e6 * h)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
 
