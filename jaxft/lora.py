@@ -33,6 +33,8 @@ class Adapter:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"adapter.rank is at least 1, found {self.rank}")
+        if not 0.0 < abs(self.alpha) < float("inf"):
+            raise ValueError(f"adapter.alpha is a number other than 0, found {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter.dropout is in [0, 1), found {self.dropout}")
 
@@ -81,6 +83,8 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
     base = spec_paths(specs)
     out: dict[str, Any] = {}
     for path in target_paths(specs, settings.targets):
+        if path == "head" and settings.dropout:
+            raise ValueError(f"adapter.dropout={settings.dropout} doesn't reach an adapter on the head; set it to 0 or leave it out")
         if path in base:
             spec = base[path]
         else:  # a tied head: [V, D] read the other way round

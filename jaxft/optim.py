@@ -75,8 +75,13 @@ class Optim:
     lr_groups: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        if self.lr < 0:
-            raise ValueError(f"optim.lr is at least 0, found {self.lr}")
+        if not 0 <= self.lr < float("inf"):
+            raise ValueError(f"optim.lr is a number from 0 up, found {self.lr}")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(f"optim.b1 and b2 are from 0 up to below 1, found {self.b1} and {self.b2}")
+        if not (0 <= self.weight_decay < float("inf") and 0 <= self.end <= 1 and self.eps > 0):
+            found = f"weight_decay={self.weight_decay}, end={self.end}, eps={self.eps}"
+            raise ValueError(f"optim: weight_decay is from 0 up, end between 0 and 1, eps above 0; found {found}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"optim.warmup is a share of the steps between 0 and 1, found {self.warmup}")
         if self.clip is not None and self.clip <= 0:

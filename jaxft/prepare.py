@@ -42,6 +42,8 @@ def trained(model: Model, adapter: Adapter | None, pattern: str | None) -> Train
     default = "adapter/.*" if adapter else "base/.*"
     mask = tree.mask_by_path(jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec), pattern or default)
     mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
     return Trained(whole, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs))
 
 

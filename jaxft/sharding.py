@@ -49,6 +49,8 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     sizes = [getattr(shape, axis) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ValueError(f"mesh sizes are positive, with at most one -1 for the rest; found {shape}")
+    if shape.context != 1:
+        raise ValueError(f"mesh.context={shape.context}: no array is cut along time yet; set mesh.context=1")
     fixed = math.prod(s for s in sizes if s != -1)
     wanted = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]

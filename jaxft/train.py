@@ -153,6 +153,9 @@ class Programs:
 
 def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     """Functions and shapes of a run of `steps` steps, from its settings alone: no weights, rows or network."""
+    longest = run.model.config.max_positions
+    if run.data.max_length > longest:
+        raise ValueError(f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it")
     mesh = sharding.make_mesh(run.mesh, devices_)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
     t = prepare.trained(model, run.adapter, run.train)
@@ -303,7 +306,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
 
     kept: dict[str, Any] = restored[1] if restored else {"before": look(state), "counters": None}
     before, first = kept["before"], restored[2] if restored else 0
-    if not restored:
+    if not restored and before["metrics"]:
         log.step(0, before["metrics"], {})
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
@@ -335,7 +338,8 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
         return 128 + interrupt.signal
 
     after = look(state)
-    log.step(job.steps, after["metrics"], {})
+    if after["metrics"]:
+        log.step(job.steps, after["metrics"], {})
     out = report.export(p.trained, tree.combine(state.trainable, frozen), r, job.tokenizer, job.folder)
     report.write_card(job, out, before, after)
     runfolder.write_json(job.folder / "summary.json", {"steps": job.steps, "before": before, "after": after})

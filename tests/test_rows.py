@@ -178,7 +178,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         ({"instruction": "q", "response": "a", "output": "b"}, {}, "r:1: found both 'response' and 'output'"),
         ({"prompt": "q", "completion": [ASKED[1]]}, {}, "one is a string and one a list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
-        ({"messages": "[{]"}, {}, "r:1: column 'messages' is no valid JSON list"),
+        ({"messages": "[{]"}, {}, "r:1: column 'messages' is str, wanted a list of"),
         ({"messages": [{"content": "x"}]}, {}, r"r:1: messages\[0\] has content; wanted 'role' and 'content'"),
         ({"messages": [ASKED[0], turn("assistant", "")]}, {}, r"r:1: messages\[1\], an assistant turn, is empty"),
         ({"messages": [turn("user", 3)]}, {}, r"r:1: messages\[0\] has content of type int"),

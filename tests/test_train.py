@@ -176,8 +176,8 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
         "norms": params.ParamSpec((3, 130), ("layers", "norm"), params.constant(0.0)),
     }
     settings = Optim(optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant, warmup=0.0)
-    stacked = params.init_params({"layers": {"w": params.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), params.normal(1.0))},
-                                  "norms": params.ParamSpec((3, 130), ("layers", "norm"), params.normal(1.0))}, jax.random.key(1))
+    random = lambda s: params.ParamSpec(s.shape, s.axes, params.normal(1.0))  # noqa: E731
+    stacked = params.init_params(jax.tree.map(random, specs, is_leaf=params.is_spec), jax.random.key(1))
     scales = jnp.array([1.0, 100.0, 0.01])  # layers whose gradients differ in size
     grads = [jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked) for k in range(3)]
 

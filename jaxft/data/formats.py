@@ -168,19 +168,28 @@ def _string(row: Row, column: str, empty: bool = False) -> str:
     value = row.fields[column]
     if not isinstance(value, str):
         raise ValueError(f"{row.name}: column {column!r} is {type(value).__name__}, wanted a string")
+    _encodable(row, column, value)
     if not empty and not value.strip():
         raise ValueError(f"{row.name}: column {column!r} is empty; fill it or remove the row")
     return value
 
 
+def _encodable(row: Row, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{row.name}: column {column!r} holds half a character ({error.reason}); repair the text") from error
+
+
 def _parsed(row: Row, column: str) -> Any:
-    """The column, read as JSON if a table format stored a list as a string."""
+    """The column, read as JSON if a table format stored a list of objects as a string; other text stays text."""
     value = row.fields[column]
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{row.name}: column {column!r} is no valid JSON list ({error})") from error
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+        return found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
     return value
 
 
@@ -189,6 +198,8 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{row.name}: {column}[{index}] has content of type {type(content).__name__}, wanted a string")
+    if content:
+        _encodable(row, column, content)
     return content
 
 

@@ -127,6 +127,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8-sig") as file:
+        csv.field_size_limit(2**31 - 1)
         reader = csv.reader(file, strict=True)
         line = 1
         try:

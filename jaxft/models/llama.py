@@ -161,25 +161,39 @@ def head(params: Any) -> Any:
     return {name: params[name] for name in ("embed", "head") if name in params and (tied or name == "head")}
 
 
+def as_cached_k(k_BTKE: Array) -> Array:
+    """Keys in the cache's layout, [B, K, E, T], as bits."""
+    return to_bits(k_BTKE.transpose(0, 2, 3, 1))
+
+
+def as_cached_v(v_BTKE: Array) -> Array:
+    """Values in the cache's layout, [B, K, T, E], as bits."""
+    return to_bits(v_BTKE.swapaxes(1, 2))
+
+
+def with_room(x: Array, axis: int, room: int) -> Array:
+    """`room` more places, zero, at the end of an axis."""
+    return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+
+
 def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array, dict[str, Array]]:
     """Hidden states [B, T, D] of the prompts and a key/value cache with room for `size` tokens a row.
 
-    Prompts are left-padded (segments 0), so that every row writes its next token to the same slot. Cache: k, v
-    [L, B, size, K, E] as raw bits and visible [B, size].
+    Prompts are left-padded (segments 0), so that every row writes its next token to the same slot. Cache: k
+    [L, B, K, E, size] and v [L, B, K, size, E] as raw bits (see attention.decode), visible [B, size].
     """
     c, dtype = run.config, run.dtype
     angles = rope_angles(c, tokens.positions, dtype)
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)
-        return run.attention(q, k, v, tokens.segments, tokens.branches), (to_bits(k), to_bits(v))
+        return run.attention(q, k, v, tokens.segments, tokens.branches), (as_cached_k(k), as_cached_v(v))
 
     start = embed_tokens(c, params, tokens.ids, dtype)
     h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), start, params["layers"])
     room = size - tokens.ids.shape[1]
-    pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
     visible = jnp.pad(tokens.segments > 0, ((0, 0), (0, room)))
-    cache = {"k": jnp.pad(k, pad), "v": jnp.pad(v, pad), "visible": visible}
+    cache = {"k": with_room(k, 4, room), "v": with_room(v, 3, room), "visible": visible}
     return rms_norm(h, params["final_norm"], c.norm_eps, dtype), cache
 
 
@@ -197,10 +211,10 @@ def step(
 
         def mix(p, x, keys):
             q, k, v = project_qkv(c, p, x, angles, keys)
-            k_new = jax.lax.dynamic_update_slice(k_all, to_bits(k)[None], (i, 0, at, 0, 0))
-            v_new = jax.lax.dynamic_update_slice(v_all, to_bits(v)[None], (i, 0, at, 0, 0))
-            k_BSKE, v_BSKE = (from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new))
-            return attn.decode(q[:, 0], k_BSKE, v_BSKE, visible)[:, None], (k_new, v_new)
+            k_new = jax.lax.dynamic_update_slice(k_all, as_cached_k(k)[None], (i, 0, 0, 0, at))
+            v_new = jax.lax.dynamic_update_slice(v_all, as_cached_v(v)[None], (i, 0, 0, at, 0))
+            k_BKES, v_BKSE = (from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new))
+            return attn.decode(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
 
         h, (k_all, v_all) = block(c, p, h, mix, dtype, None)
         return (h, k_all, v_all), None

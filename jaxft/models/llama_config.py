@@ -17,6 +17,12 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
+    def __post_init__(self):
+        if not (0 < self.factor < math.inf and self.original_max_positions > 0):
+            raise ValueError(f"config: rope's factor and original length are above 0, found {self}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"config: rope's low_freq_factor is above 0 and below high_freq_factor, found {self}")
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -61,19 +67,29 @@ def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
     return freqs * ((1 - np.clip(smooth, 0, 1)) / s.factor + np.clip(smooth, 0, 1))
 
 
+ROPE_KEYS = (
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+
+
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    if "factor" in rope and not rope.keys() & {"rope_type", "type"}:
+        raise ValueError(f"config: rope has a factor ({rope['factor']}) but no rope_type; wanted default, linear or llama3")
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3")
+    if unknown := rope.keys() - ROPE_KEYS:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"config: rope setting {names} is not supported; jaxft reads {', '.join(ROPE_KEYS)}")
     if kind == "default":
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        original = int(rope["original_max_position_embeddings"])
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original)
-    raise ValueError(f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3")
+    original = int(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original)
 
 
 # What a Llama config may hold that would change the arithmetic, and the only value that is implemented.

@@ -1,6 +1,7 @@
 """Models in and out: from the hub, folders, GGUF files and packages; to Hugging Face folders and PEFT adapters."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def model_for(ref: str, **options: Any) -> Model:
     A ref among the presets touches neither disk nor network, a local one the network not, another one only the hub's
     config.json. Raises ValueError for an architecture that isn't implemented.
     """
-    if ref in PRESETS:
+    if ref in PRESETS and not Path(ref).is_dir():
         return llama(PRESETS[ref], **options)
     located = hub.locate(ref, config_only=True)
     try:

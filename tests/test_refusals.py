@@ -1,0 +1,77 @@
+"""Settings that would be misread or ignored are refused in one line."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_model import CONFIG
+
+from jaxft import prepare, sharding
+from jaxft.generate import Sampling
+from jaxft.lora import Adapter, adapter_specs
+from jaxft.models.llama import from_hf, llama
+from jaxft.optim import Optim
+
+HF = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"factor": 4.0}, "no rope_type"),
+        ({"full_attention": {"rope_theta": 5e5}}, "full_attention"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor"),
+        ({**LLAMA3, "high_freq_factor": 1.0}, "low_freq_factor"),
+        ({"rope_type": "yarn", "factor": 2.0}, "'yarn'"),
+    ],
+)
+def test_rope_settings_that_are_not_understood(rope, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf({**HF, "rope_scaling": rope})
+    assert from_hf({**HF, "rope_scaling": LLAMA3}).rope_scaling.factor == 8.0
+
+
+def test_a_pattern_that_leaves_only_the_fixed_scale():
+    with pytest.raises(ValueError, match="nothing to train"):
+        prepare.trained(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
+
+
+def test_dropout_on_the_head():
+    specs = llama(CONFIG, jnp.float32).specs
+    with pytest.raises(ValueError, match="head"):
+        adapter_specs(specs, Adapter(rank=2, dropout=0.1, targets=("q", "head")))
+    assert "head" in adapter_specs(specs, Adapter(rank=2, targets=("q", "head")))
+
+
+def test_a_mesh_axis_that_nothing_is_cut_along():
+    with pytest.raises(ValueError, match="context"):
+        sharding.make_mesh(sharding.MeshShape(data=4, context=2), jax.devices())
+
+
+@pytest.mark.parametrize("bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}])
+def test_sampling_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"lr": float("inf")}, {"b1": 2.0}, {"weight_decay": -1.0}, {"end": -1.0}])
+def test_optimizer_settings_out_of_range(bad):
+    with pytest.raises(ValueError, match="optim"):
+        Optim(**bad)
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("inf"), float("nan")])
+def test_alpha_out_of_range(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        Adapter(alpha=alpha)
+
+
+def test_rows_longer_than_the_model_has_positions():
+    from jaxft import config, train
+
+    run = config.load("configs/sft.py", [])
+    long = dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=10000))
+    with pytest.raises(ValueError, match="max_length=10000 is beyond the model's 8192"):
+        train.build(long, 10)
