@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
-from tiny_model import close, examples, one_by_one, tiny
+from tiny_model import assert_close, examples, one_by_one, tiny
 
 from jaxft import nn, prepare, sharding, tree
 from jaxft.lora import Adapter
@@ -57,8 +57,8 @@ def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transp
             return jax.jit(jax.value_and_grad(lambda x: jnp.sum(cotangent * jnp.sin(product(x, w)))))(x)
         return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(cotangent * jnp.sin(product(x, w))), (0, 1)))(x, w)
 
-    close(both(lambda x, w: nn.matmul(x, w, transposed, True)), both(plain))
-    close(both(lambda x, w: nn.matmul(x, w, transposed, False)), both(plain))
+    assert_close(both(lambda x, w: nn.matmul(x, w, transposed, True)), both(plain))
+    assert_close(both(lambda x, w: nn.matmul(x, w, transposed, False)), both(plain))
 
 
 def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
