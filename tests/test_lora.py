@@ -95,6 +95,11 @@ def test_settings_out_of_range_are_refused(wrong):
         Adapter(**wrong)
 
 
+def test_dropout_that_would_not_reach_the_head_is_refused():
+    with pytest.raises(ValueError, match="adapter.dropout=0.1 doesn't reach an adapter on the head; set it to 0"):
+        adapted(llama(CONFIG), Adapter(dropout=0.1, targets=("q", "head")))
+
+
 # Which kernels
 
 

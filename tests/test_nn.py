@@ -213,10 +213,10 @@ def test_stacked_weights_are_never_converted_as_a_whole(adapter):
 # Dtypes and precision
 
 
-SOME = Adapter(rank=3, dropout=0.1, targets=("q", "o", "down", "head"))
+DROPPED, HEAD = Adapter(rank=3, dropout=0.1, targets=("q", "o", "down")), Adapter(rank=3, targets=("q", "head"))
 
 
-@pytest.mark.parametrize("adapter", [SOME, None], ids=["lora", "full"])
+@pytest.mark.parametrize("adapter", [DROPPED, HEAD, None], ids=["lora", "lora-head", "full"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dtype, tied):
