@@ -60,17 +60,17 @@ def dense(
 
 def decode(
     q_BHE: Float[Array, "B H E"],
-    k_BSKE: Float[Array, "B S K E"],
-    v_BSKE: Float[Array, "B S K E"],
+    k_BKES: Float[Array, "B K E S"],
+    v_BKSE: Float[Array, "B K S E"],
     visible_BS: Bool[Array, "B S"],
 ) -> Float[Array, "B H E"]:
-    """One query a row against a cache of S keys."""
+    """One query a row against a cache of S keys, stored as its two products read them: no copy is transposed."""
     B, H, E = q_BHE.shape
-    K = k_BSKE.shape[2]
-    s_BKGS = _dot("bkge,bske->bkgs", q_BHE.reshape(B, K, H // K, E), k_BSKE) * E**-0.5
+    K = k_BKES.shape[1]
+    s_BKGS = _dot("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
     seen = visible_BS[:, None, None, :]
     p_BKGS = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s_BKGS, HIDDEN), axis=-1), 0)
-    return _dot("bkgs,bske->bkge", p_BKGS.astype(v_BSKE.dtype), v_BSKE).reshape(B, H, E).astype(q_BHE.dtype)
+    return _dot("bkgs,bkse->bkge", p_BKGS.astype(v_BKSE.dtype), v_BKSE).reshape(B, H, E).astype(q_BHE.dtype)
 
 
 def flash(

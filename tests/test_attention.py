@@ -205,7 +205,8 @@ def test_decode_is_the_last_row_of_dense():
         wanted = attention.dense(q, k, v, segments)[:, -1]
         room = ((0, 0), (2, 7), (0, 0), (0, 0))  # a cache is larger than what it holds
         visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
-        cache = [jnp.pad(x, room, constant_values=9.0) for x in (k, v)]
+        k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
+        cache = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.swapaxes(1, 2)
         found = attention.decode(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
         np.testing.assert_allclose(found, wanted, atol=1e-13)
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import CONFIG, tiny
 
 from jaxft import lora
-from jaxft.generate import Sampling, cut, generate, left_pad, make_generate, sample
+from jaxft.generate import Sampling, cut, first_largest, generate, largest_with, left_pad, make_generate, sample
 from jaxft.lora import Adapter
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.params import init_params
@@ -79,6 +79,15 @@ def test_a_cut_is_transformers_own(sampling):
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted.numpy()))
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
     assert np.isfinite(found).any(1).all()
+
+
+def test_the_largest_are_found_as_by_a_sort():
+    x = np.random.default_rng(2).normal(0, 1, (6, 50)).astype(np.float32)
+    x[1], x[2, :30], x[3, ::2], x[4] = 1.5, -np.inf, 0.25, -np.abs(x[4]) * 1e-30
+    for count in (1, 2, 7, 49, 50):
+        least = np.sort(x, -1)[:, -count, None]
+        np.testing.assert_array_equal(largest_with(jnp.asarray(x), jnp.ones(()), count), x >= least)
+    np.testing.assert_array_equal(first_largest(jnp.asarray(x)), x.argmax(-1))
 
 
 def test_samples_follow_the_cut_distribution():
