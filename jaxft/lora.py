@@ -84,7 +84,7 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path in target_paths(specs, settings.targets):
         if path == "head" and settings.dropout:
-            raise ValueError(f"adapter.dropout={settings.dropout} doesn't reach an adapter on the head; set it to 0 or leave it out")
+            raise ValueError(f"adapter.dropout={settings.dropout} doesn't reach an adapter on the head; set it to 0")
         if path in base:
             spec = base[path]
         else:  # a tied head: [V, D] read the other way round
