@@ -280,9 +280,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._orbax is not None:
-                self._orbax.close()
-                self._orbax = None
+            orbax, self._orbax = self._orbax, None
+            if orbax is not None:
+                with contextlib.suppress(Exception):  # of a save that failed, which wait() has told
+                    orbax.close()
 
     # Reading
 

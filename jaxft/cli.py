@@ -6,10 +6,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def quiet() -> None:
-    """Environment and logging of a script: XLA programs are kept between processes, and only errors are told.
+    """Environment and logging of a script: XLA programs are kept between processes, and libraries' logs are off.
 
     Call it before jax is imported. What the user has set in the environment stays.
     """
@@ -17,9 +18,18 @@ def quiet() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is a cache: go on without
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
-    from absl import logging  # Orbax's log
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from absl import logging  # Orbax's log, which tells an error with its traceback before it is raised
 
-    logging.set_verbosity(logging.ERROR)
+    if not os.environ.get("JAXFT_TRACEBACK"):
+        logging.set_verbosity(logging.FATAL)
+        sys.unraisablehook = _without_late_writes
+
+
+def _without_late_writes(found: Any) -> None:
+    """Show what a callback raised, but not TensorStore's for each write under way when another one failed; that one is raised."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def one_line_errors(main: Callable[[], int]) -> int:

@@ -170,11 +170,11 @@ class Meter:
                 self._give_up(range(step + 1 - self._most_bad, step + 1))
 
     def _give_up(self, steps: range) -> None:
-        rows = [name for step in steps for name in self._source.names(step)]
+        rows = [name for step in steps for row in self._source.names(step) for name in row.split(", ")]
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
             f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}); the "
-            f"parameters are as before them; look at the rows {shown}, or lower optim.lr under another run.name"
+            f"parameters are as before them; look at the rows {shown}, or lower optim.lr with another name=..."
         )
 
     def counters(self) -> dict[str, Any]:

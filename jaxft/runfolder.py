@@ -61,7 +61,7 @@ def place(root: Path, name: str) -> Path:
     """The folder of a run of this name. Raises ValueError for a name that leads out of `root`."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
-        raise ValueError(f"run.name={name!r} is no name of a folder below {root}; use letters, digits, - and _")
+        raise ValueError(f"name={name!r} is no name of a folder below {root}; use letters, digits, - and _")
     return root / name
 
 
@@ -73,7 +73,7 @@ def lock(folder: Path) -> Any:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         held.close()
-        raise OSError(f"{folder}: another process is running this run; wait for it, or choose another run.name") from None
+        raise OSError(f"{folder}: another process is running this run; wait for it, or choose another name=...") from None
     return held
 
 
@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); restore it, or choose another run.name") from e
+        raise ValueError(f"{path}: not valid JSON ({e}); restore it, or choose another name=...") from e
 
 
 def check(folder: Path, record: dict[str, Any]) -> list[str]:
@@ -127,7 +127,7 @@ def compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]
     refused = [line for line in found if not re.match(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]", line)]
     if refused:
         listed = "; ".join(refused)
-        raise ValueError(f"{folder}: the run was started with other settings ({listed}); undo that, or choose another run.name")
+        raise ValueError(f"{folder}: the run was started with other settings ({listed}); undo that, or choose another name=...")
     return found
 
 

@@ -270,7 +270,7 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         changes = runfolder.check(folder, record) if done or saved.latest() is not None else []
         if done >= steps:
             print(f"{folder}: this run is finished ({done} steps); its results are in {folder / 'README.md'}")
-            print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another run.name")
+            print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another name=...")
             return 0
         restored = saved.restore(p.state)
         first = restored[2] if restored else 0

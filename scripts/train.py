@@ -15,9 +15,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings, the parameters and the planned memory, then end"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and planned memory, then end")
     parser.add_argument("-h", "--help", action="store_true", help="with --config, list the config's knobs too")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser

@@ -5,6 +5,7 @@ The processes are forked from a server that has imported everything, so that one
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -15,12 +16,12 @@ from pathlib import Path
 import jax.profiler  # noqa: F401  what a run imports, before the fork
 from tiny_llama import tiny_torch, write_folder
 from transformers import AutoTokenizer  # noqa: F401
+from transformers.models.llama import configuration_llama  # noqa: F401
 
 import jaxft.train  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tiny_run"])
 CONFIG = '''"""A tiny Llama in a folder beside this file."""
 
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ from jaxft.weights import model_for
 
 
 def config(
-    model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4, full: bool = False,
-    batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
+    model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4,
+    full: bool = False, batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
 ) -> Run:
     return Run(
         name=name,
@@ -71,31 +72,60 @@ def write_place(folder):
     (folder / "config.py").write_text(CONFIG)
 
 
-def child(folder, argv, environment, devices):
+LOOP = """
+from jaxft import runfolder
+begin_loop = runfolder.Interrupt.__enter__
+def told(self):
+    found = begin_loop(self)
+    print("the loop begins", flush=True)
+    return found
+runfolder.Interrupt.__enter__ = told
+"""
+
+
+def serve():
+    """Start the server; Python 3.11's does not get this process's sys.path by itself."""
+    wanted = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TRANSFORMERS_VERBOSITY": "error",  # as cli.quiet does, which here comes too late
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    SERVER.set_forkserver_preload(["tiny_run"])
+    multiprocessing.forkserver.ensure_running()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def child(folder, streams, argv, environment, devices):
     """The body of a process: standard streams to files, then the script."""
     os.chdir(folder)
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{streams}.{name}", os.O_WRONLY | os.O_APPEND), number)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = [str(ROOT / "scripts" / "train.py"), *argv]
-    if hook := environment.get("HOOK"):
-        exec(hook, {})
+    exec(environment["HOOK"], {})
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Place:
     """A working directory and the runs that are started in it."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, streams="first"):
+        self.folder, self.streams = folder, streams
+        serve()
 
     def start(self, *argv, devices=1, hook="", **environment):
         """Begin `scripts/train.py --config config.py ...`; hook: Python that is run first, to break or watch something."""
         argv = ["--config", "config.py", *argv]
-        process = SERVER.Process(target=child, args=(self.folder, argv, {"HOOK": hook, **environment}, devices))
+        for name in ("stdout", "stderr"):
+            (self.folder / f"{self.streams}.{name}").write_bytes(b"")
+        settings = {"HOOK": LOOP + hook, **environment}
+        process = SERVER.Process(target=child, args=(self.folder, self.streams, argv, settings, devices), daemon=True)
         process.start()
         return process
 
@@ -106,10 +136,14 @@ class Place:
         return process.exitcode
 
     def out(self):
-        return (self.folder / "stdout").read_text()
+        return (self.folder / f"{self.streams}.stdout").read_text()
 
     def err(self):
-        return (self.folder / "stderr").read_text()
+        return (self.folder / f"{self.streams}.stderr").read_text()
+
+    def loops(self):
+        """Whether the newest process has begun its loop."""
+        return "the loop begins" in self.out()
 
     def runs(self, name):
         return self.folder / "runs" / name

@@ -1,0 +1,281 @@
+"""What goes wrong is told in one line: found, wanted, where; the exit code is 1 and earlier checkpoints stay as they are."""
+
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_llama import edit_config
+from tiny_run import Place, write_place
+
+from jaxft import metrics, report
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sad")
+    write_place(folder)
+    return Place(folder)
+
+
+def fails(place, *argv, **options):
+    """The one line on stderr of a run that must fail."""
+    assert place.run(*argv, **options) == 1, place.out() + place.err()
+    told = place.err()
+    assert told.startswith("error: ") and told.count("\n") == 1 and told.endswith("\n"), told[:2000]
+    assert "Traceback" not in told and "Traceback" not in place.out()
+    return told
+
+
+DATA = {
+    "malformed": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n', [], r"bad\.jsonl:2: malformed JSON"),
+    "column": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', [], r"bad\.jsonl:2: no column completion"),
+    "columns": ('{"question": "a", "answer": "b"}\n', [], r"bad\.jsonl:1: found columns: question, answer; wanted"),
+    "empty row": ('{"prompt": "a", "completion": "b"}\n{}\n', [], r"bad\.jsonl:2: the row is empty"),
+    "empty column": ('{"prompt": "a", "completion": ""}\n' * 2, [], r"bad\.jsonl:1: column 'completion' is empty"),
+    "too long": (json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n", ["data.too_long=error"], r"bad\.jsonl:1.*64"),
+    "long prompt": (json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n", [], r"bad\.jsonl:1.*(mask|prompt)"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}\n' * 2, [], r"bad\.jsonl:1: empty loss mask"),
+    "no rows": ("", [], r"bad\.jsonl: found no rows"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_rows_that_cannot_be_learned_are_named(place, case):
+    text, argv, wanted = DATA[case]
+    (place.folder / "bad.jsonl").write_text(text)
+    assert re.search(wanted, fails(place, f"name=data-{case}", "data=bad.jsonl", *argv))
+
+
+SETTINGS = {
+    "unknown knob": (["epoch=1"], r"unknown key 'epoch'; near: .*epochs"),
+    "unknown field": (["optim.clipp=1"], r"optim\.clip"),
+    "wrong type": (["lr=fast"], r"lr=fast: wanted float"),
+    "wrong dotted type": (["loop.save_every=often"], r"loop\.save_every=often: wanted int"),
+    "no cadence": (["loop.log_every=0"], r"loop\.log_every is at least 1, found 0"),
+    "trace": (["loop.profile=9,3"], r"loop\.profile is the first and the last step"),
+    "no model": (["model=missing/"], r"missing"),
+    "no data": (["data=missing.jsonl"], r"missing\.jsonl.* not found"),
+    "adapter matches nothing": (["adapter.targets=layers/attn/z"], r"matches no kernel.*layers/attn/q"),
+    "adapter name": (["adapter.targets=q_porj,v"], r"'q_porj' is no linear layer; near: .*q_proj"),
+    "trained pattern": (["train=adapter/nothing"], r"adapter/nothing"),
+    "micro": (["batch=6", "micro=4"], r"data\.batch=6 does not divide into data\.micro=4"),
+    "name": (["name=../out"], r"name='\.\./out' is no name of a folder"),
+    "tracker": (["trackers=nothing,"], r"trackers has 'nothing'"),
+    "rows on a mesh": (["batch=6"], r"6 rows of a microbatch do not divide over data x fsdp = 4 devices", 4),
+    "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
+    "heads on a mesh": (["mesh.tensor=4", "mesh.data=1"], r"2 kv heads do not divide over tensor=4; use one of \(1, 2\)", 4),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_cannot_be_are_told(place, case):
+    argv, wanted, *devices = SETTINGS[case]
+    named = [] if any("name" in a for a in argv) else [f"name=settings-{case}"]
+    assert re.search(wanted, fails(place, *named, *argv, devices=devices[0] if devices else 1))
+
+
+def broken_model(folder, kind):
+    weights, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    down = "model.layers.1.mlp.down_proj.weight"
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "garbled":
+        weights.write_bytes(b"\xff" * 64)
+    elif kind == "shape":
+        save_file({**tensors, down: tensors[down][:, :-1].copy()}, weights)
+    elif kind == "tensor":
+        save_file({name: t for name, t in tensors.items() if name != down}, weights)
+    elif kind == "config":
+        (folder / "config.json").write_text("{")
+    elif kind == "unknown":
+        edit_config(folder, model_type="mamba")
+    elif kind == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif kind == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    else:
+        small = {n: t[:250].copy() if n in ("model.embed_tokens.weight", "lm_head.weight") else t for n, t in tensors.items()}
+        save_file(small, weights)
+        edit_config(folder, vocab_size=250)
+
+
+MODELS = {
+    "missing": r"no .*safetensors|safetensors.*(missing|no such)",
+    "truncated": r"model\.safetensors.*(truncated|bytes|end)",
+    "garbled": r"model\.safetensors",
+    "shape": r"down_proj.*\(64, 95\).*\(64, 96\)",
+    "tensor": r"model\.layers\.1\.mlp\.down_proj\.weight",
+    "config": r"config\.json.*JSON",
+    "unknown": r"model_type 'mamba' is not implemented",
+    "tokenizer": r"tokenizer",
+    "pickle": r"pytorch_model\.bin.*pickle",
+    "vocabulary": r"the tokenizer gives token 257 and the model has 250 \(0 to 249\)",
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_is_not_whole_is_told(place, kind):
+    folder = place.folder / f"model-{kind}"
+    shutil.copytree(place.folder / "base", folder)
+    broken_model(folder, kind)
+    assert re.search(MODELS[kind], fails(place, f"name={folder.name}", f"model={folder.name}"))
+
+
+def test_the_traceback_is_there_for_whom_asks(place):
+    assert place.run("name=traced", "data=missing.jsonl", JAXFT_TRACEBACK="1") == 1
+    assert "Traceback" in place.err() and place.err().splitlines()[-1].startswith("error: data 'missing.jsonl' not found")
+
+
+LIMIT = """
+import resource, signal
+from jaxft import train
+save = train.Checkpoints.save
+def limited(self, step, *rest):
+    if step == 3:
+        self.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return save(self, step, *rest)
+train.Checkpoints.save = limited
+"""
+FILL = """
+from pathlib import Path
+from jaxft import train
+save = train.Checkpoints.save
+def filled(self, step, *rest):
+    if step == 3:
+        self.wait()
+        with open("runs/filler", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    return save(self, step, *rest)
+train.Checkpoints.save = filled
+"""
+
+
+def intact(place, name, steps):
+    assert place.checkpoints(name) == steps
+    for step in steps:
+        assert place.leaves(name, step)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(place):
+    told = fails(place, "name=limited", hook=LIMIT)
+    assert "checkpoint of step 3 was not written" in told and "checkpoints of steps 1, 2 are intact" in told
+    intact(place, "limited", [1, 2])
+    assert place.run("name=limited") == 0 and "going on after step 2" in place.out(), place.err()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_there_is_room(place, tmp_path):
+    place = Place(tmp_path)
+    write_place(tmp_path)
+    (tmp_path / "runs").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path / "runs"], capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    try:
+        told = fails(place, "name=full", hook=FILL)
+        assert "no space left on the disk" in told and "checkpoints of steps 1, 2 are intact" in told
+        intact(place, "full", [1, 2])
+        (tmp_path / "runs" / "filler").unlink()
+        assert place.run("name=full") == 0 and "going on after step 2" in place.out(), place.err()
+        assert place.run("name=free") == 0, place.err()
+        full, free = place.results("full", 4), place.results("free", 4)
+        assert full == free
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "runs"], check=True)
+
+
+BREAK = """
+import numpy as np
+from jaxft import train
+count = [0]
+place_batch, step = train.sharding.place_batch, train.compile_step
+def broken(mesh, batch):
+    return place_batch(mesh, batch)
+def compiled(p, batch):
+    run = step(p, batch)
+    def stepped(state, frozen, batch):
+        count[0] += 1
+        if count[0] > 2:
+            batch = batch.replace(token_weights=batch.token_weights * np.float32("nan"))
+        return run(state, frozen, batch)
+    return stepped
+train.compile_step = compiled
+"""
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_steps_that_are_not_finite_end_the_run_with_their_rows_named(place, every):
+    name = f"bad{every}"
+    argv = [f"name={name}", "steps=20", "loop.max_bad=3", f"loop.log_every={every}", "loop.save_every=2"]
+    told = fails(place, *argv, hook=BREAK)
+    assert "not finite in 3 steps in a row (steps 3 to 5)" in told and told.count("rows.jsonl:") == 12 and "more" in told
+    assert place.checkpoints(name)[0] == 2
+    good, last = (place.leaves(name, step) for step in (2, place.checkpoints(name)[-1]))
+    assert {k: v for k, v in good.items() if k not in ("step", "bad")} == {
+        k: v for k, v in last.items() if k not in ("step", "bad")
+    }
+    shown = [m for m in place.metrics(name) if m["step"] in (1, 2, 3, 4) and "loss" in m]
+    assert [m["skipped"] for m in shown] == ([0, 0, 1, 1] if every == 1 else [])
+
+
+def test_a_learning_rate_that_explodes_ends_the_run(place):
+    told = fails(place, "name=explodes", "lr=1e38", "steps=30", "loop.max_bad=4")
+    assert "not finite in 4 steps in a row" in told and "lower optim.lr" in told
+    assert place.checkpoints("explodes")
+
+
+def meter(most_bad, counters=None):
+    source = SimpleNamespace(steps_per_epoch=10, names=lambda step: [f"row {step}"])
+    model = SimpleNamespace(flops=lambda tokens, length: 1.0)
+    trained = SimpleNamespace(model=model, mask={"base": {}})
+    return report.Meter(trained, np.zeros(100), source, most_bad, counters)
+
+
+def feed(m, step, loss, bad=False):
+    one = np.float32(1)
+    found = {"loss": metrics.Sum(np.float32(loss), one), "skipped": metrics.Sum(np.float32(bad), one)}
+    m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
+
+
+def test_every_step_counts_between_two_logged_lines():
+    m = meter(3)
+    for step, bad in enumerate([0, 1, 1, 0, 1, 1, 0]):
+        feed(m, step, np.nan if bad else 1.0, bool(bad))
+    with pytest.raises(ValueError, match=r"steps 8 to 10\); .*rows row 7, row 8, row 9,"):
+        for step, bad in enumerate([1, 1, 1, 0, 0], 7):
+            feed(m, step, np.nan if bad else 1.0, bool(bad))
+
+
+def test_a_meter_goes_on_in_the_middle_of_a_window():
+    whole, losses = meter(5), [0.1, 0.7, np.nan, 0.3, 0.9]
+    for step, loss in enumerate(losses):
+        feed(whole, step, loss, loss != loss)
+    first = meter(5)
+    for step, loss in enumerate(losses[:3]):
+        feed(first, step, loss, loss != loss)
+    second = meter(5, json.loads(json.dumps(first.counters(), allow_nan=False)))
+    for step, loss in enumerate(losses[3:], 3):
+        feed(second, step, loss, loss != loss)
+    found, same = whole.read()[0], second.read()[0]
+    assert found == same and found["loss"] == pytest.approx(0.5) and found["skipped"] == 1 and found["num_tokens"] == 25
+
+
+def test_a_window_of_bad_steps_shows_them_and_a_good_one_hides_them():
+    m = meter(9)
+    feed(m, 0, np.nan, True)
+    assert np.isnan(m.read()[0]["loss"])
+    feed(m, 1, np.nan, True)
+    assert m.counters()["window"] == {}
+    feed(m, 2, 2.0)
+    assert m.read()[0]["loss"] == 2.0
