@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -95,17 +96,20 @@ def answerer(model: Model, s: Sampling, whole: Any, source: Source, tokenizer: A
     if not pairs:
         return lambda params: []
     prompts, key = left_pad([prompt for prompt, _ in pairs], len(pairs)), jax.random.key(0)
-    generate: Any = make_generate(model, s, stop_tokens(model.config.eos, tokenizer))
+    stop = stop_tokens(model.config.eos, tokenizer)
+    generate: Any = make_generate(model, s, stop)
     run = generate.lower(whole, prompts, key).compile()
     question = last_question(tokenizer)
     plain = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
     asked = [question(tokenizer.decode(prompt)) or plain(prompt) for prompt, _ in pairs]
+    whole_answer = lambda row: row[-1] < 0 or int(row[-1]) in stop  # noqa: E731
 
     def answer(params: Any) -> list[dict[str, str]]:
         found = np.asarray(run(params, prompts, key))
+        texts = [plain(row[row >= 0].tolist()) + ("" if whole_answer(row) else " [...]") for row in found]
         return [
-            {"prompt": text, "completion": plain(row[row >= 0].tolist()), "reference": plain(wanted)}
-            for text, row, (_, wanted) in zip(asked, found, pairs, strict=True)
+            {"prompt": prompt, "completion": text, "reference": plain(wanted)}
+            for prompt, text, (_, wanted) in zip(asked, texts, pairs, strict=True)
         ]
 
     return answer
@@ -255,26 +259,30 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
 
 def closing(folder: Path, out: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The results in words: samples and losses before and after, where the weights are and how to try them."""
-    lines = [
-        f"asked:  {_indented(old['prompt'])}\nbefore: {_indented(old['completion'])}\nafter:  {_indented(new['completion'])}\n"
-        for old, new in _pairs(before, after)[:2]
-    ]
-    for name in ("eval_loss", "general_loss"):
+    lines = []
+    for old, new in _pairs(before, after)[:2]:
+        lines.append(f"\nasked:  {_short(old['prompt'])}\nbefore: {_short(old['completion'])}")
+        lines.append(f"after:  {_short(new['completion'])}\nwanted: {_short(new['reference'])}")
+    lines.append("")
+    for name, words in (("eval_loss", "loss on held-out rows"), ("general_loss", "loss on general text")):
         if name in after["metrics"]:
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
-            lines.append(f"{name}: {was}{after['metrics'][name]:.4f} after")
+            lines.append(f"{words}: {was}{after['metrics'][name]:.4f} after")
     script = os.path.relpath(Path(__file__).parents[1] / "scripts" / "generate.py")
-    return [*lines, f"weights: {out}", f'to try them: python {script} --run {folder} --prompt "..."']
+    lines.append(f"weights in {out}, a summary in {folder / 'README.md'}; to try them:")
+    return [*lines, f'python {shlex.quote(script)} --run {shlex.quote(str(folder))} --prompt "..."']
+
+
+def _short(text: str) -> str:
+    """One line of at most 240 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 240 else line[:234] + " [...]"
 
 
 def _pairs(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """Samples of the same prompts (their number may have changed in between)."""
     known = {old["prompt"]: old for old in before["samples"]}
     return [(known[new["prompt"]], new) for new in after["samples"] if new["prompt"] in known]
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n        ")
 
 
 def _quoted(label: str, text: str) -> str:

@@ -295,7 +295,8 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     whole = tree.combine(p.state.trainable, p.frozen)
     answer = report.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
-    log.message(f"compiled in {time.perf_counter() - begin:.1f} s")
+    asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
+    log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
     def measure(state: TrainState) -> dict[str, float]:
         return {f"eval_{name}": value for name, value in evaluated(state, source.held_out).items()}
