@@ -207,7 +207,6 @@ runfolder.Interrupt.__enter__, report.export = begin, end
 """
 
 
-@pytest.mark.xfail(reason="a known defect: small eager programs still compile in the loop on 2 devices or after a resume")
 def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
     argv = ["name=watch", "loop.eval_every=1", "general=general.jsonl", "micro=2", "batch=8", "loop.profile=2,3"]
     for steps in (3, 5):  # a fresh run, and one that goes on
