@@ -77,6 +77,16 @@ def test_a_weights_gradient_keeps_the_accumulators_precision():
     assert np.abs(dw - exact).max() < 1e-5 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("rows, ins, outs", [(64, 16, 48), (64, 48, 16), (128, 576, 4), (6, 16, 48), (64, 48, 3), (1, 8, 8)])
+def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
+    x, g = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in (ins, outs))
+    wanted = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+    for f in (nn.outer, lambda x, g, out: jax.vmap(lambda x, g: nn.outer(x, g, out))(x[None], g[None])[0]):
+        found = jax.jit(f, static_argnums=2)(x, g, jnp.float32)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
 def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
     from jaxft.lora import Adapted
