@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.params import is_spec
@@ -127,10 +129,47 @@ def scale_groups(groups: tuple[tuple[str, float], ...], specs: Any) -> optax.Gra
     return optax.stateless(lambda updates, _: jax.tree.map(lambda f, u: f * u, factors, updates))
 
 
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scale the updates down to a global norm of `limit`; their norm, where it is known, is given as `norm`."""
+
+    def update(updates, state, params=None, *, norm=None, **_):
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.minimum(limit / norm, jnp.ones((), norm.dtype))
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def guarded_update(
+    tx: optax.GradientTransformation, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """(parameters, optimizer state) after one update by gradients of global norm `norm`; as before if not `ok`.
+
+    The state's update waits for the parameters' one, so that each array is written in place: left to itself, XLA's CPU
+    compiler copies the whole state first, because the new parameters read the old state.
+    """
+    tx = optax.with_extra_args_support(tx)
+    params, state = before
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)  # noqa: E731
+    updates, _ = tx.update(grads, state, params, norm=norm)
+    moved = keep(optax.apply_updates(params, updates), params)
+    grads = jax.tree.map(_after, grads, moved)
+    return moved, keep(tx.update(grads, state, params, norm=norm)[1], state)
+
+
+def _after(x: Array, done: Array) -> Array:
+    """x, in a form that can't be computed before `done`, which is finite."""
+
+    def waits(x, done):
+        return jnp.where(jnp.isfinite(done.ravel()[0]), x, jnp.zeros((), x.dtype))
+
+    return jax.lax.platform_dependent(x, done, cpu=waits, default=lambda x, done: x)
+
+
 def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The chain for the trainable leaves (`specs`: their ParamSpecs, None elsewhere) and its schedule over `steps` steps."""
     schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
-    parts = [optax.clip_by_global_norm(o.clip)] if o.clip is not None else []
+    parts: list[Any] = [clip_by_global_norm(o.clip)] if o.clip is not None else []
     parts.append(o.optimizer(o, schedule, specs))
     if o.lr_groups:
         parts.append(scale_groups(o.lr_groups, specs))

@@ -14,13 +14,13 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, evaluate, metrics, prepare, report, runfolder, sharding, tree, weights
+from jaxft import attention, devices, evaluate, metrics, prepare, report, runfolder, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, abstract_tokens, sft_source
 from jaxft.generate import Sampling
 from jaxft.log import Log
 from jaxft.lora import Adapter
-from jaxft.optim import Optim, make_optimizer
+from jaxft.optim import Optim, guarded_update, make_optimizer
 from jaxft.params import Model
 from jaxft.tree import struct
 
@@ -123,11 +123,9 @@ def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed:
         grads, found = accumulated(state, frozen, batch, key)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        moved = optax.apply_updates(state.trainable, updates)
-        aux = objective.after_step(state.aux, moved, found) if hasattr(objective, "after_step") else state.aux
-        before, after = (state.trainable, state.opt_state, state.aux), (moved, opt_state, aux)
-        trainable, opt_state, aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, before)
+        trainable, opt_state = guarded_update(tx, grads, norm, ok, (state.trainable, state.opt_state))
+        aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
+        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
         one = jnp.ones((), norm.dtype)
         found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
@@ -203,7 +201,9 @@ def start(run: Run, p: Programs, restored: TrainState | None) -> tuple[TrainStat
 
 def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
     """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
-    return p.train_step.lower(p.state, p.frozen, _placed(p, batch)).compile()
+    compiled = p.train_step.lower(p.state, p.frozen, _placed(p, batch)).compile()
+    devices.trim_heap()
+    return compiled
 
 
 def compile_eval(p: Programs, frozen: Any, *held_out: tuple[Any, ...]) -> Callable:

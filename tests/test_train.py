@@ -1,5 +1,7 @@
 """Laws of the step: additivity, packing, meshes, partition, non-finite steps."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,6 +196,40 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     for i in range(3):
         layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
         assert_close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
+
+
+def update_case(optimizer, clip):
+    specs = plain_model().specs
+    start = params.init_params(specs, jax.random.key(0))
+    grads = jax.tree.map(lambda p: jnp.cos(50 * p).astype(p.dtype), start)
+    tx, _ = make_optimizer(Optim(optimizer=optimizer, clip=clip, weight_decay=0.1, warmup=0.0), specs, 10)
+    return tx, grads, start
+
+
+@pytest.mark.parametrize("optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)])
+def test_a_guarded_update_is_optaxs_update_or_none_at_all(optimizer, clip):
+    tx, grads, start = update_case(optimizer, clip)
+    plain = [optax.clip_by_global_norm(clip)] if clip else []
+    reference = optax.chain(*plain, make_optimizer(Optim(optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0),
+                                                   plain_model().specs, 10)[0])  # fmt: skip
+    norm, step = optax.tree.norm(grads), jax.jit(optim.guarded_update, static_argnums=0)
+    found, wanted, state = (start, tx.init(start)), start, reference.init(start)
+    for _ in range(3):
+        found = step(tx, grads, norm, jnp.array(True), found)
+        updates, state = reference.update(grads, state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+    assert_close(found[0], wanted, 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, step(tx, grads, norm, jnp.array(False), found), found)
+
+
+def test_a_step_copies_neither_parameters_nor_moments():
+    model, whole = tiny(jnp.float32)
+    tx, _ = make_optimizer(Optim(), model.specs, 10)
+    state, nothing = state_of(whole, tx), jax.tree.map(lambda _: None, whole)
+    step = jax.jit(make_train_step(sft(model), tx, 0), donate_argnums=0)
+    text = step.lower(state, nothing, micro(one_by_one(examples(4)), 1)).compile().as_text()
+    copies = re.findall(r"= (\S+)\[.+?\]\S* copy\(\S*%?state_(?:opt_state|trainable)", text)
+    assert "state_opt_state" in text and "f32" not in copies
 
 
 def test_weight_decay_reaches_matrices_only():
