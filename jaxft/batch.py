@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 
-from jaxft.tree import struct
+from jaxft.tree import static, struct
 
 
 @struct
@@ -28,3 +28,30 @@ class Tokens:
     targets: Int[Any, "B M"]
     token_weights: Float[Any, "B M"]
     branches: Int[Any, "B T"] | None = None  # 0 a shared prompt, 1, 2, ... answers that don't see one another
+
+
+@struct
+class Pairs:
+    """Answers to prompts that are compared, packed into rows; a pair never spans two rows.
+
+    A row has P slots, a slot one prompt and A answers, named by `kinds`: ("chosen", "rejected") and sometimes a third. Laid
+    out by branches the prompt is stored once and the answers don't see one another; plain, each answer is a segment with
+    the prompt in front. Everything an objective needs is told by answer id, so that it never looks at the layout.
+    `pair_weights` sums to 1 over the whole optimizer batch; 0 marks an empty slot. A missing answer has length 0.
+    """
+
+    ids: Int[Any, "B T"]
+    segments: Int[Any, "B T"]
+    positions: Int[Any, "B T"]
+    read: Int[Any, "B M"]
+    targets: Int[Any, "B M"]
+    answers: Int[Any, "B M"]  # slot * A + kind of the answer that a read position belongs to; P * A marks padding
+    places: Int[Any, "B M"]  # 0, 1, ... within the answer
+    lengths: Int[Any, "B P A"]  # tokens of each answer, its end-of-turn token included
+    mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's answers of that kind, the same everywhere
+    pair_weights: Float[Any, "B P"]
+    index: Int[Any, "B P"]  # the pair's number among the source's pairs, -1 for an empty slot
+    columns: dict[str, Float[Any, "B P"]]  # further numbers of the rows, such as margin
+    reference: Float[Any, "B M"] | None = None  # the reference's log-probs where they were computed beforehand
+    branches: Int[Any, "B T"] | None = None
+    kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
