@@ -1,5 +1,8 @@
 """What a preference loss sees: log-probs of answers by policy and reference, summed and per token."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,3 +109,34 @@ def scored(batch: Pairs, logp: Any, square: Any, reference: Any) -> Scored:
     }
     tokens = PerToken(logp, reference, square, batch.answers, batch.places)
     return Scored(answers, tokens, batch.columns, batch.pair_weights.astype(dtype))
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A loss whose value for a pair depends on the batch's other pairs: sorts, batch means, running statistics.
+
+    fn(pair, state) -> [B, P], called once an optimizer step with the pairs of all microbatches and mesh parts together, so
+    that it is exact under accumulation. Slots of weight 0 must have a neutral place in it. state: the running numbers,
+    `start` at first; `update(state, metrics) -> state` moves them after a step (metrics: this step's, of the whole batch).
+
+    It is a type, not a flag on a function, so that no partial hides it: `partial(loss, beta=...)` of one is undone by
+    `unwrap`, and a call from inside another function is refused, because that one would not be known to couple.
+    """
+
+    fn: Callable[..., Array]
+    start: dict[str, float] = field(default_factory=dict)
+    update: Callable[[Any, Any], Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Refused: see above."""
+        name = getattr(self.fn, "__name__", repr(self.fn))
+        raise TypeError(f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled")
+
+
+def unwrap(loss: Callable) -> Callable:
+    """The loss with a Coupled inside partials brought to the outside."""
+    if isinstance(loss, partial):
+        inner = unwrap(loss.func)
+        if isinstance(inner, Coupled):
+            return replace(inner, fn=partial(inner.fn, *loss.args, **loss.keywords))
+    return loss
