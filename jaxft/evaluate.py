@@ -4,17 +4,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft import metrics as m
 from jaxft import tree
 
 
 def make_eval_step(objective: Callable) -> Callable:
-    """`(trainable, frozen, batch, aux) -> metrics` of one microbatch-shaped batch [1, rows, ...], without dropout."""
+    """`(trainable, frozen, batch, aux) -> metrics` of one microbatch-shaped batch [1, rows, ...], without dropout.
 
-    def step(trainable: Any, frozen: Any, batch: Any, aux: Any) -> dict[str, Any]:
+    An objective that couples rows gives what it has seen of the batch instead, to be judged with the others'.
+    """
+    one = objective.see if getattr(objective, "coupled", False) else lambda *args: objective(*args)[1]  # type: ignore[attr-defined]
+
+    def step(trainable: Any, frozen: Any, batch: Any, aux: Any) -> Any:
         rows = jax.tree.map(lambda x: x[0], batch)
-        return objective(tree.combine(trainable, frozen), rows, None, aux)[1]
+        return one(tree.combine(trainable, frozen), rows, None, aux)
 
     return step
 
@@ -26,3 +31,13 @@ def evaluate(step: Callable, batches: Iterable[Any]) -> dict[str, float]:
         found = jax.device_get(step(batch))
         total = found if total is None else m.add(total, found)
     return {} if total is None else m.read(total)
+
+
+def evaluate_together(see: Callable, judge: Callable, batches: Iterable[Any]) -> dict[str, float]:
+    """Numbers of an objective that couples rows: `judge(seen)` of what `see(batch)` gives for all batches, row by row."""
+    return m.read(judge(stacked([jax.device_get(see(batch)) for batch in batches])))
+
+
+def stacked(seen: list[Any]) -> Any:
+    """The rows of several batches one after the other."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *seen)

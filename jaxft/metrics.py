@@ -30,14 +30,67 @@ class Min:
     value: Any
 
 
+@struct
+class Correlation:
+    """Pearson's correlation of two quantities, still in sums: [n, x, y, xx, yy, xy]."""
+
+    sums: Any
+
+    @staticmethod
+    def of(x: Any, y: Any, where: Any) -> "Correlation":
+        """Of the elements of two arrays where a mask is True."""
+        w = where.astype(x.dtype)
+        return Correlation(jnp.stack([jnp.sum(w * z) for z in (jnp.ones_like(x), x, y, x * x, y * y, x * y)]))
+
+    def value(self) -> float | None:
+        """None for fewer than three pairs of values, or where one quantity doesn't vary."""
+        n, x, y, xx, yy, xy = (float(s) for s in self.sums)
+        if n < 3:
+            return None
+        spread = (xx - x * x / n) * (yy - y * y / n)
+        return (xy - x * y / n) / spread**0.5 if spread > 1e-12 * max(xx * yy, 1e-30) else None
+
+
+@struct
+class Disagreement:
+    """The share of labels that are wrong, estimated from margins: counts [won or lost, size of the margin] of pairs.
+
+    Among the pairs that a model is most sure of, the ones it holds the other way round are mostly wrong labels: the
+    estimate is their share in the upper third by size. It wants pairs that the model was not trained on.
+    """
+
+    counts: Any
+
+    @staticmethod
+    def of(margin: Any, where: Any) -> "Disagreement":
+        """Of margins where a mask is True."""
+        size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127).astype(jnp.int32)
+        lost = (margin <= 0).astype(jnp.int32)
+        flat = jnp.where(where, lost * 128 + size, 256).ravel()
+        return Disagreement(jnp.bincount(flat, length=257)[:256].reshape(2, 128).astype(margin.dtype))
+
+    def value(self) -> float | None:
+        """None for fewer than 24 pairs."""
+        won, lost = self.counts
+        total = won + lost
+        if total.sum() < 24:
+            return None
+        above = total[::-1].cumsum()[::-1]
+        sure = above <= max(total.sum() / 3, total[total > 0][-1])
+        return float(lost[sure].sum() / total[sure].sum())
+
+
+SUMS = (Sum, Correlation, Disagreement)  # added element by element
+
+
 def is_metric(x: Any) -> bool:
     """For tree functions: stop at a metric."""
-    return isinstance(x, Sum | Max | Min)
+    return isinstance(x, (*SUMS, Max, Min))
 
 
 def _add(a: Any, b: Any) -> Any:
-    if isinstance(a, Sum):
-        return Sum(a.total + b.total, a.weight + b.weight)
+    if isinstance(a, SUMS):
+        return jax.tree.map(lambda x, y: x + y, a, b)
     on_host = not isinstance(a.value, jax.Array)  # where nothing may be compiled
     if isinstance(a, Max):
         return Max(max(a.value, b.value) if on_host else jnp.maximum(a.value, b.value))
@@ -53,8 +106,8 @@ def neutral(like: dict[str, Any]) -> dict[str, Any]:
     """The metrics of no rows at all, in the shape and dtype of `like` (arrays or abstract ones)."""
 
     def start(m):
-        if isinstance(m, Sum):
-            return Sum(jnp.zeros(m.total.shape, m.total.dtype), jnp.zeros(m.weight.shape, m.weight.dtype))
+        if isinstance(m, SUMS):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m)
         fill = -jnp.inf if isinstance(m, Max) else jnp.inf
         return type(m)(jnp.full(m.value.shape, fill, m.value.dtype))
 
@@ -69,6 +122,10 @@ def read(metrics: dict[str, Any]) -> dict[str, float]:
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
+        elif isinstance(m, Correlation | Disagreement):
+            value = m.value()
+            if value is not None:
+                out[name] = value
         else:
             out[name] = float(m.value)
     return out

@@ -1,7 +1,7 @@
 """What a run trains and what it keeps: specs, the trainable mask, weights on the mesh, and all of it as shapes only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,32 @@ def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adap
     return jax.tree.map(lambda x, place: jax.device_put(x.astype(dtype), place), loaded, places), settings
 
 
-def start_adapter(t: Trained, mesh: Any, seed: int) -> Any:
-    """A fresh adapter on the mesh."""
-    specs = t.specs["adapter"]
-    dtype = jnp.promote_types(t.model.dtype, jnp.float32)
-    init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=params.shardings(specs, mesh))
+def only_pairs(t: Trained) -> bool:
+    """Whether nothing but an adapter's a and b is trained, so that a fresh adapter is the base."""
+    return not any(jax.tree.leaves(t.mask["base"]))
+
+
+def adapter_settings(start: str, model: Model) -> Adapter:
+    """The settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
+    return peft.load_adapter(adapter_folder(start), model)[1]
+
+
+def adapter_folder(start: str) -> Path:
+    """The PEFT folder that `start` names: itself, or `adapter` below a run's folder."""
+    inner = Path(start) / "adapter"
+    return inner if inner.is_dir() else Path(start)
+
+
+def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:
+    """A fresh adapter on the mesh, or the one of the PEFT folder `start`, whose settings must be the run's."""
+    specs, dtype = t.specs["adapter"], jnp.promote_types(t.model.dtype, jnp.float32)
+    places = params.shardings(specs, mesh)
+    if start is not None:
+        loaded, found = peft.load_adapter(adapter_folder(start), t.model)
+        if settings is None or replace(found, dropout=settings.dropout) != settings:
+            raise ValueError(f"{start}: holds an adapter with {found}, and the run's is {settings}; take the folder's settings")
+        return jax.tree.map(lambda x, place: jax.device_put(x.astype(dtype), place), loaded, places)
+    init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=places)
     return init(jax.random.key(seed))
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxft import devices, lora, metrics, params, prepare
+from jaxft.batch import Pairs
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.generate import Sampling, left_pad, make_generate
 from jaxft.params import Model
@@ -25,13 +26,12 @@ def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
-def general_source(data: Rows, general: str | None, tokenizer: Any) -> Source | None:
+def general_source(data: Any, general: str | None, tokenizer: Any) -> Source | None:
     """The general text, all of it held out; None without one."""
     if general is None:
         return None
-    rows = replace(data, train=general, held_out=general, columns=(), format="text", loss_on="all", packing=True, epochs=1.0)
-    rows = replace(rows, too_long="truncate")
-    return sft_source(rows, tokenizer)
+    shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
+    return sft_source(Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape), tokenizer)
 
 
 def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes: list[str]) -> list[str]:
@@ -57,12 +57,29 @@ def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[i
     for batch in source.held_out:
         for row in range(batch.ids.shape[1]):
             ids, segments = batch.ids[0, row], batch.segments[0, row]
+            if isinstance(batch, Pairs):
+                found += _pair_prompts(batch, row, count - len(found))
+                continue
             reads = batch.read[0, row][batch.token_weights[0, row] > 0]
             for segment in range(1, int(segments.max(initial=0)) + 1):
                 inside = np.flatnonzero(segments == segment)
                 first = reads[segments[reads] == segment].min() + 1
                 if len(found) < count and first > inside[0]:
                     found.append((ids[inside[0] : first].tolist(), ids[first : inside[-1] + 1].tolist()))
+    return found
+
+
+def _pair_prompts(batch: Pairs, row: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, ids of the preferred answer) of up to `count` pairs of a row."""
+    found = []
+    kinds = len(batch.kinds)
+    for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
+        where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
+        if not len(where):
+            continue
+        last = batch.read[0, row, where[0]]
+        inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
+        found.append((batch.ids[0, row, inside[0] : last + 1].tolist(), batch.targets[0, row, where].tolist()))
     return found
 
 
@@ -136,7 +153,10 @@ class Meter:
         start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}}
         self._counters = {**start, **(counters or {})}
         self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
-        self._sums = {name: getattr(metrics, kind)(*numbers) for name, (kind, *numbers) in self._counters["window"].items()}
+        self._sums = {
+            name: getattr(metrics, kind)(*(np.asarray(x, np.float64) for x in numbers))
+            for name, (kind, *numbers) in self._counters["window"].items()
+        }
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
         self._device = jax.devices()[0]
@@ -159,7 +179,7 @@ class Meter:
         c = self._counters
         while len(self._waiting) > leave:
             step, tokens, found = self._waiting.popleft()
-            now = {name: jax.tree.map(float, m) for name, m in jax.device_get(found).items()}
+            now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
             bad = now.pop("skipped").total > 0
             self._last = step
             c["num_tokens"] += tokens
@@ -185,7 +205,7 @@ class Meter:
         """What a checkpoint after the newest step keeps. Waits for the device."""
         self._take(0)
         good = self._sums if self._counters["good"] else {}
-        kept = {name: [type(m).__name__, *jax.tree.leaves(m)] for name, m in good.items()}
+        kept = {name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in good.items()}
         return {**self._counters, "window": kept}
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:

@@ -171,6 +171,17 @@ def weights_identity(ref: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def adapter_identity(folder: Path) -> str:
+    """A hash of an adapter's files."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; wanted a PEFT adapter's folder, or that of a run that wrote one")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
 def open_record(folder: Path, record: dict[str, Any]) -> None:
     """Write config.json and env.json."""
     write_json(folder / "config.json", record)

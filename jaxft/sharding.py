@@ -138,9 +138,14 @@ def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_ax
     return call
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(dict(mesh.shape)[axis] for axis in AXES["rows"])
+
+
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """[micro, rows, ...]: axis 1 over data and fsdp. Raises ValueError where the rows don't divide."""
-    parts = math.prod(dict(mesh.shape)[axis] for axis in AXES["rows"])
+    parts = row_shards(mesh)
     if shape[1] % parts:
         raise ValueError(
             f"{shape[1]} rows of a microbatch do not divide over data x fsdp = {parts} devices; "

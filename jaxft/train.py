@@ -14,12 +14,17 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, report, runfolder, sharding, tree, weights
+from jaxft import attention, devices, evaluate, metrics, prepare, reference, report, runfolder, sharding, tree, weights
+from jaxft.accumulate import accumulated
 from jaxft.checkpoint import Checkpoints
-from jaxft.data.source import Rows, Source, abstract_tokens, sft_source
+from jaxft.data.pairs import PairRows
+from jaxft.data.source import Rows, Source, sft_source
+from jaxft.describe import describe
 from jaxft.generate import Sampling
 from jaxft.log import Log
 from jaxft.lora import Adapter
+from jaxft.objectives.pairwise import answer_logps
+from jaxft.objectives.sft import sft
 from jaxft.optim import Optim, guarded_update, make_optimizer
 from jaxft.params import Model
 from jaxft.tree import struct
@@ -56,18 +61,19 @@ class Loop:
 class Run:
     """All of a run. `objective(model)` gives the objective, `source(data, tokenizer)` the batches.
 
-    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. train: a path pattern of what
-    is trained instead of the default. general: a text file whose loss before and after shows forgetting. samples: prompts
-    of held-out rows answered before and after.
+    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
+    whose adapter training begins with. train: a path pattern of what is trained instead of the default. general: a text file
+    whose loss before and after shows forgetting. samples: prompts of held-out rows answered before and after.
     """
 
     name: str
     weights: str
     model: Model
     objective: Callable[[Model], Callable]
-    data: Rows
-    source: Callable[..., Source] = sft_source
+    data: Rows | PairRows
+    source: Callable[..., Any] = sft_source
     adapter: Adapter | None = field(default_factory=Adapter)
+    start: str | None = None
     train: str | None = None
     optim: Optim = field(default_factory=Optim)
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
@@ -97,30 +103,9 @@ def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed:
     not finite changes neither parameters, optimizer state nor aux; it is counted.
     """
 
-    def gradients(state, frozen, rows, key):
-        def loss(trainable):
-            return objective(tree.combine(trainable, frozen), rows, key, state.aux)
-
-        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        return grads, found
-
-    def accumulated(state, frozen, batch, key):
-        count = jax.tree.leaves(batch)[0].shape[0]
-        part = lambda i: jax.tree.map(lambda x: x[i], batch)  # noqa: E731
-        if count == 1:
-            return gradients(state, frozen, part(0), jax.random.fold_in(key, 0))
-
-        def body(total, i):
-            grads, found = gradients(state, frozen, part(i), jax.random.fold_in(key, i))
-            return (jax.tree.map(jnp.add, total[0], grads), metrics.add(total[1], found)), None
-
-        shapes = jax.eval_shape(lambda: gradients(state, frozen, part(0), key))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
-        return jax.lax.scan(body, (zeros, metrics.neutral(shapes[1])), jnp.arange(count))[0]
-
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, found = accumulated(state, frozen, batch, key)
+        grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
         trainable, opt_state = guarded_update(tx, grads, norm, ok, (state.trainable, state.opt_state))
@@ -147,6 +132,7 @@ class Programs:
     frozen: Any  # shapes and shardings
     train_step: jax.stages.Wrapped
     eval_step: jax.stages.Wrapped
+    text_step: jax.stages.Wrapped  # the token loss of general text, whatever is trained
 
 
 def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
@@ -165,14 +151,26 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places)
     everywhere = sharding.replicated(mesh)
     small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
-    state = TrainState(small(()), trainable, opt_state, {}, small((2,)))
+    aux = jax.eval_shape(start_aux(run, t, objective), trainable)
+    places = prepare.like_params(aux, trainable, mesh)
+    aux = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), aux, places)
+    state = TrainState(small(()), trainable, opt_state, aux, small((2,)))
     step = jax.jit(
         make_train_step(objective, tx, run.seed),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
     )
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
-    return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step)
+    text_step = jax.jit(evaluate.make_eval_step(sft(t.model)), out_shardings=everywhere)
+    return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
+
+
+def start_aux(run: Run, t: prepare.Trained, objective: Callable) -> Callable:
+    """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
+    if not hasattr(objective, "start"):
+        return lambda trainable: {}
+    at_base = run.adapter is not None and run.start is None and prepare.only_pairs(t)
+    return lambda trainable: objective.start(trainable, at_base)
 
 
 def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any]:
@@ -180,7 +178,7 @@ def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any
     p = build(run, run.loop.steps or 1000, devices_)
     batch = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
-        abstract_tokens(run.data),
+        run.data.abstract(sharding.row_shards(p.mesh)),
     )
     return p, batch
 
@@ -190,12 +188,13 @@ def start(run: Run, p: Programs, restored: TrainState | None) -> tuple[TrainStat
     store = prepare.make_store(p.trained, p.mesh, frozen_only=restored is not None)
     whole = {"base": weights.load_base(run.weights, run.model, store)}
     if run.adapter:
-        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed)
+        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
     trainable, frozen = prepare.split(p.trained, whole)
     if restored is not None:
         return restored, frozen
     places = jax.tree.map(lambda s: s.sharding, p.state)
-    fresh = lambda t: TrainState(jnp.int32(0), t, p.tx.init(t), {}, jnp.zeros(2, jnp.int32))  # noqa: E731
+    aux = start_aux(run, p.trained, p.objective)
+    fresh = lambda t: TrainState(jnp.int32(0), t, p.tx.init(t), aux(t), jnp.zeros(2, jnp.int32))  # noqa: E731
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
@@ -206,23 +205,27 @@ def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
     return compiled
 
 
-def compile_eval(p: Programs, frozen: Any, *held_out: tuple[Any, ...]) -> Callable:
-    """`evaluated(state, batches) -> numbers`, compiled for the shape of each group of batches."""
-    shape = lambda batch: tuple(x.shape for x in jax.tree.leaves(batch))  # noqa: E731
-    compiled = {}
-    for batches in held_out:
-        for batch in batches[:1]:
-            if shape(batch) not in compiled:
-                lowered = p.eval_step.lower(p.state.trainable, p.frozen, _placed(p, batch), p.state.aux)
-                compiled[shape(batch)] = lowered.compile()
+def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tuple[Any, ...]) -> Callable:
+    """`evaluated(state) -> numbers` of held-out batches, compiled for their one shape."""
+    if not batches:
+        return lambda state: {}
+    compiled = step.lower(p.state.trainable, p.frozen, _placed(p, batches[0]), p.state.aux).compile()
 
-    def evaluated(state: TrainState, batches: tuple[Any, ...]) -> dict[str, float]:
-        def one(batch):
-            return compiled[shape(batch)](state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
+    def on(state: TrainState) -> Callable:
+        return lambda batch: compiled(state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
 
-        return evaluate.evaluate(one, batches)
+    if step is p.text_step or not getattr(p.objective, "coupled", False):
+        return lambda state: evaluate.evaluate(on(state), batches)
+    shape = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
+    many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
+    aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
+    judge = jax.jit(lambda seen, state: p.objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
 
-    return evaluated
+    def together(state: TrainState) -> dict[str, float]:
+        kept = jax.device_get(state.aux.get("loss", {}))
+        return evaluate.evaluate_together(on(state), lambda seen: judge(seen, kept), batches)
+
+    return together
 
 
 def _placed(p: Programs, batch: Any) -> Any:
@@ -257,13 +260,16 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         stack.enter_context(runfolder.lock(folder))
         stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
         tokenizer = weights.load_tokenizer(r.weights)
-        source, general = r.source(r.data, tokenizer), report.general_source(r.data, r.general, tokenizer)
+        shards = sharding.row_shards(sharding.make_mesh(r.mesh))
+        source, general = r.source(r.data, tokenizer, shards=shards), report.general_source(r.data, r.general, tokenizer)
         for each in (source, general):
             report.check_ids(each, r.model, r.weights)
         steps = r.loop.steps or source.steps
         p = build(r, steps)
         _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
         identity = {"data_fingerprint": source.fingerprint, "weights_identity": runfolder.weights_identity(r.weights)}
+        if r.start:
+            identity["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
         record = {**record, **identity}
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
         done = runfolder.finished(folder)
@@ -289,9 +295,12 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
 def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> int:
     """Load and compile, look, train, look again, write the results."""
     r, p, source, log = job.run, job.programs, job.source, job.log
+    if getattr(p.objective, "precomputed", False):
+        source = with_reference(job)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
-    evaluated = compile_eval(p, frozen, source.held_out, job.general)
+    evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
+    on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
     answer = report.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
@@ -299,10 +308,10 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
     def measure(state: TrainState) -> dict[str, float]:
-        return {f"eval_{name}": value for name, value in evaluated(state, source.held_out).items()}
+        return {f"eval_{name}": value for name, value in evaluated(state).items()}
 
     def look(state: TrainState) -> dict[str, Any]:
-        general = {"general_loss": evaluated(state, job.general)["loss"]} if job.general else {}
+        general = {"general_loss": on_general(state)["loss"]} if job.general else {}
         return {"metrics": {**measure(state), **general}, "samples": answer(tree.combine(state.trainable, frozen))}
 
     kept: dict[str, Any] = restored[1] if restored else {"before": look(state), "counters": None}
@@ -347,6 +356,25 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     for line in report.closing(job.folder, out, before, after):
         log.message(line)
     return 0
+
+
+def with_reference(job: Job) -> Any:
+    """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
+    p = job.programs
+    settings = describe(job.run.model)
+    known = job.record
+    path = reference.place(reference.identity(known["weights_identity"], known.get("start_identity"), settings))
+
+    def compute(batches: Any) -> Any:
+        state, frozen = start(job.run, p, None)
+        whole = tree.combine(state.trainable, frozen)
+        logps = jax.jit(lambda params, batch: answer_logps(p.trained.model, params, jax.tree.map(lambda x: x[0], batch), None).logp)
+        for number, batch in enumerate(batches, 1):
+            yield np.asarray(logps(whole, sharding.place_batch(p.mesh, batch)))[None]
+            if number % 10 == 0 or number == len(batches):
+                job.log.message(f"reference log-probs: {number} of {len(batches)} batches")
+
+    return reference.attach(job.source, path, compute, job.log.message)
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:

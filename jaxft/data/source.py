@@ -61,6 +61,10 @@ class Rows:
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
             raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
 
+    def abstract(self, shards: int = 1) -> Tokens:
+        """Shapes of the largest batch that the settings allow, without the rows at hand."""
+        return abstract_tokens(self)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -93,10 +97,13 @@ def abstract_tokens(rows: Rows, length: int | None = None, reads: int | None = N
     return Tokens(ids, ids, ids, read, read, shape(reads or length, np.float32))
 
 
-def sft_source(rows: Rows, tokenizer: Any, cache: Path | None = None, process: tuple[int, int] = (0, 1)) -> Source:
+def sft_source(
+    rows: Rows, tokenizer: Any, cache: Path | None = None, process: tuple[int, int] = (0, 1), shards: int = 1
+) -> Source:
     """Read, tokenise (or find in the cache) and plan; see Rows and Source.
 
-    Every process builds the same global batch, so `process` (index, count) changes nothing yet.
+    Every process builds the same global batch, so `process` (index, count) changes nothing yet. Rows are data.batch in
+    number, whatever the `shards` they are cut into.
     Raises ValueError or FileNotFoundError in one line that names the row where a row is at fault.
     """
     _check_micro(rows)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxft.data.source import Rows
 
 VERSION = 2  # counts changes to what rows become
-_BROKEN = (  # what zipfile and numpy raise at flipped bits
+BROKEN = (  # what zipfile and numpy raise at flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError, TypeError,
     zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
@@ -151,7 +151,7 @@ def _load(path: Path, count: int) -> tuple[dict[str, np.ndarray] | None, str]:
         sound = sizes == [tokens, tokens, examples + 1, examples, examples] and stored["offsets"][-1] == tokens
         sound = sound and all(stored[name].dtype == dtype for name, dtype in _ARRAYS.items()) and (stored["kept"] < count).all()
         return (stored, "found") if sound else (None, "rebuilt")
-    except _BROKEN:
+    except BROKEN:
         return None, "rebuilt"
 
 

@@ -18,13 +18,16 @@ CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in fl
 class LogProbs:
     """What losses and metrics read of each target, [B, M] in float32 or wider.
 
-    logp has a gradient; lse (log-sum-exp of the logits), entropy and top1 (is the target the most likely token) have none.
+    logp has a gradient. lse (log-sum-exp of the logits), entropy, top1 (is the target the most likely token), square
+    (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
     """
 
     logp: Array
     lse: Array
     entropy: Array
     top1: Array
+    square: Array
+    mean_logit: Array
 
 
 def gather_read(h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M D"]:
@@ -83,7 +86,8 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
     at = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     p = jnp.exp(logits - lse[..., None])
     entropy = lse - jnp.sum(p * logits, -1)
-    return LogProbs(at - lse, lse, entropy, (at >= jnp.max(logits, -1)).astype(lse.dtype)), p
+    top1 = (at >= jnp.max(logits, -1)).astype(lse.dtype)
+    return LogProbs(at - lse, lse, entropy, top1, jnp.log(jnp.sum(p * p, -1)), jnp.mean(logits, -1)), p
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
