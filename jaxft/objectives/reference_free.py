@@ -1,0 +1,188 @@
+"""Preference losses without a reference (SimPO, CPO, ORPO, AlphaPO, TPO), and losses of single answers (KTO, BCO, APO).
+
+Names as in preference.py; further, lp = log pi(y|x) summed over tokens and a = lp / |y|, _c of the chosen and _r of the rejected
+answer; nll = -lp_c / mean |c|, summed with the pairs' weights the mean over the step's chosen tokens. The formulas are those of
+TRL 1.16's trainers of the same name unless a docstring says what differs; their NLL is a mean over a microbatch.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, sigmoid
+from jaxtyping import Array, Float
+
+from jaxft.objectives.preference import PairLoss, capped, logistic, require, sft, square
+from jaxft.objectives.scored import Answer, Coupled, Scored
+
+
+def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+    """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
+
+    beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll unless told not to.
+    """
+    return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
+
+
+def alphapo(
+    pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0
+) -> PairLoss:
+    """simpo of the rewards `(1 - exp(-alpha a)) / alpha` instead of a (Gupta et al. 2025, arXiv:2501.03884).
+
+    The exponent is capped at 80, where TRL overflows. Raises ValueError at alpha = 0, which is simpo.
+    """
+    require(alpha != 0, "alphapo: alpha is 0, where it is simpo; use simpo or another alpha")
+    c, r = (-jnp.expm1(capped(-alpha * answer.mean)) / alpha for answer in (pair.chosen, pair.rejected))
+    return logistic(beta * (c - r) - gamma, label_smoothing)
+
+
+def cpo(pair: Scored, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll`, x = beta (lp_c - lp_r) (Xu et al. 2024, arXiv:2401.08417).
+
+    CPO-SimPO is `mix((simpo, 1.0), (sft, alpha))`.
+    """
+    return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * sft(pair)
+
+
+def cpo_hinge(pair: Scored, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+    """`relu(1 - beta (lp_c - lp_r)) + alpha nll`: TRL's CPO with loss_type hinge."""
+    return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * sft(pair)
+
+
+def cpo_ipo(pair: Scored, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+    """`(a_c - a_r - 1 / (2 beta))^2 + alpha nll`: TRL's CPO with loss_type ipo."""
+    return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * sft(pair)
+
+
+def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 - exp(x)) for x <= 0; from -1e-12 upwards it keeps that value, where the true one goes to minus infinity.
+
+    expm1 near 0 and log1p far below lose no digits, with the change at -log 2; each side sees only numbers that it can take.
+    """
+    x = jnp.minimum(x, -max(1e-12, float(jnp.finfo(x.dtype).tiny)))
+    near = x > -0.6931471805599453
+    by_expm1 = jnp.log(-jnp.expm1(jnp.where(near, x, -0.5)))
+    by_log1p = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
+    return jnp.where(near, by_expm1, by_log1p)
+
+
+def log_odds(pair: Scored) -> PairLoss:
+    """log [odds(chosen) / odds(rejected)] with odds = p / (1 - p), p = exp(a): what ORPO compares."""
+    c, r = pair.chosen.mean, pair.rejected.mean
+    return (c - r) - (log1mexp(c) - log1mexp(r))
+
+
+def orpo(pair: Scored, beta: float = 0.1) -> PairLoss:
+    """`nll - beta LS(log_odds)` (Hong et al. 2024, arXiv:2403.07691).
+
+    nll is of the answer's tokens, as in the paper; TRL's is of prompt and answer.
+    """
+    return sft(pair) - beta * log_sigmoid(log_odds(pair))
+
+
+def _answer(pair: Scored, loss: str, kind: str, source: str) -> Answer:
+    if kind not in pair.answers:
+        found = ", ".join(pair.answers)
+        raise ValueError(f"{loss} needs a third answer `{kind}` ({source}), found {found}; set the data up for {loss}")
+    return pair.answers[kind]
+
+
+def _gold_nll(pair: Scored) -> Array:
+    gold = _answer(pair, "tpo", "gold", "a column of the rows, TRL's `reference`")
+    return -gold.logp / gold.mean_length
+
+
+def tpo(pair: Scored, beta: float = 0.01, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (lp_c - lp_r): triple preferences, with a third answer `gold`
+    to imitate (Saeidi et al. 2024, arXiv:2405.16681). Without one, use `partial(cpo, alpha=0.0)`.
+    """
+    return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * _gold_nll(pair)
+
+
+def tpo_hinge(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
+    """`relu(1 - beta (lp_c - lp_r)) + alpha nll_gold`: TRL's TPO with loss_type hinge."""
+    return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * _gold_nll(pair)
+
+
+def tpo_ipo(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
+    """`(a_c - a_r - 1 / (2 beta))^2 + alpha nll_gold`: TRL's TPO with loss_type ipo."""
+    return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * _gold_nll(pair)
+
+
+def tpo_l(
+    pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
+) -> PairLoss:
+    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L (arXiv:2405.16681)."""
+    return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing) + alpha * _gold_nll(pair)
+
+
+def _over_answers(pair: Scored, chosen: Array, rejected: Array) -> PairLoss:
+    """Mean over the answers that a slot has: one in unpaired rows, two in a pair (so that a pair is worth one row)."""
+    total = pair.chosen.present * chosen + pair.rejected.present * rejected
+    return total / jnp.maximum(pair.chosen.present + pair.rejected.present, 1.0)
+
+
+def apo_zero_unpaired(
+    pair: Scored, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> PairLoss:
+    """`desirable sigmoid(-beta c)` of a chosen answer, `undesirable sigmoid(beta r)` of a rejected one (arXiv:2408.06266).
+
+    TRL's KTOTrainer with loss_type apo_zero_unpaired. A slot with both answers gives their mean.
+    """
+    chosen = desirable_weight * sigmoid(-beta * pair.chosen.ratio)
+    return _over_answers(pair, chosen, undesirable_weight * sigmoid(beta * pair.rejected.ratio))
+
+
+def _weighted_mean(x: Array, weight: Array) -> Array:
+    """sum w x / sum w; 0 where nothing has weight."""
+    total = jnp.sum(weight)
+    return jnp.sum(jnp.where(weight > 0, weight * x, 0)) / jnp.where(total > 0, total, 1)
+
+
+@Coupled
+def kto(
+    pair: Scored, state: Any, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> PairLoss:
+    """`desirable sigmoid(-beta (c - kl))` of a chosen answer, `undesirable sigmoid(-beta (kl - r))` of a rejected one, with kl =
+    max(0, mean log-ratio of the step's `mismatched` answers), which has no gradient (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+    A mismatched answer is another row's answer to this row's prompt. The mean is over the whole optimizer batch, where TRL's is
+    over a microbatch. A slot with both answers gives the mean of the two.
+    """
+    other = _answer(pair, "kto", "mismatched", "another row's answer, added by the data side")
+    kl = jnp.maximum(_weighted_mean(other.ratio, pair.weight * other.present), 0)
+    kl = jax.lax.stop_gradient(kl)
+    chosen = desirable_weight * sigmoid(-beta * (pair.chosen.ratio - kl))
+    return _over_answers(pair, chosen, undesirable_weight * sigmoid(-beta * (kl - pair.rejected.ratio)))
+
+
+def _merged(state: Any, mean: Array, count: Array) -> dict[str, Array]:
+    """The running mean reward and its count with `count` more rewards of the given mean."""
+    total = state["count"].astype(mean.dtype) + count
+    old = state["delta"].astype(mean.dtype)
+    return {"delta": old + (mean - old) * (count / jnp.maximum(total, 1)), "count": total}
+
+
+def _bco_update(state: Any, metrics: Any) -> dict[str, Array]:
+    chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    count = chosen.weight + rejected.weight
+    moved = _merged(state, (chosen.total + rejected.total) / jnp.maximum(count, 1), count)
+    return {name: x.astype(state[name].dtype) for name, x in moved.items()}
+
+
+@partial(Coupled, start={"delta": 0.0, "count": 0.0}, update=_bco_update)
+def bco(pair: Scored, state: Any, beta: float = 0.1) -> PairLoss:
+    """`-LS(beta c - delta)` of a chosen answer, `-LS(delta - beta r)` of a rejected one; delta is the mean of all rewards so far,
+    beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656; TRL 1.13's BCOTrainer).
+
+    After a step delta moves by the metrics rewards/chosen and rewards/rejected, so the objective's beta must be this one. Every
+    answer counts the same in delta whatever its row's weight. A slot with both answers gives the mean of the two. TRL's density
+    ratio weights (UDM) are not here.
+    """
+    c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
+    used = (pair.weight > 0).astype(c.dtype)
+    here = jnp.concatenate([used * pair.chosen.present, used * pair.rejected.present])
+    mean = _weighted_mean(jnp.concatenate([c, r]), here)
+    delta = jax.lax.stop_gradient(_merged(state, mean, jnp.sum(here))["delta"])
+    return _over_answers(pair, -log_sigmoid(c - delta), -log_sigmoid(delta - r))
