@@ -139,13 +139,34 @@ def tokenise(
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE) -> list[int]:
     """Token ids to generate from, exactly as training saw them: messages through the template, a string as plain text."""
     if isinstance(prompt, str):
-        begin = not _has_bos(prompt, tokenizer)
-        ids = tokenizer(prompt, add_special_tokens=begin).input_ids
-        return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
+        return _plain_ids(prompt, tokenizer)
+    return _chat_ids(prompt, None, tokenizer, template_of(tokenizer, date))
+
+
+def prompts(examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE) -> Iterator[list[int]]:
+    """Token ids that generation of each example's answer would start from; raises ValueError naming the row."""
     template = template_of(tokenizer, date)
+    for example in examples:
+        if isinstance(example, Completion):
+            yield _plain_ids(example.prompt, tokenizer)
+            continue
+        try:
+            yield _chat_ids(example.messages[: example.answer], example.tools, tokenizer, template)
+        except (jinja2.TemplateError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{example.name}: the chat template refuses the prompt without an answer: {reason}") from error
+
+
+def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
+    begin = not _has_bos(prompt, tokenizer)
+    ids = tokenizer(prompt, add_special_tokens=begin).input_ids
+    return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _chat_ids(messages: Sequence[Message], tools: list | None, tokenizer: Any, template: Template | None) -> list[int]:
     if template is None:
-        return prompt_ids(fallback_prompt(prompt), tokenizer)
-    return tokenizer(_render(template, prompt, generation=True), add_special_tokens=False).input_ids
+        return _plain_ids(fallback_prompt(messages), tokenizer)
+    return tokenizer(_render(template, messages, tools, generation=True), add_special_tokens=False).input_ids
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:

@@ -12,7 +12,7 @@ Accepted formats (`format="auto"` takes the one whose columns are there):
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,18 @@ ROLES = {
 }
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The formats of one kind of rows by name: columns each needs, columns each may have, and a mapping as an example."""
+
+    needed: dict[str, tuple[tuple[str, ...], ...]]
+    optional: dict[str, tuple[str, ...]]
+    example: str
+
+
+SFT = Forms(FORMATS, OPTIONAL, "prompt=...,completion=...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +94,28 @@ def normalise(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] 
     Raises ValueError that lists the found columns and the accepted formats where the format is unclear, and names the row
     where a later one does not fit.
     """
-    mapping = _mapping(columns)
-    first = _rename(rows[0], mapping)
-    chosen = _detect(first, set(mapping)) if format == "auto" else format
-    if chosen not in FORMATS:
-        raise ValueError(f"data.format={format!r}; wanted auto or one of {', '.join(FORMATS)}")
-    return [_example(_rename(row, mapping), chosen) for row in rows]
+    chosen, renamed = decided(rows, format, columns, SFT)
+    return [_example(row, chosen) for row in renamed]
 
 
-def accepted() -> str:
+def decided(rows: Sequence[Row], format: str, columns: Sequence[str], forms: Forms) -> tuple[str, Iterator[Row]]:
+    """The name of the format, and the rows under our names of columns, each with all that the format needs."""
+    mapping = _mapping(columns, forms)
+    first = _rename(rows[0], mapping, forms)
+    chosen = _detect(first, set(mapping), forms) if format == "auto" else format
+    if chosen not in forms.needed:
+        raise ValueError(f"data.format={format!r}; wanted auto or one of {', '.join(forms.needed)}")
+    return chosen, (_complete(_rename(row, mapping, forms), chosen, forms) for row in rows)
+
+
+def accepted(forms: Forms = SFT) -> str:
     """The formats and their columns in one line, for messages."""
-    return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in FORMATS.items())
+    return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in forms.needed.items())
 
 
-def _mapping(columns: Sequence[str]) -> dict[str, str]:
+def _mapping(columns: Sequence[str], forms: Forms) -> dict[str, str]:
     known = sorted(
-        {c for group in FORMATS.values() for names in group for c in names} | {c for o in OPTIONAL.values() for c in o}
+        {c for group in forms.needed.values() for names in group for c in names} | {c for o in forms.optional.values() for c in o}
     )
     mapping: dict[str, str] = {}
     for item in columns:
@@ -112,14 +130,14 @@ def _mapping(columns: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-def _rename(row: Row, mapping: dict[str, str]) -> Row:
+def _rename(row: Row, mapping: dict[str, str], forms: Forms) -> Row:
     if not mapping:
         return row
     for ours, theirs in mapping.items():
-        if theirs not in row.fields and not any(ours in extra for extra in OPTIONAL.values()):
+        if theirs not in row.fields and not any(ours in extra for extra in forms.optional.values()):
             found = ", ".join(map(str, row.fields))
             raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
-    spellings = {c for group in FORMATS.values() for names in group if set(names) & set(mapping) for c in names}
+    spellings = {c for group in forms.needed.values() for names in group if set(names) & set(mapping) for c in names}
     kept = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
     return Row(row.name, kept | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
@@ -128,43 +146,49 @@ def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
     return all(any(c in fields for c in names) for names in columns)
 
 
-def _detect(row: Row, mapped: set[str]) -> str:
-    def uses_mapped(name):  # a mapping says which format is meant
-        return mapped <= {c for names in FORMATS[name] for c in names} | set(OPTIONAL[name])
+def _detect(row: Row, mapped: set[str], forms: Forms) -> str:
+    needed = forms.needed
 
-    fits = [name for name, columns in FORMATS.items() if _has(row.fields, columns) and uses_mapped(name)]
+    def uses_mapped(name):  # a mapping says which format is meant
+        return mapped <= {c for names in needed[name] for c in names} | set(forms.optional[name])
+
+    fits = [name for name, columns in needed.items() if _has(row.fields, columns) and uses_mapped(name)]
+    fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
     if len(fits) == 1:
         return fits[0]
     found = ", ".join(map(str, row.fields))
     if fits:
         raise ValueError(f"{row.name}: columns fit {' and '.join(fits)}; set data.format to one of them; found columns: {found}")
-    raise ValueError(
-        f"{row.name}: found columns: {found}; wanted {accepted()}; map them with data.columns=prompt=...,completion=..."
-    )
+    raise ValueError(f"{row.name}: found columns: {found}; wanted {accepted(forms)}; map them with data.columns={forms.example}")
+
+
+def _complete(row: Row, format: str, forms: Forms) -> Row:
+    fields, needed = row.fields, forms.needed[format]
+    if not _has(fields, needed):
+        missing = next(names for names in needed if not any(c in fields for c in names))
+        found = ", ".join(map(str, fields))
+        raise ValueError(
+            f"{row.name}: no column {' or '.join(missing)} (format {format}); found columns: {found}; wanted {accepted(forms)}"
+        )
+    return row
 
 
 def _example(row: Row, format: str) -> Example:
-    fields = row.fields
-    if not _has(fields, FORMATS[format]):
-        missing = next(names for names in FORMATS[format] if not any(c in fields for c in names))
-        found = ", ".join(map(str, fields))
-        raise ValueError(
-            f"{row.name}: no column {' or '.join(missing)} (format {format}); found columns: {found}; wanted {accepted()}"
-        )
     match format:
         case "text":
-            return Text(row.name, _string(row, "text"))
+            return Text(row.name, string(row, "text"))
         case "messages":
-            return _chat(row, _messages(row, "messages"))
+            return _chat(row, messages_of(row, "messages"))
         case "conversations":
-            return _chat(row, _system(row) + _messages(row, "conversations", "from", "value"))
+            return _chat(row, system_of(row) + messages_of(row, "conversations", "from", "value"))
         case "prompt-completion":
             return _prompt_completion(row)
         case _:
             return _instruction(row)
 
 
-def _string(row: Row, column: str, empty: bool = False) -> str:
+def string(row: Row, column: str, empty: bool = False) -> str:
+    """The column's text. Raises ValueError that names the row where it isn't one, or is blank though not `empty`."""
     value = row.fields[column]
     if not isinstance(value, str):
         raise ValueError(f"{row.name}: column {column!r} is {type(value).__name__}, wanted a string")
@@ -181,7 +205,7 @@ def _encodable(row: Row, column: str, text: str) -> None:
         raise ValueError(f"{row.name}: column {column!r} holds half a character ({error.reason}); repair the text") from error
 
 
-def _parsed(row: Row, column: str) -> Any:
+def parsed(row: Row, column: str) -> Any:
     """The column, read as JSON if a table format stored a list of objects as a string; other text stays text."""
     value = row.fields[column]
     if isinstance(value, str) and value.lstrip()[:1] == "[":
@@ -203,8 +227,9 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
     return content
 
 
-def _messages(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
-    value = _parsed(row, column)
+def messages_of(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
+    """The column's messages under our names of roles. Raises ValueError that names the row and the message."""
+    value = parsed(row, column)
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
         raise ValueError(f"{row.name}: column {column!r} is {what}, wanted a list of {{{role!r}, {content!r}}} objects")
@@ -224,15 +249,17 @@ def _messages(row: Row, column: str, role: str = "role", content: str = "content
     return messages
 
 
-def _system(row: Row) -> list[Message]:
+def system_of(row: Row) -> list[Message]:
+    """The column `system` as a message, if it is there."""
     text = row.fields.get("system")
-    return [{"role": "system", "content": _string(row, "system")}] if text else []
+    return [{"role": "system", "content": string(row, "system")}] if text else []
 
 
-def _tools(row: Row) -> list | None:
+def tools_of(row: Row) -> list | None:
+    """The column `tools`, if it is there."""
     if not row.fields.get("tools"):
         return None
-    tools = _parsed(row, "tools")
+    tools = parsed(row, "tools")
     if not isinstance(tools, list):
         raise ValueError(f"{row.name}: column 'tools' is {type(tools).__name__}, wanted a list of JSON schemas")
     return tools
@@ -240,25 +267,30 @@ def _tools(row: Row) -> list | None:
 
 def _chat(row: Row, messages: list[Message]) -> Chat:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return Chat(row.name, tuple(messages), turns[-1] if turns else len(messages), tools=_tools(row))
+    return Chat(row.name, tuple(messages), turns[-1] if turns else len(messages), tools=tools_of(row))
 
 
 def _prompt_completion(row: Row) -> Example:
-    lists = [isinstance(_parsed(row, c), list | tuple) for c in ("prompt", "completion")]
+    lists = [isinstance(parsed(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
         raise ValueError(f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; wanted both the same")
     if not lists[0]:
-        return Completion(row.name, _string(row, "prompt", empty=True), _string(row, "completion"))
-    prompt = _messages(row, "prompt")
-    return Chat(row.name, (*prompt, *_messages(row, "completion")), len(prompt), tools=_tools(row))
+        return Completion(row.name, string(row, "prompt", empty=True), string(row, "completion"))
+    prompt = messages_of(row, "prompt")
+    return Chat(row.name, (*prompt, *messages_of(row, "completion")), len(prompt), tools=tools_of(row))
 
 
 def _instruction(row: Row) -> Chat:
     answers = [c for c in ("response", "output") if c in row.fields]
     if len(answers) > 1:
         raise ValueError(f"{row.name}: found both 'response' and 'output'; say which with data.columns=response=...")
-    user = _string(row, "instruction")
-    if row.fields.get("input"):
-        user = f"{user}\n\n{_string(row, 'input')}"
-    messages = [*_system(row), {"role": "user", "content": user}, {"role": "assistant", "content": _string(row, answers[0])}]
+    messages = [*instruction_of(row), {"role": "assistant", "content": string(row, answers[0])}]
     return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)
+
+
+def instruction_of(row: Row) -> list[Message]:
+    """The columns `instruction`, `input` and `system` as the messages before an answer."""
+    user = string(row, "instruction")
+    if row.fields.get("input"):
+        user = f"{user}\n\n{string(row, 'input')}"
+    return [*system_of(row), {"role": "user", "content": user}]

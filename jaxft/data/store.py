@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,10 +61,10 @@ def tokenised(ref: str, rows: "Rows", tokenizer: Any, cache: Path | None = None)
     """The rows of `ref` as tokens, from the cache if it has them; a cache that can't be read is made anew."""
     found = read_rows(ref)
     path = cache_folder(cache) / f"{content_key(found, rows, tokenizer)}.npz"
-    stored, state = _load(path, len(found))
+    stored, state = load(path, _ARRAYS, lambda stored: _sound(stored, len(found)))
     if stored is None:
         stored = _tokenise(found, rows, tokenizer)
-        state = _save(path, stored) or state
+        state = save(path, stored) or state
     if not len(stored["kept"]):
         raise ValueError(f"{ref}: all {len(found)} rows were dropped, longer than data.max_length={rows.max_length}; raise it")
     names = tuple(found[i].name for i in stored["kept"])
@@ -93,11 +93,16 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 def content_key(found: Sequence[Row], rows: "Rows", tokenizer: Any) -> str:
     """A hash of all that decides the tokens: rows, tokenizer, template, settings, and this code's version."""
-    digest = hashlib.sha256()
     settings = (rows.columns, rows.format, rows.loss_on, rows.max_length, rows.too_long, rows.date)
+    return key_of(found, tokenizer, VERSION, settings)
+
+
+def key_of(found: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) -> str:
+    """A hash of rows, tokenizer, template, settings and the version of the code that reads them."""
+    digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else type(tokenizer).__name__
-    for part in (VERSION, settings, special, getattr(tokenizer, "chat_template", None), backend):
+    for part in (version, settings, special, getattr(tokenizer, "chat_template", None), backend):
         digest.update(json.dumps(part, default=str).encode() + b"\0")
     for row in found:
         digest.update(json.dumps(row, default=str).encode() + b"\n")
@@ -140,22 +145,27 @@ def _check(name: str, learned: np.ndarray, rows: "Rows") -> None:
         raise ValueError(f"{name}: {len(learned)} tokens, more than data.max_length={rows.max_length}; {advice} or truncate")
 
 
-def _load(path: Path, count: int) -> tuple[dict[str, np.ndarray] | None, str]:
+def _sound(stored: dict[str, np.ndarray], count: int) -> bool:
+    sizes = [len(stored[name]) for name in ("ids", "learned", "offsets", "kept", "cut")]
+    tokens, examples = sizes[0], sizes[3]
+    fits = sizes == [tokens, tokens, examples + 1, examples, examples] and stored["offsets"][-1] == tokens
+    return bool(fits and (stored["kept"] < count).all())
+
+
+def load(path: Path, dtypes: dict[str, Any], sound: Callable) -> tuple[dict[str, np.ndarray] | None, str]:
+    """The arrays of a cache file, None where they must be made (anew); and in a word which it was."""
     if not path.exists():
         return None, "built"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
-            stored = {name: arrays[name] for name in _ARRAYS}
-        sizes = [len(stored[name]) for name in ("ids", "learned", "offsets", "kept", "cut")]
-        tokens, examples = sizes[0], sizes[3]
-        sound = sizes == [tokens, tokens, examples + 1, examples, examples] and stored["offsets"][-1] == tokens
-        sound = sound and all(stored[name].dtype == dtype for name, dtype in _ARRAYS.items()) and (stored["kept"] < count).all()
-        return (stored, "found") if sound else (None, "rebuilt")
+            stored = {name: arrays[name] for name in dtypes}
+        fine = all(stored[name].dtype == dtype for name, dtype in dtypes.items()) and sound(stored)
+        return (stored, "found") if fine else (None, "rebuilt")
     except BROKEN:
         return None, "rebuilt"
 
 
-def _save(path: Path, stored: Any) -> str | None:
+def save(path: Path, stored: Any) -> str | None:
     """Write under another name and rename, so that no reader sees half a file. A cache that can't be written is only slower."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
