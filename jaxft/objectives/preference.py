@@ -165,7 +165,8 @@ def robust(pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score:
 def discopop(pair: Scored, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
     """`-LS(x) (1 - m) + exp(-x) m`, x = beta D, m = sigmoid(x / tau) (Lu et al. 2024, arXiv:2406.08414).
 
-    The second term is written exp(LS(x / tau) - x): TRL's is infinity times 0 for x < -88.
+    It isn't convex: near D = 0 it pushes the margin down. The second term is written exp(LS(x / tau) - x): TRL's is infinity
+    times 0 for x < -88.
     """
     require(tau > 0, f"discopop: tau is positive, found {tau}; its paper uses 0.05")
     x = beta * _difference(pair, score)

@@ -25,9 +25,7 @@ def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: 
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
 
-def alphapo(
-    pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0
-) -> PairLoss:
+def alphapo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0) -> PairLoss:
     """simpo of the rewards `(1 - exp(-alpha a)) / alpha` instead of a (Gupta et al. 2025, arXiv:2501.03884).
 
     The exponent is capped at 80, where TRL overflows. Raises ValueError at alpha = 0, which is simpo.
@@ -110,9 +108,7 @@ def tpo_ipo(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
     return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * _gold_nll(pair)
 
 
-def tpo_l(
-    pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
-) -> PairLoss:
+def tpo_l(pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L (arXiv:2405.16681)."""
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing) + alpha * _gold_nll(pair)
 
@@ -141,9 +137,7 @@ def _weighted_mean(x: Array, weight: Array) -> Array:
 
 
 @Coupled
-def kto(
-    pair: Scored, state: Any, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> PairLoss:
+def kto(pair: Scored, state: Any, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> PairLoss:
     """`desirable sigmoid(-beta (c - kl))` of a chosen answer, `undesirable sigmoid(-beta (kl - r))` of a rejected one, with kl =
     max(0, mean log-ratio of the step's `mismatched` answers), which has no gradient (Ethayarajh et al. 2024, arXiv:2402.01306).
 
