@@ -82,6 +82,7 @@ def normalise_pairs(rows: Sequence[Row], settings: "PairRows") -> list[Pair]:
 
 def _pair(row: Row, format: str, settings: "PairRows") -> Pair:
     columns = _columns(row, format, settings)
+    answers: dict[str, Chat | Completion]
     if settings.format == PLAIN:
         prompt = formats.string(row, "prompt", empty=True)
         found = {kind: formats.string(row, column) for kind, column in columns.items()}
@@ -144,10 +145,10 @@ def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | 
             prompt = formats.system_of(row) + formats.messages_of(row, "prompt")
             found = _after_each(row, columns, prompt)
     _refuse_identical(row, found)
-    if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{row.name}: the prompt ends with an assistant turn; wanted the user's, move it to the answers")
     for kind, turns in found.items():
         _check_answer(row, columns[kind], turns)
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{row.name}: the prompt ends with an assistant turn; wanted the user's, move it to the answers")
     single = single and all(len(turns) == 1 for turns in found.values())
     tools = formats.tools_of(row)
     return {kind: Chat(row.name, (*prompt, *turns), len(prompt), single, tools) for kind, turns in found.items()}

@@ -166,7 +166,7 @@ def _tokenise(found: Sequence[Row], rows: "PairRows", tokenizer: Any) -> dict[st
     columns["offsets"] = [0, *np.cumsum(columns["offsets"])]
     for name in ("ids", "learned"):
         columns[name] = np.concatenate(columns[name]) if columns[name] else []
-    arrays = {name: np.asarray(columns[name], dtype) for name, dtype in _ARRAYS.items()}
+    arrays: dict[str, np.ndarray] = {name: np.asarray(columns[name], dtype) for name, dtype in _ARRAYS.items()}
     arrays["numbers"] = arrays["numbers"].reshape(len(arrays["kept"]), len(rows.extras))
     return arrays
 
@@ -228,7 +228,7 @@ def _cut(name: str, border: int, answer: Masked, rows: "PairRows") -> Masked:
 
 def _refuse_same(name: str, border: int, answers: dict[str, Masked], long: bool, rows: "PairRows") -> None:
     bodies = [answers[kind][0][border:] for kind in ("chosen", "rejected") if kind in answers]
-    if len(bodies) == 2 and np.array_equal(*bodies):
+    if len(bodies) == 2 and np.array_equal(bodies[0], bodies[1]):
         why = f"cut to data.max_length={rows.max_length} " if long else ""
         advice = "raise it or set data.too_long=drop" if long else "a pair needs two different answers"
         raise ValueError(f"{name}: chosen and rejected {why}are the same tokens; {advice}")

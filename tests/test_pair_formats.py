@@ -1,0 +1,231 @@
+"""Preference rows of every format become one prompt and its answers, and each way to be wrong is one clear line."""
+
+import csv
+import json
+
+import pytest
+from tiny_tokenizers import tiny
+
+from jaxft.data.formats import Chat, Completion
+from jaxft.data.pair_formats import normalise_pairs
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.rows import Row, read_rows
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def user(text):
+    return turn("user", text)
+
+
+def answer(text):
+    return turn("assistant", text)
+
+
+def pair(fields, name="r:1", **options):
+    (found,) = normalise_pairs([Row(name, fields)], PairRows("r", **options))
+    return found
+
+
+Q, A, B = user("q"), answer("a"), answer("b")
+LONG = (turn("system", "s"), user("p"), answer("o"), Q)
+HUMAN = "\n\nHuman: p\n\nAssistant: o\n\nHuman: q\n\nAssistant:"
+SAID = (user("p"), answer("o"), Q)
+GPT = [{"from": "human", "value": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "plain"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, (Q,), True),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, (turn("system", "s"), Q), True),
+        ({"prompt": [Q], "chosen": [A], "rejected": [B]}, (Q,), False),
+        ({"prompt": [Q], "chosen": A, "rejected": "b"}, (Q,), False),
+        ({"prompt": json.dumps([Q]), "chosen": json.dumps([A]), "rejected": json.dumps([B])}, (Q,), False),
+        ({"prompt": list(LONG), "chosen": [A], "rejected": [B]}, LONG, False),
+        ({"prompt": list(LONG), "chosen": [*LONG, A], "rejected": [*LONG, B]}, LONG, False),
+        ({"prompt": list(LONG), "chosen": [*LONG, A], "rejected": [B]}, LONG, False),
+        ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "score_chosen": 3.0}, (Q,), False),
+        ({"prompt": "q", "chosen": [*LONG, A], "rejected": [*LONG, B]}, LONG, False),
+        ({"prompt": "q", "chosen": [A], "rejected": [B]}, (Q,), True),
+        ({"prompt": HUMAN, "chosen": " a", "rejected": " b"}, SAID, False),
+        ({"chosen": [Q, A], "rejected": [Q, B]}, (Q,), False),
+        ({"chosen": [*LONG, A], "rejected": [*LONG, B]}, LONG, False),
+        ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, SAID, False),
+        ({"chosen": "Human: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b\n"}, (Q,), False),
+        (
+            {
+                "conversations": GPT,
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+                "system": "s",
+            },
+            (turn("system", "s"), Q),
+            False,
+        ),
+        ({"conversations": GPT, "chosen": [{"from": "gpt", "value": "a"}], "rejected": "b"}, (Q,), False),
+        ({"instruction": "q", "chosen": "a", "rejected": "b", "input": ""}, (Q,), True),
+        ({"instruction": "q", "chosen": "a", "rejected": "b", "input": "i"}, (user("q\n\ni"),), True),
+    ],
+)
+def test_formats_are_recognised(fields, prompt, plain):
+    wanted = {
+        kind: Chat("r:1", (*prompt, last), len(prompt), plain) for kind, last in (("chosen", A), ("rejected", B))
+    }  # fmt: skip
+    assert pair(fields).answers == wanted
+
+
+def test_answers_may_have_several_turns_after_the_common_ones():
+    longer = [Q, A, user("r"), answer("c")]
+    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).answers
+    assert found["chosen"] == Chat("r:1", tuple(longer), 1) and found["rejected"].messages[1] == B
+
+
+def test_plain_format_keeps_text_as_it_is():
+    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").answers
+    assert found == {"chosen": Completion("r:1", "q ", "a"), "rejected": Completion("r:1", "q ", "b")}
+    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").answers
+    assert found == {"chosen": Completion("r:1", "", "a"), "rejected": None}
+
+
+@pytest.mark.parametrize("label", (True, False, 1, 0))
+def test_an_unpaired_row_has_only_the_answer_that_its_label_says(label):
+    for fields, plain in (({"prompt": "q", "completion": "a"}, True), ({"prompt": [Q], "completion": [A]}, False)):
+        found = pair({**fields, "label": label}).answers
+        there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
+        assert found[missing] is None and found[there] == Chat("r:1", (Q, A), 1, plain)
+    whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).answers
+    assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
+
+
+def test_the_third_answer_is_the_column_reference():
+    fields = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "a"}
+    assert list(pair(fields).answers) == ["chosen", "rejected"]
+    assert pair(fields, third="gold").answers["gold"] == Chat("r:1", (Q, A), 1, True)
+    fields = {"chosen": [*LONG, A], "rejected": [*LONG, B], "reference": [*LONG, answer("c")]}
+    assert pair(fields, third="gold").answers["gold"] == Chat("r:1", (*LONG, answer("c")), len(LONG))
+
+
+def test_columns_are_renamed_and_numbers_are_read():
+    fields = {"question": "q", "good": "a", "bad": "b", "gap": 2, "margin": 0.5, "sure": 3}
+    options = {"columns": ("prompt=question", "chosen=good", "rejected=bad", "weight=sure"), "extras": ("gap", "margin")}
+    found = pair(fields, weight_column="weight", **options)
+    assert found.answers == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).answers
+    assert found.numbers == (2.0, 0.5) and found.weight == 3.0
+
+
+def test_tools_reach_the_template():
+    tools = [{"type": "function", "function": {"name": "sum"}}]
+    found = pair({"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps(tools)})
+    assert found.answers["chosen"].tools == found.answers["rejected"].tools == tools
+
+
+GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
+SAD = [
+    ({**GOOD, "rejected": "a"}, {}, "chosen and rejected are identical"),
+    ({**GOOD, "rejected": "a"}, {"format": "plain"}, "chosen and rejected are identical"),
+    ({"chosen": [Q, A], "rejected": [Q, A]}, {}, "chosen and rejected are identical"),
+    ({"chosen": HUMAN + " a", "rejected": HUMAN + " a"}, {}, "chosen and rejected are identical"),
+    ({**GOOD, "chosen": " \n"}, {}, "column 'chosen' is empty; fill it or remove the row"),
+    ({**GOOD, "rejected": [answer(" ")]}, {}, r"rejected\[0\], an assistant turn, is empty"),
+    ({"chosen": HUMAN + " a", "rejected": HUMAN}, {}, "the answer in column 'rejected' is empty"),
+    ({**GOOD, "rejected": None}, {}, "column 'rejected' is NoneType, wanted a list"),
+    ({**GOOD, "rejected": 3}, {}, "column 'rejected' is int, wanted a list"),
+    ({**GOOD, "prompt": " "}, {}, "column 'prompt' is empty"),
+    ({**GOOD, "prompt": []}, {}, "column 'prompt' is an empty list"),
+    (
+        {"prompt": [Q], "chosen": [user("x"), A], "rejected": [Q, B]},
+        {},
+        r"column 'chosen' begins with a turn of user .* 0 differs",
+    ),
+    ({"prompt": list(LONG), "chosen": [*LONG[:3], user("x"), A], "rejected": [B]}, {}, r"column 'chosen' begins .* 3 differs"),
+    ({"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]}, {}, "conversations in chosen and rejected do not begin alike"),
+    ({"prompt": "q", "chosen": [user("x"), A], "rejected": [Q, B]}, {}, "do not begin alike"),
+    ({"prompt": [Q, A], "chosen": [B], "rejected": [answer("c")]}, {}, "the prompt ends with an assistant turn"),
+    ({"prompt": [Q], "chosen": [A, user("x")], "rejected": [B]}, {}, "answer in column 'chosen' ends with a user turn"),
+    ({"chosen": [A], "rejected": [B]}, {}, "chosen and rejected share no first message"),
+    ({"chosen": [Q, A], "rejected": [user("x"), B]}, {}, "chosen and rejected share no first message"),
+    ({"chosen": [*SAID, A], "rejected": [*SAID[:2], user("x"), B]}, {}, "differ in message 2, which is no answer"),
+    ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, {}, "differ in message 2, which is no answer"),
+    ({"chosen": [Q, A], "rejected": "b"}, {}, "of 'chosen' and 'rejected' one is a string"),
+    ({"chosen": "a", "rejected": "b"}, {}, "column 'chosen' is a string that does not begin with 'Human:'"),
+    (
+        {"chosen": "x" + HUMAN + " a", "rejected": HUMAN + " b"},
+        {},
+        "column 'chosen' is a string that does not begin with 'Human:'",
+    ),
+    (
+        {"chosen": HUMAN + " a", "rejected": HUMAN.replace(" o", " x") + " b"},
+        {},
+        r"the dialogues differ before their last turn \(in turn 2\)",
+    ),
+    ({"chosen": HUMAN + " a", "rejected": "\n\nHuman: p\n\nAssistant: b"}, {}, r"differ before their last turn \(in turn 2\)"),
+    ({"chosen": "Human: a", "rejected": "Human: b"}, {}, "a dialogue of one turn has no prompt"),
+    (
+        {"chosen": HUMAN + " a\n\nHuman: x", "rejected": HUMAN + " a\n\nHuman: y"},
+        {},
+        "column 'chosen' begins with a user turn, wanted assistant",
+    ),
+    ({"prompt": "q", "chosen": "a"}, {}, "found columns: prompt, chosen; wanted preference"),
+    ({"prompt": "q", "chosen": "a"}, {"format": "preference"}, r"no column rejected \(format preference\)"),
+    ({"prompt": "q", "completion": "a", "label": "yes"}, {}, "label is 'yes', wanted true or false"),
+    ({"prompt": "q", "completion": "a", "label": 2}, {}, "label is 2, wanted true or false"),
+    ({"prompt": "q", "completion": "a", "label": None}, {}, "label is None, wanted true or false"),
+    ({"prompt": "q", "completion": "a", "label": 1.0}, {}, r"label is 1\.0, wanted true or false"),
+    ({**GOOD, "conversations": GPT}, {}, "columns fit preference and ranking; set data.format"),
+    (GOOD, {"third": "gold"}, "no column 'reference', which data.third=gold"),
+    (GOOD, {"extras": ("margin",)}, r"no number in column 'margin' \(data\.extras\); found columns: prompt, chosen, rejected"),
+    ({**GOOD, "margin": "1"}, {"extras": ("margin",)}, "column 'margin' .* is '1', wanted a finite number"),
+    ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True, wanted a finite number"),
+    ({**GOOD, "margin": float("nan")}, {"extras": ("margin",)}, "column 'margin' .* is nan, wanted a finite number"),
+    ({**GOOD, "w": -1}, {"weight_column": "w"}, "the weight in column 'w' is -1; wanted 0 or more"),
+    (GOOD, {"weight_column": "w"}, r"no number in column 'w' \(data\.weight_column\)"),
+    (GOOD, {"format": "dpo"}, "data.format='dpo'; wanted auto, plain or one of preference"),
+    ({"chosen": [Q, A], "rejected": [Q, B]}, {"format": "plain"}, "data.format=plain is for preference and unpaired rows"),
+    ({"prompt": [Q], "chosen": [A], "rejected": [B]}, {"format": "plain"}, "column 'prompt' is list, wanted a string"),
+    (GOOD, {"columns": ("prompt=question",)}, "no column 'question'"),
+    (GOOD, {"columns": ("ask=prompt",)}, "maps to unknown column 'ask'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "options", "error"), SAD)
+def test_a_bad_row_is_one_line_that_names_it(fields, options, error):
+    with pytest.raises(ValueError, match=error) as raised:
+        pair(fields, "rows.jsonl:7", **options)
+    text = str(raised.value)
+    assert "\n" not in text and ("rows.jsonl:7" in text or text.startswith("data."))
+
+
+def test_a_bad_row_is_found_behind_good_ones():
+    rows = [Row("r:1", GOOD), Row("r:2", {**GOOD, "rejected": "a"})]
+    with pytest.raises(ValueError, match="^r:2: chosen and rejected are identical"):
+        normalise_pairs(rows, PairRows("r"))
+
+
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [GOOD, {"prompt": "r\n", "chosen": "c, d", "rejected": 'e "f"'}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    with (tmp_path / "r.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(GOOD))
+        writer.writeheader()
+        writer.writerows(rows)
+    found = [
+        [p.answers["chosen"].messages for p in normalise_pairs(read_rows(str(f)), PairRows("r"))] for f in tmp_path.iterdir()
+    ]
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+
+
+def test_conversations_need_a_template_and_strings_do_not(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(GOOD))
+    source = pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)
+    assert source.preview == "prompt: <s>### Instruction:\nq\n\n### Response:\n\nchosen: a</s>\nrejected: b</s>"
+    path.write_text(json.dumps({"chosen": [Q, A], "rejected": [Q, B]}))
+    with pytest.raises(ValueError, match="r.jsonl:1: a conversation needs a chat template"):
+        pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)
