@@ -171,7 +171,8 @@ def _source(work: _Work, told: dict[str, Any], tokenizer: Any) -> PairSource:
 
     def batch(step: int, state: Any = None) -> Pairs:
         part = cut(step)
-        flat = _fill(work, part, replace(layout, rows=work.count), part.members)
+        weights, means = _shares(rows, pool, part.members)
+        flat = pair_layout.fill(pool, part, replace(layout, rows=work.count), weights[part.members], means)
         return jax.tree.map(lambda x: x.reshape(rows.micro, layout.rows, *x.shape[1:]), flat)
 
     def names(step: int) -> list[str]:
@@ -270,19 +271,16 @@ def _room(pool: TokenisedPairs, tokens: np.ndarray, dealt: list[tuple[np.ndarray
 # ---- batches
 
 
-def _weights(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> np.ndarray:
-    """The share of each in a batch of these; all zero where the column's weights are."""
-    weights = pool.weights[members] * (pool.reads[members].sum(1) if rows.weighting == "token" else 1)
-    return weights / max(weights.sum(), np.finfo(np.float64).tiny)
+def _shares(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(weight of each pair of the pool in a batch of these members, mean length of each kind of answer among them).
 
-
-def _fill(work: _Work, plan: pack.Plan, layout: Layout, members: np.ndarray) -> Pairs:
-    """The plan's rows; weights and mean lengths are those of a batch of `members`, to which the plan belongs."""
-    weights = np.zeros(len(work.pool.names))
-    weights[members] = _weights(work.rows, work.pool, members)
-    lengths = work.pool.reads[members[weights[members] > 0]]
+    Weights sum to 1, or are all 0 where the column's are. A pair of weight 0 doesn't count for the mean lengths either.
+    """
+    weights = np.zeros(len(pool.names))
+    weights[members] = pool.weights[members] * (pool.reads[members].sum(1) if rows.weighting == "token" else 1)
+    lengths = pool.reads[weights > 0]
     means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
-    return pair_layout.fill(work.pool, plan, layout, weights[plan.members], means)
+    return weights / max(weights.sum(), np.finfo(np.float64).tiny), means
 
 
 def _cover(work: _Work, members: np.ndarray) -> tuple[Pairs, ...]:
@@ -290,8 +288,10 @@ def _cover(work: _Work, members: np.ndarray) -> tuple[Pairs, ...]:
     if len(members) and (members.min() < 0 or members.max() >= len(pool.names)):
         raise ValueError(f"pairs {members.min()} to {members.max()} asked for; the source has 0 to {len(pool.names) - 1}")
     plan = pair_plan.fit(members, pair_layout.tokens_of(pool, layout.branches), pool.reads.sum(1), layout.room)
-    parts = (plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows))
-    return tuple(jax.tree.map(lambda x: x[None], _fill(work, part, layout, members)) for part in parts)
+    weights, means = _shares(work.rows, pool, members)
+    parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
+    filled = (pair_layout.fill(pool, part, layout, weights[part.members], means) for part in parts)
+    return tuple(jax.tree.map(lambda x: x[None], batch) for batch in filled)
 
 
 def _with_reference(pool: TokenisedPairs, found: dict[int, Any]) -> TokenisedPairs:

