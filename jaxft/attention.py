@@ -8,7 +8,7 @@ G = H / K query heads share a key head; nothing here repeats keys or values but 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -296,22 +296,33 @@ def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
     return jax.vmap(kernel)(*heads_first, kernels.SegmentIds(segments, segments)).swapaxes(1, 2)[:, :T]
 
 
-def _kernel_for(device: Any, head_dim: int, dtype: Any) -> Attention:
+def cudnn(q_BTHE, k_BTKE, v_BTKE, segments_BT, implementation: Literal["cudnn", "xla"] = "cudnn"):
+    """cuDNN's flash attention for NVIDIA GPUs, for rows of one example with the padding at the end: it knows no segments."""
+    lengths_B = jnp.maximum((segments_BT > 0).sum(1, dtype=jnp.int32), 1)
+    return jax.nn.dot_product_attention(
+        q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> Attention:
     """The fastest kernel known to work there; `flash` works everywhere."""
     dtype = jnp.dtype(dtype)
     if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash
     if device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind and dtype.itemsize == 2 and head_dim <= 128:
-        return triton if float(getattr(device, "compute_capability", 0)) >= 8 else flash
+        fast = triton if packed or head_dim % 8 else cudnn
+        return fast if float(getattr(device, "compute_capability", 0)) >= 8 else flash
     return flash
 
 
-def choose(mesh: Any, head_dim: int, dtype: Any) -> Attention:
+def choose(mesh: Any, head_dim: int, dtype: Any, packed: bool = True) -> Attention:
     """The attention function (q, k, v, segments, branches=None) -> o for a mesh's devices, present or only described.
 
-    Rows with branches go to `flash` everywhere. On a mesh each device works on its own rows and heads (sharding.py).
+    packed: rows may hold several examples, or padding before the first token. Rows with branches go to `flash` everywhere.
+    On a mesh each device works on its own rows and heads (sharding.py).
     """
-    kernel = _kernel_for(mesh.devices.flat[0], head_dim, dtype)
+    kernel = _kernel_for(mesh.devices.flat[0], head_dim, dtype, packed)
     queries, keys, row = ("rows", "time", "heads", "head_dim"), ("rows", "time", "kv_heads", "head_dim"), ("rows", "time")
 
     def attention(

@@ -121,7 +121,7 @@ def parse(text: str, kind: Any) -> Any:
             if text == str(choice) or (isinstance(choice, bool) and text.lower() == str(choice).lower()):
                 return choice
     elif origin is tuple:
-        return _parse_tuple(text, args)
+        return _parse_tuple(text, args, ":" if args == (int, int) and "," not in text else ",")  # a range: 10:15
     elif kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -34,7 +34,7 @@ from jaxft.tree import struct
 class Loop:
     """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. log_every: metrics are means over as many
     steps. keep_last, keep_best: checkpoints that stay, the newest and those with the lowest eval_loss. max_bad: non-finite
-    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10,15`), None for none.
+    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10:15`), None for none.
     """
 
     steps: int | None = None
@@ -141,7 +141,8 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     if run.data.max_length > longest:
         raise ValueError(f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it")
     mesh = sharding.make_mesh(run.mesh, devices_)
-    model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
+    packed = getattr(run.data, "packing", True)
+    model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
     t = prepare.trained(model, run.adapter, run.train)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
@@ -302,7 +303,9 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
-    answer = report.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
+    kernel = attention.choose(p.mesh, r.model.config.head_dim, r.model.dtype)  # prompts are padded in front
+    model = p.trained.model.with_attention(kernel)
+    answer = report.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))

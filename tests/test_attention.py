@@ -297,6 +297,26 @@ def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype,
     assert attention._kernel_for(device, head_dim, dtype) is wanted
 
 
+def test_rows_of_one_example_go_to_cudnn_on_nvidia_and_nowhere_else():
+    assert attention._kernel_for(H100, 128, jnp.bfloat16, packed=False) is attention.cudnn
+    assert attention._kernel_for(H100, 64, jnp.float32, packed=False) is attention.flash
+    assert attention._kernel_for(Described("cpu", "cpu"), 64, jnp.bfloat16, packed=False) is attention.flash
+
+
+def test_lengths_stand_for_segments_where_a_row_holds_one_example():
+    """What cuDNN is asked for, computed by the other implementation of the same public function."""
+    rng = np.random.default_rng(11)
+    q, k, v, do = arrays(rng, 3, 40, 4, 2, 16, jnp.float32)
+    segments = (np.arange(40)[None] < np.array([[40], [17], [0]])).astype(np.int32)
+    do = jnp.where(segments[:, :, None, None] == 0, 0, do)
+    with jax.numpy_dtype_promotion("standard"):
+        found = value_and_gradients(partial(attention.cudnn, implementation="xla"), q, k, v, do, segments)
+    wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
+    real = segments[:, :, None, None] != 0
+    assert np.all(np.isfinite(found[0]))
+    assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-5)
+
+
 @pytest.mark.parametrize("T", [128, 200])
 @pytest.mark.parametrize("kernel", [attention.triton, attention.splash])
 def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):

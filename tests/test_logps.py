@@ -13,7 +13,7 @@ from jaxft import params, sharding, tree
 from jaxft.lora import Adapter, adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.objectives import logps
-from jaxft.objectives.logps import gather_read, token_logps
+from jaxft.objectives.logps import gather_read, token_logps, weighted_logp
 from jaxft.quant import quantize
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
@@ -58,8 +58,14 @@ def plain(whole, h, targets):
     return logps.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype)), logits
 
 
-def loss_of(model, weights):
+def loss_of(model, weights, known=False):
+    """The weighted sum of log-probs; known: by weighted_logp, which is told the weights."""
+    if known:
+        return lambda whole, h, targets: weighted_logp(model, whole, h, targets, weights)[0]
     return lambda whole, h, targets: jnp.sum(weights * token_logps(model, whole, h, targets).logp)
+
+
+weights_known = pytest.mark.parametrize("known", [False, True], ids=["any-loss", "weighted"])
 
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
@@ -81,9 +87,23 @@ def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypat
     assert B * M / 2 <= float(jnp.sum(found.top1)) < B * M
 
 
-def test_the_gradient_of_a_part_is_that_part_of_the_gradient():
+@pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
+def test_the_weighted_sum_made_forward_is_the_one_pulled_back(monkeypatch, name, chunk):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * chunk)
+    model, whole, h, targets, weights = setting(*HEADS[name])
+
+    def both(known):
+        loss = lambda whole, h, weights: loss_of(model, weights, known)(whole, h, targets) ** 2  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(whole, h, weights)
+
+    assert_close(both(True), both(False))
+    assert_close(weighted_logp(model, whole, h, targets, weights)[1], token_logps(model, whole, h, targets))
+
+
+@weights_known
+def test_the_gradient_of_a_part_is_that_part_of_the_gradient(known):
     model, whole, h, targets, weights = setting(False, True)
-    loss = loss_of(model, weights)
+    loss = loss_of(model, weights, known)
     everything = tree.paths(jax.jit(jax.grad(loss))(whole, h, targets))
     for pattern in ("base/head", "adapter/.*/[ab]"):
         trained, frozen = tree.partition(whole, tree.mask_by_path(whole, pattern))
@@ -146,57 +166,61 @@ def products(compiled):
 
 
 @heads
-def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(monkeypatch, tied, lora):
+@weights_known
+def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(monkeypatch, tied, lora, known):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, lora)
-    by_h = jax.jit(jax.grad(loss_of(model, weights), 1)).lower(whole, h, targets).compile()
+    by_h = jax.jit(jax.grad(loss_of(model, weights, known), 1)).lower(whole, h, targets).compile()
     # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient by its input
     assert len(products(by_h)) == (6 if lora else 2)
     if not tied and not lora:
-        everything = jax.jit(jax.grad(loss_of(model, weights), (0, 1))).lower(whole, h, targets).compile()
-        assert len(products(everything)) == 4
+        everything = jax.jit(jax.grad(loss_of(model, weights, known), (0, 1))).lower(whole, h, targets).compile()
+        assert len(products(everything)) == (3 if known else 4)
 
 
+@weights_known
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, tied):
+def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, tied, known):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, True)
 
     def loss(adapter, base):
-        return loss_of(model, weights)({"base": base, "adapter": adapter}, h, targets)
+        return loss_of(model, weights, known)({"base": base, "adapter": adapter}, h, targets)
 
     shapes = products(jax.jit(jax.grad(loss)).lower(whole["adapter"], whole["base"]).compile())
     assert not {s for s in shapes if s[-2:] in ((D, V), (V, D))} and {s for s in shapes if s[-2:] in ((4, V), (V, 4))}
 
 
+@weights_known
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_all_logits_never_exist_at_once(monkeypatch, trained):
+def test_all_logits_never_exist_at_once(monkeypatch, trained, known):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", 2**16)
     rows, reads, vocab = 4, 256, 8192
     model = llama(LlamaConfig(vocab=vocab, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16), jnp.float32)
     shape = jax.ShapeDtypeStruct
     head, h, t = {"head": shape((16, vocab), np.float32)}, shape((rows, reads, 16), np.float32), shape((rows, reads), np.int32)
-    loss = lambda whole, h, t: jnp.sum(token_logps(model, whole, h, t).logp)  # noqa: E731
+    loss = loss_of(model, jnp.ones((rows, reads), np.float32), known)
     compiled = jax.jit(jax.grad(loss, (0, 1) if trained else 1)).lower(head, h, t).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * reads * vocab * 4 / 16
 
 
-def compiled_on(mesh, model, whole, h, targets, weights, by):
+def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
     """The gradient program over arguments that lie on the mesh as in a run, and those arguments."""
     specs = {name: model.specs[name] for name in whole}
     specs["base"] = {name: specs["base"][name] for name in whole["base"]}
     rows = lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
     args = (jax.tree.map(jax.device_put, whole, params.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):
-        return jax.jit(jax.value_and_grad(loss_of(model, rows(weights)), by)).lower(*args).compile(), args
+        return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(*args).compile(), args
 
 
+@weights_known
 @pytest.mark.parametrize("name, shape", [*((name, (2, 2, 2)) for name in HEADS), ("tied", (1, 2, 4))])
-def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatch, name, shape):
+def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatch, name, shape, known):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
     model, whole, h, targets, weights = setting(*HEADS[name])
     one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
-    program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1))
+    program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1), known)
     assert_close(jax.device_get(program(*args)), jax.device_get(one))
 
 
@@ -214,13 +238,14 @@ def collectives(text):
     return found
 
 
+@weights_known
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied):
+def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied, known):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
     some = setting(tied, False)
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     for by in (1, (0, 1)):
-        found = collectives(compiled_on(mesh, *some, by)[0].as_text())
+        found = collectives(compiled_on(mesh, *some, by, known)[0].as_text())
         in_loop = [dims for loop, _, dims in found if loop]
         assert in_loop, "the softmax over a sharded vocabulary needs some"
         assert not [dims for dims in in_loop if {V, V // 2, V // 4, V // 8} & {*dims}]

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxft.batch import Tokens
 from jaxft.metrics import Sum
-from jaxft.objectives.logps import gather_read, token_logps
+from jaxft.objectives.logps import gather_read, weighted_logp
 from jaxft.params import Model
 
 
@@ -21,9 +21,8 @@ def sft(model: Model) -> Callable:
 
     def objective(params: Any, batch: Tokens, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
         h = gather_read(model.hidden(params, batch, key), batch.read)
-        lp = token_logps(model, params, h, batch.targets)
-        w = batch.token_weights.astype(lp.logp.dtype)
-        loss = -jnp.sum(w * lp.logp)
+        total, lp = weighted_logp(model, params, h, batch.targets, batch.token_weights)
+        loss, w = -total, batch.token_weights.astype(lp.logp.dtype)
         seen = jnp.sum(w)
         trained = (w > 0).astype(lp.logp.dtype)
         count = jnp.sum(trained)
