@@ -1,6 +1,7 @@
 """Gradients of a whole optimizer batch from its microbatches: sums, and two passes where an objective couples the rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def _coupled(objective: Any, params: tuple[Any, Any], batch: Any, key: Array, au
 
     seen = jax.lax.map(lambda i: see(trainable, i), jnp.arange(count))
     rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), seen)
-    slope, found = jax.grad(lambda logp: objective.judge(rows.replace(logp=logp), aux), has_aux=True)(rows.logp)
+    slope, found = jax.grad(lambda logp: objective.judge(replace(rows, logp=logp), aux), has_aux=True)(rows.logp)
     slope = slope.reshape(seen.logp.shape)
 
     def one(i):

@@ -23,8 +23,6 @@ from jaxft.describe import describe
 from jaxft.generate import Sampling
 from jaxft.log import Log
 from jaxft.lora import Adapter
-from jaxft.objectives.pairwise import answer_logps
-from jaxft.objectives.sft import sft
 from jaxft.optim import Optim, guarded_update, make_optimizer
 from jaxft.params import Model
 from jaxft.tree import struct
@@ -162,7 +160,8 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
     )
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
-    text_step = jax.jit(evaluate.make_eval_step(sft(t.model)), out_shardings=everywhere)
+    text = getattr(objective, "text", objective)
+    text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 
@@ -220,7 +219,8 @@ def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tu
     shape = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
     many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
     aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
-    judge = jax.jit(lambda seen, state: p.objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
+    objective: Any = p.objective
+    judge = jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
 
     def together(state: TrainState) -> dict[str, float]:
         kept = jax.device_get(state.aux.get("loss", {}))
@@ -363,7 +363,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
 
 def with_reference(job: Job) -> Any:
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
-    p = job.programs
+    p, objective = job.programs, job.programs.objective
     settings = describe(job.run.model)
     known = job.record
     path = reference.place(reference.identity(known["weights_identity"], known.get("start_identity"), settings))
@@ -371,7 +371,7 @@ def with_reference(job: Job) -> Any:
     def compute(batches: Any) -> Any:
         state, frozen = start(job.run, p, None)
         whole = tree.combine(state.trainable, frozen)
-        logps = jax.jit(lambda params, batch: answer_logps(p.trained.model, params, jax.tree.map(lambda x: x[0], batch), None).logp)
+        logps = jax.jit(lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch)))  # type: ignore[attr-defined]
         for number, batch in enumerate(batches, 1):
             yield np.asarray(logps(whole, sharding.place_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):

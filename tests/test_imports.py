@@ -17,7 +17,7 @@ LAYERS = (
     {"sharding", "params"},
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder"},
+    {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference"},
     {"train", "evaluate", "prepare", "report"},
     {"config", "parse", "cli"},
 )

@@ -5,7 +5,7 @@ train.py judges all microbatches' log-probs together and is exact all the same.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from jaxft.batch import Pairs
 from jaxft.metrics import Correlation, Disagreement, Sum
 from jaxft.objectives.logps import gather_read, token_logps
 from jaxft.objectives.scored import Answer, Coupled, Scored, scored, unwrap
+from jaxft.objectives.sft import sft
 from jaxft.params import Model
 from jaxft.tree import struct
 
@@ -58,13 +59,16 @@ class Preference:
     """`(params, batch, key, aux) -> (loss, metrics)` in its two halves; see preference().
 
     see(params, batch, key, aux) -> Seen; judge(seen, aux) -> (loss, metrics) of one microbatch or, concatenated, of many.
-    start(trainable, at_base) -> aux; after_step(aux, trainable, metrics) -> aux.
+    start(trainable, at_base) -> aux; after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> the answers' log-probs
+    [B, M]; text is the objective that measures general text.
     """
 
     see: Callable[..., Seen]
     judge: Callable[..., tuple[Array, dict[str, Any]]]
     start: Callable[..., dict[str, Any]]
     after_step: Callable[..., dict[str, Any]]
+    logps: Callable[..., Array]
+    text: Callable[..., tuple[Array, dict[str, Any]]]
     coupled: bool
     precomputed: bool
 
@@ -110,6 +114,8 @@ def preference(
         judge=partial(_judge, loss, partial(_reward, reward, beta)),
         start=partial(_start, loss, reference),
         after_step=partial(_after_step, loss, reference),
+        logps=lambda params, batch: answer_logps(model, params, batch, None).logp,
+        text=sft(model),
         coupled=coupled,
         precomputed=reference == "precomputed",
     )
@@ -145,9 +151,9 @@ def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | N
     else:
         frozen = jax.lax.stop_gradient(reference_params(params, aux))
         known = mask(answer_logps(model, frozen, batch, None).logp)
-    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
+    none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
     rest = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
-    return Seen(lp.logp, *rest, batch.replace(**none))
+    return Seen(lp.logp, *rest, replace(batch, **none))
 
 
 def _judge(loss: Any, reward: Callable, seen: Seen, aux: Any) -> tuple[Array, dict[str, Any]]:
@@ -161,14 +167,15 @@ def _judge(loss: Any, reward: Callable, seen: Seen, aux: Any) -> tuple[Array, di
     value = jnp.sum(jnp.where(used, pair.weight * values, 0))
     metrics = {"loss": Sum(value, jnp.sum(pair.weight)), **_metrics(pair, reward), **_token_metrics(seen, pair)}
     if seen.reference is not None:
-        metrics["loss_at_reference"] = Sum(jnp.sum(jnp.where(used, pair.weight * one(_at_reference(pair)), 0)), jnp.sum(pair.weight))
+        start = jnp.where(used, pair.weight * one(_at_reference(pair)), 0)
+        metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
     return value, jax.lax.stop_gradient(metrics)
 
 
 def _at_reference(pair: Scored) -> Scored:
     """The pairs as they would be scored by a policy that is the reference."""
-    answers = {kind: a.replace(logp=a.reference) for kind, a in pair.answers.items()}
-    return pair.replace(answers=answers, tokens=pair.tokens.replace(logp=pair.tokens.reference))
+    same = lambda x: replace(x, logp=x.reference)  # noqa: E731
+    return replace(pair, answers={kind: same(a) for kind, a in pair.answers.items()}, tokens=same(pair.tokens))
 
 
 def _mean(values: Array, where: Array) -> Sum:

