@@ -63,7 +63,8 @@ class Disagreement:
 
     @staticmethod
     def of(margin: Any, where: Any) -> "Disagreement":
-        """Of margins where a mask is True."""
+        """Of margins where a mask is True; a margin of 0 takes no side."""
+        where = where & (margin != 0)
         size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127).astype(jnp.int32)
         lost = (margin <= 0).astype(jnp.int32)
         flat = jnp.where(where, lost * 128 + size, 256).ravel()
