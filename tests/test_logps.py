@@ -55,7 +55,9 @@ def plain(whole, h, targets):
     entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
     best = jnp.argmax(logits, -1) == targets
     at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
-    return logps.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype)), logits
+    square = jnp.log(jnp.sum(jnp.exp(2 * logp), -1))
+    found = logps.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype), square, jnp.mean(logits, -1))
+    return found, logits
 
 
 def loss_of(model, weights, known=False):
@@ -117,7 +119,7 @@ def test_only_logp_has_a_gradient():
 
     def others(whole, h):
         found = token_logps(model, whole, h, targets)
-        return jnp.sum(found.lse + found.entropy + found.top1)
+        return jnp.sum(found.lse + found.entropy + found.top1 + found.square + found.mean_logit)
 
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.jit(jax.grad(others, (0, 1)))(whole, h)))
 
@@ -131,7 +133,7 @@ def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     (_, found), _ = run(jnp.zeros_like(h))
-    uniform = logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0)
+    uniform = logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0, -np.log(V), 0.0)
     assert_close(found, jax.tree.map(lambda x, value: jnp.full_like(x, value), found, uniform))
     (value, _), grad = run(1e6 * h)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
