@@ -179,7 +179,7 @@ class Meter:
         while len(self._waiting) > leave:
             step, tokens, found = self._waiting.popleft()
             now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
-            bad = now.pop("skipped").total > 0
+            bad = bool(now.pop("skipped").total > 0)
             self._last = step
             c["num_tokens"] += tokens
             c["bad_in_a_row"] = c["bad_in_a_row"] + 1 if bad else 0
