@@ -3,8 +3,10 @@
     python scripts/train.py --config configs/dpo.py
     python scripts/train.py --config configs/dpo.py start=runs/sft name=sft_dpo   # after configs/sft.py
 
-SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. Any
-loss of jaxft.objectives.preference, or your own: `loss=jaxft.objectives.preference:ipo`, `loss=my_losses.py:mine`.
+SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. About 4
+minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect it and the held-out one to fall, and
+rewards/accuracies on held-out pairs to rise. Any loss of jaxft.objectives.preference, or your own, that takes a beta:
+`loss=jaxft.objectives.preference:ipo`, `loss=my_losses.py:mine`.
 """
 
 from collections.abc import Callable

@@ -33,7 +33,10 @@ SHORT = {
     "general_loss": "general loss",
     "eval_loss": "eval loss",
 }
-FIRST = ("loss", "eval_loss", "general_loss", "learning_rate", "grad_norm")  # then the others, in the order they come
+FIRST = (  # then the others, in the order they come; of a held-out metric the name without eval_ counts
+    "loss", "general_loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "kl",
+    "learning_rate", "grad_norm",
+)  # fmt: skip
 HIDDEN = ("epoch", "num_tokens", "skipped", "seconds")  # shown by the bar already, or only where they say something
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -177,7 +180,9 @@ def shown(name: str, value: float) -> str:
 
 
 def _ordered(metrics: dict[str, float], most: int) -> list[str]:
-    names = [n for n in FIRST if n in metrics] + [n for n in metrics if n not in FIRST and n not in HIDDEN]
+    bare = {n: n.removeprefix("eval_") for n in metrics}
+    first = sorted((n for n in metrics if bare[n] in FIRST), key=lambda n: (FIRST.index(bare[n]), n != bare[n]))
+    names = first + [n for n in metrics if bare[n] not in FIRST and n not in HIDDEN]
     return names[:most] + (["skipped"] if metrics.get("skipped") else [])
 
 

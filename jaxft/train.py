@@ -297,7 +297,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     """Load and compile, look, train, look again, write the results."""
     r, p, source, log = job.run, job.programs, job.source, job.log
     if getattr(p.objective, "precomputed", False):
-        source = with_reference(job)
+        source = with_reference(r, p, source, job.record, log.message)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
@@ -361,23 +361,21 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     return 0
 
 
-def with_reference(job: Job) -> Any:
+def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]) -> Any:
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
-    p, objective = job.programs, job.programs.objective
-    settings = describe(job.run.model)
-    known = job.record
-    path = reference.place(reference.identity(known["weights_identity"], known.get("start_identity"), settings))
+    objective, settings = p.objective, describe(run.model)
+    path = reference.place(reference.identity(record["weights_identity"], record.get("start_identity"), settings))
 
     def compute(batches: Any) -> Any:
-        state, frozen = start(job.run, p, None)
+        state, frozen = start(run, p, None)
         whole = tree.combine(state.trainable, frozen)
         logps = jax.jit(lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch)))  # type: ignore[attr-defined]
         for number, batch in enumerate(batches, 1):
             yield np.asarray(logps(whole, sharding.place_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):
-                job.log.message(f"reference log-probs: {number} of {len(batches)} batches")
+                say(f"reference log-probs: {number} of {len(batches)} batches")
 
-    return reference.attach(job.source, path, compute, job.log.message)
+    return reference.attach(source, path, compute, say)
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """Speed and memory of training steps on this machine, as one JSON line.
 
     python scripts/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
+    python scripts/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
 
-Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, taken as plain text. The programs are those of
-scripts/train.py. A token counts once, when it is a real token of a row; padding and the EOS that is added do not count.
+Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
+text. The programs are those of scripts/train.py. A token counts once, when it is a real token of a row, for dpo of prompt and
+chosen and again of prompt and rejected; padding and the EOS that is added do not count.
 `tokens_per_second` is all such tokens over all seconds of the steps after the first two, `peak_rss_gib` the operating
 system's figure for the whole process: loading and compiling included, and on an accelerator the host's memory only.
 """
@@ -15,8 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -26,11 +31,11 @@ WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("objective", choices=("sft",))
+    parser.add_argument("objective", choices=("sft", "dpo"))
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step: packed ones, or examples without packing")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step: packed ones, examples without packing, or pairs")
     parser.add_argument("--micro", type=int, default=1, help="microbatches that a step's rows are computed in")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
@@ -39,6 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--remat", default="projections", help="what a layer keeps for its backward pass")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
     parser.add_argument("--no-packing", dest="packing", action="store_false", help="one example a row, padded")
+    parser.add_argument("--precompute-ref", action="store_true", help="dpo: the reference's log-probs once, before the steps")
+    parser.add_argument("--layout", choices=("auto", "branches", "plain"), default="auto", help="dpo: share prompts or not")
     parser.add_argument("--json", action="store_true", help="print the JSON line only, no progress on stderr")
     return parser.parse_args()
 
@@ -48,6 +55,8 @@ def plain_rows(path: str, count: int) -> list[dict[str, str]]:
     from jaxft.data.rows import read_rows
 
     found = [row.fields for row in read_rows(path)[:count]]
+    if "chosen" in found[0]:
+        return [{name: f[name] for name in ("prompt", "chosen", "rejected")} for f in found]
     if "question" in found[0]:
         return [{"prompt": f["question"] + "\n", "completion": f["answer"]} for f in found]
     return [{"prompt": f["prompt"], "completion": f["completion"]} for f in found]
@@ -58,34 +67,47 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     import jax.numpy as jnp
 
     from jaxft import optim, train, weights
+    from jaxft.data.pairs import PairRows, pair_source
     from jaxft.data.source import Rows
     from jaxft.lora import Adapter
+    from jaxft.objectives.pairwise import preference
+    from jaxft.objectives.preference import dpo
     from jaxft.objectives.sft import sft
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
-    rows = {"max_length": a.max_length, "packing": a.packing, "batch": a.batch, "micro": a.micro}
+    rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
+    if a.objective == "dpo":
+        reference = "precomputed" if a.precompute_ref else "start"
+        data_rows: Any = PairRows(str(data), format="plain", too_long="drop", layout=a.layout, **rows)
+        kind = {"objective": partial(preference, loss=dpo, reference=reference), "data": data_rows, "source": pair_source}
+    else:
+        kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows)}
     return train.Run(
         name="bench",
         weights=a.model,
         model=weights.model_for(a.model, dtype=dtype, remat=a.remat),
-        objective=sft,
-        data=Rows(str(data), held_out=None, format="prompt-completion", **rows),
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
         optim=optim.Optim(lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0),
+        **kind,
     )
 
 
 def batches(source: Any, batch: int) -> list[int]:
     """Numbers of the batches to run: whole epochs without their last, partly filled batch, enough to time LEAST steps."""
-    full = source.stats["rows"] // batch
+    rows = source.stats["examples" if hasattr(source, "pairs") else "rows"]
+    full = rows // batch
     if not full:
-        raise ValueError(f"{source.stats['rows']} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch")
+        raise ValueError(f"{rows} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch")
     epochs = -(-(WARM + LEAST) // full)
     return [epoch * source.steps_per_epoch + k for epoch in range(epochs) for k in range(full)]
 
 
 def useful(batch: Any, eos: int) -> int:
-    """Real tokens of a batch, the added EOS left out."""
+    """Real tokens of a batch, the added EOS left out; of pairs each answer's with its prompt's."""
+    if hasattr(batch, "answers"):
+        first = (batch.places == 0) & (batch.answers < batch.lengths[0, 0].size)
+        prompts = np.take_along_axis(batch.positions, batch.read, -1)[first] + 1
+        return int(prompts.sum() + batch.lengths.sum() - (batch.lengths > 0).sum())
     return int(((batch.segments > 0) & (batch.ids != eos)).sum())
 
 
@@ -103,6 +125,10 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         state, frozen = train.start(run, p, None)
         jax.block_until_ready((state, frozen))
         say(f"loaded, peak {peak_gib():.2f} GiB")
+        if getattr(p.objective, "precomputed", False):
+            since = time.perf_counter()
+            source = train.with_reference(run, p, source, {"weights_identity": str(time.time())}, say)
+            say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
         step = train.compile_step(p, source.abstract)
         compiled = time.perf_counter() - begin
@@ -163,6 +189,7 @@ def main() -> int:
     rest = {
         "peak_rss_gib": round(peak_gib(), 2),
         "remat": a.remat,
+        **({"precompute_ref": a.precompute_ref, "layout": a.layout} if a.objective == "dpo" else {}),
         "optimizer": a.optimizer,
         "batch": a.batch,
         "micro": a.micro,
