@@ -77,7 +77,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
     if a.objective == "dpo":
-        reference = "precomputed" if a.precompute_ref else "start"
+        reference: Any = "precomputed" if a.precompute_ref else "start"
         data_rows: Any = PairRows(str(data), format="plain", too_long="drop", layout=a.layout, **rows)
         kind = {"objective": partial(preference, loss=dpo, reference=reference), "data": data_rows, "source": pair_source}
     else:
