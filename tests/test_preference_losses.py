@@ -1,228 +1,45 @@
-"""Preference losses: the papers' formulas in value and gradient, TRL's own code, and laws that hold for any of them."""
+"""Preference losses: the papers' formulas in value and gradient, and laws that hold for any of them."""
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch_losses as T
+from preference_rows import (
+    EVERY,
+    OF_SCORES,
+    PAIR,
+    SCORES,
+    SINGLE,
+    THIRD,
+    TOTALS,
+    Rows,
+    by_answer,
+    check_against_torch,
+    in_torch,
+    judged,
+    kinds_of,
+    lay,
+    random_rows,
+    seen,
+    value_of,
+    with_knobs,
+)
 
-from jaxft.batch import Pairs
 from jaxft.metrics import Sum
 from jaxft.objectives import preference as P
 from jaxft.objectives import reference_free as F
-from jaxft.objectives.scored import Coupled, scored, unwrap
-
-PAIR = ("chosen", "rejected")
+from jaxft.objectives.scored import Coupled, unwrap
 
 
 @pytest.fixture(autouse=True)
 def strict():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Pairs as a test writes them: per answer an array [tokens, 3] of log-probs by policy and reference and log sum p^2."""
-
-    answers: dict[str, list[np.ndarray]]
-    margin: np.ndarray
-    weight: np.ndarray = field(default=None)
-
-    def __post_init__(self):
-        if self.weight is None:
-            object.__setattr__(self, "weight", np.full(self.count, 1 / self.count))
-
-    @property
-    def count(self):
-        return len(self.margin)
-
-
-def random_rows(count=5, kinds=PAIR, seed=0, scale=1.0, lengths=(1, 9), only_one=False):
-    """Random pairs of unequal lengths; only_one: each has either its chosen or its rejected answer."""
-    rng = np.random.default_rng(seed)
-
-    def answer(kind, i):
-        missing = only_one and kind in PAIR and (i % 3 == 0) == (kind == "chosen")
-        n = 0 if missing else rng.integers(lengths[0], lengths[1] + 1)
-        policy = -scale * rng.exponential(1.0, n) - 1e-3
-        return np.stack([policy, policy + scale * rng.normal(0, 0.5, n) / max(n, 1) ** 0.5, -rng.exponential(1.0, n)], -1)
-
-    answers = {kind: [answer(kind, i) for i in range(count)] for kind in kinds}
-    return Rows(answers, rng.normal(0, 1, count))
-
-
-@dataclass(frozen=True)
-class Laid:
-    """Rows in a batch: its arrays, and where each token of each answer went."""
-
-    batch: Pairs
-    values: np.ndarray  # [B, M, 3]
-    at: dict[tuple[str, int], list[tuple[int, int]]]
-    cells: list[tuple[int, int]]
-
-
-def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
-    """The pairs in random cells of [B, P], their tokens in random order in the row, padding between them."""
-    rng = np.random.default_rng(seed)
-    kinds, (B, slots) = tuple(rows.answers), shape
-    A = len(kinds)
-    cells = [divmod(int(x), slots) for x in rng.permutation(B * slots)[: rows.count]]
-    tokens = [[] for _ in range(B)]
-    lengths, mean_lengths = np.zeros((B, slots, A), np.int32), np.zeros((B, slots, A), dtype)
-    weight, margin = np.zeros(shape, dtype), np.zeros(shape, dtype)
-    for a, kind in enumerate(kinds):
-        counted = [len(x) for x, w in zip(rows.answers[kind], rows.weight) if w > 0 and len(x) > 0]
-        mean_lengths[..., a] = np.mean(counted) if counted else 0
-        for i, (b, p) in enumerate(cells):
-            lengths[b, p, a] = len(rows.answers[kind][i])
-            tokens[b] += [(p * A + a, place, kind, i) for place in range(lengths[b, p, a])]
-    for i, cell in enumerate(cells):
-        weight[cell], margin[cell] = rows.weight[i], rows.margin[i]
-    M = max(96, *(len(row) + 3 for row in tokens))  # most tests share one shape, so that nothing is compiled twice
-    answer, places = np.full((B, M), slots * A, np.int32), np.zeros((B, M), np.int32)
-    values, at = np.zeros((B, M, 3), dtype), defaultdict(dict)
-    for b, row in enumerate(tokens):
-        for m, (owner, place, kind, i) in zip(rng.permutation(M), row):
-            answer[b, m], places[b, m], values[b, m] = owner, place, rows.answers[kind][i][place]
-            at[kind, i][place] = (b, int(m))
-    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets"))
-    batch = Pairs(
-        **none, answers=answer, places=places, lengths=lengths, mean_lengths=mean_lengths, pair_weights=weight,
-        index=np.zeros(shape, np.int32), columns={"margin": margin}, kinds=kinds,
-    )  # fmt: skip
-    return Laid(batch, values, {key: [x[t] for t in range(len(x))] for key, x in at.items()}, cells)
-
-
-def seen(laid, logp=None, reference=True):
-    policy, known, square = (jnp.asarray(laid.values[..., i]) for i in range(3))
-    return scored(laid.batch, policy if logp is None else logp, square, known if reference else None)
-
-
-def value_of(loss, pair, state=None):
-    loss = unwrap(loss)
-    if not isinstance(loss, Coupled):
-        return loss(pair)
-    start = {name: jnp.asarray(x, pair.weight.dtype) for name, x in loss.start.items()}
-    return loss.fn(pair, start if state is None else state)
-
-
-def judged(loss, laid, state=None, reference=True):
-    """(total, values [B, P], gradient [B, M]) as the objective takes them."""
-
-    def total(logp):
-        pair = seen(laid, logp, reference)
-        values = value_of(loss, pair, state)
-        assert values.shape == pair.weight.shape and values.dtype == logp.dtype
-        return jnp.sum(jnp.where(pair.weight > 0, pair.weight * values, 0)), values
-
-    (value, values), grad = jax.value_and_grad(total, has_aux=True)(jnp.asarray(laid.values[..., 0]))
-    return float(value), np.asarray(values), np.asarray(grad)
-
-
-def by_answer(laid, array):
-    return {key: np.asarray([array[cell] for cell in cells]) for key, cells in laid.at.items()}
-
-
-def in_torch(rows):
-    part = lambda i: {k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()}  # noqa: E731
-    return T.Rows(part(0), part(1), part(2), torch.tensor(rows.margin))
-
-
-def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
-    laid = lay(rows)
-    value, values, grad = judged(loss, laid, state)
-    seen_by_torch = in_torch(rows)
-    wanted = formula(seen_by_torch)
-    wanted.mean().backward()
-    np.testing.assert_allclose(value, wanted.mean().item(), rtol=rtol)
-    if each:
-        np.testing.assert_allclose([values[cell] for cell in laid.cells], wanted.detach().numpy(), rtol=rtol, atol=1e-13)
-    found = by_answer(laid, grad)
-    for (kind, i), g in found.items():
-        known = seen_by_torch.policy[kind][i].grad
-        np.testing.assert_allclose(g, 0 * g if known is None else known.numpy(), rtol=rtol, atol=1e-13, err_msg=f"{kind} {i}")
-    assert np.abs(grad).max() > 0
-    inside = np.zeros_like(grad, bool)
-    for cells in laid.at.values():
-        for cell in cells:
-            inside[cell] = True
-    assert not grad[~inside].any(), "padding has a gradient"
-
-
-SCORES = {
-    "reverse": (P.reverse_kl, T.reverse_kl),
-    "forward": (P.forward_kl, T.forward_kl),
-    "js": (P.js_divergence, T.js_divergence),
-    "alpha": (P.alpha_divergence, T.alpha_divergence),
-    "alpha=1.3": (partial(P.alpha_divergence, alpha=1.3), partial(T.alpha_divergence, alpha=1.3)),
-}
-OF_SCORES = ("dpo", "cdpo", "hinge", "squared_hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop")
-
-# A row a loss: ours, its formula in torch, knobs other than the defaults. `sft` is a scalar in TRL: compared as a total.
-PAIRED = {
-    **{name: (getattr(P, name), getattr(T, name), {"beta": 0.3}) for name in OF_SCORES},
-    "exo_pair eps": (P.exo_pair, T.exo_pair, {"label_smoothing": 0.2}),
-    "robust eps": (P.robust, T.robust, {"label_smoothing": 0.4}),
-    "discopop tau": (P.discopop, T.discopop, {"tau": 0.7, "beta": 2.0}),
-    "dpo_margin": (P.dpo_margin, T.dpo_margin, {"beta": 0.3}),
-    "dpop": (P.dpop, T.dpop, {"beta": 0.2, "penalty": 5.0}),
-    "rdpo": (P.rdpo, T.rdpo, {"beta": 0.3, "alpha": 0.05}),
-    "nca_pair": (P.nca_pair, T.nca_pair, {"beta": 0.4}),
-    "bco_pair": (P.bco_pair, T.bco_pair, {"beta": 0.4}),
-    "sppo_hard": (P.sppo_hard, T.sppo_hard, {"beta": 0.4}),
-    "apo_zero": (P.apo_zero, T.apo_zero, {"beta": 0.4}),
-    "apo_down": (P.apo_down, T.apo_down, {"beta": 0.4}),
-    "aot": (P.aot, T.aot, {"beta": 0.4, "label_smoothing": 0.1}),
-    "aot_unpaired": (P.aot_unpaired, T.aot_unpaired, {"beta": 0.4, "label_smoothing": 0.1}),
-    "sft": (P.sft, T.nll, {}),
-    "simpo": (F.simpo, T.simpo, {"label_smoothing": 0.1, "gamma": 0.7}),
-    "alphapo": (F.alphapo, T.alphapo, {"alpha": 0.4, "label_smoothing": 0.1}),
-    "alphapo below": (F.alphapo, T.alphapo, {"alpha": -0.4}),
-    "cpo": (F.cpo, T.cpo, {"alpha": 0.7, "label_smoothing": 0.2}),
-    "cpo_hinge": (F.cpo_hinge, T.cpo_hinge, {"alpha": 0.7, "beta": 0.3}),
-    "cpo_ipo": (F.cpo_ipo, T.cpo_ipo, {"alpha": 0.7, "beta": 0.3}),
-    "orpo": (F.orpo, T.orpo, {"beta": 0.5}),
-    "wpo": (P.wpo(P.dpo), T.wpo(T.dpo), {"beta": 0.5}),
-    "wpo ipo": (P.wpo(P.ipo), T.wpo(T.ipo), {"beta": 0.5}),
-    "ld dpo": (P.length_desensitised(P.dpo, alpha=0.3), T.length_desensitised(T.dpo, alpha=0.3), {"beta": 0.5}),
-    "ld ipo": (P.length_desensitised(P.ipo, alpha=0.3), T.length_desensitised(T.ipo, alpha=0.3), {"beta": 0.5}),
-    "ld aot": (P.length_desensitised(P.aot, alpha=0.3), T.length_desensitised(T.aot, alpha=0.3), {"beta": 0.5}),
-    "mpo": (
-        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.sft, 1.0)),
-        T.mix((T.dpo, 0.8), (T.bco_pair, 0.2), (T.nll, 1.0)),
-        {},
-    ),
-    "mix of coupled": (P.mix((P.aot, 0.8), (P.dpo, 0.2)), T.mix((T.aot, 0.8), (T.dpo, 0.2)), {}),
-}
-TOTALS = {"sft", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "mpo"}  # TRL's NLL is one number for the batch
-
-THIRD = {
-    "tpo": (F.tpo, partial(T.cpo, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2, "label_smoothing": 0.1}),
-    "tpo_hinge": (F.tpo_hinge, partial(T.cpo_hinge, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2}),
-    "tpo_ipo": (F.tpo_ipo, partial(T.cpo_ipo, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2}),
-    "tpo_l": (F.tpo_l, T.tpo_l, {"alpha": 0.7, "beta": 0.2, "label_smoothing": 0.1}),
-}
-SINGLE = {
-    "apo_zero_unpaired": (F.apo_zero_unpaired, T.apo_zero_unpaired, {"desirable_weight": 1.3, "undesirable_weight": 0.8}),
-    "kto": (F.kto, T.kto, {"beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.8}),
-    "bco": (F.bco, T.bco, {"beta": 0.4}),
-}
-EVERY = {**PAIRED, **THIRD, **SINGLE}
-
-
-def kinds_of(name):
-    return PAIR + (("gold",) if name in THIRD else ("mismatched",) if name in SINGLE else ())
-
-
-def with_knobs(loss, knobs):
-    return partial(loss, **knobs) if knobs else loss
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -567,122 +384,3 @@ def test_wpo_refuses_losses_that_couple_pairs_and_mix_refuses_nothing_to_mix():
             P.wpo(loss)
     with pytest.raises(ValueError, match="no losses"):
         P.mix()
-
-
-# TRL's own code, called without a trainer: torch_losses.trl_* give its scalar and the log-probs that it depends on.
-
-
-def compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype="float64"):
-    """wanted: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the answer order[k] = (kind, pair)."""
-    laid = lay(rows, dtype=dtype)
-    value, _, grad = judged(loss, laid)
-    wanted.backward()
-    np.testing.assert_allclose(value, wanted.item(), rtol=rtol)
-    grad = by_answer(laid, grad)
-    for k, key in enumerate(order):
-        known = leaf.grad[k, : len(grad[key])].numpy()
-        np.testing.assert_allclose(grad[key], known, rtol=rtol, atol=rtol * np.abs(leaf.grad.numpy()).max(), err_msg=str(key))
-
-
-TRL_DPO = {  # TRL's attributes, ours; a third entry where TRL computes in float32 by itself
-    "sigmoid": (["sigmoid"], {}, P.dpo),
-    "hinge": (["hinge"], {}, P.hinge),
-    "ipo": (["ipo"], {}, P.ipo),
-    "exo_pair": (["exo_pair"], {"label_smoothing": 0.25}, partial(P.exo_pair, label_smoothing=0.25)),
-    "nca_pair": (["nca_pair"], {}, P.nca_pair),
-    "robust": (["robust"], {"label_smoothing": 0.2}, partial(P.robust, label_smoothing=0.2)),
-    "bco_pair": (["bco_pair"], {}, P.bco_pair),
-    "sppo_hard": (["sppo_hard"], {}, P.sppo_hard),
-    "aot": (["aot"], {"label_smoothing": 0.2}, partial(P.aot, label_smoothing=0.2)),
-    "aot_unpaired": (["aot_unpaired"], {}, P.aot_unpaired),
-    "apo_zero": (["apo_zero"], {}, P.apo_zero),
-    "apo_down": (["apo_down"], {}, P.apo_down),
-    "discopop": (["discopop"], {}, P.discopop),
-    "sft": (["sft"], {}, P.sft),
-    "sigmoid_norm": (["sigmoid_norm"], {}, P.sigmoid_norm),
-    "forward_kl": (["sigmoid"], {"f_divergence_type": "forward_kl"}, partial(P.dpo, score=P.forward_kl)),
-    "js": (["ipo"], {"f_divergence_type": "js_divergence"}, partial(P.ipo, score=P.js_divergence)),
-    "alpha": (["sigmoid"], {"f_divergence_type": "alpha_divergence"}, partial(P.dpo, score=P.alpha_divergence)),
-    "ld": (["sigmoid"], {"ld_alpha": 0.3}, P.length_desensitised(P.dpo, alpha=0.3)),
-    "ld aot": (["aot"], {"ld_alpha": 0.3}, P.length_desensitised(P.aot, alpha=0.3)),
-    "ld and sft": (["ipo", "sft"], {"ld_alpha": 0.3}, P.mix((P.length_desensitised(P.ipo, alpha=0.3), 1.0), (P.sft, 1.0))),
-    "wpo": (["sigmoid"], {"use_weighting": True}, P.wpo(P.dpo)),
-    "mpo": (
-        ["sigmoid", "bco_pair", "sft"],
-        {"loss_weights": [0.8, 0.2, 1.0]},
-        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.sft, 1.0)),
-    ),
-    "rpo": (["sigmoid", "sft"], {}, P.mix((P.dpo, 1.0), (P.sft, 1.0))),
-    "wpo of a mix": (
-        ["sigmoid", "ipo"],
-        {"loss_weights": [0.5, 2.0], "use_weighting": True},
-        P.wpo(P.mix((P.dpo, 0.5), (P.ipo, 2.0))),
-    ),
-}
-IN_FLOAT32 = ("exo_pair", "alpha")  # TRL holds eps, and computes alpha's exponential, in float32
-
-
-@pytest.mark.parametrize("name", TRL_DPO)
-def test_trl_dpo_trainer_gives_the_same_loss_and_gradient(name):
-    types, given, loss = TRL_DPO[name]
-    dtype, rtol = ("float32", 1e-5) if name in IN_FLOAT32 else ("float64", 1e-10)
-    rows = random_rows(6, seed=11)
-    wanted, leaf, order = T.trl_dpo(rows.answers, getattr(torch, dtype), types, **given)
-    compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype)
-
-
-@pytest.mark.parametrize("name", ("kto", "apo_zero_unpaired"))
-def test_trl_kto_trainer_gives_the_same_loss_and_gradient(name):
-    rows = random_rows(8, kinds=kinds_of("kto"), seed=13, only_one=True)
-    knobs = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
-    wanted, leaf, order = T.trl_kto(rows.answers, name, **knobs)
-    compare_with_trl(partial(getattr(F, name), **knobs), rows, wanted, leaf, order, 1e-10)
-
-
-TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
-    "sigmoid": ("sigmoid", {"label_smoothing": 0.1}, partial(F.cpo, alpha=0.6, label_smoothing=0.1), 0.6),
-    "hinge": ("hinge", {}, partial(F.cpo_hinge, alpha=0.6), 0.6),
-    "ipo": ("ipo", {}, partial(F.cpo_ipo, alpha=0.6), 0.6),
-    "simpo": ("simpo", {"label_smoothing": 0.1}, partial(F.simpo, beta=0.1, gamma=0.5, label_smoothing=0.1), 0.0),
-    "alphapo": ("simpo", {"alpha": 0.3}, partial(F.alphapo, beta=0.1, gamma=0.5, alpha=0.3), 0.0),
-    "cpo-simpo": ("simpo", {}, P.mix((partial(F.simpo, beta=0.1, gamma=0.5), 1.0), (P.sft, 0.6)), 0.6),
-}
-
-
-@pytest.mark.parametrize("name", TRL_CPO)
-@pytest.mark.filterwarnings("ignore")
-def test_trl_cpo_trainer_gives_the_same_loss_and_gradient(name):
-    loss_type, given, loss, nll_weight = TRL_CPO[name]
-    rows = random_rows(6, seed=12)
-    wanted, leaf, order = T.trl_cpo(rows.answers, loss_type, nll_weight, **given)
-    compare_with_trl(loss, rows, wanted, leaf, order, 1e-10)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_trl_orpo_trainer_gives_the_same_odds_ratio():
-    rows = random_rows(6, seed=12)
-    wanted, leaf, order = T.trl_orpo(rows.answers, beta=0.1)
-    compare_with_trl(F.orpo, rows, wanted, leaf, order, 1e-5, "float32")  # TRL casts to it
-
-
-TRL_TPO = {"sigmoid": F.tpo, "hinge": F.tpo_hinge, "ipo": F.tpo_ipo, "tpo-l": partial(F.tpo_l, gamma=0.4)}
-
-
-@pytest.mark.parametrize("name", TRL_TPO)
-@pytest.mark.filterwarnings("ignore")
-def test_trl_tpo_trainer_gives_the_same_loss_and_gradient(name):
-    """It takes logits: our gradient by token log-probs is pulled back to them."""
-    rows = random_rows(4, kinds=kinds_of("tpo"), seed=14)
-    wanted, logits, logps, order = T.trl_tpo(rows.answers, name, beta=0.2, tpo_alpha=0.7, tpo_l_gamma=0.4)
-    for k, (kind, i) in enumerate(order):
-        rows.answers[kind][i][:, 0] = logps[k, : len(rows.answers[kind][i])].detach().numpy()
-    laid = lay(rows)
-    value, _, grad = judged(partial(TRL_TPO[name], beta=0.2, alpha=0.7), laid)
-    np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)
-    grad = by_answer(laid, grad)
-    cotangent = torch.zeros_like(logps)
-    for k, key in enumerate(order):
-        cotangent[k, : len(grad[key])] = torch.tensor(grad[key])
-    (ours,) = torch.autograd.grad(logps, logits, cotangent, retain_graph=True)
-    (known,) = torch.autograd.grad(wanted, logits)
-    np.testing.assert_allclose(ours.numpy(), known.numpy(), rtol=1e-9, atol=1e-13)
