@@ -117,9 +117,10 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
 
     from jaxft import metrics, sharding, train, weights
 
-    with jax.set_mesh(sharding.make_mesh(run.mesh)):
+    mesh = sharding.make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
         tokenizer = weights.load_tokenizer(run.weights)
-        source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent)
+        source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh))
         numbers = batches(source, run.data.batch)
         p = train.build(run, len(numbers))
         state, frozen = train.start(run, p, None)

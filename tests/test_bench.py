@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
 
+from jaxft.data.pairs import PairRows, pair_source
 from jaxft.data.source import Rows, sft_source
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "bench.py")
@@ -18,21 +19,24 @@ PEER = {  # what the TRL baseline prints
 }  # fmt: skip
 ROWS = [{"question": "q" * (4 + 5 * i % 17), "answer": "a" * (5 + 3 * i % 13)} for i in range(40)]
 
+PAIRS = [{"prompt": "p" * (3 + i % 5), "chosen": "c" * (2 + 3 * i % 7), "rejected": "r" * (2 + 5 * i % 9)} for i in range(40)]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     write_folder(folder / "model", tiny_torch())
     (folder / "gsm.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     return folder
 
 
 @pytest.fixture
 def bench(place, monkeypatch, capsys):
-    def run(*args):
-        files = ("--model", str(place / "model"), "--data", str(place / "gsm.jsonl"))
+    def run(*args, objective="sft", data="gsm.jsonl"):
+        files = ("--model", str(place / "model"), "--data", str(place / data))
         small = ("--max-length", "32", "--batch", "8", "--rank", "4", "--json")
-        monkeypatch.setattr(sys, "argv", [SCRIPT, "sft", *files, *small, *args])
+        monkeypatch.setattr(sys, "argv", [SCRIPT, objective, *files, *small, *args])
         monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as end:
             runpy.run_path(SCRIPT, run_name="__main__")
@@ -51,6 +55,27 @@ def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
     assert found["mode"] == ("full" if "--full" in mode else "lora-r4") and found["packing"] == ("--full" not in mode)
     assert found["timed_steps"] == found["steps"] - 2 >= 6 and found["tokens_per_second"] > 0
     assert 0.5 * np.log(320) < found["loss"] < 2 * np.log(320) and 0.05 < found["peak_rss_gib"] < 50
+
+
+@pytest.mark.parametrize("mode", [(), ("--precompute-ref",)], ids=["live", "precomputed"])
+def test_dpo_starts_at_log_2_and_falls(bench, monkeypatch, tmp_path, mode):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    code, out, err = bench("--dtype", "fp32", *mode, objective="dpo", data="pairs.jsonl")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found.keys() >= PEER and found["objective"] == "dpo" and found["precompute_ref"] is bool(mode)
+    assert 0.5 < found["loss"] <= np.log(2) and found["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("layout", ["branches", "plain"])
+def test_a_prompt_counts_with_each_of_its_answers(tmp_path, layout):
+    names = runpy.run_path(SCRIPT)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    settings = PairRows(str(tmp_path / "pairs.jsonl"), held_out=None, format="plain", max_length=32, batch=4, layout=layout)
+    tokenizer = tiny_tokenizer()
+    source = pair_source(settings, tokenizer, cache=tmp_path)
+    counted = sum(names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch))
+    assert counted == sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in PAIRS)
 
 
 @pytest.mark.parametrize("packing", [True, False])
