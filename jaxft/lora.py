@@ -4,6 +4,7 @@ An adapter mirrors the base's paths; each adapted kernel [L, I, O] has `a` [L, I
 `scale` [L] = alpha / rank. Not attaching it gives the base model back, bit for bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,6 +114,24 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0) -> Any:
     if not adapter:
         return base
     return {**base, **{name: attach(base.get(name), node, dropout) for name, node in adapter.items()}}
+
+
+def stacked(adapters: Sequence[Any]) -> Any:
+    """Adapters for the same kernels as one tree, each leaf [K, ...]. A smaller rank ends in zero pairs, which add nothing.
+
+    `jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stacked(...))` is a tree that nn.linear takes under the scan over layers.
+    """
+
+    def stack(*leaves):
+        whole = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
+        return jnp.stack([jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, whole, strict=True)]) for x in leaves])
+
+    return jax.tree.map(stack, *adapters)
+
+
+def member(stack: Any, number: int, like: Any) -> Any:
+    """Adapter `number` of a stack, of the rank that `like` has."""
+    return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:

@@ -132,6 +132,52 @@ def _lora_bwd(residuals, g):
 lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 
 
+def dot_each(x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any) -> Array:
+    """`dot` of each of K matrices with its own partner; the axes are counted without K."""
+    dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x.dtype)).astype(out)
+
+
+@jax.custom_vjp
+def loras_matmul(
+    x: Float[Array, "KB ... I"], dropped: Float[Array, "KB ... I"], w: Weight,
+    a: Float[Array, "K I R"], b: Float[Array, "K R O"], scale: Float[Array, " K"],
+) -> Float[Array, "KB ... O"]:  # fmt: skip
+    """lora_matmul with K adapters: the first KB / K rows belong to the first one, the next to the second, and so on.
+
+    The base's product is one for all rows; the low-rank parts are added to it in the accumulator's precision.
+    """
+    return _loras_fwd(x, dropped, w, a, b, scale)[0]
+
+
+def _grouped(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
+    return x.reshape(count, x.size // (count * x.shape[-1]), x.shape[-1])
+
+
+def _loras_fwd(x, dropped, w, a, b, scale):
+    wide, s = accumulator(x.dtype), scale.astype(x.dtype)
+    xa = dot_each(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
+    low = dot_each(xa, b.astype(x.dtype), (1, 0), wide)
+    y = dot(x, expand(w, x.dtype), (-1, 0), wide)
+    return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
+
+
+def _loras_bwd(residuals, g):
+    x, dropped, w, a, b, s = residuals
+    g = g.astype(x.dtype)
+    each_g, each_x = _grouped(g, len(a)), _grouped(dropped, len(a))
+    dxa = dot_each(each_g, b.astype(x.dtype), (1, 1), x.dtype) * s[:, None, None]
+    xa = dot_each(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
+    db = dot_each(xa, each_g, (0, 0), b.dtype)
+    da = dot_each(each_x, dxa, (0, 0), a.dtype)
+    dw = None if isinstance(w, QTensor) else outer(_flat(x), _flat(g), w.dtype)  # dead code where w is frozen
+    ddropped = dot_each(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
+    return dot(g, expand(w, x.dtype), (-1, 1), x.dtype), ddropped, dw, da, db, None
+
+
+loras_matmul.defvjp(_loras_fwd, _loras_bwd)
+
+
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; nothing is dropped without a key or with rate 0."""
     if key is None or rate == 0.0:
@@ -141,10 +187,14 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
-    """`x @ w` for a plain, packed or LoRA-adapted weight [I, O]. `key` drops out the adapter's input."""
+    """`x @ w` for a plain, packed or LoRA-adapted weight [I, O]. `key` drops out the adapter's input.
+
+    An adapter with `a` [K, I, R] is K of them, the rows of x in as many equal groups.
+    """
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
-    return lora_matmul(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
+    product = loras_matmul if w.a.ndim == 3 else lora_matmul
+    return product(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
 
 
 def lm_head(h: Float[Array, "... D"], params: dict[str, Weight]) -> Float[Array, "... V"]:
