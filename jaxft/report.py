@@ -30,6 +30,7 @@ def general_source(data: Any, general: str | None, tokenizer: Any) -> Source | N
     if general is None:
         return None
     shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
+    shape["packing"] = getattr(data, "packing", True)  # the attention kernel is chosen by it
     return sft_source(Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape), tokenizer)
 
 
