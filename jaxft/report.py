@@ -25,13 +25,14 @@ def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
-def general_source(data: Any, general: str | None, tokenizer: Any) -> Source | None:
+def general_source(data: Any, general: str | None, tokenizer: Any, shards: int = 1) -> Source | None:
     """The general text, all of it held out; None without one."""
     if general is None:
         return None
     shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
     shape["packing"] = getattr(data, "packing", True)  # the attention kernel is chosen by it
-    return sft_source(Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape), tokenizer)
+    rows = Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape)
+    return sft_source(rows, tokenizer, shards=shards)
 
 
 def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes: list[str]) -> list[str]:

@@ -262,7 +262,8 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
         tokenizer = weights.load_tokenizer(r.weights)
         shards = sharding.row_shards(sharding.make_mesh(r.mesh))
-        source, general = r.source(r.data, tokenizer, shards=shards), report.general_source(r.data, r.general, tokenizer)
+        source = r.source(r.data, tokenizer, shards=shards)
+        general = report.general_source(r.data, r.general, tokenizer, shards)
         for each in (source, general):
             report.check_ids(each, r.model, r.weights)
         steps = r.loop.steps or source.steps

@@ -63,7 +63,7 @@ class Rows:
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Shapes of the largest batch that the settings allow, without the rows at hand."""
-        return abstract_tokens(self)
+        return abstract_tokens(self, shards=shards)
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ class Source:
     stats: dict[str, Any]
 
 
-def abstract_tokens(rows: Rows, length: int | None = None, reads: int | None = None) -> Tokens:
+def abstract_tokens(rows: Rows, length: int | None = None, reads: int | None = None, shards: int = 1) -> Tokens:
     """Shapes of a batch. Without the rows at hand: the largest that the settings allow, T = M = max_length."""
     _check_micro(rows)
+    size = _micro_rows(rows, shards)
     length = length or rows.max_length
 
     def shape(last, dtype):
-        return jax.ShapeDtypeStruct((rows.micro, rows.batch // rows.micro, last), dtype)
+        return jax.ShapeDtypeStruct((rows.micro, size, last), dtype)
 
     ids, read = shape(length, np.int32), shape(reads or length, np.int32)
     return Tokens(ids, ids, ids, read, read, shape(reads or length, np.float32))
@@ -102,8 +103,8 @@ def sft_source(
 ) -> Source:
     """Read, tokenise (or find in the cache) and plan; see Rows and Source.
 
-    Every process builds the same global batch, so `process` (index, count) changes nothing yet. Rows are data.batch in
-    number, whatever the `shards` they are cut into.
+    Every process builds the same global batch, so `process` (index, count) changes nothing yet. shards: into how many parts the
+    mesh cuts the rows of a microbatch; where they don't divide, empty rows are added, which changes no number.
     Raises ValueError or FileNotFoundError in one line that names the row where a row is at fault.
     """
     _check_micro(rows)
@@ -117,6 +118,7 @@ def sft_source(
     reads = _read_length(pool, (plan(0), held_plan), size)
     per_epoch = -(-plan(0).rows // rows.batch)
     shape = (rows.batch, size, reads)
+    each = _micro_rows(rows, shards)
 
     def cut(step: int) -> pack.Plan:
         epoch, k = divmod(step, per_epoch)
@@ -125,7 +127,8 @@ def sft_source(
     def batch(step: int, state: Any = None) -> Tokens:
         part = cut(step)
         flat = _fill(pool, part, shape, _weights(pool, part.members, rows.weighting))
-        return jax.tree.map(lambda x: x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1]), flat)
+        grid = jax.tree.map(lambda x: x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1]), flat)
+        return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), grid)
 
     def names(step: int) -> list[str]:
         part = cut(step)
@@ -135,9 +138,9 @@ def sft_source(
         steps=max(1, math.ceil(rows.epochs * per_epoch - 1e-9)),
         steps_per_epoch=per_epoch,
         fingerprint=_fingerprint(rows, pool, (plan(0), held_plan), shape),
-        abstract=abstract_tokens(rows, size, reads),
+        abstract=abstract_tokens(rows, size, reads, shards),
         batch=batch,
-        held_out=_held_out(rows, pool, held_plan, shape),
+        held_out=_held_out(pool, held_plan, (each, size, reads)),
         names=names,
         preview=tokenizer.decode(pool.ids[slice(*pool.offsets[train.min() :][:2])], skip_special_tokens=False),
         stats=_stats(rows, pool, (train, held), plan(0), (size, reads, per_epoch)),
@@ -150,6 +153,11 @@ def _check_micro(rows: Rows) -> None:
         raise ValueError(
             f"data.batch={rows.batch} does not divide into data.micro={rows.micro} microbatches; use micro of {fits}"
         )
+
+
+def _micro_rows(rows: Rows, shards: int) -> int:
+    """Rows of a microbatch with those that are added for the mesh."""
+    return -(-rows.batch // (rows.micro * shards)) * shards
 
 
 def _split(rows: Rows, tokenizer: Any, cache: Path | None) -> tuple[Tokenised, np.ndarray, np.ndarray]:
@@ -221,13 +229,13 @@ def _fill(pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int], weights
     return Tokens(ids, segments, positions, read, targets, token_weights)
 
 
-def _held_out(rows: Rows, pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int]) -> tuple[Tokens, ...]:
-    count = rows.batch // rows.micro
+def _held_out(pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int]) -> tuple[Tokens, ...]:
+    count = shape[0]
     weight = 1 / max(1, pool.reads[plan.members].sum())
     batches = []
     for start in range(0, plan.rows, count):
         part = plan.slice(start, start + count)
-        flat = _fill(pool, part, (count, *shape[1:]), np.full(len(part.members), weight))
+        flat = _fill(pool, part, shape, np.full(len(part.members), weight))
         batches.append(jax.tree.map(lambda x: x[None], flat))
     return tuple(batches)
 
