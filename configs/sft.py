@@ -41,7 +41,7 @@ def config(
         data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=20, save_every=20),
+        loop=Loop(eval_every=40, save_every=40),
         general="configs/data/general.jsonl",
         seed=seed,
     )
