@@ -29,7 +29,7 @@ def general_source(data: Rows, general: str | None, tokenizer: Any) -> Source | 
     """The general text, all of it held out; None without one."""
     if general is None:
         return None
-    rows = replace(data, train=general, held_out=general, columns=(), format="text", loss_on="all", packing=True, epochs=1.0)
+    rows = replace(data, train=general, held_out=general, columns=(), format="text", loss_on="all", epochs=1.0)
     rows = replace(rows, too_long="truncate")
     return sft_source(rows, tokenizer)
 
