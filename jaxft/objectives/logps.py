@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
@@ -194,7 +195,7 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
     is_primal = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
     trained = [p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal)]
     head, h, targets, weights = jax.tree.map(lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal)
-    weights = weights.astype(jnp.promote_types(h.dtype, jnp.float32))
+    weights = weights.astype(np.promote_types(h.dtype, np.float32))  # jnp's own raises under strict promotion
     leaves, structure, floats, start = _accumulators(head, axes, h.shape[0], trained)
 
     def body(total, chunk):
