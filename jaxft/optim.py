@@ -168,7 +168,11 @@ def _after(x: Array, done: Array) -> Array:
 
 def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The chain for the trainable leaves (`specs`: their ParamSpecs, None elsewhere) and its schedule over `steps` steps."""
-    schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
+    try:
+        schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
+    except TypeError as error:
+        name = getattr(o.schedule, "__name__", o.schedule)
+        raise ValueError(f"optim.schedule={name} does not take (lr, end, warmup, steps); use constant, linear or cosine") from error
     parts: list[Any] = [clip_by_global_norm(o.clip)] if o.clip is not None else []
     parts.append(o.optimizer(o, schedule, specs))
     if o.lr_groups:

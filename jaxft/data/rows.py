@@ -85,8 +85,12 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
         raise ValueError(
             f"{where}: malformed JSON, {error.msg} at column {error.colno}, near {shown!r}; fix or remove it"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{name}: malformed JSON, nested too deeply to be read; fix or remove it") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{name}: malformed JSON, {error}; fix or remove it") from error
 
 
 def _row(value: Any, place: str, name: str) -> Row:
@@ -108,7 +112,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
                 continue
             if blank:
                 raise ValueError(f"{path}:{blank}: the row is empty (a blank line between rows); remove it")
-            yield _row(_parse(line, f"{path}:{number}"), f"{path}:{number}", f"{path.name}:{number}")
+            yield _row(_parse(line.rstrip(), f"{path}:{number}"), f"{path}:{number}", f"{path.name}:{number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
