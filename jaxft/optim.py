@@ -172,7 +172,8 @@ def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[optax.GradientTran
         schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
     except TypeError as error:
         name = getattr(o.schedule, "__name__", o.schedule)
-        raise ValueError(f"optim.schedule={name} does not take (lr, end, warmup, steps); use constant, linear or cosine") from error
+        told = f"optim.schedule={name} does not take (lr, end, warmup, steps); use constant, linear or cosine"
+        raise ValueError(told) from error
     parts: list[Any] = [clip_by_global_norm(o.clip)] if o.clip is not None else []
     parts.append(o.optimizer(o, schedule, specs))
     if o.lr_groups:
