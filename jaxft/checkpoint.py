@@ -172,18 +172,21 @@ class Checkpoints:
         """The newest complete checkpoint's step; it is verified when it is restored."""
         return max(self.steps(), default=None)
 
-    def best(self) -> int | None:
-        """The step with the lowest score, None where no checkpoint has one."""
-        return next(iter(self._ranked()), None)
+    def best(self) -> tuple[int, float] | None:
+        """(step, score) of the lowest score, None where no checkpoint has one."""
+        return next(((-negative, score) for score, negative in self._scored()), None)
 
     def _ranked(self) -> list[int]:
+        return [-negative for _, negative in self._scored()]
+
+    def _scored(self) -> list[tuple[float, int]]:
         scored = []
         for step in self.steps():
             with contextlib.suppress(_Bad, OSError):
                 score = _read_manifest(self.folder / str(step)).get("score")
                 if score is not None and math.isfinite(score):
                     scored.append((score, -step))
-        return [-negative for _, negative in sorted(scored)]
+        return sorted(scored)
 
     # Writing
 

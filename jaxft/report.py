@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxft import devices, lora, metrics, params, prepare
 from jaxft.batch import Pairs
+from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.generate import Sampling, left_pad, make_generate
 from jaxft.params import Model
@@ -278,6 +279,12 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     return folder / "model"
 
 
+def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
+    """The step of a kept checkpoint with a lower held-out loss than the end's; None where there is none."""
+    best = saved.best()
+    return best[0] if best and "eval_loss" in metrics and best[1] < metrics["eval_loss"] else None
+
+
 def closing(folder: Path, out: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The results in words: samples and losses before and after, where the weights are and how to try them."""
     lines = []
@@ -318,7 +325,8 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     base = run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name
     some, total = params.count(job.programs.trained.trainable_specs), params.count(job.programs.trained.specs)
     a, o = run.adapter, run.optim
-    kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g})" if out.name == "adapter" else "model"
+    scaled = ", rsLoRA" if a and a.rslora else ""
+    kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
     names = dict.fromkeys([*before["metrics"], *after["metrics"]])
     number = lambda look, name: f"{look['metrics'][name]:.4f}" if name in look["metrics"] else ""  # noqa: E731

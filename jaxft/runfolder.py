@@ -21,7 +21,7 @@ from jaxft.describe import differences
 from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
-MAY_CHANGE = ("loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh")
+MAY_CHANGE = ("weights_at", "loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh")
 
 SAMPLE = 1 << 16  # bytes
 
@@ -148,10 +148,20 @@ def results(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
         )
     record = read_json(folder / "config.json")
     if (folder / "adapter" / "adapter_config.json").is_file():
-        return record["weights"], folder / "adapter", record
+        return _same_weights(folder, record), folder / "adapter", record
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model"), None, record
     raise FileNotFoundError(f"{folder}: neither adapter/ nor model/ is there; finish the run with the command that started it")
+
+
+def _same_weights(folder: Path, record: dict[str, Any]) -> str:
+    """Where the base of a run is now. Raises ValueError if other weights lie there than the run was trained on."""
+    ref, at = record["weights"], record.get("weights_at")
+    if at and not Path(ref).exists():
+        ref = at
+    if weights_identity(ref) != record.get("weights_identity", weights_identity(ref)):
+        raise ValueError(f"{folder}: {ref} holds other weights than this run was trained on; put those back, or use --model")
+    return ref
 
 
 def weights_identity(ref: str) -> str:

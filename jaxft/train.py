@@ -82,6 +82,10 @@ class Run:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"samples is from 0 up, found {self.samples}")
+
 
 @struct
 class TrainState:
@@ -270,6 +274,8 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         p = build(r, steps)
         _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
         identity = {"data_fingerprint": source.fingerprint, "weights_identity": runfolder.weights_identity(r.weights)}
+        if Path(r.weights).exists():
+            identity["weights_at"] = str(Path(r.weights).resolve())
         if r.start:
             identity["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
         record = {**record, **identity}
@@ -355,6 +361,12 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     if after["metrics"]:
         log.step(job.steps, after["metrics"], {})
     out = report.export(p.trained, tree.combine(state.trainable, frozen), r, job.tokenizer, job.folder)
+    better = report.better_step(job.saved, after["metrics"])
+    if better is not None:
+        del state
+        best: Any = job.saved.restore(p.state, better)
+        kept_at = report.export(p.trained, tree.combine(best[0].trainable, frozen), r, job.tokenizer, job.folder / "best")
+        log.message(f"the held-out loss was lower after step {better} than at the end; the weights of that step are in {kept_at}")
     report.write_card(job, out, before, after)
     runfolder.write_json(job.folder / "summary.json", {"steps": job.steps, "before": before, "after": after})
     for line in report.closing(job.folder, out, before, after):

@@ -235,7 +235,8 @@ def test_the_last_and_the_best_are_kept(tmp_path, scores, keep_last, keep_best, 
     assert saved.steps() == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, wanted))
     finite = [s for s in wanted if scores[s - 1] is not None and np.isfinite(scores[s - 1])]
-    assert (saved.best() in finite) if finite else saved.best() is None
+    best = saved.best()
+    assert (best[0] in finite and best[1] == scores[best[0] - 1]) if finite else best is None
 
 
 def test_a_step_saved_again_replaces_itself(tmp_path):

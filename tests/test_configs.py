@@ -62,3 +62,9 @@ def _rest(leaf):
     for n in leaf.sharding.shard_shape(leaf.shape)[1:]:
         size *= n
     return size
+
+
+@pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "simpo", "orpo", "kto"])
+def test_the_shipped_questions_judge_the_shipped_rows_only(name):
+    assert config.load(f"configs/{name}.py", []).data.held_out.startswith("configs/data/")
+    assert config.load(f"configs/{name}.py", ["data=mine.jsonl"]).data.held_out == 0.05

@@ -267,7 +267,7 @@ def test_keys_are_of_the_tokens(folder):
         ({"third": "silver"}, "data.third='silver'; wanted one of none, mismatched, gold"),
         ({"extras": ("a", "a")}, "data.extras=a,a names a column twice"),
         ({"batch": 0}, "data.batch=0; wanted at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; wanted more than 0"),
+        ({"epochs": 0.0}, "data.epochs=0.0; wanted a number above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; wanted a share"),
         (
             {"batch": 3, "micro": 4},

@@ -138,6 +138,7 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
         ({"prompt": "q", "completion": "a"}, Completion("r:1", "q", "a")),
         ({"messages": list(ASKED), "prompt": "q"}, Chat("r:1", ASKED, 1)),
         ({"messages": json.dumps(ASKED)}, Chat("r:1", ASKED, 1)),
+        ({"messages": list(ASKED), "system": "s"}, Chat("r:1", ({"role": "system", "content": "s"}, *ASKED), 2)),
         ({"prompt": [ASKED[0]], "completion": [ASKED[1]]}, Chat("r:1", ASKED, 1)),
         ({"instruction": "q", "response": "a"}, Chat("r:1", ASKED, 1, plain=True)),
         ({"instruction": "q", "output": "a", "input": ""}, Chat("r:1", ASKED, 1, plain=True)),

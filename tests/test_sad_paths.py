@@ -66,7 +66,8 @@ SETTINGS = {
     "micro": (["batch=6", "micro=4"], r"data\.batch=6 does not divide into data\.micro=4"),
     "name": (["name=../out"], r"name='\.\./out' is no name of a folder"),
     "tracker": (["trackers=nothing,"], r"trackers has 'nothing'"),
-    "rows on a mesh": (["batch=6"], r"6 rows of a microbatch do not divide over data x fsdp = 4 devices", 4),
+    "samples": (["samples=-1"], r"samples is from 0 up, found -1"),
+    "epochs": (["epochs=inf"], r"data\.epochs=inf; wanted a number above 0"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
     "heads on a mesh": (["mesh.tensor=4", "mesh.data=1"], r"2 kv heads do not divide over tensor=4; use one of \(1, 2\)", 4),
 }

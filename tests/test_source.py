@@ -235,7 +235,7 @@ def test_an_empty_loss_mask_names_the_row(folder):
         ({"too_long": "cut"}, "data.too_long='cut'"),
         ({"weighting": "row"}, "data.weighting='row'"),
         ({"batch": 0}, "data.batch=0; wanted at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; wanted more than 0"),
+        ({"epochs": 0.0}, "data.epochs=0.0; wanted a number above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; wanted a share"),
         ({"batch": 6, "micro": 4}, "data.batch=6 does not divide into data.micro=4 microbatches; use micro of 1, 2, 3, 6"),
         ({"held_out": "no/file.jsonl"}, "data 'no/file.jsonl' not found"),

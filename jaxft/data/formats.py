@@ -3,7 +3,7 @@
 Accepted formats (`format="auto"` takes the one whose columns are there):
 
     text               {"text"}
-    messages           {"messages": [{"role", "content"}, ...]}
+    messages           {"messages": [{"role", "content"}, ...]} and optionally "system"
     prompt-completion  {"prompt", "completion"}, each a string or both lists of messages
     instruction        {"instruction", "response" or "output"} and optionally "input" and "system" (Alpaca)
     conversations      {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
@@ -28,7 +28,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # format -> its columns; a 
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "text": (),
-    "messages": ("tools",),
+    "messages": ("system", "tools"),
     "prompt-completion": ("tools",),
     "instruction": ("input", "system"),
     "conversations": ("system", "tools"),
@@ -178,7 +178,7 @@ def _example(row: Row, format: str) -> Example:
         case "text":
             return Text(row.name, string(row, "text"))
         case "messages":
-            return _chat(row, messages_of(row, "messages"))
+            return _chat(row, system_of(row) + messages_of(row, "messages"))
         case "conversations":
             return _chat(row, system_of(row) + messages_of(row, "conversations", "from", "value"))
         case "prompt-completion":
@@ -238,6 +238,12 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
         if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or "tool_calls" in item):
             keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
             raise ValueError(f"{row.name}: {column}[{index}] has {keys}; wanted {role!r} and {content!r}")
+        unlearned = next((k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None)
+        if unlearned:
+            raise ValueError(
+                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which isn't supported; data.loss_on decides "
+                "what is learned: drop the key, or the turn's row"
+            )
         rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
         text = _content(row, column, index, item.get(content))
         if text is None and "tool_calls" not in rest:

@@ -70,8 +70,8 @@ class PairRows:
         for name, least in (("max_length", 2), ("batch", 1), ("micro", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least {least}")
-        if not self.epochs > 0:
-            raise ValueError(f"data.epochs={self.epochs}; wanted more than 0")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
             raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
         if len(set(self.extras)) < len(self.extras):
