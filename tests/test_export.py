@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft import cli, lora, weights
+from jaxft import cli, lora, runfolder, weights
 from jaxft.lora import Adapter
 from jaxft.params import init_params
 from jaxft.weights import hf, peft
@@ -247,3 +248,19 @@ def test_the_scripts_start_from_anywhere(world, tmp_path):
     command = [sys.executable, SCRIPTS / "generate.py", "--model", world[0] / "base", "--prompt", "x", "--max-new", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("--- prompt\nx\n"), done.stderr
+
+
+def test_a_run_finds_its_base_again_and_refuses_another_one(script, world, tmp_path):
+    root = world[0]
+    run = tmp_path / "run"
+    shutil.copytree(root / "runs" / "r", run)
+    base = shutil.copytree(root / "base", tmp_path / "moved")
+    record = json.loads((run / "config.json").read_text()) | {"weights": "not/here", "weights_at": str(base)}
+    (run / "config.json").write_text(json.dumps(record | {"weights_identity": runfolder.weights_identity(str(base))}))
+    assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
+    file = base / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    code, _, err = script("export", "--run", run, "--out", tmp_path / "out2")
+    assert code == 1 and "holds other weights than this run was trained on" in err and err.count("\n") == 1

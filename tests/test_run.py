@@ -235,3 +235,18 @@ def test_a_run_without_held_out_rows_ends_well(place):
     assert place.run("name=none", "data.held_out=none", "steps=1", "loop.eval_every=1") == 0, place.err()
     assert [m["step"] for m in place.metrics("none")] == [1]
     assert (place.runs("none") / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_where_the_end_is_worse_the_best_checkpoint_is_exported_too(place):
+    (place.folder / "rising.py").write_text("def rising(lr, end, warmup, steps):\n    return lambda step: lr * 40.0**step\n")
+    argv = ["steps=6", "loop.eval_every=1", "lr=1e-4", "optim.schedule=rising.py:rising"]
+    assert place.run("name=worse", *argv) == 0, place.err()
+    found = {m["step"]: m["eval_loss"] for m in place.metrics("worse") if "eval_loss" in m}
+    kept = {step: loss for step, loss in found.items() if 0 < step < 6 and step in place.checkpoints("worse")}
+    best = min(kept, key=kept.get)
+    assert kept[best] < found[6]
+    assert f"lower after step {best} than at the end" in place.out()
+    one, other = (place.runs("worse") / part / "adapter_model.safetensors" for part in ("best/adapter", "adapter"))
+    assert one.read_bytes() != other.read_bytes()
+    assert place.run("name=better", "steps=2", "loop.eval_every=1", "lr=1e-3") == 0, place.err()
+    assert not (place.runs("better") / "best").exists()
