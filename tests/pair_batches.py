@@ -1,0 +1,99 @@
+"""Random pairs of token ids in batches, and the preference objective over them as the train step takes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny_model import CONFIG, assert_close
+
+from jaxft import metrics
+from jaxft.accumulate import accumulated
+from jaxft.data import pair_layout, pair_plan
+from jaxft.data.pair_plan import Room
+from jaxft.data.pair_store import TokenisedPairs
+from jaxft.tree import partition
+
+PAIR = ("chosen", "rejected")
+
+
+def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
+    """Pairs of unequal lengths; only_one: each has either its chosen or its rejected answer."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for i in range(count):
+        missing = ("chosen" if i % 3 == 0 else "rejected") if only_one else None
+        sizes = [rng.integers(1, 5), *(0 if kind == missing else rng.integers(1, longest + 1) for kind in kinds)]
+        pieces += [rng.integers(0, CONFIG.vocab, size).astype(np.int32) for size in sizes]
+    lengths = [len(piece) for piece in pieces]
+    learned = [np.full(len(piece), number % (1 + len(kinds)) > 0) for number, piece in enumerate(pieces)]
+    offsets, none = np.cumsum([0, *lengths]), np.zeros(count, bool)
+    numbers = rng.normal(0, 1, (count, 1))
+    return TokenisedPairs(
+        kinds, np.concatenate(pieces), np.concatenate(learned), offsets, np.arange(count), none, none, numbers,
+        rng.integers(1, 4, count).astype(float), tuple(f"pair {i}" for i in range(count)),
+    )  # fmt: skip
+
+
+def swapped(pool):
+    """The same pairs with chosen and rejected exchanged."""
+    order = np.arange(len(pool.names) * 3).reshape(-1, 3)[:, [0, 2, 1]].ravel()
+    cut = lambda x: np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])  # noqa: E731
+    offsets = np.cumsum([0, *np.diff(pool.offsets)[order]])
+    return TokenisedPairs(pool.kinds, cut(pool.ids), cut(pool.learned), offsets, *[getattr(pool, n) for n in REST])
+
+
+REST = ("kept", "cut", "moved", "numbers", "weights", "names")
+
+
+def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
+    """Pairs [rows, ...] of some of the pool; weights: of the pool's pairs, by default its own, and they sum to 1.
+
+    room: (length, reads, slots) of a row, by default enough for a third of the pairs and an empty slot.
+    """
+    members = np.arange(len(pool.names)) if members is None else np.asarray(members, int)
+    weights = pool.weights if weights is None else np.asarray(weights, float)
+    each = np.zeros(len(pool.names))
+    each[members] = weights[members]
+    counted = pool.reads[each > 0]
+    means = counted.sum(0) / np.maximum((counted > 0).sum(0), 1)
+    dealt, row = pair_plan.deal(members[None], pair_layout.tokens_of(pool, branches), rows)
+    slots = int(np.bincount(row[0]).max(initial=0)) + 1
+    room = room or (24 * slots, 16 * slots, slots)
+    layout = pair_layout.Layout(rows, Room(*room), branches, ("margin",))
+    plan = pair_plan.row_plan(dealt[0], row[0], rows)
+    total = each.sum() or 1.0
+    return pair_layout.fill(pool, plan, layout, each[plan.members] / total, means)
+
+
+def micro(batch, count):
+    """[rows, ...] -> [count, rows / count, ...]."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def judged(objective, whole, mask, batch, aux):
+    """(loss, gradients, every metric's number) of a batch [micro, rows, ...], as the train step has them."""
+    trainable, frozen = partition(whole, mask)
+
+    @jax.jit
+    def run(trainable, frozen, batch, aux):
+        return accumulated(objective, (trainable, frozen), batch, jax.random.key(0), aux)
+
+    grads, found = run(trainable, frozen, jax.tree.map(jnp.asarray, batch), aux)
+    assert np.isfinite(optax.tree.norm(grads))
+    return metrics.read(found)["loss"], grads, metrics.read(found)
+
+
+def assert_same(found, wanted, rtol=1e-10):
+    """Loss, gradients and metrics of two ways to one result."""
+    (loss, grads, numbers), (loss_too, grads_too, numbers_too) = found, wanted
+    np.testing.assert_allclose(loss, loss_too, rtol=rtol, atol=1e-13)
+    assert_close(grads, grads_too, rtol)
+    assert numbers.keys() == numbers_too.keys()
+    for name, value in numbers.items():
+        np.testing.assert_allclose(value, numbers_too[name], rtol=rtol, atol=1e-10, err_msg=name)
+
+
+def start_aux(objective, trainable=None, at_base=True):
+    """aux at step 0 as numbers in float64."""
+    wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return jax.tree.map(wide, objective.start(trainable, at_base))

@@ -1,0 +1,132 @@
+"""The preference objective: additive for every loss, the same on meshes and in both layouts, its running numbers exact."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pair_batches import assert_same, judged, laid, micro, random_pairs, start_aux, swapped
+from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
+from tiny_model import CONFIG, assert_close, tiny
+
+from jaxft import params, sharding, tree
+from jaxft.lora import Adapter
+from jaxft.objectives import preference as P
+from jaxft.objectives import reference_free as F
+from jaxft.objectives.pairwise import Seen, per_token, preference
+from jaxft.objectives.scored import Coupled, unwrap
+
+COUPLED = [name for name, (loss, *_) in EVERY.items() if isinstance(unwrap(loss), Coupled)]
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def one_by_one():
+    """Operations run one by one: laws of fifty losses without fifty programs to compile."""
+    with jax.disable_jit():
+        yield
+
+
+def table_see(params, batch, key, aux):
+    """Log-probs looked up by token and place: what a loss makes of them doesn't depend on the model."""
+    slots = batch.lengths.shape[1] * batch.lengths.shape[2]
+    here = lambda w: jnp.where(batch.answers < slots, w[batch.targets] + 0.3 * w[batch.places], 0)  # noqa: E731
+    logp = -jax.nn.softplus(here(params["w"]))
+    known, other = (jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other"))
+    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
+    return Seen(logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none))
+
+
+def by_table(name):
+    """An objective of the table's log-probs with one of the losses, and the table."""
+    loss, _, knobs = EVERY[name]
+    rng = np.random.default_rng(1)
+    table = {key: jnp.asarray(rng.normal(0, 1, CONFIG.vocab)) for key in ("w", "known", "other")}
+    return replace(preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see), table
+
+
+ONLY_W = {"w": True, "known": False, "other": False}
+
+
+def pairs_for(name, **options):
+    return random_pairs(kinds=kinds_of(name), only_one=name in SINGLE, **options)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_accumulation_is_the_big_batch_for_every_loss(one_by_one, name):
+    objective, table = by_table(name)
+    batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
+    one = judged(objective, table, ONLY_W, micro(batch, 1), aux)
+    assert np.abs(one[1]["w"]).max() > 1e-4
+    for count in (2, 4):
+        assert_same(judged(objective, table, ONLY_W, micro(batch, count), aux), one)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
+    objective, table = by_table(name)
+    pool, aux = pairs_for(name, count=12), start_aux(objective)
+    used = np.arange(12) % 3 > 0
+    wanted = judged(objective, table, ONLY_W, micro(laid(pool, np.flatnonzero(used)), 2), aux)
+    muted = laid(pool, weights=pool.weights * used)
+    assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
+    assert_same(judged(objective, table, ONLY_W, micro(muted, 2), aux), wanted)
+    some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
+    nothing = nothing.replace(mean_lengths=some.mean_lengths)
+    padded = jax.tree.map(lambda *x: np.concatenate(x), some, nothing)
+    assert_same(judged(objective, table, ONLY_W, micro(padded, 4), aux), wanted)
+
+
+def with_model(loss, **options):
+    """An objective of the tiny Llama with a LoRA adapter that matters, its parameters, and which of them are trained."""
+    with jax.numpy_dtype_promotion("standard"):
+        model, whole = tiny(adapter=Adapter(rank=4))
+    return preference(model, loss, **options), whole, tree.mask_by_path(whole, "adapter/.*/[ab]"), model
+
+
+@pytest.mark.parametrize("loss", (P.dpo, P.aot), ids=("dpo", "aot"))
+def test_a_mesh_gives_the_numbers_of_one_device(loss):
+    objective, whole, mask, model = with_model(loss)
+    batch = micro(laid(random_pairs(20), rows=16), 2)
+    one = jax.device_get(judged(objective, whole, mask, batch, {}))
+    for shape in ((2, 2, 2), (8, 1, 1), (1, 8, 1)):
+        mesh = sharding.make_mesh(sharding.MeshShape(*shape))
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
+            many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
+        assert_same(jax.device_get(many), one)
+
+
+@pytest.mark.parametrize("loss", (P.dpo, F.orpo), ids=("dpo", "orpo"))
+def test_a_shared_prompt_is_the_prompt_in_front_of_each_answer(loss):
+    options = {} if loss is P.dpo else {"reference": None, "reward": per_token}
+    objective, whole, mask, _ = with_model(loss, **options)
+    pool = random_pairs(9)
+    plain = laid(pool, branches=False)
+    assert plain.branches is None
+    found = judged(objective, whole, mask, micro(laid(pool), 1), {})
+    assert_same(found, judged(objective, whole, mask, micro(plain, 1), {}))
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradient():
+    """-LS(m) and -LS(-m) differ by m, so the gradients of a pair and its mirror image differ by that of the margin."""
+    objective, whole, mask, _ = with_model(partial(P.dpo, beta=0.3), beta=0.3)
+    pool = random_pairs(9, seed=2)
+    here, there = (judged(objective, whole, mask, micro(laid(p, rows=4), 1), {}) for p in (pool, swapped(pool)))
+    for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        for what in ("rewards", "logps", "logits"):
+            np.testing.assert_allclose(here[2][f"{what}/{one}"], there[2][f"{what}/{other}"], rtol=1e-10)
+    np.testing.assert_allclose(here[2]["rewards/margins"], -there[2]["rewards/margins"], rtol=1e-10)
+    np.testing.assert_allclose(here[2]["rewards/accuracies"], 1 - there[2]["rewards/accuracies"], rtol=1e-10)
+
+    minus_margin = lambda pair: -0.3 * (pair.chosen.ratio - pair.rejected.ratio)  # noqa: E731
+    slope = judged(preference(with_model(P.dpo)[3], minus_margin, beta=0.3), whole, mask, micro(laid(pool, rows=4), 1), {})
+    np.testing.assert_allclose(here[0] - there[0], slope[0], rtol=1e-10)
+    assert_close(jax.tree.map(jnp.subtract, here[1], there[1]), slope[1])
