@@ -1,9 +1,12 @@
 """Random pairs of token ids in batches, and the preference objective over them as the train step takes it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
 from jaxft import metrics
@@ -11,9 +14,13 @@ from jaxft.accumulate import accumulated
 from jaxft.data import pair_layout, pair_plan
 from jaxft.data.pair_plan import Room
 from jaxft.data.pair_store import TokenisedPairs
+from jaxft.objectives.pairwise import Seen, preference
+from jaxft.objectives.scored import Coupled, unwrap
 from jaxft.tree import partition
 
 PAIR = ("chosen", "rejected")
+COUPLED = [name for name, (loss, *_) in EVERY.items() if isinstance(unwrap(loss), Coupled)]
+ONLY_W = {"w": True, "known": False, "other": False}  # what is trained of a table
 
 
 def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
@@ -97,3 +104,25 @@ def start_aux(objective, trainable=None, at_base=True):
     """aux at step 0 as numbers in float64."""
     wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
     return jax.tree.map(wide, objective.start(trainable, at_base))
+
+
+def table_see(params, batch, key, aux):
+    """Log-probs looked up by token and place: what a loss makes of them doesn't depend on the model."""
+    slots = batch.lengths.shape[1] * batch.lengths.shape[2]
+    here = lambda w: jnp.where(batch.answers < slots, w[batch.targets] + 0.3 * w[batch.places], 0)  # noqa: E731
+    logp = -jax.nn.softplus(here(params["w"]))
+    known, other = (jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other"))
+    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
+    return Seen(logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none))
+
+
+def by_table(name):
+    """An objective of the table's log-probs with one of the losses, and the table."""
+    loss, _, knobs = EVERY[name]
+    rng = np.random.default_rng(1)
+    table = {key: jnp.asarray(rng.normal(0, 1, CONFIG.vocab)) for key in ("w", "known", "other")}
+    return replace(preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see), table
+
+
+def pairs_for(name, **options):
+    return random_pairs(kinds=kinds_of(name), only_one=name in SINGLE, **options)

@@ -1,24 +1,20 @@
 """The preference objective: additive for every loss, the same on meshes and in both layouts, its running numbers exact."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pair_batches import assert_same, judged, laid, micro, random_pairs, start_aux, swapped
-from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
-from tiny_model import CONFIG, assert_close, tiny
+from pair_batches import ONLY_W, assert_same, by_table, judged, laid, micro, pairs_for, random_pairs, start_aux, swapped
+from preference_rows import EVERY
+from tiny_model import assert_close, tiny
 
 from jaxft import params, sharding, tree
 from jaxft.lora import Adapter
 from jaxft.objectives import preference as P
 from jaxft.objectives import reference_free as F
-from jaxft.objectives.pairwise import Seen, per_token, preference
-from jaxft.objectives.scored import Coupled, unwrap
-
-COUPLED = [name for name, (loss, *_) in EVERY.items() if isinstance(unwrap(loss), Coupled)]
+from jaxft.objectives.pairwise import per_token, preference
 
 
 @pytest.fixture(autouse=True)
@@ -32,31 +28,6 @@ def one_by_one():
     """Operations run one by one: laws of fifty losses without fifty programs to compile."""
     with jax.disable_jit():
         yield
-
-
-def table_see(params, batch, key, aux):
-    """Log-probs looked up by token and place: what a loss makes of them doesn't depend on the model."""
-    slots = batch.lengths.shape[1] * batch.lengths.shape[2]
-    here = lambda w: jnp.where(batch.answers < slots, w[batch.targets] + 0.3 * w[batch.places], 0)  # noqa: E731
-    logp = -jax.nn.softplus(here(params["w"]))
-    known, other = (jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other"))
-    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
-    return Seen(logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none))
-
-
-def by_table(name):
-    """An objective of the table's log-probs with one of the losses, and the table."""
-    loss, _, knobs = EVERY[name]
-    rng = np.random.default_rng(1)
-    table = {key: jnp.asarray(rng.normal(0, 1, CONFIG.vocab)) for key in ("w", "known", "other")}
-    return replace(preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see), table
-
-
-ONLY_W = {"w": True, "known": False, "other": False}
-
-
-def pairs_for(name, **options):
-    return random_pairs(kinds=kinds_of(name), only_one=name in SINGLE, **options)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,0 +1,112 @@
+"""What the preference objective keeps from step to step, and held-out pairs judged in any batches."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, random_pairs, start_aux, table_see
+from preference_rows import EVERY
+
+from jaxft import evaluate, metrics, tree
+from jaxft.objectives import preference as P
+from jaxft.objectives import reference_free as F
+from jaxft.objectives.pairwise import Moving, preference, reference_params
+from jaxft.train import TrainState, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", ("dpo", "sft", "orpo", *COUPLED))
+def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
+    objective, table = by_table(name)
+    whole, aux = laid(pairs_for(name, count=11), rows=8), start_aux(objective)
+    if "loss" in aux:
+        aux = {"loss": {key: jnp.full_like(x, 3.0) for key, x in aux["loss"].items()}}
+    trainable, frozen = tree.partition(table, ONLY_W)
+    step, found = evaluate.make_eval_step(objective), []
+    for size in (1, 2, 8):
+        batches = [jax.tree.map(lambda x, i=i, n=size: jnp.asarray(x[None, i : i + n]), whole) for i in range(0, 8, size)]
+        see = lambda batch: step(trainable, frozen, batch, aux)  # noqa: E731
+        together = lambda seen: objective.judge(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
+        with jax.disable_jit():
+            found.append(
+                evaluate.evaluate_together(see, together, batches) if objective.coupled else evaluate.evaluate(see, batches)
+            )
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for key, value in other.items():
+            np.testing.assert_allclose(value, found[0][key], rtol=1e-10, atol=1e-12, err_msg=key)
+
+
+def moving_see(params, batch, key, aux):
+    seen = table_see(params, batch, key, aux)
+    return replace(seen, reference=jax.lax.stop_gradient(table_see(reference_params(params, aux), batch, key, aux).logp))
+
+
+def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_a_step_that_is_not_finite():
+    _, table = by_table("dpo")
+    table = {name: x.at[39].set(jnp.inf) if name == "w" else x for name, x in table.items()}  # a token only bad rows have
+    moving = Moving(alpha=0.25, every=2)
+    objective = replace(preference(None, F.bco, reference=moving, beta=0.1), see=moving_see)
+    trainable, frozen = tree.partition(table, ONLY_W)
+    tx = optax.sgd(5.0)
+    aux = start_aux(objective, trainable, False)
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32))
+    step = jax.jit(make_train_step(objective, tx, 0))
+    rewards, reference, bad = [], np.asarray(table["w"]), []
+    for number in range(6):
+        pool = random_pairs(7, seed=number)
+        pool.ids[:] = np.where(pool.ids == 39, 38, pool.ids)
+        if number in (2, 5):
+            pool.ids[pool.offsets[1]] = 39  # the first token of an answer
+        batch = jax.tree.map(jnp.asarray, micro(laid(pool), 2))
+        before = state
+        state, found = step(state, frozen, batch)
+        np.testing.assert_array_equal(before.aux["reference"]["w"], reference)
+        if number in (2, 5):
+            bad.append(metrics.read(found)["skipped"])
+            jax.tree.map(np.testing.assert_array_equal, (state.aux, state.trainable), (before.aux, before.trainable))
+            continue
+        rewards += [0.1 * x for x in ratios(before.trainable["w"], reference, pool)]
+        np.testing.assert_allclose(state.aux["loss"]["delta"], np.mean(rewards), rtol=1e-10)
+        assert state.aux["loss"]["count"] == len(rewards)
+        if (len(rewards) // 14) % 2 == 0:  # every second step that counts
+            reference = 0.25 * np.asarray(state.trainable["w"]) + 0.75 * reference
+        np.testing.assert_allclose(state.aux["reference"]["w"], reference, rtol=1e-14)
+        reference = np.asarray(state.aux["reference"]["w"])
+    assert bad == [1, 1] and np.abs(np.asarray(table["w"])[:39] - reference[:39]).max() > 1e-3 and np.mean(rewards) != 0
+
+
+def ratios(policy, reference, pool):
+    """log pi - log pi_ref of every answer of the table's model, pair by pair."""
+    found = []
+    for i in range(len(pool.names)):
+        for kind in (1, 2):
+            ids = pool.piece(i, kind)
+            logp = [-np.log1p(np.exp(np.asarray(w)[ids] + 0.3 * np.asarray(w)[: len(ids)])).sum() for w in (policy, reference)]
+            found.append(logp[0] - logp[1])
+    return found
+
+
+def test_a_moving_reference_starts_as_the_model_and_may_follow_at_once():
+    objective = preference(None, P.dpo, reference=Moving(alpha=1.0, every=1))
+    start = {"w": jnp.arange(3.0)}
+    aux = objective.start(start, True)
+    np.testing.assert_array_equal(aux["reference"]["w"], start["w"])
+    moved = objective.after_step(aux, {"w": jnp.ones(3)}, {})
+    np.testing.assert_array_equal(moved["reference"]["w"], np.ones(3))
+    for wrong in ({"alpha": 0.0}, {"alpha": 1.5}, {"every": 0}):
+        with pytest.raises(ValueError, match="alpha in .0, 1. and every from 1 up"):
+            Moving(**wrong)
+
+
+def test_every_coupled_loss_is_known_as_one():
+    assert {"aot", "aot_unpaired", "ld aot", "mix of coupled", "kto", "bco"} == set(COUPLED)
+    assert all(by_table(name)[0].coupled == (name in COUPLED) for name in EVERY)
