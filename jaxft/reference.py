@@ -33,7 +33,7 @@ def place(name: str, cache: Path | None = None) -> Path:
 def load(path: Path) -> dict[str, np.ndarray]:
     """Log-probs by the pair's key; nothing where there is no file or it can't be read whole."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
             keys, offsets, values = (arrays[name] for name in ("keys", "offsets", "values"))
         if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
             return {}

@@ -1,0 +1,207 @@
+"""The reference policy is the model at step 0, whatever is trained, and its log-probs kept on disk are the same."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pair_batches import assert_same
+from tiny_llama import tiny_torch, write_folder
+from tiny_pairs import make_rows, write
+from tiny_tokenizers import tiny as tiny_tokenizer
+
+from jaxft import metrics, prepare, reference, sharding, train, tree, weights
+from jaxft.accumulate import accumulated
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.lora import Adapter
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo
+from jaxft.optim import Optim
+from jaxft.weights import peft
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base/, an adapter that matters in sft/adapter, and rows.jsonl."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_folder(folder / "base", tiny_torch())
+    write(folder / "rows.jsonl", make_rows(20))
+    with jax.enable_x64(True):
+        model, settings = (
+            weights.model_for(str(folder / "base"), dtype=jnp.float64),
+            Adapter(rank=3, alpha=6.0, targets=("q", "up")),
+        )
+        t = prepare.trained(model, settings, None)
+        fresh = prepare.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        rng = np.random.default_rng(0)
+        matters = tree.map_with_path(lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh)
+        peft.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
+    return folder
+
+
+def run_of(folder, **changes):
+    """A run in float64, by default plain LoRA."""
+    model = weights.model_for(str(folder / "base"), dtype=jnp.float64)
+    given = {
+        "objective": partial(preference, loss=dpo),
+        "data": PairRows(str(folder / "rows.jsonl"), held_out=0.2, batch=4, max_length=64),
+        "source": pair_source,
+        "adapter": Adapter(rank=4),
+        "optim": Optim(lr=0.03, warmup=0.0),
+    }
+    return train.Run("law", str(folder / "base"), model, **{**given, **changes})
+
+
+def started(run, folder):
+    """(programs, state at step 0, frozen leaves, source)."""
+    source = run.source(run.data, weights.load_tokenizer(run.weights), folder / "cache")
+    programs = train.build(run, 10, jax.devices()[:1])
+    with jax.set_mesh(programs.mesh):
+        return programs, *train.start(run, programs, None), source
+
+
+STARTS = {
+    "plain LoRA": lambda folder, model: {},
+    "an SFT adapter": lambda folder, model: {
+        "start": str(folder / "sft"),
+        "adapter": prepare.adapter_settings(str(folder / "sft"), model),
+    },
+    "norms beside LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
+    "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},
+    "full": lambda folder, model: {"adapter": None},
+}
+COPIES = {"plain LoRA": False, "an SFT adapter": True, "norms beside LoRA": True, "LoRA on the head": False, "full": True}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_the_bit(folder, kind):
+    run = run_of(folder)
+    run = dataclasses.replace(run, **STARTS[kind](folder, run.model))
+    p, state, frozen, source = started(run, folder)
+    assert bool(jax.tree.leaves(state.aux)) == COPIES[kind]
+    batch = source.batch(0)
+    rows = jax.tree.map(lambda x: x[0], batch)
+
+    @jax.jit
+    def look(trainable, frozen, aux):
+        seen = p.objective.see(tree.combine(trainable, frozen), rows, None, aux)
+        return seen.reference, seen.logp
+
+    with jax.set_mesh(p.mesh):
+        known, policy = jax.device_get(look(state.trainable, frozen, state.aux))
+        np.testing.assert_allclose(known, policy, atol=1e-12)
+        losses = []
+        for _ in range(3):
+            state, found = p.train_step(state, frozen, batch)
+            losses.append(metrics.read(found)["loss"])
+        after, moved = jax.device_get(look(state.trainable, frozen, state.aux))
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-12) and losses[2] < losses[0] - 0.01
+    np.testing.assert_array_equal(after, known)
+    assert np.abs(moved - policy).max() > 0.1
+
+
+def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
+    live, known = (run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed"))
+    p, state, frozen, source = started(live, folder)
+    other = train.build(known, 10, jax.devices()[:1])
+    logps = jax.jit(lambda whole, batch: p.objective.logps(whole, jax.tree.map(lambda x: x[0], batch)))
+
+    def compute(batches):
+        return [np.asarray(logps(tree.combine(state.trainable, frozen), batch))[None] for batch in batches]
+
+    told = reference.attach(source, tmp_path / "r.npz", compute, lambda text: None)
+    moved = jax.tree.map(lambda x: x + 0.05 * jnp.cos(50 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.trainable)
+
+    def judge(objective, batch):
+        grads, found = jax.jit(lambda *args: accumulated(objective, *args, jax.random.key(0), {}))((moved, frozen), batch)
+        return metrics.read(found)["loss"], grads, metrics.read(found)
+
+    batch, given = source.batch(0), told.batch(0)
+    exact = compute([batch])[0]
+    real = batch.answers < batch.lengths.shape[2] * 2
+    np.testing.assert_allclose(given.reference[real], exact[real], rtol=2e-7)
+    assert not given.reference[~real].any() and batch.reference is None
+    wanted = judge(p.objective, batch)
+    assert wanted[2]["kl"] > 1e-3
+    assert_same(judge(other.objective, given.replace(reference=exact)), wanted)
+    assert_same(judge(other.objective, given), wanted, 2e-6)  # they are kept in float32
+    for batch, given in zip(source.held_out, told.held_out):
+        assert given.reference.any() and given.reference.shape == batch.read.shape
+
+
+def marks(batches, asked=None):
+    """A stand-in for a model: log-probs that only depend on the target and the place."""
+    for batch in batches:
+        if asked is not None:
+            asked += [int(pair) for pair in batch.index.ravel() if pair >= 0]
+        yield -(batch.targets + 1) / 7 - batch.places / 3
+
+
+def attached(folder, rows, name="kept"):
+    """(pairs that were computed, what was said, the source with them) for these rows."""
+    write(folder / "r.jsonl", rows)
+    asked, said = [], []
+    source = pair_source(PairRows(str(folder / "r.jsonl"), batch=4), tiny_tokenizer("chatml"), folder / "cache")
+    found = reference.attach(source, reference.place(name, folder), lambda batches: marks(batches, asked), said.append)
+    for batch in (*map(found.batch, range(found.steps)), *found.held_out):
+        real = batch.answers < batch.lengths.shape[2] * 2
+        np.testing.assert_array_equal(batch.reference[real], next(marks([batch]))[real].astype(np.float32))
+    return sorted(asked), said, found
+
+
+def test_what_is_on_disk_is_not_computed_again_and_what_is_not_there_is(tmp_path):
+    rows = make_rows(15)
+    asked, said, _ = attached(tmp_path, rows)
+    assert asked == list(range(15)) and said == ["reference log-probs: 0 of 15 pairs found, 15 to compute"]
+    asked, said, _ = attached(tmp_path, rows)
+    assert asked == [] and said == ["reference log-probs: 15 of 15 pairs found, 0 to compute"]
+    rows[6]["rejected"] += " changed"
+    assert attached(tmp_path, rows)[0] == [6]
+    rows[6]["prompt"] = "another " + rows[6]["prompt"]
+    assert attached(tmp_path, rows)[0] == [6]
+    assert attached(tmp_path, [*rows[9:], *rows[:3], *make_rows(16)[15:]])[0] == [9]  # any order, other pairs
+    assert attached(tmp_path, make_rows(15))[0] == []  # the old rows are still there
+    assert attached(tmp_path, rows, name="another model")[0] == list(range(15))
+
+
+@pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "no zip", "other arrays"))
+def test_a_damaged_file_is_made_anew(tmp_path, damage):
+    rows = make_rows(6)
+    attached(tmp_path, rows)
+    path = reference.place("kept", tmp_path)
+    data = path.read_bytes()
+    at = data.index(b"values.npy") + 200
+    flipped = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+    path.write_bytes({"flipped": flipped, "cut": data[:-40], "empty": b"", "no zip": b"not a zip"}.get(damage, data))
+    if damage == "other arrays":
+        np.savez(path, keys=np.array(["a", "b"]), offsets=np.array([0, 3]), values=np.zeros(9))
+    assert attached(tmp_path, rows)[0] == list(range(6))
+    assert attached(tmp_path, rows)[0] == []
+
+
+def test_log_probs_that_can_not_be_kept_are_said_once_and_used(tmp_path, monkeypatch):
+    (tmp_path / "reference").write_text("a file where the folder should be")
+    asked, said, _ = attached(tmp_path, make_rows(5))
+    assert asked == list(range(5)) and len(said) == 2 and "can't be kept" in said[1] and "\n" not in said[1]
+
+
+def test_a_reference_is_known_by_weights_adapter_and_settings():
+    settings = {"config": {"layers": 2}, "dtype": "float32"}
+    same, others = (
+        reference.identity("w", None, settings),
+        [
+            reference.identity("v", None, settings),
+            reference.identity("w", "adapter", settings),
+            reference.identity("w", None, {**settings, "dtype": "bfloat16"}),
+        ],
+    )
+    assert reference.identity("w", None, dict(reversed(settings.items()))) == same and len({same, *others}) == 4
