@@ -211,24 +211,24 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
 
 
 def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
-    """Means over tokens: entropy and top-1 accuracy, logits by kind, and an estimate of the KL to the reference.
+    """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
 
     kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the answers' tokens (Schulman 2020's k3): exact in
     expectation for tokens drawn from the policy, an indication on the rows' own.
     """
     kinds = tuple(pair.answers)
     used = {kind: jnp.where(pair.weight > 0, pair.answers[kind].present, 0) for kind in kinds}
-    out: dict[str, Any] = {}
-    for kind in ("chosen", "rejected"):
-        where = pair.spread({k: used[k] if k == kind else jnp.zeros_like(used[k]) for k in kinds})
-        out[f"logits/{kind}"] = _mean(seen.mean_logit, where)
-        if kind == "chosen":
-            out["entropy"] = _mean(seen.entropy, where)
-            out["mean_token_accuracy"] = _mean(seen.top1, where)
+    of = lambda *wanted: pair.spread({k: used[k] if k in wanted else jnp.zeros_like(used[k]) for k in kinds})  # noqa: E731
+    chosen, rejected, both = of("chosen"), of("rejected"), of("chosen", "rejected")
+    out: dict[str, Any] = {
+        "logits/chosen": _mean(seen.mean_logit, chosen),
+        "logits/rejected": _mean(seen.mean_logit, rejected),
+        "entropy": _mean(seen.entropy, both),
+        "mean_token_accuracy": _mean(seen.top1, chosen),
+    }
     if seen.reference is not None:
         d = seen.reference - seen.logp
-        everywhere = pair.spread({k: used[k] if k in ("chosen", "rejected") else jnp.zeros_like(used[k]) for k in kinds})
-        out["kl"] = _mean(jnp.expm1(d) - d, everywhere)
+        out["kl"] = _mean(jnp.expm1(d) - d, both)
     return out
 
 

@@ -1,0 +1,105 @@
+"""Training as TRL's DPOTrainer does it: the same model, rows, order and optimizer, five steps."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llama import tiny_torch, write_folder
+from tiny_pairs import make_rows, write
+
+from jaxft import metrics, optim, train, weights
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo, ipo
+from jaxft.optim import Optim
+
+datasets = pytest.importorskip("datasets")
+torch = pytest.importorskip("torch")
+trl = pytest.importorskip("trl")
+
+BATCH, STEPS, LR, EPS = 4, 5, 1e-3, 1e-6
+NAMES = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "grad_norm",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trl")
+    write_folder(folder / "base", tiny_torch())
+    return folder
+
+
+def ours(folder, rows, loss):
+    """(metrics of every step, the numbers of the rows in the order in which they were trained on)."""
+    write(folder / "rows.jsonl", rows)
+    base = str(folder / "base")
+    run = train.Run(
+        "trl", base, weights.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
+        PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), pair_source, adapter=None,
+        optim=Optim(lr=LR, schedule=optim.constant, warmup=0.0, eps=EPS),
+    )  # fmt: skip
+    source = pair_source(run.data, weights.load_tokenizer(base), folder / "cache")
+    p = train.build(run, STEPS, jax.devices()[:1])
+    found, order = [], []
+    with jax.set_mesh(p.mesh):
+        state, frozen = train.start(run, p, None)
+        for step in range(STEPS):
+            batch = source.batch(step)
+            order += [int(i) for i in batch.index.ravel() if i >= 0]
+            state, numbers = p.train_step(state, frozen, batch)
+            found.append(metrics.read(numbers))
+    return found, order
+
+
+def theirs(folder, rows, loss_type):
+    """TRL's loss and metrics of every step, the rows in this order."""
+    losses, logged = [], []
+
+    class InOrder(trl.DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+        def log(self, logs, *args, **kwargs):
+            logged.append({**logs, **{name: np.mean(x) for name, x in self._metrics["train"].items()}})
+            return super().log(logs, *args, **kwargs)
+
+    said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    data = datasets.Dataset.from_list(
+        [{"prompt": said("user", r["prompt"]), **{k: said("assistant", r[k]) for k in ("chosen", "rejected")}} for r in rows]
+    )
+    args = trl.DPOConfig(
+        str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR, adam_epsilon=EPS,
+        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, bf16=False, fp16=False,
+        gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", max_length=128, beta=0.1,
+        loss_type=[loss_type], disable_tqdm=True, optim="adamw_torch",
+    )  # fmt: skip
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = weights.load_tokenizer(str(folder / "base"))
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32)
+    InOrder(model=model, args=args, train_dataset=data, processing_class=tokenizer).train()
+    return [{**line, "loss": loss} for line, loss in zip(logged, losses)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss, loss_type", [(dpo, "sigmoid"), (ipo, "ipo")])
+def test_five_steps_are_trls(folder, loss, loss_type):
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in make_rows(BATCH * STEPS)]
+    found, order = ours(folder, rows, loss)
+    assert sorted(order) == list(range(BATCH * STEPS))
+    wanted = theirs(folder, [rows[i] for i in order], loss_type)
+    losses = [line["loss"] for line in found]
+    assert max(losses) - min(losses) > 0.1 and found[0]["rewards/margins"] == 0 != found[4]["rewards/margins"]
+    for line, other in zip(found, wanted, strict=True):
+        for name in NAMES:
+            np.testing.assert_allclose(line[name], other[name], rtol=2e-5, atol=2e-5, err_msg=name)
