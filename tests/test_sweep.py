@@ -1,15 +1,27 @@
 """Adapters trained together are what each is alone: products, forward passes, steps; and what a sweep refuses."""
 
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pair_batches import laid, micro, random_pairs, start_aux
 from tiny_model import CONFIG, assert_close, examples, one_by_one
 
-from jaxft import lora, nn, params
+from jaxft import lora, metrics, nn, params, prepare, tree
 from jaxft.lora import Adapted, Adapter
 from jaxft.models.llama import llama
+from jaxft.objectives import preference as P
+from jaxft.objectives import reference_free as F
+from jaxft.objectives.pairwise import Moving, per_token, preference
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim, linear, make_optimizer
 from jaxft.quant import quantize
+from jaxft.together import gradients, judge_each, make_eval_step, make_update, together
+from jaxft.train import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +107,226 @@ def test_a_stack_gives_its_members_back():
     assert {x.shape[0] for x in jax.tree.leaves(stack)} == {3} and stack["layers"]["attn"]["q"]["a"].shape[-1] == max(RANKS)
     for k, one in enumerate(adapters):
         assert_close(lora.member(stack, k, one), one, 0)
+
+
+# Steps
+
+BASE = llama(CONFIG, jnp.float64)
+STEPS = 3
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+
+
+@dataclass(frozen=True)
+class One:
+    """An adapter's own settings. kept: it begins as something else than the reference, which else is the base."""
+
+    objective: Any
+    rank: int = 2
+    optim: Optim = Optim(lr=0.02, warmup=0.0)
+    seed: int = 0
+    kept: bool = False
+
+
+def pairwise(loss, reference="start", **knobs):
+    knobs |= {"reward": per_token} if reference is None else {}
+    return partial(preference, loss=loss, reference=reference, **knobs)
+
+
+MIXED = (
+    One(pairwise(partial(P.dpo, beta=0.5), beta=0.5)),
+    One(pairwise(partial(P.ipo, beta=0.2), beta=0.2), rank=5, optim=Optim(lr=0.01, clip=0.05, warmup=0.0, schedule=linear)),
+    One(pairwise(partial(F.bco, beta=0.3), beta=0.3), rank=3, optim=Optim(lr=0.03, clip=None, weight_decay=0.1), seed=1),
+    One(pairwise(F.simpo, reference=None), rank=4, optim=Optim(lr=0.02, b1=0.5, warmup=0.0), seed=2),
+)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    with jax.enable_x64(True):
+        return params.init_params(BASE.specs, jax.random.key(9), jnp.float64)
+
+
+def begin(one, weights):
+    """(Trained, objective, optimizer, state at step 0, frozen) of an adapter alone."""
+    t = prepare.trained(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
+    adapter = params.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
+    adapter = tree.map_with_path(lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter)
+    trainable, frozen = prepare.split(t, {"base": weights, "adapter": adapter})
+    objective = one.objective(t.model)
+    tx, _ = make_optimizer(one.optim, t.trainable_specs, STEPS)
+    aux = start_aux(objective, trainable, not one.kept) if hasattr(objective, "start") else {}
+    return t, objective, tx, TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32)), frozen
+
+
+def numbers(found):
+    return {name: jax.tree.map(np.asarray, m) for name, m in found.items()}
+
+
+def alone(one, weights, batches):
+    """(state after the last step, metrics of every step)"""
+    _, objective, tx, state, frozen = begin(one, weights)
+    step, told = jit(make_train_step(objective, tx, 0)), []
+    for batch in batches:
+        state, found = step(state, frozen, batch)
+        told.append(numbers(found))
+    return state, told
+
+
+def all_at_once(ones, weights, batches, **options):
+    """The same of adapters that are trained together: (their states, metrics of every step)."""
+    begun = [begin(one, weights) for one in ones]
+    t = together([b[1] for b in begun], begun[0][3].trainable, **options)
+    states, frozen = [b[3] for b in begun], (weights, tuple(b[4]["adapter"] for b in begun))
+    look, told = jit(partial(gradients, t)), []
+    updates = [jit(make_update(b[1], b[2])) for b in begun]
+    for batch in batches:
+        grads, found = look([s.trainable for s in states], frozen, batch, [s.aux for s in states])
+        done = [update(s, k, grads, found) for k, (update, s) in enumerate(zip(updates, states, strict=True))]
+        states = [state for state, _ in done]
+        each = jax.tree.map(lambda *x: jnp.stack(x), *[more for _, more in done])
+        told.append(numbers({**found, **each}))
+    return states, told
+
+
+def assert_each_is_alone(found, wanted):
+    """found: of adapters together; wanted: of each alone."""
+    states, told = found
+    for k, (own, own_told) in enumerate(wanted):
+        for now, own_now in zip(told, own_told, strict=True):
+            for name, metric in own_now.items():
+                for x, y in zip(jax.tree.leaves(now[name]), jax.tree.leaves(metric), strict=True):
+                    np.testing.assert_allclose(x[k], y, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}")
+        assert_close(states[k], own)
+
+
+def standard():
+    """optax doesn't pass strict promotion."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def some_batches(count, parts=1, **options):
+    return [micro(laid(random_pairs(count=7, seed=i), **options), parts) for i in range(count)]
+
+
+BATCHES = [laid(random_pairs(count=7, seed=i)) for i in range(STEPS)]
+in_parts = lambda count: [micro(batch, count) for batch in BATCHES]  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def each_alone(weights):
+    with jax.enable_x64(True):
+        return [alone(one, weights, in_parts(1)) for one in MIXED]
+
+
+@pytest.mark.parametrize("parts, at_once", [(1, 1), (2, 2), (1, 4)], ids=str)
+def test_adapters_together_are_each_alone(weights, each_alone, parts, at_once):
+    with standard():
+        assert_each_is_alone(all_at_once(MIXED, weights, in_parts(parts), at_once=at_once), each_alone)
+
+
+@pytest.mark.parametrize("reference", ["start", Moving(0.5, 2)], ids=["kept", "moving"])
+def test_adapters_with_a_reference_that_is_kept_are_each_alone(weights, reference):
+    ones = [One(pairwise(partial(P.dpo, beta=beta), reference), kept=True) for beta in (0.2, 0.9)]
+    with standard():
+        assert_each_is_alone(all_at_once(ones, weights, in_parts(1)), [alone(one, weights, in_parts(1)) for one in ones])
+
+
+def test_adapters_with_rows_of_their_own_are_each_alone(weights):
+    ones = [replace(MIXED[0], seed=seed) for seed in (3, 4)]
+    own = [[micro(laid(random_pairs(count=7, seed=10 * k + i)), 2) for i in range(STEPS)] for k in range(2)]
+    batches = [jax.tree.map(lambda *x: np.concatenate(x), *each) for each in zip(*own, strict=True)]
+    with standard():
+        wanted = [alone(one, weights, rows) for one, rows in zip(ones, own, strict=True)]
+        for at_once in (1, 2):
+            assert_each_is_alone(all_at_once(ones, weights, batches, apart=True, at_once=at_once), wanted)
+
+
+def test_supervised_adapters_are_each_alone(weights):
+    ones = [One(sft, rank=rank, optim=Optim(lr=lr, warmup=0.0)) for rank, lr in ((2, 0.01), (4, 0.05))]
+    batches = [micro(one_by_one(examples(4, seed=i)), 2) for i in range(STEPS)]
+    with standard():
+        assert_each_is_alone(all_at_once(ones, weights, batches), [alone(one, weights, batches) for one in ones])
+
+
+def broken(pair):
+    return P.dpo(pair) * jnp.asarray(jnp.nan, pair.weight.dtype)
+
+
+def test_an_adapter_that_is_not_finite_stays_as_it_is_and_the_others_go_on(weights, each_alone):
+    ones = [MIXED[0], replace(MIXED[0], objective=pairwise(broken)), MIXED[1]]
+    with standard():
+        states, told = all_at_once(ones, weights, in_parts(1))
+        kept = begin(ones[1], weights)[3]
+        others = ([states[0], states[2]], [jax.tree.map(lambda x: x[jnp.array([0, 2])], now) for now in told])
+        assert_each_is_alone(others, each_alone[:2])
+    assert_close((states[1].trainable, states[1].opt_state), (kept.trainable, kept.opt_state), 0)
+    assert states[1].bad.tolist() == [STEPS, STEPS] and [now["skipped"].total.tolist() for now in told] == [[0, 1, 0]] * STEPS
+
+
+# Evaluation, cost
+
+
+def test_evaluation_together_is_each_ones_own(weights):
+    with standard():
+        begun = [begin(one, weights) for one in MIXED]
+        t = together([b[1] for b in begun], begun[0][3].trainable, at_once=2)
+        trainable, aux = [b[3].trainable for b in begun], [b[3].aux for b in begun]
+        frozen = (weights, tuple(b[4]["adapter"] for b in begun))
+        step = jit(make_eval_step(t))
+        seen = [step(trainable, frozen, jax.tree.map(lambda x: x[None], batch), aux) for batch in BATCHES[:2]]
+        found = judge_each(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
+        for k, (_, objective, _, state, own) in enumerate(begun):
+            wanted = jit(lambda *x, o=objective: o(*x))(tree.combine(state.trainable, own), whole, None, state.aux)[1]
+            mine = metrics.read(jax.tree.map(lambda x, k=k: x[k], found))
+            for name, value in metrics.read(wanted).items():
+                np.testing.assert_allclose(mine[name], value, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}")
+
+
+def counted(model, calls):
+    """The model, telling how many rows each of its forward passes has. A pass whose result isn't used is no pass."""
+
+    def tell(rows, _):
+        calls.append(int(rows))
+        return np.zeros((), np.int32)
+
+    def hidden(params, batch, key=None):
+        h = model.hidden(params, batch, key)
+        shape = jax.ShapeDtypeStruct((), jnp.int32)
+        nothing = jax.pure_callback(tell, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0]))
+        return h + nothing.astype(h.dtype)
+
+    return replace(model, hidden=hidden)
+
+
+@pytest.mark.parametrize("at_once, wanted", [(1, [4, 4, 4, 4]), (3, [4, 12])], ids=str)
+def test_the_reference_runs_once_for_all(weights, at_once, wanted):
+    calls = []
+    ones = [replace(MIXED[0], objective=lambda model: pairwise(P.dpo)(counted(model, calls)))] * 3
+    with standard():
+        all_at_once(ones, weights, in_parts(1)[:1], at_once=at_once)
+    assert sorted(calls) == wanted
+
+
+def test_the_base_is_held_once_however_many_adapters(weights):
+    def arguments(count):
+        begun = [begin(MIXED[0], weights)] * count
+        t = together([b[1] for b in begun], begun[0][3].trainable)
+        frozen = (weights, tuple(b[4]["adapter"] for b in begun))
+        args = [b[3].trainable for b in begun], frozen, in_parts(1)[0], [b[3].aux for b in begun]
+        return jit(partial(gradients, t)).lower(*args).compile().memory_analysis().argument_size_in_bytes
+
+    adapter = begin(MIXED[0], weights)[3].trainable
+    scales = CONFIG.layers * 2 * 8
+    assert arguments(4) - arguments(2) == 2 * (sum(x.nbytes for x in jax.tree.leaves(adapter)) + scales)
+
+
+def test_what_does_not_go_together_is_refused(weights):
+    t, objective, _, state, _ = begin(MIXED[0], weights)
+    moving = pairwise(P.dpo, Moving())(t.model)
+    with pytest.raises(ValueError, match="know their reference in different ways .moving, start."):
+        together([objective, moving], state.trainable)
+    with pytest.raises(ValueError, match="the objective <lambda> has no halves `see` and `judge`"):
+        together([objective, lambda *_: None], state.trainable)
+    with pytest.raises(ValueError, match="3 adapters don't divide into blocks of 2"):
+        together([objective] * 3, state.trainable, at_once=2)

@@ -130,7 +130,7 @@ class Coupled:
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """Refused: see above."""
         name = getattr(self.fn, "__name__", repr(self.fn))
-        raise TypeError(f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled")
+        raise ValueError(f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled")
 
 
 def unwrap(loss: Callable) -> Callable:

@@ -1,0 +1,65 @@
+"""A working directory for whole runs on preference pairs: a tiny Llama, pairs, and a config with every knob that a test needs."""
+
+from tiny_run import write_place, write_rows
+
+CONFIG = '''"""Preferences of a tiny Llama."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxft import optim
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.generate import Sampling
+from jaxft.lora import Adapter
+from jaxft.objectives.pairwise import Moving, implicit, preference
+from jaxft.objectives.preference import dpo
+from jaxft.prepare import adapter_settings
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": Moving(0.5, 2), "none": None}
+
+
+def config(
+    model: str = "base", data: str = "pairs.jsonl", held_out: str | float | None = 0.2, name: str = "tiny", lr: float = 1e-2,
+    loss: Callable = dpo, beta: float = 0.1, reference: Literal["start", "precomputed", "moving", "none"] = "start",
+    reward: Callable = implicit, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
+    micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0,
+) -> Run:
+    llm = model_for(model, dtype=jnp.float32)
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(preference, loss=loss, reference=REFERENCES[reference], beta=beta, reward=reward),
+        data=PairRows(data, held_out=held_out, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs, third=third),
+        source=pair_source,
+        adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
+        start=start,
+        optim=optim.Optim(lr=lr, schedule=optim.constant, warmup=0.0),
+        loop=Loop(steps=steps, save_every=1),
+        samples=0,
+        sampling=Sampling(max_new=4),
+        seed=seed,
+    )
+'''
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def pairs(count=24):
+    """A rule that any model can learn: the answer says yes, not no."""
+    return [
+        {"prompt": f"{i} {WORDS[i % 10]}?", "chosen": "yes " + WORDS[i % 7], "rejected": "no " + " ".join(WORDS[: 1 + i % 4])}
+        for i in range(count)
+    ]
+
+
+def write_pair_place(folder):
+    """base/, pairs.jsonl and config.py."""
+    write_place(folder)
+    write_rows(folder / "pairs.jsonl", pairs())
+    (folder / "config.py").write_text(CONFIG)

@@ -1,0 +1,143 @@
+"""Whole runs on preference pairs: gone on with is uninterrupted, on a mesh as on one device, held-out numbers, mistakes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from dpo_place import write_pair_place
+from test_run import WATCH
+from tiny_run import Place
+
+F = "jaxft.objectives.reference_free"
+P = "jaxft.objectives.preference"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pair_place(folder)
+    return Place(folder)
+
+
+def run(place, *argv, code=0, **options):
+    assert place.run(*argv, JAXFT_CACHE=str(place.folder / "cache"), **options) == code, place.err()
+    return place.out()
+
+
+def steps_of(place, name):
+    return [line for line in place.metrics(name) if "loss" in line]
+
+
+KINDS = {
+    "full": ["full=true", "reference=precomputed", "lr=0.001"],
+    "moving": ["reference=moving"],
+    "bco": [f"loss={F}:bco", "third=mismatched", "micro=2"],
+}
+AUX = {"full": set(), "moving": {"reference", "steps"}, "bco": {"loss"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
+    run(place, *KINDS[kind], "steps=5", f"name={kind}-alone")
+    run(place, *KINDS[kind], "steps=2", f"name={kind}")
+    shutil.rmtree(place.folder / "cache")  # the reference is the model at step 0, not the one that is restored
+    out = run(place, *KINDS[kind], "steps=5", f"name={kind}")
+    assert "going on after step 2" in out and ("24 to compute" in out) == (kind == "full")
+    assert steps_of(place, kind) == steps_of(place, f"{kind}-alone") and len(steps_of(place, kind)) == 5
+    assert place.leaves(kind, 5) == place.leaves(f"{kind}-alone", 5)
+    assert {path.split("/")[1] for path in place.leaves(kind, 5) if path.startswith("aux/")} == AUX[kind]
+
+
+def test_a_reference_on_disk_serves_every_run_of_that_model_and_no_other(place):
+    argv, told = ["full=true", "reference=precomputed", "steps=1"], "reference log-probs: {} of 24 pairs found, {} to compute"
+    shutil.rmtree(place.folder / "cache", ignore_errors=True)
+    assert told.format(0, 24) in run(place, *argv, "name=first")
+    assert told.format(24, 0) in run(place, "reference=precomputed", "steps=1", "name=second", "micro=2", "seed=3")
+    changed = shutil.copytree(place.folder / "base", place.folder / "changed") / "model.safetensors"
+    data = changed.read_bytes()
+    changed.write_bytes(data[:-4] + bytes(4))
+    assert told.format(0, 24) in run(place, *argv, "model=changed", "name=other-model")
+    run(place, "steps=1", "name=sft")
+    other = shutil.copytree(place.runs("sft") / "adapter", place.folder / "other-adapter") / "adapter_model.safetensors"
+    data = other.read_bytes()
+    other.write_bytes(data[:-4] + bytes(4))
+    for start in ("runs/sft", "other-adapter"):
+        name = f"after-{Path(start).name}"
+        assert told.format(0, 24) in run(place, "reference=precomputed", "steps=1", f"start={start}", f"name={name}")
+        first = steps_of(place, name)[0]
+        assert first["loss"] == pytest.approx(0.6931472, rel=1e-5) and abs(first["rewards/margins"]) < 1e-4
+
+
+@pytest.mark.parametrize("loss", (f"{P}:dpo", f"{F}:kto"))
+def test_held_out_numbers_do_not_depend_on_the_batch_and_a_mesh_has_those_of_one_device(place, loss):
+    argv, found = [f"loss={loss}", "third=mismatched", "lr=0.001", "steps=2"], {}
+    for batch, devices in ((8, 1), (5, 1), (8, 8)):
+        name = f"{loss.rpartition(':')[2]}-{batch}-{devices}"
+        mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"] if devices == 8 else []
+        run(place, *argv, *mesh, f"batch={batch}", f"name={name}", devices=devices)
+        found[batch, devices] = place.metrics(name)
+    before = found[8, 1][0]
+    assert before["step"] == 0 and {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_kl"} <= before.keys()
+    for name, value in before.items():
+        assert found[5, 1][0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    for one, many in zip(found[8, 1], found[8, 8], strict=True):
+        chance = () if one["step"] > 1 else ("accurac", "correlation", "label_noise")  # signs of margins that are rounding
+        for name in one.keys() - {"num_tokens"}:
+            if not any(word in name for word in chance):
+                assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
+def test_nothing_is_compiled_once_the_loop_has_begun(place):
+    for kind in ("bco", "full"):
+        out = run(place, *KINDS[kind], f"name=watch-{kind}", "loop.eval_every=1", hook=WATCH)
+        assert "compiled before the loop: True" in out and "compiled since: []" in out
+
+
+LOSSES = '''"""A user's own losses."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.objectives.preference import aot
+
+
+def margin_of_tokens(pair, scale=0.5):
+    """DPO of log-ratios whose tokens are clipped, with the policy's and the reference's log-probs of each token."""
+    ratio = jnp.clip(pair.tokens.logp - pair.tokens.reference, -2, 2)
+    total = pair.total(ratio)
+    return -jax.nn.log_sigmoid(scale * (total["chosen"] - total["rejected"]))
+
+
+def mean_of_pairs(pair):
+    return jnp.mean(pair.chosen.ratio)
+
+
+hidden = lambda pair: aot(pair, {}) + 0
+'''
+
+
+def test_a_loss_in_a_file_of_the_users_trains(place):
+    (place.folder / "mine.py").write_text(LOSSES)
+    run(place, "loss=mine.py:margin_of_tokens", "name=mine", "steps=8")
+    found = [line["loss"] for line in steps_of(place, "mine")]
+    assert found[0] == pytest.approx(0.6931472, rel=1e-5) and found[-1] < 0.6
+    assert "margin_of_tokens" in (place.runs("mine") / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["loss=mine.py:mean_of_pairs"], "gives one value a pair"),
+        (["loss=mine.py:hidden"], "aot couples the pairs of a batch; give it to preference(...) itself"),
+        (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
+        (["reference=none"], "without a reference the implicit reward is unknown; give preference(...) reward=summed"),
+        (["reference=none", "reward=jaxft.objectives.pairwise:summed"], "this loss compares with a reference"),
+        ([f"loss={F}:kto"], "kto needs a third answer `mismatched`"),
+        ([f"loss={F}:tpo"], "tpo needs a third answer `gold`"),
+        (["reference=sometimes"], "one of start, precomputed, moving, none"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(place, argv, words):
+    (place.folder / "mine.py").write_text(LOSSES)
+    run(place, *argv, "name=wrong", code=1)
+    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1
