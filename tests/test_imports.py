@@ -18,7 +18,7 @@ LAYERS = (
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference"},
-    {"train", "evaluate", "prepare", "report"},
+    {"train", "evaluate", "prepare", "report", "together"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
