@@ -1,0 +1,59 @@
+"""Runs side by side: the table's numbers, which columns and curves it has, and that a picture is one."""
+
+import pytest
+
+from jaxft.compare import Table, panels, write
+from jaxft.plots import Panel, draw
+
+NAMES = ("eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_logps/rejected", "eval_kl")
+BEFORE = dict(zip(NAMES, (0.69, 0.4, -50.0, -48.0, 0.0), strict=True))
+AFTER = dict(zip(NAMES, (0.5, 0.9, -47.0, -60.0, 0.2), strict=True))
+SUPERVISED = {"eval_loss": 3.0, "eval_mean_token_accuracy": 0.5, "general_loss": 3.5}
+
+
+def test_log_probs_are_told_as_what_was_gained_since_step_0():
+    table = Table.of(("a", "b"), (BEFORE, BEFORE), (AFTER, BEFORE))
+    assert table.titles == ("held-out loss", "accuracy", "margin, nats", "chosen, nats", "KL a token")
+    assert table.as_json()["a"] == {
+        "held-out loss": 0.5, "accuracy": 0.9, "margin, nats": 15.0, "chosen, nats": 3.0, "KL a token": 0.2,
+    }  # fmt: skip
+    assert table.as_json()["b"]["margin, nats"] == 0.0
+
+
+def test_a_column_is_there_if_one_run_has_its_number_and_the_others_show_a_dash():
+    table = Table.of(("a", "sft"), (BEFORE, SUPERVISED), (AFTER, SUPERVISED))
+    assert "general loss" in table.titles and "token accuracy" not in table.titles
+    (line,) = [line for line in table.text().splitlines() if line.startswith(" sft")]
+    assert line.split() == ["sft", "3.000", "-", "-", "-", "-", "3.500"]
+    assert "| sft | 3.000 | - | - | - | - | 3.500 |" in table.markdown()
+    assert Table.of(("a",), (SUPERVISED,), (SUPERVISED,)).titles == ("held-out loss", "token accuracy", "general loss")
+    assert Table.of(("a", "b"), ({}, {}), ({}, {})).rows == ((), ())
+
+
+def lines(*steps):
+    return [{"step": step, "loss": 1 / step} for step in steps]
+
+
+def test_curves_are_of_held_out_rows_where_there_are_any_and_skip_what_was_not_finite():
+    held = [{"step": 0, **BEFORE}, {"step": 1, "loss": 0.6}, {"step": 2, **AFTER}, {"step": 2, "eval_loss": None}]
+    found = {panel.title: panel for panel in panels({"a": held})}
+    assert found["loss, held out"].curves["a"] == ([0, 2], [0.69, 0.5]) and found["loss, held out"].dashed["a"] == ([1], [0.6])
+    other = [{"step": 0, "eval_loss": 20.0}, {"step": 2, "loss": 30.0, "eval_loss": 10.0}]
+    ratio = panels({"a": held, "b": other})[0]
+    assert ratio.title == "loss over its value at step 0, held out"
+    assert ratio.curves["b"] == ([0, 2], [1.0, 0.5]) and ratio.dashed["b"] == ([2], [1.5])
+    assert found["margin since step 0, held out"].curves["a"] == ([0, 2], [0.0, 15.0])
+    assert [panel.title for panel in panels({"a": lines(1, 2)})] == ["loss"]
+
+
+def test_a_folder_gets_a_table_and_a_picture(tmp_path):
+    table = Table.of(("a", "b"), (BEFORE, BEFORE), (AFTER, AFTER))
+    write(tmp_path, "sweep", table, {"a": [{"step": 0, **BEFORE}, {"step": 3, **AFTER}], "b": lines(1, 2, 3)})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "README.md").read_text()
+    assert table.markdown() in text and "[a](<a/README.md>)" in text
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match="no curve to draw"):
+        draw("x.png", [Panel("a", "x", "y", {"a": ([], [])})], "none")
