@@ -1,9 +1,10 @@
 """What a preference loss sees: log-probs of answers by policy and reference, summed and per token."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,21 @@ class Coupled:
         """Refused: see above."""
         name = getattr(self.fn, "__name__", repr(self.fn))
         raise ValueError(f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled")
+
+
+def check_knobs(loss: Callable) -> None:
+    """Raise ValueError where a loss can't be called with the pairs alone: a knob that it doesn't have, or one without a value."""
+    inner = unwrap(loss)
+    fn, given = (inner.fn, ("pair", "state")) if isinstance(inner, Coupled) else (inner, ("pair",))
+    knobs, name = "", cast(Any, fn)
+    while isinstance(name, partial):
+        name, knobs = name.func, knobs or ", ".join(f"{key}={value}" for key, value in name.keywords.items())
+    try:
+        inspect.signature(fn).bind(*given)
+    except (TypeError, ValueError) as error:
+        found = ", ".join(list(inspect.signature(name).parameters)[len(given) :]) or "none"
+        told = f"the loss {getattr(name, '__name__', name)} has the knobs: {found}; it is called with ({', '.join(given)})"
+        raise ValueError(told + (f" and {knobs}; give it those, or leave them out of the config" if knobs else "")) from error
 
 
 def unwrap(loss: Callable) -> Callable:
