@@ -4,8 +4,11 @@ Legend of array suffixes used all over jaxft: B batch rows, T time, S source tim
 G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.tree import static, struct
@@ -55,3 +58,16 @@ class Pairs:
     reference: Float[Any, "B M"] | None = None  # the reference's log-probs where they were computed beforehand
     branches: Int[Any, "B T"] | None = None
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
+
+
+def widened(batch: Any, like: Any) -> Any:
+    """A batch of NumPy arrays with empty tokens, read positions and slots added up to the shapes of `like`."""
+    wide = jax.tree.map(lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like)
+    if not isinstance(batch, Pairs):
+        return wide
+    old, new = (b.lengths.shape[-2] * len(b.kinds) for b in (batch, like))
+    reads = batch.answers.shape[-1]
+    answers, index = np.full_like(wide.answers, new), np.full_like(wide.index, -1)
+    answers[..., :reads] = np.where(batch.answers == old, new, batch.answers)
+    index[..., : batch.index.shape[-1]] = batch.index
+    return replace(wide, answers=answers, index=index)

@@ -128,7 +128,8 @@ def _steps(root: Any, key: str, knobs: list[str]) -> tuple[str, ...]:
         names = [f.name for f in dataclasses.fields(node) if f.init]
         if step not in names:
             candidates = [f"{here}.{n}" if here else n for n in names] + ([] if i else [*knobs, *_settable(root)])
-            raise ValueError(f"unknown key {key!r}; near: {', '.join(nearest(key, candidates))}")
+            near = nearest(key, list(dict.fromkeys(candidates)))
+            raise ValueError(f"unknown key {key!r}; near: {', '.join(near)}")
         node = getattr(node, step)
     return steps
 

@@ -26,11 +26,16 @@ def make_eval_step(objective: Callable) -> Callable:
 
 def evaluate(step: Callable, batches: Iterable[Any]) -> dict[str, float]:
     """Add the metrics of every batch on the host and divide once. `step(batch) -> metrics`."""
+    return m.read(added(step, batches))
+
+
+def added(step: Callable, batches: Iterable[Any]) -> dict[str, Any]:
+    """The metrics of all batches, on the host and not yet divided."""
     total: dict[str, Any] | None = None
     for batch in batches:
         found = jax.device_get(step(batch))
         total = found if total is None else m.add(total, found)
-    return {} if total is None else m.read(total)
+    return total or {}
 
 
 def evaluate_together(see: Callable, judge: Callable, batches: Iterable[Any]) -> dict[str, float]:

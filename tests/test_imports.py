@@ -17,8 +17,8 @@ LAYERS = (
     {"sharding", "params"},
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference"},
-    {"train", "evaluate", "prepare", "report", "together"},
+    {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference", "plots", "compare"},
+    {"train", "evaluate", "prepare", "report", "samples", "together", "sweep", "sweep_programs"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

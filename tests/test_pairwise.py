@@ -11,6 +11,7 @@ from preference_rows import EVERY
 from tiny_model import assert_close, tiny
 
 from jaxft import params, sharding, tree
+from jaxft.batch import widened
 from jaxft.lora import Adapter
 from jaxft.objectives import preference as P
 from jaxft.objectives import reference_free as F
@@ -101,3 +102,33 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     slope = judged(preference(with_model(P.dpo)[3], minus_margin, beta=0.3), whole, mask, micro(laid(pool, rows=4), 1), {})
     np.testing.assert_allclose(here[0] - there[0], slope[0], rtol=1e-10)
     assert_close(jax.tree.map(jnp.subtract, here[1], there[1]), slope[1])
+
+
+@pytest.mark.parametrize("name", ("dpo", "kto", "aot"))
+def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
+    objective, table = by_table(name)
+    batch, aux = laid(pairs_for(name, count=7)), start_aux(objective)
+    more = lambda x, axis: np.empty([n + 3 * (i == axis) for i, n in enumerate(x.shape)], x.dtype)  # noqa: E731
+    slots, last = ("lengths", "mean_lengths"), {n: more(getattr(batch, n), 1) for n in ("pair_weights", "index")}
+    by_token = ("ids", "segments", "positions", "branches", "read", "targets", "answers", "places")
+    wide = {n: more(getattr(batch, n), 1) for n in by_token}
+    like = batch.replace(**wide, **last, **{n: more(getattr(batch, n), 1) for n in slots})
+    like = like.replace(columns={n: more(x, 1) for n, x in batch.columns.items()})
+    found = widened(batch, like)
+    assert found.answers.shape[-1] == batch.answers.shape[-1] + 3 and found.lengths.shape[1] == batch.lengths.shape[1] + 3
+    assert (found.index[:, -3:] == -1).all() and (found.answers[:, -3:] == found.lengths[0].size).all()
+    wanted = judged(objective, table, ONLY_W, micro(batch, 1), aux)
+    assert_same(judged(objective, table, ONLY_W, micro(found, 1), aux), wanted)
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (partial(P.sft, beta=0.1), "the loss sft has the knobs: none; it is called with .pair. and beta=0.1; give it those"),
+        (partial(F.kto, betta=0.1), "the loss kto has the knobs: beta, desirable_weight, undesirable_weight; it is called with"),
+        (lambda pair, scale: pair.chosen.ratio, "the loss <lambda> has the knobs: scale; it is called with .pair."),
+    ],
+)
+def test_a_loss_that_cannot_be_called_is_refused_at_once(loss, words):
+    with pytest.raises(ValueError, match=words):
+        preference(None, loss)

@@ -107,7 +107,7 @@ def child(folder, streams, argv, environment, devices):
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    sys.argv = [str(ROOT / "scripts" / "train.py"), *argv]
+    sys.argv = [str(ROOT / "scripts" / argv[0]), *argv[1:]]
     exec(environment["HOOK"], {})
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -119,9 +119,9 @@ class Place:
         self.folder, self.streams = folder, streams
         serve()
 
-    def start(self, *argv, devices=1, hook="", **environment):
+    def start(self, *argv, script="train.py", devices=1, hook="", **environment):
         """Begin `scripts/train.py --config config.py ...`; hook: Python that is run first, to break or watch something."""
-        argv = ["--config", "config.py", *argv]
+        argv = [script, "--config", "config.py", *argv]
         for name in ("stdout", "stderr"):
             (self.folder / f"{self.streams}.{name}").write_bytes(b"")
         settings = {"HOOK": LOOP + hook, **environment}

@@ -1,0 +1,103 @@
+"""What a sweep saves: scripts/sweep.py against scripts/train.py once a member, whole commands, as one JSON line.
+
+    python scripts/bench_sweep.py --config configs/dpo.py --over beta=0.02,0.05,0.1,0.15,0.2,0.3,0.5,1 [--alone 2] [knob=value]
+
+`whole` is the sweep command's time over that of all members' commands, of which the first `--alone` are run (half of them before
+the sweep, half after) and stand for the rest by their mean; `step` is the median time of a step over that of as many single
+steps. Peaks are the operating system's, of a whole process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--over", required=True, metavar="KNOB=A,B,...", help="a knob and its values")
+    parser.add_argument("--alone", type=int, default=2, help="members that are really run alone")
+    parser.add_argument("--at-once", type=int, default=1, help="as scripts/sweep.py has it")
+    parser.add_argument("overrides", nargs="*")
+    return parser.parse_intermixed_args()
+
+
+def timed(folder: Path, *command: str) -> tuple[float, float]:
+    """(seconds, peak GiB) of a command. Raises RuntimeError with its last words if it fails."""
+    begin = time.perf_counter()
+    with subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        words = process.stdout.read().decode(errors="replace")
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {words[-400:]}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - begin, usage.ru_maxrss * unit / 2**30
+
+
+def step_seconds(metrics: Path) -> list[float]:
+    """The time of each step but the first two."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line["perf"]["seconds"] for line in lines if "seconds" in line.get("perf", {})][2:]
+
+
+def main() -> int:
+    """Run the commands and print the ratios."""
+    a = arguments()
+    knob, _, text = a.over.partition("=")
+    values = text.split(",")
+    config = str(Path(a.config).resolve()) if Path(a.config).exists() else a.config
+    common = ["--config", config, *a.overrides]
+    single: list[tuple[float, float]] = []
+    steps: list[float] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+
+        def alone(number: int) -> None:
+            name = f"name=alone-{number}"
+            single.append(timed(folder, str(ROOT / "scripts/train.py"), *common, f"{knob}={values[number]}", name))
+            steps.extend(step_seconds(folder / f"runs/alone-{number}/metrics.jsonl"))
+            print(f"alone, {knob}={values[number]}: {single[-1][0]:.0f} s, {single[-1][1]:.2f} GiB", file=sys.stderr, flush=True)
+
+        half = (a.alone + 1) // 2
+        for number in range(half):
+            alone(number)
+        flags = ["--over", a.over, "--name", "all", "--at-once", str(a.at_once)]
+        together = timed(folder, str(ROOT / "scripts/sweep.py"), *common, *flags)
+        print(f"together: {together[0]:.0f} s, {together[1]:.2f} GiB", file=sys.stderr, flush=True)
+        for number in range(half, a.alone):
+            alone(number)
+        own = step_seconds(folder / "runs/all/metrics.jsonl")
+    print(json.dumps(_result(len(values), (single, steps), (together, own))))
+    return 0
+
+
+def _result(count: int, alone: tuple[list[tuple[float, float]], list[float]], all_: tuple[Any, list[float]]) -> dict[str, Any]:
+    seconds = statistics.mean(s for s, _ in alone[0])
+    one, many = statistics.median(alone[1]), statistics.median(all_[1])
+    return {
+        "members": count,
+        "whole": round(all_[0][0] / (count * seconds), 3),
+        "step": round(many / (count * one), 3),
+        "seconds_together": round(all_[0][0], 1),
+        "seconds_alone": [round(s, 1) for s, _ in alone[0]],
+        "step_seconds_together": round(many, 3),
+        "step_seconds_alone": round(one, 3),
+        "peak_gib_together": round(all_[0][1], 2),
+        "peak_gib_alone": round(max(g for _, g in alone[0]), 2),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A sweep: one config trained with several values of its numeric knobs, all together on one base.
+
+    python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
+    python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
+
+Every combination is a run with an adapter, optimizer, clipping, log and PEFT export of its own in runs/<name>/<knob=value,...>/.
+The base is in memory once and a reference is run once for all; each run comes out as scripts/train.py would train it alone. The
+knobs may change objective, optimizer, seed and the adapter's rank; further settings as knob=value or section.field=value.
+The same command goes on with a sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+MOST = 64  # more runs than this is most likely a mistake
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
+    parser.add_argument("--over", action="append", required=True, metavar="KNOB=A,B,...", help="a knob and its values")
+    parser.add_argument("--together", action="store_true", help="take the first values of all knobs, then the second ones, ...")
+    parser.add_argument("--name", help="the sweep's folder in runs/; by default <config>-<knobs>")
+    parser.add_argument("--at-once", type=int, default=1, help="adapters in one forward pass, a divisor of their number")
+    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, the same for all")
+    return parser
+
+
+def values(over: list[str], together: bool) -> list[list[str]]:
+    """The overrides of each run. Raises ValueError where a knob is no `knob=a,b` of numbers, or given twice."""
+    knobs: dict[str, list[str]] = {}
+    for text in over:
+        knob, equals, given = text.partition("=")
+        if not equals or not knob:
+            raise ValueError(f"--over {text}: wanted knob=a,b,... such as beta=0.05,0.1")
+        if knob in knobs:
+            raise ValueError(f"--over {knob} is given twice; put all its values behind one")
+        knobs[knob] = given.split(",")
+        for value in knobs[knob]:
+            _number(text, value)
+        if len(set(knobs[knob])) < len(knobs[knob]):
+            raise ValueError(f"--over {text}: a value comes twice")
+    if together and len({len(v) for v in knobs.values()}) > 1:
+        counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
+        raise ValueError(f"--together: the knobs have {counts} values; give each as many")
+    rows = zip(*knobs.values(), strict=True) if together else itertools.product(*knobs.values())
+    found = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
+    if len(found) > MOST:
+        raise ValueError(f"that is {len(found)} runs at once, more than {MOST}; leave some values out, or use --together")
+    return found
+
+
+def _number(text: str, value: str) -> None:
+    try:
+        ok = math.isfinite(float(value))
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError(f"--over {text}: {value!r} is no number; a sweep goes over numeric knobs")
+
+
+def main() -> int:
+    """Load the config once for each combination and train them together."""
+    args = arguments().parse_intermixed_args()
+    from dataclasses import replace
+
+    from jaxft import config, sweep, train
+
+    rows = values(args.over, args.together)
+    name = args.name or "-".join([Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
+    runs = {}
+    for row in rows:
+        run = config.load(args.config, [*args.overrides, *row])
+        if not isinstance(run, train.Run):
+            raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.Run")
+        label = ",".join(row)
+        runs[label] = replace(run, name=f"{name}/{label}")
+    return sweep.run(runs, name, at_once=args.at_once)
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,193 @@
+"""Whole sweeps: each member comes out as its run alone, also when the sweep was killed; and what goes wrong, in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from dpo_place import CONFIG, write_pair_place
+from safetensors.numpy import load_file
+from tiny_run import CONFIG as SFT_CONFIG
+from tiny_run import Place, write_rows
+
+KNOBS = (("loss=loss,", "loss=partial(loss, beta=beta),"), ("Adapter(rank=4)", "Adapter(rank=rank, alpha=8.0)"))
+GENERAL = "general.jsonl"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_pair_place(folder)
+    text = CONFIG.replace("seed: int = 0,", "seed: int = 0, rank: int = 4,", 1)
+    for old, new in KNOBS:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "config.py").write_text(text.replace("samples=0,", f'samples=0, general="{GENERAL}",'))
+    (folder / "sft.py").write_text(SFT_CONFIG.replace("Adapter(rank=4", "Adapter(rank=rank, alpha=8.0").replace("*, ", "", 1))
+    (folder / "sft.py").write_text((folder / "sft.py").read_text().replace("seed: int = 0,", "seed: int = 0, rank: int = 4,", 1))
+    write_rows(folder / "held.jsonl", [{"prompt": f"{i} six?", "chosen": "yes two", "rejected": "no one"} for i in range(30, 36)])
+    write_rows(folder / "held_rows.jsonl", [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(60, 66)])
+    return Place(folder)
+
+
+def sweep(place, *argv, code=0, **options):
+    assert place.run(*argv, script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"), **options) == code, place.err()
+    return place.out()
+
+
+def alone(place, *argv):
+    assert place.run(*argv, JAXFT_CACHE=str(place.folder / "cache")) == 0, place.err()
+
+
+def assert_same_run(place, member, other):
+    """Metrics of every step and the adapter at the end, in float32: sums in another order differ in the last digits."""
+    found, wanted = place.metrics(member), place.metrics(other)
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for one, two in zip(found, wanted, strict=True):
+        chance = ("accurac", "correlation", "label_noise") if one["step"] <= 1 else ()  # signs of margins that are rounding
+        assert one.keys() == two.keys()
+        for name, value in two.items():
+            if not any(word in name for word in chance):
+                assert one[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (member, one["step"], name)
+    mine, theirs = (load_file(place.runs(name) / "adapter" / "adapter_model.safetensors") for name in (member, other))
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].shape == value.shape
+        np.testing.assert_allclose(mine[name], value, atol=2e-3 * max(1e-3, float(np.abs(value).max())), err_msg=name)
+
+
+SWEEPS = {
+    "knobs": (["steps=4", "loop.eval_every=2", "lr=0.002"], ["beta=0.1,0.5", "rank=2,5"]),
+    "seeds": (["steps=4", "held_out=held.jsonl", "lr=0.002", "micro=2"], ["seed=0,3"]),
+    "coupled": (["loss=jaxft.objectives.reference_free:bco", "steps=3", "loop.eval_every=1", "micro=2"], ["lr=0.001,0.002"]),
+    "precomputed": (["reference=precomputed", "steps=3"], ["beta=0.1,0.3"]),
+    "moving": (["reference=moving", "steps=5"], ["lr=0.001,0.003", "beta=0.1,0.2"]),
+}
+
+
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_every_member_is_its_run_alone(place, kind):
+    settings, over = SWEEPS[kind]
+    flags = ["--at-once", "2"] if kind == "moving" else []
+    out = sweep(place, *settings, *[x for knob in over for x in ("--over", knob)], "--name", kind, *flags)
+    members = list(json.loads((place.runs(kind) / "config.json").read_text())["members"])
+    wanted = 1
+    for knob in over:
+        wanted *= len(knob.split(","))
+    assert len(members) == wanted and all(member in out for member in members)
+    for number in (0, wanted - 1):
+        alone(place, *settings, *members[number].split(","), f"name={kind}-{number}")
+        assert_same_run(place, f"{kind}/{members[number]}", f"{kind}-{number}")
+    table = json.loads((place.runs(kind) / "summary.json").read_text())["members"]
+    own = json.loads((place.runs(f"{kind}-0") / "summary.json").read_text())["after"]["metrics"]
+    assert table[members[0]]["held-out loss"] == pytest.approx(own["eval_loss"], rel=2e-3)
+    assert table[members[0]]["general loss"] == pytest.approx(own["general_loss"], rel=2e-3)
+
+
+def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
+    settings = ["data.held_out=held_rows.jsonl", "lr=0.003", "steps=3", "samples=0"]
+    with_config = lambda *argv: ["--config", "sft.py", *argv]  # noqa: E731  # the last one counts
+    sweep(place, *with_config(*settings, "--over", "seed=0,1", "--over", "rank=2,4", "--together", "--name", "sft"))
+    for number, member in enumerate(("seed=0,rank=2", "seed=1,rank=4")):
+        alone(place, *with_config(*settings, *member.split(","), f"name=sft-{number}"))
+        assert_same_run(place, f"sft/{member}", f"sft-{number}")
+
+
+def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
+    argv = ["steps=6", "loop.eval_every=2", "--over", "beta=0.1,0.4"]
+    sweep(place, *argv, "--name", "whole")
+    process = place.start(*argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"))
+    place.wait_for(process, lambda: len(place.checkpoints("killed")) > 0)
+    process.kill()
+    process.join()
+    process = place.start(*argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"))
+    place.wait_for(process, place.loops)
+    process.terminate()
+    process.join()
+    assert process.exitcode in (0, 143)
+    out = sweep(place, *argv, "--name", "killed")
+    assert "going on after step" in out or "is finished" in out
+    assert place.leaves("killed", 6) == place.leaves("whole", 6)
+    for member in ("beta=0.1", "beta=0.4"):
+        assert place.metrics(f"killed/{member}") == place.metrics(f"whole/{member}")
+        files = [place.runs(f"{name}/{member}") / "adapter" / "adapter_model.safetensors" for name in ("killed", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert "this sweep is finished (6 steps)" in sweep(place, *argv, "--name", "killed")
+
+
+def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
+    sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
+    fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
+    assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(line.get("skipped", 0) for line in fine)
+    alone(place, "steps=5", "lr=0.002", "name=tame")
+    assert_same_run(place, "wild/lr=0.002", "tame")
+
+
+def test_nothing_is_compiled_once_the_loop_has_begun(place):
+    from test_run import WATCH
+
+    for number, more in enumerate(([], ["loss=jaxft.objectives.reference_free:bco"], ["reference=moving"])):
+        out = sweep(place, *more, "loop.eval_every=1", "--over", "lr=0.001,0.002", "--name", f"watch-{number}", hook=WATCH)
+        assert "compiled before the loop: True" in out and "compiled since: []" in out
+
+
+MINE = '''"""Losses to try."""
+
+import jax
+
+
+def mine(pair, beta=0.3):
+    return -jax.nn.log_sigmoid(beta * (pair.chosen.ratio - pair.rejected.ratio))
+
+
+def backwards(pair, beta=0.3):
+    return -jax.nn.log_sigmoid(beta * (pair.rejected.ratio - pair.chosen.ratio))
+'''
+
+
+def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
+    (place.folder / "mine.py").write_text(MINE)
+    bench = lambda *argv: place.run(*argv, script="loss_bench.py", JAXFT_CACHE=str(place.folder / "cache"))  # noqa: E731
+    argv = ["--loss", "mine.py:mine", "--against", "kto", "ipo", "--steps", "3", "--set", "lr=0.002", "--out", "runs/bench"]
+    assert bench(*argv) == 0, place.err()
+    out = place.out()
+    (folder,) = [p for p in (place.folder / "runs" / "bench").iterdir() if p.is_dir()]
+    assert (folder / "curves.png").stat().st_size > 1000 and "margin, nats" in out
+    assert {p.name for p in folder.iterdir() if (p / "adapter").is_dir()} == {"mine", "kto", "ipo"}
+    alone(place, "lr=0.002", "steps=3", "third=mismatched", "loop.eval_every=1", "beta=0.3", "loss=mine.py:mine", "name=mine")
+    assert_same_run(place, f"bench/{folder.name}/mine", "mine")
+    assert bench(*argv) == 0 and "this sweep is finished (3 steps)" in place.out() and "margin, nats" in place.out()
+    assert bench("--loss", "mine.py:backwards", "--against") == 1
+    assert "FAIL" in place.out() and "nothing is trained" in place.out()
+    assert bench("--loss", "kto", "--against", "tpo") == 1
+    assert "some losses want a third answer gold and some mismatched; try them in two runs" in place.err()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--over", "beta"], "--over beta: wanted knob=a,b,... such as beta=0.05,0.1"),
+        (["--over", "beta=0.1,high"], "'high' is no number; a sweep goes over numeric knobs"),
+        (["--over", "beta=0.1,0.1"], "a value comes twice"),
+        (["--over", "beta=0.1", "--over", "beta=0.2"], "--over beta is given twice"),
+        (["--over", "bata=0.1,0.2"], "unknown key 'bata'; near: data, beta, batch"),
+        (["--over", "beta=0.1,0.2", "--over", "lr=1,2,3", "--together"], "the knobs have 2 (beta), 3 (lr) values"),
+        (["--over", "batch=4,8"], "differ in data.batch: 4 -> 8; runs that are trained together differ in name, objective"),
+        (["--over", "epochs=1,2"], "differ in data.epochs"),
+        (["--over", "lr=1,2", "full=true"], "without full=true"),
+        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapters with dropout are trained alone; set it to 0"),
+        (["--over", "seed=1,2"], "data.held_out=0.2 is drawn by the seed, and the seeds differ; give a file, or held_out=none"),
+        (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(place, argv, words):
+    sweep(place, *argv, "--name", "wrong", code=1)
+    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1
+
+
+def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
+    sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
+    sweep(place, "steps=4", "--over", "beta=0.1,0.3", "--name", "same", code=1)
+    assert "this sweep is of beta=0.1, beta=0.2; found beta=0.1, beta=0.3; choose another --name" in place.err()
+    sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
+    assert "was started with other settings (optim.lr: 0.01 -> 0.5)" in place.err()
+    assert "going on after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
