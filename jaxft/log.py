@@ -221,6 +221,10 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sinks = open_trackers(trackers, self.folder)
         self._again = cut(self.folder / "metrics.jsonl", start_step)
+        self.alarms: list[str] = []
+        self.first: dict[str, Any] = {}  # of every name in metrics.jsonl the first value,
+        self.last: dict[str, Any] = {}  # and the newest; see listen()
+        self._hear: Callable[[dict[str, Any]], list[str]] = lambda entry: []
         self._file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._sinks.append(_tensorboard(self.folder, start_step))
         self._console = console or Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
@@ -260,6 +264,30 @@ class Log:
             self._losses.append(float(metrics["loss"]))
         if self._live is None and not self.quiet:
             self._print(self._plain(step, metrics, perf))
+        for told in self._hear(entry):
+            self.message(told)
+
+    def listen(self, watch: Callable | None) -> None:
+        """Ask `watch(memory, entry, last) -> (memory, lines, alarms)` about every entry of metrics.jsonl and say what it says.
+
+        memory is {} at first, last: of the finished run. Entries from before a restart come first; what there was to say of
+        them has been said. `alarms` keeps all alarms, `first` and `last` the run's numbers.
+        """
+        memory: dict[str, Any] = {}
+
+        def hear(entry: dict[str, Any]) -> list[str]:
+            nonlocal memory
+            self.first, self.last = {**entry, **self.first}, {**self.last, **entry}
+            if watch is None:
+                return []
+            last = entry["step"] == self.total_steps and "loss" not in entry
+            memory, lines, alarms = watch(memory, entry, last)
+            self.alarms += (alarms := [f"alarm after step {entry['step']}: {text}" for text in alarms])
+            return [*lines, *alarms]
+
+        for entry in read(self.folder / "metrics.jsonl"):
+            hear(entry)
+        self._hear = hear
 
     def message(self, text: str) -> None:
         """Say something, above the live view where there is one."""

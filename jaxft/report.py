@@ -1,11 +1,11 @@
-"""What a run tells its user: the opening lines, speed, samples, the exported weights and the model card."""
+"""What a run tells its user: the opening lines, speed, the exported weights and the model card."""
 
 import collections
 import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import jax
 import numpy as np
 
 from jaxft import devices, lora, metrics, params, prepare
-from jaxft.batch import Pairs
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, sft_source
-from jaxft.generate import Sampling, left_pad, make_generate
 from jaxft.params import Model
 from jaxft.weights import hf, hub, peft
 
@@ -53,87 +51,6 @@ def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes:
     return lines
 
 
-def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) of the first `count` held-out examples: the answer begins at the first token with a loss."""
-    found: list[tuple[list[int], list[int]]] = []
-    for batch in source.held_out:
-        for row in range(batch.ids.shape[1]):
-            ids, segments = batch.ids[0, row], batch.segments[0, row]
-            if isinstance(batch, Pairs):
-                found += _pair_prompts(batch, row, count - len(found))
-                continue
-            reads = batch.read[0, row][batch.token_weights[0, row] > 0]
-            for segment in range(1, int(segments.max(initial=0)) + 1):
-                inside = np.flatnonzero(segments == segment)
-                first = reads[segments[reads] == segment].min() + 1
-                if len(found) < count and first > inside[0]:
-                    found.append((ids[inside[0] : first].tolist(), ids[first : inside[-1] + 1].tolist()))
-    return found
-
-
-def _pair_prompts(batch: Pairs, row: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, ids of the preferred answer) of up to `count` pairs of a row."""
-    found = []
-    kinds = len(batch.kinds)
-    for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
-        where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
-        if not len(where):
-            continue
-        last = batch.read[0, row, where[0]]
-        inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
-        found.append((batch.ids[0, row, inside[0] : last + 1].tolist(), batch.targets[0, row, where].tolist()))
-    return found
-
-
-def last_question(tokenizer: Any) -> Callable[[str], str | None]:
-    """Picks the user's last words out of a prompt that the chat template has rendered; None where they can't be told apart."""
-
-    def render(*texts: str) -> str:
-        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=False)]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    try:
-        before, _, tail = render("Qx7w").partition("Qx7w")
-        between = render("Qx7w", "Zk9y", "Jv5u").partition("Zk9y")[2].partition("Jv5u")[0]
-    except Exception:  # no template, or one that refuses so plain a conversation
-        return lambda text: None
-    header = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
-
-    def pick(text: str) -> str | None:
-        _, found, rest = text.removesuffix(tail).rpartition(header)
-        return rest.strip() if header and found and text.endswith(tail) else None
-
-    return pick
-
-
-def answerer(model: Model, s: Sampling, whole: Any, source: Source, tokenizer: Any, count: int) -> Callable:
-    """`answer(params)`: the first `count` held-out prompts with the model's completion and the row's own answer, as text.
-
-    Compiled here for `whole`, the shapes of the parameters.
-    """
-    pairs = held_out_prompts(source, count)
-    if not pairs:
-        return lambda params: []
-    prompts, key = left_pad([prompt for prompt, _ in pairs], len(pairs)), jax.random.key(0)
-    stop = stop_tokens(model.config.eos, tokenizer)
-    generate: Any = make_generate(model, s, stop)
-    run = generate.lower(whole, prompts, key).compile()
-    question = last_question(tokenizer)
-    plain = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
-    asked = [question(tokenizer.decode(prompt)) or plain(prompt) for prompt, _ in pairs]
-    whole_answer = lambda row: row[-1] < 0 or int(row[-1]) in stop  # noqa: E731
-
-    def answer(params: Any) -> list[dict[str, str]]:
-        found = np.asarray(run(params, prompts, key))
-        texts = [plain(row[row >= 0].tolist()) + ("" if whole_answer(row) else " [...]") for row in found]
-        return [
-            {"prompt": prompt, "completion": text, "reference": plain(wanted)}
-            for prompt, text, (_, wanted) in zip(asked, texts, pairs, strict=True)
-        ]
-
-    return answer
-
-
 def check_ids(source: Source | None, model: Model, ref: str) -> None:
     """Raise ValueError for a token that the model has no embedding for: a gather would take another row instead."""
     largest = source.stats.get("largest_id", 0) if source else 0
@@ -148,17 +65,15 @@ class Meter:
     """Adds up the steps between two logged ones on the host, one step behind the device, and counts the bad ones.
 
     counters: what a checkpoint keeps, so that a run that goes on logs the same numbers. A step that was not finite adds
-    nothing but its tokens; only a window without another one shows its numbers.
+    nothing but its tokens; only a window without another one shows its numbers. A Disagreement wants pairs that the model hasn't
+    learned from: it is that of the first epoch so far, in which every pair is scored before its own update.
     """
 
     def __init__(self, t: prepare.Trained, rates: np.ndarray, source: Source, most_bad: int, counters: dict[str, Any] | None):
-        start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}}
+        start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}, "epoch": {}}
         self._counters = {**start, **(counters or {})}
         self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
-        self._sums = {
-            name: getattr(metrics, kind)(*(np.asarray(x, np.float64) for x in numbers))
-            for name, (kind, *numbers) in self._counters["window"].items()
-        }
+        self._sums, self._epoch = metrics.loaded(self._counters["window"]), metrics.loaded(self._counters["epoch"])
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
         self._device = jax.devices()[0]
@@ -183,6 +98,9 @@ class Meter:
             step, tokens, found = self._waiting.popleft()
             now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
             bad = bool(now.pop("skipped").total > 0)
+            fresh = {name: now.pop(name) for name in list(now) if isinstance(now[name], metrics.Disagreement)}
+            if not bad and step < self._source.steps_per_epoch:
+                self._epoch = metrics.add(self._epoch, fresh) if self._epoch else fresh
             self._last = step
             c["num_tokens"] += tokens
             c["bad_in_a_row"] = c["bad_in_a_row"] + 1 if bad else 0
@@ -207,8 +125,7 @@ class Meter:
         """What a checkpoint after the newest step keeps. Waits for the device."""
         self._take(0)
         good = self._sums if self._counters["good"] else {}
-        kept = {name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in good.items()}
-        return {**self._counters, "window": kept}
+        return {**self._counters, "window": metrics.kept(good), "epoch": metrics.kept(self._epoch)}
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, perf) of the steps since the last reading. Waits for the device."""
@@ -216,7 +133,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         out = {
-            **metrics.read({name: self._sums[name] for name in sorted(self._sums)}),
+            **metrics.read({name: m for name, m in sorted({**self._sums, **self._epoch}.items())}),
             "skipped": self._counters["skipped"],
             "learning_rate": float(self._rates[self._last]),
             "epoch": (self._last + 1) / self._source.steps_per_epoch,
@@ -285,20 +202,21 @@ def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
     return best[0] if best and "eval_loss" in metrics and best[1] < metrics["eval_loss"] else None
 
 
-def closing(folder: Path, out: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The results in words: samples and losses before and after, where the weights are and how to try them."""
+def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: list[str]) -> list[str]:
+    """The results in words: samples, losses and what the objective says, alarms, where the weights are and how to try them."""
     lines = []
     for old, new in _pairs(before, after)[:2]:
         lines.append(f"\nasked:  {_short(old['prompt'])}\nbefore: {_short(old['completion'])}")
         lines.append(f"after:  {_short(new['completion'])}\nwanted: {_short(new['reference'])}")
     lines.append("")
-    for name, words in (("eval_loss", "loss on held-out rows"), ("general_loss", "loss on general text")):
+    for name, what in (("eval_loss", "loss on held-out rows"), ("general_loss", "loss on general text")):
         if name in after["metrics"]:
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
-            lines.append(f"{words}: {was}{after['metrics'][name]:.4f} after")
+            lines.append(f"{what}: {was}{after['metrics'][name]:.4f} after")
+    lines += [*words, *job.log.alarms]
     script = os.path.relpath(Path(__file__).parents[1] / "scripts" / "generate.py")
-    lines.append(f"weights in {out}, a summary in {folder / 'README.md'}; to try them:")
-    return [*lines, f'python {shlex.quote(script)} --run {shlex.quote(str(folder))} --prompt "..."']
+    lines.append(f"weights in {out}, a summary in {job.folder / 'README.md'}; to try them:")
+    return [*lines, f'python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} --prompt "..."']
 
 
 def _short(text: str) -> str:
@@ -317,8 +235,11 @@ def _quoted(label: str, text: str) -> str:
     return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
 
 
-def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """README.md of the run: what was trained on what, with which results, and how to use it."""
+def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: Sequence[str] = ()) -> None:
+    """README.md of the run: what was trained on what, with which results and alarms, and how to use it.
+
+    words: what the objective has to say about the run.
+    """
     run, s = job.run, job.source.stats
     located = hub.locate(run.weights, config_only=True)
     hosted = run.weights.partition("@")[0] if located.revision else None
@@ -338,6 +259,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
         )
         for old, new in _pairs(before, after)
     ]  # fmt: skip
+    told = "".join(f"\n- {line}" for line in [*words, *job.log.alarms]) + "\n" * bool(words or job.log.alarms)
     text = f"""---
 library_name: {"peft" if out.name == "adapter" else "transformers"}
 {f"base_model: {hosted}" if hosted else ""}
@@ -352,7 +274,7 @@ Every setting is in `config.json`, versions and devices in `env.json`, every ste
 | held-out metric | before | after |
 |---|---|---|
 {chr(10).join(rows)}
-
+{told}
 ## Use
 The weights are in `{out.name}/`, in the layout of {"PEFT" if out.name == "adapter" else "Hugging Face transformers"}. \
 With a clone of jaxft:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, reference, report, runfolder, sharding, tree, weights
+from jaxft import attention, devices, evaluate, metrics, prepare, reference, report, runfolder, samples, sharding, tree, weights
 from jaxft.accumulate import accumulated
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
@@ -187,10 +187,15 @@ def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any
     return p, batch
 
 
-def start(run: Run, p: Programs, restored: TrainState | None) -> tuple[TrainState, Any]:
-    """(state, frozen): weights loaded leaf by leaf, and at step 0 a fresh adapter and optimizer. A restored state has its own."""
-    store = prepare.make_store(p.trained, p.mesh, frozen_only=restored is not None)
-    whole = {"base": weights.load_base(run.weights, run.model, store)}
+def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
+    """(state, frozen): weights loaded leaf by leaf, and at step 0 a fresh adapter and optimizer. A restored state has its own.
+
+    base: the frozen base of another run, for one that trains nothing of it.
+    """
+    if base is None:
+        store = prepare.make_store(p.trained, p.mesh, frozen_only=restored is not None)
+        base = weights.load_base(run.weights, run.model, store)
+    whole = {"base": base}
     if run.adapter:
         whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
     trainable, frozen = prepare.split(p.trained, whole)
@@ -296,6 +301,7 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=r.trackers)))
         for line in report.opening(p.trained, source, steps, first, changes):
             log.message(line)
+        log.listen(getattr(p.objective, "watch", None))
         held_out = () if general is None else general.held_out
         return _go(Job(r, steps, p, tokenizer, source, held_out, saved, log, folder, record), restored)
 
@@ -312,7 +318,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     whole = tree.combine(p.state.trainable, p.frozen)
     kernel = attention.choose(p.mesh, r.model.config.head_dim, r.model.dtype)  # prompts are padded in front
     model = p.trained.model.with_attention(kernel)
-    answer = report.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
+    answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
@@ -367,9 +373,11 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
         best: Any = job.saved.restore(p.state, better)
         kept_at = report.export(p.trained, tree.combine(best[0].trainable, frozen), r, job.tokenizer, job.folder / "best")
         log.message(f"the held-out loss was lower after step {better} than at the end; the weights of that step are in {kept_at}")
-    report.write_card(job, out, before, after)
-    runfolder.write_json(job.folder / "summary.json", {"steps": job.steps, "before": before, "after": after})
-    for line in report.closing(job.folder, out, before, after):
+    words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
+    report.write_card(job, out, before, after, words)
+    summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
+    runfolder.write_json(job.folder / "summary.json", summary)
+    for line in report.closing(job, out, before, after, words):
         log.message(line)
     return 0
 

@@ -17,8 +17,9 @@ from jaxft import tree
 from jaxft.batch import Pairs
 from jaxft.metrics import Correlation, Disagreement, Sum
 from jaxft.objectives.logps import gather_read, token_logps
-from jaxft.objectives.scored import Answer, Coupled, Scored, scored, unwrap
+from jaxft.objectives.scored import Answer, Coupled, Scored, check_knobs, scored, unwrap
 from jaxft.objectives.sft import sft
+from jaxft.objectives.watch import watch, words
 from jaxft.params import Model
 from jaxft.tree import struct
 
@@ -60,7 +61,8 @@ class Preference:
 
     see(params, batch, key, aux) -> Seen; judge(seen, aux) -> (loss, metrics) of one microbatch or, concatenated, of many.
     start(trainable, at_base) -> aux; after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> the answers' log-probs
-    [B, M]; text is the objective that measures general text.
+    [B, M]; text is the objective that measures general text. watch(memory, entry, last) and words(first, last) tell the user what
+    the numbers mean, see watch.py.
     """
 
     see: Callable[..., Seen]
@@ -69,6 +71,8 @@ class Preference:
     after_step: Callable[..., dict[str, Any]]
     logps: Callable[..., Array]
     text: Callable[..., tuple[Array, dict[str, Any]]]
+    watch: Callable[..., tuple[dict[str, Any], list[str], list[str]]]
+    words: Callable[..., list[str]]
     coupled: bool
     precomputed: bool
 
@@ -105,6 +109,7 @@ def preference(
     of the trainable leaves; "precomputed" takes log-probs that were computed once before the run; Moving follows the policy;
     None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta.
     """
+    check_knobs(loss)
     loss = unwrap(loss)
     if reference is None and reward is implicit:
         raise ValueError("without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token")
@@ -116,6 +121,8 @@ def preference(
         after_step=partial(_after_step, loss, reference),
         logps=lambda params, batch: answer_logps(model, params, batch, None).logp,
         text=sft(model),
+        watch=partial(watch, beta if reference is not None and reward is implicit else None),
+        words=words,
         coupled=coupled,
         precomputed=reference == "precomputed",
     )

@@ -1,0 +1,173 @@
+"""What to tell the user of a preference objective while it trains and at its end, from the logged numbers alone.
+
+`watch` is a fold over the entries of metrics.jsonl, so a run that was killed and goes on says what it would have said.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+Told = tuple[dict[str, Any], list[str], list[str]]  # what to remember, lines that tell, alarms
+
+WINDOW = 5  # logged steps whose mean is one point of a curve
+FALLS = 3  # points in a row, each below the one before
+NATS, SHARE = 2.0, 0.03  # a fall that matters: at least so many nats an answer, and this share of its log-prob at step 0
+ERRORS = 5  # standard errors that a fall is above the noise of small batches
+WORSE = 2  # times as far down, and it is said again
+LOST = 0.07  # of accuracy: a fall that matters
+LABELS, GUESSING = 0.1, 0.4  # shares of labels that look flipped: worth an advice, and too many to be believed
+LOSSES = "jaxft.objectives.preference"
+SIDES = "eval_rewards/accuracies_chosen_"
+
+
+def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
+    """One entry of metrics.jsonl: (memory for the next one, lines, alarms). memory is {} at first; last: of the finished run.
+
+    beta: of a reward that is beta times the log-ratio to a reference, None for another one.
+    """
+    number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
+    memory, lines, alarms = {**memory}, [], []
+    for check in (_first_loss, _falling, _overfitting, _only_length):
+        now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
+        memory[check.__name__] = now
+        lines += said
+        alarms += alarm
+    return memory, lines, alarms
+
+
+def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Before the first update policy and reference are the same model, and every loss has a value that is known then."""
+    own = "eval_" if n["step"] == 0 else ""
+    found, theory = n.get(f"{own}loss"), n.get(f"{own}loss_at_reference")
+    if n["step"] > 1 or found is None or theory is None:
+        return memory, [], []
+    told = f"the {'held-out loss before training' if own else 'first loss'} is {found:.4f}, theory says {theory:.4f}"
+    if abs(found - theory) <= 0.01 + 0.05 * abs(theory):  # in bfloat16 two programs are apart by as much as a percent
+        return {"told": True}, [] if memory else [f"{told}: policy and reference begin as the same model, as they should"], []
+    return memory, [], [
+        f"{told}: policy and reference should begin as the same model and don't. It may be dropout (set it to 0), reference "
+        "log-probs that were computed with other weights (JAXFT_CACHE holds them; empty it), or a loss of your own that looks at "
+        "more than log-probs"
+    ]  # fmt: skip
+
+
+def _falling(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """The chosen answers' log-prob keeps falling: on held-out pairs from step 0 on, in training against the reference."""
+    memory, depths = {"said": 0.0, **memory}, []
+    if "eval_logps/chosen" in n:
+        curve = [*memory.get("held_out", []), n["eval_logps/chosen"]][-3:]
+        memory.update(held_out=curve, start=memory.get("start", curve[0]))
+        depth = memory["start"] - curve[-1]
+        if (_down(curve, 3) or last) and depth > max(NATS, SHARE * abs(memory["start"])):
+            depths.append((depth, "below step 0 on the held-out pairs"))
+    if beta and "rewards/chosen" in n and "logps/chosen" in n:
+        ratio = n["rewards/chosen"] / beta
+        memory, depth = _window(memory, ratio)
+        if depth > max(NATS, SHARE * abs(n["logps/chosen"] - ratio)):
+            depths.append((depth, f"below the reference, falling for {FALLS * WINDOW} logged steps"))
+    alarms = []
+    for depth, where in depths:
+        if depth > WORSE * memory["said"]:
+            memory["said"] = depth
+            alarms.append(
+                f"the chosen answers keep losing log-prob: {depth:.1f} nats an answer {where}. What takes their place "
+                "may be neither answer (likelihood displacement, Razin et al. 2024, arXiv:2410.08847). Lower optim.lr, raise "
+                f"beta, or hold the chosen answer up: {LOSSES}:dpop, or mix((dpo, 1.0), (sft, 1.0)) of that file"
+            )
+    return memory, [], alarms
+
+
+def _down(curve: list[float], points: int) -> bool:
+    """Whether the last points of a curve fall one after the other."""
+    return len(curve) >= points and all(a > b for a, b in pairwise(curve[-points:]))
+
+
+def _window(memory: dict[str, Any], value: float) -> tuple[dict[str, Any], float]:
+    """Add a logged value. The depth below 0 where windows keep falling and it is beyond the noise, else 0.
+
+    The noise is the scatter inside of windows, the newest ones counting most.
+    """
+    values = [*memory.get("window", []), value]
+    if len(values) < WINDOW:
+        return {**memory, "window": values}, 0.0
+    mean = sum(values) / WINDOW
+    square, count = memory.get("noise", (0.0, 0.0))
+    square, count = 0.7 * square + sum((x - mean) ** 2 for x in values), 0.7 * count + WINDOW - 1
+    curve = [*memory.get("curve", [0.0]), mean][-FALLS - 1 :]
+    error = (square / count / WINDOW) ** 0.5
+    sure = _down(curve, FALLS + 1) and -mean > ERRORS * error
+    return {**memory, "window": [], "noise": (square, count), "curve": curve}, -mean if sure else 0.0
+
+
+def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Held-out accuracy is below its best at two measurements in a row while the margin is above what it was then."""
+    found, margin = n.get("eval_rewards/accuracies"), n.get("eval_rewards/margins")
+    if found is None or margin is None:
+        return memory, [], []
+    if found >= memory.get("best", 0.0):
+        return {"best": found, "margin": margin, "lost": memory.get("lost", LOST), "worse": False}, [], []
+    lost, worse = memory["best"] - found, margin > memory["margin"] and memory["best"] - found >= memory["lost"]
+    if not (worse and memory["worse"]):
+        return {**memory, "worse": worse}, [], []
+    return {**memory, "lost": WORSE * lost}, [], [
+        f"the margin grows and held-out accuracy falls: {memory['best']:.2f} at its best, {found:.2f} now. The model learns the "
+        "pairs by heart: fewer data.epochs, a larger beta, a lower optim.lr, or weights of an earlier step"
+    ]  # fmt: skip
+
+
+def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """At the end the model should know more about held-out pairs than which answer is longer."""
+    found, guess = n.get("eval_rewards/accuracies"), _by_length(n)
+    if not last or found is None or guess is None or found > guess[0]:
+        return memory, [], []
+    return memory, [], [
+        f"held-out accuracy is {found:.2f} and always taking the {guess[1]} answer gives {guess[0]:.2f}: nothing was learned but "
+        "length, if that. Train longer or with a higher optim.lr, look at the pairs for flipped labels, or take length out of "
+        f"the loss: {LOSSES}:rdpo, or length_desensitised(dpo) of that file"
+    ]  # fmt: skip
+
+
+def _by_length(n: dict[str, float]) -> tuple[float, str] | None:
+    """(accuracy, which) of the better guess that looks at nothing but length, on held-out pairs."""
+    longer = n.get("eval_length/accuracy_if_longer_wins")
+    return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
+
+
+def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+    """How the run went, in plain lines. first, last: of every name in metrics.jsonl the first value and the newest."""
+    lines = []
+    known = lambda *names: all(isinstance(last.get(name), int | float) for name in names)  # noqa: E731
+    if known("eval_rewards/accuracies"):
+        guess = _by_length(last)
+        beside = f"; always taking the {guess[1]} answer gives {guess[0]:.2f}" if guess else ""
+        lines.append(f"held-out accuracy: {_change('eval_rewards/accuracies', first, last, 2)}{beside}")
+    if known("eval_rewards/margins"):
+        lines.append(f"held-out margin of the rewards: {_change('eval_rewards/margins', first, last, 3)}")
+    if known("eval_logps/chosen"):
+        lines.append(f"log-prob of the chosen held-out answers: {_change('eval_logps/chosen', first, last, 1)}")
+    if known("eval_kl"):
+        lines.append(f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated on the held-out answers")
+    if known("eval_length/margin_correlation"):
+        each = [
+            f"{last[name]:.2f} where the chosen answer is {kind}"
+            for kind, name in (("longer", f"{SIDES}longer"), ("alike", f"{SIDES}alike"), ("shorter", f"{SIDES}shorter"))
+            if known(name)
+        ]
+        told = f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}"
+        lines.append("; accuracy ".join([told, ", ".join(each)] if each else [told]))
+    if known("label_noise"):
+        lines.append(_labels(last["label_noise"]))
+    return lines
+
+
+def _labels(share: float) -> str:
+    """What the estimate of flipped labels says. A model that has learned nothing disagrees with half of the labels."""
+    told = f"labels: the model disagrees with {100 * share:.0f} % of the pairs that it is surest of before it learns from them"
+    if share >= GUESSING:
+        return f"{told}: it has learned too little to judge them"
+    advice = f"; {LOSSES}:robust or cdpo with that label_smoothing is made for them" if share >= LABELS else ""
+    return f"{told}, which is an estimate of how many are flipped{advice}"
+
+
+def _change(name: str, first: dict[str, Any], last: dict[str, Any], digits: int) -> str:
+    before, after = first.get(name), f"{last[name]:.{digits}f}"
+    return f"{before:.{digits}f} before, {after} after" if isinstance(before, float) else after

@@ -1,0 +1,219 @@
+"""What a preference run tells its user: alarms that fire where they should and nowhere else, and closing words."""
+
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+from dpo_place import write_pair_place
+from tiny_run import Place
+
+from jaxft.log import Log, read
+from jaxft.objectives.watch import FALLS, WINDOW, watch, words
+
+BETA = 0.1
+
+
+def heard(entries, beta=BETA, total=None):
+    """(lines, [(step, alarm)]) of a run's entries."""
+    memory, lines, alarms = {}, [], []
+    for entry in entries:
+        memory, said, found = watch(beta, memory, entry, entry["step"] == total and "loss" not in entry)
+        lines += said
+        alarms += [(entry["step"], text) for text in found]
+    return lines, alarms
+
+
+def trained(ratios, logp=-100.0):
+    """Entries of training steps whose chosen answers are at these log-ratios to the reference, in nats."""
+    numbers = enumerate(np.asarray(ratios, float), 1)
+    return [{"step": i, "loss": 0.6, "rewards/chosen": BETA * x, "logps/chosen": logp + x} for i, x in numbers]
+
+
+def measured(curve, every=10, **more):
+    """Entries of held-out measurements of the chosen answers' log-prob."""
+    return [{"step": every * i, "eval_logps/chosen": x, **{k: v[i] for k, v in more.items()}} for i, x in enumerate(curve)]
+
+
+def noise(seed, steps, size=4.0):
+    return np.random.default_rng(seed).normal(0, size, steps)
+
+
+def test_a_log_prob_that_keeps_falling_is_told_once_and_again_where_it_is_much_worse():
+    _, alarms = heard(trained(-0.3 * np.arange(200) + noise(0, 200, 1.5)))
+    assert alarms[0][0] <= 40 and 3 <= len(alarms) <= 5
+    depths = [float(re.search(r"([\d.]+) nats an answer below the reference", text)[1]) for _, text in alarms]
+    assert depths[0] > 3 and all(b > 2 * a for a, b in zip(depths, depths[1:], strict=False))
+    for word in ("optim.lr", "beta", "dpop", "mix", "arXiv:2410.08847"):
+        assert word in alarms[0][1]
+
+
+def test_the_first_three_windows_can_be_enough_and_a_slow_fall_in_much_noise_is_found():
+    assert heard(trained(-1.0 * np.arange(15)))[1][0][0] == FALLS * WINDOW == 15
+    for seed in range(20):
+        assert heard(trained(-0.02 * np.arange(1500) + noise(seed, 1500)))[1]
+
+
+@pytest.mark.parametrize("curve", ["noise", "rise", "fall and back", "a little below"])
+def test_what_does_not_keep_falling_raises_no_alarm(curve):
+    for seed in range(20):
+        x, t = noise(seed, 400), np.arange(400)
+        shape = {
+            "noise": 0.0 * t,
+            "rise": 0.2 * t,
+            "fall and back": np.where(t < 10, -t, 0.1 * t),
+            "a little below": np.maximum(-0.01 * t, -1.5),
+        }[curve]
+        assert heard(trained(shape + x))[1] == []
+
+
+def test_long_answers_may_lose_more():
+    falling = -0.25 * np.arange(60)
+    assert heard(trained(falling, logp=-100))[1] and not heard(trained(falling, logp=-1000))[1]
+    assert heard(measured([-100, -104, -108]))[1] and not heard(measured([-1000, -1004, -1008]))[1]
+
+
+def test_held_out_log_probs_are_compared_with_step_0():
+    assert [step for step, _ in heard(measured([-100, -102, -105, -104, -106]))[1]] == [20]
+    assert "5.0 nats an answer below step 0 on the held-out pairs" in heard(measured([-100, -102, -105]))[1][0][1]
+    for curve in ([-100, -105, -104, -106, -105], [-100, -101, -102], [-100, -90, -95, -99], [-100, -100, -100]):
+        assert heard(measured(curve))[1] == [], curve
+    assert [step for step, _ in heard(measured([-100, -110]), total=10)[1]] == [10]  # at the end two measurements have to do
+
+
+def test_without_a_reference_only_held_out_pairs_tell():
+    assert heard(trained(-1.0 * np.arange(100)), beta=None)[1] == []
+    assert heard(measured([-100, -105, -110]), beta=None)[1]
+
+
+def test_what_is_not_a_number_is_passed_over():
+    entries = [{name: None if name != "step" else x for name, x in entry.items()} for entry in trained(np.zeros(20))]
+    assert heard([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries]) == ([], [])
+    assert words({"eval_rewards/margins": None}, {"eval_rewards/margins": None}) == []
+
+
+@pytest.mark.parametrize("step, name", [(0, "eval_"), (1, "")])
+def test_the_first_loss_is_checked_against_theory(step, name):
+    say = lambda found, theory: heard([{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}])  # noqa: E731
+    for found, theory in ((0.6931, 0.6931), (0.6985, 0.6931), (25.7, 25.0), (0.0, 0.0)):
+        lines, alarms = say(found, theory)
+        assert len(lines) == 1 and f"{found:.4f}, theory says {theory:.4f}" in lines[0] and alarms == []
+    for found, theory in ((0.76, 0.6931), (0.62, 0.6931), (27.0, 25.0)):
+        lines, alarms = say(found, theory)
+        assert lines == [] and "should begin as the same model and don't" in alarms[0][1]
+
+
+def test_that_it_agrees_is_said_once_and_later_losses_are_not_first_ones():
+    first = [{"step": 0, "eval_loss": 0.7, "eval_loss_at_reference": 0.7}, {"step": 1, "loss": 0.7, "loss_at_reference": 0.7}]
+    lines, alarms = heard([*first, {"step": 2, "loss": 0.1, "loss_at_reference": 0.7}])
+    assert len(lines) == 1 and alarms == []
+    assert heard([{"step": 5, "loss": 0.4, "loss_at_reference": 0.7}]) == ([], [])  # a mean over five steps
+
+
+def test_a_margin_that_grows_while_held_out_accuracy_falls_is_told_once():
+    acc, margin = [0.5, 0.8, 0.7, 0.7, 0.68, 0.66], [0.0, 0.5, 0.6, 0.7, 0.9, 1.2]
+    entries = [{"step": i, "eval_rewards/accuracies": a, "eval_rewards/margins": m} for i, (a, m) in enumerate(zip(acc, margin))]
+    (told,) = heard(entries)[1]
+    assert told[0] == 3 and "0.80 at its best, 0.70 now" in told[1]
+    for changed in ([0.5, 0.8, 0.7, 0.8, 0.7, 0.8], [0.5, 0.8, 0.78, 0.77, 0.78, 0.8]):
+        assert heard([{**entry, "eval_rewards/accuracies": a} for entry, a in zip(entries, changed, strict=True)])[1] == []
+    assert heard([{**entry, "eval_rewards/margins": 0.4} for entry in entries])[1] == []
+
+
+def test_a_model_that_knows_no_more_than_length_is_told_of_at_the_end():
+    entry = {"step": 9, "eval_rewards/accuracies": 0.6, "eval_length/accuracy_if_longer_wins": 0.4}
+    (told,) = heard([entry], total=9)[1]
+    assert "always taking the shorter answer gives 0.60" in told[1] and heard([entry], total=20)[1] == []
+    assert heard([{**entry, "eval_rewards/accuracies": 0.61}], total=9)[1] == []
+
+
+def test_the_closing_words_name_what_was_reached():
+    first = {"eval_rewards/accuracies": 0.4, "eval_rewards/margins": 0.0, "eval_logps/chosen": -80.0}
+    last = {
+        "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0, "eval_kl": 0.0123,
+        "eval_length/accuracy_if_longer_wins": 0.55, "eval_length/margin_correlation": 0.25, "label_noise": 0.21,
+        "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
+    }  # fmt: skip
+    told = "\n".join(words(first, last))
+    for part in (
+        "0.40 before, 0.90 after; always taking the longer answer gives 0.55", "0.000 before, 0.800 after",
+        "-80.0 before, -79.0 after", "0.0123 nats a token", "correlation 0.25", "0.95 where the chosen answer is longer",
+        "0.85 where the chosen answer is shorter", "disagrees with 21 %", "an estimate of how many are flipped", "robust",
+    ):  # fmt: skip
+        assert part in told
+    assert "alike" not in told and words({}, {}) == []
+    assert "robust" not in words({}, {"label_noise": 0.02})[0] and "too little" in words({}, {"label_noise": 0.45})[0]
+
+
+def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path, capsys):
+    entries = trained(-1.0 * np.arange(80))
+
+    def write(folder, start, stop):
+        log = Log(folder, 80, start)
+        log.listen(lambda memory, entry, last: watch(BETA, memory, entry, last))
+        for entry in entries[start:stop]:
+            log.step(entry["step"], {k: v for k, v in entry.items() if k != "step"}, {})
+        log.close()
+        return log.alarms, [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm")]
+
+    alone, said = write(tmp_path / "alone", 0, 80)
+    assert said == alone and len(alone) == 3 and [step for step, _ in heard(entries)[1]] == [15, 30, 60]
+    for cut in (10, 15, 37):
+        folder = tmp_path / f"cut{cut}"
+        _, early = write(folder, 0, cut + 1)  # killed a step after its checkpoint
+        kept, late = write(folder, cut, 80)
+        assert kept == alone and late == alone[sum(int(re.search(r"step (\d+)", text)[1]) <= cut for text in alone) :]
+        assert early == alone[: len(early)]
+        assert read(folder / "metrics.jsonl") == read(tmp_path / "alone" / "metrics.jsonl")
+
+
+# Whole runs
+
+DOWN = '''"""A loss that wants what nobody should."""
+
+
+def chosen_down(pair, beta=0.1):
+    return beta * pair.chosen.ratio
+'''
+STOP = """
+import os, signal
+from jaxft import report
+add = report.Meter.add
+def stop(self, step, *args):
+    if step == 8:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return add(self, step, *args)
+report.Meter.add = stop
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    write_pair_place(folder)
+    (folder / "down.py").write_text(DOWN)
+    return Place(folder)
+
+
+def test_a_run_that_unlearns_its_chosen_answers_says_so_everywhere_and_the_same_after_a_restart(place):
+    argv = ["loss=down.py:chosen_down", "steps=16", "loop.eval_every=4"]
+    assert place.run(*argv, "name=alone") == 0, place.err()
+    told = place.out()
+    alarms = json.loads((place.runs("alone") / "summary.json").read_text())["alarms"]
+    card = (place.runs("alone") / "README.md").read_text()
+    assert alarms and all(text in told and f"- {text}" in card for text in alarms)
+    assert "the chosen answers keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index("step 16/16")
+    assert "theory says 0.0000: policy and reference begin as the same model" in told and "held-out accuracy: " in card
+
+    assert place.run(*argv, "name=stopped", hook=STOP) == 128 + signal.SIGTERM, place.err()
+    assert place.run(*argv, "name=stopped") == 0, place.err()
+    assert place.results("stopped", 16)["card"] == place.results("alone", 16)["card"]
+    assert json.loads((place.runs("stopped") / "summary.json").read_text())["alarms"] == alarms
+
+
+def test_a_run_that_goes_well_has_no_alarms(place):
+    assert place.run("steps=8", "name=well") == 0, place.err()
+    assert json.loads((place.runs("well") / "summary.json").read_text())["alarms"] == []
+    assert "alarm" not in place.out() + (place.runs("well") / "README.md").read_text()
+    assert "theory says 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
