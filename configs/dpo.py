@@ -6,18 +6,18 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. 4 to 6
 minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to fall to 0.51 in 27 steps, and
 rewards/accuracies on held-out pairs to be above 0.9. Any loss of jaxft.objectives.preference, or your own, that takes a beta:
-`loss=jaxft.objectives.preference:ipo`, `loss=my_losses.py:mine`.
+`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`. reference=moving is TR-DPO.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
 from jaxft.lora import Adapter
-from jaxft.objectives.pairwise import preference
+from jaxft.objectives.pairwise import Moving, preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_settings
@@ -35,7 +35,7 @@ def config(
     start: str | None = None,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: Literal["start", "precomputed"] = "start",
+    reference: Literal["auto", "start", "precomputed", "moving"] = "auto",  # auto: start, with full=true precomputed
     lr: float = 1e-4,
     rank: int = 16,
     epochs: float = 1.0,
@@ -50,11 +50,12 @@ def config(
     if held_out == "auto":  # of your own rows a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    ways: dict[str, Any] = {"auto": "precomputed" if full else "start", "moving": Moving()}
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference="precomputed" if full else reference),
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=ways.get(reference, reference)),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),

@@ -2,16 +2,19 @@
 
     python scripts/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
     python scripts/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
+    python scripts/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [--layout plain] [...]
 
 Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
-text. The programs are those of scripts/train.py. A token counts once, when it is a real token of a row, for dpo of prompt and
-chosen and again of prompt and rejected; padding and the EOS that is added do not count.
+text; of GSM8K's rows dpo makes pairs whose prompt is so many worked examples and a question, and whose rejected answer ends in
+a wrong number. The programs are those of scripts/train.py. A token counts once, when it is a real token of a row, for dpo of
+prompt and chosen and again of prompt and rejected; padding and the EOS that is added do not count.
 `tokens_per_second` is all such tokens over all seconds of the steps after the first two, `peak_rss_gib` the operating
 system's figure for the whole process: loading and compiling included, and on an accelerator the host's memory only.
 """
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -46,20 +49,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-packing", dest="packing", action="store_false", help="one example a row, padded")
     parser.add_argument("--precompute-ref", action="store_true", help="dpo: the reference's log-probs once, before the steps")
     parser.add_argument("--layout", choices=("auto", "branches", "plain"), default="auto", help="dpo: share prompts or not")
+    parser.add_argument("--shots", type=int, default=4, help="dpo of GSM8K rows: worked examples in front of each question")
     parser.add_argument("--json", action="store_true", help="print the JSON line only, no progress on stderr")
     return parser.parse_args()
 
 
-def plain_rows(path: str, count: int) -> list[dict[str, str]]:
-    """The first `count` rows as prompt and completion."""
+def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]:
+    """The first `count` rows as prompt and completion, or with a number of shots as pairs."""
     from jaxft.data.rows import read_rows
 
-    found = [row.fields for row in read_rows(path)[:count]]
+    found = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
+    if shots is not None and "question" in found[0]:
+        return [_worked(found[i : i + shots], found[i + shots]) for i in range(len(found) - shots)]
+    found = found[:count]
     if "chosen" in found[0]:
         return [{name: f[name] for name in ("prompt", "chosen", "rejected")} for f in found]
     if "question" in found[0]:
         return [{"prompt": f["question"] + "\n", "completion": f["answer"]} for f in found]
     return [{"prompt": f["prompt"], "completion": f["completion"]} for f in found]
+
+
+def _worked(examples: list[dict[str, str]], row: dict[str, str]) -> dict[str, str]:
+    """A pair: the right answer, and the same with another result."""
+    told = "".join(f"{e['question']}\n{e['answer']}\n\n" for e in examples)
+    wrong = re.sub(r"(\d)$", lambda m: str((int(m[1]) + 1) % 10), row["answer"])
+    return {"prompt": f"{told}{row['question']}\n", "chosen": row["answer"], "rejected": wrong}
 
 
 def make_run(a: argparse.Namespace, data: Path) -> Any:
@@ -78,7 +92,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
     if a.objective == "dpo":
         reference: Any = "precomputed" if a.precompute_ref else "start"
-        data_rows: Any = PairRows(str(data), format="plain", too_long="drop", layout=a.layout, **rows)
+        data_rows: Any = PairRows(str(data), format="plain", layout=a.layout, **rows)
         kind = {"objective": partial(preference, loss=dpo, reference=reference), "data": data_rows, "source": pair_source}
     else:
         kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows)}
@@ -175,8 +189,8 @@ def main() -> int:
     a = arguments()
     say = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows)))
+        data, shots = Path(folder) / "rows.jsonl", a.shots if a.objective == "dpo" else None
+        data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows, shots)))
         found = measure(make_run(a, data), say)
     import jax
 
@@ -190,7 +204,7 @@ def main() -> int:
     rest = {
         "peak_rss_gib": round(peak_gib(), 2),
         "remat": a.remat,
-        **({"precompute_ref": a.precompute_ref, "layout": a.layout} if a.objective == "dpo" else {}),
+        **({"precompute_ref": a.precompute_ref, "layout": a.layout, "shots": a.shots} if a.objective == "dpo" else {}),
         "optimizer": a.optimizer,
         "batch": a.batch,
         "micro": a.micro,
