@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,9 +138,11 @@ def check_knobs(loss: Callable) -> None:
     """Raise ValueError where a loss can't be called with the pairs alone: a knob that it doesn't have, or one without a value."""
     inner = unwrap(loss)
     fn, given = (inner.fn, ("pair", "state")) if isinstance(inner, Coupled) else (inner, ("pair",))
-    knobs, name = "", cast(Any, fn)
+    name, set_ = fn, dict[str, Any]()
     while isinstance(name, partial):
-        name, knobs = name.func, knobs or ", ".join(f"{key}={value}" for key, value in name.keywords.items())
+        set_ = {**name.keywords, **set_}
+        name = name.func
+    knobs = ", ".join(f"{key}={value}" for key, value in set_.items())
     try:
         inspect.signature(fn).bind(*given)
     except (TypeError, ValueError) as error:
