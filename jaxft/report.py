@@ -281,8 +281,7 @@ With a clone of jaxft:
 
     python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."
 {_merging(out)}
-## Held-out prompts, greedy
-{chr(10).join(answers)}"""
+{chr(10).join(["## Held-out prompts, greedy", *answers]) if answers else ""}"""
     (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
 
 

@@ -278,7 +278,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     for loss in chosen:
         name = file_name(loss.label)
         goal = partial(objective, loss=loss.fn, beta=beta_of(loss), reference=reference_of(run))
-        runs[name] = replace(run, name=f"{args.out.name}/{name}", objective=goal, data=data)
+        runs[name] = replace(run, name=name, objective=goal, data=data)
     known = hashlib.sha256(json.dumps({name: describe(r) for name, r in runs.items()}, sort_keys=True).encode()).hexdigest()[:8]
     print(f"\na run of {run.loop.steps} steps with each loss, together on {run.weights}; it takes a few minutes", flush=True)
     return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
