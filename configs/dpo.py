@@ -6,7 +6,7 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. 4 to 6
 minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to fall to 0.51 in 27 steps, and
 rewards/accuracies on held-out pairs to be above 0.9. Any loss of jaxft.objectives.preference, or your own, that takes a beta:
-`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`. reference=moving is TR-DPO.
+`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`. moving=0.6,512 is TR-DPO.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import Moving, preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_settings
+from jaxft.prepare import adapter_of
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -35,9 +34,10 @@ def config(
     start: str | None = None,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: Literal["auto", "start", "precomputed", "moving"] = "auto",  # auto: start, with full=true precomputed
+    reference: Literal["auto", "start", "precomputed"] = "auto",  # auto: start, with full=true precomputed
+    moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; every so many steps ref = alpha policy + (1 - alpha) ref
     lr: float = 1e-4,
-    rank: int = 16,
+    rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
@@ -50,15 +50,19 @@ def config(
     if held_out == "auto":  # of your own rows a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    ways: dict[str, Any] = {"auto": "precomputed" if full else "start", "moving": Moving()}
+    if moving and reference != "auto":
+        raise ValueError(f"reference={reference} and moving={moving} contradict each other; leave one of them out")
+    if full and rank is not None:
+        raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
+    known: Any = "precomputed" if full and reference == "auto" else "start" if reference == "auto" else reference
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=ways.get(reference, reference)),
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=Moving(*moving) if moving else known),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
-        adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        adapter=None if full else adapter_of(start, rank, llm),
         start=start,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -13,11 +13,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import preference
-from jaxft.objectives.reference_free import kto
+from jaxft.objectives.reference_free import kto, kto_metrics
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_settings
+from jaxft.prepare import adapter_of
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -34,7 +33,7 @@ def config(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     lr: float = 1e-4,
-    rank: int = 16,
+    rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
@@ -47,15 +46,17 @@ def config(
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
     kto_loss = partial(kto, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    rows = PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed, third="mismatched")
+    rows = PairRows(
+        data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed, third="mismatched", unpaired=True
+    )
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=kto_loss, beta=beta),
+        objective=partial(preference, loss=kto_loss, beta=beta, extra=kto_metrics),
         data=rows,
         source=pair_source,
-        adapter=adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        adapter=adapter_of(start, rank, llm),
         start=start,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -13,11 +13,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_settings
+from jaxft.prepare import adapter_of
 from jaxft.sharding import MeshShape
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
@@ -31,7 +30,7 @@ def config(
     beta: float = 0.1,
     reference: Literal["start", "precomputed"] = "start",
     lr: float = 5e-6,
-    rank: int = 16,
+    rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 32,
     micro: int = 8,
@@ -49,7 +48,7 @@ def config(
         objective=partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=reference),
         data=PairRows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
-        adapter=adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        adapter=adapter_of(start, rank, llm),
         start=start,
         optim=Optim(lr=lr),
         mesh=MeshShape(data=1, fsdp=-1),

@@ -12,11 +12,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import per_token, preference
-from jaxft.objectives.reference_free import orpo
+from jaxft.objectives.reference_free import orpo, orpo_metrics
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_settings
+from jaxft.prepare import adapter_of
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -31,7 +30,7 @@ def config(
     start: str | None = None,
     beta: float = 0.1,
     lr: float = 2e-4,
-    rank: int = 16,
+    rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
@@ -48,10 +47,12 @@ def config(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=partial(orpo, beta=beta), reference=None, beta=beta, reward=per_token),
+        objective=partial(
+            preference, loss=partial(orpo, beta=beta), reference=None, beta=beta, reward=per_token, extra=orpo_metrics
+        ),
         data=rows,
         source=pair_source,
-        adapter=adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        adapter=adapter_of(start, rank, llm),
         start=start,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -12,11 +12,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import per_token, preference
 from jaxft.objectives.reference_free import simpo
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_settings
+from jaxft.prepare import adapter_of
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -32,7 +31,7 @@ def config(
     beta: float = 2.0,
     gamma: float = 1.0,
     lr: float = 5e-5,
-    rank: int = 16,
+    rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
@@ -52,7 +51,7 @@ def config(
         objective=partial(preference, loss=partial(simpo, beta=beta, gamma=gamma), reference=None, beta=beta, reward=per_token),
         data=rows,
         source=pair_source,
-        adapter=adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
+        adapter=adapter_of(start, rank, llm),
         start=start,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -1,6 +1,7 @@
 """Runs side by side: a table of where each one ended, and the curves of all in one picture."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,17 @@ COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
     "chosen, nats": _gained("eval_logps/chosen"),
     "KL a token": _last("eval_kl"),
     "general loss": _last("general_loss"),
+    "last step's loss": _last("loss"),
+    "last step's accuracy": _last("rewards/accuracies"),
+    "last step's margin": _last("rewards/margins"),
+    "skipped steps": _last("skipped"),
 }
+TRAINED = ("loss", "rewards/accuracies", "rewards/margins")  # of the last step, where there are no held-out rows
 NOTES = {
     "accuracy": "accuracy: held-out pairs whose chosen answer has the higher reward",
     "margin, nats": "margin: how much further apart the log-probs of the two answers are than at step 0, a pair's mean",
+    "KL a token": "KL: to the reference, estimated at the chosen answers' tokens",
+    "skipped steps": "skipped: steps whose loss or gradient was not finite; they changed nothing",
     "chosen, nats": "chosen: how much log-prob the chosen answers have gained since step 0; below 0 they have lost",
     "general loss": "general loss: a token's, of text about other things; above the start's the model forgets",
 }
@@ -64,6 +72,10 @@ class Table:
         found = {title: [fn(*side) for side in sides] for title, fn in COLUMNS.items()}
         if any(x is not None for x in found["accuracy"]):
             del found["token accuracy"]  # pairs are judged by what they prefer
+        if any(x is not None for x in found["held-out loss"]):
+            found = {title: values for title, values in found.items() if not title.startswith("last step")}
+        if not any(found["skipped steps"]):
+            del found["skipped steps"]
         shown = {title: values for title, values in found.items() if any(x is not None for x in values)}
         return Table(tuple(labels), tuple(shown), tuple(zip(*shown.values(), strict=True)) or ((),) * len(labels))
 
@@ -95,8 +107,8 @@ class Table:
 
 
 def _short(x: float | None) -> str:
-    if x is None:
-        return "-"
+    if x is None or not math.isfinite(x):
+        return "-" if x is None else str(x)
     return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
 
 

@@ -44,9 +44,12 @@ SPARKS = "▁▂▃▄▅▆▇█"
 # Lines of metrics.jsonl
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value as JSON has it: NaN and infinity as null."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
     if isinstance(value, bool | int | str) or value is None:
         return value
     value = float(value)
@@ -58,7 +61,7 @@ def line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
     taken = {"step", "perf"} & metrics.keys()
     if taken:
         raise ValueError(f"a metric can't be called {sorted(taken)[0]!r}; rename it where the objective returns it")
-    entry = {"step": int(step), **_finite(metrics), **({"perf": _finite(perf)} if perf else {})}
+    entry = {"step": int(step), **finite(metrics), **({"perf": finite(perf)} if perf else {})}
     return json.dumps(entry, allow_nan=False)
 
 

@@ -105,6 +105,15 @@ def adapter_settings(start: str, model: Model) -> Adapter:
     return peft.load_adapter(adapter_folder(start), model)[1]
 
 
+def adapter_of(start: str | None, rank: int | None, model: Model) -> Adapter:
+    """A fresh adapter's settings (rank 16 if None, alpha twice that), or those of the adapter that `start` names."""
+    if start is None:
+        return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
+    if rank is not None:
+        raise ValueError(f"rank={rank} is a fresh adapter's, and the one in {start} has a rank of its own; leave one of them out")
+    return adapter_settings(start, model)
+
+
 def adapter_folder(start: str) -> Path:
     """The PEFT folder that `start` names: itself, or `adapter` below a run's folder."""
     inner = Path(start) / "adapter"

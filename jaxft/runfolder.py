@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jaxft.describe import differences
+from jaxft.log import finite
 from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
@@ -81,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as f:
-        f.write(json.dumps(value, indent=2) + "\n")
+        f.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)

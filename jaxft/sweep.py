@@ -24,10 +24,13 @@ from jaxft.train import Job, Run, TrainState
 MAY_DIFFER = ("name", "objective", "optim", "seed", "data.seed", "adapter.rank", "adapter.alpha", "adapter.rslora")
 
 
-def check(runs: Mapping[str, Run]) -> None:
+def check(runs: Mapping[str, Run], at_once: int = 1) -> None:
     """Raise ValueError where runs can't be trained together: other differences than MAY_DIFFER, no adapter, or dropout."""
     if not runs:
         raise ValueError("a sweep has no runs; give it at least one")
+    if at_once < 1 or len(runs) % at_once:
+        fits = ", ".join(str(n) for n in range(1, len(runs) + 1) if len(runs) % n == 0)
+        raise ValueError(f"{len(runs)} adapters don't divide into blocks of {at_once}; use one of {fits}")
     (label, first), *rest = runs.items()
     for run in runs.values():
         if run.adapter is None or run.train is not None:
@@ -55,7 +58,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
     runs: by label, which is also the name of the member's folder. at_once: adapters in one forward pass, a divisor of their
     number; more of them cost activations and pay where one leaves the device idle.
     """
-    check(runs)
+    check(runs, at_once)
     folder = runfolder.place(root, name)
     lead = next(iter(runs.values()))
     with contextlib.ExitStack() as stack:
@@ -193,8 +196,16 @@ def _go(s: Shared, restored: Any) -> int:
         return 128 + interrupt.signal
     after = look(states)
     tell(s.lead.steps, after, nothing)
+    after = [{**numbers, **_trained(job)} for job, numbers in zip(s.jobs, after, strict=True)]
     _write(s, states, frozen, (before, after))
     return 0
+
+
+def _trained(job: Job) -> dict[str, float]:
+    """What the table takes from a member's training steps: how many were skipped, and the last one's numbers."""
+    entries = read(job.folder / "metrics.jsonl")
+    last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
+    return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}
 
 
 def _added(perf: list[dict[str, float]]) -> dict[str, float]:

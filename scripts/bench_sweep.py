@@ -10,10 +10,10 @@ steps. Peaks are the operating system's, of a whole process.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def timed(folder: Path, *command: str) -> tuple[float, float]:
+def timed(*command: str) -> tuple[float, float]:
     """(seconds, peak GiB) of a command. Raises RuntimeError with its last words if it fails."""
     begin = time.perf_counter()
-    with subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         words = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
@@ -57,28 +57,32 @@ def main() -> int:
     a = arguments()
     knob, _, text = a.over.partition("=")
     values = text.split(",")
-    config = str(Path(a.config).resolve()) if Path(a.config).exists() else a.config
-    common = ["--config", config, *a.overrides]
+    if not 1 <= a.alone <= len(values):
+        raise SystemExit(f"error: --alone is from 1 to the {len(values)} values of {knob}, found {a.alone}")
+    common = ["--config", a.config, *a.overrides]
     single: list[tuple[float, float]] = []
     steps: list[float] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    name = f"bench-sweep-{os.getpid()}"  # below runs/ where you stand, and removed in the end
+    folder = Path("runs") / name
 
-        def alone(number: int) -> None:
-            name = f"name=alone-{number}"
-            single.append(timed(folder, str(ROOT / "scripts/train.py"), *common, f"{knob}={values[number]}", name))
-            steps.extend(step_seconds(folder / f"runs/alone-{number}/metrics.jsonl"))
-            print(f"alone, {knob}={values[number]}: {single[-1][0]:.0f} s, {single[-1][1]:.2f} GiB", file=sys.stderr, flush=True)
+    def alone(number: int) -> None:
+        given = (f"{knob}={values[number]}", f"name={name}/alone-{number}")
+        single.append(timed(str(ROOT / "scripts/train.py"), *common, *given))
+        steps.extend(step_seconds(folder / f"alone-{number}/metrics.jsonl"))
+        print(f"alone, {given[0]}: {single[-1][0]:.0f} s, {single[-1][1]:.2f} GiB", file=sys.stderr, flush=True)
 
+    try:
         half = (a.alone + 1) // 2
         for number in range(half):
             alone(number)
-        flags = ["--over", a.over, "--name", "all", "--at-once", str(a.at_once)]
-        together = timed(folder, str(ROOT / "scripts/sweep.py"), *common, *flags)
+        flags = ["--over", a.over, "--name", f"{name}/all", "--at-once", str(a.at_once)]
+        together = timed(str(ROOT / "scripts/sweep.py"), *common, *flags)
         print(f"together: {together[0]:.0f} s, {together[1]:.2f} GiB", file=sys.stderr, flush=True)
         for number in range(half, a.alone):
             alone(number)
-        own = step_seconds(folder / "runs/all/metrics.jsonl")
+        own = step_seconds(folder / "all/metrics.jsonl")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(_result(len(values), (single, steps), (together, own))))
     return 0
 

@@ -30,6 +30,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from jaxft.describe import describe, differences  # noqa: E402
 from jaxft.objectives import preference, reference_free  # noqa: E402
 from jaxft.objectives.laws import CLAIMS, check  # noqa: E402
 from jaxft.objectives.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
@@ -265,23 +266,42 @@ def beta_of(loss: Loss) -> float:
 def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
     """Train an adapter with each loss, all together, and show where they end. Returns the exit code."""
     from jaxft import config, sweep
-    from jaxft.describe import describe
     from jaxft.objectives.pairwise import preference as objective
 
     run = config.load(args.config, args.set)
+    for text in args.set:
+        _check_setting(text, describe(run), describe(config.load(args.config, [t for t in args.set if t != text])))
     run = replace(run, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2)))
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(f"some losses want a third answer {' and some '.join(sorted(thirds))}; try them in two runs")
-    data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=(*run.data.extras, *args.columns))
+    looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
+    extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
+    data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=extras)
     runs = {}
     for loss in chosen:
         name = file_name(loss.label)
         goal = partial(objective, loss=loss.fn, beta=beta_of(loss), reference=reference_of(run))
         runs[name] = replace(run, name=name, objective=goal, data=data)
-    known = hashlib.sha256(json.dumps({name: describe(r) for name, r in runs.items()}, sort_keys=True).encode()).hexdigest()[:8]
+    told = [{name: describe(r) for name, r in runs.items()}, content_of(data.train), content_of(data.held_out)]
+    known = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     print(f"\na run of {run.loop.steps} steps with each loss, together on {run.weights}; it takes a few minutes", flush=True)
     return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
+
+
+def _check_setting(text: str, with_it: Any, without: Any) -> None:
+    """Raise ValueError for a setting of the config's own loss, which the losses at hand replace."""
+    found = differences(without, with_it)
+    if text.startswith(("name=", "run.name=")) or (found and all(line.startswith("objective") for line in found)):
+        raise ValueError(f"--set {text} would change nothing here: the losses replace the config's; write a knob behind its loss")
+
+
+def content_of(place: Any) -> str | None:
+    """A hash of a file of rows, None for another place: changed rows are another run."""
+    try:
+        return hashlib.sha256(find_file(str(place)).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def reference_of(run: Any) -> Any:

@@ -44,7 +44,7 @@ def values(over: list[str], together: bool) -> list[list[str]]:
         knobs[knob] = given.split(",")
         for value in knobs[knob]:
             _number(text, value)
-        if len(set(knobs[knob])) < len(knobs[knob]):
+        if len(set(map(float, knobs[knob]))) < len(knobs[knob]):
             raise ValueError(f"--over {text}: a value comes twice")
     if together and len({len(v) for v in knobs.values()}) > 1:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
@@ -73,6 +73,8 @@ def main() -> int:
     from jaxft import config, sweep, train
 
     rows = values(args.over, args.together)
+    if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
+        raise ValueError("a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out")
     name = args.name or "-".join([Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
     runs = {}
     for row in rows:

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxft import config, describe, params, train, tree
+from jaxft.objectives.pairwise import Moving
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -68,3 +69,22 @@ def _rest(leaf):
 def test_the_shipped_questions_judge_the_shipped_rows_only(name):
     assert config.load(f"configs/{name}.py", []).data.held_out.startswith("configs/data/")
     assert config.load(f"configs/{name}.py", ["data=mine.jsonl"]).data.held_out == 0.05
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["rank=4", "start=runs/sft"], "rank=4 is a fresh adapter's"),
+        (["rank=4", "full=true"], "rank=4 is an adapter's, and full=true has none"),
+        (["reference=start", "moving=0.6,5"], "contradict each other"),
+    ],
+)
+def test_knobs_that_contradict_each_other_are_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
+        config.load("configs/dpo.py", argv)
+
+
+def test_the_reference_of_dpo_is_as_asked_for():
+    known = lambda *argv: config.load("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
+    assert known() == "start" and known("full=true") == "precomputed" and known("full=true", "reference=start") == "start"
+    assert known("moving=0.5,20") == Moving(0.5, 20)

@@ -108,6 +108,18 @@ def margin_of_tokens(pair, scale=0.5):
     return -jax.nn.log_sigmoid(scale * (total["chosen"] - total["rejected"]))
 
 
+def column(pair):
+    return pair.columns["hardness"] * pair.chosen.ratio
+
+
+def typo(pair):
+    return pair.chosen.rtaio
+
+
+def pairs_of_values(pair):
+    return pair.chosen.ratio, pair.rejected.ratio
+
+
 def mean_of_pairs(pair):
     return jnp.mean(pair.chosen.ratio)
 
@@ -128,6 +140,9 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
     "argv, words",
     [
         (["loss=mine.py:mean_of_pairs"], "gives one value a pair"),
+        (["loss=mine.py:pairs_of_values"], "the loss pairs_of_values gives one value a pair, (1, 4); found tuple"),
+        (["loss=mine.py:column"], "the loss column looks for 'hardness', and the pairs have chosen, rejected; a column"),
+        (["loss=mine.py:typo"], "the loss typo fails: AttributeError: 'Answer' object has no attribute 'rtaio'"),
         (["loss=mine.py:hidden"], "aot couples the pairs of a batch; give it to preference(...) itself"),
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
         (["reference=none"], "without a reference the implicit reward is unknown; give preference(...) reward=summed"),

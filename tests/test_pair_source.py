@@ -307,3 +307,11 @@ def test_stats_count_what_happened(folder):
     longer = [len(a[1]) > len(b[1]) for *_, (a, b) in found.values()]
     assert s.stats["chosen_longer"] == np.mean(longer) and json.loads(json.dumps(s.stats)) == s.stats
     assert s.abstract.ids.shape[-1] % 64 == 0 and s.abstract.read.shape[-1] % (s.abstract.ids.shape[-1] // 8) == 0
+
+
+def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_path):
+    write(tmp_path / "r.jsonl", [*make_rows(3), *unpaired(4)])
+    with pytest.raises(ValueError, match="r.jsonl:4: one answer with a label .4 such rows., and this run compares two; use"):
+        source(tmp_path, unpaired=False)
+    write(tmp_path / "r.jsonl", make_rows(5))
+    assert source(tmp_path, unpaired=False).pairs == 5

@@ -118,6 +118,14 @@ def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
     sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
     fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
     assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(line.get("skipped", 0) for line in fine)
+    text = (place.runs("wild") / "summary.json").read_text()
+    table = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["members"]
+    assert table["lr=1e30"]["skipped steps"] == sum(line.get("skipped", 0) for line in wild) and "| skipped steps |" in "".join(
+        (place.runs("wild") / "README.md").read_text().splitlines()
+    )
+    told = json.loads((place.runs("wild/lr=1e30") / "summary.json").read_text())["alarms"]
+    assert any("not finite; they changed nothing. Lower optim.lr" in alarm for alarm in told) and "not finite" in place.out()
+    assert not any("higher optim.lr" in alarm for alarm in told)
     alone(place, "steps=5", "lr=0.002", "name=tame")
     assert_same_run(place, "wild/lr=0.002", "tame")
 
@@ -139,6 +147,10 @@ def mine(pair, beta=0.3):
     return -jax.nn.log_sigmoid(beta * (pair.chosen.ratio - pair.rejected.ratio))
 
 
+def weighted(pair):
+    return pair.columns["hardness"] * mine(pair)
+
+
 def backwards(pair, beta=0.3):
     return -jax.nn.log_sigmoid(beta * (pair.rejected.ratio - pair.chosen.ratio))
 '''
@@ -156,8 +168,14 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
     alone(place, "lr=0.002", "steps=3", "third=mismatched", "loop.eval_every=1", "beta=0.3", "loss=mine.py:mine", "name=mine")
     assert_same_run(place, f"bench/{folder.name}/mine", "mine")
     assert bench(*argv) == 0 and "this sweep is finished (3 steps)" in place.out() and "margin, nats" in place.out()
+    (place.folder / "mine.py").write_text(MINE + "SOMETHING = 1\n")  # a loss may lean on what stands beside it
+    assert bench(*argv) == 0 and "this sweep is finished" not in place.out()
     assert bench("--loss", "mine.py:backwards", "--against") == 1
     assert "FAIL" in place.out() and "nothing is trained" in place.out()
+    assert bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference:ipo") == 1
+    assert "--set loss=jaxft.objectives.preference:ipo would change nothing here" in place.err()
+    assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
+    assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
     assert bench("--loss", "kto", "--against", "tpo") == 1
     assert "some losses want a third answer gold and some mismatched; try them in two runs" in place.err()
 
@@ -167,7 +185,9 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
     [
         (["--over", "beta"], "--over beta: wanted knob=a,b,... such as beta=0.05,0.1"),
         (["--over", "beta=0.1,high"], "'high' is no number; a sweep goes over numeric knobs"),
-        (["--over", "beta=0.1,0.1"], "a value comes twice"),
+        (["--over", "beta=0.1,0.10"], "a value comes twice"),
+        (["--over", "beta=0.1,0.2", "name=mine"], "a sweep's folder is given by --name"),
+        (["--over", "beta=0.1,0.2", "--at-once", "0"], "2 adapters don't divide into blocks of 0; use one of 1, 2"),
         (["--over", "beta=0.1", "--over", "beta=0.2"], "--over beta is given twice"),
         (["--over", "bata=0.1,0.2"], "unknown key 'bata'; near: data, beta, batch"),
         (["--over", "beta=0.1,0.2", "--over", "lr=1,2,3", "--together"], "the knobs have 2 (beta), 3 (lr) values"),
@@ -191,3 +211,12 @@ def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
     sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
     assert "was started with other settings (optim.lr: 0.01 -> 0.5)" in place.err()
     assert "going on after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
+
+
+def test_without_held_out_rows_the_table_tells_the_last_step(place):
+    sweep(place, "held_out=none", "steps=2", "--over", "seed=0,1", "--name", "bare")
+    table = json.loads((place.runs("bare") / "summary.json").read_text())["members"]["seed=0"]
+    last = place.metrics("bare/seed=0")[-1]
+    assert table["last step's loss"] == place.metrics("bare/seed=0")[1]["loss"] and table.keys() == {
+        "general loss", "last step's loss", "last step's accuracy", "last step's margin",
+    }, last  # fmt: skip

@@ -137,12 +137,14 @@ def test_the_closing_words_name_what_was_reached():
     }  # fmt: skip
     told = "\n".join(words(first, last))
     for part in (
-        "0.40 before, 0.90 after; always taking the longer answer gives 0.55", "0.000 before, 0.800 after",
+        "all ties before, 0.90 after; always taking the longer answer gives 0.55", "0.000 before, 0.800 after",
         "-80.0 before, -79.0 after", "0.0123 nats a token", "correlation 0.25", "0.95 where the chosen answer is longer",
-        "0.85 where the chosen answer is shorter", "disagrees with 21 %", "an estimate of how many are flipped", "robust",
+        "0.85 where it is shorter", "disagrees with 21 %", "an estimate of how many are flipped", "robust",
     ):  # fmt: skip
         assert part in told
     assert "alike" not in told and words({}, {}) == []
+    alone = {name: value for name, value in last.items() if name != "eval_kl"}
+    assert words(first, alone)[0].startswith("held-out accuracy: 0.40 before, 0.90 after")  # without a reference
     assert "robust" not in words({}, {"label_noise": 0.02})[0] and "too little" in words({}, {"label_noise": 0.45})[0]
 
 

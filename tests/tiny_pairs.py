@@ -40,7 +40,7 @@ def write(path, rows):
 
 
 def source(folder, kind="llama3", shards=1, **options):
-    options = {"batch": 4} | options
+    options = {"batch": 4, "unpaired": True} | options
     return pair_source(PairRows(str(folder / "r.jsonl"), **options), tiny(kind), folder / "cache", shards=shards)
 
 

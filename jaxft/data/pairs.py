@@ -38,6 +38,7 @@ class PairRows:
     weighting: "pair" gives every pair of the optimizer batch the same weight, "token" every token of its answers.
     weight_column: a column of numbers that multiply the weights. extras: columns of numbers that the loss gets to see.
     layout: "branches" stores a prompt once for all its answers, "plain" before each; "auto" takes branches where they save 2 %.
+    unpaired: rows of one answer and a label are taken too, for losses of single answers (KTO, BCO).
     third: a further answer, "mismatched" (another pair's, for KTO's KL) or "gold" (column reference, for TPO).
     epochs: passes over the pairs, fractions allowed; seed: of the split and the order.
     date: what a chat template that prints today's date prints.
@@ -55,6 +56,7 @@ class PairRows:
     weight_column: str | None = None
     extras: tuple[str, ...] = ()
     layout: str = "auto"
+    unpaired: bool = False
     third: str | None = None
     seed: int = 0
     epochs: float = 1.0
@@ -145,6 +147,7 @@ def pair_source(
     if not 0 <= process[0] < process[1]:
         raise ValueError(f"process {process[0]} of {process[1]}: wanted 0 <= index < count")
     pool, train, held = _split(rows, tokenizer, cache)
+    _check_both(rows, pool)
     if rows.third == "mismatched":
         pool = _mismatched(rows, pool, (train, held))
     joined = pair_layout.tokens_of(pool, True)  # of both layouts the same, so that the layout doesn't change the order
@@ -196,6 +199,16 @@ def _source(work: _Work, told: dict[str, Any], tokenizer: Any) -> PairSource:
         values=pair_layout.values,
         with_reference=lambda found: _source(replace(work, pool=_with_reference(pool, found)), told, tokenizer),
     )
+
+
+def _check_both(rows: PairRows, pool: TokenisedPairs) -> None:
+    """Raise ValueError, naming the first, for answers without another one to compare with, unless they are asked for."""
+    alone = np.flatnonzero((pool.reads[:, :2] == 0).any(1))
+    if len(alone) and not rows.unpaired:
+        raise ValueError(
+            f"{pool.names[alone[0]]}: one answer with a label ({len(alone)} such rows), and this run compares two; use "
+            "configs/kto.py, or data.unpaired=true with another loss of single answers"
+        )
 
 
 def _row_count(rows: PairRows, shards: int) -> int:

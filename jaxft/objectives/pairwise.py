@@ -96,18 +96,25 @@ def per_token(answer: Answer) -> Array:
     return answer.mean
 
 
+def nothing(pair: Scored) -> dict[str, Array]:
+    """No further metrics."""
+    return {}
+
+
 def preference(
     model: Model,
     loss: Callable[..., Array],
     reference: Reference | Moving | None = "start",
     beta: float = 0.1,
     reward: Callable[[Answer], Array] = implicit,
+    extra: Callable[[Scored], dict[str, Array]] = nothing,
 ) -> Preference:
     """An objective of `loss(pair: Scored) -> [B, P]`, one of preference.py's or your own: `sum_p w_p loss_p`.
 
     reference: "start" is the model at step 0, for nothing where that is the base without a fresh adapter, else a frozen copy
     of the trainable leaves; "precomputed" takes log-probs that were computed once before the run; Moving follows the policy;
-    None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta.
+    None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta. extra(pair):
+    further metrics, a value [B, P] a pair each, whose means over the pairs are logged.
     """
     check_knobs(loss)
     loss = unwrap(loss)
@@ -116,7 +123,7 @@ def preference(
     coupled = isinstance(loss, Coupled)
     return Preference(
         see=partial(_see, model, reference),
-        judge=partial(_judge, loss, partial(_reward, reward, beta)),
+        judge=partial(_judge, loss, partial(_reward, reward, beta), extra),
         start=partial(_start, loss, reference),
         after_step=partial(_after_step, loss, reference),
         logps=lambda params, batch: answer_logps(model, params, batch, None).logp,
@@ -163,20 +170,39 @@ def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | N
     return Seen(lp.logp, *rest, replace(batch, **none))
 
 
-def _judge(loss: Any, reward: Callable, seen: Seen, aux: Any) -> tuple[Array, dict[str, Any]]:
+def _judge(loss: Any, reward: Callable, extra: Callable, seen: Seen, aux: Any) -> tuple[Array, dict[str, Any]]:
     pair = scored(seen.batch, seen.logp, seen.square, seen.reference)
     state = aux.get("loss", {})
     one = (lambda p: loss.fn(p, state)) if isinstance(loss, Coupled) else loss
-    values = one(pair)
-    if values.shape != pair.weight.shape:
-        raise ValueError(f"a preference loss gives one value a pair, {pair.weight.shape}; this one gave {values.shape}")
+    values = _values(loss, one, pair)
     used = pair.weight > 0
     value = jnp.sum(jnp.where(used, pair.weight * values, 0))
     metrics = {"loss": Sum(value, jnp.sum(pair.weight)), **_metrics(pair, reward), **_token_metrics(seen, pair)}
+    metrics |= {name: _mean(x, used) for name, x in extra(pair).items()}
     if seen.reference is not None:
         start = jnp.where(used, pair.weight * one(_at_reference(pair)), 0)
         metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
     return value, jax.lax.stop_gradient(metrics)
+
+
+def _values(loss: Any, one: Callable, pair: Scored) -> Array:
+    """What the loss gives, a value a pair. Raises ValueError where a loss of the user's fails."""
+    inner = loss.fn if isinstance(loss, Coupled) else loss
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", repr(inner))
+    try:
+        values = one(pair)
+    except KeyError as error:
+        known = ", ".join([*pair.answers, *pair.columns])
+        told = f"the loss {name} looks for {error}, and the pairs have {known}; a column of the rows is given by data.extras"
+        raise ValueError(told) from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"the loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    found = getattr(values, "shape", type(values).__name__)
+    if found != pair.weight.shape:
+        raise ValueError(f"the loss {name} gives one value a pair, {pair.weight.shape}; found {found}")
+    return values
 
 
 def _at_reference(pair: Scored) -> Scored:
@@ -198,7 +224,7 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
     both = has["chosen"] & has["rejected"]
     rewards = {"chosen": reward(chosen), "rejected": reward(rejected)}
     margin = rewards["chosen"] - rewards["rejected"]
-    won = (margin > 0).astype(margin.dtype)
+    won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
     longer = chosen.length - rejected.length
     sides = {"longer": rejected.length < SHORT * chosen.length, "shorter": chosen.length < SHORT * rejected.length}
     sides["alike"] = ~(sides["longer"] | sides["shorter"])
@@ -220,8 +246,9 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
 def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
     """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
 
-    kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the answers' tokens (Schulman 2020's k3): exact in
-    expectation for tokens drawn from the policy, an indication on the rows' own.
+    kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen answers' tokens (Schulman 2020's k3): exact in
+    expectation for tokens that the policy draws, an indication on these, which it is taught to draw. Rejected ones, which it is
+    taught to avoid, would make it explode.
     """
     kinds = tuple(pair.answers)
     used = {kind: jnp.where(pair.weight > 0, pair.answers[kind].present, 0) for kind in kinds}
@@ -235,7 +262,7 @@ def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
     }
     if seen.reference is not None:
         d = seen.reference - seen.logp
-        out["kl"] = _mean(jnp.expm1(d) - d, both)
+        out["kl"] = _mean(jnp.expm1(d) - d, chosen)
     return out
 
 

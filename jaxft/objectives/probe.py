@@ -76,7 +76,7 @@ def call(loss: Callable, pair: Scored) -> Array:
 
 
 def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
-    """The loss with what it needs: the third answer with which it works, columns that it looks up (0 in all pairs).
+    """The loss with what it needs: the third answer with which it works, columns that it looks up (1 in all pairs, `margin` 0).
 
     columns: further ones. Raises ValueError with the loss's own message, `from` its error, where it fails whatever it is given.
     """

@@ -79,6 +79,17 @@ def orpo(pair: Scored, beta: float = 0.1) -> PairLoss:
     return sft(pair) - beta * log_sigmoid(log_odds(pair))
 
 
+def orpo_metrics(pair: Scored) -> dict[str, Array]:
+    """TRL's further numbers of ORPO, as preference(extra=...) takes them: nll_loss, log_odds_ratio, log_odds_chosen."""
+    odds = log_odds(pair)
+    return {"nll_loss": sft(pair), "log_odds_ratio": log_sigmoid(odds), "log_odds_chosen": odds}
+
+
+def kto_metrics(pair: Scored) -> dict[str, Array]:
+    """kl_mismatched: the mean log-ratio of the mismatched answers, whose positive part is KTO's reference point (TRL's `kl`)."""
+    return {"kl_mismatched": _answer(pair, "kto", "mismatched", "another row's answer, added by the data side").ratio}
+
+
 def _answer(pair: Scored, loss: str, kind: str, source: str) -> Answer:
     if kind not in pair.answers:
         found = ", ".join(pair.answers)

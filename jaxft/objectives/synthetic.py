@@ -24,7 +24,7 @@ def pairs(
 ) -> Scored:
     """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs; a number or an array [N] a kind.
 
-    The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 0. Length 0: no such answer;
+    The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns 1, `margin` 0. Length 0: no answer;
     a mean length is that of the N pairs. The arrays are NumPy's. Raises ValueError where a pair doesn't fit into `room`.
     """
     kinds = tuple(sorted(ratio))  # the order that a dict has once it went through jax.jit, where answers are counted off again
@@ -49,7 +49,7 @@ def pairs(
         )
         for k, kind in enumerate(kinds)
     }
-    zeros: Any = {name: np.zeros((len(logp), 1), np.float32) for name in columns}
+    zeros: Any = {name: np.full((len(logp), 1), float(name != "margin"), np.float32) for name in columns}
     return Scored(answers, _tokens(logp / long, known / long, lengths.astype(int), room, dtype), zeros, cast(np.ones(len(logp))))
 
 

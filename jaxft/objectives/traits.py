@@ -27,7 +27,7 @@ def needs(probe: Probe) -> Check:
         return not alike(level, alone(probe, replace(pair, columns={**pair.columns, name: pair.columns[name] + np.float32(1)})))
 
     found = [f"a third answer `{kind}`" for kind in probe.kinds[2:]]
-    found += [f"the column `{name}` (0 in what follows)" for name in probe.columns if reads(name)]
+    found += [f"the column `{name}` ({int(name != 'margin')} in what follows)" for name in probe.columns if reads(name)]
     words = f"reads chosen and rejected answers{''.join(', ' + what for what in found)}"
     if isinstance(probe.loss, Coupled):
         state = f" with the state {', '.join(probe.loss.start)} at its start" if probe.loss.start else ""

@@ -26,7 +26,7 @@ def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], las
     """
     number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
     memory, lines, alarms = {**memory}, [], []
-    for check in (_first_loss, _falling, _overfitting, _only_length):
+    for check in (_first_loss, _falling, _overfitting, _only_length, _skipped):
         now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
         memory[check.__name__] = now
         lines += said
@@ -57,7 +57,8 @@ def _falling(memory: dict[str, Any], n: dict[str, float], last: bool, beta: floa
         curve = [*memory.get("held_out", []), n["eval_logps/chosen"]][-3:]
         memory.update(held_out=curve, start=memory.get("start", curve[0]))
         depth = memory["start"] - curve[-1]
-        if (_down(curve, 3) or last) and depth > max(NATS, SHARE * abs(memory["start"])):
+        down = _down(curve, 3) or (last and len(curve) == 2)  # of a short run there are no more
+        if down and depth > max(NATS, SHARE * abs(memory["start"])):
             depths.append((depth, "below step 0 on the held-out pairs"))
     if beta and "rewards/chosen" in n and "logps/chosen" in n:
         ratio = n["rewards/chosen"] / beta
@@ -126,6 +127,17 @@ def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
     ]  # fmt: skip
 
 
+def _skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Steps whose loss or gradient was not finite; told at the first one and whenever there are twice as many."""
+    total, said = memory.get("total", 0) + n.get("skipped", 0), memory.get("said", 0)
+    if total < max(1, WORSE * said):
+        return {"total": total, "said": said}, [], []
+    return {"total": total, "said": total}, [], [
+        f"{total:g} steps so far had a loss or gradient that is not finite; they changed nothing. Lower optim.lr, or look at the "
+        "loss and at the rows of that step"
+    ]  # fmt: skip
+
+
 def _by_length(n: dict[str, float]) -> tuple[float, str] | None:
     """(accuracy, which) of the better guess that looks at nothing but length, on held-out pairs."""
     longer = n.get("eval_length/accuracy_if_longer_wins")
@@ -139,19 +151,19 @@ def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     if known("eval_rewards/accuracies"):
         guess = _by_length(last)
         beside = f"; always taking the {guess[1]} answer gives {guess[0]:.2f}" if guess else ""
-        lines.append(f"held-out accuracy: {_change('eval_rewards/accuracies', first, last, 2)}{beside}")
+        found = _change("eval_rewards/accuracies", first, last, 2)
+        if known("eval_kl"):  # before training the policy is the reference, and no answer wins
+            found = f"all ties before, {last['eval_rewards/accuracies']:.2f} after"
+        lines.append(f"held-out accuracy: {found}{beside}")
     if known("eval_rewards/margins"):
         lines.append(f"held-out margin of the rewards: {_change('eval_rewards/margins', first, last, 3)}")
     if known("eval_logps/chosen"):
         lines.append(f"log-prob of the chosen held-out answers: {_change('eval_logps/chosen', first, last, 1)}")
     if known("eval_kl"):
-        lines.append(f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated on the held-out answers")
+        lines.append(f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated at the chosen held-out answers' tokens")
     if known("eval_length/margin_correlation"):
-        each = [
-            f"{last[name]:.2f} where the chosen answer is {kind}"
-            for kind, name in (("longer", f"{SIDES}longer"), ("alike", f"{SIDES}alike"), ("shorter", f"{SIDES}shorter"))
-            if known(name)
-        ]
+        sides = {"longer": "the chosen answer is longer", "alike": "lengths are alike", "shorter": "it is shorter"}
+        each = [f"{last[SIDES + name]:.2f} where {told}" for name, told in sides.items() if known(SIDES + name)]
         told = f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}"
         lines.append("; accuracy ".join([told, ", ".join(each)] if each else [told]))
     if known("label_noise"):
