@@ -20,9 +20,9 @@ class Quant:
     """How the frozen base is held: QLoRA's settings (Dettmers et al. 2023, arXiv:2305.14314).
 
     kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset, per `block`
-    inputs). double: the scales of nf4 and fp4 are quantised to 8 bits too. None stands for the kind's usual value and is
-    replaced by it. targets: "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths,
-    which may name embed and head too; norms stay as they are.
+    inputs). double: the scales of nf4 and fp4 are quantised to 8 bits too. None is the kind's usual value. targets:
+    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may name embed and
+    head too; norms stay as they are.
     """
 
     kind: str = "nf4"
@@ -31,9 +31,15 @@ class Quant:
     targets: str = "all-linear"
 
     def __post_init__(self) -> None:
-        block, double = usual(self.kind, self.block, self.double)
-        object.__setattr__(self, "block", block)
-        object.__setattr__(self, "double", double)
+        usual(self.kind, self.block, self.double)
+
+
+def chosen(kind: str | None, record: dict[str, Any] | None) -> Quant | None:
+    """The settings that a name ("none", "nf4", ...) asks for, or without one those in a run's record."""
+    if kind is not None:
+        return None if kind == "none" else Quant(kind)
+    settings = (record or {}).get("quant")
+    return Quant(**settings) if settings else None
 
 
 def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
@@ -100,7 +106,7 @@ def quantize(weight: Any, kind: str, block: int | None = None, double: bool | No
     """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
 
     block, double: see Quant. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly, an odd I with
-    4-bit codes, and for NaN, infinities and magnitudes from 2^100 up (not under jit, which has no values to look at).
+    4-bit codes, and for NaN, infinities and magnitudes from 2^80 up (not under jit, which has no values to look at).
     """
     if kind == "bits":
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:

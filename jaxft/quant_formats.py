@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 Blocks = tuple[Any, Any, Any]  # codes [..., N, block, O], scales [..., N, 1, O], offsets alike or None
 
-LEAST, MOST = np.float32(2.0**-100), np.float32(2.0**100)  # smaller magnitudes are zero, larger ones are refused
+LEAST, MOST = np.float32(2.0**-80), np.float32(2.0**80)  # smaller magnitudes are zero, larger ones are refused
 GROUP = 256  # scales that share a scale of their own where they are quantised too
 
 # bitsandbytes' tables (Dettmers et al. 2023, arXiv:2305.14314): NF4's levels are quantiles of the normal distribution.
@@ -52,9 +52,9 @@ DYNAMIC_BOUNDS = (DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5)
 
 
 def _inverse(scale: Array) -> Array:
-    """1 / scale; of a block of zeros any number will do."""
+    """1 / scale; where a block has no extent any number will do."""
     xp = scale.__array_namespace__()
-    return np.float32(1.0) / xp.maximum(scale, LEAST)
+    return np.float32(1.0) / xp.maximum(scale, np.float32(2.0**-120))
 
 
 def _largest(x: Array) -> Array:
@@ -145,26 +145,31 @@ def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"
 
 
 def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
-    """The mean of the last axis, its last bit cleared.
-
-    It is summed by halves, since numpy's and XLA's own sums differ in their order, and the bit keeps XLA's CPU compiler from
-    contracting the product below and a difference from the mean into one rounding.
-    """
+    """The mean of the last axis of numbers from 0 up, by halves: numpy's and XLA's own sums differ in their order."""
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
     x = xp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, half - count)])
     while half > 1:
         half //= 2
         x = x[..., :half] + x[..., half:]
-    mean = x[..., 0] * np.float32(1 / count)
-    return (mean.view(np.uint32) & np.uint32(0xFFFFFFFE)).view(np.float32)
+    return _rounded_alone(x[..., 0] * np.float32(1 / count), x[..., 0])
+
+
+def _rounded_alone(product: Array, positive: Array) -> Array:
+    """The float32 product, and no sum that follows is contracted with it into one rounding, as XLA's CPU compiler does.
+
+    It can't look through integer operations, and doesn't know that the sign bit of `positive` is 0.
+    """
+    return (product.view(np.uint32) | positive.view(np.uint32) & np.uint32(1 << 31)).view(np.float32)
 
 
 def decode_scales(codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Float[Array, "*L"]) -> Float[Array, "*L N O"]:
     """Undo encode_scales."""
-    *lead, blocks, outs = codes.shape
-    each = jnp.repeat(outer, GROUP, axis=-1)[..., : blocks * outs].reshape(*lead, outs, blocks).swapaxes(-1, -2)
-    return look_up(codes, DYNAMIC) * each + mean[..., None, None]
+    blocks, outs = codes.shape[-2:]  # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
+    along = jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 1) * jnp.int32(blocks)
+    group = (along + jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 0)) // jnp.int32(GROUP)
+    each = jnp.asarray(outer).at[..., group].get(mode="promise_in_bounds")
+    return _rounded_alone(look_up(codes, DYNAMIC) * each, each) + mean[..., None, None]
 
 
 @dataclass(frozen=True)
