@@ -18,6 +18,7 @@ from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_settings
+from jaxft.quant import Quant
 from jaxft.sharding import MeshShape
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
@@ -36,6 +37,7 @@ def config(
     batch: int = 32,
     micro: int = 8,
     max_length: int = 2048,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
@@ -51,6 +53,7 @@ def config(
         source=pair_source,
         adapter=adapter_settings(start, llm) if start else Adapter(rank=rank, alpha=2.0 * rank),
         start=start,
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=5, eval_every=50, save_every=50),

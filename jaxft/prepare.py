@@ -1,5 +1,6 @@
 """What a run trains and what it keeps: specs, the trainable mask, weights on the mesh, and all of it as shapes only."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
-from jaxft.quant import QTensor, Quant, bits, quantize
+from jaxft.quant import QTensor, Quant, bits, dequantize, quantize
 from jaxft.weights import peft
+from jaxft.weights.tensors import Tensors
 
 
 class Held(NamedTuple):
@@ -21,6 +23,11 @@ class Held(NamedTuple):
 
     dtype: Any
     pack: tuple[str, int | None, bool | None] | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is rounded to fewer bits than its dtype has."""
+        return self.pack is not None and self.pack[0] != "bits"
 
 
 @dataclass(frozen=True)
@@ -131,10 +138,34 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     return jax.tree.map(lambda x: sharding.fitted(whole, x.shape), leaf)
 
 
+def as_held(tensors: Tensors, model: Model, quant: Quant) -> Tensors:
+    """A checkpoint's tensors with the numbers that a run computes with where it quantises them."""
+    t = _all_frozen(model, quant)
+    pack, known = make_pack(t), {}
+    for path, spec in params.spec_paths(model.specs).items():
+        name, transpose = model.names[path]
+        if t.held[f"base/{path}"].quantised:
+            known.update({name.format(i=i): (path, transpose) for i in range(spec.shape[0] if "{i}" in name else 1)})
+
+    def read(name: str) -> np.ndarray:
+        value = tensors.read(name)
+        if name not in known:
+            return value
+        path, transpose = known[name]
+        value = np.asarray(dequantize(pack(path, value.T if transpose else value)))
+        return value.T if transpose else value
+
+    return replace(tensors, read=read)
+
+
+def _all_frozen(model: Model, quant: Quant | None) -> Trained:
+    whole = adapted(model, None)
+    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant)
+
+
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
     """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
-    whole = adapted(model, None)
-    t = _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant)
+    t = _all_frozen(model, quant)
     return weights.load_base(ref, model, make_store(t, mesh), make_pack(t))
 
 
@@ -175,14 +206,18 @@ def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = N
     return init(jax.random.key(seed))
 
 
+def as_shapes(spec: ParamSpec, held: Held) -> Any:
+    """A parameter as it is held, a ShapeDtypeStruct or a QTensor of them."""
+    x = jax.ShapeDtypeStruct(spec.shape, held.dtype)
+    pack = held.pack
+    return x if pack is None else jax.eval_shape(lambda x: quantize(x, *pack), x)
+
+
 def abstract_params(t: Trained, mesh: Any) -> Any:
     """The whole tree as ShapeDtypeStructs with shardings, as it will be held."""
 
     def leaf(path, spec):
-        dtype, pack = t.held[path]
-        x = jax.ShapeDtypeStruct(spec.shape, dtype)
-        if pack:
-            x = jax.eval_shape(lambda x: quantize(x, *pack), x)
+        x = as_shapes(spec, t.held[path])
         places = place(spec, x, mesh, path)
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), x, places)
 
@@ -196,6 +231,19 @@ def split(t: Trained, whole: Any) -> tuple[Any, Any]:
         jax.tree.map(lambda x, m: x if m else None, whole, t.mask, is_leaf=whole_leaf),
         jax.tree.map(lambda x, m: None if m else x, whole, t.mask, is_leaf=whole_leaf),
     )
+
+
+def quantised(t: Trained) -> str:
+    """What part of the base is quantised and how, in words; empty where nothing is."""
+    all_specs = params.spec_paths(t.specs)
+    specs = {path: spec for path, spec in all_specs.items() if t.held[path].quantised}
+    if not specs:
+        return ""
+    held = [as_shapes(spec, t.held[path]) for path, spec in specs.items()]
+    sizes = [math.prod(q.shape) for q in held]
+    each = sum(bits(q) * size for q, size in zip(held, sizes, strict=True)) / sum(sizes)
+    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if path.startswith("base/"))
+    return f"{100 * sum(sizes) / base:.0f} % of the base in {held[0].kind}, {each:.3f} bits a parameter"
 
 
 def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
@@ -220,12 +268,9 @@ def table(t: Trained, mesh: Any = None) -> str:
     """One line a parameter: path, shape, axes, how it is held, on a mesh how it is cut, trained or frozen; then the counts."""
     mask, rows = tree.paths(t.mask), []
     for path, spec in params.spec_paths(t.specs).items():
-        dtype, pack = t.held[path]
-        x: Any = jax.ShapeDtypeStruct(spec.shape, dtype)
-        form = jnp.dtype(dtype).name
-        if pack and pack[0] != "bits":
-            x = jax.eval_shape(lambda x, pack=pack: quantize(x, *pack), x)
-            form = f"{x.kind} {bits(x):.3f} bits"
+        held = t.held[path]
+        x = as_shapes(spec, held)
+        form = f"{x.kind} {bits(x):.3f} bits" if held.quantised else jnp.dtype(held.dtype).name
         cut = ""
         if mesh is not None and mesh.size > 1:
             places = place(spec, x, mesh, path)
