@@ -1,5 +1,6 @@
 """Weights in a packed form. A QTensor is a leaf like any other: scan, vmap and sharding may slice it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxft.quant_formats import FORMATS
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)
+HOST_CHUNK = 1 << 18  # elements
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,22 @@ def quantize(weight: Any, kind: str, block: int | None = None, double: bool | No
     if is_paired(kind) and ins % 2:
         raise ValueError(f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it")
     qf.refuse_unusual(weight)
-    codes, scale, offset = FORMATS[kind].encode(qf.blocked(qf.as_zero_or_normal(weight), block or ins))
-    codes = codes.reshape(*lead, -1, outs)[..., :ins, :]
-    scale, offset = scale[..., 0, :], None if offset is None else offset[..., 0, :]
+    packed, scale, offset = _encoded(weight, kind, block or ins)
     scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)
-    packed = qf.pack(codes) if is_paired(kind) else codes
     return QTensor(packed, kind, jnp.dtype(weight.dtype), block, scale, offset, outer, mean)
+
+
+def _encoded(weight: Any, kind: str, block: int) -> tuple[Any, Any, Any]:
+    """(packed codes, scales, offsets) of a weight; on the host a few output channels at a time, whose floats stay in cache."""
+    *lead, ins, outs = weight.shape
+    step = max(1, HOST_CHUNK // math.prod((*lead, ins)))
+    if isinstance(weight, np.ndarray) and step < outs:
+        parts = [_encoded(weight[..., at : at + step], kind, block) for at in range(0, outs, step)]
+        return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
+    codes, scale, offset = FORMATS[kind].encode(qf.blocked(qf.as_zero_or_normal(weight), block))
+    codes = codes.reshape(*lead, -1, outs)[..., :ins, :]
+    packed = qf.pack(codes) if is_paired(kind) else codes
+    return packed, scale[..., 0, :], None if offset is None else offset[..., 0, :]
 
 
 def dequantize(q: QTensor) -> Float[Array, "*L I O"]:

@@ -65,9 +65,9 @@ def _largest(x: Array) -> Array:
 def _above(x: Array, bounds: np.ndarray) -> Array:
     """How many of the bounds x is above, as uint8."""
     xp = x.__array_namespace__()
-    found = xp.zeros(x.shape, np.uint8)
+    found = xp.zeros_like(x, dtype=np.uint8)
     for bound in bounds:
-        found = found + (x > bound).astype(np.uint8)
+        found = found + (x > bound).view(np.uint8)
     return found
 
 
@@ -236,8 +236,10 @@ def refuse_unusual(x: Any) -> None:
     """Raise ValueError for NaN, infinity or a magnitude from MOST up; says how many there are and where the first is."""
     if isinstance(x, jax.core.Tracer):  # no values yet
         return
-    wrong = ~(np.abs(np.asarray(x, np.float32)) < MOST)
-    if wrong.any():
+    host = np.asarray(x)
+    usual = [(np.abs(part.astype(np.float32)) < MOST).all() for part in np.array_split(host, max(1, host.size >> 18), -1)]
+    if not all(usual):
+        wrong = ~(np.abs(host.astype(np.float32)) < MOST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
-        found = float(np.asarray(x)[first])
-        raise ValueError(f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, the first {found} at {first}")
+        where = f"the first {float(host[first])} at {first}"
+        raise ValueError(f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft import quant_formats
+from jaxft import quant, quant_formats
 from jaxft.quant import KINDS, QTensor, Quant, bits, dequantize, is_paired, is_qtensor, quantize, rows
 from jaxft.sharding import MeshShape, make_mesh, named
 
@@ -214,6 +214,18 @@ def test_host_device_and_compiled_give_the_same_bits_whole_and_layer_by_layer(fo
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes() == np.asarray(z).tobytes()
     eager = quantize(jnp.asarray(w), *form)
     assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (eager, whole)), strict=True))
+
+
+@every_form
+def test_a_few_channels_at_a_time_are_the_whole(form, monkeypatch):
+    w = random(2, 130, 37)
+    for order in "CF":  # a file's [out, in] is read the other way round
+        laid = np.asarray(w, order=order)
+        monkeypatch.setattr(quant, "HOST_CHUNK", 1 << 20)
+        whole = quantize(laid, *form)
+        monkeypatch.setattr(quant, "HOST_CHUNK", 2 * 130 * 5)
+        for x, y in zip(*map(jax.tree.leaves, (quantize(laid, *form), whole)), strict=True):
+            assert x.dtype == y.dtype and np.array_equal(x, y)
 
 
 def test_full_blocks_do_not_know_of_a_short_last_one():
