@@ -20,6 +20,7 @@ from jaxft.objectives.pairwise import Moving, preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
+from jaxft.quant import Quant
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -42,6 +43,7 @@ def config(
     batch: int = 8,
     max_length: int = 512,
     full: bool = False,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -64,6 +66,7 @@ def config(
         source=pair_source,
         adapter=None if full else adapter_of(start, rank, llm),
         start=start,
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
         general="configs/data/general.jsonl",

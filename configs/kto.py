@@ -17,6 +17,7 @@ from jaxft.objectives.pairwise import preference
 from jaxft.objectives.reference_free import kto, kto_metrics
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
+from jaxft.quant import Quant
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -37,6 +38,7 @@ def config(
     epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -58,6 +60,7 @@ def config(
         source=pair_source,
         adapter=adapter_of(start, rank, llm),
         start=start,
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
         general="configs/data/general.jsonl",

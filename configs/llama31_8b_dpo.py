@@ -17,6 +17,7 @@ from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
+from jaxft.quant import Quant
 from jaxft.sharding import MeshShape
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
@@ -35,6 +36,7 @@ def config(
     batch: int = 32,
     micro: int = 8,
     max_length: int = 2048,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
@@ -50,6 +52,7 @@ def config(
         source=pair_source,
         adapter=adapter_of(start, rank, llm),
         start=start,
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=5, eval_every=50, save_every=50),

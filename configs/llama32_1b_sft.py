@@ -13,6 +13,7 @@ from jaxft.data.source import Rows
 from jaxft.lora import Adapter
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim
+from jaxft.quant import Quant
 from jaxft.sharding import MeshShape
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
@@ -29,6 +30,7 @@ def config(
     batch: int = 16,
     micro: int = 4,
     max_length: int = 2048,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,
@@ -41,6 +43,7 @@ def config(
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr if lr is not None else 1e-5 if full else 2e-4),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=10, eval_every=100, save_every=100),

@@ -14,6 +14,7 @@ from jaxft.data.source import Rows
 from jaxft.lora import Adapter
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim
+from jaxft.quant import Quant
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -30,6 +31,7 @@ def config(
     epochs: float = 3.0,
     batch: int = 1,
     max_length: int = 512,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -44,6 +46,7 @@ def config(
         objective=sft,
         data=Rows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=40, save_every=40),
         general="configs/data/general.jsonl",

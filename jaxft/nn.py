@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft.lora import Adapted
-from jaxft.quant import QTensor, dequantize
+from jaxft.quant import QTensor, dequantize, rows
 
 Weight = Any  # Array | QTensor | Adapted
 
@@ -211,7 +211,7 @@ def lm_head(h: Float[Array, "... D"], params: dict[str, Weight]) -> Float[Array,
 def embed(table: Weight, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
     """Rows of the table, in the table's own dtype; a packed table is expanded after the look-up."""
     if isinstance(table, QTensor):
-        return dequantize(QTensor(jnp.take(table.codes, ids, axis=0), table.kind, table.dtype))
+        return rows(table, ids)
     return jnp.take(table, ids, axis=0)
 
 

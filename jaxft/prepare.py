@@ -1,31 +1,46 @@
 """What a run trains and what it keeps: specs, the trainable mask, weights on the mesh, and all of it as shapes only."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft import params, sharding, tree, weights
-from jaxft.lora import Adapter, adapted, adapter_specs
+from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
-from jaxft.quant import QTensor
+from jaxft.quant import QTensor, Quant, bits, dequantize, quantize
 from jaxft.weights import peft
+from jaxft.weights.tensors import Tensors
+
+
+class Held(NamedTuple):
+    """How a leaf is kept: its dtype, and the arguments of quant.quantize where it is packed."""
+
+    dtype: Any
+    pack: tuple[str, int | None, bool | None] | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is rounded to fewer bits than its dtype has."""
+        return self.pack is not None and self.pack[0] != "bits"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model over the whole tree {"base", "adapter"} and which of its leaves are trained.
+    """A model over the whole tree {"base", "adapter"}, which of its leaves are trained, and how each one is kept.
 
-    specs, mask: trees of the same structure. trainable_specs: None where a leaf is frozen.
+    specs, mask: trees of the same structure. trainable_specs: None where a leaf is frozen. held: by path.
     """
 
     model: Model
     mask: Any
     trainable_specs: Any
+    held: dict[str, Held]
 
     @property
     def specs(self) -> Any:
@@ -33,10 +48,11 @@ class Trained:
         return self.model.specs
 
 
-def trained(model: Model, adapter: Adapter | None, pattern: str | None) -> Trained:
+def trained(model: Model, adapter: Adapter | None, pattern: str | None, quant: Quant | None = None) -> Trained:
     """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
 
-    An adapter's `scale` is never trained. Raises ValueError for a pattern that matches nothing.
+    An adapter's `scale` is never trained. Raises ValueError for a pattern that matches nothing, and where `quant` packs what
+    is trained.
     """
     whole = adapted(model, adapter)
     default = "adapter/.*" if adapter else "base/.*"
@@ -44,7 +60,25 @@ def trained(model: Model, adapter: Adapter | None, pattern: str | None) -> Train
     mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
-    return Trained(whole, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs))
+    return _with_forms(whole, mask, quant)
+
+
+def _with_forms(whole: Model, mask: Any, quant: Quant | None) -> Trained:
+    packed = packed_paths(whole.specs["base"], quant) if quant else []
+    is_trained = tree.paths(mask)
+    clash = next((path for path in packed if is_trained[f"base/{path}"]), None)
+    if quant and clash:
+        raise ValueError(f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none")
+    held = {}
+    for path, spec in params.spec_paths(whole.specs).items():
+        if is_trained[path] or path.startswith("adapter/"):
+            held[path] = Held(jnp.promote_types(whole.dtype, jnp.float32))
+        elif quant and path.removeprefix("base/") in packed:
+            held[path] = Held(whole.dtype, (quant.kind, quant.block, quant.double))
+        else:
+            as_bits = is_matrix(spec) and jnp.dtype(whole.dtype).itemsize == 2
+            held[path] = Held(whole.dtype, ("bits", None, None) if as_bits else None)
+    return Trained(whole, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs), held)
 
 
 def is_matrix(spec: ParamSpec) -> bool:
@@ -52,39 +86,87 @@ def is_matrix(spec: ParamSpec) -> bool:
     return len(spec.axes) - ("layers" in spec.axes) == 2
 
 
-def stored(spec: ParamSpec, is_trained: bool, dtype: Any) -> tuple[Any, bool]:
-    """(dtype, packed?) of a leaf: float32 or wider where trained, else the compute dtype; 16-bit matrices as raw bits."""
-    if is_trained:
-        return jnp.promote_types(dtype, jnp.float32), False
-    return dtype, is_matrix(spec) and jnp.dtype(dtype).itemsize == 2
+def packed_paths(base: Any, quant: Quant) -> list[str]:
+    """Paths of the base's matrices that `quant.targets` selects. Raises ValueError if there is none."""
+    if quant.targets == "all-linear":
+        return target_paths(base, "all-linear")
+    known = [path for path, spec in params.spec_paths(base).items() if is_matrix(spec)]
+    wanted = tree.regex(quant.targets, "quant.targets")
+    found = [path for path in known if wanted.fullmatch(path)]
+    if not found:
+        raise ValueError(f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(known)}")
+    return found
 
 
-def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[str, np.ndarray], Any]:
-    """`store(path, array)` for weights.load_base: cast on the host, place on the mesh, pack what is frozen.
+def make_pack(t: Trained) -> Callable[[str, np.ndarray], Any]:
+    """`pack(path, layer)` for weights.load_base: cast or quantise on the host, from the file's own precision."""
+
+    def pack(path: str, layer: np.ndarray) -> Any:
+        held = t.held[f"base/{path}"]
+        if held.pack is None:
+            return layer.astype(held.dtype, copy=False)
+        if held.pack[0] == "bits":
+            layer = layer.astype(held.dtype, copy=False)
+        return replace(quantize(layer, *held.pack), dtype=jnp.dtype(held.dtype))
+
+    return pack
+
+
+def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[str, Any], Any]:
+    """`store(path, leaf)` for weights.load_base: place what pack has made on the mesh.
 
     frozen_only: a restored run has its trained leaves already; None stands for them.
     """
     specs, mask = params.spec_paths(t.specs), tree.paths(t.mask)
 
-    def store(path: str, array: np.ndarray) -> Any:
-        spec, full = specs[f"base/{path}"], f"base/{path}"
+    def store(path: str, leaf: Any) -> Any:
+        full = f"base/{path}"
         if frozen_only and mask[full]:
             return None
-        dtype, packed = stored(spec, mask[full], t.model.dtype)
-        host = array.astype(dtype, copy=False)
-        place = params.place(spec, mesh, full)
-        if not packed:
-            return jax.device_put(host, place)
-        return QTensor(jax.device_put(host.view(np.uint16), place), "bits", jnp.dtype(dtype))
+        return jax.tree.map(jax.device_put, leaf, place(specs[full], leaf, mesh, full))
 
     return store
 
 
-def load_frozen(ref: str, model: Model, mesh: Any) -> Any:
-    """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype, packed."""
+def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
+    """The sharding of a parameter as it is held, an array or a QTensor; of a QTensor for each of its arrays."""
+    whole = params.place(spec, mesh, path)
+    if not isinstance(leaf, QTensor):
+        return whole
+    if leaf.block:
+        whole = sharding.between_blocks(whole, spec.axes, spec.shape, leaf.block, path)
+    return jax.tree.map(lambda x: sharding.fitted(whole, x.shape), leaf)
+
+
+def as_held(tensors: Tensors, model: Model, quant: Quant) -> Tensors:
+    """A checkpoint's tensors with the numbers that a run computes with where it quantises them."""
+    t = _all_frozen(model, quant)
+    pack, known = make_pack(t), {}
+    for path, spec in params.spec_paths(model.specs).items():
+        name, transpose = model.names[path]
+        if t.held[f"base/{path}"].quantised:
+            known.update({name.format(i=i): (path, transpose) for i in range(spec.shape[0] if "{i}" in name else 1)})
+
+    def read(name: str) -> np.ndarray:
+        value = tensors.read(name)
+        if name not in known:
+            return value
+        path, transpose = known[name]
+        value = np.asarray(dequantize(pack(path, value.T if transpose else value)))
+        return value.T if transpose else value
+
+    return replace(tensors, read=read)
+
+
+def _all_frozen(model: Model, quant: Quant | None) -> Trained:
     whole = adapted(model, None)
-    mask = jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec)
-    return weights.load_base(ref, model, make_store(Trained(whole, mask, jax.tree.map(lambda _: None, mask)), mesh))
+    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant)
+
+
+def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
+    """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
+    t = _all_frozen(model, quant)
+    return weights.load_base(ref, model, make_store(t, mesh), make_pack(t))
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
@@ -133,18 +215,22 @@ def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = N
     return init(jax.random.key(seed))
 
 
+def as_shapes(spec: ParamSpec, held: Held) -> Any:
+    """A parameter as it is held, a ShapeDtypeStruct or a QTensor of them."""
+    x = jax.ShapeDtypeStruct(spec.shape, held.dtype)
+    pack = held.pack
+    return x if pack is None else jax.eval_shape(lambda x: quantize(x, *pack), x)
+
+
 def abstract_params(t: Trained, mesh: Any) -> Any:
     """The whole tree as ShapeDtypeStructs with shardings, as it will be held."""
 
-    def leaf(path, spec, is_trained):
-        dtype, packed = stored(spec, is_trained, t.model.dtype)
-        if path.startswith("adapter/"):
-            dtype, packed = jnp.promote_types(t.model.dtype, jnp.float32), False
-        place = params.place(spec, mesh, path)
-        shape = jax.ShapeDtypeStruct(spec.shape, jnp.uint16 if packed else dtype, sharding=place)
-        return QTensor(shape, "bits", jnp.dtype(dtype)) if packed else shape
+    def leaf(path, spec):
+        x = as_shapes(spec, t.held[path])
+        places = place(spec, x, mesh, path)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), x, places)
 
-    return tree.map_with_path(leaf, t.specs, t.mask, is_leaf=params.is_spec)
+    return tree.map_with_path(leaf, t.specs, is_leaf=params.is_spec)
 
 
 def split(t: Trained, whole: Any) -> tuple[Any, Any]:
@@ -154,6 +240,19 @@ def split(t: Trained, whole: Any) -> tuple[Any, Any]:
         jax.tree.map(lambda x, m: x if m else None, whole, t.mask, is_leaf=whole_leaf),
         jax.tree.map(lambda x, m: None if m else x, whole, t.mask, is_leaf=whole_leaf),
     )
+
+
+def quantised(t: Trained) -> str:
+    """What part of the base is quantised and how, in words; empty where nothing is."""
+    all_specs = params.spec_paths(t.specs)
+    specs = {path: spec for path, spec in all_specs.items() if t.held[path].quantised}
+    if not specs:
+        return ""
+    held = [as_shapes(spec, t.held[path]) for path, spec in specs.items()]
+    sizes = [math.prod(q.shape) for q in held]
+    each = sum(bits(q) * size for q, size in zip(held, sizes, strict=True)) / sum(sizes)
+    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if path.startswith("base/"))
+    return f"{100 * sum(sizes) / base:.0f} % of the base in {held[0].kind}, {each:.3f} bits a parameter"
 
 
 def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
@@ -174,12 +273,18 @@ def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
     return tree.map_with_path(place, shapes)
 
 
-def table(t: Trained) -> str:
-    """One line a parameter: path, shape, axes, trained or frozen; then the counts."""
-    mask = tree.paths(t.mask)
-    rows = [
-        f"{path:32s} {'x'.join(map(str, s.shape)):>18s}  {','.join(s.axes):28s} {'trained' if mask[path] else 'frozen'}"
-        for path, s in params.spec_paths(t.specs).items()
-    ]
+def table(t: Trained, mesh: Any = None) -> str:
+    """One line a parameter: path, shape, axes, how it is held, on a mesh how it is cut, trained or frozen; then the counts."""
+    mask, rows = tree.paths(t.mask), []
+    for path, spec in params.spec_paths(t.specs).items():
+        held = t.held[path]
+        x = as_shapes(spec, held)
+        form = f"{x.kind} {bits(x):.3f} bits" if held.quantised else jnp.dtype(held.dtype).name
+        cut = ""
+        if mesh is not None and mesh.size > 1:
+            places = place(spec, x, mesh, path)
+            cut = f"{sharding.shown(places.codes if isinstance(x, QTensor) else places):20s} "
+        sizes, axes = "x".join(map(str, spec.shape)), ",".join(spec.axes)
+        rows.append(f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}")
     total, some = params.count(t.specs), params.count(t.trainable_specs)
     return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

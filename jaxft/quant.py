@@ -1,29 +1,96 @@
 """Weights in a packed form. A QTensor is a leaf like any other: scan, vmap and sharding may slice it."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from jaxft import quant_formats as qf
+from jaxft.quant_formats import FORMATS
 from jaxft.tree import static, struct
+
+KINDS = tuple(FORMATS)
+HOST_CHUNK = 1 << 18  # elements
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How the frozen base is held: QLoRA's settings (Dettmers et al. 2023, arXiv:2305.14314).
+
+    kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset, per `block`
+    inputs). double: the scales of nf4 and fp4 are quantised to 8 bits too. None is the kind's usual value. targets:
+    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may name embed and
+    head too; norms stay as they are.
+    """
+
+    kind: str = "nf4"
+    block: int | None = None
+    double: bool | None = None
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        usual(self.kind, self.block, self.double)
+
+
+def chosen(kind: str | None, record: dict[str, Any] | None) -> Quant | None:
+    """The settings that a name ("none", "nf4", ...) asks for, or without one those in a run's record."""
+    if kind is not None:
+        return None if kind == "none" else Quant(kind)
+    settings = (record or {}).get("quant")
+    return Quant(**settings) if settings else None
+
+
+def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
+    """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
+    if kind not in FORMATS:
+        raise ValueError(f"quantisation {kind!r} is not known; use one of bits, {', '.join(KINDS)}")
+    format = FORMATS[kind]
+    if format.block is None and block is not None:
+        raise ValueError(f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none")
+    if block is not None and (block < 2 or block % 2):
+        raise ValueError(f"two codes share a byte, so a block is an even number of inputs from 2 up; found block={block}")
+    if double and format.double is None:
+        raise ValueError(f"the scales of {kind} are not quantised; use double=false, or one of nf4, fp4")
+    return (format.block if block is None else block), bool(format.double if double is None else double)
 
 
 @struct
 class QTensor:
-    """A frozen weight that is expanded where it is used.
+    """A frozen weight [..., I, O] that is expanded where it is used.
 
     kind "bits": the 16-bit float kept as raw uint16. It costs nothing to expand, and it keeps XLA's CPU compiler from
     converting a whole scan-stacked bfloat16 weight to float32 (measured: 3.8 GB for SmolLM2-135M).
+    The others are FORMATS: I is cut into N blocks of `block` inputs (the last one may be short; None: one block), and the
+    weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
+
+    codes: uint8 [..., I/2, O], two a byte with the first in the high bits, or int8 [..., I, O].
+    scale: [..., N, O], float or, where outer and mean are there, uint8 (see quant_formats.encode_scales).
+    offset: [..., N, O] of affine4. outer: [..., S], mean: [...], of scales that are quantised.
     """
 
-    codes: jax.Array
+    codes: Any
     kind: str = static()
     dtype: Any = static()
+    block: int | None = static(default=None)
+    scale: Any = None
+    offset: Any = None
+    outer: Any = None
+    mean: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that this stands for, derived from the codes so that slices stay right."""
-        return self.codes.shape
+        *lead, rows, outs = self.codes.shape
+        return (*lead, rows * (2 if is_paired(self.kind) else 1), outs)
+
+
+def is_paired(kind: str) -> bool:
+    """Whether two codes share a byte."""
+    return kind in FORMATS and FORMATS[kind].bits == 4
 
 
 def is_qtensor(x: Any) -> bool:
@@ -31,15 +98,70 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def quantize(weight: jax.Array, kind: str) -> QTensor:
-    """Pack a weight. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly."""
-    if kind != "bits":
-        raise ValueError(f"quantisation {kind!r} is not known; use 'bits'")
-    if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
-        raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
-    return QTensor(jax.lax.bitcast_convert_type(weight, jnp.uint16), "bits", jnp.dtype(weight.dtype))
+def bits(q: Any) -> float:
+    """Bits a parameter, of the arrays that hold it."""
+    count = np.prod(q.shape, dtype=np.int64)
+    return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
 
 
-def dequantize(q: QTensor) -> jax.Array:
+def quantize(weight: Any, kind: str, block: int | None = None, double: bool | None = None) -> QTensor:
+    """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
+
+    block, double: see Quant. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly, an odd I with
+    4-bit codes, and for NaN, infinities and magnitudes from 2^80 up (not under jit, which has no values to look at).
+    """
+    if kind == "bits":
+        if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
+            raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
+        return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
+    block, double = usual(kind, block, double)
+    *lead, ins, outs = weight.shape
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"{kind} holds floats, found {weight.dtype}")
+    if is_paired(kind) and ins % 2:
+        raise ValueError(f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it")
+    qf.refuse_unusual(weight)
+    packed, scale, offset = _encoded(weight, kind, block or ins)
+    scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)
+    return QTensor(packed, kind, jnp.dtype(weight.dtype), block, scale, offset, outer, mean)
+
+
+def _encoded(weight: Any, kind: str, block: int) -> tuple[Any, Any, Any]:
+    """(packed codes, scales, offsets) of a weight; on the host a few output channels at a time, whose floats stay in cache."""
+    *lead, ins, outs = weight.shape
+    step = max(1, HOST_CHUNK // math.prod((*lead, ins)))
+    if isinstance(weight, np.ndarray) and step < outs:
+        parts = [_encoded(weight[..., at : at + step], kind, block) for at in range(0, outs, step)]
+        return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
+    codes, scale, offset = FORMATS[kind].encode(qf.blocked(qf.as_zero_or_normal(weight), block))
+    codes = codes.reshape(*lead, -1, outs)[..., :ins, :]
+    packed = qf.pack(codes) if is_paired(kind) else codes
+    return packed, scale[..., 0, :], None if offset is None else offset[..., 0, :]
+
+
+def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
     """The weight in its own dtype."""
-    return jax.lax.bitcast_convert_type(q.codes, q.dtype)
+    if q.kind == "bits":
+        return jax.lax.bitcast_convert_type(q.codes, q.dtype)
+    ins = q.shape[-2]
+    each = lambda x: qf.spread(x, q.block or ins, ins)  # noqa: E731
+    return _expanded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, each)
+
+
+def rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
+    """`dequantize(q)[ids]` of a table [I, O], expanding no more than those rows."""
+    if q.kind == "bits":
+        return jax.lax.bitcast_convert_type(jnp.take(q.codes, ids, axis=0), q.dtype)
+    codes = jnp.take(q.codes, ids // 2 if is_paired(q.kind) else ids, axis=0)
+    if is_paired(q.kind):
+        codes = jnp.where((ids % 2 == 0)[..., None], codes >> jnp.uint8(4), codes & jnp.uint8(15))
+    return _expanded(q, codes, lambda x: jnp.take(x, ids // (q.block or q.shape[-2]), axis=0))
+
+
+def _expanded(q: QTensor, codes: Array, each: Any) -> Array:
+    """The weight of unpacked codes; `each` brings a number per block to their shape."""
+    scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
+    value = FORMATS[q.kind].decode(codes) * each(scale.astype(jnp.float32))
+    if q.offset is not None:
+        value = value + each(q.offset.astype(jnp.float32))
+    return value.astype(q.dtype)

@@ -38,9 +38,10 @@ def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes:
     """What is about to happen, for the start of a run."""
     some, total = params.count(t.trainable_specs), params.count(t.specs)
     s = source.stats
+    held = prepare.quantised(t)
     lines = [
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
-        f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)",
+        f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
         f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
         f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated; {steps} steps",
         f"row 0 as the model sees it:\n{source.preview}",
@@ -249,6 +250,8 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
+    held = prepare.quantised(job.programs.trained)
+    how += f" The frozen weights were quantised: {held}." if held else ""
     names = dict.fromkeys([*before["metrics"], *after["metrics"]])
     number = lambda look, name: f"{look['metrics'][name]:.4f}" if name in look["metrics"] else ""  # noqa: E731
     rows = [f"| {name} | {number(before, name)} | {number(after, name)} |" for name in names]

@@ -67,7 +67,7 @@ def partition_spec(
     heads: how many heads a flattened "heads" or "kv_heads" dimension holds; they are divided, never cut.
     """
     sizes = dict(mesh.shape)
-    entries: list[Any] = []
+    entries: list[tuple[str, ...]] = []
     for i, axis in enumerate(axes):
         wanted = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
         if shape is not None:
@@ -80,8 +80,12 @@ def partition_spec(
                 raise ValueError(f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}")
             if shape[i] % math.prod(sizes[a] for a in wanted):
                 wanted = tuple(a for a in wanted if a == "tensor")
-        entries.append(wanted if len(wanted) > 1 else (wanted[0] if wanted else None))
-    return PartitionSpec(*entries)
+        entries.append(wanted)
+    return _spec(entries)
+
+
+def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(cut if len(cut) > 1 else (cut[0] if cut else None) for cut in cuts))
 
 
 def named(
@@ -89,6 +93,44 @@ def named(
 ) -> NamedSharding:
     """NamedSharding of an array with these logical axes; see partition_spec."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, path, heads))
+
+
+def between_blocks(place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str) -> NamedSharding:
+    """`place` of a weight [..., I, O] with its input axis cut between blocks only, as codes that share a scale need it.
+
+    Where fsdp doesn't divide the dimension that is its own, it takes the other one, and is left out where that fails too.
+    Raises ValueError where tensor doesn't divide.
+    """
+    sizes = dict(place.mesh.shape)
+    units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
+    cuts = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec]
+    cuts = [tuple(axis for axis in cut if axis != "fsdp") for cut in cuts]
+    if "tensor" in cuts[-2] and units[-2] % sizes["tensor"]:
+        fits = tuple(n for n in range(1, units[-2] + 1) if units[-2] % n == 0)
+        raise ValueError(
+            f"{path}: its input of {shape[-2]} in blocks of {block} can't be cut over tensor={sizes['tensor']}; "
+            f"use one of {fits}, or another quant.block"
+        )
+    own = [i for i, axis in enumerate(axes) if "fsdp" in AXES[axis]]
+    if own and sizes.get("fsdp", 1) > 1:
+        for i in (*own, len(axes) - 2, len(axes) - 1):
+            if units[i] % math.prod(sizes[axis] for axis in (*cuts[i], "fsdp")) == 0:
+                cuts[i] = (*cuts[i], "fsdp")
+                break
+    return NamedSharding(place.mesh, _spec(cuts))
+
+
+def fitted(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`place` for an array that stands beside the one it was made for: a dimension of 1 is not cut, another rank not at all."""
+    if len(shape) != len(place.spec):
+        return NamedSharding(place.mesh, PartitionSpec())
+    return NamedSharding(place.mesh, PartitionSpec(*(None if n == 1 else cut for n, cut in zip(shape, place.spec, strict=True))))
+
+
+def shown(place: NamedSharding) -> str:
+    """The mesh axes of each dimension as text: `-,fsdp,tensor`."""
+    cuts = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec)
+    return ",".join("*".join(cut) or "-" for cut in cuts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

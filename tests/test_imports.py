@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each layer imports itself and what stands above it here. A package stands for its modules.
 LAYERS = (
-    {"tree", "batch", "quant", "metrics", "devices"},
+    {"tree", "batch", "quant", "quant_formats", "metrics", "devices"},
     {"sharding", "params"},
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another

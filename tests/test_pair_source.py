@@ -310,8 +310,8 @@ def test_stats_count_what_happened(folder):
 
 
 def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_path):
-    write(tmp_path / "r.jsonl", [*make_rows(3), *unpaired(4)])
-    with pytest.raises(ValueError, match="r.jsonl:4: one answer with a label .4 such rows., and this run compares two; use"):
+    write(tmp_path / "r.jsonl", unpaired(4))
+    with pytest.raises(ValueError, match="r.jsonl:1: one answer with a label .4 such rows., and this run compares two; use"):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))
     assert source(tmp_path, unpaired=False).pairs == 5

@@ -31,6 +31,7 @@ from jaxft.generate import Sampling
 from jaxft.lora import Adapter
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim
+from jaxft.quant import Quant
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -38,6 +39,7 @@ from jaxft.weights import model_for
 def config(
     model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4,
     full: bool = False, batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
+    quant: str = "none",
 ) -> Run:
     return Run(
         name=name,
@@ -46,6 +48,7 @@ def config(
         objective=sft,
         data=Rows(data, held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
         adapter=None if full else Adapter(rank=4, dropout=dropout),
+        quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(steps=steps, save_every=1),
         samples=2,

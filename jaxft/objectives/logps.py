@@ -80,9 +80,10 @@ def _padded(x: Array, pad: int) -> Array:
 
 
 def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
-    """The logical axes of each leaf of the head, a packed one's leaves included."""
-    each = jax.tree.map(lambda s, leaf: jax.tree.map(lambda _: s, leaf), specs, head, is_leaf=is_spec)
-    return tuple(s.axes for s in jax.tree.leaves(each, is_leaf=is_spec))
+    """The logical axes of each leaf of the head; of a packed one's leaves those that have the weight's dimensions."""
+    node = lambda s, leaf: [s.axes if x.ndim == len(s.axes) else () for x in jax.tree.leaves(leaf)]  # noqa: E731
+    known = jax.tree.map(node, specs, head, is_leaf=is_spec)
+    return tuple(axes for found in jax.tree.leaves(known, is_leaf=lambda x: isinstance(x, list)) for axes in found)
 
 
 def _lay(head: Any, axes: tuple[tuple[str, ...], ...]) -> Any:

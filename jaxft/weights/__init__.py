@@ -45,14 +45,17 @@ def model_for(ref: str, **options: Any) -> Model:
     return build(parsed, **options)
 
 
-def load_base(ref: str, model: Model, store: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
+def load_base(
+    ref: str, model: Model, store: Callable[[str, Any], Any], pack: Callable[[str, np.ndarray], Any] = hf.as_it_is
+) -> dict[str, Any]:
     """The base parameter tree of `ref`, one leaf at a time.
 
-    `store(path, array)` gets each leaf once, stacked [L, in, out] in the file's dtype, and returns what the tree keeps; so
-    host memory stays about one leaf above the result. Raises ValueError where the files don't hold exactly the model's
-    tensors.
+    `pack(path, array)` gets each layer [in, out] in the file's dtype and returns how the host keeps it, an array or a tree of
+    them. `store(path, leaf)` gets each leaf once, its layers stacked, and returns what the tree keeps. So host memory stays
+    about one leaf, as pack makes it, and one layer above the result. Raises ValueError where the files don't hold exactly
+    the model's tensors.
     """
-    return hf.stack(open_tensors(ref), model, store)
+    return hf.stack(open_tensors(ref), model, store, pack)
 
 
 def open_tensors(ref: str) -> Tensors:

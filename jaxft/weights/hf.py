@@ -84,8 +84,16 @@ def open_folder(folder: Path) -> Tensors:
     )
 
 
-def stack(tensors: Tensors, model: Model, store: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
-    """The base tree: each leaf filled layer by layer, handed to `store(path, array)` once, and let go.
+def as_it_is(path: str, array: np.ndarray) -> np.ndarray:
+    """The pack of `stack` that keeps a layer in the file's dtype."""
+    return array
+
+
+def stack(
+    tensors: Tensors, model: Model, store: Callable[[str, Any], Any], pack: Callable[[str, np.ndarray], Any] = as_it_is
+) -> dict[str, Any]:
+    """The base tree: each leaf filled layer by layer with what `pack(path, layer)` gives, handed to `store(path, leaf)` once,
+    and let go.
 
     Every name and shape is checked before the first tensor is read. Raises ValueError naming the tensor.
     """
@@ -97,19 +105,28 @@ def stack(tensors: Tensors, model: Model, store: Callable[[str, np.ndarray], Any
         node = base
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = store(path, _stacked(tensors, spec.shape, *model.names[path]))
+        node[last] = store(path, _stacked(tensors, spec.shape[0], model.names[path], partial(pack, path)))
     return base
 
 
-def _stacked(tensors: Tensors, shape: tuple[int, ...], name: str, transpose: bool) -> np.ndarray:
-    layered = "{i}" in name
-    parts = [name.format(i=i) for i in range(shape[0])] if layered else [name]
+def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Callable[[np.ndarray], Any]) -> Any:
+    name, transpose = named
+    parts = [name.format(i=i) for i in range(layers)] if "{i}" in name else [name]
     dtypes = {tensors.dtypes[part] for part in parts}
-    out = np.empty(shape, dtypes.pop() if len(dtypes) == 1 else np.float32)
+    common = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    whole: Any = None
     for i, part in enumerate(parts):
-        value = tensors.read(part)
-        np.copyto(out[i] if layered else out, value.T if transpose else value, casting="unsafe")
-    return out
+        value = tensors.read(part).astype(common, copy=False)
+        try:
+            layer = pack(value.T if transpose else value)
+        except ValueError as e:
+            raise ValueError(f"{tensors.where}: {part}: {e}") from e
+        if parts == [name]:
+            return jax.tree.map(np.ascontiguousarray, layer)
+        if whole is None:
+            whole = jax.tree.map(lambda x: np.empty((layers, *np.shape(x)), x.dtype), layer)
+        jax.tree.map(lambda stacked, x, i=i: stacked.__setitem__(i, x), whole, layer)
+    return whole
 
 
 def check(tensors: Tensors, model: Model) -> None:

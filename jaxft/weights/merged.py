@@ -28,6 +28,30 @@ class Lazy:
         return self.make(None)
 
 
+class Rounding:
+    """Rounds leaves and adds up what that loses."""
+
+    def __init__(self) -> None:
+        self._lost, self._whole = 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        """The root mean square of the error over that of the weights, of all that was made so far."""
+        return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
+
+    def to(self, leaf: Lazy, dtype: Any) -> Lazy:
+        """The leaf in `dtype`."""
+
+        def make(layer: int | None) -> np.ndarray:
+            exact = leaf.make(layer)
+            value = exact.astype(dtype)
+            self._lost += float(np.square(exact - value.astype(exact.dtype), dtype=np.float64).sum())
+            self._whole += float(np.square(exact, dtype=np.float64).sum())
+            return value
+
+        return Lazy(leaf.shape, np.dtype(dtype), make)
+
+
 def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str, Any]:
     """The base tree of a checkpoint with `adapter` (arrays, or None) folded in: Lazy leaves in `dtype`, for hf.save_folder.
 

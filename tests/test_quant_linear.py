@@ -1,0 +1,253 @@
+"""Everything that takes a weight takes a packed one: values and gradients are those of its dequantised weight."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_nn import DEEP, batch32
+from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
+
+from jaxft import lora, nn, prepare, sharding, tree
+from jaxft.lora import Adapted, Adapter
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.objectives.logps import token_logps
+from jaxft.objectives.sft import sft
+from jaxft.quant import KINDS, Quant, dequantize, is_qtensor, quantize
+
+FORMS = [("int8", None, None), *((kind, 16, None) for kind in KINDS if kind != "int8"), ("nf4", 16, False)]
+every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape, seed=0, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def packed(form, *shape, seed=0):
+    return quantize(random(*shape, seed=seed), *form)
+
+
+def plain(whole):
+    """A tree with every packed weight expanded."""
+    return jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, whole, is_leaf=is_qtensor)
+
+
+def same(fn, w, *args):
+    """Value and gradients by `args` of sum(cos * fn(w, ...)) for w and for its dequantised form."""
+
+    def both(w):
+        def loss(*args):
+            y = fn(w, *args)
+            return jnp.sum(jnp.sin(y.astype(jnp.float64)) * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
+
+        return jit(jax.value_and_grad(loss, tuple(range(len(args)))))(*args)
+
+    assert_close(both(w), both(plain(w)))
+
+
+# Products
+
+
+@every_form
+@pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
+def test_a_product(wide, form, transposed):
+    w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
+    same(lambda w, x: nn.matmul(x, w, transposed, False), w, x)
+    same(lambda w, x: nn.matmul(x, w, transposed, True), w, x)
+
+
+@every_form
+def test_products_with_one_and_several_adapters(wide, form):
+    w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
+    a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
+    same(lambda w, x, a, b: nn.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    a, b, scale = random(3, 42, 2, seed=2), random(3, 2, 6, seed=3), random(3, seed=4)
+    same(lambda w, x, a, b: nn.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+
+
+@every_form
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
+    w, x = packed(form, 4, 42, 42), random(5, 42, seed=1)
+    a, b, scale = random(3, 4, 42, 2, seed=2), random(3, 4, 2, 42, seed=3), random(4, seed=4)
+
+    def deep(w, x, a, b):
+        def body(h, layer):
+            w, a, b, scale = layer
+            return h + jnp.tanh(nn.linear(h, Adapted(w, a, b, scale))), None
+
+        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (w, a, b, scale))[0]
+
+    same(lambda w, x, a, b: jax.vmap(deep, (None, None, 0, 0))(w, x, a, b), w, x, a, b)
+
+
+@every_form
+def test_embedding_and_head_from_packed_tables(wide, form):
+    table, head, h, ids = (
+        packed(form, 64, 40),
+        packed(form, 40, 64, seed=1),
+        random(2, 5, 40, seed=2),
+        jnp.array([[3, 0], [63, 3]]),
+    )
+    np.testing.assert_array_equal(jax.jit(nn.embed)(table, ids), np.asarray(dequantize(table))[np.asarray(ids)])
+    same(lambda w, h: nn.lm_head(h, w), {"embed": table}, h)
+    same(lambda w, h: nn.lm_head(h, w), {"head": head}, h)
+    pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))
+    same(lambda w, h: nn.lm_head(h, {**w, "head": Adapted(None, *pair)}), {"embed": table}, h)
+
+
+@every_form
+def test_merging_adds_to_the_dequantised_weight(form):
+    w = packed(form, 2, 42, 6)
+    pair = {"a": random(2, 42, 3, seed=1), "b": random(2, 3, 6, seed=2), "scale": random(2, seed=3)}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        merge = jit(lambda w, dtype=dtype: lora.merge_leaf(w, pair, dtype))
+        assert merge(w).dtype == dtype
+        assert_close(np.float64(merge(w)), np.float64(merge(dequantize(w))), 1e-6 if dtype == jnp.float32 else 2**-8)
+
+
+@every_form
+def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
+    w = quantize(random(42, 6, dtype=jnp.bfloat16), *form)
+    x, table = random(5, 42, dtype=jnp.bfloat16), quantize(random(42, 6, dtype=jnp.bfloat16), *form)
+    with jax.numpy_dtype_promotion("strict"):
+        y, pull = jax.vjp(lambda x: nn.linear(x, w), x)
+        assert y.dtype == pull(y)[0].dtype == jnp.bfloat16 == nn.embed(table, jnp.array([1])).dtype
+        assert nn.lm_head(random(5, 6, dtype=jnp.bfloat16), {"embed": table}).dtype == jnp.float32
+
+
+# Whole models
+
+
+def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
+    pack = lambda path, x: quantize(x, *form) if re.fullmatch(pattern, path) else x  # noqa: E731
+    return {**whole, "base": tree.map_with_path(pack, whole["base"])}
+
+
+@pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[1], "full"), (FORMS[2], "projections")])
+def test_a_models_loss_and_gradients_are_those_of_its_dequantised_base(wide, form, remat):
+    model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
+    whole, batch, key = quantised(whole, form), one_by_one(examples(4)), jax.random.key(1)
+
+    def both(whole):
+        fn = lambda adapter: sft(model)({"base": whole["base"], "adapter": adapter}, batch, key, {})[0]  # noqa: E731
+        return jit(jax.value_and_grad(fn))(whole["adapter"])
+
+    assert_close(both(whole), both(plain(whole)))
+
+
+@pytest.mark.parametrize("form, tied", [(FORMS[0], False), (FORMS[2], True)])
+def test_a_packed_head_and_table_serve_the_chunked_loss(wide, form, tied):
+    model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "head")), tied=tied)
+    whole, batch = quantised(whole, form, "head|embed"), one_by_one(examples(4))
+
+    def both(whole):
+        def loss(adapter, h):
+            return jnp.sum(jnp.sin(token_logps(model, {**whole, "adapter": adapter}, h, batch.targets).logp))
+
+        h = jit(model.hidden)(whole, batch)[:, : batch.targets.shape[1]]
+        return jit(jax.value_and_grad(loss, (0, 1)))(whole["adapter"], h)
+
+    assert_close(both(whole), both(plain(whole)))
+
+
+# Memory
+
+
+@every_form
+@pytest.mark.parametrize("adapters", [0, 1, 3])
+def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
+    w = quantize(random(42, 6, dtype=jnp.bfloat16), *form)
+    if adapters:
+        each = (adapters,) if adapters > 1 else ()
+        w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: nn.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)))
+    assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]
+    assert [x for x in kept if x.dtype in (jnp.uint8, jnp.int8)]  # the codes are
+
+
+def program(kind, config, remat="projections"):
+    """The compiled gradient of the SFT loss of a bfloat16 model, held as a run holds it."""
+    t = prepare.trained(llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None)
+    mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
+    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+
+    def gradient(trainable, frozen, batch):
+        return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
+
+    return jit(gradient).lower(trainable, frozen, batch32()).compile()
+
+
+@pytest.mark.parametrize("kind, remat", [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none")])
+def test_no_float_copy_of_the_base_lives_in_a_step(kind, remat):
+    text = program(kind, DEEP, remat).as_text()
+    found = {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)}
+    for size in ((32, 40), (32, 20), (40, 32), (32, 48), (48, 32)):
+        floats = {dtype for dtype, dims in found if dims == size}
+        assert floats <= {"s8"}, (size, floats)
+        held = ("s8", size) if kind == "int8" else ("u8", (size[0] // 2, size[1]))
+        assert held in found, size
+
+
+def test_a_step_holds_the_base_in_its_bits_and_little_beside():
+    config = LlamaConfig(**{**DEEP.__dict__, "layers": 40, "width": 64, "mlp": 192, "vocab": 48})
+    wide, narrow = (program(kind, config, "full").memory_analysis() for kind in (None, "nf4"))
+    size = 40 * (64 * 40 * 2 + 64 * 20 * 2 + 3 * 64 * 192)
+    saved = wide.argument_size_in_bytes - narrow.argument_size_in_bytes
+    assert saved == pytest.approx(size * (16 - 4.127) / 8, rel=0.01)
+    assert narrow.temp_size_in_bytes < wide.temp_size_in_bytes + 0.1 * 2 * size
+
+
+def test_what_a_run_holds_is_quantised_and_nothing_else():
+    config = dataclasses.replace(CONFIG, tied=False)
+    mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
+    for pattern, wanted in (  # of quant.targets
+        ("all-linear", {"q", "k", "v", "o", "gate", "up", "down"}),
+        ("layers/mlp/.*|head", {"gate", "up", "down", "head"}),
+        (".*/q|embed", {"q", "embed"}),
+        (".*", {"q", "k", "v", "o", "gate", "up", "down", "head", "embed"}),
+    ):
+        t = prepare.trained(llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern))
+        whole = tree.paths(prepare.abstract_params(t, mesh), is_qtensor)
+        found = {path.split("/")[-1] for path, x in whole.items() if is_qtensor(x) and x.kind == "int4"}
+        assert found == wanted
+        assert all(is_qtensor(x) == (x.shape[-1] > 3 and len(x.shape) > 1 and "norm" not in path)
+                   for path, x in whole.items() if path.startswith("base/"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "adapter, train, quant, says",
+    [
+        (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is to be trained; train an adapter, or"),
+        (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up, which"),
+        (Adapter(), None, Quant(targets="layers/up"), "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),
+        (Adapter(), None, Quant(targets=".*norm"), "quant.targets='.*norm' matches no matrix; the paths are embed, head, "),
+        (Adapter(), None, Quant(targets="("), "quant.targets: '(' is no regular expression"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant, says):
+    with pytest.raises(ValueError) as error:
+        prepare.trained(llama(CONFIG), adapter, train, quant)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+    trained = prepare.trained(llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant())
+    assert trained.mask["base"]["embed"]
+
+
+def test_the_table_shows_bits_a_parameter():
+    t = prepare.trained(llama(PRESET), Adapter(), None, Quant("nf4"))
+    lines = [line for line in prepare.table(t).splitlines() if line.startswith("base/layers/mlp/up")]
+    assert len(lines) == 1 and "nf4 4.127 bits" in lines[0] and lines[0].endswith("frozen")
+    assert prepare.quantised(t) == "87 % of the base in nf4, 4.127 bits a parameter"
+
+
+PRESET = LlamaConfig(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)

@@ -1,0 +1,139 @@
+"""Packed weights on a mesh: cut between blocks, fsdp where it divides, and the numbers of one device."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from tiny_model import assert_close, examples, one_by_one, tiny
+
+from jaxft import nn, params, prepare, sharding, tree
+from jaxft.lora import Adapter
+from jaxft.models.llama import PRESETS, LlamaConfig, llama
+from jaxft.objectives.sft import sft
+from jaxft.quant import KINDS, Quant, is_qtensor, quantize
+from jaxft.sharding import MESH_AXES, MeshShape, make_mesh
+
+SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
+
+
+def places(config, path, quant, **sizes):
+    """The PartitionSpecs of a quantised leaf."""
+    t = prepare.trained(llama(config), Adapter(), None, quant)
+    spec, path = params.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    found = prepare.place(spec, prepare.as_shapes(spec, t.held[path]), mesh, path)
+    return {name: value.spec for name, value in found.__dict__.items() if hasattr(value, "spec")}
+
+
+@pytest.mark.parametrize(
+    "config, path, quant, sizes, wanted",
+    [
+        (EIGHT_B, "attn/q", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "fsdp", "tensor")),
+        (EIGHT_B, "attn/o", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "tensor", "fsdp")),
+        (EIGHT_B, "mlp/down", Quant("int4", 128), {"fsdp": 2, "tensor": 8}, P(None, "tensor", "fsdp")),
+        (SMOL, "attn/q", Quant(), {"fsdp": 3}, P(None, "fsdp", None)),
+        (SMOL, "attn/q", Quant(), {"fsdp": 4}, P(None, None, "fsdp")),  # 9 blocks don't divide, 576 outputs do
+        (SMOL, "attn/q", Quant(), {"fsdp": 2, "tensor": 3}, P(None, None, ("tensor", "fsdp"))),
+        (SMOL, "attn/q", Quant(), {"fsdp": 5}, P(None, None, None)),
+        (SMOL, "attn/o", Quant(), {"fsdp": 5, "tensor": 3}, P(None, "tensor", None)),
+        (SMOL, "attn/o", Quant(), {"fsdp": 2, "tensor": 3}, P(None, "tensor", "fsdp")),
+        (SMOL, "attn/q", Quant("int4", 128), {"fsdp": 3}, P(None, None, "fsdp")),  # a short last block: never cut
+        (SMOL, "attn/q", Quant("int8"), {"fsdp": 4}, P(None, "fsdp", None)),
+        (SMOL, "attn/q", Quant("affine4"), {"data": 4}, P(None, None, None)),
+    ],
+)
+def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, sizes, wanted):
+    found = places(config, path, quant, **sizes)
+    assert found.pop("codes") == wanted
+    if quant.kind == "int8":
+        wanted = P(wanted[0], None, wanted[2])  # one scale for all inputs
+    for name in ("outer", "mean"):
+        assert found.pop(name, P()) == P()
+    assert set(found) == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"}) and set(found.values()) == {wanted}
+
+
+@pytest.mark.parametrize(
+    "path, quant, tensor, says",
+    [
+        ("attn/o", Quant("nf4", 128), 3, "its input of 576 in blocks of 128 can't be cut over tensor=3; use one of (1,), or"),
+        ("mlp/down", Quant("int4", 256), 4, "its input of 1536 in blocks of 256 can't be cut over tensor=4; use one of (1, 2, "),
+        ("attn/o", Quant(), 2, "9 heads do not divide over tensor=2; use one of (1,)"),
+    ],
+)  # fmt: skip
+def test_tensor_that_does_not_divide_the_blocks_is_refused(path, quant, tensor, says):
+    with pytest.raises(ValueError) as error:
+        places(SMOL, path, quant, tensor=tensor)
+    assert str(error.value).startswith(f"base/layers/{path}: {says}") and "\n" not in str(error.value)
+
+
+def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
+    config = LlamaConfig(vocab=64, width=48, layers=2, heads=2, kv_heads=2, head_dim=10, mlp=64)
+    t = prepare.trained(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
+    rows = {line.split()[0]: line for line in prepare.table(t, make_mesh(MeshShape(1, 8))).splitlines()}
+    assert " -,-,- " in rows["base/layers/attn/q"]  # 3 blocks and 20 outputs: neither divides by 8
+    assert " -,-,fsdp " in rows["base/layers/mlp/gate"] and " -,-,fsdp " in rows["base/layers/attn/o"]
+    assert " fsdp,- " in rows["base/embed"]
+
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def on(mesh, specs, whole):
+    """The tree on the mesh, as a run holds it."""
+    flat = params.spec_paths(specs)
+    return tree.map_with_path(
+        lambda path, x: jax.tree.map(jax.device_put, x, prepare.place(flat[path], x, mesh, path)), whole, is_leaf=is_qtensor
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"])
+def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
+    rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
+    spec = params.ParamSpec((2, 64, 64), axes, params.constant(0.0))
+    q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)
+    x = jnp.asarray(rng.normal(size=(8, 3, 64)))
+
+    def loss(x, q):
+        body = lambda h, w: (sharding.constrain(jnp.tanh(nn.linear(h, w)), "rows", "time", "act_width"), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, q)[0] ** 2)
+
+    one = jax.jit(jax.value_and_grad(loss))(x, q)
+    laid = on(mesh, {"w": spec}, {"w": q})["w"]
+    assert laid.codes.sharding.shard_shape(laid.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
+    with jax.set_mesh(mesh):
+        many = jax.jit(jax.value_and_grad(loss))(jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width"))), laid)
+    assert_close(jax.device_get(many), jax.device_get(one))
+
+
+def test_a_model_on_a_mesh_with_everything_packed_has_one_devices_loss_and_gradients(wide):
+    model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "down")))
+    blocks = {"embed": 2, "head": 16}  # 40 of a vocabulary, cut over tensor and fsdp
+    pack = lambda path, x: x if "norm" in path else quantize(x, "nf4", blocks.get(path, 8))  # noqa: E731
+    whole = {**whole, "base": tree.map_with_path(pack, whole["base"])}
+    batch = one_by_one(examples(8))
+
+    def both(whole, batch):
+        def loss(adapter):
+            return sft(model)({"base": whole["base"], "adapter": adapter}, batch, None, {})[0]
+
+        return jax.value_and_grad(loss)(whole["adapter"])
+
+    one = jit(both)(whole, batch)
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    laid = on(mesh, model.specs, whole)
+    assert laid["base"]["head"].codes.sharding.spec == P(None, ("tensor", "fsdp"))
+    with jax.set_mesh(mesh):
+        rows = jax.tree.map(lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time")[: x.ndim], x.shape)), batch)
+        many = jit(both)(laid, rows)
+    assert_close(jax.device_get(many), jax.device_get(one))
