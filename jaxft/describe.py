@@ -95,7 +95,7 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
 def _source_hash(thing: Any) -> str | None:
     """Of the function's text, or of its whole file where that is named by its path: it may call what stands beside it."""
     try:
-        if thing.__module__.endswith(".py"):
+        if str(thing.__module__).endswith(".py"):
             return hashlib.sha256(Path(inspect.getfile(thing)).read_bytes()).hexdigest()
         return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
     except (OSError, TypeError):
