@@ -132,6 +132,11 @@ def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Calla
 def check(tensors: Tensors, model: Model) -> None:
     """The checkpoint has exactly the model's tensors, in their shapes and a float dtype; else ValueError."""
     wanted: dict[str, tuple[int, ...]] = {}
+    if model.config.layers > len(tensors.shapes):  # a garbled number would make a list of millions of names
+        raise ValueError(
+            f"{tensors.where}: its config says {model.config.layers} layers and there are {len(tensors.shapes)} tensors in all; "
+            "is the download complete, and does its config.json belong to it?"
+        )
     for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
         name, transpose = model.names[path]
         layered = "{i}" in name
