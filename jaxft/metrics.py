@@ -60,8 +60,8 @@ class Disagreement:
 
     Among the pairs that a model is most sure of, the ones it holds the other way round are mostly wrong labels. The estimate is
     the share of lost pairs, where the smallest margins don't count and the largest count most: with r the rank by size
-    from 0 to 1, sum_lost max(r - UNSURE, 0) / sum max(r - UNSURE, 0). It wants pairs that the model was not trained on, and is
-    too high for a model that is sure and wrong. Of n pairs its standard error is about sqrt(share (1 - share) / 0.45 n).
+    from 0 to 1 and w = max(r - UNSURE, 0), sum_lost w / sum w. It wants pairs that the model was not trained on, and is too high
+    for a model that is sure and wrong.
     """
 
     counts: Any
@@ -77,13 +77,26 @@ class Disagreement:
 
     def value(self) -> float | None:
         """None for fewer than 24 pairs."""
-        won, lost = self.counts
-        total = won + lost
-        if total.sum() < 24:
+        lost, weight = self._weighed()
+        return float((lost * weight).sum() / weight.sum()) if self.counts.sum() >= 24 else None
+
+    def error(self) -> float | None:
+        """The standard error of value() as an estimate of these n pairs' share p: sqrt(p (1 - p) (1 / k - 1 / n)).
+
+        k = (sum w)^2 / sum w^2 is how many pairs were as good as asked; p is (p k + 1) / (k + 2), so that it is above 0.
+        """
+        share, (_, weight), n = self.value(), self._weighed(), self.counts.sum()
+        if share is None:
             return None
-        rank = (total.cumsum() - total / 2) / total.sum()
-        sure = np.maximum(rank - UNSURE, 0)
-        return float((lost * sure).sum() / (total * sure).sum())
+        k = weight.sum() ** 2 / (weight**2 / np.maximum(self.counts.sum(0), 1)).sum()
+        p = (share * k + 1) / (k + 2)
+        return float(np.sqrt(p * (1 - p) * (1 / k - 1 / n)))
+
+    def _weighed(self) -> tuple[Any, Any]:
+        """(share of lost pairs, weight of all pairs) of each size of the margin."""
+        total = self.counts.sum(0)
+        rank = (total.cumsum() - total / 2) / max(total.sum(), 1)
+        return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - UNSURE, 0)
 
 
 SUMS = (Sum, Correlation, Disagreement)  # added element by element
@@ -121,7 +134,7 @@ def neutral(like: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(metrics: dict[str, Any]) -> dict[str, float]:
-    """Plain numbers. A mean over nothing is left out, never NaN."""
+    """Plain numbers, of an estimate its standard error too (`name_error`). A mean over nothing is left out, never NaN."""
     host = jax.device_get(metrics)
     out = {}
     for name, m in host.items():
@@ -129,9 +142,8 @@ def read(metrics: dict[str, Any]) -> dict[str, float]:
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
         elif isinstance(m, Correlation | Disagreement):
-            value = m.value()
-            if value is not None:
-                out[name] = value
+            found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, Disagreement) else {})
+            out.update({key: value for key, value in found.items() if value is not None})
         else:
             out[name] = float(m.value)
     return out

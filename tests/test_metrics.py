@@ -138,6 +138,15 @@ def test_wrong_labels_are_estimated_within_five_points(wrong):
     assert abs(many.mean() - wrong) < 0.03 and (np.abs(many - wrong) <= 0.05).mean() > 0.95
 
 
+@pytest.mark.parametrize("pairs", [64, 216, 1000])
+def test_the_standard_error_is_the_scatter(pairs):
+    for wrong in (0.1, 0.2, 0.3):
+        each = [Disagreement(counts(first_sight(seed, pairs, wrong))) for seed in range(300)]
+        assert np.mean([d.error() for d in each]) == pytest.approx(np.std([d.value() for d in each]), rel=0.2)
+    told = metrics.read({"label_noise": each[0]})
+    assert told == {"label_noise": each[0].value(), "label_noise_error": each[0].error()}
+
+
 def test_of_clean_labels_few_look_wrong():
     assert estimates(216, 0.0).mean() < 0.04 and np.quantile(estimates(216, 0.0), 0.95) < 0.06
     assert estimates(1000, 0.0).max() < 0.06

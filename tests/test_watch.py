@@ -133,13 +133,14 @@ def test_the_closing_words_name_what_was_reached():
     last = {
         "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0, "eval_kl": 0.0123,
         "eval_length/accuracy_if_longer_wins": 0.55, "eval_length/margin_correlation": 0.25, "label_noise": 0.21,
+        "label_noise_error": 0.033,
         "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
     }  # fmt: skip
     told = "\n".join(words(first, last))
     for part in (
         "all ties before, 0.90 after; always taking the longer answer gives 0.55", "0.000 before, 0.800 after",
         "-80.0 before, -79.0 after", "0.0123 nats a token", "correlation 0.25", "0.95 where the chosen answer is longer",
-        "0.85 where it is shorter", "disagrees with 21 %", "an estimate of how many are flipped", "robust",
+        "0.85 where it is shorter", "about 21 % look flipped, give or take 7 ", "robust",
     ):  # fmt: skip
         assert part in told
     assert "alike" not in told and words({}, {}) == []

@@ -167,17 +167,18 @@ def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
         told = f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}"
         lines.append("; accuracy ".join([told, ", ".join(each)] if each else [told]))
     if known("label_noise"):
-        lines.append(_labels(last["label_noise"]))
+        lines.append(_labels(last["label_noise"], last.get("label_noise_error") or 0.0))
     return lines
 
 
-def _labels(share: float) -> str:
+def _labels(share: float, error: float) -> str:
     """What the estimate of flipped labels says. A model that has learned nothing disagrees with half of the labels."""
-    told = f"labels: the model disagrees with {100 * share:.0f} % of the pairs that it is surest of before it learns from them"
+    percent = f"{100 * share:.0f} %"
     if share >= GUESSING:
-        return f"{told}: it has learned too little to judge them"
+        return f"labels: the model disagrees with {percent} of those it is surest of; it has learned too little to judge them"
     advice = f"; {LOSSES}:robust or cdpo with that label_smoothing is made for them" if share >= LABELS else ""
-    return f"{told}, which is an estimate of how many are flipped{advice}"
+    told = f"about {percent} look flipped, give or take {200 * error:.0f}"  # two standard errors
+    return f"labels: {told} (pairs that the model, before it learned from them, was sure of the other way round){advice}"
 
 
 def _change(name: str, first: dict[str, Any], last: dict[str, Any], digits: int) -> str:
