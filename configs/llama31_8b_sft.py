@@ -1,6 +1,7 @@
 """Llama-3.1-8B-Instruct, LoRA on one 80 GB GPU or sharded over several; in full over 8 of them.
 
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4   # the base in 4 bits
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
 
 Needs access to the model on the hub (HF_TOKEN).

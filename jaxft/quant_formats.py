@@ -6,6 +6,7 @@ and nothing that is subnormal, which XLA takes for zero.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -127,6 +128,27 @@ def look_up(codes: Int[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
+def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
+    """`table[codes]` by choosing between halves of the table, bit by bit."""
+
+    def half(start: int, size: int) -> Any:
+        if size == 1:
+            return table[start]
+        upper = (codes & np.uint8(size // 2)) != 0
+        return jnp.where(upper, half(start + size // 2, size // 2), half(start, size // 2))
+
+    return half(0, len(table))
+
+
+def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
+    """`table[codes]` of 16 levels.
+
+    On a CPU the look-up is faster, and selections are fused into small products. Elsewhere they let the codes become a
+    weight in one kernel, where a look-up has the unpacked codes written out (compiled for an H100).
+    """
+    return jax.lax.platform_dependent(codes, cpu=partial(look_up, table=table), default=partial(by_bits, table=table))
+
+
 def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Float[Array, "*L"]]:
     """Scales in the dynamic code after their mean is subtracted, in groups of 256 with a scale each.
 
@@ -191,8 +213,8 @@ class Format:
 FORMATS = {
     "int8": Format(8, None, None, encode_int8, lambda codes: codes.astype(jnp.float32)),
     "int4": Format(4, 64, None, encode_int4, lambda codes: codes.astype(jnp.float32) - jnp.float32(8)),
-    "nf4": Format(4, 64, True, encode_nf4, lambda codes: look_up(codes, NF4)),
-    "fp4": Format(4, 64, True, encode_fp4, lambda codes: look_up(codes, FP4)),
+    "nf4": Format(4, 64, True, encode_nf4, lambda codes: level(codes, NF4)),
+    "fp4": Format(4, 64, True, encode_fp4, lambda codes: level(codes, FP4)),
     "affine4": Format(4, 64, None, encode_affine4, lambda codes: codes.astype(jnp.float32)),
 }
 

@@ -387,6 +387,14 @@ def test_rows_are_those_of_the_whole(form):
     np.testing.assert_array_equal(rows(plain, ids % 9), np.asarray(dequantize(plain))[np.asarray(ids % 9)])
 
 
+def test_both_ways_to_a_level_are_the_table():
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (3, 5, 7), np.uint8))
+    for table in (quant_formats.NF4, quant_formats.FP4):
+        for way in (quant_formats.look_up, quant_formats.by_bits, quant_formats.level):
+            found = jax.jit(partial(way, table=table))(codes)
+            assert found.dtype == jnp.float32 and np.array_equal(found, table[np.asarray(codes)])
+
+
 def test_it_is_one_leaf_for_who_asks_and_its_form_is_structure():
     q = quantize(jnp.ones((2, 2), jnp.bfloat16), "bits")
     assert is_qtensor(q) and not is_qtensor(q.codes) and len(jax.tree.leaves(q)) == 1
