@@ -70,9 +70,10 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None) -> Trained:
     if quant and clash:
         raise ValueError(f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none")
     held = {}
+    wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in params.spec_paths(whole.specs).items():
         if is_trained[path] or path.startswith("adapter/"):
-            held[path] = Held(jnp.promote_types(whole.dtype, jnp.float32))
+            held[path] = Held(wide)
         elif quant and path.removeprefix("base/") in packed:
             held[path] = Held(whole.dtype, (quant.kind, quant.block, quant.double))
         else:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxft import compare, prepare, report, runfolder, sharding, train, tree, weights
+from jaxft import compare, report, runfolder, sharding, train, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.describe import describe, differences
 from jaxft.log import Log, read
@@ -72,8 +72,8 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
         for each in (*sources, general):
             report.check_ids(each, lead.model, lead.weights)
         steps = lead.loop.steps or min(source.steps for source in sources)
-        identity = _identity(lead)
-        fingerprints = [{"data_fingerprint": s.fingerprint, **identity} for s in sources] * (1 if apart else len(runs))
+        same = train.identity(lead)
+        fingerprints = [{"data_fingerprint": s.fingerprint, **same} for s in sources] * (1 if apart else len(runs))
         records = {label: {**describe(r), **known} for (label, r), known in zip(runs.items(), fingerprints, strict=True)}
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", lead.loop.keep_last, 0)))
         done = runfolder.finished(folder)
@@ -103,15 +103,6 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             log.message(line)
         log.message("\n".join([f"{len(jobs)} runs on one base:", *(f"{n:3d}  {label}" for n, label in enumerate(runs, 1))]))
         return _go(Shared(name, folder, tuple(runs), tuple(jobs), apart, at_once, saved, log), restored)
-
-
-def _identity(lead: Run) -> dict[str, Any]:
-    known: dict[str, Any] = {"weights_identity": runfolder.weights_identity(lead.weights)}
-    if Path(lead.weights).exists():
-        known["weights_at"] = str(Path(lead.weights).resolve())
-    if lead.start:
-        known["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(lead.start))
-    return known
 
 
 def _check_records(folder: Path, records: dict[str, Any]) -> list[str]:

@@ -281,12 +281,7 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         steps = r.loop.steps or source.steps
         p = build(r, steps)
         _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
-        identity = {"data_fingerprint": source.fingerprint, "weights_identity": runfolder.weights_identity(r.weights)}
-        if Path(r.weights).exists():
-            identity["weights_at"] = str(Path(r.weights).resolve())
-        if r.start:
-            identity["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
-        record = {**record, **identity}
+        record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
         done = runfolder.finished(folder)
         changes = runfolder.check(folder, record) if done or saved.latest() is not None else []
@@ -307,6 +302,16 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         log.listen(getattr(p.objective, "watch", None))
         held_out = () if general is None else general.held_out
         return _go(Job(r, steps, p, tokenizer, source, held_out, saved, log, folder, record), restored)
+
+
+def identity(r: Run) -> dict[str, Any]:
+    """What a run's record says about its weights, so that a continuation has the same: hashes, and where a folder lies."""
+    known = {"weights_identity": runfolder.weights_identity(r.weights)}
+    if Path(r.weights).exists():
+        known["weights_at"] = str(Path(r.weights).resolve())
+    if r.start:
+        known["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
+    return known
 
 
 def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> int:
