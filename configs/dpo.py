@@ -6,7 +6,8 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. 4 to 6
 minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to fall to 0.51 in 27 steps, and
 rewards/accuracies on held-out pairs to be above 0.9. Any loss of jaxft.objectives.preference, or your own, that takes a beta:
-`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`. moving=0.6,512 is TR-DPO.
+`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`; one that reads no reference runs none.
+moving=0.6,512 is TR-DPO.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows, pair_source
-from jaxft.objectives.pairwise import Moving, preference
+from jaxft.objectives.pairwise import Moving, implicit, per_token, preference
 from jaxft.objectives.preference import dpo
+from jaxft.objectives.traits import reads_reference
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
 from jaxft.quant import Quant
@@ -35,7 +37,7 @@ def config(
     start: str | None = None,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: Literal["auto", "start", "precomputed"] = "auto",  # auto: start, with full=true precomputed
+    reference: Literal["auto", "start", "precomputed"] = "auto",  # auto: start, with full=true precomputed; or none
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; every so many steps ref = alpha policy + (1 - alpha) ref
     lr: float = 1e-4,
     rank: int | None = None,  # of a fresh adapter: 16
@@ -43,7 +45,7 @@ def config(
     batch: int = 8,
     max_length: int = 512,
     full: bool = False,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -56,12 +58,15 @@ def config(
         raise ValueError(f"reference={reference} and moving={moving} contradict each other; leave one of them out")
     if full and rank is not None:
         raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
-    known: Any = "precomputed" if full and reference == "auto" else "start" if reference == "auto" else reference
+    known: Any = Moving(*moving) if moving else reference
+    if known == "auto":
+        known = None if not reads_reference(loss) else "precomputed" if full else "start"
+    reward = per_token if known is None else implicit
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=Moving(*moving) if moving else known),
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=known, reward=reward),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
         adapter=None if full else adapter_of(start, rank, llm),

@@ -30,7 +30,7 @@ def config(
     batch: int = 16,
     micro: int = 4,
     max_length: int = 2048,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "attention",
     seed: int = 0,

@@ -32,7 +32,7 @@ def config(
     epochs: float = 3.0,
     batch: int = 1,
     max_length: int = 512,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,

@@ -13,21 +13,23 @@ import numpy as np
 from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
-from jaxft.quant import QTensor, Quant, bits, dequantize, quantize
-from jaxft.weights import peft
+from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, quantize
+from jaxft.weights import hf, peft
+from jaxft.weights.packed import same_form
 from jaxft.weights.tensors import Tensors
 
 
 class Held(NamedTuple):
-    """How a leaf is kept: its dtype, and the arguments of quant.quantize where it is packed."""
+    """How a leaf is kept: its dtype; where it is packed the arguments of quant.quantize, or the form of a layer in the files."""
 
     dtype: Any
     pack: tuple[str, int | None, bool | None] | None = None
+    form: QTensor | None = None
 
     @property
     def quantised(self) -> bool:
-        """Whether it is rounded to fewer bits than its dtype has."""
-        return self.pack is not None and self.pack[0] != "bits"
+        """Whether it has fewer bits than its dtype."""
+        return self.form is not None or self.pack is not None and self.pack[0] != "bits"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Trained:
         return self.model.specs
 
 
-def trained(model: Model, adapter: Adapter | None, pattern: str | None, quant: Quant | None = None) -> Trained:
+def trained(
+    model: Model, adapter: Adapter | None, pattern: str | None, quant: Quant | None = None, ref: str | None = None
+) -> Trained:
     """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
 
-    An adapter's `scale` is never trained. Raises ValueError for a pattern that matches nothing, and where `quant` packs what
-    is trained.
+    An adapter's `scale` is never trained. ref: where the weights come from, whose files' headers say what quant=kept is. Raises
+    ValueError for a pattern that matches nothing, and where `quant` packs what is trained.
     """
     whole = adapted(model, adapter)
     default = "adapter/.*" if adapter else "base/.*"
@@ -60,11 +64,13 @@ def trained(model: Model, adapter: Adapter | None, pattern: str | None, quant: Q
     mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
-    return _with_forms(whole, mask, quant)
+    return _with_forms(whole, mask, quant, ref)
 
 
-def _with_forms(whole: Model, mask: Any, quant: Quant | None) -> Trained:
-    packed = packed_paths(whole.specs["base"], quant) if quant else []
+def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None) -> Trained:
+    packed: list[str] = packed_paths(whole.specs["base"], quant) if quant else []
+    kept = _kept(whole, packed, ref) if quant and quant.kind == KEPT else {}
+    packed = list(kept) if quant and quant.kind == KEPT else packed
     is_trained = tree.paths(mask)
     clash = next((path for path in packed if is_trained[f"base/{path}"]), None)
     if quant and clash:
@@ -75,11 +81,26 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None) -> Trained:
         if is_trained[path] or path.startswith("adapter/"):
             held[path] = Held(wide)
         elif quant and path.removeprefix("base/") in packed:
-            held[path] = Held(whole.dtype, (quant.kind, quant.block, quant.double))
+            form = kept.get(path.removeprefix("base/"))
+            held[path] = Held(whole.dtype, None if form else (quant.kind, quant.block, quant.double), form)
         else:
             as_bits = is_matrix(spec) and jnp.dtype(whole.dtype).itemsize == 2
             held[path] = Held(whole.dtype, ("bits", None, None) if as_bits else None)
     return Trained(whole, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs), held)
+
+
+def _kept(model: Model, wanted: list[str], ref: str | None) -> dict[str, QTensor]:
+    """The forms of those of the wanted parameters that the files of `ref` hold packed, from their headers."""
+    if ref is None:
+        raise ValueError("quant=kept holds the base as its files do, and no files are named")
+    tensors = weights.open_tensors(ref)
+    hf.check(tensors, model)
+    forms = {path: hf.form_in(tensors, model, path) for path in wanted}
+    found = {path: form for path, form in forms.items() if form is not None}
+    if not found:
+        why = next((f"; of {name}, {p.why}" for name, p in tensors.packed.items() if p.why), "")
+        raise ValueError(f"{ref}: holds no weights packed as quant=kept would keep them{why}; use another quant, or none")
+    return found
 
 
 def is_matrix(spec: ParamSpec) -> bool:
@@ -102,8 +123,10 @@ def packed_paths(base: Any, quant: Quant) -> list[str]:
 def make_pack(t: Trained) -> Callable[[str, np.ndarray], Any]:
     """`pack(path, layer)` for weights.load_base: cast or quantise on the host, from the file's own precision."""
 
-    def pack(path: str, layer: np.ndarray) -> Any:
+    def pack(path: str, layer: Any) -> Any:
         held = t.held[f"base/{path}"]
+        if isinstance(layer, QTensor):  # packed in the files
+            return replace(layer, dtype=jnp.dtype(held.dtype))
         if held.pack is None:
             return layer.astype(held.dtype, copy=False)
         if held.pack[0] == "bits":
@@ -111,6 +134,44 @@ def make_pack(t: Trained) -> Callable[[str, np.ndarray], Any]:
         return replace(quantize(layer, *held.pack), dtype=jnp.dtype(held.dtype))
 
     return pack
+
+
+def make_keep(t: Trained) -> Callable[[str, QTensor], bool]:
+    """`keep(path, form)` for weights.load_base: whether what the files hold is what the run holds."""
+
+    def keep(path: str, form: QTensor) -> bool:
+        held = t.held[f"base/{path}"]
+        if not held.quantised:
+            return False
+        layer = jax.ShapeDtypeStruct(form.shape, held.dtype)
+        return same_form(form, held.form or jax.eval_shape(lambda x: quantize(x, *(held.pack or ())), layer))
+
+    return keep
+
+
+def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any:
+    """The base of `ref` on the mesh as the run holds it. frozen_only: see make_store."""
+    return weights.load_base(ref, t.model, make_store(t, mesh, frozen_only), make_pack(t), make_keep(t))
+
+
+def changed_by_holding(ref: str, t: Trained) -> list[str]:
+    """A line for each group of weights that the files hold packed and the run in another way, and why."""
+    tensors, keep = weights.open_tensors(ref), make_keep(t)
+    groups: dict[str, list[str]] = {}
+    for path in params.spec_paths(t.model.specs["base"]):
+        name = t.model.names[path][0].format(i=0)
+        if name not in tensors.packed:
+            continue
+        form, p, held = hf.form_in(tensors, t.model, path), tensors.packed[name], t.held[f"base/{path}"]
+        if form is not None and keep(path, form):
+            how = f"kept as {p.method} holds them: {p.why}" if p.why else ""
+        elif held.quantised and held.pack:
+            how = f"packed by {p.method} and rounded again to {held.pack[0]}; quant=kept leaves them as they are"
+        else:
+            why = p.why or ("" if form is not None else "the layers are not packed alike, or not along their inputs")
+            how = f"packed by {p.method} and expanded to {jnp.dtype(held.dtype).name}{f' ({why})' if why else ''}"
+        groups.setdefault(how, []).append(path)
+    return [f"weights {how}: {', '.join(paths)}" for how, paths in groups.items() if how]
 
 
 def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[str, Any], Any]:
@@ -135,39 +196,43 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     if not isinstance(leaf, QTensor):
         return whole
     if leaf.block:
-        whole = sharding.between_blocks(whole, spec.axes, spec.shape, leaf.block, path)
-    return jax.tree.map(lambda x: sharding.fitted(whole, x.shape), leaf)
+        block = leaf.block if leaf.index is None else 2
+        whole = sharding.between_blocks(whole, spec.axes, spec.shape, block, path)
+    scales = whole if leaf.index is None else sharding.uncut(whole, -2)  # any input may be of any block
+    places = jax.tree.map(lambda x: sharding.fitted(scales, x.shape), leaf)
+    return replace(places, codes=sharding.fitted(whole, leaf.codes.shape))
 
 
-def as_held(tensors: Tensors, model: Model, quant: Quant) -> Tensors:
-    """A checkpoint's tensors with the numbers that a run computes with where it quantises them."""
-    t = _all_frozen(model, quant)
-    pack, known = make_pack(t), {}
+def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
+    """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
+    t = _all_frozen(model, quant, ref)
+    pack, keep, known = make_pack(t), make_keep(t), {}
     for path, spec in params.spec_paths(model.specs).items():
         name, transpose = model.names[path]
+        form = hf.form_in(tensors, model, path)
         if t.held[f"base/{path}"].quantised:
-            known.update({name.format(i=i): (path, transpose) for i in range(spec.shape[0] if "{i}" in name else 1)})
+            kept = form is not None and keep(path, form)
+            known.update({name.format(i=i): (path, transpose, kept) for i in range(spec.shape[0] if "{i}" in name else 1)})
 
     def read(name: str) -> np.ndarray:
-        value = tensors.read(name)
         if name not in known:
-            return value
-        path, transpose = known[name]
-        value = np.asarray(dequantize(pack(path, value.T if transpose else value)))
+            return tensors.read(name)
+        path, transpose, kept = known[name]
+        value = tensors.packed[name].read() if kept else tensors.read(name)
+        value = np.asarray(dequantize(pack(path, value.T if transpose and not kept else value)))
         return value.T if transpose else value
 
     return replace(tensors, read=read)
 
 
-def _all_frozen(model: Model, quant: Quant | None) -> Trained:
+def _all_frozen(model: Model, quant: Quant | None, ref: str) -> Trained:
     whole = adapted(model, None)
-    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant)
+    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant, ref)
 
 
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
     """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
-    t = _all_frozen(model, quant)
-    return weights.load_base(ref, model, make_store(t, mesh), make_pack(t))
+    return load_base(ref, _all_frozen(model, quant, ref), mesh)
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
@@ -218,8 +283,10 @@ def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = N
 
 def as_shapes(spec: ParamSpec, held: Held) -> Any:
     """A parameter as it is held, a ShapeDtypeStruct or a QTensor of them."""
-    x = jax.ShapeDtypeStruct(spec.shape, held.dtype)
-    pack = held.pack
+    x, pack = jax.ShapeDtypeStruct(spec.shape, held.dtype), held.pack
+    if held.form is not None:
+        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*spec.shape[:-2], *x.shape), x.dtype), held.form)
+        return replace(stacked, dtype=jnp.dtype(held.dtype))
     return x if pack is None else jax.eval_shape(lambda x: quantize(x, *pack), x)
 
 

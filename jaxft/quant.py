@@ -14,6 +14,7 @@ from jaxft.quant_formats import FORMATS
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)
+KEPT = "kept"
 HOST_CHUNK = 1 << 18  # elements
 
 
@@ -24,7 +25,8 @@ class Quant:
     kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset, per `block`
     inputs). double: the scales of nf4 and fp4 are quantised to 8 bits too. None is the kind's usual value. targets:
     "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may name embed and
-    head too; norms stay as they are.
+    head too; norms stay as they are. kind "kept": as the files hold what they have packed (bitsandbytes, GPTQ, AWQ, GGUF or
+    scripts/quantize.py), without rounding again.
     """
 
     kind: str = "nf4"
@@ -46,8 +48,12 @@ def chosen(kind: str | None, record: dict[str, Any] | None) -> Quant | None:
 
 def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
     """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
+    if kind == KEPT:
+        if block is not None or double is not None:
+            raise ValueError("quant=kept takes blocks and scales from the files; leave quant.block and quant.double at none")
+        return None, False
     if kind not in FORMATS:
-        raise ValueError(f"quantisation {kind!r} is not known; use one of bits, {', '.join(KINDS)}")
+        raise ValueError(f"quantisation {kind!r} is not known; use one of bits, {', '.join((*KINDS, KEPT))}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
         raise ValueError(f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none")
@@ -69,7 +75,8 @@ class QTensor:
 
     codes: uint8 [..., I/2, O], two a byte with the first in the high bits, or int8 [..., I, O].
     scale: [..., N, O], float or, where outer and mean are there, uint8 (see quant_formats.encode_scales).
-    offset: [..., N, O] of affine4. outer: [..., S], mean: [...], of scales that are quantised.
+    offset: [..., N, O] of affine4. outer: [..., S], mean: [...], of scales that are quantised. index: int32 [..., I], the block
+    of each input where blocks are no runs of inputs (GPTQ's act-order).
     """
 
     codes: Any
@@ -80,6 +87,7 @@ class QTensor:
     offset: Any = None
     outer: Any = None
     mean: Any = None
+    index: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,7 +152,12 @@ def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(q.codes, q.dtype)
     ins = q.shape[-2]
-    each = lambda x: qf.spread(x, q.block or ins, ins)  # noqa: E731
+
+    def each(x: Array) -> Array:
+        if q.index is not None:
+            return jnp.take_along_axis(x, q.index[..., None], axis=-2)
+        return qf.spread(x, q.block or ins, ins)
+
     return _expanded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, each)
 
 
@@ -155,7 +168,8 @@ def rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
     codes = jnp.take(q.codes, ids // 2 if is_paired(q.kind) else ids, axis=0)
     if is_paired(q.kind):
         codes = jnp.where((ids % 2 == 0)[..., None], codes >> jnp.uint8(4), codes & jnp.uint8(15))
-    return _expanded(q, codes, lambda x: jnp.take(x, ids // (q.block or q.shape[-2]), axis=0))
+    block = ids // (q.block or q.shape[-2]) if q.index is None else jnp.take(q.index, ids)
+    return _expanded(q, codes, lambda x: jnp.take(x, block, axis=0))
 
 
 def _expanded(q: QTensor, codes: Array, each: Any) -> Array:

@@ -127,6 +127,13 @@ def fitted(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(place.mesh, PartitionSpec(*(None if n == 1 else cut for n, cut in zip(shape, place.spec, strict=True))))
 
 
+def uncut(place: NamedSharding, dimension: int) -> NamedSharding:
+    """`place` with a dimension whole on every device."""
+    cuts = list(place.spec)
+    cuts[dimension] = None
+    return NamedSharding(place.mesh, PartitionSpec(*cuts))
+
+
 def shown(place: NamedSharding) -> str:
     """The mesh axes of each dimension as text: `-,fsdp,tensor`."""
     cuts = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec)

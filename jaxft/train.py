@@ -148,7 +148,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train, run.quant)
+    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
@@ -196,8 +196,7 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
     base: the frozen base of another run, for one that trains nothing of it.
     """
     if base is None:
-        store = prepare.make_store(p.trained, p.mesh, frozen_only=restored is not None)
-        base = weights.load_base(run.weights, run.model, store, prepare.make_pack(p.trained))
+        base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
     whole = {"base": base}
     if run.adapter:
         whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
@@ -297,7 +296,8 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
             changes = runfolder.compare(folder, restored[1]["record"], record)
         runfolder.open_record(folder, record)
         log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=r.trackers)))
-        for line in report.opening(p.trained, source, steps, first, changes):
+        how_held = prepare.changed_by_holding(r.weights, p.trained)
+        for line in (*report.opening(p.trained, source, steps, first, changes), *how_held):
             log.message(line)
         log.listen(getattr(p.objective, "watch", None))
         held_out = () if general is None else general.held_out

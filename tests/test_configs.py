@@ -88,3 +88,16 @@ def test_the_reference_of_dpo_is_as_asked_for():
     known = lambda *argv: config.load("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
     assert known() == "start" and known("full=true") == "precomputed" and known("full=true", "reference=start") == "start"
     assert known("moving=0.5,20") == Moving(0.5, 20)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
+def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
+    knob = f"loss=jaxft.objectives.reference_free:{loss}"
+    objective = lambda *argv: config.load("configs/dpo.py", [knob, *argv]).objective.keywords  # noqa: E731
+    assert objective()["reference"] is None and objective("full=true")["reference"] is None
+    assert objective("reference=start")["reference"] == "start"
+
+
+@pytest.mark.parametrize("loss", ["preference:ipo", "reference_free:kto", "reference_free:bco"])
+def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
+    assert config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"] == "start"

@@ -18,7 +18,7 @@ LAYERS = (
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference", "plots", "compare"},
-    {"train", "evaluate", "prepare", "report", "samples", "together", "sweep", "sweep_programs"},
+    {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.objectives.probe import PAIR, Check, Probe, alike, alone, call, judged, number, same
+from jaxft.objectives.probe import PAIR, Check, Probe, alike, alone, call, judged, number, probe, same
 from jaxft.objectives.scored import Coupled, Scored
 from jaxft.objectives.synthetic import PER_TOKEN, TOKENS, pairs, varied
 
@@ -46,11 +46,27 @@ def reference(probe: Probe) -> Check:
     }
     if not alike(judged(probe, **given), judged(probe, **moved)):
         return Check("reference", None, "compares the policy with it")
+    if runs_without_reference(probe):
+        return Check("reference", None, "never looks at it: preference(...) without one (reference=None) saves its forward pass")
+    return Check("reference", None, "asks for it, and nothing depends on it")
+
+
+def reads_reference(loss: Callable) -> bool:
+    """Whether a loss asks for the reference's log-probs. One that fails whatever it is given is taken to."""
     try:
-        jax.eval_shape(partial(call, probe.loss), _without_reference(pairs(**given, columns=probe.columns)))
+        return not runs_without_reference(probe("loss", loss))
+    except ValueError:
+        return True
+
+
+def runs_without_reference(probe: Probe) -> bool:
+    """Whether the loss gives values where there is no reference."""
+    pair = pairs(dict.fromkeys(probe.kinds, np.zeros(6)), columns=probe.columns)
+    try:
+        jax.eval_shape(partial(call, probe.loss), _without_reference(pair))
     except Exception:  # of a user's function
-        return Check("reference", None, "asks for it, and nothing depends on it")
-    return Check("reference", None, "never looks at it: preference(...) without one (reference=None) saves its forward pass")
+        return False
+    return True
 
 
 def _without_reference(pair: Scored) -> Scored:

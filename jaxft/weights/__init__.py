@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import PRESETS, from_hf
 from jaxft.params import Model
+from jaxft.quant import QTensor
 from jaxft.weights import gguf, gguf_tokenizer, hf, hub
 from jaxft.weights.tensors import Tensors, read_json
 
@@ -46,16 +45,20 @@ def model_for(ref: str, **options: Any) -> Model:
 
 
 def load_base(
-    ref: str, model: Model, store: Callable[[str, Any], Any], pack: Callable[[str, np.ndarray], Any] = hf.as_it_is
+    ref: str,
+    model: Model,
+    store: Callable[[str, Any], Any],
+    pack: Callable[[str, Any], Any] = hf.as_it_is,
+    keep: Callable[[str, QTensor], bool] = hf.never,
 ) -> dict[str, Any]:
     """The base parameter tree of `ref`, one leaf at a time.
 
     `pack(path, array)` gets each layer [in, out] in the file's dtype and returns how the host keeps it, an array or a tree of
-    them. `store(path, leaf)` gets each leaf once, its layers stacked, and returns what the tree keeps. So host memory stays
-    about one leaf, as pack makes it, and one layer above the result. Raises ValueError where the files don't hold exactly
-    the model's tensors.
+    them; where the files hold a leaf packed and `keep(path, form)` says so, it gets a QTensor instead. `store(path, leaf)`
+    gets each leaf once, its layers stacked, and returns what the tree keeps. So host memory stays about one leaf, as pack makes
+    it, and one layer above the result. Raises ValueError where the files don't hold exactly the model's tensors.
     """
-    return hf.stack(open_tensors(ref), model, store, pack)
+    return hf.stack(open_tensors(ref), model, store, pack, keep)
 
 
 def open_tensors(ref: str) -> Tensors:

@@ -8,14 +8,17 @@ import math
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxft.weights.tensors import Tensors
+from jaxft.quant import QTensor
+from jaxft.quant_formats import pack
+from jaxft.weights.packed import form
+from jaxft.weights.tensors import Packed, Tensors
 
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
@@ -156,7 +159,7 @@ def _hf_name(name: str) -> str:
 
 
 def open_file(header: Header) -> Tensors:
-    """The tensors under their Hugging Face names and in their layout; packed types come expanded to float32."""
+    """The tensors under their Hugging Face names and in their layout; packed types expanded to float32, or as they are."""
     infos = {_hf_name(name): info for name, info in header.tensors.items()}
     for name, info in header.tensors.items():
         if info.kind not in PLAIN and info.kind not in PACKED:
@@ -172,12 +175,50 @@ def open_file(header: Header) -> Tensors:
         module = name.split(".")[-2] if name.count(".") else ""
         return _unpermute(value, heads[module]) if module in heads else value
 
+    def packed(name: str, info: Info) -> Packed:
+        module = name.split(".")[-2] if name.count(".") else ""
+        (outs, ins), want = info.shape, _form(info)
+        return Packed(f"GGUF {info.kind}", (ins, outs), want, lambda: _packed(header.path, info, want, heads.get(module)))
+
     return Tensors(
         where=str(header.path),
         shapes={name: info.shape for name, info in infos.items()},
         dtypes={name: PLAIN.get(info.kind, np.dtype(np.float32)) for name, info in infos.items()},
         read=read,
+        packed={name: packed(name, info) for name, info in infos.items() if info.kind in PACKED and len(info.shape) == 2},
     )
+
+
+def _form(info: Info) -> QTensor:
+    """Q8_0 as int8, Q4_0 as int4, Q4_1 as affine4, in blocks of 32 inputs with the file's float16 scales."""
+    kind = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[info.kind]
+    return form(kind, info.shape[1], info.shape[0], 32, np.float16, np.float16 if kind == "affine4" else None)
+
+
+def _packed(path: Path, info: Info, want: QTensor, heads: int | None) -> QTensor:
+    """The blocks of a tensor taken apart: scales, offsets, codes; each row's first 16 codes of a block are the low halves."""
+    outs, ins = info.shape
+    raw = _raw(path, info, 0, outs).reshape(outs, ins // 32, -1)
+    numbers, body = (2 if want.offset is not None else 1), 2 if want.offset is None else 4
+    scales = np.ascontiguousarray(raw[..., : 2 * numbers]).view(np.float16)
+    codes = raw[..., body:]
+    codes = codes.view(np.int8) if want.kind == "int8" else np.concatenate([codes & 15, codes >> 4], -1)
+    by_input = lambda x: (_unpermute(x, heads) if heads else x).T  # noqa: E731
+    flat: Any = by_input(codes.reshape(outs, ins))
+    return replace(
+        want,
+        codes=flat if want.kind == "int8" else pack(flat),
+        scale=by_input(scales[..., 0]),
+        offset=None if want.offset is None else by_input(scales[..., 1]),
+    )
+
+
+def _raw(path: Path, info: Info, start: int, rows: int) -> np.ndarray:
+    """The bytes of some rows of a tensor [rows, bytes a row]."""
+    raw = np.fromfile(path, np.uint8, rows * info.row_bytes, offset=info.offset + start * info.row_bytes)
+    if raw.size != rows * info.row_bytes:
+        raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read")
+    return raw.reshape(rows, info.row_bytes)
 
 
 def _expand(path: Path, info: Info) -> np.ndarray:
@@ -190,10 +231,7 @@ def _expand(path: Path, info: Info) -> np.ndarray:
     step = max(1, CHUNK // info.shape[-1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        raw = np.fromfile(path, np.uint8, len(part) * info.row_bytes, offset=info.offset + start * info.row_bytes)
-        if raw.size != len(part) * info.row_bytes:
-            raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read")
-        raw = raw.reshape(len(part), info.row_bytes)
+        raw = _raw(path, info, start, len(part))
         part[:] = raw.view(out.dtype) if info.kind in PLAIN else dequantize(raw, GGMLQuantizationType[info.kind])
     return out
 

@@ -1,7 +1,8 @@
 """Hugging Face folders: safetensors and config.json, in and out. Tensors are read and written one at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 from jaxft import tree
 from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
-from jaxft.quant import dequantize, is_qtensor
+from jaxft.quant import QTensor, dequantize, is_qtensor
+from jaxft.weights import packed
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.tensors import (
-    CODES,
     DTYPES,
+    FLOATS,
     Entry,
     Outgoing,
     Tensors,
@@ -76,12 +78,15 @@ def open_folder(folder: Path) -> Tensors:
                 raise ValueError(f"{path}: tensor {name} is in {entries[name][0].name} too")
             entries[name] = (path, entry)
     unknown = np.dtype(np.void)
-    return Tensors(
+    files = Tensors(
         where=str(folder),
         shapes={name: e.shape for name, (_, e) in entries.items()},
         dtypes={name: DTYPES.get(e.code, unknown) for name, (_, e) in entries.items()},
         read=lambda name: read_tensor(entries[name][0], name, entries[name][1]),
     )
+    config = folder / "config.json"
+    settings = read_json(config).get("quantization_config") if config.is_file() else None
+    return packed.opened(files, settings) if isinstance(settings, dict) else files
 
 
 def as_it_is(path: str, array: np.ndarray) -> np.ndarray:
@@ -89,12 +94,22 @@ def as_it_is(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
+def never(path: str, form: QTensor) -> bool:
+    """The keep of `stack` that has packed weights expanded."""
+    return False
+
+
 def stack(
-    tensors: Tensors, model: Model, store: Callable[[str, Any], Any], pack: Callable[[str, np.ndarray], Any] = as_it_is
+    tensors: Tensors,
+    model: Model,
+    store: Callable[[str, Any], Any],
+    pack: Callable[[str, Any], Any] = as_it_is,
+    keep: Callable[[str, QTensor], bool] = never,
 ) -> dict[str, Any]:
     """The base tree: each leaf filled layer by layer with what `pack(path, layer)` gives, handed to `store(path, leaf)` once,
     and let go.
 
+    `keep(path, form)` says of a leaf whose layers the files hold packed, all in that form, whether pack is to get QTensors.
     Every name and shape is checked before the first tensor is read. Raises ValueError naming the tensor.
     """
     specs = spec_paths(model.specs.get("base", model.specs))
@@ -105,22 +120,35 @@ def stack(
         node = base
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = store(path, _stacked(tensors, spec.shape[0], model.names[path], partial(pack, path)))
+        form = form_in(tensors, model, path)
+        kept = form is not None and keep(path, form)
+        node[last] = store(path, _stacked(tensors, spec.shape[0], model.names[path], partial(pack, path), kept))
     return base
 
 
-def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Callable[[np.ndarray], Any]) -> Any:
+def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
+    """The form in which the files hold every layer of a parameter; None where it is not packed, or not the same in all."""
+    name, transpose = model.names[path]
+    count = spec_paths(model.specs.get("base", model.specs))[path].shape[0] if "{i}" in name else 1
+    held = [tensors.packed.get(name.format(i=i)) for i in range(count)]
+    first = held[0].form if held[0] is not None else None
+    if first is None or not transpose:
+        return None
+    return first if all(p is not None and p.form is not None and packed.same_form(p.form, first) for p in held) else None
+
+
+def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Callable[[Any], Any], kept: bool) -> Any:
     name, transpose = named
     parts = [name.format(i=i) for i in range(layers)] if "{i}" in name else [name]
     dtypes = {tensors.dtypes[part] for part in parts}
     common = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     whole: Any = None
     for i, part in enumerate(parts):
-        value = tensors.read(part).astype(common, copy=False)
         try:
-            layer = pack(value.T if transpose else value)
+            value = tensors.packed[part].read() if kept else tensors.read(part).astype(common, copy=False)
+            layer = pack(value.T if transpose and not kept else value)
         except ValueError as e:
-            raise ValueError(f"{tensors.where}: {part}: {e}") from e
+            raise ValueError(str(e) if tensors.where in str(e) else f"{tensors.where}: {part}: {e}") from e
         if parts == [name]:
             return jax.tree.map(np.ascontiguousarray, layer)
         if whole is None:
@@ -159,11 +187,20 @@ def check(tensors: Tensors, model: Model) -> None:
     for name, shape in wanted.items():
         if tensors.shapes[name] != shape:
             raise ValueError(f"{tensors.where}: {name} has shape {tensors.shapes[name]}, its config wants {shape}")
-        if tensors.dtypes[name] not in CODES:
-            raise ValueError(f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(DTYPES)}")
+        if tensors.dtypes[name] not in FLOATS.values():
+            raise ValueError(f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(FLOATS)}")
 
 
-def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
+@dataclass(frozen=True)
+class Packing:
+    """How save_folder packs: the forms of a layer [in, out] by path, pack(path, layer) that makes them, what config.json says."""
+
+    forms: Mapping[str, QTensor]
+    pack: Callable[[str, np.ndarray], QTensor]
+    settings: dict[str, Any]
+
+
+def outgoing(base: Any, names: dict[str, tuple[str, bool]], packing: Packing | None = None) -> list[Outgoing]:
     """The tensors of a base tree under their Hugging Face names; leaves may be arrays or QTensors."""
     tensors = []
     for path, leaf in tree.paths(base, is_qtensor).items():
@@ -171,10 +208,19 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]]) -> list[Outgoing]:
         layered = "{i}" in name
         shape = leaf.shape[1:] if layered else leaf.shape
         for i in range(leaf.shape[0] if layered else 1):
-            fetch = partial(layer_array, leaf, i if layered else None, transpose)
+            layer = i if layered else None
+            if packing and path in packing.forms:
+                make = partial(_packed_layer, packing.pack, path, leaf, layer)
+                tensors += packed.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
+                continue
+            fetch = partial(layer_array, leaf, layer, transpose)
             shape_out = tuple(shape[::-1] if transpose else shape)
             tensors.append(Outgoing(name.format(i=i), np.dtype(leaf.dtype), shape_out, fetch))
     return tensors
+
+
+def _packed_layer(pack: Callable[[str, np.ndarray], QTensor], path: str, leaf: Any, layer: int | None) -> QTensor:
+    return pack(path, layer_array(leaf, layer, False))
 
 
 def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
@@ -186,16 +232,23 @@ def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
 
 
 def save_folder(
-    folder: str | Path, model: Model, base: Any, tokenizer: Any, ref: str | Located | None = None, max_shard: int = MAX_SHARD
+    folder: str | Path,
+    model: Model,
+    base: Any,
+    tokenizer: Any,
+    ref: str | Located | None = None,
+    max_shard: int = MAX_SHARD,
+    packing: Packing | None = None,
 ) -> None:
     """A merged model as a Hugging Face folder that transformers and vLLM load.
 
-    base: the tree of base weights, written in its leaves' dtypes. ref: the model it came from, whose config.json and
-    generation_config.json are carried over; without one they are written from model.config. tokenizer may be None.
+    base: the tree of base weights, written in its leaves' dtypes or as `packing` says. ref: the model it came from, whose
+    config.json and generation_config.json are carried over; without one they are written from model.config. tokenizer may be
+    None.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = outgoing(base, model.names)
+    tensors = outgoing(base, model.names, packing)
     shards: list[list[Outgoing]] = [[]]
     for t in tensors:
         if shards[-1] and sum(s.size for s in shards[-1]) + t.size > max_shard:
@@ -209,12 +262,16 @@ def save_folder(
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
     if len(files) > 1:
-        totals = {"total_parameters": sum(math.prod(t.shape) for t in tensors), "total_size": sum(t.size for t in tensors)}
+        parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
+        totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
         weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
         write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
     config, generation = _source_configs(model, ref)
     config["tie_word_embeddings"] = "head" not in base
-    widest = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
+    plain = [leaf.dtype for path, leaf in tree.paths(base, is_qtensor).items() if not packing or path not in packing.forms]
+    widest = max(map(np.dtype, plain), key=lambda dtype: dtype.itemsize)
+    if packing:
+        config["quantization_config"] = packing.settings
     config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
     write_json(folder / "config.json", config)
     if tokenizer is not None:

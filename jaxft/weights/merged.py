@@ -39,14 +39,18 @@ class Rounding:
         """The root mean square of the error over that of the weights, of all that was made so far."""
         return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
 
+    def add(self, exact: np.ndarray, value: np.ndarray) -> None:
+        """A weight and what became of it."""
+        self._lost += float(np.square(exact - value, dtype=np.float64).sum())
+        self._whole += float(np.square(exact, dtype=np.float64).sum())
+
     def to(self, leaf: Lazy, dtype: Any) -> Lazy:
         """The leaf in `dtype`."""
 
         def make(layer: int | None) -> np.ndarray:
             exact = leaf.make(layer)
             value = exact.astype(dtype)
-            self._lost += float(np.square(exact - value.astype(exact.dtype), dtype=np.float64).sum())
-            self._whole += float(np.square(exact, dtype=np.float64).sum())
+            self.add(exact, value.astype(exact.dtype))
             return value
 
         return Lazy(leaf.shape, np.dtype(dtype), make)

@@ -3,15 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-DTYPES = {
+from jaxft.quant import QTensor
+
+FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -19,18 +21,39 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+DTYPES = FLOATS | {code: np.dtype(kind) for code, kind in (("U8", np.uint8), ("I8", np.int8), ("I32", np.int32))}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A weight [in, out] that the files hold in few bits.
+
+    form: the QTensor of ShapeDtypeStructs that stands for the same numbers, and `read()` gives it as NumPy arrays. None where
+    there is no such QTensor; then `read()` gives the numbers in float32. why: what is in the way of a form, or of a smaller one.
+    """
+
+    method: str
+    shape: tuple[int, int]
+    form: QTensor | None
+    read: Callable[[], Any]
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Tensors:
-    """The tensors of a checkpoint under their Hugging Face names. `read(name)` gives one, in the file's dtype and shape."""
+    """The tensors of a checkpoint under their Hugging Face names.
+
+    `read(name)` gives one in its shape and dtype, a float array; of one that is packed, the numbers it stands for.
+    packed: those that the files hold in few bits.
+    """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
     read: Callable[[str], np.ndarray]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,411 @@
+"""Checkpoints whose linear layers are packed: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding again; and written.
+
+A layout gives each packed weight a form: the QTensor that stands for the same numbers, known from headers and config.json alone.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import quant_formats as qf
+from jaxft.quant import QTensor, Quant, dequantize, is_paired, quantize
+from jaxft.weights.tensors import Outgoing, Packed, Tensors
+
+Found = tuple[dict[str, Packed], set[str]]  # packed weights by name; the tensors in the files that they are made of
+
+TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}
+AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # the output channel of each 4 bits of an int32, lowest first
+EIGHT = np.arange(8, dtype=np.int32) * 4
+STATE = ".quant_state.bitsandbytes__"
+
+
+def opened(files: Tensors, settings: dict[str, Any]) -> Tensors:
+    """Tensors in which the packed weights of `files` appear under their plain names.
+
+    settings: config.json's quantization_config. Raises ValueError for a method that isn't read and for parts that don't fit.
+    """
+    method = settings.get("quant_method")
+    if method not in METHODS:
+        raise ValueError(
+            f"{files.where}: its config.json says quant_method={method!r}, and jaxft reads {', '.join(METHODS)}; "
+            "take the model's plain weights"
+        )
+    found, used = METHODS[method](files, settings)
+    shapes = {name: shape for name, shape in files.shapes.items() if name not in used}
+    dtypes = {name: dtype for name, dtype in files.dtypes.items() if name not in used}
+    return replace(
+        files,
+        shapes={**shapes, **{name: p.shape[::-1] for name, p in found.items()}},
+        dtypes={**dtypes, **dict.fromkeys(found, np.dtype(np.float32))},
+        read=lambda name: expanded(found[name].read()).T if name in found else files.read(name),
+        packed=found,
+    )
+
+
+def expanded(x: Any) -> np.ndarray:
+    """The numbers that a weight on the host stands for, in float32 if it is a QTensor."""
+    return np.asarray(dequantize(replace(x, dtype=jnp.dtype(jnp.float32)))) if isinstance(x, QTensor) else x
+
+
+def form(kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False) -> QTensor:
+    """A form whose scales (and offsets) have this dtype."""
+    blocks = -(-ins // block) if block else 1
+    rows, dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
+    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
+    return QTensor(
+        codes=shaped((rows, outs), dtype),
+        kind=kind,
+        dtype=jnp.dtype(jnp.float32),
+        block=block,
+        scale=shaped((blocks, outs), scale),
+        offset=None if offset is None else shaped((blocks, outs), offset),
+        index=shaped((ins,), np.int32) if indexed else None,
+    )
+
+
+def same_form(a: QTensor, b: QTensor) -> bool:
+    """Whether two QTensors have the same arrays and the same meaning, whatever they are rounded to where they are used."""
+
+    def about(q: QTensor) -> Any:
+        return q.kind, q.block, {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)}
+
+    return about(a) == about(b)
+
+
+def _part(files: Tensors, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A tensor that a packed weight is made of."""
+    if name not in files.shapes:
+        raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
+    if shape is not None and files.shapes[name] != shape:
+        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, wanted {shape}")
+    return files.read(name)
+
+
+# bitsandbytes
+
+
+def bitsandbytes(files: Tensors, settings: dict[str, Any]) -> Found:
+    """4-bit weights with their quant_state, blocks along the flattened [out, in]; 8-bit weights with a scale `SCB` a channel."""
+    found, used = {}, set()
+    parts: dict[str, list[str]] = {}
+    for name in files.shapes:
+        weight, dot, _ = name.partition(".weight.")
+        if dot:
+            parts.setdefault(f"{weight}.weight", []).append(name)
+    for name in files.shapes:
+        weight, mark, kind = name.partition(STATE)
+        if mark:
+            found[weight] = _bnb_4bit(files, weight, kind)
+            used |= {weight, *parts[weight]}
+        elif name.endswith(".SCB"):
+            weight = name.removesuffix("SCB") + "weight"
+            found[weight] = _bnb_8bit(files, weight, name)
+            used |= {weight, name, f"{weight}_format"}
+    return found, used
+
+
+def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
+    state = _state(files, f"{weight}{STATE}{kind}")
+    (outs, ins), block = state["shape"], state["blocksize"]
+    blocks = -(-outs * ins // block)
+    table = _part(files, f"{weight}.quant_map", (16,))
+    packed = partial(Packed, "bitsandbytes", (ins, outs))
+    scales = partial(_bnb_scales, files, weight, blocks, state)
+
+    def expand() -> np.ndarray:
+        each = np.repeat(scales(), block)[: outs * ins]
+        return (table[_bnb_codes(files, weight, outs * ins)] * each).reshape(outs, ins).T
+
+    if not np.array_equal(table, TABLES[kind]):
+        return packed(None, expand, f"its quant_map is not {kind}'s")
+    if ins % block:
+        return packed(None, expand, f"its blocks of {block} run on from one row of {ins} to the next")
+    by_channel = lambda x: x.reshape(outs, ins // block).T  # noqa: E731
+    codes = lambda: _bnb_bytes(files, weight, outs * ins // 2).reshape(outs, ins // 2).T  # noqa: E731
+    want, nested = form(kind, ins, outs, block, np.float32), "nested_offset" in state
+    usual = nested and state["nested_blocksize"] == qf.GROUP
+    if not usual or not np.array_equal(_part(files, f"{weight}.nested_quant_map", (256,)), qf.DYNAMIC):
+        why = "its nested_quant_map is not bitsandbytes' dynamic one in groups of 256, so its scales are held in float32"
+        return packed(want, lambda: replace(want, codes=codes(), scale=by_channel(scales())), why if nested else "")
+    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
+    scale, outer = shaped(want.scale.shape, np.uint8), shaped((-(-blocks // qf.GROUP),), np.float32)
+    want = replace(want, scale=scale, outer=outer, mean=shaped((), np.float32))
+
+    def read() -> QTensor:
+        absmax, outer = _part(files, f"{weight}.absmax", (blocks,)), _part(files, f"{weight}.nested_absmax", want.outer.shape)
+        mean = np.asarray(state["nested_offset"], np.float32)
+        return replace(want, codes=codes(), scale=by_channel(absmax), outer=outer, mean=mean)
+
+    return packed(want, read)
+
+
+def _bnb_bytes(files: Tensors, weight: str, size: int) -> np.ndarray:
+    found = _part(files, weight).reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may call them floats
+    if found.size != size:
+        raise ValueError(f"{files.where}: {weight} has {found.size} bytes, its quant_state wants {size}")
+    return found
+
+
+def _bnb_codes(files: Tensors, weight: str, count: int) -> np.ndarray:
+    found = _bnb_bytes(files, weight, -(-count // 2))
+    return np.stack([found >> 4, found & 15], -1).reshape(-1)[:count]
+
+
+def _bnb_scales(files: Tensors, weight: str, blocks: int, state: dict[str, Any]) -> np.ndarray:
+    absmax = _part(files, f"{weight}.absmax", (blocks,))
+    if "nested_offset" not in state:
+        return absmax.astype(np.float32)
+    each = np.repeat(_part(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
+    return _part(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
+
+
+def _state(files: Tensors, name: str) -> dict[str, Any]:
+    kind = name.rpartition("__")[2]
+    try:
+        state = json.loads(_part(files, name).tobytes())
+        outs, ins = state["shape"]
+        numbers = [outs, ins, state["blocksize"], *([state["nested_blocksize"]] if "nested_offset" in state else [])]
+        if kind not in TABLES or not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(f"{kind} with {numbers}")
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{files.where}: {name} is no state of a 4-bit weight ({e}); download it again") from e
+    return state
+
+
+def _bnb_8bit(files: Tensors, weight: str, scales: str) -> Packed:
+    outs, ins = files.shapes[weight]
+    shape = form("int8", ins, outs, None, np.float32)
+
+    def read() -> QTensor:
+        if files.dtypes[weight] != np.int8:
+            raise ValueError(f"{files.where}: {weight} is {files.dtypes[weight]}, wanted int8 beside its SCB")
+        scale = _part(files, scales, (outs,)).astype(np.float32) * np.float32(1 / 127)
+        return replace(shape, codes=files.read(weight).T, scale=scale[None])
+
+    return Packed("bitsandbytes", (ins, outs), shape, read)
+
+
+# GPTQ and AWQ
+
+
+def _nibbles(words: np.ndarray, axis: int, order: Iterable[int] = range(8)) -> np.ndarray:
+    """The eight 4-bit numbers of each int32 along `axis`; order[i]: the place of the i-th lowest four bits among the eight."""
+    words = np.moveaxis(words.view(np.uint32), axis, -1)
+    out = np.empty((*words.shape, 8), np.uint8)
+    for i, at in enumerate(order):
+        out[..., at] = words >> np.uint32(4 * i) & np.uint32(15)
+    return np.moveaxis(out.reshape(*words.shape[:-1], -1), -1, axis)
+
+
+def _grouped(settings: dict[str, Any], where: str) -> int | None:
+    bits, group = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size", -1))
+    if bits != 4:
+        raise ValueError(f"{where}: {settings['quant_method']} weights of {bits} bits, and jaxft reads those of 4")
+    if type(group) is not int or group == 0 or group < -1:
+        raise ValueError(f"{where}: quantization_config.group_size is {group!r}, wanted a number of inputs or -1")
+    return None if group == -1 else group
+
+
+def gptq(files: Tensors, settings: dict[str, Any]) -> Found:
+    """Codes of eight inputs an int32, scales and zeros a group of inputs, with desc_act a group index for each input.
+
+    Zeros are stored less 1, but for checkpoint_format gptq_v2. sym=true has all zeros at 8, which int4 is; others are affine4.
+    """
+    group, sym, ordered = _grouped(settings, files.where), settings.get("sym", True), settings.get("desc_act", False)
+    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    found, used = {}, set()
+    for name, shape in files.shapes.items():
+        stem, mark, _ = name.partition(".qweight")
+        if not mark:
+            continue
+        ins, outs = 8 * shape[0], shape[1]
+        kinds = ("int4", None) if sym else ("affine4", np.float32)
+        want = form(kinds[0], ins, outs, group, np.float16, kinds[1], indexed=bool(ordered and group))
+        read = partial(_read_gptq, files, stem, want, less)
+        found[f"{stem}.weight"] = Packed("gptq", (ins, outs), want, read)
+        used |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+    return found, used
+
+
+def _read_gptq(files: Tensors, stem: str, want: QTensor, less: int) -> QTensor:
+    ins, outs = want.shape
+    blocks = want.scale.shape[0]
+    scale = _part(files, f"{stem}.scales", (blocks, outs))
+    zeros = _nibbles(_part(files, f"{stem}.qzeros", (blocks, outs // 8)), 1) + np.uint8(less) & np.uint8(15)
+    _no_bias(files, stem)
+    plain = np.arange(ins, dtype=np.int32) // (want.block or ins)
+    index = _part(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
+    if index.min() < 0 or index.max() >= blocks:
+        raise ValueError(f"{files.where}: {stem}.g_idx has groups {index.min()} to {index.max()}, and there are {blocks}")
+    if want.index is None and not np.array_equal(index, plain):
+        raise ValueError(f"{files.where}: {stem}.g_idx is not in order, which needs desc_act=true in quantization_config")
+    if want.kind == "int4" and not (zeros == 8).all():
+        raise ValueError(f"{files.where}: {stem}.qzeros are not all 8, which needs sym=false in quantization_config")
+    return _affine(want, _nibbles(_part(files, f"{stem}.qweight", (ins // 8, outs)), 0), scale, zeros, index)
+
+
+def awq(files: Tensors, settings: dict[str, Any]) -> Found:
+    """Codes of eight output channels an int32 in AWQ's order, scales and zeros a group of inputs: affine4."""
+    group, version = _grouped(settings, files.where), str(settings.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise ValueError(f"{files.where}: AWQ weights of version {version!r}, and jaxft reads version 'gemm'")
+    found, used = {}, set()
+    for name, shape in files.shapes.items():
+        stem, mark, _ = name.partition(".qweight")
+        if not mark:
+            continue
+        size = shape[0], 8 * shape[1]
+        want = form("affine4", *size, group, np.float16, np.float32)
+        found[f"{stem}.weight"] = Packed("awq", size, want, partial(_read_awq, files, stem, want))
+        used |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "bias")}
+    return found, used
+
+
+def _read_awq(files: Tensors, stem: str, want: QTensor) -> QTensor:
+    ins, outs = want.shape
+    blocks = want.scale.shape[0]
+    _no_bias(files, stem)
+    read = lambda part, rows: _nibbles(_part(files, f"{stem}.{part}", (rows, outs // 8)), 1, AWQ_ORDER)  # noqa: E731
+    codes, zeros = read("qweight", ins), read("qzeros", blocks)
+    return _affine(want, codes, _part(files, f"{stem}.scales", (blocks, outs)), zeros)
+
+
+def _affine(want: QTensor, codes: Any, scale: np.ndarray, zeros: np.ndarray, index: Any = None) -> QTensor:
+    """`(code - zero) * scale`: with an offset of -zero * scale, which float32 holds exactly."""
+    offset = None if want.offset is None else -zeros.astype(np.float32) * scale.astype(np.float32)
+    return replace(want, codes=qf.pack(codes), scale=scale, offset=offset, index=None if want.index is None else index)
+
+
+def _no_bias(files: Tensors, stem: str) -> None:
+    if f"{stem}.bias" in files.shapes and files.read(f"{stem}.bias").any():
+        raise ValueError(f"{files.where}: {stem} has a bias, and jaxft's Llama has none")
+
+
+# jaxft's own
+
+
+def own(files: Tensors, settings: dict[str, Any]) -> Found:
+    """A QTensor's arrays as they are, `NAME.codes`, `NAME.scale` and so on; its kind, block and double in quantization_config."""
+    try:
+        quant = Quant(settings["kind"], settings["block"], settings["double"])
+    except (KeyError, ValueError, TypeError) as e:
+        raise ValueError(f"{files.where}: its quantization_config names no form that jaxft has ({e})") from e
+    found, used = {}, set()
+    for name, shape in files.shapes.items():
+        weight, mark, _ = name.partition(".codes")
+        if not mark:
+            continue
+        size = (shape[0] * (2 if is_paired(quant.kind) else 1), shape[1])
+        want = form_of(size, quant)
+        parts = {part: f"{weight}.{part}" for part in arrays(want)}
+        read = lambda want=want, parts=parts: replace(  # noqa: E731
+            want, **{part: _part(files, at, getattr(want, part).shape) for part, at in parts.items()}
+        )
+        found[weight] = Packed("jaxft", size, want, read)
+        used |= set(parts.values())
+    return found, used
+
+
+METHODS: dict[str, Callable[[Tensors, dict[str, Any]], Found]] = {
+    "bitsandbytes": bitsandbytes,
+    "gptq": gptq,
+    "awq": awq,
+    "jaxft": own,
+}
+
+
+def form_of(shape: tuple[int, int], quant: Quant) -> QTensor:
+    """What quant.quantize makes of a weight [in, out]."""
+    pack = partial(quantize, kind=quant.kind, block=quant.block, double=quant.double)
+    return jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def arrays(q: QTensor) -> list[str]:
+    """Names of the arrays that a QTensor has."""
+    return [part for part in ("codes", "scale", "offset", "outer", "mean", "index") if getattr(q, part) is not None]
+
+
+# Out
+
+
+def method_for(forms: Iterable[QTensor]) -> str:
+    """bitsandbytes for nf4 and fp4 whose blocks divide the inputs, as its flat blocks need; else jaxft."""
+    return "bitsandbytes" if all(q.kind in TABLES and q.block and q.shape[-2] % q.block == 0 for q in forms) else "jaxft"
+
+
+def outgoing(name: str, want: QTensor, make: Callable[[], QTensor], method: str) -> list[Outgoing]:
+    """The tensors that hold the weight `name` in the layout of `method`, bitsandbytes or jaxft.
+
+    `make()` gives the QTensor on the host, of the form `want`; it is called once, when the first of the tensors is written.
+    """
+    if method == "bitsandbytes":
+        return _outgoing_bnb(name, want, _Once(make, len(arrays(want))))
+    once = _Once(make, len(arrays(want)))
+    take = lambda part: np.asarray(getattr(once(), part))  # noqa: E731
+    parts = {part: getattr(want, part) for part in arrays(want)}
+    return [Outgoing(f"{name}.{part}", np.dtype(x.dtype), x.shape, partial(take, part)) for part, x in parts.items()]
+
+
+class _Once:
+    """A value that is made when it is first asked for and let go after it was asked for `times` times."""
+
+    def __init__(self, make: Callable[[], Any], times: int):
+        self._make, self._left, self._value = make, times, None
+
+    def __call__(self) -> Any:
+        if self._value is None:
+            self._value = self._make()
+        value, self._left = self._value, self._left - 1
+        if not self._left:
+            self._value = None
+        return value
+
+
+def _outgoing_bnb(name: str, want: QTensor, once: Callable[[], QTensor]) -> list[Outgoing]:
+    ins, outs = want.shape
+    blocks = int(np.prod(want.scale.shape))
+    state: dict[str, Any] = {"quant_type": want.kind, "blocksize": want.block, "dtype": "bfloat16", "shape": [outs, ins]}
+    by_channel = lambda x: np.ascontiguousarray(np.asarray(x).T).reshape(-1)  # noqa: E731
+    f32 = np.dtype(np.float32)
+    out = [
+        Outgoing(name, np.dtype(np.uint8), (ins * outs // 2, 1), lambda: by_channel(once().codes)[:, None]),
+        Outgoing(f"{name}.absmax", np.dtype(want.scale.dtype), (blocks,), lambda: by_channel(once().scale)),
+        Outgoing(f"{name}.quant_map", f32, (16,), lambda: TABLES[want.kind]),
+    ]
+    room = 0
+    if want.outer is not None:
+        state |= {"nested_blocksize": qf.GROUP, "nested_dtype": "float32"}
+        room = len('"nested_offset": , ') + 24  # the mean is known only when the weight is
+        out += [
+            Outgoing(f"{name}.nested_absmax", f32, want.outer.shape, lambda: np.asarray(once().outer)),
+            Outgoing(f"{name}.nested_quant_map", f32, (256,), lambda: qf.DYNAMIC),
+        ]
+    size = len(json.dumps(state)) + room
+
+    def told() -> np.ndarray:
+        known = state if want.outer is None else {**state, "nested_offset": float(once().mean)}
+        return np.frombuffer(json.dumps(known).ljust(size).encode(), np.uint8)
+
+    return [*out, Outgoing(f"{name}{STATE}{want.kind}", np.dtype(np.uint8), (size,), told)]
+
+
+def settings(quant: Quant, method: str, plain: list[str]) -> dict[str, Any]:
+    """config.json's quantization_config for weights written by `outgoing`. plain: modules that are not packed."""
+    if method == "jaxft":
+        return {"quant_method": method, "kind": quant.kind, "block": quant.block, "double": quant.double}
+    return {
+        "quant_method": method,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant.kind,
+        "bnb_4bit_use_double_quant": quant.double,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": plain,
+    }

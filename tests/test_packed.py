@@ -1,0 +1,373 @@
+"""Packed checkpoints: bitsandbytes against the package itself, GPTQ, AWQ and GGUF against their definitions, jaxft's own."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file, save_file
+from test_export import call
+from test_gguf import write_gguf
+from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_logits, write_folder
+from tiny_run import Place, write_place
+
+from jaxft import nn, prepare, sharding, weights
+from jaxft.lora import Adapter
+from jaxft.quant import QTensor, Quant, dequantize, quantize, rows
+from jaxft.weights.packed import expanded
+
+torch = pytest.importorskip("torch")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIZES = dict(hidden_size=64, intermediate_size=192)
+
+
+def is_linear(name):
+    return name.split(".")[-2] in LINEAR
+
+
+def linear_layers(base):
+    """(path, leaf) of the blocks' matrices."""
+    return [(f"layers/{group}/{name}", x) for group in ("attn", "mlp") for name, x in base["layers"][group].items()]
+
+
+def one_device():
+    return sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+
+
+def kept(ref, dtype=jnp.float32):
+    """(model, Trained, base) of a checkpoint held as its files hold it."""
+    model = weights.model_for(str(ref), dtype=dtype)
+    t = prepare.trained(model, Adapter(rank=2), None, Quant("kept"), str(ref))
+    return model, t, prepare.load_base(str(ref), t, one_device())
+
+
+def same(found, wanted):
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+
+
+# bitsandbytes
+
+
+def by_bitsandbytes(folder, kind, double, **changes):
+    """(folder, dequantised weights by name) of a tiny model that transformers quantised."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = write_folder(folder / "plain", tiny_torch(**{**SIZES, **changes}).to(torch.bfloat16))
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu")
+    write_folder(folder / "packed", model)
+    wanted = {}
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in LINEAR:
+            state, shape = module.weight.quant_state, module.weight.quant_state.shape
+            state.shape = torch.Size((1, shape.numel()))  # on a CPU it takes rows of less than whole blocks for whole ones
+            wanted[f"{name}.weight"] = dequantize_4bit(module.weight.data, state).float().numpy().reshape(shape)
+            state.shape = shape
+    return folder / "packed", wanted
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind, double):
+    folder, wanted = by_bitsandbytes(tmp_path, kind, double)
+    tensors = weights.open_tensors(str(folder))
+    assert set(tensors.packed) == set(wanted)
+    model, t, base = kept(folder, jnp.bfloat16)
+    for path, leaf in linear_layers(base):
+        assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
+        name = model.names[path][0]
+        for i in range(model.config.layers):
+            same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
+            same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])
+    assert prepare.changed_by_holding(str(folder), t) == []
+    again = prepare.trained(model, Adapter(rank=2), None, Quant(kind, double=double))  # the files have what is asked for
+    assert prepare.changed_by_holding(str(folder), again) == []
+    same(prepare.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes, base["layers"]["mlp"]["up"].codes)
+
+
+def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
+    folder, wanted = by_bitsandbytes(tmp_path, "nf4", True, hidden_size=96, intermediate_size=128)
+    model, t, base = kept(folder, jnp.bfloat16)
+    assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
+    assert base["layers"]["attn"]["q"].kind == "bits"
+    same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
+    told = prepare.changed_by_holding(str(folder), t)
+    assert len(told) == 1 and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
+    assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
+
+
+def test_another_map_of_scales_keeps_the_codes(tmp_path):
+    folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
+    state = load_file(folder / "model.safetensors")
+    for name in state:
+        if name.endswith("nested_quant_map"):
+            state[name] = torch.linspace(-1, 1, 256)
+    save_file(state, folder / "model.safetensors")
+    model, t, base = kept(folder)
+    tensors, name = weights.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
+    absmax = state[f"{name}.absmax"].numpy()
+    offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
+    scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[0] + np.float32(offset)
+    np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
+    assert base["layers"]["mlp"]["up"].outer is None
+    assert "scales are held in float32" in prepare.changed_by_holding(str(folder), t)[0]
+    same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
+
+
+def test_8_bit_weights_are_codes_times_scb(tmp_path):
+    folder = write_folder(tmp_path, tiny_torch(**SIZES))
+    state, wanted = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in state if is_linear(n)]:
+        scb = state[name].abs().amax(1)
+        codes = torch.round(state[name] * (127 / scb[:, None])).to(torch.int8)
+        state |= {name: codes, name.replace("weight", "SCB"): scb, f"{name}_format": torch.zeros((), dtype=torch.uint8)}
+        wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
+    save_file(state, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    tensors = weights.open_tensors(str(folder))
+    for name, values in wanted.items():
+        same(tensors.read(name), values)
+        assert tensors.packed[name].form.kind == "int8"
+
+
+# GPTQ and AWQ
+
+
+def pack_int32(codes, axis, order=range(8)):
+    """Eight 4-bit numbers an int32, in torch: those at order[i] of each eight are the i-th lowest bits."""
+    codes = torch.movedim(torch.as_tensor(codes, dtype=torch.int64), axis, -1)
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)
+    words = sum(eights[..., at] << (4 * i) for i, at in enumerate(order))
+    return torch.movedim(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), -1, axis).contiguous()
+
+
+def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, **settings):
+    """(folder, torch model with the same numbers) of random GPTQ or AWQ weights."""
+    reference = tiny_torch(**SIZES)
+    write_folder(folder, reference)
+    state, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
+    for name in [n for n in state if is_linear(n)]:
+        outs, ins = state.pop(name).shape
+        size, stem = group if group > 0 else ins, name.removesuffix(".weight")
+        codes = rng.integers(0, 16, (ins, outs))
+        zeros = np.full((-(-ins // size), outs), 8) if sym else rng.integers(1, 16, (-(-ins // size), outs))
+        scales = rng.uniform(0.01, 0.05, zeros.shape).astype(np.float16)
+        index = np.arange(ins) // size
+        index = rng.permutation(index) if ordered else index
+        exact = (codes - zeros[index]) * scales[index].astype(np.float64)
+        with torch.no_grad():
+            reference.get_parameter(name).copy_(torch.tensor(exact.T))
+        state[f"{stem}.scales"] = torch.tensor(scales)
+        if method == "awq":
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            state |= {f"{stem}.qweight": pack_int32(codes, 1, order), f"{stem}.qzeros": pack_int32(zeros, 1, order)}
+        else:
+            state |= {f"{stem}.qweight": pack_int32(codes, 0), f"{stem}.qzeros": pack_int32(zeros - less, 1)}
+            state |= {f"{stem}.g_idx": torch.tensor(index, dtype=torch.int32), f"{stem}.bias": torch.zeros(outs)}
+    save_file(state, folder / "model.safetensors")
+    known = {"quant_method": method, "bits": 4, "group_size": group, **settings}
+    edit_config(folder, quantization_config=known | ({"sym": sym, "desc_act": ordered} if method == "gptq" else {}))
+    return folder, reference
+
+
+GROUPED = {
+    "gptq": dict(method="gptq"),
+    "gptq, symmetric": dict(method="gptq", sym=True),
+    "gptq, act-order": dict(method="gptq", ordered=True),
+    "gptq, symmetric, act-order": dict(method="gptq", sym=True, ordered=True),
+    "gptq, one group": dict(method="gptq", group=-1, ordered=True),
+    "gptq, groups with a rest": dict(method="gptq", group=40),
+    "gptq_v2": dict(method="gptq", less=0, checkpoint_format="gptq_v2"),
+    "awq": dict(method="awq", zero_point=True, version="gemm"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_grouped_weights_are_their_definition(tmp_path, case):
+    folder, reference = write_grouped(tmp_path, **GROUPED[case])
+    model, t, base = kept(folder)
+    assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
+    tensors = weights.open_tensors(str(folder))
+    for name in tensors.packed:
+        np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
+    expand = weights.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
+    wanted = torch_logits(reference, some_tokens())
+    np.testing.assert_allclose(our_logits(model, base, some_tokens()), wanted, atol=2e-4)
+    np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
+
+
+def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
+    folder, reference = write_grouped(tmp_path, "gptq", ordered=True)
+    model, t, base = kept(folder)
+    q = jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])
+    x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
+    ids = jnp.array([3, 60, 3])
+    same(rows(q, ids), whole[ids])
+    for fn in (nn.linear, jax.grad(lambda x, w: nn.linear(x, w).sum())):
+        np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
+    wanted = our_logits(model, base, some_tokens(8))
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        many = prepare.load_base(str(folder), t, mesh)
+        found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(many, some_tokens(8))
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    down = many["layers"]["mlp"]["down"]
+    assert down.codes.sharding.spec[-2] == "tensor" and down.scale.sharding.spec[-2] is None
+
+
+def bad(tmp_path, method="gptq", drop=None, change=None, **settings):
+    folder, _ = write_grouped(tmp_path, method, **settings)
+    state = load_file(folder / "model.safetensors")
+    for name in list(state):
+        if drop and name.endswith(drop):
+            del state[name]
+        if change and name.endswith(change[0]):
+            state[name] = change[1](state[name]).contiguous()
+    save_file(state, folder / "model.safetensors")
+    return str(folder)
+
+
+REFUSED = {
+    "bits": (dict(bits=3), "gptq weights of 3 bits, and jaxft reads those of 4"),
+    "group size": (dict(group_size=0), "group_size is 0, wanted a number of inputs or -1"),
+    "a version": (dict(method="awq", version="gemv"), "AWQ weights of version 'gemv', and jaxft reads version 'gemm'"),
+    "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; is the download complete"),
+    "scales of another shape": (dict(change=(".scales", lambda x: x[:1])), r"scales has shape \(1, 32\), wanted \(2, 32\)"),
+    "a bias": (dict(change=(".bias", torch.ones_like)), "k_proj has a bias, and jaxft's Llama has none"),
+    "order untold": (dict(change=(".g_idx", lambda x: x.flip(0))), "g_idx is not in order, which needs desc_act=true"),
+    "zeros untold": (dict(change=(".qzeros", lambda x: x + 1), sym=True), "qzeros are not all 8, which needs sym=false"),
+    "a group too many": (dict(change=(".g_idx", lambda x: x + 9), ordered=True), "groups 9 to 10, and there are 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_one_line(tmp_path, case):
+    settings, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        kept(bad(tmp_path, **settings))
+
+
+def test_other_methods_and_broken_states_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "fp8", tiny_torch())
+    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's"):
+        weights.open_tensors(str(folder))
+    plain = write_folder(tmp_path / "plain", tiny_torch())
+    with pytest.raises(ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"):
+        kept(plain)
+    folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    sizes = ("[64]", "[64, -1]", "[64, 64, 64]", "[64, 64.5]")
+    for text in (b"{", b"[]", *(f'{{"shape": {size}, "blocksize": 64}}'.encode() for size in sizes)):
+        save_file({**state, name: torch.tensor(list(text), dtype=torch.uint8)}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match="is no state of a 4-bit weight"):
+            weights.open_tensors(str(folder))
+    for changes in (dict(block=64), dict(double=True)):
+        with pytest.raises(ValueError, match="quant=kept takes blocks and scales from the files"):
+            Quant("kept", **changes)
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
+    model, t, base = kept(path)
+    plain = weights.load_base(str(path), model, lambda path, x: jnp.asarray(x))
+    held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
+    for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
+        assert leaf.kind == held and leaf.block == 32
+        same(dequantize(leaf), wanted)
+    np.testing.assert_allclose(our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5)
+    told = prepare.changed_by_holding(str(path), t)
+    assert len(told) == 2 and all(f"packed by GGUF {kind.name} and expanded to float32" in line for line in told)
+    assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
+    head = prepare.trained(model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path))
+    whole = prepare.load_base(str(path), head, one_device())
+    same(dequantize(whole["head"]), plain["head"])
+
+
+# jaxft's own files, and out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    write_place(folder)
+    return Place(folder)
+
+
+SAVED = [  # an input of 96 has no whole blocks of 64
+    ("nf4", ["--block", "32"]), ("nf4", []), ("fp4", ["--no-double"]), ("int4", ["--block", "32"]), ("affine4", []), ("int8", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, more", SAVED)
+def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, capsys, tmp_path, kind, more):
+    source, out = place.folder / "base", tmp_path / "packed"
+    code, told, err = call(monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more)
+    assert code == 0, err
+    assert f" as {kind}, " in told and "bits a packed parameter, packing changed them by" in told
+    quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
+    model = weights.model_for(str(source))
+    found = kept(out, jnp.bfloat16)[2]
+    wanted = prepare.load_frozen(str(source), model, one_device(), quant)
+    for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(wanted), strict=True):
+        assert jax.tree.structure(ours) == jax.tree.structure(leaf)
+        jax.tree.map(same, ours, leaf)
+    method = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert method == ("bitsandbytes" if "--block" in more and kind == "nf4" else "jaxft")
+
+
+def test_transformers_loads_what_is_written_and_has_the_same_numbers(monkeypatch, capsys, tmp_path):
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    source, out = write_folder(tmp_path / "base", tiny_torch(**SIZES)), tmp_path / "nf4"
+    code, _, err = call(monkeypatch, capsys, "quantize", "--model", source, "--out", out)
+    assert code == 0, err
+    theirs = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.bfloat16, device_map="cpu")
+    model, _, base = kept(out, jnp.bfloat16)
+    for i in range(3):
+        w = theirs.model.layers[i].mlp.down_proj.weight
+        same(dequantize(base["layers"]["mlp"]["down"])[i].T, dequantize_4bit(w.data, w.quant_state).float().numpy())
+    ours, wanted = our_logits(model, base, some_tokens()), torch_logits(theirs, some_tokens())
+    assert np.abs(ours - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
+    base = place.folder / "nf4"
+    shutil.copytree(place.folder / "base", place.folder / "wide", dirs_exist_ok=True)
+    write_folder(place.folder / "wide", tiny_torch(**SIZES))
+    from jaxft import export
+
+    export.write(base, str(place.folder / "wide"), weights.model_for(str(place.folder / "wide")), None, "float32", pack=Quant())
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (place.folder / "wide" / name).is_file():
+            shutil.copy(place.folder / "wide" / name, base / name)
+    argv = ["samples=0", "steps=3"]
+    for name, model, quant in (("loaded", "wide", "nf4"), ("saved", "nf4", "kept"), ("asked", "nf4", "nf4")):
+        assert place.run(*argv, f"model={model}", f"quant={quant}", f"name={name}") == 0, place.err()
+    assert place.metrics("loaded") == place.metrics("saved") == place.metrics("asked")
+    assert "held frozen: " in place.out() and "weights packed" not in place.out()
+    assert place.run(*argv, "model=nf4", "quant=int4", "name=again") == 0, place.err()
+    assert "weights packed by bitsandbytes and rounded again to int4; quant=kept leaves them as they are: layers/" in place.out()
+
+
+def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypatch, capsys, tmp_path):
+    assert place.run("samples=0", "steps=3", "quant=nf4", "name=merged", "lr=0.03") == 0, place.err()
+    monkeypatch.chdir(place.folder)
+    run, wide, narrow = place.runs("merged"), tmp_path / "wide", tmp_path / "narrow"
+    assert call(monkeypatch, capsys, "export", "--run", run, "--out", wide, "--dtype", "float32")[0] == 0
+    code, told, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
+    assert code == 0, err
+    assert " as int8, " in told and "packing changed them by 0." in told
+    exact, found = weights.open_tensors(str(wide)), weights.open_tensors(str(narrow))
+    name = "model.layers.1.mlp.up_proj.weight"
+    same(found.read(name).T, expanded(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))
