@@ -2,8 +2,10 @@
 
     python scripts/train.py --config configs/simpo.py
 
-Meng et al. 2024, arXiv:2405.14734. SmolLM2-135M-Instruct on the pairs that ship, a few minutes and 2 GB on a 2-core CPU.
-Expect the margin rewards/margins on held-out pairs to grow from step to step.
+Meng et al. 2024, arXiv:2405.14734. SmolLM2-135M-Instruct on the pairs that ship, 3 minutes and 2 GB on a 2-core CPU. Its start
+finds the worse answer likelier in three pairs of four, and no reference makes up for that: expect the held-out loss to fall
+from 2.86 to 1.50 and rewards/accuracies to rise from 0.25 to 0.56. At lr=1e-3 it is 0.84, and the model forgets all else
+(general_loss 3.7 to 8.1).
 """
 
 from functools import partial
@@ -31,7 +33,7 @@ def config(
     start: str | None = None,
     beta: float = 2.0,
     gamma: float = 1.0,
-    lr: float = 5e-5,
+    lr: float = 5e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
     batch: int = 8,

@@ -31,20 +31,20 @@ NF4_BOUNDS = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
 FP4_BOUNDS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32)  # its kernels'
 
 
-def dynamic_code() -> Float[np.ndarray, "256"]:
-    """bitsandbytes' signed 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending.
+def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
+    """bitsandbytes' 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending. Unsigned, it has a bit more.
 
     For each power of ten 10^-6 .. 1 twice as many values as for the one below it: the means of neighbours among equally
     spaced points from 0.1 to 1, which torch.linspace makes from both ends with fused multiply-adds in float32.
     """
     low, values = np.float32(0.1), [0.0, 1.0]
     for i in range(7):
-        count = 2**i
+        count = 2**i if signed else 2 ** (i + 1)
         step = np.float64((np.float32(1) - low) / np.float32(count))
         up = np.arange(count + 1)
         points = np.where(up <= (count + 1) // 2 - 1, low + step * up, 1.0 - step * (count - up)).astype(np.float32)
         means = np.float32(10.0 ** (i - 6)) * ((points[:-1] + points[1:]) * np.float32(0.5))
-        values += [*means, *-means]
+        values += [*means, *(-means if signed else ())]
     return np.sort(np.array(values, np.float32))
 
 

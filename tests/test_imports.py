@@ -17,7 +17,8 @@ LAYERS = (
     {"sharding", "params"},
     {"nn", "attention", "lora"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate", "reference", "plots", "compare"},
+    {"optim", "optim_states", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate",
+     "reference", "plots", "compare"},  # fmt: skip
     {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
     {"config", "parse", "cli"},
 )
