@@ -34,14 +34,15 @@ def config(
     max_length: int = 4096,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    remat: Literal["full", "attention", "projections", "none"] = "attention",
+    remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
+    residual: Literal["bfloat16", "float32"] = "bfloat16",  # between layers
     seed: int = 0,
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual)),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),

@@ -32,6 +32,13 @@ def expand(w: Weight, dtype: Any) -> Array:
     return (dequantize(w) if isinstance(w, QTensor) else w).astype(dtype)
 
 
+def expand_after(w: Weight, x: Array) -> Array:
+    """expand, to x's dtype and not before x is there: else a schedule expands many weights at once, long before their turn."""
+    if isinstance(w, QTensor) and w.kind != "bits":
+        w, _ = jax.lax.optimization_barrier((w, x))
+    return expand(w, x.dtype)
+
+
 def _flat(x: Array) -> Array:
     rows = 1
     for size in x.shape[:-1]:
@@ -75,7 +82,7 @@ def matmul(x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: 
     weight's gradient comes out in the accumulator's precision.
     """
     out = accumulator(x.dtype) if wide else x.dtype
-    return dot(x, expand(w, x.dtype), (-1, 1 if transposed else 0), out)
+    return dot(x, expand_after(w, x), (-1, 1 if transposed else 0), out)
 
 
 def _matmul_fwd(x, w, transposed, wide):
@@ -85,7 +92,7 @@ def _matmul_fwd(x, w, transposed, wide):
 def _matmul_bwd(transposed, wide, residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = dot(g, expand(w, x.dtype), (-1, 0 if transposed else 1), x.dtype)
+    dx = dot(g, expand_after(w, g), (-1, 0 if transposed else 1), x.dtype)
     if isinstance(w, QTensor):
         return dx, None
     pair = (_flat(g), _flat(x)) if transposed else (_flat(x), _flat(g))
@@ -112,21 +119,31 @@ def lora_matmul(x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Wei
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
-    y = dot(join(x, xa, -1), join(expand(w, x.dtype), b.astype(x.dtype), 0), (-1, 0), x.dtype)
+    y = dot(join(x, xa, -1), join(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype)
     return y, (x, dropped, w, a, b, s)
 
 
 def _lora_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    both = dot(g, join(expand(w, x.dtype), b.astype(x.dtype), 0), (-1, 1), x.dtype)
-    dx, dxa = jnp.split(both, [x.shape[-1]], -1)
+    dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=_input_gradients_joined, default=_input_gradients)
     dxa = dxa * s
     xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
     db = outer(_flat(xa), _flat(g), b.dtype)
     da = outer(_flat(dropped), _flat(dxa), a.dtype)
     dw = None if isinstance(w, QTensor) else outer(_flat(x), _flat(g), w.dtype)  # dead code where w is frozen
     return dx, dot(dxa, a.astype(x.dtype), (-1, 1), x.dtype), dw, da, db, None
+
+
+def _input_gradients_joined(g, w, b):
+    """`g w^T` and `g b^T` as one product."""
+    both = dot(g, join(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
+    return tuple(jnp.split(both, [both.shape[-1] - b.shape[0]], -1))
+
+
+def _input_gradients(g, w, b):
+    """The same as two products: where they run at full rate, joining and splitting cost time and memory."""
+    return dot(g, expand_after(w, g), (-1, 1), g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
 
 lora_matmul.defvjp(_lora_fwd, _lora_bwd)
@@ -158,7 +175,7 @@ def _loras_fwd(x, dropped, w, a, b, scale):
     wide, s = accumulator(x.dtype), scale.astype(x.dtype)
     xa = dot_each(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
     low = dot_each(xa, b.astype(x.dtype), (1, 0), wide)
-    y = dot(x, expand(w, x.dtype), (-1, 0), wide)
+    y = dot(x, expand_after(w, x), (-1, 0), wide)
     return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
 
 
@@ -172,7 +189,7 @@ def _loras_bwd(residuals, g):
     da = dot_each(each_x, dxa, (0, 0), a.dtype)
     dw = None if isinstance(w, QTensor) else outer(_flat(x), _flat(g), w.dtype)  # dead code where w is frozen
     ddropped = dot_each(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
-    return dot(g, expand(w, x.dtype), (-1, 1), x.dtype), ddropped, dw, da, db, None
+    return dot(g, expand_after(w, g), (-1, 1), x.dtype), ddropped, dw, da, db, None
 
 
 loras_matmul.defvjp(_loras_fwd, _loras_bwd)

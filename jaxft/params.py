@@ -110,7 +110,7 @@ class Model:
     step(params, cache, ids [B], positions [B], at) -> (h [B, D], cache); `at` is the storage slot, the same for all rows.
     names: path -> (tensor name with {i} for the layer, transpose?), the Hugging Face layout.
     flops: (tokens, context length) -> floating point operations of one forward pass over the weights and attention.
-    dtype: the compute dtype.
+    dtype: the compute dtype. residual: the residual stream's between layers.
     with_attention(kernel) -> the same model with another attention kernel (see attention.choose).
     """
 
@@ -124,4 +124,5 @@ class Model:
     names: dict[str, tuple[str, bool]]
     flops: Callable[[int, int], float]
     dtype: Any
+    residual: Any
     with_attention: Callable

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft import attention as attn
@@ -18,20 +19,39 @@ from jaxft.sharding import constrain
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
 
 PROJECTIONS = ("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")
-REMAT: dict[str, tuple[str, ...] | None] = {
-    "full": (),  # keep a block's input only
-    "attention": ("attn_out", "attn_lse"),  # and what attention's backward pass needs beside q, k, v
-    "projections": PROJECTIONS,  # and every product's output: no product runs twice
-    "none": None,  # keep everything
+
+
+@dataclass(frozen=True)
+class Remat:
+    """What is kept of a layer for its backward pass.
+
+    saved: names of what is kept beside the layer's input; None keeps everything. layers: so many in a row are one block, of
+    which only the input is kept. offload: the inputs wait in the host's pinned memory.
+    """
+
+    saved: tuple[str, ...] | None
+    layers: int = 1
+    offload: bool = False
+
+
+REMAT = {
+    "offload": Remat((), offload=True),  # the least device memory; inputs go to the host and come back
+    "pairs": Remat((), layers=2),  # the input of every second layer; one layer more runs twice at a time
+    "full": Remat(()),  # a layer's input only
+    "attention": Remat(("attn_out", "attn_lse")),  # and what attention's backward pass needs beside q, k, v
+    "projections": Remat(PROJECTIONS),  # and every product's output: no product runs twice
+    "none": Remat(None),  # everything
 }
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass is told beside parameters and tokens: sizes, compute dtype, remat policy, attention kernel."""
+    """What a forward pass is told beside parameters and tokens: sizes, compute dtype, the residual stream's dtype, remat policy,
+    attention kernel."""
 
     config: LlamaConfig
     dtype: Any
+    residual: Any
     remat: str
     attention: Any
 
@@ -112,8 +132,12 @@ def mlp(p: Any, x_BTD: Array, keys: Any) -> Array:
 
 
 def block(c: LlamaConfig, p: Any, h_BTD: Array, mix: Any, dtype: Any, key: Array | None) -> tuple[Array, Any]:
-    """One layer on the float32 residual stream. `mix(p, x, keys) -> (o [B, T, H, E], extra)` is its attention."""
-    keys = split_keys(key, 7)
+    """One layer on the residual stream, which is added up in float32 or wider and rounded once to the dtype that it came in.
+
+    `mix(p, x, keys) -> (o [B, T, H, E], extra)` is the layer's attention.
+    """
+    keys, residual = split_keys(key, 7), h_BTD.dtype
+    h_BTD = h_BTD.astype(accumulator(dtype))
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, dtype)
     o_BTHE, extra = mix(p["attn"], x, keys[:3])
     o = o_BTHE.reshape(*x.shape[:2], c.heads * c.head_dim)
@@ -121,12 +145,12 @@ def block(c: LlamaConfig, p: Any, h_BTD: Array, mix: Any, dtype: Any, key: Array
     h_BTD = h_BTD + o.astype(h_BTD.dtype)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, dtype)
     down = constrain(mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
-    return h_BTD + down.astype(h_BTD.dtype), extra
+    return (h_BTD + down.astype(h_BTD.dtype)).astype(residual), extra
 
 
-def embed_tokens(c: LlamaConfig, params: Any, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+def embed_tokens(run: Forward, params: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream's start, rounded to the compute dtype as every product's output is."""
-    h = embed(params["embed"], ids).astype(dtype).astype(accumulator(dtype))
+    h = embed(params["embed"], ids).astype(run.dtype).astype(run.residual)
     return constrain(h, "rows", "time", "act_width")
 
 
@@ -141,17 +165,37 @@ def hidden(
         q, k, v = project_qkv(c, p, x, angles, keys)
         return run.attention(q, k, v, tokens.segments, tokens.branches), None
 
+    remat = REMAT[run.remat]
+
     def body(h, layer):
         p, layer_key = layer
+        h = checkpoint_name(h, "layer_in") if remat.offload else h
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
-    saved = REMAT[run.remat]
-    if saved is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*saved)
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     keys = None if key is None else jax.random.split(key, c.layers)
-    h, _ = jax.lax.scan(body, embed_tokens(c, params, tokens.ids, dtype), (params["layers"], keys))
+    layers = params["layers"], keys
+    if remat.layers > 1:
+        if c.layers % remat.layers:
+            raise ValueError(f"remat={run.remat} takes layers by {remat.layers}, and the model has {c.layers}; use remat=full")
+        layers = jax.tree.map(lambda x: x.reshape(c.layers // remat.layers, remat.layers, *x.shape[1:]), layers)
+        inner = jax.checkpoint(body, policy=_policy(remat), prevent_cse=False)
+        body = lambda h, some: jax.lax.scan(inner, h, some)  # noqa: E731
+    if remat.saved is not None:
+        body = jax.checkpoint(body, policy=_policy(remat), prevent_cse=False)
+    h, _ = jax.lax.scan(body, embed_tokens(run, params, tokens.ids), layers)
     return rms_norm(h, params["final_norm"], c.norm_eps, dtype)
+
+
+def _policy(remat: Remat) -> Any:
+    policies, saved = jax.checkpoint_policies, remat.saved or ()
+    if not remat.offload:
+        return policies.save_only_these_names(*saved)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(saved),
+        names_which_can_be_offloaded=["layer_in"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def head(params: Any) -> Any:
@@ -189,7 +233,7 @@ def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array
         q, k, v = project_qkv(c, p, x, angles, keys)
         return run.attention(q, k, v, tokens.segments, tokens.branches), (as_cached_k(k), as_cached_v(v))
 
-    start = embed_tokens(c, params, tokens.ids, dtype)
+    start = embed_tokens(run, params, tokens.ids)
     h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), start, params["layers"])
     room = size - tokens.ids.shape[1]
     visible = jnp.pad(tokens.segments > 0, ((0, 0), (0, room)))
@@ -219,7 +263,7 @@ def step(
         h, (k_all, v_all) = block(c, p, h, mix, dtype, None)
         return (h, k_all, v_all), None
 
-    start = (embed_tokens(c, params, ids[:, None], dtype), cache["k"], cache["v"])
+    start = (embed_tokens(run, params, ids[:, None]), cache["k"], cache["v"])
     (h, k, v), _ = jax.lax.scan(body, start, (params["layers"], jnp.arange(c.layers)))
     return rms_norm(h[:, 0], params["final_norm"], c.norm_eps, dtype), {"k": k, "v": v, "visible": visible}
 
@@ -231,15 +275,19 @@ def forward_flops(c: LlamaConfig, tokens: int, context: int) -> float:
     return 2.0 * tokens * (c.layers * (per_layer + scores) + c.width * c.vocab)
 
 
-def llama(config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projections", attention: Any = None) -> Model:
+def llama(
+    config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projections", attention: Any = None, residual: Any = None
+) -> Model:
     """The Model of a Llama config.
 
     remat: what a layer keeps for its backward pass, a key of REMAT. attention: a kernel from attention.choose; the
-    portable blockwise one by default.
+    portable blockwise one by default. residual: the dtype of the residual stream between layers, float32 or wider by default;
+    bfloat16 halves what is kept of it, and rounds once a layer.
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT)}")
-    forward = Forward(config, dtype, remat, attention or attn.flash)
+    residual = accumulator(dtype) if residual is None else jnp.dtype(residual)
+    forward = Forward(config, dtype, residual, remat, attention or attn.flash)
     return Model(
         config=config,
         specs=llama_specs(config),
@@ -251,5 +299,6 @@ def llama(config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projecti
         names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
         flops=partial(forward_flops, config),
         dtype=dtype,
-        with_attention=lambda attention: llama(config, dtype, remat, attention),
+        residual=residual,
+        with_attention=lambda attention: llama(config, dtype, remat, attention, residual),
     )
