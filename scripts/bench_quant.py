@@ -1,0 +1,97 @@
+"""What each form of the base costs in quality: perplexity of your rows as a table, one JSON line with --json.
+
+    python scripts/bench_quant.py --model REF --data gsm8k.jsonl [--rows 64] [--kinds none int8 nf4 int4:128 ...]
+
+Rows are as scripts/bench.py takes them for sft; perplexity is over all their tokens, prompt and completion, and compared with
+the first kind's. KIND:BLOCK sets the block. `error` is the root mean square of what packing changed, over the weights'.
+A model whose weights came from 4-bit files is on a grid already: a second one changes it more than it changes other weights.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+KINDS = ("none", "int8", "int4", "int4:128", "nf4", "fp4", "affine4:32", "affine4", "affine4:128")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND[:BLOCK]", help=f"default {' '.join(KINDS)}")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    return parser.parse_args()
+
+
+def form(kind: str) -> Any:
+    """The Quant that a name with a block stands for; None for `none`."""
+    from jaxft.quant import Quant
+
+    name, _, block = kind.partition(":")
+    return None if name == "none" else Quant(name, int(block) if block else None)
+
+
+def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
+    """A dict for each kind."""
+    import jax
+    import numpy as np
+
+    from jaxft import evaluate, prepare, quant, sharding, weights
+    from jaxft.data.source import Rows, sft_source
+    from jaxft.objectives.sft import sft
+
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    with jax.set_mesh(mesh):
+        model = weights.model_for(a.model)
+        rows = Rows(str(data), held_out=str(data), format="prompt-completion", loss_on="all", max_length=a.max_length, batch=4)
+        batches = sft_source(rows, weights.load_tokenizer(a.model), cache=data.parent).held_out
+        one = sft(model)
+        step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
+        plain, found = None, []
+        for kind in a.kinds:
+            base = prepare.load_frozen(a.model, model, mesh, form(kind))
+            loss = evaluate.evaluate(partial(step, base), batches)["loss"]
+            packed = base["layers"]["mlp"]["down"]
+            values = np.asarray(quant.dequantize(packed), np.float32)
+            plain = values if plain is None else plain
+            error = float(np.sqrt(np.square(values - plain).mean() / np.square(plain).mean()))
+            ratio = float(np.exp(loss - (found[0]["loss"] if found else loss)))
+            numbers = {"bits": quant.bits(packed), "perplexity": float(np.exp(loss)), "ratio": ratio, "error": error}
+            found.append({"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in numbers.items()}})
+            print(f"{kind}: loss {loss:.4f}", file=sys.stderr)
+    return found
+
+
+def main() -> int:
+    """Measure and print."""
+    a = arguments()
+    from scripts.bench import plain_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows, None)))
+        found = measure(a, data)
+    if a.json:
+        print(json.dumps({"model": a.model, "rows": a.rows, "kinds": found}))
+        return 0
+    print(f"{'':12s} {'bits':>6s} {'perplexity':>11s} {'over ' + found[0]['kind']:>10s} {'error':>7s}")
+    for f in found:
+        over, error = f"{100 * (f['ratio'] - 1):+.2f}%", f"{100 * f['error']:.2f}%"
+        print(f"{f['kind']:12s} {f['bits']:6.3f} {f['perplexity']:11.3f} {over:>10s} {error:>7s}")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
