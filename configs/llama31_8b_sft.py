@@ -11,14 +11,17 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft import optim
 from jaxft.data.source import Rows
 from jaxft.lora import Adapter
 from jaxft.objectives.sft import sft
+from jaxft.optim import Optim, adafactor, adamw
+from jaxft.optim_states import adamw_8bit, adamw_bf16
 from jaxft.quant import Quant
 from jaxft.sharding import MeshShape
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
+
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit, "adamw_bf16": adamw_bf16, "adafactor": adafactor}
 
 
 def config(
@@ -32,6 +35,8 @@ def config(
     batch: int = 16,
     micro: int = 2,
     max_length: int = 4096,
+    params: Literal["float32", "bfloat16"] = "float32",  # of what full=true trains
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_bf16", "adafactor"] = "auto",  # auto: adamw, in full adafactor
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
@@ -39,6 +44,8 @@ def config(
     seed: int = 0,
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
+    if optimizer == "auto":
+        optimizer = "adafactor" if full else "adamw"
     return Run(
         name=name,
         weights=model,
@@ -47,9 +54,8 @@ def config(
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
         quant=None if quant == "none" else Quant(quant),
-        optim=optim.Optim(
-            lr=lr if lr is not None else 1e-5 if full else 2e-4, optimizer=optim.adafactor if full else optim.adamw
-        ),
+        params=params,
+        optim=Optim(lr=lr if lr is not None else 1e-5 if full else 2e-4, optimizer=OPTIMIZERS[optimizer], in_turn=full),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=10, eval_every=100, save_every=100),
         general="configs/data/general.jsonl",

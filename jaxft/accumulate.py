@@ -38,14 +38,14 @@ def _part(batch: Any, i: Any) -> Any:
 
 
 def _added(one: Callable, count: int) -> Found:
-    """Sum of one(0), one(1), ...: a scan, so that the program doesn't grow with the microbatches."""
+    """Sum of one(0), one(1), ... in float32 or wider: a scan, so that the program doesn't grow with the microbatches."""
 
     def body(total, i):
         grads, found = one(i)
-        return (jax.tree.map(jnp.add, total[0], grads), metrics.add(total[1], found)), None
+        return (jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[0], grads), metrics.add(total[1], found)), None
 
     grads, found = jax.eval_shape(one, 0)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype.itemsize == 2 else s.dtype), grads)
     return jax.lax.scan(body, (zeros, metrics.neutral(found)), jnp.arange(count))[0]
 
 

@@ -36,7 +36,9 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Model):
-        return {"type": _name(type(value.config)), "config": describe(value.config), "dtype": np.dtype(value.dtype).name}
+        known = {"type": _name(type(value.config)), "config": describe(value.config), "dtype": np.dtype(value.dtype).name}
+        wide = np.dtype(value.residual).itemsize >= max(4, np.dtype(value.dtype).itemsize)
+        return known if wide else {**known, "residual": np.dtype(value.residual).name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _describe_dataclass(value)
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):

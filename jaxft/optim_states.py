@@ -13,12 +13,14 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
-from jaxft.optim import Optim, decay_mask
+from jaxft.optim import Optim, decayed, stochastically_rounded
 from jaxft.params import is_spec
 from jaxft.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
+from jaxft.sharding import is_spread
 from jaxft.tree import struct
 
 BLOCK = 256  # values that share a scale
+AT_ONCE = 1 << 22  # values that are encoded at a time
 SMALL = 4096  # a layer's leaf with fewer values stays in float32, as in bitsandbytes
 
 POSITIVE = dynamic_code(signed=False)
@@ -48,12 +50,21 @@ def encode(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     """The nearest codes. layers: whether the first axis stacks layers, which then share no block."""
     rows, size = _rows(x.shape, layers)
     room = -size % BLOCK
-    blocks = jnp.pad(x.reshape(rows, size), ((0, 0), (0, room))).reshape(rows, (size + room) // BLOCK, BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    scaled = blocks / jnp.maximum(absmax, np.float32(2.0**-120))[..., None]
-    bounds = DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS
-    codes = jnp.searchsorted(jnp.asarray(bounds), scaled, method="scan_unrolled").astype(jnp.uint8)
-    return Codes(codes.reshape(rows, size + room)[:, :size].reshape(x.shape), absmax)
+    bounds = jnp.asarray(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS)
+
+    def some(x: Array) -> tuple[Array, Array]:
+        blocks = jnp.pad(x, ((0, 0), (0, room))).reshape(len(x), (size + room) // BLOCK, BLOCK)
+        absmax = jnp.max(jnp.abs(blocks), axis=-1)
+        scaled = blocks / jnp.maximum(absmax, np.float32(2.0**-120))[..., None]
+        codes = jnp.searchsorted(bounds, scaled, method="scan_unrolled").astype(jnp.uint8)
+        return codes.reshape(len(x), size + room)[:, :size], absmax
+
+    parts = next((n for n in range(1, rows + 1) if rows % n == 0 and x.size // n <= AT_ONCE), 1)
+    if parts == 1 or is_spread():
+        codes, absmax = some(x.reshape(rows, size))
+    else:  # the search has several temporaries of its input's size
+        codes, absmax = jax.lax.map(some, x.reshape(parts, rows // parts, size))
+    return Codes(codes.reshape(x.shape), absmax.reshape(rows, -1))
 
 
 def decode(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
@@ -108,17 +119,6 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def stochastically_rounded(x: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
-    """float32 to one of its two neighbours in bfloat16, the nearer one more often: right in expectation.
-
-    A random number is added to the 16 bits that are cut off. Not finite values stay what they are.
-    """
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    cut = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), cut, x.astype(jnp.bfloat16))
-
-
 def scale_by_adam_bf16(o: Optim, specs: Any) -> optax.GradientTransformation:
     """optax.scale_by_adam whose moments are held in bfloat16, rounded stochastically, so that small changes are not lost.
 
@@ -152,5 +152,7 @@ def adamw_bf16(o: Optim, schedule: optax.Schedule, specs: Any) -> optax.Gradient
 
 
 def _adamw(adam: optax.GradientTransformation, o: Optim, schedule: Any, specs: Any) -> optax.GradientTransformation:
-    decay = optax.add_decayed_weights(o.weight_decay, decay_mask(specs))
-    return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(adam, decayed(o, specs), optax.scale_by_learning_rate(schedule))
+
+
+adamw_8bit.by_row = adamw_bf16.by_row = True  # type: ignore[attr-defined]

@@ -51,12 +51,18 @@ class Trained:
 
 
 def trained(
-    model: Model, adapter: Adapter | None, pattern: str | None, quant: Quant | None = None, ref: str | None = None
+    model: Model,
+    adapter: Adapter | None,
+    pattern: str | None,
+    quant: Quant | None = None,
+    ref: str | None = None,
+    dtype: Any = None,
 ) -> Trained:
     """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
 
-    An adapter's `scale` is never trained. ref: where the weights come from, whose files' headers say what quant=kept is. Raises
-    ValueError for a pattern that matches nothing, and where `quant` packs what is trained.
+    An adapter's `scale` is never trained. ref: where the weights come from, whose files' headers say what quant=kept is.
+    dtype: of what is trained of the base, float32 or wider by default. Raises ValueError for a pattern that matches nothing,
+    and where `quant` packs what is trained.
     """
     whole = adapted(model, adapter)
     default = "adapter/.*" if adapter else "base/.*"
@@ -64,10 +70,10 @@ def trained(
     mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
-    return _with_forms(whole, mask, quant, ref)
+    return _with_forms(whole, mask, quant, ref, dtype)
 
 
-def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None) -> Trained:
+def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, dtype: Any = None) -> Trained:
     packed: list[str] = packed_paths(whole.specs["base"], quant) if quant else []
     kept = _kept(whole, packed, ref) if quant and quant.kind == KEPT else {}
     packed = list(kept) if quant and quant.kind == KEPT else packed
@@ -79,7 +85,7 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None) -
     wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in params.spec_paths(whole.specs).items():
         if is_trained[path] or path.startswith("adapter/"):
-            held[path] = Held(wide)
+            held[path] = Held(wide if dtype is None or path.startswith("adapter/") else jnp.dtype(dtype))
         elif quant and path.removeprefix("base/") in packed:
             form = kept.get(path.removeprefix("base/"))
             held[path] = Held(whole.dtype, None if form else (quant.kind, quant.block, quant.double), form)
@@ -326,16 +332,18 @@ def quantised(t: Trained) -> str:
 def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
     """Shardings for a tree that mirrors the parameters (optimizer state).
 
-    A leaf that ends in a parameter's path and has its shape lies as the parameter does, any other one on every device.
+    A leaf that ends in a parameter's path, or is part of what does, and has its shape lies as the parameter does, any other one
+    on every device.
     """
     known = {path: x for path, x in tree.paths(trainable).items()}
 
     def place(path, x):
         parts = path.split("/")
-        for i in range(len(parts)):
-            found = known.get("/".join(parts[i:]))
-            if found is not None and found.shape == x.shape:
-                return found.sharding
+        for end in (len(parts), len(parts) - 1):
+            for i in range(end):
+                found = known.get("/".join(parts[i:end]))
+                if found is not None and found.shape == x.shape:
+                    return found.sharding
         return sharding.replicated(mesh)
 
     return tree.map_with_path(place, shapes)

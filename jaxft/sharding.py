@@ -150,6 +150,11 @@ def _ambient() -> Any:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def is_spread() -> bool:
+    """Whether the ambient mesh has several devices."""
+    return _ambient() is not None
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Shard an activation by its logical axes."""
     mesh = _ambient()

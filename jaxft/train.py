@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxft.describe import describe
 from jaxft.generate import Sampling
 from jaxft.log import Log
 from jaxft.lora import Adapter
-from jaxft.optim import Optim, guarded_update, make_optimizer
+from jaxft.optim import Optim, guarded_update, make_optimizer, wide
 from jaxft.params import Model
 from jaxft.quant import Quant
 from jaxft.tree import struct
@@ -62,8 +62,9 @@ class Run:
 
     weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
     whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
-    base is held, None in the compute dtype. general: a text file whose loss before and after shows forgetting. samples: prompts
-    of held-out rows answered before and after.
+    base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
+    gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
+    and after shows forgetting. samples: prompts of held-out rows answered before and after.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Run:
     start: str | None = None
     train: str | None = None
     quant: Quant | None = None
+    params: Literal["float32", "bfloat16"] = "float32"
     optim: Optim = field(default_factory=Optim)
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
     loop: Loop = field(default_factory=Loop)
@@ -101,7 +103,7 @@ class TrainState:
     bad: Int[Any, "2"]
 
 
-def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed: int) -> Callable:
+def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
     """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
 
     The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
@@ -111,9 +113,10 @@ def make_train_step(objective: Callable, tx: optax.GradientTransformation, seed:
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(wide(grads))
         ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-        trainable, opt_state = guarded_update(tx, grads, norm, ok, (state.trainable, state.opt_state))
+        rounding = jax.random.fold_in(jax.random.key(seed + 1), state.step)
+        trainable, opt_state = guarded_update(tx, grads, norm, ok, (state.trainable, state.opt_state), rounding)
         aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
@@ -131,7 +134,7 @@ class Programs:
     trained: prepare.Trained
     mesh: Any
     objective: Callable
-    tx: optax.GradientTransformation
+    tx: Any  # an optax.GradientTransformation or an optim.InTurn
     schedule: Callable
     state: TrainState  # shapes and shardings
     frozen: Any  # shapes and shardings
@@ -148,7 +151,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights)
+    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights, jnp.bfloat16 if run.params == "bfloat16" else None)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))

@@ -56,7 +56,8 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
         batches = sft_source(rows, weights.load_tokenizer(a.model), cache=data.parent).held_out
         one = sft(model)
         step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
-        plain, found = None, []
+        plain: Any = None
+        found: list[dict[str, Any]] = []
         for kind in a.kinds:
             base = prepare.load_frozen(a.model, model, mesh, form(kind))
             loss = evaluate.evaluate(partial(step, base), batches)["loss"]

@@ -132,7 +132,8 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
     ids = encode(prompts, tokenizer, args.raw, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = weights.model_for(source.ref, dtype=jnp.dtype(source.dtype))
+        residual = None if args.dtype or not source.record else source.record["model"].get("residual")
+        model = weights.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
         longest, room = max(map(len, ids)), model.config.max_positions
         if longest + args.max_new > room:
             raise ValueError(

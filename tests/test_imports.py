@@ -20,6 +20,7 @@ LAYERS = (
     {"optim", "optim_states", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate",
      "reference", "plots", "compare"},  # fmt: skip
     {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
+    {"plan"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

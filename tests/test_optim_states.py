@@ -139,9 +139,9 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
-def test_a_run_learns_and_goes_on_bit_for_bit(place, name):
-    argv = ["full=true", f"optim.optimizer=jaxft.optim_states:{name}", "lr=0.003", "samples=0"]
+@pytest.mark.parametrize("name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.in_turn=true"]), ("adamw_bf16", [])])
+def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
+    argv = ["full=true", f"optim.optimizer=jaxft.optim_states:{name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()
     process = place.start(*argv, f"name={name}")
     place.wait_for(process, lambda: 1 in place.checkpoints(name))
@@ -155,3 +155,5 @@ def test_a_run_learns_and_goes_on_bit_for_bit(place, name):
     assert losses[-1] < losses[0]
     kinds = {dtype for leaf, (dtype, *_) in place.leaves(name, 4).items() if ".nu." in leaf}
     assert kinds == ({"uint8", "float32"} if name == "adamw_8bit" else {"bfloat16"})
+    trained = {dtype for leaf, (dtype, *_) in place.leaves(name, 4).items() if leaf.startswith("trainable")}
+    assert trained == {"bfloat16" if more else "float32"}

@@ -1,0 +1,43 @@
+"""The planner: names of machines, and where the CUDA plugin is installed the bytes of a small run on one and on eight GPUs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxft import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_CUDA = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if importlib.util.find_spec("jax_plugins") else False
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:0x", "b300:8", "h100:2x2x2", "../h100:1", ""])
+def test_an_unknown_machine_is_one_line(name):
+    with pytest.raises(ValueError, match="is not known; use h100:GPUS, or :HOSTSxGPUS for several hosts"):
+        plan.devices(name)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")
+def test_without_the_plugin_it_says_what_to_install():
+    with pytest.raises(ValueError, match=r"takes jax's CUDA plugin: pip install 'jaxft\[cuda12\]'"):
+        plan.devices("h100:1")
+
+
+def planned(*argv):
+    command = [sys.executable, "scripts/plan.py", "--config", "configs/llama32_1b_sft.py", "--json", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="takes jax's CUDA plugin, pip install 'jaxft[cuda12]'")
+def test_a_quantised_run_takes_less_and_eight_gpus_take_their_share():
+    plain, packed = (planned("--devices", "h100:1", "batch=8", f"quant={kind}") for kind in ("none", "nf4"))
+    many = planned("--devices", "h100:8", "batch=8", "quant=nf4", "mesh.fsdp=8")
+    assert packed["frozen base"] < 0.5 * plain["frozen base"] and packed["in all"] < plain["in all"]
+    assert many["frozen base"] < packed["frozen base"] / 4 and many["in all"] < packed["in all"]
+    assert plain["in all"] > sum(size for name, size in plain.items() if name != "in all") - 2**20
