@@ -3,6 +3,7 @@
     python scripts/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
     python scripts/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
     python scripts/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [--layout plain] [...]
+    python scripts/bench.py gpu [--tiny]     # random-weight Llamas on an accelerator, see scripts/bench_gpu.py
 
 Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
 text; of GSM8K's rows dpo makes pairs whose prompt is so many worked examples and a question, and whose rejected answer ends in
@@ -28,6 +29,7 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
 WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
 
 
@@ -43,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full", action="store_true", help="train every weight instead of LoRA on all linear layers")
+    parser.add_argument("--quant", choices=KINDS, default="none", help="how the frozen base is held")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the computation; trained weights are fp32")
     parser.add_argument("--remat", default="projections", help="what a layer keeps for its backward pass")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
@@ -87,6 +90,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     from jaxft.objectives.pairwise import preference
     from jaxft.objectives.preference import dpo
     from jaxft.objectives.sft import sft
+    from jaxft.quant import Quant
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
@@ -101,6 +105,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         weights=a.model,
         model=weights.model_for(a.model, dtype=dtype, remat=a.remat),
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
+        quant=None if a.quant == "none" else Quant(a.quant),
         optim=optim.Optim(lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0),
         **kind,
     )
@@ -186,6 +191,8 @@ def commit() -> str | None:
 
 def main() -> int:
     """Measure and print."""
+    if sys.argv[1:2] == ["gpu"]:
+        return subprocess.run([sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]], check=False).returncode
     a = arguments()
     say = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory() as folder:
@@ -198,6 +205,7 @@ def main() -> int:
         "peer": "jaxft",
         "objective": a.objective,
         "mode": "full" if a.full else f"lora-r{a.rank}",
+        **({"quant": a.quant} if a.quant != "none" else {}),
         "dtype": a.dtype,
         "packing": a.packing,
     }

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,3 +103,14 @@ def test_only_full_batches_are_timed_and_epochs_repeat_until_there_are_enough(ro
 def test_too_few_rows_for_a_batch_are_one_line(bench):
     code, out, err = bench("--rows", "7", "--no-packing")
     assert code == 1 and out == "" and "do not fill a batch of 8" in err and err.count("\n") == 1
+
+
+def test_the_accelerators_cases_run_in_a_tiny_shape():
+    """The programs of `bench.py gpu`, whose numbers mean something on an accelerator only."""
+    cases = ("8b qlora", "1b full", "1b dpo", "8b generate")
+    command = [sys.executable, SCRIPT.replace("bench.py", "bench_gpu.py"), "--here", "--tiny", "--cases", *cases]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["case"] for line in lines] == list(cases) and all(line["tokens_per_second"] > 0 for line in lines)
+    assert all(line["mfu"] > 0 and line["compiled_gib"] > 0 and line["kernels"] == [] for line in lines[:3])

@@ -1,0 +1,258 @@
+"""Training and generation of random-weight Llamas on this machine's accelerator: a JSON line a case, each in its own process.
+
+    python scripts/bench.py gpu                       # all cases
+    python scripts/bench.py gpu --cases "8b lora" "8b qlora"
+    python scripts/bench.py gpu --tiny                # the same programs in a shape that a CPU runs in seconds
+
+Rows are random text by a byte-level tokenizer, packed to 4096 tokens. `mfu` counts 4 floating point operations a token for each
+weight beside the table where adapters are trained, 6 where all is. `peak_gib` is what the device says, `compiled_gib` what the
+compiler planned for the train step; `kernels` are the three that took most of a traced step.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+WARM, TIMED = 2, 6  # steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a preset, what is trained and how the base is held, the objective, packed rows of 4096 tokens a step."""
+
+    preset: str
+    trains: str = "adapter"
+    quant: str = "none"
+    objective: str = "sft"
+    rows: int = 4
+    remat: str = "attention"
+
+
+EIGHT, ONE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
+CASES = {
+    "8b lora": Case(EIGHT),
+    "8b qlora": Case(EIGHT, quant="nf4"),
+    "8b qlora dpo": Case(EIGHT, quant="nf4", objective="dpo"),
+    "8b generate": Case(EIGHT, objective="generate", rows=16),
+    "1b lora": Case(ONE, rows=8),
+    "1b qlora": Case(ONE, quant="nf4", rows=8),
+    "1b full": Case(ONE, trains="all", rows=8),
+    "1b dpo": Case(ONE, objective="dpo", rows=8),
+    "1b generate": Case(ONE, objective="generate", rows=16),
+}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, after `gpu`."""
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__, formatter_class=shape)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--tiny", action="store_true", help="two layers of width 64 and rows of 128 tokens")
+    parser.add_argument("--here", action="store_true", help="in this process, for one case")
+    return parser.parse_args()
+
+
+def byte_tokenizer() -> Any:
+    """Every byte a token, and two special ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def texts(count: int, length: int) -> list[dict[str, str]]:
+    """Rows for sft and dpo whose prompt and answers together have about `length` letters."""
+    rng, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz "))
+    text = lambda share: "".join(rng.choice(letters, max(1, int(share * length))))  # noqa: E731
+    rows = [{"prompt": text(0.5), "chosen": text(0.25), "rejected": text(0.25)} for _ in range(count)]
+    return [{**row, "completion": row["chosen"] + row["rejected"]} for row in rows]
+
+
+def make_run(case: Case, tiny: bool, data: Path) -> Any:
+    """The Run of a case."""
+    import jax.numpy as jnp
+
+    from jaxft import optim, train
+    from jaxft.data.pairs import PairRows, pair_source
+    from jaxft.data.source import Rows
+    from jaxft.lora import Adapter
+    from jaxft.models.llama import PRESETS, llama
+    from jaxft.objectives.pairwise import preference
+    from jaxft.objectives.preference import dpo
+    from jaxft.objectives.sft import sft
+    from jaxft.quant import Quant
+
+    config, length = PRESETS[case.preset], 4096
+    if tiny:
+        sizes: dict[str, Any] = dict(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=320)
+        config, length = replace(config, **sizes), 128
+    rows: dict[str, Any] = {"held_out": None, "batch": case.rows}
+    if case.objective == "dpo":
+        pairs = PairRows(str(data), format="plain", max_length=length // 2, **rows)
+        goal = partial(preference, loss=dpo, reference="start")
+        kind: dict[str, Any] = {"objective": goal, "data": pairs, "source": pair_source}
+    else:
+        kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", max_length=length, **rows)}
+    return train.Run(
+        name="bench",
+        weights=case.preset,
+        model=llama(config, jnp.bfloat16, case.remat, residual=jnp.bfloat16),
+        adapter=None if case.trains == "all" else Adapter(rank=16, alpha=32.0),
+        quant=None if case.quant == "none" else Quant(case.quant),
+        optim=optim.Optim(lr=1e-4, warmup=0.0),
+        **kind,
+    )
+
+
+def random_base(p: Any) -> Any:
+    """A base of random numbers as the run holds it, made on the device leaf by leaf."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import tree
+    from jaxft.quant import is_qtensor
+
+    def fill(path: str, x: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(0), len(path))
+        if x.dtype == jnp.uint16:  # the bits of bfloat16
+            some = lambda: 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)  # noqa: E731
+            make = lambda: jax.lax.bitcast_convert_type(some(), jnp.uint16)  # noqa: E731
+        elif x.dtype.itemsize == 1:
+            make = lambda: jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)  # noqa: E731
+        elif path.endswith(("norm", "outer", "mean", "scale")):
+            make = lambda: jnp.full(x.shape, 1.0 if path.endswith("norm") else 0.02, x.dtype)  # noqa: E731
+        else:
+            make = lambda: 0.02 * jax.random.normal(key, x.shape, x.dtype)  # noqa: E731
+        return jax.jit(make, out_shardings=x.sharding)()
+
+    base = tree.combine(p.state.trainable, p.frozen)["base"]
+    parts = lambda path, leaf: tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x), leaf)  # noqa: E731
+    return tree.map_with_path(lambda path, x: parts(path, x) if is_qtensor(x) else fill(path, x), base, is_leaf=is_qtensor)
+
+
+def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:
+    """The kernels of a trace that took most time, each with its share; none where there is no GPU."""
+    import jax
+
+    spent: dict[str, float] = {}
+    for path in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if plane.name.startswith("/device:GPU"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            spent[event.name] = spent.get(event.name, 0.0) + event.duration_ns
+    total = sum(spent.values())
+    first = sorted(spent.items(), key=lambda item: -item[1])[:count]
+    return [{"name": name, "share": round(time / total, 3)} for name, time in first]
+
+
+def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Speed and memory of a train step."""
+    import jax
+
+    from jaxft import devices, params, sharding, train
+
+    data = folder / "rows.jsonl"
+    length = 128 if tiny else 4096
+    rows = texts(2 * case.rows * 4, length // (2 if case.objective == "dpo" else 4))
+    names = ("prompt", "chosen", "rejected") if case.objective == "dpo" else ("prompt", "completion")
+    data.write_text("".join(json.dumps({name: row[name] for name in names}) + "\n" for row in rows))
+    run = make_run(case, tiny, data)
+    mesh = sharding.make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        source = run.source(run.data, byte_tokenizer(), cache=folder, shards=sharding.row_shards(mesh))
+        p = train.build(run, WARM + TIMED + 1)
+        step = train.compile_step(p, source.abstract)
+        memory: Any = step.memory_analysis()
+        state, frozen = train.start(run, p, None, random_base(p))
+        batch = source.batch(0, state)
+        placed, seconds = sharding.place_batch(p.mesh, batch), []
+        for _ in range(WARM + TIMED):
+            begin = time.perf_counter()
+            state, found = step(state, frozen, placed)
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - begin)
+        with jax.profiler.trace(str(folder / "trace")):
+            jax.block_until_ready(step(state, frozen, placed))
+    middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
+    c = run.model.config
+    weights = params.count(run.model.specs) - (0 if c.tied else c.vocab * c.width)
+    rate = tokens / middle
+    passes = (6 if case.trains == "all" else 4) + (2 if case.objective == "dpo" else 0)  # and the reference's forward pass
+    here = jax.devices()[0]
+    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    planned += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "tokens_per_second": round(rate, 1),
+        "step_seconds": round(middle, 4),
+        "mfu": round(passes * weights * rate / devices.peak_flops(here) / len(jax.devices()), 4),
+        "peak_gib": round(devices.memory_gib(here), 3),
+        "compiled_gib": round(planned / 2**30, 3),
+        "kernels": kernels(folder / "trace"),
+    }
+
+
+def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Speed of generation: all rows at once, greedy, without stop tokens."""
+    import jax
+
+    from jaxft import attention, devices, generate, sharding, train
+
+    (folder / "rows.jsonl").write_text("")
+    run = make_run(case, tiny, folder / "rows.jsonl")
+    prompt, fresh = (32, 16) if tiny else (512, 256)
+    mesh = sharding.make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        p = train.build(run, 1)
+        base = random_base(p)
+        model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
+        program = generate.make_generate(model, generate.Sampling(max_new=fresh), ())
+        prompts = generate.left_pad(np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist(), case.rows)
+        seconds = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(base, prompts, jax.random.key(0)))
+            seconds.append(time.perf_counter() - begin)
+    rate = case.rows * fresh / min(seconds[1:])
+    return {"tokens_per_second": round(rate, 1), "peak_gib": round(devices.memory_gib(jax.devices()[0]), 3)}
+
+
+def main() -> int:
+    """Each case in a process of its own, so that a peak is its own."""
+    a = arguments()
+    if not a.here:
+        tiny = ["--tiny"] if a.tiny else []
+        commands = [[sys.executable, __file__, "--here", "--cases", name, *tiny] for name in a.cases]
+        return max(subprocess.run(command, check=False).returncode for command in commands)
+    import jax
+
+    for name in a.cases:
+        case = CASES[name]
+        measure = generate_case if case.objective == "generate" else train_case
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(case, a.tiny, Path(folder))
+        device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+        print(json.dumps({"case": name, "tiny": a.tiny, **found, "device": device, "jax": jax.__version__}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    sys.exit(cli.one_line_errors(main))
