@@ -38,11 +38,12 @@ def config(
     max_length: int = 2048,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    remat: Literal["full", "attention", "projections", "none"] = "attention",
+    remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
+    residual: Literal["bfloat16", "float32"] | None = None,  # of the residual stream between layers: as dtype
     seed: int = 0,
 ) -> Run:
     """DPO of an 8B model."""
-    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual or dtype))
     return Run(
         name=name,
         weights=model,

@@ -1,10 +1,11 @@
-"""Llama-3.1-8B-Instruct, LoRA on one 80 GB GPU or sharded over several; in full over 8 of them.
+"""Llama-3.1-8B-Instruct, LoRA or in full, on one GPU or sharded over several.
 
-    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl
-    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4   # the base in 4 bits
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl   # 80 GB
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4 micro=16 remat=full   # 8 GiB
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true params=bfloat16 batch=1 micro=1  # 32 GiB
 
-Needs access to the model on the hub (HF_TOKEN).
+A step has 16 packed rows of 4096 tokens, `micro` says in how many parts. Needs access to the model on the hub (HF_TOKEN).
 """
 
 from typing import Literal
@@ -40,7 +41,7 @@ def config(
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
-    residual: Literal["bfloat16", "float32"] = "bfloat16",  # between layers
+    residual: Literal["bfloat16", "float32"] | None = None,  # of the residual stream between layers: as dtype
     seed: int = 0,
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
@@ -49,7 +50,7 @@ def config(
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual)),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual or dtype)),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),

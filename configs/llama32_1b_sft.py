@@ -32,14 +32,15 @@ def config(
     max_length: int = 2048,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    remat: Literal["full", "attention", "projections", "none"] = "attention",
+    remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
+    residual: Literal["bfloat16", "float32"] | None = None,  # of the residual stream between layers: as dtype
     seed: int = 0,
 ) -> Run:
     """SFT of a 1B model; lr is 2e-4 for LoRA and 1e-5 for full fine-tuning unless you set it."""
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat),
+        model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual or dtype)),
         objective=sft,
         data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
