@@ -68,7 +68,9 @@ class Optim:
     warmup: share of the steps with a rising learning rate. end: the schedule's last value as a share of lr. clip: the
     largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
     multiplied by the factor of the first pattern that matches it (LoRA+: `(("adapter/.*/b", 16.0),)`). in_turn: update stacked
-    layers one after the other, so that memory holds the update of one; the numbers are the same.
+    layers one after the other, so that memory holds the update of one; the numbers are the same. in_backward: do so inside the
+    backward pass, so that memory holds the gradient of one layer too; for one microbatch a step and clip=none, since the
+    gradients' norm is known only afterwards.
     """
 
     lr: float = 2e-4
@@ -83,6 +85,7 @@ class Optim:
     clip: float | None = 1.0
     lr_groups: tuple[tuple[str, float], ...] = ()
     in_turn: bool = False
+    in_backward: bool = False
 
     def __post_init__(self):
         if not 0 <= self.lr < float("inf"):
@@ -96,6 +99,9 @@ class Optim:
             raise ValueError(f"optim.warmup is a share of the steps between 0 and 1, found {self.warmup}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"optim.clip is above 0 or none, found {self.clip}")
+        if self.in_backward and self.clip is not None:
+            raise ValueError(f"optim.in_backward updates layers before the gradients' norm is known, and optim.clip={self.clip} "
+                             "needs it; set optim.clip=none, or optim.in_backward=false")  # fmt: skip
 
 
 def decay_mask(specs: Any) -> Any:
@@ -221,13 +227,15 @@ class InTurn:
     """An optimizer that updates stacked layers one after the other, each as if it were a parameter of its own.
 
     tx: for the leaves of one layer, and for those without layers. stacked: which leaves have layers. by_row: large tables and
-    heads are updated a few rows at a time too, since tx works on each element, or on blocks within a row. init(params) ->
-    state; apply(gradients, norm, ok, (params, state), key) -> (params, state), each array written in place.
+    heads are updated a few rows at a time too, since tx works on each element, or on blocks within a row. in_backward: the
+    layers' turn comes inside the backward pass (jaxft.in_backward). init(params) -> state;
+    apply(gradients, norm, ok, (params, state), key) -> (params, state), each array written in place.
     """
 
     tx: optax.GradientTransformation
     stacked: Any
     by_row: bool
+    in_backward: bool = False
 
     def _groups(self, x: Any) -> tuple[Any, Any, list[Any]]:
         """(stacked leaves, the rest, each large leaf alone)."""
@@ -244,17 +252,33 @@ class InTurn:
 
     def apply(self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None) -> tuple[Any, Any]:
         """As guarded_update."""
-        g_layered, g_plain, g_alone = self._groups(grads)
-        layered, plain, alone = self._groups(before[0])
-        state, plain_state, alone_state = before[1]
-        update = lambda g, now, key: guarded_update(self.tx, g, norm, ok, now, key)  # noqa: E731
-        keys = [None] * (2 + len(alone)) if key is None else list(jax.random.split(key, 2 + len(alone)))
-        plain, plain_state = update(g_plain, (plain, plain_state), keys[0])
+        others, (_, *other_states) = self.apply_others(grads, norm, ok, before, key)
+        layered, state = self.layers(before[0]), before[1][0]
         if state is not None:
-            layered, state = _piece_by_piece(update, g_layered, (layered, state), keys[1])
-        many = zip(g_alone, alone, alone_state, keys[2:], strict=True)
+            update = lambda g, now, key: guarded_update(self.tx, g, norm, ok, now, key)  # noqa: E731
+            layered, state = _piece_by_piece(update, self.layers(grads), (layered, state), self.layers_key(key))
+        return tree.combine(layered, others), (state, *other_states)
+
+    def apply_others(self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None) -> tuple[Any, Any]:
+        """`apply` of the leaves without layers: None in the place of those with layers, and of their state."""
+        _, g_plain, g_alone = self._groups(grads)
+        _, plain, alone = self._groups(before[0])
+        _, plain_state, alone_state = before[1]
+        update = lambda g, now, key: guarded_update(self.tx, g, norm, ok, now, key)  # noqa: E731
+        keys = [None if key is None else jax.random.fold_in(key, i) for i in range(1, 2 + len(alone))]
+        plain, plain_state = update(g_plain, (plain, plain_state), keys[0])
+        many = zip(g_alone, alone, alone_state, keys[1:], strict=True)
         done = [_rows_in_turn(update, g, (p, own), key) for g, p, own, key in many]
-        return tree.combine(layered, plain, *(p for p, _ in done)), (state, plain_state, tuple(own for _, own in done))
+        return tree.combine(plain, *(p for p, _ in done)), (None, plain_state, tuple(own for _, own in done))
+
+    def layers(self, x: Any) -> Any:
+        """The stacked leaves of a tree like the trainable one, None for the others."""
+        return tree.partition(x, self.stacked)[0]
+
+    @staticmethod
+    def layers_key(key: Array | None) -> Array | None:
+        """What the layers' roundings are drawn from: layer i's from `fold_in(layers_key, i)`."""
+        return None if key is None else jax.random.fold_in(key, 0)
 
 
 def _piece_by_piece(update: Callable, grads: Any, now: Any, key: Array | None) -> Any:
@@ -294,7 +318,8 @@ def _after(x: Array, done: Array) -> Array:
 def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[Any, optax.Schedule]:
     """The chain for the trainable leaves (`specs`: their ParamSpecs, None elsewhere) and its schedule over `steps` steps."""
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
-    if o.in_turn:  # what is made below sees one layer
+    in_turn = o.in_turn or o.in_backward
+    if in_turn:  # what is made below sees one layer
         specs = jax.tree.map(lambda s, layered: _one_layer(s) if layered else s, specs, stacked, is_leaf=is_spec)
     try:
         schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
@@ -308,7 +333,7 @@ def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[Any, optax.Schedul
         parts.append(scale_groups(o.lr_groups, specs))
     tx = in_float32(optax.chain(*parts))
     by_row = getattr(o.optimizer, "by_row", False)
-    return InTurn(tx, stacked, by_row) if o.in_turn else tx, schedule
+    return InTurn(tx, stacked, by_row, o.in_backward) if in_turn else tx, schedule
 
 
 def _one_layer(s: ParamSpec) -> ParamSpec:

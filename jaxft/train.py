@@ -21,6 +21,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.describe import describe
 from jaxft.generate import Sampling
+from jaxft.in_backward import updated
 from jaxft.log import Log
 from jaxft.lora import Adapter
 from jaxft.optim import Optim, guarded_update, make_optimizer, wide
@@ -111,12 +112,15 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
-        norm = optax.tree.norm(wide(grads))
-        ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-        rounding = jax.random.fold_in(jax.random.key(seed + 1), state.step)
-        trainable, opt_state = guarded_update(tx, grads, norm, ok, (state.trainable, state.opt_state), rounding)
+        key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
+        now = state.trainable, state.opt_state
+        if getattr(tx, "in_backward", False):
+            trainable, opt_state, norm, ok, found = updated(objective, tx, now, frozen, batch, (key, rounding), state.aux)
+        else:
+            grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
+            norm = optax.tree.norm(wide(grads))
+            ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
+            trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
         aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
@@ -172,6 +176,8 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
     text = getattr(objective, "text", objective)
     text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
+    if getattr(tx, "in_backward", False):  # what doesn't go together is refused before anything is loaded
+        jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"tree", "batch", "quant", "quant_formats", "metrics", "devices"},
     {"sharding", "params"},
-    {"nn", "attention", "lora"},
+    {"nn", "attention", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "optim_states", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate",
+    {"optim", "optim_states", "in_backward", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate",
      "reference", "plots", "compare"},  # fmt: skip
     {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
     {"plan"},

@@ -39,12 +39,12 @@ from jaxft.weights import model_for
 def config(
     model: str = "base", data: str = "rows.jsonl", name: str = "tiny", lr: float = 1e-2, steps: int | None = 4,
     full: bool = False, batch: int = 4, micro: int = 1, seed: int = 0, dropout: float = 0.0, epochs: float = 1.0,
-    quant: str = "none",
+    quant: str = "none", remat: str = "projections",
 ) -> Run:
     return Run(
         name=name,
         weights=model,
-        model=model_for(model, dtype=jnp.float32),
+        model=model_for(model, dtype=jnp.float32, remat=remat),
         objective=sft,
         data=Rows(data, held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
         adapter=None if full else Adapter(rank=4, dropout=dropout),

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft import attention as attn
+from jaxft import consumed
 from jaxft.batch import Tokens
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
 from jaxft.nn import accumulator, embed, from_bits, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
@@ -173,6 +174,11 @@ def hidden(
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
     keys = None if key is None else jax.random.split(key, c.layers)
+    if isinstance(params["layers"], consumed.Consumed):
+        if run.remat != "full":
+            raise ValueError(f"optim.in_backward runs each layer again from its input: use remat=full, found remat={run.remat}")
+        h = consumed.scan(body, embed_tokens(run, params, tokens.ids), params["layers"], keys)
+        return rms_norm(h, params["final_norm"], c.norm_eps, dtype)
     layers = params["layers"], keys
     if remat.layers > 1:
         if c.layers % remat.layers:

@@ -1,0 +1,109 @@
+"""Stacked layers that are updated inside the backward pass: a layer's gradient is used up before the next one is made.
+
+Fused updates as in LOMO (Lv et al. 2023, arXiv:2306.09782), for any optimizer that takes each layer alone.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.tree import static, struct
+
+DISGUISES: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes an element
+
+
+class Uses:
+    """How often a Consumed was run through: its cotangents mean something after exactly one time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@struct
+class Consumed:
+    """The layers of a model in a step that updates each of them as soon as its gradient is there.
+
+    The backward pass of `scan` gives results in the place of cotangents: for `layers` and `state` what they are after the
+    update, for `squares` (zero) the gradients' sum of squares.
+
+    layers: a tree with the trained leaves [L, ...], in which `pick` finds the layers. frozen: the layers' other leaves, None
+    where one is trained. state: the optimizer's, [L, ...], integers `disguised`, since only floats have cotangents.
+    update: (gradients like a layer of `layers`, their norm, (that layer, its state), i) -> (layer, state).
+    """
+
+    layers: Any
+    frozen: Any
+    state: Any
+    squares: Float[Array, ""]
+    pick: Callable = static()
+    update: Callable = static()
+    uses: Uses = static()
+
+
+def disguised(x: Array) -> Array:
+    """An integer array's bits as floats of the same size, on which nobody computes; a float array as it is."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.lax.bitcast_convert_type(x, DISGUISES[x.dtype.itemsize])
+
+
+def undisguised(x: Array, like: Any) -> Array:
+    """Undo disguised; like: an array of the original dtype."""
+    return x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
+
+
+def at(x: Any, i: Array) -> Any:
+    """Layer i of stacked leaves."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x)
+
+
+def put(x: Any, layer: Any, i: Array) -> Any:
+    """Stacked leaves with `layer` as their layer i, written in place."""
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
+
+
+def scan(body: Callable, h: Float[Array, "..."], c: Consumed, more: Any) -> Float[Array, "..."]:
+    """`jax.lax.scan(body, h, (layers, more))[0]`, whose backward pass runs each layer again and updates it.
+
+    The pass keeps the layers' inputs. Parameters and state are carried through it and written in place.
+    """
+    c.uses.count += 1
+    count = jax.tree.leaves(c.layers)[0].shape[0]
+
+    def one(h: Array, layer: Any, i: Array) -> Array:
+        return body(h, (tree.combine(c.pick(layer), at(c.frozen, i)), at(more, i)))[0]
+
+    @jax.custom_vjp
+    def through(h, layers, state, squares):
+        return forward(h, layers, state, squares)[0]
+
+    def forward(h, layers, state, squares):
+        def step(h, i):
+            return one(h, at(layers, i), i), h
+
+        h, inputs = jax.lax.scan(step, h, jnp.arange(count))
+        return h, (layers, state, squares, inputs)
+
+    def backward(saved, dh):
+        layers, state, squares, inputs = saved
+
+        def step(n, now):
+            i = count - 1 - n
+            dh, layers, state, squares = now
+            layer = at(layers, i)
+            _, pull = jax.vjp(partial(one, i=i), at(inputs, i), layer)
+            dh, grads = pull(dh)
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
+            layer, own = c.update(grads, norm, (layer, at(state, i)), i)
+            return dh, put(layers, layer, i), put(state, own, i), squares + norm * norm
+
+        return jax.lax.fori_loop(0, count, step, (dh, layers, state, squares))
+
+    through.defvjp(forward, backward)
+    return through(h, c.layers, c.state, c.squares)

@@ -1,0 +1,169 @@
+"""Layers updated inside the backward pass: the same numbers as after it, without the gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
+from tiny_run import Place, write_place
+
+from jaxft import metrics, optim, params, prepare
+from jaxft.consumed import disguised, undisguised
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.objectives.sft import sft
+from jaxft.optim import Optim, make_optimizer
+from jaxft.optim_states import adamw_8bit, adamw_bf16
+from jaxft.train import TrainState, make_train_step
+
+
+def batch(count=4, parts=1):
+    return micro(one_by_one(examples(count)), parts)
+
+
+def case(optimizer=optim.adamw, pattern=None, dtype=jnp.float32, held=None, tied=False, objective=sft, groups=((".*/q", 2.0),)):
+    """step(in_backward) -> (compiled step, state at the start, frozen) of a tiny model in full."""
+    model, whole = tiny(dtype, tied=tied, remat="full")
+    t = prepare.trained(llama(model.config, dtype, "full"), None, pattern, None, None, held)
+    whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
+    trainable, frozen = prepare.split(t, whole)
+
+    def build(in_backward):
+        o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, in_turn=True, in_backward=in_backward,
+                  lr_groups=groups)  # fmt: skip
+        tx = make_optimizer(o, t.trainable_specs, 10)[0]
+        step = jax.jit(make_train_step(objective(t.model), tx, 0), donate_argnums=())
+        return step, TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32)), frozen
+
+    return build
+
+
+@pytest.mark.parametrize("pattern", [None, "base/(layers/attn|layers/mlp/up|embed)(/.*)?"], ids=["all", "some"])
+@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_three_steps_are_those_of_layers_in_turn(optimizer, pattern, tied):
+    with jax.enable_x64(True):
+        build = case(optimizer, pattern, jnp.float64, tied=tied)
+        found = []
+        for in_backward in (False, True):
+            step, state, frozen = build(in_backward)
+            told = []
+            for n in range(3):
+                state, m = step(state, frozen, batch(4 + n))
+                told.append({name: metrics.read(m)[name] for name in ("loss", "grad_norm")})
+            found.append((state.trainable, state.opt_state, told))
+    assert_close(found[1], found[0], 1e-10)
+
+
+@pytest.mark.parametrize("optimizer", [adamw_8bit, adamw_bf16])
+def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
+    monkeypatch.setattr("jaxft.optim_states.SMALL", 64)
+    build, found = case(optimizer), []
+    for in_backward in (False, True):
+        step, state, frozen = build(in_backward)
+        for n in range(2):
+            state, _ = step(state, frozen, batch(4 + n))
+        found.append(state)
+    assert jax.tree.map(lambda x: x.dtype, found[0]) == jax.tree.map(lambda x: x.dtype, found[1])
+    assert_close(found[1].trainable, found[0].trainable, 2e-3)  # a code may be its neighbour
+
+
+def test_disguises_keep_every_bit():
+    for dtype in (np.uint8, np.int8, np.uint16, np.int32, np.uint32):
+        x = np.frombuffer(np.random.default_rng(0).bytes(1 << 16), dtype)
+        worn = jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, x), 0, disguised(x))[1])(x)
+        assert jnp.issubdtype(worn.dtype, jnp.floating)
+        np.testing.assert_array_equal(jax.jit(partial(undisguised, like=x))(worn), x)
+    assert disguised(jnp.ones(3)).dtype == jnp.float32
+
+
+def test_bfloat16_parameters_are_rounded_as_in_turn():
+    build, found = case(optim.adafactor, held=jnp.bfloat16), []
+    for in_backward in (False, True):
+        step, state, frozen = build(in_backward)
+        found.append(step(state, frozen, batch())[0].trainable)
+    same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, found), strict=True)]
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)} and min(same) > 0.98
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    step, state, frozen = case()(True)
+    good = batch()
+    bad = good.replace(token_weights=good.token_weights.at[0, 0, 0].set(jnp.inf))
+    after, found = step(state, frozen, bad)
+    assert metrics.read(found)["skipped"] == 1 and after.bad.tolist() == [1, 1]
+    same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # noqa: E731
+    jax.tree.map(same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
+
+
+def test_a_layer_whose_gradient_overflows_stays_as_it_was():
+    """The weights of the middle layer are so large that its gradients have no finite norm; the one above is updated before."""
+    step, state, frozen = case()(True)
+    weights = state.trainable["base"]["layers"]["attn"]
+    weights["v"] = weights["v"].at[1].multiply(1e-30)  # its output vanishes, its gradient doesn't
+    weights["o"] = weights["o"].at[1].multiply(1e30)
+    after, found = step(state, frozen, batch())
+    assert metrics.read(found)["skipped"] == 1 and np.isfinite(metrics.read(found)["loss"])
+    moved = jax.tree.map(lambda a, b: [bool((x != y).any()) for x, y in zip(a, b)], state.trainable, after.trainable)
+    assert moved["base"]["layers"]["mlp"]["up"] == [True, False, True]
+    assert not any(moved["base"]["embed"]) and all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after))
+
+
+def test_no_gradient_of_all_layers_is_held():
+    config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
+    t = prepare.trained(llama(config, jnp.float32, "full"), None, None)
+    whole = params.abstract_params(t.specs)
+    layers, taken = params.count(t.specs["base"]["layers"]) * 4, {}
+    for in_backward in (False, True):
+        o = Optim(optimizer=optim.adafactor, clip=None, in_turn=True, in_backward=in_backward)
+        tx = make_optimizer(o, t.trainable_specs, 10)[0]
+        shape = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+        state = TrainState(shape(()), whole, jax.eval_shape(tx.init, whole), {}, shape((2,)))
+        step = jax.jit(make_train_step(sft(t.model), tx, 0), donate_argnums=0)
+        memory = step.lower(state, jax.tree.map(lambda _: None, whole), batch()).compile().memory_analysis()
+        taken[in_backward] = memory.temp_size_in_bytes
+    assert taken[False] - taken[True] > 0.75 * layers, (taken, layers)
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.in_backward=false"):
+        Optim(in_backward=True)
+    step, state, frozen = case()(True)
+    with pytest.raises(ValueError, match="a step has 2 microbatches; set data.micro=1"):
+        step(state, frozen, batch(4, 2))
+
+    def twice(model):
+        one = sft(model)
+        return lambda params, batch, key, aux: jax.tree.map(jnp.add, one(params, batch, key, aux), one(params, batch, key, aux))
+
+    step, state, frozen = case(objective=twice)(True)
+    with pytest.raises(ValueError, match="runs the model once a step, found 2 times"):
+        step(state, frozen, batch())
+    step, state, frozen = case(pattern="base/embed", groups=())(True)
+    with pytest.raises(ValueError, match="what is trained of layers is none"):
+        step(state, frozen, batch())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in_backward")
+    write_place(folder)
+    return Place(folder)
+
+
+ARGV = ("lr=0.003", "samples=0", "remat=full", "optim.in_backward=true", "optim.clip=none")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_learns(place, devices):
+    more = ["mesh.data=2", "mesh.fsdp=4", "batch=8"] if devices > 1 else ["run.params=bfloat16"]
+    assert place.run("full=true", *ARGV, *more, f"name=whole-{devices}", devices=devices) == 0, place.err()
+    losses = [line["loss"] for line in place.results(f"whole-{devices}", 4)["metrics"] if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_cannot_have_it_says_so_before_it_loads(place):
+    for more, words in (([], "what is trained of layers is adapter"), (["full=true", "micro=2"], "has 2 microbatches")):
+        assert place.run(*ARGV, *more, "name=refused") == 1
+        assert words in place.err() and "Traceback" not in place.err()
