@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import params, prepare, tree, weights
+from jaxft import calibrate, params, prepare, tree, weights
 from jaxft.params import Model
 from jaxft.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.weights import hf, hub, packed
@@ -25,11 +25,13 @@ def write(
     adapter: Any = None,
     held: Quant | None = None,
     pack: Quant | None = None,
+    seen: dict[str, Any] | None = None,
 ) -> str:
     """Write the model of `ref` to the folder `out`, tensor by tensor; returns what was lost, in words for the end of a line.
 
     adapter: its arrays, merged in float32 onto the base as `held` quantises it. dtype: of what is not packed. pack: quantise the
-    written weights, each rounded once from float32. Raises ValueError where `out` is the folder that is read.
+    written weights, each rounded once from float32. seen: what calibrate.moments found, for rounding that looks at it.
+    Raises ValueError where `out` is the folder that is read.
     """
     located = hub.locate(ref)
     if out.resolve() == located.path.resolve():
@@ -37,7 +39,7 @@ def write(
     tensors, cast, packing = weights.open_tensors(ref), Rounding(), Rounding()
     tensors = prepare.as_held(tensors, model, held, ref) if held else tensors
     base = merged(tensors, model, adapter, jnp.float32)
-    form = packing_of(model, pack, packing) if pack else None
+    form = packing_of(model, pack, packing, seen or {}) if pack else None
     is_packed = form.forms if form else {}
 
     def leaf(path: str, exact: Lazy) -> Lazy:
@@ -54,8 +56,8 @@ def write(
     return "; ".join(words)
 
 
-def packing_of(model: Model, quant: Quant, lost: Rounding) -> hf.Packing:
-    """How hf.save_folder packs a model's weights as `quant` says; what that loses is added to `lost`."""
+def packing_of(model: Model, quant: Quant, lost: Rounding, seen: dict[str, Any]) -> hf.Packing:
+    """How hf.save_folder packs a model's weights as `quant` says; what that loses is added to `lost`. seen: see write."""
     if quant.kind == KEPT:
         raise ValueError("quant=kept names no form to write; use int8, int4, nf4, fp4 or affine4")
     block, double = usual(quant.kind, quant.block, quant.double)
@@ -66,8 +68,9 @@ def packing_of(model: Model, quant: Quant, lost: Rounding) -> hf.Packing:
     if tables:
         raise ValueError(f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets")
 
-    def pack(path: str, layer: np.ndarray) -> QTensor:
-        found = quantize(layer, quant.kind, block, double)
+    def pack(path: str, number: int | None, layer: np.ndarray) -> QTensor:
+        how = quant.kind, block, double
+        found = quantize(layer, *how) if path not in seen else calibrate.compensated(layer, seen[path][number], *how)
         lost.add(layer, expanded(found))
         return found
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.lora import Adapted
 from jaxft.quant import QTensor, dequantize, rows
+from jaxft.tree import struct
 
-Weight = Any  # Array | QTensor | Adapted
+Weight = Any  # Array | QTensor | Adapted | Observed
 
 
 def accumulator(dtype: Any) -> Any:
@@ -195,6 +196,30 @@ def _loras_bwd(residuals, g):
 loras_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
+@struct
+class Observed:
+    """A weight [I, O] whose inputs are looked at: the gradient of `moment` is the sum of x x^T over the inputs that matter."""
+
+    weight: Any
+    moment: Float[Array, "I I"]
+
+
+@jax.custom_vjp
+def observed_matmul(x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]) -> Float[Array, "... O"]:
+    """`x @ w`; moment's cotangent is `x^T x`, without the x whose product the result doesn't depend on (padding)."""
+    return matmul(x, w, False, False)
+
+
+def _observed_bwd(residuals, g):
+    x, w, moment = residuals
+    dx, dw = _matmul_bwd(False, False, (x, w), g)
+    seen = _flat(jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype)))
+    return dx, dw, outer(seen, seen, moment.dtype)
+
+
+observed_matmul.defvjp(lambda x, w, moment: (observed_matmul(x, w, moment), (x, w, moment)), _observed_bwd)
+
+
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; nothing is dropped without a key or with rate 0."""
     if key is None or rate == 0.0:
@@ -208,6 +233,8 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
 
     An adapter with `a` [K, I, R] is K of them, the rows of x in as many equal groups.
     """
+    if isinstance(w, Observed):
+        return observed_matmul(x, w.weight, w.moment)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
     product = loras_matmul if w.a.ndim == 3 else lora_matmul

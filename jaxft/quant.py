@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,24 +142,33 @@ def _encoded(weight: Any, kind: str, block: int) -> tuple[Any, Any, Any]:
     if isinstance(weight, np.ndarray) and step < outs:
         parts = [_encoded(weight[..., at : at + step], kind, block) for at in range(0, outs, step)]
         return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
-    codes, scale, offset = FORMATS[kind].encode(qf.blocked(qf.as_zero_or_normal(weight), block))
-    codes = codes.reshape(*lead, -1, outs)[..., :ins, :]
+    format, blocks = FORMATS[kind], qf.blocked(qf.as_zero_or_normal(weight), block)
+    scale, offset = format.scale(blocks)
+    codes = format.nearest(blocks, scale, offset).reshape(*lead, -1, outs)[..., :ins, :]
     packed = qf.pack(codes) if is_paired(kind) else codes
-    return packed, scale[..., 0, :], None if offset is None else offset[..., 0, :]
+    one = lambda x: None if x is None else x[..., 0, :].astype(format.held)  # noqa: E731
+    return packed, one(scale), one(offset)
 
 
 def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
     """The weight in its own dtype."""
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(q.codes, q.dtype)
-    ins = q.shape[-2]
+    return _expanded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, partial(_each_input, q))
 
-    def each(x: Array) -> Array:
-        if q.index is not None:
-            return jnp.take_along_axis(x, q.index[..., None], axis=-2)
-        return qf.spread(x, q.block or ins, ins)
 
-    return _expanded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, each)
+def _each_input(q: QTensor, x: Array) -> Array:
+    """A number per block for every input."""
+    if q.index is not None:
+        return jnp.take_along_axis(x, q.index[..., None], axis=-2)
+    return qf.spread(x, q.block or q.shape[-2], q.shape[-2])
+
+
+def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
+    """(scale, offset or None) of every element in float32: what codes are multiplied by, and what is added."""
+    scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
+    offset = None if q.offset is None else _each_input(q, q.offset.astype(jnp.float32))
+    return _each_input(q, scale.astype(jnp.float32)), offset
 
 
 def rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-Blocks = tuple[Any, Any, Any]  # codes [..., N, block, O], scales [..., N, 1, O], offsets alike or None
+Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
 LEAST, MOST = np.float32(2.0**-80), np.float32(2.0**80)  # smaller magnitudes are zero, larger ones are refused
 GROUP = 256  # scales that share a scale of their own where they are quantised too
@@ -72,43 +72,57 @@ def _above(x: Array, bounds: np.ndarray) -> Array:
     return found
 
 
-def encode_nf4(x: Float[Array, "*L N block O"]) -> Blocks:
-    """The nearest of NF4's levels times the largest magnitude of the block."""
-    absmax = _largest(x)
-    return _above(x * _inverse(absmax), NF4_BOUNDS), absmax, None
+def largest(x: Float[Array, "*L N block O"]) -> Scales:
+    """nf4's and fp4's scale: the largest magnitude of the block."""
+    return _largest(x), None
 
 
-def encode_fp4(x: Float[Array, "*L N block O"]) -> Blocks:
-    """The nearest of FP4's levels (a sign, two bits of exponent, one of fraction) times the block's largest magnitude."""
-    xp, absmax = x.__array_namespace__(), _largest(x)
-    scaled = x * _inverse(absmax)
+def nearest_nf4(x: Array, scale: Array, offset: None) -> Array:
+    """The nearest of NF4's levels times the scale."""
+    return _above(x * _inverse(scale), NF4_BOUNDS)
+
+
+def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
+    """The nearest of FP4's levels (a sign, two bits of exponent, one of fraction) times the scale."""
+    xp, scaled = x.__array_namespace__(), x * _inverse(scale)
     nth = _above(xp.abs(scaled), FP4_BOUNDS)
     code = nth ^ ((nth & np.uint8(2)) << np.uint8(1))  # ascending 0 .. 7 are the codes 0, 1, 6, 7, 4, 5, 2, 3
-    return code | ((scaled < 0).astype(np.uint8) << np.uint8(3)), absmax, None
+    return code | ((scaled < 0).astype(np.uint8) << np.uint8(3))
 
 
-def encode_int8(x: Float[Array, "*L N block O"]) -> Blocks:
-    """`x / scale` rounded to -127 .. 127, with scale the largest magnitude / 127."""
+def scale_int8(x: Float[Array, "*L N block O"]) -> Scales:
+    """The largest magnitude / 127."""
+    return _largest(x) * np.float32(1 / 127), None
+
+
+def nearest_int8(x: Array, scale: Array, offset: None) -> Array:
+    """`x / scale` rounded to -127 .. 127."""
     xp = x.__array_namespace__()
-    scale = _largest(x) * np.float32(1 / 127)
-    return xp.clip(xp.rint(x * _inverse(scale)), -127, 127).astype(np.int8), scale, None
+    return xp.clip(xp.rint(x * _inverse(scale)), -127, 127).astype(np.int8)
 
 
-def encode_int4(x: Float[Array, "*L N block O"]) -> Blocks:
-    """`x / scale` rounded to -7 .. 7, stored plus 8, with scale the largest magnitude / 7, rounded up to bfloat16."""
+def scale_int4(x: Float[Array, "*L N block O"]) -> Scales:
+    """The largest magnitude / 7, rounded up to bfloat16."""
+    return _rounded_up(_largest(x) * np.float32(1 / 7)), None
+
+
+def nearest_int4(x: Array, scale: Array, offset: None) -> Array:
+    """`x / scale` rounded to -7 .. 7, stored plus 8."""
     xp = x.__array_namespace__()
-    scale = _rounded_up(_largest(x) * np.float32(1 / 7))
-    nearest = xp.clip(xp.rint(x * _inverse(scale)), -7, 7)
-    return (nearest + np.float32(8)).astype(np.uint8), scale.astype(jnp.bfloat16), None
+    return (xp.clip(xp.rint(x * _inverse(scale)), -7, 7) + np.float32(8)).astype(np.uint8)
 
 
-def encode_affine4(x: Float[Array, "*L N block O"]) -> Blocks:
-    """`(x - offset) / scale` rounded to 0 .. 15: the offset is the least value, rounded down, in bfloat16 as the scale is."""
+def scale_affine4(x: Float[Array, "*L N block O"]) -> Scales:
+    """The offset is the least value, rounded down to bfloat16, the scale a fifteenth of what is above it, rounded up."""
     xp = x.__array_namespace__()
     offset = _rounded_down(xp.min(x, axis=-2, keepdims=True))
-    scale = _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15))
-    codes = xp.clip(xp.rint((x - offset) * _inverse(scale)), 0, 15).astype(np.uint8)
-    return codes, scale.astype(jnp.bfloat16), offset.astype(jnp.bfloat16)
+    return _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15)), offset
+
+
+def nearest_affine4(x: Array, scale: Array, offset: Array) -> Array:
+    """`(x - offset) / scale` rounded to 0 .. 15."""
+    xp = x.__array_namespace__()
+    return xp.clip(xp.rint((x - offset) * _inverse(scale)), 0, 15).astype(np.uint8)
 
 
 def _rounded_up(x: Array) -> Array:
@@ -207,22 +221,29 @@ class Format:
 
     bits: of a code; two of 4 bits share a byte. block: inputs that usually share a scale, None for all of a channel.
     double: whether scales are usually quantised too, None where they can't be.
-    encode: blocks of finite float32 -> codes, scales, offsets. decode: codes -> float32 multiples of the scale.
+    scale: blocks of finite float32 -> scales, offsets, which `held` holds exactly. nearest: float32 values with their
+    scales and offsets -> codes. decode: codes -> float32 multiples of the scale.
     """
 
     bits: int
     block: int | None
     double: bool | None
-    encode: Callable[[Any], Blocks]
+    held: Any
+    scale: Callable[[Any], Scales]
+    nearest: Callable[[Any, Any, Any], Any]
     decode: Callable[[Array], Array]
 
 
+def _as_float(codes: Array) -> Array:
+    return codes.astype(jnp.float32)
+
+
 FORMATS = {
-    "int8": Format(8, None, None, encode_int8, lambda codes: codes.astype(jnp.float32)),
-    "int4": Format(4, 64, None, encode_int4, lambda codes: codes.astype(jnp.float32) - jnp.float32(8)),
-    "nf4": Format(4, 64, True, encode_nf4, lambda codes: level(codes, NF4)),
-    "fp4": Format(4, 64, True, encode_fp4, lambda codes: level(codes, FP4)),
-    "affine4": Format(4, 64, None, encode_affine4, lambda codes: codes.astype(jnp.float32)),
+    "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float),
+    "int4": Format(4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)),
+    "nf4": Format(4, 64, True, np.float32, largest, nearest_nf4, lambda codes: level(codes, NF4)),
+    "fp4": Format(4, 64, True, np.float32, largest, nearest_fp4, lambda codes: level(codes, FP4)),
+    "affine4": Format(4, 64, None, jnp.bfloat16, scale_affine4, nearest_affine4, _as_float),
 }
 
 

@@ -17,8 +17,8 @@ LAYERS = (
     {"sharding", "params"},
     {"nn", "attention", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "optim_states", "in_backward", "generate", "checkpoint", "weights", "log", "describe", "runfolder", "accumulate",
-     "reference", "plots", "compare"},  # fmt: skip
+    {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
+     "accumulate", "reference", "plots", "compare"},  # fmt: skip
     {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
     {"plan"},
     {"config", "parse", "cli"},

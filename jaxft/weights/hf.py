@@ -193,10 +193,13 @@ def check(tensors: Tensors, model: Model) -> None:
 
 @dataclass(frozen=True)
 class Packing:
-    """How save_folder packs: the forms of a layer [in, out] by path, pack(path, layer) that makes them, what config.json says."""
+    """How save_folder packs: the forms of a layer [in, out] by path, what makes them, what config.json says.
+
+    pack(path, number of the layer or None, the layer) -> QTensor.
+    """
 
     forms: Mapping[str, QTensor]
-    pack: Callable[[str, np.ndarray], QTensor]
+    pack: Callable[[str, int | None, np.ndarray], QTensor]
     settings: dict[str, Any]
 
 
@@ -219,8 +222,8 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]], packing: Packing | N
     return tensors
 
 
-def _packed_layer(pack: Callable[[str, np.ndarray], QTensor], path: str, leaf: Any, layer: int | None) -> QTensor:
-    return pack(path, layer_array(leaf, layer, False))
+def _packed_layer(pack: Callable, path: str, leaf: Any, layer: int | None) -> QTensor:
+    return pack(path, layer, layer_array(leaf, layer, False))
 
 
 def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:

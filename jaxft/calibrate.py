@@ -1,0 +1,114 @@
+"""Rounding that looks at what a layer is given: GPTQ (Frantar et al. 2023, arXiv:2210.17323) for every form of quant.py.
+
+An element that is rounded leaves an error in the layer's outputs; the elements that are rounded after it make up for what they
+can of it, by how their inputs go together. Scales are those of plain rounding, so files and kernels don't know the difference.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft import quant_formats as qf
+from jaxft import tree
+from jaxft.nn import Observed
+from jaxft.quant import FORMATS, QTensor, dequantize, grid, is_paired, is_qtensor, quantize
+
+DAMPING = 0.01  # of the mean squared input, added to every input's own
+AT_ONCE = 128  # inputs whose errors reach the later ones together
+
+
+def moments(model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable) -> dict[str, Array]:
+    """The sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I], on the model of `base`.
+
+    batches: of Tokens [rows, ...]. loss(params, batch) -> a number that the inputs which count have a part in. The moments of
+    all layers are in memory together with the weights.
+    """
+    shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
+    zeros = {path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32) for path in paths}
+
+    def watched(base: Any, sums: dict[str, Array]) -> Any:
+        return tree.map_with_path(lambda path, w: Observed(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor)
+
+    @partial(jax.jit, donate_argnums=1)
+    def more(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
+        at_zero = jax.tree.map(jnp.zeros_like, sums)
+        found = jax.grad(lambda sums: loss(watched(base, sums), batch))(at_zero)
+        return jax.tree.map(jnp.add, sums, found)
+
+    for batch in batches:
+        zeros = more(base, zeros, batch)
+    return zeros
+
+
+def compensated(weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None) -> QTensor:
+    """quant.quantize of one layer's weight [I, O] with codes that answer for one another; numpy leaves.
+
+    moment: [I, I], the sum of x x^T over the layer's inputs. An input that was always zero is rounded as it would be alone.
+    """
+    plain = quantize(np.asarray(weight), kind, block, double)
+    codes: Any = np.asarray(_codes(jnp.asarray(weight, jnp.float32), jnp.asarray(moment), plain, kind))
+    return replace(plain, codes=qf.pack(codes) if is_paired(kind) else codes)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
+    """Inputs in the order of how large they are, so that the largest ones are rounded while many can make up for it."""
+    ins, outs = weight.shape
+    own = jnp.diagonal(moment)
+    order = jnp.argsort(-own)
+    damp = DAMPING * jnp.mean(own) + jnp.where(own > 0, 0.0, jnp.mean(own)) + jnp.float32(1e-30)
+    moment = (moment + jnp.diag(damp))[order][:, order]
+    scale, offset = (None if x is None else x[order] for x in grid(plain))
+    upper = _inverse_factor(moment / jnp.mean(jnp.diagonal(moment)))
+    size = next(n for n in range(min(AT_ONCE, ins), 0, -1) if ins % n == 0)
+    some = lambda x, at, n=size: jax.lax.dynamic_slice_in_dim(x, at, n, 0)  # noqa: E731
+    format = FORMATS[kind]
+
+    def one(j: Array, now: tuple[Array, Array, Array], at: Array, factor: Array) -> tuple[Array, Array, Array]:
+        part, errors, codes = now
+        row = part[j]
+        s, o = some(scale, at + j, 1)[0], None if offset is None else some(offset, at + j, 1)[0]
+        code = format.nearest(row, s, o)
+        value = format.decode(code) * s if o is None else format.decode(code) * s + o
+        error = (row - value) / factor[j, j]
+        part = part - factor[j][:, None] * error[None]
+        return part, errors.at[j].set(error), codes.at[at + j].set(code)
+
+    def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        weight, codes = now
+        at = b * size
+        rows = some(upper, at)
+        factor = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
+        start = some(weight, at), jnp.zeros((size, outs), jnp.float32), codes
+        _, errors, codes = jax.lax.fori_loop(0, size, partial(one, at=at, factor=factor), start)
+        return weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST), codes
+
+    kept = jnp.int8 if not is_paired(kind) else jnp.uint8
+    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], jnp.zeros((ins, outs), kept)))[1]
+    return codes[jnp.argsort(order)]
+
+
+def _inverse_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    """Upper triangular U with `U^T U = x^-1`."""
+    low = jnp.linalg.cholesky(x[::-1, ::-1])[::-1, ::-1]  # upper, with low low^T = x
+    return jax.scipy.linalg.solve_triangular(low, jnp.eye(len(x), dtype=x.dtype), lower=False)
+
+
+def packed_base(base: Any, found: dict[str, Array], kind: str, block: int | None, double: bool | None) -> Any:
+    """The base tree with the layers that `found` has moments of as compensated QTensors, stacked; in its own dtype."""
+
+    def leaf(path: str, x: Any) -> Any:
+        if path not in found:
+            return x
+        dtype = x.dtype
+        whole = np.asarray((dequantize(x) if is_qtensor(x) else x).astype(jnp.float32))
+        layers = [compensated(w, m, kind, block, double) for w, m in zip(whole, found[path], strict=True)]
+        return replace(jax.tree.map(lambda *some: jnp.stack(some), *layers), dtype=jnp.dtype(dtype))
+
+    return tree.map_with_path(leaf, base, is_leaf=is_qtensor)
