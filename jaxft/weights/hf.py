@@ -150,7 +150,7 @@ def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Calla
         except ValueError as e:
             raise ValueError(str(e) if tensors.where in str(e) else f"{tensors.where}: {part}: {e}") from e
         if parts == [name]:
-            return jax.tree.map(np.ascontiguousarray, layer)
+            return jax.tree.map(lambda x: np.asarray(x, order="C"), layer)
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((layers, *np.shape(x)), x.dtype), layer)
         jax.tree.map(lambda stacked, x, i=i: stacked.__setitem__(i, x), whole, layer)

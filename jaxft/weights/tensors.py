@@ -154,7 +154,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
         with part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for t in tensors:
-                value = np.ascontiguousarray(t.fetch())
+                value = np.asarray(t.fetch(), order="C")  # ascontiguousarray would give a number an axis
                 if value.shape != t.shape or value.dtype != t.dtype:
                     raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
                 value.view(np.uint8).tofile(file) if value.ndim else file.write(value.tobytes())
