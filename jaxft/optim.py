@@ -68,9 +68,10 @@ class Optim:
     warmup: share of the steps with a rising learning rate. end: the schedule's last value as a share of lr. clip: the
     largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
     multiplied by the factor of the first pattern that matches it (LoRA+: `(("adapter/.*/b", 16.0),)`). in_turn: update stacked
-    layers one after the other, so that memory holds the update of one; the numbers are the same. in_backward: do so inside the
-    backward pass, so that memory holds the gradient of one layer too; for one microbatch a step and clip=none, since the
-    gradients' norm is known only afterwards.
+    layers one after the other, so that memory holds the update of one; the numbers are the same, but for the random bits of
+    what is rounded stochastically. in_backward: do so inside the backward pass, so that memory holds the gradient of one
+    layer too; for one microbatch a step and clip=none, since the gradients' norm is known only afterwards. Where a gradient
+    is not finite then, the layers above it have moved already.
     """
 
     lr: float = 2e-4

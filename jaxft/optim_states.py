@@ -122,13 +122,16 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
 def scale_by_adam_bf16(o: Optim, specs: Any) -> optax.GradientTransformation:
     """optax.scale_by_adam whose moments are held in bfloat16, rounded stochastically, so that small changes are not lost.
 
-    The random bits follow from the step and the leaf, so a run that is resumed is the same.
+    The random bits follow from the step, the leaf and its first number (layers in turn look alike otherwise), so a run that is
+    resumed is the same.
     """
 
     def rounded(moment: Any, count: Array, salt: int) -> Any:
         key = jax.random.fold_in(jax.random.key(salt), count)
         leaves, shape = jax.tree.flatten(moment)
-        return jax.tree.unflatten(shape, [stochastically_rounded(x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)])
+        first = lambda x: jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)  # noqa: E731
+        keys = [jax.random.fold_in(jax.random.fold_in(key, i), first(x)) for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(shape, list(map(stochastically_rounded, leaves, keys)))
 
     def init(params):
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)  # noqa: E731

@@ -33,11 +33,12 @@ def devices(name: str) -> list[Any]:
         raise ValueError(f"compiling for {match[1]} takes jax's CUDA plugin: pip install 'jaxft[cuda12]' ({reason})") from e
 
 
-def plan(run: train.Run, machine: list[Any]) -> dict[str, int]:
-    """Bytes a device: of each part of the state, of temporaries, and in total at the train step's peak."""
+def plan(run: train.Run, machine: list[Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes a device of each part of the state, of temporaries and in total at the train step's peak; see `largest`)."""
     p, batch = train.abstract(run, machine)
     with jax.set_mesh(p.mesh):
-        memory: Any = train.compile_step(p, batch).memory_analysis()
+        compiled = train.compile_step(p, batch)
+    memory: Any = compiled.memory_analysis()
     frozen = {"frozen base": p.frozen.get("base"), "frozen adapter": p.frozen.get("adapter")}
     parts = {**frozen, "trained": p.state.trainable, "optimizer": p.state.opt_state, "reference and the like": p.state.aux}
     sizes = {name: _held(jax.tree.leaves(part)) for name, part in parts.items()}
@@ -45,7 +46,33 @@ def plan(run: train.Run, machine: list[Any]) -> dict[str, int]:
     found["temporaries"] = memory.temp_size_in_bytes
     reused = memory.output_size_in_bytes - memory.alias_size_in_bytes
     found["in all"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + reused
-    return found
+    return found, largest(compiled.as_text() or "")
+
+
+def largest(text: str, count: int = 5) -> dict[str, int]:
+    """Bytes of the largest arrays that a compiled program makes beside its arguments, by dtype and shape.
+
+    Its text has a paragraph a computation; what those that others call from within (fusions) name is never in memory.
+    """
+    inner = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", text))
+    found: dict[str, int] = {}
+    given: set[str] = set()
+    for paragraph in text.split("\n\n"):
+        head = re.match(r"(ENTRY )?%?([\w.-]+) ", paragraph)
+        if head is None or head[2] in inner:
+            continue
+        for dtype, dims, operation in re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", paragraph):
+            name = f"{dtype}[{dims}]"
+            found[name] = _bits(dtype) * math.prod(map(int, filter(None, dims.split(",")))) // 8
+            given |= {name} if head[1] and operation == "parameter" else set()
+    made = [(name, size) for name, size in found.items() if name not in given]
+    return dict(sorted(made, key=lambda item: -item[1])[:count])
+
+
+def _bits(dtype: str) -> int:
+    """Of an element of a dtype as XLA writes it: pred, bf16, u8, f8e4m3fn."""
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found[1]) if found else 8
 
 
 def _held(leaves: Iterable[Any]) -> int:
@@ -53,8 +80,9 @@ def _held(leaves: Iterable[Any]) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def words(found: dict[str, int]) -> str:
-    """One line a part, in GiB."""
-    return "\n".join(f"{name:24s} {size / 2**30:8.2f} GiB per device" for name, size in found.items())
+def words(found: dict[str, int], arrays: dict[str, int]) -> str:
+    """One line a part, in GiB; then the largest arrays that the step computes."""
+    lines = [f"{name:24s} {size / 2**30:8.2f} GiB per device" for name, size in found.items()]
+    return "\n".join([*lines, "largest: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in arrays.items())])
 
 

@@ -1,8 +1,9 @@
 """What a run trains and what it keeps: specs, the trainable mask, weights on the mesh, and all of it as shapes only."""
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
-from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, quantize
+from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
 from jaxft.weights import hf, peft
 from jaxft.weights.packed import same_form
 from jaxft.weights.tensors import Tensors
@@ -68,6 +69,9 @@ def trained(
     default = "adapter/.*" if adapter else "base/.*"
     mask = tree.mask_by_path(jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec), pattern or default)
     mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
+    if dtype is not None and not any(jax.tree.leaves(mask["base"])):
+        name = jnp.dtype(dtype).name
+        raise ValueError(f"run.params={name} is how trained weights of the base are held, and there are none; use float32")
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
     return _with_forms(whole, mask, quant, ref, dtype)
@@ -201,8 +205,8 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     whole = params.place(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return whole
-    if leaf.block:
-        block = leaf.block if leaf.index is None else 2
+    if leaf.block or is_paired(leaf.kind):
+        block = leaf.block if leaf.block and leaf.index is None else 2
         whole = sharding.between_blocks(whole, spec.axes, spec.shape, block, path)
     scales = whole if leaf.index is None else sharding.uncut(whole, -2)  # any input may be of any block
     places = jax.tree.map(lambda x: sharding.fitted(scales, x.shape), leaf)
@@ -272,6 +276,23 @@ def adapter_folder(start: str) -> Path:
     """The PEFT folder that `start` names: itself, or `adapter` below a run's folder."""
     inner = Path(start) / "adapter"
     return inner if inner.is_dir() else Path(start)
+
+
+def started_elsewhere(start: str, identity: str, quant: Quant | None) -> list[str]:
+    """A line for each way in which the base differs from the one that a run trained the adapter of `start` on.
+
+    identity: runfolder.weights_identity of this run's weights. Nothing is known of a folder that isn't a run's.
+    """
+    path = Path(start) / "config.json"
+    if not path.is_file() or adapter_folder(start) == Path(start):
+        return []
+    record, lines = json.loads(path.read_text()), []
+    if record.get("weights_identity", identity) != identity:
+        lines.append(f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's")
+    before, now = ((settings or {}).get("kind", "none") for settings in (record.get("quant"), asdict(quant) if quant else None))
+    if before != now:
+        lines.append(f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}")
+    return lines
 
 
 def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:

@@ -54,7 +54,7 @@ def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None
             raise ValueError("quant=kept takes blocks and scales from the files; leave quant.block and quant.double at none")
         return None, False
     if kind not in FORMATS:
-        raise ValueError(f"quantisation {kind!r} is not known; use one of bits, {', '.join((*KINDS, KEPT))}")
+        raise ValueError(f"quantisation {kind!r} is not known; use one of {', '.join((*KINDS, KEPT))}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
         raise ValueError(f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none")
@@ -124,6 +124,8 @@ def quantize(weight: Any, kind: str, block: int | None = None, double: bool | No
             raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
         return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
     block, double = usual(kind, block, double)
+    if weight.ndim < 2 or not weight.size:
+        raise ValueError(f"a packed weight has inputs and outputs, found shape {weight.shape}")
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"{kind} holds floats, found {weight.dtype}")

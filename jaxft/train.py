@@ -108,7 +108,7 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
     """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
 
     The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
-    not finite changes neither parameters, optimizer state nor aux; it is counted.
+    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -306,6 +306,7 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         runfolder.open_record(folder, record)
         log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=r.trackers)))
         how_held = prepare.changed_by_holding(r.weights, p.trained)
+        how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
         for line in (*report.opening(p.trained, source, steps, first, changes), *how_held):
             log.message(line)
         log.listen(getattr(p.objective, "watch", None))

@@ -31,8 +31,8 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
     from jaxft import config, plan
 
-    found = plan.plan(config.load(args.config, args.overrides), plan.devices(args.devices))
-    print(json.dumps(found) if args.json else plan.words(found))
+    found, arrays = plan.plan(config.load(args.config, args.overrides), plan.devices(args.devices))
+    print(json.dumps({**found, "largest": arrays}) if args.json else plan.words(found, arrays))
     return 0
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxft import plan
@@ -19,6 +21,16 @@ HAS_CUDA = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if imp
 def test_an_unknown_machine_is_one_line(name):
     with pytest.raises(ValueError, match="is not known; use h100:GPUS, or :HOSTSxGPUS for several hosts"):
         plan.devices(name)
+
+
+def test_the_largest_arrays_are_those_that_are_made_and_kept():
+    def program(w, x):  # the table is given, the sum within a fusion is never in memory
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h), x, w)[1] ** 2) + jnp.sum(jnp.outer(x, x)[None] + w)
+
+    w, x = jax.ShapeDtypeStruct((7, 90, 90), jnp.float32), jax.ShapeDtypeStruct((90,), jnp.float32)
+    found = plan.largest(jax.jit(program).lower(w, x).compile().as_text())
+    assert "f32[7,90,90]" not in found and found["f32[7,90]"] == 7 * 90 * 4
+    assert plan.largest("") == {}
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")
@@ -40,4 +52,5 @@ def test_a_quantised_run_takes_less_and_eight_gpus_take_their_share():
     many = planned("--devices", "h100:8", "batch=8", "quant=nf4", "mesh.fsdp=8")
     assert packed["frozen base"] < 0.5 * plain["frozen base"] and packed["in all"] < plain["in all"]
     assert many["frozen base"] < packed["frozen base"] / 4 and many["in all"] < packed["in all"]
-    assert plain["in all"] > sum(size for name, size in plain.items() if name != "in all") - 2**20
+    assert plain["in all"] > sum(size for name, size in plain.items() if name not in ("in all", "largest")) - 2**20
+    assert 0 < max(packed["largest"].values()) <= packed["temporaries"]

@@ -430,12 +430,14 @@ def test_it_has_no_gradient_of_its_own():
 @pytest.mark.parametrize(
     "call, says",
     [
-        (partial(quantize, np.ones((2, 2)), "int3"), "quantisation 'int3' is not known; use one of bits, int8, int4, nf4, "),
+        (partial(quantize, np.ones((2, 2)), "int3"), "quantisation 'int3' is not known; use one of int8, int4, nf4, "),
         (partial(quantize, np.ones((2, 2), np.float32), "bits"), "kind 'bits' holds 16-bit floats, found float32; cast"),
         (partial(quantize, np.ones((2, 2), np.uint16), "bits"), "kind 'bits' holds 16-bit floats, found uint16"),
         (partial(quantize, np.ones((2, 2), np.int32), "nf4"), "nf4 holds floats, found int32"),
+        (partial(quantize, np.ones((0, 8)), "nf4"), "a packed weight has inputs and outputs, found shape (0, 8)"),
+        (partial(quantize, np.ones(8), "nf4"), "a packed weight has inputs and outputs, found shape (8,)"),
         (partial(quantize, np.ones((3, 2)), "nf4"), "two codes of nf4 share a byte along the input axis, whose size 3 is odd"),
-        (partial(Quant, "nf3"), "quantisation 'nf3' is not known; use one of bits, int8"),
+        (partial(Quant, "nf3"), "quantisation 'nf3' is not known; use one of int8"),
         (partial(Quant, "int8", 64), "int8 has one scale for all inputs of a channel, found block=64; leave it none"),
         (partial(Quant, "nf4", 63), "a block is an even number of inputs from 2 up; found block=63"),
         (partial(Quant, "int4", 0), "a block is an even number of inputs from 2 up; found block=0"),

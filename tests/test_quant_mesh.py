@@ -16,6 +16,7 @@ from jaxft.models.llama import PRESETS, LlamaConfig, llama
 from jaxft.objectives.sft import sft
 from jaxft.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.sharding import MESH_AXES, MeshShape, make_mesh
+from jaxft.weights.packed import form
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
@@ -54,6 +55,14 @@ def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, 
     for name in ("outer", "mean"):
         assert found.pop(name, P()) == P()
     assert set(found) == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"}) and set(found.values()) == {wanted}
+
+
+def test_codes_of_a_whole_channel_are_cut_between_bytes():
+    """GPTQ without groups: 136 inputs are 68 bytes, which don't divide over 8 devices; the outputs do."""
+    spec = params.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), params.constant(0.0))
+    mesh = AbstractMesh((1, 8, 1, 1), MESH_AXES)
+    leaf = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16))
+    assert prepare.place(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
 
 
 @pytest.mark.parametrize(

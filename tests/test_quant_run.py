@@ -15,7 +15,7 @@ from tiny_run import Place, write_place
 
 from jaxft import lora, prepare, runfolder, sharding, weights
 from jaxft.lora import Adapter
-from jaxft.quant import KINDS, Quant
+from jaxft.quant import KINDS, Quant, is_qtensor
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,31 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
         for full, params in ((lora.adapted(model, settings), whole), (lora.adapted(model, None), merged))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-4)
+
+
+def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
+    folder = str(write_folder(tmp_path, tiny_torch(tie_word_embeddings=False)))
+    model, mesh = weights.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    t = prepare.trained(model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q"))
+    base = prepare.load_base(folder, t, mesh)
+    wanted = prepare.split(t, prepare.abstract_params(t, mesh))[1]["base"]
+    shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
+    for name in ("embed", "head"):
+        assert is_qtensor(base[name]) and base[name].mean.shape == () and shapes(base[name]) == shapes(wanted[name])
+
+
+def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
+    start, identity = str(tmp_path / "first"), {"files": "one"}
+    (tmp_path / "first" / "adapter").mkdir(parents=True)
+    assert prepare.started_elsewhere(start, identity, Quant()) == []  # nothing is known
+    record = {"weights": "there", "weights_identity": identity, "quant": {"kind": "nf4"}}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(record))
+    assert prepare.started_elsewhere(start, identity, Quant()) == []
+    lines = prepare.started_elsewhere(start, {"files": "two"}, None)
+    assert [line.split(" was trained on ")[1] for line in lines] == [
+        "there, whose weights are others than this run's", "a base with quant=nf4, and this run's has quant=none",
+    ]  # fmt: skip
+    assert prepare.started_elsewhere(f"{start}/adapter", identity, None) == []
 
 
 def test_the_reference_of_a_quantised_run_is_its_own(pairs):

@@ -33,6 +33,14 @@ def test_rope_settings_that_are_not_understood(rope, words):
     assert from_hf({**HF, "rope_scaling": LLAMA3}).rope_scaling.factor == 8.0
 
 
+def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
+    model = llama(CONFIG, jnp.float32)
+    with pytest.raises(ValueError, match="run.params=bfloat16 is how trained weights of the base are held, and there are none"):
+        prepare.trained(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
+    held = prepare.trained(model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16).held
+    assert held["base/layers/mlp_norm"].dtype == jnp.bfloat16 and held["adapter/layers/attn/q/a"].dtype == jnp.float32
+
+
 def test_a_pattern_that_leaves_only_the_fixed_scale():
     with pytest.raises(ValueError, match="nothing to train"):
         prepare.trained(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
