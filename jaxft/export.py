@@ -1,6 +1,7 @@
 """A base as it was held, with an adapter merged into it or not, written as a Hugging Face folder in a float dtype or packed."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ def write(
     held: Quant | None = None,
     pack: Quant | None = None,
     seen: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Write the model of `ref` to the folder `out`, tensor by tensor; returns what was lost, in words for the end of a line.
 
     adapter: its arrays, merged in float32 onto the base as `held` quantises it. dtype: of what is not packed. pack: quantise the
-    written weights, each rounded once from float32. seen: what calibrate.moments found, for rounding that looks at it.
+    written weights, each rounded once from float32. seen: what calibrate.moments found, for rounding that looks at it, which
+    takes its time and tells `say` where it is.
     Raises ValueError where `out` is the folder that is read.
     """
     located = hub.locate(ref)
@@ -39,7 +42,7 @@ def write(
     tensors, cast, packing = weights.open_tensors(ref), Rounding(), Rounding()
     tensors = prepare.as_held(tensors, model, held, ref) if held else tensors
     base = merged(tensors, model, adapter, jnp.float32)
-    form = packing_of(model, pack, packing, seen or {}) if pack else None
+    form = packing_of(model, pack, packing, seen or {}, say) if pack else None
     is_packed = form.forms if form else {}
 
     def leaf(path: str, exact: Lazy) -> Lazy:
@@ -56,8 +59,10 @@ def write(
     return "; ".join(words)
 
 
-def packing_of(model: Model, quant: Quant, lost: Rounding, seen: dict[str, Any]) -> hf.Packing:
-    """How hf.save_folder packs a model's weights as `quant` says; what that loses is added to `lost`. seen: see write."""
+def packing_of(
+    model: Model, quant: Quant, lost: Rounding, seen: dict[str, Any], say: Callable[[str], None] = lambda line: None
+) -> hf.Packing:
+    """How hf.save_folder packs a model's weights as `quant` says; what that loses is added to `lost`. seen, say: see write."""
     if quant.kind == KEPT:
         raise ValueError("quant=kept names no form to write; use int8, int4, nf4, fp4 or affine4")
     block, double = usual(quant.kind, quant.block, quant.double)
@@ -70,6 +75,8 @@ def packing_of(model: Model, quant: Quant, lost: Rounding, seen: dict[str, Any])
 
     def pack(path: str, number: int | None, layer: np.ndarray) -> QTensor:
         how = quant.kind, block, double
+        if path in seen and number == 0:
+            say(f"rounding {path}")
         found = quantize(layer, *how) if path not in seen else calibrate.compensated(layer, seen[path][number], *how)
         lost.add(layer, expanded(found))
         return found

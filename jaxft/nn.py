@@ -1,6 +1,7 @@
 """The layers that models are made of: linear, embedding, rms_norm, rope, swiglu, and what a remat policy may keep."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxft import sharding
 from jaxft.lora import Adapted
 from jaxft.quant import QTensor, dequantize, rows
 from jaxft.tree import struct
@@ -38,6 +40,26 @@ def expand_after(w: Weight, x: Array) -> Array:
     if isinstance(w, QTensor) and w.kind != "bits":
         w, _ = jax.lax.optimization_barrier((w, x))
     return expand(w, x.dtype)
+
+
+def gathered(w: Weight, axes: tuple[str, ...]) -> Weight:
+    """A frozen packed weight [I, O] with these axes, and its adapter, as products use them: whole along fsdp.
+
+    Without this, what the mesh gathers of it is the expanded weight. A plain weight is left to the partitioner.
+    """
+    if isinstance(w, Adapted):
+        ins, outs = sharding.gathered(axes)
+        each = ("layers",) * (w.a.ndim - 2)  # several adapters
+        a, b = sharding.constrain(w.a, *each, ins, "rank"), sharding.constrain(w.b, *each, "rank", outs)
+        return replace(w, weight=gathered(w.weight, axes), a=a, b=b)
+    if not isinstance(w, QTensor):
+        return w
+    place = sharding.whole_along_fsdp(axes, w.shape)
+    if place is None:
+        return w
+    scales = place if w.index is None else sharding.uncut(place, -2)
+    places = replace(jax.tree.map(lambda x: sharding.fitted(scales, x.shape), w), codes=sharding.fitted(place, w.codes.shape))
+    return jax.tree.map(jax.lax.with_sharding_constraint, w, places)
 
 
 def _flat(x: Array) -> Array:

@@ -166,6 +166,12 @@ def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple({"width": "act_width", "vocab": "act_vocab"}.get(axis, axis) for axis in axes)
 
 
+def whole_along_fsdp(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+    """Where a weight with these axes lies in products, on the ambient mesh; None without one."""
+    mesh = _ambient()
+    return None if mesh is None else named(mesh, gathered(axes), shape)
+
+
 def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     """Into how many parts the ambient mesh cuts an array with these logical axes."""
     mesh = _ambient()

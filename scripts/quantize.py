@@ -39,6 +39,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) -> dict[str, Any]:
     """What the linear layers of the blocks are given when the model reads the rows."""
     import jax
@@ -62,7 +67,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
 
         def batches() -> Any:
             for step in range(steps):
-                print(f"looking at batch {step + 1} of {steps}", file=sys.stderr, flush=True)
+                say(f"looking at batch {step + 1} of {steps}")
                 yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None))
 
         return calibrate.moments(model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0])
@@ -77,7 +82,7 @@ def main() -> int:
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = weights.model_for(args.model), weights.load_tokenizer(args.model)
     seen = looked_at(args, model, tokenizer, quant) if args.calibrate else None
-    lost = export.write(args.out, args.model, model, tokenizer, "bfloat16", pack=quant, seen=seen)
+    lost = export.write(args.out, args.model, model, tokenizer, "bfloat16", pack=quant, seen=seen, say=say)
     print(f"{args.out}: {args.model} as {args.kind}, {export.size(args.out):.2f} GiB; {lost}")
     return 0
 
