@@ -42,16 +42,22 @@ def expand_after(w: Weight, x: Array) -> Array:
     return expand(w, x.dtype)
 
 
-def gathered(w: Weight, axes: tuple[str, ...]) -> Weight:
-    """A frozen packed weight [I, O] with these axes, and its adapter, as products use them: whole along fsdp.
+def gathered(layer: Any, axes: Any) -> Any:
+    """A layer's weights [I, O], each with these axes, as products use them: what is packed and adapters whole along fsdp.
 
-    Without this, what the mesh gathers of it is the expanded weight. A plain weight is left to the partitioner.
+    Without this, what the mesh gathers of a packed weight is the expanded one. Plain weights are left to the partitioner.
     """
+    return jax.tree.map(_gathered, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | Observed))
+
+
+def _gathered(w: Weight, axes: tuple[str, ...]) -> Weight:
     if isinstance(w, Adapted):
         ins, outs = sharding.gathered(axes)
         each = ("layers",) * (w.a.ndim - 2)  # several adapters
         a, b = sharding.constrain(w.a, *each, ins, "rank"), sharding.constrain(w.b, *each, "rank", outs)
-        return replace(w, weight=gathered(w.weight, axes), a=a, b=b)
+        return replace(w, weight=_gathered(w.weight, axes), a=a, b=b)
+    if isinstance(w, Observed):
+        return replace(w, weight=_gathered(w.weight, axes))
     if not isinstance(w, QTensor):
         return w
     place = sharding.whole_along_fsdp(axes, w.shape)

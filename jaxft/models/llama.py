@@ -12,11 +12,9 @@ from jaxtyping import Array, Float, Int
 from jaxft import attention as attn
 from jaxft import consumed
 from jaxft.batch import Tokens
-from jaxft.lora import Adapted
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
 from jaxft.nn import accumulator, embed, from_bits, gathered, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
 from jaxft.params import Model, ParamSpec, constant, fan_in, is_spec, normal
-from jaxft.quant import QTensor
 from jaxft.sharding import constrain
 
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
@@ -171,11 +169,10 @@ def hidden(
     remat = REMAT[run.remat]
 
     axes = jax.tree.map(lambda spec: spec.axes[1:], llama_specs(c)["layers"], is_leaf=is_spec)
-    is_weight = lambda x: isinstance(x, QTensor | Adapted)  # noqa: E731
 
     def body(h, layer):
         p, layer_key = layer
-        p = jax.tree.map(gathered, p, axes, is_leaf=is_weight)
+        p = gathered(p, axes)
         h = checkpoint_name(h, "layer_in") if remat.offload else h
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
