@@ -67,6 +67,13 @@ def encode(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     return Codes(codes.reshape(x.shape), absmax.reshape(rows, -1))
 
 
+def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
+    """`encode(jnp.zeros(shape), ...)`, which XLA would spend seconds on while it compiles, folding constants."""
+    rows, size = _rows(shape, layers)
+    code = np.searchsorted(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS, 0.0)
+    return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
+
+
 def decode(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
     """Undo encode."""
     rows, size = _rows(c.codes.shape, layers)
@@ -101,7 +108,10 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
         return encode(x, stacked[path], signed) if packed(path, x) else x
 
     def start(params: Any, signed: bool) -> Any:
-        return tree.map_with_path(lambda path, p: keep(path, jnp.zeros(p.shape, jnp.float32), signed), params)
+        def zeros(path: str, p: Array) -> Any:
+            return encoded_zeros(p.shape, stacked[path], signed) if packed(path, p) else jnp.zeros(p.shape, jnp.float32)
+
+        return tree.map_with_path(zeros, params)
 
     def wide(moment: Any, like: Any, signed: bool) -> Any:
         known = lambda path, _, m: decode(m, stacked[path], signed) if isinstance(m, Codes) else m  # noqa: E731

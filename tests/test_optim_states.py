@@ -14,7 +14,17 @@ from tiny_run import Place, write_place
 
 from jaxft import params
 from jaxft.optim import Optim, adamw, guarded_update, make_optimizer
-from jaxft.optim_states import BLOCK, POSITIVE, _rows, adamw_8bit, adamw_bf16, decode, encode, stochastically_rounded
+from jaxft.optim_states import (
+    BLOCK,
+    POSITIVE,
+    _rows,
+    adamw_8bit,
+    adamw_bf16,
+    decode,
+    encode,
+    encoded_zeros,
+    stochastically_rounded,
+)
 from jaxft.params import ParamSpec, constant
 from jaxft.quant_formats import DYNAMIC
 
@@ -130,6 +140,12 @@ def test_small_changes_of_a_bfloat16_moment_are_not_lost():
         now = step(now)
     nu = next(x for path, x in jax.tree_util.tree_leaves_with_path(now) if ".nu" in jax.tree_util.keystr(path))
     assert nu.dtype == jnp.bfloat16 and abs(float(nu.astype(jnp.float32).mean()) / (1 - 0.999**400) - 1) < 0.01
+
+
+@pytest.mark.parametrize("layers, signed", [(False, True), (True, False)])
+@pytest.mark.parametrize("shape", [(2, 70, 300), (3, 5, 16), (2, 4096)])
+def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
+    jax.tree.map(np.testing.assert_array_equal, encoded_zeros(shape, layers, signed), encode(jnp.zeros(shape), layers, signed))
 
 
 def test_layers_in_turn_draw_their_own_bits():
