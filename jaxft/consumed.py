@@ -46,6 +46,15 @@ class Consumed:
     uses: Uses = static()
 
 
+def plain(params: Any) -> Any:
+    """A tree with the layers of a Consumed as they are outside such a step, for what doesn't train them."""
+
+    def node(x: Any) -> Any:
+        return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, Consumed) else x
+
+    return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, Consumed))
+
+
 def disguised(x: Array) -> Array:
     """An integer array's bits as floats of the same size, on which nobody computes; a float array as it is."""
     if jnp.issubdtype(x.dtype, jnp.floating):

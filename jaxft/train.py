@@ -176,7 +176,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
     text = getattr(objective, "text", objective)
     text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
-    if getattr(tx, "in_backward", False):  # what doesn't go together is refused before anything is loaded
+    if getattr(tx, "in_backward", False) and not getattr(objective, "precomputed", False):  # refused before anything is loaded
         jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 

@@ -29,8 +29,9 @@ def config(
     loss: Callable = dpo, beta: float = 0.1, reference: Literal["start", "precomputed", "moving", "none"] = "start",
     reward: Callable = implicit, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
     micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0, quant: str = "none",
+    remat: str = "projections",
 ) -> Run:
-    llm = model_for(model, dtype=jnp.float32)
+    llm = model_for(model, dtype=jnp.float32, remat=remat)
     return Run(
         name=name,
         weights=model,

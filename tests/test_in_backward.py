@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dpo_place import write_pair_place
 from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
 from tiny_run import Place, write_place
 
@@ -161,6 +162,20 @@ def test_a_run_learns(place, devices):
     assert place.run("full=true", *ARGV, *more, f"name=whole-{devices}", devices=devices) == 0, place.err()
     losses = [line["loss"] for line in place.results(f"whole-{devices}", 4)["metrics"] if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("reference", ["start", "precomputed"])
+def test_preferences_are_learned_as_in_turn(tmp_path, reference):
+    write_pair_place(tmp_path)
+    place = Place(tmp_path)
+    argv = ("full=true", "remat=full", f"reference={reference}", "optim.clip=none", "lr=0.003")
+    losses = []
+    for name in ("in_turn", "in_backward"):
+        code = place.run(*argv, f"optim.{name}=true", f"name={name}-{reference}", JAXFT_CACHE=str(tmp_path / "cache"))
+        assert code == 0, place.err()
+        losses.append([line["loss"] for line in place.metrics(f"{name}-{reference}") if "loss" in line])
+    assert losses[0][0] == pytest.approx(np.log(2), rel=1e-4) and losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_a_run_that_cannot_have_it_says_so_before_it_loads(place):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft import tree
+from jaxft import consumed, tree
 from jaxft.batch import Pairs
 from jaxft.metrics import Correlation, Disagreement, Sum
 from jaxft.objectives.logps import gather_read, token_logps
@@ -148,7 +148,7 @@ def answer_logps(model: Model, params: Any, batch: Pairs, key: Array | None) -> 
 def reference_params(params: Any, aux: Any) -> Any:
     """The reference's parameters: the copy that aux keeps, or the base without the adapter."""
     if "reference" in aux:
-        return tree.combine(aux["reference"], params)
+        return tree.combine(aux["reference"], consumed.plain(params))
     return {"base": params["base"]}
 
 
