@@ -164,6 +164,14 @@ def test_a_run_learns(place, devices):
     assert losses[-1] < losses[0]
 
 
+def test_a_killed_run_ends_as_one_that_was_left_alone(place):
+    argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=jaxft.optim_states:adamw_8bit"]
+    assert place.run(*argv, "name=alone") == 0, place.err()
+    place.run_with_a_kill(*argv, name="killed")
+    alone, killed = place.results("alone", 4), place.results("killed", 4)
+    assert alone["metrics"] == killed["metrics"] and alone["leaves"] == killed["leaves"]
+
+
 @pytest.mark.parametrize("reference", ["start", "precomputed"])
 def test_preferences_are_learned_as_in_turn(tmp_path, reference):
     write_pair_place(tmp_path)

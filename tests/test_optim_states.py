@@ -1,7 +1,5 @@
 """Moments in few bits: how far a code is from its value, a layer's blocks, bytes, and that training is as with float32."""
 
-import signal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,12 +168,7 @@ def place(tmp_path_factory):
 def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
     argv = ["full=true", f"optim.optimizer=jaxft.optim_states:{name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()
-    process = place.start(*argv, f"name={name}")
-    place.wait_for(process, lambda: 1 in place.checkpoints(name))
-    process.kill()
-    process.join()
-    assert process.exitcode in (-signal.SIGKILL, 0), place.err()
-    assert place.run(*argv, f"name={name}") == 0, place.err()
+    place.run_with_a_kill(*argv, name=name)
     whole, parts = place.results(f"{name}-whole", 4), place.results(name, 4)
     assert whole["metrics"] == parts["metrics"] and whole["leaves"] == parts["leaves"]
     losses = [line["loss"] for line in whole["metrics"] if "loss" in line]

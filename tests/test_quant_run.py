@@ -1,7 +1,6 @@
 """Whole runs on a quantised base: gone on with is uninterrupted, on a mesh as on one device, asked and merged as trained."""
 
 import json
-import signal
 import tracemalloc
 
 import jax
@@ -41,12 +40,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(place, kind):
     argv = [*SHORT, f"quant={kind}", "dropout=0.2", "micro=2"]
     assert place.run(*argv, f"name={kind}-alone") == 0, place.err()
     assert f"held frozen: 69 % of the base in {kind}, " in place.out()
-    process = place.start(*argv, f"name={kind}")
-    place.wait_for(process, lambda: 1 in place.checkpoints(kind))
-    process.kill()
-    process.join()
-    assert process.exitcode in (-signal.SIGKILL, 0), place.err()
-    assert place.run(*argv, f"name={kind}") == 0, place.err()
+    place.run_with_a_kill(*argv, name=kind)
     alone, found = place.results(f"{kind}-alone", 3), place.results(kind, 3)
     assert alone["metrics"] == found["metrics"] and alone["leaves"] == found["leaves"] and alone["files"] == found["files"]
     record = json.loads((place.runs(kind) / "config.json").read_text())

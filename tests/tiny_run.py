@@ -138,6 +138,15 @@ class Place:
         process.join()
         return process.exitcode
 
+    def run_with_a_kill(self, *argv, name):
+        """Kill a run after its first checkpoint, then let the same command finish it."""
+        process = self.start(*argv, f"name={name}")
+        self.wait_for(process, lambda: 1 in self.checkpoints(name))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0), self.err()
+        assert self.run(*argv, f"name={name}") == 0, self.err()
+
     def out(self):
         return (self.folder / f"{self.streams}.stdout").read_text()
 
