@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +12,55 @@ import numpy as np
 from jaxft import calibrate, params, prepare, tree, weights
 from jaxft.params import Model
 from jaxft.quant import KEPT, QTensor, Quant, bits, quantize, usual
-from jaxft.weights import hf, hub, packed
+from jaxft.weights import hf, hub, packed_out
 from jaxft.weights.merged import Lazy, Rounding, merged
-from jaxft.weights.packed import expanded
+from jaxft.weights.packed import expanded, form_of
 
 
-def write(
-    out: Path,
-    ref: str,
-    model: Model,
-    tokenizer: Any,
-    dtype: Any,
-    adapter: Any = None,
-    held: Quant | None = None,
-    pack: Quant | None = None,
-    seen: dict[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> str:
-    """Write the model of `ref` to the folder `out`, tensor by tensor; returns what was lost, in words for the end of a line.
+@dataclass(frozen=True)
+class Whole:
+    """A model to be written. ref: where its weights come from; adapter: arrays that are merged in float32 onto the base as `held`
+    quantises it, None for the base alone."""
 
-    adapter: its arrays, merged in float32 onto the base as `held` quantises it. dtype: of what is not packed. pack: quantise the
-    written weights, each rounded once from float32. seen: what calibrate.moments found, for rounding that looks at it, which
-    takes its time and tells `say` where it is.
-    Raises ValueError where `out` is the folder that is read.
+    ref: str
+    model: Model
+    tokenizer: Any
+    adapter: Any = None
+    held: Quant | None = None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """How the written weights are quantised, each rounded once from float32.
+
+    seen: what calibrate.moments found, for rounding that looks at it, which takes its time and tells `say` where it is.
     """
+
+    quant: Quant
+    seen: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda line: None
+
+
+def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
+    """Write a model to the folder `out`, tensor by tensor; returns what was lost, in words for the end of a line.
+
+    dtype: of what is not packed. Raises ValueError where `out` is the folder that is read.
+    """
+    ref, model = whole.ref, whole.model
     located = hub.locate(ref)
     if out.resolve() == located.path.resolve():
         raise ValueError(f"--out {out} is what is being read; choose another folder")
     tensors, cast, packing = weights.open_tensors(ref), Rounding(), Rounding()
-    tensors = prepare.as_held(tensors, model, held, ref) if held else tensors
-    base = merged(tensors, model, adapter, jnp.float32)
-    form = packing_of(model, pack, packing, seen or {}, say) if pack else None
+    tensors = prepare.as_held(tensors, model, whole.held, ref) if whole.held else tensors
+    base = merged(tensors, model, whole.adapter, jnp.float32)
+    form = packing_of(model, pack, packing) if pack else None
     is_packed = form.forms if form else {}
 
     def leaf(path: str, exact: Lazy) -> Lazy:
         return exact if path in is_packed else cast.to(exact, jnp.dtype(dtype))
 
     base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, Lazy))
-    hf.save_folder(out, model, base, tokenizer, located, packing=form)
+    hf.save_folder(out, model, base, whole.tokenizer, located, packing=form)
     words = [f"rounding changed the weights by {100 * cast.share:.3f} % (root mean square)"] if cast.share else []
     if form:
         sizes = {path: math.prod(q.shape) for path, q in form.forms.items()}
@@ -59,31 +70,30 @@ def write(
     return "; ".join(words)
 
 
-def packing_of(
-    model: Model, quant: Quant, lost: Rounding, seen: dict[str, Any], say: Callable[[str], None] = lambda line: None
-) -> hf.Packing:
-    """How hf.save_folder packs a model's weights as `quant` says; what that loses is added to `lost`. seen, say: see write."""
+def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
+    """What hf.save_folder is told of a model's weights that are packed; what that loses is added to `lost`."""
+    quant, seen = how.quant, how.seen
     if quant.kind == KEPT:
         raise ValueError("quant=kept names no form to write; use int8, int4, nf4, fp4 or affine4")
     block, double = usual(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = params.spec_paths(model.specs)
-    forms = {path: packed.form_of(specs[path].shape[-2:], quant) for path in prepare.packed_paths(model.specs, quant)}  # type: ignore[arg-type]
+    forms = {path: form_of(specs[path].shape[-2:], quant) for path in prepare.packed_paths(model.specs, quant)}  # type: ignore[arg-type]
     tables = [path for path in forms if not model.names[path][1]]
     if tables:
         raise ValueError(f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets")
 
     def pack(path: str, number: int | None, layer: np.ndarray) -> QTensor:
-        how = quant.kind, block, double
+        form = quant.kind, block, double
         if path in seen and number == 0:
-            say(f"rounding {path}")
-        found = quantize(layer, *how) if path not in seen else calibrate.compensated(layer, seen[path][number], *how)
+            how.say(f"rounding {path}")
+        found = calibrate.compensated(layer, seen[path][number], *form) if path in seen else quantize(layer, *form)
         lost.add(layer, expanded(found))
         return found
 
     matrices = {**{path: name for path, (name, matrix) in model.names.items() if matrix}, "head": hf.HEAD[0]}
     plain = {name.removesuffix(".weight").rpartition(".")[2] for path, name in matrices.items() if path not in forms}
-    return hf.Packing(forms, pack, packed.settings(quant, packed.method_for(forms.values()), sorted(plain)))
+    return hf.Packing(forms, pack, packed_out.settings(quant, packed_out.method_for(forms.values()), sorted(plain)))
 
 
 def size(folder: Path) -> float:

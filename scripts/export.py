@@ -55,8 +55,8 @@ def main() -> int:
     tokenizer = weights.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
-    form = quant.Quant(args.pack) if args.pack else None
-    lost = export.write(args.out, ref, model, tokenizer, args.dtype, adapter, held, form)
+    pack = export.Pack(quant.Quant(args.pack)) if args.pack else None
+    lost = export.write(args.out, export.Whole(ref, model, tokenizer, adapter, held), args.dtype, pack)
     of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
     print(f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}")
     return 0

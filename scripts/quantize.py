@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="inputs that share a scale (default the kind's usual number)")
     parser.add_argument("--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)")
     parser.add_argument("--calibrate", metavar="ROWS", help="rows to round for: a file, a folder or a hub dataset")
+    parser.add_argument("--columns", help="their names, where they differ: prompt=question,completion=answer")
     parser.add_argument("--tokens", type=int, default=16384, help="of these rows, how many to look at (default 16384)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row of them (default 512)")
     parser.add_argument("--targets", default="all-linear", help="a regular expression over parameter paths (default all-linear)")
@@ -58,7 +59,8 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         shards = sharding.row_shards(mesh)
-        rows = Rows(args.calibrate, held_out=0.0, loss_on="all", max_length=args.max_length, batch=4)
+        columns = tuple(args.columns.split(",")) if args.columns else ()
+        rows = Rows(args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4)
         source = sft_source(rows, tokenizer, shards=shards)
         base = prepare.load_frozen(args.model, model, mesh)
         paths = [path for path in prepare.packed_paths(model.specs, quant) if path.startswith("layers/")]
@@ -81,8 +83,9 @@ def main() -> int:
 
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = weights.model_for(args.model), weights.load_tokenizer(args.model)
-    seen = looked_at(args, model, tokenizer, quant) if args.calibrate else None
-    lost = export.write(args.out, args.model, model, tokenizer, "bfloat16", pack=quant, seen=seen, say=say)
+    seen = looked_at(args, model, tokenizer, quant) if args.calibrate else {}
+    whole, pack = export.Whole(args.model, model, tokenizer), export.Pack(quant, seen, say)
+    lost = export.write(args.out, whole, "bfloat16", pack)
     print(f"{args.out}: {args.model} as {args.kind}, {export.size(args.out):.2f} GiB; {lost}")
     return 0
 

@@ -347,7 +347,8 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     write_folder(place.folder / "wide", tiny_torch(**SIZES))
     from jaxft import export
 
-    export.write(base, str(place.folder / "wide"), weights.model_for(str(place.folder / "wide")), None, "float32", pack=Quant())
+    wide = str(place.folder / "wide")
+    export.write(base, export.Whole(wide, weights.model_for(wide), None), "float32", export.Pack(Quant()))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (place.folder / "wide" / name).is_file():
             shutil.copy(place.folder / "wide" / name, base / name)

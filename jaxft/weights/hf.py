@@ -15,7 +15,7 @@ from jaxft import tree
 from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
 from jaxft.quant import QTensor, dequantize, is_qtensor
-from jaxft.weights import packed
+from jaxft.weights import packed, packed_out
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.tensors import (
     DTYPES,
@@ -214,7 +214,7 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]], packing: Packing | N
             layer = i if layered else None
             if packing and path in packing.forms:
                 make = partial(_packed_layer, packing.pack, path, leaf, layer)
-                tensors += packed.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
+                tensors += packed_out.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
                 continue
             fetch = partial(layer_array, leaf, layer, transpose)
             shape_out = tuple(shape[::-1] if transpose else shape)
