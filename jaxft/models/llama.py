@@ -138,6 +138,7 @@ def block(c: LlamaConfig, p: Any, h_BTD: Array, mix: Any, dtype: Any, key: Array
     `mix(p, x, keys) -> (o [B, T, H, E], extra)` is the layer's attention.
     """
     keys, residual = split_keys(key, 7), h_BTD.dtype
+    p = gathered(p, jax.tree.map(lambda spec: spec.axes[1:], llama_specs(c)["layers"], is_leaf=is_spec))
     h_BTD = h_BTD.astype(accumulator(dtype))
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, dtype)
     o_BTHE, extra = mix(p["attn"], x, keys[:3])
@@ -168,11 +169,8 @@ def hidden(
 
     remat = REMAT[run.remat]
 
-    axes = jax.tree.map(lambda spec: spec.axes[1:], llama_specs(c)["layers"], is_leaf=is_spec)
-
     def body(h, layer):
         p, layer_key = layer
-        p = gathered(p, axes)
         h = checkpoint_name(h, "layer_in") if remat.offload else h
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
