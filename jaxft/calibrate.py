@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxft import quant_formats as qf
 from jaxft import tree
 from jaxft.nn import Observed
-from jaxft.quant import FORMATS, QTensor, dequantize, grid, is_paired, is_qtensor, quantize
+from jaxft.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 AT_ONCE = 128  # inputs whose errors reach the later ones together
@@ -98,17 +98,3 @@ def _inverse_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:
     """Upper triangular U with `U^T U = x^-1`."""
     low = jnp.linalg.cholesky(x[::-1, ::-1])[::-1, ::-1]  # upper, with low low^T = x
     return jax.scipy.linalg.solve_triangular(low, jnp.eye(len(x), dtype=x.dtype), lower=False)
-
-
-def packed_base(base: Any, found: dict[str, Array], kind: str, block: int | None, double: bool | None) -> Any:
-    """The base tree with the layers that `found` has moments of as compensated QTensors, stacked; in its own dtype."""
-
-    def leaf(path: str, x: Any) -> Any:
-        if path not in found:
-            return x
-        dtype = x.dtype
-        whole = np.asarray((dequantize(x) if is_qtensor(x) else x).astype(jnp.float32))
-        layers = [compensated(w, m, kind, block, double) for w, m in zip(whole, found[path], strict=True)]
-        return replace(jax.tree.map(lambda *some: jnp.stack(some), *layers), dtype=jnp.dtype(dtype))
-
-    return tree.map_with_path(leaf, base, is_leaf=is_qtensor)

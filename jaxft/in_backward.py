@@ -13,7 +13,7 @@ from jaxft.consumed import Consumed, Uses, disguised, undisguised
 from jaxft.optim import InTurn, guarded_update, wide
 
 LAYERS = "base/layers/"
-OFF = "set optim.in_backward=false"
+OFF = "optim.in_backward=false"
 
 
 def updated(
@@ -46,7 +46,7 @@ def updated(
     told: Any = jax.vjp(loss, rest, layered, jax.tree.map(disguised, state), zero, has_aux=True)
     total, pull, found = told
     if uses.count != 1:
-        raise ValueError(f"optim.in_backward wants an objective that runs the model once a step, found {uses.count} times; {OFF}")
+        raise ValueError(f"optim.in_backward wants an objective that runs the model once a step, found {uses.count}; set {OFF}")
     fine = jnp.isfinite(found["loss"].total)
     grads, layered, state_after, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
     norm = jnp.sqrt(squares + optax.tree.norm(wide(grads), squared=True))
@@ -59,8 +59,8 @@ def refuse(tx: InTurn, trainable: Any, parts: int) -> None:
     """Raise ValueError for several microbatches, and where what is trained has no layers or isn't the base's."""
     if parts != 1:
         raise ValueError(f"optim.in_backward updates a layer by its first gradient, and a step has {parts} microbatches; "
-                         f"set data.micro=1, or {OFF[4:]}")  # fmt: skip
+                         f"set data.micro=1, or {OFF}")  # fmt: skip
     paths = list(tree.paths(tx.layers(trainable)))
     wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
     if wrong:
-        raise ValueError(f"optim.in_backward updates the base's layers, and what is trained of layers is {wrong}; {OFF}")
+        raise ValueError(f"optim.in_backward updates the base's layers, and what is trained of layers is {wrong}; set {OFF}")
