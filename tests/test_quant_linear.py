@@ -99,7 +99,8 @@ def test_embedding_and_head_from_packed_tables(wide, form):
         random(2, 5, 40, seed=2),
         jnp.array([[3, 0], [63, 3]]),
     )
-    np.testing.assert_array_equal(jax.jit(nn.embed, static_argnums=2)(table, ids, table.dtype), np.asarray(jit(dequantize)(table))[np.asarray(ids)])
+    found = jax.jit(nn.embed, static_argnums=2)(table, ids, table.dtype)
+    np.testing.assert_array_equal(found, np.asarray(jit(dequantize)(table))[np.asarray(ids)])
     same(lambda w, h: nn.lm_head(h, w), {"embed": table}, h)
     same(lambda w, h: nn.lm_head(h, w), {"head": head}, h)
     pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))

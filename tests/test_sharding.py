@@ -27,9 +27,11 @@ def one_line(error):
 
 
 def test_the_rest_takes_what_is_left():
-    assert dict(make_mesh(MeshShape()).shape) == {"slices": 1, "data": 8, "fsdp": 1, "context": 1, "tensor": 1}
-    assert dict(make_mesh(MeshShape(2, -1, 2)).shape) == {"slices": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
-    assert dict(make_mesh(MeshShape(1, -1, context=2, slices=2)).shape) == {"slices": 2, "data": 1, "fsdp": 2, "context": 2, "tensor": 1}
+    sizes = lambda shape: tuple(dict(make_mesh(shape).shape)[axis] for axis in MESH_AXES)  # noqa: E731
+    assert MESH_AXES == ("slices", "data", "fsdp", "context", "tensor")
+    assert sizes(MeshShape()) == (1, 8, 1, 1, 1)
+    assert sizes(MeshShape(2, -1, 2)) == (1, 2, 2, 1, 2)
+    assert sizes(MeshShape(1, -1, context=2, slices=2)) == (2, 1, 2, 2, 1)
     assert make_mesh(MeshShape(2, 1, 1), jax.devices()[:2]).size == 2
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.objectives.logps import LogProbs, token_logps, weighted_logp
 from jaxft.params import Model
-from jaxft.sharding import constrain, parts, per_device
+from jaxft.sharding import constrain, parts
 from jaxft.tree import static, struct
 
 
@@ -50,14 +50,12 @@ def gather_read(h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], places: P
     """Hidden states at the read positions: on a mesh nothing moves between rows, or parts of them."""
     if places is None:
         return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
-    own = h_BTD.shape[1] // places.parts
-
-    def take(h, at):
-        return jnp.take_along_axis(h, at[:, :, None] % own, axis=1)
-
-    at = constrain(_to_places(read, places), "rows", "time")
-    wide, shape = ("rows", "time", "act_width"), (*at.shape, h_BTD.shape[-1])
-    return _by_part(per_device(take, (wide, ("rows", "time")), wide, shape)(h_BTD, at), places)
+    (B, T, D), count = h_BTD.shape, places.parts
+    own = T // count
+    at = _to_places(read, places).reshape(B, count, places.of.shape[1] // count) % own
+    apart = constrain(h_BTD.reshape(B, count, own, D), "rows", "time", "whole_time", "act_width")
+    found = jnp.take_along_axis(apart, constrain(at, "rows", "time", "whole_time")[..., None], axis=2)
+    return _by_part(found.reshape(B, count * at.shape[2], D), places)
 
 
 def _to_places(x: Array, places: Places) -> Array:
