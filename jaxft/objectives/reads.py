@@ -35,14 +35,14 @@ def placed(read: Int[Array, "B M"], length: int) -> Places | None:
     count = parts(("time",), (length,))
     if count == 1:
         return None
-    (B, M), own = read.shape, length // count
+    M, own = read.shape[1], length // count
     room = min(M, own + EXTRA)
     part = read // own
     order = jnp.cumsum(part[:, :, None] == jnp.arange(count), axis=1, dtype=jnp.int32)
     nth = jnp.take_along_axis(order, part[:, :, None], axis=2)[:, :, 0] - 1
     at = jnp.where(nth < room, part * room + nth, count * room)  # what doesn't fit is padding, which reads position 0
-    rows = jnp.arange(B)[:, None]
-    of = jnp.full((B, count * room), -1, jnp.int32).at[rows, at].set(jnp.arange(M, dtype=jnp.int32), mode="drop")
+    none, numbers = jnp.full(count * room, -1, jnp.int32), jnp.arange(M, dtype=jnp.int32)
+    of = jax.vmap(lambda at: none.at[at].set(numbers, mode="drop"))(at)  # row by row: rows stay where they are
     return Places(of, jnp.minimum(at, count * room - 1), count)
 
 

@@ -1,0 +1,84 @@
+"""What a train step on a mesh moves between devices, by its partitioned program: everything once, as small as it is held."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from partitioned import moved
+
+from jaxft import optim, train
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.source import Rows
+from jaxft.lora import Adapter
+from jaxft.models.llama import LlamaConfig, llama
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo
+from jaxft.objectives.sft import sft
+from jaxft.quant import Quant
+from jaxft.sharding import MeshShape
+
+# No two sizes are alike, so that a shape tells what it is of.
+CONFIG = LlamaConfig(vocab=2048, width=256, layers=3, heads=8, kv_heads=4, head_dim=40, mlp=768, max_positions=512)
+T, RANK = 128, 8
+MESHES = {
+    "fsdp": MeshShape(1, 8),
+    "tensor": MeshShape(1, 2, 4),
+    "context": MeshShape(1, 2, 2, context=2),
+    "slices": MeshShape(1, 2, context=2, slices=2),
+}
+WIDE = ("f32", "f64")
+
+
+def lowered(kind, task, mesh):
+    rows = Rows("none", max_length=T, batch=16) if task == "sft" else PairRows("none", max_length=T // 2, batch=8)
+    run = train.Run(
+        name="x",
+        weights="none",
+        model=llama(CONFIG, jnp.bfloat16, remat="full"),
+        objective=sft if task == "sft" else lambda model: preference(model, dpo),
+        data=rows,
+        source=train.sft_source if task == "sft" else pair_source,
+        adapter=None if kind == "full" else Adapter(rank=RANK),
+        quant=Quant("nf4") if kind == "qlora" else None,
+        mesh=mesh,
+        optim=optim.Optim(),
+    )
+    p, batch = train.abstract(run)
+    with jax.set_mesh(p.mesh):
+        return p.train_step.lower(p.state, p.frozen, batch)
+
+
+@pytest.mark.parametrize(
+    "kind, task, mesh",
+    [("full", "sft", "fsdp"), ("full", "sft", "context"), ("lora", "dpo", "tensor"), ("qlora", "sft", "slices")],
+)
+def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mesh, tmp_path, capfd):
+    found = moved(lowered(kind, task, MESHES[mesh]), tmp_path)
+    assert "rematerialization" not in capfd.readouterr().err
+    assert found and {m.kind for m in found} & {"all-gather", "all-reduce"}
+    large = [m for m in found if m.size > T * 16]
+
+    stacked = [m for m in large if m.shape[0] == CONFIG.layers]  # of all layers at once: parameters, gradients, optimizer state
+    assert not stacked
+
+    loops = [m for m in large if m.kind == "all-gather" and "while" in m.where]
+    assert all(m.size <= CONFIG.width * CONFIG.mlp for m in loops)  # one layer's largest weight
+    outside = Counter(m.shape for m in large if m.kind == "all-gather" and "while" not in m.where)
+    cut = {"tensor": 4, "context": 2}.get(mesh, 1)
+    assert all(set(shape) == {CONFIG.vocab // cut, CONFIG.width} for shape in outside), outside
+    passes = 2 if task == "dpo" else 1  # the policy's and the reference's
+    assert sum(outside.values()) <= 2 * passes  # the table and the head
+
+    def of_weights(m):
+        """Gradients of parameters have neither rows nor time."""
+        sizes = {CONFIG.width, CONFIG.mlp, CONFIG.vocab, RANK, CONFIG.heads * CONFIG.head_dim, CONFIG.kv_heads * CONFIG.head_dim}
+        return {n for n in m.shape if n != 1} <= {size // parts for size in sizes for parts in (1, 2, 4, 8)}
+
+    assert not [m for m in large if m.dtype in WIDE and not of_weights(m)]  # activations move in 16 bits
+    if kind != "full":
+        held = {"u16"} if kind == "lora" else {"u8", "u16", "f32"}
+        gathers = {m.dtype for m in loops if RANK not in m.shape}
+        assert gathers <= held and ("u8" in gathers or kind == "lora")
+        sizes = {CONFIG.mlp, CONFIG.mlp // cut}
+        assert not [m for m in loops if m.dtype in ("bf16", *WIDE) and sizes & set(m.shape) and RANK not in m.shape]  # expanded
