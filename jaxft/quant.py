@@ -116,8 +116,9 @@ def bits(q: Any) -> float:
 def quantize(weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None) -> QTensor:
     """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
 
-    block, double: see Quant. scale: what `scales` says of a whole weight of which this is a part. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly, an odd I with
-    4-bit codes, and for NaN, infinities and magnitudes from 2^80 up (not under jit, which has no values to look at).
+    block, double: see Quant. scale: what `scales` says of a whole weight of which this is a part. Raises ValueError for a kind
+    that isn't known or doesn't hold the dtype exactly, an odd I with 4-bit codes, and for NaN, infinities and magnitudes from
+    2^80 up (not under jit, which has no values to look at).
     """
     if kind == "bits":
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:

@@ -2,59 +2,28 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from loading_process import FORMS, assert_has_the_bits_of, held_as, mesh_of, one_device
 from safetensors.numpy import load_file
 from test_gguf import Kind, write_gguf
 from test_packed import by_bitsandbytes, write_grouped
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft import export, params, prepare, sharding, tree, weights
+from jaxft import export, params, prepare, tree, weights
 from jaxft.lora import Adapter
-from jaxft.params import ParamSpec, constant
 from jaxft.quant import Quant, is_qtensor, quantize
-from jaxft.weights import hf, leaves, shards
-from jaxft.weights.merged import Lazy
-from jaxft.weights.packed import within
-from jaxft.weights.tensors import Range, read_range
+from jaxft.weights import peft
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
-FORMS = {
-    "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16), "nf4": Quant("nf4", 16),
-    "nf4, plain scales": Quant("nf4", 16, False), "fp4": Quant("fp4", 32), "affine4": Quant("affine4", 16),
-    "a short block": Quant("nf4", 48), "tables too": Quant("nf4", 16, targets="embed|head|layers/attn/.*"),
-    "tables in int8": Quant("int8", targets="embed|head|layers/mlp/.*"),
-}  # fmt: skip
-
-
-def held_as(folder, form):
-    """(model, Trained) of a form above, or of weights that are kept."""
-    model = weights.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
-    quant = Quant("kept") if form == "kept" else FORMS[form]
-    return prepare.trained(model, None if form == "trained" else Adapter(rank=2), None, quant, str(folder))
-
-
-def assert_has_the_bits_of(found, wanted):
-    """Every shard that this process has is that part of one device's array."""
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for path, x in tree.paths(found).items():
-        one = np.asarray(tree.paths(wanted)[path])
-        assert x.shape == one.shape and x.dtype == one.dtype, path
-        for shard in x.addressable_shards:
-            np.testing.assert_array_equal(np.asarray(shard.data), one[shard.index], err_msg=path)
-
-
-def on_one_device(ref, t):
-    return prepare.load_base(str(ref), t, sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1]))
 
 
 def write_kept(folder, way):
@@ -81,7 +50,9 @@ KEPT = ("gguf", "gptq", "gptq, act-order", "awq", "bitsandbytes", "bitsandbytes,
 def folders(tmp_path_factory):
     """A bfloat16 model in several files, and packed ones."""
     root = tmp_path_factory.mktemp("loading")
-    plain = write_folder(root / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16), max_shard_size="100KB")
+    plain = write_folder(
+        root / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16), max_shard_size="100KB"
+    )
     assert len(list(plain.glob("*.safetensors"))) > 5
     write_folder(root / "tied", tiny_torch(tie_word_embeddings=True, **SIZES).to(torch.float16))
     for way in KEPT:
@@ -89,30 +60,36 @@ def folders(tmp_path_factory):
     return {"plain": plain, "tied": root / "tied", **{way: write_kept(root / way, way) for way in KEPT}}
 
 
-MESHES = {"1x8": dict(data=1, fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2)}
-CASES = [("plain", form) for form in FORMS] + [("tied", "bits"), ("tied", "nf4")] + [(way, "kept") for way in KEPT]
+CASES = [("plain", form) for form in FORMS if form != "kept"] + [("tied", "bits"), ("tied", "nf4")]
+CASES += [(way, "kept") for way in KEPT]
 CASES += [("gptq", "float32"), ("own nf4", "bits"), ("gguf", "trained"), ("bitsandbytes", "int8")]  # expanded again
+
+
+# With several processes; "mixed" gives each of them parts of a leaf that are not beside one another.
+TOGETHER = [("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "affine4", "tables in int8", "tables too")]
+TOGETHER += [("plain", "trained", ["2x2x2"]), ("plain", "int8", ["2x2x2"]), ("plain", "nf4", ["2x2x2"]), ("tied", "nf4", ["1x8"])]
+TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [("own nf4", "bits", ["1x8"]), ("gptq, act-order", "kept", ["mixed"])]
 
 
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
 def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
     t = held_as(folders[folder], form)
-    wanted = on_one_device(folders[folder], t)
-    for shape in MESHES.values():
-        mesh = sharding.make_mesh(sharding.MeshShape(**shape))
+    wanted = prepare.load_base(str(folders[folder]), t, one_device())
+    for name in ("1x8", "2x2x2"):
+        mesh = mesh_of(name)
         found = prepare.load_base(str(folders[folder]), t, mesh)
         assert_has_the_bits_of(found, wanted)
         places = prepare.abstract_params(t, mesh)["base"]
         jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)), found, places)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "trained"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "kept")])
 def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     state = {}
     for path in folders["plain"].glob("*.safetensors"):
         state |= load_file(path)
     t = held_as(folders["plain"], form)
-    base = tree.paths(on_one_device(folders["plain"], t), is_qtensor)
+    base = tree.paths(prepare.load_base(str(folders["plain"]), t, one_device()), is_qtensor)
     for path, spec in params.spec_paths(t.model.specs["base"]).items():
         name, turned = t.model.names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
@@ -121,3 +98,39 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
         value = value if held.quantised else value.astype(held.dtype)
         wanted = quantize(value, *held.pack) if held.pack else value
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base[path]), jax.tree.leaves(wanted))
+
+
+@pytest.fixture(scope="module")
+def together(folders, tmp_path_factory):
+    """What two processes of 4 devices tell: [folder, form, mesh, bytes of weight files over one device's, bytes of anything]."""
+    adapter = tmp_path_factory.mktemp("adapter")
+    model = weights.model_for(str(folders["plain"]))
+    settings = Adapter(rank=2, targets=("q", "down"))
+    t = prepare.trained(model, settings, None)
+    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, prepare.start_adapter(t, one_device(), 3)), settings, model, "base")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    cases = json.dumps([[str(folders[folder]), form, on] for folder, form, on in TOGETHER])
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    script = str(ROOT / "tests" / "loading_process.py")
+    commands = [[sys.executable, script, port, "2", str(i), cases, str(adapter)] for i in range(2)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    started = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        [process.kill() for process in started]
+    assert not any(process.returncode for process in started), [err[-3000:] for _, err in ended]
+    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
+
+
+def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
+    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading of it."""
+    for told in together:
+        assert len(told) == sum(len(on) for _, _, on in TOGETHER)
+        for folder, form, mesh, some, anything in told:
+            twice, whole_layers = "int8" in form, folder.endswith("own") and form == "bits"  # expanded from quantised scales
+            most = 1.01 if twice else 0.8 if whole_layers else 0.54
+            assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
+            assert mesh == "2x2x2" or twice or whole_layers or anything < 0.6, (folder, form, mesh, anything)

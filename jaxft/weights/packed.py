@@ -54,7 +54,7 @@ def expanded(x: Any) -> np.ndarray:
 
 
 def numbers(packed: Packed, index: Index = ()) -> np.ndarray:
-    """Part of the numbers [out, in] that a packed weight stands for. Read alone, unless one array stands for all of the weight."""
+    """Part of the numbers [out, in] that a packed weight stands for, read alone where no array stands for all of the weight."""
     form = packed.form
     if form is None or form.outer is not None or form.index is not None:
         return expanded(packed.read()).T[index]
@@ -359,10 +359,10 @@ def own(files: Tensors, settings: dict[str, Any]) -> Found:
     return found, used
 
 
-def _read_own(files: Tensors, parts: dict[str, str], want: QTensor, index: Index = ()) -> QTensor:
-    at = spans(index, want.shape)
-    each: dict[str, Any] = {part: _part(files, name, getattr(want, part).shape, within(want, part, at)) for part, name in parts.items()}
-    return replace(want, **each)
+def _read_own(files: Tensors, names: dict[str, str], want: QTensor, index: Index = ()) -> QTensor:
+    at, shape = spans(index, want.shape), lambda part: getattr(want, part).shape
+    found: dict[str, Any] = {part: _part(files, name, shape(part), within(want, part, at)) for part, name in names.items()}
+    return replace(want, **found)
 
 
 METHODS: dict[str, Callable[[Tensors, dict[str, Any]], Found]] = {

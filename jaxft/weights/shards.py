@@ -130,8 +130,9 @@ def put(shards: dict[Spans, np.ndarray], value: Any, at: Index) -> None:
     for part, shard in shards.items():
         both = [(max(cut.start, start), min(cut.stop, stop)) for cut, (start, stop) in zip(at, part, strict=True)]
         if all(start < stop for start, stop in both):
-            to = shard[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(both, part))]
-            copy_into(to, value[tuple(slice(a - cut.start, b - cut.start) for (a, b), cut in zip(both, at))])
+            to = (slice(a - start, b - start) for (a, b), (start, _) in zip(both, part))
+            of = (slice(a - cut.start, b - cut.start) for (a, b), cut in zip(both, at))
+            copy_into(shard[..., *to], np.asarray(value)[..., *of])
 
 
 def placed(shards: dict[Spans, np.ndarray], x: Any, place: Any) -> jax.Array:
