@@ -16,7 +16,7 @@ from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
 from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
 from jaxft.weights import hf, peft, shards
-from jaxft.weights.packed import same_form
+from jaxft.weights.forms import same_form
 from jaxft.weights.tensors import Index, Tensors
 
 

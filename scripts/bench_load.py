@@ -3,8 +3,8 @@
     python scripts/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
 
 Writes a made-up bfloat16 Llama of about that size as safetensors into a temporary folder (of DIR), loads it fully sharded over
-all devices of all processes on this machine, and deletes it. Devices are simulated ones of the CPU, whose memory is the host's: what
-a process holds at its peak beyond what it held before is its own shards and what loading takes above them.
+all devices of all processes on this machine, and deletes it. Devices are simulated ones of the CPU, whose memory is the host's:
+what a process holds at its peak beyond what it held before is its own shards and what loading takes above them.
 """
 
 import argparse

@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from loading_process import FORMS, assert_has_the_bits_of, held_as, mesh_of, one_device
-from safetensors.numpy import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loading_process import FORMS, assert_has_the_bits_of, count_reads, held_as, mesh_of, one_device
+from safetensors.numpy import load_file, save_file
 from test_gguf import Kind, write_gguf
 from test_packed import by_bitsandbytes, write_grouped
 from tiny_llama import tiny_torch, write_folder
@@ -19,7 +21,7 @@ from tiny_llama import tiny_torch, write_folder
 from jaxft import export, params, prepare, tree, weights
 from jaxft.lora import Adapter
 from jaxft.quant import Quant, is_qtensor, quantize
-from jaxft.weights import peft
+from jaxft.weights import leaves, peft, tensors
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,3 +136,63 @@ def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
             most = 1.01 if twice else 0.8 if whole_layers else 0.54
             assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
             assert mesh == "2x2x2" or twice or whole_layers or anything < 0.6, (folder, form, mesh, anything)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_part_of_an_array_in_a_file_is_its_slice_and_no_more_is_read(tmp_path_factory, data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
+    whole = np.random.default_rng(0).integers(0, 2**15, shape).astype(np.int16)
+    path = tmp_path_factory.getbasetemp() / "part.bin"
+    path.write_bytes(bytes(7) + whole.tobytes())
+    cuts = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape]
+    index = tuple(slice(*cut) for cut in cuts[: data.draw(st.integers(0, len(cuts)))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "_read_into", tensors._read_into)  # restored at the end
+        counted = count_reads()
+        found = tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+    np.testing.assert_array_equal(found, whole[index])
+    assert found.shape == whole[index].shape and sum(counted) == found.nbytes
+    if found.size:
+        path.write_bytes(path.read_bytes()[: 7 + whole.nbytes // 2])
+        if index == ():
+            with pytest.raises(ValueError, match="part.bin: ends inside it; the file changed while it was read"):
+                tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folders, tmp_path, form):
+    state = {name: x for path in folders["plain"].glob("*.safetensors") for name, x in load_file(path).items()}
+    (tmp_path / "config.json").write_bytes((folders["plain"] / "config.json").read_bytes())
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][5, 3] = np.nan
+    save_file(state, tmp_path / "model.safetensors")
+    t = held_as(tmp_path, form)
+    for mesh in (one_device(), mesh_of("1x8")):
+        with pytest.raises(ValueError, match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$"):
+            prepare.load_base(str(tmp_path), t, mesh)
+    leaf = weights.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
+    half = (slice(0, 64), slice(0, 256))
+    with pytest.raises(ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"):
+        list(leaves.each(leaf, [half], lambda *part: quantize(leaves.numbers(leaf, *part), form)))
+
+
+def bench(*argv):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "bench_load.py", "--json", *argv], capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_the_benchmark_tells_what_each_process_held_and_read():
+    found = bench("--gb", "0.02", "--devices", "2")
+    for process in found["processes"]:
+        assert process["own shards"] == pytest.approx(found["files"] / 2, rel=0.02)
+        assert process["read"] < 0.55 * found["files"] and process["own part of the largest leaf"] < process["own shards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--quant", "nf4"], ["--quant", "int8"], ["--full"]], ids=" ".join)
+def test_host_memory_stays_near_the_largest_leaf_above_a_process_s_own_shards(more):
+    found = bench("--gb", "1", *more)
+    for process in found["processes"]:
+        assert process["peak"] < process["own shards"] + process["largest leaf"] + 0.1 * found["files"], found

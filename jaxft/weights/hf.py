@@ -16,6 +16,7 @@ from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
 from jaxft.quant import QTensor, dequantize, is_qtensor
 from jaxft.weights import packed, packed_out
+from jaxft.weights.forms import same_form
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.tensors import (
     DTYPES,
@@ -97,7 +98,7 @@ def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
     first = held[0].form if held[0] is not None else None
     if first is None or not transpose:
         return None
-    return first if all(p is not None and p.form is not None and packed.same_form(p.form, first) for p in held) else None
+    return first if all(p is not None and p.form is not None and same_form(p.form, first) for p in held) else None
 
 
 def check(tensors: Tensors, model: Model) -> None:

@@ -59,7 +59,7 @@ def numbers(leaf: Leaf, layer: int, at: Index) -> np.ndarray:
 
 
 def as_packed(leaf: Leaf, layer: int, at: Index) -> QTensor:
-    """Part of a layer [in, out] in the leaf's form, cut between blocks; see packed.within."""
+    """Part of a layer [in, out] in the leaf's form, cut between blocks; see forms.within."""
     return leaf.tensors.packed[leaf.names[layer]].read(at)
 
 

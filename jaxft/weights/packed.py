@@ -1,6 +1,6 @@
 """Checkpoints whose linear layers are packed: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding again.
 
-A layout gives each packed weight a form: the QTensor that stands for the same numbers, known from headers and config.json alone.
+A layout gives each packed weight a form (see forms.py), known from headers and config.json alone.
 """
 
 import json
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import quant_formats as qf
-from jaxft.quant import QTensor, Quant, dequantize, is_paired, quantize
+from jaxft.quant import QTensor, Quant, dequantize, is_paired
+from jaxft.weights.forms import arrays, form, form_of, within
 from jaxft.weights.tensors import Index, Packed, Tensors, spans
 
 Found = tuple[dict[str, Packed], set[str]]  # packed weights by name; the tensors in the files that they are made of
@@ -65,44 +66,7 @@ def numbers(packed: Packed, index: Index = ()) -> np.ndarray:
     return found[ins.start - start : ins.stop - start].T
 
 
-def within(form: QTensor, part: str, at: Index) -> Index:
-    """Where in an array of a form the numbers are for a part [in, out] of the weight that is cut between blocks."""
-    ins, outs = at
-    if part == "codes":
-        return (slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(form.kind) else ins, outs)
-    if part in ("outer", "mean", "index"):
-        return ()
-    if form.block is None or form.index is not None:
-        return slice(None), outs
-    return slice(ins.start // form.block, -(-ins.stop // form.block)), outs
-
-
-def form(kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False) -> QTensor:
-    """A form whose scales (and offsets) have this dtype."""
-    blocks = -(-ins // block) if block else 1
-    rows, dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
-    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
-    return QTensor(
-        codes=shaped((rows, outs), dtype),
-        kind=kind,
-        dtype=jnp.dtype(jnp.float32),
-        block=block,
-        scale=shaped((blocks, outs), scale),
-        offset=None if offset is None else shaped((blocks, outs), offset),
-        index=shaped((ins,), np.int32) if indexed else None,
-    )
-
-
-def same_form(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same arrays and the same meaning, whatever they are rounded to where they are used."""
-
-    def about(q: QTensor) -> Any:
-        return q.kind, q.block, {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)}
-
-    return about(a) == about(b)
-
-
-def _part(files: Tensors, name: str, shape: tuple[int, ...] | None = None, index: Index = (), view: Any = None) -> np.ndarray:
+def part_of(files: Tensors, name: str, shape: tuple[int, ...] | None = None, index: Index = (), view: Any = None) -> np.ndarray:
     """A tensor that a packed weight is made of, or part of it. view: see tensors.read_tensor."""
     if name not in files.shapes:
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
@@ -138,7 +102,7 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
     state = _state(files, f"{weight}{STATE}{kind}")
     (outs, ins), block = state["shape"], state["blocksize"]
     blocks = -(-outs * ins // block)
-    table = _part(files, f"{weight}.quant_map", (16,))
+    table = part_of(files, f"{weight}.quant_map", (16,))
     packed = partial(Packed, "bitsandbytes", (ins, outs))
     scales = partial(_bnb_scales, files, weight, blocks, state)
 
@@ -154,7 +118,7 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
 
     def scale(at: Index) -> np.ndarray:
         dtype = files.dtypes.get(f"{weight}.absmax")
-        return _part(files, f"{weight}.absmax", (blocks,), within(want, "scale", at)[::-1], (dtype, (outs, rows))).T
+        return part_of(files, f"{weight}.absmax", (blocks,), within(want, "scale", at)[::-1], (dtype, (outs, rows))).T
 
     def codes(at: Index) -> np.ndarray:
         return _bnb_bytes(files, weight, (outs, ins // 2), within(want, "codes", at)[::-1]).T
@@ -166,7 +130,7 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
 
     nested = "nested_offset" in state
     usual = nested and state["nested_blocksize"] == qf.GROUP
-    if not usual or not np.array_equal(_part(files, f"{weight}.nested_quant_map", (256,)), qf.DYNAMIC):
+    if not usual or not np.array_equal(part_of(files, f"{weight}.nested_quant_map", (256,)), qf.DYNAMIC):
         why = "its nested_quant_map is not bitsandbytes' dynamic one in groups of 256, so its scales are held in float32"
         return packed(want, plain, why if nested else "")
     shaped: Callable[..., Any] = jax.ShapeDtypeStruct
@@ -174,7 +138,7 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
     held = replace(want, scale=shaped(want.scale.shape, np.uint8), outer=outer, mean=shaped((), np.float32))
 
     def read(index: Index = ()) -> QTensor:
-        at, outer = spans(index, want.shape), _part(files, f"{weight}.nested_absmax", held.outer.shape)
+        at, outer = spans(index, want.shape), part_of(files, f"{weight}.nested_absmax", held.outer.shape)
         mean = np.asarray(state["nested_offset"], np.float32)
         return replace(held, codes=codes(at), scale=scale(at), outer=outer, mean=mean)
 
@@ -186,7 +150,7 @@ def _bnb_bytes(files: Tensors, weight: str, shape: tuple[int, ...], index: Index
     found = math.prod(files.shapes[weight]) * files.dtypes[weight].itemsize if weight in files.shapes else 0
     if found != math.prod(shape):
         raise ValueError(f"{files.where}: {weight} has {found} bytes, its quant_state wants {math.prod(shape)}")
-    return _part(files, weight, index=index, view=(np.uint8, shape))
+    return part_of(files, weight, index=index, view=(np.uint8, shape))
 
 
 def _bnb_codes(files: Tensors, weight: str, count: int) -> np.ndarray:
@@ -195,17 +159,17 @@ def _bnb_codes(files: Tensors, weight: str, count: int) -> np.ndarray:
 
 
 def _bnb_scales(files: Tensors, weight: str, blocks: int, state: dict[str, Any]) -> np.ndarray:
-    absmax = _part(files, f"{weight}.absmax", (blocks,))
+    absmax = part_of(files, f"{weight}.absmax", (blocks,))
     if "nested_offset" not in state:
         return absmax.astype(np.float32)
-    each = np.repeat(_part(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
-    return _part(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
+    each = np.repeat(part_of(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
+    return part_of(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
 
 
 def _state(files: Tensors, name: str) -> dict[str, Any]:
     kind = name.rpartition("__")[2]
     try:
-        state = json.loads(_part(files, name).tobytes())
+        state = json.loads(part_of(files, name).tobytes())
         outs, ins = state["shape"]
         numbers = [outs, ins, state["blocksize"], *([state["nested_blocksize"]] if "nested_offset" in state else [])]
         if kind not in TABLES or not all(type(n) is int and n > 0 for n in numbers):
@@ -223,7 +187,7 @@ def _bnb_8bit(files: Tensors, weight: str, scales: str) -> Packed:
         if files.dtypes[weight] != np.int8:
             raise ValueError(f"{files.where}: {weight} is {files.dtypes[weight]}, wanted int8 beside its SCB")
         at = spans(index, shape.shape)
-        scale = _part(files, scales, (outs,), at[1:]).astype(np.float32) * np.float32(1 / 127)
+        scale = part_of(files, scales, (outs,), at[1:]).astype(np.float32) * np.float32(1 / 127)
         return replace(shape, codes=files.read(weight, at[::-1]).T, scale=scale[None])
 
     return Packed("bitsandbytes", (ins, outs), shape, read)
@@ -249,7 +213,7 @@ def _eights(
     words = tuple(slice(cut.start // 8, -(-cut.stop // 8)) if i == axis else some for i, some in enumerate(index))
     stored = tuple(n // 8 if i == axis else n for i, n in enumerate(shape))
     own = slice(cut.start % 8, cut.start % 8 + cut.stop - cut.start)
-    return _nibbles(_part(files, name, stored, words), axis, order)[(slice(None),) * axis + (own,)]
+    return _nibbles(part_of(files, name, stored, words), axis, order)[(slice(None),) * axis + (own,)]
 
 
 def _grouped(settings: dict[str, Any], where: str) -> int | None:
@@ -286,11 +250,11 @@ def _read_gptq(files: Tensors, stem: str, want: QTensor, less: int, index: Index
     ins, outs = want.shape
     blocks, at = want.scale.shape[0], spans(index, want.shape)
     rows = within(want, "scale", at)
-    scale = _part(files, f"{stem}.scales", (blocks, outs), rows)
+    scale = part_of(files, f"{stem}.scales", (blocks, outs), rows)
     zeros = _eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(less) & np.uint8(15)
     _no_bias(files, stem)
     plain = np.arange(ins, dtype=np.int32) // (want.block or ins)
-    group = _part(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
+    group = part_of(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
     if group.min() < 0 or group.max() >= blocks:
         raise ValueError(f"{files.where}: {stem}.g_idx has groups {group.min()} to {group.max()}, and there are {blocks}")
     if want.index is None and not np.array_equal(group, plain):
@@ -323,7 +287,7 @@ def _read_awq(files: Tensors, stem: str, want: QTensor, index: Index = ()) -> QT
     _no_bias(files, stem)
     codes = _eights(files, f"{stem}.qweight", (ins, outs), 1, at, AWQ_ORDER)
     zeros = _eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
-    return _affine(want, codes, _part(files, f"{stem}.scales", (blocks, outs), rows), zeros)
+    return _affine(want, codes, part_of(files, f"{stem}.scales", (blocks, outs), rows), zeros)
 
 
 def _affine(want: QTensor, codes: Any, scale: np.ndarray, zeros: np.ndarray, index: Any = None) -> QTensor:
@@ -361,7 +325,7 @@ def own(files: Tensors, settings: dict[str, Any]) -> Found:
 
 def _read_own(files: Tensors, names: dict[str, str], want: QTensor, index: Index = ()) -> QTensor:
     at, shape = spans(index, want.shape), lambda part: getattr(want, part).shape
-    found: dict[str, Any] = {part: _part(files, name, shape(part), within(want, part, at)) for part, name in names.items()}
+    found: dict[str, Any] = {part: part_of(files, name, shape(part), within(want, part, at)) for part, name in names.items()}
     return replace(want, **found)
 
 
@@ -371,14 +335,3 @@ METHODS: dict[str, Callable[[Tensors, dict[str, Any]], Found]] = {
     "awq": awq,
     "jaxft": own,
 }
-
-
-def form_of(shape: tuple[int, int], quant: Quant) -> QTensor:
-    """What quant.quantize makes of a weight [in, out]."""
-    pack = partial(quantize, kind=quant.kind, block=quant.block, double=quant.double)
-    return jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
-def arrays(q: QTensor) -> list[str]:
-    """Names of the arrays that a QTensor has."""
-    return [part for part in ("codes", "scale", "offset", "outer", "mean", "index") if getattr(q, part) is not None]

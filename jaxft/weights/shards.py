@@ -11,8 +11,8 @@ import numpy as np
 from jaxft import sharding
 from jaxft.quant import QTensor, quantize, scales
 from jaxft.quant_formats import encode_scales
+from jaxft.weights.forms import arrays, within
 from jaxft.weights.leaves import Leaf, as_packed, copy_into, each, numbers, pieces
-from jaxft.weights.packed import arrays, within
 from jaxft.weights.tensors import Index, spans
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of every dimension
@@ -130,9 +130,9 @@ def put(shards: dict[Spans, np.ndarray], value: Any, at: Index) -> None:
     for part, shard in shards.items():
         both = [(max(cut.start, start), min(cut.stop, stop)) for cut, (start, stop) in zip(at, part, strict=True)]
         if all(start < stop for start, stop in both):
-            to = (slice(a - start, b - start) for (a, b), (start, _) in zip(both, part))
-            of = (slice(a - cut.start, b - cut.start) for (a, b), cut in zip(both, at))
-            copy_into(shard[..., *to], np.asarray(value)[..., *of])
+            to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(both, part))
+            of = tuple(slice(a - cut.start, b - cut.start) for (a, b), cut in zip(both, at))
+            copy_into(shard[(..., *to)], np.asarray(value)[of])
 
 
 def placed(shards: dict[Spans, np.ndarray], x: Any, place: Any) -> jax.Array:

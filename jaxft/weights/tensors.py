@@ -35,7 +35,7 @@ class Packed:
 
     form: the QTensor of ShapeDtypeStructs that stands for the same numbers, and `read()` gives it as NumPy arrays. None where
     there is no such QTensor; then `read()` gives the numbers in float32. `read(index)`, of a form: part of it, cut between
-    blocks, its arrays cut as packed.within says. why: what is in the way of a form, or of a smaller one.
+    blocks, its arrays cut as forms.within says. why: what is in the way of a form, or of a smaller one.
     """
 
     method: str
