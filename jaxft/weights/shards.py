@@ -26,14 +26,16 @@ def load(leaf: Leaf, like: Any, places: Any, kept: bool) -> Any:
     precision, with the bits that the whole leaf would give. Host memory is what the process's devices hold of the leaf, and a
     layer of that. All processes of the mesh call this together.
     """
-    boxes = own_boxes(like, places, leaf)
+    by_process = boxes_by_process(leaf, like, places)
+    boxes = by_process[jax.process_index()]
     if kept:
         keep = lambda *part: replace(as_packed(leaf, *part), dtype=like.dtype)  # noqa: E731
         return fill(leaf, like, places, each(leaf, boxes, keep))
     if not is_quantised(like):
         boxes = [piece for box in boxes for piece in pieces(leaf, box)]
         return fill(leaf, like, places, each(leaf, boxes, lambda *part: hold(numbers(leaf, *part), like)))
-    cut = cut_between_processes(like, places, leaf)
+    every = [box for some in by_process.values() for box in some]
+    cut = [any(box[i] != slice(0, n) for box in every) for i, n in enumerate(leaf.layer)]  # by dimension, between processes
     if like.outer is not None and any(cut):
         return _scales_packed_together(leaf, like, places, boxes)
     scale = _scales_of_channels(leaf, like, places, boxes) if like.block is None and cut[0] else None
@@ -67,34 +69,28 @@ def numbers_of(index: Index, shape: tuple[int, ...]) -> Spans:
     return tuple((cut.start, cut.stop) for cut in spans(index, shape))
 
 
-def boxes_of(place: Any, shape: tuple[int, ...], process: int) -> list[Spans]:
-    """What a process's devices hold of an array: one box where their parts fill one, else each part."""
-    held = place.devices_indices_map(shape).items()
-    parts = sorted({numbers_of(index, shape) for device, index in held if device.process_index == process})
+def boxed(parts: set[Spans]) -> list[Spans]:
+    """One box where the parts of an array fill one, else each part."""
     box = tuple((min(start), max(stop)) for start, stop in (zip(*cuts) for cuts in zip(*parts)))
     size = lambda part: math.prod(stop - start for start, stop in part)  # noqa: E731
-    return [box] if sum(map(size, parts)) == size(box) else parts
+    return [box] if sum(map(size, parts)) == size(box) else sorted(parts)
 
 
-def own_boxes(like: Any, places: Any, leaf: Leaf, process: int | None = None) -> list[Index]:
-    """The parts of each layer [in, out] that a process needs, this one or another."""
+def boxes_by_process(leaf: Leaf, like: Any, places: Any) -> dict[int, list[Index]]:
+    """The parts of each layer [in, out] that each process needs."""
     first, place = (like.codes, places.codes) if isinstance(like, QTensor) else (like, places)
-    found = boxes_of(place, first.shape, jax.process_index() if process is None else process)
-    by_byte = leaf.shape[-2] // first.shape[-2] if isinstance(like, QTensor) else 1
-    boxes = []
-    for box in found:
+    held: dict[int, set[Spans]] = {}
+    for device, index in place.devices_indices_map(first.shape).items():
+        held.setdefault(device.process_index, set()).add(numbers_of(index, first.shape))
+    by_code = leaf.shape[-2] // first.shape[-2] if isinstance(like, QTensor) else 1  # inputs that share a byte
+
+    def in_layer(box: Spans) -> Index:
         cuts = [slice(*cut) for cut in box[len(leaf.shape) - len(leaf.layer) :]]
-        if by_byte > 1:
-            cuts[-2] = slice(cuts[-2].start * by_byte, cuts[-2].stop * by_byte)
-        boxes.append(tuple(cuts))
-    return boxes
+        if by_code > 1:
+            cuts[-2] = slice(cuts[-2].start * by_code, cuts[-2].stop * by_code)
+        return tuple(cuts)
 
-
-def cut_between_processes(like: Any, places: Any, leaf: Leaf) -> tuple[bool, ...]:
-    """Of each dimension of a layer, whether some process has only a part of it."""
-    processes = {device.process_index for device in jax.tree.leaves(places)[0].device_set}
-    boxes = [box for process in processes for box in own_boxes(like, places, leaf, process)]
-    return tuple(any(box[i] != slice(0, n) for box in boxes) for i, n in enumerate(leaf.layer))
+    return {process: [in_layer(box) for box in boxed(parts)] for process, parts in held.items()}
 
 
 # Filling them
