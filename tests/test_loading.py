@@ -68,7 +68,7 @@ CASES += [("gptq", "float32"), ("own nf4", "bits"), ("gguf", "trained"), ("bitsa
 
 
 # With several processes; "mixed" gives each of them parts of a leaf that are not beside one another.
-TOGETHER = [("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "affine4", "tables in int8", "tables too")]
+TOGETHER = [("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "tables in int8", "tables too")]
 TOGETHER += [("plain", "trained", ["2x2x2"]), ("plain", "int8", ["2x2x2"]), ("plain", "nf4", ["2x2x2"]), ("tied", "nf4", ["1x8"])]
 TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [("own nf4", "bits", ["1x8"]), ("gptq, act-order", "kept", ["mixed"])]
 

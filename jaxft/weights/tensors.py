@@ -147,6 +147,8 @@ def read_range(path: Path, what: str, array: Range, index: Index = ()) -> np.nda
     """Part of an array in a file; of the bytes between its own none is read. Raises ValueError where the file ends too early."""
     cuts, size = spans(index, array.shape), array.dtype.itemsize
     out = np.empty([cut.stop - cut.start for cut in cuts], array.dtype)
+    if not out.size:
+        return out
     strides = [math.prod(array.shape[i + 1 :]) * size for i in range(len(cuts))]
     last = max((i for i, n in enumerate(array.shape) if out.shape[i] != n), default=0)  # from here on a run of bytes
     run = math.prod(out.shape[last:]) * size
@@ -155,7 +157,7 @@ def read_range(path: Path, what: str, array: Range, index: Index = ()) -> np.nda
     flat: Any = out.reshape(-1).view(np.uint8)
     view = memoryview(flat)
     with path.open("rb", buffering=0) as file:
-        for i, row in enumerate(rows if out.size else ()):
+        for i, row in enumerate(rows):
             if not _read_into(file, view[i * run : (i + 1) * run], start + sum(row)):
                 raise ValueError(f"{path}: ends inside {what}; the file changed while it was read")
     return out
