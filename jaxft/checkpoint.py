@@ -1,133 +1,52 @@
 """Checkpoints that are verified. Orbax writes and reads the arrays; a manifest says what they must be.
 
 `<folder>/<step>/state` is Orbax's, a flat dict of the leaves by their paths; `<folder>/<step>/manifest.json` holds shape, dtype
-and hash of every leaf as it was in memory, hashes of all files, library versions and what the caller adds. A save goes to
-`<step>.tmp`, is read back and compared, and only then takes its name. What doesn't match its manifest later is renamed to
-`<step>.bad`.
+and the hashes of every leaf's shards as they were in memory, hashes of all files, library versions and what the caller adds. A
+save goes to `<step>.tmp`, is read back and compared, and only then takes its name. What doesn't match its manifest later is
+renamed to `<step>.bad`.
+
+Of several processes each writes, hashes and reads its own shards, in a folder that all of them see. They go from one stage of a
+save to the next together, and an error of one is the error of all.
 """
 
+import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import importlib.metadata
-import json
 import math
 import os
 import re
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
+from etils import epath
 
-from jaxft import tree
+from jaxft import agree, manifest, readback
+from jaxft.manifest import Bad, first_line
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-GROUP_BYTES = 256 << 20  # leaves are read back in groups of about this size
+CHUNK_BYTES = 64 << 20  # what a file has to be decoded in, so that another mesh's shards can be read without a whole leaf
+LIMIT_S = 1200.0  # that processes wait for one another while they save, as Orbax does
 
 
-class _Bad(Exception):
-    """A checkpoint that is not what its manifest says."""
+def _saved_as(leaf: Any) -> jax.Array | np.ndarray:
+    """What is given to Orbax: an array that each process has for itself is the same on all, and process 0 writes it."""
+    is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+    return leaf if is_global else np.asarray(leaf)
 
 
-def hash_array(array: np.ndarray) -> str:
-    """xxh3-128 of the bytes in C order."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _leaves(state: Any) -> dict[str, Any]:
-    """Leaf by the name it has on disk: its path with dots, the separator that Orbax uses."""
-    flat = tree.paths(state)
-    named = {path.replace("/", "."): leaf for path, leaf in flat.items()}
-    if len(named) != len(jax.tree.leaves(state)):
-        raise ValueError("two leaves of the state have the same path; names in it must not contain '.' or '/'")
-    for name, leaf in named.items():
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
-            raise ValueError(f"{name} is a typed PRNG key, which has no bytes to save; keep jax.random.key_data of it")
-    return named
-
-
-def _groups(names: list[str], bytes_of: Callable[[str], int]) -> Iterator[list[str]]:
-    group: list[str] = []
-    for name in names:
-        if group and sum(map(bytes_of, group)) + bytes_of(name) > GROUP_BYTES:
-            yield group
-            group = []
-        group.append(name)
-    if group:
-        yield group
-
-
-def _seal(body: dict[str, Any]) -> str:
-    """The manifest's text, with a hash of itself."""
-    text = json.dumps(body, sort_keys=True)
-    return json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), **body}, indent=1)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        body = json.loads((folder / "manifest.json").read_bytes())
-        seal = body.pop("xxh3")
-    except FileNotFoundError as error:
-        raise _Bad("manifest.json is missing") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _Bad("manifest.json is damaged") from error
-    if seal != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
-        raise _Bad("manifest.json is damaged")
-    return body
-
-
-def _read_group(folder: Path, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Some leaves as host arrays, checked against their entries of the manifest."""
-    stored = [name for name, entry in leaves.items() if math.prod(entry["shape"])]
-    arrays = {name: np.zeros(leaves[name]["shape"], leaves[name]["dtype"]) for name in leaves if name not in stored}
-    if stored:
-        args = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(stored, 0),
-            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored},
-            partial_restore=True,
-        )
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                arrays.update(reader.restore(folder / "state", args=args))
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:
-            raise _Bad(f"Orbax can't read it: {_first_line(error)}") from error
-    for name, entry in leaves.items():
-        array = arrays[name]
-        found = {"shape": list(array.shape), "dtype": array.dtype.name, "xxh3": hash_array(array)}
-        for key, value in found.items():
-            if value != entry[key]:
-                raise _Bad(f"leaf {name}: {key} is {value}, the manifest says {entry[key]}")
-    return arrays
-
-
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise _Bad(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise _Bad(f"{name} has {path.stat().st_size} bytes, the manifest says {size}")
-        if _hash_file(path) != digest:
-            raise _Bad(f"{name} is not what was written")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _awaited(make: Callable[[], Any]) -> Any:
+    """The result of a coroutine, from a thread of its own: this one may have a running loop, as in a notebook."""
+    with concurrent.futures.ThreadPoolExecutor(1) as one:
+        return one.submit(lambda: asyncio.run(make())).result()
 
 
 def _fsync(path: Path) -> None:
@@ -155,7 +74,7 @@ class Checkpoints:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last is at least 1 and keep_best at least 0, found {keep_last} and {keep_best}")
         self.folder, self.keep_last, self.keep_best, self.say = Path(folder).absolute(), keep_last, keep_best, say
-        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -173,8 +92,9 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """(step, score) of the lowest score, None where no checkpoint has one."""
-        return next(((-negative, score) for score, negative in self._scored()), None)
+        """(step, score) of the lowest score, None where no checkpoint has one. Every process calls it, and gets the same."""
+        found = agree.by_first(agree.gathered, lambda: next(iter(self._scored()), None))
+        return None if found is None else (-found[1], found[0])
 
     def _ranked(self) -> list[int]:
         return [-negative for _, negative in self._scored()]
@@ -182,8 +102,8 @@ class Checkpoints:
     def _scored(self) -> list[tuple[float, int]]:
         scored = []
         for step in self.steps():
-            with contextlib.suppress(_Bad, OSError):
-                score = _read_manifest(self.folder / str(step)).get("score")
+            with contextlib.suppress(Bad, ValueError, OSError):
+                score = manifest.read(self.folder / str(step)).get("score")
                 if score is not None and math.isfinite(score):
                     scored.append((score, -step))
         return sorted(scored)
@@ -191,71 +111,121 @@ class Checkpoints:
     # Writing
 
     def save(self, step: int, state: Any, meta: dict[str, Any], score: float | None = None) -> None:
-        """Begin to save; the state may be donated as soon as this returns.
+        """Begin to save; the state may be donated as soon as this returns. Every process calls it.
 
         Raises OSError if this save can't begin or an earlier one failed; the checkpoints before it are then as they were.
         """
         self.wait()
-        named = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in _leaves(state).items()}
-        entries = {}
-        for name, leaf in named.items():  # leaf by leaf: no second copy of the state
-            host = np.asarray(leaf)
-            entries[name] = {"shape": list(host.shape), "dtype": host.dtype.name, "xxh3": hash_array(host)}
+        named = {name: _saved_as(leaf) for name, leaf in manifest.leaves(state).items()}
         body = {
+            "layout": manifest.LAYOUT,
             "step": step,
             "score": None if score is None else float(score),
-            "leaves": entries,
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "meta": meta,
         }
-        _seal(body)  # a meta that isn't JSON fails here, before anything is written
-        temporary = self.folder / f"{step}.tmp"
+        manifest.sealed(body)  # a meta that isn't JSON fails here, before anything is written
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob("*.tmp"):  # of a process that was killed
-                shutil.rmtree(stale)
-            temporary.mkdir()
-            self._orbax = self._orbax or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-            arrays = {name: leaf for name, leaf in named.items() if leaf.size}  # zarr has no empty arrays
-            self._orbax.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+            topic = agree.by_first(agree.gathered, lambda: self._begin(step))
         except Exception as error:
-            raise self._failed(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, body), name=f"checkpoint-{step}")
+            raise OSError(*self._undone(step, error), str(self.folder)) from error
+        entries, written = {}, lambda: None
+        try:
+            entries = {name: manifest.entry(leaf, agree.is_first()) for name, leaf in named.items()}
+            self._orbax = self._orbax or ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
+            written = self._written(self.folder / f"{step}.tmp" / "state", named)
+        except Exception as error:
+            written = _raiser(error)  # where the others hear of it
+        told = agree.Files(self.folder / ".told", topic, LIMIT_S)
+        self._thread = threading.Thread(target=self._finish, args=(body, entries, written, told), name=f"checkpoint-{step}")
         self._thread.start()
 
-    def _finish(self, step: int, body: dict[str, Any]) -> None:
-        temporary, final = self.folder / f"{step}.tmp", self.folder / str(step)
+    def _begin(self, step: int) -> str:
+        """The folders of a save, for process 0 to make. Returns a name that no save had before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*self.folder.glob("*.tmp"), *self.folder.glob(".told")):  # of a process that was killed
+            shutil.rmtree(stale)
+        (self.folder / f"{step}.tmp" / "state").mkdir(parents=True)
+        if jax.process_count() > 1:
+            (self.folder / ".told").mkdir()
+        return f"checkpoint-{step}-{secrets.token_hex(8)}"
+
+    def _written(self, folder: Path, named: dict[str, Any]) -> Callable[[], None]:
+        """Hand the arrays to Orbax, which copies them; returns what waits until this process's are written."""
+        arrays = {name: leaf for name, leaf in named.items() if leaf.size}  # zarr has no empty arrays
+        how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
+        orbax = self._orbax
+        assert orbax is not None
+        futures = _awaited(lambda: orbax.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(arrays, save_args=how)))
+
+        def wait() -> None:
+            for future in futures or ():
+                future.result()
+
+        return wait
+
+    def _finish(self, body: dict[str, Any], entries: dict[str, Any], written: Callable[[], None], told: agree.Files) -> None:
+        """The stages of a save after its begin, each of them entered when all processes are through the one before.
+
+        A thread's work, so no device takes part.
+        """
+        step = body["step"]
+        temporary = self.folder / f"{step}.tmp"
         try:
-            assert self._orbax is not None
-            self._orbax.wait_until_finished()
-            files = sorted(p for p in (temporary / "state").rglob("*") if p.is_file())
-            body["files"] = {p.relative_to(temporary).as_posix(): [p.stat().st_size, _hash_file(p)] for p in files}
-            _write_durably(temporary / "manifest.json", _seal(body))
-            for _ in self._read(temporary, _read_manifest(temporary)):
-                pass
-            if final.exists():
-                final.rename(self.folder / f"{step}.replaced.tmp")
-            temporary.rename(final)
-            _fsync(self.folder)
+            agree.settle(told, written)
+            files = agree.by_first(told, lambda: self._merged(temporary))
+            mine = files[jax.process_index() :: jax.process_count()]
+            said = agree.settle(told, lambda: [entries, manifest.hashes(temporary, mine)])
+            body["leaves"] = manifest.joined([part for part, _ in said])
+            body["files"] = {name: found for _, part in said for name, found in sorted(part.items())}
+            agree.by_first(told, lambda: _write_durably(temporary / "manifest.json", manifest.sealed(body)))
+            agree.settle(told, lambda: readback.compare(temporary))
+            agree.by_first(told, lambda: self._publish(step))
         except Exception as error:
-            self._error = self._failed(step, error)
-            return
+            self._error = self._heard(step, error, told)
+        if agree.is_first():
+            shutil.rmtree(self.folder / ".told", ignore_errors=True)
+
+    def _merged(self, temporary: Path) -> list[str]:
+        """Make one of what the processes wrote; returns the files that it is in."""
+        assert self._orbax is not None
+        self._orbax.finalize(epath.Path(temporary / "state"))
+        return sorted(p.relative_to(temporary).as_posix() for p in (temporary / "state").rglob("*") if p.is_file())
+
+    def _publish(self, step: int) -> None:
+        temporary, final = self.folder / f"{step}.tmp", self.folder / str(step)
+        if final.exists():
+            final.rename(self.folder / f"{step}.replaced.tmp")
+        temporary.rename(final)
+        _fsync(self.folder)
         self._prune()
 
-    def _failed(self, step: int, error: Exception) -> OSError:
-        shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
-        replaced = self.folder / f"{step}.replaced.tmp"
-        if replaced.exists() and not (self.folder / str(step)).exists():
-            with contextlib.suppress(OSError):
-                replaced.rename(self.folder / str(step))
-        text, number = _first_line(error), getattr(error, "errno", None) or errno.EIO
+    def _heard(self, step: int, error: Exception, told: agree.Files) -> OSError:
+        """The error of a save as process 0 puts it; where it can't be asked, as this process does."""
+        try:
+            if isinstance(error, TimeoutError):
+                raise error
+            number, text = agree.by_first(told, lambda: self._undone(step, error))
+        except OSError:
+            number, text = self._undone(step, error)
+        return OSError(number, text, str(self.folder))
+
+    def _undone(self, step: int, error: Exception) -> tuple[int, str]:
+        """Remove what a failed save left. Returns the errno and the line that says what is still there."""
+        if agree.is_first():
+            shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
+            replaced = self.folder / f"{step}.replaced.tmp"
+            if replaced.exists() and not (self.folder / str(step)).exists():
+                with contextlib.suppress(OSError):
+                    replaced.rename(self.folder / str(step))
+        text, number = first_line(error), getattr(error, "errno", None) or errno.EIO
         if number == errno.ENOSPC or re.search(r"No space left|RESOURCE_EXHAUSTED|Disk quota", str(error)):
             number, text = errno.ENOSPC, "no space left on the disk"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"the folder can't be written ({os.strerror(number)})"
         kept = self.steps() if os.access(self.folder, os.R_OK | os.X_OK) else []
         intact = f"checkpoints of steps {', '.join(map(str, kept))} are intact" if kept else "there is no earlier checkpoint"
-        return OSError(number, f"checkpoint of step {step} was not written: {text}; {intact}", str(self.folder))
+        return number, f"checkpoint of step {step} was not written: {text}; {intact}"
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -293,41 +263,30 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int] | None:
         """(state, meta, step) of the newest checkpoint that is what its manifest says, or None where there is none.
 
-        The leaves take the shardings of `abstract_state`, on any mesh. A bad checkpoint is renamed to `<step>.bad` and the next
-        older one is taken. With `step` only that one is tried. Raises ValueError where the checkpoint is of another tree.
+        The leaves take the shardings of `abstract_state`, on any mesh and any number of processes, all of which call this. A bad
+        checkpoint is renamed to `<step>.bad` and the next older one is taken. With `step` only that one is tried. Raises
+        ValueError where the checkpoint is of another tree.
         """
         self.wait()
-        steps = self.steps()
+        steps = agree.by_first(agree.gathered, self.steps)
         if step is not None and step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
         for candidate in [step] if step is not None else reversed(steps):
             folder = self.folder / str(candidate)
+            found: dict[str, Any] = {}
             try:
-                manifest = _read_manifest(folder)
-                _check_tree(abstract_state, manifest["leaves"], folder)
-                _check_files(folder, manifest["files"])
-                placed: dict[str, jax.Array] = {}
-                wanted = _leaves(abstract_state)
-                for arrays in self._read(folder, manifest):
-                    placed.update({name: _place(array, wanted[name]) for name, array in arrays.items()})
-            except _Bad as error:
-                self._quarantine(folder, error)
-                if step is not None:
-                    raise ValueError(f"{folder}: {error}") from error
-                continue
+                bad = [b for b in agree.settle(agree.gathered, lambda: readback.take(folder, abstract_state, found)) if b]  # noqa: B023
             except OSError as error:
                 raise OSError(error.errno, f"the checkpoint can't be read: {error.strerror}", str(folder)) from error
-            leaves = [placed[name] for name in wanted]
-            return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), manifest["meta"], candidate
+            if not bad:
+                return found["state"], found["meta"], candidate
+            agree.by_first(agree.gathered, lambda: self._quarantine(folder, bad[0]))  # noqa: B023
+            if step is not None:
+                raise ValueError(f"{folder}: {bad[0]}")
         return None
 
-    def _read(self, folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-        entries = manifest["leaves"]
-        for names in _groups(list(entries), lambda n: math.prod(entries[n]["shape"]) * np.dtype(entries[n]["dtype"]).itemsize):
-            yield _read_group(folder, {name: entries[name] for name in names})
-
-    def _quarantine(self, folder: Path, reason: _Bad) -> None:
+    def _quarantine(self, folder: Path, reason: str) -> None:
         target, count = folder.with_suffix(".bad"), 1
         while target.exists():
             count += 1
@@ -341,22 +300,8 @@ class Checkpoints:
             self.say(f"checkpoint of step {folder.name} is bad ({reason}); it can't be renamed ({error.strerror}), {then}")
 
 
-def _check_tree(abstract: Any, entries: dict[str, Any], folder: Path) -> None:
-    wanted = {n: (list(leaf.shape), np.dtype(leaf.dtype).name) for n, leaf in _leaves(abstract).items()}
-    found = {n: (e["shape"], e["dtype"]) for n, e in entries.items()}
-    wrong = [n for n in {**wanted, **found} if wanted.get(n) != found.get(n)]
-    if wrong:
-        told = [f"{n}: found {_shown(found.get(n))}, wanted {_shown(wanted.get(n))}" for n in wrong[:3]]
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or use another name")
+def _raiser(error: Exception) -> Callable[[], None]:
+    def act() -> None:
+        raise error
 
-
-def _shown(entry: tuple[list[int], str] | None) -> str:
-    return "nothing" if entry is None else f"{entry[1]}{entry[0]}"
-
-
-def _place(array: np.ndarray, like: Any) -> jax.Array:
-    sharding = getattr(like, "sharding", None)
-    if sharding is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return act

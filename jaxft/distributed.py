@@ -6,21 +6,24 @@ Nothing here is called by a run of one process in another way than by one of man
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxft import launch, sharding
+from jaxft import agree, launch, sharding
 
 AGAIN = 75  # exit code where nothing is wrong with the run and it is to be started again (EX_TEMPFAIL of sysexits.h)
+LONG = 86400  # seconds; while processes wait for one another the watchdog decides what is too long
 LOST = ("gloo", "nccl", "peer", "connection", "unavailable", "aborted", "deadline", "cancelled", "coordination", "heartbeat")
 
 
@@ -48,18 +51,10 @@ class Hosts:
     phase_seconds: float = 7200.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "processes",
-            "devices",
-            "start_seconds",
-            "heartbeat_seconds",
-            "stop_seconds",
-            "step_seconds",
-            "phase_seconds",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"hosts.{name} is above 0, found {value}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("coordinator", "process") and value is not None and value <= 0:
+                raise ValueError(f"hosts.{field.name} is above 0, found {value}")
         if self.process is not None and self.coordinator is None:
             raise ValueError(f"hosts.process={self.process} goes with hosts.coordinator=host:port of process 0; set that too")
 
@@ -113,9 +108,8 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
     except RuntimeError as error:
         where = f"coordinator {found.coordinator}" if found.coordinator else "the coordinator that jax found"
         count = f"process {found.process} of {found.processes}" if found.processes else "this process"
-        raise ValueError(
-            f"{count} ({found.by}): {where} was not reached by all in {hosts.start_seconds} s (hosts.start_seconds): {one_line(error)}"
-        ) from error
+        bound = f"{hosts.start_seconds} s (hosts.start_seconds)"
+        raise ValueError(f"{count} ({found.by}): {where} was not reached by all within {bound}: {one_line(error)}") from error
     _announce(found, hosts)
 
 
@@ -218,9 +212,9 @@ def _sentinel() -> Any:
 
 def _watch_from_outside(heartbeat: int) -> None:
     told = (
-        f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave no sign "
-        f"of life for {heartbeat} s (hosts.heartbeat_seconds); start the same command again on all hosts, it goes on from the "
-        "newest checkpoint"
+        f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave no "
+        f"sign of life for {heartbeat} s (hosts.heartbeat_seconds); start the same command again on all hosts, it goes on from "
+        "the newest checkpoint"
     )
     _sentinel().stdin.write(f"{told}\n".encode())
     _sentinel().stdin.flush()
@@ -237,25 +231,6 @@ def silence() -> None:
 # What they agree on
 
 
-def gathered(text: str) -> list[str]:
-    """The texts that all processes give, by process. All of them must call it; raises Refused where one came with an error."""
-    return _exchanged(text, "") if several() else [text]
-
-
-def _exchanged(text: str, failure: str) -> list[str]:
-    """Every exchange carries errors too, so that a process that fails meets the others wherever they wait for it."""
-    data = np.frombuffer(json.dumps([text, failure]).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
-    whole = 1 << max(8, int(sizes.max()).bit_length())  # few sizes, so that few programs are compiled
-    rows = np.asarray(multihost_utils.process_allgather(np.pad(data, (0, whole - len(data)))))
-    found = [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
-    wrong = [(i, told) for i, (_, told) in enumerate(found) if told]
-    if wrong:
-        i, told = wrong[0]
-        raise Refused(told if i == 0 or len(wrong) == len(found) else f"process {i} of {len(found)}: {told}")
-    return [own for own, _ in found]
-
-
 def agreed(work: Callable[[], Any]) -> Any:
     """`work()` on every process. What a user can mend on one of them ends all: raises Refused with the first one's text.
 
@@ -268,22 +243,64 @@ def agreed(work: Callable[[], Any]) -> Any:
     except Refused:
         raise
     except (ValueError, OSError, ImportError) as error:
-        _exchanged("", one_line_of(error))
-    gathered("")
+        told = ValueError(one_line_of(error))
+        _said(lambda: _raise(told))
+    meet()
     return result
+
+
+def meet() -> None:
+    """Wait until all processes are here. Raises Refused where one comes with an error."""
+    if several():
+        _said(lambda: None)
+
+
+@functools.cache
+def _meetings() -> Iterator[int]:
+    return itertools.count()
 
 
 def by_first(work: Callable[[], Any]) -> Any:
     """What `work()` returns on process 0, as JSON, for all of them; its error is the error of all, as in `agreed`."""
     if not several():
         return work()
-    return agreed(lambda: json.loads(gathered(json.dumps(work()) if is_first() else "")[0]))
+    return agreed(lambda: _said(lambda: work() if is_first() else None)[0])
 
 
 def first_then_others(work: Callable[[], Any]) -> Any:
     """`work()` on process 0 and, once that is done, on the others, which find in caches what it has left there."""
     early = agreed(lambda: [work()] if is_first() else [])
     return early[0] if early else work()
+
+
+def _said(act: Callable[[], Any]) -> list[Any]:
+    """What `act()` gives on each process, or Refused on all."""
+
+    def exchange(mine: str) -> list[str]:
+        wait = ocp.multihost.get_barrier_sync_fn()  # over the coordination service: gloo's collectives give up after 30 s
+        wait(key=f"jaxft-{next(_meetings())}", timeout_ms=1000 * LONG)
+        return agree.gathered(mine)
+
+    try:
+        return agree.settle(exchange, act)
+    except (ValueError, OSError) as error:
+        raise Refused((isinstance(error, OSError) and error.strerror) or str(error)) from error
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def fetched(tree: Any) -> Any:
+    """The arrays of a tree as process 0 writes them: each gathered from all processes in turn, None on the others."""
+    if not several():
+        return tree
+
+    def fetch(x: Any) -> Any:
+        host = multihost_utils.process_allgather(x, tiled=True) if isinstance(x, jax.Array) else x
+        return host if is_first() else None
+
+    return jax.tree.map(fetch, tree)
 
 
 def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
@@ -294,9 +311,9 @@ def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str
     if not several():
         return
     text = json.dumps(known, sort_keys=True, default=str)
-    if len(set(gathered(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+    if len(set(_said(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
-    first, *others = map(json.loads, gathered(text))
+    first, *others = map(json.loads, _said(lambda: text))
     number, lines = next((i, found) for i, other in enumerate(others, 1) if (found := differences(first, other)))
     raise Refused(
         f"process {number} of {jax.process_count()} has other settings, rows or libraries than process 0 "

@@ -36,9 +36,9 @@ class Launch:
 def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping[str, str]) -> Launch | None:
     """This process's place, None where it is alone.
 
-    explicit: (coordinator, processes, process) of the settings; what is None there is taken from JAXFT_COORDINATOR, JAXFT_PROCESSES
-    and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this order. A count without a
-    coordinator is no launch but a claim, see distributed.Hosts. Raises ValueError for what contradicts itself.
+    explicit: (coordinator, processes, process) of the settings; what is None there is taken from JAXFT_COORDINATOR,
+    JAXFT_PROCESSES and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this order. A
+    count without a coordinator is no launch but a claim, see distributed.Hosts. Raises ValueError for what contradicts itself.
     """
     coordinator = explicit[0] or environ.get(OWN[0])
     given = [value if value is not None else _number(environ, name) for value, name in zip(explicit[1:], OWN[1:], strict=True)]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import devices, lora, metrics, params, prepare
+from jaxft import devices, distributed, lora, metrics, params, prepare
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.params import Model
@@ -187,7 +187,11 @@ class Trace:
 
 def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Path) -> Path:
     """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged)."""
-    if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
+    only_adapter = run.adapter and not any(jax.tree.leaves(t.mask["base"]))
+    whole = distributed.fetched({"adapter": whole["adapter"]} if only_adapter else whole)
+    if not distributed.is_first():
+        return folder / ("adapter" if only_adapter else "model")
+    if only_adapter:
         peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights)
         tokenizer.save_pretrained(folder / "adapter")
         return folder / "adapter"

@@ -374,6 +374,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     model = p.trained.model.with_attention(kernel)
     answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
+    distributed.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
@@ -422,7 +423,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     watchdog.at(f"what comes after step {done}")
     if stop:
         log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
-        distributed.gathered("")  # nobody leaves while another one saves
+        distributed.meet()  # nobody leaves while another one saves
         return 128 + stop
 
     after = look(state)
@@ -440,7 +441,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
         report.write_card(job, out, before, after, words)
         summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
-    distributed.gathered("")  # the run is finished for all or for none
+    distributed.meet()  # the run is finished for all or for none
     for line in report.closing(job, out, before, after, words):
         log.message(line)
     return 0

@@ -97,7 +97,8 @@ class Watchdog:
             faulthandler.dump_traceback(file=2, all_threads=True)
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor
+        bound = f"bound {self._bound:g} s: {self._setting}"
         distributed.end(
-            f"{distributed.who()}: nothing moved for {self._waited:.0f} s in {self._phase} (bound {self._bound:.0f} s: {self._setting}); "
-            "the stacks above show where it waits; start the same command again, it goes on from the newest checkpoint"
+            f"{distributed.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
+            "where it waits; start the same command again, it goes on from the newest checkpoint"
         )

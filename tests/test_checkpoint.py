@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft import checkpoint, tree
+from jaxft import checkpoint, manifest, tree
 from jaxft.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,8 +148,8 @@ def test_every_bit_of_the_manifest_counts(two, tmp_path):
         data = bytearray(whole)
         data[i // 8] ^= 1 << int(i % 8)
         (folder / "manifest.json").write_bytes(bytes(data))
-        with pytest.raises(checkpoint._Bad, match="damaged"):
-            checkpoint._read_manifest(folder)
+        with pytest.raises(manifest.Bad, match="damaged"):
+            manifest.read(folder)
 
 
 def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, tmp_path):
@@ -158,8 +158,9 @@ def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, 
     body = json.loads(path.read_text())
     body.pop("xxh3")
     name = "trainable.adapter.layers.q.a"
-    body["leaves"][name]["xxh3"] = body["leaves"][name]["xxh3"][::-1]
-    path.write_text(checkpoint._seal(body))
+    shards = body["leaves"][name]["shards"]
+    shards["0:2,0:12,0:3"] = shards["0:2,0:12,0:3"][::-1]
+    path.write_text(manifest.sealed(body))
     said: list[str] = []
     restored = Checkpoints(folder, say=said.append).restore(abstract(make_state(0)))
     assert restored is not None and restored[2] == 1 and f"leaf {name}: xxh3" in said[0]

@@ -1,0 +1,47 @@
+"""Several real processes on the loopback, each with some simulated devices, that run one piece of code."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+START = """
+import os, sys
+import jax
+me, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, me, heartbeat_timeout_seconds=10)
+"""
+
+
+def start(code: str, count: int, devices: int, *args: object) -> list[subprocess.Popen]:
+    """`count` processes with `devices` devices each; the code finds `me`, `count` and its own arguments from sys.argv[4]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-c", START + textwrap.dedent(code)]
+    tail = [str(arg) for arg in args]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen([*command, str(i), str(count), str(port), *tail], stdout=pipe, stderr=pipe, text=True, env=env)
+        for i in range(count)
+    ]
+
+
+def outputs(processes: list[subprocess.Popen], timeout: float = 120) -> list[str]:
+    """What each printed; all of them must end well."""
+    try:
+        told = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, (out, err) in zip(processes, told, strict=True):
+        assert p.returncode == 0, f"{out}\n{err[-3000:]}"
+    return [out for out, _ in told]
