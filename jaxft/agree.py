@@ -4,7 +4,9 @@ An exchange gives each process's text to all: `gathered` over the devices, `File
 """
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ class Files:
         try:
             self._barrier(key=f"{self._topic}-{self._count}-{what}", timeout_ms=int(1000 * self._limit))
         except Exception as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
             raise TimeoutError(f"a process is gone, or did not come within {self._limit:g} s ({why})") from error
 
     def _read(self, number: int) -> str:
@@ -76,8 +78,9 @@ class Files:
         except OSError:
             told = [p.suffix for p in self._folder.glob(f"{name}.errno*")] if self._folder.is_dir() else []
             digits = told[0].removeprefix(".errno") if told else ""
-            why = "it could not write" if told else f"nothing of it is in {self._folder}; do all processes see the same folder?"
-            return json.dumps({"error": why, "kind": 0, "errno": int(digits) if digits.isdigit() else 5})
+            known = int(digits) if digits.isdigit() else errno.EIO
+            why = os.strerror(known) if told else f"nothing of it is in {self._folder}; do all processes see the same folder?"
+            return json.dumps({"error": why, "kind": 0, "errno": known})
 
 
 def settle(exchange: Exchange, act: Callable[[], Any]) -> list[Any]:
@@ -106,7 +109,7 @@ def settle(exchange: Exchange, act: Callable[[], Any]) -> list[Any]:
 def _rebuilt(number: int, told: dict[str, Any]) -> Exception:
     text = f"process {number}: {told['error']}"
     kind = KINDS[told["kind"]] if told["kind"] < len(KINDS) else RuntimeError
-    return OSError(told["errno"] or 5, text) if kind is OSError else kind(text)
+    return OSError(told["errno"] or errno.EIO, text) if kind is OSError else kind(text)
 
 
 def by_first(exchange: Exchange, act: Callable[[], Any]) -> Any:

@@ -127,6 +127,7 @@ class Checkpoints:
         manifest.sealed(body)  # a meta that isn't JSON fails here, before anything is written
         try:
             topic = agree.by_first(agree.gathered, lambda: self._begin(step))
+            agree.settle(agree.gathered, lambda: self._see(step))
         except Exception as error:
             raise OSError(*self._undone(step, error), str(self.folder)) from error
         entries, written = {}, lambda: None
@@ -149,6 +150,11 @@ class Checkpoints:
         if jax.process_count() > 1:
             (self.folder / ".told").mkdir()
         return f"checkpoint-{step}-{secrets.token_hex(8)}"
+
+    def _see(self, step: int) -> None:
+        if not (self.folder / f"{step}.tmp").is_dir():
+            text = f"what process 0 made in {self.folder} is not seen; put the run where all processes see the same folder"
+            raise OSError(errno.ENOENT, text)
 
     def _written(self, folder: Path, named: dict[str, Any]) -> Callable[[], None]:
         """Hand the arrays to Orbax, which copies them; returns what waits until this process's are written."""
@@ -218,7 +224,8 @@ class Checkpoints:
             if replaced.exists() and not (self.folder / str(step)).exists():
                 with contextlib.suppress(OSError):
                     replaced.rename(self.folder / str(step))
-        text, number = first_line(error), getattr(error, "errno", None) or errno.EIO
+        number = getattr(error, "errno", None) or errno.EIO
+        text = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         if number == errno.ENOSPC or re.search(r"No space left|RESOURCE_EXHAUSTED|Disk quota", str(error)):
             number, text = errno.ENOSPC, "no space left on the disk"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -68,7 +68,7 @@ def _restored(folder: Path, wanted: dict[str, Any], entries: dict[str, Any]) -> 
         placed.update(group)
     for name in wanted.keys() - placed.keys():
         zeros = np.zeros(wanted[name].shape, wanted[name].dtype)
-        placed[name] = jax.make_array_from_callback(zeros.shape, places[name], zeros.__getitem__)  # device_put would be a collective
+        placed[name] = jax.make_array_from_callback(zeros.shape, places[name], zeros.__getitem__)  # device_put is a collective
     return placed
 
 

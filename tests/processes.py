@@ -1,17 +1,21 @@
 """Several real processes on the loopback, each with some simulated devices, that run one piece of code."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 START = """
-import os, sys
+import json, os, sys
 import jax
+def tell(value):
+    print("\\ntold " + json.dumps(value), flush=True)
 me, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -20,7 +24,10 @@ if count > 1:
 
 
 def start(code: str, count: int, devices: int, *args: object) -> list[subprocess.Popen]:
-    """`count` processes with `devices` devices each; the code finds `me`, `count` and its own arguments from sys.argv[4]."""
+    """`count` processes with `devices` devices each, that run `code`.
+
+    It finds `me`, `count`, its own arguments from sys.argv[4] on, and `tell(JSON value)`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,13 +42,13 @@ def start(code: str, count: int, devices: int, *args: object) -> list[subprocess
     ]
 
 
-def outputs(processes: list[subprocess.Popen], timeout: float = 120) -> list[str]:
-    """What each printed; all of them must end well."""
+def told(processes: list[subprocess.Popen], timeout: float = 120) -> list[list[Any]]:
+    """What each of them told; all must end well."""
     try:
-        told = [p.communicate(timeout=timeout) for p in processes]
+        texts = [p.communicate(timeout=timeout) for p in processes]
     finally:
         for p in processes:
             p.kill()
-    for p, (out, err) in zip(processes, told, strict=True):
+    for p, (out, err) in zip(processes, texts, strict=True):
         assert p.returncode == 0, f"{out}\n{err[-3000:]}"
-    return [out for out, _ in told]
+    return [[json.loads(line[5:]) for line in out.splitlines() if line.startswith("told ")] for out, _ in texts]
