@@ -139,7 +139,7 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
             trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
         aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
+        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
         one = jnp.ones((), norm.dtype)
         found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
         return TrainState(state.step + 1, trainable, opt_state, aux, bad), found

@@ -21,14 +21,14 @@ class Several:
         self.first = self.places[0]
         self.processes = []
 
-    def start(self, *argv, own=None, hook=""):
+    def start(self, *argv, own=None, hook="", **environment):
         """Begin the run on all processes. own: further arguments of one of them, by its number."""
         coordinator, count = f"127.0.0.1:{free_port()}", len(self.places)
         self.processes = []
         for i, place in enumerate(self.places):
             who = {"JAXFT_COORDINATOR": coordinator, "JAXFT_PROCESSES": str(count), "JAXFT_PROCESS": str(i)}
             arguments = [*argv, *(own or {}).get(i, ())]
-            self.processes.append(place.start(*arguments, devices=8 // count, hook=hook, **who))
+            self.processes.append(place.start(*arguments, devices=8 // count, hook=hook, **who, **environment))
         return self.processes
 
     def codes(self, seconds=150):
