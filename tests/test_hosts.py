@@ -104,7 +104,17 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
         assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-TRAINED = ["batch=8", "micro=1", "dropout=0.2", "loop.eval_every=2", "samples=1", "epochs=9", "steps=6", "mesh.data=2", "mesh.fsdp=4"]
+TRAINED = [
+    "batch=8",
+    "micro=1",
+    "dropout=0.2",
+    "loop.eval_every=2",
+    "samples=1",
+    "epochs=9",
+    "steps=6",
+    "mesh.data=2",
+    "mesh.fsdp=4",
+]
 
 
 @pytest.fixture(scope="module")
