@@ -1,4 +1,4 @@
-"""Laws of a run over several processes: as one process, through kills, stalls and signals; with real processes on the loopback."""
+"""Laws of a run over several real processes: as one process, through kills, stalls and signals."""
 
 import json
 import os
@@ -106,7 +106,6 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
 
 TRAINED = [
     "batch=8",
-    "micro=1",
     "dropout=0.2",
     "loop.eval_every=2",
     "samples=1",

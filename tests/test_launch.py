@@ -1,4 +1,4 @@
-"""Which process this is, from what launchers set; and the launch files: what they say is what detection and scripts/train.py take."""
+"""Which process this is, from what launchers set; launch files say what detection and scripts/train.py take."""
 
 import json
 import os
