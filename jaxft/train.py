@@ -398,7 +398,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
             done = step + 1
             watchdog.step(done)
             trace.before(done)
-            asked = votes.cast(lambda: interrupt.signal)
+            stopping = votes.cast(lambda: interrupt.signal)
             batch = source.batch(step, state)
             state, found = train_step(state, frozen, sharding.place_batch(p.mesh, batch))
             meter.add(step, batch, found)
@@ -412,7 +412,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
                     numbers = measure(state)
                 score = numbers["eval_loss"]
                 log.step(done, numbers, {})
-            stop = asked()
+            stop = stopping()
             if done % r.loop.save_every == 0 or done == job.steps or score is not None or stop:
                 meta = {"record": job.record, "counters": meter.counters(), "before": before}
                 watchdog.at(f"saving after step {done}")
