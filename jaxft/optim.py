@@ -308,7 +308,9 @@ def _rows_in_turn(update: Callable, grads: Any, now: Any, key: Array | None) -> 
 
 
 def _after(x: Array, done: Array) -> Array:
-    """x, in a form that can't be computed before `done`, which is finite."""
+    """x, in a form that can't be computed before `done`, which is finite. On a mesh that would move `done`: x as it is."""
+    if sharding.is_spread():
+        return x
 
     def waits(x, done):
         return jnp.where(jnp.isfinite(done.ravel()[0]), x, jnp.zeros((), x.dtype))

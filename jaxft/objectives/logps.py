@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from jaxft.params import Model, is_spec
-from jaxft.sharding import constrain, gathered, parts
+from jaxft.sharding import constrain, gathered, is_spread, parts
 from jaxft.tree import struct
 
 CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in float32
@@ -30,11 +30,6 @@ class LogProbs:
     top1: Array
     square: Array
     mean_logit: Array
-
-
-def gather_read(h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M D"]:
-    """Hidden states at the read positions, row by row: on a mesh nothing moves between rows."""
-    return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
 
 
 def token_logps(model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"]) -> LogProbs:
@@ -69,7 +64,7 @@ def _plan(model: Model, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
     head = model.head(params)
     axes = _axes(model.head({name: model.specs[name] for name in params}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
-    own = B * vocab // parts(("rows", "act_vocab"), (B, vocab))
+    own = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))
     size = max(1, min(M, CHUNK_LOGITS // own))
     count = -(-M // size)
     return head, axes, count, -M % count
@@ -86,10 +81,16 @@ def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(axes for found in jax.tree.leaves(known, is_leaf=lambda x: isinstance(x, list)) for axes in found)
 
 
-def _lay(head: Any, axes: tuple[tuple[str, ...], ...]) -> Any:
-    """The head as products use it, gathered along fsdp."""
+def _lay(head: Any, axes: tuple[tuple[str, ...], ...], dtype: Any) -> Any:
+    """The head as products in `dtype` use it, rounded to that where it lies and then gathered, in its own dtype again."""
     leaves, structure = jax.tree.flatten(head)
-    return jax.tree.unflatten(structure, [constrain(x, *gathered(a)) for x, a in zip(leaves, axes, strict=True)])
+
+    def lay(x: Array, a: tuple[str, ...]) -> Array:
+        if not is_spread() or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+            return constrain(x, *gathered(a))
+        return constrain(constrain(x.astype(dtype), *a), *gathered(a)).astype(x.dtype)
+
+    return jax.tree.unflatten(structure, [lay(x, a) for x, a in zip(leaves, axes, strict=True)])
 
 
 def _chunks(x: Array, count: int) -> Array:
@@ -103,7 +104,7 @@ def _rows(x: Array) -> Array:
 
 
 def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
-    logits = constrain(logits, "rows", "time", "act_vocab")
+    logits = constrain(logits, None, None, "act_vocab")
     lse = jax.nn.logsumexp(logits, -1)
     at = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     p = jnp.exp(logits - lse[..., None])
@@ -114,7 +115,7 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked(logits_fn, count, axes, head, h, targets):
-    head = _lay(head, axes)
+    head = _lay(head, axes, h.dtype)
 
     def body(_, chunk):
         return None, _read(logits_fn(head, chunk[0]), chunk[1])[0]
@@ -128,7 +129,7 @@ def _slope(p: Array, targets: Array) -> Array:
 
 
 def _chunked_fwd(logits_fn, count, axes, head, h, targets):
-    whole = _lay(head, axes)
+    whole = _lay(head, axes, h.dtype)
 
     def body(_, chunk):
         x, t = chunk
@@ -144,7 +145,7 @@ def _chunked_bwd(logits_fn, count, axes, residuals, g):
     head, h, targets, slope = residuals
     dh = (slope.astype(g.logp.dtype) * g.logp[..., None]).astype(h.dtype)
     every = [True] * len(axes)
-    leaves, structure, floats, start = _accumulators(head, axes, h.shape[0], every)
+    leaves, structure, floats, start = _accumulators(head, axes, h, every)
 
     def body(total, chunk):
         def block(x, t, weight):
@@ -157,15 +158,15 @@ def _chunked_bwd(logits_fn, count, axes, residuals, g):
     return _reduced(structure, axes, total), dh, None
 
 
-def _accumulators(head, axes, rows, wanted):
+def _accumulators(head, axes, h, wanted):
     """(leaves of the head as products use it, its structure, those that are floats and `wanted`, zeros for their gradients,
     one for each block of rows on a mesh)."""
-    leaves, structure = jax.tree.flatten(_lay(head, axes))
+    leaves, structure = jax.tree.flatten(_lay(head, axes, h.dtype))
     floats = [w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)]
-    blocks = parts(("rows",), (rows,))
+    blocks = parts(("read_rows",), h.shape[:1])
 
     def start(w, a):
-        return None if w is None else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "rows", *gathered(a))
+        return None if w is None else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -176,7 +177,7 @@ def _filled(structure, leaves, floats):
 
 def _by_block(fn, *chunk):
     """fn over [blocks, rows of a block], so that each part of a mesh adds up a gradient of its own."""
-    blocks = parts(("rows",), chunk[0].shape[:1])
+    blocks = parts(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # not by vmap: XLA's CPU compiler sums over [1, rows, M, V] at a twentieth of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))
     return jax.vmap(fn)(*(x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:]) for x in chunk))
@@ -201,7 +202,7 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
     trained = [p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal)]
     head, h, targets, weights = jax.tree.map(lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal)
     weights = weights.astype(np.promote_types(h.dtype, np.float32))  # jnp's own raises under strict promotion
-    leaves, structure, floats, start = _accumulators(head, axes, h.shape[0], trained)
+    leaves, structure, floats, start = _accumulators(head, axes, h, trained)
 
     def body(total, chunk):
         def block(x, t, weight):

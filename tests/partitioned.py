@@ -1,0 +1,57 @@
+"""What a partitioned program moves between devices, before a backend rewrites it (a CPU reduces 16-bit floats in 32 bits)."""
+
+import contextlib
+import math
+import re
+from dataclasses import dataclass
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One array of a collective: its kind, dtype, shape on a device, and the operation it is part of."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+
+@contextlib.contextmanager
+def without_cache():
+    """Programs are compiled, not found in the cache: what is found there is neither dumped nor warned of."""
+    _use_cache(False)
+    try:
+        yield
+    finally:
+        _use_cache(True)
+
+
+def _use_cache(use):
+    jax.config.update("jax_enable_compilation_cache", use)
+    compilation_cache.reset_cache()
+
+
+def moved(lowered, folder):
+    """Every collective of a lowered program after SPMD partitioning. folder: an empty one, for XLA's dump."""
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd.*", "xla_backend_optimization_level": 0}
+    with without_cache():
+        lowered.compile(compiler_options=options)
+    (text,) = (path.read_text() for path in folder.glob("*after_spmd-partitioning*"))
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
+        alone = re.search(r"replica_groups=(\{\{0\},|\[\d+,1\]<=)", line)  # groups of one device: nothing moves
+        if match and not alone:
+            name = re.search(r'op_name="([^"]*)"', line)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+                found.append(Moved(match[2], dtype, tuple(map(int, filter(None, dims.split(",")))), name[1] if name else ""))
+    return found
