@@ -5,9 +5,11 @@ An exchange gives each process's text to all: `gathered` over the devices, `File
 
 import contextlib
 import errno
+import functools
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 Exchange = Callable[[str], list[str]]
+PATIENCE = 86400  # seconds; gloo's own collectives give up after 30, and a watchdog decides what is too long
 KINDS = (OSError, ValueError, MemoryError)
 
 
@@ -24,12 +27,26 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+@functools.cache
+def _meetings() -> Iterator[int]:
+    return itertools.count()
+
+
+def meet() -> None:
+    """Wait until all processes are here, without a device. For the main thread, as `gathered`."""
+    if jax.process_count() > 1:
+        import orbax.checkpoint as ocp  # slow to import, and only several processes need it here
+
+        ocp.multihost.get_barrier_sync_fn()(key=f"jaxft-meet-{next(_meetings())}", timeout_ms=1000 * PATIENCE)
+
+
 def gathered(mine: str) -> list[str]:
     """Every process's text, by process, over the devices.
 
     For the main thread only, at the same point among its other collectives on every process: from another thread it could meet
     a training step's collectives in another order than on the other processes, and wait for ever.
     """
+    meet()
     data = np.frombuffer(mine.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([data.size], np.int32)).reshape(-1)
     room = max(1024, 1 << (int(sizes.max()) - 1).bit_length())  # few sizes, so few programs

@@ -6,7 +6,6 @@ Nothing here is called by a run of one process in another way than by one of man
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import os
 import subprocess
@@ -17,13 +16,10 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxft import agree, launch, sharding
 
 AGAIN = 75  # exit code where nothing is wrong with the run and it is to be started again (EX_TEMPFAIL of sysexits.h)
-LONG = 86400  # seconds; while processes wait for one another the watchdog decides what is too long
 LOST = ("gloo", "nccl", "peer", "connection", "unavailable", "aborted", "deadline", "cancelled", "coordination", "heartbeat")
 
 
@@ -87,6 +83,13 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
     finally:
         if several():
             silence()
+
+
+def refuse_several(what: str) -> None:
+    """Raise ValueError where a launcher has started several processes of something that takes one."""
+    found = launch.detect((None, None, None), os.environ)
+    if found is not None:
+        raise ValueError(f"{what} runs in one process, and this is one of several ({found.by}); start it once")
 
 
 def _join(found: launch.Launch, hosts: Hosts) -> None:
@@ -255,11 +258,6 @@ def meet() -> None:
         _said(lambda: None)
 
 
-@functools.cache
-def _meetings() -> Iterator[int]:
-    return itertools.count()
-
-
 def by_first(work: Callable[[], Any]) -> Any:
     """What `work()` returns on process 0, as JSON, for all of them; its error is the error of all, as in `agreed`."""
     if not several():
@@ -275,14 +273,8 @@ def first_then_others(work: Callable[[], Any]) -> Any:
 
 def _said(act: Callable[[], Any]) -> list[Any]:
     """What `act()` gives on each process, or Refused on all."""
-
-    def exchange(mine: str) -> list[str]:
-        wait = ocp.multihost.get_barrier_sync_fn()  # over the coordination service: gloo's collectives give up after 30 s
-        wait(key=f"jaxft-{next(_meetings())}", timeout_ms=1000 * LONG)
-        return agree.gathered(mine)
-
     try:
-        return agree.settle(exchange, act)
+        return agree.settle(agree.gathered, act)
     except (ValueError, OSError) as error:
         raise Refused((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
@@ -291,16 +283,10 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def fetched(tree: Any) -> Any:
-    """The arrays of a tree as process 0 writes them: each gathered from all processes in turn, None on the others."""
-    if not several():
-        return tree
-
-    def fetch(x: Any) -> Any:
-        host = multihost_utils.process_allgather(x, tiled=True) if isinstance(x, jax.Array) else x
-        return host if is_first() else None
-
-    return jax.tree.map(fetch, tree)
+def all_alike(known: Any) -> bool:
+    """Whether all processes have the same, as JSON."""
+    text = json.dumps(known, sort_keys=True, default=str)
+    return not several() or len(set(_said(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
 
 
 def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
@@ -308,11 +294,9 @@ def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str
 
     differences(of process 0, of another) -> a line for each.
     """
-    if not several():
+    if all_alike(known):
         return
     text = json.dumps(known, sort_keys=True, default=str)
-    if len(set(_said(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1:
-        return
     first, *others = map(json.loads, _said(lambda: text))
     number, lines = next((i, found) for i, other in enumerate(others, 1) if (found := differences(first, other)))
     raise Refused(

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import devices, distributed, lora, metrics, params, prepare
+from jaxft import agree, devices, metrics, params, prepare
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.params import Model
 from jaxft.weights import hf, hub, peft
+from jaxft.weights.merged import folded
 
 
 def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
@@ -186,17 +187,15 @@ class Trace:
 
 
 def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged)."""
-    only_adapter = run.adapter and not any(jax.tree.leaves(t.mask["base"]))
-    whole = distributed.fetched({"adapter": whole["adapter"]} if only_adapter else whole)
-    if not distributed.is_first():
-        return folder / ("adapter" if only_adapter else "model")
-    if only_adapter:
+    """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged).
+
+    Every process calls it, and gathers a layer at a time; process 0 writes.
+    """
+    if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
         peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights)
-        tokenizer.save_pretrained(folder / "adapter")
+        agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
-    dtype = run.model.dtype
-    base = lora.merge(whole["base"], whole.get("adapter"), dtype)
+    base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
     hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"
 

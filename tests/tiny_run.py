@@ -172,7 +172,7 @@ class Place:
     def leaves(self, name, step):
         """Hashes of every array of a checkpoint."""
         manifest = json.loads((self.runs(name) / "checkpoints" / str(step) / "manifest.json").read_text())
-        return {path: (leaf["dtype"], leaf["shape"], leaf["xxh3"]) for path, leaf in manifest["leaves"].items()}
+        return {path: (leaf["dtype"], leaf["shape"], leaf["shards"]) for path, leaf in manifest["leaves"].items()}
 
     def results(self, name, step):
         """All that must be the same, however often a run was stopped."""

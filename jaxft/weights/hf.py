@@ -1,5 +1,6 @@
 """Hugging Face folders: safetensors and config.json, in and out. Tensors are read and written one at a time."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import tree
+from jaxft import agree, sharding, tree
 from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
 from jaxft.quant import QTensor, dequantize, is_qtensor
@@ -227,11 +228,27 @@ def _packed_layer(pack: Callable, path: str, leaf: Any, layer: int | None) -> QT
 
 
 def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
-    """One layer of a stacked leaf (None: the whole leaf) on the host; a QTensor is expanded."""
-    if layer is not None:
-        leaf = jax.tree.map(lambda x: x[layer], leaf)
+    """One layer of a stacked leaf (None: the whole leaf) on the host; a QTensor is expanded.
+
+    One that lies on several processes' devices is gathered, that layer only: all of them call this.
+    """
+    leaf = jax.tree.map(lambda x: _layer(x, layer), leaf)
     value = np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
     return value.T if transpose else value
+
+
+def _layer(x: Any, layer: int | None) -> Any:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        agree.meet()  # process 0 is still writing the one before
+        return _pick(sharding.replicated(x.sharding.mesh), layer is None)(x, np.int32(layer or 0))  # type: ignore[attr-defined]
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = x.addressable_data(0)
+    return x if layer is None else x[layer]
+
+
+@functools.cache
+def _pick(place: Any, whole: bool) -> Callable:
+    return jax.jit(lambda x, i: x if whole else jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=place)
 
 
 def save_folder(
@@ -247,10 +264,10 @@ def save_folder(
 
     base: the tree of base weights, written in its leaves' dtypes or as `packing` says. ref: the model it came from, whose
     config.json and generation_config.json are carried over; without one they are written from model.config. tokenizer may be
-    None.
+    None. Of several processes all call it; process 0 writes, and its error is raised on all.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    agree.by_first(agree.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = outgoing(base, model.names, packing)
     shards: list[list[Outgoing]] = [[]]
     for t in tensors:
@@ -261,14 +278,23 @@ def save_folder(
     files = files if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
         write_safetensors(folder / file, shard)
-    index = folder / "model.safetensors.index.json"
+    weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+    parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
+    totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
+    agree.by_first(agree.gathered, lambda: _write_index(folder, weight_map, totals))
+    agree.by_first(agree.gathered, lambda: _write_configs(folder, model, base, tokenizer, ref, packing))
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
+    """The index of several files; files of an earlier model that was cut otherwise are removed."""
+    index, files = folder / "model.safetensors.index.json", set(weight_map.values())
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
     if len(files) > 1:
-        parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
-        totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
-        weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
         write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
+
+
+def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: Any, packing: Packing | None) -> None:
     config, generation = _source_configs(model, ref)
     config["tie_word_embeddings"] = "head" not in base
     plain = [leaf.dtype for path, leaf in tree.paths(base, is_qtensor).items() if not packing or path not in packing.forms]

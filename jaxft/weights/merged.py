@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxft import lora, tree
 from jaxft.params import Model, spec_paths
-from jaxft.weights.hf import check
+from jaxft.quant import is_qtensor
+from jaxft.weights.hf import check, layer_array
 from jaxft.weights.tensors import Tensors
 
 
@@ -75,6 +76,35 @@ def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str
             node = node.setdefault(key, {})
         node[last] = Lazy(shape, np.dtype(dtype), _maker(tensors, name, transpose, pairs.get(path), np.dtype(dtype)))
     return out
+
+
+def folded(base: Any, adapter: Any, dtype: Any) -> dict[str, Any]:
+    """A base tree as it is held, on the devices of one or several processes, with `adapter` (or None) folded in.
+
+    Its adapted leaves are Lazy ones in `dtype`, for hf.save_folder; a layer of one is gathered and merged when it is fetched. An
+    adapted tied head becomes a head of its own.
+    """
+    leaves, pairs = tree.paths(base, is_qtensor), _pairs(adapter)
+    shapes = {path: leaves[path].shape for path in pairs if path in leaves}
+    if "head" in pairs and "head" not in leaves:
+        shapes["head"] = leaves["embed"].shape[::-1]
+    made = {path: Lazy(shape, np.dtype(dtype), _folder(leaves, path, pairs[path], dtype)) for path, shape in shapes.items()}
+    out: dict[str, Any] = {}
+    for path, leaf in {**leaves, **made}.items():
+        *above, last = path.split("/")
+        node = out
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
+
+
+def _folder(leaves: dict[str, Any], path: str, pair: dict[str, Any], dtype: Any) -> Callable[[int | None], np.ndarray]:
+    def make(layer: int | None) -> np.ndarray:
+        weight = layer_array(leaves[path], layer, False) if path in leaves else layer_array(leaves["embed"], layer, True)
+        return np.asarray(lora.merge_leaf(weight, {name: layer_array(x, layer, False) for name, x in pair.items()}, dtype))
+
+    return make
 
 
 def _maker(tensors: Tensors, name: str, transpose: bool, pair: Any, dtype: np.dtype) -> Callable[[int | None], np.ndarray]:

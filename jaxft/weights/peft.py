@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import tree
+from jaxft import agree, tree
 from jaxft.lora import Adapter
 from jaxft.params import Model, spec_paths
 from jaxft.weights.hf import HEAD, layer_array
@@ -39,7 +39,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    Raises ValueError for a pair whose shapes don't fit the model.
+    Raises ValueError for a pair whose shapes don't fit the model. Of several processes all call it, and process 0 writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -52,7 +52,7 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
         modules.add(module.rsplit(".", 1)[-1])
         for i in range(pair["a"].shape[0] if "{i}" in module else 1):
             tensors += _outgoing(module.format(i=i), pair, i if "{i}" in module else None, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    agree.by_first(agree.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
     config: dict[str, Any] = {
@@ -77,7 +77,7 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
-    write_json(folder / "adapter_config.json", config, sort=True)
+    agree.by_first(agree.gathered, lambda: write_json(folder / "adapter_config.json", config, sort=True))
 
 
 def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:

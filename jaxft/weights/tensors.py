@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
+from jaxft import agree
 from jaxft.quant import QTensor
 
 FLOATS = {
@@ -140,8 +142,20 @@ class Outgoing:
 
 
 def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
-    """A safetensors file, written one tensor at a time and renamed into place when whole."""
+    """A safetensors file, written one tensor at a time and renamed into place when whole.
+
+    Of several processes all call it and fetch the same tensors; process 0 writes, and its error is raised on all.
+    """
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
+    agree.settle(agree.gathered, lambda: _written(path, tensors) if agree.is_first() else _fetched(tensors))
+
+
+def _fetched(tensors: list[Outgoing]) -> None:
+    for t in tensors:
+        t.fetch()
+
+
+def _written(path: Path, tensors: list[Outgoing]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
     offset = 0
     for t in tensors:
@@ -150,15 +164,21 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     part = path.with_name(path.name + ".part")
+    fetched = 0
     try:
         with part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for t in tensors:
+                fetched += 1
                 value = np.asarray(t.fetch(), order="C")  # ascontiguousarray would give a number an axis
                 if value.shape != t.shape or value.dtype != t.dtype:
                     raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
                 value.view(np.uint8).tofile(file) if value.ndim else file.write(value.tobytes())
         os.replace(part, path)
+    except OSError:
+        if jax.process_count() > 1:
+            _fetched(tensors[fetched:])  # the others wait for this process's part of each
+        raise
     finally:
         part.unlink(missing_ok=True)
 
