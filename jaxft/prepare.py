@@ -15,9 +15,9 @@ from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.params import Model, ParamSpec
 from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
-from jaxft.weights import hf, peft
-from jaxft.weights.packed import same_form
-from jaxft.weights.tensors import Tensors
+from jaxft.weights import hf, peft, shards
+from jaxft.weights.forms import same_form
+from jaxft.weights.tensors import Index, Tensors
 
 
 class Held(NamedTuple):
@@ -130,24 +130,8 @@ def packed_paths(base: Any, quant: Quant) -> list[str]:
     return found
 
 
-def make_pack(t: Trained) -> Callable[[str, np.ndarray], Any]:
-    """`pack(path, layer)` for weights.load_base: cast or quantise on the host, from the file's own precision."""
-
-    def pack(path: str, layer: Any) -> Any:
-        held = t.held[f"base/{path}"]
-        if isinstance(layer, QTensor):  # packed in the files
-            return replace(layer, dtype=jnp.dtype(held.dtype))
-        if held.pack is None:
-            return layer.astype(held.dtype, copy=False)
-        if held.pack[0] == "bits":
-            layer = layer.astype(held.dtype, copy=False)
-        return replace(quantize(layer, *held.pack), dtype=jnp.dtype(held.dtype))
-
-    return pack
-
-
 def make_keep(t: Trained) -> Callable[[str, QTensor], bool]:
-    """`keep(path, form)` for weights.load_base: whether what the files hold is what the run holds."""
+    """`keep(path, form)`: whether what the files hold of a leaf, all of it in that form, is what the run holds."""
 
     def keep(path: str, form: QTensor) -> bool:
         held = t.held[f"base/{path}"]
@@ -160,8 +144,20 @@ def make_keep(t: Trained) -> Callable[[str, QTensor], bool]:
 
 
 def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any:
-    """The base of `ref` on the mesh as the run holds it. frozen_only: see make_store."""
-    return weights.load_base(ref, t.model, make_store(t, mesh, frozen_only), make_pack(t), make_keep(t))
+    """The base of `ref` on the mesh as the run holds it; of each leaf a process reads what its devices hold.
+
+    frozen_only: a restored run has its trained leaves already; None stands for them.
+    """
+    found, keep, mask = weights.open_leaves(ref, t.model), make_keep(t), tree.paths(t.mask)
+
+    def load(path: str, spec: ParamSpec) -> Any:
+        full, leaf = f"base/{path}", found[path]
+        if frozen_only and mask[full]:
+            return None
+        like = as_shapes(spec, t.held[full])
+        return shards.load(leaf, like, place(spec, like, mesh, full), leaf.form is not None and keep(path, leaf.form))
+
+    return tree.map_with_path(load, t.specs["base"], is_leaf=params.is_spec)
 
 
 def changed_by_holding(ref: str, t: Trained) -> list[str]:
@@ -184,22 +180,6 @@ def changed_by_holding(ref: str, t: Trained) -> list[str]:
     return [f"weights {how}: {', '.join(paths)}" for how, paths in groups.items() if how]
 
 
-def make_store(t: Trained, mesh: Any, frozen_only: bool = False) -> Callable[[str, Any], Any]:
-    """`store(path, leaf)` for weights.load_base: place what pack has made on the mesh.
-
-    frozen_only: a restored run has its trained leaves already; None stands for them.
-    """
-    specs, mask = params.spec_paths(t.specs), tree.paths(t.mask)
-
-    def store(path: str, leaf: Any) -> Any:
-        full = f"base/{path}"
-        if frozen_only and mask[full]:
-            return None
-        return jax.tree.map(jax.device_put, leaf, place(specs[full], leaf, mesh, full))
-
-    return store
-
-
 def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     """The sharding of a parameter as it is held, an array or a QTensor; of a QTensor for each of its arrays."""
     whole = params.place(spec, mesh, path)
@@ -216,21 +196,23 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
 def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
     t = _all_frozen(model, quant, ref)
-    pack, keep, known = make_pack(t), make_keep(t), {}
+    keep, known = make_keep(t), {}
     for path, spec in params.spec_paths(model.specs).items():
         name, transpose = model.names[path]
         form = hf.form_in(tensors, model, path)
         if t.held[f"base/{path}"].quantised:
             kept = form is not None and keep(path, form)
-            known.update({name.format(i=i): (path, transpose, kept) for i in range(spec.shape[0] if "{i}" in name else 1)})
+            like = as_shapes(spec, t.held[f"base/{path}"])
+            known.update({name.format(i=i): (like, transpose, kept) for i in range(spec.shape[0] if "{i}" in name else 1)})
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: Index = ()) -> np.ndarray:
         if name not in known:
-            return tensors.read(name)
-        path, transpose, kept = known[name]
-        value = tensors.packed[name].read() if kept else tensors.read(name)
-        value = np.asarray(dequantize(pack(path, value.T if transpose and not kept else value)))
-        return value.T if transpose else value
+            return tensors.read(name, index)
+        like, transpose, kept = known[name]
+        value: Any = tensors.packed[name].read() if kept else tensors.read(name)
+        packed: Any = replace(value, dtype=like.dtype) if kept else shards.hold(value.T if transpose else value, like)
+        value = np.asarray(dequantize(packed))
+        return (value.T if transpose else value)[index]
 
     return replace(tensors, read=read)
 
@@ -248,9 +230,12 @@ def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
     """A PEFT adapter folder on the mesh, and its settings. Raises ValueError for an adapter that doesn't fit the model."""
     loaded, settings = peft.load_adapter(folder, model)
+    return _adapter_on(mesh, loaded, adapter_specs(model.specs, settings), model), settings
+
+
+def _adapter_on(mesh: Any, loaded: Any, specs: Any, model: Model) -> Any:
     dtype = jnp.promote_types(model.dtype, jnp.float32)
-    places = params.shardings(adapter_specs(model.specs, settings), mesh)
-    return jax.tree.map(lambda x, place: jax.device_put(x.astype(dtype), place), loaded, places), settings
+    return jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded, params.shardings(specs, mesh))
 
 
 def only_pairs(t: Trained) -> bool:
@@ -303,7 +288,7 @@ def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = N
         loaded, found = peft.load_adapter(adapter_folder(start), t.model)
         if settings is None or replace(found, dropout=settings.dropout) != settings:
             raise ValueError(f"{start}: holds an adapter with {found}, and the run's is {settings}; take the folder's settings")
-        return jax.tree.map(lambda x, place: jax.device_put(x.astype(dtype), place), loaded, places)
+        return _adapter_on(mesh, loaded, specs, t.model)
     init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=places)
     return init(jax.random.key(seed))
 

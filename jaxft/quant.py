@@ -113,11 +113,12 @@ def bits(q: Any) -> float:
     return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
 
 
-def quantize(weight: Any, kind: str, block: int | None = None, double: bool | None = None) -> QTensor:
+def quantize(weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None) -> QTensor:
     """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
 
-    block, double: see Quant. Raises ValueError for a kind that isn't known or doesn't hold the dtype exactly, an odd I with
-    4-bit codes, and for NaN, infinities and magnitudes from 2^80 up (not under jit, which has no values to look at).
+    block, double: see Quant. scale: what `scales` says of a whole weight of which this is a part. Raises ValueError for a kind
+    that isn't known or doesn't hold the dtype exactly, an odd I with 4-bit codes, and for NaN, infinities and magnitudes from
+    2^80 up (not under jit, which has no values to look at).
     """
     if kind == "bits":
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
@@ -132,20 +133,35 @@ def quantize(weight: Any, kind: str, block: int | None = None, double: bool | No
     if is_paired(kind) and ins % 2:
         raise ValueError(f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it")
     qf.refuse_unusual(weight)
-    packed, scale, offset = _encoded(weight, kind, block or ins)
+    packed, scale, offset = _encoded(weight, kind, block or ins, scale)
     scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)
     return QTensor(packed, kind, jnp.dtype(weight.dtype), block, scale, offset, outer, mean)
 
 
-def _encoded(weight: Any, kind: str, block: int) -> tuple[Any, Any, Any]:
-    """(packed codes, scales, offsets) of a weight; on the host a few output channels at a time, whose floats stay in cache."""
+def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.ndarray, "*L N O"]:
+    """The scales that quantize gives a weight [..., I, O], as floats. Those of a whole channel are the largest of its parts'."""
+    qf.refuse_unusual(weight)
+    block, step = usual(kind, block, None)[0] or weight.shape[-2], _columns(weight)
+    some = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
+    found = [FORMATS[kind].scale(qf.blocked(qf.as_zero_or_normal(part), block))[0] for part in some]
+    return np.concatenate(found, -1)[..., 0, :].astype(FORMATS[kind].held)
+
+
+def _columns(weight: Any) -> int:
+    """How many output channels the host takes at a time, so that their floats stay in cache."""
+    return max(1, HOST_CHUNK // math.prod(weight.shape[:-1]))
+
+
+def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, Any]:
+    """(packed codes, scales, offsets) of a weight; `scale` where it is known already."""
     *lead, ins, outs = weight.shape
-    step = max(1, HOST_CHUNK // math.prod((*lead, ins)))
+    step = _columns(weight)
     if isinstance(weight, np.ndarray) and step < outs:
-        parts = [_encoded(weight[..., at : at + step], kind, block) for at in range(0, outs, step)]
+        cuts = [np.s_[..., at : at + step] for at in range(0, outs, step)]
+        parts = [_encoded(weight[cut], kind, block, None if scale is None else scale[cut]) for cut in cuts]
         return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
     format, blocks = FORMATS[kind], qf.blocked(qf.as_zero_or_normal(weight), block)
-    scale, offset = format.scale(blocks)
+    scale, offset = format.scale(blocks) if scale is None else (scale[..., None, :].astype(np.float32), None)
     codes = format.nearest(blocks, scale, offset).reshape(*lead, -1, outs)[..., :ins, :]
     packed = qf.pack(codes) if is_paired(kind) else codes
     one = lambda x: None if x is None else x[..., 0, :].astype(format.held)  # noqa: E731

@@ -145,9 +145,9 @@ def pack_int32(codes, axis, order=range(8)):
     return torch.movedim(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), -1, axis).contiguous()
 
 
-def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, **settings):
+def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, changes=SIZES, **settings):
     """(folder, torch model with the same numbers) of random GPTQ or AWQ weights."""
-    reference = tiny_torch(**SIZES)
+    reference = tiny_torch(**changes)
     write_folder(folder, reference)
     state, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
     for name in [n for n in state if is_linear(n)]:

@@ -17,7 +17,7 @@ from jaxft.models.llama import PRESETS, LlamaConfig, llama
 from jaxft.objectives.sft import sft
 from jaxft.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.sharding import MESH_AXES, MeshShape, make_mesh
-from jaxft.weights.packed import form
+from jaxft.weights.forms import form
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 

@@ -111,7 +111,7 @@ def test_a_second_signal_ends_the_process_at_once(place):
 
 
 def test_before_the_loop_an_interrupt_ends_cleanly(place):
-    process = place.start("name=early", hook="import jaxft.weights, time; jaxft.weights.load_base = lambda *_: time.sleep(60)")
+    process = place.start("name=early", hook="import jaxft.weights, time; jaxft.weights.open_leaves = lambda *_: time.sleep(60)")
     place.wait_for(process, lambda: "devices:" in place.out())
     os.kill(process.pid, signal.SIGINT)
     process.join()

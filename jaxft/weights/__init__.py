@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxft import tree
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import PRESETS, from_hf
-from jaxft.params import Model
-from jaxft.quant import QTensor
-from jaxft.weights import gguf, gguf_tokenizer, hf, hub
+from jaxft.params import Model, is_spec
+from jaxft.weights import gguf, gguf_tokenizer, hf, hub, leaves
 from jaxft.weights.tensors import Tensors, read_json
 
 MODELS = {"llama": (from_hf, llama)}
@@ -44,21 +44,20 @@ def model_for(ref: str, **options: Any) -> Model:
     return build(parsed, **options)
 
 
-def load_base(
-    ref: str,
-    model: Model,
-    store: Callable[[str, Any], Any],
-    pack: Callable[[str, Any], Any] = hf.as_it_is,
-    keep: Callable[[str, QTensor], bool] = hf.never,
-) -> dict[str, Any]:
-    """The base parameter tree of `ref`, one leaf at a time.
+def load_base(ref: str, model: Model, store: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """The base parameter tree of `ref`, one leaf at a time on the host: for a mesh see prepare.load_base.
 
-    `pack(path, array)` gets each layer [in, out] in the file's dtype and returns how the host keeps it, an array or a tree of
-    them; where the files hold a leaf packed and `keep(path, form)` says so, it gets a QTensor instead. `store(path, leaf)`
-    gets each leaf once, its layers stacked, and returns what the tree keeps. So host memory stays about one leaf, as pack makes
-    it, and one layer above the result. Raises ValueError where the files don't hold exactly the model's tensors.
+    `store(path, leaf)` gets each leaf once, whole, its layers stacked, in the files' dtype, and returns what the tree keeps. So
+    host memory stays about one leaf above the result. Raises ValueError where the files don't hold exactly the model's tensors.
     """
-    return hf.stack(open_tensors(ref), model, store, pack, keep)
+    found = open_leaves(ref, model)
+    specs = model.specs.get("base", model.specs)
+    return tree.map_with_path(lambda path, _: store(path, leaves.whole(found[path])), specs, is_leaf=is_spec)
+
+
+def open_leaves(ref: str, model: Model) -> dict[str, leaves.Leaf]:
+    """The base parameters in the files of `ref` by path, each read when and where it is asked for, names and shapes checked."""
+    return leaves.leaves(open_tensors(ref), model)
 
 
 def open_tensors(ref: str) -> Tensors:

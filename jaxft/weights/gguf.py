@@ -9,6 +9,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 
 from jaxft.quant import QTensor
 from jaxft.quant_formats import pack
-from jaxft.weights.packed import form
-from jaxft.weights.tensors import Packed, Tensors
+from jaxft.weights.forms import form, within
+from jaxft.weights.tensors import Index, Packed, Range, Tensors, read_range, spans
 
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
@@ -170,21 +171,19 @@ def open_file(header: Header) -> Tensors:
     heads = {"q_proj": header.need("llama.attention.head_count")}
     heads["k_proj"] = _kv_heads(header)
 
-    def read(name: str) -> np.ndarray:
-        value = _expand(header.path, infos[name])
-        module = name.split(".")[-2] if name.count(".") else ""
-        return _unpermute(value, heads[module]) if module in heads else value
+    def heads_of(name: str) -> int | None:
+        return heads.get(name.split(".")[-2]) if name.count(".") else None
 
     def packed(name: str, info: Info) -> Packed:
-        module = name.split(".")[-2] if name.count(".") else ""
-        (outs, ins), want = info.shape, _form(info)
-        return Packed(f"GGUF {info.kind}", (ins, outs), want, lambda: _packed(header.path, info, want, heads.get(module)))
+        want = _form(info)
+        read = partial(_packed, header.path, info, want, heads_of(name))
+        return Packed(f"GGUF {info.kind}", (info.shape[1], info.shape[0]), want, read)
 
     return Tensors(
         where=str(header.path),
         shapes={name: info.shape for name, info in infos.items()},
         dtypes={name: PLAIN.get(info.kind, np.dtype(np.float32)) for name, info in infos.items()},
-        read=read,
+        read=lambda name, index=(): _read(header.path, infos[name], heads_of(name), index),
         packed={name: packed(name, info) for name, info in infos.items() if info.kind in PACKED and len(info.shape) == 2},
     )
 
@@ -195,16 +194,20 @@ def _form(info: Info) -> QTensor:
     return form(kind, info.shape[1], info.shape[0], 32, np.float16, np.float16 if kind == "affine4" else None)
 
 
-def _packed(path: Path, info: Info, want: QTensor, heads: int | None) -> QTensor:
-    """The blocks of a tensor taken apart: scales, offsets, codes; each row's first 16 codes of a block are the low halves."""
-    outs, ins = info.shape
-    raw = _raw(path, info, 0, outs).reshape(outs, ins // 32, -1)
+def _packed(path: Path, info: Info, want: QTensor, heads: int | None, index: Index = ()) -> QTensor:
+    """The blocks of part of a tensor taken apart: scales, offsets, codes; each row's first 16 codes of a block are the low
+    halves."""
+    ins, outs = spans(index, want.shape)
+    rows, size = _whole_heads(outs, info.shape[0], heads), info.row_bytes // want.scale.shape[0]
+    blocks = within(want, "scale", (ins, outs))[0]
+    raw = _raw(path, info, rows, slice(blocks.start * size, blocks.stop * size))
+    raw = raw.reshape(len(raw), -1, size)
     numbers, body = (2 if want.offset is not None else 1), 2 if want.offset is None else 4
     scales = np.ascontiguousarray(raw[..., : 2 * numbers]).view(np.float16)
     codes = raw[..., body:]
     codes = codes.view(np.int8) if want.kind == "int8" else np.concatenate([codes & 15, codes >> 4], -1)
-    by_input = lambda x: (_unpermute(x, heads) if heads else x).T  # noqa: E731
-    flat: Any = by_input(codes.reshape(outs, ins))
+    by_input = lambda x: _own_rows(x, rows, outs, info.shape[0], heads).T  # noqa: E731
+    flat: Any = by_input(codes.reshape(len(raw), -1))
     return replace(
         want,
         codes=flat if want.kind == "int8" else pack(flat),
@@ -213,27 +216,53 @@ def _packed(path: Path, info: Info, want: QTensor, heads: int | None) -> QTensor
     )
 
 
-def _raw(path: Path, info: Info, start: int, rows: int) -> np.ndarray:
-    """The bytes of some rows of a tensor [rows, bytes a row]."""
-    raw = np.fromfile(path, np.uint8, rows * info.row_bytes, offset=info.offset + start * info.row_bytes)
-    if raw.size != rows * info.row_bytes:
-        raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read")
-    return raw.reshape(rows, info.row_bytes)
+def _raw(path: Path, info: Info, rows: slice, some: slice = slice(None)) -> np.ndarray:
+    """Some bytes of some rows of a tensor [rows, bytes a row]."""
+    shape = (math.prod(info.shape[:-1]), info.row_bytes)
+    return read_range(path, "a tensor", Range(np.dtype(np.uint8), shape, info.offset), (rows, some))
 
 
-def _expand(path: Path, info: Info) -> np.ndarray:
-    """One tensor, read and expanded a few rows at a time."""
-    from gguf.constants import GGMLQuantizationType
+def _read(path: Path, info: Info, heads: int | None, index: Index) -> np.ndarray:
+    """Part of a tensor's numbers."""
+    at = spans(index, info.shape)
+    rows = _whole_heads(at[0], info.shape[0], heads)
+    return _own_rows(_expand(path, info, (rows, *at[1:])), rows, at[0], info.shape[0], heads)
+
+
+def _expand(path: Path, info: Info, index: Index = ()) -> np.ndarray:
+    """Part of a tensor as it lies in the file, read and expanded a few rows at a time; of more than two axes the whole."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    out = np.empty(info.shape, PLAIN.get(info.kind, np.float32))
-    rows = out.reshape(math.prod(info.shape[:-1]), info.shape[-1])
+    if len(info.shape) != 2 and index:
+        return _expand(path, info)[index]
+    kind = GGMLQuantizationType[info.kind]
+    *above, ins = spans(index, info.shape)
+    block, size = GGML_QUANT_SIZES[kind]
+    start, stop = ins.start // block * block, -(-ins.stop // block) * block
+    first = above[0].start if len(info.shape) == 2 else 0
+    lengths = [cut.stop - cut.start for cut in above]
+    out = np.empty((math.prod(lengths), ins.stop - ins.start), PLAIN.get(info.kind, np.float32))
     step = max(1, CHUNK // info.shape[-1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        raw = _raw(path, info, start, len(part))
-        part[:] = raw.view(out.dtype) if info.kind in PLAIN else dequantize(raw, GGMLQuantizationType[info.kind])
-    return out
+    for at in range(0, len(out), step):
+        part = out[at : at + step]
+        raw = _raw(path, info, slice(first + at, first + at + len(part)), slice(start // block * size, stop // block * size))
+        values = raw.view(out.dtype) if info.kind in PLAIN else dequantize(raw, kind)
+        part[:] = values[:, ins.start - start : ins.stop - start]
+    return out.reshape(*lengths, ins.stop - ins.start)
+
+
+def _whole_heads(rows: slice, count: int, heads: int | None) -> slice:
+    """The rows of the heads in which these rows of `count` are; these rows where there are no heads."""
+    size = count // heads if heads else 1
+    return slice(rows.start // size * size, -(-rows.stop // size) * size)
+
+
+def _own_rows(weight: np.ndarray, held: slice, rows: slice, count: int, heads: int | None) -> np.ndarray:
+    """Rows of a weight of `count` of which `held` are there, whole heads in llama.cpp's order."""
+    if heads:
+        weight = _unpermute(weight, len(weight) * heads // count)
+    return weight[rows.start - held.start : rows.stop - held.start]
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

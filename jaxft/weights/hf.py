@@ -17,6 +17,7 @@ from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.params import Model, spec_paths
 from jaxft.quant import QTensor, dequantize, is_qtensor
 from jaxft.weights import packed, packed_out
+from jaxft.weights.forms import same_form
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.tensors import (
     DTYPES,
@@ -83,48 +84,11 @@ def open_folder(folder: Path) -> Tensors:
         where=str(folder),
         shapes={name: e.shape for name, (_, e) in entries.items()},
         dtypes={name: DTYPES.get(e.code, unknown) for name, (_, e) in entries.items()},
-        read=lambda name: read_tensor(entries[name][0], name, entries[name][1]),
+        read=lambda name, index=(), view=None: read_tensor(entries[name][0], name, entries[name][1], index, view),
     )
     config = folder / "config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
     return packed.opened(files, settings) if isinstance(settings, dict) else files
-
-
-def as_it_is(path: str, array: np.ndarray) -> np.ndarray:
-    """The pack of `stack` that keeps a layer in the file's dtype."""
-    return array
-
-
-def never(path: str, form: QTensor) -> bool:
-    """The keep of `stack` that has packed weights expanded."""
-    return False
-
-
-def stack(
-    tensors: Tensors,
-    model: Model,
-    store: Callable[[str, Any], Any],
-    pack: Callable[[str, Any], Any] = as_it_is,
-    keep: Callable[[str, QTensor], bool] = never,
-) -> dict[str, Any]:
-    """The base tree: each leaf filled layer by layer with what `pack(path, layer)` gives, handed to `store(path, leaf)` once,
-    and let go.
-
-    `keep(path, form)` says of a leaf whose layers the files hold packed, all in that form, whether pack is to get QTensors.
-    Every name and shape is checked before the first tensor is read. Raises ValueError naming the tensor.
-    """
-    specs = spec_paths(model.specs.get("base", model.specs))
-    base: dict[str, Any] = {}
-    check(tensors, model)
-    for path, spec in specs.items():
-        *above, last = path.split("/")
-        node = base
-        for key in above:
-            node = node.setdefault(key, {})
-        form = form_in(tensors, model, path)
-        kept = form is not None and keep(path, form)
-        node[last] = store(path, _stacked(tensors, spec.shape[0], model.names[path], partial(pack, path), kept))
-    return base
 
 
 def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
@@ -135,27 +99,7 @@ def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
     first = held[0].form if held[0] is not None else None
     if first is None or not transpose:
         return None
-    return first if all(p is not None and p.form is not None and packed.same_form(p.form, first) for p in held) else None
-
-
-def _stacked(tensors: Tensors, layers: int, named: tuple[str, bool], pack: Callable[[Any], Any], kept: bool) -> Any:
-    name, transpose = named
-    parts = [name.format(i=i) for i in range(layers)] if "{i}" in name else [name]
-    dtypes = {tensors.dtypes[part] for part in parts}
-    common = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    whole: Any = None
-    for i, part in enumerate(parts):
-        try:
-            value = tensors.packed[part].read() if kept else tensors.read(part).astype(common, copy=False)
-            layer = pack(value.T if transpose and not kept else value)
-        except ValueError as e:
-            raise ValueError(str(e) if tensors.where in str(e) else f"{tensors.where}: {part}: {e}") from e
-        if parts == [name]:
-            return jax.tree.map(lambda x: np.asarray(x, order="C"), layer)
-        if whole is None:
-            whole = jax.tree.map(lambda x: np.empty((layers, *np.shape(x)), x.dtype), layer)
-        jax.tree.map(lambda stacked, x, i=i: stacked.__setitem__(i, x), whole, layer)
-    return whole
+    return first if all(p is not None and p.form is not None and same_form(p.form, first) for p in held) else None
 
 
 def check(tensors: Tensors, model: Model) -> None:

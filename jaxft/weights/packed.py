@@ -1,9 +1,10 @@
 """Checkpoints whose linear layers are packed: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding again.
 
-A layout gives each packed weight a form: the QTensor that stands for the same numbers, known from headers and config.json alone.
+A layout gives each packed weight a form (see forms.py), known from headers and config.json alone.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import quant_formats as qf
-from jaxft.quant import QTensor, Quant, dequantize, is_paired, quantize
-from jaxft.weights.tensors import Packed, Tensors
+from jaxft.quant import QTensor, Quant, dequantize, is_paired
+from jaxft.weights.forms import arrays, form, form_of, within
+from jaxft.weights.tensors import Index, Packed, Tensors, spans
 
 Found = tuple[dict[str, Packed], set[str]]  # packed weights by name; the tensors in the files that they are made of
 
@@ -42,7 +44,7 @@ def opened(files: Tensors, settings: dict[str, Any]) -> Tensors:
         files,
         shapes={**shapes, **{name: p.shape[::-1] for name, p in found.items()}},
         dtypes={**dtypes, **dict.fromkeys(found, np.dtype(np.float32))},
-        read=lambda name: expanded(found[name].read()).T if name in found else files.read(name),
+        read=lambda name, index=(): numbers(found[name], index) if name in found else files.read(name, index),
         packed=found,
     )
 
@@ -52,38 +54,25 @@ def expanded(x: Any) -> np.ndarray:
     return np.asarray(dequantize(replace(x, dtype=jnp.dtype(jnp.float32)))) if isinstance(x, QTensor) else x
 
 
-def form(kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False) -> QTensor:
-    """A form whose scales (and offsets) have this dtype."""
-    blocks = -(-ins // block) if block else 1
-    rows, dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
-    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
-    return QTensor(
-        codes=shaped((rows, outs), dtype),
-        kind=kind,
-        dtype=jnp.dtype(jnp.float32),
-        block=block,
-        scale=shaped((blocks, outs), scale),
-        offset=None if offset is None else shaped((blocks, outs), offset),
-        index=shaped((ins,), np.int32) if indexed else None,
-    )
+def numbers(packed: Packed, index: Index = ()) -> np.ndarray:
+    """Part of the numbers [out, in] that a packed weight stands for, read alone where no array stands for all of the weight."""
+    form = packed.form
+    if form is None or form.outer is not None or form.index is not None:
+        return expanded(packed.read()).T[index]
+    outs, ins = spans(index, packed.shape[::-1])
+    unit = 2 * (form.block or 1)
+    start, stop = ins.start // unit * unit, min(-(-ins.stop // unit) * unit, packed.shape[0])
+    found = expanded(packed.read((slice(start, stop), outs)))
+    return found[ins.start - start : ins.stop - start].T
 
 
-def same_form(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same arrays and the same meaning, whatever they are rounded to where they are used."""
-
-    def about(q: QTensor) -> Any:
-        return q.kind, q.block, {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)}
-
-    return about(a) == about(b)
-
-
-def _part(files: Tensors, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """A tensor that a packed weight is made of."""
+def part_of(files: Tensors, name: str, shape: tuple[int, ...] | None = None, index: Index = (), view: Any = None) -> np.ndarray:
+    """A tensor that a packed weight is made of, or part of it. view: see tensors.read_tensor."""
     if name not in files.shapes:
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
     if shape is not None and files.shapes[name] != shape:
         raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, wanted {shape}")
-    return files.read(name)
+    return files.read(name, index, view)
 
 
 # bitsandbytes
@@ -113,7 +102,7 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
     state = _state(files, f"{weight}{STATE}{kind}")
     (outs, ins), block = state["shape"], state["blocksize"]
     blocks = -(-outs * ins // block)
-    table = _part(files, f"{weight}.quant_map", (16,))
+    table = part_of(files, f"{weight}.quant_map", (16,))
     packed = partial(Packed, "bitsandbytes", (ins, outs))
     scales = partial(_bnb_scales, files, weight, blocks, state)
 
@@ -125,49 +114,62 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
         return packed(None, expand, f"its quant_map is not {kind}'s")
     if ins % block:
         return packed(None, expand, f"its blocks of {block} run on from one row of {ins} to the next")
-    by_channel = lambda x: x.reshape(outs, ins // block).T  # noqa: E731
-    codes = lambda: _bnb_bytes(files, weight, outs * ins // 2).reshape(outs, ins // 2).T  # noqa: E731
-    want, nested = form(kind, ins, outs, block, np.float32), "nested_offset" in state
+    rows, want = ins // block, form(kind, ins, outs, block, np.float32)
+
+    def scale(at: Index) -> np.ndarray:
+        dtype = files.dtypes.get(f"{weight}.absmax")
+        return part_of(files, f"{weight}.absmax", (blocks,), within(want, "scale", at)[::-1], (dtype, (outs, rows))).T
+
+    def codes(at: Index) -> np.ndarray:
+        return _bnb_bytes(files, weight, (outs, ins // 2), within(want, "codes", at)[::-1]).T
+
+    def plain(index: Index = ()) -> QTensor:
+        at = spans(index, want.shape)
+        part = scale(at).astype(np.float32) if not nested else scales().reshape(outs, rows).T[within(want, "scale", at)]
+        return replace(want, codes=codes(at), scale=part)
+
+    nested = "nested_offset" in state
     usual = nested and state["nested_blocksize"] == qf.GROUP
-    if not usual or not np.array_equal(_part(files, f"{weight}.nested_quant_map", (256,)), qf.DYNAMIC):
+    if not usual or not np.array_equal(part_of(files, f"{weight}.nested_quant_map", (256,)), qf.DYNAMIC):
         why = "its nested_quant_map is not bitsandbytes' dynamic one in groups of 256, so its scales are held in float32"
-        return packed(want, lambda: replace(want, codes=codes(), scale=by_channel(scales())), why if nested else "")
+        return packed(want, plain, why if nested else "")
     shaped: Callable[..., Any] = jax.ShapeDtypeStruct
-    scale, outer = shaped(want.scale.shape, np.uint8), shaped((-(-blocks // qf.GROUP),), np.float32)
-    want = replace(want, scale=scale, outer=outer, mean=shaped((), np.float32))
+    outer = shaped((-(-blocks // qf.GROUP),), np.float32)
+    held = replace(want, scale=shaped(want.scale.shape, np.uint8), outer=outer, mean=shaped((), np.float32))
 
-    def read() -> QTensor:
-        absmax, outer = _part(files, f"{weight}.absmax", (blocks,)), _part(files, f"{weight}.nested_absmax", want.outer.shape)
+    def read(index: Index = ()) -> QTensor:
+        at, outer = spans(index, want.shape), part_of(files, f"{weight}.nested_absmax", held.outer.shape)
         mean = np.asarray(state["nested_offset"], np.float32)
-        return replace(want, codes=codes(), scale=by_channel(absmax), outer=outer, mean=mean)
+        return replace(held, codes=codes(at), scale=scale(at), outer=outer, mean=mean)
 
-    return packed(want, read)
+    return packed(held, read)
 
 
-def _bnb_bytes(files: Tensors, weight: str, size: int) -> np.ndarray:
-    found = _part(files, weight).reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may call them floats
-    if found.size != size:
-        raise ValueError(f"{files.where}: {weight} has {found.size} bytes, its quant_state wants {size}")
-    return found
+def _bnb_bytes(files: Tensors, weight: str, shape: tuple[int, ...], index: Index = ()) -> np.ndarray:
+    """Part of the bytes of a weight, which bnb_4bit_quant_storage may call floats, in this shape."""
+    found = math.prod(files.shapes[weight]) * files.dtypes[weight].itemsize if weight in files.shapes else 0
+    if found != math.prod(shape):
+        raise ValueError(f"{files.where}: {weight} has {found} bytes, its quant_state wants {math.prod(shape)}")
+    return part_of(files, weight, index=index, view=(np.uint8, shape))
 
 
 def _bnb_codes(files: Tensors, weight: str, count: int) -> np.ndarray:
-    found = _bnb_bytes(files, weight, -(-count // 2))
+    found = _bnb_bytes(files, weight, (-(-count // 2),))
     return np.stack([found >> 4, found & 15], -1).reshape(-1)[:count]
 
 
 def _bnb_scales(files: Tensors, weight: str, blocks: int, state: dict[str, Any]) -> np.ndarray:
-    absmax = _part(files, f"{weight}.absmax", (blocks,))
+    absmax = part_of(files, f"{weight}.absmax", (blocks,))
     if "nested_offset" not in state:
         return absmax.astype(np.float32)
-    each = np.repeat(_part(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
-    return _part(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
+    each = np.repeat(part_of(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
+    return part_of(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
 
 
 def _state(files: Tensors, name: str) -> dict[str, Any]:
     kind = name.rpartition("__")[2]
     try:
-        state = json.loads(_part(files, name).tobytes())
+        state = json.loads(part_of(files, name).tobytes())
         outs, ins = state["shape"]
         numbers = [outs, ins, state["blocksize"], *([state["nested_blocksize"]] if "nested_offset" in state else [])]
         if kind not in TABLES or not all(type(n) is int and n > 0 for n in numbers):
@@ -181,11 +183,12 @@ def _bnb_8bit(files: Tensors, weight: str, scales: str) -> Packed:
     outs, ins = files.shapes[weight]
     shape = form("int8", ins, outs, None, np.float32)
 
-    def read() -> QTensor:
+    def read(index: Index = ()) -> QTensor:
         if files.dtypes[weight] != np.int8:
             raise ValueError(f"{files.where}: {weight} is {files.dtypes[weight]}, wanted int8 beside its SCB")
-        scale = _part(files, scales, (outs,)).astype(np.float32) * np.float32(1 / 127)
-        return replace(shape, codes=files.read(weight).T, scale=scale[None])
+        at = spans(index, shape.shape)
+        scale = part_of(files, scales, (outs,), at[1:]).astype(np.float32) * np.float32(1 / 127)
+        return replace(shape, codes=files.read(weight, at[::-1]).T, scale=scale[None])
 
     return Packed("bitsandbytes", (ins, outs), shape, read)
 
@@ -200,6 +203,17 @@ def _nibbles(words: np.ndarray, axis: int, order: Iterable[int] = range(8)) -> n
     for i, at in enumerate(order):
         out[..., at] = words >> np.uint32(4 * i) & np.uint32(15)
     return np.moveaxis(out.reshape(*words.shape[:-1], -1), -1, axis)
+
+
+def _eights(
+    files: Tensors, name: str, shape: tuple[int, int], axis: int, index: Index, order: Iterable[int] = range(8)
+) -> np.ndarray:
+    """Part of the 4-bit numbers of this shape that a tensor holds, eight an int32 along `axis`."""
+    cut = spans(index, shape)[axis]
+    words = tuple(slice(cut.start // 8, -(-cut.stop // 8)) if i == axis else some for i, some in enumerate(index))
+    stored = tuple(n // 8 if i == axis else n for i, n in enumerate(shape))
+    own = slice(cut.start % 8, cut.start % 8 + cut.stop - cut.start)
+    return _nibbles(part_of(files, name, stored, words), axis, order)[(slice(None),) * axis + (own,)]
 
 
 def _grouped(settings: dict[str, Any], where: str) -> int | None:
@@ -232,21 +246,22 @@ def gptq(files: Tensors, settings: dict[str, Any]) -> Found:
     return found, used
 
 
-def _read_gptq(files: Tensors, stem: str, want: QTensor, less: int) -> QTensor:
+def _read_gptq(files: Tensors, stem: str, want: QTensor, less: int, index: Index = ()) -> QTensor:
     ins, outs = want.shape
-    blocks = want.scale.shape[0]
-    scale = _part(files, f"{stem}.scales", (blocks, outs))
-    zeros = _nibbles(_part(files, f"{stem}.qzeros", (blocks, outs // 8)), 1) + np.uint8(less) & np.uint8(15)
+    blocks, at = want.scale.shape[0], spans(index, want.shape)
+    rows = within(want, "scale", at)
+    scale = part_of(files, f"{stem}.scales", (blocks, outs), rows)
+    zeros = _eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(less) & np.uint8(15)
     _no_bias(files, stem)
     plain = np.arange(ins, dtype=np.int32) // (want.block or ins)
-    index = _part(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
-    if index.min() < 0 or index.max() >= blocks:
-        raise ValueError(f"{files.where}: {stem}.g_idx has groups {index.min()} to {index.max()}, and there are {blocks}")
-    if want.index is None and not np.array_equal(index, plain):
+    group = part_of(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
+    if group.min() < 0 or group.max() >= blocks:
+        raise ValueError(f"{files.where}: {stem}.g_idx has groups {group.min()} to {group.max()}, and there are {blocks}")
+    if want.index is None and not np.array_equal(group, plain):
         raise ValueError(f"{files.where}: {stem}.g_idx is not in order, which needs desc_act=true in quantization_config")
     if want.kind == "int4" and not (zeros == 8).all():
         raise ValueError(f"{files.where}: {stem}.qzeros are not all 8, which needs sym=false in quantization_config")
-    return _affine(want, _nibbles(_part(files, f"{stem}.qweight", (ins // 8, outs)), 0), scale, zeros, index)
+    return _affine(want, _eights(files, f"{stem}.qweight", (ins, outs), 0, at), scale, zeros, group)
 
 
 def awq(files: Tensors, settings: dict[str, Any]) -> Found:
@@ -266,13 +281,13 @@ def awq(files: Tensors, settings: dict[str, Any]) -> Found:
     return found, used
 
 
-def _read_awq(files: Tensors, stem: str, want: QTensor) -> QTensor:
-    ins, outs = want.shape
-    blocks = want.scale.shape[0]
+def _read_awq(files: Tensors, stem: str, want: QTensor, index: Index = ()) -> QTensor:
+    (ins, outs), at = want.shape, spans(index, want.shape)
+    blocks, rows = want.scale.shape[0], within(want, "scale", at)
     _no_bias(files, stem)
-    read = lambda part, rows: _nibbles(_part(files, f"{stem}.{part}", (rows, outs // 8)), 1, AWQ_ORDER)  # noqa: E731
-    codes, zeros = read("qweight", ins), read("qzeros", blocks)
-    return _affine(want, codes, _part(files, f"{stem}.scales", (blocks, outs)), zeros)
+    codes = _eights(files, f"{stem}.qweight", (ins, outs), 1, at, AWQ_ORDER)
+    zeros = _eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
+    return _affine(want, codes, part_of(files, f"{stem}.scales", (blocks, outs), rows), zeros)
 
 
 def _affine(want: QTensor, codes: Any, scale: np.ndarray, zeros: np.ndarray, index: Any = None) -> QTensor:
@@ -303,12 +318,15 @@ def own(files: Tensors, settings: dict[str, Any]) -> Found:
         size = (shape[0] * (2 if is_paired(quant.kind) else 1), shape[1])
         want = form_of(size, quant)
         parts = {part: f"{weight}.{part}" for part in arrays(want)}
-        read = lambda want=want, parts=parts: replace(  # noqa: E731
-            want, **{part: _part(files, at, getattr(want, part).shape) for part, at in parts.items()}
-        )
-        found[weight] = Packed("jaxft", size, want, read)
+        found[weight] = Packed("jaxft", size, want, partial(_read_own, files, parts, want))
         used |= set(parts.values())
     return found, used
+
+
+def _read_own(files: Tensors, names: dict[str, str], want: QTensor, index: Index = ()) -> QTensor:
+    at, shape = spans(index, want.shape), lambda part: getattr(want, part).shape
+    found: dict[str, Any] = {part: part_of(files, name, shape(part), within(want, part, at)) for part, name in names.items()}
+    return replace(want, **found)
 
 
 METHODS: dict[str, Callable[[Tensors, dict[str, Any]], Found]] = {
@@ -317,14 +335,3 @@ METHODS: dict[str, Callable[[Tensors, dict[str, Any]], Found]] = {
     "awq": awq,
     "jaxft": own,
 }
-
-
-def form_of(shape: tuple[int, int], quant: Quant) -> QTensor:
-    """What quant.quantize makes of a weight [in, out]."""
-    pack = partial(quantize, kind=quant.kind, block=quant.block, double=quant.double)
-    return jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
-def arrays(q: QTensor) -> list[str]:
-    """Names of the arrays that a QTensor has."""
-    return [part for part in ("codes", "scale", "offset", "outer", "mean", "index") if getattr(q, part) is not None]

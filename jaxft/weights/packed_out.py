@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxft import quant_formats as qf
 from jaxft.quant import QTensor, Quant
-from jaxft.weights.packed import STATE, TABLES, arrays
+from jaxft.weights.forms import arrays
+from jaxft.weights.packed import STATE, TABLES
 from jaxft.weights.tensors import Outgoing
 
 

@@ -1,9 +1,10 @@
 """Tensors in safetensors files, read and written one at a time; and the JSON files beside them."""
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,22 @@ DTYPES = FLOATS | {code: np.dtype(kind) for code, kind in (("U8", np.uint8), ("I
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 
+Index = tuple[slice, ...]  # of the first dimensions of an array; those after them are whole
+
 
 @dataclass(frozen=True)
 class Packed:
     """A weight [in, out] that the files hold in few bits.
 
     form: the QTensor of ShapeDtypeStructs that stands for the same numbers, and `read()` gives it as NumPy arrays. None where
-    there is no such QTensor; then `read()` gives the numbers in float32. why: what is in the way of a form, or of a smaller one.
+    there is no such QTensor; then `read()` gives the numbers in float32. `read(index)`, of a form: part of it, cut between
+    blocks, its arrays cut as forms.within says. why: what is in the way of a form, or of a smaller one.
     """
 
     method: str
     shape: tuple[int, int]
     form: QTensor | None
-    read: Callable[[], Any]
+    read: Callable[..., Any]
     why: str = ""
 
 
@@ -48,13 +52,13 @@ class Tensors:
     """The tensors of a checkpoint under their Hugging Face names.
 
     `read(name)` gives one in its shape and dtype, a float array; of one that is packed, the numbers it stands for.
-    packed: those that the files hold in few bits.
+    `read(name, index)` gives part of it and reads that part alone. packed: those that the files hold in few bits.
     """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]
     packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
@@ -115,15 +119,56 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if whole else None
 
 
-def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
-    """One tensor, read into fresh memory (no map of the file stays behind)."""
+def spans(index: Index, shape: Sequence[int]) -> Index:
+    """The index with a slice(start, stop) for every dimension."""
+    cuts = (*index, *(slice(None),) * (len(shape) - len(index)))
+    return tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(cuts, shape, strict=True))
+
+
+def read_tensor(path: Path, name: str, entry: Entry, index: Index = (), view: Any = None) -> np.ndarray:
+    """A tensor or part of it, in fresh memory (no map of the file stays behind).
+
+    view: another (dtype, shape) in which its bytes are seen.
+    """
     if entry.code not in DTYPES:
         raise ValueError(f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}")
-    dtype = DTYPES[entry.code]
-    flat = np.fromfile(path, np.uint8, entry.size, offset=entry.offset)
-    if flat.size != entry.size:
-        raise ValueError(f"{path}: ends inside tensor {name}; the file changed while it was read")
-    return flat.view(dtype).reshape(entry.shape)
+    dtype, shape = view or (DTYPES[entry.code], entry.shape)
+    return read_range(path, f"tensor {name}", Range(np.dtype(dtype), shape, entry.offset), index)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An array that lies in a file in row-major order from byte `offset` on."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_range(path: Path, what: str, array: Range, index: Index = ()) -> np.ndarray:
+    """Part of an array in a file; of the bytes between its own none is read. Raises ValueError where the file ends too early."""
+    cuts, size = spans(index, array.shape), array.dtype.itemsize
+    out = np.empty([cut.stop - cut.start for cut in cuts], array.dtype)
+    strides = [math.prod(array.shape[i + 1 :]) * size for i in range(len(cuts))]
+    last = max((i for i, n in enumerate(array.shape) if out.shape[i] != n), default=0)  # from here on a run of bytes
+    run = math.prod(out.shape[last:]) * size
+    start = array.offset + sum(cut.start * stride for cut, stride in zip(cuts, strides, strict=True))
+    rows = itertools.product(*(range(0, n * stride, stride) for n, stride in zip(out.shape[:last], strides)))
+    flat: Any = out.reshape(-1).view(np.uint8)
+    view = memoryview(flat)
+    with path.open("rb", buffering=0) as file:
+        for i, row in enumerate(rows if out.size else ()):
+            if not _read_into(file, view[i * run : (i + 1) * run], start + sum(row)):
+                raise ValueError(f"{path}: ends inside {what}; the file changed while it was read")
+    return out
+
+
+def _read_into(file: Any, view: memoryview, start: int) -> bool:
+    """Fill `view` from byte `start` of the file on; False where the file ends before."""
+    file.seek(start)
+    while view and (count := file.readinto(view)):
+        view = view[count:]
+    return not view
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""What loading a model takes of each of several processes: peak host memory over its own shards, bytes read, seconds.
+
+    python scripts/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
+
+Writes a made-up bfloat16 Llama of about that size as safetensors into a temporary folder (of DIR), loads it fully sharded over
+all devices of all processes on this machine, and deletes it. Devices are simulated ones of the CPU, whose memory is the host's:
+what a process holds at its peak beyond what it held before is its own shards and what loading takes above them.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the made-up model's files (default 4)")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=4, help="of each process (default 4)")
+    parser.add_argument("--quant", default="none", help="none, int8, int4, nf4, fp4 or affine4")
+    parser.add_argument("--full", action="store_true", help="weights that are trained, in float32")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--process", nargs=3, metavar=("NUMBER", "PORT", "MODEL"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_model(folder: Path, gb: float) -> None:
+    """Random weights of about that size in files of at most 1 GB, made tensor by tensor."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxft import params, tree
+    from jaxft.models.llama import LlamaConfig, llama
+    from jaxft.weights import hf
+    from jaxft.weights.merged import Lazy
+
+    wide = 2048 if gb >= 1 else 256
+    config = LlamaConfig(vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide)
+    one, tables = params.count(llama(config).specs), 2 * config.vocab * wide
+    model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (one - tables)))))
+    rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
+
+    def lazy(path: str, spec: Any) -> Lazy:
+        def make(layer: int | None) -> np.ndarray:
+            shape = spec.shape if layer is None else spec.shape[1:]
+            return rng.standard_normal(shape, np.float32).astype(dtype)
+
+        return Lazy(spec.shape, dtype, make)
+
+    base = tree.map_with_path(lazy, model.specs, is_leaf=params.is_spec)
+    hf.save_folder(folder, model, base, None, None, max_shard=1_000_000_000)
+
+
+def status(name: str) -> int:
+    """Bytes of this process's memory that /proc calls so."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
+def load(a: argparse.Namespace) -> dict[str, Any]:
+    """One process's part; what it held, read and took."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import prepare, sharding, weights
+    from jaxft.lora import Adapter
+    from jaxft.quant import Quant, is_qtensor
+
+    number, port, model = int(a.process[0]), a.process[1], a.process[2]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if a.processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", a.processes, number)
+    mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
+    quant = None if a.quant == "none" else Quant(a.quant)
+    whole = weights.model_for(model, dtype=jnp.bfloat16)
+    t = prepare.trained(whole, None if a.full else Adapter(), None, quant)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
+    base = jax.block_until_ready(prepare.load_base(model, t, mesh))
+    seconds = time.monotonic() - begin
+    held = lambda leaf: sum(shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards)  # noqa: E731
+    each = [held(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
+    leaf = max(sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor))
+    found = {"own shards": sum(each), "own part of the largest leaf": max(each), "largest leaf": leaf}
+    found |= {"peak": status("VmHWM") - before, "at the end": status("VmRSS") - before}
+    if a.processes > 1:
+        jax.distributed.shutdown()
+    return {**found, "read": bytes_read() - read, "seconds": seconds}
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read, from files and sockets."""
+    return int(Path("/proc/self/io").read_text().splitlines()[0].split()[1])
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    """A dict for each process, and the size of the files."""
+    with tempfile.TemporaryDirectory(dir=a.folder) as folder, socket.socket() as port:
+        write_model(Path(folder), a.gb)
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        port.bind(("127.0.0.1", 0))
+        number = str(port.getsockname()[1])
+        port.close()
+        flags = f"--xla_force_host_platform_device_count={a.devices}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        same = [sys.executable, __file__, "--processes", str(a.processes), "--quant", a.quant, *(["--full"] if a.full else [])]
+        start = lambda i: [*same, "--process", str(i), number, folder]  # noqa: E731
+        started = [subprocess.Popen(start(i), stdout=subprocess.PIPE, text=True, env=env) for i in range(a.processes)]
+        told = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError("a process ended with an error, which it has told above")
+    return {"files": size, "processes": [json.loads(out.splitlines()[-1]) for out in told]}
+
+
+def main() -> int:
+    """Measure and print."""
+    a = arguments()
+    if a.process:
+        print(json.dumps(load(a)))
+        return 0
+    found = measure(a)
+    if a.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, fully sharded; in GB")
+    for name in found["processes"][0]:
+        scale = 1.0 if name == "seconds" else 1e9
+        print(f"{name:30s}" + "".join(f"{process[name] / scale:10.2f}" for process in found["processes"]))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,103 @@
+"""One of several processes that load models on a mesh together; what tests of loading share, without torch."""
+
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import prepare, sharding, tree, weights
+from jaxft.lora import Adapter
+from jaxft.quant import Quant
+from jaxft.weights import tensors
+
+FORMS = {
+    "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16), "nf4": Quant("nf4", 16),
+    "nf4, plain scales": Quant("nf4", 16, False), "fp4": Quant("fp4", 32), "affine4": Quant("affine4", 16),
+    "a short block": Quant("nf4", 48, targets="layers/(attn/(q|v)|mlp/gate)"),
+    "tables too": Quant("nf4", 16, targets="embed|head|layers/attn/.*"),
+    "tables in int8": Quant("int8", targets="embed|head|layers/mlp/.*"), "kept": Quant("kept"),
+}  # fmt: skip
+MESHES = {"1x8": dict(data=1, fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2), "1x4x2": dict(data=1, fsdp=4, tensor=2)}
+
+
+def held_as(folder, form):
+    """The Trained of a form above."""
+    model = weights.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
+    return prepare.trained(model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder))
+
+
+def mesh_of(name, devices=None):
+    return sharding.make_mesh(sharding.MeshShape(**MESHES[name]), devices)
+
+
+def one_device():
+    return sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+
+
+def assert_has_the_bits_of(found, wanted):
+    """Every shard that this process has is that part of one device's array."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for path, x in tree.paths(found).items():
+        one = np.asarray(tree.paths(wanted)[path])
+        assert x.shape == one.shape and x.dtype == one.dtype, path
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), one[shard.index], err_msg=path)
+
+
+def count_reads():
+    """A list that grows by the bytes of every read of a weight file."""
+    counted, read_into = [], tensors._read_into
+
+    def counting(file, view, start):
+        counted.append(len(view))
+        return read_into(file, view, start)
+
+    tensors._read_into = counting
+    return counted
+
+
+def read_by_the_process():
+    """Bytes that it has read from anything so far."""
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def load(folder, form, mesh, counted):
+    """(the base, bytes read of weight files, bytes read of anything)"""
+    t = held_as(folder, form)
+    counted.clear()
+    before = read_by_the_process()
+    base = jax.block_until_ready(prepare.load_base(str(folder), t, mesh))
+    return base, sum(counted), read_by_the_process() - before
+
+
+def main(port, count, process, cases, adapter):
+    """Compare every case on every mesh with one device; print what was read."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
+    counted, told = count_reads(), []
+    devices = jax.devices()
+    mixed = [devices[i // 2 + i % 2 * (len(devices) // 2)] for i in range(len(devices))]  # each process holds every second part
+    meshes = {"1x8": mesh_of("1x8"), "2x2x2": mesh_of("2x2x2"), "mixed": mesh_of("1x4x2", mixed)}
+    for folder, form, names in cases:
+        wanted, all_bytes, _ = load(folder, form, one_device(), counted)
+        for name in names:
+            found, some, anything = load(folder, form, meshes[name], counted)
+            assert_has_the_bits_of(found, wanted)
+            told.append([folder, form, name, some / all_bytes, anything / all_bytes])
+    t = held_as(cases[0][0], "bits")
+    for start in (None, adapter):
+        settings = prepare.adapter_settings(start, t.model) if start else Adapter(rank=2)
+        t = prepare.trained(weights.model_for(cases[0][0]), settings, None)
+        one, many = (prepare.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
+        assert_has_the_bits_of(many, one)
+    print(json.dumps(told), flush=True)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]), sys.argv[5])
+    os._exit(0)

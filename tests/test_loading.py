@@ -1,0 +1,198 @@
+"""Loading at size: a process reads the bytes of its own shards, holds no more than they, and has one device's bits."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loading_process import FORMS, assert_has_the_bits_of, count_reads, held_as, mesh_of, one_device
+from safetensors.numpy import load_file, save_file
+from test_gguf import Kind, write_gguf
+from test_packed import by_bitsandbytes, write_grouped
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft import export, params, prepare, tree, weights
+from jaxft.lora import Adapter
+from jaxft.quant import Quant, is_qtensor, quantize
+from jaxft.weights import leaves, peft, tensors
+
+torch = pytest.importorskip("torch")
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
+
+
+def write_kept(folder, way):
+    """A tiny model's folder or file with packed weights."""
+    if way == "gguf":
+        return write_gguf(folder / "tiny.gguf", tiny_torch(tie_word_embeddings=False, **SIZES), Kind.Q4_1)
+    if way in ("gptq", "awq"):
+        return write_grouped(folder, way, changes=SIZES)[0]
+    if way == "gptq, act-order":
+        return write_grouped(folder, "gptq", ordered=True, sym=True, changes=SIZES)[0]
+    if way.startswith("bitsandbytes"):
+        return by_bitsandbytes(folder, "nf4", way.endswith("double"), **SIZES)[0]
+    source = str(write_folder(folder / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16)))
+    quant = Quant("nf4", 16) if way == "own nf4" else Quant("int8")
+    whole = export.Whole(source, weights.model_for(source), None)
+    export.write(folder / "own", whole, "bfloat16", export.Pack(quant))
+    return folder / "own"
+
+
+KEPT = ("gguf", "gptq", "gptq, act-order", "awq", "bitsandbytes", "bitsandbytes, double", "own nf4", "own int8")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A bfloat16 model in several files, and packed ones."""
+    root = tmp_path_factory.mktemp("loading")
+    plain = write_folder(
+        root / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16), max_shard_size="100KB"
+    )
+    assert len(list(plain.glob("*.safetensors"))) > 5
+    write_folder(root / "tied", tiny_torch(tie_word_embeddings=True, **SIZES).to(torch.float16))
+    for way in KEPT:
+        (root / way).mkdir()
+    return {"plain": plain, "tied": root / "tied", **{way: write_kept(root / way, way) for way in KEPT}}
+
+
+CASES = [("plain", form) for form in FORMS if form != "kept"] + [("tied", "bits"), ("tied", "nf4")]
+CASES += [(way, "kept") for way in KEPT]
+CASES += [("gptq", "float32"), ("own nf4", "bits"), ("gguf", "trained"), ("bitsandbytes", "int8")]  # expanded again
+
+
+# With several processes; "mixed" gives each of them parts of a leaf that are not beside one another.
+TOGETHER = [("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "affine4", "tables in int8", "tables too")]
+TOGETHER += [("plain", "trained", ["2x2x2"]), ("plain", "int8", ["2x2x2"]), ("plain", "nf4", ["2x2x2"]), ("tied", "nf4", ["1x8"])]
+TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [("own nf4", "bits", ["1x8"]), ("gptq, act-order", "kept", ["mixed"])]
+
+
+@pytest.mark.parametrize("folder, form", CASES, ids=str)
+def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
+    t = held_as(folders[folder], form)
+    wanted = prepare.load_base(str(folders[folder]), t, one_device())
+    for name in ("1x8", "2x2x2"):
+        mesh = mesh_of(name)
+        found = prepare.load_base(str(folders[folder]), t, mesh)
+        assert_has_the_bits_of(found, wanted)
+        places = prepare.abstract_params(t, mesh)["base"]
+        jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)), found, places)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "kept")])
+def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
+    state = {}
+    for path in folders["plain"].glob("*.safetensors"):
+        state |= load_file(path)
+    t = held_as(folders["plain"], form)
+    base = tree.paths(prepare.load_base(str(folders["plain"]), t, one_device()), is_qtensor)
+    for path, spec in params.spec_paths(t.model.specs["base"]).items():
+        name, turned = t.model.names[path]
+        layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
+        value = np.stack([x.T if turned else x for x in layers]) if "{i}" in name else layers[0].T if turned else layers[0]
+        held = t.held[f"base/{path}"]
+        value = value if held.quantised else value.astype(held.dtype)
+        wanted = quantize(value, *held.pack) if held.pack else value
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base[path]), jax.tree.leaves(wanted))
+
+
+@pytest.fixture(scope="module")
+def together(folders, tmp_path_factory):
+    """What two processes of 4 devices tell: [folder, form, mesh, bytes of weight files over one device's, bytes of anything]."""
+    adapter = tmp_path_factory.mktemp("adapter")
+    model = weights.model_for(str(folders["plain"]))
+    settings = Adapter(rank=2, targets=("q", "down"))
+    t = prepare.trained(model, settings, None)
+    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, prepare.start_adapter(t, one_device(), 3)), settings, model, "base")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    cases = json.dumps([[str(folders[folder]), form, on] for folder, form, on in TOGETHER])
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    script = str(ROOT / "tests" / "loading_process.py")
+    commands = [[sys.executable, script, port, "2", str(i), cases, str(adapter)] for i in range(2)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    started = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        [process.kill() for process in started]
+    assert not any(process.returncode for process in started), [err[-3000:] for _, err in ended]
+    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
+
+
+def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
+    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading of it."""
+    for told in together:
+        assert len(told) == sum(len(on) for _, _, on in TOGETHER)
+        for folder, form, mesh, some, anything in told:
+            twice, whole_layers = "int8" in form, folder.endswith("own") and form == "bits"  # expanded from quantised scales
+            most = 1.01 if twice else 0.8 if whole_layers else 0.54
+            assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
+            assert mesh == "2x2x2" or twice or whole_layers or anything < 0.6, (folder, form, mesh, anything)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_part_of_an_array_in_a_file_is_its_slice_and_no_more_is_read(tmp_path_factory, data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
+    whole = np.random.default_rng(0).integers(0, 2**15, shape).astype(np.int16)
+    path = tmp_path_factory.getbasetemp() / "part.bin"
+    path.write_bytes(bytes(7) + whole.tobytes())
+    cuts = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape]
+    index = tuple(slice(*cut) for cut in cuts[: data.draw(st.integers(0, len(cuts)))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "_read_into", tensors._read_into)  # restored at the end
+        counted = count_reads()
+        found = tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+    np.testing.assert_array_equal(found, whole[index])
+    assert found.shape == whole[index].shape and sum(counted) == found.nbytes
+    if found.size:
+        path.write_bytes(path.read_bytes()[: 7 + whole.nbytes // 2])
+        if index == ():
+            with pytest.raises(ValueError, match="part.bin: ends inside it; the file changed while it was read"):
+                tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folders, tmp_path, form):
+    state = {name: x for path in folders["plain"].glob("*.safetensors") for name, x in load_file(path).items()}
+    (tmp_path / "config.json").write_bytes((folders["plain"] / "config.json").read_bytes())
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][5, 3] = np.nan
+    save_file(state, tmp_path / "model.safetensors")
+    t = held_as(tmp_path, form)
+    for mesh in (one_device(), mesh_of("1x8")):
+        with pytest.raises(ValueError, match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$"):
+            prepare.load_base(str(tmp_path), t, mesh)
+    leaf = weights.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
+    half = (slice(0, 64), slice(0, 256))
+    with pytest.raises(ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"):
+        list(leaves.each(leaf, [half], lambda *part: quantize(leaves.numbers(leaf, *part), form)))
+
+
+def bench(*argv):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "bench_load.py", "--json", *argv], capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_the_benchmark_tells_what_each_process_held_and_read():
+    found = bench("--gb", "0.02", "--devices", "2")
+    for process in found["processes"]:
+        assert process["own shards"] == pytest.approx(found["files"] / 2, rel=0.02)
+        assert process["read"] < 0.55 * found["files"] and process["own part of the largest leaf"] < process["own shards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--quant", "nf4"], ["--quant", "int8"], ["--full"]], ids=" ".join)
+def test_host_memory_stays_near_the_largest_leaf_above_a_process_s_own_shards(more):
+    found = bench("--gb", "1", *more)
+    for process in found["processes"]:
+        assert process["peak"] < process["own shards"] + process["largest leaf"] + 0.1 * found["files"], found
