@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -79,7 +80,10 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
             raise
         if is_loss(error):
             end(lost(error, "before the first step or after the last"))
-        _leave(told(error))
+        code = told(error)
+        if is_first():  # the others may be about to say the same, and are aborted when this one is gone
+            time.sleep(2)
+        _leave(code)
     finally:
         if several():
             silence()
