@@ -189,7 +189,7 @@ def is_loss(error: BaseException) -> bool:
 def lost(error: BaseException, where: str) -> str:
     """What to say of that."""
     return (
-        f"{who()}: another process is gone ({where}; {one_line(error)}); "
+        f"{who()}: another process is gone or stalled ({where}; {one_line(error)}); "
         "start the same command again on all hosts, it goes on from the newest checkpoint"
     )
 

@@ -186,7 +186,7 @@ def test_the_run_goes_on_with_another_number_of_processes(folder, alone):
 
 
 @pytest.mark.parametrize(
-    ("bound", "said"), [("hosts.step_seconds=6", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")]
+    ("bound", "said"), [("hosts.step_seconds=12", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")]
 )
 def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound, said):
     two = Several(folder)
@@ -195,7 +195,7 @@ def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound,
     two.wait_for(lambda: bool(two.first.checkpoints(name)))
     os.kill(two.processes[1].pid, signal.SIGSTOP)
     try:
-        line = ends(two, 0, 28)
+        line = ends(two, 0, 29)
     finally:
         two.processes[1].kill()
     two.codes()
