@@ -31,7 +31,7 @@ class Several:
             self.processes.append(place.start(*arguments, devices=8 // count, hook=hook, **who, **environment))
         return self.processes
 
-    def codes(self, seconds=150):
+    def codes(self, seconds=400):
         """Their exit codes; none may take longer."""
         until = time.monotonic() + seconds
         for process in self.processes:
@@ -47,7 +47,7 @@ class Several:
         self.start(*argv, **options)
         return self.codes()
 
-    def wait_for(self, condition, seconds=100):
+    def wait_for(self, condition, seconds=300):
         """Until the condition holds."""
         self.first.wait_for(self.processes[0], condition, seconds)
 
