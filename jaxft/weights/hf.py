@@ -182,11 +182,9 @@ def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
 
 
 def _layer(x: Any, layer: int | None) -> Any:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-        agree.meet()  # process 0 is still writing the one before
-        return _pick(sharding.replicated(x.sharding.mesh), layer is None)(x, np.int32(layer or 0))  # type: ignore[attr-defined]
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = x.addressable_data(0)
+        agree.meet()  # process 0 may still be writing the one before
+        return _pick(sharding.replicated(x.sharding.mesh), layer is None)(x, np.int32(layer or 0))  # type: ignore[attr-defined]
     return x if layer is None else x[layer]
 
 

@@ -218,9 +218,9 @@ def _written(path: Path, tensors: list[Outgoing]) -> None:
                 value = np.asarray(t.fetch(), order="C")  # ascontiguousarray would give a number an axis
                 if value.shape != t.shape or value.dtype != t.dtype:
                     raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
-                value.view(np.uint8).tofile(file) if value.ndim else file.write(value.tobytes())
+                file.write(value.reshape(-1).view(np.uint8).data)  # tofile's error for a full disk has no number
         os.replace(part, path)
-    except OSError:
+    except Exception:
         if jax.process_count() > 1:
             _fetched(tensors[fetched:])  # the others wait for this process's part of each
         raise
