@@ -36,17 +36,23 @@ def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`; a user's error becomes one line on stderr and exit code 1. JAXFT_TRACEBACK=1 shows the traceback."""
     try:
         return main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, KeyboardInterrupt) and _line(error) is None:
+            raise
+        return told(error)
+
+
+def told(error: BaseException) -> int:
+    """Say an error on stderr, in a line where it is a user's, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        text = _line(error)
-        if text is None:
-            raise
-        if os.environ.get("JAXFT_TRACEBACK"):
-            traceback.print_exc()
+    text = _line(error) if isinstance(error, ValueError | OSError | ImportError | MemoryError | RuntimeError) else None
+    if text is None or os.environ.get("JAXFT_TRACEBACK"):
+        traceback.print_exception(error)
+    if text is not None:
         print(f"error: {text}", file=sys.stderr)
-        return 1
+    return 1
 
 
 def _line(error: Exception) -> str | None:

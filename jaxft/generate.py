@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft import sharding
 from jaxft.batch import Tokens
 from jaxft.params import Model
 
@@ -103,7 +104,8 @@ def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:
             out = out.at[:, i].set(jnp.where(done, -1, token))
             return i + 1, token, cache, done | jnp.isin(token, stops), out
 
-        return jax.lax.while_loop(going, body, (jnp.int32(1), first, cache, done, out))[4]
+        out = jax.lax.while_loop(going, body, (jnp.int32(1), first, cache, done, out))[4]
+        return sharding.whole(out)  # on every device, so that each of several processes can read it
 
     return jax.jit(run)
 

@@ -205,6 +205,27 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Mute:
+    """What a process that is not to write has instead of a Log."""
+
+    def __init__(self) -> None:
+        self.alarms: list[str] = []
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
+        """Nothing."""
+
+    def listen(self, watch: Callable | None) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Log:
     """The log of a run in `folder`, which goes on after `start_step`: whatever it says about later steps is dropped.
 

@@ -78,7 +78,7 @@ class Meter:
         self._sums, self._epoch = metrics.loaded(self._counters["window"]), metrics.loaded(self._counters["epoch"])
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
-        self._device = jax.devices()[0]
+        self._device = jax.local_devices()[0]
         self._peak = devices.peak_flops(self._device) * len(jax.devices())
         self._waiting: collections.deque[tuple[int, int, dict[str, Any]]] = collections.deque()
         self._tokens, self._length, self._last = 0, 0, 0

@@ -22,8 +22,9 @@ from jaxft.log import finite
 from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
-MAY_CHANGE = ("weights_at", "loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh")
+MAY_CHANGE = ("weights_at", "loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh", "hosts")
 
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SAMPLE = 1 << 16  # bytes
 
 
@@ -33,11 +34,6 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal = 0
         self._old: dict[int, Any] = {}
-
-    @property
-    def name(self) -> str:
-        """SIGTERM or SIGINT."""
-        return signal.Signals(self.signal).name
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
@@ -51,11 +47,16 @@ class Interrupt:
             signal.signal(each, signal.SIG_DFL)
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor, and a second signal leaves no time to show it
-        os.write(2, f"\n{self.name}: finishing this step and saving; a second signal stops at once\n".encode())
+        os.write(2, f"\n{signal_name(number)}: finishing this step and saving; a second signal stops at once\n".encode())
 
     def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
+    return signal.Signals(number).name
 
 
 def place(root: Path, name: str) -> Path:
@@ -90,7 +91,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and the git commit that a run was made with."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     root = Path(__file__).resolve().parents[1]
     commit = None
     with contextlib.suppress(OSError):  # no git here
@@ -98,7 +98,7 @@ def environment() -> dict[str, Any]:
         commit = git.stdout.strip() or None
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in names},
+        "packages": {name: metadata.version(name) for name in LIBRARIES},
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": commit,
@@ -130,6 +130,18 @@ def compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]
         listed = "; ".join(refused)
         raise ValueError(f"{folder}: the run was started with other settings ({listed}); undo that, or choose another name=...")
     return found
+
+
+def standing(folder: Path, record: dict[str, Any], begun: bool) -> tuple[int, list[str]]:
+    """(steps of a finished run or 0, harmless differences to the settings it was started with). Raises ValueError for others."""
+    done = finished(folder)
+    return done, check(folder, record) if done or begun else []
+
+
+def shared_part(record: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same on every process of a run: the record but for places, and the libraries' versions."""
+    own = {name: value for name, value in record.items() if name not in ("weights_at", "hosts")}
+    return {**own, "python": platform.python_version(), "packages": {name: metadata.version(name) for name in LIBRARIES}}
 
 
 def finished(folder: Path) -> int:

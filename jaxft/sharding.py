@@ -205,6 +205,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """The whole array on every device."""
+    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of a weight as products use it: whole along fsdp and context, still cut along tensor."""
     return tuple({"width": "act_width", "vocab": "act_vocab"}.get(axis, axis) for axis in axes)
@@ -280,5 +285,14 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host arrays [micro, rows, ...], the same on every process, to the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, np.shape(x))), batch)
+    """Host arrays [micro, rows, ...], the same on every process, to the mesh; each process moves the rows of its own devices."""
+
+    def place(x: Any) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(x), batch_sharding(mesh, np.shape(x)), lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(place, batch)
+
+
+def one_each(mesh: Mesh) -> NamedSharding:
+    """A vector with an element for each device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

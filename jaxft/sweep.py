@@ -183,7 +183,8 @@ def _go(s: Shared, restored: Any) -> int:
                 break
         s.saved.wait()
     if interrupt.signal:
-        s.log.message(f"stopped by {interrupt.name} after step {done}, saved; the same command goes on from here")
+        name = runfolder.signal_name(interrupt.signal)
+        s.log.message(f"stopped by {name} after step {done}, saved; the same command goes on from here")
         return 128 + interrupt.signal
     after = look(states)
     tell(s.lead.steps, after, nothing)

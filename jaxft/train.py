@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,20 +14,35 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, reference, report, runfolder, samples, sharding, tree, weights
+from jaxft import (
+    attention,
+    devices,
+    distributed,
+    evaluate,
+    metrics,
+    prepare,
+    reference,
+    report,
+    runfolder,
+    samples,
+    sharding,
+    tree,
+    weights,
+)
 from jaxft.accumulate import accumulated
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
 from jaxft.data.source import Rows, Source, sft_source
-from jaxft.describe import describe
+from jaxft.describe import describe, differences
 from jaxft.generate import Sampling
 from jaxft.in_backward import updated
-from jaxft.log import Log
+from jaxft.log import Log, Mute
 from jaxft.lora import Adapter
 from jaxft.optim import Optim, guarded_update, make_optimizer, wide
 from jaxft.params import Model
 from jaxft.quant import Quant
 from jaxft.tree import struct
+from jaxft.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Run:
     params: Literal["float32", "bfloat16"] = "float32"
     optim: Optim = field(default_factory=Optim)
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
+    hosts: distributed.Hosts = field(default_factory=distributed.Hosts)
     loop: Loop = field(default_factory=Loop)
     seed: int = 0
     general: str | None = None
@@ -123,7 +139,7 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
             trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
         aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
+        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
         one = jnp.ones((), norm.dtype)
         found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
         return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
@@ -265,7 +281,7 @@ class Job:
     source: Source
     general: tuple[Any, ...]
     saved: Checkpoints
-    log: Log
+    log: Log | Mute
     folder: Path
     record: dict[str, Any]
 
@@ -278,40 +294,59 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
     """
     folder = runfolder.place(root, r.name)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(runfolder.lock(folder))
-        stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
-        tokenizer = weights.load_tokenizer(r.weights)
-        shards = sharding.row_shards(sharding.make_mesh(r.mesh))
-        source = r.source(r.data, tokenizer, shards=shards)
-        general = report.general_source(r.data, r.general, tokenizer, shards)
-        for each in (source, general):
-            report.check_ids(each, r.model, r.weights)
-        steps = r.loop.steps or source.steps
-        p = build(r, steps)
-        _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
-        record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
-        saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
-        done = runfolder.finished(folder)
-        changes = runfolder.check(folder, record) if done or saved.latest() is not None else []
-        if done >= steps:
+        watchdog = stack.enter_context(Watchdog(r.hosts))
+        job, changes = distributed.agreed(lambda: _checked(stack, r, record, folder))
+        if job is None:
+            return 0
+        restored = job.saved.restore(job.programs.state)
+        job = distributed.agreed(lambda: _begun(stack, job, restored, changes))
+        stack.enter_context(watchdog.over())
+        return _go(job, restored, watchdog)
+
+
+def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder: Path) -> tuple[Job | None, list[str]]:
+    """(the run, what has changed since it was started), the same on every process; no run where it is finished."""
+    distributed.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
+    stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
+    tokenizer = weights.load_tokenizer(r.weights)
+    shards = sharding.row_shards(sharding.make_mesh(r.mesh))
+    source = distributed.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
+    general = report.general_source(r.data, r.general, tokenizer, shards)
+    for each in (source, general):
+        report.check_ids(each, r.model, r.weights)
+    steps = r.loop.steps or source.steps
+    p = build(r, steps)
+    _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
+    record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
+    distributed.check_same(runfolder.shared_part(record), differences)
+    saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
+    done, changes = distributed.by_first(lambda: runfolder.standing(folder, record, saved.latest() is not None))
+    if done >= steps:
+        if distributed.is_first():
             print(f"{folder}: this run is finished ({done} steps); its results are in {folder / 'README.md'}")
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another name=...")
-            return 0
-        restored = saved.restore(p.state)
-        first = restored[2] if restored else 0
-        if first > steps:
-            raise ValueError(f"{folder}: the run is after step {first} already and loop.steps={steps}; raise it to go on")
-        if restored:
-            changes = runfolder.compare(folder, restored[1]["record"], record)
-        runfolder.open_record(folder, record)
-        log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=r.trackers)))
-        how_held = prepare.changed_by_holding(r.weights, p.trained)
-        how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
-        for line in (*report.opening(p.trained, source, steps, first, changes), *how_held):
-            log.message(line)
-        log.listen(getattr(p.objective, "watch", None))
-        held_out = () if general is None else general.held_out
-        return _go(Job(r, steps, p, tokenizer, source, held_out, saved, log, folder, record), restored)
+        return None, changes
+    held_out = () if general is None else general.held_out
+    return Job(r, steps, p, tokenizer, source, held_out, saved, Mute(), folder, record), changes
+
+
+def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[str]) -> Job:
+    """The run with its record written and its log open, on process 0; the opening lines are said."""
+    r, p, folder, record, first = job.run, job.programs, job.folder, job.record, restored[2] if restored else 0
+    if first > job.steps:
+        raise ValueError(f"{folder}: the run is after step {first} already and loop.steps={job.steps}; raise it to go on")
+    if restored:
+        changes = runfolder.compare(folder, restored[1]["record"], record)
+    if not distributed.is_first():
+        return job
+    runfolder.open_record(folder, record)
+    log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
+    how_held = prepare.changed_by_holding(r.weights, p.trained)
+    how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
+    for line in (*report.opening(p.trained, job.source, job.steps, first, changes), *how_held):
+        log.message(line)
+    log.listen(getattr(p.objective, "watch", None))
+    return replace(job, log=log)
 
 
 def identity(r: Run) -> dict[str, Any]:
@@ -324,11 +359,12 @@ def identity(r: Run) -> dict[str, Any]:
     return known
 
 
-def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> int:
+def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watchdog: Watchdog) -> int:
     """Load and compile, look, train, look again, write the results."""
     r, p, source, log = job.run, job.programs, job.source, job.log
+    watchdog.at("loading and compiling")
     if getattr(p.objective, "precomputed", False):
-        source = with_reference(r, p, source, job.record, log.message)
+        source = with_reference(r, p, source, job.record, lambda line: (watchdog.at(line), log.message(line))[1])
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
@@ -338,6 +374,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
     model = p.trained.model.with_attention(kernel)
     answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, source.abstract)
+    distributed.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
@@ -354,10 +391,14 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
         log.step(0, before["metrics"], {})
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
-    with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(r.loop.profile, job.folder / "profile")) as trace:
+    votes, stop = distributed.Votes(p.mesh), 0
+    profile = r.loop.profile if distributed.is_first() else None
+    with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
         for step in range(first, job.steps):
             done = step + 1
+            watchdog.step(done)
             trace.before(done)
+            stopping = votes.cast(lambda: interrupt.signal)
             batch = source.batch(step, state)
             state, found = train_step(state, frozen, sharding.place_batch(p.mesh, batch))
             meter.add(step, batch, found)
@@ -366,20 +407,24 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
                 log.step(done, *meter.read())
             score = None
             if r.loop.eval_every and done % r.loop.eval_every == 0 and done < job.steps and source.held_out:
+                watchdog.at(f"the evaluation after step {done}")
                 with meter.aside():
                     numbers = measure(state)
                 score = numbers["eval_loss"]
                 log.step(done, numbers, {})
-            stop = interrupt.signal
+            stop = stopping()
             if done % r.loop.save_every == 0 or done == job.steps or score is not None or stop:
                 meta = {"record": job.record, "counters": meter.counters(), "before": before}
+                watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
             if stop:
                 break
         job.saved.wait()
-    if interrupt.signal:
-        log.message(f"stopped by {interrupt.name} after step {done}, saved; the same command goes on from here")
-        return 128 + interrupt.signal
+    watchdog.at(f"what comes after step {done}")
+    if stop:
+        log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
+        distributed.meet()  # nobody leaves while another one saves
+        return 128 + stop
 
     after = look(state)
     if after["metrics"]:
@@ -392,9 +437,11 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None) -> in
         kept_at = report.export(p.trained, tree.combine(best[0].trainable, frozen), r, job.tokenizer, job.folder / "best")
         log.message(f"the held-out loss was lower after step {better} than at the end; the weights of that step are in {kept_at}")
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
-    report.write_card(job, out, before, after, words)
-    summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
-    runfolder.write_json(job.folder / "summary.json", summary)
+    if distributed.is_first():
+        report.write_card(job, out, before, after, words)
+        summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
+        runfolder.write_json(job.folder / "summary.json", summary)
+    distributed.meet()  # the run is finished for all or for none
     for line in report.closing(job, out, before, after, words):
         log.message(line)
     return 0
@@ -409,7 +456,8 @@ def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], s
     def compute(batches: Any) -> Any:
         state, frozen = start(run, p, None)
         whole = tree.combine(state.trainable, frozen)
-        logps = jax.jit(lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch)))  # type: ignore[attr-defined]
+        one = lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch))  # type: ignore[attr-defined] # noqa: E731
+        logps = jax.jit(one, out_shardings=sharding.replicated(p.mesh))
         for number, batch in enumerate(batches, 1):
             yield np.asarray(logps(whole, sharding.place_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):

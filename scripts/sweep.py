@@ -70,8 +70,9 @@ def main() -> int:
     args = arguments().parse_intermixed_args()
     from dataclasses import replace
 
-    from jaxft import config, sweep, train
+    from jaxft import config, distributed, sweep, train
 
+    distributed.refuse_several("a sweep")
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
         raise ValueError("a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out")

@@ -33,7 +33,7 @@ def main() -> int:
             print("\n" + knobs(args.config))
         return 0 if args.help else 2
 
-    from jaxft import config, describe, train
+    from jaxft import cli, config, describe, distributed, train
 
     run = config.load(args.config, args.overrides)
     if not isinstance(run, train.Run):
@@ -41,7 +41,8 @@ def main() -> int:
     if args.dry_run:
         print(train.dry_run(run, describe.describe(run)))
         return 0
-    return train.run(run, describe.describe(run))
+    with distributed.started(run.hosts, cli.told):
+        return train.run(run, describe.describe(run))
 
 
 if __name__ == "__main__":

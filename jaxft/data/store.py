@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import struct
 import zipfile
 import zlib
@@ -167,7 +168,7 @@ def load(path: Path, dtypes: dict[str, Any], sound: Callable) -> tuple[dict[str,
 
 def save(path: Path, stored: Any) -> str | None:
     """Write under another name and rename, so that no reader sees half a file. A cache that can't be written is only slower."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # of one of many hosts that share the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -1,0 +1,239 @@
+"""Laws of a run over several real processes: as one process, through kills, stalls and signals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import dpo_place
+import pytest
+import tiny_run
+from several import Several
+from tiny_run import Place, rows, write_place, write_rows
+
+BATCHES = """
+import hashlib, os
+import jax, numpy as np
+from jaxft import sharding
+place = sharding.place_batch
+def told(mesh, batch):
+    placed = place(mesh, batch)
+    whole = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(batch))).hexdigest()
+    parts = {}
+    for x in jax.tree.leaves(placed):
+        for shard in x.addressable_shards:
+            part = np.ascontiguousarray(shard.data).tobytes()
+            parts.setdefault(str(shard.index[1].start or 0), hashlib.sha256()).update(part)
+    line = [whole, {start: digest.hexdigest() for start, digest in parts.items()}]
+    with open(os.environ["BATCHES"] + os.environ.get("JAXFT_PROCESS", ""), "a") as file:
+        file.write(__import__("json").dumps(line) + chr(10))
+    return placed
+sharding.place_batch = told
+"""
+SLOW_STEPS = """
+import time
+from jaxft import report
+add = report.Meter.add
+def slow(self, *args):
+    time.sleep(0.4)
+    return add(self, *args)
+report.Meter.add = slow
+"""
+PRECISE = "import jax\njax.config.update('jax_enable_x64', True)\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("hosts")
+    write_place(made)
+    write_rows(made / "other.jsonl", rows(39))
+    return made
+
+
+@pytest.fixture(scope="module")
+def precise(tmp_path_factory):
+    """Working directories of runs in float64."""
+    found = {}
+    for name, write, config in (("sft", write_place, tiny_run.CONFIG), ("dpo", dpo_place.write_pair_place, dpo_place.CONFIG)):
+        found[name] = tmp_path_factory.mktemp(f"precise-{name}")
+        write(found[name])
+        (found[name] / "config.py").write_text(config.replace("jnp.float32", "jnp.float64"))
+    return found
+
+
+KINDS = {
+    "lora": ("sft", ["quant=int8", "mesh.data=4", "mesh.tensor=2"]),
+    "full": ("sft", ["full=true", "lr=0.001", "mesh.data=2", "mesh.fsdp=4"]),
+    "dpo": ("dpo", ["mesh.data=8"]),
+    "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8", "reference=precomputed"]),
+}
+
+
+def batches(place, name):
+    """What the processes of a run said of their batches: [(hash of the whole, {first row: hash of the part})] by process."""
+    files = sorted(p for p in place.folder.iterdir() if p.name.startswith(f"{name}-batches"))
+    return [[json.loads(line) for line in p.read_text().splitlines()] for p in files]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one_does_in_float64(precise, kind):
+    where, argv = KINDS[kind]
+    argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
+    two, one = Several(precise[where]), Place(precise[where])
+    hook = PRECISE + BATCHES
+    assert two.run(*argv, f"name={kind}-two", hook=hook, BATCHES=f"{kind}-two-batches") == [0, 0], two.told()
+    assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, BATCHES=f"{kind}-one-batches") == 0, one.err()
+    assert "8 devices on 2 processes (4 each), coordinator 127.0.0.1:" in two.first.out()
+    assert two.places[1].err().startswith("process 1 of 2: 4 of 8 devices")
+
+    alone, together = one.metrics(f"{kind}-one"), one.metrics(f"{kind}-two")
+    assert [m["step"] for m in alone] == [m["step"] for m in together]
+    for a, b in zip(alone, together, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"loss", "eval_loss", "grad_norm", "logps/chosen", "rewards/margins"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-10, abs=1e-10), (a["step"], name)
+
+    (whole,), halves = batches(one, f"{kind}-one"), batches(one, f"{kind}-two")
+    assert len(halves) == 2 and len(whole) > 2
+    for known, *parts in zip(whole, *halves, strict=True):  # bit-equal, and no process moves another one's rows
+        assert [part[0] for part in parts] == [known[0]] * 2
+        assert all(known[1][start] == digest for _, found in parts for start, digest in found.items())
+    if "mesh.data=8" in argv:
+        assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+TRAINED = [
+    "batch=8",
+    "dropout=0.2",
+    "loop.eval_every=2",
+    "samples=0",
+    "epochs=9",
+    "steps=6",
+    "mesh.data=2",
+    "mesh.fsdp=4",
+]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """A run over two processes that nothing happened to."""
+    two = Several(folder)
+    assert two.run(*TRAINED, "name=alone") == [0, 0], two.told()
+    return two.first.results("alone", 6)
+
+
+def after_a_step(two, name, rng):
+    """Until a checkpoint of a random step is there, and a random moment more."""
+    step = rng.randrange(1, 4) + max(two.first.checkpoints(name), default=0)
+    two.wait_for(lambda: max(two.first.checkpoints(name), default=0) >= min(step, 5))
+    time.sleep(rng.choice([0, 0.05, 0.3]))
+
+
+def ends(two, other, seconds):
+    """Process `other` must end within so many seconds, with a code that isn't 0 and a line that says what to do."""
+    begin = time.monotonic()
+    two.processes[other].join(seconds + 5)
+    took, code = time.monotonic() - begin, two.processes[other].exitcode
+    assert code in (75, -signal.SIGABRT) and took < seconds, (code, took, two.told())
+    line = two.last_line(other)
+    assert line.startswith(f"process {other} of 2") and line.endswith("it goes on from the newest checkpoint"), line
+    return line
+
+
+def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alone):
+    two, rng, argv = Several(folder), random.Random(5), [*TRAINED, "name=killed"]
+    for victim in (1, 0):
+        two.start(*argv, hook=SLOW_STEPS)
+        after_a_step(two, "killed", rng)
+        two.processes[victim].kill()
+        ends(two, 1 - victim, 20)
+        two.codes()
+        if victim == 1:
+            shutil.copytree(two.first.runs("killed"), two.first.runs("elsewhere"))
+
+    before = two.first.checkpoints("killed")
+    two.start(*argv, "loop.save_every=100", hook=SLOW_STEPS)
+    two.wait_for(two.first.loops)
+    os.kill(two.processes[1].pid, signal.SIGTERM)
+    assert two.codes() == [143, 143], two.told()
+    assert two.places[1].err().strip().endswith("SIGTERM: finishing this step and saving; a second signal stops at once")
+    saved = two.first.checkpoints("killed")[-1]
+    assert saved not in before and f"stopped by SIGTERM after step {saved}, saved" in two.first.out()
+
+    assert two.run(*argv) == [0, 0], two.told()
+    found = two.first.results("killed", 6)
+    for what in alone:
+        assert found[what] == alone[what], what
+
+
+def test_the_run_goes_on_with_another_number_of_processes(folder, alone):
+    """Run after the one above, of which it takes a copy where one of two processes was killed."""
+    one, name = Place(folder), "elsewhere"
+    if not one.runs(name).is_dir():
+        pytest.skip("needs the run of the test above")
+    shutil.rmtree(one.runs("killed"))
+    one.runs(name).rename(one.runs("killed"))  # the name is a setting too
+    assert one.run(*TRAINED, "name=killed", devices=8) == 0, one.err()
+    assert "going on after step" in one.out()
+    found = one.metrics("killed")
+    assert [m["step"] for m in found] == [m["step"] for m in alone["metrics"]]
+    for a, b in zip(found, alone["metrics"], strict=True):
+        assert a.get("num_tokens") == b.get("num_tokens") and a.get("epoch") == b.get("epoch")
+        for key in a.keys() & {"loss", "eval_loss", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-5), (a["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"), [("hosts.step_seconds=12", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")]
+)
+def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound, said):
+    two = Several(folder)
+    name = bound.split("=")[0].rpartition(".")[2]
+    two.start(*TRAINED, f"name={name}", bound, "epochs=90", "steps=60", hook=SLOW_STEPS)
+    two.wait_for(lambda: bool(two.first.checkpoints(name)))
+    os.kill(two.processes[1].pid, signal.SIGSTOP)
+    try:
+        line = ends(two, 0, 29)
+    finally:
+        two.processes[1].kill()
+    two.codes()
+    assert said in line
+    if "step_seconds" in bound:
+        assert two.processes[0].exitcode == 75 and "hosts.step_seconds" in line
+        assert 'File "' in two.first.err() and "in _go" in two.first.err()  # where it waits
+
+
+def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
+    two = Several(folder)
+    assert two.run(*TRAINED, "name=alone") == [0, 0]
+    assert "this run is finished (6 steps)" in two.first.out() and not two.first.err()
+    cases = (
+        (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
+        (["name=wrong", "hosts.processes=3"], {}, "hosts.processes=3, found 2"),
+        (["name=wrong", "hosts.devices=16"], {}, "hosts.devices=16, found 8 (4 on process 0, 4 on process 1)"),
+        (["name=wrong"], {1: ["data=other.jsonl"]}, "process 1 of 2 has other settings, rows or libraries than process 0"),
+    )
+    for argv, own, wanted in cases:
+        assert two.run(*TRAINED, *argv, own=own) == [1, 1], two.told()
+        lines = [place.err().strip().splitlines()[-1] for place in two.places]
+        assert lines[0] == lines[1] and lines[0].startswith("error: ") and wanted in lines[0], lines
+    assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
+
+
+HANGS = """
+import threading
+from jaxft import report
+report.Meter.add = lambda *_: threading.Event().wait()
+"""
+
+
+def test_a_run_of_one_process_that_hangs_is_ended_with_its_stacks(folder):
+    one = Place(folder)
+    begin = time.monotonic()
+    assert one.run("name=hangs", "hosts.step_seconds=3", "samples=0", hook=HANGS) == 75
+    assert time.monotonic() - begin < 90
+    *stacks, line = one.err().strip().splitlines()
+    assert line.startswith("the run: nothing moved for 3 s in step 1 (bound 3 s: hosts.step_seconds)")
+    assert any("in _go" in text for text in stacks)
