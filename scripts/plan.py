@@ -35,12 +35,19 @@ def main() -> int:
     """Compile and print."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
-    from jaxft import config, machines, plan
+    from jaxft import config, machines, plan, plan_search
 
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
     for name in names:
         machine = machines.machine(name)
+        if args.search:
+            load = lambda texts: config.load(args.config, texts)  # noqa: E731
+            command = plan_search.Command(load, overrides, config.knob_names(args.config))
+            say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+            tried = plan_search.search(command, machine, args.most, say)
+            print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
+            continue
         found = plan.plan(config.load(args.config, overrides), machine)
         print(json.dumps(found.json()) if args.json else plan.words(found), flush=True)
     return 0
