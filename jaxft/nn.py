@@ -25,9 +25,13 @@ def accumulator(dtype: Any) -> Any:
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
-    """Contract one axis of each, accumulated in float32 or wider, cast to `out`."""
+    """Contract one axis of each, accumulated in float32 or wider, cast to `out`.
+
+    On a mesh that cuts products, what its devices add up is of `out` already: half the bytes where that is a 16-bit float.
+    """
     dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x.dtype)).astype(out)
+    wide = out if sharding.has("tensor") else accumulator(x.dtype)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=wide).astype(out)
 
 
 def expand(w: Weight, dtype: Any) -> Array:
@@ -75,12 +79,15 @@ def _flat(x: Array) -> Array:
     return x.reshape(rows, x.shape[-1])
 
 
-def outer(x: Float[Array, "N I"], g: Float[Array, "N O"], out: Any) -> Float[Array, "I O"]:
+def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[Array, "I O"]:
     """`x^T g`, a weight's gradient: the sum over N of outer products, accumulated as in dot.
 
     XLA's CPU compiler runs a 16-bit product over the first axis of both operands at about half its rate. There the smaller
     of x and (g and the result) is transposed beforehand, in blocks of rows: a plain transpose would be folded into the product.
     """
+    lead = tuple(range(x.ndim - 1))
+    if sharding.is_spread():  # as they lie: to flatten axes that are cut moves them
+        return jax.lax.dot_general(x, g, ((lead, lead), ((), ())), preferred_element_type=accumulator(x.dtype)).astype(out)
 
     def plain(x, g):
         return dot(x, g, (0, 0), out)
@@ -91,6 +98,7 @@ def outer(x: Float[Array, "N I"], g: Float[Array, "N O"], out: Any) -> Float[Arr
             return dot(_transpose(x), g, (1, 0), out)
         return _transpose(dot(_transpose(g), x, (1, 0), out))
 
+    x, g = _flat(x), _flat(g)
     if x.dtype.itemsize != 2 or x.shape[0] % 4 or g.shape[1] % 4:
         return plain(x, g)
     return jax.lax.platform_dependent(x, g, cpu=transposed, default=plain)
@@ -124,8 +132,7 @@ def _matmul_bwd(transposed, wide, residuals, g):
     dx = dot(g, expand_after(w, g), (-1, 0 if transposed else 1), x.dtype)
     if isinstance(w, QTensor):
         return dx, None
-    pair = (_flat(g), _flat(x)) if transposed else (_flat(x), _flat(g))
-    return dx, outer(*pair, w.dtype)
+    return dx, outer(*((g, x) if transposed else (x, g)), w.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -147,21 +154,30 @@ def lora_matmul(x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Wei
 
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
-    xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
-    y = dot(join(x, xa, -1), join(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype)
+    xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
+    if sharding.has("tensor"):  # to join what is cut moves it
+        y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
+    else:
+        y = dot(join(x, xa, -1), join(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype)
     return y, (x, dropped, w, a, b, s)
 
 
 def _lora_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=_input_gradients_joined, default=_input_gradients)
-    dxa = dxa * s
-    xa = dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s
-    db = outer(_flat(xa), _flat(g), b.dtype)
-    da = outer(_flat(dropped), _flat(dxa), a.dtype)
-    dw = None if isinstance(w, QTensor) else outer(_flat(x), _flat(g), w.dtype)  # dead code where w is frozen
+    joined = _input_gradients if sharding.has("tensor") else _input_gradients_joined
+    dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=joined, default=_input_gradients)
+    dxa = _low(dxa * s)
+    xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
+    db = outer(xa, g, b.dtype)
+    da = outer(dropped, dxa, a.dtype)
+    dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
     return dx, dot(dxa, a.astype(x.dtype), (-1, 1), x.dtype), dw, da, db, None
+
+
+def _low(x: Float[Array, "... R"]) -> Array:
+    """x with its rank whole on every device: it is so short that to cut it moves more than it saves."""
+    return sharding.constrain(x, *(None,) * (x.ndim - 1), "rank")
 
 
 def _input_gradients_joined(g, w, b):
@@ -216,7 +232,7 @@ def _loras_bwd(residuals, g):
     xa = dot_each(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
     db = dot_each(xa, each_g, (0, 0), b.dtype)
     da = dot_each(each_x, dxa, (0, 0), a.dtype)
-    dw = None if isinstance(w, QTensor) else outer(_flat(x), _flat(g), w.dtype)  # dead code where w is frozen
+    dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
     ddropped = dot_each(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
     return dot(g, expand_after(w, g), (-1, 1), x.dtype), ddropped, dw, da, db, None
 
@@ -241,7 +257,7 @@ def observed_matmul(x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I
 def _observed_bwd(residuals, g):
     x, w, moment = residuals
     dx, dw = _matmul_bwd(False, False, (x, w), g)
-    seen = _flat(jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype)))
+    seen = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype))
     return dx, dw, outer(seen, seen, moment.dtype)
 
 
@@ -280,11 +296,43 @@ def lm_head(h: Float[Array, "... D"], params: dict[str, Weight]) -> Float[Array,
     return logits
 
 
-def embed(table: Weight, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """Rows of the table, in the table's own dtype; a packed table is expanded after the look-up."""
+def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    """Rows of the table [V, D], rounded to `dtype`; a packed table is expanded after the look-up.
+
+    On a mesh the table is gathered once along what cuts it for its memory, and its gradient is reduced once.
+    """
+    if not sharding.is_spread():
+        return (rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(dtype)
     if isinstance(table, QTensor):
-        return rows(table, ids)
-    return jnp.take(table, ids, axis=0)
+        return rows(_gathered(table, TABLE), ids).astype(dtype)
+    return _embed_spread(table, ids, jnp.dtype(dtype))
+
+
+TABLE = ("vocab", "table_width")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed_spread(table, ids, dtype):
+    held = sharding.constrain(table.astype(dtype), *TABLE)  # rounded where it lies, then gathered
+    return jnp.take(sharding.constrain(held, *sharding.gathered(TABLE)), ids, axis=0)
+
+
+def _embed_bwd(dtype, residuals, g):
+    table, ids = residuals
+    blocks = sharding.parts(("rows", "time"), ids.shape)
+    height = table.shape[0] // sharding.parts(("act_vocab",), table.shape[:1])
+
+    def add(ids, g):
+        at = ids - (sharding.first("tensor", height) if sharding.has("tensor") else 0)
+        at = jnp.where(at < 0, height, at)  # of another part of the table: dropped, as what is beyond this one
+        return jnp.zeros((1, height, g.shape[-1]), table.dtype).at[0, at].add(g.astype(table.dtype), mode="drop")
+
+    axes, shape = ("read_rows", *sharding.gathered(TABLE)), (blocks, *table.shape)
+    some = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
+    return sharding.constrain(jnp.sum(some, 0), *TABLE), None
+
+
+_embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any) -> Float[Array, "... D"]:

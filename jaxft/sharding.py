@@ -4,6 +4,7 @@ Code elsewhere names logical axes ("rows", "heads", ...). Under an ambient mesh 
 `per_device` apply; without one, or on one device, they do nothing, so the same code runs everywhere.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,22 +12,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("slices", "data", "fsdp", "context", "tensor")  # from the slowest links to the fastest
+SPARE = ("fsdp", "context")  # what weights are cut along for their memory only: products see them whole along both
 
 AXES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),  # of a batch
-    "time": (),
+    "rows": ("slices", "data", "fsdp"),  # of a batch
+    "time": ("context",),
+    "read_rows": ("context", "slices", "data", "fsdp"),  # rows of which each is a part of the time (see objectives/logps.py)
+    "whole_time": (),
     "layers": (),
-    "width": ("fsdp",),
+    "width": SPARE,
     "act_width": (),
     "norm": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "spread_heads": ("tensor", "context"),  # inside attention, where every head sees the whole time
     "head_dim": (),
     "mlp": ("tensor",),
-    "vocab": ("tensor", "fsdp"),  # tensor first: gathering along fsdp then moves no block to another place
+    "vocab": ("tensor", *SPARE),  # tensor first: gathering along the others then moves no block to another place
     "act_vocab": ("tensor",),
     "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
     "rank": (),
@@ -35,34 +41,59 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+    """Devices along each mesh axis; -1 (at most once) takes what is left.
+
+    slices: groups of devices with slow links between them (TPU slices, hosts), each with a copy of everything. data: copies
+    within a group. fsdp: parts of parameters, gradients and optimizer state. context: parts of each row's time, and of the
+    parameters. tensor: parts of every product, within a host.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    slices: int = 1
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
-    """Mesh over all devices. Raises ValueError if the sizes don't multiply to the number of devices."""
+    """Mesh over all devices. Raises ValueError if the sizes don't multiply to the number of devices, or cut across hosts."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(shape, axis) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ValueError(f"mesh sizes are positive, with at most one -1 for the rest; found {shape}")
-    if shape.context != 1:
-        raise ValueError(f"mesh.context={shape.context}: no array is cut along time yet; set mesh.context=1")
     fixed = math.prod(s for s in sizes if s != -1)
     wanted = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(f"{shape} needs {wanted} devices, found {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor")
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
+    """Devices [slices, data, fsdp, context, tensor], neighbours along the last axes.
+
+    TPU slices have a slice_index and, within one, links in all directions; other devices have fast links within a process.
+    """
+    slice_of = lambda d: getattr(d, "slice_index", None) or 0  # noqa: E731
+    devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
+    linked = all(hasattr(d, "coords") for d in devices)
+    groups = len({slice_of(d) if linked else d.process_index for d in devices})
+    if (linked and sizes[0] % groups) or (groups > 1 and groups % sizes[0] and sizes[0] % groups):
+        kind = "slices" if linked else "processes"
+        raise ValueError(f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; set mesh.slices to {groups}")
+    slices = np.array(devices).reshape(sizes[0], -1)
+    mesh = np.stack([mesh_utils.create_device_mesh(sizes[1:], list(some), allow_split_physical_axes=True) for some in slices])
+    if not linked and any(len({d.process_index for d in row}) > 1 for row in mesh.reshape(-1, sizes[-1])):
+        hosts = len({d.process_index for d in devices})
+        each = len(devices) // hosts
+        raise ValueError(f"mesh.tensor={sizes[-1]} crosses hosts, which have {each} devices each; use a divisor of that")
+    return mesh
 
 
 def partition_spec(
     mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "", heads: int | None = None
 ) -> PartitionSpec:
-    """The mesh axes of each dimension. fsdp is left out where it doesn't divide; tensor must divide, or ValueError says so.
+    """The mesh axes of each dimension. Those that don't divide are left out; tensor must divide, or ValueError says so.
 
     heads: how many heads a flattened "heads" or "kv_heads" dimension holds; they are divided, never cut.
     """
@@ -78,10 +109,18 @@ def partition_spec(
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
                 raise ValueError(f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}")
-            if shape[i] % math.prod(sizes[a] for a in wanted):
-                wanted = tuple(a for a in wanted if a == "tensor")
+            wanted = _dividing(wanted, sizes, shape[i])
         entries.append(wanted)
     return _spec(entries)
+
+
+def _dividing(axes: tuple[str, ...], sizes: dict[str, int], size: int) -> tuple[str, ...]:
+    """As many of the mesh axes as divide `size` together, tensor before the others."""
+    kept: list[str] = []
+    for axis in sorted(axes, key=lambda axis: axis != "tensor"):
+        if size % math.prod(sizes[a] for a in (*kept, axis)) == 0:
+            kept.append(axis)
+    return tuple(axis for axis in axes if axis in kept)
 
 
 def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
@@ -98,25 +137,26 @@ def named(
 def between_blocks(place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str) -> NamedSharding:
     """`place` of a weight [..., I, O] with its input axis cut between blocks only, as codes that share a scale need it.
 
-    Where fsdp doesn't divide the dimension that is its own, it takes the other one, and is left out where that fails too.
-    Raises ValueError where tensor doesn't divide.
+    Where fsdp and context don't divide the dimension that is their own, they take the other one, and are left out where that
+    fails too. Raises ValueError where tensor doesn't divide.
     """
     sizes = dict(place.mesh.shape)
     units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
     cuts = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec]
-    cuts = [tuple(axis for axis in cut if axis != "fsdp") for cut in cuts]
+    cuts = [tuple(axis for axis in cut if axis not in SPARE) for cut in cuts]
     if "tensor" in cuts[-2] and units[-2] % sizes["tensor"]:
         fits = tuple(n for n in range(1, units[-2] + 1) if units[-2] % n == 0)
         raise ValueError(
             f"{path}: its input of {shape[-2]} in blocks of {block} can't be cut over tensor={sizes['tensor']}; "
             f"use one of {fits}, or another quant.block"
         )
-    own = [i for i, axis in enumerate(axes) if "fsdp" in AXES[axis]]
-    if own and sizes.get("fsdp", 1) > 1:
-        for i in (*own, len(axes) - 2, len(axes) - 1):
-            if units[i] % math.prod(sizes[axis] for axis in (*cuts[i], "fsdp")) == 0:
-                cuts[i] = (*cuts[i], "fsdp")
-                break
+    own = [i for i, axis in enumerate(axes) if set(SPARE) & set(AXES[axis])]
+    spare = tuple(axis for axis in SPARE if sizes.get(axis, 1) > 1)
+    some = (spare, *((axis,) for axis in spare)) if own and spare else ()
+    for group, i in itertools.product(some, (*own, len(axes) - 2, len(axes) - 1)):
+        if units[i] % math.prod(sizes[axis] for axis in (*cuts[i], *group)) == 0:
+            cuts[i] = (*cuts[i], *group)
+            break
     return NamedSharding(place.mesh, _spec(cuts))
 
 
@@ -155,14 +195,18 @@ def is_spread() -> bool:
     return _ambient() is not None
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Shard an activation by its logical axes."""
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Shard an activation by its logical axes; None leaves a dimension as it is."""
     mesh = _ambient()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+    if mesh is None:
+        return x
+    spec = partition_spec(mesh, tuple(axis or "act_width" for axis in axes), x.shape)
+    entries = (entry if axis else PartitionSpec.UNCONSTRAINED for axis, entry in zip(axes, spec, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of a weight as products use it: whole along fsdp, still cut along tensor."""
+    """The axes of a weight as products use it: whole along fsdp and context, still cut along tensor."""
     return tuple({"width": "act_width", "vocab": "act_vocab"}.get(axis, axis) for axis in axes)
 
 
@@ -181,8 +225,29 @@ def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     return math.prod(dict(mesh.shape)[axis] for entry in used for axis in entry)
 
 
-def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: tuple[str, ...]) -> Callable:
-    """`fn` over each device's own block (shard_map); for kernels that the partitioner can't see through."""
+def first(axis: str, size: int) -> jax.Array:
+    """Inside per_device: where this device's part of a dimension begins, which a mesh axis cuts into parts of `size`."""
+    return jax.lax.axis_index(axis) * np.int32(size)
+
+
+def has(axis: str) -> bool:
+    """Whether the ambient mesh has several devices along a mesh axis."""
+    mesh = _ambient()
+    return mesh is not None and dict(mesh.shape)[axis] > 1
+
+
+def refuse_uncut(length: int) -> None:
+    """Raise ValueError for rows of so many tokens that the ambient mesh can't cut over context."""
+    mesh = _ambient()
+    context = 1 if mesh is None else dict(mesh.shape)["context"]
+    if length % context:
+        raise ValueError(f"rows of {length} tokens do not divide over mesh.context={context}; use a data.max_length that does")
+
+
+def per_device(
+    fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: tuple[str, ...], out_shape: tuple[int, ...]
+) -> Callable:
+    """`fn` over each device's own block (shard_map), for what the partitioner can't see through; out_shape: of the result."""
 
     def call(*args):
         mesh = _ambient()
@@ -192,7 +257,7 @@ def per_device(fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_ax
             PartitionSpec() if axes is None or x is None else partition_spec(mesh, axes, x.shape)
             for axes, x in zip(in_axes, args, strict=True)
         )
-        out = partition_spec(mesh, out_axes, jax.eval_shape(fn, *args).shape)
+        out = partition_spec(mesh, out_axes, out_shape)
         return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     return call
@@ -208,7 +273,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     parts = row_shards(mesh)
     if shape[1] % parts:
         raise ValueError(
-            f"{shape[1]} rows of a microbatch do not divide over data x fsdp = {parts} devices; "
+            f"{shape[1]} rows of a microbatch do not divide over slices x data x fsdp = {parts} devices; "
             f"make data.batch / data.micro a multiple of {parts}, or change mesh.data or mesh.fsdp"
         )
     return NamedSharding(mesh, PartitionSpec(None, AXES["rows"], *(None,) * (len(shape) - 2)))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"tree", "batch", "quant", "quant_formats", "metrics", "devices", "hlo", "traffic", "machines", "roofline"},
     {"sharding", "params"},
-    {"nn", "attention", "lora", "consumed"},
+    {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
      "accumulate", "reference", "plots", "compare"},  # fmt: skip

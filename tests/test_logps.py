@@ -13,7 +13,8 @@ from jaxft import params, sharding, tree
 from jaxft.lora import Adapter, adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.objectives import logps
-from jaxft.objectives.logps import gather_read, token_logps, weighted_logp
+from jaxft.objectives.logps import token_logps, weighted_logp
+from jaxft.objectives.reads import gather_read
 from jaxft.quant import quantize
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
@@ -267,4 +268,4 @@ def test_a_chunk_is_measured_on_a_device(monkeypatch):
 def test_read_positions_are_gathered_row_by_row():
     h = jnp.arange(2 * 5 * 3.0).reshape(2, 5, 3)
     read = jnp.array([[4, 0], [1, 1]])
-    assert_close(gather_read(h, read), jnp.stack([h[0, jnp.array([4, 0])], h[1, jnp.array([1, 1])]]))
+    assert_close(gather_read(h, read, None), jnp.stack([h[0, jnp.array([4, 0])], h[1, jnp.array([1, 1])]]))

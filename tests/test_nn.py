@@ -157,9 +157,9 @@ def test_swiglu_is_torchs():
 
 def test_embedding_a_packed_table_is_embedding_the_plain_one():
     table, ids = random(9, 4, dtype=jnp.bfloat16), jnp.array([[3, 0, 8], [3, 3, 1]])
-    np.testing.assert_array_equal(nn.embed(quantize(table, "bits"), ids), np.asarray(table)[np.asarray(ids)])
-    np.testing.assert_array_equal(nn.embed(table, ids), np.asarray(table)[np.asarray(ids)])
-    grad = jax.grad(lambda t: jnp.sum(nn.embed(t, ids)))(table.astype(jnp.float32))
+    np.testing.assert_array_equal(nn.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)])
+    np.testing.assert_array_equal(nn.embed(table, ids, table.dtype), np.asarray(table)[np.asarray(ids)])
+    grad = jax.grad(lambda t: jnp.sum(nn.embed(t, ids, t.dtype)))(table.astype(jnp.float32))
     np.testing.assert_array_equal(grad[:, 0], np.bincount(np.ravel(ids), minlength=9))
 
 

@@ -17,7 +17,7 @@ SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama
 
 def abstract(data=1, fsdp=1, tensor=1):
     """A mesh of devices that needn't be here."""
-    return AbstractMesh((data, fsdp, tensor, 1), MESH_AXES)
+    return AbstractMesh((1, data, fsdp, 1, tensor), MESH_AXES)
 
 
 def one_line(error):
@@ -27,8 +27,9 @@ def one_line(error):
 
 
 def test_the_rest_takes_what_is_left():
-    assert dict(make_mesh(MeshShape()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
-    assert dict(make_mesh(MeshShape(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert dict(make_mesh(MeshShape()).shape) == {"slices": 1, "data": 8, "fsdp": 1, "context": 1, "tensor": 1}
+    assert dict(make_mesh(MeshShape(2, -1, 2)).shape) == {"slices": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert dict(make_mesh(MeshShape(1, -1, context=2, slices=2)).shape) == {"slices": 2, "data": 1, "fsdp": 2, "context": 2, "tensor": 1}
     assert make_mesh(MeshShape(2, 1, 1), jax.devices()[:2]).size == 2
 
 
@@ -117,7 +118,7 @@ def test_without_a_mesh_or_on_one_device_nothing_is_constrained():
     assert sharding.constrain(x, "rows", "heads") is x  # 5 heads would not divide
     with jax.set_mesh(make_mesh(MeshShape(1), jax.devices()[:1])):
         assert sharding.constrain(x, "rows", "heads") is x
-        assert sharding.per_device(lambda a: a, (("rows", "heads"),), ("rows", "heads"))(x) is x
+        assert sharding.per_device(lambda a: a, (("rows", "heads"),), ("rows", "heads"), x.shape)(x) is x
 
 
 def test_constrain_and_per_device_cut_by_the_table():
@@ -125,7 +126,7 @@ def test_constrain_and_per_device_cut_by_the_table():
     x = jnp.arange(64.0).reshape(8, 8)
     with jax.set_mesh(mesh):
         placed = jax.jit(lambda x: sharding.constrain(x, "rows", "heads"))(x)
-        own = sharding.per_device(lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"))
+        own = sharding.per_device(lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"), x.shape)
         sizes = jax.jit(own)(x)
     assert placed.sharding.spec == P(("data", "fsdp"), "tensor")
     np.testing.assert_array_equal(placed, x)
@@ -140,6 +141,6 @@ def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError) as error:
         sharding.place_batch(mesh, np.ones((2, 6, 3)))
     assert one_line(error) == (
-        "6 rows of a microbatch do not divide over data x fsdp = 4 devices; "
+        "6 rows of a microbatch do not divide over slices x data x fsdp = 4 devices; "
         "make data.batch / data.micro a multiple of 4, or change mesh.data or mesh.fsdp"
     )

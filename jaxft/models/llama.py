@@ -15,7 +15,7 @@ from jaxft.batch import Tokens
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
 from jaxft.nn import accumulator, embed, from_bits, gathered, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
 from jaxft.params import Model, ParamSpec, constant, fan_in, is_spec, normal
-from jaxft.sharding import constrain
+from jaxft.sharding import constrain, refuse_uncut
 
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
 
@@ -152,7 +152,7 @@ def block(c: LlamaConfig, p: Any, h_BTD: Array, mix: Any, dtype: Any, key: Array
 
 def embed_tokens(run: Forward, params: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream's start, rounded to the compute dtype as every product's output is."""
-    h = embed(params["embed"], ids).astype(run.dtype).astype(run.residual)
+    h = embed(params["embed"], constrain(ids, "rows", "time"), run.dtype).astype(run.residual)
     return constrain(h, "rows", "time", "act_width")
 
 
@@ -161,7 +161,8 @@ def hidden(
 ) -> Float[Array, "B T D"]:
     """Final hidden states after the last norm, in the compute dtype."""
     c, dtype = run.config, run.dtype
-    angles = rope_angles(c, tokens.positions, dtype)
+    refuse_uncut(tokens.ids.shape[1])
+    angles = rope_angles(c, constrain(tokens.positions, "rows", "time"), dtype)
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)

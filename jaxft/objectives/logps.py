@@ -32,11 +32,6 @@ class LogProbs:
     mean_logit: Array
 
 
-def gather_read(h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M D"]:
-    """Hidden states at the read positions, row by row: on a mesh nothing moves between rows."""
-    return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
-
-
 def token_logps(model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"]) -> LogProbs:
     """Log-probs of `targets` under the model's head, in chunks along M.
 
@@ -69,7 +64,7 @@ def _plan(model: Model, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
     head = model.head(params)
     axes = _axes(model.head({name: model.specs[name] for name in params}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
-    own = B * vocab // parts(("rows", "act_vocab"), (B, vocab))
+    own = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))
     size = max(1, min(M, CHUNK_LOGITS // own))
     count = -(-M // size)
     return head, axes, count, -M % count
@@ -103,7 +98,7 @@ def _rows(x: Array) -> Array:
 
 
 def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
-    logits = constrain(logits, "rows", "time", "act_vocab")
+    logits = constrain(logits, None, None, "act_vocab")
     lse = jax.nn.logsumexp(logits, -1)
     at = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     p = jnp.exp(logits - lse[..., None])
@@ -162,10 +157,10 @@ def _accumulators(head, axes, rows, wanted):
     one for each block of rows on a mesh)."""
     leaves, structure = jax.tree.flatten(_lay(head, axes))
     floats = [w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)]
-    blocks = parts(("rows",), (rows,))
+    blocks = parts(("read_rows",), (rows,))
 
     def start(w, a):
-        return None if w is None else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "rows", *gathered(a))
+        return None if w is None else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -176,7 +171,7 @@ def _filled(structure, leaves, floats):
 
 def _by_block(fn, *chunk):
     """fn over [blocks, rows of a block], so that each part of a mesh adds up a gradient of its own."""
-    blocks = parts(("rows",), chunk[0].shape[:1])
+    blocks = parts(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # not by vmap: XLA's CPU compiler sums over [1, rows, M, V] at a twentieth of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))
     return jax.vmap(fn)(*(x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:]) for x in chunk))

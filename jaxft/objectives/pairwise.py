@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxft import consumed, tree
 from jaxft.batch import Pairs
 from jaxft.metrics import Correlation, Disagreement, Sum
-from jaxft.objectives.logps import gather_read, token_logps
+from jaxft.objectives.reads import read_logps
 from jaxft.objectives.scored import Answer, Coupled, Scored, check_knobs, scored, unwrap
 from jaxft.objectives.sft import sft
 from jaxft.objectives.watch import watch, words
@@ -141,8 +141,7 @@ def _reward(reward: Callable, beta: float, answer: Answer) -> Array:
 
 def answer_logps(model: Model, params: Any, batch: Pairs, key: Array | None) -> Any:
     """LogProbs [B, M] of the answers' tokens; all answers go through the model together."""
-    h = gather_read(model.hidden(params, batch, key), batch.read)
-    return token_logps(model, params, h, batch.targets)
+    return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
 
 
 def reference_params(params: Any, aux: Any) -> Any:

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
 from jaxft.metrics import Sum
-from jaxft.objectives.logps import LogProbs, gather_read, token_logps, weighted_logp
+from jaxft.objectives.logps import LogProbs
+from jaxft.objectives.reads import read_logps, weighted_read_logp
 from jaxft.params import Model
 from jaxft.tree import struct
 
@@ -32,14 +33,14 @@ class Supervised:
 
     def __call__(self, params: Any, batch: Tokens, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
         """In one pass, as the weights are known beforehand."""
-        h = gather_read(self.model.hidden(params, batch, key), batch.read)
-        total, lp = weighted_logp(self.model, params, h, batch.targets, batch.token_weights)
+        reads = batch.read, batch.targets, batch.token_weights
+        total, lp = weighted_read_logp(self.model, params, self.model.hidden(params, batch, key), reads)
         return -total, _metrics(-total, _read(lp, batch))
 
     def see(self, params: Any, batch: Tokens, key: Array | None, aux: Any) -> Read:
         """The forward pass."""
-        h = gather_read(self.model.hidden(params, batch, key), batch.read)
-        return _read(token_logps(self.model, params, h, batch.targets), batch)
+        h = self.model.hidden(params, batch, key)
+        return _read(read_logps(self.model, params, h, batch.read, batch.targets), batch)
 
     def judge(self, seen: Read, aux: Any) -> tuple[Array, dict[str, Any]]:
         """Loss and metrics of what was seen."""

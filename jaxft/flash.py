@@ -1,0 +1,260 @@
+"""Blockwise attention in plain XLA, exact for packed rows: what works on every backend (see attention.py for its meaning)."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.tree import struct
+
+HIDDEN = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
+
+
+def _wide(dtype: Any) -> Any:
+    return np.promote_types(dtype, np.float32)  # jnp's raises under jax_numpy_dtype_promotion=strict
+
+
+def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum with an accumulator of float32 or wider."""
+    return jnp.einsum(spec, x, y, preferred_element_type=_wide(x.dtype))
+
+
+def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
+    """Which keys S each query T sees; causal_TS: those that are not after it."""
+    visible_TS = causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
+    if branches_T is not None:
+        shared = (branches_S == 0)[..., None, :]
+        visible_TS &= shared | (branches_T[..., :, None] == branches_S[..., None, :])
+    return visible_TS
+
+
+@struct
+class Seen:
+    """What decides which keys a query sees, beside the order: segments, and branches or None. [B, T]."""
+
+    segments: Int[Array, "B T"]
+    branches: Int[Array, "B T"] | None
+
+
+def flash(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    segments_BT: Int[Array, "B T"],
+    branches_BT: Int[Array, "B T"] | None = None,
+    block: int = 256,
+) -> Float[Array, "B T H E"]:
+    """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with T x T.
+
+    Blocks of keys that no query of a block can see are skipped, row by row. The backward pass recomputes the
+    probabilities; a remat policy that saves the names "attn_out" and "attn_lse" spares it the forward pass.
+    """
+    seen = Seen(segments_BT, branches_BT)
+    return flash_part(q_BTHE, k_BTKE, v_BTKE, (seen, seen), jnp.int32(0), block)
+
+
+def flash_part(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BSKE: Float[Array, "B S K E"],
+    v_BSKE: Float[Array, "B S K E"],
+    seen: tuple[Seen, Seen],
+    start: Int[Array, ""],
+    block: int = 256,
+) -> Float[Array, "B T H E"]:
+    """flash for T successive queries of longer rows, of which the first is at storage place `start`; seen: theirs, the keys'."""
+    B, T, H, E = q_BTHE.shape
+    K = k_BSKE.shape[2]
+    count = -(-T // block)
+    step = math.gcd(block, 16)
+    block = -(-T // (count * step)) * step  # the smallest that still makes `count` blocks, so that little is padding
+    queries = jax.tree.map(lambda x: padded(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
+    keys = jax.tree.map(lambda x: padded(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
+    return _flash(queries, keys, start, block).reshape(B, T + -T % block, H, E)[:, :T]
+
+
+def padded(x_BT: jax.Array, extra: int) -> jax.Array:
+    """More positions at the end of each row; 0 makes them segment 0."""
+    return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2)) if extra else x_BT
+
+
+# Below, a block is N storage positions of one row, and all blocks of all rows stand in one list, C = B * T / N of queries
+# and D = B * S / N of keys. Query heads that share a key head are folded into the products' rows, M = G * N. What XLA:CPU
+# makes of this decides its shape. It takes 16-bit products on its fast path only from operands that no transpose can be
+# folded into, so keys are transposed once outside the loops; and it widens every other 16-bit operation to float32, whole
+# loop-carried buffers included, so loops hold 16-bit floats as uint16.
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(x: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+def _blocks(x_BT: jax.Array, block: int) -> jax.Array:
+    B, T = x_BT.shape[:2]
+    return x_BT.reshape(B * (T // block), block, *x_BT.shape[2:])
+
+
+def _overlap(x_BCN: jax.Array, y_BDN: jax.Array, ignored: tuple[jax.Array, jax.Array]) -> Bool[Array, "B C D"]:
+    """Whether the ranges of values of two blocks of a row meet; a block with all values ignored meets none."""
+    info = jnp.iinfo(x_BCN.dtype)
+    ranges = [
+        (jnp.where(out, info.max, z).min(2), jnp.where(out, info.min, z).max(2))
+        for z, out in zip((x_BCN, y_BDN), ignored, strict=True)
+    ]
+    (low_BC, high_BC), (low_BD, high_BD) = ranges
+    return (low_BC[:, :, None] <= high_BD[:, None]) & (low_BD[:, None] <= high_BC[:, :, None])
+
+
+def _visits(seen: tuple[Seen, Seen], start, block):
+    """The key blocks that each query block must look at (first `count` of a list), as places in the list of all key blocks; and
+    each query block's first place in storage, counted as that list does."""
+    (B, T), S = seen[0].segments.shape, seen[1].segments.shape[1]
+    C, D = T // block, S // block
+    cut = lambda x: None if x is None else x.reshape(B, x.shape[1] // block, block)  # noqa: E731
+    queries, keys = (Seen(cut(s.segments), cut(s.branches)) for s in seen)
+    first_C = start + block * jnp.arange(C, dtype=jnp.int32)
+    wanted = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
+    wanted &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
+    if keys.branches is not None:
+        shared = (keys.branches == 0).any(2)[:, None]
+        none = jnp.zeros(queries.branches.shape, bool), jnp.zeros(keys.branches.shape, bool)
+        wanted &= shared | _overlap(queries.branches, keys.branches, none)
+    row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * D
+    places = row + jnp.argsort(~wanted, axis=2, stable=True).astype(jnp.int32)
+    firsts = (row[:, :, 0] * block + first_C).reshape(B * C)
+    return places.reshape(B * C, D), wanted.sum(2, dtype=jnp.int32).reshape(B * C), firsts
+
+
+def _scores(q_KME, k_KNE, seen: tuple[Seen, Seen], first, at: tuple[jax.Array, jax.Array]):
+    """Masked scores of query block i, which starts at storage place `first`, against key block j, in float32 or wider."""
+    (K, M, E), (i, j) = q_KME.shape, at
+    N = k_KNE.shape[1]
+    steps = jnp.arange(N, dtype=jnp.int32)
+    causal_NN = (j * N + steps)[None, :] <= (first + steps)[:, None]
+    branches = (None, None) if seen[1].branches is None else (seen[0].branches[i], seen[1].branches[j])
+    seen_NN = visible(seen[0].segments[i], seen[1].segments[j], *branches, causal_NN)
+    s_KMN = dot("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
+    return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), HIDDEN).reshape(K, M, N)
+
+
+def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = False) -> jax.Array:
+    """Block i as [K, M, E], or [K, E, M]."""
+    N, K, G, E = x_CNKGE.shape[1:]
+    x_NKGE = x_CNKGE[i]
+    if transposed:
+        return _floats(x_NKGE.transpose(1, 3, 2, 0).reshape(K, E, G * N), dtype)
+    return _floats(x_NKGE.transpose(1, 2, 0, 3).reshape(K, G * N, E), dtype)
+
+
+def _storage(x_KME: jax.Array, N: int) -> jax.Array:
+    """The inverse of _queries: [N, K, G, E], as bits."""
+    K, M, E = x_KME.shape
+    return _bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
+
+
+def _forward(queries, keys, start, block, dtype):
+    """(o [B, T, K, G, E] as bits, log-sum-exp of the scores [C, K, M])."""
+    B, T, K, G, E = queries[0].shape
+    M, wide = G * block, _wide(dtype)
+    places, counts, firsts = _visits((queries[1], keys[2]), start, block)
+    (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = jax.tree.map(lambda x: _blocks(x, block), (queries, keys))
+    k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
+
+    def query_block(i):
+        q_KME = _queries(q_CNKGE, i, dtype)
+
+        def visit(n, carry):
+            o_KME, m_KM, l_KM = carry
+            j = places[i, n]
+            s_KMN = _scores(q_KME, _floats(k_DKNE[j], dtype), (seen_CN, seen_DN), firsts[i], (i, j))
+            top_KM = jnp.maximum(m_KM, s_KMN.max(2))
+            p_KMN = jnp.exp(s_KMN - top_KM[:, :, None])
+            shrink_KM = jnp.exp(m_KM - top_KM)
+            add_KME = dot("kmn,kne->kme", p_KMN.astype(dtype), _floats(v_DKNE[j], dtype))
+            return o_KME * shrink_KM[:, :, None] + add_KME, top_KM, l_KM * shrink_KM + p_KMN.sum(2)
+
+        # The running maximum starts between HIDDEN and any real score: a query that sees nothing sums to 0, not to N.
+        none = jnp.zeros((K, M, E), wide), jnp.full((K, M), HIDDEN / 2, wide), jnp.zeros((K, M), wide)
+        o_KME, m_KM, l_KM = lax.fori_loop(0, counts[i], visit, none)
+        empty_KM = l_KM == 0
+        l_KM = jnp.where(empty_KM, 1, l_KM)
+        lse_KM = jnp.where(empty_KM, -HIDDEN, m_KM + jnp.log(l_KM))
+        return _storage((o_KME / l_KM[:, :, None]).astype(dtype), block), lse_KM
+
+    o_CNKGE, lse_CKM = lax.map(query_block, jnp.arange(places.shape[0], dtype=jnp.int32))
+    return o_CNKGE.reshape(B, T, K, G, E), lse_CKM
+
+
+def _backward(queries, keys, start, results, block, dtype):
+    """Gradients of q, k and v; results: o, its log-sum-exp and its cotangent. Transposed copies of q and do keep all five
+    products on the fast path."""
+    (B, T, K, G, E), S = queries[0].shape, keys[0].shape[1]
+    (o, lse_CKM, do), M, wide = results, G * block, _wide(dtype)
+    places, counts, firsts = _visits((queries[1], keys[2]), start, block)
+    (queries, keys), o, do = jax.tree.map(lambda x: _blocks(x, block), ((queries, keys), o, do))
+    (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = queries, keys
+    k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
+
+    def query_block(carry, i):
+        q_KME, q_KEM = _queries(q_CNKGE, i, dtype), _queries(q_CNKGE, i, dtype, True)
+        do_KME, do_KEM = _queries(do, i, dtype), _queries(do, i, dtype, True)
+        lse_KM = lse_CKM[i]
+        delta_KM = (do_KME.astype(wide) * _queries(o, i, dtype).astype(wide)).sum(2)
+
+        def visit(n, carry):
+            dq_KME, dk_DKEN, dv_DKEN = carry
+            j = places[i, n]
+            k_KNE = _floats(k_DKNE[j], dtype)
+            s_KMN = _scores(q_KME, k_KNE, (seen_CN, seen_DN), firsts[i], (i, j))
+            p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
+            dv_DKEN = _add(dv_DKEN, j, dot("kem,kmn->ken", do_KEM, p_KMN))
+            dp_KMN = dot("kme,kne->kmn", do_KME, _floats(v_DKNE[j], dtype))
+            ds_KMN = (p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5).astype(dtype)
+            dk_DKEN = _add(dk_DKEN, j, dot("kem,kmn->ken", q_KEM, ds_KMN))
+            return dq_KME + dot("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN
+
+        dq_KME, *carry = lax.fori_loop(0, counts[i], visit, (jnp.zeros((K, M, E), wide), *carry))
+        return tuple(carry), _storage(dq_KME.astype(dtype), block)
+
+    zeros = jnp.zeros((B * S // block, K, E, block), wide)
+    (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(places.shape[0], dtype=jnp.int32))
+    dk, dv = (_bits(x.astype(dtype)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
+    return tuple(_floats(x, dtype) for x in (dq.reshape(B, T, K, G, E), dk, dv))
+
+
+def _add(x: jax.Array, j: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, j, 0, keepdims=False) + y, j, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _flash(queries, keys, start, block):
+    return _flash_forward(queries, keys, start, block)[0]
+
+
+def _as_bits(queries, keys):
+    return (_bits(queries[0]), queries[1]), (_bits(keys[0]), _bits(keys[1]), keys[2])
+
+
+def _flash_forward(queries, keys, start, block):
+    dtype = queries[0].dtype
+    o, lse = _forward(*_as_bits(queries, keys), start, block, dtype)
+    o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return _floats(o, dtype), (queries, keys, start, o, lse)
+
+
+def _flash_backward(block, saved, do):
+    queries, keys, start, o, lse = saved
+    dq, dk, dv = _backward(*_as_bits(queries, keys), start, (o, lse, _bits(do)), block, queries[0].dtype)
+    return (dq, None), (dk, dv, None), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
