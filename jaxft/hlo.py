@@ -71,7 +71,7 @@ def parse(text: str) -> Program:
             if head and not line.startswith((" ", "HloModule")):
                 now = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # attributes of kernels span lines, some of which begin so
             now = None
         elif (one := _instruction(line)) is not None:
             now[one.name] = one

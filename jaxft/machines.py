@@ -80,8 +80,8 @@ class Machine:
 
     def axes(self, group: tuple[int, ...]) -> int:
         """Axes of a TPU slice's torus that a group of devices spans, each with links of its own; 1 for other machines."""
-        coordinates = [getattr(self.devices[i], "coords", None) for i in group]
-        if any(c is None for c in coordinates):
+        coordinates: list[Any] = [getattr(self.devices[i], "coords", None) for i in group]
+        if not coordinates or any(c is None for c in coordinates):
             return 1
         return max(1, sum(len({c[axis] for c in coordinates}) > 1 for axis in range(len(coordinates[0]))))
 

@@ -18,7 +18,6 @@ from jaxft.quant import is_qtensor
 from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
 
 GIB = 2**30
-PREALLOCATED = 0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Plan:
     compile_seconds: float
     from_cache: bool
     largest: dict[str, int]
+    gpu: bool = False
     why: str | None = None
 
     @property
@@ -82,6 +82,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
         shapes = pairs.abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
         place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
         batch = jax.tree.map(place, shapes)
+    machine = replace(machine, devices=list(p.mesh.devices.flat))  # in the order in which a program numbers them
     with jax.set_mesh(p.mesh):
         found = [_planned(run, p, machine, program) for program in programs(run, p, batch)]
     return max(found, key=lambda one: math.inf if one.total is None else one.total)
@@ -104,7 +105,7 @@ def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Progr
             missing = needed[1] if needed[1] is not None else 0
             total, room = needed[0], limit if needed[0] is None or needed[1] is None else needed[0] - needed[1]
             known = (len(machine.devices), program.name, parts, total, room, missing, 0, counts, {}, 0.0, 0)
-            return Plan(machine.name, *known, None, seconds, False, {}, _first_line(str(error)))
+            return Plan(machine.name, *known, None, seconds, False, {}, why=_first_line(str(error)))
         seconds = time.perf_counter() - begin
     devices.trim_heap()
     memory: Any = compiled.memory_analysis()
@@ -128,6 +129,7 @@ def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Progr
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes, flops=counts,
         collectives=by_kind(found), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
         compile_seconds=seconds, from_cache=bool(hits), largest=largest(module),
+        gpu=machine.devices[0].platform in ("gpu", "cuda"),
     )  # fmt: skip
 
 
@@ -206,47 +208,3 @@ def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
             made[name] = x.bytes
             given |= {name} if one.opcode == "parameter" and where == program.entry else set()
     return dict(sorted(((n, s) for n, s in made.items() if n not in given), key=lambda item: -item[1])[:count])
-
-
-def words(plan: Plan) -> str:
-    """The plan for people."""
-    gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
-    lines = [f"{plan.program} on {plan.machine}, {plan.devices} device{'s' * (plan.devices > 1)}; per device:"]
-    lines += [f"  {name:32s} {gib(size)}" for name, size in plan.parts.items()]
-    if plan.total is not None:
-        lines.append(f"  {'in all':32s} {gib(plan.total)}")
-    lines += [f"  {'in the host memory':32s} {gib(plan.host)}"] if plan.host else []
-    lines += [_verdict(plan)]
-    f = plan.flops
-    lines.append(
-        f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the model's "
-        f"formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more for recomputation and adapters"
-    )
-    if plan.estimate is None:
-        return "\n".join(lines)
-    for kind, row in plan.collectives.items():
-        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {gib(row['within'])} within, {gib(row['across'])} across hosts or slices")
-    e = plan.estimate
-    lines += [
-        f"step: {e.step:.3f} s, MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {f.tokens / e.step:,.0f} tokens/s; waits for {e.limit} "
-        f"(products {e.compute:.3f} s, memory {e.memory:.3f}, gathers {e.gathers:.3f}, exchanges {e.exchanges:.3f}; {e.apart:.3f} if "
-        "nothing overlapped)",
-        f"assumed: {ASSUMED}",
-        "largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.largest.items()),
-        f"compiled in {plan.compile_seconds:.1f} s" + (" (from the cache)" if plan.from_cache else ""),
-    ]
-    lines += [f"{plan.unknown_loops} loops of unknown length are counted as one round"] if plan.unknown_loops else []
-    return "\n".join(lines)
-
-
-def _verdict(plan: Plan) -> str:
-    if plan.limit is None and plan.missing is None:
-        return "the device's memory is not known"
-    if not plan.fits:
-        of = f" of {plan.limit / GIB:.2f} GiB" if plan.limit else ""
-        return f"does not fit: {(plan.missing or 0) / GIB:.2f} GiB{of} are missing" + (f" ({plan.why})" if plan.why else "")
-    assert plan.limit is not None and plan.total is not None
-    text = f"fits, {(plan.limit - plan.total) / GIB:.2f} of {plan.limit / GIB:.2f} GiB are free"
-    if plan.total > PREALLOCATED * plan.limit and not plan.machine.startswith(("v", "2xv")):
-        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by itself"
-    return text

@@ -7,7 +7,6 @@ from jaxft.machines import Machine
 from jaxft.traffic import KINDS, Collective
 
 PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
-BEHIND = ("all-gather", "reduce-scatter")  # of weights and their gradients: these can run while products do
 ASSUMED = (
     f"products at {PRODUCTS} of the peak rate, main memory at {MEMORY} and links at {LINKS} of theirs; products, memory and "
     "gathers of weights overlap whole, all-reduces, all-to-alls and permutes (of activations) not at all; no input, no launch gaps"
@@ -38,8 +37,8 @@ def estimate(machine: Machine, flops: tuple[float, float], moved: float, found: 
     count = len(machine.devices)
     compute = flops[1] / (count * peak * PRODUCTS)
     memory = moved / (machine.chip.memory_rate * MEMORY)
-    gathers = sum(seconds(machine, c) for c in found if c.kind in BEHIND)
-    exchanges = sum(seconds(machine, c) for c in found if c.kind not in BEHIND)
+    gathers = sum(seconds(machine, c) for c in found if c.behind)
+    exchanges = sum(seconds(machine, c) for c in found if not c.behind)
     parts = {"products": compute, "memory": memory, "gathers of weights": gathers}
     limit = max(parts, key=lambda name: parts[name])
     step = parts[limit] + exchanges
@@ -52,7 +51,7 @@ def seconds(machine: Machine, c: Collective) -> float:
     """Of all runs of a collective: what stays within a host or slice, then what leaves it."""
     chip = machine.chip
     assert chip is not None
-    within = (c.moved - c.across) / (chip.within * machine.axes(c.groups[0]) * LINKS)
+    within = (c.moved - c.across) / (chip.within * machine.axes(c.groups[0] if c.groups else ()) * LINKS)
     return c.times * (within + c.across / (chip.across * LINKS))
 
 

@@ -10,13 +10,15 @@ import numpy as np
 from jaxft.hlo import Array, Instruction, Program, called_by, walk
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libtpu's to the other slices
 
 
 @dataclass(frozen=True)
 class Collective:
     """One collective of a step. size: bytes of the whole array a device: of what is gathered, before it is scattered, or reduced.
 
-    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group.
+    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. behind: it
+    can run while products do: of weights and their gradients, or what libtpu cuts a product and its gather into.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Collective:
     times: float
     dtypes: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
+    behind: bool = False
 
     @property
     def moved(self) -> float:
@@ -49,12 +52,19 @@ class Collective:
 def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
     """Those of a step. places: the host or slice of each device, in the order of the mesh.
 
-    An asynchronous one counts where it starts; what a compiler cuts into several fused pieces (libtpu's chains) counts once.
+    An asynchronous one counts where it starts, one between TPU slices where it is sent; what a compiler cuts into several fused pieces (libtpu's chains) counts once.
     """
     found: dict[object, Collective] = {}
     for one, where, times, _ in walk(program):
         kind = one.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        between = _BETWEEN.search(one.attributes) if kind == "send" else None
+        if between:
+            kind = between[1].lower().replace("_", "-")
+            slices, size = len(set(places)), one.arrays[0].bytes
+            kind = kind if kind in KINDS else "collective-permute"
+            made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
+            found[where, one.name] = made
+        if kind not in KINDS or between:
             continue
         chain, channel = (re.search(p, one.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
         key: object = (channel[1], chain[1]) if chain and channel else (where, one.name)
@@ -66,7 +76,9 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
             span = max((len({places[i] for i in group}) for group in made.groups), default=1)
-            found[key] = replace(made, times=times, span=span, kind="reduce-scatter" if scattered else kind)
+            kind = "reduce-scatter" if scattered else kind
+            behind = kind in ("all-gather", "reduce-scatter") or "windowed_dot_general" in where
+            found[key] = replace(made, times=times, span=span, kind=kind, behind=behind)
     return list(found.values())
 
 

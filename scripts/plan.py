@@ -3,10 +3,12 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1 remat=full
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1 --json
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:8 --search full=true batch=32
-    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 v5p:8x8x8 full=true
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 v5p:8x8x8 full=true \
+        batch={devices} micro=1
 
 --devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a slice, 2xv5e:4x4 two slices; of h100,
-h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Compiling for NVIDIA GPUs takes jax's CUDA plugin (pip install
+h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several are planned one after the other and compared; {devices} in an
+override is how many there are. Compiling for NVIDIA GPUs takes jax's CUDA plugin (pip install
 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]'), but neither takes the device.
 """
 
@@ -35,21 +37,25 @@ def main() -> int:
     """Compile and print."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
-    from jaxft import config, machines, plan, plan_search
+    from jaxft import config, machines, plan, plan_search, plan_text
 
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
+    found: list[plan.Plan] = []
     for name in names:
         machine = machines.machine(name)
+        given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
             load = lambda texts: config.load(args.config, texts)  # noqa: E731
-            command = plan_search.Command(load, overrides, config.knob_names(args.config))
+            command = plan_search.Command(load, given, config.knob_names(args.config))
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             tried = plan_search.search(command, machine, args.most, say)
             print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
             continue
-        found = plan.plan(config.load(args.config, overrides), machine)
-        print(json.dumps(found.json()) if args.json else plan.words(found), flush=True)
+        found.append(plan.plan(config.load(args.config, given), machine))
+        print(json.dumps(found[-1].json()) if args.json else plan_text.words(found[-1]), flush=True)
+    if len(found) > 1 and not args.json:
+        print(plan_text.scaling(found))
     return 0
 
 

@@ -118,6 +118,10 @@ HAND = """HloModule hand
   %next = s32[]{:T(128)} add(%at.1, %two)
   %piece = bf16[8,16]{1,0} fusion(%y), kind=kCustom, calls=%inside
   %piece.1 = bf16[8,16]{1,0} fusion(%y), kind=kCustom, calls=%middle
+  %kernel = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="x"}
+  %over = (f32[8]{0}, u32[], token[]) send(%x), channel_id=12, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %part = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.9
   %start = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=8, source_target_pairs={{0,1},{1,0}}
   %done = bf16[8]{0} collective-permute-done(%start)
@@ -139,12 +143,13 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
     program = hlo.parse(HAND)
     found = {c.name: c for c in traffic.collectives(program, [0, 0, 1, 1])}
-    assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait"}
+    assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
     assert all(found[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
     assert found["all-gather.1"].size == 8 * 16 * 2 and found["wait"].size == 64 * 4 + 12
     scatter = found["all-reduce.3"]
     assert (scatter.kind, scatter.size, scatter.span) == ("reduce-scatter", 16 * 4, 2)
     assert (found["start"].size, found["start"].span, found["start"].moved) == (16, 1, 16)
+    assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == ("all-reduce", 2, 32, 4)
     assert program.unknown_loops == ["free"]
 
 

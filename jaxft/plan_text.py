@@ -1,0 +1,87 @@
+"""Plans in words: one for people, several as a table that says where more devices stop helping."""
+
+from collections.abc import Sequence
+
+from jaxft.plan import GIB, Plan
+from jaxft.roofline import ASSUMED
+
+PREALLOCATED = 0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
+
+
+def words(plan: Plan) -> str:
+    """The plan for people."""
+    gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
+    lines = [f"{plan.program} on {plan.machine}, {plan.devices} device{'s' * (plan.devices > 1)}; per device:"]
+    lines += [f"  {name:32s} {gib(size)}" for name, size in plan.parts.items()]
+    if plan.total is not None:
+        lines.append(f"  {'in all':32s} {gib(plan.total)}")
+    lines += [f"  {'in the host memory':32s} {gib(plan.host)}"] if plan.host else []
+    lines += [_verdict(plan)]
+    f = plan.flops
+    lines.append(
+        f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the model's "
+        f"formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more for recomputation and adapters"
+    )
+    if plan.estimate is None:
+        return "\n".join(lines)
+    for kind, row in plan.collectives.items():
+        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {gib(row['within'])} within, {gib(row['across'])} across hosts or slices")
+    e = plan.estimate
+    lines += [
+        f"step: {e.step:.3f} s, MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {f.tokens / e.step:,.0f} tokens/s; waits for {e.limit} "
+        f"(products {e.compute:.3f} s, memory {e.memory:.3f}, gathers {e.gathers:.3f}, exchanges {e.exchanges:.3f}; {e.apart:.3f} if "
+        "nothing overlapped)",
+        f"assumed: {ASSUMED}",
+        "largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.largest.items()),
+        f"compiled in {plan.compile_seconds:.1f} s" + (" (from the cache)" if plan.from_cache else ""),
+    ]
+    lines += [f"{plan.unknown_loops} loops of unknown length are counted as one round"] if plan.unknown_loops else []
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.limit is None and plan.missing is None:
+        return "the device's memory is not known"
+    if not plan.fits:
+        of = f" of {plan.limit / GIB:.2f} GiB" if plan.limit else ""
+        return f"does not fit: {(plan.missing or 0) / GIB:.2f} GiB{of} are missing" + (f" ({plan.why})" if plan.why else "")
+    assert plan.limit is not None and plan.total is not None
+    text = f"fits, {(plan.limit - plan.total) / GIB:.2f} of {plan.limit / GIB:.2f} GiB are free"
+    if plan.total > PREALLOCATED * plan.limit and plan.gpu:
+        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by itself"
+    return text
+
+
+def scaling(plans: Sequence[Plan]) -> str:
+    """A row a machine: bytes a device, bytes of collectives, time, and why not faster; then how far more devices help.
+
+    The law: a device gathers the same weights however many share them, while its products shrink with its tokens. So with t
+    tokens a device the gathers are hidden as long as t * (seconds of products a token) is above their seconds.
+    """
+    lines = [
+        f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} {'step s':>7s} {'MFU %':>6s} "
+        f"{'tokens/s':>11s} {'a device':>8s}  waits for"
+    ]
+    for p in plans:
+        within, across = (sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across"))
+        size = f"{p.total / GIB:7.2f}" if p.total is not None else "      ?"
+        start = f"{p.machine:14s} {p.devices:7d} {p.flops.tokens:10,d} {size} {within:8.2f} {across:8.2f}"
+        e = p.estimate
+        if e is None or not p.fits:
+            lines.append(f"{start}  does not fit" if not p.fits else start)
+            continue
+        rate = p.flops.tokens / e.step
+        lines.append(f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}")
+    lines += [least(p) for p in plans[-1:] if p.estimate is not None]
+    return "\n".join(lines)
+
+
+def least(p: Plan) -> str:
+    """The fewest tokens a device at which products still hide the gathers, and what that means for the number of devices."""
+    e = p.estimate
+    assert e is not None
+    each = p.flops.tokens / p.devices
+    enough = each * e.gathers / e.compute
+    text = f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.gathers:.3f} s and products {e.compute:.3f}, so from "
+    text += f"{enough:,.0f} tokens a device down a step waits for gathers: a step of B tokens gains nothing beyond B / {enough:,.0f} "
+    return text + "devices cut by fsdp alone (then mesh.tensor or mesh.context cut a row further, and exchange activations)"
