@@ -71,4 +71,3 @@ def _inside(params: dict[str, Any]) -> Iterator[Any]:
             inner = getattr(one, "jaxpr", one)
             if hasattr(inner, "eqns"):
                 yield inner
-

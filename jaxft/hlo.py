@@ -130,7 +130,7 @@ def called_by(one: Instruction) -> list[str]:
 
 
 def trips(program: Program, loop: Instruction, where: str) -> int:
-    """Rounds of a while loop: as the compiler noted them, or from its counter's start, step and limit; 1 where neither is told."""
+    """Rounds of a while loop, as the compiler noted them or by its counter's start, step and limit; 1 where neither is told."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])

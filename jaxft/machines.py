@@ -20,7 +20,7 @@ class Chip:
 
     kind: the start of jax's device_kind. memory: bytes that the driver or the compiler gives; kept: what of it the runtime keeps
     for itself. memory_rate: of the main memory. within: to the others of its host, or for a TPU along one axis of its slice (both
-    ways round); across: a device's share of its host's network. hosts: devices a host, None where the topology says it.
+    ways round); across: a device's share of its host's network.
     """
 
     kind: str
@@ -34,32 +34,18 @@ class Chip:
 
 # kept, NVIDIA: CUDA's context, cuBLAS, cuDNN and NCCL buffers; 1 GiB is an allowance (contexts alone are 0.4 to 0.7 GiB).
 # kept, TPU: libtpu's compiler says how much of the memory a program may use; what is missing to the chip's size is kept.
+# links, GPUs: NVLink in one direction, a 400 or 200 Gb/s InfiniBand port a GPU (the 4090: PCIe 4.0 x16, and 10 Gb/s Ethernet).
+# links, TPUs: two directions of one axis of the torus, as they are measured (the data sheets say a ninth more).
 CHIPS = {
-    "h100": Chip(
-        "NVIDIA H100", 84942979072, GIB, 3.35e12, 450e9, 50e9, "H100 SXM5 data sheet: 3.35 TB/s, NVLink 900 GB/s both ways; NDR 400 Gb/s a GPU"
-    ),
-    "h200": Chip(
-        "NVIDIA H200", 151397597184, GIB, 4.8e12, 450e9, 50e9, "H200 data sheet: 4.8 TB/s, NVLink 900 GB/s both ways; NDR 400 Gb/s a GPU"
-    ),
-    "a100-40": Chip(
-        "NVIDIA A100", 42331013120, GIB, 1.555e12, 300e9, 25e9, "A100 data sheet: 1555 GB/s, NVLink 600 GB/s both ways; HDR 200 Gb/s a GPU"
-    ),
-    "a100-80": Chip(
-        "NVIDIA A100", 85100068864, GIB, 2.039e12, 300e9, 25e9, "A100 data sheet: 2039 GB/s, NVLink 600 GB/s both ways; HDR 200 Gb/s a GPU"
-    ),
-    "rtx4090": Chip(
-        "NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "RTX 4090 data sheet: 1008 GB/s; PCIe 4.0 x16, no NVLink; 10 GbE"
-    ),
-    "v5e": Chip(
-        "TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "Cloud TPU v5e: 16 GB, 819 GB/s; ICI 45 GB/s a link and direction; DCN 25 GB/s per 8 chips"
-    ),
-    "v5p": Chip(
-        "TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, "Cloud TPU v5p: 95 GB, 2765 GB/s; ICI 90 GB/s a link and direction; DCN 25 GB/s per 4 chips"
-    ),
-    "v6e": Chip(
-        "TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "Cloud TPU v6e: 32 GB, 1640 GB/s; ICI 90 GB/s a link and direction; DCN 100 GB/s per 8 chips"
-    ),
-}  # fmt: skip
+    "h100": Chip("NVIDIA H100", 84942979072, GIB, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM5 data sheet"),
+    "h200": Chip("NVIDIA H200", 151397597184, GIB, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet"),
+    "a100-40": Chip("NVIDIA A100", 42331013120, GIB, 1.555e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
+    "a100-80": Chip("NVIDIA A100", 85100068864, GIB, 2.039e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "NVIDIA Ada white paper"),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "docs.cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip("TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, "docs.cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "docs.cloud.google.com/tpu/docs/v6e"),
+}
 EXAMPLES = "h100:1, h100:8, h100:2x8 (hosts x GPUs), v5e:4x4, v5p:4x4x4 or 2xv5e:4x4 (slices)"
 
 
@@ -132,7 +118,8 @@ def _tpus(name: str, kind: str, sizes: list[int], slices: int) -> list[Any]:
 
     rank = 3 if kind == "v5p" else 2
     if len(sizes) != rank:
-        raise ValueError(f"--devices {name!r} is not known; a slice of {kind} has {rank} axes, such as {kind}:{'x'.join('4' * rank)}")
+        such = "x".join("4" * rank)
+        raise ValueError(f"--devices {name!r} is not known; a slice of {kind} has {rank} axes, such as {kind}:{such}")
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if sizes[0] % 2 or sizes[1] % 2:  # a host has 2 x 2 chips, or here one

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft import devices, hlo, prepare, sharding, traffic, train, tree
+from jaxft import devices, hlo, sharding, traffic, train, tree
 from jaxft.data import pairs
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
@@ -101,11 +101,11 @@ def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Progr
             needed = too_much(str(error))
             if needed is None:
                 raise
-            seconds = time.perf_counter() - begin
-            missing = needed[1] if needed[1] is not None else 0
-            total, room = needed[0], limit if needed[0] is None or needed[1] is None else needed[0] - needed[1]
-            known = (len(machine.devices), program.name, parts, total, room, missing, 0, counts, {}, 0.0, 0)
-            return Plan(machine.name, *known, None, seconds, False, {}, why=_first_line(str(error)))
+            total, missing = needed
+            room = limit if total is None or missing is None else total - missing
+            known = (len(machine.devices), program.name, parts, total, room, missing or 0, 0, counts, {}, 0.0, 0, None)
+            why = _first_line(str(error))
+            return Plan(machine.name, *known, time.perf_counter() - begin, False, {}, why=why)
         seconds = time.perf_counter() - begin
     devices.trim_heap()
     memory: Any = compiled.memory_analysis()
@@ -138,16 +138,16 @@ def resident(p: train.Programs) -> dict[str, int]:
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
-            name = "adapters" if path.startswith("adapter/") else "quantised base" if p.trained.held[path].quantised else "weights"
+            packed = "quantised base" if p.trained.held[path].quantised else "weights"
+            name = "adapters" if path.startswith("adapter/") else packed
             sizes[name] += _held(leaf)
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 
 
 def _held(arrays: Any) -> int:
     """Bytes a device of arrays with their shardings; 4-bit elements take half a byte."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_short(x.dtype)) // 8 for x in jax.tree.leaves(arrays)
-    )  # fmt: skip
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_short(x.dtype)) // 8 for x in leaves)
 
 
 def _short(dtype: Any) -> str:
@@ -168,7 +168,6 @@ def _cache_hits() -> Iterator[list[str]]:
     try:
         yield hits
     finally:
-        hits = list(hits)
         if hasattr(jax.monitoring, "unregister_event_listener"):
             jax.monitoring.unregister_event_listener(hear)
 

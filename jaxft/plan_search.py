@@ -154,5 +154,6 @@ def words(tried: list[Tried], command: Command) -> str:
     """The table, the fastest first, and the recommendation as the words to put on the command line."""
     lines = [f"{str(t.choice):58s} {told(t)}" for t in tried]
     if not tried or tried[0].seconds == float("inf"):
-        return "\n".join([*lines, "nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices"])
+        lines.append("nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices")
+        return "\n".join(lines)
     return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])

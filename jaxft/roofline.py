@@ -9,7 +9,7 @@ from jaxft.traffic import KINDS, Collective
 PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
 ASSUMED = (
     f"products at {PRODUCTS} of the peak rate, main memory at {MEMORY} and links at {LINKS} of theirs; products, memory and "
-    "gathers of weights overlap whole, all-reduces, all-to-alls and permutes (of activations) not at all; no input, no launch gaps"
+    "gathers of weights overlap whole, all-reduces, all-to-alls and permutes (of activations) not at all; no launch gaps"
 )
 
 

@@ -52,7 +52,8 @@ class Collective:
 def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
     """Those of a step. places: the host or slice of each device, in the order of the mesh.
 
-    An asynchronous one counts where it starts, one between TPU slices where it is sent; what a compiler cuts into several fused pieces (libtpu's chains) counts once.
+    An asynchronous one counts where it starts, one between TPU slices where it is sent; what a compiler cuts into several fused
+    pieces (libtpu's chains) counts once.
     """
     found: dict[object, Collective] = {}
     for one, where, times, _ in walk(program):
@@ -170,10 +171,10 @@ def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in group) for group in groups)
 
 
-FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
-    "opt-barrier async-start async-update async-done".split()
-)
+FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
+)  # fmt: skip
 
 
 def memory_bytes(program: Program) -> float:

@@ -38,16 +38,16 @@ HARDWARE = {
     "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
 }
 SETTINGS = {
-    ("full", "sft"): "full=true params=bfloat16 in_backward=true optimizer=adafactor remat=full".split(),
-    ("full", "dpo"): (
-        "adapter=none params=bfloat16 optim.in_backward=true optim.clip=none optim.optimizer=jaxft.optim:adafactor "
-        "reference=precomputed remat=full"
-    ).split(),
+    ("full", "sft"): ["full=true", "params=bfloat16", "in_backward=true", "optimizer=adafactor", "remat=full"],
+    ("full", "dpo"): [
+        "adapter=none", "params=bfloat16", "optim.in_backward=true", "optim.clip=none",
+        "optim.optimizer=jaxft.optim:adafactor", "reference=precomputed", "remat=full",
+    ],
     ("LoRA", "sft"): ["remat=full"],
     ("LoRA", "dpo"): ["remat=full"],
     ("QLoRA", "sft"): ["quant=nf4", "remat=full"],
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
-}
+}  # fmt: skip
 PLANNER = {"plan", "plan_search", "plan_text", "roofline", "traffic", "hlo", "flops", "machines", "cli", "report", "log"}
 
 
@@ -145,7 +145,8 @@ def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
                         found = max(found, first, key=lambda one: (one["devices"], one["total"]))
                     row.append(shown(found))
                 if any(row):
-                    lines.append(f"| {model} | {method} | {'SFT' if objective == 'sft' else 'SFT + DPO'} | " + " | ".join(row) + " |")
+                    learns = "SFT" if objective == "sft" else "SFT + DPO"
+                    lines.append(f"| {' | '.join([model, method, learns, *row])} |")
     return "\n".join(lines)
 
 

@@ -25,9 +25,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
-    parser.add_argument("--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared in a table")
+    parser.add_argument("--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared")
     parser.add_argument("--json", action="store_true", help="one JSON line a plan, in bytes and seconds")
-    parser.add_argument("--search", action="store_true", help="try microbatches, remat policies and meshes, and recommend the fastest")
+    parser.add_argument("--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one")
     parser.add_argument("--most", type=int, default=12, help="programs that a search compiles at most")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser.parse_intermixed_args()

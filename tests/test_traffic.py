@@ -89,12 +89,12 @@ HAND = """HloModule hand
 
 %inside (p: bf16[8,4]) -> bf16[8,16] {
   %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %all-gather.1 = bf16[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, frontend_attributes={chain_id="2"}
+  ROOT %all-gather.1 = bf16[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, CHAIN
 }
 
 %middle (p.1: bf16[8,4]) -> bf16[8,16] {
   %p.1 = bf16[8,4]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[8,16]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, frontend_attributes={chain_id="2"}
+  ROOT %all-gather.2 = bf16[8,16]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, CHAIN
 }
 
 %all-reduce-scatter.9 (p.2: f32[16]) -> f32[4] {
@@ -121,7 +121,7 @@ HAND = """HloModule hand
   %kernel = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="x"}
-  %over = (f32[8]{0}, u32[], token[]) send(%x), channel_id=12, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %over = (f32[8]{0}, u32[], token[]) send(%x), OVER
   %part = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.9
   %start = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=8, source_target_pairs={{0,1},{1,0}}
   %done = bf16[8]{0} collective-permute-done(%start)
@@ -134,10 +134,12 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %first = (s32[], f32[16]{0}) tuple(%two.1, %a)
   %loop = (s32[]{:T(128)}, f32[16]{0:T(256)}) while(%first), condition=%condition, body=%body
   %free = (s32[], f32[16]{0}) while(%loop), condition=%nothing, body=%nowhere
-  %wait = ((f32[16]{0}, s4[6]{0}), (f32[64]{0}, s4[24]{0})) all-gather-start(%a, %b), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}
+  %wait = ((f32[16]{0}, s4[6]{0}), (f32[64]{0}, s4[24]{0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
   ROOT %got = f32[64]{0} all-gather-done(%wait)
 }
 """
+HAND = HAND.replace("CHAIN", 'frontend_attributes={chain_id="2"}')
+HAND = HAND.replace("OVER", 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
 
 
 def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
