@@ -3,9 +3,9 @@
     python scripts/bench_plan.py                                   # SmolLM2-135M: LoRA, QLoRA, every weight; minutes on a CPU
     python scripts/bench_plan.py --cases lora model=meta-llama/Llama-3.1-8B-Instruct max_length=4096 remat=full   # on a GPU
 
-Weights and rows are random numbers, so nothing is loaded. A JSON line a case, each in a process of its own. Bytes: on a GPU or TPU
-the device's peak_bytes_in_use, on a CPU how much the process grows from before the weights are made to its largest size while
-steps run. Seconds: the middle of the timed steps. On a CPU the rates of products and memory are measured first.
+Weights and rows are random numbers, so nothing is loaded. A JSON line a case, each in a process of its own. Bytes: on a GPU or
+TPU the device's peak_bytes_in_use, on a CPU how much the process grows from before the weights are made to its largest size
+while steps run. Seconds: the middle of the timed steps. On a CPU the rates of products and memory are measured first.
 """
 
 import argparse
@@ -92,7 +92,9 @@ def here() -> Any:
         return machine
     rate = memory_rate()
     kind = machine.devices[0].device_kind
-    limit = (machine.devices[0].memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = (machine.devices[0].memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     return replace(machine, chip=machines.Chip(kind, int(limit), 0, rate, rate, rate, "measured here"))
 
 
