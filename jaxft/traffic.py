@@ -85,6 +85,7 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
 
 def _collective(one: Instruction, kind: str, devices: int) -> Collective:
     arrays = _results(one, kind)
+    groups: tuple[tuple[int, ...], ...]
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
         groups = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else ""))
