@@ -22,7 +22,7 @@ from jaxft.params import Model
 from jaxft.parse import BARE, find_file, kind_name, parse, run_file, shown_path, told
 from jaxft.tree import nearest
 
-__all__ = ["describe", "differences", "knobs", "load"]
+__all__ = ["describe", "differences", "knob_names", "knobs", "load"]
 
 
 def _parse_for(label: str, text: str, kind: Any, now: Any) -> Any:
@@ -62,6 +62,11 @@ def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
     if not inspect.isfunction(fn):
         raise ValueError(f"{path}: found no function `config`; a config file defines def config(knob=default, ...) -> Run")
     return fn, module
+
+
+def knob_names(path: str) -> list[str]:
+    """The knobs of a config file."""
+    return list(_knobs(_config_function(path)[0]))
 
 
 def load(path: str, overrides: list[str]) -> Any:

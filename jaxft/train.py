@@ -1,7 +1,6 @@
 """A run from its settings to its results: the train step, and the loop, top to bottom."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -464,17 +463,3 @@ def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], s
                 say(f"reference log-probs: {number} of {len(batches)} batches")
 
     return reference.attach(source, path, compute, say)
-
-
-def dry_run(run: Run, record: dict[str, Any]) -> str:
-    """The resolved settings, the parameter table and the planned bytes of the train step on the local devices."""
-    with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        p, batch = abstract(run)
-        memory: Any = compile_step(p, batch).memory_analysis()
-    parts = {
-        "parameters, optimizer and batch": memory.argument_size_in_bytes,
-        "activations and temporaries": memory.temp_size_in_bytes,
-        "results that reuse no argument": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    sizes = [f"{name:34s} {size / 2**30:8.3f} GiB per device" for name, size in parts.items()]
-    return "\n".join([json.dumps(record, indent=2), prepare.table(p.trained, p.mesh), *sizes])

@@ -1,9 +1,15 @@
-"""What a run takes on a machine that is not here: its train step is compiled for it, without weights, rows or network.
+"""What a run takes on a machine that is not here: its programs are compiled for it, without weights, rows or network.
 
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1 remat=full
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1 --json
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:8 --search full=true batch=32
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 v5p:8x8x8 full=true \
+        batch={devices} micro=1
 
---devices: h100:1 is one GPU, h100:8 one host with eight, h100:2x8 two such hosts. Compiling for NVIDIA GPUs takes jax's CUDA
-plugin (pip install 'jaxft[cuda12]'), but no GPU.
+--devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a slice, 2xv5e:4x4 two slices; of h100,
+h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several are planned one after the other and compared; {devices} in an
+override is how many there are. Compiling for NVIDIA GPUs takes jax's CUDA plugin (pip install
+'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]'), but neither takes the device.
 """
 
 import argparse
@@ -19,8 +25,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
-    parser.add_argument("--devices", required=True, help="the machine, such as h100:1")
-    parser.add_argument("--json", action="store_true", help="one JSON line, in bytes")
+    parser.add_argument("--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared")
+    parser.add_argument("--json", action="store_true", help="one JSON line a plan, in bytes and seconds")
+    parser.add_argument("--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one")
+    parser.add_argument("--most", type=int, default=12, help="programs that a search compiles at most")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser.parse_intermixed_args()
 
@@ -29,10 +37,25 @@ def main() -> int:
     """Compile and print."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
-    from jaxft import config, plan
+    from jaxft import config, machines, plan, plan_search, plan_text
 
-    found, arrays = plan.plan(config.load(args.config, args.overrides), plan.devices(args.devices))
-    print(json.dumps({**found, "largest": arrays}) if args.json else plan.words(found, arrays))
+    names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
+    overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
+    found: list[plan.Plan] = []
+    for name in names:
+        machine = machines.machine(name)
+        given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
+        if args.search:
+            load = lambda texts: config.load(args.config, texts)  # noqa: E731
+            command = plan_search.Command(load, given, config.knob_names(args.config))
+            say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+            tried = plan_search.search(command, machine, args.most, say)
+            print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
+            continue
+        found.append(plan.plan(config.load(args.config, given), machine))
+        print(json.dumps(found[-1].json()) if args.json else plan_text.words(found[-1]), flush=True)
+    if len(found) > 1 and not args.json:
+        print(plan_text.scaling(found))
     return 0
 
 

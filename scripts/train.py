@@ -39,7 +39,9 @@ def main() -> int:
     if not isinstance(run, train.Run):
         raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.Run")
     if args.dry_run:
-        print(train.dry_run(run, describe.describe(run)))
+        from jaxft import plan_text
+
+        print(plan_text.dry_run(run, describe.describe(run)))
         return 0
     with distributed.started(run.hosts, cli.told):
         return train.run(run, describe.describe(run))

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each layer imports itself and what stands above it here. A package stands for its modules.
 LAYERS = (
-    {"tree", "batch", "quant", "quant_formats", "metrics", "devices"},
+    {"tree", "batch", "quant", "quant_formats", "metrics", "devices", "hlo", "traffic", "machines", "roofline"},
     {"sharding", "params", "agree", "manifest", "readback", "launch", "distributed", "watchdog"},
     {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
      "accumulate", "reference", "plots", "compare"},  # fmt: skip
     {"train", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
-    {"plan"},
+    {"flops", "plan", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,179 @@
+"""The text of a compiled program (HLO) as instructions, with how often a step runs each of them."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)")
+
+
+class Array(NamedTuple):
+    """One array of a type. layout: XLA's, in which S(n) names a memory space other than the device's main memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size; 4-bit elements take half a byte."""
+        return -(-bits(self.dtype) * math.prod(self.shape) // 8)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    root: bool
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays of its result, those of a tuple in order."""
+        return arrays(self.type)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Computations by name, and the name of the one that starts."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    unknown_loops: list[str] = field(default_factory=list)  # whose number of rounds the text doesn't tell: counted once
+
+
+def bits(dtype: str) -> int:
+    """Of an element of a dtype as XLA writes it: pred, bf16, u8, f8e4m3fn."""
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found[1]) if found else 8
+
+
+def arrays(text: str) -> list[Array]:
+    """The arrays of a type, with their layouts where they stand there."""
+    return [Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "") for t, dims, layout in _ARRAY.findall(text)]
+
+
+def parse(text: str) -> Program:
+    """A module as compiled.as_text() gives it."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, now = "", None
+    for line in text.splitlines():
+        if now is None:
+            head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+            if head and not line.startswith((" ", "HloModule")):
+                now = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+        elif line.rstrip() == "}":  # attributes of kernels span lines, some of which begin so
+            now = None
+        elif (one := _instruction(line)) is not None:
+            now[one.name] = one
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    call = re.match(r"\s*([\w-]+)\(", rest[end:])
+    if call is None:
+        return None
+    opened = end + call.end() - 1
+    closed = _closing(rest, opened)
+    inside = rest[opened + 1 : closed]
+    named = tuple(re.findall(r"%([\w.-]+)", inside)) or tuple(re.findall(r"(?:^|[ ,])([A-Za-z][\w.-]*)(?=,|$)", inside))
+    return Instruction(head[2], rest[:end].strip(), call[1], named, inside, rest[closed + 1 :], head[1] is not None)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
+
+
+def walk(program: Program) -> Iterator[tuple[Instruction, str, float, bool]]:
+    """(instruction, its computation, how often a step runs it, whether it stands within a fusion), loops within loops multiplied.
+
+    Every branch of a conditional counts as if it were taken.
+    """
+    yield from _walk(program, program.entry, 1.0, False)
+
+
+def _walk(program: Program, name: str, times: float, fused: bool) -> Iterator[tuple[Instruction, str, float, bool]]:
+    for one in program.computations.get(name, {}).values():
+        yield one, name, times, fused
+        called = called_by(one)
+        rounds = trips(program, one, name) if one.opcode == "while" else 1
+        if one.opcode in ("while", "call", "conditional", "fusion", "async-start"):
+            for inner in called:
+                yield from _walk(program, inner, times * rounds, fused or one.opcode == "fusion")
+
+
+def called_by(one: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+    more = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+    return [*_CALLED.findall(one.attributes), *more]
+
+
+def trips(program: Program, loop: Instruction, where: str) -> int:
+    """Rounds of a while loop, as the compiler noted them or by its counter's start, step and limit; 1 where neither is told."""
+    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    condition, body = (re.search(rf"{part}=%?([\w.-]+)", loop.attributes) for part in ("condition", "body"))
+    found = _counted(program, loop, where, condition[1], body[1]) if condition and body else None
+    if found is None and loop.name not in program.unknown_loops:
+        program.unknown_loops.append(loop.name)
+    return 1 if found is None else found
+
+
+def _counted(program: Program, loop: Instruction, where: str, condition: str, body: str) -> int | None:
+    inside = program.computations.get(condition, {})
+    root = next((one for one in inside.values() if one.root), None)
+    if root is not None and root.opcode == "fusion":  # the comparison in a fusion: its operands are in order
+        compare = next((i for i in program.computations.get(called_by(root)[0], {}).values() if i.opcode == "compare"), None)
+        sides, attributes = root.operands, compare.attributes if compare else ""
+    elif root is not None and root.opcode == "compare":
+        sides, attributes = root.operands, root.attributes
+    else:
+        return None
+    if len(sides) != 2 or "direction=LT" not in attributes:
+        return None
+    counter, limit = inside.get(sides[0]), _constant(inside.get(sides[1]))
+    index = re.search(r"index=(\d+)", counter.attributes) if counter else None
+    if index is None or limit is None:
+        return None
+    start = _element(program.computations[where], loop.operands, int(index[1]))
+    step = _element(program.computations.get(body, {}), None, int(index[1]))
+    inner = program.computations.get(body, {})
+    adds = [_constant(inner.get(name)) for name in step.operands] if step is not None and step.opcode == "add" else []
+    by = next((n for n in adds if n), 1)
+    return max(0, -(-(limit - (_constant(start) or 0)) // by))
+
+
+def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
+    """Element `index` of a tuple: the one that is named, or the root."""
+    one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
+    if one is None or one.opcode != "tuple" or index >= len(one.operands):
+        return None
+    return inside.get(one.operands[index])
+
+
+def _constant(one: Instruction | None) -> int | None:
+    if one is None or one.opcode != "constant" or not re.fullmatch(r"-?\d+", one.literal):
+        return None
+    return int(one.literal)

@@ -1,0 +1,159 @@
+"""The fastest settings of a run that fit a machine, found by compiling a few: microbatches, remat policy, mesh shape."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from jaxft import devices, train
+from jaxft.machines import Machine
+from jaxft.plan import GIB, Plan, plan
+from jaxft.sharding import MeshShape
+
+KEEPS = {"none": 34.0, "projections": 17.0, "attention": 4.0, "full": 2.0, "pairs": 1.5, "offload": 0.5}
+RERUNS = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pairs": 1.5, "offload": 1.1}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line: load(overrides) -> Run, the overrides on it, and the names of the config's knobs."""
+
+    load: Callable[[list[str]], train.Run]
+    given: list[str]
+    knobs: list[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that are tried."""
+
+    micro: int
+    remat: str
+    mesh: MeshShape
+
+    def overrides(self, command: Command) -> list[str]:
+        """What the command line said, with these in the place of its own."""
+        mine = {"micro", "remat", "data.micro"} | {f"mesh.{f.name}" for f in fields(MeshShape)}
+        kept = [text for text in command.given if text.partition("=")[0] not in mine]
+        sizes = {f.name: getattr(self.mesh, f.name) for f in fields(MeshShape)}
+        micro = "micro" if "micro" in command.knobs else "data.micro"
+        return [*kept, f"remat={self.remat}", f"{micro}={self.micro}", *(f"mesh.{name}={n}" for name, n in sizes.items())]
+
+    def __str__(self) -> str:
+        cuts = " ".join(f"{f.name}={n}" for f in fields(MeshShape) if (n := getattr(self.mesh, f.name)) > 1)
+        return f"micro={self.micro} remat={self.remat} {cuts or 'one device'}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A choice with its plan, or why there is none."""
+
+    choice: Choice
+    plan: Plan | None
+    why: str = ""
+
+    def json(self, command: Command) -> dict[str, Any]:
+        """The settings as they stand on the command line, and the plan."""
+        return {"overrides": self.choice.overrides(command), "plan": self.plan and self.plan.json(), "why": self.why}
+
+    @property
+    def seconds(self) -> float:
+        """Of a step where it fits, else without end."""
+        return self.plan.estimate.step if self.plan and self.plan.fits and self.plan.estimate else float("inf")
+
+
+def search(command: Command, machine: Machine, most: int, say: Callable[[str], None]) -> list[Tried]:
+    """Plans of the most promising choices, the fastest that fits first; those that don't fit come last.
+
+    What an estimate by arithmetic finds too large or slow is not compiled; `most` bounds what is. Each
+    batch stays what the run says: only how it is cut changes. Ends early when nothing left could be faster by the arithmetic.
+    """
+    run = command.load(command.given)
+    ranked = sorted(candidates(run, machine), key=lambda c: guess(run, machine, c))
+    tried: list[Tried] = []
+    for choice in ranked:
+        if len(tried) >= most:
+            break
+        best = min((t.seconds for t in tried), default=float("inf"))
+        if guess(run, machine, choice)[1] > 1.3 * best:  # its products alone take longer
+            continue
+        say(f"{len(tried) + 1} of at most {most}: {choice}")
+        try:
+            found = Tried(choice, plan(command.load(choice.overrides(command)), machine))
+        except ValueError as error:
+            found = Tried(choice, None, str(error))
+        tried.append(found)
+        say("  " + (told(found)))
+    return sorted(tried, key=lambda t: (t.seconds, _missing(t)))
+
+
+def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
+    """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow."""
+    count, batch, config = len(machine.devices), run.data.batch, run.model.config
+    hosts = len(set(machine.places()))
+    backward = run.optim.in_backward
+    meshes = []
+    for tensor, data in itertools.product(_divisors(count), _divisors(count)):
+        if count % (tensor * data) or config.kv_heads % tensor or tensor > max(1, count // hosts) or tensor > 8:
+            continue
+        context = run.mesh.context
+        if count % (tensor * data * context) == 0 and data in (1, hosts, count // (tensor * context)):
+            sizes = {"data": data, "tensor": tensor, "context": context, "fsdp": count // (tensor * data * context)}
+            meshes.append(replace(run.mesh, **sizes))
+    remats = ("full",) if backward else [r for r in KEEPS if r != "pairs" or config.layers % 2 == 0]
+    for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
+        rows = batch // micro
+        if rows % (mesh.data * mesh.fsdp) == 0 and not (backward and micro > 1):
+            yield Choice(micro, remat, mesh)
+
+
+def guess(run: train.Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
+    """(how far it is from fitting in memory's quarters, seconds of a step, bytes a device) by arithmetic alone.
+
+    Activations a layer and token are KEEPS widths of the compute dtype for each policy; products run again by RERUNS.
+    """
+    chip, c, count = machine.chip, run.model.config, len(machine.devices)
+    assert chip is not None
+    length = run.data.max_length
+    rows = run.data.batch // choice.micro / (choice.mesh.data * choice.mesh.fsdp)
+    cut = choice.mesh.tensor * choice.mesh.context
+    weights = c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp) + 2 * c.vocab * c.width
+    shard = choice.mesh.fsdp * choice.mesh.tensor
+    trained = run.adapter is None
+    bytes_each = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
+    kept = KEEPS[choice.remat] * c.layers * c.width * 2 * rows * length / cut
+    size = int(weights * bytes_each / shard + kept + 16 * c.width * 2 * rows * length / cut)
+    flops = run.model.flops(run.data.batch * length, length) * ((3 if trained else 2) + RERUNS[choice.remat])
+    peak = devices.peak_flops(machine.devices[0])
+    passes = choice.micro * (3 if trained else 2) * (choice.mesh.fsdp > 1)
+    gathers = passes * weights * 2 / choice.mesh.tensor / (chip.within if len(set(machine.places())) == 1 else chip.across * 4)
+    exchanges = 4 * c.layers * c.width * 2 * rows * length * choice.micro * (choice.mesh.tensor > 1) * 2 / chip.within
+    seconds = max(flops / (count * peak * 0.7), gathers) + exchanges
+    limit = chip.memory - chip.kept
+    return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _missing(t: Tried) -> float:
+    return float(t.plan.missing or 0) if t.plan else float("inf")
+
+
+def told(t: Tried) -> str:
+    """One line about a choice that was tried."""
+    if t.plan is None:
+        return f"refused: {t.why}"
+    size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "more than there is"
+    time: Any = f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %" if t.plan.estimate else "no time"
+    return f"{size}, {time}" if t.plan.fits else f"{size}, does not fit"
+
+
+def words(tried: list[Tried], command: Command) -> str:
+    """The table, the fastest first, and the recommendation as the words to put on the command line."""
+    lines = [f"{str(t.choice):58s} {told(t)}" for t in tried]
+    if not tried or tried[0].seconds == float("inf"):
+        lines.append("nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices")
+        return "\n".join(lines)
+    return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])

@@ -1,0 +1,103 @@
+"""Plans in words: one for people, several as a table that says where more devices stop helping."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxft import machines, prepare, sharding, train
+from jaxft.plan import GIB, Plan, plan
+from jaxft.roofline import ASSUMED, Estimate
+
+PREALLOCATED = 0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
+
+
+def words(p: Plan) -> str:
+    """The plan for people."""
+    gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
+    lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
+    lines += [f"  {name:32s} {gib(size)}" for name, size in p.parts.items()]
+    if p.total is not None:
+        lines.append(f"  {'in all':32s} {gib(p.total)}")
+    lines += [f"  {'in the host memory':32s} {gib(p.host)}"] if p.host else []
+    lines += [_verdict(p)]
+    f = p.flops
+    lines.append(
+        f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the "
+        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute and for "
+        "adapters"
+    )
+    for kind, row in p.collectives.items():
+        moved = f"{gib(row['within'])} within, {gib(row['across'])} across hosts or slices"
+        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}")
+    lines += [] if p.estimate is None else _time(p, p.estimate)
+    lines += ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest.items())] if p.largest else []
+    lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))
+    lines += [f"{p.unknown_loops} loops of unknown length are counted as one round"] if p.unknown_loops else []
+    return "\n".join(lines)
+
+
+def _time(p: Plan, e: Estimate) -> list[str]:
+    parts = f"products {e.compute:.3f} s, memory {e.memory:.3f}, gathers {e.gathers:.3f}, exchanges {e.exchanges:.3f}"
+    rate = f"MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {p.flops.tokens / e.step:,.0f} tokens/s"
+    step = f"step: {e.step:.3f} s, {rate}; waits for {e.limit} ({parts}; {e.apart:.3f} if nothing overlapped)"
+    return [step, f"assumed: {ASSUMED}"]
+
+
+def dry_run(run: train.Run, record: dict[str, Any]) -> str:
+    """The resolved settings, the parameter table, and the plan for this machine's devices."""
+    mesh = sharding.make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        table = prepare.table(train.abstract(run)[0].trained, mesh)
+    return "\n".join([json.dumps(record, indent=2), table, words(plan(run, machines.local()))])
+
+
+def _verdict(p: Plan) -> str:
+    if p.limit is None and p.missing is None:
+        return "the device's memory is not known"
+    if not p.fits:
+        of = f" of {p.limit / GIB:.2f} GiB" if p.limit else ""
+        return f"does not fit: {(p.missing or 0) / GIB:.2f} GiB{of} are missing" + (f" ({p.why})" if p.why else "")
+    assert p.limit is not None and p.total is not None
+    text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
+    if p.total > PREALLOCATED * p.limit and p.gpu:
+        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by itself"
+    return text
+
+
+def scaling(plans: Sequence[Plan]) -> str:
+    """A row a machine: bytes a device, bytes of collectives, time, and why not faster; then how far more devices help.
+
+    The law: a device gathers the same weights however many share them, while its products shrink with its tokens. So with t
+    tokens a device the gathers are hidden as long as t * (seconds of products a token) is above their seconds.
+    """
+    lines = [
+        f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} {'step s':>7s} {'MFU %':>6s} "
+        f"{'tokens/s':>11s} {'a device':>8s}  waits for"
+    ]
+    for p in plans:
+        within, across = (sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across"))
+        size = f"{p.total / GIB:7.2f}" if p.total is not None else "      ?"
+        start = f"{p.machine:14s} {p.devices:7d} {p.flops.tokens:10,d} {size} {within:8.2f} {across:8.2f}"
+        e = p.estimate
+        if e is None or not p.fits:
+            lines.append(f"{start}  does not fit" if not p.fits else start)
+            continue
+        rate = p.flops.tokens / e.step
+        lines.append(f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}")
+    lines += [least(p) for p in plans[-1:] if p.estimate is not None]
+    return "\n".join(lines)
+
+
+def least(p: Plan) -> str:
+    """The fewest tokens a device at which products still hide the gathers, and what that means for the number of devices."""
+    e = p.estimate
+    assert e is not None
+    each = p.flops.tokens / p.devices
+    enough = each * e.gathers / e.compute
+    return (
+        f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.gathers:.3f} s and products {e.compute:.3f}, so from "
+        f"{enough:,.0f} tokens a device down a step waits for gathers: a step of B tokens gains nothing beyond B / {enough:,.0f} "
+        "devices cut by fsdp alone (mesh.tensor or mesh.context then cut a row further, and exchange activations)"
+    )

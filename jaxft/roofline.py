@@ -1,0 +1,66 @@
+"""An estimate of a step's time from what it computes and moves, with its assumptions said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxft.machines import Machine
+from jaxft.traffic import KINDS, Collective
+
+PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
+ASSUMED = (
+    f"products at {PRODUCTS} of the peak rate, main memory at {MEMORY} and links at {LINKS} of theirs; products, memory and "
+    "gathers of weights overlap whole, all-reduces, all-to-alls and permutes (of activations) not at all; no launch gaps"
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step. compute, memory, gathers, exchanges: of each alone; the step is the largest of the first three plus the
+    last. apart: if nothing overlapped. limit: what the step waits for. mfu, hfu: shares of the peak, see flops.Flops.
+    """
+
+    compute: float
+    memory: float
+    gathers: float
+    exchanges: float
+    step: float
+    apart: float
+    limit: str
+    mfu: float
+    hfu: float
+
+
+def estimate(machine: Machine, flops: tuple[float, float], moved: float, found: Sequence[Collective], peak: float) -> Estimate:
+    """flops: the model's and the program's, on all devices; moved: bytes of main memory a device; peak: FLOP/s a device."""
+    if machine.chip is None:
+        raise ValueError(f"{machine.name}: no rates are known for this chip, so no time can be estimated")
+    count = len(machine.devices)
+    compute = flops[1] / (count * peak * PRODUCTS)
+    memory = moved / (machine.chip.memory_rate * MEMORY)
+    gathers = sum(seconds(machine, c) for c in found if c.behind)
+    exchanges = sum(seconds(machine, c) for c in found if not c.behind)
+    parts = {"products": compute, "memory": memory, "gathers of weights": gathers}
+    limit = max(parts, key=lambda name: parts[name])
+    step = parts[limit] + exchanges
+    limit = "exchanges of activations" if exchanges > parts[limit] else limit
+    mfu, hfu = (n / (step * count * peak) for n in flops)
+    return Estimate(compute, memory, gathers, exchanges, step, compute + memory + gathers + exchanges, limit, mfu, hfu)
+
+
+def seconds(machine: Machine, c: Collective) -> float:
+    """Of all runs of a collective: what stays within a host or slice, then what leaves it."""
+    chip = machine.chip
+    assert chip is not None
+    within = (c.moved - c.across) / (chip.within * machine.axes(c.groups[0] if c.groups else ()) * LINKS)
+    return c.times * (within + c.across / (chip.across * LINKS))
+
+
+def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
+    """Of each kind of collective: runs a step, bytes that a device sends within its host or slice, and across."""
+    table = {}
+    for kind in KINDS:
+        mine = [c for c in found if c.kind == kind]
+        if mine:
+            within, across = sum(c.times * (c.moved - c.across) for c in mine), sum(c.times * c.across for c in mine)
+            table[kind] = {"runs": sum(c.times for c in mine), "within": within, "across": across}
+    return table

@@ -1,0 +1,183 @@
+"""What fits where: models and methods on hardware, each cell compiled for it; prints Markdown and writes JSON.
+
+    python scripts/fits.py --out fits.json                                 # every cell, hours of one CPU core
+    python scripts/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
+    python scripts/fits.py --out fits.json --print                         # of what is there already
+
+A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
+device and the settings that need least memory (see SETTINGS). It goes on where it was stopped; a cell is compiled again when jax
+or the code that makes the program changes. Takes the cuda12 and tpu extras, and no device.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+LENGTH = 2048  # tokens a device: a row, or a pair of answers with their prompt of half of it each
+MODELS = {
+    "1B": "meta-llama/Llama-3.2-1B-Instruct",
+    "8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "70B": "meta-llama/Llama-3.3-70B-Instruct",
+    "405B": "meta-llama/Llama-3.1-405B-Instruct",
+}
+METHODS = ("full", "LoRA", "QLoRA")
+GPUS = ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8")
+HARDWARE = {
+    "rtx4090": ("RTX 4090 24 GB", GPUS[:4]),
+    "a100-40": ("A100 40 GB", GPUS),
+    "h100": ("H100 80 GB", GPUS),
+    "v5e": ("TPU v5e 16 GB", ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v6e": ("TPU v6e 32 GB", ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
+}
+SETTINGS = {
+    ("full", "sft"): ["full=true", "params=bfloat16", "in_backward=true", "optimizer=adafactor", "remat=full"],
+    ("full", "dpo"): [
+        "adapter=none", "params=bfloat16", "optim.in_backward=true", "optim.clip=none",
+        "optim.optimizer=jaxft.optim:adafactor", "reference=precomputed", "remat=full",
+    ],
+    ("LoRA", "sft"): ["remat=full"],
+    ("LoRA", "dpo"): ["remat=full"],
+    ("QLoRA", "sft"): ["quant=nf4", "remat=full"],
+    ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
+}  # fmt: skip
+PLANNER = {"plan", "plan_search", "plan_text", "roofline", "traffic", "hlo", "flops", "machines", "cli", "report", "log"}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("fits.json"))
+    parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), metavar="CHIP")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:3], metavar="SIZE")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
+    parser.add_argument("--print", action="store_true", help="compile nothing, print what is there")
+    return parser.parse_args()
+
+
+def settings(model: str, method: str, objective: str, devices: int) -> tuple[str, list[str]]:
+    """(config, overrides) of a cell."""
+    rows = [f"batch={devices}", "micro=1", f"max_length={LENGTH if objective == 'sft' else LENGTH // 2}"]
+    return f"configs/llama31_8b_{objective}.py", [f"model={MODELS[model]}", *SETTINGS[method, objective], *rows]
+
+
+def source_hash() -> str:
+    """Of jax and of the code that makes the programs; the planner's own modules only look at them."""
+    import jax
+
+    digest = hashlib.sha256(jax.__version__.encode())
+    root = Path(sys.path[0])
+    for path in sorted([*(root / "jaxft").rglob("*.py"), *(root / "configs").glob("llama31_8b_*.py")]):
+        if path.stem not in PLANNER:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
+    """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
+    from jaxft import config, machines, plan, train
+
+    for size in HARDWARE[chip][1]:
+        name = f"{chip}:{size}"
+        key = f"{name} {model} {method} {objective}"
+        found = known.get(key)
+        if found is None:
+            machine = machines.machine(name)
+            path, overrides = settings(model, method, objective, len(machine.devices))
+            chip_ = machine.chip
+            assert chip_ is not None
+            run = config.load(str(Path(sys.path[0]) / path), overrides)
+            held, room = sum(plan.resident(train.abstract(run, machine.devices)[0]).values()), chip_.memory - chip_.kept
+            begin = time.perf_counter()
+            if held + 0.4 * plan.GIB > room:
+                found = {"fits": False, "total": None, "held": held, "devices": len(machine.devices)}
+            else:
+                one = plan.plan(run, machine).json()
+                found = {name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")}
+            found |= {"config": path, "overrides": overrides, "seconds": round(time.perf_counter() - begin, 1)}
+            save(key, found)
+            size_ = f"{found['total'] / plan.GIB:.2f} GiB" if found["total"] else "too large"
+            print(f"{key}: {size_}, fits: {found['fits']} ({found['seconds']} s)", file=sys.stderr, flush=True)
+        if found["fits"]:
+            return
+
+
+def smallest(cells: dict[str, Any], chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
+    """The first size that fits, {} where none does, None where that isn't known yet."""
+    for size in HARDWARE[chip][1]:
+        found = cells.get(f"{chip}:{size} {model} {method} {objective}")
+        if found is None:
+            return None
+        if found["fits"]:
+            return {**found, "name": size}
+    return {}
+
+
+def shown(one: dict[str, Any] | None) -> str:
+    """A cell's text: GiB a device, and how many devices where one is not enough."""
+    if one is None:
+        return ""
+    if not one:
+        return "–"
+    size = f"{one['total'] / 2**30:.1f}"
+    return size if one["devices"] == 1 else f"{size} × {one['devices']}"
+
+
+def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
+    """Markdown: a row a model, method and objective, a column a machine."""
+    lines = ["| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |", "|---" * (3 + len(a.hardware)) + "|"]
+    for model in a.models:
+        for method in a.methods:
+            for objective in a.objectives:
+                row = []
+                for chip in a.hardware:
+                    found = smallest(cells, chip, model, method, objective)
+                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else found
+                    if found and first:  # both have to fit
+                        found = max(found, first, key=lambda one: (one["devices"], one["total"]))
+                    row.append(shown(found))
+                if any(row):
+                    learns = "SFT" if objective == "sft" else "SFT + DPO"
+                    lines.append(f"| {' | '.join([model, method, learns, *row])} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile what is missing, print the table."""
+    a = arguments()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    version = source_hash()
+
+    def stored() -> dict[str, Any]:
+        kept = json.loads(a.out.read_text()) if a.out.exists() else {}
+        return kept if a.print else {key: value for key, value in kept.items() if value["source"] == version}
+
+    def save(key: str, found: dict[str, Any]) -> None:
+        whole = {**stored(), key: {**found, "source": version}}
+        temporary = a.out.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(whole, indent=1))
+        temporary.replace(a.out)
+
+    if not a.print:
+        for objective in a.objectives:
+            for model in a.models:
+                for method in a.methods:
+                    for chip in a.hardware:
+                        cell(chip, model, method, objective, stored(), save)
+    print(table(stored(), a))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,181 @@
+"""What a compiled program moves: on eight simulated devices with traffic that is known, and in texts written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import hlo, sharding, traffic
+
+N = 8
+MESH = dict(data=1, fsdp=8)
+
+
+def compiled(program, *shapes, places=None, **kwargs):
+    text = jax.jit(program, **kwargs).lower(*shapes).compile().as_text()
+    module = hlo.parse(text)
+    return module, traffic.collectives(module, places or [0] * N)
+
+
+def on(mesh, shape, *axes):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(mesh, axes, shape))
+
+
+def test_a_gathered_matrix_moves_what_a_device_lacks():
+    mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
+    w = on(mesh, (64, 32), "width", "act_width")
+    with jax.set_mesh(mesh):
+        _, found = compiled(lambda w: jnp.sin(w), w, out_shardings=sharding.replicated(mesh))
+    (one,) = found
+    assert (one.kind, one.size, one.group, one.span, one.times) == ("all-gather", 64 * 32 * 4, 8, 1, 1)
+    assert one.moved == 64 * 32 * 4 * 7 / 8 and one.across == 0
+
+
+def test_loops_within_loops_multiply_and_a_sum_over_devices_is_an_all_reduce():
+    mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
+    x = on(mesh, (16, 64), "time", "width")
+
+    def program(x):
+        def inner(h, _):
+            return jnp.sin(h + jnp.sum(x * h[:, None], 1)), None
+
+        def outer(h, _):
+            return jax.lax.scan(inner, h, None, length=5)[0], None
+
+        return jax.lax.scan(outer, jnp.ones(16), None, length=3)[0]
+
+    with jax.set_mesh(mesh):
+        module, found = compiled(program, x)
+    assert not module.unknown_loops
+    reduces = [c for c in found if c.kind == "all-reduce"]
+    assert sum(c.times * c.size for c in reduces) == 3 * 5 * 16 * 4
+    assert sum(c.times * c.moved for c in reduces) == 3 * 5 * 16 * 4 * 2 * 7 / 8
+
+
+def test_what_leaves_a_host_is_shared_by_its_devices():
+    mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
+    w = on(mesh, (64, 32), "width", "act_width")
+    with jax.set_mesh(mesh):
+        text = jax.jit(jnp.sin, out_shardings=sharding.replicated(mesh)).lower(w).compile().as_text()
+    size = 64 * 32 * 4
+    (one,) = traffic.collectives(hlo.parse(text), [0] * 4 + [1] * 4)
+    assert one.span == 2 and one.across == size / 2 / 4  # half is on the other host, and four devices bring it in
+    (alone,) = traffic.collectives(hlo.parse(text), list(range(8)))
+    assert alone.across == alone.moved == size * 7 / 8
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}, x", ((0, 1), (2, 3))),
+        ("replica_groups={}, x", ((0, 1, 2, 3),)),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
+        ("channel_id=1", ((0, 1, 2, 3),)),
+    ],
+)
+def test_every_way_in_which_groups_are_written(text, groups):
+    found = traffic.replica_groups(text, 4)
+    assert {frozenset(g) for g in found} == {frozenset(g) for g in groups}
+
+
+HAND = """HloModule hand
+
+%inside (p: bf16[8,4]) -> bf16[8,16] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, CHAIN
+}
+
+%middle (p.1: bf16[8,4]) -> bf16[8,16] {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,16]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={1}, CHAIN
+}
+
+%all-reduce-scatter.9 (p.2: f32[16]) -> f32[4] {
+  %p.2 = f32[16]{0} parameter(0)
+  %all-reduce.3 = f32[16]{0} all-reduce(%p.2), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice = f32[4]{0} dynamic-slice(%all-reduce.3, %c), dynamic_slice_sizes={4}
+}
+
+%condition (t: (s32[], f32[16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(10)
+  %t = (s32[]{:T(128)}, f32[16]{0:T(256)}) parameter(0)
+  %at = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %limit), direction=LT
+}
+
+%body (t.1: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %t.1 = (s32[]{:T(128)}, /*index=1*/f32[16]{0:T(256)}) parameter(0)
+  %at.1 = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  %x = f32[16]{0:T(256)} get-tuple-element(%t.1), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%at.1, %two)
+  %piece = bf16[8,16]{1,0} fusion(%y), kind=kCustom, calls=%inside
+  %piece.1 = bf16[8,16]{1,0} fusion(%y), kind=kCustom, calls=%middle
+  %kernel = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="x"}
+  %over = (f32[8]{0}, u32[], token[]) send(%x), OVER
+  %part = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.9
+  %start = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  %done = bf16[8]{0} collective-permute-done(%start)
+  ROOT %out = (s32[]{:T(128)}, f32[16]{0:T(256)}) tuple(%next, %x)
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %two.1 = s32[] constant(2)
+  %first = (s32[], f32[16]{0}) tuple(%two.1, %a)
+  %loop = (s32[]{:T(128)}, f32[16]{0:T(256)}) while(%first), condition=%condition, body=%body
+  %free = (s32[], f32[16]{0}) while(%loop), condition=%nothing, body=%nowhere
+  %wait = ((f32[16]{0}, s4[6]{0}), (f32[64]{0}, s4[24]{0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %got = f32[64]{0} all-gather-done(%wait)
+}
+"""
+HAND = HAND.replace("CHAIN", 'frontend_attributes={chain_id="2"}')
+HAND = HAND.replace("OVER", 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+
+
+def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
+    program = hlo.parse(HAND)
+    found = {c.name: c for c in traffic.collectives(program, [0, 0, 1, 1])}
+    assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
+    assert all(found[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
+    assert found["all-gather.1"].size == 8 * 16 * 2 and found["wait"].size == 64 * 4 + 12
+    scatter = found["all-reduce.3"]
+    assert (scatter.kind, scatter.size, scatter.span) == ("reduce-scatter", 16 * 4, 2)
+    assert (found["start"].size, found["start"].span, found["start"].moved) == (16, 1, 16)
+    assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == ("all-reduce", 2, 32, 4)
+    assert program.unknown_loops == ["free"]
+
+
+def test_memory_counts_a_slice_where_only_a_slice_is_read_and_an_update_where_it_is_written_in_place():
+    def program(x):  # reads and writes a row a round
+        def step(i, x):
+            return x.at[i].set(jnp.sin(x[i]))
+
+        return jax.lax.fori_loop(0, 256, step, x)
+
+    x = jax.ShapeDtypeStruct((256, 4096), jnp.float32)
+    found = traffic.memory_bytes(hlo.parse(jax.jit(program, donate_argnums=0).lower(x).compile().as_text()))
+    whole = 256 * 4096 * 4
+    assert 2 * whole <= found < 6 * whole  # not 256 times the whole
+
+
+def test_memory_of_a_product_is_its_operands_and_its_result():
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 128)))
+    found = traffic.memory_bytes(hlo.parse(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
+    exact = 4 * (256 * 512 + 512 * 128 + 256 * 128)
+    np.testing.assert_allclose(found, exact, rtol=0.01)
+
+
+def test_an_element_has_its_bits():
+    assert [hlo.bits(d) for d in ("pred", "s4", "bf16", "f8e4m3fn", "u32", "c64")] == [8, 4, 16, 8, 32, 64]
+    assert hlo.arrays("(s4[3]{0:T(8)S(1)}, f32[])") == [hlo.Array("s4", (3,), "0:T(8)S(1)"), hlo.Array("f32", (), "")]
+    assert hlo.arrays("s4[3]")[0].bytes == 2
