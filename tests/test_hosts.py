@@ -186,7 +186,8 @@ def test_the_run_goes_on_with_another_number_of_processes(folder, alone):
 
 
 @pytest.mark.parametrize(
-    ("bound", "said"), [("hosts.step_seconds=12", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")]
+    ("bound", "said"),
+    [("hosts.step_seconds=12", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")],
 )
 def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound, said):
     two = Several(folder)

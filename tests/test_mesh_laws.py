@@ -1,5 +1,6 @@
 """The laws of layout: loss, gradients and metrics of one device on every kind of mesh, for all that is trained and held."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_batches import laid, random_pairs
+from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import attention, prepare, sharding, tree
@@ -14,6 +16,7 @@ from jaxft.accumulate import accumulated
 from jaxft.lora import Adapter
 from jaxft.objectives import preference as P
 from jaxft.objectives.pairwise import preference
+from jaxft.objectives.reads import EXTRA, placed
 from jaxft.objectives.sft import sft
 from jaxft.params import spec_paths
 from jaxft.quant import is_qtensor, quantize
@@ -75,13 +78,68 @@ def gradient_of(task, parts, batch, mesh=None):
     return jax.device_get(run(trainable, frozen, batch))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("task", ["sft", "dpo"])
-def test_every_mesh_has_the_loss_and_gradients_of_one_device(task, kind):
-    parts, batch = kind_of(kind), rows_of(task)
-    one = gradient_of(task, parts, batch)
-    assert max(np.abs(g).max() for g in jax.tree.leaves(one[0])) > 1e-3
-    for shape in MESHES.values():
-        mesh = make_mesh(shape)
-        with jax.set_mesh(mesh):
-            assert_close(gradient_of(task, parts, batch, mesh), one)
+QUICK = {
+    ("sft", "full"): ("1x8", "context 2"),
+    ("sft", "lora"): ("2x2x2",),
+    ("sft", "qlora"): ("context 2",),
+    ("dpo", "full"): ("context 2",),
+    ("dpo", "lora"): ("1x8", "context 4 in slices"),
+    ("dpo", "qlora"): ("2x2x2",),
+}
+CASES = [
+    pytest.param(*what, mesh, id="-".join((*what, mesh)), marks=() if mesh in quick else pytest.mark.slow)
+    for what, quick in QUICK.items()
+    for mesh in MESHES
+]
+
+
+@functools.cache
+def on_one_device(task, kind):
+    found = gradient_of(task, kind_of(kind), rows_of(task))
+    assert max(np.abs(g).max() for g in jax.tree.leaves(found[0])) > 1e-3
+    return found
+
+
+@pytest.mark.parametrize("task, kind, mesh", CASES)
+def test_every_mesh_has_the_loss_and_gradients_of_one_device(task, kind, mesh):
+    one, laid_out = on_one_device(task, kind), make_mesh(MESHES[mesh])
+    with jax.set_mesh(laid_out):
+        assert_close(gradient_of(task, kind_of(kind), rows_of(task), laid_out), one)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(2, context=4), MeshShape(1, context=8), MeshShape(2, context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(8, 4), (8, 2), (6, 2)])
+def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, kv_heads):
+    """Heads that divide over tensor x context, key heads that several devices share, and heads that don't divide."""
+    rng, laid_out = np.random.default_rng(8), make_mesh(mesh)
+    q, k, v, do = arrays(rng, 2, 40, heads, kv_heads, 8, jnp.float64)
+    segments, branches = packed(rng, 2, 40)
+    wanted = value_and_gradients(attention.dense, q, k, v, do, segments, branches)
+    lay = lambda x, *axes: jax.device_put(x, sharding.named(laid_out, axes, x.shape))  # noqa: E731
+    axes = ("heads", "kv_heads", "kv_heads", "heads")
+    cut = [lay(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)]
+    with jax.set_mesh(laid_out):
+        assert_close(value_and_gradients(attention.choose(laid_out, 8, jnp.float64), *cut, segments, branches), wanted)
+
+
+def test_reads_of_parts_of_the_time_have_places_of_their_own():
+    with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
+        read = jnp.asarray([[0, 1, 2, 2, 15, 16, 63, 0, 0], [62, 63, 0, 0, 0, 0, 0, 0, 0]], jnp.int32)
+        places = placed(read, 64)
+        assert places.parts == 8 and places.of.shape == (2, 8 * 9)
+        found = jnp.take_along_axis(places.of, places.at, 1)
+        assert found.tolist() == [list(range(9))] * 2  # there and back
+        part = places.at // 9
+        assert (part == read // 8).all()
+        crowded = placed(jnp.zeros((1, 40), jnp.int32), 64)  # padding beyond what a part has room for: the first ones stay
+        assert crowded.of.shape == (1, 8 * (8 + EXTRA)) and crowded.of[0, : 8 + EXTRA].tolist() == list(range(8 + EXTRA))
+        assert (crowded.of[0, 8 + EXTRA :] == -1).all() and (crowded.at < crowded.of.shape[1]).all()
+
+
+def test_rows_that_context_does_not_cut_evenly_are_refused():
+    model, whole, _ = kind_of("full")
+    with (
+        jax.set_mesh(make_mesh(MeshShape(2, context=4))),
+        pytest.raises(ValueError, match="rows of 30 tokens do not divide over mesh.context=4; use a data.max_length that does"),
+    ):
+        model.hidden(whole, batch_of([[e] for e in examples(4)], 30, 16, 1.0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from tiny_model import assert_close, examples, one_by_one, tiny
+from tiny_model import assert_close, examples, one_by_one
 
 from jaxft import nn, params, prepare, sharding, tree
 from jaxft.lora import Adapter
@@ -123,29 +123,6 @@ def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     assert laid.codes.sharding.shard_shape(laid.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
     with jax.set_mesh(mesh):
         many = jax.jit(jax.value_and_grad(loss))(jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width"))), laid)
-    assert_close(jax.device_get(many), jax.device_get(one))
-
-
-def test_a_model_on_a_mesh_with_everything_packed_has_one_devices_loss_and_gradients(wide):
-    model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "down")))
-    blocks = {"embed": 2, "head": 16}  # 40 of a vocabulary, cut over tensor and fsdp
-    pack = lambda path, x: x if "norm" in path else quantize(x, "nf4", blocks.get(path, 8))  # noqa: E731
-    whole = {**whole, "base": tree.map_with_path(pack, whole["base"])}
-    batch = one_by_one(examples(8))
-
-    def both(whole, batch):
-        def loss(adapter):
-            return sft(model)({"base": whole["base"], "adapter": adapter}, batch, None, {})[0]
-
-        return jax.value_and_grad(loss)(whole["adapter"])
-
-    one = jit(both)(whole, batch)
-    mesh = make_mesh(MeshShape(2, 2, 2))
-    laid = on(mesh, model.specs, whole)
-    assert laid["base"]["head"].codes.sharding.spec == P(None, ("tensor", "fsdp"))
-    with jax.set_mesh(mesh):
-        rows = jax.tree.map(lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time")[: x.ndim], x.shape)), batch)
-        many = jit(both)(laid, rows)
     assert_close(jax.device_get(many), jax.device_get(one))
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
 
-from jaxft import evaluate, metrics, optim, params, prepare, sharding, tree
+from jaxft import evaluate, metrics, optim, params, prepare, tree
 from jaxft.describe import describe
 from jaxft.lora import Adapter
 from jaxft.models.llama import REMAT, llama
@@ -89,20 +89,6 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size():
     for other in found[1:]:
         for name in other:
             assert other[name] == pytest.approx(found[0][name], rel=1e-12)
-
-
-@pytest.mark.parametrize("adapter", [None, Adapter(rank=4, targets=("q", "down", "head"))], ids=["full", "lora"])
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 2)], ids=str)
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device(adapter, shape):
-    model, whole = tiny(adapter=adapter, tied=adapter is None)
-    batch = micro(one_by_one(examples(8)), 1)
-    one = gradient_of(model, whole, batch)
-    count = shape[0] * shape[1] * shape[2]
-    mesh = sharding.make_mesh(sharding.MeshShape(*shape), jax.devices()[:count])
-    with jax.set_mesh(mesh):
-        placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
-        many = gradient_of(model, placed, sharding.place_batch(mesh, batch))
-    assert_close(jax.device_get(many), jax.device_get(one))
 
 
 def lora_run(tx, dropout=0.0):
