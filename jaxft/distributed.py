@@ -320,7 +320,8 @@ class Votes:
         self._place = sharding.one_each(mesh)
         self._most = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
         if several():
-            self._cast(0)  # compiled before the loop
+            meet()
+            self._cast(0).block_until_ready()  # compiled, and connected to all others before anything else is under way
 
     def cast(self, own: Callable[[], int]) -> Callable[[], int]:
         """own: this process's vote, a signal's number or 0. Returns a function that tells the highest of all."""
