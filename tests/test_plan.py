@@ -69,7 +69,8 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
     run = tiny(mesh=sharding.MeshShape(data=2, fsdp=4), quant=Quant("nf4"))
     found = plan.plan(run, made_up())
     assert found.total == sum(found.parts.values())
-    assert found.parts["batch and counters"] < 2**15 < min(found.parts[name] for name in ("weights", "quantised base"))  # exact
+    rows = 6 * 2 * 8 * 64 * 4 // 8  # arrays of a batch, microbatches, rows, tokens, bytes, over eight devices
+    assert rows <= found.parts["batch and counters"] < rows + 256  # so all else of the arguments is accounted for
     assert found.parts["adapters"] < found.parts["optimizer"] < 2.1 * found.parts["adapters"]  # two moments, and no scale
     assert found.parts["quantised base"] > 0 and found.fits and found.limit == CHIP.memory - CHIP.kept
     assert json.loads(json.dumps(found.json()))["flops_per_token"] > 0
