@@ -220,7 +220,7 @@ def test_a_quantised_run_takes_less_and_eight_gpus_take_their_share():
 def test_slices_hold_their_share_and_exchange_across():
     small = ["max_length=256", "batch={devices}", "micro=1", "model=HuggingFaceTB/SmolLM2-135M", "remat=full", "full=true"]
     one, two = planned(
-        "--devices", "v5e:2x2", "2xv5e:2x2", *small, "mesh.data=-1", "mesh.fsdp=4", config="configs/llama31_8b_sft.py"
+        "--devices", "v5e:2x2", "2xv5e:2x2", *small, "mesh.slices=-1", "mesh.fsdp=4", config="configs/llama31_8b_sft.py"
     )
     assert one["fits"] and one["devices"] == 4 and two["devices"] == 8
     assert all(row["across"] == 0 for row in one["collectives"].values()) and one["parts"]["weights"] == two["parts"]["weights"]
