@@ -89,7 +89,8 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
 
 def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
     """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow."""
-    count, batch, config = len(machine.devices), run.data.batch, run.model.config
+    slices = max(1, run.mesh.slices)
+    count, batch, config = len(machine.devices) // slices, run.data.batch, run.model.config
     hosts = len(set(machine.places()))
     backward = run.optim.in_backward
     meshes = []
@@ -103,7 +104,7 @@ def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
     remats = ("full",) if backward else [r for r in KEEPS if r != "pairs" or config.layers % 2 == 0]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
         rows = batch // micro
-        if rows % (mesh.data * mesh.fsdp) == 0 and not (backward and micro > 1):
+        if rows % (slices * mesh.data * mesh.fsdp) == 0 and not (backward and micro > 1):
             yield Choice(micro, remat, mesh)
 
 
