@@ -67,7 +67,7 @@ KINDS = {
     "lora": ("sft", ["quant=int8", "mesh.data=4", "mesh.tensor=2"]),
     "full": ("sft", ["full=true", "lr=0.001", "mesh.data=2", "mesh.fsdp=4"]),
     "dpo": ("dpo", ["mesh.data=8"]),
-    "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8", "reference=precomputed"]),
+    "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8"]),
 }
 
 
@@ -104,16 +104,9 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
         assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-TRAINED = [
-    "batch=8",
-    "dropout=0.2",
-    "loop.eval_every=2",
-    "samples=0",
-    "epochs=9",
-    "steps=6",
-    "mesh.data=2",
-    "mesh.fsdp=4",
-]
+STEPS = 10
+COMMON = ["batch=8", "dropout=0.2", "loop.eval_every=2", "samples=0", "mesh.data=2", "mesh.fsdp=4"]
+TRAINED = [*COMMON, "epochs=9", f"steps={STEPS}"]
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +114,13 @@ def alone(folder):
     """A run over two processes that nothing happened to."""
     two = Several(folder)
     assert two.run(*TRAINED, "name=alone") == [0, 0], two.told()
-    return two.first.results("alone", 6)
+    return two.first.results("alone", STEPS)
 
 
 def after_a_step(two, name, rng):
     """Until a checkpoint of a random step is there, and a random moment more."""
-    step = rng.randrange(1, 4) + max(two.first.checkpoints(name), default=0)
-    two.wait_for(lambda: max(two.first.checkpoints(name), default=0) >= min(step, 5))
+    step = rng.randrange(1, 3) + max(two.first.checkpoints(name), default=0)
+    two.wait_for(lambda: max(two.first.checkpoints(name), default=0) >= step)
     time.sleep(rng.choice([0, 0.05, 0.3]))
 
 
@@ -163,7 +156,7 @@ def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alon
     assert saved not in before and f"stopped by SIGTERM after step {saved}, saved" in two.first.out()
 
     assert two.run(*argv) == [0, 0], two.told()
-    found = two.first.results("killed", 6)
+    found = two.first.results("killed", STEPS)
     for what in alone:
         assert found[what] == alone[what], what
 
@@ -192,7 +185,7 @@ def test_the_run_goes_on_with_another_number_of_processes(folder, alone):
 def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound, said):
     two = Several(folder)
     name = bound.split("=")[0].rpartition(".")[2]
-    two.start(*TRAINED, f"name={name}", bound, "epochs=90", "steps=60", hook=SLOW_STEPS)
+    two.start(*COMMON, "epochs=90", "steps=60", f"name={name}", bound, hook=SLOW_STEPS)
     two.wait_for(lambda: bool(two.first.checkpoints(name)))
     os.kill(two.processes[1].pid, signal.SIGSTOP)
     try:
@@ -209,7 +202,7 @@ def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound,
 def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     two = Several(folder)
     assert two.run(*TRAINED, "name=alone") == [0, 0]
-    assert "this run is finished (6 steps)" in two.first.out() and not two.first.err()
+    assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
         (["name=wrong", "hosts.processes=3"], {}, "hosts.processes=3, found 2"),
