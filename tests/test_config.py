@@ -396,4 +396,4 @@ def test_differences_name_the_place_and_both_values():
 
 
 def test_the_config_module_names_what_the_contract_promises():
-    assert set(config.__all__) == {"load", "knobs", "describe", "differences"}
+    assert set(config.__all__) == {"load", "knobs", "knob_names", "describe", "differences"}
