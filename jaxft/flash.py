@@ -119,12 +119,12 @@ def _visits(seen: tuple[Seen, Seen], start, block):
     each query block's first place in storage, counted as that list does."""
     (B, T), S = seen[0].segments.shape, seen[1].segments.shape[1]
     C, D = T // block, S // block
-    cut = lambda x: None if x is None else x.reshape(B, x.shape[1] // block, block)  # noqa: E731
+    cut: Any = lambda x: None if x is None else x.reshape(B, x.shape[1] // block, block)  # noqa: E731
     queries, keys = (Seen(cut(s.segments), cut(s.branches)) for s in seen)
     first_C = start + block * jnp.arange(C, dtype=jnp.int32)
     wanted = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
     wanted &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
-    if keys.branches is not None:
+    if queries.branches is not None and keys.branches is not None:
         shared = (keys.branches == 0).any(2)[:, None]
         none = jnp.zeros(queries.branches.shape, bool), jnp.zeros(keys.branches.shape, bool)
         wanted &= shared | _overlap(queries.branches, keys.branches, none)
@@ -140,8 +140,8 @@ def _scores(q_KME, k_KNE, seen: tuple[Seen, Seen], first, at: tuple[jax.Array, j
     N = k_KNE.shape[1]
     steps = jnp.arange(N, dtype=jnp.int32)
     causal_NN = (j * N + steps)[None, :] <= (first + steps)[:, None]
-    branches = (None, None) if seen[1].branches is None else (seen[0].branches[i], seen[1].branches[j])
-    seen_NN = visible(seen[0].segments[i], seen[1].segments[j], *branches, causal_NN)
+    of_queries, of_keys = (s if s is None else s[n] for s, n in ((seen[0].branches, i), (seen[1].branches, j)))
+    seen_NN = visible(seen[0].segments[i], seen[1].segments[j], of_queries, of_keys, causal_NN)
     s_KMN = dot("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
     return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), HIDDEN).reshape(K, M, N)
 

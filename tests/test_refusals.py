@@ -1,8 +1,8 @@
 """Settings that would be misread or ignored are refused in one line."""
 
 import dataclasses
+from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import pytest
 from tiny_model import CONFIG
@@ -12,6 +12,7 @@ from jaxft.generate import Sampling
 from jaxft.lora import Adapter, adapter_specs
 from jaxft.models.llama import from_hf, llama
 from jaxft.optim import Optim
+from jaxft.sharding import MeshShape
 
 HF = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -53,9 +54,24 @@ def test_dropout_on_the_head():
     assert "head" in adapter_specs(specs, Adapter(rank=2, targets=("q", "head")))
 
 
-def test_a_mesh_axis_that_nothing_is_cut_along():
-    with pytest.raises(ValueError, match="context"):
-        sharding.make_mesh(sharding.MeshShape(data=4, context=2), jax.devices())
+def described(count, each, **more):
+    """So many devices of hosts with `each` of them."""
+    return [SimpleNamespace(id=i, process_index=i // each, platform="cpu", device_kind="cpu", **more) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "shape, devices, says",
+    [
+        (MeshShape(1, 1, 8), described(8, 4), "mesh.tensor=8 crosses hosts, which have 4 devices each; use a divisor of that"),
+        (MeshShape(-1, slices=4), described(12, 2), "mesh.slices=4: the devices are in 6 processes; set mesh.slices to 6"),
+        (MeshShape(-1), described(8, 4, coords=(0, 0, 0), slice_index=1)[4:] + described(4, 4, coords=(0, 0, 0), slice_index=0),
+         "mesh.slices=1: the devices are in 2 slices; set mesh.slices to 2"),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_cuts_across_hosts_or_slices(shape, devices, says):
+    with pytest.raises(ValueError) as error:
+        sharding.make_mesh(shape, devices)
+    assert str(error.value) == says
 
 
 @pytest.mark.parametrize("bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}])
