@@ -91,7 +91,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
 def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
     counts = flops(run, p, program.batch, traced)
-    limit = machine.chip and machine.chip.memory - machine.chip.kept
+    limit = machine.chip.memory - machine.chip.kept if machine.chip else None
     parts = resident(p)
     with _cache_hits() as hits:
         begin = time.perf_counter()
@@ -103,9 +103,11 @@ def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Progr
                 raise
             total, missing = needed
             room = limit if total is None or missing is None else total - missing
-            known = (len(machine.devices), program.name, parts, total, room, missing or 0, 0, counts, {}, 0.0, 0, None)
-            why = _first_line(str(error))
-            return Plan(machine.name, *known, time.perf_counter() - begin, False, {}, why=why)
+            return Plan(
+                machine=machine.name, devices=len(machine.devices), program=program.name, parts=parts, total=total, limit=room,
+                missing=missing or 0, host=0, flops=counts, collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None,
+                compile_seconds=time.perf_counter() - begin, from_cache=False, largest={}, why=_first_line(str(error)),
+            )  # fmt: skip
         seconds = time.perf_counter() - begin
     devices.trim_heap()
     memory: Any = compiled.memory_analysis()

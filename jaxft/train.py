@@ -363,7 +363,11 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     r, p, source, log = job.run, job.programs, job.source, job.log
     watchdog.at("loading and compiling")
     if getattr(p.objective, "precomputed", False):
-        source = with_reference(r, p, source, job.record, lambda line: (watchdog.at(line), log.message(line))[1])
+        def say(line: str) -> None:
+            watchdog.at(line)
+            log.message(line)
+
+        source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)

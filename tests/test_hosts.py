@@ -77,7 +77,7 @@ def batches(place, name):
     return [[json.loads(line) for line in p.read_text().splitlines()] for p in files]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "dpo-full" else ()) for kind in KINDS])
 def test_two_processes_train_as_one_does_in_float64(precise, kind):
     where, argv = KINDS[kind]
     argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
@@ -199,6 +199,7 @@ def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound,
         assert 'File "' in two.first.err() and "in _go" in two.first.err()  # where it waits
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     two = Several(folder)
     assert two.run(*TRAINED, "name=alone") == [0, 0]
@@ -223,6 +224,7 @@ report.Meter.add = lambda *_: threading.Event().wait()
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_that_hangs_is_ended_with_its_stacks(folder):
     one = Place(folder)
     begin = time.monotonic()
