@@ -138,7 +138,7 @@ def test_constrain_and_per_device_cut_by_the_table():
 def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshShape(2, 2, 2))
     placed = sharding.place_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
-    assert placed["ids"].sharding.spec[1] == ("data", "fsdp") and placed["ids"].addressable_shards[0].data.shape == (2, 2, 3)
+    assert placed["ids"].sharding.spec[1] == AXES["rows"] and placed["ids"].addressable_shards[0].data.shape == (2, 2, 3)
     np.testing.assert_array_equal(placed["ids"], np.arange(48).reshape(2, 8, 3))
     with pytest.raises(ValueError) as error:
         sharding.place_batch(mesh, np.ones((2, 6, 3)))
