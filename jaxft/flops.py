@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxft import train, tree
+from jaxft import programs, train, tree
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Flops:
         return max(0.0, self.program - self.model)
 
 
-def flops(run: train.Run, p: train.Programs, batch: Any, traced: Any) -> Flops:
+def flops(run: train.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     """Counts of a train step, traced for the batch [micro, rows, ...], under its mesh."""
     micro, rows, length = batch.ids.shape
     tokens, model = micro * rows * length, p.trained.model

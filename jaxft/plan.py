@@ -14,6 +14,7 @@ from jaxft import devices, hlo, sharding, traffic, train, tree
 from jaxft.data import pairs
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
+from jaxft.programs import Programs, abstract
 from jaxft.quant import is_qtensor
 from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
 
@@ -67,7 +68,7 @@ class Plan:
         return {**asdict(self), **each}
 
 
-def programs(run: train.Run, p: train.Programs, batch: Any) -> list[Program]:
+def programs(run: train.Run, p: Programs, batch: Any) -> list[Program]:
     """The run's programs that could be its largest. The weights and the optimizer's state are there in each of them."""
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
@@ -77,7 +78,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
 
     Raises ValueError for a mesh or a batch that the run can't have on this machine.
     """
-    p, batch = train.abstract(run, machine.devices)
+    p, batch = abstract(run, machine.devices)
     if getattr(p.objective, "precomputed", False) and isinstance(run.data, pairs.PairRows):
         shapes = pairs.abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
         place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
@@ -88,7 +89,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
     return max(found, key=lambda one: math.inf if one.total is None else one.total)
 
 
-def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Program) -> Plan:
+def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
     counts = flops(run, p, program.batch, traced)
     limit = machine.chip.memory - machine.chip.kept if machine.chip else None
@@ -135,7 +136,7 @@ def _planned(run: train.Run, p: train.Programs, machine: Machine, program: Progr
     )  # fmt: skip
 
 
-def resident(p: train.Programs) -> dict[str, int]:
+def resident(p: Programs) -> dict[str, int]:
     """Bytes a device of what is there in every program: weights, what of them is packed, adapters, optimizer, references."""
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxft import machines, prepare, sharding, train
+from jaxft import machines, prepare, programs, sharding, train
 from jaxft.plan import GIB, Plan, plan
 from jaxft.roofline import ASSUMED, Estimate
 
@@ -49,7 +49,7 @@ def dry_run(run: train.Run, record: dict[str, Any]) -> str:
     """The resolved settings, the parameter table, and the plan for this machine's devices."""
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        table = prepare.table(train.abstract(run)[0].trained, mesh)
+        table = prepare.table(programs.abstract(run)[0].trained, mesh)
     return "\n".join([json.dumps(record, indent=2), table, words(plan(run, machines.local()))])
 
 

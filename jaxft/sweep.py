@@ -17,8 +17,9 @@ from jaxft import compare, report, runfolder, sharding, train, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.describe import describe, differences
 from jaxft.log import Log, read
+from jaxft.programs import TrainState, build, start
 from jaxft.sweep_programs import Meters, Shared, batches, compile_all, largest
-from jaxft.train import Job, Run, TrainState
+from jaxft.train import Job, Run
 
 # What runs that are trained together may have each for itself.
 MAY_DIFFER = ("name", "objective", "optim", "seed", "data.seed", "adapter.rank", "adapter.alpha", "adapter.rslora")
@@ -83,7 +84,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             print(f"{folder}: this sweep is finished ({done} steps); its results are in {folder / 'README.md'}")
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another --name")
             return 0
-        programs = [train.build(r, steps) for r in runs.values()]
+        programs = [build(r, steps) for r in runs.values()]
         restored = saved.restore(tuple(p.state for p in programs))
         first = restored[2] if restored else 0
         if first > steps:
@@ -119,7 +120,7 @@ def _start(s: Shared, restored: Any) -> tuple[tuple[TrainState, ...], Any]:
     """(states, (base, each member's frozen leaves of its adapter)): the base is loaded once."""
     states, own, base = [], [], None
     for number, job in enumerate(s.jobs):
-        state, frozen = train.start(job.run, job.programs, restored[0][number] if restored else None, base)
+        state, frozen = start(job.run, job.programs, restored[0][number] if restored else None, base)
         base = frozen["base"]
         states.append(state)
         own.append(frozen["adapter"])

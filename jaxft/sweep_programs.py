@@ -15,8 +15,9 @@ from jaxft import devices, evaluate, metrics, report, sharding
 from jaxft.batch import widened
 from jaxft.checkpoint import Checkpoints
 from jaxft.log import Log
+from jaxft.programs import TrainState
 from jaxft.together import Together, gradients, judge_each, make_eval_step, make_update, together
-from jaxft.train import Job, TrainState
+from jaxft.train import Job
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jaxft import lora, metrics, tree
 from jaxft.accumulate import accumulated
 from jaxft.optim import guarded_update
-from jaxft.train import TrainState
+from jaxft.programs import TrainState
 
 Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
 

@@ -1,4 +1,4 @@
-"""A run from its settings to its results: the train step, and the loop, top to bottom."""
+"""A run from its settings to its results: the loop, top to bottom. What it compiles is in programs.py."""
 
 import contextlib
 import time
@@ -10,37 +10,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Int
 
-from jaxft import (
-    attention,
-    devices,
-    distributed,
-    evaluate,
-    metrics,
-    prepare,
-    reference,
-    report,
-    runfolder,
-    samples,
-    sharding,
-    tree,
-    weights,
-)
-from jaxft.accumulate import accumulated
+from jaxft import attention, distributed, prepare, reference, report, runfolder, samples, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.describe import describe, differences
 from jaxft.generate import Sampling
-from jaxft.in_backward import updated
 from jaxft.log import Log, Mute
 from jaxft.lora import Adapter
-from jaxft.optim import Optim, guarded_update, make_optimizer, wide
+from jaxft.optim import Optim
 from jaxft.params import Model
+from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, start
 from jaxft.quant import Quant
-from jaxft.tree import struct
 from jaxft.watchdog import Watchdog
 
 
@@ -108,167 +90,6 @@ class Run:
             raise ValueError(f"samples is from 0 up, found {self.samples}")
 
 
-@struct
-class TrainState:
-    """All that is needed to go on. bad: non-finite steps so far, and of those the last in a row."""
-
-    step: Int[Any, ""]
-    trainable: Any
-    opt_state: Any
-    aux: Any
-    bad: Int[Any, "2"]
-
-
-def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
-    """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
-
-    The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
-    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
-    """
-
-    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
-        now = state.trainable, state.opt_state
-        if getattr(tx, "in_backward", False):
-            trainable, opt_state, norm, ok, found = updated(objective, tx, now, frozen, batch, (key, rounding), state.aux)
-        else:
-            grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
-            norm = optax.tree.norm(wide(grads))
-            ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-            trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
-        aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
-        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
-        one = jnp.ones((), norm.dtype)
-        found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
-        return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
-
-    return train_step
-
-
-@dataclass(frozen=True)
-class Programs:
-    """A run's compiled programs and what they work on: everything but the weights' values and the rows."""
-
-    trained: prepare.Trained
-    mesh: Any
-    objective: Callable
-    tx: Any  # an optax.GradientTransformation or an optim.InTurn
-    schedule: Callable
-    state: TrainState  # shapes and shardings
-    frozen: Any  # shapes and shardings
-    train_step: jax.stages.Wrapped
-    eval_step: jax.stages.Wrapped
-    text_step: jax.stages.Wrapped  # the token loss of general text, whatever is trained
-
-
-def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
-    """Functions and shapes of a run of `steps` steps, from its settings alone: no weights, rows or network."""
-    longest = run.model.config.max_positions
-    if run.data.max_length > longest:
-        raise ValueError(f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it")
-    mesh = sharding.make_mesh(run.mesh, devices_)
-    packed = getattr(run.data, "packing", True)
-    model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights, jnp.bfloat16 if run.params == "bfloat16" else None)
-    objective = run.objective(t.model)
-    tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
-    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
-    opt_state = jax.eval_shape(tx.init, trainable)
-    places = prepare.like_params(opt_state, trainable, mesh)
-    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places)
-    everywhere = sharding.replicated(mesh)
-    small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
-    aux = jax.eval_shape(start_aux(run, t, objective), trainable)
-    places = prepare.like_params(aux, trainable, mesh)
-    aux = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), aux, places)
-    state = TrainState(small(()), trainable, opt_state, aux, small((2,)))
-    step = jax.jit(
-        make_train_step(objective, tx, run.seed),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
-    )
-    eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
-    text = getattr(objective, "text", objective)
-    text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
-    if getattr(tx, "in_backward", False) and not getattr(objective, "precomputed", False):  # refused before anything is loaded
-        jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
-    return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
-
-
-def start_aux(run: Run, t: prepare.Trained, objective: Callable) -> Callable:
-    """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
-    if not hasattr(objective, "start"):
-        return lambda trainable: {}
-    at_base = run.adapter is not None and run.start is None and prepare.only_pairs(t)
-    return lambda trainable: objective.start(trainable, at_base)
-
-
-def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any]:
-    """A run as shapes: its programs and one batch, the largest that the settings allow."""
-    p = build(run, run.loop.steps or 1000, devices_)
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
-        run.data.abstract(sharding.row_shards(p.mesh)),
-    )
-    return p, batch
-
-
-def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
-    """(state, frozen): weights loaded leaf by leaf, and at step 0 a fresh adapter and optimizer. A restored state has its own.
-
-    base: the frozen base of another run, for one that trains nothing of it.
-    """
-    if base is None:
-        base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
-    whole = {"base": base}
-    if run.adapter:
-        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
-    trainable, frozen = prepare.split(p.trained, whole)
-    if restored is not None:
-        return restored, frozen
-    places = jax.tree.map(lambda s: s.sharding, p.state)
-    aux = start_aux(run, p.trained, p.objective)
-    fresh = lambda t: TrainState(jnp.int32(0), t, p.tx.init(t), aux(t), jnp.zeros(2, jnp.int32))  # noqa: E731
-    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
-
-
-def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
-    """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
-    compiled = p.train_step.lower(p.state, p.frozen, _placed(p, batch)).compile()
-    devices.trim_heap()
-    return compiled
-
-
-def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tuple[Any, ...]) -> Callable:
-    """`evaluated(state) -> numbers` of held-out batches, compiled for their one shape."""
-    if not batches:
-        return lambda state: {}
-    compiled = step.lower(p.state.trainable, p.frozen, _placed(p, batches[0]), p.state.aux).compile()
-
-    def on(state: TrainState) -> Callable:
-        return lambda batch: compiled(state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
-
-    if step is p.text_step or not getattr(p.objective, "coupled", False):
-        return lambda state: evaluate.evaluate(on(state), batches)
-    shape = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
-    many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
-    aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
-    objective: Any = p.objective
-    judge = jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
-
-    def together(state: TrainState) -> dict[str, float]:
-        kept = jax.device_get(state.aux.get("loss", {}))
-        return evaluate.evaluate_together(on(state), lambda seen: judge(seen, kept), batches)
-
-    return together
-
-
-def _placed(p: Programs, batch: Any) -> Any:
-    place = lambda x: sharding.batch_sharding(p.mesh, x.shape)  # noqa: E731
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
-
-
 @dataclass(frozen=True)
 class Job:
     """A run that may go: checked, locked, with its rows and its log."""
@@ -315,7 +136,7 @@ def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder
         report.check_ids(each, r.model, r.weights)
     steps = r.loop.steps or source.steps
     p = build(r, steps)
-    _placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
+    placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
     record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
     distributed.check_same(runfolder.shared_part(record), differences)
     saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
@@ -358,15 +179,55 @@ def identity(r: Run) -> dict[str, Any]:
     return known
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A run that is loaded and compiled. measure(state): held-out numbers, by their names in the log; look(state): those, general
+    text's, and answers. source: batches, with the reference's log-probs where those are computed beforehand.
+    """
+
+    job: Job
+    source: Source
+    frozen: Any
+    train_step: Callable
+    measure: Callable[[TrainState], dict[str, float]]
+    look: Callable[[TrainState], dict[str, Any]]
+
+    def whole(self, state: TrainState) -> Any:
+        """All parameters."""
+        return tree.combine(state.trainable, self.frozen)
+
+
 def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watchdog: Watchdog) -> int:
     """Load and compile, look, train, look again, write the results."""
-    r, p, source, log = job.run, job.programs, job.source, job.log
     watchdog.at("loading and compiling")
-    if getattr(p.objective, "precomputed", False):
-        def say(line: str) -> None:
-            watchdog.at(line)
-            log.message(line)
+    ready, state = _ready(job, restored, watchdog)
+    kept: dict[str, Any] = restored[1] if restored else {"before": ready.look(state), "counters": None}
+    if not restored and kept["before"]["metrics"]:
+        job.log.step(0, kept["before"]["metrics"], {})
+    state, done, stop = _trained(ready, state, (restored[2] if restored else 0, kept), watchdog)
+    watchdog.at(f"what comes after step {done}")
+    if stop:
+        job.log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
+        distributed.meet()  # nobody leaves while another one saves
+        return 128 + stop
+    after = ready.look(state)
+    if after["metrics"]:
+        job.log.step(job.steps, after["metrics"], {})
+    out = report.export(job.programs.trained, ready.whole(state), job.run, job.tokenizer, job.folder)
+    del state  # the best step's may need its room
+    _finish(ready, out, kept["before"], after)
+    return 0
 
+
+def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainState]:
+    """(the run with its weights on the mesh and its programs compiled, the state to go on from)."""
+    r, p, source, log = job.run, job.programs, job.source, job.log
+
+    def say(line: str) -> None:
+        watchdog.at(line)
+        log.message(line)
+
+    if getattr(p.objective, "precomputed", False):
         source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
@@ -388,22 +249,25 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
         general = {"general_loss": on_general(state)["loss"]} if job.general else {}
         return {"metrics": {**measure(state), **general}, "samples": answer(tree.combine(state.trainable, frozen))}
 
-    kept: dict[str, Any] = restored[1] if restored else {"before": look(state), "counters": None}
-    before, first = kept["before"], restored[2] if restored else 0
-    if not restored and before["metrics"]:
-        log.step(0, before["metrics"], {})
+    return Ready(job, source, frozen, train_step, measure, look), state
+
+
+def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: Watchdog) -> tuple[TrainState, int, int]:
+    """(the state, steps done, a signal that asked to stop or 0); begun: steps done before, and what its checkpoint keeps."""
+    job, source, (done, kept) = ready.job, ready.source, begun
+    r, p, log, stop = job.run, job.programs, job.log, 0
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
-    votes, stop = distributed.Votes(p.mesh), 0
+    votes = distributed.Votes(p.mesh)
     profile = r.loop.profile if distributed.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
-        for step in range(first, job.steps):
+        for step in range(done, job.steps):
             done = step + 1
             watchdog.step(done)
             trace.before(done)
             stopping = votes.cast(lambda: interrupt.signal)
             batch = source.batch(step, state)
-            state, found = train_step(state, frozen, sharding.place_batch(p.mesh, batch))
+            state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
             meter.add(step, batch, found)
             trace.after(done, state)
             if done % r.loop.log_every == 0 or done == job.steps:
@@ -412,32 +276,30 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
             if r.loop.eval_every and done % r.loop.eval_every == 0 and done < job.steps and source.held_out:
                 watchdog.at(f"the evaluation after step {done}")
                 with meter.aside():
-                    numbers = measure(state)
+                    numbers = ready.measure(state)
                 score = numbers["eval_loss"]
                 log.step(done, numbers, {})
             stop = stopping()
             if done % r.loop.save_every == 0 or done == job.steps or score is not None or stop:
-                meta = {"record": job.record, "counters": meter.counters(), "before": before}
+                meta = {"record": job.record, "counters": meter.counters(), "before": kept["before"]}
                 watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
             if stop:
                 break
         job.saved.wait()
-    watchdog.at(f"what comes after step {done}")
-    if stop:
-        log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
-        distributed.meet()  # nobody leaves while another one saves
-        return 128 + stop
+    return state, done, stop
 
-    after = look(state)
-    if after["metrics"]:
-        log.step(job.steps, after["metrics"], {})
-    out = report.export(p.trained, tree.combine(state.trainable, frozen), r, job.tokenizer, job.folder)
+
+def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Write the best step's weights if they are better, the card and the summary. out: where the last step's are; before, after:
+    what was seen at step 0 and at the end.
+    """
+    job, log = ready.job, ready.job.log
+    r, p = job.run, job.programs
     better = report.better_step(job.saved, after["metrics"])
     if better is not None:
-        del state
         best: Any = job.saved.restore(p.state, better)
-        kept_at = report.export(p.trained, tree.combine(best[0].trainable, frozen), r, job.tokenizer, job.folder / "best")
+        kept_at = report.export(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
         log.message(f"the held-out loss was lower after step {better} than at the end; the weights of that step are in {kept_at}")
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
     if distributed.is_first():
@@ -447,7 +309,6 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     distributed.meet()  # the run is finished for all or for none
     for line in report.closing(job, out, before, after, words):
         log.message(line)
-    return 0
 
 
 def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]) -> Any:

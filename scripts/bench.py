@@ -141,8 +141,8 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         tokenizer = weights.load_tokenizer(run.weights)
         source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh))
         numbers = batches(source, run.data.batch)
-        p = train.build(run, len(numbers))
-        state, frozen = train.start(run, p, None)
+        p = programs.build(run, len(numbers))
+        state, frozen = programs.start(run, p, None)
         jax.block_until_ready((state, frozen))
         say(f"loaded, peak {peak_gib():.2f} GiB")
         if getattr(p.objective, "precomputed", False):
@@ -150,7 +150,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             source = train.with_reference(run, p, source, {"weights_identity": str(time.time())}, say)
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
-        step = train.compile_step(p, source.abstract)
+        step = programs.compile_step(p, source.abstract)
         compiled = time.perf_counter() - begin
         say(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
         seconds, tokens, losses = [], [], []

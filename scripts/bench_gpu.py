@@ -166,7 +166,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed and memory of a train step."""
     import jax
 
-    from jaxft import devices, params, sharding, train
+    from jaxft import devices, params, sharding
 
     data = folder / "rows.jsonl"
     length = 128 if tiny else 4096
@@ -177,10 +177,10 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         source = run.source(run.data, byte_tokenizer(), cache=folder, shards=sharding.row_shards(mesh))
-        p = train.build(run, WARM + TIMED + 1)
-        step = train.compile_step(p, source.abstract)
+        p = programs.build(run, WARM + TIMED + 1)
+        step = programs.compile_step(p, source.abstract)
         memory: Any = step.memory_analysis()
-        state, frozen = train.start(run, p, None, random_base(p))
+        state, frozen = programs.start(run, p, None, random_base(p))
         batch = source.batch(0, state)
         placed, seconds = sharding.place_batch(p.mesh, batch), []
         for _ in range(WARM + TIMED):
@@ -212,14 +212,14 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed of generation: all rows at once, greedy, without stop tokens."""
     import jax
 
-    from jaxft import attention, devices, generate, sharding, train
+    from jaxft import attention, devices, generate, sharding
 
     (folder / "rows.jsonl").write_text("")
     run = make_run(case, tiny, folder / "rows.jsonl")
     prompt, fresh = (32, 16) if tiny else (512, 256)
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        p = train.build(run, 1)
+        p = programs.build(run, 1)
         base = random_base(p)
         model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
         program = generate.make_generate(model, generate.Sampling(max_new=fresh), ())

@@ -102,20 +102,20 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     """Plan, then run."""
     import jax
 
-    from jaxft import config, devices, plan, sharding, train
+    from jaxft import config, devices, plan, programs, sharding
     from scripts.bench_gpu import random_base
 
     run = config.load(path, overrides)
     machine = here()
     planned = plan.plan(run, machine)
-    p, batch = train.abstract(run)
+    p, batch = programs.abstract(run)
     with jax.set_mesh(p.mesh):
-        step = train.compile_step(p, batch)
+        step = programs.compile_step(p, batch)
         device = jax.devices()[0]
         told = "peak_bytes_in_use" in (device.memory_stats() or {})
         before = 0 if told else Resident.now()
         watch = None if told else Resident()
-        state, frozen = train.start(run, p, None, random_base(p))
+        state, frozen = programs.start(run, p, None, random_base(p))
         placed, seconds = sharding.place_batch(p.mesh, random_batch(batch, run.model.config.vocab)), []
         for _ in range(WARM + TIMED):
             begin = time.perf_counter()

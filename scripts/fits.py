@@ -83,7 +83,7 @@ def source_hash() -> str:
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
-    from jaxft import config, machines, plan, train
+    from jaxft import config, machines, plan, programs
 
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
@@ -95,7 +95,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
             chip_ = machine.chip
             assert chip_ is not None
             run = config.load(str(Path(sys.path[0]) / path), overrides)
-            held, room = sum(plan.resident(train.abstract(run, machine.devices)[0]).values()), chip_.memory - chip_.kept
+            held, room = sum(plan.resident(programs.abstract(run, machine.devices)[0]).values()), chip_.memory - chip_.kept
             begin = time.perf_counter()
             if held + 0.4 * plan.GIB > room:
                 found = {"fits": False, "total": None, "held": held, "devices": len(machine.devices)}

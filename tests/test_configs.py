@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxft import config, describe, params, train, tree
+from jaxft import config, describe, params, tree
 from jaxft.objectives.pairwise import Moving
+from jaxft.programs import abstract
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -23,7 +24,7 @@ def offline(monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_builds_abstractly(path):
     run = config.load(str(path), [])
-    programs, batch = train.abstract(run, jax.devices()[:1])
+    programs, batch = abstract(run, jax.devices()[:1])
     assert params.count(programs.trained.trainable_specs) > 0
     with jax.set_mesh(programs.mesh):
         state, found = jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
@@ -47,7 +48,7 @@ def test_held_out_rows_are_a_share_a_file_or_none(name, text, value):
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_an_8b_state_is_sharded_over_fsdp(full):
     run = config.load("configs/llama31_8b_sft.py", [f"full={str(full).lower()}", "mesh.fsdp=8"])
-    programs, _ = train.abstract(run)
+    programs, _ = abstract(run)
     leaves = jax.tree.leaves((programs.state.trainable, programs.frozen))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     local = sum(leaf.sharding.shard_shape(leaf.shape)[0] * _rest(leaf) * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)

@@ -16,7 +16,7 @@ from jaxft.models.llama import LlamaConfig, llama
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim, make_optimizer
 from jaxft.optim_states import adamw_8bit, adamw_bf16
-from jaxft.train import TrainState, make_train_step
+from jaxft.programs import TrainState, make_train_step
 
 
 def batch(count=4, parts=1):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from partitioned import moved
 
-from jaxft import optim, train
+from jaxft import optim, programs, train
 from jaxft.data.pairs import PairRows, pair_source
 from jaxft.data.source import Rows
 from jaxft.lora import Adapter
@@ -44,7 +44,7 @@ def lowered(kind, task, mesh):
         mesh=mesh,
         optim=optim.Optim(),
     )
-    p, batch = train.abstract(run)
+    p, batch = programs.abstract(run)
     with jax.set_mesh(p.mesh):
         return p.train_step.lower(p.state, p.frozen, batch)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft import devices, hlo, machines, plan, plan_search, plan_text, roofline, sharding, traffic, train
+from jaxft import devices, hlo, machines, plan, plan_search, plan_text, programs, roofline, sharding, traffic, train
 from jaxft.data.source import Rows
 from jaxft.flops import Flops, flops, products
 from jaxft.lora import Adapter
@@ -86,7 +86,7 @@ def test_a_chip_that_is_too_small_says_how_much_is_missing():
 
 
 def counted(run):
-    p, batch = train.abstract(run, jax.devices()[:1])
+    p, batch = programs.abstract(run, jax.devices()[:1])
     with jax.set_mesh(p.mesh):
         return flops(run, p, batch, p.train_step.trace(p.state, p.frozen, batch))
 

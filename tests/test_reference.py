@@ -20,6 +20,7 @@ from jaxft.lora import Adapter
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
+from jaxft.programs import build, start
 from jaxft.weights import peft
 
 
@@ -64,9 +65,9 @@ def run_of(folder, **changes):
 def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
     source = run.source(run.data, weights.load_tokenizer(run.weights), folder / "cache")
-    programs = train.build(run, 10, jax.devices()[:1])
+    programs = build(run, 10, jax.devices()[:1])
     with jax.set_mesh(programs.mesh):
-        return programs, *train.start(run, programs, None), source
+        return programs, *start(run, programs, None), source
 
 
 STARTS = {
@@ -112,7 +113,7 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
 def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
     live, known = (run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed"))
     p, state, frozen, source = started(live, folder)
-    other = train.build(known, 10, jax.devices()[:1])
+    other = build(known, 10, jax.devices()[:1])
     logps = jax.jit(lambda whole, batch: p.objective.logps(whole, jax.tree.map(lambda x: x[0], batch)))
 
     def compute(batches):

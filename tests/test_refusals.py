@@ -93,9 +93,9 @@ def test_alpha_out_of_range(alpha):
 
 
 def test_rows_longer_than_the_model_has_positions():
-    from jaxft import config, train
+    from jaxft import config, programs
 
     run = config.load("configs/sft.py", [])
     long = dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=10000))
     with pytest.raises(ValueError, match="max_length=10000 is beyond the model's 8192"):
-        train.build(long, 10)
+        programs.build(long, 10)

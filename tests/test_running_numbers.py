@@ -14,7 +14,7 @@ from jaxft import evaluate, metrics, tree
 from jaxft.objectives import preference as P
 from jaxft.objectives import reference_free as F
 from jaxft.objectives.pairwise import Moving, preference, reference_params
-from jaxft.train import TrainState, make_train_step
+from jaxft.programs import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from jaxft.objectives import reference_free as F
 from jaxft.objectives.pairwise import Moving, per_token, preference
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim, linear, make_optimizer
+from jaxft.programs import TrainState, make_train_step
 from jaxft.quant import quantize
 from jaxft.together import gradients, judge_each, make_eval_step, make_update, together
-from jaxft.train import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)

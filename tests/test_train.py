@@ -17,7 +17,7 @@ from jaxft.models.llama import REMAT, llama
 from jaxft.objectives.sft import sft
 from jaxft.optim import Optim, make_optimizer
 from jaxft.optim_states import adamw_8bit
-from jaxft.train import TrainState, make_train_step
+from jaxft.programs import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)

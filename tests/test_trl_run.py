@@ -9,7 +9,7 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 
-from jaxft import metrics, optim, train, weights
+from jaxft import metrics, optim, programs, train, weights
 from jaxft.data.pairs import PairRows, pair_source
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo, ipo
@@ -43,10 +43,10 @@ def ours(folder, rows, loss):
         optim=Optim(lr=LR, schedule=optim.constant, warmup=0.0, eps=EPS),
     )  # fmt: skip
     source = pair_source(run.data, weights.load_tokenizer(base), folder / "cache")
-    p = train.build(run, STEPS, jax.devices()[:1])
+    p = programs.build(run, STEPS, jax.devices()[:1])
     found, order = [], []
     with jax.set_mesh(p.mesh):
-        state, frozen = train.start(run, p, None)
+        state, frozen = programs.start(run, p, None)
         for step in range(STEPS):
             batch = source.batch(step)
             order += [int(i) for i in batch.index.ravel() if i >= 0]

@@ -1,0 +1,180 @@
+"""What a run compiles: the train step, evaluation, and the shapes, shardings and start of all that they work on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Int
+
+from jaxft import attention, devices, evaluate, metrics, prepare, sharding
+from jaxft.accumulate import accumulated
+from jaxft.in_backward import updated
+from jaxft.optim import guarded_update, make_optimizer, wide
+from jaxft.tree import struct
+
+if TYPE_CHECKING:
+    from jaxft.train import Run
+
+
+@struct
+class TrainState:
+    """All that is needed to go on. bad: non-finite steps so far, and of those the last in a row."""
+
+    step: Int[Any, ""]
+    trainable: Any
+    opt_state: Any
+    aux: Any
+    bad: Int[Any, "2"]
+
+
+def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
+    """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
+
+    The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
+    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
+    """
+
+    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
+        now = state.trainable, state.opt_state
+        if getattr(tx, "in_backward", False):
+            trainable, opt_state, norm, ok, found = updated(objective, tx, now, frozen, batch, (key, rounding), state.aux)
+        else:
+            grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
+            norm = optax.tree.norm(wide(grads))
+            ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
+            trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
+        aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
+        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
+        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
+        one = jnp.ones((), norm.dtype)
+        found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
+        return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
+
+    return train_step
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A run's compiled programs and what they work on: everything but the weights' values and the rows."""
+
+    trained: prepare.Trained
+    mesh: Any
+    objective: Callable
+    tx: Any  # an optax.GradientTransformation or an optim.InTurn
+    schedule: Callable
+    state: TrainState  # shapes and shardings
+    frozen: Any  # shapes and shardings
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
+    text_step: jax.stages.Wrapped  # the token loss of general text, whatever is trained
+
+
+def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs:
+    """Functions and shapes of a run of `steps` steps, from its settings alone: no weights, rows or network."""
+    longest = run.model.config.max_positions
+    if run.data.max_length > longest:
+        raise ValueError(f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it")
+    mesh = sharding.make_mesh(run.mesh, devices_)
+    packed = getattr(run.data, "packing", True)
+    model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
+    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights, jnp.bfloat16 if run.params == "bfloat16" else None)
+    objective = run.objective(t.model)
+    tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
+    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    opt_state = jax.eval_shape(tx.init, trainable)
+    places = prepare.like_params(opt_state, trainable, mesh)
+    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places)
+    everywhere = sharding.replicated(mesh)
+    small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
+    aux = jax.eval_shape(start_aux(run, t, objective), trainable)
+    places = prepare.like_params(aux, trainable, mesh)
+    aux = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), aux, places)
+    state = TrainState(small(()), trainable, opt_state, aux, small((2,)))
+    step = jax.jit(
+        make_train_step(objective, tx, run.seed),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
+    )
+    eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
+    text = getattr(objective, "text", objective)
+    text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
+    if getattr(tx, "in_backward", False) and not getattr(objective, "precomputed", False):  # refused before anything is loaded
+        jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
+    return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
+
+
+def start_aux(run: "Run", t: prepare.Trained, objective: Callable) -> Callable:
+    """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
+    if not hasattr(objective, "start"):
+        return lambda trainable: {}
+    at_base = run.adapter is not None and run.start is None and prepare.only_pairs(t)
+    return lambda trainable: objective.start(trainable, at_base)
+
+
+def abstract(run: "Run", devices_: list[Any] | None = None) -> tuple[Programs, Any]:
+    """A run as shapes: its programs and one batch, the largest that the settings allow."""
+    p = build(run, run.loop.steps or 1000, devices_)
+    batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
+        run.data.abstract(sharding.row_shards(p.mesh)),
+    )
+    return p, batch
+
+
+def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
+    """(state, frozen): weights loaded leaf by leaf, and at step 0 a fresh adapter and optimizer. A restored state has its own.
+
+    base: the frozen base of another run, for one that trains nothing of it.
+    """
+    if base is None:
+        base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
+    whole = {"base": base}
+    if run.adapter:
+        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
+    trainable, frozen = prepare.split(p.trained, whole)
+    if restored is not None:
+        return restored, frozen
+    places = jax.tree.map(lambda s: s.sharding, p.state)
+    aux = start_aux(run, p.trained, p.objective)
+    fresh = lambda t: TrainState(jnp.int32(0), t, p.tx.init(t), aux(t), jnp.zeros(2, jnp.int32))  # noqa: E731
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
+
+
+def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
+    """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
+    compiled = p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile()
+    devices.trim_heap()
+    return compiled
+
+
+def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tuple[Any, ...]) -> Callable:
+    """`evaluated(state) -> numbers` of held-out batches, compiled for their one shape."""
+    if not batches:
+        return lambda state: {}
+    compiled = step.lower(p.state.trainable, p.frozen, placed(p, batches[0]), p.state.aux).compile()
+
+    def on(state: TrainState) -> Callable:
+        return lambda batch: compiled(state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
+
+    if step is p.text_step or not getattr(p.objective, "coupled", False):
+        return lambda state: evaluate.evaluate(on(state), batches)
+    shape = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
+    many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
+    aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
+    objective: Any = p.objective
+    judge = jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
+
+    def together(state: TrainState) -> dict[str, float]:
+        kept = jax.device_get(state.aux.get("loss", {}))
+        return evaluate.evaluate_together(on(state), lambda seen: judge(seen, kept), batches)
+
+    return together
+
+
+def placed(p: Programs, batch: Any) -> Any:
+    place = lambda x: sharding.batch_sharding(p.mesh, x.shape)  # noqa: E731
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
