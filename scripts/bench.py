@@ -134,7 +134,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
     """Load, compile and train; the numbers of the JSON line that the clock and the loss give."""
     import jax
 
-    from jaxft import metrics, sharding, train, weights
+    from jaxft import metrics, programs, sharding, train, weights
 
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):

@@ -166,7 +166,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed and memory of a train step."""
     import jax
 
-    from jaxft import devices, params, sharding
+    from jaxft import devices, params, programs, sharding
 
     data = folder / "rows.jsonl"
     length = 128 if tiny else 4096
@@ -212,7 +212,7 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed of generation: all rows at once, greedy, without stop tokens."""
     import jax
 
-    from jaxft import attention, devices, generate, sharding
+    from jaxft import attention, devices, generate, programs, sharding
 
     (folder / "rows.jsonl").write_text("")
     run = make_run(case, tiny, folder / "rows.jsonl")
