@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+from jaxft import hlo, traffic
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,10 @@ def moved(lowered, folder):
         lowered.compile(compiler_options=options)
     (text,) = (path.read_text() for path in folder.glob("*after_spmd-partitioning*"))
     found = []
-    for line in text.splitlines():
-        match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
-        alone = re.search(r"replica_groups=(\{\{0\},|\[\d+,1\]<=)", line)  # groups of one device: nothing moves
-        if match and not alone:
-            name = re.search(r'op_name="([^"]*)"', line)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
-                found.append(Moved(match[2], dtype, tuple(map(int, filter(None, dims.split(",")))), name[1] if name else ""))
+    for one in (one for inside in hlo.parse(text).computations.values() for one in inside.values()):
+        groups = traffic.replica_groups(one.attributes, jax.device_count())
+        alone = one.opcode != "collective-permute" and max(map(len, groups)) == 1  # groups of one device: nothing moves
+        if one.opcode in traffic.KINDS and not alone:
+            name = re.search(r'op_name="([^"]*)"', one.attributes)
+            found += [Moved(one.opcode, x.dtype, x.shape, name[1] if name else "") for x in one.arrays]
     return found
