@@ -23,8 +23,8 @@ KINDS = (OSError, ValueError, MemoryError)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes and speaks: process 0, or the only one. Alone, no device is touched."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @functools.cache

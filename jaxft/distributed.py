@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxft import agree, launch, sharding
+from jaxft.agree import is_first
 
 AGAIN = 75  # exit code where nothing is wrong with the run and it is to be started again (EX_TEMPFAIL of sysexits.h)
 LOST = ("gloo", "nccl", "peer", "connection", "unavailable", "aborted", "deadline", "cancelled", "coordination", "heartbeat")
@@ -152,11 +153,6 @@ def _check_counts(hosts: Hosts) -> None:
 def several() -> bool:
     """Whether this run has other processes. Touches no device where it hasn't."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes and speaks: process 0, or the only one."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def who() -> str:
