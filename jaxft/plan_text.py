@@ -95,6 +95,8 @@ def least(p: Plan) -> str:
     e = p.estimate
     assert e is not None
     each = p.flops.tokens / p.devices
+    if not e.gathers:
+        return f"{p.machine}: {each:,.0f} tokens a device; its program gathers nothing, so nothing waits for that"
     enough = each * e.gathers / e.compute
     return (
         f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.gathers:.3f} s and products {e.compute:.3f}, so from "
