@@ -13,6 +13,8 @@ from processes import start, told
 
 from jaxft.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

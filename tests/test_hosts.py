@@ -13,6 +13,8 @@ import tiny_run
 from several import Several
 from tiny_run import Place, rows, write_place, write_rows
 
+pytestmark = pytest.mark.alone
+
 BATCHES = """
 import hashlib, os
 import jax, numpy as np
