@@ -50,9 +50,10 @@ class FixedKL:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A penalty whose coefficient starts at `coef` and rises while the KL is above `target` (Ziegler et al. 2019, arXiv:1909.08593).
+    """A penalty whose coefficient starts at `coef` and rises while the KL is above `target`.
 
-    target: nats a completion. horizon: completions in which the coefficient can change by a factor of about e^0.2.
+    Ziegler et al. 2019 (arXiv:1909.08593, section 2.2). target: nats a completion. horizon: completions in which the coefficient
+    can change by a factor of about e^0.2.
     """
 
     coef: float = 0.2

@@ -98,10 +98,10 @@ def policy(
 ) -> Policy:
     """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t` with the batch's policy weights w and value weights v.
 
-    loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty needs
-    the reference's log-probs in the batch; FixedKL(0) is that of a run that has the KL in its rewards. AdaptiveKL's coefficient is
-    aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions were drawn at; the policy's
-    logits are divided by it and the reference's too. value: the critic, None for none.
+    loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty
+    needs the reference's log-probs in the batch; FixedKL(0) is for a run that has the KL in its rewards. AdaptiveKL's coefficient
+    is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions were drawn at: logits
+    are divided by it, of the policy and of the reference. value: the critic, None for none.
 
     Metrics have the names that TRL's GRPO gives them, the trainer of this family that TRL still has, and TRL's of PPO where GRPO
     has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
@@ -246,7 +246,7 @@ def value_loss(values: Array, old: Array, returns: Array, clip: float | None) ->
 def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
     batch, values = played.batch, played.values
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
-        raise ValueError("a critic needs values, returns and value_weights in the batch; let the rollout give them or set value=None")
+        raise ValueError("a critic needs values, returns and value_weights in the batch; let the rollout give them")
     weights = batch.value_weights.astype(values.dtype)
     used = (weights > 0) & (batch.answers < batch.lengths.shape[1])
     at = lambda x: jnp.where(used, x.astype(values.dtype), 0)  # noqa: E731
