@@ -3,13 +3,14 @@
 There every part of a row has its own reads beside its own hidden states: only numbers, one a read, move between devices.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.objectives.logps import LogProbs, token_logps, weighted_logp
+from jaxft.objectives.logps import Graded, LogProbs, token_logps, weighted_logp
 from jaxft.params import Model
 from jaxft.sharding import constrain, parts
 from jaxft.tree import static, struct
@@ -83,15 +84,27 @@ Reads = tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]
 
 
 def read_logps(
-    model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], targets: Int[Array, "B M"]
+    model: Model,
+    params: Any,
+    h_BTD: Float[Array, "B T D"],
+    read: Int[Array, "B M"],
+    targets: Int[Array, "B M"],
+    graded: Graded = ("logp",),
 ) -> LogProbs:
     """token_logps (LogProbs) at read positions."""
     places = placed(read, h_BTD.shape[1])
     h = gather_read(h_BTD, read, places)
     if places is None:
-        return token_logps(model, params, h, targets)
-    out = token_logps(model, params, h, _by_part(_to_places(targets, places), places))
+        return token_logps(model, params, h, targets, graded)
+    out = token_logps(model, params, h, _by_part(_to_places(targets, places), places), graded)
     return jax.tree.map(lambda x: _in_order(x, places), out)
+
+
+def read_numbers(number: Callable[[Array], Array], h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
+    """`number(h [N, m, D]) -> [N, m]`, such as a scalar head, at read positions."""
+    places = placed(read, h_BTD.shape[1])
+    found = number(gather_read(h_BTD, read, places))
+    return found if places is None else _in_order(found, places)
 
 
 def weighted_read_logp(
