@@ -67,7 +67,7 @@ def _plan(model: Model, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
     """(head, the axes of its leaves, number of chunks, positions to add so that they are even)."""
     B, M, _ = h_BMD.shape
     head = model.head(params)
-    axes = _axes(model.head({name: model.specs[name] for name in params}), head)
+    axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
     own = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))
     size = max(1, min(M, CHUNK_LOGITS // own))
