@@ -107,6 +107,7 @@ class Model:
     head(params) -> the subtree that logits reads.
     logits(head, h) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with room for `size` tokens).
+    copies(cache, count) -> the cache with each row `count` times, one after the other.
     step(params, cache, ids [B], positions [B], at) -> (h [B, D], cache); `at` is the storage slot, the same for all rows.
     names: path -> (tensor name with {i} for the layer, transpose?), the Hugging Face layout.
     flops: (tokens, context length) -> floating point operations of one forward pass over the weights and attention.
@@ -120,6 +121,7 @@ class Model:
     logits: Callable
     head: Callable
     prefill: Callable
+    copies: Callable
     step: Callable
     names: dict[str, tuple[str, bool]]
     flops: Callable[[int, int], float]

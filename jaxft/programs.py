@@ -118,11 +118,9 @@ def start_aux(run: "Run", t: prepare.Trained, objective: Callable) -> Callable:
 def abstract(run: "Run", devices_: list[Any] | None = None) -> tuple[Programs, Any]:
     """A run as shapes: its programs and one batch, the largest that the settings allow."""
     p = build(run, run.loop.steps or 1000, devices_)
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
-        run.data.abstract(sharding.row_shards(p.mesh)),
-    )
-    return p, batch
+    largest = run.data.abstract(sharding.row_shards(p.mesh))
+    complete = getattr(p.objective, "complete", lambda batch: batch)
+    return p, placed(p, complete(largest))
 
 
 def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
@@ -144,11 +142,13 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
-def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
-    """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
-    compiled = p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile()
+def compile_step(p: Programs, *batches: Any) -> Callable:
+    """The train step for its one shape, or its few; another shape is an error afterwards, never a silent compile."""
+    compiled = {batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile() for batch in batches}
     devices.trim_heap()
-    return compiled
+    if len(compiled) == 1:
+        return next(iter(compiled.values()))
+    return lambda state, frozen, batch: compiled[batch.ids.shape](state, frozen, batch)
 
 
 def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tuple[Any, ...]) -> Callable:

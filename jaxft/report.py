@@ -43,14 +43,21 @@ def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes:
     lines = [
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
-        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
-        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated; {steps} steps",
+        (s["told"] if "told" in s else packed(s)) + f"; {steps} steps",
         f"row 0 as the model sees it:\n{source.preview}",
     ]
     if first:
         lines.append(f"going on after step {first}")
         lines += [f"changed since the start: {line}" for line in changes]
     return lines
+
+
+def packed(s: dict[str, Any]) -> str:
+    """How examples fill rows, from a source's stats."""
+    return (
+        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
+        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated"
+    )
 
 
 def check_ids(source: Source | None, model: Model, ref: str) -> None:
@@ -200,10 +207,15 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     return folder / "model"
 
 
+def judged(metrics: dict[str, float]) -> float | None:
+    """What the best step has least of: the held-out loss, or the held-out reward's negative; None without held-out rows."""
+    return metrics["eval_loss"] if "eval_loss" in metrics else -metrics["eval_reward"] if "eval_reward" in metrics else None
+
+
 def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
-    """The step of a kept checkpoint with a lower held-out loss than the end's; None where there is none."""
-    best = saved.best()
-    return best[0] if best and "eval_loss" in metrics and best[1] < metrics["eval_loss"] else None
+    """The step of a kept checkpoint that did better on held-out rows than the end; None where there is none."""
+    best, end = saved.best(), judged(metrics)
+    return best[0] if best and end is not None and best[1] < end else None
 
 
 def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: list[str]) -> list[str]:
@@ -211,9 +223,11 @@ def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], 
     lines = []
     for old, new in _pairs(before, after)[:2]:
         lines.append(f"\nasked:  {_short(old['prompt'])}\nbefore: {_short(old['completion'])}")
-        lines.append(f"after:  {_short(new['completion'])}\nwanted: {_short(new['reference'])}")
+        lines.append(f"after:  {_short(new['completion'])}")
+        lines += [f"wanted: {_short(new['reference'])}"] if new["reference"] else []
     lines.append("")
-    for name, what in (("eval_loss", "loss on held-out rows"), ("general_loss", "loss on general text")):
+    told = {"eval_loss": "loss on held-out rows", "eval_reward": "reward of held-out prompts"}
+    for name, what in {**told, "general_loss": "loss on general text"}.items():
         if name in after["metrics"]:
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
             lines.append(f"{what}: {was}{after['metrics'][name]:.4f} after")
@@ -261,7 +275,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     answers = [
         "\n".join(
             [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"]),
-             _quoted("After:", new["completion"]), _quoted("The row's own answer:", new["reference"])]
+             _quoted("After:", new["completion"]), _quoted("The row's own answer:", new["reference"]) if new["reference"] else ""]
         )
         for old, new in _pairs(before, after)
     ]  # fmt: skip

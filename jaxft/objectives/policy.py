@@ -72,7 +72,8 @@ class Policy:
 
     see(params, batch, key, aux) -> Played; judge(played, aux) -> (loss, metrics). start(trainable, at_base) -> aux;
     after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> LogProbs [B, M] of the completions, and
-    reference_logps(params, batch, aux) -> [B, M] of the reference, both at the temperature. text: the objective of general text.
+    reference_logps(params, batch, aux) -> [B, M] of the reference, both at `temperature`; values(params, batch) -> [B, M] of the
+    critic, None without one. reference: whether a batch needs the reference's log-probs. text: the objective of general text.
     """
 
     see: Callable[..., Played]
@@ -81,11 +82,20 @@ class Policy:
     after_step: Callable[..., dict[str, Any]]
     logps: Callable[..., LogProbs]
     reference_logps: Callable[..., Array]
+    values: Callable[..., Array] | None
+    reference: bool
+    temperature: float
     text: Callable[..., tuple[Array, dict[str, Any]]]
 
     def __call__(self, params: Any, batch: Rollout, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
         """Both halves."""
         return self.judge(self.see(params, batch, key, aux), aux)
+
+    def complete(self, batch: Rollout) -> Rollout:
+        """The batch (arrays or shapes) with all fields that are needed, each like logps."""
+        x = batch.logps
+        batch = replace(batch, reference=x) if self.reference else batch
+        return replace(batch, values=x, returns=x, value_weights=x) if self.values else batch
 
 
 def policy(
@@ -117,6 +127,9 @@ def policy(
         after_step=partial(_after_step, penalty),
         logps=partial(_logps, at),
         reference_logps=lambda params, batch, aux: _logps(at, reference_params(params, aux), batch).logp,
+        values=None if seat is None else lambda params, batch: seat.values(params, batch, model.hidden(params, batch, None)),
+        reference=penalty is not None,
+        temperature=temperature,
         text=sft(model),
     )
 
