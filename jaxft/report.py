@@ -192,10 +192,12 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     Every process calls it, and gathers a layer at a time; process 0 writes.
     """
     if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
-        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights)
+        score = whole.get("score")
+        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights, score)
         agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
     base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
+    base |= {"score": whole["score"]} if "score" in whole else {}
     hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"
 
