@@ -215,7 +215,7 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
 
 def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
-    t = _all_frozen(model, quant, ref)
+    t = all_frozen(model, quant, ref)
     keep, known = make_keep(t), {}
     for path, spec in params.spec_paths(model.specs).items():
         name, transpose = model.names[path]
@@ -237,14 +237,15 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     return replace(tensors, read=read)
 
 
-def _all_frozen(model: Model, quant: Quant | None, ref: str) -> Trained:
-    whole = adapted(model, None)
+def all_frozen(model: Model, quant: Quant | None, ref: str, adapter: Adapter | None = None) -> Trained:
+    """Everything held as inference holds it."""
+    whole = adapted(model, adapter)
     return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant, ref)
 
 
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
     """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
-    return load_base(ref, _all_frozen(model, quant, ref), mesh)
+    return load_base(ref, all_frozen(model, quant, ref), mesh)
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:

@@ -36,10 +36,16 @@ class Scorer:
 
 
 def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """`h @ params["score"]`, computed in float32 or wider whatever the dtype of h."""
-    wide = accumulator(h.dtype)
-    w_D = params["score"][:, 0].astype(wide)
-    return jnp.einsum("...d,d->...", h.astype(wide), w_D, precision=jax.lax.Precision.HIGHEST)
+    """`h @ params["score"]`, computed in float32 or wider whatever the dtype of h.
+
+    A head [D, K, 1] is K of them, the rows of h in as many equal groups, as nn.linear takes several adapters.
+    """
+    wide, highest = accumulator(h.dtype), jax.lax.Precision.HIGHEST
+    w, h = params["score"][..., 0].astype(wide), h.astype(wide)
+    if w.ndim == 1:
+        return jnp.einsum("...d,d->...", h, w, precision=highest)
+    groups = h.reshape(w.shape[1], h.shape[0] // w.shape[1], *h.shape[1:])
+    return jnp.einsum("k...d,dk->k...", groups, w, precision=highest).reshape(h.shape[:-1])
 
 
 def scorer(model: Model) -> Model:

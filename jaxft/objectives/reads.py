@@ -84,6 +84,8 @@ def read_scores(model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: I
     if model.scores is None:
         raise ValueError("this model has no scalar head; make it one with models.heads.scorer")
     places = placed(read, h_BTD.shape[1])
+    if places is not None and params["score"].ndim > 2:
+        raise ValueError("several heads in one forward pass don't go with mesh.context; train one at a time")
     out = model.scores(params, gather_read(h_BTD, read, places))
     return out if places is None else _in_order(out, places)
 

@@ -118,8 +118,6 @@ def check(tensors: Tensors, model: Model) -> None:
         for i in range(spec.shape[0] if layered else 1):
             wanted[name.format(i=i)] = shape[::-1] if transpose else shape
     missing = [name for name in wanted if name not in tensors.shapes]
-    if missing == [SCORE]:
-        raise ValueError(f"{tensors.where}: {SCORE} is missing, the head of a sequence classifier; it is a language model")
     if missing:
         raise ValueError(
             f"{tensors.where}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}; "
