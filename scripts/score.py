@@ -73,7 +73,7 @@ def main() -> int:
         if args.json:
             print(json.dumps({"pair": number, "chosen": chosen, "rejected": rejected}))
         else:
-            print(f"pair {number + 1:5d}   chosen {chosen:8.3f}   rejected {rejected:8.3f}   {'' if chosen > rejected else 'lost'}")
+            print(f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {'' if chosen > rejected else 'lost'}")
     won = sum(chosen > rejected for chosen, rejected in found.values())
     print(f"the chosen answer has the higher reward in {won} of {len(found)} pairs ({won / len(found):.2f})", file=sys.stderr)
     return 0
