@@ -51,6 +51,7 @@ class Pairs:
     answers: Int[Any, "B M"]  # slot * A + kind of the answer that a read position belongs to; P * A marks padding
     places: Int[Any, "B M"]  # 0, 1, ... within the answer
     lengths: Int[Any, "B P A"]  # tokens of each answer, its end-of-turn token included
+    last: Int[Any, "B P A"]  # where in the row the last of them stands, from where a score is read; 0 where it is missing
     mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's answers of that kind, the same everywhere
     pair_weights: Float[Any, "B P"]
     index: Int[Any, "B P"]  # the pair's number among the source's pairs, -1 for an empty slot

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ import numpy as np
 
 from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
+from jaxft.models.heads import SCORE, Scorer, in_files
 from jaxft.params import Model, ParamSpec
 from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
-from jaxft.weights import hf, peft, shards
+from jaxft.weights import hf, leaves, peft, shards
 from jaxft.weights.forms import same_form
 from jaxft.weights.tensors import Index, Tensors
 
@@ -35,7 +37,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Trained:
-    """A model over the whole tree {"base", "adapter"}, which of its leaves are trained, and how each one is kept.
+    """A model over the whole tree {"base", "adapter", **model.beside}, which of its leaves are trained, and how each is kept.
 
     specs, mask: trees of the same structure. trainable_specs: None where a leaf is frozen. held: by path.
     """
@@ -54,27 +56,45 @@ class Trained:
 def trained(
     model: Model,
     adapter: Adapter | None,
-    pattern: str | None,
+    pattern: str | tuple[str, ...] | None,
     quant: Quant | None = None,
     ref: str | None = None,
     dtype: Any = None,
 ) -> Trained:
-    """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
+    """Decide by path what is trained: the adapter's a and b, or without an adapter the base, and all that stands beside them; or
+    what `pattern` matches, of several what any of them does.
 
     An adapter's `scale` is never trained. ref: where the weights come from, whose files' headers say what quant=kept is.
     dtype: of what is trained of the base, float32 or wider by default. Raises ValueError for a pattern that matches nothing,
     and where `quant` packs what is trained.
     """
     whole = adapted(model, adapter)
-    default = "adapter/.*" if adapter else "base/.*"
-    mask = tree.mask_by_path(jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec), pattern or default)
-    mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
+    paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec)
+    wanted = (pattern,) if isinstance(pattern, str) else pattern or patterns(model, adapter)
+    mask = jax.tree.map(lambda *hit: any(hit), *(tree.mask_by_path(paths, each) for each in wanted))
+    mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
         raise ValueError(f"run.params={name} is how trained weights of the base are held, and there are none; use float32")
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
     return _with_forms(whole, mask, quant, ref, dtype)
+
+
+def patterns(
+    model: Model, adapter: Adapter | None, own: str | None = None, beside: Mapping[str, Scorer] | None = None
+) -> tuple[str, ...]:
+    """Path patterns of what is trained. own: of the run's own parameters, None for the usual ones. beside: further models on the
+    base, of which those that say so are trained."""
+    beside = beside or {}
+    mine = [re.escape(name) for name in model.beside if name not in beside]
+    usual = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in mine))
+    return (*((own,) if own else usual), *(f"{re.escape(name)}/.*" for name, one in beside.items() if one.trained))
+
+
+def in_base(path: str) -> bool:
+    """Whether a path of the whole tree is one of the base's weights."""
+    return path.startswith("base/")
 
 
 def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, dtype: Any = None) -> Trained:
@@ -88,8 +108,8 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, d
     held = {}
     wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in params.spec_paths(whole.specs).items():
-        if is_trained[path] or path.startswith("adapter/"):
-            held[path] = Held(wide if dtype is None or path.startswith("adapter/") else jnp.dtype(dtype))
+        if is_trained[path] or not in_base(path):
+            held[path] = Held(wide if dtype is None or not in_base(path) else jnp.dtype(dtype))
         elif quant and path.removeprefix("base/") in packed:
             form = kept.get(path.removeprefix("base/"))
             held[path] = Held(whole.dtype, None if form else (quant.kind, quant.block, quant.double), form)
@@ -195,7 +215,7 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
 
 def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
-    t = _all_frozen(model, quant, ref)
+    t = all_frozen(model, quant, ref)
     keep, known = make_keep(t), {}
     for path, spec in params.spec_paths(model.specs).items():
         name, transpose = model.names[path]
@@ -217,14 +237,15 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     return replace(tensors, read=read)
 
 
-def _all_frozen(model: Model, quant: Quant | None, ref: str) -> Trained:
-    whole = adapted(model, None)
+def all_frozen(model: Model, quant: Quant | None, ref: str, adapter: Adapter | None = None) -> Trained:
+    """Everything held as inference holds it."""
+    whole = adapted(model, adapter)
     return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant, ref)
 
 
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
     """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
-    return load_base(ref, _all_frozen(model, quant, ref), mesh)
+    return load_base(ref, all_frozen(model, quant, ref), mesh)
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
@@ -245,7 +266,7 @@ def only_pairs(t: Trained) -> bool:
 
 def adapter_settings(start: str, model: Model) -> Adapter:
     """The settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.load_adapter(adapter_folder(start), model)[1]
+    return peft.load_parts(adapter_folder(start), model)[1]
 
 
 def adapter_of(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -282,15 +303,58 @@ def started_elsewhere(start: str, identity: str, quant: Quant | None) -> list[st
 
 def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:
     """A fresh adapter on the mesh, or the one of the PEFT folder `start`, whose settings must be the run's."""
-    specs, dtype = t.specs["adapter"], jnp.promote_types(t.model.dtype, jnp.float32)
-    places = params.shardings(specs, mesh)
-    if start is not None:
-        loaded, found = peft.load_adapter(adapter_folder(start), t.model)
-        if settings is None or replace(found, dropout=settings.dropout) != settings:
-            raise ValueError(f"{start}: holds an adapter with {found}, and the run's is {settings}; take the folder's settings")
-        return _adapter_on(mesh, loaded, specs, t.model)
-    init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=places)
-    return init(jax.random.key(seed))
+    only = {"adapter": t.specs["adapter"]}
+    return _parts(only, t.model, mesh, jax.random.key(seed), Scorer(settings, start))["adapter"]
+
+
+def start_beside(
+    t: Trained, mesh: Any, seed: int, own: Scorer, ref: str | None = None, beside: Mapping[str, Scorer] | None = None
+) -> dict[str, Any]:
+    """All of the whole tree but the base, on the mesh: fresh, or as the folders hold it where they do.
+
+    own: settings of the run's own adapter and head; without a start the head begins as the base's files, those of `ref`, hold it.
+    beside: of the further models on the base. Raises ValueError for a folder whose adapter isn't the run's, and for a frozen
+    model without a head.
+    """
+    beside, key = beside or {}, jax.random.key(seed)
+    mine = {name: specs for name, specs in t.specs.items() if name != "base" and name not in beside}
+    out = _parts(mine, t.model, mesh, key, own, ref)
+    for name, one in beside.items():
+        out[name] = _parts(t.specs[name], t.model, mesh, jax.random.fold_in(key, params.hash_of(name)), one)
+    return out
+
+
+def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer, ref: str | None = None) -> dict[str, Any]:
+    """An adapter, a head, or both."""
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    loaded: dict[str, Any] = {}
+    if how.start is not None:
+        loaded, found = peft.load_parts(adapter_folder(how.start), model)
+        if how.adapter is None or replace(found, dropout=how.adapter.dropout) != how.adapter:
+            told = f"holds an adapter with {found}, and the run's is {how.adapter}"
+            raise ValueError(f"{how.start}: {told}; take the folder's settings")
+        if "score" in loaded and "score" not in specs:
+            raise ValueError(f"{how.start}: holds a reward model's adapter, which this run can't begin with; take another one")
+    elif "score" in specs and ref is not None and model.beside.keys() == {"score"}:
+        loaded = _score_in(ref, model)
+    if not how.trained and "score" not in loaded:
+        raise ValueError(f"a frozen scorer begins with a reward model's folder, found start={how.start}; give it one")
+    out = {}
+    for name, each in specs.items():
+        places = params.shardings(each, mesh)
+        if name in loaded:
+            out[name] = jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places)
+        else:
+            out[name] = jax.jit(lambda key, each=each: params.init_params(each, key, dtype), out_shardings=places)(key)
+    return out
+
+
+def _score_in(ref: str, model: Model) -> dict[str, Any]:
+    """The head that the files of a base have, of a reward model in full; none of a language model."""
+    tensors = weights.open_tensors(ref)
+    if SCORE[0] not in tensors.shapes:
+        return {}
+    return {"score": leaves.whole(leaves.leaves(tensors, in_files(model))["score"])}
 
 
 def as_shapes(spec: ParamSpec, held: Held) -> Any:
@@ -331,7 +395,7 @@ def quantised(t: Trained) -> str:
     held = [as_shapes(spec, t.held[path]) for path, spec in specs.items()]
     sizes = [math.prod(q.shape) for q in held]
     each = sum(bits(q) * size for q, size in zip(held, sizes, strict=True)) / sum(sizes)
-    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if path.startswith("base/"))
+    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if in_base(path))
     return f"{100 * sum(sizes) / base:.0f} % of the base in {held[0].kind}, {each:.3f} bits a parameter"
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxft import attention, devices, evaluate, metrics, prepare, sharding
 from jaxft.accumulate import accumulated
 from jaxft.in_backward import updated
+from jaxft.models.heads import Scorer, with_scorers
 from jaxft.optim import guarded_update, make_optimizer, wide
 from jaxft.tree import struct
 
@@ -81,7 +82,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights, jnp.bfloat16 if run.params == "bfloat16" else None)
+    model, wide = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
+    what = prepare.patterns(model, run.adapter, run.train, run.beside)
+    t = prepare.trained(model, run.adapter, what, run.quant, run.weights, wide)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
@@ -130,9 +133,8 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     """
     if base is None:
         base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
-    whole = {"base": base}
-    if run.adapter:
-        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
+    own = Scorer(run.adapter, run.start)
+    whole = {"base": base, **prepare.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
     trainable, frozen = prepare.split(p.trained, whole)
     if restored is not None:
         return restored, frozen

@@ -199,10 +199,12 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     Every process calls it, and gathers a layer at a time; process 0 writes.
     """
     if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
-        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights)
+        score = whole.get("score")
+        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights, score)
         agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
     base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
+    base |= {"score": whole["score"]} if "score" in whole else {}
     hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"
 
@@ -232,9 +234,10 @@ def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], 
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
             lines.append(f"{what}: {was}{after['metrics'][name]:.4f} after")
     lines += [*words, *job.log.alarms]
-    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / "generate.py")
+    name, what = ("generate.py", '--prompt "..."') if job.run.model.speaks else ("score.py", "--file PAIRS")
+    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / name)
     lines.append(f"weights in {out}, a summary in {job.folder / 'README.md'}; to try them:")
-    return [*lines, f'python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} --prompt "..."']
+    return [*lines, f"python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} {what}"]
 
 
 def _short(text: str) -> str:
@@ -266,6 +269,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     a, o = run.adapter, run.optim
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
+    kind = kind if run.model.speaks else f"reward model: a {kind.removesuffix('model') or 'language model '}with a scalar head"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
     held = prepare.quantised(job.programs.trained)
     how += f" The frozen weights were quantised: {held}." if held else ""
@@ -299,13 +303,22 @@ Every setting is in `config.json`, versions and devices in `env.json`, every ste
 The weights are in `{out.name}/`, in the layout of {"PEFT" if out.name == "adapter" else "Hugging Face transformers"}. \
 With a clone of jaxft:
 
-    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."
-{_merging(out)}
+    {_use(run.model)}
+{_merging(out, run.model)}
 {chr(10).join(["## Held-out prompts, greedy", *answers]) if answers else ""}"""
     (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
 
 
-def _merging(out: Path) -> str:
-    if out.name != "adapter":
-        return ""
-    return "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
+def _use(model: Model) -> str:
+    if model.speaks:
+        return 'python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."'
+    return "python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # a reward for each answer, read at its last token"
+
+
+def _merging(out: Path, model: Model) -> str:
+    """How to have base and adapter in one, and how a reward model is loaded elsewhere."""
+    whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
+    alone = "peft.AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)"
+    loads = f"\nIn Python: `{alone if out.name == 'adapter' else whole}`, whose `logits[:, 0]` are rewards.\n"
+    merge = "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
+    return (merge if out.name == "adapter" else "") + ("" if model.speaks else loads)

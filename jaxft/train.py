@@ -19,6 +19,7 @@ from jaxft.describe import describe, differences
 from jaxft.generate import Sampling
 from jaxft.log import Log, Mute, cut
 from jaxft.lora import Adapter
+from jaxft.models.heads import Scorer
 from jaxft.optim import Optim
 from jaxft.params import Model
 from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, start
@@ -61,7 +62,8 @@ class Run:
     whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
     base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
     gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
-    and after shows forgetting. samples: prompts of held-out rows answered before and after.
+    and after shows forgetting. samples: prompts of held-out rows answered before and after. beside: further models with scalar
+    heads on the base, by name (see models/heads.py).
     """
 
     name: str
@@ -84,10 +86,14 @@ class Run:
     samples: int = 3
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
+    beside: dict[str, Scorer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise ValueError(f"samples is from 0 up, found {self.samples}")
+        if not self.model.speaks and (self.samples or self.general):
+            found = f"samples={self.samples}, general={self.general}"
+            raise ValueError(f"this run's model gives scores, no text: set samples=0 and general=none, found {found}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,8 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = prepare.changed_by_holding(r.weights, p.trained)
-    how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
+    for origin in (r.start, *(one.start for one in r.beside.values())):
+        how_held += prepare.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
     for line in (*report.opening(p.trained, job.source, job.steps, first, changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
@@ -177,6 +184,9 @@ def identity(r: Run) -> dict[str, Any]:
         known["weights_at"] = str(Path(r.weights).resolve())
     if r.start:
         known["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
+    for name, one in r.beside.items():
+        if one.start:
+            known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
     return known
 
 

@@ -1,4 +1,4 @@
-"""Log-probs at the positions that have a loss, also on a mesh that cuts the time of rows into parts.
+"""Log-probs and scores at the positions that are read, also on a mesh that cuts the time of rows into parts.
 
 There every part of a row has its own reads beside its own hidden states: only numbers, one a read, move between devices.
 """
@@ -78,6 +78,17 @@ def _in_order(x: Float[Array, "CB m"], places: Places) -> Float[Array, "B M"]:
     rows, size = x.shape
     together = jnp.moveaxis(x.reshape(places.parts, rows // places.parts, size), 0, 1)
     return jnp.take_along_axis(together.reshape(rows // places.parts, places.parts * size), places.at, axis=1)
+
+
+def read_scores(model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
+    """The scalar head's value at read positions, in float32 or wider."""
+    if model.scores is None:
+        raise ValueError("this model has no scalar head; make it one with models.heads.scorer")
+    places = placed(read, h_BTD.shape[1])
+    if places is not None and params["score"].ndim > 2:
+        raise ValueError("several heads in one forward pass don't go with mesh.context; train one at a time")
+    out = model.scores(params, gather_read(h_BTD, read, places))
+    return out if places is None else _in_order(out, places)
 
 
 Reads = tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]
