@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import advantages as adv
 from jaxft import attention, distributed, generate, rewards, sharding, tree
 from jaxft.batch import Rollout
-from jaxft.completions import Completions, Learned, Rules, by_read, by_token, laid
+from jaxft.completions import ByScorer, Completions, Learned, Rules, by_read, by_token, fits, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Room
 from jaxft.estimates import Sampled
 from jaxft.metrics import Max, Min, Sum
+from jaxft.models.heads import view
 
 if TYPE_CHECKING:
     from jaxft.rollout import Rollouts
@@ -42,8 +44,17 @@ class Player:
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
         sampler = lambda group: generate.make_sampler(model, sampling, stop, group)  # noqa: E731
         self.sample = {group: sampler(group).lower(whole, empty, key).compile() for group in {1, data.group}}
-        judge = jax.jit(partial(_judged, p.objective), out_shardings=sharding.replicated(p.mesh))
-        self.judge = {room: judge.lower(whole, p.state.aux, placed).compile() for room, placed in self._rooms()}
+        self.judge = self._compiled(partial(_judged, p.objective), whole)
+        scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
+        missing = [name for name in scorers if name not in p.trained.model.beside]
+        if missing:
+            raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
+        self.score = {name: self._compiled(partial(_scored, p.trained.model, name), whole) for name in scorers}
+
+    def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
+        """A program over (parameters, aux, rows) for each size of rows."""
+        program = jax.jit(fn, out_shardings=sharding.replicated(self.programs.mesh))
+        return {room: program.lower(whole, self.programs.state.aux, rows).compile() for room, rows in self._rooms()}
 
     def _rooms(self) -> Any:
         p = self.programs
@@ -54,68 +65,79 @@ class Player:
     def draw(self, number: int, state: Any) -> Learned:
         """Rollout `number` of the policy that `state` holds."""
         source, rules, data = self.source, self.source.rules, self.source.data
-        asked = source.train.at(prompts.drawn(data, len(source.train), number))
-        done = self._completed(asked, state, data.group, number)
+        done = self._completed(source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number)
         if not adv.scorable(done.scores).any():
             raise ValueError(f"no completion of rollout {number + 1} could be scored: {done.faults.first}")
-        room = next(r for r in source.rooms if done.lengths.sum(1).max() <= r.reads and self._fits(asked, done, r))
-        rows = laid(asked, done.tokens, done.lengths, room)
-        logps, reference, values = self._judged(rows, room, state)
-        per_token = lambda x: None if x is None else by_token(x, done.lengths, data.max_new)  # noqa: E731
-        aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
-        sampled = Sampled(done.scores, done.lengths, done.ended, *map(per_token, (logps, reference, values)), aux)
-        found = rules.estimate(sampled)
-        known = adv.scorable(done.scores)
+        sampled = self._sampled(done, state)
+        found, known = rules.estimate(sampled), adv.scorable(done.scores)
         kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
-        spread = lambda x: None if x is None else by_read(x, done.lengths, room.reads)  # noqa: E731
-        rows = replace(rows, logps=logps, reference=reference, values=values)
-        rows = replace(rows, advantages=spread(found.advantages), returns=spread(found.returns))
+        spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
+        numbers = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
+        logps, reference, values, advantages, returns = map(spread, numbers)
+        rows = replace(done.rows, logps=logps, reference=reference, values=values, advantages=advantages, returns=returns)
         self._keep(number * source.boundary, done)
         return Learned(number, rows, done.lengths, kept, known, told(rules, done, sampled, kept) | _means(found.told, kept.size))
 
-    def _fits(self, asked: Asked, done: Completions, room: Room) -> bool:
-        return all(len(ids) + count <= room.length for ids, count in zip(asked.ids, done.lengths.sum(1), strict=True))
+    def _sampled(self, done: Completions, state: Any) -> Sampled:
+        """A rollout as numbers of its tokens."""
+        numbers = self._run(self.judge, done, state)
+        per_token = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
+        aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
+        return Sampled(done.scores, done.lengths, done.ended, *map(per_token, numbers), aux)
 
     def _completed(self, asked: Asked, state: Any, group: int, number: int) -> Completions:
-        """Completions of up to data.batch prompts, scored."""
-        source, data = self.source, self.source.data
+        """`group` completions each of up to data.batch prompts, scored."""
+        rules, data, G = self.source.rules, self.source.data, len(asked)
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        padded = generate.left_pad([*asked.ids, [0] * source.prompt_size], data.batch + 1)
+        padded = generate.left_pad([*asked.ids, [0] * self.source.prompt_size], data.batch + 1)  # the last sets the width
         padded = jax.tree.map(lambda x: x[: data.batch], padded)
-        empty = np.arange(data.batch) >= len(asked)
-        padded = replace(padded, segments=np.where(empty[:, None], 0, padded.segments))
+        padded = replace(padded, segments=np.where(np.arange(data.batch)[:, None] < G, padded.segments, 0))
         whole = tree.combine(state.trainable, self.frozen)
-        out, drawn = (np.asarray(x)[: len(asked) * group] for x in self.sample[group](whole, padded, key))
+        out, drawn = (np.asarray(x)[: G * group] for x in self.sample[group](whole, padded, key))
         lengths = (out >= 0).sum(1)
-        ended = np.isin(out[np.arange(len(out)), lengths - 1], self.stop)
+        ended = np.isin(out[np.arange(len(out)), lengths - 1], self.stop).reshape(G, group)
         texts = [self.source.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True) for row, n in zip(out, lengths)]
-        of = [i // group for i in range(len(out))]
-        prompt, rows = [asked.prompts[i] for i in of], [(asked.names[i], asked.fields[i]) for i in of]
-        score = lambda: rewards.scored(source.rules.rewards, prompt, texts, rows)  # noqa: E731
-        each, counts, first = distributed.by_first(lambda: (lambda e, f: [e.tolist(), f.counts, f.first])(*score()))
-        each, shape = np.array(each), (len(asked), group)
-        several = each.reshape(*shape, each.shape[1])
-        weights = source.rules.weights or (1.0,) * each.shape[1]
-        scores = source.rules.combine(several, weights)
-        lengths, ended = lengths.reshape(shape), ended.reshape(shape)
-        if source.rules.shape is not None:
-            scores = source.rules.shape(scores, lengths, ended)
-        faults = rewards.Faults(counts, first)
-        return Completions(asked, out.reshape(*shape, -1), drawn, lengths, ended, texts, each, scores, faults)
+        tokens, lengths = out.reshape(G, group, data.max_new), lengths.reshape(G, group)
+        room = next(r for r in self.source.rooms if fits(asked, lengths, r))
+        rows = laid(asked, tokens, lengths, room, (data.batch, data.group))
+        done = Completions(asked, tokens, drawn, lengths, ended, texts, room, rows)
+        each, faults = self._scores(done, state)
+        several = each.reshape(G, group, each.shape[1])
+        scores = rules.combine(several, rules.weights or (1.0,) * each.shape[1])
+        if rules.shape is not None:
+            scores = rules.shape(scores, lengths, ended)
+        return replace(done, each=each, scores=scores, faults=faults)
 
-    def _judged(self, rows: Rollout, room: Room, state: Any) -> Any:
-        """(logps, reference, values) of all rows, in batches of the size that is learned from."""
+    def _scores(self, done: Completions, state: Any) -> tuple[np.ndarray, rewards.Faults]:
+        """The score of each completion by each reward, in order: functions on process 0, scorers on the mesh."""
+        given, group = self.source.rules.rewards, done.lengths.shape[1]
+        functions = [reward for reward in given if not isinstance(reward, ByScorer)]
+        of = [i // group for i in range(len(done.texts))]
+        asked, rows = [done.asked.prompts[i] for i in of], [(done.asked.names[i], done.asked.fields[i]) for i in of]
+
+        def score() -> list[Any]:
+            found, faults = rewards.scored(functions, asked, done.texts, rows)
+            return [found.tolist(), faults.counts, faults.first]
+
+        found, counts, first = distributed.by_first(score)
+        columns = iter(np.array(found).reshape(len(of), len(functions)).T)
+        by_model = lambda name: self._run(self.score[name], done, state)[:, :group].ravel()  # noqa: E731
+        each = [by_model(reward.name) if isinstance(reward, ByScorer) else next(columns) for reward in given]
+        return np.stack(each, 1).astype(np.float64), rewards.Faults(counts, first)
+
+    def _run(self, programs: dict[Room, Any], done: Completions, state: Any) -> Any:
+        """What a program gives for the rows of a rollout, [G, ...], in batches of the size that is learned from."""
         p, data = self.programs, self.source.data
-        whole, rows = tree.combine(state.trainable, self.frozen), p.objective.complete(rows)
+        whole, rows = tree.combine(state.trainable, self.frozen), p.objective.complete(done.rows)
         micro, each = self.source.abstract.ids.shape[:2]
         size, parts = data.batch // data.minibatches, []
-        for start in range(0, len(rows.ids), size):
+        for start in range(0, data.batch, size):
             part = jax.tree.map(lambda x: x[start : start + size].reshape(micro, size // micro, -1), rows)  # noqa: B023
             part = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), part)
-            found = self.judge[room](whole, state.aux, sharding.place_batch(p.mesh, part))
+            found = programs[done.room](whole, state.aux, sharding.place_batch(p.mesh, part))
             flat = lambda x: np.asarray(x)[:, : size // micro].reshape(size, -1)  # noqa: E731
             parts.append(jax.tree.map(flat, found))
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(done.asked)], *parts)
 
     def _keep(self, step: int, done: Completions) -> None:
         """A table of completions beside the run's metrics."""
@@ -144,6 +166,9 @@ class Player:
         for name, x in zip(map(rewards.name_of, source.rules.rewards), each.T, strict=True):
             if not np.isnan(x).all():
                 out[f"rewards/{name}/mean"] = float(np.nanmean(x))
+        if self.programs.objective.reference:
+            numbers = [self._sampled(done, state) for done in parts]
+            out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / len(scores))
         return out
 
 
@@ -154,6 +179,18 @@ def _judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
         reference = objective.reference_logps(params, rows, aux) if objective.reference else None
         values = objective.values(params, rows) if objective.values is not None else None
         return objective.logps(params, rows).logp, reference, values
+
+    return jax.lax.map(one, batch)
+
+
+def _scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
+    """What a scorer on the base says of each completion [micro, rows, A], read at its last token."""
+
+    def one(rows: Rollout) -> Any:
+        own = view(params, name)
+        before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
+        last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
+        return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 
     return jax.lax.map(one, batch)
 

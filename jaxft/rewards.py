@@ -63,11 +63,11 @@ class Faults:
 
 
 def name_of(reward: Callable) -> str:
-    """What a reward is called in the log: the function's name."""
+    """What a reward is called in the log: the function's name, or a scorer's."""
     inner = reward
     while isinstance(inner, partial):
         inner = inner.func
-    return getattr(inner, "__name__", type(inner).__name__)
+    return getattr(inner, "__name__", None) or getattr(inner, "name", type(inner).__name__)
 
 
 def scored(

@@ -95,7 +95,8 @@ class Rollouts:
         reads = learned.rows.read.shape[1]
         spread = lambda w: by_read(adv.at_tokens(w, lengths, data.max_new), lengths, reads)  # noqa: E731
         part = jax.tree.map(lambda x: x[rows], learned.rows)
-        part = replace(part, policy_weights=spread(self.rules.weigh(lengths, learned.kept[rows])))
+        taught = learned.kept[rows] & (learned.number >= self.rules.warm_up)
+        part = replace(part, policy_weights=spread(self.rules.weigh(lengths, taught)))
         if part.values is not None:
             part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))
         each = self.abstract.ids.shape[1]

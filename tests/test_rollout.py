@@ -11,11 +11,13 @@ import rl_place
 import tiny_model
 from tiny_run import Place
 
-from jaxft import generate, rewards
+from jaxft import generate, lora, params, player, rewards, tree
 from jaxft.completions import Rules, by_read, by_token, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.lora import Adapter
+from jaxft.models import heads
+from jaxft.models.llama import llama
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 
@@ -153,6 +155,7 @@ def test_a_policy_learns_what_is_rewarded(place):
     lines = place.metrics("learns")
     got = [line["reward"] for line in lines if "reward" in line]
     assert len(got) == 16 and np.mean(got[-3:]) > 2 * np.mean(got[:3])
+    assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
     assert all(abs(line["val/ratio"] - 1) < 1e-5 for line in lines if "val/ratio" in line)
     assert max(line["sampling/sampling_logp_difference/max"] for line in lines if "reward" in line) < 1e-4
     table = [json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()]
@@ -160,7 +163,8 @@ def test_a_policy_learns_what_is_rewarded(place):
 
 
 def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
-    argv = ("steps=8", "passes=2", "minibatches=2", "save=4")
+    """PPO, with a critic: killed between two minibatches, and while it draws."""
+    argv = ("steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8")
     assert place.run(*argv, "name=whole") == 0, place.err()
     for hook, name in ((KILL.format(step=6), "inside"), (KILL_DRAWING, "drawing")):
         process = place.start(*argv, f"name={name}", hook=hook)
@@ -170,6 +174,35 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
         assert place.results(name, 8) == place.results("whole", 8)
         table = [(place.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
         assert table[0] == table[1]
+
+
+def test_ppo_teaches_the_policy_and_its_critic(place):
+    """And before the critic's warm-up is over the policy stands still."""
+    argv = ("steps=32", "passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12")
+    argv = (*argv, "rewards=config.py:ascii")
+    assert place.run("name=ppo", *argv) == 0, place.err()
+    lines = [line for line in place.metrics("ppo") if "reward" in line]
+    assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean([line["reward"] for line in lines[:4]])
+    assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
+    assert place.run("name=warm", *argv, "warm_up=100", "loop.steps=4") == 0, place.err()
+    warm = [line for line in place.metrics("warm") if "reward" in line]
+    assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
+
+
+def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
+    beside = {"reward": heads.Scorer(Adapter(rank=2))}
+    whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
+    random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
+    whole = tree.map_with_path(random, params.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
+    asked, tokens = some(LENGTHS)
+    rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
+    found = np.asarray(player._scored(whole_model, "reward", whole, {}, rows))[0]
+    for g, prompt in enumerate(asked.ids):
+        for n in np.flatnonzero(LENGTHS[g]):
+            text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])
+            alone = tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0)
+            h = whole_model.hidden(heads.view(whole, "reward"), alone)[0, len(text) - 1]
+            np.testing.assert_allclose(found[g, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
 
 
 KILL = """
@@ -188,12 +221,12 @@ report.Meter.add = killed
 KILL_DRAWING = """
 import os
 from jaxft import player
-judge = player.Player._judged
-def killed(self, rows, room, state):
+sampled = player.Player._sampled
+def killed(self, done, state):
     if int(state.step) == 4:
         os.kill(os.getpid(), 9)
-    return judge(self, rows, room, state)
-player.Player._judged = killed
+    return sampled(self, done, state)
+player.Player._sampled = killed
 """
 
 
@@ -210,6 +243,22 @@ def test_rewards_that_all_fail_end_the_run_in_one_line(place):
     last = place.err().strip().splitlines()[-1]
     assert last.startswith("error: no completion of rollout 1 could be scored: reward bad raised KeyError")
     assert "asked.jsonl:" in last
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": ""}, "bad.jsonl:1: column 'prompt' is empty"),
+        ({"question": "why?"}, "bad.jsonl:1: found columns question; wanted prompt, messages or instruction"),
+        ({"prompt": 7}, "bad.jsonl:1: "),
+        ({"prompt": "why " * 99}, "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it"),
+    ],
+)
+def test_prompts_that_cant_be_asked_are_named(place, row, words):
+    (place.folder / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    assert place.run("name=asks", "data=bad.jsonl", "held_out=0.0") == 1
+    last = place.err().strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last
 
 
 def test_a_temperature_that_differs_is_refused(place):
