@@ -24,8 +24,8 @@ class ByScorer:
 class Rules:
     """How completions are scored and what is learned from them.
 
-    rewards: functions of (prompt, completion, row), see rewards.py, and ByScorer; weights: one each. combine(scores
-    [G, N, K], weights): [G, N] of several. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. estimate: Sampled -> Estimate,
+    rewards: functions of (prompt, completion, row), see rewards.py, and ByScorer; weights: one each. combine(scores [G, N, K],
+    weights) -> [G, N]. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. estimate: Sampled -> Estimate,
     see estimates.py. weigh(lengths, keep) -> the weight of a token of each completion [G, N], over an optimizer batch.
     keep(scores) -> which completions are learned from, such as advantages.varied. cut_off: whether those that the limit ended
     are, too. warm_up: so many rollouts first teach the critic alone.

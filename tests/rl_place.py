@@ -43,8 +43,9 @@ def with_critic(model, temperature):
 
 def config(
     name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
-    minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9, seed: int = 0, held_out: float = 0.2,
-    data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1, ppo: bool = False, warm_up: int = 0,
+    minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
+    seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
+    ppo: bool = False, warm_up: int = 0,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=beta) if ppo else by_group
     actor = partial(policy, loss=clipped, beta=FixedKL(beta), temperature=temperature)

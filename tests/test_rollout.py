@@ -178,13 +178,13 @@ def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
 
 def test_ppo_teaches_the_policy_and_its_critic(place):
     """And before the critic's warm-up is over the policy stands still."""
-    argv = ("steps=32", "passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12")
+    argv = ("passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12")
     argv = (*argv, "rewards=config.py:ascii")
-    assert place.run("name=ppo", *argv) == 0, place.err()
+    assert place.run("name=ppo", "steps=32", *argv) == 0, place.err()
     lines = [line for line in place.metrics("ppo") if "reward" in line]
     assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean([line["reward"] for line in lines[:4]])
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
-    assert place.run("name=warm", *argv, "warm_up=100", "loop.steps=4") == 0, place.err()
+    assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
     warm = [line for line in place.metrics("warm") if "reward" in line]
     assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
 
@@ -248,7 +248,8 @@ def test_rewards_that_all_fail_end_the_run_in_one_line(place):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": ""}, "bad.jsonl:1: column 'prompt' is empty"),
+        ({"prompt": ""}, "bad.jsonl:1: the row is empty"),
+        ({"prompt": " ", "answer": 1}, "bad.jsonl:1: column 'prompt' is empty"),
         ({"question": "why?"}, "bad.jsonl:1: found columns question; wanted prompt, messages or instruction"),
         ({"prompt": 7}, "bad.jsonl:1: "),
         ({"prompt": "why " * 99}, "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it"),
