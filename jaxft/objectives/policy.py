@@ -175,7 +175,7 @@ def _drawn(played: Played) -> Drawn:
 def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[Array, dict[str, Any]]:
     (loss, penalty, bonus), drawn = terms, _drawn(played)
     weights = played.batch.policy_weights.astype(drawn.logp.dtype)
-    add = lambda x: jnp.sum(jnp.where(weights > 0, weights * x, 0))  # noqa: E731
+    add = lambda x: jnp.sum(jnp.where(weights != 0, weights * x, 0))  # noqa: E731
     value = part = add(_values(loss, drawn))
     metrics: dict[str, Any] = {}
     if drawn.reference is not None:
@@ -191,7 +191,7 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
     if isinstance(penalty, AdaptiveKL):
         metrics["kl_coef"] = Max(aux["kl_coef"])
     metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
-    metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights > 0)
+    metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
     if seat is not None:
         cost, found = _value_part(seat, played)
         value = value + seat.coef * cost
@@ -261,7 +261,7 @@ def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError("a critic needs values, returns and value_weights in the batch; let the rollout give them")
     weights = batch.value_weights.astype(values.dtype)
-    used = (weights > 0) & (batch.answers < batch.lengths.shape[1])
+    used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
     at = lambda x: jnp.where(used, x.astype(values.dtype), 0)  # noqa: E731
     known, returns = at(values), at(batch.returns)
     losses, bounded = value_loss(known, at(batch.values), returns, seat.clip)
