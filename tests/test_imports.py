@@ -20,7 +20,7 @@ LAYERS = (
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
      "accumulate", "reference", "plots", "compare"},  # fmt: skip
     {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
-     "scorer"},  # fmt: skip
+     "scorer", "starts"},  # fmt: skip
     {"flops", "plan", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )
