@@ -1,4 +1,4 @@
-"""What stands beside the base of a run, on the mesh: its adapter, its head, and further models with theirs, fresh or from folders."""
+"""How what stands beside a run's base begins: its adapter and head, and further models with theirs, fresh or from folders."""
 
 from collections.abc import Mapping
 from dataclasses import replace
