@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, sharding
+from jaxft import attention, devices, evaluate, metrics, prepare, sharding, starts
 from jaxft.accumulate import accumulated
 from jaxft.in_backward import updated
 from jaxft.models.heads import Scorer, with_scorers
@@ -82,9 +82,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    model, wide = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
+    model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
     what = prepare.patterns(model, run.adapter, run.train, run.beside)
-    t = prepare.trained(model, run.adapter, what, run.quant, run.weights, wide)
+    t = prepare.trained(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
@@ -134,7 +134,7 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     if base is None:
         base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
     own = Scorer(run.adapter, run.start)
-    whole = {"base": base, **prepare.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
+    whole = {"base": base, **starts.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
     trainable, frozen = prepare.split(p.trained, whole)
     if restored is not None:
         return restored, frozen

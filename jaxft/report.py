@@ -269,7 +269,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     a, o = run.adapter, run.optim
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
-    kind = kind if run.model.speaks else f"reward model: a {kind.removesuffix('model') or 'language model '}with a scalar head"
+    kind = kind if run.model.speaks else f"reward model: a {kind.replace('model', 'language model')} with a scalar head"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
     held = prepare.quantised(job.programs.trained)
     how += f" The frozen weights were quantised: {held}." if held else ""

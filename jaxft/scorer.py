@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft import attention, prepare, weights
+from jaxft import attention, prepare, starts, weights
 from jaxft.batch import Tokens
 from jaxft.models import heads
 from jaxft.params import Model
@@ -43,7 +43,7 @@ def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | 
         else:
             start = heads.Scorer(prepare.adapter_settings(str(adapter), model), str(adapter), trained=False)
         t = prepare.all_frozen(model, quant, ref, start.adapter)
-        params = {"base": prepare.load_base(ref, t, mesh), **prepare.start_beside(t, mesh, 0, start, ref)}
+        params = {"base": prepare.load_base(ref, t, mesh), **starts.start_beside(t, mesh, 0, start, ref)}
     return Loaded(lambda params, tokens: score(t.model, params, tokens), params, t.model)
 
 

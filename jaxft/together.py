@@ -92,8 +92,8 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
         trained, fixed = adapters
         rows = batch
         if t.apart:
-            own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch)
-            rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]), own)
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch)
+            rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]), mine)
         params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
         grads, found = accumulated(_Block(t, (number, size), kept), params, rows, key, aux)
         return own(grads), found

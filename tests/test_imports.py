@@ -21,7 +21,7 @@ LAYERS = (
      "accumulate", "reference", "plots", "compare", "advantages", "estimates", "rewards", "completions", "player",
      "rollout"},  # fmt: skip
     {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
-     "scorer"},  # fmt: skip
+     "scorer", "starts"},  # fmt: skip
     {"flops", "plan", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )

@@ -10,7 +10,7 @@ from pair_batches import assert_same, judged, laid, micro, random_pairs
 from tiny_llama import tiny_torch, write_folder
 from tiny_model import CONFIG, assert_close, tiny
 
-from jaxft import lora, metrics, params, prepare, scorer, sharding, tree, weights
+from jaxft import lora, metrics, params, prepare, scorer, sharding, starts, tree, weights
 from jaxft.batch import Tokens
 from jaxft.lora import Adapter
 from jaxft.models import heads
@@ -277,15 +277,15 @@ def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
     plain = prepare.trained(model, SETTINGS, None)
     beside = {"critic": Scorer(SETTINGS)}
     with_critic = prepare.trained(heads.with_scorers(model, beside), SETTINGS, None)
-    alone = prepare.start_beside(plain, mesh, 3, Scorer(SETTINGS))
-    both = prepare.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
+    alone = starts.start_beside(plain, mesh, 3, Scorer(SETTINGS))
+    both = starts.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": Scorer(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
         frozen = prepare.trained(heads.with_scorers(model, judge), SETTINGS, None)
-        prepare.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
+        starts.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
 
 
 # ---- folders that are no reward model

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from test_reward import in_torch, one_device
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft import export, prepare, report, scorer, weights
+from jaxft import export, prepare, report, scorer, starts, weights
 from jaxft.lora import Adapter
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
@@ -33,7 +33,7 @@ def begun(folder, adapter=SETTINGS, start=None, seed=1):
     model = heads.scorer(weights.model_for(str(folder), dtype=jnp.float32))
     t, mesh = prepare.trained(model, adapter, None), one_device()
     whole = prepare.load_base(str(folder), t, mesh)
-    whole = {"base": whole, **prepare.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
+    whole = {"base": whole, **starts.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
     if adapter and start is None:
         shake = lambda path, x: x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)  # noqa: E731
         whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
@@ -129,15 +129,15 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     folder = saved(t, whole, base, tmp_path)
     beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
     policy = prepare.trained(heads.with_scorers(language, beside), None, prepare.patterns(language, None, None, beside))
-    found = prepare.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
+    found = starts.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
-        prepare.start_beside(prepare.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
+        starts.start_beside(prepare.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
         judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
         frozen = prepare.trained(heads.with_scorers(language, judge), None, None)
-        prepare.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
+        starts.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
 
 
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):

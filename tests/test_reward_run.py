@@ -134,7 +134,7 @@ def broken(place, name, **change):
 @pytest.mark.parametrize(
     "change, argv, words",
     [
-        ({"rejected": ""}, [], "row 6: "),
+        ({"rejected": ""}, [], "broken.jsonl:6: column 'rejected' is empty; fill it or remove the row"),
         ({"chosen": "   "}, [], "is empty"),
         ({}, ["margin=ahead"], "no number in column 'ahead' (data.extras); found columns: prompt, chosen, rejected"),
         ({"ahead": "much"}, ["margin=ahead"], "no number in column 'ahead'"),
