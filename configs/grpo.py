@@ -12,7 +12,7 @@ Dr. GRPO is `advantage=jaxft.advantages:centred weigh=jaxft.advantages:sequence_
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -20,7 +20,6 @@ from jaxft.advantages import grpo, token_mean
 from jaxft.completions import Rules
 from jaxft.data.prompts import Prompts
 from jaxft.estimates import by_group
-from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
@@ -45,7 +44,7 @@ def config(
     weigh: Callable = token_mean,
     keep: Callable | None = None,
     loss: Callable = clipped,
-    beta: float = 0.0,
+    beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     temperature: float = 1.0,
     max_prompt: int = 64,
     max_new: int = 16,
@@ -66,7 +65,6 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    penalty: Any = FixedKL(beta)
     asked = Prompts(
         data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
         passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
@@ -75,7 +73,7 @@ def config(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(policy, loss=loss, beta=penalty, temperature=temperature),
+        objective=partial(policy, loss=loss, beta=beta, temperature=temperature),
         data=asked,
         source=partial(rollouts, rules=Rules(rewards, partial(by_group, advantage=advantage), weigh, keep=keep)),
         adapter=adapter_of(start, rank, llm),

@@ -44,7 +44,7 @@ class Player:
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
         sampler = lambda group: generate.make_sampler(model, sampling, stop, group)  # noqa: E731
         self.sample = {group: sampler(group).lower(whole, empty, key).compile() for group in {1, data.group}}
-        self.judge = self._compiled(partial(_judged, p.objective), whole)
+        self.judge = self._compiled(partial(_judged, p.objective), whole) if source.judged else {}
         scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
         missing = [name for name in scorers if name not in p.trained.model.beside]
         if missing:
@@ -72,14 +72,18 @@ class Player:
         found, known = rules.estimate(sampled), adv.scorable(done.scores)
         kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
         spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
-        numbers = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
-        logps, reference, values, advantages, returns = map(spread, numbers)
-        rows = replace(done.rows, logps=logps, reference=reference, values=values, advantages=advantages, returns=returns)
+        known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
+        logps, reference, values, advantages, returns = map(spread, known_then)
+        rows = replace(done.rows, reference=reference, values=values, advantages=advantages, returns=returns)
+        rows = replace(rows, logps=logps if source.judged else None)
         self._keep(number * source.boundary, done)
-        return Learned(number, rows, done.lengths, kept, known, told(rules, done, sampled, kept) | _means(found.told, kept.size))
+        numbers = told(rules, done, sampled, kept, source.judged) | _means(found.told, kept.size)
+        return Learned(number, rows, done.lengths, kept, known, numbers)
 
     def _sampled(self, done: Completions, state: Any) -> Sampled:
-        """A rollout as numbers of its tokens."""
+        """A rollout as numbers of its tokens; log-probs are the sampler's where the trainer's aren't taken."""
+        if not self.source.judged:
+            return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {})
         numbers = self._run(self.judge, done, state)
         per_token = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
         aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
@@ -128,7 +132,7 @@ class Player:
     def _run(self, programs: dict[Room, Any], done: Completions, state: Any) -> Any:
         """What a program gives for the rows of a rollout, [G, ...], in batches of the size that is learned from."""
         p, data = self.programs, self.source.data
-        whole, rows = tree.combine(state.trainable, self.frozen), p.objective.complete(done.rows)
+        whole, rows = tree.combine(state.trainable, self.frozen), self.source.complete(done.rows)
         micro, each = self.source.abstract.ids.shape[:2]
         size, parts = data.batch // data.minibatches, []
         for start in range(0, data.batch, size):
@@ -201,7 +205,7 @@ def _means(told: dict[str, float | None], count: int) -> dict[str, Any]:
     return {name: weigh(x) for name, x in told.items()}
 
 
-def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray) -> dict[str, Any]:
+def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, judged: bool) -> dict[str, Any]:
     """A rollout's metrics, TRL's names, the same ones every time."""
     lengths, ended, count = done.lengths.ravel(), done.ended.ravel(), done.lengths.size
     out: dict[str, float | None] = {"reward": None, "reward_std": None, **adv.counts(done.scores)}
@@ -216,9 +220,10 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray) ->
     if sampled.reference is not None:
         out["objective/kl"] = float((sampled.logps - sampled.reference).sum() / count)
     metrics = _means(out, count)
-    away = np.abs(done.drawn - sampled.logps)[adv.inside(lengths, done.drawn.shape[1])]  # two programs, one model
-    metrics["sampling/sampling_logp_difference/mean"] = Sum(np.float64(away.sum()), np.float64(away.size))
-    metrics["sampling/sampling_logp_difference/max"] = Max(np.float64(away.max()))
+    if judged:
+        away = np.abs(done.drawn - sampled.logps)[adv.inside(lengths, done.drawn.shape[1])]  # two programs, one model
+        metrics["sampling/sampling_logp_difference/mean"] = Sum(np.float64(away.sum()), np.float64(away.size))
+        metrics["sampling/sampling_logp_difference/max"] = Max(np.float64(away.max()))
     metrics["completions/min_length"] = Min(np.float64(lengths.min()))
     metrics["completions/max_length"] = Max(np.float64(lengths.max()))
     return metrics

@@ -29,7 +29,12 @@ def rollouts(data: Prompts, tokenizer: Any, shards: int = 1, *, rules: Rules) ->
 
 @dataclass
 class Rollouts:
-    """Batches by number, as data.source.Source has them; held_out stays empty, as `measure` asks the held-out prompts."""
+    """Batches by number, as data.source.Source has them; held_out stays empty, as `measure` asks the held-out prompts.
+
+    complete(batch) has the fields that the run's steps need. judged: whether the trainer's log-probs are taken when completions
+    are drawn. Where each is learned from once, by the policy that drew it, and no reference or critic is asked, a batch has none
+    and the ratio is 1.
+    """
 
     data: Prompts
     rules: Rules
@@ -40,6 +45,8 @@ class Rollouts:
     player: Any = None
     learned: Learned | None = field(default=None, repr=False)
     held_out: tuple[()] = ()
+    judged: bool = True
+    complete: Any = None
 
     def __post_init__(self) -> None:
         data, longest = self.data, max(map(len, (*self.train.ids, *self.held.ids)))
@@ -61,8 +68,10 @@ class Rollouts:
 
     def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "Rollouts":
         """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
-        found, complete = replace(self), programs.objective.complete
-        found.abstract, found.shapes = complete(self.abstract), [complete(shape) for shape in self.shapes]
+        found, objective = replace(self), programs.objective
+        found.judged = self.boundary > 1 or objective.reference or objective.values is not None
+        found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
+        found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
         return found
 

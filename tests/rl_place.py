@@ -48,7 +48,7 @@ def config(
     ppo: bool = False, warm_up: int = 0,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=beta) if ppo else by_group
-    actor = partial(policy, loss=clipped, beta=FixedKL(beta), temperature=temperature)
+    actor = partial(policy, loss=clipped, beta=beta, temperature=temperature)
     return Run(
         name=name,
         weights="base",

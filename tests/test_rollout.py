@@ -157,7 +157,6 @@ def test_a_policy_learns_what_is_rewarded(place):
     assert len(got) == 16 and np.mean(got[-3:]) > 2 * np.mean(got[:3])
     assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
     assert all(abs(line["val/ratio"] - 1) < 1e-5 for line in lines if "val/ratio" in line)
-    assert max(line["sampling/sampling_logp_difference/max"] for line in lines if "reward" in line) < 1e-4
     table = [json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()]
     assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
 
@@ -184,6 +183,7 @@ def test_ppo_teaches_the_policy_and_its_critic(place):
     lines = [line for line in place.metrics("ppo") if "reward" in line]
     assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean([line["reward"] for line in lines[:4]])
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
+    assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
     assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
     warm = [line for line in place.metrics("warm") if "reward" in line]
     assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
