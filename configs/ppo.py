@@ -82,7 +82,8 @@ def config(
         data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, temperature=temperature,
         passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
     )  # fmt: skip
-    beside, judge = {}, reward
+    beside: dict[str, Scorer] = {}
+    judge: Any = reward
     if isinstance(reward, str):
         there = Path(reward).exists()  # a plan needs no weights
         shape = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)

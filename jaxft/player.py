@@ -1,6 +1,7 @@
 """Draws completions with a run's programs, has them scored, and measures what the held-out prompts get."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,10 @@ class Player:
         model = p.trained.model.with_attention(kernel)
         sampling = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
-        sampler = lambda group: generate.make_sampler(model, sampling, stop, group)  # noqa: E731
-        self.sample = {group: sampler(group).lower(whole, empty, key).compile() for group in {1, data.group}}
+        self.sample = {}
+        for group in {1, data.group}:
+            sampler: Any = generate.make_sampler(model, sampling, stop, group)
+            self.sample[group] = sampler.lower(whole, empty, key).compile()
         self.judge = self._compiled(partial(_judged, p.objective), whole) if source.judged else {}
         scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
         missing = [name for name in scorers if name not in p.trained.model.beside]
@@ -85,9 +88,10 @@ class Player:
         if not self.source.judged:
             return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {})
         numbers = self._run(self.judge, done, state)
-        per_token = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
+        per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
         aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
-        return Sampled(done.scores, done.lengths, done.ended, *map(per_token, numbers), aux)
+        logps, reference, values = map(per_token, numbers)
+        return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux)
 
     def _completed(self, asked: Asked, state: Any, group: int, number: int) -> Completions:
         """`group` completions each of up to data.batch prompts, scored."""
@@ -199,7 +203,7 @@ def _scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any
     return jax.lax.map(one, batch)
 
 
-def _means(told: dict[str, float | None], count: int) -> dict[str, Any]:
+def _means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
     """Means over `count` completions; None is a mean over nothing, which isn't logged."""
     weigh = lambda x: Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))  # noqa: E731
     return {name: weigh(x) for name, x in told.items()}

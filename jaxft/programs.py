@@ -144,7 +144,7 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
-def compile_step(p: Programs, *batches: Any) -> Callable:
+def compile_step(p: Programs, *batches: Any) -> Any:
     """The train step for its one shape, or its few; another shape is an error afterwards, never a silent compile."""
     compiled = {batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile() for batch in batches}
     devices.trim_heap()

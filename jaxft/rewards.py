@@ -62,12 +62,11 @@ class Faults:
         return math.nan
 
 
-def name_of(reward: Callable) -> str:
+def name_of(reward: Any) -> str:
     """What a reward is called in the log: the function's name, or a scorer's."""
-    inner = reward
-    while isinstance(inner, partial):
-        inner = inner.func
-    return getattr(inner, "__name__", None) or getattr(inner, "name", type(inner).__name__)
+    while isinstance(reward, partial):
+        reward = reward.func
+    return str(getattr(reward, "__name__", None) or getattr(reward, "name", type(reward).__name__))
 
 
 def scored(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxft import attention, distributed, prepare, reference, report, runfolder, samples, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.describe import describe, differences
 from jaxft.generate import Sampling
@@ -70,7 +71,7 @@ class Run:
     weights: str
     model: Model
     objective: Callable[[Model], Callable]
-    data: Rows | PairRows
+    data: Rows | PairRows | Prompts
     source: Callable[..., Any] = sft_source
     adapter: Adapter | None = field(default_factory=Adapter)
     start: str | None = None
@@ -274,7 +275,8 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = distributed.Votes(p.mesh)
-    numbers, boundary = getattr(source, "numbers", lambda step: {}), getattr(source, "boundary", 1)
+    numbers: Callable = getattr(source, "numbers", lambda step: {})
+    boundary = getattr(source, "boundary", 1)
     profile = r.loop.profile if distributed.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
         for step in range(done, job.steps):
