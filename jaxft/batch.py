@@ -51,6 +51,7 @@ class Pairs:
     answers: Int[Any, "B M"]  # slot * A + kind of the answer that a read position belongs to; P * A marks padding
     places: Int[Any, "B M"]  # 0, 1, ... within the answer
     lengths: Int[Any, "B P A"]  # tokens of each answer, its end-of-turn token included
+    last: Int[Any, "B P A"]  # where in the row the last of them stands, from where a score is read; 0 where it is missing
     mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's answers of that kind, the same everywhere
     pair_weights: Float[Any, "B P"]
     index: Int[Any, "B P"]  # the pair's number among the source's pairs, -1 for an empty slot
@@ -60,14 +61,47 @@ class Pairs:
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
 
 
+@struct
+class Rollout:
+    """Completions of prompts, packed into rows: a prompt is stored once for its group.
+
+    A row has A places for completions, of one prompt or of several. Each weight array sums to 1 over the whole optimizer batch
+    (except where advantages.py says otherwise) and is 0 for what has no such loss, though it may be a completion's token.
+    What a completion holds and the model didn't draw, such as a tool's answer, has no read position.
+    """
+
+    ids: Int[Any, "B T"]
+    segments: Int[Any, "B T"]
+    positions: Int[Any, "B T"]
+    read: Int[Any, "B M"]  # as in Tokens: where the model is read, and the token that follows
+    targets: Int[Any, "B M"]
+    answers: Int[Any, "B M"]  # which completion of the row (0 .. A-1) a read position belongs to; A marks padding
+    logps: Float[Any, "B M"] | None  # the trainer's when the completions were drawn, at that temperature; None: as it is now
+    advantages: Float[Any, "B M"]
+    policy_weights: Float[Any, "B M"]
+    lengths: Int[Any, "B A"]  # tokens of each completion, 0 for an empty place
+    reference: Float[Any, "B M"] | None = None  # the reference's log-probs
+    values: Float[Any, "B M"] | None = None  # the critic's when the completions were drawn
+    returns: Float[Any, "B M"] | None = None  # what the critic should learn
+    value_weights: Float[Any, "B M"] | None = None
+    branches: Int[Any, "B T"] | None = None
+
+
 def widened(batch: Any, like: Any) -> Any:
     """A batch of NumPy arrays with empty tokens, read positions and slots added up to the shapes of `like`."""
     wide = jax.tree.map(lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like)
+    if isinstance(batch, Rollout):
+        return replace(wide, answers=_answers(batch, wide, batch.lengths.shape[-1], like.lengths.shape[-1]))
     if not isinstance(batch, Pairs):
         return wide
     old, new = (b.lengths.shape[-2] * len(b.kinds) for b in (batch, like))
-    reads = batch.answers.shape[-1]
-    answers, index = np.full_like(wide.answers, new), np.full_like(wide.index, -1)
-    answers[..., :reads] = np.where(batch.answers == old, new, batch.answers)
+    index = np.full_like(wide.index, -1)
     index[..., : batch.index.shape[-1]] = batch.index
-    return replace(wide, answers=answers, index=index)
+    return replace(wide, answers=_answers(batch, wide, old, new), index=index)
+
+
+def _answers(batch: Any, wide: Any, old: int, new: int) -> Any:
+    """The answer ids in the shape of `wide`, padding marked by `new` where it was by `old`."""
+    answers, rows, reads = np.full_like(wide.answers, new), batch.answers.shape[-2], batch.answers.shape[-1]
+    answers[..., :rows, :reads] = np.where(batch.answers == old, new, batch.answers)
+    return answers

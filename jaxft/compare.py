@@ -16,8 +16,9 @@ from jaxft.plots import Curve, Panel, draw
 Numbers = Mapping[str, float]
 
 
-def _last(name: str) -> Callable[[Numbers, Numbers], float | None]:
-    return lambda before, after: after.get(name)
+def _last(*names: str) -> Callable[[Numbers, Numbers], float | None]:
+    """The first of the names that is there, at the end."""
+    return lambda before, after: next((after[name] for name in names if name in after), None)
 
 
 def _gained(*names: str) -> Callable[[Numbers, Numbers], float | None]:
@@ -35,20 +36,22 @@ def _gained(*names: str) -> Callable[[Numbers, Numbers], float | None]:
 # Title -> number of (metrics at step 0, metrics at the end). Rows of all members are the same, so sums of log-probs compare.
 COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
     "held-out loss": _last("eval_loss"),
-    "accuracy": _last("eval_rewards/accuracies"),
+    "accuracy": _last("eval_rewards/accuracies", "eval_accuracy"),
     "token accuracy": _last("eval_mean_token_accuracy"),
+    "margin": _last("eval_margin"),
     "margin, nats": _gained("eval_logps/chosen", "eval_logps/rejected"),
     "chosen, nats": _gained("eval_logps/chosen"),
     "KL a token": _last("eval_kl"),
     "general loss": _last("general_loss"),
     "last step's loss": _last("loss"),
-    "last step's accuracy": _last("rewards/accuracies"),
-    "last step's margin": _last("rewards/margins"),
+    "last step's accuracy": _last("rewards/accuracies", "accuracy"),
+    "last step's margin": _last("rewards/margins", "margin"),
     "skipped steps": _last("skipped"),
 }
-TRAINED = ("loss", "rewards/accuracies", "rewards/margins")  # of the last step, where there are no held-out rows
+TRAINED = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin")  # of the last step, without held-out rows
 NOTES = {
     "accuracy": "accuracy: held-out pairs whose chosen answer has the higher reward",
+    "margin": "margin: by how much the chosen answer's reward is above the other's, a held-out pair's mean",
     "margin, nats": "margin: how much further apart the log-probs of the two answers are than at step 0, a pair's mean",
     "KL a token": "KL: to the reference, estimated at the chosen answers' tokens",
     "skipped steps": "skipped: steps whose loss or gradient was not finite; they changed nothing",
@@ -116,6 +119,8 @@ def _short(x: float | None) -> str:
 CURVES = (
     ("loss", "nats", ("loss",)),
     ("accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("accuracy", "share of pairs", ("accuracy",)),
+    ("margin of the rewards", "a pair", ("margin",)),
     ("margin since step 0", "nats a pair", ("logps/chosen", "logps/rejected")),
     ("chosen log-prob since step 0", "nats an answer", ("logps/chosen",)),
     ("KL to the reference", "nats a token", ("kl",)),

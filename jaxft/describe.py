@@ -37,6 +37,7 @@ def describe(value: Any) -> Any:
         return str(value)
     if isinstance(value, Model):
         known = {"type": _name(type(value.config)), "config": describe(value.config), "dtype": np.dtype(value.dtype).name}
+        known |= {"beside": sorted(value.beside)} if value.beside else {}
         wide = np.dtype(value.residual).itemsize >= max(4, np.dtype(value.dtype).itemsize)
         return known if wide else {**known, "residual": np.dtype(value.residual).name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -13,6 +13,7 @@ from jaxft import calibrate, params, prepare, tree, weights
 from jaxft.params import Model
 from jaxft.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.weights import hf, hub, packed_out
+from jaxft.weights.hf import SCORE
 from jaxft.weights.merged import Lazy, Rounding, merged
 from jaxft.weights.packed import expanded, form_of
 
@@ -20,13 +21,14 @@ from jaxft.weights.packed import expanded, form_of
 @dataclass(frozen=True)
 class Whole:
     """A model to be written. ref: where its weights come from; adapter: arrays that are merged in float32 onto the base as `held`
-    quantises it, None for the base alone."""
+    quantises it, None for the base alone. score: the scalar head [D, 1] of a scorer; without one that of the files."""
 
     ref: str
     model: Model
     tokenizer: Any
     adapter: Any = None
     held: Quant | None = None
+    score: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     tensors, cast, packing = weights.open_tensors(ref), Rounding(), Rounding()
     tensors = prepare.as_held(tensors, model, whole.held, ref) if whole.held else tensors
     base = merged(tensors, model, whole.adapter, jnp.float32)
+    if not model.speaks:
+        score = tensors.read(SCORE).T if whole.score is None else np.asarray(whole.score)
+        base["score"] = Lazy(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
     form = packing_of(model, pack, packing) if pack else None
     is_packed = form.forms if form else {}
 

@@ -76,38 +76,48 @@ def sample(logits: Float[Array, "B V"], s: Sampling, key: Array) -> Int[Array, "
 
 
 def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:
-    """Jitted `(params, prompts: Tokens, key) -> [B, max_new]` tokens; after a stop token (kept) a row holds -1.
+    """Jitted `(params, prompts: Tokens, key) -> [B, max_new]` tokens; after a stop token (kept) a row holds -1."""
+    return jax.jit(lambda params, prompts, key: completed((model, s, stop), params, prompts, key)[0])
 
-    Prompts are left-padded with segment 0. Decoding ends early once every row has stopped.
-    """
+
+def make_sampler(model: Model, s: Sampling, stop: tuple[int, ...], group: int) -> Callable:
+    """Jitted `(params, prompts: Tokens, key) -> (tokens, logps) [B group, max_new]`: each prompt is read once and completed
+    `group` times, one completion after the other. logps: of the tokens at the temperature, before top-k and top-p; 0 beyond."""
+    return jax.jit(lambda params, prompts, key: completed((model, s, stop), params, prompts, key, group))
+
+
+def completed(how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts: Tokens, key: Array, group: int = 1) -> Any:
+    """(tokens, logps) [B group, max_new]. Prompts are left-padded with segment 0. Ends early once every row has stopped."""
+    (model, s, stop), (B, size) = how, prompts.ids.shape
     stops = jnp.asarray(stop or (-1,), jnp.int32)
 
-    def choose(params, h_BD, key, i):
-        return sample(model.logits(model.head(params), h_BD), s, jax.random.fold_in(key, i))
+    def choose(h_BD, i):
+        logits = model.logits(model.head(params), h_BD)
+        token = sample(logits, s, jax.random.fold_in(key, i))
+        logits = logits / (s.temperature or 1.0)
+        return token, jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
-    def run(params: Any, prompts: Tokens, key: Array) -> Array:
-        rows, size = prompts.ids.shape
-        h, cache = model.prefill(params, prompts, size + s.max_new)
-        first = choose(params, h[:, -1], key, 0)
-        out = jnp.full((rows, s.max_new), -1, jnp.int32).at[:, 0].set(first)
-        done = jnp.isin(first, stops) | (prompts.segments[:, -1] == 0)
+    h, cache = model.prefill(params, prompts, size + s.max_new)
+    cache = model.copies(cache, group)
+    last, empty, h_BD = (jnp.repeat(x[:, -1], group, 0) for x in (prompts.positions, prompts.segments == 0, h))
+    token, logp = choose(h_BD, 0)
+    done = jnp.isin(token, stops) | empty
+    out = jnp.full((B * group, s.max_new), -1, jnp.int32).at[:, 0].set(token)
+    logps = jnp.zeros((B * group, s.max_new), logp.dtype).at[:, 0].set(logp)
 
-        def going(carry):
-            i, _, _, done, _ = carry
-            return (i < s.max_new) & ~jnp.all(done)
+    def going(carry):
+        i, _, _, done, _, _ = carry
+        return (i < s.max_new) & ~jnp.all(done)
 
-        def body(carry):
-            i, token, cache, done, out = carry
-            positions = prompts.positions[:, -1] + i
-            h, cache = model.step(params, cache, token, positions, size + i - 1)
-            token = choose(params, h, key, i)
-            out = out.at[:, i].set(jnp.where(done, -1, token))
-            return i + 1, token, cache, done | jnp.isin(token, stops), out
+    def body(carry):
+        i, token, cache, done, out, logps = carry
+        h, cache = model.step(params, cache, token, last + i, size + i - 1)
+        token, logp = choose(h, i)
+        out, logps = out.at[:, i].set(jnp.where(done, -1, token)), logps.at[:, i].set(jnp.where(done, 0, logp))
+        return i + 1, token, cache, done | jnp.isin(token, stops), out, logps
 
-        out = jax.lax.while_loop(going, body, (jnp.int32(1), first, cache, done, out))[4]
-        return sharding.whole(out)  # on every device, so that each of several processes can read it
-
-    return jax.jit(run)
+    out, logps = jax.lax.while_loop(going, body, (jnp.int32(1), token, cache, done, out, logps))[4:]
+    return sharding.whole(out), sharding.whole(logps)  # on every device, so that each of several processes can read them
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:

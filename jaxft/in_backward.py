@@ -38,9 +38,10 @@ def updated(
         return layer, jax.tree.map(disguised, own)
 
     def loss(rest: Any, layered: Any, state: Any, squares: Array) -> tuple[Array, dict[str, Any]]:
-        base = tree.combine(rest, frozen)["base"]
+        whole = tree.combine(rest, frozen)
+        base = whole["base"]
         layers = Consumed(layered, frozen["base"]["layers"], state, squares, lambda x: x["base"]["layers"], update, uses)
-        return objective({"base": {**base, "layers": layers}}, jax.tree.map(lambda x: x[0], batch), keys[0], aux)
+        return objective({**whole, "base": {**base, "layers": layers}}, jax.tree.map(lambda x: x[0], batch), keys[0], aux)
 
     zero = jnp.zeros((), jax.tree.leaves(wide(layered))[0].dtype)
     told: Any = jax.vjp(loss, rest, layered, jax.tree.map(disguised, state), zero, has_aux=True)

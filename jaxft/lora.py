@@ -135,7 +135,7 @@ def member(stack: Any, number: int, like: Any) -> Any:
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
-    """The model over the whole tree {"base", "adapter"}; with no "adapter" in the tree it is the base model."""
+    """The model over the whole tree {"base", "adapter", **beside}; with no "adapter" in the tree it is the base model."""
     dropout = settings.dropout if settings else 0.0
 
     def tied(fn):
@@ -144,6 +144,9 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     specs = {"base": model.specs}
     if settings:
         specs["adapter"] = adapter_specs(model.specs, settings)
+        if not model.speaks and "head" in specs["adapter"]:
+            raise ValueError("adapter.targets names the head, and this model gives scores, no text; leave it out")
+    specs |= model.beside
     return replace(
         model,
         specs=specs,

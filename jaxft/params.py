@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -65,7 +65,7 @@ def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
     """Fresh arrays for a spec tree; the key of a leaf depends on its path only, so one leaf more changes no other."""
 
     def start(path, spec):
-        return spec.init(jax.random.fold_in(key, _hash(path)), spec.shape, dtype)
+        return spec.init(jax.random.fold_in(key, hash_of(path)), spec.shape, dtype)
 
     return tree.map_with_path(start, specs, is_leaf=is_spec)
 
@@ -90,7 +90,8 @@ def count(specs: Any) -> int:
     return sum(math.prod(s.shape) for s in spec_paths(specs).values())
 
 
-def _hash(path: str) -> int:
+def hash_of(path: str) -> int:
+    """32 bits of a name."""
     h = 2166136261  # FNV-1a: stable across processes, unlike hash()
     for byte in path.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
@@ -107,11 +108,15 @@ class Model:
     head(params) -> the subtree that logits reads.
     logits(head, h) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with room for `size` tokens).
+    copies(cache, count) -> the cache with each row `count` times, one after the other.
     step(params, cache, ids [B], positions [B], at) -> (h [B, D], cache); `at` is the storage slot, the same for all rows.
     names: path -> (tensor name with {i} for the layer, transpose?), the Hugging Face layout.
     flops: (tokens, context length) -> floating point operations of one forward pass over the weights and attention.
     dtype: the compute dtype. residual: the residual stream's between layers.
     with_attention(kernel) -> the same model with another attention kernel (see attention.choose).
+    beside: ParamSpecs of what the whole tree has beside base and adapter: heads, and further adapters with theirs.
+    scores(params, h) -> [...] in float32 or wider, by the scalar head of the tree; None where no model here has one.
+    speaks: whether there are logits, for text.
     """
 
     config: Any
@@ -120,9 +125,13 @@ class Model:
     logits: Callable
     head: Callable
     prefill: Callable
+    copies: Callable
     step: Callable
     names: dict[str, tuple[str, bool]]
     flops: Callable[[int, int], float]
     dtype: Any
     residual: Any
     with_attention: Callable
+    beside: dict[str, Any] = field(default_factory=dict)
+    scores: Callable | None = None
+    speaks: bool = True

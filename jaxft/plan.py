@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft import devices, hlo, sharding, traffic, train, tree
+from jaxft import devices, hlo, prepare, sharding, traffic, train, tree
 from jaxft.data import pairs
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
@@ -142,7 +142,7 @@ def resident(p: Programs) -> dict[str, int]:
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
             packed = "quantised base" if p.trained.held[path].quantised else "weights"
-            name = "adapters" if path.startswith("adapter/") else packed
+            name = packed if prepare.in_base(path) else "adapters"
             sizes[name] += _held(leaf)
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxft import params, sharding, tree, weights
 from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
+from jaxft.models.heads import Scorer
 from jaxft.params import Model, ParamSpec
 from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
 from jaxft.weights import hf, peft, shards
@@ -35,7 +37,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Trained:
-    """A model over the whole tree {"base", "adapter"}, which of its leaves are trained, and how each one is kept.
+    """A model over the whole tree {"base", "adapter", **model.beside}, which of its leaves are trained, and how each is kept.
 
     specs, mask: trees of the same structure. trainable_specs: None where a leaf is frozen. held: by path.
     """
@@ -54,27 +56,45 @@ class Trained:
 def trained(
     model: Model,
     adapter: Adapter | None,
-    pattern: str | None,
+    pattern: str | tuple[str, ...] | None,
     quant: Quant | None = None,
     ref: str | None = None,
     dtype: Any = None,
 ) -> Trained:
-    """Decide by path what is trained: the adapter's a and b, or without an adapter the base; or what `pattern` matches.
+    """Decide by path what is trained: the adapter's a and b, or without an adapter the base, and all that stands beside them; or
+    what `pattern` matches, of several what any of them does.
 
     An adapter's `scale` is never trained. ref: where the weights come from, whose files' headers say what quant=kept is.
     dtype: of what is trained of the base, float32 or wider by default. Raises ValueError for a pattern that matches nothing,
     and where `quant` packs what is trained.
     """
     whole = adapted(model, adapter)
-    default = "adapter/.*" if adapter else "base/.*"
-    mask = tree.mask_by_path(jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec), pattern or default)
-    mask = tree.map_with_path(lambda path, m: m and not (path.startswith("adapter/") and path.endswith("/scale")), mask)
+    paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec)
+    wanted = (pattern,) if isinstance(pattern, str) else pattern or patterns(model, adapter)
+    mask = jax.tree.map(lambda *hit: any(hit), *(tree.mask_by_path(paths, each) for each in wanted))
+    mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
         raise ValueError(f"run.params={name} is how trained weights of the base are held, and there are none; use float32")
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
     return _with_forms(whole, mask, quant, ref, dtype)
+
+
+def patterns(
+    model: Model, adapter: Adapter | None, own: str | None = None, beside: Mapping[str, Scorer] | None = None
+) -> tuple[str, ...]:
+    """Path patterns of what is trained. own: of the run's own parameters, None for the usual ones. beside: further models on the
+    base, of which those that say so are trained."""
+    beside = beside or {}
+    mine = [re.escape(name) for name in model.beside if name not in beside]
+    usual = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in mine))
+    return (*((own,) if own else usual), *(f"{re.escape(name)}/.*" for name, one in beside.items() if one.trained))
+
+
+def in_base(path: str) -> bool:
+    """Whether a path of the whole tree is one of the base's weights."""
+    return path.startswith("base/")
 
 
 def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, dtype: Any = None) -> Trained:
@@ -88,8 +108,8 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, d
     held = {}
     wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in params.spec_paths(whole.specs).items():
-        if is_trained[path] or path.startswith("adapter/"):
-            held[path] = Held(wide if dtype is None or path.startswith("adapter/") else jnp.dtype(dtype))
+        if is_trained[path] or not in_base(path):
+            held[path] = Held(wide if dtype is None or not in_base(path) else jnp.dtype(dtype))
         elif quant and path.removeprefix("base/") in packed:
             form = kept.get(path.removeprefix("base/"))
             held[path] = Held(whole.dtype, None if form else (quant.kind, quant.block, quant.double), form)
@@ -195,7 +215,7 @@ def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
 
 def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
-    t = _all_frozen(model, quant, ref)
+    t = all_frozen(model, quant, ref)
     keep, known = make_keep(t), {}
     for path, spec in params.spec_paths(model.specs).items():
         name, transpose = model.names[path]
@@ -217,14 +237,15 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     return replace(tensors, read=read)
 
 
-def _all_frozen(model: Model, quant: Quant | None, ref: str) -> Trained:
-    whole = adapted(model, None)
+def all_frozen(model: Model, quant: Quant | None, ref: str, adapter: Adapter | None = None) -> Trained:
+    """Everything held as inference holds it."""
+    whole = adapted(model, adapter)
     return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant, ref)
 
 
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
     """The base tree of `ref` on the mesh with nothing trained, as inference holds it: in the compute dtype or packed."""
-    return load_base(ref, _all_frozen(model, quant, ref), mesh)
+    return load_base(ref, all_frozen(model, quant, ref), mesh)
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
@@ -245,7 +266,7 @@ def only_pairs(t: Trained) -> bool:
 
 def adapter_settings(start: str, model: Model) -> Adapter:
     """The settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.load_adapter(adapter_folder(start), model)[1]
+    return peft.load_parts(adapter_folder(start), model)[1]
 
 
 def adapter_of(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -278,19 +299,6 @@ def started_elsewhere(start: str, identity: str, quant: Quant | None) -> list[st
     if before != now:
         lines.append(f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}")
     return lines
-
-
-def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:
-    """A fresh adapter on the mesh, or the one of the PEFT folder `start`, whose settings must be the run's."""
-    specs, dtype = t.specs["adapter"], jnp.promote_types(t.model.dtype, jnp.float32)
-    places = params.shardings(specs, mesh)
-    if start is not None:
-        loaded, found = peft.load_adapter(adapter_folder(start), t.model)
-        if settings is None or replace(found, dropout=settings.dropout) != settings:
-            raise ValueError(f"{start}: holds an adapter with {found}, and the run's is {settings}; take the folder's settings")
-        return _adapter_on(mesh, loaded, specs, t.model)
-    init = jax.jit(lambda key: params.init_params(specs, key, dtype), out_shardings=places)
-    return init(jax.random.key(seed))
 
 
 def as_shapes(spec: ParamSpec, held: Held) -> Any:
@@ -331,7 +339,7 @@ def quantised(t: Trained) -> str:
     held = [as_shapes(spec, t.held[path]) for path, spec in specs.items()]
     sizes = [math.prod(q.shape) for q in held]
     each = sum(bits(q) * size for q, size in zip(held, sizes, strict=True)) / sum(sizes)
-    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if path.startswith("base/"))
+    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if in_base(path))
     return f"{100 * sum(sizes) / base:.0f} % of the base in {held[0].kind}, {each:.3f} bits a parameter"
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, sharding
+from jaxft import attention, devices, evaluate, metrics, prepare, sharding, starts
 from jaxft.accumulate import accumulated
 from jaxft.in_backward import updated
+from jaxft.models.heads import Scorer, with_scorers
 from jaxft.optim import guarded_update, make_optimizer, wide
 from jaxft.tree import struct
 
@@ -81,7 +82,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
-    t = prepare.trained(model, run.adapter, run.train, run.quant, run.weights, jnp.bfloat16 if run.params == "bfloat16" else None)
+    model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
+    what = prepare.patterns(model, run.adapter, run.train, run.beside)
+    t = prepare.trained(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
@@ -118,11 +121,9 @@ def start_aux(run: "Run", t: prepare.Trained, objective: Callable) -> Callable:
 def abstract(run: "Run", devices_: list[Any] | None = None) -> tuple[Programs, Any]:
     """A run as shapes: its programs and one batch, the largest that the settings allow."""
     p = build(run, run.loop.steps or 1000, devices_)
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)),
-        run.data.abstract(sharding.row_shards(p.mesh)),
-    )
-    return p, batch
+    largest = run.data.abstract(sharding.row_shards(p.mesh))
+    complete = getattr(p.objective, "complete", lambda batch: batch)
+    return p, placed(p, complete(largest))
 
 
 def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
@@ -132,9 +133,8 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     """
     if base is None:
         base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
-    whole = {"base": base}
-    if run.adapter:
-        whole["adapter"] = prepare.start_adapter(p.trained, p.mesh, run.seed, run.adapter, run.start)
+    own = Scorer(run.adapter, run.start)
+    whole = {"base": base, **starts.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
     trainable, frozen = prepare.split(p.trained, whole)
     if restored is not None:
         return restored, frozen
@@ -144,11 +144,13 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
-def compile_step(p: Programs, batch: Any) -> jax.stages.Compiled:
-    """The train step for its one shape; another shape is an error afterwards, never a silent compile."""
-    compiled = p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile()
+def compile_step(p: Programs, *batches: Any) -> Any:
+    """The train step for its one shape, or its few; another shape is an error afterwards, never a silent compile."""
+    compiled = {batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile() for batch in batches}
     devices.trim_heap()
-    return compiled
+    if len(compiled) == 1:
+        return next(iter(compiled.values()))
+    return lambda state, frozen, batch: compiled[batch.ids.shape](state, frozen, batch)
 
 
 def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tuple[Any, ...]) -> Callable:

@@ -43,14 +43,21 @@ def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes:
     lines = [
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
-        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
-        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated; {steps} steps",
+        (s["told"] if "told" in s else packed(s)) + f"; {steps} steps",
         f"row 0 as the model sees it:\n{source.preview}",
     ]
     if first:
         lines.append(f"going on after step {first}")
         lines += [f"changed since the start: {line}" for line in changes]
     return lines
+
+
+def packed(s: dict[str, Any]) -> str:
+    """How examples fill rows, from a source's stats."""
+    return (
+        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
+        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated"
+    )
 
 
 def check_ids(source: Source | None, model: Model, ref: str) -> None:
@@ -192,18 +199,25 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     Every process calls it, and gathers a layer at a time; process 0 writes.
     """
     if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
-        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights)
+        score = whole.get("score")
+        peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights, score)
         agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
     base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
+    base |= {"score": whole["score"]} if "score" in whole else {}
     hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"
 
 
+def judged(metrics: dict[str, float]) -> float | None:
+    """What the best step has least of: the held-out loss, or the held-out reward's negative; None without held-out rows."""
+    return metrics["eval_loss"] if "eval_loss" in metrics else -metrics["eval_reward"] if "eval_reward" in metrics else None
+
+
 def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
-    """The step of a kept checkpoint with a lower held-out loss than the end's; None where there is none."""
-    best = saved.best()
-    return best[0] if best and "eval_loss" in metrics and best[1] < metrics["eval_loss"] else None
+    """The step of a kept checkpoint that did better on held-out rows than the end; None where there is none."""
+    best, end = saved.best(), judged(metrics)
+    return best[0] if best and end is not None and best[1] < end else None
 
 
 def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: list[str]) -> list[str]:
@@ -211,16 +225,19 @@ def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], 
     lines = []
     for old, new in _pairs(before, after)[:2]:
         lines.append(f"\nasked:  {_short(old['prompt'])}\nbefore: {_short(old['completion'])}")
-        lines.append(f"after:  {_short(new['completion'])}\nwanted: {_short(new['reference'])}")
+        lines.append(f"after:  {_short(new['completion'])}")
+        lines += [f"wanted: {_short(new['reference'])}"] if new["reference"] else []
     lines.append("")
-    for name, what in (("eval_loss", "loss on held-out rows"), ("general_loss", "loss on general text")):
+    told = {"eval_loss": "loss on held-out rows", "eval_reward": "reward of held-out prompts"}
+    for name, what in {**told, "general_loss": "loss on general text"}.items():
         if name in after["metrics"]:
             was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
             lines.append(f"{what}: {was}{after['metrics'][name]:.4f} after")
     lines += [*words, *job.log.alarms]
-    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / "generate.py")
+    name, what = ("generate.py", '--prompt "..."') if job.run.model.speaks else ("score.py", "--file PAIRS")
+    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / name)
     lines.append(f"weights in {out}, a summary in {job.folder / 'README.md'}; to try them:")
-    return [*lines, f'python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} --prompt "..."']
+    return [*lines, f"python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} {what}"]
 
 
 def _short(text: str) -> str:
@@ -252,6 +269,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     a, o = run.adapter, run.optim
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
+    kind = kind if run.model.speaks else f"reward model: a {kind.replace('model', 'language model')} with a scalar head"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
     held = prepare.quantised(job.programs.trained)
     how += f" The frozen weights were quantised: {held}." if held else ""
@@ -261,7 +279,7 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     answers = [
         "\n".join(
             [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"]),
-             _quoted("After:", new["completion"]), _quoted("The row's own answer:", new["reference"])]
+             _quoted("After:", new["completion"]), _quoted("The row's own answer:", new["reference"]) if new["reference"] else ""]
         )
         for old, new in _pairs(before, after)
     ]  # fmt: skip
@@ -285,13 +303,22 @@ Every setting is in `config.json`, versions and devices in `env.json`, every ste
 The weights are in `{out.name}/`, in the layout of {"PEFT" if out.name == "adapter" else "Hugging Face transformers"}. \
 With a clone of jaxft:
 
-    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."
-{_merging(out)}
+    {_use(run.model)}
+{_merging(out, run.model)}
 {chr(10).join(["## Held-out prompts, greedy", *answers]) if answers else ""}"""
     (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
 
 
-def _merging(out: Path) -> str:
-    if out.name != "adapter":
-        return ""
-    return "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
+def _use(model: Model) -> str:
+    if model.speaks:
+        return 'python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."'
+    return "python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # a reward for each answer, read at its last token"
+
+
+def _merging(out: Path, model: Model) -> str:
+    """How to have base and adapter in one, and how a reward model is loaded elsewhere."""
+    whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
+    alone = "peft.AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)"
+    loads = f"\nIn Python: `{alone if out.name == 'adapter' else whole}`, whose `logits[:, 0]` are rewards.\n"
+    merge = "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
+    return (merge if out.name == "adapter" else "") + ("" if model.speaks else loads)

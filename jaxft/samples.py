@@ -17,6 +17,8 @@ from jaxft.report import stop_tokens
 def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of the first `count` held-out examples: the answer begins at the first token with a loss."""
     found: list[tuple[list[int], list[int]]] = []
+    if hasattr(source, "asked"):
+        return source.asked(count)
     for batch in source.held_out:
         for row in range(batch.ids.shape[1]):
             ids, segments = batch.ids[0, row], batch.segments[0, row]

@@ -36,6 +36,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "act_vocab": ("tensor",),
     "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
     "rank": (),
+    "score": (),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxft import compare, report, runfolder, sharding, train, tree, weights
+from jaxft import compare, report, runfolder, sharding, together, train, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.describe import describe, differences
 from jaxft.log import Log, read
@@ -34,8 +34,8 @@ def check(runs: Mapping[str, Run], at_once: int = 1) -> None:
         raise ValueError(f"{len(runs)} adapters don't divide into blocks of {at_once}; use one of {fits}")
     (label, first), *rest = runs.items()
     for run in runs.values():
-        if run.adapter is None or run.train is not None:
-            raise ValueError("runs are trained together as adapters on one base: without full=true and without run.train")
+        if run.adapter is None or run.train is not None or run.beside:
+            raise ValueError("runs are trained together as adapters on one base: without full=true, run.train and run.beside")
         if run.adapter.dropout:
             raise ValueError(f"adapter.dropout={run.adapter.dropout}: adapters with dropout are trained alone; set it to 0")
     known = describe(first)
@@ -117,13 +117,13 @@ def _check_records(folder: Path, records: dict[str, Any]) -> list[str]:
 
 
 def _start(s: Shared, restored: Any) -> tuple[tuple[TrainState, ...], Any]:
-    """(states, (base, each member's frozen leaves of its adapter)): the base is loaded once."""
+    """(states, (base, each member's own frozen leaves)): the base is loaded once."""
     states, own, base = [], [], None
     for number, job in enumerate(s.jobs):
         state, frozen = start(job.run, job.programs, restored[0][number] if restored else None, base)
         base = frozen["base"]
         states.append(state)
-        own.append(frozen["adapter"])
+        own.append(together.own(frozen))
     return tuple(states), (base, tuple(own))
 
 
@@ -211,7 +211,7 @@ def _added(perf: list[dict[str, float]]) -> dict[str, float]:
 def _write(s: Shared, states: Any, frozen: Any, looks: tuple[list[dict[str, float]], list[dict[str, float]]]) -> None:
     """Each member's adapter, card and summary; then table and picture of all."""
     for job, state, own, before, after in zip(s.jobs, states, frozen[1], *looks, strict=True):
-        whole = tree.combine(state.trainable, {"base": frozen[0], "adapter": own})
+        whole = tree.combine(state.trainable, {"base": frozen[0], **own})
         out = report.export(job.programs.trained, whole, job.run, job.tokenizer, job.folder)
         start, end = ({"metrics": found, "samples": []} for found in (before, after))
         words: list[str] = getattr(job.programs.objective, "words", lambda first, last: [])(job.log.first, job.log.last)

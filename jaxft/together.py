@@ -78,7 +78,8 @@ def reference_kind(objective: Any, trainable: Any) -> str | None:
 def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, aux: Sequence[Any]) -> Found:
     """Gradients of each adapter's own loss, and its metrics.
 
-    trainable, aux: K, as a run alone has them. frozen: (the base tree, K adapters' frozen leaves). batch: [micro, rows, ...].
+    trainable, aux: K, as a run alone has them. frozen: (the base tree, K trees of the others' frozen leaves).
+    batch: [micro, rows, ...].
     """
     key = jax.random.key(0)  # nothing is drawn: adapters with dropout train alone
     nothing, size = trainable[0]["base"], _rows(batch)
@@ -91,11 +92,11 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
         trained, fixed = adapters
         rows = batch
         if t.apart:
-            own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch)
-            rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]), own)
-        params = ({"base": nothing, "adapter": trained}, {"base": frozen[0], "adapter": fixed})
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch)
+            rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]), mine)
+        params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
         grads, found = accumulated(_Block(t, (number, size), kept), params, rows, key, aux)
-        return grads["adapter"], found
+        return own(grads), found
 
     return _by_block(t, block, _stack(trainable, frozen), _own_references(t, aux))
 
@@ -107,11 +108,11 @@ def make_update(objective: Any, tx: optax.GradientTransformation) -> Callable:
     """
 
     def update(state: TrainState, number: Any, grads: Any, found: Any) -> tuple[TrainState, dict[str, Any]]:
-        own = {**state.trainable, "adapter": lora.member(grads, number, state.trainable["adapter"])}
+        grad = {**state.trainable, **lora.member(grads, number, own(state.trainable))}
         mine = jax.tree.map(lambda x: x[number], found)
-        norm = optax.tree.norm(own)
+        norm = optax.tree.norm(grad)
         ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
-        trainable, opt_state = guarded_update(tx, own, norm, ok, (state.trainable, state.opt_state))
+        trainable, opt_state = guarded_update(tx, grad, norm, ok, (state.trainable, state.opt_state))
         aux = objective.after_step(state.aux, trainable, mine) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
@@ -134,7 +135,7 @@ def make_eval_step(t: Together) -> Callable:
         size, batch = _rows(batch), _part(_with_reference(same, (trainable, frozen), batch, aux), 0)
 
         def block(number, adapters, kept):
-            params = {"base": frozen[0], "adapter": tree.combine(*adapters)}
+            params = {"base": frozen[0], **tree.combine(*adapters)}
             seen = _see(same, params, batch, kept)
             if t.coupled:
                 return jax.tree.map(lambda x: x.reshape(t.at_once, x.shape[0] // t.at_once, *x.shape[1:]), seen)
@@ -173,8 +174,13 @@ class _Block:
         return self.judge(self.see(params, batch, key, aux), aux)
 
 
+def own(whole: Any) -> dict[str, Any]:
+    """What a run has for itself: all but the base, its adapter and a head if it has one."""
+    return {name: x for name, x in whole.items() if name != "base"}
+
+
 def _stack(trainable: Any, frozen: Any) -> tuple[Any, Any]:
-    return lora.stacked([x["adapter"] for x in trainable]), lora.stacked(frozen[1])
+    return lora.stacked([own(x) for x in trainable]), lora.stacked(frozen[1])
 
 
 def _rows(batch: Any) -> int:
@@ -201,7 +207,7 @@ def _own_references(t: Together, aux: Any) -> Any:
     """The references that adapters keep each for itself, [K, ...]."""
     if t.once or "reference" not in aux[t.lead]:
         return None
-    return lora.stacked([aux[t.lead if "reference" not in a else k]["reference"]["adapter"] for k, a in enumerate(aux)])
+    return lora.stacked([own(aux[t.lead if "reference" not in a else k]["reference"]) for k, a in enumerate(aux)])
 
 
 def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) -> Any:
@@ -212,7 +218,7 @@ def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) 
     whole = {"base": frozen[0]}
     if "reference" in aux[t.lead]:
         whole = tree.combine(
-            aux[t.lead]["reference"], {**whole, "adapter": tree.combine(trainable[t.lead]["adapter"], frozen[1][t.lead])}
+            aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])}
         )
     count = jax.tree.leaves(batch)[0].shape[0]
     see = lambda part: t.objectives[t.lead].see(whole, part, None, {}).logp  # noqa: E731
@@ -223,11 +229,11 @@ def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) 
 def _see(t: Together, params: Any, batch: Any, kept: Any) -> Any:
     """What a block's adapters see, [at_once * rows, ...]; adapters in params: [at_once, ...]."""
     view = lambda x: x[0] if t.at_once == 1 else jnp.moveaxis(x, 0, 1)  # noqa: E731  # layers first
-    whole = {"base": params["base"], "adapter": jax.tree.map(view, params["adapter"])}
+    whole = {"base": params["base"], **jax.tree.map(view, own(params))}
     if not t.apart:
         batch = jax.tree.map(lambda x: jnp.concatenate([x] * t.at_once), batch)
     nothing = jax.tree.map(lambda x: None, params["base"])
-    aux = {} if kept is None else {"reference": {"base": nothing, "adapter": jax.tree.map(view, kept)}}
+    aux = {} if kept is None else {"reference": {"base": nothing, **jax.tree.map(view, kept)}}
     seen = t.objectives[t.lead].see(whole, batch, None, aux)
     # the lead's own run of the reference, if it has one, is then dead code and no part of the program
     return replace(seen, reference=batch.reference) if t.once else seen

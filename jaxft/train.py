@@ -14,11 +14,13 @@ import numpy as np
 from jaxft import attention, distributed, prepare, reference, report, runfolder, samples, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.describe import describe, differences
 from jaxft.generate import Sampling
-from jaxft.log import Log, Mute
+from jaxft.log import Log, Mute, cut
 from jaxft.lora import Adapter
+from jaxft.models.heads import Scorer
 from jaxft.optim import Optim
 from jaxft.params import Model
 from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, start
@@ -61,14 +63,15 @@ class Run:
     whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
     base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
     gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
-    and after shows forgetting. samples: prompts of held-out rows answered before and after.
+    and after shows forgetting. samples: prompts of held-out rows answered before and after. beside: further models with scalar
+    heads on the base, by name (see models/heads.py).
     """
 
     name: str
     weights: str
     model: Model
     objective: Callable[[Model], Callable]
-    data: Rows | PairRows
+    data: Rows | PairRows | Prompts
     source: Callable[..., Any] = sft_source
     adapter: Adapter | None = field(default_factory=Adapter)
     start: str | None = None
@@ -84,10 +87,14 @@ class Run:
     samples: int = 3
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
+    beside: dict[str, Scorer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise ValueError(f"samples is from 0 up, found {self.samples}")
+        if not self.model.speaks and (self.samples or self.general):
+            found = f"samples={self.samples}, general={self.general}"
+            raise ValueError(f"this run's model gives scores, no text: set samples=0 and general=none, found {found}")
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,11 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     if not distributed.is_first():
         return job
     runfolder.open_record(folder, record)
+    cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = prepare.changed_by_holding(r.weights, p.trained)
-    how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
+    for origin in (r.start, *(one.start for one in r.beside.values())):
+        how_held += prepare.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
     for line in (*report.opening(p.trained, job.source, job.steps, first, changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
@@ -176,6 +185,9 @@ def identity(r: Run) -> dict[str, Any]:
         known["weights_at"] = str(Path(r.weights).resolve())
     if r.start:
         known["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
+    for name, one in r.beside.items():
+        if one.start:
+            known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
     return known
 
 
@@ -231,19 +243,23 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
         source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
+    if hasattr(source, "attached"):
+        stop = report.stop_tokens(r.model.config.eos, job.tokenizer)
+        source = source.attached(p, frozen, stop, job.folder)
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
     kernel = attention.choose(p.mesh, r.model.config.head_dim, r.model.dtype)  # prompts are padded in front
     model = p.trained.model.with_attention(kernel)
     answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
-    train_step = compile_step(p, source.abstract)
+    train_step = compile_step(p, *getattr(source, "shapes", (source.abstract,)))
     distributed.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
     def measure(state: TrainState) -> dict[str, float]:
-        return {f"eval_{name}": value for name, value in evaluated(state).items()}
+        found = source.measure(state) if hasattr(source, "measure") else evaluated(state)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def look(state: TrainState) -> dict[str, Any]:
         general = {"general_loss": on_general(state)["loss"]} if job.general else {}
@@ -259,6 +275,8 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = distributed.Votes(p.mesh)
+    numbers: Callable = getattr(source, "numbers", lambda step: {})
+    boundary = getattr(source, "boundary", 1)
     profile = r.loop.profile if distributed.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
         for step in range(done, job.steps):
@@ -268,19 +286,20 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
             stopping = votes.cast(lambda: interrupt.signal)
             batch = source.batch(step, state)
             state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
-            meter.add(step, batch, found)
+            meter.add(step, batch, {**found, **numbers(step)})
             trace.after(done, state)
             if done % r.loop.log_every == 0 or done == job.steps:
                 log.step(done, *meter.read())
-            score = None
-            if r.loop.eval_every and done % r.loop.eval_every == 0 and done < job.steps and source.held_out:
+            score, stop = None, stop or stopping()
+            if done % boundary and done < job.steps:  # inside a rollout nothing is saved, so nothing else is done
+                continue
+            if due(r.loop.eval_every, done, boundary) and done < job.steps and source.stats["held_out"]:
                 watchdog.at(f"the evaluation after step {done}")
                 with meter.aside():
-                    numbers = ready.measure(state)
-                score = numbers["eval_loss"]
-                log.step(done, numbers, {})
-            stop = stopping()
-            if done % r.loop.save_every == 0 or done == job.steps or score is not None or stop:
+                    measured = ready.measure(state)
+                score = report.judged(measured)
+                log.step(done, measured, {})
+            if due(r.loop.save_every, done, boundary) or done == job.steps or score is not None or stop:
                 meta = {"record": job.record, "counters": meter.counters(), "before": kept["before"]}
                 watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
@@ -288,6 +307,11 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
                 break
         job.saved.wait()
     return state, done, stop
+
+
+def due(every: int | None, done: int, boundary: int) -> bool:
+    """Whether a multiple of `every` steps has come within the last `boundary` steps."""
+    return bool(every) and done // every > (done - boundary) // every  # type: ignore[operator]
 
 
 def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -300,7 +324,7 @@ def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, An
     if better is not None:
         best: Any = job.saved.restore(p.state, better)
         kept_at = report.export(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
-        log.message(f"the held-out loss was lower after step {better} than at the end; the weights of that step are in {kept_at}")
+        log.message(f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}")
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
     if distributed.is_first():
         report.write_card(job, out, before, after, words)

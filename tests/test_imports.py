@@ -18,8 +18,10 @@ LAYERS = (
     {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
-     "accumulate", "reference", "plots", "compare"},  # fmt: skip
-    {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
+     "accumulate", "reference", "plots", "compare", "advantages", "estimates", "rewards", "completions", "player",
+     "rollout"},  # fmt: skip
+    {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
+     "scorer", "starts"},  # fmt: skip
     {"flops", "plan", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )

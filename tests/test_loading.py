@@ -18,7 +18,7 @@ from test_gguf import Kind, write_gguf
 from test_packed import by_bitsandbytes, write_grouped
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft import export, params, prepare, tree, weights
+from jaxft import export, params, prepare, starts, tree, weights
 from jaxft.lora import Adapter
 from jaxft.quant import Quant, is_qtensor, quantize
 from jaxft.weights import leaves, peft, tensors
@@ -109,7 +109,7 @@ def together(folders, tmp_path_factory):
     model = weights.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
     t = prepare.trained(model, settings, None)
-    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, prepare.start_adapter(t, one_device(), 3)), settings, model, "base")
+    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, starts.start_adapter(t, one_device(), 3)), settings, model, "base")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -59,7 +59,7 @@ def test_a_leaf_depends_on_the_key_and_its_path_only():
 def test_no_two_parameters_of_a_model_share_a_key():
     t = prepare.trained(llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None)
     paths = list(params.spec_paths(t.specs))
-    assert len({params._hash(path) for path in paths}) == len(paths)
+    assert len({params.hash_of(path) for path in paths}) == len(paths)
 
 
 def test_layers_of_a_stacked_leaf_differ():

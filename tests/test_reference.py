@@ -13,7 +13,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
-from jaxft import metrics, prepare, reference, sharding, train, tree, weights
+from jaxft import metrics, prepare, reference, sharding, starts, train, tree, weights
 from jaxft.accumulate import accumulated
 from jaxft.data.pairs import PairRows, pair_source
 from jaxft.lora import Adapter
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
         t = prepare.trained(model, settings, None)
-        fresh = prepare.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        fresh = starts.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
         rng = np.random.default_rng(0)
         matters = tree.map_with_path(lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh)
         peft.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")

@@ -22,6 +22,7 @@ from jaxft.optim import Optim, linear, make_optimizer
 from jaxft.programs import TrainState, make_train_step
 from jaxft.quant import quantize
 from jaxft.together import gradients, judge_each, make_eval_step, make_update, together
+from jaxft.together import own as own_leaves
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,7 @@ def all_at_once(ones, weights, batches, **options):
     """The same of adapters that are trained together: (their states, metrics of every step)."""
     begun = [begin(one, weights) for one in ones]
     t = together([b[1] for b in begun], begun[0][3].trainable, **options)
-    states, frozen = [b[3] for b in begun], (weights, tuple(b[4]["adapter"] for b in begun))
+    states, frozen = [b[3] for b in begun], (weights, tuple(own_leaves(b[4]) for b in begun))
     look, told = jit(partial(gradients, t)), []
     updates = [jit(make_update(b[1], b[2])) for b in begun]
     for batch in batches:
@@ -271,7 +272,7 @@ def test_evaluation_together_is_each_ones_own(weights):
         begun = [begin(one, weights) for one in MIXED]
         t = together([b[1] for b in begun], begun[0][3].trainable, at_once=2)
         trainable, aux = [b[3].trainable for b in begun], [b[3].aux for b in begun]
-        frozen = (weights, tuple(b[4]["adapter"] for b in begun))
+        frozen = (weights, tuple(own_leaves(b[4]) for b in begun))
         step = jit(make_eval_step(t))
         seen = [step(trainable, frozen, jax.tree.map(lambda x: x[None], batch), aux) for batch in BATCHES[:2]]
         found = judge_each(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
@@ -312,7 +313,7 @@ def test_the_base_is_held_once_however_many_adapters(weights):
     def arguments(count):
         begun = [begin(MIXED[0], weights)] * count
         t = together([b[1] for b in begun], begun[0][3].trainable)
-        frozen = (weights, tuple(b[4]["adapter"] for b in begun))
+        frozen = (weights, tuple(own_leaves(b[4]) for b in begun))
         args = [b[3].trainable for b in begun], frozen, in_parts(1)[0], [b[3].aux for b in begun]
         return jit(partial(gradients, t)).lower(*args).compile().memory_analysis().argument_size_in_bytes
 

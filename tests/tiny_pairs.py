@@ -81,6 +81,9 @@ def answer_of(batch, r, branches, answer):
     inside = np.flatnonzero((batch.segments[r] == segment) & np.isin(branches, [0, *mine]))
     before = inside[inside <= read[0]]
     assert batch.positions[r, before].tolist() == list(range(len(before)))
+    end = int(batch.last[r].ravel()[answer])  # where the last target stands
+    assert batch.ids[r, end] == targets[-1] and batch.segments[r, end] == segment and (end > read).all()
+    assert batch.positions[r, end] == batch.positions[r, read[-1]] + 1 and branches[end] in (mine or {branches[end]})
     for a, b, target in zip(read[1:], read[:-1], targets[:-1], strict=True):
         assert batch.ids[r, a] == target and batch.positions[r, a] == batch.positions[r, b] + 1
     reference = None if batch.reference is None else batch.reference[r, at].tolist()

@@ -80,6 +80,7 @@ def fill(
         positions=positions,
         **_by_read(pool, layout, at[0][learned], (read, answer, place, where[learned])),
         **_by_slot(pool, layout, (row, slot, members), (weights, means)),
+        last=_last(runs, layout, (row, slot), len(pool.kinds)),
         branches=branches if layout.branches else None,
         kinds=pool.kinds,
     )
@@ -133,6 +134,15 @@ def _by_read(pool: TokenisedPairs, layout: Layout, row: np.ndarray, values: tupl
     return {"read": read, "targets": targets, "answers": answers, "places": places, "reference": reference}
 
 
+def _last(runs: _Runs, layout: Layout, at: tuple[np.ndarray, np.ndarray], kinds: int) -> Int[np.ndarray, "B P A"]:
+    """The column of the last token of each answer. An answer ends with a token that is learned."""
+    last = np.zeros((layout.rows, layout.room.slots, kinds), np.int32)
+    of = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
+    if of.any():
+        last[at] = np.where(runs.count[:, of] > 0, runs.column[:, of] + runs.count[:, of] - 1, 0)
+    return last
+
+
 def _by_slot(pool: TokenisedPairs, layout: Layout, at: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]) -> dict[str, Any]:
     row, slot, members = at
     weights, means = values
@@ -157,7 +167,7 @@ def abstract(layout: Layout, kinds: tuple[str, ...], micro: int, reference: bool
     number = shape(slots, dtype=np.float32)
     return Pairs(
         ids=ids, segments=ids, positions=ids, read=read, targets=read, answers=read, places=read,
-        lengths=shape(slots, len(kinds)), mean_lengths=shape(slots, len(kinds), dtype=np.float32),
+        lengths=shape(slots, len(kinds)), last=shape(slots, len(kinds)), mean_lengths=shape(slots, len(kinds), dtype=np.float32),
         pair_weights=number, index=shape(slots), columns=dict.fromkeys(layout.columns, number),
         reference=shape(layout.room.reads, dtype=np.float32) if reference else None,
         branches=ids if layout.branches else None, kinds=kinds,

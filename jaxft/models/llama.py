@@ -249,6 +249,13 @@ def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array
     return rms_norm(h, params["final_norm"], c.norm_eps, dtype), cache
 
 
+def copies(cache: dict[str, Array], count: int) -> dict[str, Array]:
+    """A cache with each row `count` times, for as many completions of each prompt."""
+    if count == 1:
+        return cache
+    return {name: jnp.repeat(x, count, axis=0 if name == "visible" else 1) for name, x in cache.items()}
+
+
 def step(
     run: Forward, params: Any, cache: Any, ids: Int[Array, "B"], positions: Int[Array, "B"], at: Array
 ) -> tuple[Float[Array, "B D"], dict[str, Array]]:
@@ -303,6 +310,7 @@ def llama(
         logits=lambda head, h: lm_head(h, head),
         head=head,
         prefill=partial(prefill, forward),
+        copies=copies,
         step=partial(step, forward),
         names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
         flops=partial(forward_flops, config),

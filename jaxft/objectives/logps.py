@@ -1,7 +1,7 @@
 """Log-probs of target tokens without ever holding the logits of all of them."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxft.params import Model, is_spec
 from jaxft.sharding import constrain, gathered, is_spread, parts
 from jaxft.tree import struct
 
+Graded = tuple[Literal["logp", "entropy"], ...]
+
 CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in float32
 
 
@@ -20,8 +22,8 @@ CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in fl
 class LogProbs:
     """What losses and metrics read of each target, [B, M] in float32 or wider.
 
-    logp has a gradient. lse (log-sum-exp of the logits), entropy, top1 (is the target the most likely token), square
-    (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
+    logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is the target the
+    most likely token), square (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
     """
 
     logp: Array
@@ -32,16 +34,19 @@ class LogProbs:
     mean_logit: Array
 
 
-def token_logps(model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"]) -> LogProbs:
+def token_logps(
+    model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"], graded: Graded = ("logp",)
+) -> LogProbs:
     """Log-probs of `targets` under the model's head, in chunks along M.
 
     The gradient of a token's log-prob by its hidden state, `W[target] - sum_v p_v W[v]`, doesn't depend on the loss, so it
     is made in the forward pass while the chunk's logits are at hand, and the backward pass runs no product for it. The
     head's own gradient, where it is trained, recomputes each chunk once. On a mesh the head is gathered along fsdp once a
     pass, and each block of rows adds up a gradient of its own, so that the head's gradient is reduced once.
+    graded: what of LogProbs has a gradient; each costs the forward pass one more product with the head.
     """
     head, axes, count, pad = _plan(model, params, h_BMD)
-    out = _chunked(model.logits, count, axes, head, _padded(h_BMD, pad), _padded(targets, pad))
+    out = _chunked(model.logits, count, (axes, graded), head, _padded(h_BMD, pad), _padded(targets, pad))
     return jax.tree.map(lambda x: x[:, : targets.shape[1]], out)
 
 
@@ -62,7 +67,7 @@ def _plan(model: Model, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
     """(head, the axes of its leaves, number of chunks, positions to add so that they are even)."""
     B, M, _ = h_BMD.shape
     head = model.head(params)
-    axes = _axes(model.head({name: model.specs[name] for name in params}), head)
+    axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
     own = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))
     size = max(1, min(M, CHUNK_LOGITS // own))
@@ -114,8 +119,8 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(logits_fn, count, axes, head, h, targets):
-    head = _lay(head, axes, h.dtype)
+def _chunked(logits_fn, count, how, head, h, targets):
+    head = _lay(head, how[0], h.dtype)
 
     def body(_, chunk):
         return None, _read(logits_fn(head, chunk[0]), chunk[1])[0]
@@ -128,33 +133,44 @@ def _slope(p: Array, targets: Array) -> Array:
     return (jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]).astype(p.dtype) - p
 
 
-def _chunked_fwd(logits_fn, count, axes, head, h, targets):
-    whole = _lay(head, axes, h.dtype)
+def _entropy_slope(p: Array, targets: Array) -> Array:
+    """d entropy / d logits = -p (log p + entropy); p log p goes to 0 with p."""
+    log_p = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), 0)
+    return -p * (log_p - jnp.sum(p * log_p, -1, keepdims=True))
+
+
+_SLOPES = {"logp": _slope, "entropy": _entropy_slope}
+
+
+def _chunked_fwd(logits_fn, count, how, head, h, targets):
+    whole = _lay(head, how[0], h.dtype)
 
     def body(_, chunk):
         x, t = chunk
         logits, pull = jax.vjp(partial(logits_fn, whole), x)
         out, p = _read(logits, t)
-        return None, (out, pull(_slope(p, t))[0])
+        return None, (out, [pull(_SLOPES[name](p, t))[0] for name in how[1]])
 
-    out, slope = jax.lax.scan(body, None, (_chunks(h, count), _chunks(targets, count)))[1]
-    return jax.tree.map(_rows, out), (head, h, targets, _rows(slope))
+    out, slopes = jax.lax.scan(body, None, (_chunks(h, count), _chunks(targets, count)))[1]
+    return jax.tree.map(_rows, out), (head, h, targets, [_rows(slope) for slope in slopes])
 
 
-def _chunked_bwd(logits_fn, count, axes, residuals, g):
-    head, h, targets, slope = residuals
-    dh = (slope.astype(g.logp.dtype) * g.logp[..., None]).astype(h.dtype)
+def _chunked_bwd(logits_fn, count, how, residuals, g):
+    (axes, graded), (head, h, targets, slopes) = how, residuals
+    weights = [getattr(g, name) for name in graded]
+    dh = sum(slope.astype(w.dtype) * w[..., None] for slope, w in zip(slopes, weights)).astype(h.dtype)
     every = [True] * len(axes)
     leaves, structure, floats, start = _accumulators(head, axes, h, every)
 
     def body(total, chunk):
-        def block(x, t, weight):
+        def block(x, t, *weights):
             logits, pull = jax.vjp(lambda f: logits_fn(_filled(structure, leaves, f), x), floats)
-            return pull(_slope(jax.nn.softmax(logits, -1), t) * weight[..., None])[0]
+            p = jax.nn.softmax(logits, -1)
+            return pull(sum(_SLOPES[name](p, t) * w[..., None] for name, w in zip(graded, weights)))[0]
 
         return jax.tree.map(jnp.add, total, _by_block(block, *chunk)), None
 
-    total, _ = jax.lax.scan(body, start, (_chunks(h, count), _chunks(targets, count), _chunks(g.logp, count)))
+    total, _ = jax.lax.scan(body, start, tuple(_chunks(x, count) for x in (h, targets, *weights)))
     return _reduced(structure, axes, total), dh, None
 
 
@@ -193,7 +209,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _weighted(logits_fn, count, axes, head, h, targets, weights):
-    out = _chunked(logits_fn, count, axes, head, h, targets)
+    out = _chunked(logits_fn, count, (axes, ("logp",)), head, h, targets)
     return jnp.sum(weights.astype(out.logp.dtype) * out.logp), out
 
 

@@ -164,7 +164,8 @@ def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | N
     else:
         frozen = jax.lax.stop_gradient(reference_params(params, aux))
         known = mask(answer_logps(model, frozen, batch, None).logp)
-    none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
+    unread = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")
+    none: dict[str, Any] = dict.fromkeys(unread)
     rest = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
     return Seen(lp.logp, *rest, replace(batch, **none))
 

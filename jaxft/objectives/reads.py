@@ -1,15 +1,16 @@
-"""Log-probs at the positions that have a loss, also on a mesh that cuts the time of rows into parts.
+"""Log-probs and scores at the positions that are read, also on a mesh that cuts the time of rows into parts.
 
 There every part of a row has its own reads beside its own hidden states: only numbers, one a read, move between devices.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.objectives.logps import LogProbs, token_logps, weighted_logp
+from jaxft.objectives.logps import Graded, LogProbs, token_logps, weighted_logp
 from jaxft.params import Model
 from jaxft.sharding import constrain, parts
 from jaxft.tree import static, struct
@@ -79,19 +80,42 @@ def _in_order(x: Float[Array, "CB m"], places: Places) -> Float[Array, "B M"]:
     return jnp.take_along_axis(together.reshape(rows // places.parts, places.parts * size), places.at, axis=1)
 
 
+def read_scores(model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
+    """The scalar head's value at read positions, in float32 or wider."""
+    if model.scores is None:
+        raise ValueError("this model has no scalar head; make it one with models.heads.scorer")
+    places = placed(read, h_BTD.shape[1])
+    if places is not None and params["score"].ndim > 2:
+        raise ValueError("several heads in one forward pass don't go with mesh.context; train one at a time")
+    out = model.scores(params, gather_read(h_BTD, read, places))
+    return out if places is None else _in_order(out, places)
+
+
 Reads = tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]
 
 
 def read_logps(
-    model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], targets: Int[Array, "B M"]
+    model: Model,
+    params: Any,
+    h_BTD: Float[Array, "B T D"],
+    read: Int[Array, "B M"],
+    targets: Int[Array, "B M"],
+    graded: Graded = ("logp",),
 ) -> LogProbs:
     """token_logps (LogProbs) at read positions."""
     places = placed(read, h_BTD.shape[1])
     h = gather_read(h_BTD, read, places)
     if places is None:
-        return token_logps(model, params, h, targets)
-    out = token_logps(model, params, h, _by_part(_to_places(targets, places), places))
+        return token_logps(model, params, h, targets, graded)
+    out = token_logps(model, params, h, _by_part(_to_places(targets, places), places), graded)
     return jax.tree.map(lambda x: _in_order(x, places), out)
+
+
+def read_numbers(number: Callable[[Array], Array], h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
+    """`number(h [N, m, D]) -> [N, m]`, such as a scalar head, at read positions."""
+    places = placed(read, h_BTD.shape[1])
+    found = number(gather_read(h_BTD, read, places))
+    return found if places is None else _in_order(found, places)
 
 
 def weighted_read_logp(

@@ -26,7 +26,7 @@ def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], las
     """
     number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
     memory, lines, alarms = {**memory}, [], []
-    for check in (_first_loss, _falling, _overfitting, _only_length, _skipped):
+    for check in (_first_loss, _falling, _overfitting, _only_length, skipped):
         now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
         memory[check.__name__] = now
         lines += said
@@ -117,7 +117,7 @@ def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
 
 def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
     """At the end the model should know more about held-out pairs than which answer is longer."""
-    found, guess = n.get("eval_rewards/accuracies"), _by_length(n)
+    found, guess = n.get("eval_rewards/accuracies"), by_length(n)
     if not last or found is None or guess is None or found > guess[0]:
         return memory, [], []
     return memory, [], [
@@ -127,7 +127,7 @@ def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
     ]  # fmt: skip
 
 
-def _skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
     """Steps whose loss or gradient was not finite; told at the first one and whenever there are twice as many."""
     total, said = memory.get("total", 0) + n.get("skipped", 0), memory.get("said", 0)
     if total < max(1, WORSE * said):
@@ -138,7 +138,7 @@ def _skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: floa
     ]  # fmt: skip
 
 
-def _by_length(n: dict[str, float]) -> tuple[float, str] | None:
+def by_length(n: dict[str, float]) -> tuple[float, str] | None:
     """(accuracy, which) of the better guess that looks at nothing but length, on held-out pairs."""
     longer = n.get("eval_length/accuracy_if_longer_wins")
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
@@ -149,16 +149,16 @@ def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     lines = []
     known = lambda *names: all(isinstance(last.get(name), int | float) for name in names)  # noqa: E731
     if known("eval_rewards/accuracies"):
-        guess = _by_length(last)
+        guess = by_length(last)
         beside = f"; always taking the {guess[1]} answer gives {guess[0]:.2f}" if guess else ""
-        found = _change("eval_rewards/accuracies", first, last, 2)
+        found = change("eval_rewards/accuracies", first, last, 2)
         if known("eval_kl"):  # before training the policy is the reference, and no answer wins
             found = f"all ties before, {last['eval_rewards/accuracies']:.2f} after"
         lines.append(f"held-out accuracy: {found}{beside}")
     if known("eval_rewards/margins"):
-        lines.append(f"held-out margin of the rewards: {_change('eval_rewards/margins', first, last, 3)}")
+        lines.append(f"held-out margin of the rewards: {change('eval_rewards/margins', first, last, 3)}")
     if known("eval_logps/chosen"):
-        lines.append(f"log-prob of the chosen held-out answers: {_change('eval_logps/chosen', first, last, 1)}")
+        lines.append(f"log-prob of the chosen held-out answers: {change('eval_logps/chosen', first, last, 1)}")
     if known("eval_kl"):
         lines.append(f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated at the chosen held-out answers' tokens")
     if known("eval_length/margin_correlation"):
@@ -181,6 +181,6 @@ def _labels(share: float, error: float) -> str:
     return f"labels: {told} (pairs that the model, before it learned from them, was sure of the other way round){advice}"
 
 
-def _change(name: str, first: dict[str, Any], last: dict[str, Any], digits: int) -> str:
+def change(name: str, first: dict[str, Any], last: dict[str, Any], digits: int) -> str:
     before, after = first.get(name), f"{last[name]:.{digits}f}"
     return f"{before:.{digits}f} before, {after} after" if isinstance(before, float) else after

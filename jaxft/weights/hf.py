@@ -34,6 +34,7 @@ from jaxft.weights.tensors import (
 
 MAX_SHARD = 5_000_000_000
 TO_CONFIG = {LlamaConfig: to_hf}
+SCORE = "score.weight"  # of a sequence classifier
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, for which a Model has no name
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers that old files carry
 
@@ -122,8 +123,11 @@ def check(tensors: Tensors, model: Model) -> None:
             f"{tensors.where}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}; "
             "is the download complete, and does its config.json belong to it?"
         )
-    allowed = HEAD[0] if "head" not in model.names else None  # some files repeat a tied head
-    extra = [n for n in tensors.shapes if n not in wanted and n != allowed and not n.endswith(IGNORED)]
+    allowed = {HEAD[0]} if "head" not in model.names else set()  # some files repeat a tied head
+    allowed |= {SCORE} if "score" in model.names else set()
+    extra = [n for n in tensors.shapes if n not in wanted and n not in allowed and not n.endswith(IGNORED)]
+    if SCORE in extra:
+        raise ValueError(f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model")
     if extra:
         raise ValueError(
             f"{tensors.where}: {len(extra)} tensors have no place in this architecture, the first is {extra[0]}; "
@@ -204,7 +208,8 @@ def save_folder(
 ) -> None:
     """A merged model as a Hugging Face folder that transformers and vLLM load.
 
-    base: the tree of base weights, written in its leaves' dtypes or as `packing` says. ref: the model it came from, whose
+    base: the tree of base weights, written in its leaves' dtypes or as `packing` says; with a "score" in it, the head of `model`,
+    it is a sequence classifier with one label. ref: the model it came from, whose
     config.json and generation_config.json are carried over; without one they are written from model.config. tokenizer may be
     None. Of several processes all call it; process 0 writes, and its error is raised on all.
     """
@@ -238,7 +243,10 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: Any, packing: Packing | None) -> None:
     config, generation = _source_configs(model, ref)
-    config["tie_word_embeddings"] = "head" not in base
+    if "score" in base:
+        _classify(config, tokenizer)
+    else:
+        config["tie_word_embeddings"] = "head" not in base
     plain = [leaf.dtype for path, leaf in tree.paths(base, is_qtensor).items() if not packing or path not in packing.forms]
     widest = max(map(np.dtype, plain), key=lambda dtype: dtype.itemsize)
     if packing:
@@ -249,6 +257,16 @@ def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: A
         tokenizer.save_pretrained(str(folder))
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
+def _classify(config: dict[str, Any], tokenizer: Any) -> None:
+    """What transformers wants to know of a sequence classifier. It finds a row's last token by the padding around it."""
+    kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
+    config["architectures"] = [kind[0].replace("ForCausalLM", "ForSequenceClassification")]
+    config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    if config.get("pad_token_id") is None and tokenizer is not None:
+        pad = tokenizer.pad_token_id
+        config["pad_token_id"] = tokenizer.eos_token_id if pad is None else pad
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:

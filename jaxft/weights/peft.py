@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, in and out."""
+"""LoRA adapters, and heads beside them, in PEFT's layout: adapter_config.json and adapter_model.safetensors, in and out."""
 
 import re
 from dataclasses import replace
@@ -15,16 +15,16 @@ from jaxft.weights.hf import HEAD, layer_array
 from jaxft.weights.tensors import Entry, Outgoing, read_header, read_json, read_tensor, write_json, write_safetensors
 
 PREFIX = "base_model.model."
+SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
+SEQ_CLS = "SEQ_CLS"
 BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
 PEFT_VERSION = "0.17.0"  # whose fields these are; every later one reads them
 
 # What an adapter_config.json may switch on that changes the arithmetic, with the values that leave plain LoRA.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
     "use_dora": (False,),
     "use_qalora": (False,),
     "lora_bias": (False,),
@@ -36,10 +36,13 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str) -> None:
+def save_adapter(
+    folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None
+) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    Raises ValueError for a pair whose shapes don't fit the model. Of several processes all call it, and process 0 writes.
+    score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
+    pair whose shapes don't fit the model. Of several processes all call it, and process 0 writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -52,12 +55,14 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
         modules.add(module.rsplit(".", 1)[-1])
         for i in range(pair["a"].shape[0] if "{i}" in module else 1):
             tensors += _outgoing(module.format(i=i), pair, i if "{i}" in module else None, settings)
+    if score is not None:
+        tensors.append(Outgoing(SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_array(score, None, True)))
     agree.by_first(agree.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if score is None else SEQ_CLS,
         "base_model_name_or_path": repo,
         "revision": revision or None,
         "r": settings.rank,
@@ -68,7 +73,7 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": None if score is None else ["score"],
         "use_rslora": settings.rslora,
         "use_dora": False,
         "rank_pattern": {},
@@ -99,7 +104,7 @@ def _name(model: Model, path: str) -> tuple[str, bool]:
 
 
 def _linear_paths(model: Model) -> list[str]:
-    return [path for path, (_, transpose) in {"head": HEAD, **model.names}.items() if transpose]
+    return [path for path, (_, transpose) in {"head": HEAD, **model.names}.items() if transpose and path != "score"]
 
 
 def _outgoing(module: str, pair: dict[str, Any], layer: int | None, settings: Adapter) -> list[Outgoing]:
@@ -125,11 +130,22 @@ def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adap
 
     Ranks and alphas that differ between modules become one rank, padded with zeros, and each layer's own scale; a layer
     without an adapter is a zero pair. The copy of the head's base weight that peft adds to an adapter on lm_head is not
-    read. Raises ValueError for what is not plain LoRA on this model's linear layers.
+    read. Raises ValueError for what is not plain LoRA on this model's linear layers, and for a reward model's adapter.
+    """
+    found, settings = load_parts(folder, model)
+    if "score" in found:
+        raise ValueError(f"{folder}: a reward model's adapter, which gives scores and no text; take a language model's adapter")
+    return found["adapter"], settings
+
+
+def load_parts(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapter]:
+    """load_adapter for any folder: ({"adapter"} or, of a sequence classification adapter, {"adapter", "score" [D, 1]}, settings).
+
+    Raises ValueError too for a head that is missing, or has another number of labels than one.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
-    default = _settings(folder, config)
+    default, scored = _settings(folder, config), _is_scored(folder, config)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         unsafe = (folder / "adapter_model.bin").is_file()
@@ -150,24 +166,46 @@ def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adap
         found = {m for m in modules if f"{PREFIX}{m}.lora_A.weight" in entries}
         if not found:
             continue
-        parts = []
+        pairs = []
         for module in modules:
             if module in found:
-                parts.append(_read_pair(path, entries, module, shape[-2:], config))
+                pairs.append(_read_pair(path, entries, module, shape[-2:], config))
                 used |= {f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"}
             else:
-                parts.append((np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), settings.scale))
+                pairs.append((np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), settings.scale))
         *above, last = base_path.split("/")
         node = adapter
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = _stacked(parts, settings.rank, layered="{i}" in name)
+        node[last] = _stacked(pairs, settings.rank, layered="{i}" in name)
         targets.append(last)
+    parts = {"adapter": adapter} | ({"score": _read_score(path, entries, model.config.width)} if scored else {})
+    used |= {SCORE} if scored else set()
     extra = [name for name in entries if name not in used and not (name in BASE_COPIES and "head" in targets)]
     if extra or not targets:
         what = f"tensor {extra[0]} is no LoRA pair of a linear layer" if extra else "it holds no LoRA pair"
         raise ValueError(f"{path}: {what} of this model; is the adapter for another base model?")
-    return adapter, replace(settings, targets=tuple(targets))
+    return parts, replace(settings, targets=tuple(targets))
+
+
+def _is_scored(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether it is an adapter with a head for scores. Raises ValueError for another task, or other modules in full."""
+    task, saved = config.get("task_type"), config.get("modules_to_save") or []
+    fits = task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}  # peft names both by default
+    if fits or (task in ("CAUSAL_LM", None) and not saved):
+        return fits
+    raise ValueError(
+        f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not supported; jaxft reads "
+        "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and modules_to_save=['score']"
+    )
+
+
+def _read_score(path: Path, entries: dict[str, Entry], width: int) -> np.ndarray:
+    if SCORE not in entries:
+        raise ValueError(f"{path}: tensor {SCORE} is missing, the head of a sequence classification adapter")
+    if entries[SCORE].shape != (1, width):
+        raise ValueError(f"{path}: {SCORE} has shape {entries[SCORE].shape}, and a reward model's has {(1, width)}: one label")
+    return read_tensor(path, SCORE, entries[SCORE]).T
 
 
 def _settings(folder: Path, config: dict[str, Any]) -> Adapter:

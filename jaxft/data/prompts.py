@@ -1,0 +1,224 @@
+"""Prompts that a policy answers while it trains, and what a reward function reads of their rows."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.batch import Rollout
+from jaxft.data import chat, formats, pack
+from jaxft.data.rows import Row, read_rows
+
+TOO_LONG = ("drop", "error")
+STEP = 64  # prompts and rows are as long as a multiple of this, so that similar data share a program
+ANSWERS = ("response", "output", "completion", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked, how it is answered, and how a rollout becomes optimizer steps.
+
+    train: file, folder or hub dataset; held_out: a share of the rows, or a place of its own, or "none". columns: "ours=theirs"
+    renames. format: "chat" takes a string as the user's turn, "plain" as text to go on from.
+    max_prompt, max_new: tokens of a prompt and of a completion; too_long: "drop" leaves longer prompts out, "error" stops.
+    batch: prompts a rollout; group: completions of each. temperature, top_k, top_p: how they are drawn.
+    passes: how often a rollout's completions are learned from (PPO's epochs, GRPO's iterations), each time in `minibatches`
+    optimizer steps, in `micro` microbatches. epochs: passes over the prompts; seed: of the split, the order and the draws.
+    """
+
+    train: str
+    held_out: str | float | None = 0.05
+    columns: tuple[str, ...] = ()
+    format: str = "chat"
+    max_prompt: int = 256
+    max_new: int = 128
+    too_long: str = "drop"
+    batch: int = 16
+    group: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    passes: int = 1
+    minibatches: int = 1
+    micro: int = 1
+    epochs: float = 1.0
+    seed: int = 0
+    date: str = chat.DATE
+
+    def __post_init__(self) -> None:
+        for name, choices in (("format", ("chat", "plain")), ("too_long", TOO_LONG)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(choices)}")
+        for name in ("max_prompt", "max_new", "batch", "group", "passes", "minibatches", "micro"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least 1")
+        if self.batch % (self.minibatches * self.micro):
+            raise ValueError(
+                f"data.batch={self.batch} prompts do not divide into data.minibatches={self.minibatches} of "
+                f"data.micro={self.micro} microbatches; make it a multiple of {self.minibatches * self.micro}"
+            )
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
+        if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a prompt with a completion."""
+        return self.max_prompt + self.max_new
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that a rollout gives."""
+        return self.passes * self.minibatches
+
+    def abstract(self, shards: int = 1) -> Rollout:
+        """Shapes of the largest batch that the settings allow, without the rows at hand."""
+        return shapes(self, Room.most(self, self.max_prompt), shards)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Size of a row: tokens, and read positions."""
+
+    length: int
+    reads: int
+
+    @staticmethod
+    def most(data: Prompts, longest: int) -> "Room":
+        """What the longest prompt with a whole group of the longest completions takes."""
+        return Room(rounded(longest + data.group * data.max_new), rounded(data.group * data.max_new))
+
+
+def rounded(size: int) -> int:
+    """The next multiple of STEP."""
+    return -(-size // STEP) * STEP
+
+
+def shapes(data: Prompts, room: Room, shards: int = 1) -> Rollout:
+    """Shapes of one optimizer step's batch, [micro, rows, ...]: a row holds a prompt and its group."""
+    rows = -(-data.batch // (data.minibatches * data.micro * shards)) * shards
+
+    def shape(last: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((data.micro, rows, last), dtype)
+
+    token, read, number = shape(room.length, np.int32), shape(room.reads, np.int32), shape(room.reads, np.float32)
+    return Rollout(
+        ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number, advantages=number,
+        policy_weights=number, lengths=shape(data.group, np.int32), branches=token,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as token ids; names and fields of their rows, and the prompt as it stands there."""
+
+    ids: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    prompts: tuple[Any, ...]
+    fields: tuple[dict[str, Any], ...]
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, chosen: Sequence[int] | np.ndarray) -> "Asked":
+        """Some of them."""
+        take = lambda x: tuple(x[int(i)] for i in chosen)  # noqa: E731
+        return Asked(take(self.ids), take(self.names), take(self.prompts), take(self.fields))
+
+
+def prompt_of(row: Row) -> Any:
+    """A row's prompt: a string, or the messages up to the answer. Raises ValueError, naming the row, where there is none."""
+    fields = {name: value for name, value in row.fields.items() if name not in ANSWERS}
+    if isinstance(fields.get("prompt"), str) and not fields["prompt"].lstrip().startswith("["):
+        return formats.string(row, "prompt")
+    if "prompt" in fields:
+        fields["messages"] = fields.pop("prompt")
+    if "instruction" in fields:
+        fields["response"] = "-"  # a row has an answer; it is cut off below
+    if not {"messages", "conversations", "instruction"} & fields.keys():
+        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted prompt, messages or instruction")
+    messages = list(getattr(formats.normalise([row._replace(fields=fields)])[0], "messages", ()))
+    if not messages:
+        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction")
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
+    """The prompts of `ref`, tokenised as training sees them. Raises ValueError naming the row of one that can't be asked."""
+    ids, names, prompts, fields, dropped = [], [], [], [], 0
+    for row in read_rows(ref):
+        row = _renamed(row, data.columns)
+        prompt = prompt_of(row)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and data.format == "chat" else prompt
+        found = chat.prompt_ids(turns, tokenizer, data.date)
+        if not found:
+            raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
+        if len(found) > data.max_prompt:
+            if data.too_long == "error":
+                raise ValueError(f"{row.name}: a prompt of {len(found)} tokens, and data.max_prompt={data.max_prompt}")
+            dropped += 1
+            continue
+        ids.append(tuple(found))
+        names.append(row.name)
+        prompts.append(prompt)
+        fields.append(row.fields)
+    if not ids:
+        raise ValueError(f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it")
+    return Asked(tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped)
+
+
+def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
+    fields = dict(row.fields)
+    for item in columns:
+        ours, equals, theirs = (part.strip() for part in item.partition("="))
+        if not (ours and equals and theirs):
+            raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
+        if theirs not in row.fields:
+            found = ", ".join(map(str, row.fields))
+            raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
+        fields[ours] = row.fields[theirs]
+    return Row(row.name, fields)
+
+
+def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
+    """(prompts to learn from, prompts held out)."""
+    asked = read(data.train, data, tokenizer)
+    if data.held_out in (None, "none", 0):
+        return asked, asked.at(())
+    if isinstance(data.held_out, str):
+        return asked, read(data.held_out, data, tokenizer)
+    if len(asked) < 2:
+        raise ValueError(f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none")
+    share = min(max(1, round(data.held_out * len(asked))), len(asked) - 1)
+    order = pack.permutation(len(asked), data.seed, 0)
+    kept = asked.at(np.sort(order[share:]))
+    return Asked(kept.ids, kept.names, kept.prompts, kept.fields, asked.dropped), asked.at(np.sort(order[:share]))
+
+
+def drawn(data: Prompts, count: int, rollout: int) -> np.ndarray:
+    """Which of `count` prompts rollout number `rollout` asks, [batch]: an endless sequence, shuffled anew each time around."""
+    places = rollout * data.batch + np.arange(data.batch)
+    orders = {epoch: pack.permutation(count, data.seed, 4, epoch) for epoch in np.unique(places // count).tolist()}
+    return np.array([orders[place // count][place % count] for place in places.tolist()])
+
+
+def dealt(data: Prompts, rollout: int, part: int) -> np.ndarray:
+    """Which of a rollout's prompts its optimizer step number `part` learns from: each pass is shuffled anew."""
+    turn, place = divmod(part, data.minibatches)
+    order = pack.permutation(data.batch, data.seed, 5, rollout, turn)
+    size = data.batch // data.minibatches
+    return order[place * size : (place + 1) * size]
+
+
+def fingerprint(data: Prompts, train: Asked, held: Asked) -> str:
+    """A hash of what is asked and of all that decides in which order."""
+    settings = (data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature)
+    told = [settings, data.top_k, data.top_p, train.ids, train.fields, held.ids, held.fields]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:32]

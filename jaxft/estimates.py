@@ -1,0 +1,94 @@
+"""What a rollout's scores mean for each token: advantages, and returns where there is a critic. Host side, float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxft import advantages as adv
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A rollout as numbers: G prompts, N completions of each, n = G N of them in order; per-token arrays [n, S], 0 beyond the
+    length. scores: NaN where there is none. aux: what the objective keeps beside the parameters, such as kl_coef."""
+
+    scores: Float[np.ndarray, "G N"]
+    lengths: Int[np.ndarray, "G N"]
+    ended: Bool[np.ndarray, "G N"]  # by a stop token, not by the limit
+    logps: Float[np.ndarray, "n S"]
+    reference: Float[np.ndarray, "n S"] | None
+    values: Float[np.ndarray, "n S"] | None
+    aux: dict[str, Any]
+
+    @property
+    def inside(self) -> Bool[np.ndarray, "n S"]:
+        """Where there is a token of a completion that has a score."""
+        known = adv.scorable(self.scores)
+        return adv.inside((self.lengths * known).ravel(), self.logps.shape[1])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Advantages and returns [n, S]; numbers for the log, each a mean over the rollout."""
+
+    advantages: Float[np.ndarray, "n S"]
+    returns: Float[np.ndarray, "n S"] | None
+    told: dict[str, float]
+
+
+def by_group(sampled: Sampled, advantage: Callable = adv.grpo) -> Estimate:
+    """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO."""
+    found = advantage(sampled.scores)
+    return Estimate(adv.at_tokens(found, sampled.lengths, sampled.logps.shape[1]), None, {})
+
+
+def group_whitened(sampled: Sampled) -> Estimate:
+    """REINFORCE++ with a group's baseline: the score less its group's mean, whitened over all tokens."""
+    spread = adv.at_tokens(adv.centred(sampled.scores), sampled.lengths, sampled.logps.shape[1])
+    return Estimate(adv.whiten(spread, sampled.inside), None, {})
+
+
+def reinforce(sampled: Sampled, kl_coef: float = 0.01, gamma: float = 1.0, kl: Callable | None = None) -> Estimate:
+    """REINFORCE++ (arXiv:2501.03262): what is to come of score and -kl_coef KL, whitened over all tokens."""
+    rewards, told = _rewards(sampled, kl_coef, kl)
+    return Estimate(adv.whiten(adv.returns_to_go(rewards, _flat(sampled), gamma), sampled.inside), None, told)
+
+
+def actor_critic(
+    sampled: Sampled, kl_coef: float | None = 0.05, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
+    kl: Callable | None = None,
+) -> Estimate:  # fmt: skip
+    """PPO's: generalised advantages of `-kl_coef KL_t` and the score at the end, whitened; returns are made before whitening.
+
+    kl_coef: None takes the one that a controller keeps in aux. kl(logp, reference) -> per token, k1 by default.
+    """
+    if sampled.values is None:
+        raise ValueError("actor_critic needs a critic's values; give policy(...) a value, or take an estimate without a critic")
+    coef = float(sampled.aux["kl_coef"]) if kl_coef is None else kl_coef
+    rewards, told = _rewards(sampled, coef, kl)
+    if whiten_rewards:
+        rewards = adv.whiten_around_mean(rewards, sampled.inside)
+    found, returns = adv.gae(rewards, sampled.values, _flat(sampled), gamma, lam)
+    return Estimate(adv.whiten(found, sampled.inside), returns, told)
+
+
+def _flat(sampled: Sampled) -> Int[np.ndarray, " n"]:
+    return (sampled.lengths * adv.scorable(sampled.scores)).ravel()
+
+
+def _rewards(sampled: Sampled, coef: float, kl: Callable | None) -> tuple[Float[np.ndarray, "n S"], dict[str, float]]:
+    """Rewards of each token, and TRL's numbers about them."""
+    here, scores = sampled.inside, sampled.scores.ravel()
+    if coef and sampled.reference is None:
+        raise ValueError(f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=FixedKL(0)")
+    away = np.zeros(here.shape)
+    if sampled.reference is not None:
+        away = np.asarray(kl(sampled.logps, sampled.reference)) if kl else sampled.logps - sampled.reference
+    away = np.where(here, away, 0)
+    count = max(int(adv.scorable(scores).sum()), 1)
+    penalty = -coef * away.sum() / count
+    told = {"objective/non_score_reward": penalty, "objective/rlhf_reward": penalty + float(np.nansum(scores)) / count}
+    return adv.token_rewards(away, scores, _flat(sampled), coef), told

@@ -1,0 +1,292 @@
+"""The objective around a policy loss: the policy's part, a KL penalty, an entropy bonus and the critic's part, and the metrics.
+
+`policy(model, partial(clipped, eps_high=0.28))` is linear in the batch's policy weights and in its value weights. PPO and the
+GRPO family are this objective with losses of policy_losses.py, and advantages and weights of advantages.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxft.batch import Rollout
+from jaxft.metrics import Correlation, Max, Min, Sum
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, Penalty, k3
+from jaxft.objectives.logps import LogProbs
+from jaxft.objectives.pairwise import reference_params
+from jaxft.objectives.policy_losses import Drawn, PolicyLoss
+from jaxft.objectives.preference import require
+from jaxft.objectives.reads import read_logps, read_numbers
+from jaxft.objectives.sft import sft
+from jaxft.params import Model
+from jaxft.tree import struct
+
+Values = Callable[[Any, Rollout, Array], Array]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function that is trained beside the policy: `coef` times its loss is added.
+
+    values(params, batch, h [B, T, D] of the policy) -> what is to come at each read position [B, M]; see critic(). clip: how far
+    from the values at drawing they are trusted, None for any distance.
+    """
+
+    values: Values
+    coef: float = 0.1
+    clip: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        require(self.coef > 0, f"a critic's coef is above 0, found {self.coef}; leave the critic out instead")
+        require(self.clip is None or self.clip > 0, f"a critic's clip is above 0 or none, found {self.clip}")
+
+
+def critic(hidden: Callable[[Any, Rollout, Array], Array], head: Callable[[Any, Array], Array]) -> Values:
+    """Values of `head(params, h [N, m, D]) -> [N, m]` over hidden states `hidden(params, batch, h [B, T, D] of the policy)`.
+
+    hidden may be a second pass with another adapter, or give the policy's own states back.
+    """
+    return lambda params, batch, h: read_numbers(partial(head, params), hidden(params, batch, h), batch.read)
+
+
+@struct
+class Played:
+    """What the forward passes leave of a batch, [B, M]; logp and values have a gradient, entropy where it has a coefficient.
+
+    batch: the completions without their tokens.
+    """
+
+    logp: Float[Array, "B M"]
+    entropy: Float[Array, "B M"]
+    values: Float[Array, "B M"] | None
+    batch: Rollout
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`(params, batch, key, aux) -> (loss, metrics)` in its two halves; see policy().
+
+    see(params, batch, key, aux) -> Played; judge(played, aux) -> (loss, metrics). start(trainable, at_base) -> aux;
+    after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> LogProbs [B, M] of the completions, and
+    reference_logps(params, batch, aux) -> [B, M] of the reference, both at `temperature`; values(params, batch) -> [B, M] of the
+    critic, None without one. reference: whether a batch needs the reference's log-probs. text: the objective of general text.
+    """
+
+    see: Callable[..., Played]
+    judge: Callable[..., tuple[Array, dict[str, Any]]]
+    start: Callable[..., dict[str, Any]]
+    after_step: Callable[..., dict[str, Any]]
+    logps: Callable[..., LogProbs]
+    reference_logps: Callable[..., Array]
+    values: Callable[..., Array] | None
+    reference: bool
+    temperature: float
+    text: Callable[..., tuple[Array, dict[str, Any]]]
+
+    def __call__(self, params: Any, batch: Rollout, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+        """Both halves."""
+        return self.judge(self.see(params, batch, key, aux), aux)
+
+    def complete(self, batch: Rollout) -> Rollout:
+        """The batch (arrays or shapes) with all fields that are needed, each like logps."""
+        x = batch.logps
+        batch = replace(batch, reference=x) if self.reference else batch
+        return replace(batch, values=x, returns=x, value_weights=x) if self.values else batch
+
+
+def policy(
+    model: Model,
+    loss: PolicyLoss,
+    beta: float | Penalty = 0.0,
+    entropy: float = 0.0,
+    temperature: float = 1.0,
+    value: Critic | Values | None = None,
+) -> Policy:
+    """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t` with the batch's policy weights w and value weights v.
+
+    loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty
+    needs the reference's log-probs in the batch; FixedKL(0) is for a run that has the KL in its rewards. AdaptiveKL's coefficient
+    is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions were drawn at: logits
+    are divided by it, of the policy and of the reference. value: the critic, None for none.
+
+    Metrics have the names that TRL's GRPO gives them, the trainer of this family that TRL still has, and TRL's of PPO where GRPO
+    has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
+    """
+    require(0 < temperature < float("inf"), f"the temperature that completions are drawn at is above 0, found {temperature}")
+    penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
+    seat = Critic(value) if value is not None and not isinstance(value, Critic) else value
+    at = at_temperature(model, temperature)
+    return Policy(
+        see=partial(_see, at, ("logp", "entropy") if entropy else ("logp",), seat),
+        judge=partial(_judge, (loss, penalty, entropy), seat),
+        start=partial(_start, penalty),
+        after_step=partial(_after_step, penalty),
+        logps=partial(_logps, at),
+        reference_logps=lambda params, batch, aux: _logps(at, reference_params(params, aux), batch).logp,
+        values=None if seat is None else lambda params, batch: seat.values(params, batch, model.hidden(params, batch, None)),
+        reference=penalty is not None,
+        temperature=temperature,
+        text=sft(model),
+    )
+
+
+def at_temperature(model: Model, temperature: float) -> Model:
+    """The model with its logits divided by the temperature."""
+    if temperature == 1:
+        return model
+    return replace(model, logits=lambda head, h: model.logits(head, h) / temperature)
+
+
+def _logps(model: Model, params: Any, batch: Rollout) -> LogProbs:
+    return read_logps(model, params, model.hidden(params, batch, None), batch.read, batch.targets)
+
+
+def _see(model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any) -> Played:
+    h = model.hidden(params, batch, key)
+    lp = read_logps(model, params, h, batch.read, batch.targets, graded)
+    values = None if seat is None else seat.values(params, batch, h).astype(lp.logp.dtype)
+    none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
+    return Played(lp.logp, lp.entropy, values, replace(batch, **none))
+
+
+def _drawn(played: Played) -> Drawn:
+    """What a loss sees. Without `logps` the batch was drawn by the model that is trained, and the ratio is 1."""
+    batch, dtype = played.batch, played.logp.dtype
+    count = batch.lengths.shape[1]
+    real = batch.answers < count
+    mask = lambda x: jnp.where(real, x.astype(dtype), 0)  # noqa: E731
+    member = batch.answers[:, :, None] == jnp.arange(count, dtype=batch.answers.dtype)
+    return Drawn(
+        logp=mask(played.logp),
+        old=mask(jax.lax.stop_gradient(played.logp) if batch.logps is None else batch.logps),
+        advantages=mask(batch.advantages),
+        entropy=mask(played.entropy),
+        reference=None if batch.reference is None else mask(batch.reference),
+        answer=batch.answers,
+        real=real.astype(dtype),
+        tokens=jnp.maximum(jnp.sum(member, 1), 1).astype(dtype),
+    )
+
+
+def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[Array, dict[str, Any]]:
+    (loss, penalty, bonus), drawn = terms, _drawn(played)
+    weights = played.batch.policy_weights.astype(drawn.logp.dtype)
+    add = lambda x: jnp.sum(jnp.where(weights != 0, weights * x, 0))  # noqa: E731
+    value = part = add(_values(loss, drawn))
+    metrics: dict[str, Any] = {}
+    if drawn.reference is not None:
+        kl = (penalty.estimate if penalty else k3)(drawn.logp, drawn.reference) * drawn.real
+        metrics |= {"kl": _mean(kl, drawn.real), "kl_per_completion": _mean(drawn.total(kl), drawn.total(drawn.real) > 0)}
+    if penalty:
+        if drawn.reference is None:
+            raise ValueError("a KL penalty needs the reference's log-probs in the batch; let the rollout give them or set beta=0")
+        coef = aux["kl_coef"].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
+        value = value + coef * add(kl)
+    if bonus:
+        value = value - bonus * add(drawn.entropy)
+    if isinstance(penalty, AdaptiveKL):
+        metrics["kl_coef"] = Max(aux["kl_coef"])
+    metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
+    metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
+    if seat is not None:
+        cost, found = _value_part(seat, played)
+        value = value + seat.coef * cost
+        metrics |= found | {"loss": Sum(value, found["loss/value_avg"].weight)}
+    return value, jax.lax.stop_gradient(metrics)
+
+
+def _values(loss: PolicyLoss, drawn: Drawn) -> Array:
+    found = loss(drawn)
+    if getattr(found, "shape", None) != drawn.logp.shape:
+        name = getattr(getattr(loss, "func", loss), "__name__", repr(loss))
+        shape = getattr(found, "shape", type(found).__name__)
+        raise ValueError(f"the policy loss {name} gives one value a token, {drawn.logp.shape}; found {shape}")
+    return found
+
+
+def _mean(values: Array, where: Array) -> Sum:
+    w = where.astype(values.dtype)
+    return Sum(jnp.sum(w * values), jnp.sum(w))
+
+
+def _metrics(loss: PolicyLoss, drawn: Drawn, used: Array) -> dict[str, Any]:
+    """How far the policy is from the one that drew, at the tokens that have a policy loss; the entropy of all.
+
+    clip_ratio counts the tokens that the loss holds still, whatever loss it is: those whose log-prob has no gradient although
+    their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max are those of a completion.
+    val/ratio_var is the mean of (r - 1)^2, as the mean of r is to be 1.
+    """
+    drawn, used = jax.lax.stop_gradient(drawn), used & (drawn.real > 0)
+    slope = jax.grad(lambda logp: jnp.sum(jnp.where(used, loss(replace(drawn, logp=logp)), 0)))(drawn.logp)
+    still = used & (slope == 0)
+    low, high = (_flag(still & where, slope) for where in (drawn.advantages < 0, drawn.advantages > 0))
+    tokens = drawn.total(_flag(used, slope))
+    share = lambda x, none: jnp.where(tokens > 0, drawn.total(x) / jnp.maximum(tokens, 1), none)  # noqa: E731
+    away = drawn.log_ratio
+    return {
+        "entropy": _mean(drawn.entropy, drawn.real),
+        "policy/approxkl_avg": _mean(away * away / 2, used),
+        "val/ratio": _mean(drawn.ratio, used),
+        "val/ratio_var": _mean(jnp.expm1(away) ** 2, used),
+        "clip_ratio/low_mean": _mean(low, used),
+        "clip_ratio/high_mean": _mean(high, used),
+        "clip_ratio/region_mean": _mean(low + high, used),
+        "clip_ratio/low_min": Min(jnp.min(share(low, jnp.inf))),
+        "clip_ratio/high_max": Max(jnp.max(share(high, -jnp.inf))),
+    }
+
+
+def _flag(x: Array, like: Array) -> Array:
+    return x.astype(like.dtype)
+
+
+def value_loss(values: Array, old: Array, returns: Array, clip: float | None) -> tuple[Array, Array]:
+    """(`max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2`, where the clipped one counts), [B, M] (as in TRL's PPO).
+
+    With clip=None `(v - R)^2 / 2`.
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return plain / 2, jnp.zeros(values.shape, bool)
+    bounded = (jnp.clip(values, old - clip, old + clip) - returns) ** 2
+    return jnp.maximum(plain, bounded) / 2, bounded > plain
+
+
+def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
+    batch, values = played.batch, played.values
+    if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
+        raise ValueError("a critic needs values, returns and value_weights in the batch; let the rollout give them")
+    weights = batch.value_weights.astype(values.dtype)
+    used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
+    at = lambda x: jnp.where(used, x.astype(values.dtype), 0)  # noqa: E731
+    known, returns = at(values), at(batch.returns)
+    losses, bounded = value_loss(known, at(batch.values), returns, seat.clip)
+    cost = jnp.sum(weights * losses)
+    return cost, {
+        "loss/value_avg": Sum(cost, jnp.sum(weights)),
+        "val/clipfrac_avg": _mean(bounded.astype(values.dtype), used),
+        "val/returns_correlation": Correlation.of(known, returns, used),
+    }
+
+
+def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, Any]:
+    """aux at step 0. at_base: the model at step 0 is the base without its adapter, so that no copy of it is needed."""
+    aux: dict[str, Any] = {}
+    if penalty and not at_base:
+        aux["reference"] = jax.tree.map(jnp.copy, trainable)
+    if isinstance(penalty, AdaptiveKL):
+        aux["kl_coef"] = jnp.asarray(penalty.coef, jnp.float32)
+    return aux
+
+
+def _after_step(penalty: Penalty | None, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """An adaptive coefficient follows the KL of this step's completions."""
+    if not isinstance(penalty, AdaptiveKL):
+        return aux
+    kl = metrics["kl_per_completion"]
+    found = penalty.update(aux["kl_coef"], kl.total / jnp.maximum(kl.weight, 1), kl.weight)
+    return {**aux, "kl_coef": jnp.where(kl.weight > 0, found, aux["kl_coef"]).astype(jnp.float32)}

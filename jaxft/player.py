@@ -1,0 +1,233 @@
+"""Draws completions with a run's programs, has them scored, and measures what the held-out prompts get."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import advantages as adv
+from jaxft import attention, distributed, generate, rewards, sharding, tree
+from jaxft.batch import Rollout
+from jaxft.completions import ByScorer, Completions, Learned, Rules, by_read, by_token, fits, laid
+from jaxft.data import prompts
+from jaxft.data.prompts import Asked, Room
+from jaxft.estimates import Sampled
+from jaxft.metrics import Max, Min, Sum
+from jaxft.models.heads import view
+
+if TYPE_CHECKING:
+    from jaxft.rollout import Rollouts
+
+SHOWN = 8  # completions of each rollout that are kept in completions.jsonl
+HELD_OUT = 2**31 - 1  # the number of the draw that measures
+
+
+class Player:
+    """Every program that a rollout needs, compiled before the first step, and the frozen parameters."""
+
+    def __init__(self, source: "Rollouts", programs: Any, frozen: Any, stop: tuple[int, ...], path: Path):
+        self.source, self.programs, self.frozen, self.stop, self.path = source, programs, frozen, stop, path
+        p, data = programs, source.data
+        if p.objective.temperature != data.temperature:
+            found = f"data.temperature={data.temperature} and the objective's is {p.objective.temperature}"
+            raise ValueError(f"{found}; log-probs must be those that completions are drawn with, make them equal")
+        whole = tree.combine(p.state.trainable, p.frozen)
+        config = p.trained.model.config
+        kernel = attention.choose(p.mesh, config.head_dim, p.trained.model.dtype)  # prompts are padded in front
+        model = p.trained.model.with_attention(kernel)
+        sampling = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
+        key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
+        self.sample = {}
+        for group in {1, data.group}:
+            sampler: Any = generate.make_sampler(model, sampling, stop, group)
+            self.sample[group] = sampler.lower(whole, empty, key).compile()
+        self.judge = self._compiled(partial(_judged, p.objective), whole) if source.judged else {}
+        scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
+        missing = [name for name in scorers if name not in p.trained.model.beside]
+        if missing:
+            raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
+        self.score = {name: self._compiled(partial(_scored, p.trained.model, name), whole) for name in scorers}
+
+    def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
+        """A program over (parameters, aux, rows) for each size of rows."""
+        program = jax.jit(fn, out_shardings=sharding.replicated(self.programs.mesh))
+        return {room: program.lower(whole, self.programs.state.aux, rows).compile() for room, rows in self._rooms()}
+
+    def _rooms(self) -> Any:
+        p = self.programs
+        place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
+        for room, shape in zip(self.source.rooms, self.source.shapes, strict=True):
+            yield room, jax.tree.map(place, shape)
+
+    def draw(self, number: int, state: Any) -> Learned:
+        """Rollout `number` of the policy that `state` holds."""
+        source, rules, data = self.source, self.source.rules, self.source.data
+        done = self._completed(source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number)
+        if not adv.scorable(done.scores).any():
+            raise ValueError(f"no completion of rollout {number + 1} could be scored: {done.faults.first}")
+        sampled = self._sampled(done, state)
+        found, known = rules.estimate(sampled), adv.scorable(done.scores)
+        kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
+        spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
+        known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
+        logps, reference, values, advantages, returns = map(spread, known_then)
+        rows = replace(done.rows, reference=reference, values=values, advantages=advantages, returns=returns)
+        rows = replace(rows, logps=logps if source.judged else None)
+        self._keep(number * source.boundary, done)
+        numbers = told(rules, done, sampled, kept, source.judged) | _means(found.told, kept.size)
+        return Learned(number, rows, done.lengths, kept, known, numbers)
+
+    def _sampled(self, done: Completions, state: Any) -> Sampled:
+        """A rollout as numbers of its tokens; log-probs are the sampler's where the trainer's aren't taken."""
+        if not self.source.judged:
+            return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {})
+        numbers = self._run(self.judge, done, state)
+        per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
+        aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
+        logps, reference, values = map(per_token, numbers)
+        return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux)
+
+    def _completed(self, asked: Asked, state: Any, group: int, number: int) -> Completions:
+        """`group` completions each of up to data.batch prompts, scored."""
+        rules, data, G = self.source.rules, self.source.data, len(asked)
+        key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
+        padded = generate.left_pad([*asked.ids, [0] * self.source.prompt_size], data.batch + 1)  # the last sets the width
+        padded = jax.tree.map(lambda x: x[: data.batch], padded)
+        padded = replace(padded, segments=np.where(np.arange(data.batch)[:, None] < G, padded.segments, 0))
+        whole = tree.combine(state.trainable, self.frozen)
+        out, drawn = (np.asarray(x)[: G * group] for x in self.sample[group](whole, padded, key))
+        lengths = (out >= 0).sum(1)
+        ended = np.isin(out[np.arange(len(out)), lengths - 1], self.stop).reshape(G, group)
+        texts = [self.source.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True) for row, n in zip(out, lengths)]
+        tokens, lengths = out.reshape(G, group, data.max_new), lengths.reshape(G, group)
+        room = next(r for r in self.source.rooms if fits(asked, lengths, r))
+        rows = laid(asked, tokens, lengths, room, (data.batch, data.group))
+        done = Completions(asked, tokens, drawn, lengths, ended, texts, room, rows)
+        each, faults = self._scores(done, state)
+        several = each.reshape(G, group, each.shape[1])
+        scores = rules.combine(several, rules.weights or (1.0,) * each.shape[1])
+        if rules.shape is not None:
+            scores = rules.shape(scores, lengths, ended)
+        return replace(done, each=each, scores=scores, faults=faults)
+
+    def _scores(self, done: Completions, state: Any) -> tuple[np.ndarray, rewards.Faults]:
+        """The score of each completion by each reward, in order: functions on process 0, scorers on the mesh."""
+        given, group = self.source.rules.rewards, done.lengths.shape[1]
+        functions = [reward for reward in given if not isinstance(reward, ByScorer)]
+        of = [i // group for i in range(len(done.texts))]
+        asked, rows = [done.asked.prompts[i] for i in of], [(done.asked.names[i], done.asked.fields[i]) for i in of]
+
+        def score() -> list[Any]:
+            found, faults = rewards.scored(functions, asked, done.texts, rows)
+            return [found.tolist(), faults.counts, faults.first]
+
+        found, counts, first = distributed.by_first(score)
+        columns = iter(np.array(found).reshape(len(of), len(functions)).T)
+        by_model = lambda name: self._run(self.score[name], done, state)[:, :group].ravel()  # noqa: E731
+        each = [by_model(reward.name) if isinstance(reward, ByScorer) else next(columns) for reward in given]
+        return np.stack(each, 1).astype(np.float64), rewards.Faults(counts, first)
+
+    def _run(self, programs: dict[Room, Any], done: Completions, state: Any) -> Any:
+        """What a program gives for the rows of a rollout, [G, ...], in batches of the size that is learned from."""
+        p, data = self.programs, self.source.data
+        whole, rows = tree.combine(state.trainable, self.frozen), self.source.complete(done.rows)
+        micro, each = self.source.abstract.ids.shape[:2]
+        size, parts = data.batch // data.minibatches, []
+        for start in range(0, data.batch, size):
+            part = jax.tree.map(lambda x: x[start : start + size].reshape(micro, size // micro, -1), rows)  # noqa: B023
+            part = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), part)
+            found = programs[done.room](whole, state.aux, sharding.place_batch(p.mesh, part))
+            flat = lambda x: np.asarray(x)[:, : size // micro].reshape(size, -1)  # noqa: E731
+            parts.append(jax.tree.map(flat, found))
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(done.asked)], *parts)
+
+    def _keep(self, step: int, done: Completions) -> None:
+        """A table of completions beside the run's metrics."""
+        if not distributed.is_first():
+            return
+        names = [rewards.name_of(r) for r in self.source.rules.rewards]
+        group = done.lengths.shape[1]
+        with self.path.open("a", encoding="utf-8") as file:
+            for i in range(min(SHOWN, len(done.texts))):
+                scores = {name: None if np.isnan(x) else float(x) for name, x in zip(names, done.each[i], strict=True)}
+                total = done.scores.ravel()[i]
+                line = {"step": step + 1, "row": done.asked.names[i // group], "prompt": done.asked.prompts[i // group]}
+                line |= {"completion": done.texts[i], "rewards": scores, "reward": None if np.isnan(total) else float(total)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def measure(self, state: Any) -> dict[str, float]:
+        """Rewards of the held-out prompts, and how long the answers are."""
+        source, parts = self.source, []
+        for start in range(0, len(source.held), source.data.batch):
+            some = source.held.at(range(start, min(start + source.data.batch, len(source.held))))
+            parts.append(self._completed(some, state, 1, HELD_OUT - start))
+        scores, each = np.concatenate([d.scores for d in parts]), np.concatenate([d.each for d in parts])
+        lengths, ended = np.concatenate([d.lengths for d in parts]), np.concatenate([d.ended for d in parts])
+        out = {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
+        out |= {name: x for name, x in adv.counts(scores).items() if name != "frac_reward_zero_std"}
+        for name, x in zip(map(rewards.name_of, source.rules.rewards), each.T, strict=True):
+            if not np.isnan(x).all():
+                out[f"rewards/{name}/mean"] = float(np.nanmean(x))
+        if self.programs.objective.reference:
+            numbers = [self._sampled(done, state) for done in parts]
+            out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / len(scores))
+        return out
+
+
+def _judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
+    """(log-probs, the reference's, values) of [micro, rows, ...], a microbatch after the other."""
+
+    def one(rows: Rollout) -> Any:
+        reference = objective.reference_logps(params, rows, aux) if objective.reference else None
+        values = objective.values(params, rows) if objective.values is not None else None
+        return objective.logps(params, rows).logp, reference, values
+
+    return jax.lax.map(one, batch)
+
+
+def _scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
+    """What a scorer on the base says of each completion [micro, rows, A], read at its last token."""
+
+    def one(rows: Rollout) -> Any:
+        own = view(params, name)
+        before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
+        last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
+        return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
+
+    return jax.lax.map(one, batch)
+
+
+def _means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
+    """Means over `count` completions; None is a mean over nothing, which isn't logged."""
+    weigh = lambda x: Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))  # noqa: E731
+    return {name: weigh(x) for name, x in told.items()}
+
+
+def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, judged: bool) -> dict[str, Any]:
+    """A rollout's metrics, TRL's names, the same ones every time."""
+    lengths, ended, count = done.lengths.ravel(), done.ended.ravel(), done.lengths.size
+    out: dict[str, float | None] = {"reward": None, "reward_std": None, **adv.counts(done.scores)}
+    out |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
+    out |= {"frac_learned": float(kept.mean())}
+    out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}
+    out["completions/mean_terminated_length"] = float(lengths[ended].mean()) if ended.any() else None
+    for name, x in zip(map(rewards.name_of, rules.rewards), done.each.T, strict=True):
+        none = bool(np.isnan(x).all())
+        out |= {f"rewards/{name}/mean": None if none else float(np.nanmean(x))}
+        out |= {f"rewards/{name}/std": None if none else float(np.nanstd(x))}
+    if sampled.reference is not None:
+        out["objective/kl"] = float((sampled.logps - sampled.reference).sum() / count)
+    metrics = _means(out, count)
+    if judged:
+        away = np.abs(done.drawn - sampled.logps)[adv.inside(lengths, done.drawn.shape[1])]  # two programs, one model
+        metrics["sampling/sampling_logp_difference/mean"] = Sum(np.float64(away.sum()), np.float64(away.size))
+        metrics["sampling/sampling_logp_difference/max"] = Max(np.float64(away.max()))
+    metrics["completions/min_length"] = Min(np.float64(lengths.min()))
+    metrics["completions/max_length"] = Max(np.float64(lengths.max()))
+    return metrics

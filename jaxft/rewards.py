@@ -1,0 +1,99 @@
+"""Rewards as plain functions of (prompt, completion, row), some that can be verified, and how a rollout is scored by them.
+
+A reward is a number; what raises, or gives None, NaN or no number is counted and leaves the completion without a score: it is
+learned from by nobody, and never silently worth 0.
+"""
+
+import math
+import numbers
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Reward = Callable[[Any, str, dict[str, Any]], float]
+
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
+    """1 where the completion is the row's answer but for white space and case, else 0."""
+    plain = lambda text: " ".join(str(text).split()).casefold()  # noqa: E731
+    return float(plain(completion) == plain(row[column]))
+
+
+def last_number(text: Any) -> float | None:
+    """The last number in a text (after #### where GSM8K's mark stands), thousands separators allowed; None without one."""
+    found = NUMBER.findall(str(text).rpartition("####")[2])
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def number(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6) -> float:
+    """1 where the last number in the completion is that of the row's answer, relatively within `tolerance`, else 0.
+
+    Raises ValueError for a row whose answer has no number.
+    """
+    wanted, found = last_number(row[column]), last_number(completion)
+    if wanted is None:
+        raise ValueError(f"column {column!r} holds no number: {row[column]!r}")
+    return float(found is not None and math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance))
+
+
+def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> float:
+    """1 where the whole completion, without white space around it, matches a regular expression, else 0."""
+    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)
+
+
+@dataclass
+class Faults:
+    """What went wrong while scoring: how often each kind, and the first one in words."""
+
+    counts: dict[str, int] = field(default_factory=lambda: {"raised": 0, "not_a_number": 0})
+    first: str = ""
+
+    def note(self, kind: str, text: str) -> float:
+        """Count one; the score that stands for it."""
+        self.counts[kind] += 1
+        self.first = self.first or text
+        return math.nan
+
+
+def name_of(reward: Any) -> str:
+    """What a reward is called in the log: the function's name, or a scorer's."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return str(getattr(reward, "__name__", None) or getattr(reward, "name", type(reward).__name__))
+
+
+def scored(
+    rewards: Sequence[Reward], asked: Sequence[Any], completions: Sequence[str], rows: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[Float[np.ndarray, "n K"], Faults]:
+    """The score of each completion by each reward, NaN where there is none, and what went wrong.
+
+    asked: each completion's prompt; rows: the name and the fields of its row.
+    """
+    faults = Faults()
+    out = np.full((len(completions), len(rewards)), np.nan)
+    for k, reward in enumerate(rewards):
+        name = name_of(reward)
+        for i, (prompt, completion, (row, fields)) in enumerate(zip(asked, completions, rows, strict=True)):
+            try:
+                value = reward(prompt, completion, dict(fields))
+            except Exception as error:  # a user's function may raise anything
+                told = " ".join(str(error).split())[:200]
+                out[i, k] = faults.note("raised", f"reward {name} raised {type(error).__name__}: {told} ({row})")
+                continue
+            out[i, k] = _number(value, name, row, faults)
+    return out, faults
+
+
+def _number(value: Any, name: str, row: str, faults: Faults) -> float:
+    whole = isinstance(value, numbers.Real | np.number) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    if whole and math.isfinite(float(value)):
+        return float(value)
+    found = f"{value!r}" if whole else f"{type(value).__name__} {value!r}"[:80]
+    return faults.note("not_a_number", f"reward {name} gave {found}, wanted a number ({row})")

@@ -1,0 +1,119 @@
+"""Rollouts: prompts are answered by the policy as it is, the answers are scored, and batches for a policy objective are made.
+
+Rollout number k is drawn when the run comes to step k * data.steps, from the state it has then, and gives that many optimizer
+steps. So a run is saved between rollouts only, and one that was interrupted draws the same completions again.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import advantages as adv
+from jaxft.batch import Rollout
+from jaxft.completions import Learned, Rules, by_read
+from jaxft.data import prompts
+from jaxft.data.prompts import Asked, Prompts, Room
+from jaxft.player import Player
+
+SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
+
+
+def rollouts(data: Prompts, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "Rollouts":
+    """The source of a run: reads and tokenises the prompts. It draws once it is `attached` to the run's programs."""
+    train, held = prompts.split(data, tokenizer)
+    return Rollouts(data, rules, tokenizer, train, held, shards)
+
+
+@dataclass
+class Rollouts:
+    """Batches by number, as data.source.Source has them; held_out stays empty, as `measure` asks the held-out prompts.
+
+    complete(batch) has the fields that the run's steps need. judged: whether the trainer's log-probs are taken when completions
+    are drawn. Where each is learned from once, by the policy that drew it, and no reference or critic is asked, a batch has none
+    and the ratio is 1.
+    """
+
+    data: Prompts
+    rules: Rules
+    tokenizer: Any
+    train: Asked
+    held: Asked
+    shards: int
+    player: Any = None
+    learned: Learned | None = field(default=None, repr=False)
+    held_out: tuple[()] = ()
+    judged: bool = True
+    complete: Any = None
+
+    def __post_init__(self) -> None:
+        data, longest = self.data, max(map(len, (*self.train.ids, *self.held.ids)))
+        rounded, reads = prompts.rounded, [int(share * data.group * data.max_new) for share in SHARES]
+        self.rooms = list(dict.fromkeys(Room(rounded(longest + count), rounded(count)) for count in reads))
+        whole, self.prompt_size = self.rooms[-1], rounded(longest)
+        self.abstract = prompts.shapes(data, whole, self.shards)
+        self.shapes = [prompts.shapes(data, room, self.shards) for room in self.rooms]
+        self.boundary = data.steps
+        a_pass = -(-len(self.train) // data.batch)
+        self.steps_per_epoch = a_pass * data.steps
+        self.steps = max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
+        self.fingerprint = prompts.fingerprint(data, self.train, self.held)
+        self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
+        told = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped; "
+        told += f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens gives {data.steps} steps"
+        largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
+        self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": told}
+
+    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "Rollouts":
+        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
+        found, objective = replace(self), programs.objective
+        found.judged = self.boundary > 1 or objective.reference or objective.values is not None
+        found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
+        found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
+        found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
+        return found
+
+    def asked(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, no answer) of the first `count` held-out prompts."""
+        return [(list(ids), []) for ids in self.held.ids[:count]]
+
+    def names(self, step: int) -> list[str]:
+        """The rows of an optimizer step's prompts."""
+        number, part = divmod(step, self.boundary)
+        chosen = prompts.drawn(self.data, len(self.train), number)[prompts.dealt(self.data, number, part)]
+        return [self.train.names[i] for i in chosen]
+
+    def batch(self, step: int, state: Any) -> Rollout:
+        """Draws where a rollout begins; [micro, rows, ...]."""
+        number, part = divmod(step, self.boundary)
+        if self.learned is None or self.learned.number != number:
+            if part:
+                raise ValueError(f"step {step} is inside rollout {number}, and a run goes on between rollouts only")
+            self.learned = self.player.draw(number, state)
+        return self._part(self.learned, prompts.dealt(self.data, number, part))
+
+    def numbers(self, step: int) -> dict[str, Any]:
+        """Metrics of the rollout that a step belongs to."""
+        return {} if self.learned is None else self.learned.told
+
+    def _part(self, learned: Learned, rows: np.ndarray) -> Rollout:
+        """The batch of some prompts, with weights that hold over all of it."""
+        data, lengths = self.data, learned.lengths[rows]
+        reads = learned.rows.read.shape[1]
+        spread = lambda w: by_read(adv.at_tokens(w, lengths, data.max_new), lengths, reads)  # noqa: E731
+        part = jax.tree.map(lambda x: x[rows], learned.rows)
+        taught = learned.kept[rows] & (learned.number >= self.rules.warm_up)
+        part = replace(part, policy_weights=spread(self.rules.weigh(lengths, taught)))
+        if part.values is not None:
+            part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))
+        each = self.abstract.ids.shape[1]
+        grid = jax.tree.map(lambda x: x.reshape(data.micro, len(rows) // data.micro, x.shape[-1]), part)
+        grid = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), grid)
+        empty = np.arange(each) >= len(rows) // data.micro
+        return replace(grid, answers=np.where(empty[:, None], data.group, grid.answers))
+
+    def measure(self, state: Any) -> dict[str, float]:
+        """The held-out prompts, answered once each from the same random numbers every time."""
+        return self.player.measure(state) if len(self.held) else {}

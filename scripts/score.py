@@ -1,0 +1,86 @@
+"""Score the answers of preference rows with a reward model.
+
+    python scripts/score.py --run runs/reward --file pairs.jsonl
+    python scripts/score.py --model FOLDER [--adapter FOLDER] --file pairs.jsonl --json
+
+FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model; a file of pairs is what
+configs/reward.py trains on: prompt, chosen and rejected. Prints the rewards of both answers, then the accuracy.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a reward run's folder")
+    parser.add_argument("--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run")
+    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
+    parser.add_argument("--file", required=True, help="preference rows")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and an answer (default 1024)")
+    parser.add_argument("--batch", type=int, default=8, help="pairs at a time (default 8)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in (default bfloat16)")
+    parser.add_argument("--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a pair on stdout")
+    args = parser.parse_args()
+    if bool(args.run) == bool(args.model) or (args.run and args.adapter):
+        parser.error("give --run, or --model and perhaps --adapter")
+    return args
+
+
+def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
+    """(reward of the chosen answer, of the rejected one) by the number of the pair."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxft import quant, runfolder, scorer, sharding, weights
+    from jaxft.data.pairs import PairRows, pair_source
+    from jaxft.objectives.reward import reward
+
+    ref, adapter, record = runfolder.results(args.run) if args.run else (args.model, args.adapter, None)
+    own = adapter and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = weights.load_tokenizer(str(adapter) if own else ref)
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
+    source = pair_source(rows, tokenizer, shards=sharding.row_shards(mesh))
+    loaded = scorer.load(ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype))
+    found: dict[int, tuple[float, float]] = {}
+    with jax.set_mesh(mesh):
+        objective = reward(loaded.model)
+        see = jax.jit(lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {}))
+        for batch in source.cover(range(source.pairs)):
+            seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
+            for at, pair in np.ndenumerate(batch.index[0]):
+                if pair >= 0:
+                    found[int(pair)] = (float(seen.chosen[at]), float(seen.rejected[at]))
+    return dict(sorted(found.items()))
+
+
+def main() -> int:
+    """Score, and print."""
+    args = arguments()
+    found: dict[int, Any] = rewards(args)
+    for number, (chosen, rejected) in found.items():
+        if args.json:
+            print(json.dumps({"pair": number, "chosen": chosen, "rejected": rejected}))
+        else:
+            print(f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {'' if chosen > rejected else 'lost'}")
+    won = sum(chosen > rejected for chosen, rejected in found.values())
+    print(f"the chosen answer has the higher reward in {won} of {len(found)} pairs ({won / len(found):.2f})", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,76 @@
+"""A working directory with a tiny Llama that is taught by rewards."""
+
+from tiny_llama import tiny_torch, write_folder
+from tiny_run import write_rows
+
+CONFIG = '''"""A tiny policy and a reward beside this file."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxft.completions import Rules
+from jaxft.data.prompts import Prompts
+from jaxft.estimates import actor_critic, by_group
+from jaxft.lora import Adapter
+from jaxft.models.heads import Scorer, scores, view
+from jaxft.objectives.kl import FixedKL
+from jaxft.objectives.policy import Critic, critic, policy
+from jaxft.objectives.policy_losses import clipped
+from jaxft.optim import Optim
+from jaxft.rollout import rollouts
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def letters(prompt, completion, row):
+    """The share of characters that are an a or an o."""
+    return sum(c in "ao" for c in completion) / max(len(completion), 1)
+
+
+def ascii(prompt, completion, row):
+    """The share of characters that are ASCII: about half of what a fresh model writes."""
+    return sum(c.isascii() for c in completion) / max(len(completion), 1)
+
+
+def with_critic(model, temperature):
+    """A critic beside the policy, an entropy bonus, and the KL in the rewards."""
+    hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)
+    value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
+    return policy(model, clipped, FixedKL(0.0), 0.01, temperature, Critic(value, coef=0.5))
+
+
+def config(
+    name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
+    minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
+    seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
+    ppo: bool = False, warm_up: int = 0,
+) -> Run:
+    estimate = partial(actor_critic, kl_coef=beta) if ppo else by_group
+    actor = partial(policy, loss=clipped, beta=beta, temperature=temperature)
+    return Run(
+        name=name,
+        weights="base",
+        model=model_for("base", dtype=jnp.float32),
+        objective=partial(with_critic, temperature=temperature) if ppo else actor,
+        data=Prompts(
+            data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
+            passes=passes, minibatches=minibatches, micro=micro, seed=seed,
+        ),
+        source=partial(rollouts, rules=Rules(rewards, estimate, warm_up=warm_up)),
+        beside={"critic": Scorer(Adapter(rank=4))} if ppo else {},
+        adapter=Adapter(rank=4),
+        optim=Optim(lr=lr),
+        loop=Loop(steps=steps, save_every=save, eval_every=2),
+        samples=2,
+        seed=seed,
+    )
+'''
+
+
+def write_place(folder):
+    """base/, asked.jsonl and config.py."""
+    write_folder(folder / "base", tiny_torch())
+    write_rows(folder / "asked.jsonl", [{"prompt": f"what is {i}" + " plus one" * (i % 4) + "?", "answer": i} for i in range(20)])
+    (folder / "config.py").write_text(CONFIG)

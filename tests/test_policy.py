@@ -1,0 +1,354 @@
+"""The policy objective against a plain forward pass and torch; additive, linear in its weights, the same in every layout."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from pair_batches import assert_same, judged, micro
+from rollout_batches import PER_TOKEN, alone, laid, random_groups
+from tiny_model import assert_close, tiny
+
+from jaxft import metrics, params, sharding, tree
+from jaxft.batch import widened
+from jaxft.lora import Adapter
+from jaxft.objectives import policy_losses as P
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, k1, k2
+from jaxft.objectives.logps import token_logps
+from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
+
+LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def setting(dtype=jnp.float64):
+    """The tiny Llama with a LoRA adapter that matters and a value head, and which of its parameters are trained."""
+    with jax.numpy_dtype_promotion("standard"):
+        model, whole = tiny(dtype, adapter=Adapter(rank=4))
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    whole = {**whole, "critic": {"w": jnp.asarray(np.random.default_rng(8).normal(0, 0.3, model.config.width), wide)}}
+    return model, whole, tree.mask_by_path(whole, "adapter/.*/[ab]|critic/.*")
+
+
+@pytest.fixture
+def one_by_one():
+    """Operations run one by one: laws without programs to compile."""
+    with jax.disable_jit():
+        yield
+
+
+TABLE = {name: np.random.default_rng(i).normal(0, 1, 40) for i, name in enumerate("wv")}
+ALL = {"w": True, "v": True}
+
+
+def table_see(table, batch, key, aux):
+    """Log-probs, entropy and values looked up by token: what the objective makes of them doesn't depend on the model."""
+    table = jax.tree.map(jnp.asarray, table)
+    x = table["w"][batch.targets] + 0.3 * table["w"][batch.answers]
+    none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
+    return Played(-2.5 - jax.nn.softplus(x), jax.nn.softplus(-x), table["v"][batch.targets], replace(batch, **none))
+
+
+def by_table(loss=LOSS, **options):
+    """An objective of the table's numbers, with all of its terms unless options say otherwise."""
+    terms = {"beta": 0.2, "entropy": 0.1, "value": Critic(lambda *x: x, coef=0.5)} | options
+    return replace(policy(None, loss, **terms), see=table_see)
+
+
+def own_critic(model, **knobs):
+    """Values read from the policy's hidden states."""
+    head = lambda whole, h: h.astype(whole["critic"]["w"].dtype) @ whole["critic"]["w"]  # noqa: E731
+    return Critic(critic(lambda whole, batch, h: h, head), **knobs)
+
+
+def rows_of(groups, count=2):
+    return [groups[i::count] for i in range(count)]
+
+
+def plain(model, whole, batch, temperature):
+    """Log-probs, entropy and values at the read positions by one product, one log_softmax and autodiff."""
+    h = jnp.take_along_axis(model.hidden(whole, batch, None), batch.read[..., None], 1)
+    logp = jax.nn.log_softmax(model.logits(model.head(whole), h) / temperature, -1)
+    at = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
+    return at, -jnp.sum(jnp.exp(logp) * logp, -1), h @ whole["critic"]["w"]
+
+
+def by_hand(model, whole, batch, temperature=1.0, beta=0.2, bonus=0.1, coef=0.5):
+    """Every term written out once more, with the padding cut by the weights alone."""
+    logp, entropy, values = plain(model, whole, batch, temperature)
+    r = jnp.exp(logp - batch.logps)
+    worst = jnp.maximum(-batch.advantages * r, -batch.advantages * jnp.clip(r, 0.7, 1.2))
+    d = batch.reference - logp
+    near = jnp.clip(values, batch.values - 0.2, batch.values + 0.2)
+    cost = jnp.maximum((values - batch.returns) ** 2, (near - batch.returns) ** 2) / 2
+    weighed = batch.policy_weights * (worst + beta * (jnp.exp(d) - d - 1) - bonus * entropy)
+    return jnp.sum(weighed) + coef * jnp.sum(batch.value_weights * cost)
+
+
+def full(model, temperature=1.0, loss=LOSS, beta=0.2, coef=0.5):
+    """An objective with all of its terms."""
+    return policy(model, loss, beta=beta, entropy=0.1, temperature=temperature, value=own_critic(model, coef=coef))
+
+
+def graded(fn, whole, mask):
+    trainable, frozen = tree.partition(whole, mask)
+    return jax.jit(jax.value_and_grad(lambda t: fn(tree.combine(t, frozen))))(trainable)
+
+
+def test_the_objective_is_its_formula_by_a_plain_forward_pass_in_value_and_gradient():
+    temperature = 0.7
+    model, whole, mask = setting()
+    batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    objective = full(model, temperature)
+    loss, slope = graded(lambda whole: objective(whole, batch, None, {})[0], whole, mask)
+    wanted, slope_too = graded(lambda whole: by_hand(model, whole, batch, temperature), whole, mask)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-10)
+    assert_close(slope, slope_too)
+    assert optax.tree.norm(slope["adapter"]) > 1e-3 and optax.tree.norm(slope["critic"]) > 1e-3
+
+
+def test_completions_that_share_a_prompt_are_completions_in_rows_of_their_own():
+    model, whole, mask = setting()
+    groups = random_groups(count=5)
+    packed = judged(full(model, loss=P.gspo_token), whole, mask, micro(laid(rows_of(groups)), 1), {})
+    single = laid([[one] for one in alone(groups)], length=16, reads=8, places=2, branches=False)
+    assert single.branches is None and len(single.ids) > 6
+    assert_same(packed, judged(full(model, loss=P.gspo_token), whole, mask, micro(single, 1), {}))
+
+
+@pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
+def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
+    batch = laid(rows_of(random_groups(count=8), 4))
+    one = judged(by_table(loss), TABLE, ALL, micro(batch, 1), {})
+    for count in (2, 4):
+        assert_same(judged(by_table(loss), TABLE, ALL, micro(batch, count), {}), one)
+
+
+@pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
+def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_one, loss):
+    """Also where weights part the tokens of one completion."""
+    batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    side = jnp.asarray(np.random.default_rng(1).uniform(0, 1, batch.read.shape) < 0.5)
+
+    def part(policy_scale, value_scale):
+        weights = {"policy_weights": batch.policy_weights * policy_scale, "value_weights": batch.value_weights * value_scale}
+        return jax.value_and_grad(lambda t: by_table(loss)(t, batch.replace(**weights), None, {})[0])(TABLE)
+
+    s = side.astype(jnp.float64)
+    parts = [part(s, 0.0), part(1 - s, 0.0), part(0.0, 2 * s), part(0.0, 1 - 2 * s)]
+    assert_close(jax.tree.map(lambda *x: sum(x), *parts), part(1.0, 1.0))
+    assert_close(part(3.0, 0.0), jax.tree.map(lambda x: 3 * x, part(1.0, 0.0)))
+    assert not any(np.any(x) for x in jax.tree.leaves(part(0.0, 0.0)))
+
+
+def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
+    groups = random_groups(count=6)
+    batch = laid(rows_of(groups))
+    away = np.asarray(batch.answers) == 1
+    muted = batch.replace(**{name: np.where(away, 0, getattr(batch, name)) for name in ("policy_weights", "value_weights")})
+    wanted = judged(by_table(), TABLE, ALL, micro(muted, 1), {})
+    noise, padding = np.random.default_rng(3).normal(0, 5, away.shape), batch.answers == 9
+    other = muted.replace(
+        **{name: np.where(away, noise, getattr(muted, name)) for name in ("advantages", "returns", "values")},
+        **{name: np.where(padding, np.nan, getattr(muted, name)) for name in ("logps", "reference")},
+    )
+    assert_same(judged(by_table(), TABLE, ALL, micro(other, 1), {}), wanted, rtol=1e-12)
+    wide = widened(muted, laid(rows_of(groups), length=70, reads=60, places=11))
+    assert (wide.answers[:, 54:] == 11).all() and wide.lengths.shape == (2, 11)
+    assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16], ids=["float64", "bfloat16"])
+def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_and_exactly_one_without_them(dtype):
+    """Log-probs at drawing come from a program of their own, whose sums the compiler may order otherwise."""
+    model, whole, mask = setting(dtype)
+    objective = policy(model, P.clipped, temperature=0.9)
+    given = laid(rows_of(random_groups(count=6)))
+    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), given)
+    old = jax.jit(lambda whole: objective.logps(whole, batch).logp)(whole)
+    _, slope, found = judged(objective, whole, mask, micro(batch.replace(logps=old), 1), {})
+    assert found["val/ratio_var"] ** 0.5 < 8 * np.finfo(old.dtype).eps and found["clip_ratio/region_mean"] == 0
+    _, now, exactly = judged(objective, whole, mask, micro(batch.replace(logps=None), 1), {})
+    assert exactly["val/ratio"] == 1 and exactly["val/ratio_var"] == 0 and exactly["policy/approxkl_avg"] == 0
+    assert_close(slope, now, 1e-10 if dtype == jnp.float64 else 1e-3)
+
+
+def test_the_logged_numbers_are_what_their_names_say(one_by_one):
+    batch = laid(rows_of(random_groups(count=6)))
+    value, _, found = judged(by_table(), TABLE, ALL, micro(batch, 2), {})
+    played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
+    logp, entropy, values = (np.asarray(x) for x in (played.logp, played.entropy, played.values))
+    real = batch.answers < 9
+    r, adv, kl = np.exp(logp - batch.logps), batch.advantages, np.exp(batch.reference - logp) - 1 - (batch.reference - logp)
+    low, high = real & (r < 0.7) & (adv < 0), real & (r > 1.2) & (adv > 0)
+    each = [real[b] & (batch.answers[b] == a) for b in range(2) for a in range(9)]
+    whose = [(b, m[None]) for b, m in zip([0] * 9 + [1] * 9, each, strict=True) if m.any()]
+    near = batch.values + np.clip(values - batch.values, -0.2, 0.2)
+    losses = np.maximum((values - batch.returns) ** 2, (near - batch.returns) ** 2) / 2
+    wanted = {
+        "loss": value,
+        "loss/policy_avg": (batch.policy_weights * np.maximum(-adv * r, -adv * np.clip(r, 0.7, 1.2))).sum(),
+        "loss/value_avg": (batch.value_weights * losses).sum(),
+        "kl": kl[real].mean(),
+        "kl_per_completion": kl[real].sum() / len(whose),
+        "entropy": entropy[real].mean(),
+        "policy/approxkl_avg": ((logp - batch.logps)[real] ** 2).mean() / 2,
+        "val/ratio": r[real].mean(),
+        "val/ratio_var": ((r[real] - 1) ** 2).mean(),
+        "val/clipfrac_avg": ((near - batch.returns) ** 2 > (values - batch.returns) ** 2)[real].mean(),
+        "val/returns_correlation": np.corrcoef(values[real], batch.returns[real])[0, 1],
+        "clip_ratio/low_mean": low[real].mean(),
+        "clip_ratio/high_mean": high[real].mean(),
+        "clip_ratio/region_mean": (low | high)[real].mean(),
+        "clip_ratio/low_min": min(low[b][m[0]].mean() for b, m in whose),
+        "clip_ratio/high_max": max(high[b][m[0]].mean() for b, m in whose),
+    }
+    assert found.keys() == wanted.keys() and low.any() and high.any()
+    for name, number in wanted.items():
+        np.testing.assert_allclose(found[name], number, rtol=1e-10, atol=1e-13, err_msg=name)
+
+
+def test_the_value_loss_is_torchs_in_value_and_gradient():
+    rng = np.random.default_rng(0)
+    v, old, returns = rng.normal(0, 1, (3, 40))
+    for clip in (0.2, None):
+        t = torch.tensor(v, requires_grad=True)
+        o, target = torch.tensor(old), torch.tensor(returns)
+        costs = (t - target) ** 2
+        if clip is not None:
+            costs = torch.maximum(costs, (torch.clamp(t, o - clip, o + clip) - target) ** 2)
+        (0.5 * costs).sum().backward()
+        of = lambda v, clip=clip: value_loss(v, jnp.asarray(old), jnp.asarray(returns), clip)[0]  # noqa: E731
+        np.testing.assert_allclose(of(jnp.asarray(v)), 0.5 * costs.detach().numpy(), rtol=1e-12)
+        np.testing.assert_allclose(jax.grad(lambda v, of=of: jnp.sum(of(v)))(jnp.asarray(v)), t.grad.numpy(), rtol=1e-12)
+
+
+def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while_the_policy_waits():
+    model, whole, mask = setting()
+    other = jax.tree.map(lambda x: x * 1.3, whole["adapter"])
+    whole = {**whole, "critic": {**whole["critic"], "adapter": other}}
+    mask = tree.mask_by_path(whole, "adapter/.*/[ab]|critic/w|critic/adapter/.*/[ab]")
+    second = lambda whole, batch, h: model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)  # noqa: E731
+    objective = policy(model, LOSS, value=critic(second, lambda whole, h: h @ whole["critic"]["w"]))
+    batch = laid(rows_of(random_groups()))
+    assert judged(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0
+    waiting = batch.replace(policy_weights=0 * batch.policy_weights)
+    value, slope, found = judged(objective, whole, mask, micro(waiting, 2), {})
+    assert not any(np.any(x) for x in jax.tree.leaves(slope["adapter"]))
+    assert all(np.any(x) for x in jax.tree.leaves(slope["critic"]))
+    np.testing.assert_allclose(value, 0.1 * found["loss/value_avg"], rtol=1e-12)
+    assert "loss/policy_avg" not in found and "entropy" in found
+
+
+def test_the_reference_is_the_base_or_the_copy_of_step_0():
+    model, whole, mask = setting()
+    batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    objective = policy(model, LOSS, beta=0.1, temperature=0.6)
+    base = objective.reference_logps(whole, batch, objective.start(None, True))
+    np.testing.assert_allclose(base, objective.logps({"base": whole["base"]}, batch).logp, rtol=1e-12)
+    at_0 = objective.start(tree.partition(whole, mask)[0], False)
+    moved = jax.tree.map(lambda m, x: x + 0.1 if m else x, mask, whole)
+    kept = objective.reference_logps(moved, batch, at_0)
+    np.testing.assert_array_equal(kept, objective.reference_logps(whole, batch, at_0))
+    found = judged(objective, whole, mask, micro(batch.replace(reference=kept), 1), at_0)[2]
+    assert abs(found["kl"]) < 1e-14
+    assert policy(model, LOSS).start(whole, False) == {}  # nothing asks for a reference
+
+
+def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
+    penalty = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
+    objective, fixed = (by_table(beta=beta) for beta in (penalty, FixedKL(0.3, k2)))
+    batch = micro(laid(rows_of(random_groups())), 2)
+    aux = objective.start(None, True)
+    value, slope, found = judged(objective, TABLE, ALL, batch, aux)
+    value_too, slope_too, _ = judged(fixed, TABLE, ALL, batch, {})
+    np.testing.assert_allclose(value, value_too, rtol=1e-6)  # the coefficient is float32 in aux
+    assert_close(slope, slope_too, 1e-6)
+    assert found["kl_coef"] == np.float32(0.3)
+    sums = {"kl_per_completion": metrics.Sum(jnp.asarray(14.0), jnp.asarray(20.0))}
+    after = objective.after_step(aux, None, sums)
+    np.testing.assert_allclose(after["kl_coef"], 0.3 * (1 + 0.2 * 20 / 10), rtol=1e-6)
+    nothing = {"kl_per_completion": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
+    assert objective.after_step(aux, None, nothing)["kl_coef"] == aux["kl_coef"]
+    assert fixed.after_step({"a": 1}, None, sums) == {"a": 1}
+
+
+def test_a_penalty_of_zero_measures_the_kl_and_changes_nothing(one_by_one):
+    batch = micro(laid(rows_of(random_groups())), 1)
+    value, slope, found = judged(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
+    wanted, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
+    assert value == wanted and found["kl"] != 0
+    assert_close(slope, slope_too, 1e-15)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_numbers_of_one_device():
+    model, whole, mask = setting()
+    whole, mask = ({name: x[name] for name in ("base", "adapter")} for x in (whole, mask))
+    objective = policy(model, P.gspo, beta=0.1, entropy=0.05)
+    batch = micro(laid(rows_of(random_groups(count=16), 16)), 2)
+    one = jax.device_get(judged(objective, whole, mask, batch, {}))
+    mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
+        many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
+    assert_same(jax.device_get(many), one)
+
+
+def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
+    monkeypatch.setattr("jaxft.objectives.logps.CHUNK_LOGITS", 2 * 40 * 5)
+    model, whole, _ = setting()
+    rng = np.random.default_rng(0)
+    h, a, b = (jnp.asarray(rng.normal(0, 1, shape)) for shape in ((2, 13, 32), (2, 13), (2, 13)))
+    targets = jnp.asarray(rng.integers(0, 40, (2, 13)))
+    with_head = lambda head: {"base": {**whole["base"], "head": head}}  # noqa: E731
+
+    def chunked(head, h):
+        found = token_logps(model, with_head(head), h, targets, ("logp", "entropy"))
+        return jnp.sum(a * found.logp + b * found.entropy)
+
+    def whole_at_once(head, h):
+        logp = jax.nn.log_softmax(model.logits(model.head(with_head(head)), h), -1)
+        at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+        return jnp.sum(a * at - b * jnp.sum(jnp.exp(logp) * logp, -1))
+
+    found, wanted = (jax.jit(jax.grad(fn, (0, 1)))(whole["base"]["head"], h) for fn in (chunked, whole_at_once))
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "given, batch, words",
+    [
+        ({"beta": 0.1}, {"reference": None}, "a KL penalty needs the reference's log-probs in the batch"),
+        ({"value": lambda *x: x[1].values}, {"returns": None}, "a critic needs values, returns and value_weights in the batch"),
+        ({"loss": lambda d: d.mean(d.logp)}, {}, r"the policy loss <lambda> gives one value a token, \(2, 54\); found \(2, 9\)"),
+        ({"temperature": 0.0}, {}, "the temperature that completions are drawn at is above 0, found 0.0"),
+        ({"value": Critic}, {"coef": -1.0}, "a critic's coef is above 0, found -1.0"),
+    ],
+)
+def test_what_cannot_go_on_is_one_line(one_by_one, given, batch, words):
+    drawn = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    with pytest.raises(ValueError, match=words):
+        if "coef" in batch:
+            Critic(lambda *x: x, **batch)
+        by_table(**({"beta": 0.0, "value": None} | given))(TABLE, drawn.replace(**batch), None, {})
+
+
+def test_every_number_of_a_rollout_is_read(one_by_one):
+    """A change of any of them changes the loss: none is carried in vain."""
+    batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    run = lambda b: by_table(partial(P.clipped, eps_high=9.0, eps_low=1.0))(TABLE, b, None, {})[0]  # noqa: E731
+    level = run(batch)
+    for name in PER_TOKEN:
+        assert run(batch.replace(**{name: getattr(batch, name) * 1.01})) != level, name
+
+

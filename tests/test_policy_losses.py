@@ -1,0 +1,303 @@
+"""The policy losses and KL estimators against torch versions written from TRL's and the papers' formulas, value and gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxft.objectives import kl
+from jaxft.objectives import policy_losses as P
+
+A, SHAPE = 4, (3, 11)
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def drawn(seed=0, spread=0.6, **given):
+    """Completions of 1 to 6 tokens in three rows, their tokens in any order; the last place of each row is empty."""
+    rng = np.random.default_rng(seed)
+    answer = np.stack([rng.permutation([0] * 4 + [1] * 1 + [2] * 3 + [A] * 3) for _ in range(SHAPE[0])])
+    real = (answer < A).astype(float)
+    normal = lambda scale, loc=0.0: real * rng.normal(loc, scale, SHAPE)  # noqa: E731
+    old = normal(0.7, -2.0)
+    sequence = np.pad(rng.normal(0, 1, (SHAPE[0], A)), ((0, 0), (0, 1)))
+    numbers = {
+        "logp": old + normal(spread),
+        "old": old,
+        "advantages": real * np.take_along_axis(sequence, answer, 1),
+        "entropy": np.abs(normal(1.0)),
+        "reference": old + normal(0.5),
+    } | given
+    tokens = np.maximum([[(row == a).sum() for a in range(A)] for row in answer], 1.0)
+    arrays = {name: jnp.asarray(x) for name, x in numbers.items()}
+    return P.Drawn(**arrays, answer=jnp.asarray(answer, jnp.int32), real=jnp.asarray(real), tokens=jnp.asarray(tokens))
+
+
+def dense(d, *names):
+    """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and where each element stands in [B, M]."""
+    at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.answer)]
+    rows = [(b, places) for b, each in enumerate(at) for places in each if len(places)]
+    width = max(len(places) for _, places in rows)
+    index = np.array([[b * SHAPE[1] + m for m in places] + [-1] * (width - len(places)) for b, places in rows])
+    mask = torch.tensor(index >= 0, dtype=torch.float64)
+    flat = [torch.tensor(np.asarray(getattr(d, name)).ravel(), dtype=torch.float64) for name in names]
+    return mask, [x[torch.tensor(index)] * mask for x in flat], index
+
+
+def ratios(p, old, mask, level):
+    x = p - old
+    if level == "sequence":
+        x = (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    return torch.exp(x)
+
+
+def t_clipped(p, old, adv, mask, low=0.2, high=0.2, level="token", delta=None):
+    """TRL 1.16's grpo_trainer.py, loss types grpo to luspo."""
+    one = ratios(p, old, mask, level)
+    two = torch.clamp(one, 1 - low, 1 + high)
+    if delta is not None:
+        one = torch.clamp(one, max=delta)
+    return -torch.min(one * adv, two * adv)
+
+
+def t_dual(p, old, adv, mask, low, high, c):
+    """verl's vanilla loss."""
+    r = torch.exp(p - old)
+    first = torch.maximum(-adv * r, -adv * torch.clamp(r, 1 - low, 1 + high))
+    return torch.where(adv < 0, torch.min(-adv * c, first), first)
+
+
+def t_gspo_token(p, old, adv, mask, low, high):
+    """verl's gspo loss."""
+    level = ((p - old) * mask).sum(-1) / mask.sum(-1)
+    r = torch.exp(p - p.detach() + level.detach().unsqueeze(-1))
+    return torch.maximum(-adv * r, -adv * torch.clamp(r, 1 - low, 1 + high))
+
+
+def t_cispo(p, old, adv, mask, most):
+    return -torch.clamp(torch.exp(p - old), max=most).detach() * adv * p
+
+
+def t_sapo(p, old, adv, mask, pos, neg):
+    tau = torch.where(adv > 0, pos, torch.full_like(adv, neg))  # of two Python numbers it would be float32
+    return -torch.sigmoid(tau * (torch.exp(p - old) - 1)) * 4 / tau * adv
+
+
+def t_geo_mean(p, old, adv, mask, low, high):
+    """verl's geo_mean: the sign times the smaller of the signed log-ratios."""
+    x, sign = p - old, torch.sign(adv)
+    worse = sign * torch.min(sign * x, sign * torch.clamp(x, -low, high))
+    return -adv * torch.exp((worse * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
+
+
+def t_vespo(p, old, adv, mask, k_pos, lam_pos, k_neg, lam_neg):
+    w = torch.exp(((p - old) * mask).sum(-1, keepdim=True)).detach()
+    up = adv >= 0
+    phi = torch.where(up, torch.exp(lam_pos - lam_pos * w) * w**k_pos, torch.exp(lam_neg - lam_neg * w) * w**k_neg)
+    return -phi * adv * p
+
+
+def t_near(p, old, adv, mask, most):
+    away = ((old - p.detach()) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    return t_clipped(p, old, adv, mask) * ((adv >= 0) | (away <= most))
+
+
+LOSSES = {
+    "plain": (P.plain, lambda p, old, adv, mask: -adv * p),
+    "unclipped": (P.unclipped, lambda p, old, adv, mask: -adv * torch.exp(p - old)),
+    "clipped": (P.clipped, t_clipped),
+    "clip-higher": (partial(P.clipped, eps_low=0.1, eps_high=0.5), partial(t_clipped, low=0.1, high=0.5)),
+    "dual": (partial(P.dual_clip, eps_low=0.3, eps_high=0.1, most=1.4), partial(t_dual, low=0.3, high=0.1, c=1.4)),
+    "two-sided": (partial(P.dual_clip, most=1.3), partial(t_clipped, delta=1.3)),
+    "gspo": (partial(P.gspo, eps_low=0.1, eps_high=0.2), partial(t_clipped, low=0.1, high=0.2, level="sequence")),
+    "gspo-narrow": (P.gspo, partial(t_clipped, low=3e-4, high=4e-4, level="sequence")),
+    "gspo-token": (partial(P.gspo_token, eps_low=0.1, eps_high=0.2), partial(t_gspo_token, low=0.1, high=0.2)),
+    "cispo": (partial(P.cispo, most=1.2), partial(t_cispo, most=1.2)),
+    "sapo": (P.sapo, partial(t_sapo, pos=1.0, neg=1.05)),
+    "geo-mean": (partial(P.geo_mean, eps_low=0.3), partial(t_geo_mean, low=0.3, high=0.4)),
+    "vespo": (P.vespo, partial(t_vespo, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0)),
+    "near": (partial(P.near_policy, most=0.1), partial(t_near, most=0.1)),
+}  # fmt: skip
+losses = pytest.mark.parametrize("name", LOSSES)
+SEQUENCE = ("gspo", "gspo-narrow", "gspo-token", "geo-mean", "vespo", "near")  # what one token says changes the others
+AT_ONE = [name for name in LOSSES if name not in ("vespo",)]
+
+
+def both(loss, d, weights):
+    """(per-token losses, the gradient of their weighted sum by the log-probs)."""
+    slope = jax.grad(lambda logp: jnp.sum(weights * loss(d.replace(logp=logp))))(d.logp)
+    return np.asarray(loss(d)), np.asarray(slope)
+
+
+def cotangents(seed=9):
+    return jnp.asarray(np.random.default_rng(seed).uniform(0.5, 2, SHAPE))
+
+
+@losses
+def test_a_loss_is_its_formula_in_torch_in_value_and_gradient(name):
+    loss, other = LOSSES[name]
+    d, weights = drawn(), cotangents()
+    mask, (p, old, adv), index = dense(d, "logp", "old", "advantages")
+    p.requires_grad_()
+    values = other(p, old, adv, mask).expand_as(mask)
+    w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
+    (w * values).sum().backward()
+    found, slope = both(loss, d, weights * d.real)
+    there = index >= 0
+    np.testing.assert_allclose(found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(slope.ravel()[index[there]], p.grad.numpy()[there], rtol=1e-10, atol=1e-13)
+    assert np.abs(slope).max() > 1e-3 and not slope[np.asarray(d.real) == 0].any()
+
+
+def test_the_examples_reach_every_bound():
+    d = drawn()
+    r, adv = np.asarray(d.ratio), np.asarray(d.advantages)
+    for sign in (adv > 0, adv < 0):
+        assert (sign & (r < 0.6)).any() and (sign & (r > 1.5)).any() and (sign & (abs(r - 1) < 0.2)).any()
+    s = np.asarray(jnp.exp(d.mean(d.log_ratio)))[:, :3]
+    assert (s < 0.9).any() and (s > 1.2).any()
+
+
+@pytest.mark.parametrize("name", AT_ONE)
+def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
+    """Of a completion's tokens together where the ratio is the completion's."""
+    d = drawn(spread=0.0)
+    level = d.spread(d.mean(cotangents()))  # the same weight for all tokens of a completion
+    slope = both(LOSSES[name][0], d, level * d.real)[1]
+    np.testing.assert_allclose(slope, -d.advantages * level, rtol=1e-10, atol=1e-13)
+
+
+@losses
+def test_padding_and_empty_places_change_nothing(name):
+    d, weights = drawn(), cotangents()
+    pad = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)  # noqa: E731
+    numbers = {n: pad(getattr(d, n)) for n in ("logp", "old", "advantages", "entropy", "reference", "real")}
+    answer = pad(jnp.where(d.answer == A, A + 2, d.answer), A + 2)
+    wide = P.Drawn(**numbers, answer=answer, tokens=jnp.pad(d.tokens, ((0, 0), (0, 2)), constant_values=1))
+    for found, wanted in zip(both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True):
+        real = np.asarray(d.real) > 0
+        np.testing.assert_allclose(found[:, :11][real], wanted[real], rtol=1e-12)
+        assert np.isfinite(found).all()
+
+
+@losses
+def test_a_token_loss_looks_at_its_own_token_and_a_sequence_loss_at_its_completion(name):
+    d = drawn()
+    moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.answer[0] == 0)[0])].add(-0.8))
+    changed = np.asarray(LOSSES[name][0](moved) != LOSSES[name][0](d))
+    assert not changed[1:].any() and not changed[0][np.asarray(d.answer[0]) != 0].any()
+    assert changed.sum() <= (4 if name in SEQUENCE else 1)
+
+
+@losses
+def test_far_away_policies_give_finite_losses_and_gradients(name):
+    for away in (-500.0, 500.0):
+        d = drawn()
+        d = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, d)
+        d = d.replace(logp=d.old + d.real * jnp.float32(away))
+        for x in both(LOSSES[name][0], d, cotangents().astype(jnp.float32)):
+            assert np.isfinite(x).all() and x.dtype == np.float32
+
+
+def test_the_kl_estimators_are_their_formulas():
+    d = drawn()
+    mask, (p, ref), index = dense(d, "logp", "reference")
+    weights = cotangents()
+    w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
+    forms = {
+        kl.k1: lambda p: p - ref,
+        kl.k2: lambda p: (p - ref) ** 2 / 2,
+        kl.k3: lambda p: torch.exp(ref - p) - (ref - p) - 1,
+    }
+    for estimate, form in forms.items():
+        q = p.clone().requires_grad_()
+        (w * form(q)).sum().backward()
+        slope = jax.grad(lambda x, estimate=estimate: jnp.sum(weights * d.real * estimate(x, d.reference)))(d.logp)
+        there = index >= 0
+        found = np.asarray(estimate(d.logp, d.reference)).ravel()[index[there]]
+        np.testing.assert_allclose(found, form(p).numpy()[there], rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(np.asarray(slope).ravel()[index[there]], q.grad.numpy()[there], rtol=1e-10, atol=1e-13)
+
+
+def test_k1_and_k3_are_the_kl_in_expectation_and_only_k2s_slope_is_the_kls():
+    """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of drawn tokens' estimates."""
+    logits, other = (jnp.asarray(np.random.default_rng(i).normal(0, 1, 7)) for i in range(2))
+    log_q = jax.nn.log_softmax(other)
+
+    def exact(z):
+        log_p = jax.nn.log_softmax(z)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+    def slope(estimate):
+        p = jax.lax.stop_gradient(jax.nn.softmax(logits))
+        return jax.grad(lambda z: jnp.sum(p * estimate(jax.nn.log_softmax(z), log_q)))(logits)
+
+    p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
+    for estimate in (kl.k1, kl.k3):
+        np.testing.assert_allclose(jnp.sum(p * estimate(log_p, log_q)), exact(logits), rtol=1e-12)
+    np.testing.assert_allclose(slope(kl.k2), jax.grad(exact)(logits), rtol=1e-10)
+    np.testing.assert_allclose(slope(kl.k1), np.zeros(7), atol=1e-14)
+    forward = jax.grad(lambda z: -jnp.sum(jnp.exp(log_q) * jax.nn.log_softmax(z)))(logits)
+    np.testing.assert_allclose(slope(kl.k3), forward, rtol=1e-10)
+
+
+def test_the_corrected_kl_is_weighted_by_the_ratio():
+    d, weights = drawn(), cotangents()
+    mask, (p, old, adv, ref), index = dense(d, "logp", "old", "advantages", "reference")
+    p.requires_grad_()
+    k3 = torch.exp(ref - p) - (ref - p) - 1
+    values = t_clipped(p, old, adv, mask) + 0.3 * k3 * torch.exp(p - old)
+    w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
+    (w * values).sum().backward()
+    found, slope = both(partial(P.with_corrected_kl, coef=0.3), d, weights * d.real)
+    there = index >= 0
+    np.testing.assert_allclose(found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10)
+    np.testing.assert_allclose(slope.ravel()[index[there]], p.grad.numpy()[there], rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match="needs the reference's log-probs"):
+        P.with_corrected_kl(d.replace(reference=None))
+
+
+def test_trl_gives_the_weights_of_vespo_and_masks_what_is_far():
+    trainer = pytest.importorskip("trl").GRPOTrainer
+    d = drawn(seed=3)
+    mask, (p, old, adv), index = dense(d, "logp", "old", "advantages")
+    phi = trainer.get_gamma_weights(adv[:, :1], p - old, mask, None)
+    near = trainer.get_off_policy_mask(adv[:, :1], p, old, mask, 0.1)
+    assert 0 < near.sum() < len(near)
+    there = index >= 0
+    for loss, wanted in ((P.vespo, -phi * adv * p), (partial(P.near_policy, most=0.1), near * t_clipped(p, old, adv, mask))):
+        found = np.asarray(loss(d)).ravel()[index[there]]
+        np.testing.assert_allclose(found, wanted.numpy()[there], rtol=1e-10, atol=1e-13)
+
+
+def test_a_controller_moves_the_coefficient_towards_its_target():
+    control = kl.AdaptiveKL(coef=0.2, target=6.0, horizon=1000)
+    for nats, clip in ((6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)):
+        for number in (float, jnp.asarray):
+            found = control.update(number(0.3), number(nats), number(256.0))
+            np.testing.assert_allclose(found, 0.3 * (1 + clip * 256 / 1000), rtol=1e-12)
+    assert kl.FixedKL(0.3).update(0.3, 100.0, 256) == 0.3
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda d: P.clipped(d, eps_low=1.5), r"eps_low is in \[0, 1\], found 1.5"),
+        (lambda d: P.gspo(d, eps_high=-1), "eps_high is from 0 up, found -1"),
+        (lambda d: P.dual_clip(d, eps_high=2.5, most=3.0), "most is above 1 . eps_high, found 3.0 and 2.5"),
+        (lambda d: P.sapo(d, tau_neg=0), "tau_neg are above 0, found 1.0 and 0"),
+        (lambda d: kl.FixedKL(-0.1), "coef is from 0 up, found -0.1"),
+        (lambda d: kl.AdaptiveKL(0.0), "begins with a coef above 0, found 0.0"),
+        (lambda d: kl.AdaptiveKL(target=0), "target and horizon are above 0, found 0 and"),
+    ],
+)
+def test_knobs_out_of_range_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(drawn())

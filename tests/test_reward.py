@@ -1,0 +1,310 @@
+"""Reward models: rewards as in transformers, Bradley-Terry as in torch, the laws of the objective, further models on one base."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pair_batches import assert_same, judged, laid, micro, random_pairs
+from tiny_llama import tiny_torch, write_folder
+from tiny_model import CONFIG, assert_close, tiny
+
+from jaxft import lora, metrics, params, prepare, scorer, sharding, starts, tree, weights
+from jaxft.batch import Tokens
+from jaxft.lora import Adapter
+from jaxft.models import heads
+from jaxft.models.heads import Scorer
+from jaxft.models.llama import llama
+from jaxft.objectives.reward import Rewards, bradley_terry, reward
+from jaxft.quant import Quant, dequantize, is_qtensor
+from jaxft.sharding import MeshShape, make_mesh
+
+SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
+TRAINED = "adapter/.*/[ab]|score"
+
+
+def one_device():
+    return make_mesh(MeshShape(), jax.devices()[:1])
+
+
+def tiny_classifier(seed=0, **changes):
+    """A random LlamaForSequenceClassification with the weights of tiny_torch."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    body = tiny_torch(seed)
+    config = body.config.__class__(**{**body.config.to_dict(), "num_labels": 1, "pad_token_id": 257, **changes})
+    config.architectures = None
+    model = LlamaForSequenceClassification(config).eval()
+    model.model.load_state_dict(body.model.state_dict())
+    with torch.no_grad():
+        model.score.weight.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    model = tiny_classifier()
+    return model, write_folder(tmp_path_factory.mktemp("classifier"), model)
+
+
+def in_torch(model, ids):
+    """The score of one sequence without padding."""
+    import torch
+
+    with torch.no_grad():
+        return float(model(torch.tensor(np.asarray(ids)[None], dtype=torch.long)).logits[0, 0])
+
+
+def scorer_model(adapter=SETTINGS, dtype=jnp.float64, **options):
+    """The tiny Llama with a scalar head and an adapter that matters, and a random tree for it."""
+    _, whole = tiny(dtype, adapter, **options)
+    model = lora.adapted(heads.scorer(llama(CONFIG, dtype)), adapter)
+    score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), jnp.promote_types(dtype, jnp.float32))
+    base = {name: x for name, x in whole["base"].items() if name != "head"}
+    return model, {**whole, "base": base, "score": score}
+
+
+def mask_of(whole, pattern=TRAINED):
+    return tree.mask_by_path(whole, pattern)
+
+
+@pytest.fixture
+def strict():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+# ---- parity
+
+
+@pytest.mark.parametrize("branches", [True, False], ids=["branches", "plain"])
+def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier, branches):
+    torch_model, folder = classifier
+    loaded = scorer.load(str(folder), one_device(), dtype=jnp.float32)
+    pool = random_pairs(9, longest=4)  # answers of one token too
+    batch = laid(pool, branches=branches)
+    assert 1 in batch.lengths and (batch.branches is not None) == branches
+    seen = reward(loaded.model).see(loaded.params, jax.tree.map(jnp.asarray, batch), None, {})
+    for (row, slot), pair in np.ndenumerate(batch.index):
+        for kind, found in ((1, seen.chosen), (2, seen.rejected)) if pair >= 0 else ():
+            wanted = in_torch(torch_model, np.concatenate([pool.piece(pair, 0), pool.piece(pair, kind)]))
+            assert float(found[row, slot]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["front", "behind"])
+def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(classifier, side):
+    torch_model, folder = classifier
+    loaded = scorer.load(str(folder), one_device(), dtype=jnp.float32)
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, 256, n) for n in (12, 1, 7)]
+    ids, segments, positions = (np.zeros((3, 12), np.int32) for _ in range(3))
+    for row, text in enumerate(texts):
+        at = slice(12 - len(text), 12) if side == "front" else slice(0, len(text))
+        ids[row, at], segments[row, at], positions[row, at] = text, 1, np.arange(len(text))
+    tokens = Tokens(ids, segments, positions, None, None, None)
+    found = jax.jit(loaded.score)(loaded.params, tokens)
+    assert found.shape == (3,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [in_torch(torch_model, text) for text in texts], rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_in_four_bits_scores_as_what_its_codes_stand_for(classifier):
+    torch_model, folder = classifier
+    loaded = scorer.load(str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32)
+    assert loaded.params["base"]["layers"]["attn"]["q"].kind == "nf4" and loaded.params["score"].dtype == jnp.float32
+    ids = np.arange(20, dtype=np.int32)[None]
+    tokens = Tokens(ids, np.ones_like(ids), ids, None, None, None)
+    expanded = jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, loaded.params, is_leaf=is_qtensor)
+    found, wanted = (float(loaded.score(params, tokens)[0]) for params in (loaded.params, expanded))
+    assert found == pytest.approx(wanted, rel=1e-5) and abs(found - in_torch(torch_model, ids[0])) > 1e-3
+
+
+def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(strict):
+    import torch
+
+    rng = np.random.default_rng(0)
+    chosen, rejected, margin = (rng.normal(0, 3, (3, 4)) for _ in range(3))
+    weight = rng.uniform(0, 1, (3, 4)) * (rng.uniform(0, 1, (3, 4)) > 0.3)
+    pool = laid(random_pairs(4))
+
+    def ours(chosen, rejected):
+        batch = pool.replace(pair_weights=weight, columns={"margin": margin}, lengths=np.ones((3, 4, 2), np.int32))
+        return reward(None, "margin", 0.05).judge(Rewards(chosen, rejected, batch), {})
+
+    (value, found), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(jnp.asarray(chosen), jnp.asarray(rejected))
+    c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
+    each = -torch.log(torch.sigmoid(c - r - torch.tensor(margin))) + 0.05 * (c + r) ** 2
+    total = (torch.tensor(weight) * each).sum()
+    total.backward()
+    np.testing.assert_allclose(value, total.item(), rtol=1e-12)
+    for ours_, theirs in zip(grads, (c.grad, r.grad), strict=True):
+        np.testing.assert_allclose(ours_, theirs, rtol=1e-10, atol=1e-15)
+    used, told = weight > 0, metrics.read(found)
+    both = np.concatenate([chosen[used], rejected[used]])
+    assert told["accuracy"] == pytest.approx((chosen > rejected)[used].mean())
+    assert told["margin"] == pytest.approx((chosen - rejected)[used].mean())
+    assert [told[f"{name}_reward"] for name in ("min", "mean", "max")] == pytest.approx([both.min(), both.mean(), both.max()])
+
+
+def test_far_margins_stay_finite():
+    far = jnp.asarray([-1e4, 1e4], jnp.float32)
+    value, slope = jax.vmap(jax.value_and_grad(lambda x: bradley_terry(x, 0.0, 0.0)))(far)
+    assert value.tolist() == [1e4, 0] and slope.tolist() == [-1, 0]
+
+
+def test_a_tie_is_log_2_and_no_win():
+    batch = laid(random_pairs(4))
+    same = jnp.ones(batch.pair_weights.shape)
+    value, found = reward(None).judge(Rewards(same, same, batch), {})
+    assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.read(found)["accuracy"] == 0
+
+
+# ---- laws
+
+
+def objectives():
+    return partial(reward, margin="margin", center=0.02)
+
+
+def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(strict):
+    model, whole = scorer_model()
+    batch, objective, mask = laid(random_pairs(9)), objectives()(model), mask_of(whole)
+    one = judged(objective, whole, mask, micro(batch, 1), {})
+    assert np.abs(one[1]["score"]).max() > 1e-4 and one[0] != 0
+    for count in (2, 4):
+        assert_same(judged(objective, whole, mask, micro(batch, count), {}), one)
+    doubled = judged(objective, whole, mask, micro(batch.replace(pair_weights=2 * batch.pair_weights), 1), {})
+    assert_close(doubled[1], jax.tree.map(lambda x: 2 * x, one[1]))
+
+
+def test_shared_prompts_have_the_rewards_of_plain_rows(strict):
+    model, whole = scorer_model()
+    pool, objective, mask = random_pairs(9), objectives()(model), mask_of(whole)
+    found = [judged(objective, whole, mask, micro(laid(pool, branches=branches), 1), {}) for branches in (True, False)]
+    assert_same(*found)
+
+
+def test_empty_slots_and_pairs_of_weight_zero_change_nothing(strict):
+    model, whole = scorer_model()
+    pool, objective, mask = random_pairs(12), objectives()(model), mask_of(whole)
+    used = np.arange(12) % 3 > 0
+    wanted = judged(objective, whole, mask, micro(laid(pool, np.flatnonzero(used)), 2), {})
+    muted = laid(pool, weights=pool.weights * used)
+    assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
+    assert_same(judged(objective, whole, mask, micro(muted, 2), {}), wanted)
+    some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
+    assert_same(judged(objective, whole, mask, micro(jax.tree.map(lambda *x: np.concatenate(x), some, nothing), 4), {}), wanted)
+    value, _ = objective(whole, jax.tree.map(jnp.asarray, nothing), None, {})
+    assert value == 0
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(2, 2, 2), MeshShape(1, 2, 2, context=2)], ids=["2x2x2", "context 2"])
+def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
+    with jax.enable_x64(True):
+        model, whole = scorer_model(Adapter(rank=4, targets=("q", "o", "down")))
+        batch, mask = micro(laid(random_pairs(16), rows=8, room=(72, 48, 4)), 1), mask_of(whole)
+        wanted = judged(objectives()(model), whole, mask, batch, {})
+        laid_out = make_mesh(mesh)
+        with jax.set_mesh(laid_out):
+            spread = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, laid_out))
+            found = judged(objectives()(model), spread, mask, sharding.place_batch(laid_out, batch), {})
+        assert_same(found, wanted)
+
+
+def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
+    batch = laid(random_pairs(4))
+    zero = jnp.zeros(batch.pair_weights.shape)
+    with pytest.raises(ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"):
+        reward(None, "ahead").judge(Rewards(zero, zero, batch), {})
+    with pytest.raises(ValueError, match="center=-1; wanted a number from 0 up"):
+        reward(None, center=-1)
+    with pytest.raises(ValueError, match="no scalar head"):
+        reward(tiny()[0]).see(tiny()[1], jax.tree.map(jnp.asarray, batch), None, {})
+
+
+# ---- one base, many models
+
+
+BESIDE = {"critic": Scorer(SETTINGS), "judge": Scorer(Adapter(rank=3, targets=("o",)), trained=False), "value": Scorer()}
+
+
+def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
+    model = heads.with_scorers(llama(CONFIG, jnp.float32), BESIDE)
+    t = prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, None, BESIDE))
+    mask = tree.paths(t.mask)
+    assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
+    assert not any(m for path, m in mask.items() if path.endswith("/scale")) and not mask["judge/score"] and mask["value/score"]
+    own = prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, "base/final_norm", BESIDE))
+    assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
+    everything = prepare.trained(model, SETTINGS, None)  # nothing said of who is frozen
+    assert tree.paths(everything.mask)["judge/score"]
+    with pytest.raises(ValueError, match="matches none"):
+        prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, "no/such/path", BESIDE))
+    assert "critic/adapter/layers/attn/q/a" in prepare.table(t) and "value/score" in prepare.table(t)
+
+
+def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
+    base = llama(CONFIG, jnp.float64)
+    model = lora.adapted(heads.with_scorers(base, {"critic": Scorer(SETTINGS)}), SETTINGS)
+    alone, whole = scorer_model()
+    language, policy = tiny(jnp.float64, SETTINGS)
+    whole = {**policy, "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]}}
+    assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=params.is_spec)
+    batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
+    np.testing.assert_array_equal(model.hidden(whole, batch), language.hidden(policy, batch))
+    critic = heads.view(whole, "critic")
+    h = model.hidden(critic, batch)
+    wanted = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch))
+    np.testing.assert_array_equal(model.scores(critic, h), wanted)
+    assert np.abs(h - model.hidden(whole, batch)).max() > 1e-3
+
+
+def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
+    model = llama(CONFIG, jnp.float32)
+    with pytest.raises(ValueError, match="a scorer is named base, which the run's own parameters are"):
+        heads.with_scorers(model, {"base": Scorer()})
+    with pytest.raises(ValueError, match="names the head, and it gives scores"):
+        heads.with_scorers(model, {"critic": Scorer(Adapter(targets=("head",)))})
+    with pytest.raises(ValueError, match="adapter.targets names the head"):
+        lora.adapted(heads.scorer(model), Adapter(targets=("q", "head")))
+    with pytest.raises(ValueError, match="gives scores, no text"):
+        heads.scorer(model).logits({}, None)
+
+
+def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
+    mesh, model = one_device(), llama(CONFIG, jnp.float32)
+    plain = prepare.trained(model, SETTINGS, None)
+    beside = {"critic": Scorer(SETTINGS)}
+    with_critic = prepare.trained(heads.with_scorers(model, beside), SETTINGS, None)
+    alone = starts.start_beside(plain, mesh, 3, Scorer(SETTINGS))
+    both = starts.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
+    jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
+    a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
+    assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
+    judge = {"judge": Scorer(SETTINGS, trained=False)}
+    with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
+        frozen = prepare.trained(heads.with_scorers(model, judge), SETTINGS, None)
+        starts.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
+
+
+# ---- folders that are no reward model
+
+
+def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, tmp_path):
+    _, folder = classifier
+    with pytest.raises(ValueError, match="a sequence classifier, which gives scores and no text; take a language model"):
+        weights.open_leaves(str(folder), weights.model_for(str(folder)))
+    language = write_folder(tmp_path / "language", tiny_torch())
+    with pytest.raises(ValueError, match="found LlamaForCausalLM, wanted a sequence classifier"):
+        scorer.load(str(language), one_device())
+    three = write_folder(tmp_path / "three", tiny_classifier(num_labels=3))
+    with pytest.raises(ValueError, match="a classifier of 3 labels, and a reward model has one"):
+        scorer.load(str(three), one_device())
+    two = write_folder(tmp_path / "two", tiny_classifier(num_labels=2))
+    with pytest.raises(ValueError, match="a classifier of 2 labels"):
+        scorer.load(str(two), one_device())
+    headless = write_folder(tmp_path / "headless", tiny_torch())
+    (headless / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="score.weight is missing"):
+        scorer.load(str(headless), one_device())

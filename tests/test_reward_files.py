@@ -1,0 +1,161 @@
+"""Reward models in files: adapters with a head in peft and torch, classifiers in full, what begins with them, what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_reward import in_torch, one_device
+from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
+
+from jaxft import export, prepare, report, scorer, starts, weights
+from jaxft.lora import Adapter
+from jaxft.models import heads
+from jaxft.models.heads import Scorer
+from jaxft.weights import peft as peft_layout
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+SETTINGS = Adapter(rank=3, alpha=6.0, targets=("q", "down"))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head of its own", "tied"])
+def base(request, tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=request.param))
+
+
+def begun(folder, adapter=SETTINGS, start=None, seed=1):
+    """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
+    model = heads.scorer(weights.model_for(str(folder), dtype=jnp.float32))
+    t, mesh = prepare.trained(model, adapter, None), one_device()
+    whole = prepare.load_base(str(folder), t, mesh)
+    whole = {"base": whole, **starts.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
+    if adapter and start is None:
+        shake = lambda path, x: x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)  # noqa: E731
+        whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
+    return t, whole
+
+
+def saved(t, whole, base, out, adapter=SETTINGS):
+    """The folder that a run writes."""
+    run = SimpleNamespace(adapter=adapter, model=heads.scorer(weights.model_for(str(base), dtype=jnp.float32)), weights=str(base))
+    return report.export(t, whole, run, tiny_tokenizer(), out)
+
+
+def parts(whole):
+    return {name: whole[name] for name in ("adapter", "score")}
+
+
+def scored(t, whole, tokens):
+    return np.asarray(scorer.score(t.model, whole, tokens))
+
+
+def by_torch(model, tokens):
+    return [in_torch(model, ids) for ids in np.asarray(tokens.ids)]
+
+
+def in_full(folder):
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
+
+
+def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(base, tmp_path):
+    t, whole = begun(base)
+    folder, tokens = saved(t, whole, base, tmp_path), some_tokens()
+    expected = scored(t, whole, tokens)
+    assert np.abs(expected - scored(t, {**whole, "adapter": None}, tokens)).max() > 0.01
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1).eval()
+    np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
+    again, whole_again = begun(base, prepare.adapter_settings(str(folder), t.model), str(folder))
+    jax.tree.map(np.testing.assert_array_equal, parts(whole_again), parts(whole))
+    loaded = scorer.load(str(base), one_device(), folder, dtype=jnp.float32)
+    np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=1)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(str(tmp_path))
+    tokens = some_tokens()
+    loaded = scorer.load(str(base), one_device(), tmp_path, dtype=jnp.float32)
+    np.testing.assert_allclose(loaded.score(loaded.params, tokens), by_torch(model, tokens), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [None, SETTINGS], ids=["full", "merged"])
+def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run(base, tmp_path, adapter):
+    t, whole = begun(base, adapter)
+    tokens = some_tokens()
+    if adapter:
+        folder, model = tmp_path / "merged", heads.scorer(weights.model_for(str(base), dtype=jnp.float32))
+        export.write(folder, export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))), "float32")
+    else:
+        folder = saved(t, whole, base, tmp_path, None)
+    theirs = in_full(folder)
+    assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.config.num_labels == 1
+    expected = scored(t, whole, tokens)
+    np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
+    _, again = begun(folder, None)
+    np.testing.assert_array_equal(again["score"], whole["score"])
+    np.testing.assert_allclose(scored(t, again, tokens), expected, rtol=1e-5, atol=1e-5)
+    padded = torch.tensor(np.pad(np.asarray(tokens.ids), ((0, 0), (0, 3)), constant_values=theirs.config.pad_token_id)).long()
+    mask = torch.tensor(np.pad(np.ones_like(tokens.ids), ((0, 0), (0, 3)))).long()
+    with torch.no_grad():
+        found = theirs(padded, attention_mask=mask).logits[:, 0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as_the_reward_model(base, tmp_path):
+    t, whole = begun(base)
+    language = weights.model_for(str(base), dtype=jnp.float32)
+    peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
+    settings = prepare.adapter_settings(str(tmp_path / "sft"), t.model)
+    _, fresh = begun(base, settings, str(tmp_path / "sft"))
+    np.testing.assert_array_equal(fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"])
+    assert fresh["score"].std() > 0.01
+    folder = saved(t, whole, base, tmp_path)
+    beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
+    policy = prepare.trained(heads.with_scorers(language, beside), None, prepare.patterns(language, None, None, beside))
+    found = starts.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
+    for name in beside:
+        jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
+    with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
+        starts.start_beside(prepare.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
+    with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
+        judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
+        frozen = prepare.trained(heads.with_scorers(language, judge), None, None)
+        starts.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
+
+
+def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
+    t, whole = begun(base)
+    folder, language = saved(t, whole, base, tmp_path), weights.model_for(str(base), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="a reward model's adapter, which gives scores and no text"):
+        peft_layout.load_adapter(folder, language)
+    path, name = folder / "adapter_model.safetensors", "base_model.model.score.weight"
+    good = load_file(path)
+    assert good[name].shape == (1, 64)
+    save_file({**good, name: np.zeros((2, 64), np.float32)}, path)
+    with pytest.raises(ValueError, match=r"score.weight has shape \(2, 64\), and a reward model's has \(1, 64\)"):
+        peft_layout.load_parts(folder, language)
+    save_file({k: v for k, v in good.items() if k != name}, path)
+    with pytest.raises(ValueError, match="score.weight is missing"):
+        peft_layout.load_parts(folder, language)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change in ({"task_type": "TOKEN_CLS"}, {"modules_to_save": ["score", "embed_tokens"]}, {"modules_to_save": None}):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match="is not supported; jaxft reads plain LoRA with task_type='CAUSAL_LM', and reward"):
+            peft_layout.load_parts(folder, language)

@@ -1,0 +1,163 @@
+"""Whole runs of reward models: gone on with is uninterrupted, LoRA, packed and in full, what comes out of them, mistakes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from dpo_place import pairs, write_pair_place
+from safetensors.numpy import load_file
+from test_run import WATCH
+from tiny_run import ROOT, Place, write_rows
+
+CONFIG = '''"""A reward model of a tiny Llama."""
+
+import jax.numpy as jnp
+
+from functools import partial
+
+from jaxft import optim
+from jaxft.data.pairs import PairRows, pair_source
+from jaxft.lora import Adapter
+from jaxft.models.heads import scorer
+from jaxft.objectives.reward import reward
+from jaxft.prepare import adapter_settings
+from jaxft.quant import Quant
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+
+def config(
+    model: str = "base", data: str = "pairs.jsonl", name: str = "tiny", lr: float = 1e-2, margin: str | None = None,
+    center: float = 0.01, steps: int | None = 4, full: bool = False, micro: int = 1, seed: int = 0, start: str | None = None,
+    quant: str = "none", samples: int = 0, remat: str = "projections",
+) -> Run:
+    llm = scorer(model_for(model, dtype=jnp.float32, remat=remat))
+    extras = (margin,) if margin else ()
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(reward, margin=margin, center=center),
+        data=PairRows(data, held_out=0.2, batch=4, micro=micro, max_length=64, seed=seed, epochs=10.0, extras=extras),
+        source=pair_source,
+        adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
+        start=start,
+        quant=None if quant == "none" else Quant(quant, 16),
+        optim=optim.Optim(lr=lr, schedule=optim.constant, warmup=0.0),
+        loop=Loop(steps=steps, save_every=1),
+        samples=samples,
+        seed=seed,
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    write_pair_place(folder)
+    (folder / "config.py").write_text(CONFIG)
+    write_rows(folder / "pairs.jsonl", [{**row, "ahead": i / 20, "grade": "good"} for i, row in enumerate(pairs())])
+    return Place(folder)
+
+
+def run(place, *argv, code=0, **options):
+    assert place.run(*argv, JAXFT_CACHE=str(place.folder / "cache"), **options) == code, place.err()
+    return place.out()
+
+
+KINDS = {"lora": ["margin=ahead", "micro=2"], "qlora": ["quant=nf4"], "full": ["full=true", "lr=0.001"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
+    out = run(place, *KINDS[kind], f"name={kind}-alone", hook=WATCH)
+    assert "compiled before the loop: True" in out and "compiled since: []" in out
+    run(place, *KINDS[kind], "steps=2", f"name={kind}")
+    assert "going on after step 2" in run(place, *KINDS[kind], f"name={kind}")
+    lines = [[line for line in place.metrics(name) if "loss" in line] for name in (kind, f"{kind}-alone")]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+    assert place.leaves(kind, 4) == place.leaves(f"{kind}-alone", 4)
+    assert any("score" in path for path in place.leaves(kind, 4))
+
+
+def test_a_run_learns_says_what_it_learned_and_its_card_fits(place):
+    out = run(place, "name=learns", "steps=12", "loop.eval_every=6")
+    last = json.loads((place.runs("learns") / "summary.json").read_text())["after"]["metrics"]
+    wanted = {f"eval_{name}" for name in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")}
+    assert wanted <= last.keys() and last["eval_accuracy"] == 1 and last["eval_margin"] > 0.5
+    assert "held-out accuracy: " in out and "always taking the" in out and "scripts/score.py" in out and "--prompt" not in out
+    card = (place.runs("learns") / "README.md").read_text()
+    assert "A reward model: a LoRA adapter (rank 4, alpha 32) with a scalar head, fine-tuned from `base`" in card
+    assert "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)" in card and "generate.py" not in card
+    tensors = load_file(place.runs("learns") / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.score.weight"].shape == (1, 64)
+    run(place, "name=after", "start=runs/learns", "steps=1", "lr=0.0")
+    again = load_file(place.runs("after") / "adapter" / "adapter_model.safetensors")
+    assert all(np.array_equal(again[name], x) for name, x in tensors.items())
+
+
+def test_scores_and_a_merged_model_of_a_run(place):
+    run(place, "name=scored", "steps=6")
+    shutil.rmtree(place.folder / "merged", ignore_errors=True)
+    found = {}
+    argv = ["--file", "pairs.jsonl", "--json", "--dtype", "float32"]
+    for way, model in {"run": ["--run", "runs/scored"], "parts": ["--model", "base", "--adapter", "runs/scored/adapter"]}.items():
+        script(place, "score.py", *model, *argv)
+        found[way] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
+    assert "the chosen answer has the higher reward in" in place.err()
+    script(place, "export.py", "--run", "runs/scored", "--out", "merged", "--dtype", "float32")
+    script(place, "score.py", "--model", "merged", *argv)
+    found["merged"] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
+    assert len(found["run"]) == 24 and found["run"] == found["parts"]
+    for one, other in zip(found["run"], found["merged"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    script(place, "export.py", "--run", "runs/scored", "--out", "packed", "--pack", "nf4")
+    packed = json.loads((place.folder / "packed" / "config.json").read_text())
+    assert packed["architectures"] == ["LlamaForSequenceClassification"] and packed["quantization_config"]
+    script(place, "generate.py", "--run", "runs/scored", "--prompt", "one?", code=1)
+    assert "a reward model's adapter, which gives scores and no text" in place.err() and place.err().count("\n") == 1
+
+
+def script(place, name, *argv, code=0):
+    """Run a script that takes no config."""
+    process = place.start(hook=f"import sys\nsys.argv = {[str(ROOT / 'scripts' / name), *argv]!r}\n")
+    process.join()
+    assert process.exitcode == code, place.err()
+
+
+def broken(place, name, **change):
+    write_rows(place.folder / name, [*pairs()[:5], {**pairs()[5], **change}])
+    return f"data={name}"
+
+
+@pytest.mark.parametrize(
+    "change, argv, words",
+    [
+        ({"rejected": ""}, [], "broken.jsonl:6: column 'rejected' is empty; fill it or remove the row"),
+        ({"chosen": "   "}, [], "is empty"),
+        ({}, ["margin=ahead"], "no number in column 'ahead' (data.extras); found columns: prompt, chosen, rejected"),
+        ({"ahead": "much"}, ["margin=ahead"], "no number in column 'ahead'"),
+        ({}, ["samples=2"], "this run's model gives scores, no text: set samples=0 and general=none, found samples=2"),
+        ({}, ["center=-0.5"], "center=-0.5; wanted a number from 0 up"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(place, change, argv, words):
+    run(place, broken(place, "broken.jsonl", **change), *argv, "name=wrong", code=1)
+    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1, place.err()
+
+
+def test_a_margin_that_is_no_number_is_one_clear_line(place):
+    run(place, "margin=grade", "name=wrong", code=1)
+    assert "column 'grade' (data.extras) is 'good', wanted a finite number" in place.err() and place.err().count("\n") == 1
+
+
+def test_reward_models_of_a_sweep_are_those_of_runs_alone(place):
+    process = place.start("--over", "lr=0.01,0.003", "--name", "swept", script="sweep.py")
+    process.join()
+    assert process.exitcode == 0, place.err()
+    run(place, "lr=0.003", "name=alone")
+    one, other = (load_file(place.runs(name) / "adapter" / "adapter_model.safetensors") for name in ("swept/lr=0.003", "alone"))
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        np.testing.assert_allclose(x, other[name], rtol=1e-4, atol=1e-5, err_msg=name)

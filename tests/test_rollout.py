@@ -1,0 +1,267 @@
+"""Rollouts: what rows hold, that the sampler and the trainer are one model, and whole runs that are taught by rewards."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rl_place
+import tiny_model
+from tiny_run import Place
+
+from jaxft import generate, lora, params, player, rewards, tree
+from jaxft.completions import Rules, by_read, by_token, laid
+from jaxft.data import prompts
+from jaxft.data.prompts import Asked, Prompts, Room
+from jaxft.lora import Adapter
+from jaxft.models import heads
+from jaxft.models.llama import llama
+from jaxft.objectives.policy import policy
+from jaxft.objectives.policy_losses import clipped
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl")
+    rl_place.write_place(folder)
+    return Place(folder)
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def some(lengths, seed=0, size=7):
+    """(prompts, tokens [G, N, S]) of a tiny vocabulary; prompts of 2, 3, 4, ... tokens."""
+    rng = np.random.default_rng(seed)
+    ids = tuple(tuple(rng.integers(0, 40, 2 + i).tolist()) for i in range(len(lengths)))
+    tokens = rng.integers(0, 40, (*lengths.shape, size))
+    tokens[np.arange(size) >= lengths[..., None]] = -1
+    nothing = ("",) * len(ids)
+    return Asked(ids, nothing, nothing, ({},) * len(ids)), tokens
+
+
+LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
+
+
+def test_numbers_of_tokens_come_back_from_the_rows():
+    x = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
+    inside = np.arange(7) < LENGTHS.reshape(6, 1)
+    rows = by_read(x, LENGTHS, 16)
+    assert (rows[:, 10:] == 0).all() and (rows != 0).sum() == LENGTHS.sum()
+    np.testing.assert_array_equal(by_token(rows, LENGTHS, 7), np.where(inside, x, 0))
+
+
+def test_a_row_of_many_completions_has_the_log_probs_of_each_alone(wide):
+    model, whole = tiny_model.tiny(adapter=Adapter(rank=2))
+    asked, tokens = some(LENGTHS)
+    objective = policy(model, clipped, temperature=0.7)
+    rows = laid(asked, tokens, LENGTHS, Room(32, 16))
+    found = by_token(np.asarray(objective.logps(whole, rows).logp), LENGTHS, 7)
+    for g, prompt in enumerate(asked.ids):
+        for n, count in enumerate(LENGTHS[g]):
+            if not count:
+                continue
+            text = np.array([*prompt, *tokens[g, n, :count]])
+            alone = tiny_model.batch_of([[(text, len(prompt))]], 16, 8, 1.0)
+            logits = model.logits(model.head(whole), model.hidden(whole, alone))[0] / 0.7
+            logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
+            np.testing.assert_allclose(found[g * 3 + n][:count], logp, rtol=1e-10)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (0.7, 5), (0.0, None)])
+def test_the_sampler_has_the_trainers_log_probs(group, temperature, top_k):
+    model, whole = tiny_model.tiny(jnp.float32, adapter=Adapter(rank=2))
+    asked, _ = some(np.ones((3, group), int))
+    stop = (7, 11)
+    run = generate.make_sampler(model, generate.Sampling(12, temperature, top_k), stop, group)
+    out, drawn = map(np.asarray, run(whole, generate.left_pad(asked.ids, 3), jax.random.key(3)))
+    lengths = (out >= 0).sum(1).reshape(3, group)
+    ended = np.isin(out[np.arange(len(out)), lengths.ravel() - 1], stop)
+    assert (ended | (lengths.ravel() == 12)).all() and ((out >= 0) == (drawn != 0)).all()
+    rows = laid(asked, out.reshape(3, group, 12), lengths, Room(64, 64))
+    logps = policy(model, clipped, temperature=temperature or 1.0).logps(whole, rows).logp
+    np.testing.assert_allclose(by_token(np.asarray(logps), lengths, 12), drawn, atol=1e-4, rtol=0)
+
+
+def test_completions_of_a_prompt_differ_and_are_those_of_the_prompt_alone():
+    model, whole = tiny_model.tiny(jnp.float32)
+    asked, _ = some(np.ones((2, 2), int))
+    greedy = generate.Sampling(6, 0.0)
+    many = np.asarray(generate.make_sampler(model, greedy, (), 2)(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))[0])
+    one = np.asarray(generate.make_generate(model, greedy, ())(whole, generate.left_pad(asked.ids, 2), jax.random.key(0)))
+    np.testing.assert_array_equal(many, np.repeat(one, 2, 0))
+    warm = generate.make_sampler(model, generate.Sampling(6, 1.0), (), 2)
+    drawn = np.asarray(warm(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))[0])
+    assert (drawn[0] != drawn[1]).any() and (drawn[2] != drawn[3]).any()
+
+
+def test_prompts_come_in_an_order_of_seed_and_rollout_and_all_come():
+    data = Prompts("x", batch=6, minibatches=3, passes=2)
+    seen = np.concatenate([prompts.drawn(data, 10, k) for k in range(5)])
+    assert [sorted(seen[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert seen[:10].tolist() != seen[10:20].tolist()
+    for turn in (0, 3):
+        parts = np.concatenate([prompts.dealt(data, 4, turn + k) for k in range(3)])
+        assert sorted(parts.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("gives", "kind", "words"),
+    [
+        (lambda p, c, r: 1 / 0, "raised", "raised ZeroDivisionError"),
+        (lambda p, c, r: r["nothing"], "raised", "raised KeyError"),
+        (lambda p, c, r: None, "not_a_number", "gave NoneType None"),
+        (lambda p, c, r: "0.5", "not_a_number", "gave str '0.5'"),
+        (lambda p, c, r: math.nan, "not_a_number", "gave nan"),
+        (lambda p, c, r: [1.0], "not_a_number", "gave list [1.0]"),
+    ],
+)
+def test_what_is_no_score_is_counted_and_never_zero(gives, kind, words):
+    good = lambda prompt, completion, row: 0.25  # noqa: E731
+    scores, faults = rewards.scored([good, gives], ["q"] * 2, ["a", "b"], [("rows:1", {}), ("rows:2", {})])
+    np.testing.assert_array_equal(scores, [[0.25, np.nan]] * 2)
+    assert faults.counts[kind] == 2 and words in faults.first and "rows:1" in faults.first
+
+
+def test_scores_stay_floating_point():
+    scores, _ = rewards.scored([lambda p, c, r: np.float32(0.3), lambda p, c, r: True], [""], [""], [("", {})])
+    assert scores.dtype == np.float64 and scores[0].tolist() == [float(np.float32(0.3)), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [("it is 1,234.", 1234, 1), ("3 + 4 = 7", "so #### 7", 1), ("7 or 8", 7, 0), ("none", 7, 0), ("-2", -2, 1), ("1.50", 1.5, 1)],
+)
+def test_number_compares_the_last_one(completion, answer, score):
+    assert rewards.number("", completion, {"answer": answer}) == score
+
+
+def test_a_reward_must_be_given():
+    with pytest.raises(ValueError, match="needs a reward"):
+        Rules(())
+    with pytest.raises(ValueError, match="2 rewards need as many weights"):
+        Rules((rewards.number, rewards.exact), weights=(1.0,))
+
+
+def test_a_policy_learns_what_is_rewarded(place):
+    """And the first step of each rollout has the ratio 1 of what it drew."""
+    assert place.run("name=learns", "steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2") == 0, place.err()
+    lines = place.metrics("learns")
+    got = [line["reward"] for line in lines if "reward" in line]
+    assert len(got) == 16 and np.mean(got[-3:]) > 2 * np.mean(got[:3])
+    assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
+    assert all(abs(line["val/ratio"] - 1) < 1e-5 for line in lines if "val/ratio" in line)
+    table = [json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()]
+    assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
+
+
+def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
+    """PPO, with a critic: killed between two minibatches, and while it draws."""
+    argv = ("steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8")
+    assert place.run(*argv, "name=whole") == 0, place.err()
+    for hook, name in ((KILL.format(step=6), "inside"), (KILL_DRAWING, "drawing")):
+        process = place.start(*argv, f"name={name}", hook=hook)
+        process.join()
+        assert process.exitcode == -9 and place.checkpoints(name) in ([4], []), place.err()
+        assert place.run(*argv, f"name={name}") == 0, place.err()
+        assert place.results(name, 8) == place.results("whole", 8)
+        table = [(place.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
+        assert table[0] == table[1]
+
+
+def test_ppo_teaches_the_policy_and_its_critic(place):
+    """And before the critic's warm-up is over the policy stands still."""
+    argv = ("passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12")
+    argv = (*argv, "rewards=config.py:ascii")
+    assert place.run("name=ppo", "steps=32", *argv) == 0, place.err()
+    lines = [line for line in place.metrics("ppo") if "reward" in line]
+    assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean([line["reward"] for line in lines[:4]])
+    assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
+    assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
+    assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
+    warm = [line for line in place.metrics("warm") if "reward" in line]
+    assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
+
+
+def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
+    beside = {"reward": heads.Scorer(Adapter(rank=2))}
+    whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
+    random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
+    whole = tree.map_with_path(random, params.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
+    asked, tokens = some(LENGTHS)
+    rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
+    found = np.asarray(player._scored(whole_model, "reward", whole, {}, rows))[0]
+    for g, prompt in enumerate(asked.ids):
+        for n in np.flatnonzero(LENGTHS[g]):
+            text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])
+            alone = tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0)
+            h = whole_model.hidden(heads.view(whole, "reward"), alone)[0, len(text) - 1]
+            np.testing.assert_allclose(found[g, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
+
+
+KILL = """
+import glob, os, time
+from jaxft import report
+add = report.Meter.add
+def killed(self, step, batch, found):
+    add(self, step, batch, found)
+    if step + 1 == {step}:
+        until = time.monotonic() + 60  # what was saved before is written in the background
+        while not glob.glob("runs/inside/checkpoints/4") and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), 9)
+report.Meter.add = killed
+"""
+KILL_DRAWING = """
+import os
+from jaxft import player
+sampled = player.Player._sampled
+def killed(self, done, state):
+    if int(state.step) == 4:
+        os.kill(os.getpid(), 9)
+    return sampled(self, done, state)
+player.Player._sampled = killed
+"""
+
+
+def test_sigterm_inside_a_rollout_saves_at_its_end(place):
+    hook = KILL.format(step=5).replace("9)", "15)").replace("glob.glob", "str")
+    process = place.start("steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop", hook=hook)
+    process.join()
+    assert process.exitcode == 143 and place.checkpoints("asked_to_stop") == [8]
+
+
+def test_rewards_that_all_fail_end_the_run_in_one_line(place):
+    (place.folder / "bad.py").write_text("def bad(prompt, completion, row):\n    return row['missing']\n")
+    assert place.run("name=bad", "rewards=bad.py:bad", "held_out=0.0") == 1
+    last = place.err().strip().splitlines()[-1]
+    assert last.startswith("error: no completion of rollout 1 could be scored: reward bad raised KeyError")
+    assert "asked.jsonl:" in last
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": ""}, "bad.jsonl:1: the row is empty"),
+        ({"prompt": " ", "answer": 1}, "bad.jsonl:1: column 'prompt' is empty"),
+        ({"question": "why?"}, "bad.jsonl:1: found columns question; wanted prompt, messages or instruction"),
+        ({"prompt": 7}, "bad.jsonl:1: "),
+        ({"prompt": "why " * 99}, "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it"),
+    ],
+)
+def test_prompts_that_cant_be_asked_are_named(place, row, words):
+    (place.folder / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    assert place.run("name=asks", "data=bad.jsonl", "held_out=0.0") == 1
+    last = place.err().strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last
+
+
+def test_a_temperature_that_differs_is_refused(place):
+    assert place.run("name=warm", "data.temperature=0.5") == 1
+    assert "temperature" in place.err().strip().splitlines()[-1]
