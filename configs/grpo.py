@@ -3,8 +3,9 @@
     python scripts/train.py --config configs/grpo.py
     python scripts/train.py --config configs/grpo.py rewards=my_rewards.py:mine data=prompts.jsonl
 
-SmolLM2-135M-Instruct on sums that ship, whose answers can be verified; LoRA on every linear layer. A reward is a function of
-(prompt, completion, row), see jaxft.rewards. Advantages, weights of tokens and policy losses combine freely:
+SmolLM2-135M-Instruct on sums that ship, whose answers can be verified; LoRA on every linear layer. A rollout of 16 x 8 short
+answers and its step take about a minute on two CPU cores without AVX512, and 2 GB; the run is 50 of them. A reward is a function
+of (prompt, completion, row), see jaxft.rewards. Advantages, weights of tokens and policy losses combine freely:
 Dr. GRPO is `advantage=jaxft.advantages:centred weigh=jaxft.advantages:sequence_sum`, DAPO's filter
 `keep=jaxft.advantages:varied`, GSPO `loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.advantages:sequence_mean`, RLOO
 `advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain`.
