@@ -38,10 +38,12 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
 
     explicit: (coordinator, processes, process) of the settings; what is None there is taken from JAXFT_COORDINATOR,
     JAXFT_PROCESSES and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this order. A
-    count without a coordinator is no launch but a claim, see distributed.Hosts. Raises ValueError for what contradicts itself.
+    count without a coordinator beside it in the settings is no launch but a claim, see distributed.Hosts. Raises ValueError for
+    what contradicts itself.
     """
     coordinator = explicit[0] or environ.get(OWN[0])
-    given = [value if value is not None else _number(environ, name) for value, name in zip(explicit[1:], OWN[1:], strict=True)]
+    known = explicit[1:] if explicit[0] else (None, None)
+    given = [value if value is not None else _number(environ, name) for value, name in zip(known, OWN[1:], strict=True)]
     found = next((launch for look in LAUNCHERS if (launch := look(environ)) is not None), None)
     if coordinator is None:
         if any(environ.get(name) for name in OWN) and given[0] != 1:

@@ -70,6 +70,9 @@ def test_who_this_process_is(environ, wanted):
 def test_what_the_settings_say_comes_first():
     assert detect(("x:9", 4, 2), {**SLURM, **OWN}) == Launch("explicit, SLURM", "x:9", 4, 2, (1,))
     assert detect((None, 16, None), SLURM).by == "SLURM"  # a claim, no launch
+    assert detect((None, 3, None), OWN) == Launch("explicit", "h:1", 2, 1)  # a claim beside what the environment says
+    assert detect((None, 1, None), OWN).processes == 2
+    assert detect((None, 3, None), {**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}) is None
     assert detect((None, 1, None), {}) is None
 
 
