@@ -10,7 +10,7 @@ import time
 import dpo_place
 import pytest
 import tiny_run
-from several import Several
+from several import Several, free_port
 from tiny_run import Place, rows, write_place, write_rows
 
 pytestmark = pytest.mark.alone
@@ -217,6 +217,46 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
         lines = [place.err().strip().splitlines()[-1] for place in two.places]
         assert lines[0] == lines[1] and lines[0].startswith("error: ") and wanted in lines[0], lines
     assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
+
+
+JOINS = """
+import jax
+join = jax.distributed.initialize
+def told(*args, **known):
+    print("joins", flush=True)
+    join(*args, **known)
+jax.distributed.initialize = told
+"""
+
+
+def begin_alone(folder, me, *argv):
+    """Process `me` of two, of which the other one never comes: (where it is, the process, the coordinator)."""
+    one, coordinator = Place(folder, f"waits{me}"), f"127.0.0.1:{free_port()}"
+    environment = {"JAXFT_COORDINATOR": coordinator, "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": str(me)}
+    return one, one.start("name=waits", *argv, hook=JOINS, devices=4, **environment), coordinator
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_that_never_comes_is_told_of_within_the_bound(folder, there):
+    one, process, coordinator = begin_alone(folder, there, "hosts.start_seconds=4")
+    one.wait_for(process, lambda: "joins" in one.out())
+    begin = time.monotonic()
+    process.join(60)
+    assert process.exitcode == 75 and 2 < time.monotonic() - begin < 30, one.err()
+    (line,) = one.err().strip().splitlines()  # and no stack of jax's
+    assert line.startswith(f"process {there} of 2: the coordinator {coordinator} (explicit) was not reached by all 2 within 4 s")
+
+
+def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):
+    one, process, _ = begin_alone(folder, 0)
+    one.wait_for(process, lambda: "joins" in one.out())
+    time.sleep(0.5)
+    process.kill()
+    process.join()
+    until = time.monotonic() + 10
+    while not one.err() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert one.err().startswith("process 0 of 2 was ended from outside while it joined the others"), one.err()
 
 
 HANGS = """
