@@ -208,8 +208,6 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
-        (["name=wrong", "hosts.processes=3"], {}, "hosts.processes=3, found 2"),
-        (["name=wrong", "hosts.devices=16"], {}, "hosts.devices=16, found 8 (4 on process 0, 4 on process 1)"),
         (["name=wrong"], {1: ["data=other.jsonl"]}, "process 1 of 2 has other settings, rows or libraries than process 0"),
     )
     for argv, own, wanted in cases:
@@ -217,6 +215,19 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
         lines = [place.err().strip().splitlines()[-1] for place in two.places]
         assert lines[0] == lines[1] and lines[0].startswith("error: ") and wanted in lines[0], lines
     assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("claim", "found"),
+    [("hosts.processes=3", "found 2; "), ("hosts.devices=16", "found 8 (4 on process 0, 4 on process 1); ")],
+)
+def test_a_claim_that_is_not_met_is_all_that_each_process_says(folder, claim, found):
+    two = Several(folder)
+    assert two.run("name=claims", claim) == [1, 1], two.told()
+    for place in two.places:
+        said = [line for line in place.err().strip().splitlines() if "4 of 8 devices" not in line]
+        assert len(said) == 1 and said[0].startswith(f"error: {claim}, {found}"), said
+    assert not two.first.runs("claims").exists()
 
 
 JOINS = """
