@@ -159,8 +159,8 @@ def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
     if importlib.util.find_spec("kubernetes") is None and not environ.get(OWN[0]):
         raise ValueError(
             f"this is pod {index} of an indexed Kubernetes job; jax finds the others only with the package kubernetes; set "
-            f"{OWN[0]}=host:port of pod 0, {OWN[1]} and {OWN[2]} as scripts/launch/jobset.yaml does, or {OWN[1]}=1 where each pod "
-            "runs by itself"
+            f"{OWN[0]}=host:port of pod 0, {OWN[1]} and {OWN[2]} as scripts/launch/jobset.yaml does, or {OWN[1]}=1 "
+            "where each pod runs by itself"
         )
     return Launch("Kubernetes", None, None, index)
 
