@@ -8,6 +8,7 @@ import signal
 import time
 
 import dpo_place
+import numpy as np
 import pytest
 import tiny_run
 from several import Several, free_port
@@ -33,6 +34,32 @@ def told(mesh, batch):
         file.write(__import__("json").dumps(line) + chr(10))
     return placed
 sharding.place_batch = told
+"""
+GRADIENTS = """
+import os
+import jax, numpy as np
+from jaxft import programs, report
+make, accumulated = programs.make_train_step, programs.accumulated
+def make_telling(*args):
+    step = make(*args)
+    def telling(*inputs):
+        seen = []
+        def kept(*args):
+            seen.append(accumulated(*args))
+            return seen[0]
+        programs.accumulated = kept
+        state, found = step(*inputs)
+        programs.accumulated = accumulated
+        return state, {**found, "gradients": seen[0][0]}
+    return telling
+programs.make_train_step = make_telling
+add = report.Meter.add
+def told(self, step, batch, found):
+    leaves = jax.tree_util.tree_leaves_with_path(found.pop("gradients"))
+    known = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+    np.savez(os.environ["GRADIENTS"] + os.environ.get("JAXFT_PROCESS", "") + f"-{step}.npz", **known)
+    return add(self, step, batch, found)
+report.Meter.add = told
 """
 SLOW_STEPS = """
 import time
@@ -70,7 +97,10 @@ KINDS = {
     "full": ("sft", ["full=true", "lr=0.001", "mesh.data=2", "mesh.fsdp=4"]),
     "dpo": ("dpo", ["mesh.data=8"]),
     "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8"]),
+    "nf4": ("sft", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=4"]),
+    "dpo-nf4": ("dpo", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
 }
+QUICK = ("lora", "full", "dpo")
 
 
 def batches(place, name):
@@ -79,14 +109,20 @@ def batches(place, name):
     return [[json.loads(line) for line in p.read_text().splitlines()] for p in files]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "dpo-full" else ()) for kind in KINDS])
+def gradients(place, name):
+    """What the processes of a run had as gradients of its steps: [{parameter: array}] by step and process."""
+    return [dict(np.load(p)) for p in sorted(place.folder.glob(f"{name}-gradients*.npz"), key=lambda p: p.stem.split("-")[::-1])]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS])
 def test_two_processes_train_as_one_does_in_float64(precise, kind):
     where, argv = KINDS[kind]
     argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
     two, one = Several(precise[where]), Place(precise[where])
-    hook = PRECISE + BATCHES
-    assert two.run(*argv, f"name={kind}-two", hook=hook, BATCHES=f"{kind}-two-batches") == [0, 0], two.told()
-    assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, BATCHES=f"{kind}-one-batches") == 0, one.err()
+    hook = PRECISE + BATCHES + GRADIENTS
+    told = lambda name: {what: f"{name}-{what.lower()}" for what in ("BATCHES", "GRADIENTS")}  # noqa: E731
+    assert two.run(*argv, f"name={kind}-two", hook=hook, **told(f"{kind}-two")) == [0, 0], two.told()
+    assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, **told(f"{kind}-one")) == 0, one.err()
     assert "8 devices on 2 processes (4 each), coordinator 127.0.0.1:" in two.first.out()
     assert two.places[1].err().startswith("process 1 of 2: 4 of 8 devices")
 
@@ -96,6 +132,16 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
         assert a.keys() == b.keys()
         for name in a.keys() & {"loss", "eval_loss", "grad_norm", "logps/chosen", "rewards/margins"}:
             assert b[name] == pytest.approx(a[name], rel=1e-10, abs=1e-10), (a["step"], name)
+
+    alone, together = gradients(one, f"{kind}-one"), gradients(two.first, f"{kind}-two")
+    assert (len(alone), len(together)) == (2, 4)
+    for known, *found in zip(alone, together[::2], together[1::2], strict=True):
+        assert any(np.abs(g).max() > 1e-3 for g in known.values())
+        for other in found:
+            assert other.keys() == known.keys()
+            for path, g in known.items():
+                assert g.dtype == np.float64
+                assert np.abs(other[path] - g).max() <= 1e-10 * max(np.abs(x).max() for x in known.values()), path
 
     (whole,), halves = batches(one, f"{kind}-one"), batches(one, f"{kind}-two")
     assert len(halves) == 2 and len(whole) > 2
