@@ -4,25 +4,23 @@ Nothing here is called by a run of one process in another way than by one of man
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxft import agree, launch, sharding
+from jaxft import agree, ending, launch, sharding
 from jaxft.agree import is_first
+from jaxft.ending import one_line
 
-AGAIN = 75  # exit code where nothing is wrong with the run and it is to be started again (EX_TEMPFAIL of sysexits.h)
-LOST = ("gloo", "nccl", "peer", "connection", "unavailable", "aborted", "deadline", "cancelled", "coordination", "heartbeat")
+JOINING = 60  # seconds that jax is given beyond hosts.start_seconds, so that its abort without a word never comes first
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,11 @@ class Hosts:
     """The processes of a run.
 
     coordinator: host:port of process 0, with processes (how many) and process (which one this is) where no launcher says it;
-    JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without a coordinator `processes` is a claim, as `devices`
-    (of all processes) always is: the run ends where it finds another number.
-    start_seconds: how long processes wait for one another at the start. heartbeat_seconds: after how long a process that gives no
-    sign of life is lost. stop_seconds: how long they wait for one another at the end.
+    JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without a coordinator beside it `processes` is a claim, as
+    `devices` (of all processes) always is: the run ends where it finds another number.
+    start_seconds: how long processes wait for one another at the start; where one doesn't come, the others end with code 75.
+    heartbeat_seconds: after how long a process that gives no sign of life is lost. stop_seconds: how long they wait for one
+    another at the end.
     step_seconds: a step that takes longer is stalled; None for twenty times the median step, at least ten minutes.
     phase_seconds: the same for what isn't a step: reading, compiling, evaluation, waiting for a checkpoint, export.
     """
@@ -66,28 +65,29 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
     """Join the other processes of this run, if the settings or a launcher say that there are any. Call it before jax is used.
 
     told: says an error to the user, in a process that the others wait for in vain, and returns the exit code; the process ends
-    there, since a way out in order would wait for them too. Raises ValueError where the counts aren't those that are claimed.
+    there, since a way out in order would wait for them too. Raises Refused where the counts aren't those that are claimed.
     """
     found = launch.detect((hosts.coordinator, hosts.processes, hosts.process), os.environ)
-    if found is not None:
-        _join(found, hosts)
-    _check_counts(hosts)
+    alone = found is None
     try:
+        if found is not None:
+            _join(found, hosts)
+            alone = not several()
+        _check_counts(hosts)
         yield
     except Refused:
         raise
     except BaseException as error:
-        if not several():
+        if found is None or alone:
             raise
         if is_loss(error):
-            end(lost(error, "before the first step or after the last"))
+            ending.end(lost(error, "before the first step or after the last"))
         code = told(error)
-        if is_first():  # the others may be about to say the same, and are aborted when this one is gone
+        if not found.process:  # the others may be about to say the same, and are aborted when process 0 is gone
             time.sleep(2)
-        _leave(code)
+        ending.leave(code)
     finally:
-        if several():
-            silence()
+        ending.silence()
 
 
 def refuse_several(what: str) -> None:
@@ -106,22 +106,39 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
     if found.coordinator is not None:
         known |= {"coordinator_address": found.coordinator, "num_processes": found.processes, "process_id": found.process}
         known["cluster_detection_method"] = "deactivate"
+    me = f"process {found.process} of {found.processes}" if found.processes else "this process"
+    where = f"the coordinator {found.coordinator or 'that jax found'} ({found.by})"
+    ending.if_ended_from_outside(
+        f"{me} was ended from outside while it joined the others at {where}: killed, or stopped by jax because one of them is "
+        "gone; start the same command again on all hosts"
+    )
+    late = (
+        f"{me}: {where} was not reached by all {found.processes or 'processes'} within {hosts.start_seconds} s "
+        "(hosts.start_seconds); see that each of them is started, that their number is right and that they reach that address"
+    )
+    bounds = {"heartbeat_timeout_seconds": hosts.heartbeat_seconds, "shutdown_timeout_seconds": hosts.stop_seconds}
     try:
-        jax.distributed.initialize(
-            **known,
-            initialization_timeout=hosts.start_seconds,
-            heartbeat_timeout_seconds=hosts.heartbeat_seconds,
-            shutdown_timeout_seconds=hosts.stop_seconds,
-        )
+        # process 0 last: the others are aborted when it is gone
+        with ending.within(hosts.start_seconds + (0 if found.process else 2), late):
+            jax.distributed.initialize(**known, **bounds, initialization_timeout=hosts.start_seconds + JOINING)
+        jax.devices()  # of all processes, which wait for one another here too
     except RuntimeError as error:
-        where = f"coordinator {found.coordinator}" if found.coordinator else "the coordinator that jax found"
-        count = f"process {found.process} of {found.processes}" if found.processes else "this process"
-        bound = f"{hosts.start_seconds} s (hosts.start_seconds)"
-        raise ValueError(f"{count} ({found.by}): {where} was not reached by all within {bound}: {one_line(error)}") from error
-    _announce(found, hosts)
+        text = f"{me}: could not join the others at {where}: {one_line(error)}"
+        if ending.says_gone(str(error)):
+            ending.end(f"{text}; start the same command again on all hosts")
+        raise ValueError(text) from error
+    _announce(found)
+    if several():
+        ending.if_ended_from_outside(
+            f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave "
+            f"no sign of life for {hosts.heartbeat_seconds} s (hosts.heartbeat_seconds); start the same command again on all "
+            "hosts, it goes on from the newest checkpoint"
+        )
+    else:
+        ending.silence()
 
 
-def _announce(found: launch.Launch, hosts: Hosts) -> None:
+def _announce(found: launch.Launch) -> None:
     where = f"coordinator {found.coordinator}" if found.coordinator else "coordinator as jax found it"
     each = sorted({sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())})
     counts = f"{each[0]} each" if len(each) == 1 else "unequal: " + " or ".join(map(str, each))
@@ -129,12 +146,10 @@ def _announce(found: launch.Launch, hosts: Hosts) -> None:
         print(f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} ({found.by})", flush=True)
     else:
         print(f"{who()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} ({found.by})", file=sys.stderr)
-    if jax.process_count() > 1:
-        _watch_from_outside(hosts.heartbeat_seconds)
 
 
 def _check_counts(hosts: Hosts) -> None:
-    """Raise ValueError where there are not as many processes or devices as the settings claim."""
+    """Raise Refused where there are not as many processes or devices as the settings claim."""
     if hosts.processes is not None and hosts.processes != jax.process_count():
         raise Refused(
             f"hosts.processes={hosts.processes}, found {jax.process_count()}; start as many, or check what the launcher says"
@@ -163,12 +178,6 @@ def who() -> str:
 # The end
 
 
-def one_line(error: object) -> str:
-    """At most 300 characters of an error."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 def one_line_of(error: BaseException) -> str:
     """An error in words for the user, as cli shows it."""
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
@@ -178,8 +187,7 @@ def one_line_of(error: BaseException) -> str:
 
 def is_loss(error: BaseException) -> bool:
     """Whether a computation failed because another process is gone."""
-    text = str(error).lower()
-    return several() and isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in LOST)
+    return isinstance(error, jax.errors.JaxRuntimeError) and ending.says_gone(str(error)) and several()
 
 
 def lost(error: BaseException, where: str) -> str:
@@ -188,47 +196,6 @@ def lost(error: BaseException, where: str) -> str:
         f"{who()}: another process is gone or stalled ({where}; {one_line(error)}); "
         "start the same command again on all hosts, it goes on from the newest checkpoint"
     )
-
-
-def end(text: str) -> NoReturn:
-    """Say the last line and end this process at once with the code AGAIN, whatever its threads do."""
-    os.write(2, f"{text}\n".encode())
-    _leave(AGAIN)
-
-
-def _leave(code: int) -> NoReturn:
-    silence()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-@functools.cache
-def _sentinel() -> Any:
-    """A shell that says the line it is sent first when this process ends without another word: killed from outside, or aborted
-    by jax's C++ runtime, which nothing in Python outlives.
-    """
-    script = 'trap "" TERM INT HUP; read -r told; read -r word || echo "$told" >&2'
-    return subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-
-def _watch_from_outside(heartbeat: int) -> None:
-    told = (
-        f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave no "
-        f"sign of life for {heartbeat} s (hosts.heartbeat_seconds); start the same command again on all hosts, it goes on from "
-        "the newest checkpoint"
-    )
-    _sentinel().stdin.write(f"{told}\n".encode())
-    _sentinel().stdin.flush()
-
-
-def silence() -> None:
-    """This process has said its last line itself, or has none to say."""
-    if several() and not _sentinel().stdin.closed:
-        with contextlib.suppress(OSError):
-            _sentinel().stdin.write(b"done\n")
-            _sentinel().stdin.close()
 
 
 # What they agree on

@@ -37,14 +37,18 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     """This process's place, None where it is alone.
 
     explicit: (coordinator, processes, process) of the settings; what is None there is taken from JAXFT_COORDINATOR,
-    JAXFT_PROCESSES and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this order. A
-    count without a coordinator is no launch but a claim, see distributed.Hosts. Raises ValueError for what contradicts itself.
+    JAXFT_PROCESSES (1: alone) and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this
+    order. A count without a coordinator beside it in the settings is no launch but a claim, see distributed.Hosts. Raises
+    ValueError for what contradicts itself.
     """
     coordinator = explicit[0] or environ.get(OWN[0])
-    given = [value if value is not None else _number(environ, name) for value, name in zip(explicit[1:], OWN[1:], strict=True)]
+    known = explicit[1:] if explicit[0] else (None, None)
+    given = [value if value is not None else _number(environ, name) for value, name in zip(known, OWN[1:], strict=True)]
+    if given[0] == 1:
+        return None
     found = next((launch for look in LAUNCHERS if (launch := look(environ)) is not None), None)
     if coordinator is None:
-        if any(environ.get(name) for name in OWN) and given[0] != 1:
+        if any(environ.get(name) for name in OWN):
             raise ValueError(f"{OWN[1]} and {OWN[2]} go with {OWN[0]}=host:port of process 0; set that too")
         return None if found is None or found.processes == 1 else found
     counts = [value if value is not None else getattr(found, name, None) for value, name in zip(given, ("processes", "process"))]
@@ -148,12 +152,16 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
-    """A pod of an indexed job, which jax looks up through Kubernetes' API if its client is installed."""
+    """A pod of an indexed job, which jax looks up through Kubernetes' API; raises ValueError where its client is missing."""
     if "KUBERNETES_SERVICE_HOST" not in environ or "JOB_COMPLETION_INDEX" not in environ:
         return None
     index = _number(environ, "JOB_COMPLETION_INDEX")
-    if importlib.util.find_spec("kubernetes") is None:
-        return Launch("Kubernetes", None, None, index) if environ.get(OWN[0]) else None
+    if importlib.util.find_spec("kubernetes") is None and not environ.get(OWN[0]):
+        raise ValueError(
+            f"this is pod {index} of an indexed Kubernetes job; jax finds the others only with the package kubernetes; set "
+            f"{OWN[0]}=host:port of pod 0, {OWN[1]} and {OWN[2]} as scripts/launch/jobset.yaml does, or {OWN[1]}=1 "
+            "where each pod runs by itself"
+        )
     return Launch("Kubernetes", None, None, index)
 
 

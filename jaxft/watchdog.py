@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from jaxft import distributed
+from jaxft import distributed, ending
 from jaxft.distributed import Hosts
 
 TIMES, LEAST = 20, 600.0  # a step is stalled beyond so many medians, and seconds
@@ -22,7 +22,7 @@ class Watchdog:
     """While it is entered, the run has to tell what it does: `at` a phase, or `step` by step, each within its bound.
 
     Where it doesn't: every thread's stack on stderr, then a line that says who, where, how long and what to do, then exit code 75
-    (distributed.AGAIN). It works in a process that waits for one that died or hangs, too. Time in which the whole process was
+    (ending.AGAIN). It works in a process that waits for one that died or hangs, too. Time in which the whole process was
     stopped (a laptop that sleeps, Ctrl-Z) doesn't count.
     """
 
@@ -78,9 +78,9 @@ class Watchdog:
             raise
         except BaseException as error:
             if distributed.is_loss(error):
-                distributed.end(distributed.lost(error, self._phase))
+                ending.end(distributed.lost(error, self._phase))
             if distributed.several():
-                self._feed(f"closing after an error in {self._phase} ({distributed.one_line(error)})", ENDING, "after an error")
+                self._feed(f"closing after an error in {self._phase} ({ending.one_line(error)})", ENDING, "after an error")
             raise
 
     def _watch(self) -> None:
@@ -98,7 +98,7 @@ class Watchdog:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor
         bound = f"bound {self._bound:g} s: {self._setting}"
-        distributed.end(
+        ending.end(
             f"{distributed.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
             "where it waits; start the same command again, it goes on from the newest checkpoint"
         )

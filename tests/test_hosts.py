@@ -8,9 +8,10 @@ import signal
 import time
 
 import dpo_place
+import numpy as np
 import pytest
 import tiny_run
-from several import Several
+from several import Several, free_port
 from tiny_run import Place, rows, write_place, write_rows
 
 pytestmark = pytest.mark.alone
@@ -33,6 +34,32 @@ def told(mesh, batch):
         file.write(__import__("json").dumps(line) + chr(10))
     return placed
 sharding.place_batch = told
+"""
+GRADIENTS = """
+import os
+import jax, numpy as np
+from jaxft import programs, report
+make, accumulated = programs.make_train_step, programs.accumulated
+def make_telling(*args):
+    step = make(*args)
+    def telling(*inputs):
+        seen = []
+        def kept(*args):
+            seen.append(accumulated(*args))
+            return seen[0]
+        programs.accumulated = kept
+        state, found = step(*inputs)
+        programs.accumulated = accumulated
+        return state, {**found, "gradients": seen[0][0]}
+    return telling
+programs.make_train_step = make_telling
+add = report.Meter.add
+def told(self, step, batch, found):
+    leaves = jax.tree_util.tree_leaves_with_path(found.pop("gradients"))
+    known = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+    np.savez(os.environ["GRADIENTS"] + os.environ.get("JAXFT_PROCESS", "") + f"-{step}.npz", **known)
+    return add(self, step, batch, found)
+report.Meter.add = told
 """
 SLOW_STEPS = """
 import time
@@ -70,7 +97,10 @@ KINDS = {
     "full": ("sft", ["full=true", "lr=0.001", "mesh.data=2", "mesh.fsdp=4"]),
     "dpo": ("dpo", ["mesh.data=8"]),
     "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8"]),
+    "nf4": ("sft", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=4"]),
+    "dpo-nf4": ("dpo", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
 }
+QUICK = ("lora", "full", "dpo")
 
 
 def batches(place, name):
@@ -79,14 +109,20 @@ def batches(place, name):
     return [[json.loads(line) for line in p.read_text().splitlines()] for p in files]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "dpo-full" else ()) for kind in KINDS])
+def gradients(place, name):
+    """What the processes of a run had as gradients of its steps: [{parameter: array}] by step and process."""
+    return [dict(np.load(p)) for p in sorted(place.folder.glob(f"{name}-gradients*.npz"), key=lambda p: p.stem.split("-")[::-1])]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS])
 def test_two_processes_train_as_one_does_in_float64(precise, kind):
     where, argv = KINDS[kind]
     argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
     two, one = Several(precise[where]), Place(precise[where])
-    hook = PRECISE + BATCHES
-    assert two.run(*argv, f"name={kind}-two", hook=hook, BATCHES=f"{kind}-two-batches") == [0, 0], two.told()
-    assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, BATCHES=f"{kind}-one-batches") == 0, one.err()
+    hook = PRECISE + BATCHES + GRADIENTS
+    told = lambda name: {what: f"{name}-{what.lower()}" for what in ("BATCHES", "GRADIENTS")}  # noqa: E731
+    assert two.run(*argv, f"name={kind}-two", hook=hook, **told(f"{kind}-two")) == [0, 0], two.told()
+    assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, **told(f"{kind}-one")) == 0, one.err()
     assert "8 devices on 2 processes (4 each), coordinator 127.0.0.1:" in two.first.out()
     assert two.places[1].err().startswith("process 1 of 2: 4 of 8 devices")
 
@@ -96,6 +132,16 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
         assert a.keys() == b.keys()
         for name in a.keys() & {"loss", "eval_loss", "grad_norm", "logps/chosen", "rewards/margins"}:
             assert b[name] == pytest.approx(a[name], rel=1e-10, abs=1e-10), (a["step"], name)
+
+    alone, together = gradients(one, f"{kind}-one"), gradients(two.first, f"{kind}-two")
+    assert (len(alone), len(together)) == (2, 4)
+    for known, *found in zip(alone, together[::2], together[1::2], strict=True):
+        assert any(np.abs(g).max() > 1e-3 for g in known.values())
+        for other in found:
+            assert other.keys() == known.keys()
+            for path, g in known.items():
+                assert g.dtype == np.float64
+                assert np.abs(other[path] - g).max() <= 1e-10 * max(np.abs(x).max() for x in known.values()), path
 
     (whole,), halves = batches(one, f"{kind}-one"), batches(one, f"{kind}-two")
     assert len(halves) == 2 and len(whole) > 2
@@ -208,8 +254,6 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
-        (["name=wrong", "hosts.processes=3"], {}, "hosts.processes=3, found 2"),
-        (["name=wrong", "hosts.devices=16"], {}, "hosts.devices=16, found 8 (4 on process 0, 4 on process 1)"),
         (["name=wrong"], {1: ["data=other.jsonl"]}, "process 1 of 2 has other settings, rows or libraries than process 0"),
     )
     for argv, own, wanted in cases:
@@ -217,6 +261,59 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
         lines = [place.err().strip().splitlines()[-1] for place in two.places]
         assert lines[0] == lines[1] and lines[0].startswith("error: ") and wanted in lines[0], lines
     assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("claim", "found"),
+    [("hosts.processes=3", "found 2; "), ("hosts.devices=16", "found 8 (4 on process 0, 4 on process 1); ")],
+)
+def test_a_claim_that_is_not_met_is_all_that_each_process_says(folder, claim, found):
+    two = Several(folder)
+    assert two.run("name=claims", claim) == [1, 1], two.told()
+    for place in two.places:
+        said = [line for line in place.err().strip().splitlines() if "4 of 8 devices" not in line]
+        assert len(said) == 1 and said[0].startswith(f"error: {claim}, {found}"), said
+    assert not two.first.runs("claims").exists()
+
+
+JOINS = """
+import jax
+join = jax.distributed.initialize
+def told(*args, **known):
+    print("joins", flush=True)
+    join(*args, **known)
+jax.distributed.initialize = told
+"""
+
+
+def begin_alone(folder, me, *argv):
+    """Process `me` of two, of which the other one never comes: (where it is, the process, the coordinator)."""
+    one, coordinator = Place(folder, f"waits{me}"), f"127.0.0.1:{free_port()}"
+    environment = {"JAXFT_COORDINATOR": coordinator, "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": str(me)}
+    return one, one.start("name=waits", *argv, hook=JOINS, devices=4, **environment), coordinator
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_that_never_comes_is_told_of_within_the_bound(folder, there):
+    one, process, coordinator = begin_alone(folder, there, "hosts.start_seconds=4")
+    one.wait_for(process, lambda: "joins" in one.out())
+    begin = time.monotonic()
+    process.join(60)
+    assert process.exitcode == 75 and 2 < time.monotonic() - begin < 30, one.err()
+    (line,) = one.err().strip().splitlines()  # and no stack of jax's
+    assert line.startswith(f"process {there} of 2: the coordinator {coordinator} (explicit) was not reached by all 2 within 4 s")
+
+
+def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):
+    one, process, _ = begin_alone(folder, 0)
+    one.wait_for(process, lambda: "joins" in one.out())
+    time.sleep(0.5)
+    process.kill()
+    process.join()
+    until = time.monotonic() + 10
+    while not one.err() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert one.err().startswith("process 0 of 2 was ended from outside while it joined the others"), one.err()
 
 
 HANGS = """

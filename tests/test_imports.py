@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports itself and what stands above it here. A package stands for its modules.
 LAYERS = (
     {"tree", "batch", "quant", "quant_formats", "metrics", "devices", "hlo", "traffic", "machines", "roofline"},
-    {"sharding", "params", "agree", "manifest", "readback", "launch", "distributed", "watchdog"},
+    {"sharding", "params", "agree", "manifest", "readback", "ending", "launch", "distributed", "watchdog"},
     {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",

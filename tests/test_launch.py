@@ -33,6 +33,7 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}  # of an indexed job
 OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
 
 
@@ -61,6 +62,8 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
         (OWN, Launch("explicit", "h:1", 2, 1)),
         ({**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}, None),
         ({"JAXFT_PROCESSES": "1"}, None),
+        ({**POD, "JAXFT_PROCESSES": "1"}, None),
+        ({**POD, **OWN}, Launch("explicit, Kubernetes", "h:1", 2, 1)),
     ],
 )
 def test_who_this_process_is(environ, wanted):
@@ -70,6 +73,9 @@ def test_who_this_process_is(environ, wanted):
 def test_what_the_settings_say_comes_first():
     assert detect(("x:9", 4, 2), {**SLURM, **OWN}) == Launch("explicit, SLURM", "x:9", 4, 2, (1,))
     assert detect((None, 16, None), SLURM).by == "SLURM"  # a claim, no launch
+    assert detect((None, 3, None), OWN) == Launch("explicit", "h:1", 2, 1)  # a claim beside what the environment says
+    assert detect((None, 1, None), OWN).processes == 2
+    assert detect((None, 3, None), {**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}) is None
     assert detect((None, 1, None), {}) is None
 
 
@@ -83,10 +89,12 @@ def test_what_the_settings_say_comes_first():
         (NONE, {**OWN, "JAXFT_PROCESS": "one"}, "JAXFT_PROCESS=one"),
         (NONE, MPI, "JAXFT_COORDINATOR=host:port"),
         (NONE, {**TORCHRUN, "RANK": ""}, "RANK=''"),
+        (NONE, POD, "JAXFT_COORDINATOR=host:port of pod 0"),
         (NONE, {**SKYPILOT, "SKYPILOT_NUM_NODES": "3"}, "SKYPILOT_NODE_IPS has 2 addresses"),
     ],
 )
-def test_contradictions_are_one_line_that_says_what_to_set(explicit, environ, words):
+def test_contradictions_are_one_line_that_says_what_to_set(explicit, environ, words, monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)  # neither libtpu nor Kubernetes' client
     with pytest.raises(ValueError, match=r"^[^\n]+$") as found:
         detect(explicit, environ)
     assert words in str(found.value)
@@ -100,6 +108,8 @@ def accepted(arguments):
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
     known = config.load(str(path), [*args.overrides, f"model={tiny_folder()}"])
     assert isinstance(known, train.Run)
+    rows, left = divmod(known.data.batch, known.data.micro)
+    assert left == 0 and rows % known.hosts.devices == 0, "some devices would compute nothing but padding"
     return known
 
 
@@ -124,14 +134,21 @@ def shell(script, folder, commands, **environ):
     return done.returncode, told
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (75, True), (143, True)])
-def test_the_slurm_script_starts_a_task_a_gpu_and_queues_again_what_is_to_go_on(tmp_path, code, again):
+AGAIN = (75, 134, 137, 143)  # exit codes of what a new start mends
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "again"),
+    [(0, None, False), (1, None, False), *((code, None, True) for code in AGAIN), (75, "19", True), (75, "20", False)],
+)
+def test_the_slurm_script_starts_a_task_a_gpu_and_queues_again_what_is_to_go_on(tmp_path, code, before, again):
     text = (FILES / "slurm.sbatch").read_text()
     asked = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
     settings = dict(line.split("=", 1) for line in asked if "=" in line)
     assert settings["ntasks-per-node"] == settings["gpus-per-node"] and settings["signal"] == "TERM@300"
     environ = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": settings["nodes"]}
     environ |= {"SLURM_NTASKS_PER_NODE": settings["ntasks-per-node"], "SLURM_GPUS_ON_NODE": settings["gpus-per-node"]}
+    environ |= {} if before is None else {"SLURM_RESTART_COUNT": before}
     found, told = shell([str(FILES / "slurm.sbatch")], tmp_path, {"srun": code, "scontrol": 0}, **environ)
     assert found == code and ("scontrol" in told) == again
     command = told["srun"]
@@ -155,19 +172,36 @@ def test_the_skypilot_task_is_one_that_its_schema_and_train_take(tmp_path):
     }
     assert task["resources"].keys() <= {"accelerators", "use_spot", "job_recovery", "infra", "disk_size", "image_id"}
     assert task["resources"]["job_recovery"].keys() <= {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+    assert not task["volumes"] or task["resources"]["job_recovery"]["strategy"] == "FAILOVER"  # a volume lies in one region
     assert all(isinstance(v, str) for v in task["envs"].values()) and task["num_nodes"] == 2
-    script = tmp_path / "run.sh"
-    script.write_text(task["run"].replace("/shared/work", str(tmp_path / "work")))
     assert subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=False).returncode == 0
-    python = tmp_path / ".venv" / "bin"
-    python.mkdir(parents=True)
-    (python / "python").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{tmp_path}/told"\n')
-    (python / "python").chmod(0o755)
-    environ = {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8", **task["envs"], "PATH": os.environ["PATH"]}
-    subprocess.run(["bash", str(script)], env=environ, cwd=tmp_path, check=True, timeout=30)
-    run = accepted((tmp_path / "told").read_text().splitlines()[1:])
-    assert (run.hosts.processes, run.hosts.devices) == (2, 16)
-    assert detect(NONE, environ).processes == task["num_nodes"]
+    code, told = skypilot_run(task, tmp_path, 0)
+    run = accepted(told[1:])
+    assert code == 0 and (run.hosts.processes, run.hosts.devices) == (2, 16)
+    assert detect(NONE, SKYPILOT).processes == task["num_nodes"]
+
+
+def skypilot_run(task, folder, code, **environ):
+    """(exit code, arguments of Python, which ends with `code`) of a SkyPilot task's commands on a node."""
+    script, python = folder / "run.sh", folder / ".venv" / "bin" / "python"
+    script.write_text(task["run"].replace("/shared/work", str(folder / "work")))
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/told"\nexit {code}\n')
+    python.chmod(0o755)
+    environ = {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_TASK_ID": "t", **task["envs"], **environ}
+    environ["PATH"] = os.environ["PATH"]
+    done = subprocess.run(["bash", str(script)], env=environ, cwd=folder, stdout=subprocess.DEVNULL, timeout=30, check=False)
+    return done.returncode, (folder / "told").read_text().splitlines()
+
+
+def test_the_skypilot_task_asks_for_a_new_start_of_what_is_to_go_on_and_not_for_ever(tmp_path):
+    """SkyPilot itself would start again without a limit, and notes 137 for a node that it stops because another one failed."""
+    task = yaml.safe_load((FILES / "skypilot.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    run = lambda code, **environ: skypilot_run(task, tmp_path, code, RESTARTS="5", **environ)[0]  # noqa: E731
+    assert [run(code) for code in (1, 2, 0, *AGAIN)] == [1, 2, 0, 75, 75, 75, 75]
+    assert [run(75), run(75), run(75)] == [75, 1, 1]
+    assert run(75, SKYPILOT_NODE_RANK="0") == run(75, SKYPILOT_TASK_ID="another") == 75
 
 
 def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
@@ -178,9 +212,14 @@ def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
     (job,) = spec["replicatedJobs"]
     inner = job["template"]["spec"]
     assert inner["completionMode"] == "Indexed" and inner["backoffLimit"] == 0 and inner["completions"] == inner["parallelism"]
+    (rule,) = inner["podFailurePolicy"]["rules"]
+    (consequence,) = spec["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and spec["failurePolicy"]["maxRestarts"] <= 20
+    assert (consequence["action"], consequence["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     pod = inner["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "NotIn", "values": [*AGAIN]}
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     environ = {}
@@ -188,7 +227,7 @@ def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
         assert isinstance(entry.get("value", ""), str), entry  # Kubernetes takes no numbers here
         where = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
         environ[entry["name"]] = "1" if where == index else entry.get("value", "")
-    found = detect(NONE, environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
+    found = detect(NONE, environ | POD)
     host, port = found.coordinator.split(":")
     name = jobset["metadata"]["name"]
     assert host == f"{name}-{job['name']}-0-0.{name}" and spec["network"]["enableDNSHostnames"]

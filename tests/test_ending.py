@@ -1,0 +1,73 @@
+"""The last line of a process: which errors a new start mends, and what a shell says for a process that can't."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxft import distributed, ending
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LOSSES = [
+    "FAILED_PRECONDITION: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3904",
+    "INTERNAL: Gloo AllGather failed: writev [10.0.0.2]:4411: Connection reset by peer",
+    "INTERNAL: Gloo all-reduce failed: Timed out waiting 30000ms for recv operation to complete",
+    "INTERNAL: Gloo all-reduce failed: Application timeout caused pair closure",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error",
+    "INTERNAL: NCCL operation ncclAllReduce() failed: socketProgress: Connection closed by remote peer node-2<41234>",
+    "UNAVAILABLE: failed to connect to all addresses; last error: connection refused",
+    "ABORTED: an earlier error of another task",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: jaxft-meet-3",
+    "INTERNAL: /job:jax_worker/task:1 heartbeat timeout. This indicates that the remote task has failed",
+]
+MISTAKES = [
+    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with NCCL_DEBUG=INFO for details)",
+    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: invalid usage (run with NCCL_DEBUG=WARN for details)",
+    "INTERNAL: NCCL operation ncclGetUniqueId(&id) failed: Bootstrap: no socket interface found for the connection",
+    "INTERNAL: Gloo context initialization failed: no interface has the address 10.0.0.1",
+    "RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes",
+    "INVALID_ARGUMENT: the computation was aborted: argument 3 has another shape",
+    "UNIMPLEMENTED: no peer access between devices 0 and 1",
+]
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_a_new_start_is_asked_for_where_another_process_is_gone(text, monkeypatch):
+    assert not distributed.is_loss(jax.errors.JaxRuntimeError(text))  # alone
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    assert distributed.is_loss(jax.errors.JaxRuntimeError(text)) and not distributed.is_loss(ValueError(text))
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_that_a_new_start_would_repeat_is_no_loss(text, monkeypatch):
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    assert not distributed.is_loss(jax.errors.JaxRuntimeError(text))
+
+
+ABORT = "import ctypes; ctypes.CDLL(None).abort()"
+
+
+@pytest.mark.parametrize(
+    ("code", "rc", "said"),
+    [
+        (f"ending.if_ended_from_outside('first'); ending.if_ended_from_outside('then'); {ABORT}", -6, "then\n"),
+        (f"ending.if_ended_from_outside('first'); ending.silence(); {ABORT}", -6, ""),
+        ("ending.if_ended_from_outside('first'); ending.end('the end')", ending.AGAIN, "the end\n"),
+        ("ending.silence(); ending.leave(3)", 3, ""),
+        ("ending.if_ended_from_outside('first')\nwith ending.within(0.2, 'late'): sleep(60)", ending.AGAIN, "late\n"),
+        ("with ending.within(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
+    ],
+)
+def test_what_stands_last_on_stderr(code, rc, said, tmp_path):
+    with (tmp_path / "err").open("w") as err:
+        command = [sys.executable, "-c", f"from time import sleep\nfrom jaxft import ending\n{code}"]
+        done = subprocess.run(command, cwd=ROOT, stderr=err, stdout=subprocess.DEVNULL, timeout=60, check=False)
+    until = time.monotonic() + 10
+    while (tmp_path / "err").read_text() != said and time.monotonic() < until:
+        time.sleep(0.02)  # the shell speaks a moment after the process is gone
+    time.sleep(0.1)
+    assert (done.returncode, (tmp_path / "err").read_text()) == (rc, said)
