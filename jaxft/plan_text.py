@@ -21,12 +21,13 @@ def words(p: Plan) -> str:
     if p.total is not None:
         lines.append(f"  {'in all':32s} {gib(p.total)}")
     lines += [f"  {'in the host memory':32s} {gib(p.host)}"] if p.host else []
-    lines += [_verdict(p)]
+    lines += [_verdict(p), *p.notes]
     f = p.flops
+    empty = f" and in the {100 * f.empty:.0f} % of its {f.places:,} places that are empty" if f.places > f.tokens else ""
     lines.append(
         f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the "
-        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute and for "
-        "adapters"
+        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute, for "
+        f"adapters{empty}"
     )
     for kind, row in p.collectives.items():
         moved = f"{gib(row['within'])} within, {gib(row['across'])} across hosts or slices"

@@ -163,7 +163,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = prepare.changed_by_holding(r.weights, p.trained)
     how_held += prepare.started_elsewhere(r.start, record["weights_identity"], r.quant) if r.start else []
-    for line in (*report.opening(p.trained, job.source, job.steps, first, changes), *how_held):
+    for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
     return replace(job, log=log)

@@ -101,6 +101,20 @@ def test_flops_are_the_models_and_what_runs_twice_is_told_apart():
     assert counted(tiny("none")).model == pytest.approx(full.model * 2 / 3)
 
 
+def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
+    run = tiny(mesh=sharding.MeshShape(data=1, fsdp=-1))
+    few = replace(run, data=replace(run.data, batch=2, micro=1))
+    alone = counted(replace(few, mesh=sharding.MeshShape()))
+    found = plan.plan(few, made_up(8))
+    assert (found.flops.tokens, found.flops.places, found.flops.empty) == (2 * 64, 8 * 64, 0.75)
+    assert found.flops.model == pytest.approx(alone.model) and found.flops.program == pytest.approx(4 * alone.program)
+    assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
+    text = plan_text.words(found)
+    assert "a step of 128 tokens" in text and "75 % of its 512 places that are empty" in text
+    assert "6 of the 8 places for rows in a step are empty (75 %)" in text
+    assert alone.empty == 0 and "empty" not in plan_text.words(replace(found, flops=alone, notes=()))
+
+
 def test_products_count_loops_branches_and_devices():
     def one(x):
         return jax.lax.scan(lambda h, _: (jax.lax.cond(h[0, 0] > 0, lambda h: h @ h, lambda h: h, h), None), x, None, length=5)[0]
@@ -138,7 +152,7 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         none = dict.fromkeys(("collectives", "parts", "largest"), {})
         size = 100 if rows < 4 else 300
         return plan.Plan(
-            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1.0, 1.0), {}, 0.0, 0, guess, 0.0,
+            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1, 1.0, 1.0), {}, 0.0, 0, guess, 0.0,
             False, {},
         )  # fmt: skip
 
