@@ -35,8 +35,8 @@ class Plan:
     """What a program takes of each device, in bytes, and does in a step.
 
     parts: by what it holds. limit: what the device has for it, None where that isn't known. missing: None where it fits. total is
-    None where the compiler gave up and didn't say how much it needs. host: bytes in the host's memory for each device. notes: what
-    else is to be said of the run.
+    None where the compiler gave up and didn't say how much it needs. host: bytes in the host's memory for each device. notes:
+    what else is to be said of the run.
     """
 
     machine: str
@@ -110,7 +110,8 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
             return Plan(
                 machine=machine.name, devices=len(machine.devices), program=program.name, parts=parts, total=total, limit=room,
                 missing=missing or 0, host=0, flops=counts, collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None,
-                compile_seconds=time.perf_counter() - begin, from_cache=False, largest={}, why=_first_line(str(error)), notes=notes,
+                compile_seconds=time.perf_counter() - begin, from_cache=False, largest={}, why=_first_line(str(error)),
+                notes=notes,
             )  # fmt: skip
         seconds = time.perf_counter() - begin
     devices.trim_heap()

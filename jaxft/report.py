@@ -54,10 +54,9 @@ def unfilled(data: Any, shards: int) -> list[str]:
     batches = [str(n) for n in (room - rows, room) if n]
     micros = [str(m) for m in range(1, data.micro) if batch % (m * shards) == 0]
     fills = f"data.batch={' or '.join(batches)}" + (f", or data.micro={' or '.join(micros)}," if micros else "") + " fills them"
-    return [
-        f"{room - batch} of the {room} places for {what} in a step are empty ({100 * (1 - batch / room):.0f} %): data.batch={batch} "
-        f"is cut into data.micro={data.micro} microbatches, each over {shards} devices or groups of them; {fills}"
-    ]
+    share = f"{room - batch} of the {room} places for {what} in a step are empty ({100 * (1 - batch / room):.0f} %)"
+    cut = f"data.batch={batch} is cut into data.micro={data.micro} microbatches, each over {shards} devices or groups of them"
+    return [f"{share}: {cut}; {fills}"]
 
 
 def opening(p: Programs, run: Any, source: Source, begun: tuple[int, int], changes: list[str]) -> list[str]:

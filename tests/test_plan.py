@@ -152,8 +152,8 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         none = dict.fromkeys(("collectives", "parts", "largest"), {})
         size = 100 if rows < 4 else 300
         return plan.Plan(
-            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1, 1.0, 1.0), {}, 0.0, 0, guess, 0.0,
-            False, {},
+            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1, 1.0, 1.0), {}, 0.0, 0, guess,
+            0.0, False, {},
         )  # fmt: skip
 
     monkeypatch.setattr(plan_search, "plan", fake)
