@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -171,15 +171,96 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     text = plan_search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
-    assert "nothing that was tried fits" in plan_search.words([plan_search.Tried(found[0].choice, None, "no")], command)
+    large = plan_search.Tried(found[0].choice, replace(found[0].plan, missing=1))
+    assert "nothing that was tried fits" in plan_search.words([large], command) and not plan_search.found([large])
 
 
-def test_candidates_divide_what_they_cut():
-    run = replace(tiny(), data=replace(tiny().data, batch=16))
-    for c in plan_search.candidates(run, made_up(8)):
-        rows = 16 // c.micro
-        assert 16 % c.micro == 0 and rows % (c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
-        assert c.mesh.data * c.mesh.fsdp * c.mesh.tensor * c.mesh.context == 8
+@dataclass(frozen=True)
+class Described:
+    """A device that is not here."""
+
+    id: int
+    process_index: int
+    platform: str
+    device_kind: str
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+@dataclass(frozen=True)
+class OnTorus(Described):
+    coords: tuple = (0, 0, 0)
+
+
+def two_slices():
+    """Two slices of 2 x 2 chips."""
+    places = [(s, x, y) for s in range(2) for x in range(2) for y in range(2)]
+    return [OnTorus(n, s, "tpu", "TPU v5 lite", s, coords=(x, y, 0)) for n, (s, x, y) in enumerate(places)]
+
+
+def hosts(count, each):
+    return [Described(n, n // each, "cuda", "NVIDIA H100 80GB HBM3") for n in range(count * each)]
+
+
+PLACES = {"one host": lambda: jax.devices()[:8], "two slices": two_slices, "two hosts": lambda: hosts(2, 4)}
+
+
+@pytest.mark.parametrize("wish", [{}, {"slices": -1, "data": 1}, {"context": -1, "data": 1}, {"slices": 2}], ids=str)
+@pytest.mark.parametrize("where", PLACES)
+def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where, wish):
+    run = replace(tiny(mesh=sharding.MeshShape(**wish)), data=replace(tiny().data, batch=16))
+    machine = machines.Machine(where, CHIP, PLACES[where]())
+    found = list(plan_search.candidates(run, machine))
+    for mesh in {c.mesh for c in found}:
+        assert sharding.make_mesh(mesh, machine.devices).size == 8
+    for c in found:
+        assert 16 % (c.micro * c.mesh.slices * c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
+        assert run.data.max_length % c.mesh.context == 0 and TINY.heads % (c.mesh.context * c.mesh.tensor) == 0
+        _, seconds, size = plan_search.guess(run, machine, c)
+        assert seconds > 0 and size > 0
+    assert {1, 2} <= {c.mesh.context for c in found} and {1, 4} <= {c.mesh.fsdp for c in found}
+    slices = {"two slices": 2}.get(where, {-1: 2 if where == "two hosts" else 1}.get(wish.get("slices"), wish.get("slices", 1)))
+    assert {c.mesh.slices for c in found} == {slices}
+
+
+def test_a_guess_counts_every_axis_that_cuts_weights_or_rows():
+    def size(**axes):
+        return plan_search.guess(run, machine, plan_search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes})))[2]
+
+    run = replace(tiny(full=True), data=replace(tiny().data, batch=8, max_length=64))
+    machine = machines.Machine("eight", CHIP, jax.devices()[:8])
+    assert size(fsdp=2, context=4) == size(fsdp=4, context=2) == size(fsdp=8)  # weights, and a row's tokens, over eight
+    assert size(slices=8) == size(data=8) < size(slices=2)
+    assert size(context=2) < size(data=2) < size()
+
+
+def test_a_search_whose_choices_are_all_refused_says_why(monkeypatch):
+    def refuse(run, machine):
+        raise ValueError("rows of 100 tokens do not divide")
+
+    monkeypatch.setattr(plan_search, "plan", refuse)
+    command = plan_search.Command(lambda texts: tiny(), [], [])
+    found = plan_search.search(command, made_up(2), 3, lambda text: None)
+    assert len(found) == 3 and not plan_search.found(found)
+    last = plan_search.words(found, command).splitlines()[-1]
+    assert last == "every choice that was tried is refused, the first with: rows of 100 tokens do not divide"
+    assert "data.batch that is a multiple" in plan_search.words([], command) and not plan_search.found([])
+
+
+def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
+    """Nothing faked: the choices' overrides go through a config, and its plans are real."""
+
+    def load(texts):
+        values = dict(text.split("=") for text in texts)
+        mesh = sharding.MeshShape(**{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")})
+        run = tiny(values.get("remat", "full"), mesh=mesh)
+        return replace(run, data=replace(run.data, batch=8, max_length=16, micro=int(values.get("data.micro", 1))))
+
+    command = plan_search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
+    found = plan_search.search(command, made_up(2), 2, lambda text: None)
+    assert [t.why for t in found] == ["", ""] and plan_search.found(found)
+    best = plan_search.words(found, command).splitlines()[-1].removeprefix("use: ").split()
+    assert load(best).mesh == found[0].choice.mesh and found[0].plan.devices == 2
 
 
 def test_a_refusal_of_libtpus_compiler_is_read():
