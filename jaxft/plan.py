@@ -202,15 +202,16 @@ def _first_line(text: str) -> str:
 def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
     """Bytes of the largest arrays that a compiled program makes beside its arguments, by dtype and shape.
 
-    What only a fusion names is never in memory.
+    What only a fusion names is never in memory, and what only gives an array another name or shape makes none.
     """
     made: dict[str, int] = {}
     given = set()
     for one, where, _, fused in hlo.walk(program):
         if fused:
             continue
-        for x in one.arrays if not one.type.startswith("(") else []:
-            name = f"{x.dtype}[{','.join(map(str, x.shape))}]"
-            made[name] = x.bytes
-            given |= {name} if one.opcode == "parameter" and where == program.entry else set()
+        names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in one.arrays}
+        if one.opcode == "parameter" and where == program.entry:
+            given |= names.keys()
+        elif one.opcode not in traffic.FREE and not one.opcode.endswith("-start"):  # whose type holds the operands again
+            made |= names
     return dict(sorted(((n, s) for n, s in made.items() if n not in given), key=lambda item: -item[1])[:count])

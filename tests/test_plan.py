@@ -139,6 +139,23 @@ def test_the_roofline_is_its_largest_part_and_what_can_not_overlap():
     assert roofline.by_kind([gathers, exchanges])["all-reduce"] == {"runs": 10, "within": 0.0, "across": 10000.0}
 
 
+def test_gathers_that_the_program_waits_for_are_no_exchanges_of_activations_and_bound_scaling_too():
+    machine, done = made_up(2), [replace(collective("all-gather", False), summed=True)]
+    e = roofline.estimate(machine, (1e7, 1e7), 0, done, 1e12)
+    assert e.weights == e.exchanges == pytest.approx(10 * 1000 / (1e8 * 0.8)) and e.gathers == 0
+    assert e.step == pytest.approx(e.compute + e.weights) and e.limit == "gathers of weights, beside which nothing runs"
+    assert roofline.by_kind(done)["all-gather"] == {"runs": 10, "within": 10000.0, "across": 0.0, "summed": 10}
+    counts, kinds = Flops(100, 100, 1e7, 1e7), roofline.by_kind(done)
+    plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
+    enough = 50 * e.weights / e.compute  # tokens a device
+    assert "10 as all-reduces" in plan_text.words(plain) and f"beyond B / {enough:,.0f} devices" in plan_text.least(plain)
+    assert "nothing runs beside" in plan_text.least(plain)
+    beside = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
+    assert beside.weights == beside.gathers > 0 and "gains nothing beyond" in plan_text.least(replace(plain, estimate=beside))
+    none = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
+    assert none.limit == "exchanges of activations" and "gathers nothing" in plan_text.least(replace(plain, estimate=none))
+
+
 def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatch):
     tried = []
 
@@ -148,7 +165,7 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         if mesh.tensor == 4:
             raise ValueError("mlp does not divide")
         step = 1.0 / rows + (0.5 if mesh.tensor > 1 else 0)
-        guess = roofline.Estimate(step, 0, 0, 0, step, step, "products", 0.1, 0.1)
+        guess = roofline.Estimate(step, 0, 0, 0, 0, step, step, "products", 0.1, 0.1)
         none = dict.fromkeys(("collectives", "parts", "largest"), {})
         size = 100 if rows < 4 else 300
         return plan.Plan(
@@ -280,6 +297,23 @@ def test_the_largest_arrays_are_those_that_are_made_and_kept():
     found = plan.largest(hlo.parse(jax.jit(program).lower(w, x).compile().as_text()))
     assert "f32[7,90,90]" not in found and found["f32[7,90]"] == 7 * 90 * 4
     assert plan.largest(hlo.parse("")) == {}
+
+
+def test_what_only_gives_an_array_another_name_is_none_of_the_largest():
+    text = """HloModule views
+
+ENTRY %main (a: u16[64,32], b: f32[8]) -> f32[16,16] {
+  %a = u16[64,32]{1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %view = bf16[64,32]{1,0} bitcast(%a)
+  %both = (f32[16,16]{1,0}, f32[4]{0}) fusion(%view, %b), kind=kLoop, calls=%made
+  %first = f32[16,16]{1,0} get-tuple-element(%both), index=0
+  %moved = (u16[64,32]{1,0}, u16[64,32]{1,0:S(5)}, u32[]) copy-start(%a)
+  %flat = f32[256]{0} bitcast(%first)
+  ROOT %out = f32[16,16]{1,0} copy(%first)
+}
+"""
+    assert plan.largest(hlo.parse(text)) == {"f32[16,16]": 1024, "f32[4]": 16}
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")
