@@ -7,21 +7,29 @@ from typing import Any
 
 import jax
 
-from jaxft import programs, train, tree
+from jaxft import programs, report, sharding, train, tree
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one step on all devices. tokens: of the largest batch, padding included.
+    """Of one step on all devices. tokens: of the run's largest batch, every row of it as long as the settings allow.
 
-    model: forward passes times 2 (a frozen base) or 3 (a trained one), and a live reference's forward pass; MFU counts these.
-    program: every matrix product that runs, so recomputation too; HFU counts these. Attention's products are in kernels that
-    skip what isn't seen: its share of both is the model's own count, causal over the whole row.
+    places: tokens that the program works on, which are more where the batch doesn't fill the rows that the mesh cuts it into.
+    model: forward passes times 2 (a frozen base) or 3 (a trained one), and a live reference's forward pass, of the batch's own
+    rows; MFU counts these. program: every matrix product that runs, so recomputation and empty rows too; HFU counts these.
+    Attention's products are in kernels that skip what isn't seen: its share of both is the model's own count, causal over the
+    whole row.
     """
 
     tokens: int
+    places: int
     model: float
     program: float
+
+    @property
+    def empty(self) -> float:
+        """The share of the places that no row of the batch takes."""
+        return 1 - self.tokens / self.places
 
     @property
     def recomputed(self) -> float:
@@ -32,16 +40,18 @@ class Flops:
 def flops(run: train.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     """Counts of a train step, traced for the batch [micro, rows, ...], under its mesh."""
     micro, rows, length = batch.ids.shape
-    tokens, model = micro * rows * length, p.trained.model
+    places, model = micro * rows * length, p.trained.model
+    filled = report.in_a_step(run.data) / report.places(run.data, sharding.row_shards(p.mesh))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     whole = tree.combine(p.state.trainable, p.frozen)
     forward = micro * products(jax.make_jaxpr(lambda whole, one: p.objective(whole, one, None, p.state.aux)[0])(whole, one).jaxpr)
-    plain, attention = model.flops(tokens, 0), model.flops(tokens, length) - model.flops(tokens, 0)
+    plain, attention = model.flops(places, 0), model.flops(places, length) - model.flops(places, 0)
     forwards = max(1, round(forward / plain))  # 2 with a live reference
     passes = forwards + (2 if any(jax.tree.leaves(p.trained.mask["base"])) else 1)
     useful = min(plain, forward / forwards) * passes  # less where not every position has a loss
     done = max(useful, products(traced.jaxpr.jaxpr))
-    return Flops(tokens, useful + passes * attention, done + passes * attention * done / useful)
+    needed, run_ = useful + passes * attention, done + passes * attention * done / useful
+    return Flops(round(places * filled), places, needed * filled, run_)
 
 
 def products(jaxpr: Any) -> float:

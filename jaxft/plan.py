@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft import devices, hlo, prepare, sharding, traffic, train, tree
+from jaxft import devices, hlo, prepare, report, sharding, traffic, train, tree
 from jaxft.data import pairs
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
@@ -35,7 +35,8 @@ class Plan:
     """What a program takes of each device, in bytes, and does in a step.
 
     parts: by what it holds. limit: what the device has for it, None where that isn't known. missing: None where it fits. total is
-    None where the compiler gave up and didn't say how much it needs. host: bytes in the host's memory for each device.
+    None where the compiler gave up and didn't say how much it needs. host: bytes in the host's memory for each device. notes:
+    what else is to be said of the run.
     """
 
     machine: str
@@ -56,6 +57,7 @@ class Plan:
     largest: dict[str, int]
     gpu: bool = False
     why: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -92,6 +94,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
 def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
     counts = flops(run, p, program.batch, traced)
+    notes = tuple(report.unfilled(run.data, sharding.row_shards(p.mesh)))
     limit = machine.chip.memory - machine.chip.kept if machine.chip else None
     parts = resident(p)
     with _cache_hits() as hits:
@@ -108,6 +111,7 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
                 machine=machine.name, devices=len(machine.devices), program=program.name, parts=parts, total=total, limit=room,
                 missing=missing or 0, host=0, flops=counts, collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None,
                 compile_seconds=time.perf_counter() - begin, from_cache=False, largest={}, why=_first_line(str(error)),
+                notes=notes,
             )  # fmt: skip
         seconds = time.perf_counter() - begin
     devices.trim_heap()
@@ -132,7 +136,7 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes, flops=counts,
         collectives=by_kind(found), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
         compile_seconds=seconds, from_cache=bool(hits), largest=largest(module),
-        gpu=machine.devices[0].platform in ("gpu", "cuda"),
+        gpu=machine.devices[0].platform in ("gpu", "cuda"), notes=notes,
     )  # fmt: skip
 
 
@@ -198,15 +202,16 @@ def _first_line(text: str) -> str:
 def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
     """Bytes of the largest arrays that a compiled program makes beside its arguments, by dtype and shape.
 
-    What only a fusion names is never in memory.
+    What only a fusion names is never in memory, and what only gives an array another name or shape makes none.
     """
     made: dict[str, int] = {}
     given = set()
     for one, where, _, fused in hlo.walk(program):
         if fused:
             continue
-        for x in one.arrays if not one.type.startswith("(") else []:
-            name = f"{x.dtype}[{','.join(map(str, x.shape))}]"
-            made[name] = x.bytes
-            given |= {name} if one.opcode == "parameter" and where == program.entry else set()
+        names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in one.arrays}
+        if one.opcode == "parameter" and where == program.entry:
+            given |= names.keys()
+        elif one.opcode not in traffic.FREE and not one.opcode.endswith("-start"):  # whose type holds the operands again
+            made |= names
     return dict(sorted(((n, s) for n, s in made.items() if n not in given), key=lambda item: -item[1])[:count])

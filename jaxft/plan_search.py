@@ -79,33 +79,48 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
             continue
         say(f"{len(tried) + 1} of at most {most}: {choice}")
         try:
-            found = Tried(choice, plan(command.load(choice.overrides(command)), machine))
+            one = Tried(choice, plan(command.load(choice.overrides(command)), machine))
         except ValueError as error:
-            found = Tried(choice, None, str(error))
-        tried.append(found)
-        say("  " + (told(found)))
+            one = Tried(choice, None, str(error))
+        tried.append(one)
+        say("  " + told(one))
     return sorted(tried, key=lambda t: (t.seconds, _missing(t)))
 
 
 def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
-    """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow."""
-    slices = max(1, run.mesh.slices)
-    count, batch, config = len(machine.devices) // slices, run.data.batch, run.model.config
-    hosts = len(set(machine.places()))
-    backward = run.optim.in_backward
+    """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow.
+
+    A mesh keeps tensor within a host and all but data within a TPU's slice; it cuts time where all heads can be swapped for it.
+    """
+    batch, config, backward = run.data.batch, run.model.config, run.optim.in_backward
+    hosts, slices = len(set(machine.places())), _slices(run, machine)
+    count = len(machine.devices) // slices
+    together = len(machine.devices) // max(hosts, slices)  # devices of a host, or of a slice
     meshes = []
-    for tensor, data in itertools.product(_divisors(count), _divisors(count)):
-        if count % (tensor * data) or config.kv_heads % tensor or tensor > max(1, count // hosts) or tensor > 8:
+    for tensor, context, data in itertools.product(*([_divisors(count)] * 3)):
+        if count % (tensor * context * data) or together % tensor or tensor > 8 or config.kv_heads % tensor:
             continue
-        context = run.mesh.context
-        if count % (tensor * data * context) == 0 and data in (1, hosts, count // (tensor * context)):
-            sizes = {"data": data, "tensor": tensor, "context": context, "fsdp": count // (tensor * data * context)}
-            meshes.append(replace(run.mesh, **sizes))
+        if context > 1 and (run.data.max_length % context or config.heads % (tensor * context)):
+            continue
+        if data in (1, max(1, hosts // slices), count // (tensor * context)):
+            sizes = {"data": data, "tensor": tensor, "context": context, "fsdp": count // (tensor * context * data)}
+            meshes.append(replace(run.mesh, slices=slices, **sizes))
     remats = ("full",) if backward else [r for r in KEEPS if r != "pairs" or config.layers % 2 == 0]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
-        rows = batch // micro
-        if rows % (slices * mesh.data * mesh.fsdp) == 0 and not (backward and micro > 1):
+        if batch % (micro * _shards(mesh)) == 0 and not (backward and micro > 1):
             yield Choice(micro, remat, mesh)
+
+
+def _slices(run: train.Run, machine: Machine) -> int:
+    """mesh.slices of every candidate: a TPU's slices, or a multiple of them that the run wants; for hosts what the run says."""
+    groups, wanted, count = len(set(machine.places())), run.mesh.slices, len(machine.devices)
+    least = groups if machine.devices[0].platform == "tpu" or wanted == -1 else 1
+    return wanted if wanted > 0 and wanted % least == 0 and count % wanted == 0 else least
+
+
+def _shards(mesh: MeshShape) -> int:
+    """Parts of a microbatch's rows."""
+    return mesh.slices * mesh.data * mesh.fsdp
 
 
 def guess(run: train.Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
@@ -113,25 +128,33 @@ def guess(run: train.Run, machine: Machine, choice: Choice) -> tuple[int, float,
 
     Activations a layer and token are KEEPS widths of the compute dtype for each policy; products run again by RERUNS.
     """
-    chip, c, count = machine.chip, run.model.config, len(machine.devices)
+    chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None
-    length = run.data.max_length
-    rows = run.data.batch // choice.micro / (choice.mesh.data * choice.mesh.fsdp)
-    cut = choice.mesh.tensor * choice.mesh.context
+    trained, shard = run.adapter is None, mesh.fsdp * mesh.context * mesh.tensor
+    rows, length = replace(run.data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
+    tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
     weights = c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp) + 2 * c.vocab * c.width
-    shard = choice.mesh.fsdp * choice.mesh.tensor
-    trained = run.adapter is None
     bytes_each = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
-    kept = KEEPS[choice.remat] * c.layers * c.width * 2 * rows * length / cut
-    size = int(weights * bytes_each / shard + kept + 16 * c.width * 2 * rows * length / cut)
-    flops = run.model.flops(run.data.batch * length, length) * ((3 if trained else 2) + RERUNS[choice.remat])
-    peak = devices.peak_flops(machine.devices[0])
-    passes = choice.micro * (3 if trained else 2) * (choice.mesh.fsdp > 1)
-    gathers = passes * weights * 2 / choice.mesh.tensor / (chip.within if len(set(machine.places())) == 1 else chip.across * 4)
-    exchanges = 4 * c.layers * c.width * 2 * rows * length * choice.micro * (choice.mesh.tensor > 1) * 2 / chip.within
-    seconds = max(flops / (count * peak * 0.7), gathers) + exchanges
+    size = int(weights * bytes_each / shard + (KEEPS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor)
+    flops = run.model.flops(micro * rows * length, length) * ((3 if trained else 2) + RERUNS[choice.remat])
+    passes = micro * (3 if trained else 2)
+    gathers = passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0
+    ways = 2 * (mesh.tensor > 1) + (mesh.context > 1)
+    exchanges = passes * 4 * c.layers * c.width * tokens * ways / chip.within
+    copies = mesh.slices * mesh.data
+    shared = trained * 4 * weights / shard / (chip.across if len(set(machine.places())) > 1 else chip.within) if copies > 1 else 0
+    seconds = max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers) + exchanges + shared
     limit = chip.memory - chip.kept
     return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
+
+
+def _sent(machine: Machine, mesh: MeshShape, size: float) -> float:
+    """Seconds to gather `size` bytes along fsdp and context: those that copies within a host or slice have at hand, or across."""
+    chip, hosts = machine.chip, len(set(machine.places()))
+    assert chip is not None
+    span = max(1, hosts // (mesh.slices * mesh.data))  # hosts that hold parts of one copy
+    own = max(1, mesh.fsdp * mesh.context // span)
+    return max(size / chip.within, size * (span - 1) / span / own / chip.across)
 
 
 def _divisors(n: int) -> list[int]:
@@ -151,10 +174,20 @@ def told(t: Tried) -> str:
     return f"{size}, {time}" if t.plan.fits else f"{size}, does not fit"
 
 
+def found(tried: list[Tried]) -> bool:
+    """Whether something fits."""
+    return bool(tried) and tried[0].seconds < float("inf")
+
+
 def words(tried: list[Tried], command: Command) -> str:
     """The table, the fastest first, and the recommendation as the words to put on the command line."""
     lines = [f"{str(t.choice):58s} {told(t)}" for t in tried]
-    if not tried or tried[0].seconds == float("inf"):
-        lines.append("nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices")
-        return "\n".join(lines)
-    return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
+    if found(tried):
+        return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
+    if not tried:
+        last = "no mesh and microbatches divide this batch over the devices; use a data.batch that is a multiple of them"
+    elif all(t.plan is None for t in tried):
+        last = f"every choice that was tried is refused, the first with: {tried[0].why}"
+    else:
+        last = "nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices"
+    return "\n".join([*lines, last])

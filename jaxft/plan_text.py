@@ -21,16 +21,18 @@ def words(p: Plan) -> str:
     if p.total is not None:
         lines.append(f"  {'in all':32s} {gib(p.total)}")
     lines += [f"  {'in the host memory':32s} {gib(p.host)}"] if p.host else []
-    lines += [_verdict(p)]
+    lines += [_verdict(p), *p.notes]
     f = p.flops
+    empty = f" and in the {100 * f.empty:.0f} % of its {f.places:,} places that are empty" if f.places > f.tokens else ""
     lines.append(
         f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the "
-        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute and for "
-        "adapters"
+        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute, for "
+        f"adapters{empty}"
     )
     for kind, row in p.collectives.items():
         moved = f"{gib(row['within'])} within, {gib(row['across'])} across hosts or slices"
-        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}")
+        twice = f", {row['summed']:.0f} as all-reduces, which move twice as much" if row.get("summed") else ""
+        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
     lines += [] if p.estimate is None else _time(p, p.estimate)
     lines += ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest.items())] if p.largest else []
     lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))
@@ -69,8 +71,9 @@ def _verdict(p: Plan) -> str:
 def scaling(plans: Sequence[Plan]) -> str:
     """A row a machine: bytes a device, bytes of collectives, time, and why not faster; then how far more devices help.
 
-    The law: a device gathers the same weights however many share them, while its products shrink with its tokens. So with t
-    tokens a device the gathers are hidden as long as t * (seconds of products a token) is above their seconds.
+    The law: a device gathers the same weights however many share them, while its products shrink with its tokens. So gathers
+    that run beside products are hidden as long as there are tokens enough a device, and those that nothing runs beside take more
+    than half of a step where there are fewer.
     """
     lines = [
         f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} {'step s':>7s} {'MFU %':>6s} "
@@ -86,20 +89,27 @@ def scaling(plans: Sequence[Plan]) -> str:
             continue
         rate = p.flops.tokens / e.step
         lines.append(f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}")
-    lines += [least(p) for p in plans[-1:] if p.estimate is not None]
+    lines += [least(p) for p in plans if p.estimate is not None and p.fits]
     return "\n".join(lines)
 
 
 def least(p: Plan) -> str:
-    """The fewest tokens a device at which products still hide the gathers, and what that means for the number of devices."""
+    """The tokens a device at which products take as long as the gathers, and what that means for the number of devices."""
     e = p.estimate
     assert e is not None
     each = p.flops.tokens / p.devices
-    if not e.gathers:
+    if not e.weights:
         return f"{p.machine}: {each:,.0f} tokens a device; its program gathers nothing, so nothing waits for that"
-    enough = each * e.gathers / e.compute
+    enough = each * e.weights / e.compute
+    takes = f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.weights:.3f} s and products {e.compute:.3f}"
+    if e.gathers > e.weights / 2:
+        why = f"so from {enough:,.0f} tokens a device down a step waits for gathers: one of B tokens gains nothing beyond"
+    else:
+        why = (
+            f"and nothing runs beside the gathers: from {enough:,.0f} tokens a device down they take more than half of a step, "
+            "and one of B tokens gains less than double from any number beyond"
+        )
     return (
-        f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.gathers:.3f} s and products {e.compute:.3f}, so from "
-        f"{enough:,.0f} tokens a device down a step waits for gathers: a step of B tokens gains nothing beyond B / {enough:,.0f} "
-        "devices cut by fsdp alone (mesh.tensor or mesh.context then cut a row further, and exchange activations)"
+        f"{takes}, {why} B / {enough:,.0f} devices cut by fsdp alone (mesh.tensor or mesh.context then cut a row further, and "
+        "exchange activations; mesh.data gathers within fewer devices)"
     )

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import agree, devices, metrics, params, prepare
+from jaxft import agree, devices, metrics, params, prepare, sharding
 from jaxft.checkpoint import Checkpoints
+from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts
 from jaxft.data.source import Rows, Source, sft_source
 from jaxft.params import Model
+from jaxft.programs import Programs
 from jaxft.weights import hf, hub, peft
 from jaxft.weights.merged import folded
 
@@ -35,8 +38,37 @@ def general_source(data: Any, general: str | None, tokenizer: Any, shards: int =
     return sft_source(rows, tokenizer, shards=shards)
 
 
-def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes: list[str]) -> list[str]:
-    """What is about to happen, for the start of a run."""
+def places(data: Any, shards: int) -> int:
+    """Rows, or pairs, that a step's program has room for: data.batch, rounded up to what micro x shards rows hold alike."""
+    rows = data.micro * shards
+    return rows * -(-in_a_step(data) // rows)
+
+
+def in_a_step(data: Any) -> int:
+    """Rows, pairs or prompts that a step learns from: of a rollout each of its minibatches is one."""
+    return data.batch // getattr(data, "minibatches", 1)
+
+
+def unfilled(data: Any, shards: int) -> list[str]:
+    """A line where a step works on empty rows because data.batch doesn't fill the parts that the mesh cuts it into.
+
+    shards: parts of each microbatch's rows.
+    """
+    room, batch, rows = places(data, shards), in_a_step(data), data.micro * shards
+    if room == batch:
+        return []
+    what = "prompts" if isinstance(data, Prompts) else "pairs" if isinstance(data, PairRows) else "rows"
+    batches = [str(n * data.batch // batch) for n in (room - rows, room) if n]
+    micros = [str(m) for m in range(1, data.micro) if batch % (m * shards) == 0]
+    fills = f"data.batch={' or '.join(batches)}" + (f", or data.micro={' or '.join(micros)}," if micros else "") + " fills them"
+    share = f"{room - batch} of the {room} places for {what} in a step are empty ({100 * (1 - batch / room):.0f} %)"
+    cut = f"data.batch={batch} is cut into data.micro={data.micro} microbatches, each over {shards} devices or groups of them"
+    return [f"{share}: {cut}; {fills}"]
+
+
+def opening(p: Programs, run: Any, source: Source, begun: tuple[int, int], changes: list[str]) -> list[str]:
+    """What is about to happen, for the start of a run. begun: steps of the whole run, and steps done before."""
+    t, (steps, first) = p.trained, begun
     some, total = params.count(t.trainable_specs), params.count(t.specs)
     s = source.stats
     held = prepare.quantised(t)
@@ -44,6 +76,7 @@ def opening(t: prepare.Trained, source: Source, steps: int, first: int, changes:
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
         (s["told"] if "told" in s else packed(s)) + f"; {steps} steps",
+        *unfilled(run.data, sharding.row_shards(p.mesh)),
         f"row 0 as the model sees it:\n{source.preview}",
     ]
     if first:

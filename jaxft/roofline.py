@@ -9,20 +9,23 @@ from jaxft.traffic import KINDS, Collective
 PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
 ASSUMED = (
     f"products at {PRODUCTS} of the peak rate, main memory at {MEMORY} and links at {LINKS} of theirs; products, memory and "
-    "gathers of weights overlap whole, all-reduces, all-to-alls and permutes (of activations) not at all; no launch gaps"
+    "collectives that the program starts beside them overlap whole, those that it waits for not at all; no launch gaps"
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step. compute, memory, gathers, exchanges: of each alone; the step is the largest of the first three plus the
-    last. apart: if nothing overlapped. limit: what the step waits for. mfu, hfu: shares of the peak, see flops.Flops.
+    """Seconds of a step. compute, memory: of each alone; gathers: of collectives that run beside products; exchanges: of those
+    that nothing runs beside. The step is the largest of the first three plus the last. weights: of what gathers and scatters
+    weights and gradients, beside products or not. apart: if nothing overlapped. limit: what the step waits for. mfu, hfu: shares
+    of the peak, see flops.Flops.
     """
 
     compute: float
     memory: float
     gathers: float
     exchanges: float
+    weights: float
     step: float
     apart: float
     limit: str
@@ -37,14 +40,19 @@ def estimate(machine: Machine, flops: tuple[float, float], moved: float, found: 
     count = len(machine.devices)
     compute = flops[1] / (count * peak * PRODUCTS)
     memory = moved / (machine.chip.memory_rate * MEMORY)
-    gathers = sum(seconds(machine, c) for c in found if c.behind)
-    exchanges = sum(seconds(machine, c) for c in found if not c.behind)
+    took = [(c, seconds(machine, c)) for c in found]
+    gathers = sum(s for c, s in took if c.behind)
+    exchanges = sum(s for c, s in took if not c.behind)
+    weights = sum(s for c, s in took if c.gathers)
     parts = {"products": compute, "memory": memory, "gathers of weights": gathers}
     limit = max(parts, key=lambda name: parts[name])
     step = parts[limit] + exchanges
-    limit = "exchanges of activations" if exchanges > parts[limit] else limit
+    if exchanges > parts[limit]:
+        exposed = weights - gathers > exchanges / 2
+        limit = "gathers of weights, beside which nothing runs" if exposed else "exchanges of activations"
     mfu, hfu = (n / (step * count * peak) for n in flops)
-    return Estimate(compute, memory, gathers, exchanges, step, compute + memory + gathers + exchanges, limit, mfu, hfu)
+    apart = compute + memory + gathers + exchanges
+    return Estimate(compute, memory, gathers, exchanges, weights, step, apart, limit, mfu, hfu)
 
 
 def seconds(machine: Machine, c: Collective) -> float:
@@ -56,11 +64,15 @@ def seconds(machine: Machine, c: Collective) -> float:
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
-    """Of each kind of collective: runs a step, bytes that a device sends within its host or slice, and across."""
-    table = {}
+    """Of each kind of collective: runs a step, bytes that a device sends within its host or slice, and across; and how many of
+    the runs are done as all-reduces, where some are.
+    """
+    table: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         mine = [c for c in found if c.kind == kind]
         if mine:
             within, across = sum(c.times * (c.moved - c.across) for c in mine), sum(c.times * c.across for c in mine)
             table[kind] = {"runs": sum(c.times for c in mine), "within": within, "across": across}
+            summed = sum(c.times for c in mine if c.summed)
+            table[kind] |= {"summed": summed} if summed else {}
     return table

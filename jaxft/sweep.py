@@ -100,7 +100,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             source, held = sources[number if apart else 0], () if general is None else general.held_out
             jobs.append(Job(r, steps, programs[number], tokenizer, source, held, saved, each, own, records[label]))
         runfolder.write_json(folder / "config.json", {"members": list(runs), "at_once": at_once})
-        for line in report.opening(programs[0].trained, sources[0], steps, first, changes):
+        for line in report.opening(programs[0], lead, sources[0], (steps, first), changes):
             log.message(line)
         log.message("\n".join([f"{len(jobs)} runs on one base:", *(f"{n:3d}  {label}" for n, label in enumerate(runs, 1))]))
         return _go(Shared(name, folder, tuple(runs), tuple(jobs), apart, at_once, saved, log), restored)

@@ -18,7 +18,9 @@ class Collective:
     """One collective of a step. size: bytes of the whole array a device: of what is gathered, before it is scattered, or reduced.
 
     times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. behind: it
-    can run while products do: of weights and their gradients, or what libtpu cuts a product and its gather into.
+    runs while products do, because the program starts it before them or cuts it into pieces between theirs. summed: an all-gather
+    or reduce-scatter that the compiler does as an all-reduce of the whole array, with zeros where a device has nothing, or of
+    which a device uses its part (libtpu's way on large slices); it moves twice as much.
     """
 
     name: str
@@ -30,13 +32,14 @@ class Collective:
     dtypes: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
     behind: bool = False
+    summed: bool = False
 
     @property
     def moved(self) -> float:
         """Bytes that a device sends each time, by the ring's count: (n - 1) / n of the array, twice for an all-reduce."""
         if self.kind == "collective-permute":
             return float(self.size)
-        return (2 if self.kind == "all-reduce" else 1) * self.size * (self.group - 1) / self.group
+        return self._rounds * self.size * (self.group - 1) / self.group
 
     @property
     def across(self) -> float:
@@ -46,7 +49,16 @@ class Collective:
         if self.kind == "collective-permute":
             return float(self.size)
         own = self.group / self.span
-        return (2 if self.kind == "all-reduce" else 1) * self.size * (self.span - 1) / self.span / own
+        return self._rounds * self.size * (self.span - 1) / self.span / own
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it gathers parts or scatters sums, as those of weights and their gradients, whole or in pieces."""
+        return self.kind in ("all-gather", "reduce-scatter") or self.behind
+
+    @property
+    def _rounds(self) -> int:
+        return 2 if self.kind == "all-reduce" or self.summed else 1
 
 
 def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
@@ -56,7 +68,7 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
     pieces (libtpu's chains) counts once.
     """
     found: dict[object, Collective] = {}
-    for one, where, times, _ in walk(program):
+    for one, where, times, fused in walk(program):
         kind = one.opcode.removesuffix("-start")
         between = _BETWEEN.search(one.attributes) if kind == "send" else None
         if between:
@@ -77,10 +89,76 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
             span = max((len({places[i] for i in group}) for group in made.groups), default=1)
-            kind = "reduce-scatter" if scattered else kind
-            behind = kind in ("all-gather", "reduce-scatter") or "windowed_dot_general" in where
-            found[key] = replace(made, times=times, span=span, kind=kind, behind=behind)
+            meant = "reduce-scatter" if scattered else _meant(program, where, one) if kind == "all-reduce" else kind
+            beside = meant in ("all-gather", "reduce-scatter") and (fused or _started(one))
+            behind = beside or "windowed_dot_general" in where
+            summed = meant != kind and not scattered
+            found[key] = replace(made, times=times, span=span, kind=meant, behind=behind, summed=summed)
     return list(found.values())
+
+
+def _started(one: Instruction) -> bool:
+    """Whether other work can run between a collective's start and its end."""
+    return one.opcode.endswith("-start") and '"is_sync":true' not in one.attributes
+
+
+def _meant(program: Program, where: str, one: Instruction) -> str:
+    """What an all-reduce is for: a gather if each operand is a part in zeros, a scatter if only parts of its results are read."""
+    inside = program.computations[where]
+    operands = [inside[name] for name in one.operands if name in inside]
+    whole = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
+    if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > whole / 2:
+        return "all-gather"
+    users = _users(inside)
+    results = [one] if not one.type.startswith("(") else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
+    parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
+    return "reduce-scatter" if parts > whole / 2 else "all-reduce"
+
+
+def _padded(program: Program, inside: dict[str, Instruction], one: Instruction) -> bool:
+    """Whether an array is a smaller one in zeros: a dynamic-update-slice into a broadcast constant, alone or in a fusion."""
+    given = [inside[name] for name in one.operands if name in inside]
+    if one.opcode == "fusion" and called_by(one):
+        inner = program.computations.get(called_by(one)[0], {})
+        root = next((x for x in inner.values() if x.root), None)
+        source = _through(root, inner) if root else None
+        if source is None or source.opcode != "dynamic-update-slice":
+            return False
+        into = inner.get(source.operands[0])
+        if into is not None and into.opcode == "parameter" and into.literal.isdigit() and int(into.literal) < len(given):
+            return given[int(into.literal)].opcode in ("broadcast", "constant")
+        return into is not None and into.opcode in ("broadcast", "constant")
+    if one.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
+        return _padded(program, inside, given[0])
+    return one.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
+
+
+def _sliced(program: Program, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """Whether all that reads an array reads a part of it."""
+    whole, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
+    for user in readers:
+        if user.opcode in ("bitcast", "copy", "convert", "reshape"):
+            if not _sliced(program, user, users):
+                return False
+        elif user.opcode == "fusion" and called_by(user):
+            inner = program.computations.get(called_by(user)[0], {})
+            within = _users(inner)
+            at = [i for i, name in enumerate(user.operands) if name == one.name]
+            read = [x for x in inner.values() if x.opcode == "parameter" and x.literal in map(str, at)]
+            if any(_used(x, within, whole) >= whole for x in read):
+                return False
+        elif user.opcode not in ("dynamic-slice", "slice"):
+            return False
+    return bool(readers)
+
+
+def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+    """What reads each array of a computation."""
+    users: dict[str, list[Instruction]] = {}
+    for x in inside.values():
+        for name in x.operands:
+            users.setdefault(name, []).append(x)
+    return users
 
 
 def _collective(one: Instruction, kind: str, devices: int) -> Collective:
@@ -211,10 +289,7 @@ def _main(arrays: list[Array]) -> int:
 
 def _fusion_bytes(program: Program, one: Instruction, operands: list[Instruction]) -> float:
     inner = program.computations.get(called_by(one)[0], {}) if called_by(one) else {}
-    users: dict[str, list[Instruction]] = {}
-    for x in inner.values():
-        for name in x.operands:
-            users.setdefault(name, []).append(x)
+    users = _users(inner)
     total = 0.0
     for x in inner.values():
         if x.opcode == "parameter" and x.literal.isdigit() and int(x.literal) < len(operands):

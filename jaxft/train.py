@@ -172,7 +172,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     how_held = prepare.changed_by_holding(r.weights, p.trained)
     for origin in (r.start, *(one.start for one in r.beside.values())):
         how_held += prepare.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
-    for line in (*report.opening(p.trained, job.source, job.steps, first, changes), *how_held):
+    for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
     return replace(job, log=log)

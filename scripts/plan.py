@@ -8,8 +8,8 @@
 
 --devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a slice, 2xv5e:4x4 two slices; of h100,
 h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several are planned one after the other and compared; {devices} in an
-override is how many there are. Compiling for NVIDIA GPUs takes jax's CUDA plugin (pip install
-'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]'), but neither takes the device.
+override is how many there are. A --search in which nothing fits ends with 1. Compiling for NVIDIA GPUs takes jax's CUDA plugin
+(pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]'), but neither takes the device.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def main() -> int:
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
     found: list[plan.Plan] = []
+    code = 0
     for name in names:
         machine = machines.machine(name)
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
@@ -51,12 +52,13 @@ def main() -> int:
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             tried = plan_search.search(command, machine, args.most, say)
             print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
+            code = code if plan_search.found(tried) else 1
             continue
         found.append(plan.plan(config.load(args.config, given), machine))
         print(json.dumps(found[-1].json()) if args.json else plan_text.words(found[-1]), flush=True)
     if len(found) > 1 and not args.json:
         print(plan_text.scaling(found))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -114,3 +114,63 @@ def test_the_accelerators_cases_run_in_a_tiny_shape():
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["case"] for line in lines] == list(cases) and all(line["tokens_per_second"] > 0 for line in lines)
     assert all(line["mfu"] > 0 and line["compiled_gib"] > 0 and line["kernels"] == [] for line in lines[:3])
+
+
+PLANS = runpy.run_path(SCRIPT.replace("bench.py", "bench_plan.py"))
+
+
+@pytest.mark.parametrize(
+    "line, cases, overrides",
+    [
+        ("", ["lora", "qlora", "full"], []),
+        ("--cases lora batch=2", ["lora"], ["batch=2"]),
+        ("batch=2 max_length=256 --cases lora", ["lora"], ["batch=2", "max_length=256"]),
+        ("batch=2 --cases lora full optim.lr=0.1", ["lora", "full"], ["optim.lr=0.1", "batch=2"]),
+        ("batch=2", ["lora", "qlora", "full"], ["batch=2"]),
+        ("--cases lora model=meta-llama/Llama-3.1-8B", ["lora"], ["model=meta-llama/Llama-3.1-8B"]),
+    ],
+)
+def test_overrides_of_the_planners_benchmark_reach_every_case(line, cases, overrides):
+    found = PLANS["arguments"](line.split())
+    assert (found.cases, sorted(found.overrides), found.here) == (cases, sorted(overrides), False)
+    each = [PLANS["arguments"](command) for command in PLANS["commands"](found)]
+    assert [(a.cases, a.overrides, a.here) for a in each] == [([name], found.overrides, True) for name in cases]
+
+
+def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_nor_override(capsys):
+    (command,) = PLANS["commands"](PLANS["arguments"](["--config", "mine.py", "batch=2"]))
+    found = PLANS["arguments"](command)
+    assert (found.config, found.overrides, found.here) == ("mine.py", ["batch=2"], True)
+    both = "--cases lora --config x"
+    for line, says in (("--cases dpo", "no case 'dpo'"), ("full", "'full' is no override"), (both, "not allowed")):
+        with pytest.raises(SystemExit):
+            PLANS["arguments"](line.split())
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_planners_benchmark_measures_what_a_step_holds_and_takes(place):
+    """A tiny model: what it holds is the plan's to the byte, and its growth some of what was planned."""
+    (place / "mine.py").write_text(MINE)
+    command = [sys.executable, SCRIPT.replace("bench.py", "bench_plan.py"), "--config", str(place / "mine.py"), "batch=4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    planned = found["planned_bytes"] - found["planned_temporaries"]  # with results, which are arrays too, and the program itself
+    assert found["case"] == "mine" and 0.9 * planned < found["held"] <= planned
+    assert found["bytes"] == found["held"] + found["growth"] and found["growth"] >= 0 and found["seconds"] >= found["fastest"] > 0
+
+
+MINE = """from configs.sft import config as sft
+from dataclasses import replace
+import jax.numpy as jnp
+from jaxft.models.llama import llama
+from jaxft.models.llama_config import LlamaConfig
+
+
+def config(batch: int = 2):
+    \"\"\"Wide enough that its weights are what it holds.\"\"\"
+    run = sft(batch=batch, max_length=64)
+    c = LlamaConfig(vocab=2048, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=512)
+    return replace(run, model=llama(c, jnp.float32))
+"""

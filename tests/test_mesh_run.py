@@ -1,7 +1,14 @@
-"""A whole run on a mesh of 8 devices: losses as on one, and it ends with weights and answers."""
+"""A whole run on a mesh of 8 devices: losses as on one, and it ends with weights and answers; what is empty is told."""
+
+import itertools
+import re
+from dataclasses import replace
 
 import pytest
 from tiny_run import Place, write_place
+
+from jaxft import report
+from jaxft.data.source import Rows
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +34,23 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     assert list((place.runs(f"{name}-many") / out).glob("*.safetensors"))
     assert place.run(*common, *sizes, f"name={name}-many", "steps=4", devices=8) == 0, place.err()
     assert place.metrics(f"{name}-many")[-1]["step"] == 4
+
+
+def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
+    mesh = ["batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1"]
+    assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()
+    (line,) = [line for line in place.out().splitlines() if "are empty" in line]
+    assert line.startswith("12 of the 16 places for rows in a step are empty (75 %): data.batch=4 is cut into data.micro=2")
+    assert line.endswith("data.batch=16 fills them")
+
+
+@pytest.mark.parametrize("batch, micro, shards", list(itertools.product((1, 4, 6, 9, 16, 24), (1, 2, 4, 6), (1, 3, 8))))
+def test_what_is_said_to_fill_the_devices_does(batch, micro, shards):
+    data = Rows("none", batch=batch, micro=micro)
+    rows = -(-batch // (micro * shards)) * shards  # of a microbatch, as the source pads it
+    assert report.places(data, shards) == rows * micro
+    said = report.unfilled(data, shards)
+    assert bool(said) == (rows * micro > batch)
+    for setting, numbers in re.findall(r"data\.(\w+)=([\d or]+)", said[0].partition(";")[2]) if said else []:
+        for number in numbers.split(" or "):
+            assert report.unfilled(replace(data, **{setting: int(number)}), shards) == []

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -101,6 +101,20 @@ def test_flops_are_the_models_and_what_runs_twice_is_told_apart():
     assert counted(tiny("none")).model == pytest.approx(full.model * 2 / 3)
 
 
+def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
+    run = tiny(mesh=sharding.MeshShape(data=1, fsdp=-1))
+    few = replace(run, data=replace(run.data, batch=2, micro=1))
+    alone = counted(replace(few, mesh=sharding.MeshShape()))
+    found = plan.plan(few, made_up(8))
+    assert (found.flops.tokens, found.flops.places, found.flops.empty) == (2 * 64, 8 * 64, 0.75)
+    assert found.flops.model == pytest.approx(alone.model) and found.flops.program == pytest.approx(4 * alone.program)
+    assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
+    text = plan_text.words(found)
+    assert "a step of 128 tokens" in text and "75 % of its 512 places that are empty" in text
+    assert "6 of the 8 places for rows in a step are empty (75 %)" in text
+    assert alone.empty == 0 and "empty" not in plan_text.words(replace(found, flops=alone, notes=()))
+
+
 def test_products_count_loops_branches_and_devices():
     def one(x):
         return jax.lax.scan(lambda h, _: (jax.lax.cond(h[0, 0] > 0, lambda h: h @ h, lambda h: h, h), None), x, None, length=5)[0]
@@ -125,6 +139,23 @@ def test_the_roofline_is_its_largest_part_and_what_can_not_overlap():
     assert roofline.by_kind([gathers, exchanges])["all-reduce"] == {"runs": 10, "within": 0.0, "across": 10000.0}
 
 
+def test_gathers_that_the_program_waits_for_are_no_exchanges_of_activations_and_bound_scaling_too():
+    machine, done = made_up(2), [replace(collective("all-gather", False), summed=True)]
+    e = roofline.estimate(machine, (1e7, 1e7), 0, done, 1e12)
+    assert e.weights == e.exchanges == pytest.approx(10 * 1000 / (1e8 * 0.8)) and e.gathers == 0
+    assert e.step == pytest.approx(e.compute + e.weights) and e.limit == "gathers of weights, beside which nothing runs"
+    assert roofline.by_kind(done)["all-gather"] == {"runs": 10, "within": 10000.0, "across": 0.0, "summed": 10}
+    counts, kinds = Flops(100, 100, 1e7, 1e7), roofline.by_kind(done)
+    plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
+    enough = 50 * e.weights / e.compute  # tokens a device
+    assert "10 as all-reduces" in plan_text.words(plain) and f"beyond B / {enough:,.0f} devices" in plan_text.least(plain)
+    assert "nothing runs beside" in plan_text.least(plain)
+    beside = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
+    assert beside.weights == beside.gathers > 0 and "gains nothing beyond" in plan_text.least(replace(plain, estimate=beside))
+    none = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
+    assert none.limit == "exchanges of activations" and "gathers nothing" in plan_text.least(replace(plain, estimate=none))
+
+
 def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatch):
     tried = []
 
@@ -134,12 +165,12 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         if mesh.tensor == 4:
             raise ValueError("mlp does not divide")
         step = 1.0 / rows + (0.5 if mesh.tensor > 1 else 0)
-        guess = roofline.Estimate(step, 0, 0, 0, step, step, "products", 0.1, 0.1)
+        guess = roofline.Estimate(step, 0, 0, 0, 0, step, step, "products", 0.1, 0.1)
         none = dict.fromkeys(("collectives", "parts", "largest"), {})
         size = 100 if rows < 4 else 300
         return plan.Plan(
-            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1.0, 1.0), {}, 0.0, 0, guess, 0.0,
-            False, {},
+            "m", 8, "step", none["parts"], size, 200, None if size <= 200 else 100, 0, Flops(1, 1, 1.0, 1.0), {}, 0.0, 0, guess,
+            0.0, False, {},
         )  # fmt: skip
 
     monkeypatch.setattr(plan_search, "plan", fake)
@@ -157,15 +188,96 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     text = plan_search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
-    assert "nothing that was tried fits" in plan_search.words([plan_search.Tried(found[0].choice, None, "no")], command)
+    large = plan_search.Tried(found[0].choice, replace(found[0].plan, missing=1))
+    assert "nothing that was tried fits" in plan_search.words([large], command) and not plan_search.found([large])
 
 
-def test_candidates_divide_what_they_cut():
-    run = replace(tiny(), data=replace(tiny().data, batch=16))
-    for c in plan_search.candidates(run, made_up(8)):
-        rows = 16 // c.micro
-        assert 16 % c.micro == 0 and rows % (c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
-        assert c.mesh.data * c.mesh.fsdp * c.mesh.tensor * c.mesh.context == 8
+@dataclass(frozen=True)
+class Described:
+    """A device that is not here."""
+
+    id: int
+    process_index: int
+    platform: str
+    device_kind: str
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+@dataclass(frozen=True)
+class OnTorus(Described):
+    coords: tuple = (0, 0, 0)
+
+
+def two_slices():
+    """Two slices of 2 x 2 chips."""
+    places = [(s, x, y) for s in range(2) for x in range(2) for y in range(2)]
+    return [OnTorus(n, s, "tpu", "TPU v5 lite", s, coords=(x, y, 0)) for n, (s, x, y) in enumerate(places)]
+
+
+def hosts(count, each):
+    return [Described(n, n // each, "cuda", "NVIDIA H100 80GB HBM3") for n in range(count * each)]
+
+
+PLACES = {"one host": lambda: jax.devices()[:8], "two slices": two_slices, "two hosts": lambda: hosts(2, 4)}
+
+
+@pytest.mark.parametrize("wish", [{}, {"slices": -1, "data": 1}, {"context": -1, "data": 1}, {"slices": 2}], ids=str)
+@pytest.mark.parametrize("where", PLACES)
+def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where, wish):
+    run = replace(tiny(mesh=sharding.MeshShape(**wish)), data=replace(tiny().data, batch=16))
+    machine = machines.Machine(where, CHIP, PLACES[where]())
+    found = list(plan_search.candidates(run, machine))
+    for mesh in {c.mesh for c in found}:
+        assert sharding.make_mesh(mesh, machine.devices).size == 8
+    for c in found:
+        assert 16 % (c.micro * c.mesh.slices * c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
+        assert run.data.max_length % c.mesh.context == 0 and TINY.heads % (c.mesh.context * c.mesh.tensor) == 0
+        _, seconds, size = plan_search.guess(run, machine, c)
+        assert seconds > 0 and size > 0
+    assert {1, 2} <= {c.mesh.context for c in found} and {1, 4} <= {c.mesh.fsdp for c in found}
+    slices = {"two slices": 2}.get(where, {-1: 2 if where == "two hosts" else 1}.get(wish.get("slices"), wish.get("slices", 1)))
+    assert {c.mesh.slices for c in found} == {slices}
+
+
+def test_a_guess_counts_every_axis_that_cuts_weights_or_rows():
+    def size(**axes):
+        return plan_search.guess(run, machine, plan_search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes})))[2]
+
+    run = replace(tiny(full=True), data=replace(tiny().data, batch=8, max_length=64))
+    machine = machines.Machine("eight", CHIP, jax.devices()[:8])
+    assert size(fsdp=2, context=4) == size(fsdp=4, context=2) == size(fsdp=8)  # weights, and a row's tokens, over eight
+    assert size(slices=8) == size(data=8) < size(slices=2)
+    assert size(context=2) < size(data=2) < size()
+
+
+def test_a_search_whose_choices_are_all_refused_says_why(monkeypatch):
+    def refuse(run, machine):
+        raise ValueError("rows of 100 tokens do not divide")
+
+    monkeypatch.setattr(plan_search, "plan", refuse)
+    command = plan_search.Command(lambda texts: tiny(), [], [])
+    found = plan_search.search(command, made_up(2), 3, lambda text: None)
+    assert len(found) == 3 and not plan_search.found(found)
+    last = plan_search.words(found, command).splitlines()[-1]
+    assert last == "every choice that was tried is refused, the first with: rows of 100 tokens do not divide"
+    assert "data.batch that is a multiple" in plan_search.words([], command) and not plan_search.found([])
+
+
+def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
+    """Nothing faked: the choices' overrides go through a config, and its plans are real."""
+
+    def load(texts):
+        values = dict(text.split("=") for text in texts)
+        mesh = sharding.MeshShape(**{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")})
+        run = tiny(values.get("remat", "full"), mesh=mesh)
+        return replace(run, data=replace(run.data, batch=8, max_length=16, micro=int(values.get("data.micro", 1))))
+
+    command = plan_search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
+    found = plan_search.search(command, made_up(2), 2, lambda text: None)
+    assert [t.why for t in found] == ["", ""] and plan_search.found(found)
+    best = plan_search.words(found, command).splitlines()[-1].removeprefix("use: ").split()
+    assert load(best).mesh == found[0].choice.mesh and found[0].plan.devices == 2
 
 
 def test_a_refusal_of_libtpus_compiler_is_read():
@@ -185,6 +297,23 @@ def test_the_largest_arrays_are_those_that_are_made_and_kept():
     found = plan.largest(hlo.parse(jax.jit(program).lower(w, x).compile().as_text()))
     assert "f32[7,90,90]" not in found and found["f32[7,90]"] == 7 * 90 * 4
     assert plan.largest(hlo.parse("")) == {}
+
+
+def test_what_only_gives_an_array_another_name_is_none_of_the_largest():
+    text = """HloModule views
+
+ENTRY %main (a: u16[64,32], b: f32[8]) -> f32[16,16] {
+  %a = u16[64,32]{1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %view = bf16[64,32]{1,0} bitcast(%a)
+  %both = (f32[16,16]{1,0}, f32[4]{0}) fusion(%view, %b), kind=kLoop, calls=%made
+  %first = f32[16,16]{1,0} get-tuple-element(%both), index=0
+  %moved = (u16[64,32]{1,0}, u16[64,32]{1,0:S(5)}, u32[]) copy-start(%a)
+  %flat = f32[256]{0} bitcast(%first)
+  ROOT %out = f32[16,16]{1,0} copy(%first)
+}
+"""
+    assert plan.largest(hlo.parse(text)) == {"f32[16,16]": 1024, "f32[4]": 16}
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")

@@ -155,6 +155,76 @@ def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit()
     assert program.unknown_loops == ["free"]
 
 
+SUMMED = """HloModule summed
+
+%part (z: bf16[1,8,16], at: u32[], w: bf16[3,2,16], i: s32[]) -> bf16[1,8,16] {
+  %z = bf16[1,8,16]{2,1,0} parameter(0)
+  %w = bf16[3,2,16]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %none = s32[] constant(0)
+  %own = bf16[1,2,16]{2,1,0} dynamic-slice(%w, %i, %none, %none), dynamic_slice_sizes={1,2,16}
+  %at = u32[] parameter(1)
+  %zero = u32[] constant(0)
+  ROOT %placed = bf16[1,8,16]{2,1,0} dynamic-update-slice(%z, %own, %zero, %at, %zero)
+}
+
+%keep (g: f32[8,16], at.1: s32[]) -> f32[2,16] {
+  %g = f32[8,16]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %mine = f32[2,16]{1,0} dynamic-slice(%g, %at.1, %zero.1), dynamic_slice_sizes={2,16}
+}
+
+%all (g.1: f32[8,16]) -> f32[] {
+  %g.1 = f32[8,16]{1,0} parameter(0)
+  ROOT %sum = f32[] reduce(%g.1, %nothing), dimensions={0,1}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[3,2,16], b: f32[8,16], at.2: u32[], n: s32[]) -> f32[2,16] {
+  %a = bf16[3,2,16]{2,1,0} parameter(0)
+  %b = f32[8,16]{1,0} parameter(1)
+  %at.2 = u32[] parameter(2)
+  %n = s32[] parameter(3)
+  %nil = bf16[] constant(0)
+  %zeros = bf16[1,8,16]{2,1,0} broadcast(%nil), dimensions={}
+  %padded = bf16[1,8,16]{2,1,0} fusion(%zeros, %at.2, %a, %n), kind=kLoop, calls=%part
+  %own.1 = bf16[1,2,16]{2,1,0} slice(%a), slice={[0:1], [0:2], [0:16]}
+  %padded.1 = bf16[1,8,16]{2,1,0} dynamic-update-slice(%zeros, %own.1, %n, %n, %n)
+  %held = bf16[1,8,16]{2,1,0} dynamic-update-slice(%padded, %own.1, %n, %n, %n)
+  %gathered = (bf16[1,8,16]{2,1,0}, bf16[1,8,16]{2,1,0}) all-reduce(%padded, %padded.1), GROUPS
+  %scattered = f32[8,16]{1,0} all-reduce(%b), GROUPS
+  %part.1 = f32[2,16]{1,0} fusion(%scattered, %n), kind=kLoop, calls=%keep
+  %pair = (f32[8,16]{1,0}, f32[8,16]{1,0}) all-reduce(%b, %b), GROUPS
+  %one = f32[8,16]{1,0} get-tuple-element(%pair), index=0
+  %two = f32[8,16]{1,0} get-tuple-element(%pair), index=1
+  %part.2 = f32[2,16]{1,0} fusion(%one, %n), kind=kLoop, calls=%keep
+  %part.3 = f32[2,16]{1,0} fusion(%two, %n), kind=kLoop, calls=%keep
+  %added = f32[8,16]{1,0} all-reduce(%b), GROUPS
+  %part.4 = f32[2,16]{1,0} fusion(%added, %n), kind=kLoop, calls=%keep
+  %norm = f32[] fusion(%added), kind=kLoop, calls=%all
+  %real = bf16[1,8,16]{2,1,0} all-reduce(%held), GROUPS
+  %start = (f32[2,16]{1,0}, f32[8,16]{1,0}) all-gather-start(%part.1), dimensions={0}, GROUPS
+  %waiting = (f32[2,16]{1,0}, f32[8,16]{1,0}) all-gather-start(%part.2), dimensions={0}, GROUPS, backend_config={"is_sync":true}
+  %plain = f32[8,16]{1,0} all-gather(%part.3), dimensions={0}, GROUPS
+  ROOT %end = f32[2,16]{1,0} copy(%part.4)
+}
+""".replace("GROUPS", "replica_groups={{0,1,2,3}}, to_apply=%add")
+
+
+def test_an_all_reduce_that_gathers_or_scatters_is_told_from_one_that_adds_and_counts_twice():
+    found = {c.name: c for c in traffic.collectives(hlo.parse(SUMMED), [0, 0, 1, 1])}
+    kinds = {name: (c.kind, c.summed) for name, c in found.items() if "gather-" not in name}
+    assert kinds == {
+        "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True), "pair": ("reduce-scatter", True),
+        "added": ("all-reduce", False), "real": ("all-reduce", False), "plain": ("all-gather", False),
+        "start": ("all-gather", False), "waiting": ("all-gather", False),
+    }  # fmt: skip
+    assert found["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4 and found["gathered"].across == 2 * (2 * 8 * 16 * 2) / 2 / 2
+    assert found["scattered"].moved == found["added"].moved == 2 * found["plain"].moved == 2 * (8 * 16 * 4) * 3 / 4
+    assert {name for name, c in found.items() if c.behind} == {"start"}  # the others have begun and ended when the next one runs
+    assert {name for name, c in found.items() if not c.gathers} == {"added", "real"}
+
+
 def test_memory_counts_a_slice_where_only_a_slice_is_read_and_an_update_where_it_is_written_in_place():
     def program(x):  # reads and writes a row a round
         def step(i, x):
