@@ -59,9 +59,10 @@ def in_torch(model, ids):
 
 def scorer_model(adapter=SETTINGS, dtype=jnp.float64, **options):
     """The tiny Llama with a scalar head and an adapter that matters, and a random tree for it."""
-    _, whole = tiny(dtype, adapter, **options)
+    with jax.numpy_dtype_promotion("standard"):
+        _, whole = tiny(dtype, adapter, **options)
     model = lora.adapted(heads.scorer(llama(CONFIG, dtype)), adapter)
-    score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), jnp.promote_types(dtype, jnp.float32))
+    score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), whole["base"]["final_norm"].dtype)
     base = {name: x for name, x in whole["base"].items() if name != "head"}
     return model, {**whole, "base": base, "score": score}
 
@@ -248,7 +249,8 @@ def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
     base = llama(CONFIG, jnp.float64)
     model = lora.adapted(heads.with_scorers(base, {"critic": Scorer(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()
-    language, policy = tiny(jnp.float64, SETTINGS)
+    with jax.numpy_dtype_promotion("standard"):
+        language, policy = tiny(jnp.float64, SETTINGS)
     whole = {**policy, "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]}}
     assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=params.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
