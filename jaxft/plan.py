@@ -205,7 +205,7 @@ def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
     What only a fusion names is never in memory, and what only gives an array another name or shape makes none.
     """
     made: dict[str, int] = {}
-    given = set()
+    given: set[str] = set()
     for one, where, _, fused in hlo.walk(program):
         if fused:
             continue
