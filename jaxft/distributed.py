@@ -116,11 +116,11 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         f"{me}: {where} was not reached by all {found.processes or 'processes'} within {hosts.start_seconds} s "
         "(hosts.start_seconds); see that each of them is started, that their number is right and that they reach that address"
     )
-    limits: Any = {"heartbeat_timeout_seconds": hosts.heartbeat_seconds, "shutdown_timeout_seconds": hosts.stop_seconds}
+    known |= {"heartbeat_timeout_seconds": hosts.heartbeat_seconds, "shutdown_timeout_seconds": hosts.stop_seconds}
     try:
         # process 0 last: the others are aborted when it is gone
         with ending.within(hosts.start_seconds + (0 if found.process else 2), late):
-            jax.distributed.initialize(**known, **limits, initialization_timeout=hosts.start_seconds + JOINING)
+            jax.distributed.initialize(**known, initialization_timeout=hosts.start_seconds + JOINING)
         jax.devices()  # of all processes, which wait for one another here too
     except RuntimeError as error:
         text = f"{me}: could not join the others at {where}: {one_line(error)}"

@@ -71,9 +71,10 @@ def _sentinel() -> Any:
 def if_ended_from_outside(text: str) -> None:
     """What is to be said then, from now on."""
     pipe = _sentinel().stdin
-    if not pipe.closed:
-        pipe.write(f"{text}\n".encode())
-        pipe.flush()
+    with contextlib.suppress(OSError):  # the shell is gone, and nothing else is wrong
+        if not pipe.closed:
+            pipe.write(f"{text}\n".encode())
+            pipe.flush()
 
 
 def silence() -> None:

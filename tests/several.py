@@ -31,7 +31,7 @@ class Several:
             self.processes.append(place.start(*arguments, devices=8 // count, hook=hook, **who, **environment))
         return self.processes
 
-    def codes(self, seconds=400):
+    def codes(self, seconds=1200):
         """Their exit codes; none may take longer."""
         until = time.monotonic() + seconds
         for process in self.processes:
@@ -47,7 +47,7 @@ class Several:
         self.start(*argv, **options)
         return self.codes()
 
-    def wait_for(self, condition, seconds=300):
+    def wait_for(self, condition, seconds=900):
         """Until the condition holds."""
         self.first.wait_for(self.processes[0], condition, seconds)
 

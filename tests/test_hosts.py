@@ -16,6 +16,7 @@ from tiny_run import Place, rows, write_place, write_rows
 
 pytestmark = pytest.mark.alone
 
+PRECISE = "import jax\njax.config.update('jax_enable_x64', True)\n"
 BATCHES = """
 import hashlib, os
 import jax, numpy as np
@@ -61,7 +62,8 @@ def told(self, step, batch, found):
     return add(self, step, batch, found)
 report.Meter.add = told
 """
-SLOW_STEPS = """
+SLOW_STEPS = f"""
+{PRECISE}
 import time
 from jaxft import report
 add = report.Meter.add
@@ -70,26 +72,27 @@ def slow(self, *args):
     return add(self, *args)
 report.Meter.add = slow
 """
-PRECISE = "import jax\njax.config.update('jax_enable_x64', True)\n"
+
+
+def precise_place(folder, write=write_place, config=tiny_run.CONFIG):
+    """A working directory of runs in float64, which begin with the hook PRECISE."""
+    write(folder)
+    (folder / "config.py").write_text(config.replace("jnp.float32", "jnp.float64"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("hosts")
-    write_place(made)
+    made = precise_place(tmp_path_factory.mktemp("hosts"))
     write_rows(made / "other.jsonl", rows(39))
     return made
 
 
 @pytest.fixture(scope="module")
 def precise(tmp_path_factory):
-    """Working directories of runs in float64."""
-    found = {}
-    for name, write, config in (("sft", write_place, tiny_run.CONFIG), ("dpo", dpo_place.write_pair_place, dpo_place.CONFIG)):
-        found[name] = tmp_path_factory.mktemp(f"precise-{name}")
-        write(found[name])
-        (found[name] / "config.py").write_text(config.replace("jnp.float32", "jnp.float64"))
-    return found
+    """Working directories for SFT and for DPO."""
+    made = {name: tmp_path_factory.mktemp(f"precise-{name}") for name in ("sft", "dpo")}
+    return {"sft": precise_place(made["sft"]), "dpo": precise_place(made["dpo"], dpo_place.write_pair_place, dpo_place.CONFIG)}
 
 
 KINDS = {
@@ -161,7 +164,7 @@ TRAINED = [*COMMON, "epochs=9", f"steps={STEPS}"]
 def alone(folder):
     """A run over two processes that nothing happened to."""
     two = Several(folder)
-    assert two.run(*TRAINED, "name=alone") == [0, 0], two.told()
+    assert two.run(*TRAINED, "name=alone", hook=PRECISE) == [0, 0], two.told()
     return two.first.results("alone", STEPS)
 
 
@@ -183,16 +186,29 @@ def ends(two, other, seconds):
     return line
 
 
-def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alone):
-    two, rng, argv = Several(folder), random.Random(5), [*TRAINED, "name=killed"]
-    for victim in (1, 0):
-        two.start(*argv, hook=SLOW_STEPS)
-        after_a_step(two, "killed", rng)
-        two.processes[victim].kill()
-        ends(two, 1 - victim, 20)
-        two.codes()
-        if victim == 1:
-            shutil.copytree(two.first.runs("killed"), two.first.runs("elsewhere"))
+def kill(two, victim, rng):
+    """Begin the run `killed`, or go on with it, and kill a process after a random step."""
+    two.start(*TRAINED, "name=killed", hook=SLOW_STEPS)
+    after_a_step(two, "killed", rng)
+    two.processes[victim].kill()
+    ends(two, 1 - victim, 60)
+    two.codes()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder, tmp_path_factory):
+    """Another working directory, with what the run `killed` has left there when process 1 was killed."""
+    made = tmp_path_factory.mktemp("elsewhere")
+    kill(Several(folder), 1, random.Random(5))
+    shutil.copytree(folder / "runs" / "killed", made / "runs" / "killed")
+    for name in ("base", "rows.jsonl", "general.jsonl", "config.py"):
+        (made / name).symlink_to(folder / name)
+    return made
+
+
+def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alone, elsewhere):
+    two, argv = Several(folder), [*TRAINED, "name=killed"]
+    kill(two, 0, random.Random(6))
 
     before = two.first.checkpoints("killed")
     two.start(*argv, "loop.save_every=100", hook=SLOW_STEPS)
@@ -203,27 +219,22 @@ def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alon
     saved = two.first.checkpoints("killed")[-1]
     assert saved not in before and f"stopped by SIGTERM after step {saved}, saved" in two.first.out()
 
-    assert two.run(*argv) == [0, 0], two.told()
+    assert two.run(*argv, hook=PRECISE) == [0, 0], two.told()
     found = two.first.results("killed", STEPS)
     for what in alone:
         assert found[what] == alone[what], what
 
 
-def test_the_run_goes_on_with_another_number_of_processes(folder, alone):
-    """Run after the one above, of which it takes a copy where one of two processes was killed."""
-    one, name = Place(folder), "elsewhere"
-    if not one.runs(name).is_dir():
-        pytest.skip("needs the run of the test above")
-    shutil.rmtree(one.runs("killed"))
-    one.runs(name).rename(one.runs("killed"))  # the name is a setting too
-    assert one.run(*TRAINED, "name=killed", devices=8) == 0, one.err()
+def test_the_run_goes_on_with_another_number_of_processes(elsewhere, alone):
+    one = Place(elsewhere)
+    assert one.run(*TRAINED, "name=killed", hook=PRECISE, devices=8) == 0, one.err()
     assert "going on after step" in one.out()
     found = one.metrics("killed")
     assert [m["step"] for m in found] == [m["step"] for m in alone["metrics"]]
     for a, b in zip(found, alone["metrics"], strict=True):
         assert a.get("num_tokens") == b.get("num_tokens") and a.get("epoch") == b.get("epoch")
         for key in a.keys() & {"loss", "eval_loss", "grad_norm"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-5), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], rel=1e-10), (a["step"], key)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,7 @@ def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound,
     two.wait_for(lambda: bool(two.first.checkpoints(name)))
     os.kill(two.processes[1].pid, signal.SIGSTOP)
     try:
-        line = ends(two, 0, 29)
+        line = ends(two, 0, 60)
     finally:
         two.processes[1].kill()
     two.codes()
@@ -250,14 +261,14 @@ def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound,
 @pytest.mark.slow
 def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     two = Several(folder)
-    assert two.run(*TRAINED, "name=alone") == [0, 0]
+    assert two.run(*TRAINED, "name=alone", hook=PRECISE) == [0, 0], two.told()
     assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
         (["name=wrong"], {1: ["data=other.jsonl"]}, "process 1 of 2 has other settings, rows or libraries than process 0"),
     )
     for argv, own, wanted in cases:
-        assert two.run(*TRAINED, *argv, own=own) == [1, 1], two.told()
+        assert two.run(*TRAINED, *argv, own=own, hook=PRECISE) == [1, 1], two.told()
         lines = [place.err().strip().splitlines()[-1] for place in two.places]
         assert lines[0] == lines[1] and lines[0].startswith("error: ") and wanted in lines[0], lines
     assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
@@ -316,7 +327,8 @@ def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):
     assert one.err().startswith("process 0 of 2 was ended from outside while it joined the others"), one.err()
 
 
-HANGS = """
+HANGS = f"""
+{PRECISE}
 import threading
 from jaxft import report
 report.Meter.add = lambda *_: threading.Event().wait()
@@ -328,7 +340,7 @@ def test_a_run_of_one_process_that_hangs_is_ended_with_its_stacks(folder):
     one = Place(folder)
     begin = time.monotonic()
     assert one.run("name=hangs", "hosts.step_seconds=3", "samples=0", hook=HANGS) == 75
-    assert time.monotonic() - begin < 90
+    assert time.monotonic() - begin < 300
     *stacks, line = one.err().strip().splitlines()
     assert line.startswith("the run: nothing moved for 3 s in step 1 (bound 3 s: hosts.step_seconds)")
     assert any("in _go" in text for text in stacks)
