@@ -129,8 +129,7 @@ def test_completions_that_share_a_prompt_are_completions_in_rows_of_their_own():
 def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
     batch = laid(rows_of(random_groups(count=8), 4))
     one = judged(by_table(loss), TABLE, ALL, micro(batch, 1), {})
-    for count in (2, 4):
-        assert_same(judged(by_table(loss), TABLE, ALL, micro(batch, count), {}), one)
+    assert_same(judged(by_table(loss), TABLE, ALL, micro(batch, 2), {}), one)
 
 
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
@@ -167,7 +166,7 @@ def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
     assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), wanted)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bfloat16"])
 def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_and_exactly_one_without_them(dtype):
     """Log-probs at drawing come from a program of their own, whose sums the compiler may order otherwise."""
     model, whole, mask = setting(dtype)
