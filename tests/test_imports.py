@@ -20,7 +20,7 @@ LAYERS = (
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
      "accumulate", "reference", "plots", "compare"},  # fmt: skip
     {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs"},
-    {"flops", "plan", "plan_search", "plan_text"},
+    {"flops", "plan", "plan_programs", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
