@@ -11,23 +11,15 @@ from typing import Any
 import jax
 
 from jaxft import devices, hlo, prepare, report, sharding, traffic, train, tree
-from jaxft.data import pairs
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
+from jaxft.plan_programs import Program, every, steps
 from jaxft.programs import Programs, abstract
 from jaxft.quant import is_qtensor
 from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Program:
-    """One of a run's programs. trace() -> jax.stages.Traced; batch: what it works on beside what is resident."""
-
-    name: str
-    trace: Callable[[], Any]
-    batch: Any
+OWN = ("batch and counters", "activations and temporaries", "results that reuse no argument", "the program itself")
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Plan:
 
     parts: by what it holds. limit: what the device has for it, None where that isn't known. missing: None where it fits. total is
     None where the compiler gave up and didn't say how much it needs. host: bytes in the host's memory for each device. notes:
-    what else is to be said of the run.
+    what else is to be said of the run. flops, estimate: of what trains only.
     """
 
     machine: str
@@ -47,7 +39,7 @@ class Plan:
     limit: int | None
     missing: int | None
     host: int
-    flops: Flops
+    flops: Flops | None
     collectives: dict[str, dict[str, float]]
     memory_traffic: float
     unknown_loops: int
@@ -66,37 +58,38 @@ class Plan:
 
     def json(self) -> dict[str, Any]:
         """All of it as plain values."""
-        each = {"flops_per_token": self.flops.model / self.flops.tokens, "fits": self.fits, "assumed": ASSUMED}
-        return {**asdict(self), **each}
-
-
-def programs(run: train.Run, p: Programs, batch: Any) -> list[Program]:
-    """The run's programs that could be its largest. The weights and the optimizer's state are there in each of them."""
-    return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
+        each = self.flops.model / self.flops.tokens if self.flops else None
+        return {**asdict(self), "flops_per_token": each, "fits": self.fits, "assumed": ASSUMED}
 
 
 def plan(run: train.Run, machine: Machine) -> Plan:
-    """The plan of the program of the run that takes most memory.
+    """The plan of what trains; of several such programs, of the one that takes most memory.
 
     Raises ValueError for a mesh or a batch that the run can't have on this machine.
     """
-    p, batch = abstract(run, machine.devices)
-    if getattr(p.objective, "precomputed", False) and isinstance(run.data, pairs.PairRows):
-        shapes = pairs.abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
-        place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
-        batch = jax.tree.map(place, shapes)
+    return plans(run, machine, steps)[0]
+
+
+def plans(run: train.Run, machine: Machine, wanted: Callable[[train.Run, Programs], list[Program]] = every) -> list[Plan]:
+    """A plan of each program that `wanted` gives, that which takes most memory first. Raises as plan does."""
+    p, _ = abstract(run, machine.devices)
     machine = replace(machine, devices=list(p.mesh.devices.flat))  # in the order in which a program numbers them
     with jax.set_mesh(p.mesh):
-        found = [_planned(run, p, machine, program) for program in programs(run, p, batch)]
-    return max(found, key=lambda one: math.inf if one.total is None else one.total)
+        found = [_planned(run, p, machine, program) for program in wanted(run, p)]
+    return sorted(found, key=lambda one: -math.inf if one.total is None else -one.total)
 
 
 def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
-    counts = flops(run, p, program.batch, traced)
-    notes = tuple(report.unfilled(run.data, sharding.row_shards(p.mesh)))
-    limit = machine.chip.memory - machine.chip.kept if machine.chip else None
-    parts = resident(p)
+    known: dict[str, Any] = {
+        "machine": machine.name,
+        "devices": len(machine.devices),
+        "program": program.name,
+        "limit": machine.chip.memory - machine.chip.kept if machine.chip else None,
+        "flops": None if program.batch is None else flops(run, p, program.batch, traced),
+        "notes": tuple(report.unfilled(run.data, sharding.row_shards(p.mesh))),
+        "gpu": machine.devices[0].platform in ("gpu", "cuda"),
+    }
     with _cache_hits() as hits:
         begin = time.perf_counter()
         try:
@@ -105,38 +98,46 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
             needed = too_much(str(error))
             if needed is None:
                 raise
-            total, missing = needed
-            room = limit if total is None or missing is None else total - missing
-            return Plan(
-                machine=machine.name, devices=len(machine.devices), program=program.name, parts=parts, total=total, limit=room,
-                missing=missing or 0, host=0, flops=counts, collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None,
-                compile_seconds=time.perf_counter() - begin, from_cache=False, largest={}, why=_first_line(str(error)),
-                notes=notes,
-            )  # fmt: skip
+            return _refused(known, resident(p), needed, (time.perf_counter() - begin, str(error)))
         seconds = time.perf_counter() - begin
     devices.trim_heap()
+    return _found(known, resident(p), compiled, machine, (seconds, bool(hits)))
+
+
+def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | None, int | None], took: tuple[float, str]) -> Plan:
+    """Of a program that the compiler gave up. needed: bytes in all and bytes missing, where it said so."""
+    (total, missing), (seconds, error) = needed, took
+    limit = known["limit"] if total is None or missing is None else total - missing
+    return Plan(
+        **{**known, "limit": limit}, parts=held, total=total, missing=missing or 0, host=0, collectives={}, memory_traffic=0.0,
+        unknown_loops=0, estimate=None, compile_seconds=seconds, from_cache=False, largest={}, why=_first_line(error),
+    )  # fmt: skip
+
+
+def _found(known: dict[str, Any], held: dict[str, int], compiled: Any, machine: Machine, took: tuple[float, bool]) -> Plan:
+    """Of a compiled program. took: seconds of its compilation, and whether it came from the cache."""
     memory: Any = compiled.memory_analysis()
-    parts["batch and counters"] = max(0, memory.argument_size_in_bytes - sum(parts.values()))
-    parts["activations and temporaries"] = memory.temp_size_in_bytes
-    parts["results that reuse no argument"] = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    parts["the program itself"] = memory.generated_code_size_in_bytes
-    total = sum(parts.values())
-    text = compiled.as_text() or ""
-    module = hlo.parse(text)
-    found = traffic.collectives(module, machine.places())
+    own = (
+        max(0, memory.argument_size_in_bytes - sum(held.values())),
+        memory.temp_size_in_bytes,
+        max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        memory.generated_code_size_in_bytes,
+    )
+    parts = {**held, **dict(zip(OWN, own, strict=True))}
+    total, limit, counts = sum(parts.values()), known["limit"], known["flops"]
+    module = hlo.parse(compiled.as_text() or "")
+    moves = traffic.collectives(module, machine.places())
     moved = traffic.memory_bytes(module)
     guess = None
-    if machine.chip is not None:
+    if machine.chip is not None and counts is not None:
         peak = devices.peak_flops(machine.devices[0])
-        guess = estimate(machine, (counts.model, counts.program), moved, found, peak)
+        guess = estimate(machine, (counts.model, counts.program), moved, moves, peak)
     return Plan(
-        machine=machine.name, devices=len(machine.devices), program=program.name,
-        parts={name: size for name, size in parts.items() if size}, total=total, limit=limit,
+        **known, parts={name: size for name, size in parts.items() if size}, total=total,
         missing=total - limit if limit is not None and total > limit else None,
-        host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes, flops=counts,
-        collectives=by_kind(found), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
-        compile_seconds=seconds, from_cache=bool(hits), largest=largest(module),
-        gpu=machine.devices[0].platform in ("gpu", "cuda"), notes=notes,
+        host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
+        compile_seconds=took[0], from_cache=took[1], largest=largest(module),
     )  # fmt: skip
 
 

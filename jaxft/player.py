@@ -47,12 +47,12 @@ class Player:
         for group in {1, data.group}:
             sampler: Any = generate.make_sampler(model, sampling, stop, group)
             self.sample[group] = sampler.lower(whole, empty, key).compile()
-        self.judge = self._compiled(partial(_judged, p.objective), whole) if source.judged else {}
+        self.judge = self._compiled(partial(judged, p.objective), whole) if source.judged else {}
         scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
         missing = [name for name in scorers if name not in p.trained.model.beside]
         if missing:
             raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
-        self.score = {name: self._compiled(partial(_scored, p.trained.model, name), whole) for name in scorers}
+        self.score = {name: self._compiled(partial(scored, p.trained.model, name), whole) for name in scorers}
 
     def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
         """A program over (parameters, aux, rows) for each size of rows."""
@@ -180,7 +180,7 @@ class Player:
         return out
 
 
-def _judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
+def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
     """(log-probs, the reference's, values) of [micro, rows, ...], a microbatch after the other."""
 
     def one(rows: Rollout) -> Any:
@@ -191,7 +191,7 @@ def _judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
     return jax.lax.map(one, batch)
 
 
-def _scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
+def scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
     """What a scorer on the base says of each completion [micro, rows, A], read at its last token."""
 
     def one(rows: Rollout) -> Any:

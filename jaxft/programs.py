@@ -144,6 +144,13 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 
+def reference_step(p: Programs) -> jax.stages.Wrapped:
+    """`(parameters, batch [1, rows, ...]) -> log-probs [rows, ...]` of the model at step 0, which pairs then carry with them."""
+    objective: Any = p.objective
+    one = lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
+    return jax.jit(one, out_shardings=sharding.replicated(p.mesh))
+
+
 def compile_step(p: Programs, *batches: Any) -> Any:
     """The train step for its one shape, or its few; another shape is an error afterwards, never a silent compile."""
     compiled = {batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile() for batch in batches}

@@ -28,14 +28,16 @@ def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
-def general_source(data: Any, general: str | None, tokenizer: Any, shards: int = 1) -> Source | None:
-    """The general text, all of it held out; None without one."""
-    if general is None:
-        return None
+def general_rows(data: Any, general: str) -> Rows:
+    """The general text as rows of the shape of a run's own, all of them held out."""
     shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
     shape["packing"] = getattr(data, "packing", True)  # the attention kernel is chosen by it
-    rows = Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape)
-    return sft_source(rows, tokenizer, shards=shards)
+    return Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape)
+
+
+def general_source(data: Any, general: str | None, tokenizer: Any, shards: int = 1) -> Source | None:
+    """Batches of the general text; None without one."""
+    return None if general is None else sft_source(general_rows(data, general), tokenizer, shards=shards)
 
 
 def places(data: Any, shards: int) -> int:

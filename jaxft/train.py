@@ -23,7 +23,7 @@ from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer
 from jaxft.optim import Optim
 from jaxft.params import Model
-from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, start
+from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, reference_step, start
 from jaxft.quant import Quant
 from jaxft.watchdog import Watchdog
 
@@ -337,15 +337,13 @@ def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, An
 
 def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]) -> Any:
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
-    objective = p.objective
     settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
     path = reference.place(reference.identity(record["weights_identity"], record.get("start_identity"), settings))
 
     def compute(batches: Any) -> Any:
         state, frozen = start(run, p, None)
         whole = tree.combine(state.trainable, frozen)
-        one = lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch))  # type: ignore[attr-defined] # noqa: E731
-        logps = jax.jit(one, out_shardings=sharding.replicated(p.mesh))
+        logps = reference_step(p)
         for number, batch in enumerate(batches, 1):
             yield np.asarray(logps(whole, sharding.place_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):

@@ -5,16 +5,19 @@
     python scripts/fits.py --out fits.json --print                         # of what is there already
 
 A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
-device and the settings that need least memory (see SETTINGS). It goes on where it was stopped; a cell is compiled again when jax
-or the code that makes the program changes. Takes the cuda12 and tpu extras, and no device.
+device and the settings that need least memory (see SETTINGS). Every method is tried on every machine, with the largest model what
+ONLY says. It goes on where it was stopped; a cell is compiled again when jax or the code that makes the program changes. Takes
+the cuda12 and tpu extras, and no device.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ MODELS = {
     "70B": "meta-llama/Llama-3.3-70B-Instruct",
     "405B": "meta-llama/Llama-3.1-405B-Instruct",
 }
+ONLY = {"405B": ("LoRA", "sft", "v5p")}  # what of a model is tried, where that isn't all
 METHODS = ("full", "LoRA", "QLoRA")
 GPUS = ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8")
 HARDWARE = {
@@ -48,19 +52,29 @@ SETTINGS = {
     ("QLoRA", "sft"): ["quant=nf4", "remat=full"],
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
-PLANNER = {"plan", "plan_search", "plan_text", "roofline", "traffic", "hlo", "flops", "machines", "cli", "report", "log"}
+PLANNER = {
+    "plan", "plan_programs", "plan_search", "plan_text", "roofline", "traffic", "hlo", "flops", "machines",
+    "cli", "report", "log",
+}  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("fits.json"))
     parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), metavar="CHIP")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:3], metavar="SIZE")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
     parser.add_argument("--print", action="store_true", help="compile nothing, print what is there")
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def wanted(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
+    """(chip, model, method, objective) of each cell, SFT before DPO and small models before large ones."""
+    for objective, model, method, chip in itertools.product(a.objectives, a.models, a.methods, a.hardware):
+        if ONLY.get(model, (method, objective, chip)) == (method, objective, chip):
+            yield chip, model, method, objective
 
 
 def settings(model: str, method: str, objective: str, devices: int) -> tuple[str, list[str]]:
@@ -167,11 +181,8 @@ def main() -> int:
         temporary.replace(a.out)
 
     if not a.print:
-        for objective in a.objectives:
-            for model in a.models:
-                for method in a.methods:
-                    for chip in a.hardware:
-                        cell(chip, model, method, objective, stored(), save)
+        for chip, model, method, objective in wanted(a):
+            cell(chip, model, method, objective, stored(), save)
     print(table(stored(), a))
     return 0
 

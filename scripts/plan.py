@@ -6,6 +6,9 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 v5p:8x8x8 full=true \
         batch={devices} micro=1
 
+All of a run's programs are compiled: its step, and what runs before, after and between (evaluation, answers, ...); with
+--train-only, where several machines are compared and in a --search only what trains.
+
 --devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a slice, 2xv5e:4x4 two slices; of h100,
 h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several are planned one after the other and compared; {devices} in an
 override is how many there are. A --search in which nothing fits ends with 1. Compiling for NVIDIA GPUs takes jax's CUDA plugin
@@ -27,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
     parser.add_argument("--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared")
     parser.add_argument("--json", action="store_true", help="one JSON line a plan, in bytes and seconds")
+    parser.add_argument("--train-only", action="store_true", help="compile only what trains")
     parser.add_argument("--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one")
     parser.add_argument("--most", type=int, default=12, help="programs that a search compiles at most")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
@@ -37,7 +41,7 @@ def main() -> int:
     """Compile and print."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
-    from jaxft import config, machines, plan, plan_search, plan_text
+    from jaxft import config, machines, plan, plan_programs, plan_search, plan_text
 
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
@@ -54,8 +58,12 @@ def main() -> int:
             print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
             code = code if plan_search.found(tried) else 1
             continue
-        found.append(plan.plan(config.load(args.config, given), machine))
-        print(json.dumps(found[-1].json()) if args.json else plan_text.words(found[-1]), flush=True)
+        wanted = plan_programs.steps if args.train_only or len(names) > 1 else plan_programs.every
+        each = plan.plans(config.load(args.config, given), machine, wanted)
+        found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
+        print(json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]), flush=True)
+        if len(each) > 1 and not args.json:
+            print(plan_text.together(each), flush=True)
     if len(found) > 1 and not args.json:
         print(plan_text.scaling(found))
     return code

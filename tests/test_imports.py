@@ -22,7 +22,7 @@ LAYERS = (
      "rollout"},  # fmt: skip
     {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
      "scorer", "starts"},  # fmt: skip
-    {"flops", "plan", "plan_search", "plan_text"},
+    {"flops", "plan", "plan_programs", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,21 +6,41 @@ Compiling for NVIDIA GPUs takes jax's CUDA plugin, for TPUs libtpu: where they a
 import importlib.util
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft import devices, hlo, machines, plan, plan_search, plan_text, programs, roofline, sharding, traffic, train
+from jaxft import (
+    devices,
+    hlo,
+    machines,
+    plan,
+    plan_programs,
+    plan_search,
+    plan_text,
+    programs,
+    roofline,
+    sharding,
+    traffic,
+    train,
+)
+from jaxft.data.pairs import PairRows, pair_source
 from jaxft.data.source import Rows
 from jaxft.flops import Flops, flops, products
+from jaxft.generate import Sampling
 from jaxft.lora import Adapter
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo
 from jaxft.objectives.sft import sft
 from jaxft.quant import Quant
 
@@ -77,6 +97,42 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
     assert found.collectives["all-gather"]["within"] > 0 and found.collectives["all-gather"]["across"] == 0
     text = plan_text.words(found)
     assert "quantised base" in text and "fits," in text and "MFU" in text and "assumed:" in text
+
+
+def tiny_pairs(**kwargs):
+    rows = PairRows("none", batch=4, micro=2, max_length=32)
+    objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1, reference="precomputed")
+    return train.Run("tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs)
+
+
+def test_a_run_has_a_program_for_all_that_it_does():
+    def names(run):
+        p, _ = programs.abstract(run, jax.devices()[:1])
+        with jax.set_mesh(p.mesh):
+            return [one.name for one in plan_programs.every(run, p) if one.trace().jaxpr.jaxpr.eqns]
+
+    assert names(tiny(general="text")) == ["train step", "evaluation", "answers"]  # of SFT, general text is evaluation's program
+    bare = tiny(samples=0)
+    assert names(replace(bare, data=replace(bare.data, held_out=None))) == ["train step"]
+    assert names(tiny_pairs(general="text")) == ["train step", "evaluation", "answers", "general text", "reference"]
+
+
+def test_programs_share_what_is_resident_and_each_has_its_own_beside():
+    found = plan.plans(tiny(samples=64, sampling=Sampling(max_new=400)), made_up(2))
+    sizes = {p.program: p for p in found}
+    assert [p.total for p in found] == sorted((p.total for p in found), reverse=True) and len(found) == 3
+    held = {p.total - sum(p.parts.get(name, 0) for name in plan.OWN) for p in found}
+    assert len(held) == 1  # weights, adapters and the optimizer's state are there in each
+    cache = TINY.layers * 64 * (64 + 400) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2  # keys and values, rows over two devices
+    assert cache < sizes["answers"].parts["activations and temporaries"] and found[0].program == "answers"
+    step = sizes["train step"]
+    assert step.flops and step.estimate and sizes["answers"].flops is sizes["answers"].estimate is None
+    text = plan_text.together(found)
+    assert "the largest is answers: fits," in text and all(name in text for name in sizes)
+    assert "answers on" in plan_text.words(sizes["answers"])
+    small = plan_text.record(step, [replace(p, missing=1) if p.program == "answers" else p for p in found])
+    assert not small["fits"] and small["programs"]["train step"]["fits"] and small["total"] == step.total
+    assert json.loads(json.dumps(small))["programs"] == small["programs"]
 
 
 def test_a_chip_that_is_too_small_says_how_much_is_missing():
@@ -316,6 +372,20 @@ ENTRY %main (a: u16[64,32], b: f32[8]) -> f32[16,16] {
     assert plan.largest(hlo.parse(text)) == {"f32[16,16]": 1024, "f32[4]": 16}
 
 
+def test_one_command_makes_the_whole_table_and_only_the_planners_own_modules_leave_it_valid():
+    fits = runpy.run_path(str(ROOT / "scripts" / "fits.py"))
+    cells = list(fits["wanted"](fits["arguments"]([])))
+    assert [c for c in cells if c[1] == "405B"] == [("v5p", "405B", "LoRA", "sft")]
+    assert len(set(cells)) == len(cells) == 3 * 3 * 2 * len(fits["HARDWARE"]) + 1
+    modules = {path.stem for path in (ROOT / "jaxft").glob("*.py")}
+    assert {name for name in modules if name.startswith("plan_")} | {"plan"} <= fits["PLANNER"] <= modules
+    speak = {"report", "log", "cli"}  # programs are made without them; what a run says is no part of its programs
+    for name in modules - fits["PLANNER"] - {"__init__"}:
+        text = (ROOT / "jaxft" / f"{name}.py").read_text()
+        used = set(re.findall(r"^(?:from jaxft import |from jaxft\.)(.*?)(?: import.*)?$", text, re.M))
+        assert not {n for line in used for n in re.split(r"[, ]+", line)} & (fits["PLANNER"] - speak), name
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="the CUDA plugin is installed")
 def test_without_the_plugin_it_says_what_to_install():
     with pytest.raises(ValueError, match=r"takes jax's CUDA plugin: pip install 'jaxft\[cuda12\]'"):
@@ -329,7 +399,7 @@ def test_without_libtpu_it_says_what_to_install():
 
 
 def planned(*argv, config="configs/llama32_1b_sft.py"):
-    command = [sys.executable, "scripts/plan.py", "--config", config, "--json", *argv]
+    command = [sys.executable, "scripts/plan.py", "--config", config, "--json", "--train-only", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

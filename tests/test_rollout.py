@@ -196,7 +196,7 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     whole = tree.map_with_path(random, params.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)
     rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
-    found = np.asarray(player._scored(whole_model, "reward", whole, {}, rows))[0]
+    found = np.asarray(player.scored(whole_model, "reward", whole, {}, rows))[0]
     for g, prompt in enumerate(asked.ids):
         for n in np.flatnonzero(LENGTHS[g]):
             text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])

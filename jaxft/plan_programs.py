@@ -1,0 +1,100 @@
+"""A run's programs as the planner compiles them: of shapes alone, each the largest that the settings allow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import attention, generate, player, report, sharding, train, tree
+from jaxft.batch import Tokens
+from jaxft.completions import ByScorer
+from jaxft.data.pairs import PairRows, abstract_pairs
+from jaxft.data.prompts import Prompts, rounded
+from jaxft.programs import Programs, placed, reference_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of a run's programs. trace() -> jax.stages.Traced; batch: the train step's, None for a program that doesn't train."""
+
+    name: str
+    trace: Callable[[], Any]
+    batch: Any = None
+
+
+def steps(run: train.Run, p: Programs) -> list[Program]:
+    """What trains. The weights and the optimizer's state are there in each of a run's programs."""
+    batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
+    if _precomputed(run, p) and isinstance(run.data, PairRows):
+        batch = abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
+    batch = placed(p, getattr(p.objective, "complete", lambda batch: batch)(batch))
+    return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
+
+
+def every(run: train.Run, p: Programs) -> list[Program]:
+    """What trains, and what runs before, after and between: evaluation, general text, answers, a precomputed reference's pass,
+    and what draws and judges completions."""
+    shards, whole = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
+    (first,) = found = steps(run, p)
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
+    at = (p.state.trainable, p.frozen)
+    if isinstance(run.data, Prompts):
+        found += _drawing(run, p, whole, first.batch)
+    elif run.data.held_out not in (None, "none", 0):
+        found.append(Program("evaluation", lambda: p.eval_step.trace(*at, placed(p, held), p.state.aux)))
+        if run.samples:
+            found.append(Program("answers", lambda: _answers(run, p, whole)))
+    if run.general is not None and hasattr(p.objective, "text"):  # else it is evaluation's program
+        text = report.general_rows(run.data, run.general).abstract(shards)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
+        found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
+    if _precomputed(run, p):
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards))
+        found.append(Program("reference", lambda: reference_step(p).trace(whole, placed(p, plain))))
+    return found
+
+
+def _drawing(run: train.Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
+    """The sampler with its cache, the pass that judges what was drawn, and those of the scorers."""
+    data: Any = run.data
+    rows = _prompts(p, data.batch, rounded(data.max_prompt))
+    s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
+    sampler: Any = generate.make_sampler(_unpacked(run, p), s, tuple(run.model.config.eos), data.group)
+    found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
+    judge = jax.jit(partial(player.judged, p.objective))
+    found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
+    rules = getattr(run.source, "keywords", {}).get("rules")
+    for reward in rules.rewards if rules else ():
+        if isinstance(reward, ByScorer):
+            score: Any = jax.jit(partial(player.scored, p.trained.model, reward.name))
+            found.append(Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch)))
+    return found
+
+
+def _prompts(p: Programs, rows: int, size: int) -> Tokens:
+    everywhere = sharding.replicated(p.mesh)
+    at = lambda last, dtype=np.int32: jax.ShapeDtypeStruct((rows, last), dtype, sharding=everywhere)  # noqa: E731
+    return Tokens(at(size), at(size), at(size), at(1), at(1), at(1, np.float32))
+
+
+def _unpacked(run: train.Run, p: Programs) -> Any:
+    return p.trained.model.with_attention(attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype))
+
+
+def _key(p: Programs) -> Any:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(p.mesh))
+
+
+def _precomputed(run: train.Run, p: Programs) -> bool:
+    return bool(getattr(p.objective, "precomputed", False)) and isinstance(run.data, PairRows)
+
+
+def _answers(run: train.Run, p: Programs, whole: Any) -> Any:
+    """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
+    size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
+    answer: Any = generate.make_generate(_unpacked(run, p), run.sampling, tuple(run.model.config.eos))
+    return answer.trace(whole, _prompts(p, run.samples, size), _key(p))
