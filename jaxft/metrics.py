@@ -112,8 +112,8 @@ def _add(a: Any, b: Any) -> Any:
         return jax.tree.map(lambda x, y: x + y, a, b)
     on_host = not isinstance(a.value, jax.Array)  # where nothing may be compiled
     if isinstance(a, Max):
-        return Max(np.maximum(a.value, b.value) if on_host else jnp.maximum(a.value, b.value))
-    return Min(np.minimum(a.value, b.value) if on_host else jnp.minimum(a.value, b.value))
+        return Max((np if on_host else jnp).maximum(a.value, b.value))
+    return Min((np if on_host else jnp).minimum(a.value, b.value))
 
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
