@@ -100,10 +100,15 @@ class Resident:
             time.sleep(0.005)
 
     def again(self) -> int:
-        """The size now, with what the heap has free given back; the largest is looked for anew from here."""
+        """The size once a step's buffers are given back, which XLA does late; the largest is looked for anew from here."""
         from jaxft import devices
 
-        devices.trim_heap()
+        least, since = self.now(), time.monotonic()
+        while time.monotonic() - since < 0.5:  # it has not shrunk for so long
+            time.sleep(0.02)
+            devices.trim_heap()
+            if (size := self.now()) < 0.999 * least:
+                least, since = size, time.monotonic()
         self.peak = self.now()
         return self.peak
 
