@@ -32,6 +32,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "spread_heads": ("tensor", "context"),  # inside attention, where every head sees the whole time
     "head_dim": (),
     "mlp": ("tensor",),
+    # Inputs of what gives back a width. Were its last dimension cut instead, XLA would copy whole stacks, turned, to gather it.
+    "from_heads": ("tensor", *SPARE),
+    "from_mlp": ("tensor", *SPARE),
+    "out_width": (),
     "vocab": ("tensor", *SPARE),  # tensor first: gathering along the others then moves no block to another place
     "act_vocab": ("tensor",),
     "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
@@ -96,16 +100,16 @@ def partition_spec(
 ) -> PartitionSpec:
     """The mesh axes of each dimension. Those that don't divide are left out; tensor must divide, or ValueError says so.
 
-    heads: how many heads a flattened "heads" or "kv_heads" dimension holds; they are divided, never cut.
+    heads: how many heads a flattened "heads", "from_heads" or "kv_heads" dimension holds; tensor divides them, never cuts one.
     """
     sizes = dict(mesh.shape)
     entries: list[tuple[str, ...]] = []
     for i, axis in enumerate(axes):
         wanted = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
         if shape is not None:
-            units = heads if heads and axis in ("heads", "kv_heads") else shape[i]
+            units = heads if heads and axis in ("heads", "kv_heads", "from_heads") else shape[i]
             if "tensor" in wanted and units % sizes["tensor"]:
-                kind = axis.replace("_", " ")
+                kind = axis.removeprefix("from_").replace("_", " ")
                 found = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
@@ -213,7 +217,8 @@ def whole(x: jax.Array) -> jax.Array:
 
 def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of a weight as products use it: whole along fsdp and context, still cut along tensor."""
-    return tuple({"width": "act_width", "vocab": "act_vocab"}.get(axis, axis) for axis in axes)
+    used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
+    return tuple(used.get(axis, axis) for axis in axes)
 
 
 def whole_along_fsdp(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:

@@ -33,8 +33,8 @@ def places(config, path, quant, **sizes):
     "config, path, quant, sizes, wanted",
     [
         (EIGHT_B, "attn/q", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "fsdp", "tensor")),
-        (EIGHT_B, "attn/o", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "tensor", "fsdp")),
-        (EIGHT_B, "mlp/down", Quant("int4", 128), {"fsdp": 2, "tensor": 8}, P(None, "tensor", "fsdp")),
+        (EIGHT_B, "attn/o", Quant(), {"fsdp": 8, "tensor": 4}, P(None, ("tensor", "fsdp"), None)),
+        (EIGHT_B, "mlp/down", Quant("int4", 128), {"fsdp": 2, "tensor": 8}, P(None, ("tensor", "fsdp"), None)),
         (SMOL, "attn/q", Quant(), {"fsdp": 3}, P(None, "fsdp", None)),
         (SMOL, "attn/q", Quant(), {"fsdp": 4}, P(None, None, "fsdp")),  # 9 blocks don't divide, 576 outputs do
         (SMOL, "attn/q", Quant(), {"fsdp": 2, "tensor": 3}, P(None, None, ("tensor", "fsdp"))),

@@ -88,6 +88,15 @@ def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
         params.place(params.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_kernels_are_cut_for_their_memory_along_their_inputs(sizes):
+    """To gather along outputs XLA's GPU compiler turns whole stacks around: a second copy of them, every step."""
+    for path, spec in params.spec_paths(llama(EIGHT_B).specs["layers"]).items():
+        if len(spec.axes) == 3:
+            ins, outs = (str(cut) for cut in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:])
+            assert "fsdp" in ins and "fsdp" not in outs, path
+
+
 def test_whole_models_lie_on_the_meshes_that_their_heads_allow():
     for config, tensor in ((SMOL, 3), (EIGHT_B, 8)):
         for spec in params.spec_paths(llama(config).specs).values():
