@@ -19,6 +19,7 @@ from jaxft.quant import is_qtensor
 from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
 
 GIB = 2**30
+LARGE = 2**24  # elements of a weight that is worth a word
 OWN = ("batch and counters", "activations and temporaries", "results that reuse no argument", "the program itself")
 
 
@@ -87,7 +88,7 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
         "program": program.name,
         "limit": machine.chip.memory - machine.chip.kept if machine.chip else None,
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
-        "notes": tuple(report.unfilled(run.data, sharding.row_shards(p.mesh))),
+        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p)),
         "gpu": machine.devices[0].platform in ("gpu", "cuda"),
     }
     with _cache_hits() as hits:
@@ -150,6 +151,17 @@ def resident(p: Programs) -> dict[str, int]:
             name = packed if prepare.in_base(path) else "adapters"
             sizes[name] += _held(leaf)
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
+
+
+def uncut(p: Programs) -> list[str]:
+    """A line where large weights are whole on each device although the mesh cuts weights, because no cut divides them."""
+    ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
+    leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
+    whole = {path: x for path, x in leaves.items() if ways > 1 and x.sharding.is_fully_replicated and x.size >= LARGE}
+    if not whole:
+        return []
+    each = ", ".join(f"{path} {list(x.shape)}" for path, x in whole.items())
+    return [f"whole on each device, because nothing of it divides over the {ways} that a weight is cut over: {each}"]
 
 
 def _held(arrays: Any) -> int:

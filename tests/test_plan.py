@@ -135,6 +135,16 @@ def test_programs_share_what_is_resident_and_each_has_its_own_beside():
     assert json.loads(json.dumps(small))["programs"] == small["programs"]
 
 
+def test_a_large_weight_that_no_cut_divides_is_named(monkeypatch):
+    def said(**axes):
+        return plan.uncut(programs.abstract(tiny(mesh=sharding.MeshShape(data=1, **axes)), jax.devices()[: axes["fsdp"]])[0])
+
+    monkeypatch.setattr(plan, "LARGE", 10_000)
+    assert said(fsdp=8) == [] and said(fsdp=1) == []
+    (line,) = said(fsdp=3)  # 512 tokens, 64 wide
+    assert "over the 3 that" in line and "[512, 64]" in line and "layers/attn" in line
+
+
 def test_a_chip_that_is_too_small_says_how_much_is_missing():
     chip = replace(CHIP, memory=2**19 + 2**18, kept=2**18)
     found = plan.plan(tiny(), machines.Machine("small", chip, jax.devices()[:1]))
