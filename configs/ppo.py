@@ -24,7 +24,7 @@ from jaxft.estimates import actor_critic
 from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.objectives import policy as objectives
-from jaxft.objectives.kl import FixedKL
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1
 from jaxft.objectives.policy import Critic, policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
@@ -37,11 +37,11 @@ from jaxft.weights import model_for
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 
 
-def objective(model: Any, loss: Callable, temperature: float, value_coef: float, entropy: float) -> Any:
+def objective(model: Any, loss: Callable, penalty: InRewards, temperature: float, value_coef: float, entropy: float) -> Any:
     """The KL is in the rewards, so that the loss has none of it; the critic is an adapter and a head beside the policy's."""
     hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)  # noqa: E731
     value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
-    return policy(model, loss, FixedKL(0.0), entropy, temperature, Critic(value, coef=value_coef))
+    return policy(model, loss, penalty, entropy, temperature, Critic(value, coef=value_coef))
 
 
 def config(
@@ -53,7 +53,9 @@ def config(
     start: str | None = None,
     critic: Literal["fresh", "reward"] = "fresh",
     loss: Callable = clipped,
-    kl_coef: float = 0.05,
+    kl_coef: float = 0.05,  # of the KL in the rewards
+    kl_target: float | None = None,  # nats a completion, which an adaptive coefficient keeps to
+    target_kl: float | None = None,  # ends a rollout's passes once the policy is this far from the one that drew
     missing_eos: float = 1.0,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -93,13 +95,16 @@ def config(
     if critic == "reward" and not isinstance(reward, str):
         raise ValueError("critic=reward starts from the reward model, and reward is a function; use critic=fresh")
     own = Scorer(beside["reward"].adapter, beside["reward"].start) if critic == "reward" else Scorer(Adapter(rank=rank or 16))
-    estimate = partial(actor_critic, kl_coef=kl_coef, gamma=gamma, lam=lam)
-    rules = Rules((judge,), estimate, token_mean, shape=partial(bounded, missing_eos=missing_eos), warm_up=warm_up)
+    kl: Any = FixedKL(kl_coef, k1) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=k1)
+    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam)
+    shape = partial(bounded, missing_eos=missing_eos)
+    rules = Rules((judge,), estimate, token_mean, shape=shape, warm_up=warm_up, target_kl=target_kl)
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(objective, loss=loss, temperature=temperature, value_coef=value_coef, entropy=entropy),
+        objective=partial(objective, loss=loss, penalty=InRewards(kl), temperature=temperature, value_coef=value_coef,
+                          entropy=entropy),  # fmt: skip
         data=asked,
         source=partial(rollouts, rules=rules),
         adapter=adapter_of(start, rank, llm),

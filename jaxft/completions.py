@@ -28,7 +28,8 @@ class Rules:
     weights) -> [G, N]. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. estimate: Sampled -> Estimate,
     see estimates.py. weigh(lengths, keep) -> the weight of a token of each completion [G, N], over an optimizer batch.
     keep(scores) -> which completions are learned from, such as advantages.varied. cut_off: whether those that the limit ended
-    are, too. warm_up: so many rollouts first teach the critic alone.
+    are, too. warm_up: so many rollouts first teach the critic alone. target_kl: once the policy is this far from the one that
+    drew (policy/approxkl_avg of a step), the rest of the rollout teaches only the critic.
     """
 
     rewards: tuple[Callable | ByScorer, ...]
@@ -40,12 +41,15 @@ class Rules:
     keep: Callable[..., np.ndarray] | None = None
     cut_off: bool = True
     warm_up: int = 0
+    target_kl: float | None = None
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("a rollout needs a reward, found none; give rewards=module:function")
         if not all(callable(reward) or isinstance(reward, ByScorer) for reward in self.rewards):
             raise ValueError(f"rewards are functions of (prompt, completion, row), found {self.rewards}; give module:function")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl is above 0 or none, found {self.target_kl}")
         if self.weights and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, found {len(self.weights)}")
 

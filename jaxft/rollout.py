@@ -18,6 +18,7 @@ from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.player import Player
 
+STOPPED = "stopped"
 SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
 
 
@@ -44,6 +45,7 @@ class Rollouts:
     shards: int
     player: Any = None
     learned: Learned | None = field(default=None, repr=False)
+    far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew, or STOPPED
     held_out: tuple[()] = ()
     judged: bool = True
     complete: Any = None
@@ -91,12 +93,20 @@ class Rollouts:
         if self.learned is None or self.learned.number != number:
             if part:
                 raise ValueError(f"step {step} is inside rollout {number}, and a run goes on between rollouts only")
-            self.learned = self.player.draw(number, state)
+            self.learned, self.far = self.player.draw(number, state), None
         return self._part(self.learned, prompts.dealt(self.data, number, part))
 
-    def numbers(self, step: int) -> dict[str, Any]:
-        """Metrics of the rollout that a step belongs to."""
+    def numbers(self, step: int, found: dict[str, Any]) -> dict[str, Any]:
+        """Metrics of the rollout that a step belongs to; found: the step's own."""
+        self.far = found["policy/approxkl_avg"] if self.far is not STOPPED else STOPPED
         return {} if self.learned is None else self.learned.told
+
+    def _is_far(self) -> bool:
+        """Whether the policy has gone as far from the one that drew as it may. Waits for the step before."""
+        if self.rules.target_kl is not None and self.far not in (None, STOPPED):
+            far = jax.device_get(self.far)
+            self.far = STOPPED if far.total > self.rules.target_kl * far.weight else None
+        return self.far is STOPPED
 
     def _part(self, learned: Learned, rows: np.ndarray) -> Rollout:
         """The batch of some prompts, with weights that hold over all of it."""
@@ -104,7 +114,7 @@ class Rollouts:
         reads = learned.rows.read.shape[1]
         spread = lambda w: by_read(adv.at_tokens(w, lengths, data.max_new), lengths, reads)  # noqa: E731
         part = jax.tree.map(lambda x: x[rows], learned.rows)
-        taught = learned.kept[rows] & (learned.number >= self.rules.warm_up)
+        taught = learned.kept[rows] & (learned.number >= self.rules.warm_up) & (not self._is_far())
         part = replace(part, policy_weights=spread(self.rules.weigh(lengths, taught)))
         if part.values is not None:
             part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))

@@ -275,7 +275,7 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = distributed.Votes(p.mesh)
-    numbers: Callable = getattr(source, "numbers", lambda step: {})
+    numbers: Callable = getattr(source, "numbers", lambda step, found: {})
     boundary = getattr(source, "boundary", 1)
     profile = r.loop.profile if distributed.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
@@ -286,7 +286,7 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
             stopping = votes.cast(lambda: interrupt.signal)
             batch = source.batch(step, state)
             state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
-            meter.add(step, batch, {**found, **numbers(step)})
+            meter.add(step, batch, {**found, **numbers(step, found)})
             trace.after(done, state)
             if done % r.loop.log_every == 0 or done == job.steps:
                 log.step(done, *meter.read())

@@ -15,7 +15,7 @@ from jaxft.data.prompts import Prompts
 from jaxft.estimates import actor_critic, by_group
 from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
-from jaxft.objectives.kl import FixedKL
+from jaxft.objectives.kl import FixedKL, InRewards
 from jaxft.objectives.policy import Critic, critic, policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
@@ -34,31 +34,31 @@ def ascii(prompt, completion, row):
     return sum(c.isascii() for c in completion) / max(len(completion), 1)
 
 
-def with_critic(model, temperature):
+def with_critic(model, temperature, beta):
     """A critic beside the policy, an entropy bonus, and the KL in the rewards."""
     hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)
     value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
-    return policy(model, clipped, FixedKL(0.0), 0.01, temperature, Critic(value, coef=0.5))
+    return policy(model, clipped, InRewards(FixedKL(beta)), 0.01, temperature, Critic(value, coef=0.5))
 
 
 def config(
     name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
     seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
-    ppo: bool = False, warm_up: int = 0,
+    ppo: bool = False, warm_up: int = 0, target_kl: float | None = None,
 ) -> Run:
-    estimate = partial(actor_critic, kl_coef=beta) if ppo else by_group
+    estimate = partial(actor_critic, kl_coef=None) if ppo else by_group
     actor = partial(policy, loss=clipped, beta=beta, temperature=temperature)
     return Run(
         name=name,
         weights="base",
         model=model_for("base", dtype=jnp.float32),
-        objective=partial(with_critic, temperature=temperature) if ppo else actor,
+        objective=partial(with_critic, temperature=temperature, beta=beta) if ppo else actor,
         data=Prompts(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed,
         ),
-        source=partial(rollouts, rules=Rules(rewards, estimate, warm_up=warm_up)),
+        source=partial(rollouts, rules=Rules(rewards, estimate, warm_up=warm_up, target_kl=target_kl)),
         beside={"critic": Scorer(Adapter(rank=4))} if ppo else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),

@@ -17,7 +17,7 @@ from jaxft import metrics, params, sharding, tree
 from jaxft.batch import widened
 from jaxft.lora import Adapter
 from jaxft.objectives import policy_losses as P
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, k1, k2
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
 from jaxft.objectives.logps import token_logps
 from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
 
@@ -287,6 +287,20 @@ def test_a_penalty_of_zero_measures_the_kl_and_changes_nothing(one_by_one):
     wanted, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
     assert value == wanted and found["kl"] != 0
     assert_close(slope, slope_too, 1e-15)
+
+
+def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_by_one):
+    """And the loss has none of it."""
+    batch = micro(laid(rows_of(random_groups())), 1)
+    inner = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
+    objective, plain = by_table(beta=InRewards(inner)), by_table(beta=0.0)
+    aux = objective.start({}, True)
+    assert float(aux["kl_coef"]) == pytest.approx(0.3)
+    value, slope, found = judged(objective, TABLE, ALL, batch, aux)
+    wanted, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
+    assert value == wanted
+    assert_close(slope, slope_too, 1e-15)
+    assert 0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).start({}, True)["kl_coef"]) == pytest.approx(0.1)
 
 
 @pytest.mark.slow

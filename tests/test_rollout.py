@@ -189,6 +189,15 @@ def test_ppo_teaches_the_policy_and_its_critic(place):
     assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
 
 
+def test_a_policy_that_has_gone_far_enough_waits_for_the_next_rollout(place):
+    argv = ("steps=8", "passes=4", "batch=8", "group=1", "ppo=true", "save=100", "target_kl=1e-6", "lr=2e-2")
+    assert place.run("name=far", *argv) == 0, place.err()
+    lines = {line["step"]: line for line in place.metrics("far") if "reward" in line}
+    taught = [lines[step].get("policy/approxkl_avg") for step in (5, 6, 7, 8)]
+    assert taught[0] < 1e-6 < taught[1] and taught[2:] == [None, None]
+    assert all("loss/value_avg" in lines[step] for step in (7, 8))
+
+
 def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     beside = {"reward": heads.Scorer(Adapter(rank=2))}
     whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))

@@ -73,4 +73,28 @@ class AdaptiveKL:
         return coef * (1 + jnp.clip(kl / self.target - 1, -0.2, 0.2) * count / self.horizon)
 
 
-Penalty = FixedKL | AdaptiveKL
+@dataclass(frozen=True)
+class InRewards:
+    """A penalty that the rewards have, as in PPO: the loss has none of it. Its coefficient is aux["kl_coef"].
+
+    An adaptive one counts the completions that are learned from, so that each pass over a rollout counts.
+    """
+
+    penalty: FixedKL | AdaptiveKL
+
+    @property
+    def coef(self) -> float:
+        """The coefficient at the start."""
+        return self.penalty.coef
+
+    @property
+    def estimate(self) -> Estimator:
+        """What is logged as the KL."""
+        return self.penalty.estimate
+
+    def update(self, coef: Any, kl: Any, count: Any) -> Any:
+        """The penalty's own."""
+        return self.penalty.update(coef, kl, count)
+
+
+Penalty = FixedKL | AdaptiveKL | InRewards

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Rollout
 from jaxft.metrics import Correlation, Max, Min, Sum
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, Penalty, k3
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, Penalty, k3
 from jaxft.objectives.logps import LogProbs
 from jaxft.objectives.pairwise import reference_params
 from jaxft.objectives.policy_losses import Drawn, PolicyLoss
@@ -26,6 +26,7 @@ from jaxft.params import Model
 from jaxft.tree import struct
 
 Values = Callable[[Any, Rollout, Array], Array]
+KEPT = (AdaptiveKL, InRewards)  # penalties whose coefficient is in aux
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def policy(
     """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t` with the batch's policy weights w and value weights v.
 
     loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty
-    needs the reference's log-probs in the batch; FixedKL(0) is for a run that has the KL in its rewards. AdaptiveKL's coefficient
-    is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions were drawn at: logits
-    are divided by it, of the policy and of the reference. value: the critic, None for none.
+    needs the reference's log-probs in the batch; InRewards(...) is for a run that has the KL in its rewards. The coefficient of
+    that, and of AdaptiveKL, is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions
+    were drawn at: logits are divided by it, of the policy and of the reference. value: the critic, None for none.
 
     Metrics have the names that TRL's GRPO gives them, the trainer of this family that TRL still has, and TRL's of PPO where GRPO
     has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
@@ -184,11 +185,12 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
     if penalty:
         if drawn.reference is None:
             raise ValueError("a KL penalty needs the reference's log-probs in the batch; let the rollout give them or set beta=0")
-        coef = aux["kl_coef"].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
-        value = value + coef * add(kl)
+        if not isinstance(penalty, InRewards):
+            coef = aux["kl_coef"].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
+            value = value + coef * add(kl)
     if bonus:
         value = value - bonus * add(drawn.entropy)
-    if isinstance(penalty, AdaptiveKL):
+    if isinstance(penalty, KEPT):
         metrics["kl_coef"] = Max(aux["kl_coef"])
     metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
     metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
@@ -278,14 +280,14 @@ def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, 
     aux: dict[str, Any] = {}
     if penalty and not at_base:
         aux["reference"] = jax.tree.map(jnp.copy, trainable)
-    if isinstance(penalty, AdaptiveKL):
+    if isinstance(penalty, KEPT):
         aux["kl_coef"] = jnp.asarray(penalty.coef, jnp.float32)
     return aux
 
 
 def _after_step(penalty: Penalty | None, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
     """An adaptive coefficient follows the KL of this step's completions."""
-    if not isinstance(penalty, AdaptiveKL):
+    if not isinstance(penalty, KEPT):
         return aux
     kl = metrics["kl_per_completion"]
     found = penalty.update(aux["kl_coef"], kl.total / jnp.maximum(kl.weight, 1), kl.weight)
