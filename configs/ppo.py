@@ -89,8 +89,8 @@ def config(
     judge: Any = reward
     if isinstance(reward, str):
         there = Path(reward).exists()  # a plan needs no weights
-        shape = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
-        beside["reward"] = Scorer(shape, reward, trained=False)
+        like = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
+        beside["reward"] = Scorer(like, reward, trained=False)
         judge = ByScorer("reward")
     if critic == "reward" and not isinstance(reward, str):
         raise ValueError("critic=reward starts from the reward model, and reward is a function; use critic=fresh")

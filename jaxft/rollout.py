@@ -65,6 +65,8 @@ class Rollouts:
         self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
         told = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped; "
         told += f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens gives {data.steps} steps"
+        if self.tokenizer.eos_token_id is None:
+            told += "; the tokenizer names no end token: without one in the model's config completions end at data.max_new only"
         largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
         self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": told}
 
