@@ -88,7 +88,7 @@ class Learned:
     """A rollout as it is learned from: arrays of all its rows, and for each completion whether it counts."""
 
     number: int
-    rows: Rollout
+    rows: Any  # a Rollout, or Pairs
     lengths: np.ndarray
     kept: np.ndarray
     known: np.ndarray

@@ -12,7 +12,7 @@ from jaxft import attention, generate, player, report, sharding, train, tree
 from jaxft.batch import Tokens
 from jaxft.completions import ByScorer
 from jaxft.data.pairs import PairRows, abstract_pairs
-from jaxft.data.prompts import Prompts, rounded
+from jaxft.data.prompts import Prompts, Room, rounded, shapes
 from jaxft.programs import Programs, placed, reference_step
 
 
@@ -64,8 +64,11 @@ def _drawing(run: train.Run, p: Programs, whole: Any, batch: Any) -> list[Progra
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     sampler: Any = generate.make_sampler(_unpacked(run, p), s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
-    judge = jax.jit(partial(player.judged, p.objective))
-    found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
+    if hasattr(p.objective, "complete"):
+        judge = jax.jit(partial(player.judged, p.objective))
+        found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
+    else:  # pairs are learned from, and groups drawn
+        batch = placed(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
     rules = getattr(run.source, "keywords", {}).get("rules")
     for reward in rules.rewards if rules else ():
         if isinstance(reward, ByScorer):

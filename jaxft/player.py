@@ -14,7 +14,7 @@ import numpy as np
 from jaxft import advantages as adv
 from jaxft import attention, distributed, generate, rewards, sharding, tree
 from jaxft.batch import Rollout
-from jaxft.completions import ByScorer, Completions, Learned, Rules, by_read, by_token, fits, laid
+from jaxft.completions import ByScorer, Completions, Rules, by_token, fits, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Room
 from jaxft.estimates import Sampled
@@ -34,7 +34,7 @@ class Player:
     def __init__(self, source: "Rollouts", programs: Any, frozen: Any, stop: tuple[int, ...], path: Path):
         self.source, self.programs, self.frozen, self.stop, self.path = source, programs, frozen, stop, path
         p, data = programs, source.data
-        if p.objective.temperature != data.temperature:
+        if getattr(p.objective, "temperature", data.temperature) != data.temperature:
             found = f"data.temperature={data.temperature} and the objective's is {p.objective.temperature}"
             raise ValueError(f"{found}; log-probs must be those that completions are drawn with, make them equal")
         whole = tree.combine(p.state.trainable, p.frozen)
@@ -62,28 +62,19 @@ class Player:
     def _rooms(self) -> Any:
         p = self.programs
         place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
-        for room, shape in zip(self.source.rooms, self.source.shapes, strict=True):
+        for room, shape in zip(self.source.rooms, self.source.drawn, strict=True):
             yield room, jax.tree.map(place, shape)
 
-    def draw(self, number: int, state: Any) -> Learned:
-        """Rollout `number` of the policy that `state` holds."""
-        source, rules, data = self.source, self.source.rules, self.source.data
+    def draw(self, number: int, state: Any) -> Completions:
+        """Rollout `number` of the policy that `state` holds. Raises ValueError where none of it has a score."""
+        source, data = self.source, self.source.data
         done = self._completed(source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number)
         if not adv.scorable(done.scores).any():
             raise ValueError(f"no completion of rollout {number + 1} could be scored: {done.faults.first}")
-        sampled = self._sampled(done, state)
-        found, known = rules.estimate(sampled), adv.scorable(done.scores)
-        kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
-        spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
-        known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
-        logps, reference, values, advantages, returns = map(spread, known_then)
-        rows = replace(done.rows, reference=reference, values=values, advantages=advantages, returns=returns)
-        rows = replace(rows, logps=logps if source.judged else None)
         self._keep(number * source.boundary, done)
-        numbers = told(rules, done, sampled, kept, source.judged) | _means(found.told, kept.size)
-        return Learned(number, rows, done.lengths, kept, known, numbers)
+        return done
 
-    def _sampled(self, done: Completions, state: Any) -> Sampled:
+    def sampled(self, done: Completions, state: Any) -> Sampled:
         """A rollout as numbers of its tokens; log-probs are the sampler's where the trainer's aren't taken."""
         if not self.source.judged:
             return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {})
@@ -137,7 +128,7 @@ class Player:
         """What a program gives for the rows of a rollout, [G, ...], in batches of the size that is learned from."""
         p, data = self.programs, self.source.data
         whole, rows = tree.combine(state.trainable, self.frozen), self.source.complete(done.rows)
-        micro, each = self.source.abstract.ids.shape[:2]
+        micro, each = self.source.drawn[0].ids.shape[:2]
         size, parts = data.batch // data.minibatches, []
         for start in range(0, data.batch, size):
             part = jax.tree.map(lambda x: x[start : start + size].reshape(micro, size // micro, -1), rows)  # noqa: B023
@@ -174,8 +165,8 @@ class Player:
         for name, x in zip(map(rewards.name_of, source.rules.rewards), each.T, strict=True):
             if not np.isnan(x).all():
                 out[f"rewards/{name}/mean"] = float(np.nanmean(x))
-        if self.programs.objective.reference:
-            numbers = [self._sampled(done, state) for done in parts]
+        if getattr(self.programs.objective, "reference", False) and source.judged:
+            numbers = [self.sampled(done, state) for done in parts]
             out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / len(scores))
         return out
 
@@ -203,7 +194,7 @@ def scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
     return jax.lax.map(one, batch)
 
 
-def _means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
+def means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
     """Means over `count` completions; None is a mean over nothing, which isn't logged."""
     weigh = lambda x: Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))  # noqa: E731
     return {name: weigh(x) for name, x in told.items()}
@@ -223,7 +214,7 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
         out |= {f"rewards/{name}/std": None if none else float(np.nanstd(x))}
     if sampled.reference is not None:
         out["objective/kl"] = float((sampled.logps - sampled.reference).sum() / count)
-    metrics = _means(out, count)
+    metrics = means(out, count)
     if judged:
         away = np.abs(done.drawn - sampled.logps)[adv.inside(lengths, done.drawn.shape[1])]  # two programs, one model
         metrics["sampling/sampling_logp_difference/mean"] = Sum(np.float64(away.sum()), np.float64(away.size))

@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from jaxft import advantages as adv
-from jaxft.batch import Rollout
-from jaxft.completions import Learned, Rules, by_read
+from jaxft.completions import Completions, Learned, Rules, by_read
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
-from jaxft.player import Player
+from jaxft.player import Player, means, told
 
 STOPPED = "stopped"
 SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
@@ -34,7 +33,7 @@ class Rollouts:
 
     complete(batch) has the fields that the run's steps need. judged: whether the trainer's log-probs are taken when completions
     are drawn. Where each is learned from once, by the policy that drew it, and no reference or critic is asked, a batch has none
-    and the ratio is 1.
+    and the ratio is 1. shapes: of batches; drawn: of the rows that the player works on, a shape for each of `rooms`.
     """
 
     data: Prompts
@@ -55,20 +54,21 @@ class Rollouts:
         rounded, reads = prompts.rounded, [int(share * data.group * data.max_new) for share in SHARES]
         self.rooms = list(dict.fromkeys(Room(rounded(longest + count), rounded(count)) for count in reads))
         whole, self.prompt_size = self.rooms[-1], rounded(longest)
-        self.abstract = prompts.shapes(data, whole, self.shards)
-        self.shapes = [prompts.shapes(data, room, self.shards) for room in self.rooms]
+        self.abstract: Any = prompts.shapes(data, whole, self.shards)
+        self.shapes: list[Any] = [prompts.shapes(data, room, self.shards) for room in self.rooms]
+        self.drawn = self.shapes
         self.boundary = data.steps
         a_pass = -(-len(self.train) // data.batch)
         self.steps_per_epoch = a_pass * data.steps
         self.steps = max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
         self.fingerprint = prompts.fingerprint(data, self.train, self.held)
         self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
-        told = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped; "
-        told += f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens gives {data.steps} steps"
+        words = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped"
+        words += f"; a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is {data.steps} steps"
         if self.tokenizer.eos_token_id is None:
-            told += "; the tokenizer names no end token: without one in the model's config completions end at data.max_new only"
+            words += "; the tokenizer names no end token: without one in the model's config completions end at data.max_new only"
         largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
-        self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": told}
+        self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": words}
 
     def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "Rollouts":
         """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
@@ -76,6 +76,7 @@ class Rollouts:
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
         found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
         found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
+        found.drawn = found.shapes
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
         return found
 
@@ -89,18 +90,31 @@ class Rollouts:
         chosen = prompts.drawn(self.data, len(self.train), number)[prompts.dealt(self.data, number, part)]
         return [self.train.names[i] for i in chosen]
 
-    def batch(self, step: int, state: Any) -> Rollout:
+    def batch(self, step: int, state: Any) -> Any:
         """Draws where a rollout begins; [micro, rows, ...]."""
         number, part = divmod(step, self.boundary)
         if self.learned is None or self.learned.number != number:
             if part:
                 raise ValueError(f"step {step} is inside rollout {number}, and a run goes on between rollouts only")
-            self.learned, self.far = self.player.draw(number, state), None
+            self.learned, self.far = self._learned(number, self.player.draw(number, state), state), None
         return self._part(self.learned, prompts.dealt(self.data, number, part))
+
+    def _learned(self, number: int, done: Completions, state: Any) -> Learned:
+        """What is learned from a rollout."""
+        rules, sampled = self.rules, self.player.sampled(done, state)
+        found, known = rules.estimate(sampled), adv.scorable(done.scores)
+        kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
+        spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
+        known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
+        logps, reference, values, advantages, returns = map(spread, known_then)
+        rows = replace(done.rows, reference=reference, values=values, advantages=advantages, returns=returns)
+        rows = replace(rows, logps=logps if self.judged else None)
+        numbers = told(rules, done, sampled, kept, self.judged) | means(found.told, kept.size)
+        return Learned(number, rows, done.lengths, kept, known, numbers)
 
     def numbers(self, step: int, found: dict[str, Any]) -> dict[str, Any]:
         """Metrics of the rollout that a step belongs to; found: the step's own."""
-        self.far = found["policy/approxkl_avg"] if self.far is not STOPPED else STOPPED
+        self.far = found.get("policy/approxkl_avg") if self.far is not STOPPED else STOPPED
         return {} if self.learned is None else self.learned.told
 
     def _is_far(self) -> bool:
@@ -110,7 +124,7 @@ class Rollouts:
             self.far = STOPPED if far.total > self.rules.target_kl * far.weight else None
         return self.far is STOPPED
 
-    def _part(self, learned: Learned, rows: np.ndarray) -> Rollout:
+    def _part(self, learned: Learned, rows: np.ndarray) -> Any:
         """The batch of some prompts, with weights that hold over all of it."""
         data, lengths = self.data, learned.lengths[rows]
         reads = learned.rows.read.shape[1]
@@ -120,11 +134,15 @@ class Rollouts:
         part = replace(part, policy_weights=spread(self.rules.weigh(lengths, taught)))
         if part.values is not None:
             part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))
-        each = self.abstract.ids.shape[1]
-        grid = jax.tree.map(lambda x: x.reshape(data.micro, len(rows) // data.micro, x.shape[-1]), part)
-        grid = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), grid)
-        empty = np.arange(each) >= len(rows) // data.micro
-        return replace(grid, answers=np.where(empty[:, None], data.group, grid.answers))
+        return self._grid(part, data.group)
+
+    def _grid(self, part: Any, none: int) -> Any:
+        """Rows [n, ...] as [micro, rows, ...], with empty rows where the mesh wants more; none: the answer that marks padding."""
+        micro, each = self.abstract.ids.shape[:2]
+        grid = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), part)
+        own = grid.ids.shape[1]
+        grid = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - own), *((0, 0),) * (x.ndim - 2))), grid)
+        return replace(grid, answers=np.where((np.arange(each) >= own)[:, None], none, grid.answers))
 
     def measure(self, state: Any) -> dict[str, float]:
         """The held-out prompts, answered once each from the same random numbers every time."""

@@ -11,14 +11,17 @@ from functools import partial
 import jax.numpy as jnp
 
 from jaxft.completions import Rules
-from jaxft.data.prompts import Prompts
+from jaxft.data.prompts import Prompts, Ranked
 from jaxft.estimates import actor_critic, by_group
 from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.objectives.kl import FixedKL, InRewards
+from jaxft.objectives.pairwise import preference
 from jaxft.objectives.policy import Critic, critic, policy
 from jaxft.objectives.policy_losses import clipped
+from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
+from jaxft.ranked import ranked
 from jaxft.rollout import rollouts
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
@@ -46,19 +49,21 @@ def config(
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
     seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
     ppo: bool = False, warm_up: int = 0, target_kl: float | None = None,
+    online: bool = False,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=None) if ppo else by_group
+    pairs = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1)
     actor = partial(policy, loss=clipped, beta=beta, temperature=temperature)
     return Run(
         name=name,
         weights="base",
         model=model_for("base", dtype=jnp.float32),
-        objective=partial(with_critic, temperature=temperature, beta=beta) if ppo else actor,
-        data=Prompts(
+        objective=pairs if online else partial(with_critic, temperature=temperature, beta=beta) if ppo else actor,
+        data=(Ranked if online else Prompts)(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed,
         ),
-        source=partial(rollouts, rules=Rules(rewards, estimate, warm_up=warm_up, target_kl=target_kl)),
+        source=partial(ranked if online else rollouts, rules=Rules(rewards, estimate, warm_up=warm_up, target_kl=target_kl)),
         beside={"critic": Scorer(Adapter(rank=4))} if ppo else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),

@@ -19,7 +19,7 @@ LAYERS = (
     {"models", "objectives", "data"},  # never one another
     {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
      "accumulate", "reference", "plots", "compare", "advantages", "estimates", "rewards", "completions", "player",
-     "rollout"},  # fmt: skip
+     "rollout", "ranked"},  # fmt: skip
     {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
      "scorer", "starts"},  # fmt: skip
     {"flops", "plan", "plan_programs", "plan_search", "plan_text"},

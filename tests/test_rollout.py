@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.lora import Adapter
 from jaxft.models import heads
 from jaxft.models.llama import llama
+from jaxft.objectives.pairwise import preference, summed
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
+from jaxft.ranked import pairs_of
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,40 @@ def test_a_policy_that_has_gone_far_enough_waits_for_the_next_rollout(place):
     assert all("loss/value_avg" in lines[step] for step in (7, 8))
 
 
+def test_online_dpo_teaches_what_is_rewarded_and_resumes(place):
+    argv = ("batch=16", "group=4", "passes=1", "lr=1e-2", "online=true", "max_new=12", "rewards=config.py:ascii", "save=6")
+    assert place.run("name=online", "steps=18", *argv) == 0, place.err()
+    lines = [line for line in place.metrics("online") if "reward" in line]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert np.mean([line["reward"] for line in lines[-3:]]) > 1.2 * np.mean([line["reward"] for line in lines[:3]])
+    process = place.start("name=again", "steps=18", *argv, hook=KILL.format(step=8).replace("runs/inside", "runs/again"))
+    process.join()
+    assert process.exitcode == -9
+    assert place.run("name=again", "steps=18", *argv) == 0, place.err()
+    assert place.results("again", 18) == place.results("online", 18)
+
+
+def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
+    model, whole = tiny_model.tiny(adapter=Adapter(rank=2))
+    lengths = np.array([[3, 7], [5, 2]])
+    asked, tokens = some(lengths)
+    pairs = pairs_of(laid(asked, tokens, lengths, Room(32, 16)))
+    pairs = replace(pairs, pair_weights=np.full((2, 1), 0.5), mean_lengths=np.ones((2, 1, 2)))
+    objective = preference(model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed)
+    value, found = objective(whole, pairs, None, {})
+    wanted = []
+    for g, prompt in enumerate(asked.ids):
+        for n, count in enumerate(lengths[g]):
+            text = np.array([*prompt, *tokens[g, n, :count]])
+            alone = tiny_model.batch_of([[(text, len(prompt))]], 16, 8, 1.0)
+            logits = model.logits(model.head(whole), model.hidden(whole, alone))[0]
+            logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
+            wanted.append(float(logp.sum()))
+            assert pairs.last[g, 0, n] == len(prompt) + lengths[g, : n + 1].sum() - 1
+    np.testing.assert_allclose(value, 0.5 * (wanted[0] - 2 * wanted[1] + wanted[2] - 2 * wanted[3]), rtol=1e-10)
+    assert pairs.places[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+
+
 def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     beside = {"reward": heads.Scorer(Adapter(rank=2))}
     whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
@@ -230,12 +267,12 @@ report.Meter.add = killed
 KILL_DRAWING = """
 import os
 from jaxft import player
-sampled = player.Player._sampled
+sampled = player.Player.sampled
 def killed(self, done, state):
     if int(state.step) == 4:
         os.kill(os.getpid(), 9)
     return sampled(self, done, state)
-player.Player._sampled = killed
+player.Player.sampled = killed
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.batch import Rollout
+from jaxft.batch import Pairs, Rollout
 from jaxft.data import chat, formats, pack
 from jaxft.data.rows import Row, read_rows
 
@@ -111,6 +111,39 @@ def shapes(data: Prompts, room: Room, shards: int = 1) -> Rollout:
     return Rollout(
         ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number, advantages=number,
         policy_weights=number, lengths=shape(data.group, np.int32), branches=token,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranked(Prompts):
+    """Prompts whose best and worst completion make a pair, for a preference loss."""
+
+    group: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 2:
+            raise ValueError(f"data.group={self.group}; a pair takes at least 2 completions of a prompt")
+
+    def abstract(self, shards: int = 1) -> Pairs:  # type: ignore[override]
+        """Shapes of the largest batch that the settings allow."""
+        return pair_shapes(self, self.pair_room(self.max_prompt), shards)
+
+    def pair_room(self, longest: int) -> Room:
+        """What the longest prompt with two of the longest completions takes."""
+        return Room(rounded(longest + 2 * self.max_new), rounded(2 * self.max_new))
+
+
+def pair_shapes(data: Ranked, room: Room, shards: int = 1) -> Pairs:
+    """Shapes of one optimizer step's batch of pairs, one a row."""
+    like = shapes(data, room, shards)
+    micro, rows = like.ids.shape[:2]
+    at = lambda *last, dtype=np.int32: jax.ShapeDtypeStruct((micro, rows, *last), dtype)  # noqa: E731
+    number = at(1, dtype=np.float32)
+    return Pairs(
+        ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read, answers=like.read,
+        places=like.read, lengths=at(1, 2), last=at(1, 2), mean_lengths=at(1, 2, dtype=np.float32), pair_weights=number,
+        index=at(1), columns={}, branches=like.ids,
     )  # fmt: skip
 
 

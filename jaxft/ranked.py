@@ -1,0 +1,83 @@
+"""Rollouts for preference losses: of each prompt's completions the best and the worst become a pair (Guo et al. 2024,
+arXiv:2402.04792, online DPO)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import advantages as adv
+from jaxft.batch import Pairs, Rollout
+from jaxft.completions import Completions, Learned, Rules, laid
+from jaxft.data import prompts
+from jaxft.player import Player, told
+from jaxft.rollout import Rollouts
+
+
+def ranked(data: prompts.Ranked, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "RankedRollouts":
+    """The source of a run that learns from pairs of its own completions; of the rules it takes rewards, shape and cut_off."""
+    train, held = prompts.split(data, tokenizer)
+    return RankedRollouts(data, rules, tokenizer, train, held, shards)
+
+
+@dataclass
+class RankedRollouts(Rollouts):
+    """Rollouts whose batches are Pairs."""
+
+    data: prompts.Ranked
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judged = False
+        self.complete = lambda batch: replace(batch, logps=None)
+        self.room = self.data.pair_room(max(map(len, (*self.train.ids, *self.held.ids))))
+        self.drawn = [self.complete(shape) for shape in self.drawn]
+        self.abstract = prompts.pair_shapes(self.data, self.room, self.shards)
+        self.shapes = [self.abstract]
+
+    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "RankedRollouts":
+        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
+        found = replace(self)
+        found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
+        return found
+
+    def _learned(self, number: int, done: Completions, state: Any) -> Learned:
+        """The best and the worst of each prompt's completions; a prompt whose scores are all equal teaches nothing."""
+        known = adv.scorable(done.scores) & (done.ended | self.rules.cut_off)
+        best = np.where(known, done.scores, -np.inf).argmax(1)
+        worst = np.where(known, done.scores, np.inf).argmin(1)
+        pick = np.stack([best, worst], 1)
+        scores = np.take_along_axis(done.scores, pick, 1)
+        kept = known.any(1) & (scores[:, 0] > scores[:, 1])
+        tokens, lengths = np.take_along_axis(done.tokens, pick[:, :, None], 1), np.take_along_axis(done.lengths, pick, 1)
+        rows = pairs_of(laid(done.asked, tokens, lengths, self.room))
+        taught = np.zeros(known.shape, bool)
+        np.put_along_axis(taught, pick, kept[:, None], 1)
+        numbers = told(self.rules, done, self.player.sampled(done, state), taught, False)
+        return Learned(number, rows, lengths, kept, known, numbers)
+
+    def _part(self, learned: Learned, rows: np.ndarray) -> Pairs:
+        """The batch of some prompts' pairs, which weigh the same."""
+        kept = learned.kept[rows]
+        part = jax.tree.map(lambda x: x[rows], learned.rows)
+        weights = (kept / max(int(kept.sum()), 1)).astype(np.float32)[:, None]
+        means = learned.lengths[rows][kept].mean(0) if kept.any() else np.ones(2)
+        means = np.broadcast_to(means.astype(np.float32), part.mean_lengths.shape).copy()
+        return self._grid(replace(part, pair_weights=weights, mean_lengths=means), 2)
+
+
+def pairs_of(rows: Rollout) -> Pairs:
+    """Rows of a prompt with two completions each as pairs, the first one chosen; without weights."""
+    lengths, real = rows.lengths[:, None, :], rows.answers < 2
+    before = (rows.segments > 0).sum(1, keepdims=True) - rows.lengths.sum(1, keepdims=True)
+    last = before + np.cumsum(rows.lengths, 1) - 1
+    places = np.arange(rows.read.shape[1]) - np.where(rows.answers == 1, rows.lengths[:, :1], 0)
+    count = np.arange(len(rows.ids), dtype=np.int32)[:, None]
+    return Pairs(
+        ids=rows.ids, segments=rows.segments, positions=rows.positions, read=rows.read, targets=rows.targets,
+        answers=rows.answers, places=np.where(real, places, 0).astype(np.int32), lengths=lengths,
+        last=last[:, None, :].astype(np.int32), mean_lengths=np.zeros(lengths.shape, np.float32),
+        pair_weights=np.zeros(count.shape, np.float32), index=count, columns={}, branches=rows.branches,
+    )  # fmt: skip
