@@ -4,7 +4,7 @@
 
 Prompts are of 16 to 64 tokens drawn at random, every row makes all its new tokens; compilation and a first call are left out.
 Takes torch for transformers (the test extra); --alone leaves it out. Each turn is a process of its own, so that peak_rss_gib is
-the operating system's figure for the whole of it.
+the operating system's figure for the whole of it, and jaxft's has no torch in it.
 """
 
 import argparse
@@ -22,6 +22,27 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
+THEIRS = """
+import json, resource, sys, time
+import torch, transformers
+
+folder, rows, new, dtype = json.loads(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+size = max(map(len, rows))
+ids = torch.tensor([[0] * (size - len(row)) + row for row in rows])
+mask = torch.tensor([[0] * (size - len(row)) + [1] * len(row) for row in rows])
+how = dict(attention_mask=mask, do_sample=False, pad_token_id=0)
+with torch.inference_mode():
+    model.generate(ids, min_new_tokens=2, max_new_tokens=2, **how)
+    begin = time.perf_counter()
+    out = model.generate(ids, min_new_tokens=new, max_new_tokens=new, **how)
+seconds = time.perf_counter() - begin
+assert out.shape == (len(rows), size + new), out.shape
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"tokens_per_second": len(rows) * new / seconds, "peak_rss_gib": peak}))
+"""
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--alone", action="store_true", help="only jaxft")
-    parser.add_argument("--turn", choices=("jaxft", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -62,27 +83,6 @@ def ours(a: argparse.Namespace) -> float:
     return time.perf_counter() - begin
 
 
-def theirs(a: argparse.Namespace) -> float:
-    """Seconds of one call of transformers' generate with its key/value cache; a.model is a folder."""
-    import torch
-    import transformers
-
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[a.dtype]
-    model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype).eval()
-    rows = prompts(a.batch)
-    size = max(map(len, rows))
-    ids = torch.tensor([[0] * (size - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (size - len(row)) + [1] * len(row) for row in rows])
-    how: dict[str, Any] = {"do_sample": False, "min_new_tokens": a.new, "max_new_tokens": a.new, "pad_token_id": 0}
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=mask, **{**how, "min_new_tokens": 2, "max_new_tokens": 2})
-        begin = time.perf_counter()
-        out = model.generate(ids, attention_mask=mask, **how)
-    if out.shape != (a.batch, size + a.new):
-        raise ValueError(f"transformers made {tuple(out.shape)} tokens, wanted {(a.batch, size + a.new)}")
-    return time.perf_counter() - begin
-
-
 def as_folder(a: argparse.Namespace, folder: str) -> None:
     """The model as a Hugging Face folder, for transformers."""
     import jax
@@ -100,8 +100,10 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
     """One measurement in a process of its own."""
-    argv = [sys.executable, __file__, "--model", model, "--batch", str(a.batch), "--new", str(a.new), "--dtype", a.dtype]
-    done = subprocess.run([*argv, "--turn", who], capture_output=True, text=True, check=False)
+    own = [__file__, "--model", model, "--batch", str(a.batch), "--new", str(a.new), "--dtype", a.dtype, "--turn"]
+    other = ["-c", THEIRS, json.dumps([model, prompts(a.batch), a.new, {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]])]
+    argv = own if who == "jaxft" else other
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +113,7 @@ def main() -> int:
     """Measure by turns, print means."""
     a = arguments()
     if a.turn:
-        seconds = ours(a) if a.turn == "jaxft" else theirs(a)
+        seconds = ours(a)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"tokens_per_second": a.batch * a.new / seconds, "peak_rss_gib": peak}))
         return 0
