@@ -117,6 +117,8 @@ def check(tensors: Tensors, model: Model) -> None:
         shape = spec.shape[1:] if layered else spec.shape
         for i in range(spec.shape[0] if layered else 1):
             wanted[name.format(i=i)] = shape[::-1] if transpose else shape
+    if SCORE in tensors.shapes and "score" not in model.names:
+        raise ValueError(f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model")
     missing = [name for name in wanted if name not in tensors.shapes]
     if missing:
         raise ValueError(
@@ -126,8 +128,6 @@ def check(tensors: Tensors, model: Model) -> None:
     allowed = {HEAD[0]} if "head" not in model.names else set()  # some files repeat a tied head
     allowed |= {SCORE} if "score" in model.names else set()
     extra = [n for n in tensors.shapes if n not in wanted and n not in allowed and not n.endswith(IGNORED)]
-    if SCORE in extra:
-        raise ValueError(f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model")
     if extra:
         raise ValueError(
             f"{tensors.where}: {len(extra)} tensors have no place in this architecture, the first is {extra[0]}; "
