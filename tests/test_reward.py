@@ -224,7 +224,8 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
     with pytest.raises(ValueError, match="center=-1; wanted a number from 0 up"):
         reward(None, center=-1)
     with pytest.raises(ValueError, match="no scalar head"):
-        reward(tiny(jnp.float32)[0]).see(tiny(jnp.float32)[1], jax.tree.map(jnp.asarray, batch), None, {})
+        model, whole = tiny(jnp.float32)
+        reward(model).see(whole, jax.tree.map(jnp.asarray, batch), None, {})
 
 
 # ---- one base, many models

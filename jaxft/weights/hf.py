@@ -117,7 +117,7 @@ def check(tensors: Tensors, model: Model) -> None:
         shape = spec.shape[1:] if layered else spec.shape
         for i in range(spec.shape[0] if layered else 1):
             wanted[name.format(i=i)] = shape[::-1] if transpose else shape
-    if SCORE in tensors.shapes and SCORE not in wanted and "score" not in model.names:
+    if SCORE in tensors.shapes and "score" not in model.names:
         raise ValueError(f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model")
     missing = [name for name in wanted if name not in tensors.shapes]
     if missing:
