@@ -24,10 +24,11 @@ class Program:
 
 def steps(run: train.Run, p: Programs) -> list[Program]:
     """What trains. The weights and the optimizer's state are there in each of a run's programs."""
-    batch = run.data.abstract(sharding.row_shards(p.mesh))
-    if _precomputed(run, p):
-        batch = abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
-    batch = placed(p, batch)
+    shards, data = sharding.row_shards(p.mesh), run.data
+    shapes: Any = data.abstract(shards)
+    if _precomputed(p) and isinstance(data, PairRows):
+        shapes = abstract_pairs(data, shards, reference=True)
+    batch = placed(p, shapes)
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
@@ -45,14 +46,14 @@ def every(run: train.Run, p: Programs) -> list[Program]:
         text = report.general_rows(run.data, run.general).abstract(shards)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
         found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
-    if _precomputed(run, p):
+    if _precomputed(p) and isinstance(run.data, PairRows):
         plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards))
         found.append(Program("reference", lambda: reference_step(p).trace(whole, placed(p, plain))))
     return found
 
 
-def _precomputed(run: train.Run, p: Programs) -> bool:
-    return bool(getattr(p.objective, "precomputed", False)) and isinstance(run.data, PairRows)
+def _precomputed(p: Programs) -> bool:
+    return bool(getattr(p.objective, "precomputed", False))
 
 
 def _answers(run: train.Run, p: Programs, whole: Any) -> Any:
