@@ -216,7 +216,7 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
         found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(many, some_tokens(8))
     np.testing.assert_allclose(found, wanted, atol=2e-4)
     down = many["layers"]["mlp"]["down"]
-    assert down.codes.sharding.spec[-2] == "tensor" and down.scale.sharding.spec[-2] is None
+    assert down.codes.sharding.spec[-2] == ("tensor", "fsdp") and down.scale.sharding.spec[-2] is None
 
 
 def bad(tmp_path, method="gptq", drop=None, change=None, **settings):
