@@ -10,19 +10,17 @@ configs/reward.py. A prompt whose answers all have the same score teaches nothin
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxft.completions import ByScorer, Rules
 from jaxft.data.prompts import Ranked
-from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_of, adapter_settings
+from jaxft.prepare import adapter_of, reward_scorer
 from jaxft.quant import Quant
 from jaxft.ranked import ranked
 from jaxft.rewards import number
@@ -62,9 +60,7 @@ def config(
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        there = Path(reward).exists()  # a plan needs no weights
-        like = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
-        beside, judge = {"reward": Scorer(like, reward, trained=False)}, ByScorer("reward")
+        beside, judge = {"reward": reward_scorer(reward, llm)}, ByScorer("reward")
     return Run(
         name=name,
         weights=model,

@@ -12,7 +12,6 @@ the reward model.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1
 from jaxft.objectives.policy import Critic, policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_of, adapter_settings
+from jaxft.prepare import adapter_of, reward_scorer
 from jaxft.quant import Quant
 from jaxft.rollout import rollouts
 from jaxft.train import Loop, Run
@@ -88,10 +87,7 @@ def config(
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        there = Path(reward).exists()  # a plan needs no weights
-        like = adapter_settings(reward, llm) if there else Adapter(rank=16, alpha=32.0)
-        beside["reward"] = Scorer(like, reward, trained=False)
-        judge = ByScorer("reward")
+        beside["reward"], judge = reward_scorer(reward, llm), ByScorer("reward")
     if critic == "reward" and not isinstance(reward, str):
         raise ValueError("critic=reward starts from the reward model, and reward is a function; use critic=fresh")
     own = Scorer(beside["reward"].adapter, beside["reward"].start) if critic == "reward" else Scorer(Adapter(rank=rank or 16))

@@ -83,7 +83,7 @@ def _rewards(sampled: Sampled, coef: float, kl: Callable | None) -> tuple[Float[
     """Rewards of each token, and TRL's numbers about them."""
     here, scores = sampled.inside, sampled.scores.ravel()
     if coef and sampled.reference is None:
-        raise ValueError(f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=FixedKL(0)")
+        raise ValueError(f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=InRewards(...)")
     away = np.zeros(here.shape)
     if sampled.reference is not None:
         away = np.asarray(kl(sampled.logps, sampled.reference)) if kl else sampled.logps - sampled.reference

@@ -34,8 +34,8 @@ SHORT = {
     "eval_loss": "eval loss",
 }
 FIRST = (  # then the others, in the order they come; of a held-out metric the name without eval_ counts
-    "loss", "general_loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "kl",
-    "learning_rate", "grad_norm",
+    "loss", "general_loss", "reward", "objective/kl", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+    "rewards/rejected", "logps/chosen", "kl", "learning_rate", "grad_norm",
 )  # fmt: skip
 HIDDEN = ("epoch", "num_tokens", "skipped", "seconds")  # shown by the bar already, or only where they say something
 SPARKS = "▁▂▃▄▅▆▇█"

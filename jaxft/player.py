@@ -204,6 +204,8 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
     """A rollout's metrics, TRL's names, the same ones every time."""
     lengths, ended, count = done.lengths.ravel(), done.ended.ravel(), done.lengths.size
     out: dict[str, float | None] = {"reward": None, "reward_std": None, **adv.counts(done.scores)}
+    if done.scores.shape[1] == 1:
+        out.pop("frac_reward_zero_std")  # of groups
     out |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
     out |= {"frac_learned": float(kept.mean())}
     out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}

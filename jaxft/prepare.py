@@ -278,6 +278,16 @@ def adapter_of(start: str | None, rank: int | None, model: Model) -> Adapter:
     return adapter_settings(start, model)
 
 
+def reward_scorer(start: str, model: Model) -> Scorer:
+    """A frozen reward model on the run's base, from a run's folder or a PEFT folder with a head.
+
+    Where there is no such folder the settings are those that configs/reward.py gives one, as a plan needs no weights; a run that
+    begins without it ends with one line.
+    """
+    there = Path(start).exists()
+    return Scorer(adapter_settings(start, model) if there else adapter_of(None, None, model), start, trained=False)
+
+
 def adapter_folder(start: str) -> Path:
     """The PEFT folder that `start` names: itself, or `adapter` below a run's folder."""
     inner = Path(start) / "adapter"

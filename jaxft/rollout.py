@@ -17,7 +17,6 @@ from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.player import Player, means, told
 
-STOPPED = "stopped"
 SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
 
 
@@ -44,7 +43,8 @@ class Rollouts:
     shards: int
     player: Any = None
     learned: Learned | None = field(default=None, repr=False)
-    far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew, or STOPPED
+    far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew
+    stopped: bool = False  # whether the rest of the rollout teaches only the critic
     held_out: tuple[()] = ()
     judged: bool = True
     complete: Any = None
@@ -96,7 +96,8 @@ class Rollouts:
         if self.learned is None or self.learned.number != number:
             if part:
                 raise ValueError(f"step {step} is inside rollout {number}, and a run goes on between rollouts only")
-            self.learned, self.far = self._learned(number, self.player.draw(number, state), state), None
+            self.learned = self._learned(number, self.player.draw(number, state), state)
+            self.far, self.stopped = None, False
         return self._part(self.learned, prompts.dealt(self.data, number, part))
 
     def _learned(self, number: int, done: Completions, state: Any) -> Learned:
@@ -114,15 +115,15 @@ class Rollouts:
 
     def numbers(self, step: int, found: dict[str, Any]) -> dict[str, Any]:
         """Metrics of the rollout that a step belongs to; found: the step's own."""
-        self.far = found.get("policy/approxkl_avg") if self.far is not STOPPED else STOPPED
+        self.far = found.get("policy/approxkl_avg")
         return {} if self.learned is None else self.learned.told
 
     def _is_far(self) -> bool:
         """Whether the policy has gone as far from the one that drew as it may. Waits for the step before."""
-        if self.rules.target_kl is not None and self.far not in (None, STOPPED):
+        if self.rules.target_kl is not None and self.far is not None and not self.stopped:
             far = jax.device_get(self.far)
-            self.far = STOPPED if far.total > self.rules.target_kl * far.weight else None
-        return self.far is STOPPED
+            self.stopped = bool(far.total > self.rules.target_kl * far.weight)
+        return self.stopped
 
     def _part(self, learned: Learned, rows: np.ndarray) -> Any:
         """The batch of some prompts, with weights that hold over all of it."""

@@ -170,7 +170,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = prepare.changed_by_holding(r.weights, p.trained)
-    for origin in (r.start, *(one.start for one in r.beside.values())):
+    for origin in dict.fromkeys((r.start, *(one.start for one in r.beside.values()))):
         how_held += prepare.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
     for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
         log.message(line)

@@ -77,6 +77,7 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
     """Every prompt as a string or a list of messages."""
     if not args.file:
         return args.prompt
+    from jaxft.data.prompts import prompt_of
     from jaxft.data.rows import read_rows, resolve
 
     if args.file.endswith(".txt"):
@@ -85,23 +86,6 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
         return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return args.prompt + [prompt_of(row) for row in read_rows(args.file)]
-
-
-def prompt_of(row: Any) -> Any:
-    """A row's prompt: a string, or the messages up to the answer."""
-    from jaxft.data.formats import normalise
-
-    fields = {name: value for name, value in row.fields.items() if name not in ("response", "output", "completion")}
-    if isinstance(fields.get("prompt"), str) and not fields["prompt"].lstrip().startswith("["):
-        return fields["prompt"]
-    if "prompt" in fields:
-        fields["messages"] = fields.pop("prompt")
-    if "instruction" in fields:
-        fields["response"] = "-"  # a row has an answer; it is cut off below
-    messages = list(getattr(normalise([row._replace(fields=fields)])[0], "messages", ()))
-    if not messages:
-        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction")
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> list[list[int]]:

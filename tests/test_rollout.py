@@ -13,7 +13,7 @@ import tiny_model
 from tiny_run import Place
 
 from jaxft import generate, lora, params, player, rewards, tree
-from jaxft.completions import Rules, by_read, by_token, laid
+from jaxft.completions import Rules, bounded, by_read, by_token, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.lora import Adapter
@@ -143,6 +143,26 @@ def test_scores_stay_floating_point():
 )
 def test_number_compares_the_last_one(completion, answer, score):
     assert rewards.number("", completion, {"answer": answer}) == score
+
+
+@pytest.mark.parametrize(("completion", "score"), [(" Paris\n", 1), ("paris", 1), ("Paris.", 0), ("", 0)])
+def test_exact_forgives_white_space_and_case_only(completion, score):
+    assert rewards.exact("", completion, {"answer": "Paris"}) == score
+
+
+@pytest.mark.parametrize(("completion", "score"), [("<a>7</a>", 1), (" <a>1\n2</a> ", 1), ("so <a>7</a>", 0), ("", 0)])
+def test_matches_wants_the_whole_completion(completion, score):
+    assert rewards.matches("", completion, {}, pattern="<a>.*</a>") == score
+
+
+def test_an_answer_without_a_number_is_the_rows_fault():
+    _, faults = rewards.scored([rewards.number], ["q"], ["7"], [("rows:3", {"answer": "seven"})])
+    assert faults.counts["raised"] == 1 and "column 'answer' holds no number: 'seven' (rows:3)" in faults.first
+
+
+def test_scores_are_bounded_before_a_missing_end_is_fined():
+    scores, ended = np.array([[9.0, -0.5, np.nan]]), np.array([[True, False, False]])
+    np.testing.assert_array_equal(bounded(scores, np.ones((1, 3)), ended, missing_eos=1.0, limit=2.0), [[2.0, -1.5, np.nan]])
 
 
 def test_a_reward_must_be_given():

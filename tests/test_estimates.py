@@ -1,0 +1,74 @@
+"""What scores mean for each token, against the sums written out."""
+
+import numpy as np
+import pytest
+
+from jaxft import advantages, estimates
+from jaxft.estimates import Sampled
+
+LENGTHS = np.array([[2, 3], [1, 2]])
+SCORES = np.array([[1.0, 3.0], [2.0, np.nan]])
+
+
+def sampled(**changes):
+    """Two prompts with two completions each, the last one without a score."""
+    rng = np.random.default_rng(0)
+    inside = np.arange(4) < LENGTHS.reshape(4, 1)
+    logps, reference, values = (np.where(inside, rng.normal(size=(4, 4)), 0) for _ in range(3))
+    parts = {"scores": SCORES, "lengths": LENGTHS, "ended": LENGTHS > 0, "logps": logps, "reference": reference, "values": values}
+    return Sampled(**{**parts, "aux": {"kl_coef": np.float32(0.25)}, **changes})
+
+
+def whitened(rows):
+    """Rows of numbers, all of them whitened together, as the trained completions' rows [4, 4]."""
+    flat = np.concatenate(rows)
+    out, at = np.zeros((4, 4)), 0
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = (flat[at : at + len(row)] - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8)
+        at += len(row)
+    return out
+
+
+def to_go(s, coef):
+    """What is still to come of each completion that has a score: its score less the KL of its tokens from here on."""
+    rows = []
+    for i, count in enumerate(LENGTHS.ravel()[:3]):
+        kl = (s.logps - s.reference)[i, :count]
+        rows.append(np.array([SCORES.ravel()[i] - coef * kl[t:].sum() for t in range(count)]))
+    return rows
+
+
+def test_every_token_has_its_completions_advantage():
+    found = estimates.by_group(sampled(), advantage=advantages.centred)
+    assert found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]] and found.returns is None
+
+
+def test_reinforce_whitens_what_is_to_come():
+    s = sampled()
+    found = estimates.reinforce(s, kl_coef=0.5)
+    np.testing.assert_allclose(found.advantages, whitened(to_go(s, 0.5)), rtol=1e-10, atol=1e-12)
+    kl = sum((s.logps - s.reference)[i].sum() for i in range(3))
+    assert found.told["objective/non_score_reward"] == pytest.approx(-0.5 * kl / 3)
+    assert found.told["objective/rlhf_reward"] == pytest.approx((6 - 0.5 * kl) / 3)
+
+
+def test_a_critics_advantage_without_bootstrapping_is_what_is_to_come_less_its_value():
+    """And returns stay returns, though the advantages are whitened; the coefficient is the controller's."""
+    s = sampled()
+    found, goal = estimates.actor_critic(s, kl_coef=None, lam=1.0), to_go(s, 0.25)
+    np.testing.assert_allclose(found.advantages, whitened([g - s.values[i, : len(g)] for i, g in enumerate(goal)]), atol=1e-12)
+    for row, wanted in zip(found.returns, goal):
+        np.testing.assert_allclose(row[: len(wanted)], wanted, rtol=1e-10)
+    assert not found.returns[3].any()
+
+
+def test_a_groups_baseline_is_taken_before_whitening():
+    wanted = whitened([[-1.0, -1.0], [1.0, 1.0, 1.0], [0.0]])
+    np.testing.assert_allclose(estimates.group_whitened(sampled()).advantages, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_what_an_estimate_lacks_is_told():
+    with pytest.raises(ValueError, match="needs a critic's values"):
+        estimates.actor_critic(sampled(values=None))
+    with pytest.raises(ValueError, match="needs the reference's log-probs"):
+        estimates.reinforce(sampled(reference=None))
