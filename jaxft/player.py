@@ -142,7 +142,7 @@ class Player:
         """A table of completions beside the run's metrics."""
         if not distributed.is_first():
             return
-        names = [rewards.name_of(r) for r in self.source.rules.rewards]
+        names = rewards.names_of(self.source.rules.rewards)
         group = done.lengths.shape[1]
         with self.path.open("a", encoding="utf-8") as file:
             for i in range(min(SHOWN, len(done.texts))):
@@ -162,7 +162,7 @@ class Player:
         lengths, ended = np.concatenate([d.lengths for d in parts]), np.concatenate([d.ended for d in parts])
         out = {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
         out |= {name: x for name, x in adv.counts(scores).items() if name != "frac_reward_zero_std"}
-        for name, x in zip(map(rewards.name_of, source.rules.rewards), each.T, strict=True):
+        for name, x in zip(rewards.names_of(source.rules.rewards), each.T, strict=True):
             if not np.isnan(x).all():
                 out[f"rewards/{name}/mean"] = float(np.nanmean(x))
         if getattr(self.programs.objective, "reference", False) and source.judged:
@@ -210,7 +210,7 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
     out |= {"frac_learned": float(kept.mean())}
     out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}
     out["completions/mean_terminated_length"] = float(lengths[ended].mean()) if ended.any() else None
-    for name, x in zip(map(rewards.name_of, rules.rewards), done.each.T, strict=True):
+    for name, x in zip(rewards.names_of(rules.rewards), done.each.T, strict=True):
         none = bool(np.isnan(x).all())
         out |= {f"rewards/{name}/mean": None if none else float(np.nanmean(x))}
         out |= {f"rewards/{name}/std": None if none else float(np.nanstd(x))}

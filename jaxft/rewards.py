@@ -69,6 +69,12 @@ def name_of(reward: Any) -> str:
     return str(getattr(reward, "__name__", None) or getattr(reward, "name", type(reward).__name__))
 
 
+def names_of(given: Sequence[Any]) -> list[str]:
+    """What several are called: one more of a name that was there before has its number behind it."""
+    names = [name_of(reward) for reward in given]
+    return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
 def scored(
     rewards: Sequence[Reward], asked: Sequence[Any], completions: Sequence[str], rows: Sequence[tuple[str, dict[str, Any]]]
 ) -> tuple[Float[np.ndarray, "n K"], Faults]:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,11 @@ def test_what_is_no_score_is_counted_and_never_zero(gives, kind, words):
     assert faults.counts[kind] == 2 and words in faults.first and "rows:1" in faults.first
 
 
+def test_two_rewards_of_one_name_are_told_apart():
+    one, other = (partial(rewards.matches, pattern=p) for p in ("a", "b"))
+    assert rewards.names_of([one, rewards.number, other, one]) == ["matches", "number", "matches_2", "matches_3"]
+
+
 def test_scores_stay_floating_point():
     scores, _ = rewards.scored([lambda p, c, r: np.float32(0.3), lambda p, c, r: True], [""], [""], [("", {})])
     assert scores.dtype == np.float64 and scores[0].tolist() == [float(np.float32(0.3)), 1.0]
@@ -210,6 +216,21 @@ def test_ppo_teaches_the_policy_and_its_critic(place):
     assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
     warm = [line for line in place.metrics("warm") if "reward" in line]
     assert all(line["policy/approxkl_avg"] == 0 for line in warm if "policy/approxkl_avg" in line)
+
+
+def test_a_mesh_draws_and_learns_as_one_device_does(place):
+    """Greedy, so that rounding changes no token: rows, weights and products are cut."""
+    argv = ("steps=2", "passes=2", "batch=8", "group=2", "ppo=true", "save=100", "data.top_k=1", "rewards=config.py:ascii")
+    assert place.run("name=one", *argv) == 0, place.err()
+    cut = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    assert place.run("name=many", *argv, *cut, devices=8) == 0, place.err()
+    tables = [(place.runs(name) / "completions.jsonl").read_text() for name in ("one", "many")]
+    assert tables[0] == tables[1] and tables[0]
+    for one, many in zip(*(place.metrics(name) for name in ("one", "many")), strict=True):
+        assert one.keys() == many.keys()
+        for name in ("loss", "loss/value_avg", "grad_norm", "objective/kl", "eval_reward", "entropy"):
+            if name in one:
+                np.testing.assert_allclose(one[name], many[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
 def test_a_policy_that_has_gone_far_enough_waits_for_the_next_rollout(place):
