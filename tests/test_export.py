@@ -196,7 +196,7 @@ def test_sampling_repeats_with_its_seed(script):
         ("generate --model base --file none.txt", ("none.txt",)),
         ("generate --model base --file none.jsonl", ("none.jsonl",)),
         ("generate --model base --file empty.txt", ("empty.txt", "no prompts")),
-        ("generate --model base --file text.jsonl", ("text.jsonl:1", "wanted messages, prompt or instruction")),
+        ("generate --model base --file text.jsonl", ("text.jsonl:1", "wanted prompt, messages or instruction")),
         ("generate --model base --file chat.jsonl --raw", ("--raw",)),
         ("generate --model base --prompt x --temperature -1", ("temperature",)),
         ("generate --model base --prompt x --max-new 300", ("256 positions",)),

@@ -128,14 +128,17 @@ def together(folders, tmp_path_factory):
 
 
 def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
-    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading of it."""
+    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading of it.
+
+    In act-order an input may be of any block: a part of o and down, which are cut along their inputs, reads every scale.
+    """
     for told in together:
         assert len(told) == sum(len(on) for _, _, on in TOGETHER)
         for folder, form, mesh, some, anything in told:
             twice, whole_layers = "int8" in form, folder.endswith("own") and form == "bits"  # expanded from quantised scales
-            most = 1.01 if twice else 0.8 if whole_layers else 0.54
+            most = 1.01 if twice else 0.8 if whole_layers else 0.62 if "act-order" in folder else 0.54
             assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
-            assert mesh == "2x2x2" or twice or whole_layers or anything < 0.6, (folder, form, mesh, anything)
+            assert mesh == "2x2x2" or twice or whole_layers or anything < most + 0.06, (folder, form, mesh, anything)
 
 
 @given(st.data())
