@@ -13,7 +13,7 @@ Dr. GRPO is `advantage=jaxft.advantages:centred weigh=jaxft.advantages:sequence_
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -21,17 +21,19 @@ from jaxft.advantages import grpo, token_mean
 from jaxft.completions import Rules
 from jaxft.data.prompts import Prompts
 from jaxft.estimates import by_group
+from jaxft.models.heads import Scorer
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
 from jaxft.quant import Quant
-from jaxft.rewards import number
+from jaxft.rewards import exact
 from jaxft.rollout import rollouts
+from jaxft.scorer import as_reward
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
-SHIPPED, QUESTIONS = "configs/data/sums.jsonl", "configs/data/sums_held_out.jsonl"
+SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
 
 
 def config(
@@ -40,7 +42,8 @@ def config(
     held_out: str | float | None = "auto",
     name: str = "grpo",
     start: str | None = None,
-    rewards: tuple[Callable, ...] = (number,),
+    rewards: tuple[Callable, ...] = (exact,),
+    judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
     advantage: Callable = grpo,
     weigh: Callable = token_mean,
     keep: Callable | None = None,
@@ -48,13 +51,13 @@ def config(
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     temperature: float = 1.0,
     max_prompt: int = 64,
-    max_new: int = 16,
-    batch: int = 16,
+    max_new: int = 8,
+    batch: int = 8,
     group: int = 8,
     passes: int = 1,
     minibatches: int = 1,
     micro: int = 1,
-    lr: float = 1e-4,
+    lr: float = 5e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 2.0,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
@@ -70,15 +73,21 @@ def config(
         data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
         passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
     )  # fmt: skip
+    beside: dict[str, Scorer] = {}
+    given: tuple[Any, ...] = rewards
+    if judge is not None:
+        beside, model_of = as_reward(judge, llm, None if quant in ("none", "kept") else Quant(quant))
+        given = (*rewards, model_of)
     return Run(
         name=name,
         weights=model,
         model=llm,
         objective=partial(policy, loss=loss, beta=beta, temperature=temperature),
         data=asked,
-        source=partial(rollouts, rules=Rules(rewards, partial(by_group, advantage=advantage), weigh, keep=keep)),
+        source=partial(rollouts, rules=Rules(given, partial(by_group, advantage=advantage), weigh, keep=keep)),
         adapter=adapter_of(start, rank, llm),
         start=start,
+        beside=beside,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),

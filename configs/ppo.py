@@ -6,18 +6,20 @@
     python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
 
 SmolLM2-135M-Instruct, 2 GB on a 2-core CPU. The reference is the policy at step 0. `reward` is a run's folder
-(configs/reward.py) or a PEFT folder with a head, or a function of (prompt, completion, row). critic=reward starts the critic from
-the reward model.
+(configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in a folder or as
+org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=reward
+starts the critic from the reward model, critic=full trains a whole model of its own as one.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.advantages import token_mean
-from jaxft.completions import ByScorer, Rules, bounded
+from jaxft.advantages import scaled, token_mean
+from jaxft.completions import Rules, bounded
 from jaxft.data.prompts import Prompts
 from jaxft.estimates import actor_critic
 from jaxft.lora import Adapter
@@ -27,9 +29,10 @@ from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1
 from jaxft.objectives.policy import Critic, policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim import Optim
-from jaxft.prepare import adapter_of, reward_scorer
+from jaxft.prepare import adapter_of
 from jaxft.quant import Quant
 from jaxft.rollout import rollouts
+from jaxft.scorer import as_reward
 from jaxft.train import Loop, Run
 from jaxft.weights import model_for
 
@@ -50,12 +53,15 @@ def config(
     held_out: str | float | None = "auto",
     name: str = "ppo",
     start: str | None = None,
-    critic: Literal["fresh", "reward"] = "fresh",
+    critic: Literal["fresh", "reward", "full"] = "fresh",
     loss: Callable = clipped,
     kl_coef: float = 0.05,  # of the KL in the rewards
     kl_target: float | None = None,  # nats a completion, which an adaptive coefficient keeps to
     target_kl: float | None = None,  # ends a rollout's passes once the policy is this far from the one that drew
     missing_eos: float = 1.0,
+    limit: float | None = None,  # holds scores within +-limit
+    scale: bool = False,  # divides scores by the standard deviation of all so far
+    whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
     value_coef: float = 0.1,
@@ -86,15 +92,22 @@ def config(
     )  # fmt: skip
     beside: dict[str, Scorer] = {}
     judge: Any = reward
+    packed = None if quant in ("none", "kept") else Quant(quant)
     if isinstance(reward, str):
-        beside["reward"], judge = reward_scorer(reward, llm), ByScorer("reward")
-    if critic == "reward" and not isinstance(reward, str):
-        raise ValueError("critic=reward starts from the reward model, and reward is a function; use critic=fresh")
-    own = Scorer(beside["reward"].adapter, beside["reward"].start) if critic == "reward" else Scorer(Adapter(rank=rank or 16))
+        beside, judge = as_reward(reward, llm, packed)
+    if critic == "reward" and "reward" not in beside:
+        raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use critic=fresh or full")
+    own = Scorer(Adapter(rank=rank or 16))
+    if critic == "reward":
+        own = replace(beside["reward"], trained=True)
+    elif critic == "full":
+        own = Scorer(weights=model)
     kl: Any = FixedKL(kl_coef, k1) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=k1)
-    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam)
-    shape = partial(bounded, missing_eos=missing_eos)
-    rules = Rules((judge,), estimate, token_mean, shape=shape, warm_up=warm_up, target_kl=target_kl)
+    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+    shape = partial(bounded, missing_eos=missing_eos, limit=limit)
+    rules = Rules(
+        (judge,), estimate, token_mean, shape=shape, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl
+    )
     return Run(
         name=name,
         weights=model,

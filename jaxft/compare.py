@@ -35,6 +35,10 @@ def _gained(*names: str) -> Callable[[Numbers, Numbers], float | None]:
 
 # Title -> number of (metrics at step 0, metrics at the end). Rows of all members are the same, so sums of log-probs compare.
 COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
+    "held-out reward": _last("eval_reward"),
+    "reward gained": _gained("eval_reward"),
+    "KL a completion": _last("eval_objective/kl"),
+    "tokens a completion": _last("eval_completions/mean_length"),
     "held-out loss": _last("eval_loss"),
     "accuracy": _last("eval_rewards/accuracies", "eval_accuracy"),
     "token accuracy": _last("eval_mean_token_accuracy"),
@@ -55,6 +59,8 @@ NOTES = {
     "margin, nats": "margin: how much further apart the log-probs of the two answers are than at step 0, a pair's mean",
     "KL a token": "KL: to the reference, estimated at the chosen answers' tokens",
     "skipped steps": "skipped: steps whose loss or gradient was not finite; they changed nothing",
+    "held-out reward": "reward: of a completion of each held-out prompt, drawn from the same random numbers every time",
+    "KL a completion": "KL a completion: log-prob of what was drawn less the reference's, in nats",
     "chosen, nats": "chosen: how much log-prob the chosen answers have gained since step 0; below 0 they have lost",
     "general loss": "general loss: a token's, of text about other things; above the start's the model forgets",
 }
@@ -128,6 +134,14 @@ CURVES = (
 )
 
 
+ROLLOUTS = (  # of runs that draw their own rows; held out, and of what was learned from dashed
+    ("reward", "a completion", "reward"),
+    ("KL to the reference", "nats a completion", "objective/kl"),
+    ("length", "tokens a completion", "completions/mean_length"),
+    ("entropy", "nats a token", "entropy"),
+)
+
+
 def _held_out(entries: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> Curve:
     """Steps and values of a held-out metric; of log-probs the change since the first look, for their level says nothing."""
     full = [f"eval_{name}" for name in names]
@@ -151,8 +165,20 @@ def _losses(held: dict[str, Curve], own: dict[str, Curve]) -> Panel:
     return Panel("loss, held out", "step", "nats", held, own)
 
 
+def _of_rollouts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
+    out = []
+    for title, unit, name in ROLLOUTS:
+        held = {label: _held_out(entries, (name,)) for label, entries in curves.items()}
+        own = {label: _trained(entries, name) for label, entries in curves.items()}
+        both = any(x for x, _ in held.values())
+        out.append(Panel(f"{title}, held out" if both else title, "step", unit, held if both else own, own if both else {}))
+    return out
+
+
 def panels(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
     """A panel a metric that the runs have. curves: lines of metrics.jsonl by label. Dashed: of the steps' own rows."""
+    if any("reward" in entry for entries in curves.values() for entry in entries):
+        return _of_rollouts(curves)
     out = []
     for title, unit, names in CURVES:
         held = {label: _held_out(entries, names) for label, entries in curves.items()}
@@ -177,3 +203,8 @@ def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[M
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
     text = f"# {name}\n\n{table.markdown()}\n\n![Curves of all runs](curves.png)\n\nThe runs, each with its adapter:\n{links}\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def draw_one(path: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """The curves of one run, from the lines of its metrics.jsonl."""
+    draw(path, panels({name: entries}), name, columns=2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,24 +20,41 @@ class ByScorer:
     name: str = "reward"
 
 
+class ForAll(Protocol):
+    """A reward that scores all completions of a rollout together, such as a reward model of its own (scorer.ByModel).
+
+    opened(mesh): called once, before the first step; what it gives is called by every process, (prompts, completions) ->
+    scores [n], NaN where there is none.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the log calls it."""
+
+    def opened(self, mesh: Any) -> Callable[[list[Any], list[str]], np.ndarray]:
+        """The function that scores."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """How completions are scored and what is learned from them.
 
-    rewards: functions of (prompt, completion, row), see rewards.py, and ByScorer; weights: one each. combine(scores [G, N, K],
-    weights) -> [G, N]. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. estimate: Sampled -> Estimate,
-    see estimates.py. weigh(lengths, keep) -> the weight of a token of each completion [G, N], over an optimizer batch.
-    keep(scores) -> which completions are learned from, such as advantages.varied. cut_off: whether those that the limit ended
-    are, too. warm_up: so many rollouts first teach the critic alone. target_kl: once the policy is this far from the one that
-    drew (policy/approxkl_avg of a step), the rest of the rollout teaches only the critic.
+    rewards: functions of (prompt, completion, row), see rewards.py, ByScorer and ForAll; weights: one each. combine(scores
+    [G, N, K], weights) -> [G, N]. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. scale(scores,
+    moments of all scores so far) -> scores that are learned from, such as advantages.scaled; what is logged is as it was before.
+    estimate: Sampled -> Estimate, see estimates.py. weigh(lengths, keep) -> the weight of a token of each completion [G, N], over
+    an optimizer batch. keep(scores) -> which completions are learned from, such as advantages.varied. cut_off: whether those that
+    the limit ended are, too. warm_up: so many rollouts first teach the critic alone. target_kl: once the policy is this far from
+    the one that drew (policy/approxkl_avg of a step), the rest of the rollout teaches only the critic.
     """
 
-    rewards: tuple[Callable | ByScorer, ...]
+    rewards: tuple[Callable | ByScorer | ForAll, ...]
     estimate: Callable[[Sampled], Estimate] = estimates.by_group
     weigh: Callable[..., np.ndarray] = adv.token_mean
     weights: tuple[float, ...] = ()
     combine: Callable[..., np.ndarray] = adv.weighted_sum
     shape: Callable[..., np.ndarray] | None = None
+    scale: Callable[..., np.ndarray] | None = None
     keep: Callable[..., np.ndarray] | None = None
     cut_off: bool = True
     warm_up: int = 0
@@ -46,7 +63,7 @@ class Rules:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("a rollout needs a reward, found none; give rewards=module:function")
-        if not all(callable(reward) or isinstance(reward, ByScorer) for reward in self.rewards):
+        if not all(callable(reward) or isinstance(reward, ByScorer) or hasattr(reward, "opened") for reward in self.rewards):
             raise ValueError(f"rewards are functions of (prompt, completion, row), found {self.rewards}; give module:function")
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl is above 0 or none, found {self.target_kl}")

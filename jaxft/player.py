@@ -53,6 +53,7 @@ class Player:
         if missing:
             raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
         self.score = {name: self._compiled(partial(scored, p.trained.model, name), whole) for name in scorers}
+        self.opened = {reward: reward.opened(p.mesh) for reward in source.rules.rewards if hasattr(reward, "opened")}
 
     def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
         """A program over (parameters, aux, rows) for each size of rows."""
@@ -108,9 +109,9 @@ class Player:
         return replace(done, each=each, scores=scores, faults=faults)
 
     def _scores(self, done: Completions, state: Any) -> tuple[np.ndarray, rewards.Faults]:
-        """The score of each completion by each reward, in order: functions on process 0, scorers on the mesh."""
+        """The score of each completion by each reward, in order: functions on process 0, models on the mesh."""
         given, group = self.source.rules.rewards, done.lengths.shape[1]
-        functions = [reward for reward in given if not isinstance(reward, ByScorer)]
+        functions: list[Any] = [reward for reward in given if not isinstance(reward, ByScorer) and reward not in self.opened]
         of = [i // group for i in range(len(done.texts))]
         asked, rows = [done.asked.prompts[i] for i in of], [(done.asked.names[i], done.asked.fields[i]) for i in of]
 
@@ -120,9 +121,15 @@ class Player:
 
         found, counts, first = distributed.by_first(score)
         columns = iter(np.array(found).reshape(len(of), len(functions)).T)
-        by_model = lambda name: self._run(self.score[name], done, state)[:, :group].ravel()  # noqa: E731
-        each = [by_model(reward.name) if isinstance(reward, ByScorer) else next(columns) for reward in given]
-        return np.stack(each, 1).astype(np.float64), rewards.Faults(counts, first)
+        faults, each = rewards.Faults(counts, first), []
+        for reward in given:
+            if isinstance(reward, ByScorer):
+                each.append(self._run(self.score[reward.name], done, state)[:, :group].ravel())
+            elif reward in self.opened:
+                each.append(rewards.checked(self.opened[reward](asked, done.texts), rewards.name_of(reward), rows, faults))
+            else:
+                each.append(next(columns))
+        return np.stack(each, 1).astype(np.float64), faults
 
     def _run(self, programs: dict[Room, Any], done: Completions, state: Any) -> Any:
         """What a program gives for the rows of a rollout, [G, ...], in batches of the size that is learned from."""

@@ -37,9 +37,9 @@ class RankedRollouts(Rollouts):
         self.abstract = prompts.pair_shapes(self.data, self.room, self.shards)
         self.shapes = [self.abstract]
 
-    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "RankedRollouts":
+    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None) -> "RankedRollouts":
         """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
-        found = replace(self)
+        found = self._as_it_was(kept)
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
         return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import agree, devices, metrics, params, prepare, sharding
+from jaxft import agree, compare, devices, log, metrics, params, prepare, sharding
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
@@ -291,6 +291,29 @@ def _quoted(label: str, text: str) -> str:
     return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
 
 
+def drawn(folder: Path, count: int = 5) -> str:
+    """Of a run that draws completions: its curves, and a table of some of the first and the last ones with their rewards."""
+    entries = log.read(folder / "completions.jsonl")
+    if not entries:
+        return ""
+    compare.draw_one(folder / "curves.png", folder.name, log.read(folder / "metrics.jsonl"))
+    ends = [[e for e in entries if e["step"] == step][:count] for step in (entries[0]["step"], entries[-1]["step"])]
+    shown = ends[0] + (ends[1] if entries[0]["step"] != entries[-1]["step"] else [])
+    number = lambda x: "none" if x is None else f"{x:.3f}"  # noqa: E731
+    cell = lambda text: _short(str(text)).replace("|", "\\|")  # noqa: E731
+    said = lambda prompt: prompt if isinstance(prompt, str) else prompt[-1]["content"]  # noqa: E731
+    names = list(shown[0]["rewards"])
+    rows = [
+        f"| {e['step']} | {cell(said(e['prompt']))} | {cell(e['completion'])} |"
+        + "".join(f" {number(e['rewards'][name])} |" for name in names)
+        + f" {number(e['reward'])} |"
+        for e in shown
+    ]
+    head = [f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |", "|---" * (4 + len(names)) + "|"]
+    text = ["## Completions it drew", "", "![Curves](curves.png)", "", *head, *rows, "", "More are in `completions.jsonl`.", ""]
+    return "\n".join(text)
+
+
 def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: Sequence[str] = ()) -> None:
     """README.md of the run: what was trained on what, with which results and alarms, and how to use it.
 
@@ -340,6 +363,7 @@ With a clone of jaxft:
 
     {_use(run.model)}
 {_merging(out, run.model)}
+{drawn(job.folder)}
 {chr(10).join(["## Held-out prompts, greedy", *answers]) if answers else ""}"""
     (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
 

@@ -97,6 +97,15 @@ def scored(
     return out, faults
 
 
+def checked(scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], faults: Faults) -> Float[np.ndarray, " n"]:
+    """What a reward gave for all completions at once; what isn't finite is counted as elsewhere. Raises ValueError for another
+    number of scores than there are completions."""
+    found = np.asarray(scores)
+    if found.shape != (len(rows),):
+        raise ValueError(f"reward {name} gave scores of shape {found.shape} for {len(rows)} completions; wanted one each")
+    return np.array([_number(value, name, row, faults) for value, (row, _) in zip(found, rows, strict=True)])
+
+
 def _number(value: Any, name: str, row: str, faults: Faults) -> float:
     whole = isinstance(value, numbers.Real | np.number) or (isinstance(value, np.ndarray) and value.ndim == 0)
     if whole and math.isfinite(float(value)):

@@ -45,6 +45,7 @@ class Rollouts:
     learned: Learned | None = field(default=None, repr=False)
     far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew
     stopped: bool = False  # whether the rest of the rollout teaches only the critic
+    moments: Any = field(default_factory=lambda: np.zeros(3), repr=False)  # of all scores so far, see advantages.seen
     held_out: tuple[()] = ()
     judged: bool = True
     complete: Any = None
@@ -70,15 +71,25 @@ class Rollouts:
         largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
         self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": words}
 
-    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path) -> "Rollouts":
-        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
-        found, objective = replace(self), programs.objective
+    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None) -> "Rollouts":
+        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure.
+
+        kept: what a checkpoint has of a source, see `kept`.
+        """
+        found, objective = self._as_it_was(kept), programs.objective
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
         found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
         found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
         found.drawn = found.shapes
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
         return found
+
+    def _as_it_was(self, kept: Any) -> Any:
+        return replace(self, moments=np.array(kept["moments"])) if kept else replace(self)
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the source between two rollouts."""
+        return {"moments": self.moments.tolist()}
 
     def asked(self, count: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, no answer) of the first `count` held-out prompts."""
@@ -103,6 +114,9 @@ class Rollouts:
     def _learned(self, number: int, done: Completions, state: Any) -> Learned:
         """What is learned from a rollout."""
         rules, sampled = self.rules, self.player.sampled(done, state)
+        self.moments = adv.seen(self.moments, done.scores)
+        if rules.scale is not None:
+            sampled = replace(sampled, scores=rules.scale(done.scores, self.moments))
         found, known = rules.estimate(sampled), adv.scorable(done.scores)
         kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
         spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731

@@ -1,16 +1,20 @@
 """Reward models from elsewhere: a sequence classifier's folder, or a language model with an adapter and a head, as a function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import attention, prepare, starts, weights
+from jaxft import attention, generate, prepare, sharding, starts, weights
 from jaxft.batch import Tokens
+from jaxft.completions import ByScorer
+from jaxft.data import chat
+from jaxft.data.formats import Chat, Completion, Example
 from jaxft.models import heads
 from jaxft.params import Model
 from jaxft.quant import Quant
@@ -77,3 +81,66 @@ def check(ref: str) -> None:
 def is_classifier(ref: str) -> bool:
     """Whether the files of `ref` hold a classifier's head."""
     return heads.SCORE[0] in weights.open_tensors(ref).shapes
+
+
+@dataclass(frozen=True)
+class ByModel:
+    """A frozen classifier with one label as a reward of a rollout, with its own tokenizer and chat template (completions.ForAll).
+
+    quant: how its layers are held, None in bfloat16. max_length: tokens of a prompt with its completion; a longer one has no
+    score. batch: texts at a time.
+    """
+
+    ref: str
+    quant: Quant | None = None
+    max_length: int = 2048
+    batch: int = 8
+
+    @property
+    def name(self) -> str:
+        """The last part of where it comes from."""
+        return Path(self.ref).name
+
+    def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
+        """Its weights on the mesh; (prompts, completions) -> scores."""
+        loaded, tokenizer = load(self.ref, mesh, quant=self.quant), weights.load_tokenizer(self.ref)
+        run = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))  # a program for each length of rows
+
+        def scores(asked: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+            texts = [ids.tolist() for ids, _ in chat.tokenise(examples(asked, completions, tokenizer), tokenizer, "all")]
+            out = np.full(len(texts), np.nan)
+            known = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
+            for chosen in (known[at : at + self.batch] for at in range(0, len(known), self.batch)):
+                found = run(loaded.params, generate.left_pad([texts[i] for i in chosen], self.batch))
+                out[chosen] = np.asarray(found)[: len(chosen)]
+            return out
+
+        return scores
+
+
+def examples(asked: Sequence[Any], completions: Sequence[str], tokenizer: Any) -> list[Example]:
+    """Prompts, strings or messages, with their completions as a reward model reads them: a conversation, or plain text where
+    prompts are and the tokenizer has no chat template."""
+    plain = chat.template_of(tokenizer) is None
+    out: list[Example] = []
+    for i, (prompt, completion) in enumerate(zip(asked, completions, strict=True), 1):
+        if isinstance(prompt, str) and plain:
+            out.append(Completion(f"completion {i}", prompt, completion))
+            continue
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        out.append(Chat(f"completion {i}", (*turns, {"role": "assistant", "content": completion}), len(turns)))
+    return out
+
+
+def as_reward(ref: str, model: Model, quant: Quant | None = None) -> tuple[dict[str, heads.Scorer], ByScorer | ByModel]:
+    """(what stands beside a run's base, the reward) for the reward model that `ref` names.
+
+    An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`; a classifier, a folder's, that of a
+    run with full=true, or org/name@revision on the hub, is a model of its own, its layers held as `quant` says.
+    """
+    folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
+    if "@" in ref or ((folder / "config.json").is_file() and not (prepare.adapter_folder(ref) / "adapter_config.json").is_file()):
+        found = ref if "@" in ref else str(folder)
+        check(found)
+        return {}, ByModel(found, quant)
+    return {"reward": prepare.reward_scorer(ref, model)}, ByScorer("reward")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft import params, weights
+from jaxft import params, tree, weights
 from jaxft.lora import Adapter
 from jaxft.models.heads import SCORE, Scorer, in_files
 from jaxft.params import Model
@@ -39,9 +39,11 @@ def start_beside(
 
 
 def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer, ref: str | None = None) -> dict[str, Any]:
-    """An adapter, a head, or both."""
+    """An adapter, a head, or both; or a base of its own with a head."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     loaded: dict[str, Any] = {}
+    if how.weights is not None:
+        loaded = _whole_in(how.weights, specs, model, mesh, dtype)
     if how.start is not None:
         loaded, found = peft.load_parts(adapter_folder(how.start), model)
         if how.adapter is None or replace(found, dropout=how.adapter.dropout) != how.adapter:
@@ -56,11 +58,27 @@ def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer
     out = {}
     for name, each in specs.items():
         places = params.shardings(each, mesh)
-        if name in loaded:
+        if name == "base":
+            out[name] = loaded[name]
+        elif name in loaded:
             out[name] = jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places)
         else:
             out[name] = jax.jit(lambda key, each=each: params.init_params(each, key, dtype), out_shardings=places)(key)
     return out
+
+
+def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: Any) -> dict[str, Any]:
+    """A base of a scorer's own on the mesh, in `dtype`, and the head where the files hold one."""
+    tensors = weights.open_tensors(ref)
+    known = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in tensors.shapes else {})}
+    names = {path: name for path, name in model.names.items() if path != "head"} | {"score": SCORE}
+    found = leaves.leaves(tensors, replace(model, specs=known, names=names, beside={}))
+
+    def load(path: str, spec: Any) -> Any:
+        return shards.load(found[path], jax.ShapeDtypeStruct(spec.shape, dtype), params.place(spec, mesh, path), False)
+
+    base = tree.map_with_path(load, specs["base"], is_leaf=params.is_spec)
+    return {"base": base, **({"score": leaves.whole(found["score"])} if "score" in known else {})}
 
 
 def _score_in(ref: str, model: Model) -> dict[str, Any]:

@@ -188,6 +188,8 @@ def identity(r: Run) -> dict[str, Any]:
     for name, one in r.beside.items():
         if one.start:
             known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
+        if one.weights:
+            known[f"{name}_identity"] = runfolder.weights_identity(one.weights)
     return known
 
 
@@ -245,7 +247,7 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     begin = time.perf_counter()
     if hasattr(source, "attached"):
         stop = report.stop_tokens(r.model.config.eos, job.tokenizer)
-        source = source.attached(p, frozen, stop, job.folder)
+        source = source.attached(p, frozen, stop, job.folder, restored[1].get("source") if restored else None)
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
@@ -276,7 +278,7 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = distributed.Votes(p.mesh)
     numbers: Callable = getattr(source, "numbers", lambda step, found: {})
-    boundary = getattr(source, "boundary", 1)
+    boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
     profile = r.loop.profile if distributed.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
         for step in range(done, job.steps):
@@ -300,7 +302,7 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
                 score = report.judged(measured)
                 log.step(done, measured, {})
             if due(r.loop.save_every, done, boundary) or done == job.steps or score is not None or stop:
-                meta = {"record": job.record, "counters": meter.counters(), "before": kept["before"]}
+                meta = {"record": job.record, "counters": meter.counters(), "before": kept["before"], "source": memory()}
                 watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
             if stop:

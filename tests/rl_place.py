@@ -10,6 +10,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
+from jaxft.advantages import scaled
 from jaxft.completions import Rules
 from jaxft.data.prompts import Prompts, Ranked
 from jaxft.estimates import actor_critic, by_group
@@ -48,7 +49,7 @@ def config(
     name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
     seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
-    ppo: bool = False, warm_up: int = 0, target_kl: float | None = None,
+    ppo: bool = False, warm_up: int = 0, target_kl: float | None = None, full_critic: bool = False, scale: bool = False,
     online: bool = False,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=None) if ppo else by_group
@@ -63,8 +64,11 @@ def config(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed,
         ),
-        source=partial(ranked if online else rollouts, rules=Rules(rewards, estimate, warm_up=warm_up, target_kl=target_kl)),
-        beside={"critic": Scorer(Adapter(rank=4))} if ppo else {},
+        source=partial(
+            ranked if online else rollouts,
+            rules=Rules(rewards, estimate, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl),
+        ),
+        beside={"critic": Scorer(weights="base") if full_critic else Scorer(Adapter(rank=4))} if ppo else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),
         loop=Loop(steps=steps, save_every=save, eval_every=2),

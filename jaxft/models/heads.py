@@ -27,12 +27,18 @@ class Scorer:
     """A model with a scalar head on a run's base: a critic, or a reward model.
 
     adapter: its own, None for the head alone. start: a PEFT folder, or a run's, whose adapter and head it begins with; without
-    one both are fresh. trained: False freezes both.
+    one both are fresh. trained: False freezes both. weights: where a whole base of its own comes from, all of which is trained;
+    then it has no adapter, and its head begins as those files hold it, or fresh.
     """
 
     adapter: Adapter | None = None
     start: str | None = None
     trained: bool = True
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and (self.adapter or self.start or not self.trained):
+            raise ValueError(f"a scorer with weights={self.weights} trains them all: leave out adapter, start and trained")
 
 
 def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
@@ -100,14 +106,16 @@ def with_scorers(model: Model, scorers: Mapping[str, Scorer]) -> Model:
 
 
 def _specs(model: Model, one: Scorer) -> dict[str, Any]:
-    own = {"adapter": adapter_specs(model.specs, one.adapter)} if one.adapter else {}
+    own: dict[str, Any] = {"adapter": adapter_specs(model.specs, one.adapter)} if one.adapter else {}
+    if one.weights is not None:
+        own["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
     if "head" in own.get("adapter", ()):
         raise ValueError("a scorer's adapter names the head, and it gives scores, no text; leave it out of its targets")
     return {**own, "score": head_spec(model)}
 
 
 def view(whole: Any, name: str) -> Any:
-    """The parameters of one of the models on the whole tree's base."""
+    """The parameters of one of the models on the whole tree's base, or on its own."""
     return {"base": whole["base"], **whole[name]}
 
 

@@ -1,0 +1,158 @@
+"""Models of their own beside a policy: a classifier as a reward, a whole model as a critic; what a run keeps of its scores."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rl_place
+from test_reward_files import begun, saved
+from tiny_run import Place
+
+from jaxft import advantages as adv
+from jaxft import prepare, rewards, scorer, sharding, starts, weights
+from jaxft.data import chat
+from jaxft.models import heads
+from jaxft.models.heads import Scorer
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny policy's folder, with a classifier of other weights in judge/."""
+    folder = tmp_path_factory.mktemp("rl")
+    rl_place.write_place(folder)
+    t, whole = begun(folder / "base", None)
+    whole["base"] = jax.tree.map(lambda x: x * 1.5, whole["base"])
+    saved(t, whole, folder / "base", folder / "of", None)
+    (folder / "of" / "model").rename(folder / "judge")
+    return Place(folder)
+
+
+def by_transformers(folder, texts):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
+    with torch.no_grad():
+        return [float(model(torch.tensor([ids])).logits[0, 0]) for ids in texts]
+
+
+def test_a_classifier_scores_completions_as_transformers_does(place):
+    """Strings and messages, of unequal length, more than a batch of them, an empty one too."""
+    folder, tokenizer = place.folder / "judge", weights.load_tokenizer(str(place.folder / "judge"))
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+    asked = ["what is 1?", [{"role": "user", "content": "why?"}], "what is 2 plus one plus one?", "so", "so"]
+    said = ["it is 1", "because it is so", "4", "", "three " * 9]
+    with jax.set_mesh(mesh):
+        found = scorer.ByModel(str(folder), batch=2).opened(mesh)(asked, said)
+        short = scorer.ByModel(str(folder), batch=2, max_length=24).opened(mesh)(asked, said)
+    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+    np.testing.assert_allclose(found, by_transformers(folder, texts), rtol=0.03, atol=0.03)  # it is held in bfloat16
+    assert [len(ids) > 24 for ids in texts] == np.isnan(short).tolist() and 0 < np.isnan(short).sum() < 5
+
+
+def test_a_run_is_taught_by_a_classifier_of_its_own(place):
+    (place.folder / "judged.py").write_text("from jaxft.scorer import ByModel\n\njudge = ByModel('judge', max_length=60)\n")
+    assert place.run("name=judged", "steps=2", "rewards=judged.py:judge", "batch=4", "group=2", "save=100") == 0, place.err()
+    lines = [line for line in place.metrics("judged") if "reward" in line]
+    assert all(np.isfinite(line["rewards/judge/mean"]) and line["rewards/judge/std"] > 0 for line in lines)
+    table = [json.loads(line) for line in (place.runs("judged") / "completions.jsonl").read_text().splitlines()]
+    assert any(entry["rewards"]["judge"] is not None for entry in table)
+
+
+def test_scores_of_a_whole_rollout_are_checked():
+    faults = rewards.Faults()
+    found = rewards.checked(np.array([1.0, np.nan, np.inf]), "judge", [(f"rows:{i}", {}) for i in range(3)], faults)
+    assert found[0] == 1 and np.isnan(found[1:]).all() and faults.counts["not_a_number"] == 2 and "rows:1" in faults.first
+    with pytest.raises(ValueError, match=r"reward judge gave scores of shape \(2,\) for 3 completions; wanted one each"):
+        rewards.checked(np.ones(2), "judge", [("", {})] * 3, faults)
+
+
+def test_a_folder_is_told_apart(place, tmp_path):
+    model = weights.model_for(str(place.folder / "base"))
+    beside, reward = scorer.as_reward(str(place.folder / "judge"), model)
+    assert not beside and isinstance(reward, scorer.ByModel) and reward.name == "judge"
+    with pytest.raises(ValueError, match="wanted a sequence classifier"):
+        scorer.as_reward(str(place.folder / "base"), model)
+    beside, reward = scorer.as_reward(str(tmp_path / "to come"), model)
+    assert beside.keys() == {"reward"} and not beside["reward"].trained
+
+
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, kind):
+    folder = place.folder / ("base" if kind == "language model" else "judge")
+    policy = weights.model_for(str(place.folder / "base"), dtype=jnp.float32)
+    model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
+    t = prepare.trained(model, None, prepare.patterns(model, None, None, {"critic": Scorer(weights=str(folder))}))
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        beside = starts.start_beside(t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))})
+    critic = beside["critic"]
+    loaded = scorer.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
+    whole = heads.view({"base": None, "critic": critic}, "critic")
+    assert whole["base"] is critic["base"] and "head" not in critic["base"] and critic["score"].shape == (64, 1)
+    wanted = loaded.params["base"] if loaded else prepare.load_frozen(str(folder), policy, mesh)
+    jax.tree.map(np.testing.assert_array_equal, critic["base"], {name: wanted[name] for name in critic["base"]})
+    if loaded:
+        np.testing.assert_array_equal(critic["score"], loaded.params["score"])
+
+
+def test_a_scorer_of_its_own_is_trained_whole():
+    with pytest.raises(ValueError, match="weights=base trains them all"):
+        Scorer(weights="base", trained=False)
+
+
+def test_ppo_with_a_critic_of_its_own_learns_values_and_resumes(place):
+    argv = ("passes=2", "beta=0.0", "batch=16", "group=1", "lr=2e-3", "ppo=true", "full_critic=true", "max_new=12", "save=4")
+    argv = (*argv, "rewards=config.py:ascii", "scale=true")
+    assert place.run("name=own", "steps=8", *argv) == 0, place.err()
+    lines = [line for line in place.metrics("own") if "loss/value_avg" in line]
+    assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"]
+    process = place.start("name=stopped", "steps=8", *argv, hook=STOP)
+    process.join()
+    assert process.exitcode == -9 and place.checkpoints("stopped")[-1] == 4
+    assert place.run("name=stopped", "steps=8", *argv) == 0, place.err()
+    assert place.results("stopped", 8) == place.results("own", 8)
+
+
+STOP = """
+import glob, os, time
+from jaxft import report
+add = report.Meter.add
+def killed(self, step, batch, found):
+    add(self, step, batch, found)
+    until = time.monotonic() + 60
+    while step == 5 and not glob.glob("runs/stopped/checkpoints/4") and time.monotonic() < until:
+        time.sleep(0.01)
+    if step == 5:
+        os.kill(os.getpid(), 9)
+report.Meter.add = killed
+"""
+
+
+def test_scores_are_divided_by_the_deviation_of_all_so_far(place):
+    """And what is logged is as the rewards gave it."""
+    argv = ("passes=1", "beta=0.0", "batch=8", "group=1", "ppo=true", "max_new=12", "rewards=config.py:ascii", "steps=3")
+    argv = (*argv, "lr=1e-9")
+    assert place.run("name=plain", *argv) == 0, place.err()
+    assert place.run("name=scaled", *argv, "scale=true") == 0, place.err()
+    plain, scaled = ([line for line in place.metrics(name) if "loss/value_avg" in line] for name in ("plain", "scaled"))
+    table = [json.loads(line) for line in (place.runs("scaled") / "completions.jsonl").read_text().splitlines()]
+    moments = np.zeros(3)
+    for step, (one, other) in enumerate(zip(plain, scaled, strict=True), 1):
+        scores = np.array([entry["reward"] for entry in table if entry["step"] == step])
+        moments = adv.seen(moments, scores)
+        assert one["reward"] == other["reward"] == pytest.approx(scores.mean())
+        wanted = adv.scaled(scores, moments).mean()
+        assert other["objective/rlhf_reward"] == pytest.approx(wanted, rel=1e-5)
+        assert one["objective/rlhf_reward"] == pytest.approx(scores.mean(), rel=1e-5)
+
+
+def test_the_card_shows_what_was_drawn_with_its_rewards_and_curves(place):
+    assert place.run("name=card", "steps=3", "passes=1", "batch=4", "group=2", "save=100", "lr=1e-3") == 0, place.err()
+    card = (place.runs("card") / "README.md").read_text()
+    assert "| step | prompt | completion | letters | reward |" in card and "![Curves](curves.png)" in card
+    assert card.count("\n| 1 | what is") == 5 and card.count("\n| 3 | what is") == 5
+    assert (place.runs("card") / "curves.png").read_bytes()[:4] == b"\x89PNG"
