@@ -15,9 +15,13 @@ from jaxft.estimates import Estimate, Sampled
 
 @dataclass(frozen=True)
 class ByScorer:
-    """A reward that a frozen model with a scalar head gives, one of Run.beside's by its name."""
+    """A reward that a frozen model with a scalar head gives, one of Run.beside's by its name.
+
+    unread: a token that it isn't read at, but before, as transformers' classifiers are not at their padding.
+    """
 
     name: str = "reward"
+    unread: int | None = None
 
 
 class ForAll(Protocol):

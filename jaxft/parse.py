@@ -73,7 +73,7 @@ def load_callable(text: str) -> Callable:
             module = __import__(where, fromlist=["_"])
         except ImportError as error:
             raise ValueError(f"{text!r}: {error}; write package.module:name or file.py:name") from error
-    found = module
+    found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
             known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

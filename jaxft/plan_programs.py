@@ -72,7 +72,7 @@ def _drawing(run: train.Run, p: Programs, whole: Any, batch: Any) -> list[Progra
     rules = getattr(run.source, "keywords", {}).get("rules")
     for reward in rules.rewards if rules else ():
         if isinstance(reward, ByScorer):
-            score: Any = jax.jit(partial(player.scored, p.trained.model, reward.name))
+            score: Any = jax.jit(partial(player.scored, p.trained.model, reward))
             found.append(Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch)))
     return found
 

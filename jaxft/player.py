@@ -48,11 +48,11 @@ class Player:
             sampler: Any = generate.make_sampler(model, sampling, stop, group)
             self.sample[group] = sampler.lower(whole, empty, key).compile()
         self.judge = self._compiled(partial(judged, p.objective), whole) if source.judged else {}
-        scorers = [reward.name for reward in source.rules.rewards if isinstance(reward, ByScorer)]
-        missing = [name for name in scorers if name not in p.trained.model.beside]
+        scorers = [reward for reward in source.rules.rewards if isinstance(reward, ByScorer)]
+        missing = [one.name for one in scorers if one.name not in p.trained.model.beside]
         if missing:
             raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
-        self.score = {name: self._compiled(partial(scored, p.trained.model, name), whole) for name in scorers}
+        self.score = {one: self._compiled(partial(scored, p.trained.model, one), whole) for one in scorers}
         self.opened = {reward: reward.opened(p.mesh) for reward in source.rules.rewards if hasattr(reward, "opened")}
 
     def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
@@ -124,7 +124,7 @@ class Player:
         faults, each = rewards.Faults(counts, first), []
         for reward in given:
             if isinstance(reward, ByScorer):
-                each.append(self._run(self.score[reward.name], done, state)[:, :group].ravel())
+                each.append(self._run(self.score[reward], done, state)[:, :group].ravel())
             elif reward in self.opened:
                 each.append(rewards.checked(self.opened[reward](asked, done.texts), rewards.name_of(reward), rows, faults))
             else:
@@ -189,13 +189,15 @@ def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
     return jax.lax.map(one, batch)
 
 
-def scored(model: Any, name: str, params: Any, aux: Any, batch: Rollout) -> Any:
-    """What a scorer on the base says of each completion [micro, rows, A], read at its last token."""
+def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> Any:
+    """What a scorer on the base says of each completion [micro, rows, A], read at its last token, or before that `by.unread`."""
 
     def one(rows: Rollout) -> Any:
-        own = view(params, name)
+        own = view(params, by.name)
         before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
         last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
+        if by.unread is not None:
+            last = jnp.maximum(last - (jnp.take_along_axis(rows.ids, last, axis=1) == by.unread), 0)
         return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 
     return jax.lax.map(one, batch)

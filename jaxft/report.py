@@ -236,6 +236,7 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
     if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
         score = whole.get("score")
         peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights, score)
+        tokenizer = tokenizer if score is None else hf.padded_apart(tokenizer)
         agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
     base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
@@ -362,7 +363,7 @@ The weights are in `{out.name}/`, in the layout of {"PEFT" if out.name == "adapt
 With a clone of jaxft:
 
     {_use(run.model)}
-{_merging(out, run.model)}
+{_merging(out, run.model, job.tokenizer)}
 {drawn(job.folder)}
 {chr(10).join(["## Held-out prompts, greedy", *answers]) if answers else ""}"""
     (job.folder / "README.md").write_text(text.replace("\n\ntags:", "\ntags:"), encoding="utf-8")
@@ -374,10 +375,11 @@ def _use(model: Model) -> str:
     return "python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # a reward for each answer, read at its last token"
 
 
-def _merging(out: Path, model: Model) -> str:
+def _merging(out: Path, model: Model, tokenizer: Any) -> str:
     """How to have base and adapter in one, and how a reward model is loaded elsewhere."""
+    pad = hf.padded_apart(tokenizer).pad_token_id
     whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
-    alone = "peft.AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)"
+    alone = f"peft.AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1, pad_token_id={pad})"
     loads = f"\nIn Python: `{alone if out.name == 'adapter' else whole}`, whose `logits[:, 0]` are rewards.\n"
     merge = "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
     return (merge if out.name == "adapter" else "") + ("" if model.speaks else loads)

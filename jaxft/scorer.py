@@ -25,11 +25,13 @@ KIND = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A frozen scorer on a mesh. score(params, tokens) -> [rows], each row's reward; model: over the whole tree `params`."""
+    """A frozen scorer on a mesh. score(params, tokens) -> [rows], each row's reward; model: over the whole tree `params`; pad:
+    the token that it is never read at, None for none."""
 
     score: Callable[[Any, Tokens], Array]
     params: Any
     model: Model
+    pad: int | None
 
 
 def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | None = None, dtype: Any = jnp.bfloat16) -> Loaded:
@@ -48,19 +50,30 @@ def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | 
             start = heads.Scorer(prepare.adapter_settings(str(adapter), model), str(adapter), trained=False)
         t = prepare.all_frozen(model, quant, ref, start.adapter)
         params = {"base": prepare.load_base(ref, t, mesh), **starts.start_beside(t, mesh, 0, start, ref)}
-    return Loaded(lambda params, tokens: score(t.model, params, tokens), params, t.model)
+    pad = padding(ref, adapter)
+    return Loaded(lambda params, tokens: score(t.model, params, tokens, pad), params, t.model, pad)
 
 
-def score(model: Model, params: Any, tokens: Tokens) -> Float[Array, "B"]:
-    """The reward of each row, read at the last of its tokens; rows may be padded in front or behind, and hold one text each."""
+def score(model: Model, params: Any, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
+    """The reward of each row, read at the last of its tokens that isn't `pad`; rows may be padded in front or behind, and hold
+    one text each."""
     h_BTD = model.hidden(params, tokens)
-    return heads.scores(params, jnp.take_along_axis(h_BTD, last(tokens)[:, None, None], axis=1))[:, 0]
+    return heads.scores(params, jnp.take_along_axis(h_BTD, last(tokens, pad)[:, None, None], axis=1))[:, 0]
 
 
-def last(tokens: Tokens) -> Array:
-    """The column of each row's last token."""
-    T = tokens.segments.shape[1]
-    return jnp.max(jnp.where(tokens.segments > 0, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+def last(tokens: Tokens, pad: int | None = None) -> Array:
+    """The column of each row's last token that isn't `pad`."""
+    T, there = tokens.segments.shape[1], tokens.segments > 0
+    there = there if pad is None else there & (tokens.ids != pad)
+    return jnp.max(jnp.where(there, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+
+
+def padding(ref: str, adapter: str | Path | None = None) -> int | None:
+    """The token that a reward model is never read at: transformers' classifiers are read at the last one that isn't their
+    configuration's pad_token_id, of an adapter that of the tokenizer beside it."""
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        return weights.load_tokenizer(str(adapter)).pad_token_id
+    return weights.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
 
 
 def check(ref: str) -> None:
@@ -87,14 +100,15 @@ def is_classifier(ref: str) -> bool:
 class ByModel:
     """A frozen classifier with one label as a reward of a rollout, with its own tokenizer and chat template (completions.ForAll).
 
-    quant: how its layers are held, None in bfloat16. max_length: tokens of a prompt with its completion; a longer one has no
-    score. batch: texts at a time.
+    quant: how its layers are held, None in `dtype`, in which it computes. max_length: tokens of a prompt with its completion; a
+    longer one has no score. batch: texts at a time.
     """
 
     ref: str
     quant: Quant | None = None
     max_length: int = 2048
     batch: int = 8
+    dtype: Any = jnp.bfloat16
 
     @property
     def name(self) -> str:
@@ -103,7 +117,7 @@ class ByModel:
 
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
         """Its weights on the mesh; (prompts, completions) -> scores."""
-        loaded, tokenizer = load(self.ref, mesh, quant=self.quant), weights.load_tokenizer(self.ref)
+        loaded, tokenizer = load(self.ref, mesh, quant=self.quant, dtype=self.dtype), weights.load_tokenizer(self.ref)
         run = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))  # a program for each length of rows
 
         def scores(asked: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
@@ -143,4 +157,6 @@ def as_reward(ref: str, model: Model, quant: Quant | None = None) -> tuple[dict[
         found = ref if "@" in ref else str(folder)
         check(found)
         return {}, ByModel(found, quant)
-    return {"reward": prepare.reward_scorer(ref, model)}, ByScorer("reward")
+    adapter = prepare.adapter_folder(ref)
+    unread = padding(ref, adapter) if (adapter / "tokenizer_config.json").is_file() else None
+    return {"reward": prepare.reward_scorer(ref, model)}, ByScorer("reward", unread)

@@ -38,6 +38,8 @@ def arguments() -> argparse.Namespace:
 
 def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """(reward of the chosen answer, of the rejected one) by the number of the pair."""
+    from dataclasses import replace
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -58,6 +60,9 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         objective = reward(loaded.model)
         see = jax.jit(lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {}))
         for batch in source.cover(range(source.pairs)):
+            if loaded.pad is not None:  # as transformers reads it
+                at_end = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(batch.last.shape)
+                batch = replace(batch, last=np.maximum(batch.last - (at_end == loaded.pad), 0))
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:

@@ -1,6 +1,7 @@
 """Models of their own beside a policy: a classifier as a reward, a whole model as a critic; what a run keeps of its scores."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from test_reward_files import begun, saved
 from tiny_run import Place
 
 from jaxft import advantages as adv
-from jaxft import prepare, rewards, scorer, sharding, starts, weights
+from jaxft import generate, prepare, rewards, scorer, sharding, starts, weights
 from jaxft.data import chat
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
@@ -46,11 +47,49 @@ def test_a_classifier_scores_completions_as_transformers_does(place):
     asked = ["what is 1?", [{"role": "user", "content": "why?"}], "what is 2 plus one plus one?", "so", "so"]
     said = ["it is 1", "because it is so", "4", "", "three " * 9]
     with jax.set_mesh(mesh):
-        found = scorer.ByModel(str(folder), batch=2).opened(mesh)(asked, said)
+        found = scorer.ByModel(str(folder), batch=2, dtype=jnp.float32).opened(mesh)(asked, said)
         short = scorer.ByModel(str(folder), batch=2, max_length=24).opened(mesh)(asked, said)
     texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
-    np.testing.assert_allclose(found, by_transformers(folder, texts), rtol=0.03, atol=0.03)  # it is held in bfloat16
+    np.testing.assert_allclose(found, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert [len(ids) > 24 for ids in texts] == np.isnan(short).tolist() and 0 < np.isnan(short).sum() < 5
+
+
+def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
+    """As transformers does; what we write pads with another token, so that it is read at the end."""
+    folder = place.folder / "padded"
+    shutil.copytree(place.folder / "judge", folder)
+    config, tokenizer = json.loads((folder / "config.json").read_text()), weights.load_tokenizer(str(folder))
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+    asked, said = ["what is 1?", "why?"], ["it is 1", "because"]
+    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in texts)
+    with jax.set_mesh(mesh):
+        at_end, before = (scorer.ByModel(str(place.folder / n), dtype=jnp.float32).opened(mesh)(asked, said) for n in ("judge", "padded"))
+    np.testing.assert_allclose(before, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
+    assert np.abs(at_end - before).max() > 0.1
+
+
+def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
+    peft = pytest.importorskip("peft")
+    t, whole = begun(place.folder / "base")
+    folder = saved(t, whole, place.folder / "base", place.folder / "of_adapter")
+    tokenizer = weights.load_tokenizer(str(folder))
+    said = scorer.examples(["why?", "what is 1?"], ["so", "it is"], tokenizer)
+    texts = [ids for ids, _ in chat.tokenise(said, tokenizer, "all")]
+    pad = tokenizer.pad_token_id  # what the card names
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, pad_token_id=pad).eval()
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+    loaded = scorer.load(str(place.folder / "base"), mesh, folder, dtype=jnp.float32)
+    size = max(map(len, texts))
+    padded = torch.tensor([[*ids, *[pad] * (size - len(ids))] for ids in map(list, texts)])
+    with torch.no_grad():
+        mask = torch.arange(size)[None] < torch.tensor([len(ids) for ids in texts])[:, None]
+        theirs = model(padded, attention_mask=mask.long()).logits[:, 0].numpy()
+    np.testing.assert_allclose(loaded.score(loaded.params, generate.left_pad(texts, 2)), theirs, rtol=1e-4, atol=1e-4)
+    unpadded = [scorer.score(loaded.model, loaded.params, generate.left_pad([ids], 1))[0] for ids in texts]
+    np.testing.assert_allclose(unpadded, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_is_taught_by_a_classifier_of_its_own(place):

@@ -14,7 +14,7 @@ import tiny_model
 from tiny_run import Place
 
 from jaxft import generate, lora, params, player, rewards, tree
-from jaxft.completions import Rules, bounded, by_read, by_token, laid
+from jaxft.completions import ByScorer, Rules, bounded, by_read, by_token, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.lora import Adapter
@@ -283,13 +283,18 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     whole = tree.map_with_path(random, params.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)
     rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
-    found = np.asarray(player.scored(whole_model, "reward", whole, {}, rows))[0]
+    found = np.asarray(player.scored(whole_model, ByScorer("reward"), whole, {}, rows))[0]
     for g, prompt in enumerate(asked.ids):
         for n in np.flatnonzero(LENGTHS[g]):
             text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])
             alone = tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0)
             h = whole_model.hidden(heads.view(whole, "reward"), alone)[0, len(text) - 1]
             np.testing.assert_allclose(found[g, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
+    end = int(tokens[1, 1, 4])  # the last token of one of them
+    apart = np.asarray(player.scored(whole_model, ByScorer("reward", end), whole, {}, rows))[0]
+    text = np.array([*asked.ids[1], *tokens[1, 1, :4]])
+    h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
+    np.testing.assert_allclose(apart[1, 1], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
 
 
 KILL = """

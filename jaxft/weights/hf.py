@@ -1,5 +1,6 @@
 """Hugging Face folders: safetensors and config.json, in and out. Tensors are read and written one at a time."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -244,6 +245,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: Any, packing: Packing | None) -> None:
     config, generation = _source_configs(model, ref)
     if "score" in base:
+        tokenizer = padded_apart(tokenizer)
         _classify(config, tokenizer)
     else:
         config["tie_word_embeddings"] = "head" not in base
@@ -260,13 +262,28 @@ def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: A
 
 
 def _classify(config: dict[str, Any], tokenizer: Any) -> None:
-    """What transformers wants to know of a sequence classifier. It finds a row's last token by the padding around it."""
+    """What transformers wants to know of a sequence classifier. It reads a row's last token that isn't the padding token."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [kind[0].replace("ForCausalLM", "ForSequenceClassification")]
     config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    if config.get("pad_token_id") is None and tokenizer is not None:
-        pad = tokenizer.pad_token_id
-        config["pad_token_id"] = tokenizer.eos_token_id if pad is None else pad
+    if tokenizer is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+
+
+def padded_apart(tokenizer: Any) -> Any:
+    """The tokenizer of a classifier: it pads with a token that no text ends with, as transformers reads the last one that isn't
+    padding. Many chat models pad with their end token; they get another special token, that of the start only at need."""
+    if tokenizer is None:
+        return None
+    ends = {tokenizer.eos_token_id, None}
+    special = sorted(number for number, t in tokenizer.added_tokens_decoder.items() if t.special and number != tokenizer.bos_token_id)
+    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, *special, tokenizer.bos_token_id)
+    pad = next((number for number in others if number not in ends), None)
+    if pad is None or pad == tokenizer.pad_token_id:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.convert_ids_to_tokens(pad)
+    return own
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
