@@ -59,7 +59,7 @@ def config(
     micro: int = 1,
     lr: float = 5e-4,
     rank: int | None = None,  # of a fresh adapter: 16
-    epochs: float = 2.0,
+    epochs: float = 0.6,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
@@ -90,7 +90,7 @@ def config(
         beside=beside,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=10, save_every=10),
+        loop=Loop(eval_every=6, save_every=6),
         general="configs/data/general.jsonl",
         seed=seed,
     )

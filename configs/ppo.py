@@ -7,8 +7,9 @@
 
 SmolLM2-135M-Instruct, 2 GB on a 2-core CPU. The reference is the policy at step 0. `reward` is a run's folder
 (configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in a folder or as
-org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=reward
-starts the critic from the reward model, critic=full trains a whole model of its own as one.
+org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=fresh
+and critic=reward are an adapter and a head beside the policy's, the latter begins as the reward model; critic=shared is a head on
+the policy's own hidden states, which saves its passes; critic=full trains a whole model of its own.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,12 @@ from jaxft.weights import model_for
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 
 
-def objective(model: Any, loss: Callable, penalty: InRewards, temperature: float, value_coef: float, entropy: float) -> Any:
-    """The KL is in the rewards, so that the loss has none of it; the critic is an adapter and a head beside the policy's."""
-    hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)  # noqa: E731
+def objective(
+    model: Any, loss: Callable, penalty: InRewards, temperature: float, value_coef: float, entropy: float, shared: bool
+) -> Any:
+    """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head on the
+    policy's hidden states."""
+    hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
     value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
     return policy(model, loss, penalty, entropy, temperature, Critic(value, coef=value_coef))
 
@@ -53,7 +57,7 @@ def config(
     held_out: str | float | None = "auto",
     name: str = "ppo",
     start: str | None = None,
-    critic: Literal["fresh", "reward", "full"] = "fresh",
+    critic: Literal["fresh", "reward", "shared", "full"] = "shared",
     loss: Callable = clipped,
     kl_coef: float = 0.05,  # of the KL in the rewards
     kl_target: float | None = None,  # nats a completion, which an adaptive coefficient keeps to
@@ -69,14 +73,15 @@ def config(
     warm_up: int = 0,
     temperature: float = 0.7,
     max_prompt: int = 256,
-    max_new: int = 53,
-    batch: int = 32,
-    passes: int = 4,
+    max_new: int = 40,
+    batch: int = 8,
+    group: int = 2,  # completions of each prompt
+    passes: int = 2,
     minibatches: int = 1,
     micro: int = 1,
-    lr: float = 5e-5,
+    lr: float = 3e-4,
     rank: int | None = None,  # of a fresh adapter: 16
-    epochs: float = 1.0,
+    epochs: float = 0.6,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
@@ -87,7 +92,7 @@ def config(
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
     asked = Prompts(
-        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, temperature=temperature,
+        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
         passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
     )  # fmt: skip
     beside: dict[str, Scorer] = {}
@@ -100,6 +105,8 @@ def config(
     own = Scorer(Adapter(rank=rank or 16))
     if critic == "reward":
         own = replace(beside["reward"], trained=True)
+    elif critic == "shared":
+        own = Scorer()
     elif critic == "full":
         own = Scorer(weights=model)
     kl: Any = FixedKL(kl_coef, k1) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=k1)
@@ -113,7 +120,7 @@ def config(
         weights=model,
         model=llm,
         objective=partial(objective, loss=loss, penalty=InRewards(kl), temperature=temperature, value_coef=value_coef,
-                          entropy=entropy),  # fmt: skip
+                          entropy=entropy, shared=critic == "shared"),  # fmt: skip
         data=asked,
         source=partial(rollouts, rules=rules),
         adapter=adapter_of(start, rank, llm),
@@ -121,7 +128,7 @@ def config(
         beside={"critic": own, **beside},
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=20, save_every=20),
+        loop=Loop(eval_every=8, save_every=8),
         general="configs/data/general.jsonl",
         seed=seed,
     )

@@ -4,9 +4,9 @@
     python scripts/train.py --config configs/reward.py start=runs/sft name=sft_reward   # after configs/sft.py
     python scripts/train.py --config configs/reward.py quant=nf4 name=reward_nf4
 
-SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each answer: 54 steps, about 10
+SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each answer: 27 steps, about 5
 minutes and 1.6 GB on a 2-core CPU. The first loss is near log 2 = 0.69 (a fresh head is random). Expect held-out accuracy to rise
-from 0.50 to 0.9 within 20 steps, the held-out loss from 0.73 to 0.38; always taking the longer answer gives 0.50. full=true tunes
+from 0.50 to 0.84, the held-out loss from 0.73 to 0.43; always taking the longer answer gives 0.50. full=true tunes
 all weights; model=runs/reward/model goes on with what that wrote. scripts/score.py scores pairs with what comes out.
 """
 
@@ -37,7 +37,7 @@ def config(
     center: float = 0.01,  # holds rewards around 0
     lr: float = 2e-4,
     rank: int | None = None,  # of a fresh adapter: 16
-    epochs: float = 2.0,
+    epochs: float = 1.0,
     batch: int = 8,
     max_length: int = 512,
     full: bool = False,

@@ -99,10 +99,10 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
             needed = too_much(str(error))
             if needed is None:
                 raise
-            return _refused(known, resident(p), needed, (time.perf_counter() - begin, str(error)))
+            return _refused(known, resident(p, run), needed, (time.perf_counter() - begin, str(error)))
         seconds = time.perf_counter() - begin
     devices.trim_heap()
-    return _found(known, resident(p), compiled, machine, (seconds, bool(hits)))
+    return _found(known, resident(p, run), compiled, machine, (seconds, bool(hits)))
 
 
 def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | None, int | None], took: tuple[float, str]) -> Plan:
@@ -142,14 +142,18 @@ def _found(known: dict[str, Any], held: dict[str, int], compiled: Any, machine: 
     )  # fmt: skip
 
 
-def resident(p: Programs) -> dict[str, int]:
-    """Bytes a device of what is there in every program: weights, what of them is packed, adapters, optimizer, references."""
+def resident(p: Programs, run: train.Run | None = None) -> dict[str, int]:
+    """Bytes a device of what is there in every program: weights, what of them is packed, adapters, optimizer, references, and a
+    run's reward models that are models of their own."""
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
             packed = "quantised base" if p.trained.held[path].quantised else "weights"
-            name = packed if prepare.in_base(path) else "adapters"
+            name = packed if prepare.in_base(path) or "/base/" in path else "adapters"  # a critic may have a base of its own
             sizes[name] += _held(leaf)
+    rules = getattr(run and run.source, "keywords", {}).get("rules")
+    judges = [reward for reward in (rules.rewards if rules else ()) if hasattr(reward, "abstract")]
+    sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 
 

@@ -183,8 +183,8 @@ def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
 
     def one(rows: Rollout) -> Any:
         reference = objective.reference_logps(params, rows, aux) if objective.reference else None
-        values = objective.values(params, rows) if objective.values is not None else None
-        return objective.logps(params, rows).logp, reference, values
+        seen = objective.see(params, rows, None, aux)  # a critic that reads the policy's hidden states takes no pass of its own
+        return seen.logp, reference, seen.values
 
     return jax.lax.map(one, batch)
 

@@ -41,7 +41,7 @@ def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | 
     with a head, the base below it. Raises ValueError for what is no classifier, has several labels, or lacks its head.
     """
     with jax.set_mesh(mesh):
-        model = heads.scorer(weights.model_for(ref, dtype=dtype))
+        model = _bare(ref, dtype)
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
         if adapter is None:
             check(ref)
@@ -52,6 +52,10 @@ def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | 
         params = {"base": prepare.load_base(ref, t, mesh), **starts.start_beside(t, mesh, 0, start, ref)}
     pad = padding(ref, adapter)
     return Loaded(lambda params, tokens: score(t.model, params, tokens, pad), params, t.model, pad)
+
+
+def _bare(ref: str, dtype: Any) -> Model:
+    return heads.scorer(weights.model_for(ref, dtype=dtype))
 
 
 def score(model: Model, params: Any, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -114,6 +118,10 @@ class ByModel:
     def name(self) -> str:
         """The last part of where it comes from."""
         return Path(self.ref).name
+
+    def abstract(self, mesh: Any) -> Any:
+        """Shapes and shardings of its weights, from its configuration alone."""
+        return prepare.abstract_params(prepare.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh)
 
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
         """Its weights on the mesh; (prompts, completions) -> scores."""

@@ -1,5 +1,10 @@
 """Runs side by side: the table's numbers, which columns and curves it has, and that a picture is one."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 
 from jaxft.compare import Table, panels, write
@@ -57,3 +62,57 @@ def test_a_folder_gets_a_table_and_a_picture(tmp_path):
 def test_nothing_to_draw_is_said():
     with pytest.raises(ValueError, match="no curve to draw"):
         draw("x.png", [Panel("a", "x", "y", {"a": ([], [])})], "none")
+
+
+DRAWN = [
+    {"step": 0, "eval_reward": 0.1, "eval_objective/kl": 0.0, "eval_completions/mean_length": 7.0},
+    {"step": 1, "reward": 0.2, "objective/kl": 0.0, "completions/mean_length": 6.0, "entropy": 2.0, "perf": {}},
+    {"step": 2, "reward": 0.4, "objective/kl": 0.5, "completions/mean_length": 3.0, "entropy": 1.0, "perf": {}},
+    {"step": 2, "eval_reward": 0.6, "eval_objective/kl": 0.9, "eval_completions/mean_length": 2.0},
+]
+
+
+def test_rollouts_have_curves_of_reward_kl_length_and_entropy():
+    found = {panel.title: panel for panel in panels({"a": DRAWN})}
+    assert list(found) == ["reward, held out", "KL to the reference, held out", "length, held out", "entropy"]
+    assert found["reward, held out"].curves["a"] == ([0, 2], [0.1, 0.6])
+    assert found["reward, held out"].dashed["a"] == ([1, 2], [0.2, 0.4])
+    assert found["entropy"].curves["a"] == ([1, 2], [2.0, 1.0]) and not found["entropy"].dashed
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of scripts/compare.py in a folder with the runs a and b."""
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in DRAWN))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        from jaxft import cli
+
+        script = Path(__file__).parents[1] / "scripts" / "compare.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        code = cli.one_line_errors(runpy.run_path(str(script), run_name="compare")["main"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_runs_are_compared_by_a_command(compared):
+    code, out, _ = compared("runs/a", "runs/b", "--out", "both", "--title", "two")
+    assert code == 0 and out.splitlines()[0].split("  ")[-1].strip() and "held-out reward" in out and "0.600" in out
+    told = json.loads(Path("both.json").read_text())
+    assert told["runs"]["a"]["reward gained"] == pytest.approx(0.5) and told["runs"]["b"]["KL a completion"] == 0.9
+    assert told["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
+    assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("runs/none",), "runs/none: holds no metrics.jsonl"), (("runs/a", "runs/a"), "two of the runs have the same name")],
+)
+def test_what_is_no_run_is_told_in_a_line(compared, words, told):
+    code, _, err = compared(*words)
+    assert code == 1 and told in err and err.count("\n") == 1

@@ -10,6 +10,7 @@ import time
 import dpo_place
 import numpy as np
 import pytest
+import rl_place
 import tiny_run
 from several import Several, free_port
 from tiny_run import Place, rows, write_place, write_rows
@@ -153,6 +154,22 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
         assert all(known[1][start] == digest for _, found in parts for start, digest in found.items())
     if "mesh.data=8" in argv:
         assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_two_processes_draw_and_learn_as_one_does_in_float64(tmp_path):
+    """PPO, greedy, with a critic and a function as its reward: process 0 scores, and all learn from the same completions."""
+    precise_place(tmp_path, rl_place.write_place, rl_place.CONFIG)
+    two, one = Several(tmp_path), Place(tmp_path)
+    argv = ["steps=4", "passes=2", "batch=8", "group=2", "ppo=true", "save=2", "data.top_k=1", "rewards=config.py:ascii"]
+    argv += ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "samples=0", "max_new=12"]
+    assert two.run(*argv, "name=two", hook=PRECISE) == [0, 0], two.told()
+    assert one.run(*argv, "name=one", hook=PRECISE, devices=8) == 0, one.err()
+    tables = [(one.runs(name) / "completions.jsonl").read_text() for name in ("one", "two")]
+    assert tables[0] == tables[1] and tables[0].count("\n") == 2 * 8
+    for a, b in zip(one.metrics("one"), one.metrics("two"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"loss", "loss/value_avg", "grad_norm", "objective/kl", "eval_reward", "reward"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-8, abs=1e-8), (a["step"], name)
 
 
 STEPS = 10

@@ -66,7 +66,8 @@ def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
     texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in texts)
     with jax.set_mesh(mesh):
-        at_end, before = (scorer.ByModel(str(place.folder / n), dtype=jnp.float32).opened(mesh)(asked, said) for n in ("judge", "padded"))
+        models = [scorer.ByModel(str(place.folder / name), dtype=jnp.float32) for name in ("judge", "padded")]
+        at_end, before = (model.opened(mesh)(asked, said) for model in models)
     np.testing.assert_allclose(before, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert np.abs(at_end - before).max() > 0.1
 

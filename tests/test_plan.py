@@ -28,21 +28,31 @@ from jaxft import (
     plan_text,
     programs,
     roofline,
+    scorer,
     sharding,
     traffic,
     train,
 )
+from jaxft.completions import ByScorer, Rules
 from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.prompts import Prompts
 from jaxft.data.source import Rows
+from jaxft.estimates import actor_critic
 from jaxft.flops import Flops, flops, products
 from jaxft.generate import Sampling
 from jaxft.lora import Adapter
+from jaxft.models import heads
+from jaxft.models.heads import Scorer
 from jaxft.models.llama import llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.objectives import policy
+from jaxft.objectives.kl import FixedKL, InRewards
 from jaxft.objectives.pairwise import preference
+from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import dpo
 from jaxft.objectives.sft import sft
 from jaxft.quant import Quant
+from jaxft.rollout import rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_CUDA = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if importlib.util.find_spec("jax_plugins") else False
@@ -133,6 +143,43 @@ def test_programs_share_what_is_resident_and_each_has_its_own_beside():
     small = plan_text.record(step, [replace(p, missing=1) if p.program == "answers" else p for p in found])
     assert not small["fits"] and small["programs"]["train step"]["fits"] and small["total"] == step.total
     assert json.loads(json.dumps(small))["programs"] == small["programs"]
+
+
+def tiny_ppo(critic=None, rewards=None, group=2):
+    def objective(model):
+        hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)  # noqa: E731
+        value = policy.critic(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
+        return policy.policy(model, clipped, InRewards(FixedKL(0.1)), value=policy.Critic(value))
+
+    asked = Prompts("none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2)
+    source = partial(rollouts, rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)))
+    beside = {"critic": critic or Scorer(Adapter(rank=4)), "reward": Scorer(Adapter(rank=4), "none", trained=False)}
+    llm = llama(TINY, jnp.float32)
+    return train.Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
+
+
+def test_rollouts_are_planned_with_all_of_their_programs():
+    found = {p.program: p for p in plan.plans(tiny_ppo(), made_up(2))}
+    assert found.keys() == {"train step", "drawing", "judging", "scoring by reward"}
+    assert len({p.total - sum(p.parts.get(name, 0) for name in plan.OWN) for p in found.values()}) == 1
+    cache = TINY.layers * 8 * (64 + 16) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2  # 4 prompts x 2, over two devices
+    assert cache < found["drawing"].parts["activations and temporaries"]
+    assert found["train step"].flops and not found["judging"].flops
+
+
+def test_models_of_their_own_are_counted(tmp_path):
+    shared, own = (plan.resident(programs.abstract(run)[0], run) for run in (tiny_ppo(), tiny_ppo(Scorer(weights="tiny"))))
+    assert own["weights"] > 1.9 * shared["weights"] and own["optimizer"] > 2 * (own["weights"] - shared["weights"])
+    write_config(tmp_path / "judge", TINY)
+    run = tiny_ppo(rewards=(scorer.ByModel(str(tmp_path / "judge"), dtype=jnp.float32),))
+    found = plan.resident(programs.abstract(run)[0], run)
+    head = TINY.vocab * TINY.width * 4
+    assert found["reward models"] == shared["weights"] - head + TINY.width * 4  # a number a position instead of logits
+
+
+def write_config(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**to_hf(config), "architectures": ["LlamaForSequenceClassification"]}))
 
 
 def test_a_large_weight_that_no_cut_divides_is_named(monkeypatch):

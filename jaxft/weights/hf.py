@@ -276,8 +276,9 @@ def padded_apart(tokenizer: Any) -> Any:
     if tokenizer is None:
         return None
     ends = {tokenizer.eos_token_id, None}
-    special = sorted(number for number, t in tokenizer.added_tokens_decoder.items() if t.special and number != tokenizer.bos_token_id)
-    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, *special, tokenizer.bos_token_id)
+    start, added = tokenizer.bos_token_id, tokenizer.added_tokens_decoder
+    special = sorted(number for number, token in added.items() if token.special and number != start)
+    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, *special, start)
     pad = next((number for number in others if number not in ends), None)
     if pad is None or pad == tokenizer.pad_token_id:
         return tokenizer
