@@ -1,5 +1,8 @@
 """A working directory with a tiny Llama that is taught by rewards."""
 
+import json
+import shutil
+
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_rows
 
@@ -38,6 +41,10 @@ def ascii(prompt, completion, row):
     return sum(c.isascii() for c in completion) / max(len(completion), 1)
 
 
+def even(prompt, completion, row):
+    return 0.5
+
+
 def with_critic(model, temperature, beta):
     """A critic beside the policy, an entropy bonus, and the KL in the rewards."""
     hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)
@@ -50,6 +57,7 @@ def config(
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
     seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
     ppo: bool = False, warm_up: int = 0, target_kl: float | None = None, full_critic: bool = False, scale: bool = False,
+    cut_off: bool = True, base: str = "base",
     online: bool = False,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=None) if ppo else by_group
@@ -57,8 +65,8 @@ def config(
     actor = partial(policy, loss=clipped, beta=beta, temperature=temperature)
     return Run(
         name=name,
-        weights="base",
-        model=model_for("base", dtype=jnp.float32),
+        weights=base,
+        model=model_for(base, dtype=jnp.float32),
         objective=pairs if online else partial(with_critic, temperature=temperature, beta=beta) if ppo else actor,
         data=(Ranked if online else Prompts)(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
@@ -66,7 +74,9 @@ def config(
         ),
         source=partial(
             ranked if online else rollouts,
-            rules=Rules(rewards, estimate, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl),
+            rules=Rules(
+                rewards, estimate, scale=scaled if scale else None, cut_off=cut_off, warm_up=warm_up, target_kl=target_kl
+            ),
         ),
         beside={"critic": Scorer(weights="base") if full_critic else Scorer(Adapter(rank=4))} if ppo else {},
         adapter=Adapter(rank=4),
@@ -83,3 +93,12 @@ def write_place(folder):
     write_folder(folder / "base", tiny_torch())
     write_rows(folder / "asked.jsonl", [{"prompt": f"what is {i}" + " plus one" * (i % 4) + "?", "answer": i} for i in range(20)])
     (folder / "config.py").write_text(CONFIG)
+
+
+def write_endless(folder):
+    """endless/, the base with no token that ends a text."""
+    shutil.copytree(folder / "base", folder / "endless")
+    for name, key in (("config", "eos_token_id"), ("generation_config", "eos_token_id"), ("tokenizer_config", "eos_token")):
+        path = folder / "endless" / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    (folder / "endless" / "special_tokens_map.json").unlink(missing_ok=True)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, tiny
 
-from jaxft import lora
+from jaxft import lora, prepare, sharding
 from jaxft.generate import Sampling, cut, first_largest, generate, largest_with, left_pad, make_generate, sample
 from jaxft.lora import Adapter
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.params import init_params
+from jaxft.quant import Quant
 
 KEY = jax.random.key(5)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [27], [8] * 30, [30, 31, 32], list(range(40)) * 2]
@@ -173,6 +174,24 @@ def test_the_cache_is_updated_in_place(dtype):
     memory = make_generate(model, Sampling(max_new=new), ()).lower(abstract, tokens, KEY).compile().memory_analysis()
     cache = 2 * CONFIG.layers * rows * (prompt + new) * CONFIG.kv_heads * CONFIG.head_dim * jnp.dtype(dtype).itemsize
     assert memory.temp_size_in_bytes < 1.5 * cache  # the cache itself is one of the temporaries
+
+
+SMOL = LlamaConfig(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536, max_positions=8192)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant"), [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))]
+)
+def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
+    """Of a rollout's size, with the weights as a run holds them: neither the cache nor the weights are expanded."""
+    model, mesh, rows, size = llama(SMOL, dtype), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 16, 1024
+    with jax.set_mesh(mesh):
+        base = prepare.abstract_params(prepare.all_frozen(model, quant, "none"), mesh)["base"]
+        cache = jax.eval_shape(lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows))
+        ids, at = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        memory = jax.jit(model.step, donate_argnums=1).lower(base, cache, ids, ids, at).compile().memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert memory.temp_size_in_bytes < 0.1 * held and memory.alias_size_in_bytes == held
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)

@@ -329,6 +329,32 @@ def test_sigterm_inside_a_rollout_saves_at_its_end(place):
     assert process.exitcode == 143 and place.checkpoints("asked_to_stop") == [8]
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (("rewards=config.py:even",), {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0}),
+        (("max_new=2", "cut_off=false", "base=endless"), {"completions/clipped_ratio": 1.0, "frac_learned": 0.0}),
+    ],
+    ids=["equal rewards", "all cut off"],
+)
+def test_what_teaches_nothing_changes_nothing_and_is_counted(place, argv, told):
+    if not (place.folder / "endless").exists():
+        rl_place.write_endless(place.folder)
+    name = f"name=nothing-{argv[0].partition('=')[0]}"
+    assert place.run(name, *argv, "steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100") == 0, place.err()
+    for line in (line for line in place.metrics(name[5:]) if "reward" in line):
+        assert line["grad_norm"] == 0 == line.get("loss", 0) and {key: line[key] for key in told} == told
+
+
+def test_a_tokenizer_without_an_end_token_is_told_and_nothing_ends(place):
+    if not (place.folder / "endless").exists():
+        rl_place.write_endless(place.folder)
+    assert place.run("name=endless", "base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100") == 0, place.err()
+    assert "the tokenizer names no end token" in place.out()
+    (line,) = [line for line in place.metrics("endless") if "reward" in line]
+    assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
+
+
 def test_rewards_that_all_fail_end_the_run_in_one_line(place):
     (place.folder / "bad.py").write_text("def bad(prompt, completion, row):\n    return row['missing']\n")
     assert place.run("name=bad", "rewards=bad.py:bad", "held_out=0.0") == 1
