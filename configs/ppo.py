@@ -5,7 +5,7 @@
     python scripts/train.py --config configs/ppo.py reward=runs/reward start=runs/sft critic=reward quant=nf4
     python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
 
-SmolLM2-135M-Instruct, 2 GB on a 2-core CPU. The reference is the policy at step 0. `reward` is a run's folder
+SmolLM2-135M-Instruct, 2.7 GB on a 2-core CPU. The reference is the policy at step 0. `reward` is a run's folder
 (configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in a folder or as
 org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=fresh
 and critic=reward are an adapter and a head beside the policy's, the latter begins as the reward model; critic=shared is a head on
@@ -59,7 +59,8 @@ def config(
     start: str | None = None,
     critic: Literal["fresh", "reward", "shared", "full"] = "shared",
     loss: Callable = clipped,
-    kl_coef: float = 0.05,  # of the KL in the rewards
+    kl: Callable = k1,  # how the KL in the rewards is estimated: k1, k2 or k3 of jaxft.objectives.kl
+    kl_coef: float = 0.05,
     kl_target: float | None = None,  # nats a completion, which an adaptive coefficient keeps to
     target_kl: float | None = None,  # ends a rollout's passes once the policy is this far from the one that drew
     missing_eos: float = 1.0,
@@ -109,8 +110,8 @@ def config(
         own = Scorer()
     elif critic == "full":
         own = Scorer(weights=model)
-    kl: Any = FixedKL(kl_coef, k1) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=k1)
-    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+    penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=kl)
+    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl)
     shape = partial(bounded, missing_eos=missing_eos, limit=limit)
     rules = Rules(
         (judge,), estimate, token_mean, shape=shape, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl
@@ -119,7 +120,7 @@ def config(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(objective, loss=loss, penalty=InRewards(kl), temperature=temperature, value_coef=value_coef,
+        objective=partial(objective, loss=loss, penalty=InRewards(penalty), temperature=temperature, value_coef=value_coef,
                           entropy=entropy, shared=critic == "shared"),  # fmt: skip
         data=asked,
         source=partial(rollouts, rules=rules),

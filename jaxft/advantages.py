@@ -86,7 +86,16 @@ def scaled(scores: Scores, moments: Moments) -> Scores:
 def weighted_sum(rewards: Float[np.ndarray, "G N K"], weights: Any) -> Scores:
     """Scores of K rewards, `sum_k w_k r_k`: then any advantage function is TRL's sum_then_normalize.
 
-    A reward that is NaN is left out of its completion's sum; the sum is NaN where all are.
+    A completion that one of them can't score has no score.
+    """
+    x, w = _several(rewards, weights)
+    return (w * x).sum(-1)
+
+
+def sum_of_known(rewards: Float[np.ndarray, "G N K"], weights: Any) -> Scores:
+    """weighted_sum over the rewards that give a completion a score: one that gives none counts as 0, as TRL's None does.
+
+    For rewards that are meant for some of the rows only. NaN where all are.
     """
     x, w = _several(rewards, weights)
     return np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * x, -1))
@@ -95,11 +104,11 @@ def weighted_sum(rewards: Float[np.ndarray, "G N K"], weights: Any) -> Scores:
 def normalised_sum(rewards: Float[np.ndarray, "G N K"], weights: Any, eps: float = 1e-4) -> Scores:
     """Advantages of K rewards of which each is made a grpo advantage first, then summed, then standardised over the batch.
 
-    GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum.
+    GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. estimates.by_each makes a run learn from it.
     """
     x, w = _several(rewards, weights)
     each = np.stack([np.where(np.isnan(x[..., k]), np.nan, grpo(x[..., k], eps)) for k in range(x.shape[-1])], -1)
-    return standardised(np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * each, -1)), eps)
+    return standardised((w * each).sum(-1), eps)
 
 
 def counts(scores: Scores) -> dict[str, float]:

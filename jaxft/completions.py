@@ -1,5 +1,6 @@
 """A rollout on the host: how it is scored and learned from, its completions, and how they become rows."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,11 +46,12 @@ class Rules:
 
     rewards: functions of (prompt, completion, row), see rewards.py, ByScorer and ForAll; weights: one each. combine(scores
     [G, N, K], weights) -> [G, N]. shape(scores, lengths, ended) -> scores, each [G, N]: penalties and bounds. scale(scores,
-    moments of all scores so far) -> scores that are learned from, such as advantages.scaled; what is logged is as it was before.
-    estimate: Sampled -> Estimate, see estimates.py. weigh(lengths, keep) -> the weight of a token of each completion [G, N], over
-    an optimizer batch. keep(scores) -> which completions are learned from, such as advantages.varied. cut_off: whether those that
-    the limit ended are, too. warm_up: so many rollouts first teach the critic alone. target_kl: once the policy is this far from
-    the one that drew (policy/approxkl_avg of a step), the rest of the rollout teaches only the critic.
+    moments of all scores so far) -> scores that are learned from, such as advantages.scaled; it comes after shape, and what is
+    logged is as it was before. estimate: Sampled -> Estimate, see estimates.py. weigh(lengths, keep) -> the weight of a token of
+    each completion [G, N], over an optimizer batch. keep(scores) -> which completions are learned from, such as
+    advantages.varied. cut_off: whether those that the limit ended are, too. warm_up: so many rollouts first teach the critic
+    alone. target_kl: once the policy is this far from the one that drew (policy/approxkl_avg of a step), the rest of the rollout
+    teaches only the critic.
     """
 
     rewards: tuple[Callable | ByScorer | ForAll, ...]
@@ -73,6 +75,16 @@ class Rules:
             raise ValueError(f"target_kl is above 0 or none, found {self.target_kl}")
         if self.weights and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, found {len(self.weights)}")
+
+    @property
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of each reward, 1 unless told."""
+        return self.weights or (1.0,) * len(self.rewards)
+
+    def weighed(self, lengths: np.ndarray, keep: np.ndarray, most: int) -> np.ndarray:
+        """What `weigh` gives; most: the limit of a completion's tokens, for one that has a parameter of that name."""
+        more = {"most": most} if "most" in inspect.signature(self.weigh).parameters else {}
+        return self.weigh(lengths, keep, **more)
 
 
 def bounded(

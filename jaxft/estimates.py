@@ -1,5 +1,6 @@
 """What a rollout's scores mean for each token: advantages, and returns where there is a critic. Host side, float64."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from jaxft import advantages as adv
 @dataclass(frozen=True)
 class Sampled:
     """A rollout as numbers: G prompts, N completions of each, n = G N of them in order; per-token arrays [n, S], 0 beyond the
-    length. scores: NaN where there is none. aux: what the objective keeps beside the parameters, such as kl_coef."""
+    length. scores: NaN where there is none; each: of every reward alone, as it was given, with its weight in `weights`. aux: what
+    the objective keeps beside the parameters, such as kl_coef."""
 
     scores: Float[np.ndarray, "G N"]
     lengths: Int[np.ndarray, "G N"]
@@ -22,6 +24,8 @@ class Sampled:
     reference: Float[np.ndarray, "n S"] | None
     values: Float[np.ndarray, "n S"] | None
     aux: dict[str, Any]
+    each: Float[np.ndarray, "G N K"] | None = None
+    weights: tuple[float, ...] = ()
 
     @property
     def inside(self) -> Bool[np.ndarray, "n S"]:
@@ -40,8 +44,22 @@ class Estimate:
 
 
 def by_group(sampled: Sampled, advantage: Callable = adv.grpo) -> Estimate:
-    """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO."""
-    found = advantage(sampled.scores)
+    """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO, OPO.
+
+    advantage(scores [G, N]) -> [G, N]; one that has a parameter `lengths` gets those of the completions.
+    """
+    more = {"lengths": sampled.lengths} if "lengths" in inspect.signature(advantage).parameters else {}
+    return Estimate(adv.at_tokens(advantage(sampled.scores, **more), sampled.lengths, sampled.logps.shape[1]), None, {})
+
+
+def by_each(sampled: Sampled) -> Estimate:
+    """Each reward is made an advantage within its group alone, then they are added and standardised (GDPO).
+
+    It takes the rewards as they were given, whatever shape and scale made of their sum.
+    """
+    if sampled.each is None:
+        raise ValueError("by_each needs the scores of each reward, and this rollout has their sum alone")
+    found = np.where(adv.scorable(sampled.scores), adv.normalised_sum(sampled.each, sampled.weights), 0)
     return Estimate(adv.at_tokens(found, sampled.lengths, sampled.logps.shape[1]), None, {})
 
 

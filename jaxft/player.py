@@ -77,13 +77,14 @@ class Player:
 
     def sampled(self, done: Completions, state: Any) -> Sampled:
         """A rollout as numbers of its tokens; log-probs are the sampler's where the trainer's aren't taken."""
+        several = done.each.reshape(*done.lengths.shape, -1), self.source.rules.each_weight
         if not self.source.judged:
-            return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {})
+            return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {}, *several)
         numbers = self._run(self.judge, done, state)
         per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
         aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
         logps, reference, values = map(per_token, numbers)
-        return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux)
+        return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux, *several)
 
     def _completed(self, asked: Asked, state: Any, group: int, number: int) -> Completions:
         """`group` completions each of up to data.batch prompts, scored."""
@@ -103,7 +104,7 @@ class Player:
         done = Completions(asked, tokens, drawn, lengths, ended, texts, room, rows)
         each, faults = self._scores(done, state)
         several = each.reshape(G, group, each.shape[1])
-        scores = rules.combine(several, rules.weights or (1.0,) * each.shape[1])
+        scores = rules.combine(several, rules.each_weight)
         if rules.shape is not None:
             scores = rules.shape(scores, lengths, ended)
         return replace(done, each=each, scores=scores, faults=faults)

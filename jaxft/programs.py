@@ -36,6 +36,8 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
 
     The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
     not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
+    An objective may say of a batch that the model's own parameters rest, `objective.rests(batch)`: they and the optimizer's state
+    of them stay as they were, which a gradient of 0 alone wouldn't do to Adam, while models beside it go on.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -48,6 +50,9 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
             norm = optax.tree.norm(wide(grads))
             ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
             trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
+            if hasattr(objective, "rests"):
+                still = objective.rests(batch)
+                trainable, opt_state = (stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now))
         aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
@@ -56,6 +61,17 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
         return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
 
     return train_step
+
+
+def stayed(still: Any, new: Any, old: Any, trainable: Any) -> Any:
+    """`new`, or where `still` the old values of what belongs to the model's own adapter and base: of parameters, or of an
+    optimizer's state, whose leaves lie below the names that they have in `trainable`."""
+
+    def leaf(path: Any, new: Any, old: Any) -> Any:
+        name = next((key.key for key in path if getattr(key, "key", None) in trainable), None)
+        return jnp.where(still, old, new) if name in ("adapter", "base") else new
+
+    return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
 @dataclass(frozen=True)

@@ -380,6 +380,7 @@ def _merging(out: Path, model: Model, tokenizer: Any) -> str:
     pad = hf.padded_apart(tokenizer).pad_token_id
     whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
     alone = f"peft.AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1, pad_token_id={pad})"
-    loads = f"\nIn Python: `{alone if out.name == 'adapter' else whole}`, whose `logits[:, 0]` are rewards.\n"
+    loads = f"\nIn Python: `{alone if out.name == 'adapter' else whole}`, whose `logits[:, 0]` are rewards. \
+They are read at the last token, which is to be the answer's end token: leave out what a chat template adds after it.\n"
     merge = "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers\n"
     return (merge if out.name == "adapter" else "") + ("" if model.speaks else loads)

@@ -5,7 +5,6 @@ learned from by nobody, and never silently worth 0.
 """
 
 import math
-import numbers
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from jaxtyping import Float
 
 Reward = Callable[[Any, str, dict[str, Any]], float]
 
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
+NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
 
 
 def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
@@ -107,8 +107,13 @@ def checked(scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], 
 
 
 def _number(value: Any, name: str, row: str, faults: Faults) -> float:
-    whole = isinstance(value, numbers.Real | np.number) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    if whole and math.isfinite(float(value)):
-        return float(value)
-    found = f"{value!r}" if whole else f"{type(value).__name__} {value!r}"[:80]
-    return faults.note("not_a_number", f"reward {name} gave {found}, wanted a number ({row})")
+    """A score, of whatever type has a real value; text has none, nor has an array of several."""
+    found = f"{type(value).__name__} {value!r}"[:80]
+    if not isinstance(value, str | bytes | complex | np.complexfloating) and hasattr(value, "__float__") and np.ndim(value) == 0:
+        try:
+            score = float(value)
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if math.isfinite(score):
+            return score
+    return faults.note("not_a_number", f"reward {name} gave {found}, wanted a finite number ({row})")

@@ -146,7 +146,7 @@ class Rollouts:
         spread = lambda w: by_read(adv.at_tokens(w, lengths, data.max_new), lengths, reads)  # noqa: E731
         part = jax.tree.map(lambda x: x[rows], learned.rows)
         taught = learned.kept[rows] & (learned.number >= self.rules.warm_up) & (not self._is_far())
-        part = replace(part, policy_weights=spread(self.rules.weigh(lengths, taught)))
+        part = replace(part, policy_weights=spread(self.rules.weighed(lengths, taught, data.max_new)))
         if part.values is not None:
             part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))
         return self._grid(part, data.group)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import attention, generate, prepare, sharding, starts, weights
+from jaxft import attention, generate, prepare, runfolder, sharding, starts, weights
 from jaxft.batch import Tokens
 from jaxft.completions import ByScorer
 from jaxft.data import chat
@@ -18,7 +18,7 @@ from jaxft.data.formats import Chat, Completion, Example
 from jaxft.models import heads
 from jaxft.params import Model
 from jaxft.quant import Quant
-from jaxft.weights import hub
+from jaxft.weights import hf, hub
 
 KIND = "ForSequenceClassification"
 
@@ -105,12 +105,13 @@ class ByModel:
     """A frozen classifier with one label as a reward of a rollout, with its own tokenizer and chat template (completions.ForAll).
 
     quant: how its layers are held, None in `dtype`, in which it computes. max_length: tokens of a prompt with its completion; a
-    longer one has no score. batch: texts at a time.
+    longer one has no score. batch: texts at a time. It reads a whole conversation, so that a completion that the limit cut off
+    looks as if it had ended there.
     """
 
     ref: str
     quant: Quant | None = None
-    max_length: int = 2048
+    max_length: int = 1024
     batch: int = 8
     dtype: Any = jnp.bfloat16
 
@@ -119,6 +120,10 @@ class ByModel:
         """The last part of where it comes from."""
         return Path(self.ref).name
 
+    def identity(self) -> str:
+        """A hash that changes with its weights."""
+        return runfolder.weights_identity(self.ref)
+
     def abstract(self, mesh: Any) -> Any:
         """Shapes and shardings of its weights, from its configuration alone."""
         return prepare.abstract_params(prepare.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh)
@@ -126,18 +131,39 @@ class ByModel:
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
         """Its weights on the mesh; (prompts, completions) -> scores."""
         loaded, tokenizer = load(self.ref, mesh, quant=self.quant, dtype=self.dtype), weights.load_tokenizer(self.ref)
-        run = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))  # a program for each length of rows
+        at_end = hf.READ_AT in weights.read_config(hub.locate(self.ref, config_only=True))
+        score = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
+        rows = {size: generate.left_pad([[0] * size], self.batch) for size in sizes(self.max_length)}
+        run = {size: score.lower(loaded.params, like).compile() for size, like in rows.items()}
 
         def scores(asked: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
             texts = [ids.tolist() for ids, _ in chat.tokenise(examples(asked, completions, tokenizer), tokenizer, "all")]
+            texts = [until_end(ids, tokenizer) for ids in texts] if at_end else texts
             out = np.full(len(texts), np.nan)
             known = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
             for chosen in (known[at : at + self.batch] for at in range(0, len(known), self.batch)):
-                found = run(loaded.params, generate.left_pad([texts[i] for i in chosen], self.batch))
+                part = [texts[i] for i in chosen]
+                size = next(size for size in run if size >= max(map(len, part)))
+                padded = generate.left_pad([*part, [0] * size], self.batch + 1)  # the last sets the width
+                found = run[size](loaded.params, jax.tree.map(lambda x: x[: self.batch], padded))
                 out[chosen] = np.asarray(found)[: len(chosen)]
             return out
 
         return scores
+
+
+def sizes(most: int) -> list[int]:
+    """Lengths of rows that programs are compiled for: 64, twice that, and so on, until `most` tokens fit."""
+    found = [generate.BUCKET]
+    while found[-1] < most:
+        found.append(2 * found[-1])
+    return found
+
+
+def until_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """A text without the white space that a chat template adds after its last end token."""
+    end = max((i for i, token in enumerate(ids) if token == tokenizer.eos_token_id), default=len(ids) - 1)
+    return ids[: end + 1] if not tokenizer.decode(ids[end + 1 :]).strip() else ids
 
 
 def examples(asked: Sequence[Any], completions: Sequence[str], tokenizer: Any) -> list[Example]:
@@ -160,6 +186,8 @@ def as_reward(ref: str, model: Model, quant: Quant | None = None) -> tuple[dict[
     An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`; a classifier, a folder's, that of a
     run with full=true, or org/name@revision on the hub, is a model of its own, its layers held as `quant` says.
     """
+    if (Path(ref) / "metrics.jsonl").is_file():
+        runfolder.results(Path(ref))  # a run that isn't finished is told as such
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
     if "@" in ref or ((folder / "config.json").is_file() and not (prepare.adapter_folder(ref) / "adapter_config.json").is_file()):
         found = ref if "@" in ref else str(folder)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import attention, distributed, prepare, reference, report, runfolder, samples, sharding, tree, weights
+from jaxft import attention, distributed, prepare, reference, report, rewards, runfolder, samples, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
@@ -142,6 +142,13 @@ def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder
     for each in (source, general):
         report.check_ids(each, r.model, r.weights)
     steps = r.loop.steps or source.steps
+    whole = getattr(source, "boundary", 1)
+    if steps % whole:
+        near = f"{steps - steps % whole} or " if steps > whole else ""
+        raise ValueError(
+            f"loop.steps={steps} ends inside a rollout, of which each is {whole} steps (data.passes x data.minibatches); "
+            f"set {near}{steps + whole - steps % whole}"
+        )
     p = build(r, steps)
     placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
     record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
@@ -190,6 +197,10 @@ def identity(r: Run) -> dict[str, Any]:
             known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
         if one.weights:
             known[f"{name}_identity"] = runfolder.weights_identity(one.weights)
+    rules = getattr(r.source, "keywords", {}).get("rules")
+    for reward in rules.rewards if rules else ():
+        if hasattr(reward, "identity"):
+            known[f"reward_{rewards.name_of(reward)}_identity"] = reward.identity()
     return known
 
 
@@ -286,7 +297,12 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
             watchdog.step(done)
             trace.before(done)
             stopping = votes.cast(lambda: interrupt.signal)
-            batch = source.batch(step, state)
+            if step % boundary == 0 and hasattr(source, "player"):
+                watchdog.at(f"the rollout before step {done}")  # its bound is that of a phase: rewards may be slow functions
+                batch = source.batch(step, state)
+                watchdog.step(done)
+            else:
+                batch = source.batch(step, state)
             state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
             meter.add(step, batch, {**found, **numbers(step, found)})
             trace.after(done, state)

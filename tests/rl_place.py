@@ -45,9 +45,9 @@ def even(prompt, completion, row):
     return 0.5
 
 
-def with_critic(model, temperature, beta):
+def with_critic(model, temperature, beta, shared=False):
     """A critic beside the policy, an entropy bonus, and the KL in the rewards."""
-    hidden = lambda params, batch, h: model.hidden(view(params, "critic"), batch)
+    hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
     value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
     return policy(model, clipped, InRewards(FixedKL(beta)), 0.01, temperature, Critic(value, coef=0.5))
 
@@ -57,7 +57,7 @@ def config(
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
     seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
     ppo: bool = False, warm_up: int = 0, target_kl: float | None = None, full_critic: bool = False, scale: bool = False,
-    cut_off: bool = True, base: str = "base",
+    cut_off: bool = True, base: str = "base", shared: bool = False,
     online: bool = False,
 ) -> Run:
     estimate = partial(actor_critic, kl_coef=None) if ppo else by_group
@@ -67,7 +67,7 @@ def config(
         name=name,
         weights=base,
         model=model_for(base, dtype=jnp.float32),
-        objective=pairs if online else partial(with_critic, temperature=temperature, beta=beta) if ppo else actor,
+        objective=pairs if online else partial(with_critic, temperature=temperature, beta=beta, shared=shared) if ppo else actor,
         data=(Ranked if online else Prompts)(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed,
@@ -78,7 +78,9 @@ def config(
                 rewards, estimate, scale=scaled if scale else None, cut_off=cut_off, warm_up=warm_up, target_kl=target_kl
             ),
         ),
-        beside={"critic": Scorer(weights="base") if full_critic else Scorer(Adapter(rank=4))} if ppo else {},
+        beside={"critic": Scorer(None if shared or full_critic else Adapter(rank=4), weights="base" if full_critic else None)}
+        if ppo
+        else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),
         loop=Loop(steps=steps, save_every=save, eval_every=2),

@@ -121,9 +121,12 @@ def test_several_rewards_are_summed_and_then_normalised():
     rewards = np.random.default_rng(0).normal(0, 1, (3, 4, 2))
     rewards[0, 1, 0] = rewards[1, 2] = NAN
     scores = A.weighted_sum(rewards, (1.0, 0.5))
-    assert np.isnan(scores).sum() == 1 and np.isnan(scores[1, 2])
-    close(scores[0, 1], 0.5 * rewards[0, 1, 1])
+    assert np.isnan(scores).sum() == 2 and np.isnan(scores[1, 2]) and np.isnan(scores[0, 1])  # what one can't score has no score
     close(scores[2], rewards[2, :, 0] + 0.5 * rewards[2, :, 1])
+    known = A.sum_of_known(rewards, (1.0, 0.5))
+    assert np.isnan(known).sum() == 1 and np.isnan(known[1, 2])
+    close(known[0, 1], 0.5 * rewards[0, 1, 1])
+    close(known[2], scores[2])
     with pytest.raises(ValueError, match="2 rewards need as many weights"):
         A.weighted_sum(rewards, (1.0,))
 
@@ -139,7 +142,7 @@ def test_several_rewards_are_normalised_and_then_summed():
             column = known(rewards[g, :, k])
             if rewards[g, i, k] == rewards[g, i, k]:
                 parts.append(weight * (rewards[g, i, k] - statistics.fmean(column)) / (std(column) + 1e-4))
-        total[g, i] = sum(parts) if parts else NAN
+        total[g, i] = sum(parts) if len(parts) == 2 else NAN
     flat = known(total.ravel())
     wanted = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
     close(A.normalised_sum(rewards, (1.0, 0.5)), wanted)

@@ -43,6 +43,23 @@ def test_every_token_has_its_completions_advantage():
     assert found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]] and found.returns is None
 
 
+def test_an_advantage_that_asks_for_lengths_gets_them():
+    found = estimates.by_group(sampled(), advantage=advantages.opo)
+    wanted = advantages.opo(SCORES, LENGTHS)
+    np.testing.assert_allclose(found.advantages[:, 0], wanted.ravel(), rtol=1e-12)
+    assert wanted.any()
+
+
+def test_each_reward_is_normalised_alone():
+    each = np.random.default_rng(1).normal(size=(2, 2, 3))
+    found = estimates.by_each(sampled(each=each, weights=(1.0, 0.5, 2.0)))
+    wanted = advantages.normalised_sum(each, (1.0, 0.5, 2.0)).ravel()
+    np.testing.assert_allclose(found.advantages[:3, 0], wanted[:3], rtol=1e-12)
+    assert not found.advantages[3].any()  # it has no score
+    with pytest.raises(ValueError, match="needs the scores of each reward"):
+        estimates.by_each(sampled())
+
+
 def test_reinforce_whitens_what_is_to_come():
     s = sampled()
     found = estimates.reinforce(s, kl_coef=0.5)

@@ -72,6 +72,29 @@ def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
     assert np.abs(at_end - before).max() > 0.1
 
 
+def test_what_a_template_adds_after_the_end_is_left_out_of_ours_and_read_of_others(place):
+    """As ChatML's line break: ours was trained to be read at the end token, others by TRL at the end of the whole text."""
+    asked, said = ["what is 1?", "why?", "so"], ["it is 1", "because", ""]
+    mesh, found = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1]), {}
+    for name in ("ours", "others"):
+        folder = place.folder / name
+        shutil.copytree(place.folder / "judge", folder)
+        config, tokenizer = json.loads((folder / "config.json").read_text()), weights.load_tokenizer(str(folder))
+        tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "</s>\n")
+        tokenizer.save_pretrained(str(folder))
+        if name == "others":
+            del config["reward_read_at"]
+            (folder / "config.json").write_text(json.dumps(config))
+        with jax.set_mesh(mesh):
+            found[name] = scorer.ByModel(str(folder), dtype=jnp.float32).opened(mesh)(asked, said)
+    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+    assert all(tokenizer.decode(ids).endswith("</s>\n") for ids in texts)
+    np.testing.assert_allclose(found["others"], by_transformers(place.folder / "others", texts), rtol=1e-4, atol=1e-4)
+    ends = [scorer.until_end(ids, tokenizer) for ids in texts]
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in ends)
+    np.testing.assert_allclose(found["ours"], by_transformers(place.folder / "ours", ends), rtol=1e-4, atol=1e-4)
+
+
 def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
     peft = pytest.importorskip("peft")
     t, whole = begun(place.folder / "base")

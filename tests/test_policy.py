@@ -20,6 +20,9 @@ from jaxft.objectives import policy_losses as P
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
 from jaxft.objectives.logps import token_logps
 from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
+from jaxft.optim import Optim, make_optimizer
+from jaxft.params import ParamSpec
+from jaxft.programs import TrainState, make_train_step
 
 LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)
 
@@ -246,6 +249,41 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
     assert all(np.any(x) for x in jax.tree.leaves(slope["critic"]))
     np.testing.assert_allclose(value, 0.1 * found["loss/value_avg"], rtol=1e-12)
     assert "loss/policy_avg" not in found and "entropy" in found
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
+    """Whatever momentum the optimizer has, and although the critic reads the policy's own hidden states."""
+    model, whole, mask = setting()
+    objective = policy(model, LOSS, value=own_critic(model))
+    trainable, frozen = tree.partition(whole, mask)
+    head = {"w": ParamSpec((model.config.width,), (None,), params.normal(1.0))}
+    specs = {**jax.tree.map(lambda _: None, whole), "adapter": model.specs["adapter"], "critic": head}
+    specs = tree.map_with_path(lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=params.is_spec)
+    tx, _ = make_optimizer(Optim(lr=1e-2, in_turn=in_turn), specs, 10)
+    step = make_train_step(objective, tx, 0)
+    batch = micro(laid(rows_of(random_groups())), 1)
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32))
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules
+        for _ in range(3):
+            state, _ = step(state, frozen, batch)
+        rested, _ = step(state, frozen, batch.replace(policy_weights=0 * batch.policy_weights))
+        moved, _ = step(state, frozen, batch)
+    same = lambda a, b, name: all(map(np.array_equal, jax.tree.leaves(a[name]), jax.tree.leaves(b[name])))  # noqa: E731
+    assert same(rested.trainable, state.trainable, "adapter") and not same(rested.trainable, state.trainable, "critic")
+    assert not same(moved.trainable, state.trainable, "adapter")
+    kept = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    for path, x in jax.tree_util.tree_leaves_with_path(rested.opt_state):
+        name = jax.tree_util.keystr(path)
+        if "['adapter']" in name:
+            np.testing.assert_array_equal(x, kept[name], err_msg=name)
+    assert any("['adapter']" in name for name in kept)
+
+
+def test_the_copy_of_step_0_is_without_models_beside_the_policy():
+    model, whole, mask = setting()
+    kept = policy(model, LOSS, beta=0.1).start(tree.partition(whole, mask)[0], False)["reference"]
+    assert jax.tree.leaves(kept["adapter"]) and not jax.tree.leaves(kept["critic"])
 
 
 def test_the_reference_is_the_base_or_the_copy_of_step_0():

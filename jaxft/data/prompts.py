@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jinja2
 import numpy as np
 
 from jaxft.batch import Pairs, Rollout
@@ -169,7 +170,7 @@ class Asked:
 def prompt_of(row: Row) -> Any:
     """A row's prompt: a string, or the messages up to the answer. Raises ValueError, naming the row, where there is none."""
     fields = {name: value for name, value in row.fields.items() if name not in ANSWERS}
-    if isinstance(fields.get("prompt"), str) and not fields["prompt"].lstrip().startswith("["):
+    if isinstance(fields.get("prompt"), str) and not _is_messages(fields["prompt"]):
         return formats.string(row, "prompt")
     if "prompt" in fields:
         fields["messages"] = fields.pop("prompt")
@@ -180,7 +181,21 @@ def prompt_of(row: Row) -> Any:
     messages = list(getattr(formats.normalise([row._replace(fields=fields)])[0], "messages", ()))
     if not messages:
         raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction")
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked or not str(asked[-1]["content"]).strip():
+        raise ValueError(f"{row.name}: the prompt is empty; wanted a text to answer before the assistant's turn")
+    return asked
+
+
+def _is_messages(text: str) -> bool:
+    """Whether a string holds a conversation as JSON."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return bool(found) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in found)
 
 
 def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
@@ -190,7 +205,10 @@ def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
         row = _renamed(row, data.columns)
         prompt = prompt_of(row)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and data.format == "chat" else prompt
-        found = chat.prompt_ids(turns, tokenizer, data.date)
+        try:
+            found = chat.prompt_ids(turns, tokenizer, data.date)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{row.name}: the chat template refuses the prompt: {str(error).splitlines()[0]}") from error
         if not found:
             raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
         if len(found) > data.max_prompt:

@@ -68,7 +68,8 @@ class AdaptiveKL:
     def update(self, coef: Any, kl: Any, count: Any) -> Any:
         """`coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon)`, after `count` completions of `kl` nats in the mean.
 
-        Numbers or arrays, in a program or outside. A rollout calls it once, with all that it drew.
+        Numbers or arrays, in a program or outside. policy(...) calls it after each optimizer step with that step's completions:
+        with several passes over a rollout a horizon is as many times shorter as in TRL 0.11, which calls it once a rollout.
         """
         return coef * (1 + jnp.clip(kl / self.target - 1, -0.2, 0.2) * count / self.horizon)
 

@@ -92,6 +92,10 @@ class Policy:
         """Both halves."""
         return self.judge(self.see(params, batch, key, aux), aux)
 
+    def rests(self, batch: Rollout) -> Array:
+        """Whether no completion of the whole batch has a policy weight, so that only a critic is taught."""
+        return jnp.all(batch.policy_weights == 0)
+
     def complete(self, batch: Rollout) -> Rollout:
         """The batch (arrays or shapes) with all fields that are needed, each like logps."""
         x = batch.logps
@@ -147,7 +151,7 @@ def _logps(model: Model, params: Any, batch: Rollout) -> LogProbs:
 
 
 def _see(model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any) -> Played:
-    h = model.hidden(params, batch, key)
+    h = model.hidden(params, batch, None)  # without dropout, as what it is compared with (TRL's disable_dropout)
     lp = read_logps(model, params, h, batch.read, batch.targets, graded)
     values = None if seat is None else seat.values(params, batch, h).astype(lp.logp.dtype)
     none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
@@ -279,7 +283,9 @@ def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, 
     """aux at step 0. at_base: the model at step 0 is the base without its adapter, so that no copy of it is needed."""
     aux: dict[str, Any] = {}
     if penalty and not at_base:
-        aux["reference"] = jax.tree.map(jnp.copy, trainable)
+        none = lambda x: jax.tree.map(lambda _: None, x)  # noqa: E731
+        own = {name: x if name in ("adapter", "base") else none(x) for name, x in trainable.items()}  # without models beside it
+        aux["reference"] = jax.tree.map(jnp.copy, own)
     if isinstance(penalty, KEPT):
         aux["kl_coef"] = jnp.asarray(penalty.coef, jnp.float32)
     return aux

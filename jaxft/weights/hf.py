@@ -265,9 +265,12 @@ def _classify(config: dict[str, Any], tokenizer: Any) -> None:
     """What transformers wants to know of a sequence classifier. It reads a row's last token that isn't the padding token."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [kind[0].replace("ForCausalLM", "ForSequenceClassification")]
-    config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, READ_AT: "end token"}
     if tokenizer is not None:
         config["pad_token_id"] = tokenizer.pad_token_id
+
+
+READ_AT = "reward_read_at"  # in config.json: what we write is read at the answer's end token, not at what a template adds to it
 
 
 def padded_apart(tokenizer: Any) -> Any:
