@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jaxft.advantages import scaled, token_mean
@@ -43,9 +44,10 @@ SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.js
 def objective(
     model: Any, loss: Callable, penalty: InRewards, temperature: float, value_coef: float, entropy: float, shared: bool
 ) -> Any:
-    """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head on the
-    policy's hidden states."""
-    hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
+    """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head that reads
+    the policy's hidden states and leaves them as they are: its gradient would move the policy more than the rewards do."""
+    still = jax.lax.stop_gradient
+    hidden = lambda params, batch, h: still(h) if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
     value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
     return policy(model, loss, penalty, entropy, temperature, Critic(value, coef=value_coef))
 
