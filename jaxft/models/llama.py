@@ -263,6 +263,7 @@ def step(
     c, dtype = run.config, run.dtype
     angles = rope_angles(c, positions[:, None], dtype)
     visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1]) == at)[None]
+    zero = jnp.zeros_like(at)  # of one integer type, whatever literals would have
 
     def body(carry, layer):
         h, k_all, v_all = carry
@@ -270,8 +271,8 @@ def step(
 
         def mix(p, x, keys):
             q, k, v = project_qkv(c, p, x, angles, keys)
-            k_new = jax.lax.dynamic_update_slice(k_all, as_cached_k(k)[None], (i, 0, 0, 0, at))
-            v_new = jax.lax.dynamic_update_slice(v_all, as_cached_v(v)[None], (i, 0, 0, at, 0))
+            k_new = jax.lax.dynamic_update_slice(k_all, as_cached_k(k)[None], (i, zero, zero, zero, at))
+            v_new = jax.lax.dynamic_update_slice(v_all, as_cached_v(v)[None], (i, zero, zero, at, zero))
             k_BKES, v_BKSE = (from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new))
             return attn.decode(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
 
@@ -279,7 +280,7 @@ def step(
         return (h, k_all, v_all), None
 
     start = (embed_tokens(run, params, ids[:, None]), cache["k"], cache["v"])
-    (h, k, v), _ = jax.lax.scan(body, start, (params["layers"], jnp.arange(c.layers)))
+    (h, k, v), _ = jax.lax.scan(body, start, (params["layers"], jnp.arange(c.layers, dtype=at.dtype)))
     return rms_norm(h[:, 0], params["final_norm"], c.norm_eps, dtype), {"k": k, "v": v, "visible": visible}
 
 
