@@ -10,6 +10,7 @@ optimizer batch: keep [G, N] says which completions have a loss (scorable, not c
 weights of all tokens that have one sum to 1, but for constant_length and sequence_sum; where nothing is kept they are all 0.
 """
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,12 @@ def counts(scores: Scores) -> dict[str, float]:
     if len(x) > 1:
         out["reward_std"] = float(x.std(ddof=1))
     return out
+
+
+def asks(fn: Any, name: str) -> bool:
+    """Whether a function has a parameter of that name which nothing has given a value yet."""
+    parameter = inspect.signature(fn).parameters.get(name)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 # Advantages of groups

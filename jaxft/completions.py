@@ -1,6 +1,5 @@
 """A rollout on the host: how it is scored and learned from, its completions, and how they become rows."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -82,9 +81,15 @@ class Rules:
         return self.weights or (1.0,) * len(self.rewards)
 
     def weighed(self, lengths: np.ndarray, keep: np.ndarray, most: int) -> np.ndarray:
-        """What `weigh` gives; most: the limit of a completion's tokens, for one that has a parameter of that name."""
-        more = {"most": most} if "most" in inspect.signature(self.weigh).parameters else {}
+        """What `weigh` gives; most: the limit of a completion's tokens, for one that asks for it."""
+        more = {"most": most} if adv.asks(self.weigh, "most") else {}
         return self.weigh(lengths, keep, **more)
+
+
+def rewards_of(source: Any) -> tuple[Any, ...]:
+    """The rewards of a Run's source, none where it draws nothing."""
+    rules = getattr(source, "keywords", {}).get("rules")
+    return rules.rewards if rules else ()
 
 
 def bounded(

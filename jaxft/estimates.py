@@ -1,6 +1,5 @@
 """What a rollout's scores mean for each token: advantages, and returns where there is a critic. Host side, float64."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +45,9 @@ class Estimate:
 def by_group(sampled: Sampled, advantage: Callable = adv.grpo) -> Estimate:
     """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO, OPO.
 
-    advantage(scores [G, N]) -> [G, N]; one that has a parameter `lengths` gets those of the completions.
+    advantage(scores [G, N]) -> [G, N]; one that asks for `lengths` gets those of the completions.
     """
-    more = {"lengths": sampled.lengths} if "lengths" in inspect.signature(advantage).parameters else {}
+    more = {"lengths": sampled.lengths} if adv.asks(advantage, "lengths") else {}
     return Estimate(adv.at_tokens(advantage(sampled.scores, **more), sampled.lengths, sampled.logps.shape[1]), None, {})
 
 

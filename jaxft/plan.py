@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxft import devices, hlo, prepare, report, sharding, traffic, train, tree
+from jaxft.completions import rewards_of
 from jaxft.flops import Flops, flops
 from jaxft.machines import Machine
 from jaxft.plan_programs import Program, every, steps
@@ -151,8 +152,7 @@ def resident(p: Programs, run: train.Run | None = None) -> dict[str, int]:
             packed = "quantised base" if p.trained.held[path].quantised else "weights"
             name = packed if prepare.in_base(path) or "/base/" in path else "adapters"  # a critic may have a base of its own
             sizes[name] += _held(leaf)
-    rules = getattr(run and run.source, "keywords", {}).get("rules")
-    judges = [reward for reward in (rules.rewards if rules else ()) if hasattr(reward, "abstract")]
+    judges = [reward for reward in rewards_of(run and run.source) if hasattr(reward, "abstract")]
     sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 

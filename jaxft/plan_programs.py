@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft import attention, generate, player, report, sharding, train, tree
 from jaxft.batch import Tokens
-from jaxft.completions import ByScorer
+from jaxft.completions import ByScorer, rewards_of
 from jaxft.data.pairs import PairRows, abstract_pairs
 from jaxft.data.prompts import Prompts, Room, rounded, shapes
 from jaxft.programs import Programs, placed, reference_step
@@ -69,8 +69,7 @@ def _drawing(run: train.Run, p: Programs, whole: Any, batch: Any) -> list[Progra
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
         batch = placed(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
-    rules = getattr(run.source, "keywords", {}).get("rules")
-    for reward in rules.rewards if rules else ():
+    for reward in rewards_of(run.source):
         if isinstance(reward, ByScorer):
             score: Any = jax.jit(partial(player.scored, p.trained.model, reward))
             found.append(Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft import attention, distributed, prepare, reference, report, rewards, runfolder, samples, sharding, tree, weights
 from jaxft.checkpoint import Checkpoints
+from jaxft.completions import rewards_of
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.source import Rows, Source, sft_source
@@ -197,8 +198,7 @@ def identity(r: Run) -> dict[str, Any]:
             known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
         if one.weights:
             known[f"{name}_identity"] = runfolder.weights_identity(one.weights)
-    rules = getattr(r.source, "keywords", {}).get("rules")
-    for reward in rules.rewards if rules else ():
+    for reward in rewards_of(r.source):
         if hasattr(reward, "identity"):
             known[f"reward_{rewards.name_of(reward)}_identity"] = reward.identity()
     return known

@@ -143,6 +143,17 @@ def test_a_folder_is_told_apart(place, tmp_path):
     assert beside.keys() == {"reward"} and not beside["reward"].trained
 
 
+def test_a_classifier_scores_alike_on_a_mesh(place):
+    asked, said = ["what is 1?", "why?", "so"], ["it is 1", "because", "so " * 9]
+    found = []
+    for shape, count in ((sharding.MeshShape(), 1), (sharding.MeshShape(data=2, fsdp=2, tensor=2), 8)):
+        mesh = sharding.make_mesh(shape, jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            judge = scorer.ByModel(str(place.folder / "judge"), dtype=jnp.float32, max_length=128)
+            found.append(judge.opened(mesh)(asked, said))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["language model", "classifier"])
 def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, kind):
     folder = place.folder / ("base" if kind == "language model" else "judge")

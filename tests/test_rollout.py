@@ -182,7 +182,18 @@ def test_weights_of_tokens_may_ask_for_the_limit():
     rules = Rules((rewards.number,), weigh=advantages.constant_length)
     lengths, keep = np.array([[3, 0, 7]]), np.ones((1, 3), bool)
     np.testing.assert_array_equal(rules.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 8))
+    own = Rules((rewards.number,), weigh=partial(advantages.constant_length, most=20))  # a value that is given stays
+    np.testing.assert_array_equal(own.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 20))
     np.testing.assert_array_equal(Rules((rewards.number,)).weighed(lengths, keep, 8), advantages.token_mean(lengths, keep))
+
+
+@pytest.mark.parametrize("asked", [{"warm_up": 1}, {"target_kl": 0.1}])
+def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked):
+    one = some(np.ones((1, 1), int))[0]
+    tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
+    source = Rollouts(Prompts("x"), Rules((rewards.number,), **asked), tokenizer, one, one, 1)
+    with pytest.raises(ValueError, match="optim.in_backward can't let a policy rest"):
+        source.attached(SimpleNamespace(objective=None, tx=SimpleNamespace(in_backward=True)), None, (), None)
 
 
 def test_scores_stay_floating_point():
