@@ -78,7 +78,7 @@ class Rollouts:
         """
         found, objective, rules = self._as_it_was(kept), programs.objective, self.rules
         if getattr(programs.tx, "in_backward", False) and (rules.warm_up or rules.target_kl is not None):
-            raise ValueError("optim.in_backward can't let a policy rest, as warm_up and target_kl ask; set optim.in_backward=false")
+            raise ValueError("optim.in_backward can't let a policy rest, as warm_up and target_kl ask; set it to false")
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
         found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
         found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
