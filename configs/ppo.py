@@ -9,7 +9,8 @@ SmolLM2-135M-Instruct, 2.7 GB on a 2-core CPU. The reference is the policy at st
 (configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in a folder or as
 org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=fresh
 and critic=reward are an adapter and a head beside the policy's, the latter begins as the reward model; critic=shared is a head on
-the policy's own hidden states, which saves its passes; critic=full trains a whole model of its own.
+the policy's own hidden states, which saves its passes; critic=full trains a whole model of its own. Left to itself it is reward
+where the reward model shares the base, else shared.
 """
 
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def config(
     held_out: str | float | None = "auto",
     name: str = "ppo",
     start: str | None = None,
-    critic: Literal["fresh", "reward", "shared", "full"] = "shared",
+    critic: Literal["auto", "fresh", "reward", "shared", "full"] = "auto",
     loss: Callable = clipped,
     kl: Callable = k1,  # how the KL in the rewards is estimated: k1, k2 or k3 of jaxft.objectives.kl
     kl_coef: float = 0.05,
@@ -103,6 +104,8 @@ def config(
     packed = None if quant in ("none", "kept") else Quant(quant)
     if isinstance(reward, str):
         beside, judge = as_reward(reward, llm, packed)
+    if critic == "auto":
+        critic = "reward" if "reward" in beside else "shared"
     if critic == "reward" and "reward" not in beside:
         raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use critic=fresh or full")
     own = Scorer(Adapter(rank=rank or 16))
@@ -112,7 +115,7 @@ def config(
         own = Scorer()
     elif critic == "full":
         own = Scorer(weights=model)
-    penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, estimate=kl)
+    penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
     estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl)
     shape = partial(bounded, missing_eos=missing_eos, limit=limit)
     rules = Rules(
