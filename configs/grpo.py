@@ -8,11 +8,13 @@ of 8 x 8 short answers and its step take about 9 seconds on two CPU cores withou
 reward is a function of (prompt, completion, row), see jaxft.rewards; several are added. Advantages, weights of tokens and losses
 combine freely:
 
+    GRPO         weigh=jaxft.advantages:sequence_mean, as in the paper; without it every token weighs the same, TRL's default
     Dr. GRPO     advantage=jaxft.advantages:centred weigh=jaxft.advantages:constant_length
-    DAPO         keep=jaxft.advantages:varied eps_high=0.28
+    DAPO         keep=jaxft.advantages:varied eps_high=0.28 overlong=2
     GSPO         loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.advantages:sequence_mean
-    RLOO         advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain
-    REINFORCE++  estimate=jaxft.estimates:group_whitened
+    RLOO         advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain weigh=jaxft.advantages:sequence_sum
+                 beta=0.05 kl_in=rewards
+    REINFORCE++  estimate=jaxft.estimates:reinforce beta=0.01 kl_in=rewards; with a group's baseline group_whitened in its place
 """
 
 from collections.abc import Callable
@@ -21,13 +23,14 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.advantages import grpo, token_mean
-from jaxft.completions import Rules
+from jaxft.advantages import grpo, token_mean, weighted_sum
+from jaxft.completions import Rules, bounded
 from jaxft.data.prompts import Prompts
 from jaxft.estimates import by_group
 from jaxft.models.heads import Scorer
+from jaxft.objectives.kl import FixedKL, InRewards, k1
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
+from jaxft.objectives.policy_losses import clipped, plain
 from jaxft.optim import Optim
 from jaxft.prepare import adapter_of
 from jaxft.quant import Quant
@@ -47,9 +50,12 @@ def config(
     name: str = "grpo",
     start: str | None = None,
     rewards: tuple[Callable, ...] = (exact,),
-    weights: tuple[float, ...] = (),  # of the rewards; 1 each
+    weights: tuple[float, ...] = (),  # of the rewards, and of judge after them; 1 each
+    combine: Callable = weighted_sum,  # of several rewards; sum_of_known lets one leave completions to the others
     judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
-    advantage: Callable = grpo,
+    missing_eos: float = 0.0,  # is taken from the score of an answer without an end
+    overlong: int | None = None,  # so many tokens before the limit a score begins to fall, by 1 at the limit (DAPO)
+    advantage: Callable | None = None,  # jaxft.advantages:grpo
     estimate: Callable | None = None,  # in its place
     weigh: Callable = token_mean,
     keep: Callable | None = None,
@@ -58,6 +64,7 @@ def config(
     eps_low: float | None = None,  # the loss's own clipping bounds
     eps_high: float | None = None,
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
+    kl_in: Literal["loss", "rewards"] = "loss",
     temperature: float = 1.0,
     max_prompt: int = 64,
     max_new: int = 8,
@@ -85,17 +92,25 @@ def config(
     beside: dict[str, Scorer] = {}
     given: tuple[Any, ...] = rewards
     if judge is not None:
-        beside, model_of = as_reward(judge, llm, None if quant in ("none", "kept") else Quant(quant))
+        beside, model_of = as_reward(judge, llm, None if quant in ("none", "kept") else Quant(quant), asked.max_length)
         given = (*rewards, model_of)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
-    found = estimate or partial(by_group, advantage=advantage)
+    if advantage and estimate:
+        raise ValueError("estimate= stands in the place of advantage=; leave one of them out")
+    if loss is plain and asked.steps > 1:
+        raise ValueError(f"plain is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped")
+    if kl_in == "rewards" and not beta:
+        raise ValueError("kl_in=rewards takes a beta above 0")
+    found = estimate or partial(by_group, advantage=advantage or grpo)
+    shape = partial(bounded, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong))
+    penalty = InRewards(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(policy, loss=partial(loss, **bounds) if bounds else loss, beta=beta, temperature=temperature),
+        objective=partial(policy, loss=partial(loss, **bounds) if bounds else loss, beta=penalty, temperature=temperature),
         data=asked,
-        source=partial(rollouts, rules=Rules(given, found, weigh, weights, keep=keep, cut_off=cut_off)),
+        source=partial(rollouts, rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off)),
         adapter=adapter_of(start, rank, llm),
         start=start,
         beside=beside,

@@ -62,7 +62,7 @@ def config(
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        beside, judge = as_reward(reward, llm, None if quant in ("none", "kept") else Quant(quant))
+        beside, judge = as_reward(reward, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new)
     return Run(
         name=name,
         weights=model,

@@ -43,14 +43,15 @@ SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.js
 
 
 def objective(
-    model: Any, loss: Callable, penalty: InRewards, temperature: float, value_coef: float, entropy: float, shared: bool
-) -> Any:
+    model: Any, loss: Callable, penalty: InRewards, temperature: float, critic: tuple[float, float | None], entropy: float,
+    shared: bool,
+) -> Any:  # fmt: skip
     """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head that reads
     the policy's hidden states and leaves them as they are: its gradient would move the policy more than the rewards do."""
     still = jax.lax.stop_gradient
     hidden = lambda params, batch, h: still(h) if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
     value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
-    return policy(model, loss, penalty, entropy, temperature, Critic(value, coef=value_coef))
+    return policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
 
 
 def config(
@@ -72,7 +73,9 @@ def config(
     whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
+    eps: float = 0.2,  # how far the ratio may go before the loss holds it
     value_coef: float = 0.1,
+    value_clip: float | None = 0.2,
     entropy: float = 0.0,
     warm_up: int = 0,
     temperature: float = 0.7,
@@ -103,11 +106,15 @@ def config(
     judge: Any = reward
     packed = None if quant in ("none", "kept") else Quant(quant)
     if isinstance(reward, str):
-        beside, judge = as_reward(reward, llm, packed)
+        beside, judge = as_reward(reward, llm, packed, asked.max_length)
     if critic == "auto":
         critic = "reward" if "reward" in beside else "shared"
     if critic == "reward" and "reward" not in beside:
-        raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use critic=fresh or full")
+        raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full")
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma and lam are in [0, 1], found {gamma} and {lam}")
+    if missing_eos < 0 or (limit is not None and limit <= 0):
+        raise ValueError(f"missing_eos is from 0 up and limit above 0 or none, found {missing_eos} and {limit}")
     own = Scorer(Adapter(rank=rank or 16))
     if critic == "reward":
         own = replace(beside["reward"], trained=True)
@@ -116,7 +123,7 @@ def config(
     elif critic == "full":
         own = Scorer(weights=model)
     penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
-    estimate = partial(actor_critic, kl_coef=None, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl)
+    estimate = partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl)
     shape = partial(bounded, missing_eos=missing_eos, limit=limit)
     rules = Rules(
         (judge,), estimate, token_mean, shape=shape, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl
@@ -125,8 +132,10 @@ def config(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(objective, loss=loss, penalty=InRewards(penalty), temperature=temperature, value_coef=value_coef,
-                          entropy=entropy, shared=critic == "shared"),  # fmt: skip
+        objective=partial(
+            objective, loss=partial(loss, eps_low=eps, eps_high=eps) if loss is clipped else loss, penalty=InRewards(penalty),
+            temperature=temperature, critic=(value_coef, value_clip), entropy=entropy, shared=critic == "shared",
+        ),
         data=asked,
         source=partial(rollouts, rules=rules),
         adapter=adapter_of(start, rank, llm),
@@ -137,4 +146,4 @@ def config(
         loop=Loop(eval_every=8, save_every=8),
         general="configs/data/general.jsonl",
         seed=seed,
-    )
+    )  # fmt: skip

@@ -130,6 +130,15 @@ def asks(fn: Any, name: str) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
+def check_takes(fn: Any, name: str, first: tuple[str, ...], more: tuple[str, ...]) -> None:
+    """Raise ValueError where `fn` can't be called with `first` in their places and those of `more` that it asks for by name."""
+    try:
+        inspect.signature(fn).bind(*first, **{other: other for other in more if asks(fn, other)})
+    except TypeError as error:
+        told = f"{name}={getattr(fn, '__name__', fn)} can't be called with ({', '.join(first)}): {error}"
+        raise ValueError(f"{told}; it may ask for {', '.join(more)} too" if more else told) from error
+
+
 # Advantages of groups
 
 
@@ -169,6 +178,9 @@ def remax(scores: Scores, greedy: Float[np.ndarray, " G"]) -> Scores:
     return _known(_double(scores) - _double(greedy)[:, None], scores)
 
 
+OF_GROUPS = (centred, grpo, grpo_batch, rloo, opo)  # those that compare the completions of a group
+
+
 def standardised(advantages: Scores, eps: float = 1e-4) -> Scores:
     """`(A - mean) / (std + eps)` over the batch, NaN left out; TRL's RLOO normalize_advantages. 0 where all are equal."""
     x = _double(advantages)
@@ -202,8 +214,10 @@ def gae(rewards: PerToken, values: PerToken, lengths: Lengths, gamma: float = 1.
     """(advantages, returns) [n, T]: `A_t = sum_l (gamma lam)^l d_(t+l)`, `d_t = r_t + gamma V_(t+1) - V_t`, `R_t = A_t + V_t`.
 
     Schulman et al. 2015 (arXiv:1506.02438, eq. 16). The value after the last token is 0: a completion that is cut off ends there
-    too. Whiten the advantages afterwards, so that returns stay returns.
+    too. Whiten the advantages afterwards, so that returns stay returns. Raises ValueError for a gamma or lam beyond [0, 1].
     """
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma and lam are in [0, 1], found {gamma} and {lam}")
     r, v, real = _double(rewards), _double(values), inside(lengths, rewards.shape[1])
     r, v = np.where(real, r, 0), np.where(real, v, 0)
     out, later = np.zeros_like(r), np.zeros(len(r))

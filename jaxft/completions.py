@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,7 +74,17 @@ class Rules:
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl is above 0 or none, found {self.target_kl}")
         if self.weights and len(self.weights) != len(self.rewards):
-            raise ValueError(f"{len(self.rewards)} rewards need as many weights, found {len(self.weights)}")
+            names = ", ".join(rewards.names_of(self.rewards))
+            raise ValueError(f"{len(self.rewards)} rewards ({names}) need as many weights, found {len(self.weights)}")
+        if not np.isfinite(self.weights).all():
+            raise ValueError(f"weights of rewards are finite, found {self.weights}")
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up is a number of rollouts from 0 up, found {self.warm_up}")
+        given = (("weigh", self.weigh, ("lengths", "keep"), ("most",)), ("keep", self.keep, ("scores",), ()))
+        of = self.estimate.keywords.get("advantage") if isinstance(self.estimate, partial) else None
+        for name, fn, first, more in (*given, ("advantage", of, ("scores",), ("lengths",))):
+            if fn is not None:
+                adv.check_takes(fn, name, first, more)
 
     @property
     def each_weight(self) -> tuple[float, ...]:
@@ -93,10 +104,15 @@ def rewards_of(source: Any) -> tuple[Any, ...]:
 
 
 def bounded(
-    scores: np.ndarray, lengths: np.ndarray, ended: np.ndarray, missing_eos: float = 0.0, limit: float | None = None
-) -> np.ndarray:
-    """A shape for Rules: scores less `missing_eos` where a completion has no end, held within +-limit before that."""
+    scores: np.ndarray, lengths: np.ndarray, ended: np.ndarray, missing_eos: float = 0.0, limit: float | None = None,
+    overlong: tuple[int, int] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """A shape for Rules: scores less `missing_eos` where a completion has no end, held within +-limit before that.
+
+    overlong: (most, soft) of advantages.overlong, which is added.
+    """
     scores = scores if limit is None else adv.clipped(scores, -limit, limit)
+    scores = scores if overlong is None else scores + adv.overlong(lengths, *overlong)
     return adv.missing_eos(scores, ended, missing_eos)
 
 

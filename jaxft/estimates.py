@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from jaxft import advantages as adv
 @dataclass(frozen=True)
 class Sampled:
     """A rollout as numbers: G prompts, N completions of each, n = G N of them in order; per-token arrays [n, S], 0 beyond the
-    length. scores: NaN where there is none; each: of every reward alone, as it was given, with its weight in `weights`. aux: what
-    the objective keeps beside the parameters, such as kl_coef."""
+    length. scores: NaN where there is none; each: of every reward alone, as it was given, with its weight in `weights`. aux: has
+    the kl_coef of a penalty that belongs in the rewards (kl.InRewards), else nothing."""
 
     scores: Float[np.ndarray, "G N"]
     lengths: Int[np.ndarray, "G N"]
@@ -42,13 +43,19 @@ class Estimate:
     told: dict[str, float]
 
 
-def by_group(sampled: Sampled, advantage: Callable = adv.grpo) -> Estimate:
+def by_group(
+    sampled: Sampled, advantage: Callable = adv.grpo, kl_coef: float | None = None, kl: Callable | None = None
+) -> Estimate:
     """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO, OPO.
 
-    advantage(scores [G, N]) -> [G, N]; one that asks for `lengths` gets those of the completions.
+    advantage(scores [G, N]) -> [G, N]; one that asks for `lengths` gets those of the completions. kl_coef: with a KL in the
+    rewards the scores are less kl_coef times the completion's KL, as in TRL's RLOO; see actor_critic.
     """
     more = {"lengths": sampled.lengths} if adv.asks(advantage, "lengths") else {}
-    return Estimate(adv.at_tokens(advantage(sampled.scores, **more), sampled.lengths, sampled.logps.shape[1]), None, {})
+    coef = _coef(sampled, kl_coef)
+    rewards, told = _rewards(sampled, coef, kl) if coef else (None, {})
+    scores = sampled.scores if rewards is None else _summed(rewards, sampled.scores)
+    return Estimate(adv.at_tokens(advantage(scores, **more), sampled.lengths, sampled.logps.shape[1]), None, told)
 
 
 def by_each(sampled: Sampled) -> Estimate:
@@ -68,28 +75,53 @@ def group_whitened(sampled: Sampled) -> Estimate:
     return Estimate(adv.whiten(spread, sampled.inside), None, {})
 
 
-def reinforce(sampled: Sampled, kl_coef: float = 0.01, gamma: float = 1.0, kl: Callable | None = None) -> Estimate:
-    """REINFORCE++ (arXiv:2501.03262): what is to come of score and -kl_coef KL, whitened over all tokens."""
-    rewards, told = _rewards(sampled, kl_coef, kl)
+def reinforce(sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, kl: Callable | None = None) -> Estimate:
+    """REINFORCE++ (arXiv:2501.03262): what is to come of score and -kl_coef KL, whitened over all tokens; see actor_critic."""
+    rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
     return Estimate(adv.whiten(adv.returns_to_go(rewards, _flat(sampled), gamma), sampled.inside), None, told)
 
 
 def actor_critic(
-    sampled: Sampled, kl_coef: float | None = 0.05, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
+    sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
     kl: Callable | None = None,
 ) -> Estimate:  # fmt: skip
     """PPO's: generalised advantages of `-kl_coef KL_t` and the score at the end, whitened; returns are made before whitening.
 
-    kl_coef: None takes the one that a controller keeps in aux. kl(logp, reference) -> per token, k1 by default.
+    kl_coef: None takes that of the objective's penalty where it is InRewards(...), else 0. kl(logp, reference) -> per token, k1
+    by default.
     """
     if sampled.values is None:
         raise ValueError("actor_critic needs a critic's values; give policy(...) a value, or take an estimate without a critic")
-    coef = float(sampled.aux["kl_coef"]) if kl_coef is None else kl_coef
-    rewards, told = _rewards(sampled, coef, kl)
+    rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
     if whiten_rewards:
         rewards = adv.whiten_around_mean(rewards, sampled.inside)
     found, returns = adv.gae(rewards, sampled.values, _flat(sampled), gamma, lam)
     return Estimate(adv.whiten(found, sampled.inside), returns, told)
+
+
+KNOW_NO_KL = (by_each, group_whitened)
+
+
+def plain(fn: Any) -> Any:
+    """The function below partial(...)."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return fn
+
+
+def needs_a_group(estimate: Any) -> bool:
+    """Whether all advantages are 0 with one completion of each prompt."""
+    of = estimate.keywords.get("advantage", adv.grpo) if isinstance(estimate, partial) else adv.grpo
+    return plain(estimate) in KNOW_NO_KL or (plain(estimate) is by_group and plain(of) in adv.OF_GROUPS)
+
+
+def _coef(sampled: Sampled, given: float | None) -> float:
+    return float(sampled.aux.get("kl_coef", 0.0)) if given is None else given
+
+
+def _summed(rewards: Float[np.ndarray, "n S"], scores: Float[np.ndarray, "G N"]) -> Float[np.ndarray, "G N"]:
+    """What a completion's tokens have together, NaN where it has no score."""
+    return np.where(adv.scorable(scores), rewards.sum(1).reshape(scores.shape), np.nan)
 
 
 def _flat(sampled: Sampled) -> Int[np.ndarray, " n"]:

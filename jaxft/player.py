@@ -24,7 +24,7 @@ from jaxft.models.heads import view
 if TYPE_CHECKING:
     from jaxft.rollout import Rollouts
 
-SHOWN = 8  # completions of each rollout that are kept in completions.jsonl
+SHOWN, EACH = 8, 2  # completions of each rollout that are kept in completions.jsonl, of each prompt at most
 HELD_OUT = 2**31 - 1  # the number of the draw that measures
 
 
@@ -33,6 +33,7 @@ class Player:
 
     def __init__(self, source: "Rollouts", programs: Any, frozen: Any, stop: tuple[int, ...], path: Path):
         self.source, self.programs, self.frozen, self.stop, self.path = source, programs, frozen, stop, path
+        self.warned = False
         p, data = programs, source.data
         if getattr(p.objective, "temperature", data.temperature) != data.temperature:
             found = f"data.temperature={data.temperature} and the objective's is {p.objective.temperature}"
@@ -71,7 +72,11 @@ class Player:
         source, data = self.source, self.source.data
         done = self._completed(source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number)
         if not adv.scorable(done.scores).any():
-            raise ValueError(f"no completion of rollout {number + 1} could be scored: {done.faults.first}")
+            found = done.faults.first or "none has all of its rewards"
+            raise ValueError(f"no completion of rollout {number + 1} could be scored: {found}")
+        if done.faults.first and not self.warned and distributed.is_first():
+            print(f"rollout {number + 1}: {done.faults.first}; it has no score, and more of this is only counted", flush=True)
+            self.warned = True
         self._keep(number * source.boundary, done)
         return done
 
@@ -82,7 +87,8 @@ class Player:
             return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {}, *several)
         numbers = self._run(self.judge, done, state)
         per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
-        aux = jax.device_get({name: x for name, x in state.aux.items() if name == "kl_coef"})
+        own = ("kl_coef",) if self.programs.objective.in_rewards else ()
+        aux = jax.device_get({name: state.aux[name] for name in own})
         logps, reference, values = map(per_token, numbers)
         return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux, *several)
 
@@ -112,7 +118,7 @@ class Player:
     def _scores(self, done: Completions, state: Any) -> tuple[np.ndarray, rewards.Faults]:
         """The score of each completion by each reward, in order: functions on process 0, models on the mesh."""
         given, group = self.source.rules.rewards, done.lengths.shape[1]
-        functions: list[Any] = [reward for reward in given if not isinstance(reward, ByScorer) and reward not in self.opened]
+        functions: list[Any] = [reward for reward in given if not isinstance(reward, ByScorer) and not hasattr(reward, "opened")]
         of = [i // group for i in range(len(done.texts))]
         asked, rows = [done.asked.prompts[i] for i in of], [(done.asked.names[i], done.asked.fields[i]) for i in of]
 
@@ -126,7 +132,7 @@ class Player:
         for reward in given:
             if isinstance(reward, ByScorer):
                 each.append(self._run(self.score[reward], done, state)[:, :group].ravel())
-            elif reward in self.opened:
+            elif hasattr(reward, "opened"):
                 each.append(rewards.checked(self.opened[reward](asked, done.texts), rewards.name_of(reward), rows, faults))
             else:
                 each.append(next(columns))
@@ -153,7 +159,7 @@ class Player:
         names = rewards.names_of(self.source.rules.rewards)
         group = done.lengths.shape[1]
         with self.path.open("a", encoding="utf-8") as file:
-            for i in range(min(SHOWN, len(done.texts))):
+            for i in shown(len(done.texts), group):
                 scores = {name: None if np.isnan(x) else float(x) for name, x in zip(names, done.each[i], strict=True)}
                 total = done.scores.ravel()[i]
                 line = {"step": step + 1, "row": done.asked.names[i // group], "prompt": done.asked.prompts[i // group]}
@@ -170,13 +176,18 @@ class Player:
         lengths, ended = np.concatenate([d.lengths for d in parts]), np.concatenate([d.ended for d in parts])
         out = {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
         out |= {name: x for name, x in adv.counts(scores).items() if name != "frac_reward_zero_std"}
-        for name, x in zip(rewards.names_of(source.rules.rewards), each.T, strict=True):
-            if not np.isnan(x).all():
-                out[f"rewards/{name}/mean"] = float(np.nanmean(x))
+        out |= {name: x for name, x in of_each(source.rules, each).items() if x is not None}
+        for kind in parts[0].faults.counts:
+            out[f"reward_faults/{kind}"] = sum(d.faults.counts[kind] for d in parts) / each.size
         if getattr(self.programs.objective, "reference", False) and source.judged:
             numbers = [self.sampled(done, state) for done in parts]
             out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / len(scores))
         return out
+
+
+def shown(count: int, group: int) -> list[int]:
+    """Which of a rollout's completions its table shows: the first two of each prompt, as far as there is room."""
+    return [i for i in range(count) if i % group < EACH][:SHOWN]
 
 
 def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
@@ -197,8 +208,9 @@ def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> A
         own = view(params, by.name)
         before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
         last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
-        if by.unread is not None:
-            last = jnp.maximum(last - (jnp.take_along_axis(rows.ids, last, axis=1) == by.unread), 0)
+        if by.unread is not None:  # before a completion of that one token is its prompt, and not the completion beside it
+            prior = jnp.where(rows.lengths == 1, jnp.maximum(before - 1, 0)[:, None], jnp.maximum(last - 1, 0))
+            last = jnp.where(jnp.take_along_axis(rows.ids, last, axis=1) == by.unread, prior, last)
         return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 
     return jax.lax.map(one, batch)
@@ -210,6 +222,16 @@ def means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
     return {name: weigh(x) for name, x in told.items()}
 
 
+def of_each(rules: Rules, each: np.ndarray) -> dict[str, float | None]:
+    """Mean and standard deviation (unbiased, as reward_std) of each reward [G, N, K] alone, None where too few are known."""
+    out: dict[str, float | None] = {}
+    for name, x in zip(rewards.names_of(rules.rewards), each.T, strict=True):
+        known = x[~np.isnan(x)]
+        out[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else None
+        out[f"rewards/{name}/std"] = float(known.std(ddof=1)) if len(known) > 1 else None
+    return out
+
+
 def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, judged: bool) -> dict[str, Any]:
     """A rollout's metrics, TRL's names, the same ones every time."""
     lengths, ended, count = done.lengths.ravel(), done.ended.ravel(), done.lengths.size
@@ -219,11 +241,10 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
     out |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
     out |= {"frac_learned": float(kept.mean())}
     out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}
-    out["completions/mean_terminated_length"] = float(lengths[ended].mean()) if ended.any() else None
-    for name, x in zip(rewards.names_of(rules.rewards), done.each.T, strict=True):
-        none = bool(np.isnan(x).all())
-        out |= {f"rewards/{name}/mean": None if none else float(np.nanmean(x))}
-        out |= {f"rewards/{name}/std": None if none else float(np.nanstd(x))}
+    of_ended = lengths[ended]
+    for name in ("mean", "min", "max"):
+        out[f"completions/{name}_terminated_length"] = float(getattr(of_ended, name)()) if len(of_ended) else None
+    out |= of_each(rules, done.each)
     if sampled.reference is not None:
         out["objective/kl"] = float((sampled.logps - sampled.reference).sum() / count)
     metrics = means(out, count)

@@ -17,7 +17,13 @@ from jaxft.rollout import Rollouts
 
 
 def ranked(data: prompts.Ranked, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "RankedRollouts":
-    """The source of a run that learns from pairs of its own completions; of the rules it takes rewards, shape and cut_off."""
+    """The source of a run that learns from pairs of its own completions.
+
+    Of the rules it takes rewards, weights, combine, shape and cut_off, and refuses others.
+    """
+    known = Rules(rules.rewards, weights=rules.weights, combine=rules.combine, shape=rules.shape, cut_off=rules.cut_off)
+    if rules != known:
+        raise ValueError("pairs are made of rewards, weights, combine, shape and cut_off; leave the other rules as they are")
     train, held = prompts.split(data, tokenizer)
     return RankedRollouts(data, rules, tokenizer, train, held, shards)
 
@@ -44,7 +50,10 @@ class RankedRollouts(Rollouts):
         return found
 
     def _learned(self, number: int, done: Completions, state: Any) -> Learned:
-        """The best and the worst of each prompt's completions; a prompt whose scores are all equal teaches nothing."""
+        """The best and the worst of each prompt's completions; a prompt whose scores are all equal teaches nothing.
+
+        Where that is so of all of a step's prompts only the optimizer's momentum goes on.
+        """
         known = adv.scorable(done.scores) & (done.ended | self.rules.cut_off)
         best = np.where(known, done.scores, -np.inf).argmax(1)
         worst = np.where(known, done.scores, np.inf).argmin(1)

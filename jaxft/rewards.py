@@ -4,6 +4,7 @@ A reward is a number; what raises, or gives None, NaN or no number is counted an
 learned from by nobody, and never silently worth 0.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answ
 
 def last_number(text: Any) -> float | None:
     """The last number in a text (after #### where GSM8K's mark stands), thousands separators allowed; None without one."""
-    found = NUMBER.findall(str(text).rpartition("####")[2])
+    found = NUMBER.findall(str(text).rpartition("####")[2].replace("\u2212", "-"))  # a typeset minus
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -80,7 +81,7 @@ def scored(
 ) -> tuple[Float[np.ndarray, "n K"], Faults]:
     """The score of each completion by each reward, NaN where there is none, and what went wrong.
 
-    asked: each completion's prompt; rows: the name and the fields of its row.
+    asked: each completion's prompt; rows: the name and the fields of its row. A reward gets copies, which it may change.
     """
     faults = Faults()
     out = np.full((len(completions), len(rewards)), np.nan)
@@ -88,8 +89,8 @@ def scored(
         name = name_of(reward)
         for i, (prompt, completion, (row, fields)) in enumerate(zip(asked, completions, rows, strict=True)):
             try:
-                value = reward(prompt, completion, dict(fields))
-            except Exception as error:  # a user's function may raise anything
+                value = reward(copy.deepcopy(prompt), completion, copy.deepcopy(fields))
+            except (Exception, SystemExit) as error:  # a user's function may raise anything
                 told = " ".join(str(error).split())[:200]
                 out[i, k] = faults.note("raised", f"reward {name} raised {type(error).__name__}: {told} ({row})")
                 continue
@@ -108,7 +109,6 @@ def checked(scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], 
 
 def _number(value: Any, name: str, row: str, faults: Faults) -> float:
     """A score, of whatever type has a real value; text has none, nor has an array of several."""
-    found = f"{type(value).__name__} {value!r}"[:80]
     if not isinstance(value, str | bytes | complex | np.complexfloating) and hasattr(value, "__float__") and np.ndim(value) == 0:
         try:
             score = float(value)
@@ -116,4 +116,12 @@ def _number(value: Any, name: str, row: str, faults: Faults) -> float:
             score = math.nan
         if math.isfinite(score):
             return score
-    return faults.note("not_a_number", f"reward {name} gave {found}, wanted a finite number ({row})")
+    return faults.note("not_a_number", f"reward {name} gave {_shown(value)}, wanted a finite number ({row})")
+
+
+def _shown(value: Any) -> str:
+    """A value in words, of whatever type: its own words may fail."""
+    try:
+        return f"{type(value).__name__} {value!r}"[:80]
+    except Exception:
+        return f"a {type(value).__name__}"

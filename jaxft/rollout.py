@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxft import advantages as adv
+from jaxft import estimates
 from jaxft.completions import Completions, Learned, Rules, by_read
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
@@ -59,8 +60,11 @@ class Rollouts:
         self.shapes: list[Any] = [prompts.shapes(data, room, self.shards) for room in self.rooms]
         self.drawn = self.shapes
         self.boundary = data.steps
-        a_pass = -(-len(self.train) // data.batch)
-        self.steps_per_epoch = a_pass * data.steps
+        self.steps_per_epoch = len(self.train) / data.batch * data.steps
+        if self.rules.target_kl is not None and data.steps == 1:
+            raise ValueError("target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out")
+        if data.group == 1 and estimates.needs_a_group(self.rules.estimate):
+            raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
         self.steps = max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
         self.fingerprint = prompts.fingerprint(data, self.train, self.held)
         self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
@@ -77,8 +81,13 @@ class Rollouts:
         kept: what a checkpoint has of a source, see `kept`.
         """
         found, objective, rules = self._as_it_was(kept), programs.objective, self.rules
-        if getattr(programs.tx, "in_backward", False) and (rules.warm_up or rules.target_kl is not None):
-            raise ValueError("optim.in_backward can't let a policy rest, as warm_up and target_kl ask; set it to false")
+        rests = rules.warm_up or rules.target_kl is not None or rules.keep is not None or not rules.cut_off
+        if getattr(programs.tx, "in_backward", False) and rests:
+            found = "as warm_up, target_kl, keep and cut_off may ask"
+            raise ValueError(f"optim.in_backward can't let a policy rest, {found}; set it to false")
+        if objective.in_rewards and estimates.plain(rules.estimate) in estimates.KNOW_NO_KL:
+            found = estimates.plain(rules.estimate).__name__
+            raise ValueError(f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta")
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
         found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
         found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]

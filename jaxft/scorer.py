@@ -180,11 +180,16 @@ def examples(asked: Sequence[Any], completions: Sequence[str], tokenizer: Any) -
     return out
 
 
-def as_reward(ref: str, model: Model, quant: Quant | None = None) -> tuple[dict[str, heads.Scorer], ByScorer | ByModel]:
+def as_reward(
+    ref: str, model: Model, quant: Quant | None = None, longest: int = 0
+) -> tuple[dict[str, heads.Scorer], ByScorer | ByModel]:
     """(what stands beside a run's base, the reward) for the reward model that `ref` names.
 
-    An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`; a classifier, a folder's, that of a
-    run with full=true, or org/name@revision on the hub, is a model of its own, its layers held as `quant` says.
+    An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model` and is read at a completion's last
+    token, as jaxft trains it; one that was trained to be read at what a chat template puts after the end token is read before
+    that. A classifier, a folder's, that of a run with full=true, or org/name@revision on the hub, is a model of its own, its
+    layers held as `quant` says. longest: tokens of a prompt with its completion; a model of its own has room for twice as many
+    of its own tokens, and for 1024 at least.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.results(Path(ref))  # a run that isn't finished is told as such
@@ -192,7 +197,7 @@ def as_reward(ref: str, model: Model, quant: Quant | None = None) -> tuple[dict[
     if "@" in ref or ((folder / "config.json").is_file() and not (prepare.adapter_folder(ref) / "adapter_config.json").is_file()):
         found = ref if "@" in ref else str(folder)
         check(found)
-        return {}, ByModel(found, quant)
+        return {}, ByModel(found, quant, max(1024, 2 * longest))
     adapter = prepare.adapter_folder(ref)
     unread = padding(ref, adapter) if (adapter / "tokenizer_config.json").is_file() else None
     return {"reward": prepare.reward_scorer(ref, model)}, ByScorer("reward", unread)

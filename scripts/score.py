@@ -62,7 +62,10 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         for batch in source.cover(range(source.pairs)):
             if loaded.pad is not None:  # as transformers reads it
                 at_end = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(batch.last.shape)
-                batch = replace(batch, last=np.maximum(batch.last - (at_end == loaded.pad), 0))
+                shares = batch.branches is not None  # a prompt that stands before the first answer alone
+                prompt = (batch.last - batch.lengths)[..., :1] if shares else batch.last - batch.lengths
+                prior = np.where(batch.lengths == 1, prompt, batch.last - 1)
+                batch = replace(batch, last=np.where(at_end == loaded.pad, np.maximum(prior, 0), batch.last))
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:

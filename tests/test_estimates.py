@@ -1,5 +1,7 @@
 """What scores mean for each token, against the sums written out."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -39,15 +41,34 @@ def to_go(s, coef):
 
 
 def test_every_token_has_its_completions_advantage():
-    found = estimates.by_group(sampled(), advantage=advantages.centred)
+    found = estimates.by_group(sampled(aux={}), advantage=advantages.centred)
     assert found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]] and found.returns is None
 
 
 def test_an_advantage_that_asks_for_lengths_gets_them():
-    found = estimates.by_group(sampled(), advantage=advantages.opo)
+    found = estimates.by_group(sampled(aux={}), advantage=advantages.opo)
     wanted = advantages.opo(SCORES, LENGTHS)
     np.testing.assert_allclose(found.advantages[:, 0], wanted.ravel(), rtol=1e-12)
     assert wanted.any()
+
+
+@pytest.mark.parametrize("given", [{}, {"kl_coef": 0.25}], ids=["the objective's", "given"])
+def test_a_kl_in_the_rewards_of_a_group_is_taken_from_its_scores(given):
+    """As in TRL's RLOO, before the group's baseline."""
+    s = sampled(aux={} if given else {"kl_coef": np.float32(0.25)})
+    kl = (s.logps - s.reference).sum(1).reshape(2, 2)
+    found = estimates.by_group(s, advantage=advantages.rloo, **given)
+    wanted = advantages.rloo(SCORES - 0.25 * kl)
+    np.testing.assert_allclose(found.advantages[:, 0], wanted.ravel(), rtol=1e-10)
+    assert wanted[0, 0] == pytest.approx(-wanted[0, 1]) != -2 and not found.advantages[3].any()
+    assert found.told["objective/non_score_reward"] == pytest.approx(-0.25 * kl.ravel()[:3].mean())
+
+
+def test_which_estimates_need_several_completions_of_a_prompt():
+    of = lambda fn: partial(estimates.by_group, advantage=fn)  # noqa: E731
+    assert all(map(estimates.needs_a_group, (estimates.by_group, estimates.by_each, of(advantages.rloo), of(advantages.grpo))))
+    free = (estimates.actor_critic, partial(estimates.reinforce, kl_coef=0.1), of(lambda scores: scores - 0.5))
+    assert not any(map(estimates.needs_a_group, free))
 
 
 def test_each_reward_is_normalised_alone():

@@ -311,11 +311,13 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     np.testing.assert_allclose(value, value_too, rtol=1e-6)  # the coefficient is float32 in aux
     assert_close(slope, slope_too, 1e-6)
     assert found["kl_coef"] == np.float32(0.3)
-    sums = {"kl_per_completion": metrics.Sum(jnp.asarray(14.0), jnp.asarray(20.0))}
+    moved = metrics.Sum(jnp.asarray(0.1), jnp.asarray(1.0))
+    sums = {"kl_per_completion": metrics.Sum(jnp.asarray(14.0), jnp.asarray(20.0)), "loss/policy_avg": moved}
     after = objective.after_step(aux, None, sums)
     np.testing.assert_allclose(after["kl_coef"], 0.3 * (1 + 0.2 * 20 / 10), rtol=1e-6)
-    nothing = {"kl_per_completion": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
-    assert objective.after_step(aux, None, nothing)["kl_coef"] == aux["kl_coef"]
+    nothing = {**sums, "kl_per_completion": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
+    resting = {**sums, "loss/policy_avg": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
+    assert all(objective.after_step(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting))
     assert fixed.after_step({"a": 1}, None, sums) == {"a": 1}
 
 

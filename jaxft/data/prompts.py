@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -63,6 +63,14 @@ class Prompts:
                 f"data.batch={self.batch} prompts do not divide into data.minibatches={self.minibatches} of "
                 f"data.micro={self.micro} microbatches; make it a multiple of {self.minibatches * self.micro}"
             )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"data.temperature={self.temperature}; wanted a number from 0 (greedy) up")
+        if self.group > 1 and self.temperature == 0:
+            raise ValueError(f"data.temperature=0 draws the same completion {self.group} times; raise it, or set data.group=1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"data.top_k={self.top_k}; wanted at least 1, or none")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"data.top_p={self.top_p}; wanted a number above 0 up to 1, or none")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
@@ -239,18 +247,19 @@ def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
 
 
 def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
-    """(prompts to learn from, prompts held out)."""
+    """(prompts to learn from, prompts held out); of a share all rows with the same prompt are on one side."""
     asked = read(data.train, data, tokenizer)
     if data.held_out in (None, "none", 0):
         return asked, asked.at(())
     if isinstance(data.held_out, str):
         return asked, read(data.held_out, data, tokenizer)
-    if len(asked) < 2:
+    apart = list(dict.fromkeys(asked.ids))
+    if len(apart) < 2:
         raise ValueError(f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none")
-    share = min(max(1, round(data.held_out * len(asked))), len(asked) - 1)
-    order = pack.permutation(len(asked), data.seed, 0)
-    kept = asked.at(np.sort(order[share:]))
-    return Asked(kept.ids, kept.names, kept.prompts, kept.fields, asked.dropped), asked.at(np.sort(order[:share]))
+    share = min(max(1, round(data.held_out * len(apart))), len(apart) - 1)
+    held = {apart[i] for i in pack.permutation(len(apart), data.seed, 0)[:share]}
+    here = np.array([ids in held for ids in asked.ids])
+    return replace(asked.at(np.flatnonzero(~here)), dropped=asked.dropped), asked.at(np.flatnonzero(here))
 
 
 def drawn(data: Prompts, count: int, rollout: int) -> np.ndarray:

@@ -68,8 +68,9 @@ class AdaptiveKL:
     def update(self, coef: Any, kl: Any, count: Any) -> Any:
         """`coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon)`, after `count` completions of `kl` nats in the mean.
 
-        Numbers or arrays, in a program or outside. policy(...) calls it after each optimizer step with that step's completions:
-        with several passes over a rollout a horizon is as many times shorter as in TRL 0.11, which calls it once a rollout.
+        Numbers or arrays, in a program or outside. policy(...) calls it after each optimizer step that teaches the policy, with
+        that step's completions and the KL as it is estimated then: with several passes over a rollout a horizon is as many times
+        shorter as in TRL 0.11, which calls it once a rollout with the KL at drawing.
         """
         return coef * (1 + jnp.clip(kl / self.target - 1, -0.2, 0.2) * count / self.horizon)
 
@@ -78,7 +79,7 @@ class AdaptiveKL:
 class InRewards:
     """A penalty that the rewards have, as in PPO: the loss has none of it. Its coefficient is aux["kl_coef"].
 
-    An adaptive one counts the completions that are learned from, so that each pass over a rollout counts.
+    An adaptive one counts the completions of each optimizer step, so that each pass over a rollout counts.
     """
 
     penalty: FixedKL | AdaptiveKL

@@ -22,6 +22,7 @@ from jaxft.objectives.policy_losses import Drawn, PolicyLoss
 from jaxft.objectives.preference import require
 from jaxft.objectives.reads import read_logps, read_numbers
 from jaxft.objectives.sft import sft
+from jaxft.objectives.watch import Told, watch_rollouts
 from jaxft.params import Model
 from jaxft.tree import struct
 
@@ -74,7 +75,8 @@ class Policy:
     see(params, batch, key, aux) -> Played; judge(played, aux) -> (loss, metrics). start(trainable, at_base) -> aux;
     after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> LogProbs [B, M] of the completions, and
     reference_logps(params, batch, aux) -> [B, M] of the reference, both at `temperature`; values(params, batch) -> [B, M] of the
-    critic, None without one. reference: whether a batch needs the reference's log-probs. text: the objective of general text.
+    critic, None without one. reference: whether a batch needs the reference's log-probs; in_rewards: whether the KL is the
+    rewards'. text: the objective of general text. watch(memory, entry, last) tells what goes wrong, see watch.py.
     """
 
     see: Callable[..., Played]
@@ -87,6 +89,8 @@ class Policy:
     reference: bool
     temperature: float
     text: Callable[..., tuple[Array, dict[str, Any]]]
+    in_rewards: bool = False
+    watch: Callable[..., Told] = watch_rollouts
 
     def __call__(self, params: Any, batch: Rollout, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
         """Both halves."""
@@ -121,6 +125,7 @@ def policy(
     Metrics have the names that TRL's GRPO gives them, the trainer of this family that TRL still has, and TRL's of PPO where GRPO
     has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
     """
+    require(entropy >= 0, f"the coefficient of an entropy bonus is from 0 up, found {entropy}")
     require(0 < temperature < float("inf"), f"the temperature that completions are drawn at is above 0, found {temperature}")
     penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
     seat = Critic(value) if value is not None and not isinstance(value, Critic) else value
@@ -136,6 +141,7 @@ def policy(
         reference=penalty is not None,
         temperature=temperature,
         text=sft(model),
+        in_rewards=isinstance(penalty, InRewards),
     )
 
 
@@ -206,9 +212,13 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
 
 
 def _values(loss: PolicyLoss, drawn: Drawn) -> Array:
-    found = loss(drawn)
+    name = getattr(getattr(loss, "func", loss), "__name__", repr(loss))
+    try:
+        found = loss(drawn)
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"the policy loss {name} fails: {told}") from error
     if getattr(found, "shape", None) != drawn.logp.shape:
-        name = getattr(getattr(loss, "func", loss), "__name__", repr(loss))
         shape = getattr(found, "shape", type(found).__name__)
         raise ValueError(f"the policy loss {name} gives one value a token, {drawn.logp.shape}; found {shape}")
     return found
@@ -292,9 +302,9 @@ def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, 
 
 
 def _after_step(penalty: Penalty | None, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """An adaptive coefficient follows the KL of this step's completions."""
+    """An adaptive coefficient follows the KL of this step's completions, but not while the policy rests."""
     if not isinstance(penalty, KEPT):
         return aux
-    kl = metrics["kl_per_completion"]
+    kl, moved = metrics["kl_per_completion"], metrics["loss/policy_avg"].weight != 0
     found = penalty.update(aux["kl_coef"], kl.total / jnp.maximum(kl.weight, 1), kl.weight)
-    return {**aux, "kl_coef": jnp.where(kl.weight > 0, found, aux["kl_coef"]).astype(jnp.float32)}
+    return {**aux, "kl_coef": jnp.where(moved & (kl.weight > 0), found, aux["kl_coef"]).astype(jnp.float32)}

@@ -15,6 +15,7 @@ ERRORS = 5  # standard errors that a fall is above the noise of small batches
 WORSE = 2  # times as far down, and it is said again
 LOST = 0.07  # of accuracy: a fall that matters
 LABELS, GUESSING = 0.1, 0.4  # shares of labels that look flipped: worth an advice, and too many to be believed
+IDLE = 5  # logged steps in a row without anything to learn
 LOSSES = "jaxft.objectives.preference"
 SIDES = "eval_rewards/accuracies_chosen_"
 
@@ -135,6 +136,56 @@ def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
     return {"total": total, "said": total}, [], [
         f"{total:g} steps so far had a loss or gradient that is not finite; they changed nothing. Lower optim.lr, or look at the "
         "loss and at the rows of that step"
+    ]  # fmt: skip
+
+
+def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
+    """As watch, of an objective that learns from rollouts."""
+    number = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+    memory, lines, alarms = {**memory}, [], []
+    for check in (_faults, _nothing_learned, _all_cut_off, skipped):
+        now, said, alarm = check(memory.get(check.__name__, {}), number, last, None)
+        memory[check.__name__] = now
+        lines += said
+        alarms += alarm
+    return memory, lines, alarms
+
+
+def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Rewards that raised or gave no number, at the first rollout that has some and whenever their share is twice as large."""
+    share, said = n.get("reward_faults/raised", 0) + n.get("reward_faults/not_a_number", 0), memory.get("said", 0)
+    if not share or share < WORSE * said:
+        return memory, [], []
+    return {"said": share}, [], [
+        f"{100 * share:.0f} % of the rewards raised or gave no finite number; nobody learns from those completions. "
+        "The first of them is told above; mend the reward"
+    ]  # fmt: skip
+
+
+def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Rollouts, one after the other, in which every group has equal scores, or nothing has a loss."""
+    if "reward" not in n and "frac_learned" not in n:
+        return memory, [], []
+    still = n.get("frac_reward_zero_std") == 1 or n.get("frac_learned") == 0
+    row = memory.get("row", 0) + 1 if still else 0
+    if row != memory.get("next", IDLE):
+        return {**memory, "row": row}, [], []
+    return {"row": row, "next": WORSE * row}, [], [
+        f"{row} logged steps in a row had nothing to learn from: a group's scores are all equal, or nothing counts. "
+        "Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the reward"
+    ]  # fmt: skip
+
+
+def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+    """Rollouts, one after the other, of which no completion ends."""
+    row = memory.get("row", 0) + 1 if n.get("completions/clipped_ratio") == 1 else 0
+    if "completions/clipped_ratio" not in n:
+        return memory, [], []
+    if row != memory.get("next", IDLE):
+        return {**memory, "row": row}, [], []
+    return {"row": row, "next": WORSE * row}, [], [
+        f"no completion of the last {row} logged steps ended before the limit: raise data.max_new, or see whether the model "
+        "knows an end token"
     ]  # fmt: skip
 
 
