@@ -78,9 +78,9 @@ def config(
     value_clip: float | None = 0.2,
     entropy: float = 0.0,
     warm_up: int = 0,
-    temperature: float = 0.7,
+    temperature: float = 1.0,
     max_prompt: int = 256,
-    max_new: int = 40,
+    max_new: int = 32,
     batch: int = 8,
     group: int = 2,  # completions of each prompt
     passes: int = 2,
@@ -88,7 +88,7 @@ def config(
     micro: int = 1,
     lr: float = 3e-4,
     rank: int | None = None,  # of a fresh adapter: 16
-    epochs: float = 0.6,
+    epochs: float = 0.5,
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
@@ -143,7 +143,7 @@ def config(
         beside={"critic": own, **beside},
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
-        loop=Loop(eval_every=8, save_every=8),
+        loop=Loop(eval_every=14, save_every=14),
         general="configs/data/general.jsonl",
         seed=seed,
     )  # fmt: skip
