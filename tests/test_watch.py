@@ -10,7 +10,7 @@ from dpo_place import write_pair_place
 from tiny_run import Place
 
 from jaxft.log import Log, read
-from jaxft.objectives.watch import FALLS, WINDOW, watch, words
+from jaxft.objectives.watch import FALLS, WINDOW, watch, watch_rollouts, words
 
 BETA = 0.1
 
@@ -220,3 +220,34 @@ def test_a_run_that_goes_well_has_no_alarms(place):
     assert json.loads((place.runs("well") / "summary.json").read_text())["alarms"] == []
     assert "alarm" not in place.out() + (place.runs("well") / "README.md").read_text()
     assert "theory says 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
+
+
+def rollouts_told(entries):
+    """What is said about each entry of a run that learns from rollouts."""
+    memory, out = {}, []
+    for i, entry in enumerate(entries):
+        memory, lines, alarms = watch_rollouts(memory, {"step": i + 1, "reward": 0.5, **entry}, i + 1 == len(entries))
+        out.append(alarms)
+        assert not lines
+    return out
+
+
+def test_rewards_that_fail_are_told_at_once_and_when_they_are_twice_as_many():
+    faults = [0.0, 0.1, 0.1, 0.15, 0.2]
+    said = rollouts_told([{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults])
+    assert [len(alarms) for alarms in said] == [0, 1, 0, 0, 1] and said[1][0].startswith("10 % of the rewards raised")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"frac_reward_zero_std": 1.0}, "had nothing to learn from"),
+        ({"frac_learned": 0.0}, "had nothing to learn from"),
+        ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
+    ],
+)
+def test_rollouts_that_teach_nothing_raise_an_alarm_after_some_in_a_row(entry, words):
+    fine = {"frac_reward_zero_std": 0.5, "frac_learned": 1.0, "completions/clipped_ratio": 0.5}
+    said = rollouts_told([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
+    assert [i for i, alarms in enumerate(said) if alarms] == [5, 10]
+    assert all(words in said[i][0] for i in (5, 10))
