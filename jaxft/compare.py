@@ -33,10 +33,31 @@ def _gained(*names: str) -> Callable[[Numbers, Numbers], float | None]:
     return gained
 
 
+def _deviations(before: Numbers, after: Numbers) -> float | None:
+    """How much the reward has grown, over its standard deviation at step 0."""
+    return _grown(before, after, "eval_reward", "eval_reward_std")
+
+
+def _deviations_alone(before: Numbers, after: Numbers) -> float | None:
+    """The same of the score of the one reward, without the penalties and bounds that it has in the reward."""
+    names = [name for name in after if name.startswith("eval_rewards/") and name.endswith("/mean")]
+    if len(names) != 1 or all(side.get(names[0]) == side.get("eval_reward") for side in (before, after)):
+        return None
+    return _grown(before, after, names[0], names[0].replace("/mean", "/std"))
+
+
+def _grown(before: Numbers, after: Numbers, name: str, spread: str) -> float | None:
+    if not before.get(spread) or name not in before or name not in after:
+        return None
+    return (after[name] - before[name]) / before[spread]
+
+
 # Title -> number of (metrics at step 0, metrics at the end). Rows of all members are the same, so sums of log-probs compare.
 COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
     "held-out reward": _last("eval_reward"),
     "reward gained": _gained("eval_reward"),
+    "in deviations": _deviations,
+    "scores alone": _deviations_alone,
     "KL a completion": _last("eval_objective/kl"),
     "tokens a completion": _last("eval_completions/mean_length"),
     "held-out loss": _last("eval_loss"),
@@ -60,6 +81,8 @@ NOTES = {
     "KL a token": "KL: to the reference, estimated at the chosen answers' tokens",
     "skipped steps": "skipped: steps whose loss or gradient was not finite; they changed nothing",
     "held-out reward": "reward: of a completion of each held-out prompt, drawn from the same random numbers every time",
+    "in deviations": "in deviations: the reward gained over the standard deviation of rewards at step 0",
+    "scores alone": "scores alone: the same of the reward's scores without penalties such as the one for a missing end",
     "KL a completion": "KL a completion: log-prob of what was drawn less the reference's, in nats",
     "chosen, nats": "chosen: how much log-prob the chosen answers have gained since step 0; below 0 they have lost",
     "general loss": "general loss: a token's, of text about other things; above the start's the model forgets",

@@ -19,7 +19,7 @@ from jaxft.data.prompts import Prompts, Ranked
 from jaxft.estimates import actor_critic, by_group
 from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
-from jaxft.objectives.kl import FixedKL, InRewards
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards
 from jaxft.objectives.pairwise import preference
 from jaxft.objectives.policy import Critic, critic, policy
 from jaxft.objectives.policy_losses import clipped
@@ -46,10 +46,11 @@ def even(prompt, completion, row):
 
 
 def with_critic(model, temperature, beta, shared=False):
-    """A critic beside the policy, an entropy bonus, and the KL in the rewards."""
+    """A critic beside the policy, an entropy bonus, and the KL in the rewards, its coefficient by a controller."""
     hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
     value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
-    return policy(model, clipped, InRewards(FixedKL(beta)), 0.01, temperature, Critic(value, coef=0.5))
+    penalty = AdaptiveKL(beta, target=0.1, horizon=50) if beta else FixedKL(0.0)
+    return policy(model, clipped, InRewards(penalty), 0.01, temperature, Critic(value, coef=0.5))
 
 
 def config(

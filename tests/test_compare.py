@@ -116,3 +116,14 @@ def test_runs_are_compared_by_a_command(compared):
 def test_what_is_no_run_is_told_in_a_line(compared, words, told):
     code, _, err = compared(*words)
     assert code == 1 and told in err and err.count("\n") == 1
+
+
+def test_a_reward_gained_is_told_in_standard_deviations_of_the_start():
+    names = ("eval_reward", "eval_reward_std", "eval_rewards/judge/mean", "eval_rewards/judge/std")
+    before, after = (dict(zip(names, x, strict=True)) for x in ((-1.0, 0.5, -0.2, 0.4), (0.5, 0.3, 0.5, 0.3)))
+    table = Table.of(["a"], [before], [after])
+    found = dict(zip(table.titles, table.rows[0], strict=True))
+    assert found["in deviations"] == pytest.approx(3) and found["scores alone"] == pytest.approx(0.7 / 0.4)
+    alike = [{**side, "eval_rewards/judge/mean": side["eval_reward"]} for side in (before, after)]
+    assert "scores alone" not in Table.of(["a"], [alike[0]], [alike[1]]).titles  # nothing was taken from the scores
+    assert "in deviations" not in Table.of(["a"], [{**before, "eval_reward_std": 0.0}], [after]).titles

@@ -254,9 +254,10 @@ def test_a_policy_learns_what_is_rewarded(place):
 
 
 def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
-    """PPO, with a critic: killed between two minibatches, and while it draws."""
+    """PPO, with a critic and a KL controller: killed between two minibatches, and between drawing and learning."""
     argv = ("steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8")
     assert place.run(*argv, "name=whole") == 0, place.err()
+    assert len({line["kl_coef"] for line in place.metrics("whole") if "kl_coef" in line}) > 4
     for hook, name in ((KILL.format(step=6), "inside"), (KILL_DRAWING, "drawing")):
         process = place.start(*argv, f"name={name}", hook=hook)
         process.join()
@@ -530,6 +531,7 @@ def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
     [
         (("group=1",), "data.group=1: advantages within a group of one are all 0; wanted at least 2"),
         (("target_kl=0.1", "passes=1"), "target_kl ends a rollout's passes, and here that is one step"),
+        (("adapter.dropout=0.3",), "adapter.dropout=0.3, and this objective compares log-probs with those at drawing"),
         (("warm_up=-1",), "warm_up is a number of rollouts from 0 up, found -1"),
         (("data.top_p=7.0",), "data.top_p=7.0; wanted a number above 0 up to 1"),
         (("data.temperature=-1.0",), "data.temperature=-1.0; wanted a number from 0 (greedy) up"),

@@ -76,7 +76,8 @@ class Policy:
     after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> LogProbs [B, M] of the completions, and
     reference_logps(params, batch, aux) -> [B, M] of the reference, both at `temperature`; values(params, batch) -> [B, M] of the
     critic, None without one. reference: whether a batch needs the reference's log-probs; in_rewards: whether the KL is the
-    rewards'. text: the objective of general text. watch(memory, entry, last) tells what goes wrong, see watch.py.
+    rewards'. text: the objective of general text. watch(memory, entry, last) tells what goes wrong, see watch.py. dropout:
+    whether it takes any; it doesn't, so that a log-prob is comparable with the one at drawing.
     """
 
     see: Callable[..., Played]
@@ -91,6 +92,7 @@ class Policy:
     text: Callable[..., tuple[Array, dict[str, Any]]]
     in_rewards: bool = False
     watch: Callable[..., Told] = watch_rollouts
+    dropout: bool = False
 
     def __call__(self, params: Any, batch: Rollout, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
         """Both halves."""
