@@ -139,5 +139,7 @@ def _rewards(sampled: Sampled, coef: float, kl: Callable | None) -> tuple[Float[
     away = np.where(here, away, 0)
     count = max(int(adv.scorable(scores).sum()), 1)
     penalty = -coef * away.sum() / count
-    told = {"objective/non_score_reward": penalty, "objective/rlhf_reward": penalty + float(np.nansum(scores)) / count}
+    mean, entropy = float(np.nansum(scores)) / count, -float(np.where(here, sampled.logps, 0).sum()) / count
+    told = {"objective/non_score_reward": penalty, "objective/rlhf_reward": penalty + mean}
+    told |= {"objective/scores": mean, "objective/entropy": entropy}
     return adv.token_rewards(away, scores, _flat(sampled), coef), told

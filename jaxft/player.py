@@ -241,6 +241,7 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
     out |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
     out |= {"frac_learned": float(kept.mean())}
     out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}
+    out["val/num_eos_tokens"] = float(ended.sum())
     of_ended = lengths[ended]
     for name in ("mean", "min", "max"):
         out[f"completions/{name}_terminated_length"] = float(getattr(of_ended, name)()) if len(of_ended) else None

@@ -88,6 +88,8 @@ def test_reinforce_whitens_what_is_to_come():
     kl = sum((s.logps - s.reference)[i].sum() for i in range(3))
     assert found.told["objective/non_score_reward"] == pytest.approx(-0.5 * kl / 3)
     assert found.told["objective/rlhf_reward"] == pytest.approx((6 - 0.5 * kl) / 3)
+    assert found.told["objective/scores"] == pytest.approx(2)
+    assert found.told["objective/entropy"] == pytest.approx(-s.logps[:3].sum() / 3)
 
 
 def test_a_critics_advantage_without_bootstrapping_is_what_is_to_come_less_its_value():

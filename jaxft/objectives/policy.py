@@ -206,7 +206,8 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
         metrics["kl_coef"] = Max(aux["kl_coef"])
     metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
     metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
-    if seat is not None:
+    if seat is not None:  # PPO, whose names in TRL are others
+        metrics |= {"policy/clipfrac_avg": metrics["clip_ratio/region_mean"], "policy/entropy_avg": metrics["entropy"]}
         cost, found = _value_part(seat, played)
         value = value + seat.coef * cost
         metrics |= found | {"loss": Sum(value, found["loss/value_avg"].weight)}
