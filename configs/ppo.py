@@ -6,8 +6,8 @@
     python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
 
 SmolLM2-135M-Instruct on the questions of the pairs that ship: 14 rollouts of 8 x 2 completions with two passes over each, 13
-minutes and 3.3 GB on a 2-core CPU. After configs/sft.py epochs=1 expect the held-out reward to rise by one to two and a half
-of its standard deviations, at 8 to 9 nats a completion. The reference is the policy at step 0. `reward` is a run's folder
+minutes and 3.3 GB on a 2-core CPU. After configs/sft.py epochs=1 expect the held-out reward to rise by 0.9 to 2.5
+of its standard deviations, at 5 to 9 nats a completion. The reference is the policy at step 0. `reward` is a run's folder
 (configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in a folder or as
 org/name@revision, a model of its own in bfloat16 or as quant= says; or a function of (prompt, completion, row). critic=fresh
 and critic=reward are an adapter and a head beside the policy's, the latter begins as the reward model; critic=shared is a head on

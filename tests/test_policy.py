@@ -211,6 +211,8 @@ def test_the_logged_numbers_are_what_their_names_say(one_by_one):
         "clip_ratio/low_mean": low[real].mean(),
         "clip_ratio/high_mean": high[real].mean(),
         "clip_ratio/region_mean": (low | high)[real].mean(),
+        "policy/clipfrac_avg": (low | high)[real].mean(),
+        "policy/entropy_avg": entropy[real].mean(),
         "clip_ratio/low_min": min(low[b][m[0]].mean() for b, m in whose),
         "clip_ratio/high_max": max(high[b][m[0]].mean() for b, m in whose),
     }

@@ -190,11 +190,11 @@ def test_weights_of_tokens_may_ask_for_the_limit():
     np.testing.assert_array_equal(Rules((rewards.number,)).weighed(lengths, keep, 8), advantages.token_mean(lengths, keep))
 
 
-@pytest.mark.parametrize("asked", [{"warm_up": 1}, {"target_kl": 0.1}])
+@pytest.mark.parametrize("asked", [{"warm_up": 1}, {"target_kl": 0.1}, {"keep": advantages.varied}, {"cut_off": False}])
 def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked):
     one = some(np.ones((1, 1), int))[0]
     tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    source = Rollouts(Prompts("x"), Rules((rewards.number,), **asked), tokenizer, one, one, 1)
+    source = Rollouts(Prompts("x", group=2, passes=2), Rules((rewards.number,), **asked), tokenizer, one, one, 1)
     with pytest.raises(ValueError, match="optim.in_backward can't let a policy rest"):
         source.attached(SimpleNamespace(objective=None, tx=SimpleNamespace(in_backward=True)), None, (), None)
 
