@@ -4,7 +4,8 @@
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl    # after configs/reward.py
     python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference:ipo
 
-SmolLM2-135M-Instruct on opinions that ship, 2 GB on a 2-core CPU. `reward` is a function of (prompt, completion, row), or names a
+SmolLM2-135M-Instruct on opinions that ship, 2.8 GB and 14 minutes for its 40 steps on a 2-core CPU; halfway 0.67 of the held-out
+answers are right, 0.03 at the start (in float32). `reward` is a function of (prompt, completion, row), or names a
 reward model as in configs/ppo.py. A prompt whose answers all have the same score teaches nothing. The reference is the policy at
 step 0.
 """
