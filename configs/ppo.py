@@ -113,8 +113,6 @@ def config(
         critic = "reward" if "reward" in beside else "shared"
     if critic == "reward" and "reward" not in beside:
         raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma and lam are in [0, 1], found {gamma} and {lam}")
     if missing_eos < 0 or (limit is not None and limit <= 0):
         raise ValueError(f"missing_eos is from 0 up and limit above 0 or none, found {missing_eos} and {limit}")
     own = Scorer(Adapter(rank=rank or 16))

@@ -25,9 +25,19 @@ def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], las
 
     beta: of a reward that is beta times the log-ratio to a reference, None for another one.
     """
+    return _all(memory, entry, last, beta, (_first_loss, _falling, _overfitting, _only_length, skipped))
+
+
+def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
+    """As watch, of an objective that learns from rollouts."""
+    return _all(memory, entry, last, None, (_faults, _nothing_learned, _all_cut_off, skipped))
+
+
+def _all(memory: dict[str, Any], entry: dict[str, Any], last: bool, beta: float | None, checks: tuple[Any, ...]) -> Told:
+    """What several checks say, each with a memory of its own."""
     number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
     memory, lines, alarms = {**memory}, [], []
-    for check in (_first_loss, _falling, _overfitting, _only_length, skipped):
+    for check in checks:
         now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
         memory[check.__name__] = now
         lines += said
@@ -137,18 +147,6 @@ def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
         f"{total:g} steps so far had a loss or gradient that is not finite; they changed nothing. Lower optim.lr, or look at the "
         "loss and at the rows of that step"
     ]  # fmt: skip
-
-
-def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
-    """As watch, of an objective that learns from rollouts."""
-    number = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-    memory, lines, alarms = {**memory}, [], []
-    for check in (_faults, _nothing_learned, _all_cut_off, skipped):
-        now, said, alarm = check(memory.get(check.__name__, {}), number, last, None)
-        memory[check.__name__] = now
-        lines += said
-        alarms += alarm
-    return memory, lines, alarms
 
 
 def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
