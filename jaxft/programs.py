@@ -102,8 +102,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     what = prepare.patterns(model, run.adapter, run.train, run.beside)
     t = prepare.trained(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
-    if run.adapter is not None and run.adapter.dropout and not getattr(objective, "dropout", True):
-        found = f"adapter.dropout={run.adapter.dropout}, and this objective compares log-probs with those at drawing, without it"
+    dropout = run.adapter.dropout if run.adapter and not run.start else 0  # what SFT trained with dropout goes on without
+    if dropout and not getattr(objective, "dropout", True):
+        found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))

@@ -241,13 +241,15 @@ def test_rewards_that_fail_are_told_at_once_and_when_they_are_twice_as_many():
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"frac_reward_zero_std": 1.0}, "had nothing to learn from"),
+        ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, "had nothing to learn from"),
+        ({"reward_std": 0.0}, "had nothing to learn from"),
         ({"frac_learned": 0.0}, "had nothing to learn from"),
         ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
     ],
 )
 def test_rollouts_that_teach_nothing_raise_an_alarm_after_some_in_a_row(entry, words):
-    fine = {"frac_reward_zero_std": 0.5, "frac_learned": 1.0, "completions/clipped_ratio": 0.5}
+    fine = {"frac_reward_zero_std": 1.0, "reward_std": 0.1, "grad_norm": 2.0, "frac_learned": 1.0}
+    fine["completions/clipped_ratio"] = 0.5
     said = rollouts_told([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
     assert [i for i, alarms in enumerate(said) if alarms] == [5, 10]
     assert all(words in said[i][0] for i in (5, 10))

@@ -155,21 +155,22 @@ def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
     if not share or share < WORSE * said:
         return memory, [], []
     return {"said": share}, [], [
-        f"{100 * share:.0f} % of the rewards raised or gave no finite number; nobody learns from those completions. "
+        f"{100 * share:.0f} % of the rewards raised or gave no finite number; those have no score. "
         "The first of them is told above; mend the reward"
     ]  # fmt: skip
 
 
 def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
-    """Rollouts, one after the other, in which every group has equal scores, or nothing has a loss."""
-    if "reward" not in n and "frac_learned" not in n:
+    """Steps, one after the other, whose rollout has equal scores throughout or nothing that counts, or that have no gradient, as
+    with advantages within groups where each group's scores are equal."""
+    if "frac_learned" not in n:
         return memory, [], []
-    still = n.get("frac_reward_zero_std") == 1 or n.get("frac_learned") == 0
+    still = 0 in (n["frac_learned"], n.get("reward_std"), n.get("grad_norm"))
     row = memory.get("row", 0) + 1 if still else 0
     if row != memory.get("next", IDLE):
         return {**memory, "row": row}, [], []
     return {"row": row, "next": WORSE * row}, [], [
-        f"{row} logged steps in a row had nothing to learn from: a group's scores are all equal, or nothing counts. "
+        f"{row} logged steps in a row had nothing to learn from: scores are all equal, or nothing counts. "
         "Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the reward"
     ]  # fmt: skip
 
