@@ -15,7 +15,7 @@ combine freely:
     RLOO         advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain weigh=jaxft.advantages:sequence_sum
                  beta=0.05 kl_in=rewards
     REINFORCE++  estimate=jaxft.estimates:reinforce beta=0.01 kl_in=rewards
-                 with a group's baseline: estimate=jaxft.estimates:group_whitened
+    with a group's baseline  estimate=jaxft.estimates:group_whitened
 """
 
 from collections.abc import Callable

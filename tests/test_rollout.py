@@ -8,6 +8,7 @@ from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -251,6 +252,29 @@ def test_a_policy_learns_what_is_rewarded(place):
     assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
     table = [json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()]
     assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
+
+
+def methods():
+    """(name, settings) of each method that the docstring of configs/grpo.py lists."""
+    text = (Path(__file__).resolve().parents[1] / "configs" / "grpo.py").read_text().split('"""')[1].split("combine freely:\n")[1]
+    rows = re.split(r"\n    (?=\S)", text)[1:]
+    return [(re.split("  +", row)[0], re.findall(r"(?<!\S)\w+=[\w.:]+", row)) for row in rows]
+
+
+def test_the_docstring_of_grpo_names_methods():
+    assert [name for name, _ in methods()][:6] == ["GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO", "REINFORCE++"]
+    assert dict(methods())["RLOO"][-2:] == ["beta=0.05", "kl_in=rewards"]
+
+
+@pytest.mark.parametrize("name, settings", methods(), ids=[name for name, _ in methods()])
+def test_every_method_that_has_a_name_runs(place, name, settings):
+    argv = ("model=base", "data=asked.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none", "batch=4", "group=4")
+    folder = "method-" + re.sub(r"\W", "", name)
+    more = (f"name={folder}", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none", "samples=0", "lr=1e-2")
+    assert place.run("--config", "configs/grpo.py", *argv, *more, *settings) == 0, place.err()
+    lines = [line for line in place.metrics(folder) if "reward" in line]
+    assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
+    assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
 def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
