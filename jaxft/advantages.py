@@ -41,7 +41,9 @@ def varied(scores: Scores) -> Flags:
 
 
 def missing_eos(scores: Scores, ended: Flags, penalty: float) -> Scores:
-    """Scores less `penalty` where a completion has no end-of-turn token (TRL's missing_eos_penalty)."""
+    """Scores less `penalty` where a completion has no end-of-turn token (TRL's missing_eos_penalty), which is from 0 up."""
+    if penalty < 0:
+        raise ValueError(f"a penalty for a missing end is from 0 up, found {penalty}")
     return _double(scores) - penalty * ~np.asarray(ended, bool)
 
 

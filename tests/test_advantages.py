@@ -303,3 +303,14 @@ def test_unscorable_cut_off_and_even_groups_are_left_out_by_one_mask():
 def test_a_completion_longer_than_the_limit_is_refused():
     with pytest.raises(ValueError, match="at most 9 tokens, found 10"):
         A.constant_length(LENGTHS, KEEP, 9)
+
+
+@pytest.mark.parametrize("wrong", [{"gamma": 1.5}, {"lam": -0.1}, {"lam": NAN}])
+def test_discounts_beyond_0_and_1_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"gamma and lam are in \[0, 1\]"):
+        A.gae(np.ones((1, 2)), np.ones((1, 2)), np.array([2]), **wrong)
+
+
+def test_a_penalty_that_rewards_a_missing_end_is_refused():
+    with pytest.raises(ValueError, match="a penalty for a missing end is from 0 up, found -1"):
+        A.missing_eos(np.ones((1, 1)), np.ones((1, 1), bool), -1.0)

@@ -1,12 +1,14 @@
 """Every shipped config builds as shapes, without weights, rows or a network."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
 from jaxft import config, describe, params, tree
+from jaxft.models.heads import Scorer
 from jaxft.objectives.pairwise import Moving
 from jaxft.programs import abstract
 
@@ -102,3 +104,34 @@ def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
 @pytest.mark.parametrize("loss", ["preference:ipo", "reference_free:kto", "reference_free:bco"])
 def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
     assert config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"] == "start"
+
+
+def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():
+    critic = lambda *argv: config.load("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
+    judge = config.load("configs/ppo.py", []).beside["reward"]
+    assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
+    assert critic("reward=jaxft.rewards:exact") == critic("critic=shared") == Scorer()
+    assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
+    with pytest.raises(ValueError, match="critic=reward starts from a reward model's adapter"):
+        critic("reward=jaxft.rewards:exact", "critic=reward")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["advantage=jaxft.advantages:rloo", "estimate=jaxft.estimates:by_each"], "estimate= stands in the place of advantage="),
+        (["loss=jaxft.objectives.policy_losses:plain", "passes=2"], "a rollout gives 2 steps; take unclipped"),
+        (["kl_in=rewards"], "kl_in=rewards takes a beta above 0"),
+        (["weights=0.5", "judge=runs/reward"], r"2 rewards \(exact, reward\) need as many weights, found 1"),
+    ],
+)
+def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
+        config.load("configs/grpo.py", argv)
+
+
+def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
+    run = config.load("configs/grpo.py", ["loss=jaxft.objectives.policy_losses:plain", "eps_high=0.3"])
+    programs, batch = abstract(run, jax.devices()[:1])
+    with jax.set_mesh(programs.mesh), pytest.raises(ValueError, match="the policy loss plain fails: TypeError: .*eps_high"):
+        jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
