@@ -1,7 +1,7 @@
 """Reward models from elsewhere: a sequence classifier's folder, or a language model with an adapter and a head, as a function."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import attention, generate, prepare, runfolder, sharding, starts, weights
-from jaxft.batch import Tokens
+from jaxft.batch import Pairs, Tokens
 from jaxft.completions import ByScorer
 from jaxft.data import chat
 from jaxft.data.formats import Chat, Completion, Example
@@ -70,6 +70,18 @@ def last(tokens: Tokens, pad: int | None = None) -> Array:
     T, there = tokens.segments.shape[1], tokens.segments > 0
     there = there if pad is None else there & (tokens.ids != pad)
     return jnp.max(jnp.where(there, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+
+
+def read_before(batch: Pairs, pad: int) -> Pairs:
+    """A batch [micro, rows, ...] whose answers are read before a `pad` that ends them, as transformers reads its classifiers.
+
+    Before an answer of that one token is its prompt, which by branches stands before the first answer alone.
+    """
+    ends = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(batch.last.shape)
+    prompt = batch.last - batch.lengths
+    prompt = prompt if batch.branches is None else prompt[..., :1]
+    prior = np.where(batch.lengths == 1, prompt, batch.last - 1)
+    return replace(batch, last=np.where(ends == pad, np.maximum(prior, 0), batch.last))
 
 
 def padding(ref: str, adapter: str | Path | None = None) -> int | None:

@@ -38,7 +38,6 @@ def arguments() -> argparse.Namespace:
 
 def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """(reward of the chosen answer, of the rejected one) by the number of the pair."""
-    from dataclasses import replace
 
     import jax
     import jax.numpy as jnp
@@ -60,12 +59,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         objective = reward(loaded.model)
         see = jax.jit(lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {}))
         for batch in source.cover(range(source.pairs)):
-            if loaded.pad is not None:  # as transformers reads it
-                at_end = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(batch.last.shape)
-                shares = batch.branches is not None  # a prompt that stands before the first answer alone
-                prompt = (batch.last - batch.lengths)[..., :1] if shares else batch.last - batch.lengths
-                prior = np.where(batch.lengths == 1, prompt, batch.last - 1)
-                batch = replace(batch, last=np.where(at_end == loaded.pad, np.maximum(prior, 0), batch.last))
+            batch = batch if loaded.pad is None else scorer.read_before(batch, loaded.pad)
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:

@@ -20,7 +20,7 @@ import tiny_model
 from safetensors.numpy import load_file
 from tiny_run import Place
 
-from jaxft import advantages, generate, lora, params, player, rewards, tree
+from jaxft import advantages, generate, lora, params, player, rewards, scorer, tree
 from jaxft.completions import ByScorer, Rules, bounded, by_read, by_token, fits, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
@@ -394,6 +394,20 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     text = np.array([*asked.ids[1], *tokens[1, 1, :4]])
     h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
     np.testing.assert_allclose(apart[1, 1], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
+
+
+def test_an_answer_that_is_padding_alone_is_read_at_its_prompt():
+    asked, tokens = some(np.array([[1, 3], [3, 1]]))
+    tokens[0, 0, 0] = tokens[1, 1, 0] = tokens[0, 1, 2] = 45  # which no prompt holds
+    pairs = pairs_of(laid(asked, tokens, np.array([[1, 3], [3, 1]]), Room(32, 16)))
+    found = scorer.read_before(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
+    first, second = (len(ids) - 1 for ids in asked.ids)
+    assert found.tolist() == [[first, first + 3], [second + 3, second]]
+    apart = replace(pairs, branches=None, last=pairs.last + 2)  # where each answer has the prompt in front of it
+    ids = np.zeros_like(pairs.ids)
+    ids[0, pairs.last[0, 0, 1] + 2] = 45
+    found = scorer.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[0, :, 0]
+    assert (found - apart.last[:, 0]).tolist() == [[0, -1], [0, 0]]
 
 
 KILL = """
