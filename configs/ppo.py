@@ -110,8 +110,8 @@ def config(
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
     asked = Prompts(
-        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
-        passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
+        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, eval_group=group,
+        temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
     )  # fmt: skip
     beside: dict[str, Scorer] = {}
     judge: Any = reward

@@ -45,7 +45,7 @@ class Player:
         sampling = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
         self.sample = {}
-        for group in {1, data.group}:
+        for group in {data.eval_group, data.group}:
             sampler: Any = generate.make_sampler(model, sampling, stop, group)
             self.sample[group] = sampler.lower(whole, empty, key).compile()
         self.judge = self._compiled(partial(judged, p.objective), whole) if source.judged else {}
@@ -171,7 +171,7 @@ class Player:
         source, parts = self.source, []
         for start in range(0, len(source.held), source.data.batch):
             some = source.held.at(range(start, min(start + source.data.batch, len(source.held))))
-            parts.append(self._completed(some, state, 1, HELD_OUT - start))
+            parts.append(self._completed(some, state, source.data.eval_group, HELD_OUT - start))
         scores, each = np.concatenate([d.scores for d in parts]), np.concatenate([d.each for d in parts])
         lengths, ended = np.concatenate([d.lengths for d in parts]), np.concatenate([d.ended for d in parts])
         out = {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
@@ -181,7 +181,7 @@ class Player:
             out[f"reward_faults/{kind}"] = sum(d.faults.counts[kind] for d in parts) / each.size
         if getattr(self.programs.objective, "reference", False) and source.judged:
             numbers = [self.sampled(done, state) for done in parts]
-            out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / len(scores))
+            out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / scores.size)
         return out
 
 

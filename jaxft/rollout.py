@@ -171,5 +171,5 @@ class Rollouts:
         return replace(grid, answers=np.where((np.arange(each) >= own)[:, None], none, grid.answers))
 
     def measure(self, state: Any) -> dict[str, float]:
-        """The held-out prompts, answered once each from the same random numbers every time."""
+        """The held-out prompts, each answered data.eval_group times, from the same random numbers every time."""
         return self.player.measure(state) if len(self.held) else {}

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -571,6 +572,7 @@ def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
         (("target_kl=0.1", "passes=1"), "target_kl ends a rollout's passes, and here that is one step"),
         (("adapter.dropout=0.3",), "adapter.dropout=0.3, and this objective compares log-probs with those at drawing"),
         (("warm_up=-1",), "warm_up is a number of rollouts from 0 up, found -1"),
+        (("data.eval_group=5",), "data.eval_group=5; rows have room for data.group=4"),
         (("data.top_p=7.0",), "data.top_p=7.0; wanted a number above 0 up to 1"),
         (("data.temperature=-1.0",), "data.temperature=-1.0; wanted a number from 0 (greedy) up"),
         (("online=true", "data.temperature=0.0"), "data.temperature=0 draws the same completion 4 times"),
@@ -590,6 +592,19 @@ def test_a_reward_that_fails_at_times_is_named_and_an_alarm_is_raised(place):
     assert "reward odd raised ZeroDivisionError" in said and "of the rewards raised or gave no finite number" in said
     measured = [line for line in place.metrics("odd") if "eval_reward" in line]
     assert measured and all(0 < line["eval_reward_faults/raised"] < 1 for line in measured)
+
+
+def test_held_out_prompts_are_answered_eval_group_times(place):
+    seen = place.folder / "seen.txt"
+    lines = f"    open({str(seen)!r}, 'a').write(prompt + '\\n')\n    return len(completion)\n"
+    (place.folder / "told.py").write_text(f"def told(prompt, completion, row):\n{lines}")
+    argv = ("rewards=told.py:told", "steps=1", "passes=1", "beta=0.1", "save=100", "data.eval_group=3")
+    assert place.run("name=thrice", *argv) == 0, place.err()
+    looks = [line for line in place.metrics("thrice") if "eval_reward" in line]
+    times = sorted(Counter(seen.read_text().splitlines()).values())
+    assert times == [4] * 4 + [3 * len(looks)] * 4  # a group each of what is learned from, then the held-out prompts
+    assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in looks)
+    assert looks[0]["eval_objective/kl"] == 0
 
 
 def test_rows_with_the_same_prompt_are_on_one_side(monkeypatch):

@@ -27,7 +27,8 @@ class Prompts:
     train: file, folder or hub dataset; held_out: a share of the rows, or a place of its own, or "none". columns: "ours=theirs"
     renames. format: "chat" takes a string as the user's turn, "plain" as text to go on from.
     max_prompt, max_new: tokens of a prompt and of a completion; too_long: "drop" leaves longer prompts out, "error" stops.
-    batch: prompts a rollout; group: completions of each. temperature, top_k, top_p: how they are drawn.
+    batch: prompts a rollout; group: completions of each; eval_group: of each held-out prompt. temperature, top_k, top_p: how
+    they are drawn.
     passes: how often a rollout's completions are learned from (PPO's epochs, GRPO's iterations), each time in `minibatches`
     optimizer steps, in `micro` microbatches. epochs: passes over the prompts; seed: of the split, the order and the draws.
     """
@@ -41,6 +42,7 @@ class Prompts:
     too_long: str = "drop"
     batch: int = 16
     group: int = 1
+    eval_group: int = 1
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -55,7 +57,7 @@ class Prompts:
         for name, choices in (("format", ("chat", "plain")), ("too_long", TOO_LONG)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(choices)}")
-        for name in ("max_prompt", "max_new", "batch", "group", "passes", "minibatches", "micro"):
+        for name in ("max_prompt", "max_new", "batch", "group", "eval_group", "passes", "minibatches", "micro"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least 1")
         if self.batch % (self.minibatches * self.micro):
@@ -67,6 +69,8 @@ class Prompts:
             raise ValueError(f"data.temperature={self.temperature}; wanted a number from 0 (greedy) up")
         if self.group > 1 and self.temperature == 0:
             raise ValueError(f"data.temperature=0 draws the same completion {self.group} times; raise it, or set data.group=1")
+        if self.eval_group > self.group:
+            raise ValueError(f"data.eval_group={self.eval_group}; rows have room for data.group={self.group}, lower it")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"data.top_k={self.top_k}; wanted at least 1, or none")
         if self.top_p is not None and not 0 < self.top_p <= 1:
