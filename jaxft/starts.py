@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +46,9 @@ def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer
     if how.weights is not None:
         loaded = _whole_in(how.weights, specs, model, mesh, dtype)
     if how.start is not None:
+        if not adapter_folder(how.start).is_dir():
+            hub = "" if how.trained else "; a classifier on the hub is org/name@revision"
+            raise FileNotFoundError(f"{how.start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hub}")
         loaded, found = peft.load_parts(adapter_folder(how.start), model)
         if how.adapter is None or replace(found, dropout=how.adapter.dropout) != how.adapter:
             told = f"holds an adapter with {found}, and the run's is {how.adapter}"

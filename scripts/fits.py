@@ -6,8 +6,9 @@
 
 A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
 device and the settings that need least memory (see SETTINGS). Every method is tried on every machine, with the largest model what
-ONLY says. It goes on where it was stopped; a cell is compiled again when jax or the code that makes the program changes. Takes
-the cuda12 and tpu extras, and no device.
+ONLY says. It goes on where it was stopped; --again also compiles what was compiled before jax or the code that makes the programs
+changed. Several may run at once, each with its own --out; --out ALL --add THIS THAT joins what they wrote. Takes the cuda12 and
+tpu extras, and no device.
 """
 
 import argparse
@@ -41,6 +42,7 @@ HARDWARE = {
     "v6e": ("TPU v6e 32 GB", ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
 }
+EFFORT = -1.0  # of a TPU's compiler to make programs quick, least: a tenth of the time, and within 1 % the same bytes
 SETTINGS = {
     ("full", "sft"): ["full=true", "params=bfloat16", "in_backward=true", "optimizer=adafactor", "remat=full"],
     ("full", "dpo"): [
@@ -66,6 +68,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
+    parser.add_argument("--again", action="store_true", help="compile again what an older jax or other code gave")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE", help="compile nothing, add what FILEs hold")
     parser.add_argument("--print", action="store_true", help="compile nothing, print what is there")
     return parser.parse_args(argv)
 
@@ -97,8 +101,11 @@ def source_hash() -> str:
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
+    import jax
+
     from jaxft import config, machines, plan, programs
 
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT if chip.startswith("v") else 0.0)
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
         key = f"{name} {model} {method} {objective}"
@@ -164,6 +171,13 @@ def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, cells: dict[str, Any]) -> None:
+    """All cells, in place of what is there."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(cells, indent=1))
+    temporary.replace(path)
+
+
 def main() -> int:
     """Compile what is missing, print the table."""
     a = arguments()
@@ -171,19 +185,23 @@ def main() -> int:
     version = source_hash()
 
     def stored() -> dict[str, Any]:
-        kept = json.loads(a.out.read_text()) if a.out.exists() else {}
-        return kept if a.print else {key: value for key, value in kept.items() if value["source"] == version}
+        return json.loads(a.out.read_text()) if a.out.exists() else {}
+
+    def known() -> dict[str, Any]:
+        return {key: one for key, one in stored().items() if one["source"] == version or not a.again}
 
     def save(key: str, found: dict[str, Any]) -> None:
-        whole = {**stored(), key: {**found, "source": version}}
-        temporary = a.out.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(whole, indent=1))
-        temporary.replace(a.out)
+        write(a.out, {**stored(), key: {**found, "source": version}})
 
-    if not a.print:
+    for other in a.add:
+        write(a.out, stored() | json.loads(other.read_text()))
+    if not (a.print or a.add):
         for chip, model, method, objective in wanted(a):
-            cell(chip, model, method, objective, stored(), save)
+            cell(chip, model, method, objective, known(), save)
     print(table(stored(), a))
+    older = sum(one["source"] != version for one in stored().values())
+    if older:
+        print(f"\n{older} of {len(stored())} programs were compiled by an older jax or of older code; --again compiles them")
     return 0
 
 

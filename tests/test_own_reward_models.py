@@ -1,8 +1,13 @@
 """Models of their own beside a policy: a classifier as a reward, a whole model as a critic; what a run keeps of its scores."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import hub_server
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +19,7 @@ from tiny_run import Place
 from jaxft import advantages as adv
 from jaxft import generate, prepare, rewards, scorer, sharding, starts, weights
 from jaxft.data import chat
+from jaxft.lora import Adapter
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
 
@@ -141,6 +147,33 @@ def test_a_folder_is_told_apart(place, tmp_path):
         scorer.as_reward(str(place.folder / "base"), model)
     beside, reward = scorer.as_reward(str(tmp_path / "to come"), model)
     assert beside.keys() == {"reward"} and not beside["reward"].trained
+    frozen = prepare.trained(heads.with_scorers(model, beside), Adapter(rank=2), None)
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+    with pytest.raises(FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"):
+        starts.start_beside(frozen, mesh, 0, Scorer(Adapter(rank=2)), beside=beside)
+
+
+SCORED = """
+import sys
+import jax
+from jaxft import scorer, sharding, weights
+mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+for ref in sys.argv[2:]:
+    _, judge = scorer.as_reward(ref, weights.model_for(sys.argv[1]), longest=64)
+    with jax.set_mesh(mesh):
+        print(judge.name, judge.identity(), judge.opened(mesh)(["what is 1?", "so"], ["it is 1", "why"]).tolist())
+"""
+
+
+def test_a_classifier_on_the_hub_scores_as_its_folder_does(place, tmp_path):
+    judge = place.folder / "judge"
+    with hub_server.serve(judge, "org/judge") as (endpoint, requests):
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path)}
+        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        command = [sys.executable, "-c", SCORED, str(place.folder / "base"), str(judge), "org/judge@v1"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=240)
+    here, there = (line.split(maxsplit=2) for line in done.stdout.splitlines() if "judge" in line)
+    assert here[2] == there[2] and there[0] == "judge@v1" and any("model.safetensors" in path for path in requests)
 
 
 def test_a_classifier_scores_alike_on_a_mesh(place):
