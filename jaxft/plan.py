@@ -21,6 +21,7 @@ from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
 
 GIB = 2**30
 LARGE = 2**24  # elements of a weight that is worth a word
+EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
 OWN = ("batch and counters", "activations and temporaries", "results that reuse no argument", "the program itself")
 
 
@@ -64,6 +65,11 @@ class Plan:
         return {**asdict(self), "flops_per_token": each, "fits": self.fits, "assumed": ASSUMED}
 
 
+def set_quick(quick: bool) -> None:
+    """Whether compilers are asked for as little optimisation for time as they have, which libtpu alone follows."""
+    jax.config.update(EFFORT, -1.0 if quick else 0.0)
+
+
 def plan(run: train.Run, machine: Machine) -> Plan:
     """The plan of what trains; of several such programs, of the one that takes most memory.
 
@@ -89,7 +95,7 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
         "program": program.name,
         "limit": machine.chip.memory - machine.chip.kept if machine.chip else None,
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
-        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p)),
+        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p), *shortcuts(machine.devices[0].platform)),
         "gpu": machine.devices[0].platform in ("gpu", "cuda"),
     }
     with _cache_hits() as hits:
@@ -104,6 +110,12 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
         seconds = time.perf_counter() - begin
     devices.trim_heap()
     return _found(known, resident(p, run), compiled, machine, (seconds, bool(hits)))
+
+
+def shortcuts(platform: str) -> tuple[str, ...]:
+    """What a quick compilation for a platform leaves out."""
+    quick = getattr(jax.config, EFFORT) < 0 and platform == "tpu"
+    return ("compiled quickly: the real program may start collectives earlier and be faster",) if quick else ()
 
 
 def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | None, int | None], took: tuple[float, str]) -> Plan:

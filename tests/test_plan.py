@@ -481,3 +481,13 @@ def test_slices_hold_their_share_and_exchange_across():
     assert one["fits"] and one["devices"] == 4 and two["devices"] == 8
     assert all(row["across"] == 0 for row in one["collectives"].values()) and one["parts"]["weights"] == two["parts"]["weights"]
     assert sum(row["across"] for row in two["collectives"].values()) > 0.5 * two["parts"]["weights"]
+
+
+def test_a_quick_plan_says_that_it_is_one_where_the_compiler_heeds_it():
+    assert not plan.shortcuts("tpu")
+    plan.set_quick(True)
+    try:
+        assert "compiled quickly" in plan.shortcuts("tpu")[0] and not plan.shortcuts("cuda")
+    finally:
+        plan.set_quick(False)
+    assert not plan.shortcuts("tpu")
