@@ -93,7 +93,7 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
 def refuse_several(what: str) -> None:
     """Raise ValueError where a launcher has started several processes of something that takes one."""
     found = launch.detect((None, None, None), os.environ)
-    if found is not None:
+    if found is not None and (found.processes or found.process is not None):  # a TPU's host alone may say neither
         raise ValueError(f"{what} runs in one process, and this is one of several ({found.by}); start it once")
 
 

@@ -71,10 +71,12 @@ def parse(text: str) -> Program:
             if head and not line.startswith((" ", "HloModule")):
                 now = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif line.rstrip() == "}":  # attributes of kernels span lines, some of which begin so
+        elif re.fullmatch(r"\}(, execution_thread=.*)?", line.rstrip()):  # lines of a kernel's attributes may begin so
             now = None
         elif (one := _instruction(line)) is not None:
             now[one.name] = one
+    if text and (not entry or now is not None):
+        raise ValueError("the compiled program's text is of a form that isn't known: its entry wasn't found whole")
     return Program(computations, entry)
 
 
@@ -157,12 +159,15 @@ def _counted(program: Program, loop: Instruction, where: str, condition: str, bo
     index = re.search(r"index=(\d+)", counter.attributes) if counter else None
     if index is None or limit is None:
         return None
-    start = _element(program.computations[where], loop.operands, int(index[1]))
-    step = _element(program.computations.get(body, {}), None, int(index[1]))
-    inner = program.computations.get(body, {})
+    outer, inner = program.computations[where], program.computations.get(body, {})
+    start = _constant(_copied(outer, _element(outer, loop.operands, int(index[1]))))
+    step = _copied(inner, _element(inner, None, int(index[1])))
+    if step is not None and step.opcode == "fusion" and called_by(step):  # the sum in a fusion of its own
+        inner = program.computations.get(called_by(step)[0], {})
+        step = next((one for one in inner.values() if one.root), None)
     adds = [_constant(inner.get(name)) for name in step.operands] if step is not None and step.opcode == "add" else []
-    by = next((n for n in adds if n), 1)
-    return max(0, -(-(limit - (_constant(start) or 0)) // by))
+    by = next((n for n in adds if n), None)
+    return None if start is None or by is None else max(0, -(-(limit - start) // by))
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
@@ -171,6 +176,13 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
     if one is None or one.opcode != "tuple" or index >= len(one.operands):
         return None
     return inside.get(one.operands[index])
+
+
+def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
+    """What an instruction is a copy of, itself where it is none."""
+    while one is not None and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start") and one.operands:
+        one = inside.get(one.operands[0])
+    return one
 
 
 def _constant(one: Instruction | None) -> int | None:

@@ -78,14 +78,37 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _own_gpus(environ: Mapping[str, str], local: int | None, beside: int | None) -> tuple[int, ...] | None:
-    """The GPUs, among those it sees, of the process number `local` of `beside` on its host; None where that can't be told."""
+    """The GPUs, among those it sees, of the process number `local` of `beside` on its host; None where that can't be told.
+
+    A process that sees fewer GPUs than processes stand beside it, or whose launcher gave each its own, has all that it sees.
+    Raises ValueError where those that all see don't divide over the processes.
+    """
     if environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # jax reads it
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(visible.split(",")) if visible else _number(environ, "SLURM_GPUS_ON_NODE")
-    if count == 1 or beside == 1:
-        return tuple(range(count)) if count else None
-    return None if local is None else (local,)
+    on_node = re.search(r"\d+$", environ.get("SLURM_GPUS_ON_NODE", ""))  # 8, or gpu:8
+    count = len(visible.split(",")) if visible else int(on_node[0]) if on_node else None
+    apart = bool(visible) and bool(environ.get("SLURM_GPUS_PER_TASK"))
+    if count is not None and (count == 1 or beside == 1 or apart or (visible and beside is not None and count < beside)):
+        return tuple(range(count))
+    if local is None or beside == 1:
+        return None
+    if count is None or beside is None:
+        return (local,)
+    if count % beside:
+        raise ValueError(f"{beside} processes on a host that see {count} GPUs: they don't divide; start a divisor of {count}")
+    return tuple(range(local * count // beside, (local + 1) * count // beside))
+
+
+def _tasks_beside(environ: Mapping[str, str]) -> int | None:
+    """Tasks on this node, from a list such as 2(x3),1 and this node's place in it; None where either isn't known."""
+    listed = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in listed.split(",")]
+    each = [int(m[1]) for m in parts if m for _ in range(int(m[2] or 1))]
+    if not all(parts) or not each:
+        return None
+    node = _number(environ, "SLURM_NODEID")
+    return each[node] if node is not None and node < len(each) else each[0] if len(set(each)) == 1 else None
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch | None:
@@ -129,9 +152,7 @@ def _slurm(environ: Mapping[str, str]) -> Launch | None:
     if any(name not in environ for name in SLURM):
         return None
     size, rank, local = (_number(environ, name) for name in SLURM[2:])
-    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
-    alone = re.fullmatch(r"1(\(x\d+\))?", per_node) is not None
-    return Launch("SLURM", None, size, rank, _own_gpus(environ, local, 1 if alone else None))
+    return Launch("SLURM", None, size, rank, _own_gpus(environ, local, _tasks_beside(environ)))
 
 
 def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:

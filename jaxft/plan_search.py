@@ -140,7 +140,9 @@ def guess(run: train.Run, machine: Machine, choice: Choice) -> tuple[int, float,
     passes = micro * (3 if trained else 2)
     gathers = passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0
     ways = 2 * (mesh.tensor > 1) + (mesh.context > 1)
-    exchanges = passes * 4 * c.layers * c.width * tokens * ways / chip.within
+    hosts = len(set(machine.places()))
+    rate = chip.within if mesh.context * mesh.tensor * hosts <= len(machine.devices) else chip.across
+    exchanges = passes * 4 * c.layers * c.width * tokens * ways / rate
     copies = mesh.slices * mesh.data
     shared = trained * 4 * weights / shard / (chip.across if len(set(machine.places())) > 1 else chip.within) if copies > 1 else 0
     seconds = max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers) + exchanges + shared

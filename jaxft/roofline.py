@@ -56,11 +56,12 @@ def estimate(machine: Machine, flops: tuple[float, float], moved: float, found: 
 
 
 def seconds(machine: Machine, c: Collective) -> float:
-    """Of all runs of a collective: what stays within a host or slice, then what leaves it."""
+    """Of all runs of a collective: what stays within a host or slice, then what leaves it; of a permutation the slowest pair."""
     chip = machine.chip
     assert chip is not None
-    within = (c.moved - c.across) / (chip.within * machine.axes(c.groups[0] if c.groups else ()) * LINKS)
-    return c.times * (within + c.across / (chip.across * LINKS))
+    across = c.moved if c.kind == "collective-permute" and c.span > 1 else c.across
+    within = (c.moved - across) / (chip.within * machine.axes(c.groups[0] if c.groups else ()) * LINKS)
+    return c.times * (within + across / (chip.across * LINKS))
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:

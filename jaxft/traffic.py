@@ -17,7 +17,8 @@ _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libt
 class Collective:
     """One collective of a step. size: bytes of the whole array a device: of what is gathered, before it is scattered, or reduced.
 
-    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. behind: it
+    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. crossing:
+    of a permutation's pairs the share whose two devices are on different ones. behind: it
     runs while products do, because the program starts it before them or cuts it into pieces between theirs. summed: an all-gather
     or reduce-scatter that the compiler does as an all-reduce of the whole array, with zeros where a device has nothing, or of
     which a device uses its part (libtpu's way on large slices); it moves twice as much.
@@ -33,6 +34,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     behind: bool = False
     summed: bool = False
+    crossing: float = 1.0
 
     @property
     def moved(self) -> float:
@@ -47,8 +49,8 @@ class Collective:
         if self.span == 1:
             return 0.0
         if self.kind == "collective-permute":
-            return float(self.size)
-        own = self.group / self.span
+            return self.size * self.crossing
+        own = 1 if self.kind == "all-to-all" else self.group / self.span  # each device's part of an exchange is for one other
         return self._rounds * self.size * (self.span - 1) / self.span / own
 
     @property
@@ -88,12 +90,13 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
         made = _collective(one, kind, len(places))
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
-            span = max((len({places[i] for i in group}) for group in made.groups), default=1)
+            spans = [len({places[i] for i in group}) for group in made.groups]
+            span, crossing = max(spans, default=1), sum(n > 1 for n in spans) / max(1, len(spans))
             meant = "reduce-scatter" if scattered else _meant(program, where, one) if kind == "all-reduce" else kind
             beside = meant in ("all-gather", "reduce-scatter") and (fused or _started(one))
             behind = beside or "windowed_dot_general" in where
             summed = meant != kind and not scattered
-            found[key] = replace(made, times=times, span=span, kind=meant, behind=behind, summed=summed)
+            found[key] = replace(made, times=times, span=span, crossing=crossing, kind=meant, behind=behind, summed=summed)
     return list(found.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxft import config, launch, train
+from jaxft import config, distributed, launch, train
 from jaxft.launch import Launch, detect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,8 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}  # of an indexed job
+FOUR = {"SLURM_STEP_TASKS_PER_NODE": "4(x4)"}
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
 OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
 
 
@@ -50,6 +52,13 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
             Launch("SLURM", None, 16, 9, tuple(range(8))),
         ),
         ({**SLURM, "CUDA_VISIBLE_DEVICES": "5"}, Launch("SLURM", None, 16, 9, (0,))),  # srun --gpus-per-task=1
+        (  # srun --gpus-per-task=2, four tasks a node: a task sees its own two
+            {**SLURM, **FOUR, "SLURM_LOCALID": "3", "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
+            Launch("SLURM", None, 16, 9, (0, 1)),
+        ),
+        ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "gpu:8"}, Launch("SLURM", None, 16, 9, (2, 3))),  # all see all of them
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8,2", "SLURM_NODEID": "1", **EIGHT}, Launch("SLURM", None, 16, 9, (4, 5, 6, 7))),
+        ({**TORCHRUN, **EIGHT}, Launch("torchrun", "a:29501", 4, 3, (4, 5, 6, 7))),
         ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2,3"}, Launch("SLURM", None, 16, 9)),
         (TORCHRUN, Launch("torchrun", "a:29501", 4, 3, (1,))),
         ({**TORCHRUN, **SLURM}, Launch("torchrun", "a:29501", 4, 3, (1,))),  # torchrun under srun
@@ -68,6 +77,20 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
 )
 def test_who_this_process_is(environ, wanted):
     assert detect(NONE, environ) == wanted
+
+
+def test_gpus_that_do_not_divide_over_the_processes_of_a_host():
+    with pytest.raises(ValueError, match="3 processes on a host that see 8 GPUs: they don't divide; start a divisor of 8"):
+        detect(NONE, {**TORCHRUN, **EIGHT, "LOCAL_WORLD_SIZE": "3"})
+
+
+def test_only_known_processes_beside_this_one_keep_a_sweep_from_starting(monkeypatch):
+    monkeypatch.setattr(launch, "detect", lambda *_: Launch("Cloud TPU"))  # jax asks the metadata server how many there are
+    distributed.refuse_several("a sweep")
+    for found in (Launch("Cloud TPU", None, 2), Launch("Kubernetes", None, None, 0)):
+        monkeypatch.setattr(launch, "detect", lambda *_, found=found: found)
+        with pytest.raises(ValueError, match="a sweep runs in one process, and this is one of several"):
+            distributed.refuse_several("a sweep")
 
 
 def test_what_the_settings_say_comes_first():

@@ -13,10 +13,12 @@ from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import attention, prepare, sharding, tree
 from jaxft.accumulate import accumulated
+from jaxft.completions import laid as laid_out_completions
+from jaxft.data.prompts import Asked, Room
 from jaxft.lora import Adapter
 from jaxft.objectives import preference as P
 from jaxft.objectives.pairwise import preference
-from jaxft.objectives.reads import EXTRA, placed
+from jaxft.objectives.reads import EXTRA, placed, read_numbers
 from jaxft.objectives.sft import sft
 from jaxft.params import spec_paths
 from jaxft.quant import is_qtensor, quantize
@@ -134,6 +136,23 @@ def test_reads_of_parts_of_the_time_have_places_of_their_own():
         crowded = placed(jnp.zeros((1, 40), jnp.int32), 64)  # padding beyond what a part has room for: the first ones stay
         assert crowded.of.shape == (1, 8 * (8 + EXTRA)) and crowded.of[0, : 8 + EXTRA].tolist() == list(range(8 + EXTRA))
         assert (crowded.of[0, 8 + EXTRA :] == -1).all() and (crowded.at < crowded.of.shape[1]).all()
+
+
+@pytest.mark.parametrize("prompt", [7, 8, 9, 12])
+def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_the_time_is_cut(prompt):
+    """Its last token stands before, at, and after the cut at 8; the first completion fills the rest of the part."""
+    group, length = 20, 64
+    asked = Asked((tuple(range(1, prompt + 1)),), ("row",), ("",), ({},))
+    lengths = np.full((1, group), 2)
+    lengths[0, 0] = 10
+    rows = laid_out_completions(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
+    h = jnp.arange(float(length))[None, :, None]
+    plain = read_numbers(lambda h: h[:, :, 0], h, jnp.asarray(rows.read), group)
+    with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
+        cut = read_numbers(lambda h: h[:, :, 0], h, jnp.asarray(rows.read), group)
+    real = rows.answers[0] < group
+    assert real.sum() == lengths.sum()
+    np.testing.assert_array_equal(np.asarray(cut)[0][real], np.asarray(plain)[0][real])
 
 
 def test_rows_that_context_does_not_cut_evenly_are_refused():

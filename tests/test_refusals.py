@@ -54,9 +54,24 @@ def test_dropout_on_the_head():
     assert "head" in adapter_specs(specs, Adapter(rank=2, targets=("q", "head")))
 
 
-def described(count, each, **more):
+class Described(SimpleNamespace):
+    """A device that a mesh can be made of."""
+
+    __hash__ = object.__hash__
+
+
+def described(count, each, platform="cpu", **more):
     """So many devices of hosts with `each` of them."""
-    return [SimpleNamespace(id=i, process_index=i // each, platform="cpu", device_kind="cpu", **more) for i in range(count)]
+    coords = [0, 0, 0]
+    return [
+        Described(id=i, process_index=i // each, platform=platform, device_kind=platform, coords=coords, **more)
+        for i in range(count)
+    ]
+
+
+GPUS = described(16, 8, "gpu")
+for gpu in GPUS:
+    gpu.slice_index = gpu.process_index  # jax gives each host of GPUs one of its own
 
 
 @pytest.mark.parametrize(
@@ -64,14 +79,22 @@ def described(count, each, **more):
     [
         (MeshShape(1, 1, 8), described(8, 4), "mesh.tensor=8 crosses hosts, which have 4 devices each; use a divisor of that"),
         (MeshShape(-1, slices=4), described(12, 2), "mesh.slices=4: the devices are in 6 processes; set mesh.slices to 6"),
-        (MeshShape(-1), described(8, 4, coords=(0, 0, 0), slice_index=1)[4:] + described(4, 4, coords=(0, 0, 0), slice_index=0),
+        (MeshShape(-1), described(8, 4, "tpu", slice_index=1)[4:] + described(4, 4, "tpu", slice_index=0),
          "mesh.slices=1: the devices are in 2 slices; set mesh.slices to 2"),
+        (MeshShape(1, 1, 16), GPUS, "mesh.tensor=16 crosses hosts, which have 8 devices each; use a divisor of that"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_cuts_across_hosts_or_slices(shape, devices, says):
     with pytest.raises(ValueError) as error:
         sharding.make_mesh(shape, devices)
     assert str(error.value) == says
+
+
+def test_gpus_of_two_hosts_make_any_mesh_that_keeps_tensor_within_one():
+    assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1)
+    assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1)
+    rows = sharding.make_mesh(MeshShape(-1, 1, 8), GPUS).devices.reshape(-1, 8)
+    assert all(len({d.process_index for d in row}) == 1 for row in rows)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}])

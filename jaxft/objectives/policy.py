@@ -52,7 +52,9 @@ def critic(hidden: Callable[[Any, Rollout, Array], Array], head: Callable[[Any, 
 
     hidden may be a second pass with another adapter, or give the policy's own states back.
     """
-    return lambda params, batch, h: read_numbers(partial(head, params), hidden(params, batch, h), batch.read)
+    return lambda params, batch, h: read_numbers(
+        partial(head, params), hidden(params, batch, h), batch.read, batch.lengths.shape[1]
+    )
 
 
 @struct
@@ -155,12 +157,12 @@ def at_temperature(model: Model, temperature: float) -> Model:
 
 
 def _logps(model: Model, params: Any, batch: Rollout) -> LogProbs:
-    return read_logps(model, params, model.hidden(params, batch, None), batch.read, batch.targets)
+    return read_logps(model, params, model.hidden(params, batch, None), batch.read, batch.targets, answers=batch.lengths.shape[1])
 
 
 def _see(model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any) -> Played:
     h = model.hidden(params, batch, None)  # without dropout, as what it is compared with (TRL's disable_dropout)
-    lp = read_logps(model, params, h, batch.read, batch.targets, graded)
+    lp = read_logps(model, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
     values = None if seat is None else seat.values(params, batch, h).astype(lp.logp.dtype)
     none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
     return Played(lp.logp, lp.entropy, values, replace(batch, **none))

@@ -28,16 +28,19 @@ class Places:
     parts: int = static()
 
 
-EXTRA = 8  # how many reads more than positions a part of the time may have: prompts are read once an answer
+EXTRA = 8  # how many reads more than positions a part of the time may have: a prompt's end is read once an answer
 
 
-def placed(read: Int[Array, "B M"], length: int) -> Places | None:
-    """The places of reads in rows of `length` tokens; None where the mesh doesn't cut time."""
+def placed(read: Int[Array, "B M"], length: int, answers: int = 2) -> Places | None:
+    """The places of reads in rows of `length` tokens; None where the mesh doesn't cut time.
+
+    answers: how many at most share a prompt, whose last token is read once for each of them.
+    """
     count = parts(("time",), (length,))
     if count == 1:
         return None
     M, own = read.shape[1], length // count
-    room = min(M, own + EXTRA)
+    room = min(M, own + max(EXTRA, answers))
     part = read // own
     order = jnp.cumsum(part[:, :, None] == jnp.arange(count), axis=1, dtype=jnp.int32)
     nth = jnp.take_along_axis(order, part[:, :, None], axis=2)[:, :, 0] - 1
@@ -101,9 +104,10 @@ def read_logps(
     read: Int[Array, "B M"],
     targets: Int[Array, "B M"],
     graded: Graded = ("logp",),
+    answers: int = 2,
 ) -> LogProbs:
-    """token_logps (LogProbs) at read positions."""
-    places = placed(read, h_BTD.shape[1])
+    """token_logps (LogProbs) at read positions; answers: as placed has it."""
+    places = placed(read, h_BTD.shape[1], answers)
     h = gather_read(h_BTD, read, places)
     if places is None:
         return token_logps(model, params, h, targets, graded)
@@ -111,9 +115,11 @@ def read_logps(
     return jax.tree.map(lambda x: _in_order(x, places), out)
 
 
-def read_numbers(number: Callable[[Array], Array], h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
-    """`number(h [N, m, D]) -> [N, m]`, such as a scalar head, at read positions."""
-    places = placed(read, h_BTD.shape[1])
+def read_numbers(
+    number: Callable[[Array], Array], h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], answers: int = 2
+) -> Float[Array, "B M"]:
+    """`number(h [N, m, D]) -> [N, m]`, such as a scalar head, at read positions; answers: as placed has it."""
+    places = placed(read, h_BTD.shape[1], answers)
     found = number(gather_read(h_BTD, read, places))
     return found if places is None else _in_order(found, places)
 
