@@ -1,5 +1,6 @@
 """Machines that need not be here: what the planner knows of a chip, and the devices of a topology to compile for."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ CHIPS = {
     "v5p": Chip("TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, "docs.cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "docs.cloud.google.com/tpu/docs/v6e"),
 }
+GPUS_A_HOST = 8
+MOST = {"v5e": 256, "v6e": 256, "v5p": 8960}  # chips of a slice
 EXAMPLES = "h100:1, h100:8, h100:2x8 (hosts x GPUs), v5e:4x4, v5p:4x4x4 or 2xv5e:4x4 (slices)"
 
 
@@ -87,6 +90,10 @@ def machine(name: str) -> Machine:
         return Machine(name, chip, _tpus(name, match[2], sizes, slices))
     if match[1] or len(sizes) > 2:
         raise ValueError(f"--devices {name!r} is not known; GPUs are {match[2]}:GPUS, or {match[2]}:HOSTSxGPUS")
+    if sizes[-1] > GPUS_A_HOST:
+        whole = f", such as {match[2]}:{sizes[-1] // GPUS_A_HOST}x{GPUS_A_HOST}" if len(sizes) == 1 else ""
+        such = f"a host has at most {GPUS_A_HOST} GPUs; use {match[2]}:HOSTSxGPUS{whole}"
+        raise ValueError(f"--devices {name!r} is no machine: {such}")
     return Machine(name, chip, _gpus(match[2], sizes))
 
 
@@ -95,8 +102,9 @@ def local() -> Machine:
     found = jax.devices()
     kind = found[0].device_kind
     known = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    stats = found[0].memory_stats() or {}
-    near = min(known, key=lambda chip: abs(chip.memory - stats.get("bytes_limit", 0)), default=None)
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75) if found[0].platform in ("gpu", "cuda") else 1.0
+    memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / share  # what jax may take of a GPU is a share of it
+    near = min(known, key=lambda chip: abs(chip.memory - memory), default=None)
     return Machine(f"{len(found)} x {kind}", near, list(found))
 
 
@@ -120,6 +128,9 @@ def _tpus(name: str, kind: str, sizes: list[int], slices: int) -> list[Any]:
     if len(sizes) != rank:
         such = "x".join("4" * rank)
         raise ValueError(f"--devices {name!r} is not known; a slice of {kind} has {rank} axes, such as {kind}:{such}")
+    if math.prod(sizes) > MOST[kind] or any(size > 1 and size % 2 for size in sizes):
+        such = f"a slice of {kind} has at most {MOST[kind]} chips, and 1 or an even number of them along an axis"
+        raise ValueError(f"--devices {name!r} is no machine: {such}")
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if sizes[0] % 2 or sizes[1] % 2:  # a host has 2 x 2 chips, or here one

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxft import devices, train
 from jaxft.machines import Machine
-from jaxft.plan import GIB, Plan, plan
+from jaxft.plan import GIB, Plan, plan, plans
 from jaxft.sharding import MeshShape
 
 KEEPS = {"none": 34.0, "projections": 17.0, "attention": 4.0, "full": 2.0, "pairs": 1.5, "offload": 0.5}
@@ -84,7 +84,16 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
             one = Tried(choice, None, str(error))
         tried.append(one)
         say("  " + told(one))
-    return sorted(tried, key=lambda t: (t.seconds, _missing(t)))
+    order = lambda: tried.sort(key=lambda t: (t.seconds, _missing(t)))  # noqa: E731
+    order()
+    while found(tried):  # what it recommends holds the run's other programs too
+        whole = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
+        if whole.fits:
+            break
+        tried[0] = replace(tried[0], plan=whole)
+        say(f"  {tried[0].choice}: {told(tried[0])}")
+        order()
+    return tried
 
 
 def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
@@ -173,7 +182,8 @@ def told(t: Tried) -> str:
         return f"refused: {t.why}"
     size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "more than there is"
     time: Any = f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %" if t.plan.estimate else "no time"
-    return f"{size}, {time}" if t.plan.fits else f"{size}, does not fit"
+    fails = "does not fit" if t.plan.estimate else f"its {t.plan.program} does not fit"
+    return f"{size}, {time}" if t.plan.fits else f"{size}, {fails}"
 
 
 def found(tried: list[Tried]) -> bool:

@@ -98,6 +98,17 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def planned(run: Any, machine: Any) -> dict[str, Any]:
+    """What is kept of a plan, or why there is none."""
+    from jaxft import plan
+
+    try:
+        one = plan.plan(run, machine).json()
+    except ValueError as error:
+        return {"fits": False, "total": None, "devices": len(machine.devices), "why": str(error)}
+    return {name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")}
+
+
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
     from jaxft import config, machines, plan, programs
@@ -118,8 +129,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
             if held + 0.4 * plan.GIB > room:
                 found = {"fits": False, "total": None, "held": held, "devices": len(machine.devices)}
             else:
-                one = plan.plan(run, machine).json()
-                found = {name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")}
+                found = planned(run, machine)
             found |= {"config": path, "overrides": overrides, "seconds": round(time.perf_counter() - begin, 1)}
             save(key, found)
             size_ = f"{found['total'] / plan.GIB:.2f} GiB" if found["total"] else "too large"

@@ -48,6 +48,8 @@ def main() -> int:
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
+    if not names:
+        raise ValueError(f"--devices names no machine; found {' '.join(args.devices)}, wanted one such as h100:8 before it")
     found: list[plan.Plan] = []
     code = 0
     for name in names:

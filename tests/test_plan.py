@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,30 @@ def test_an_unknown_machine_is_one_line(name):
     with pytest.raises(ValueError, match="is not known; ") as found:
         machines.machine(name)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("h100:16", "a host has at most 8 GPUs; use h100:HOSTSxGPUS, such as h100:2x8"),
+        ("a100-40:2x16", "a host has at most 8 GPUs; use a100-40:HOSTSxGPUS"),
+        ("v5e:32x32", "a slice of v5e has at most 256 chips"),
+        ("v6e:3x3", "1 or an even number of them along an axis"),
+    ],
+)
+def test_a_machine_that_nobody_makes_is_refused(name, words):
+    with pytest.raises(ValueError, match=f"--devices '{name}' is no machine: .*{words}"):
+        machines.machine(name)
+
+
+def test_an_a100_is_told_by_what_jax_may_take_of_it(monkeypatch):
+    for share in ("0.75", "0.5", "0.9"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+        for name in ("a100-40", "a100-80"):
+            stats = {"bytes_limit": int(machines.CHIPS[name].memory * float(share))}
+            gpu = SimpleNamespace(device_kind="NVIDIA A100-SXM4", platform="gpu", memory_stats=lambda stats=stats: stats)
+            monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
+            assert machines.local().chip is machines.CHIPS[name]
 
 
 def test_every_chip_has_a_peak_and_every_gpu_a_target():
@@ -270,11 +295,20 @@ def test_gathers_that_the_program_waits_for_are_no_exchanges_of_activations_and_
 
 
 def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatch):
-    tried = []
+    tried, whole = [], []
+
+    def every(run, machine):
+        """The first choice that is looked at whole can't hold its evaluation."""
+        whole.append(run)
+        more = {"program": "evaluation", "estimate": None, "flops": None, "total": 900, "missing": 700} if len(whole) == 1 else {}
+        return [replace(made(run), **more)]
 
     def fake(run, machine):
+        tried.append(run)
+        return made(run)
+
+    def made(run):
         mesh, rows = run.mesh, run.data.batch // run.data.micro
-        tried.append((mesh, run.data.micro))
         if mesh.tensor == 4:
             raise ValueError("mlp does not divide")
         step = 1.0 / rows + (0.5 if mesh.tensor > 1 else 0)
@@ -287,6 +321,7 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         )  # fmt: skip
 
     monkeypatch.setattr(plan_search, "plan", fake)
+    monkeypatch.setattr(plan_search, "plans", every)
 
     def load(texts):
         values = dict(text.split("=") for text in texts)
@@ -299,6 +334,8 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     best = min(t.seconds for t in found)
     assert found[0].seconds == best < float("inf") and found[0].plan.fits
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
+    (out,) = [t for t in found if t.plan and t.plan.program == "evaluation"]
+    assert len(whole) == 2 and plan_search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
     text = plan_search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
     large = plan_search.Tried(found[0].choice, replace(found[0].plan, missing=1))

@@ -1,11 +1,13 @@
 """What a compiled program moves: on eight simulated devices with traffic that is known, and in texts written by hand."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import hlo, sharding, traffic
+from jaxft import hlo, roofline, sharding, traffic
 
 N = 8
 MESH = dict(data=1, fsdp=8)
@@ -153,6 +155,44 @@ def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit()
     assert (found["start"].size, found["start"].span, found["start"].moved) == (16, 1, 16)
     assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == ("all-reduce", 2, 32, 4)
     assert program.unknown_loops == ["free"]
+
+
+def test_what_a_text_does_not_tell_is_told():
+    start, body_end = "  %two.1 = s32[] constant(2)\n", "}\n\nENTRY"
+    copied = HAND.replace(start, "  %was = s32[] constant(2)\n  %two.1 = s32[] copy(%was)\n")
+    threaded = HAND.replace(body_end, '}, execution_thread="sparsecore"\n\nENTRY')
+    for text in (HAND, copied, threaded):
+        program = hlo.parse(text)
+        found = {c.name: c.times for c in traffic.collectives(program, [0, 0, 1, 1])}
+        assert found["all-gather.1"] == 4 and program.unknown_loops == ["free"]
+    for was, unknown in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
+        assert was in HAND
+        program = hlo.parse(HAND.replace(was, unknown))
+        traffic.collectives(program, [0, 0, 1, 1])
+        assert program.unknown_loops == ["loop", "free"]
+    for cut in (HAND[: HAND.rindex("}")], HAND.replace("ENTRY ", "")):
+        with pytest.raises(ValueError, match="its entry wasn't found whole"):
+            hlo.parse(cut)
+
+
+EXCHANGED = """HloModule exchanged
+
+ENTRY %main (a: f32[128]) -> f32[128] {
+  %a = f32[128]{0} parameter(0)
+  %each = f32[128]{0} all-to-all(%a), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %next = f32[128]{0} collective-permute(%each), channel_id=2, source_target_pairs={PAIRS}
+}
+"""
+
+
+def test_what_an_exchange_and_a_ring_send_to_the_other_host():
+    """Of an all-to-all each device sends half of its own away; of a ring over two hosts two of eight devices send anything."""
+    text = EXCHANGED.replace("PAIRS", ",".join(f"{{{i},{(i + 1) % 8}}}" for i in range(8)))
+    each, ring = traffic.collectives(hlo.parse(text), [0] * 4 + [1] * 4)
+    assert (each.kind, each.moved, each.across) == ("all-to-all", 512 * 7 / 8, 512 / 2)
+    assert (ring.kind, ring.moved, ring.across) == ("collective-permute", 512, 512 / 4)
+    machine = SimpleNamespace(chip=SimpleNamespace(within=1e4, across=1e3), axes=lambda group: 1)
+    assert roofline.seconds(machine, ring) == pytest.approx(512 / 1e3 / roofline.LINKS)  # the slowest pair's
 
 
 SUMMED = """HloModule summed
