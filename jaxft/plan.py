@@ -115,7 +115,8 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
 def shortcuts(platform: str) -> tuple[str, ...]:
     """What a quick compilation for a platform leaves out."""
     quick = getattr(jax.config, EFFORT) < 0 and platform == "tpu"
-    return ("compiled quickly: the real program may start collectives earlier and be faster",) if quick else ()
+    told = "compiled quickly: a run gets this program with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1, and else may take more bytes"
+    return (told,) if quick else ()
 
 
 def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | None, int | None], took: tuple[float, str]) -> Plan:

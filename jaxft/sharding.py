@@ -81,7 +81,7 @@ def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
     """
     slice_of = lambda d: getattr(d, "slice_index", None) or 0  # noqa: E731
     devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
-    linked = devices[0].platform == "tpu"  # GPUs have a slice_index too, a host's
+    linked = all(hasattr(d, "core_on_chip") for d in devices)  # GPUs have coords and a slice_index too, a host's
     groups = len({slice_of(d) if linked else d.process_index for d in devices})
     if (linked and sizes[0] % groups) or (groups > 1 and groups % sizes[0] and sizes[0] % groups):
         kind = "slices" if linked else "processes"

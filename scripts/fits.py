@@ -1,14 +1,14 @@
 """What fits where: models and methods on hardware, each cell compiled for it; prints Markdown and writes JSON.
 
-    python scripts/fits.py --out fits.json                                 # every cell, hours of one CPU core
+    python scripts/fits.py --out fits.json                                 # every cell, an hour or two of one CPU core
     python scripts/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
     python scripts/fits.py --out fits.json --print                         # of what is there already
 
 A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
-device and the settings that need least memory (see SETTINGS). Every method is tried on every machine, with the largest model what
-ONLY says. It goes on where it was stopped; --again also compiles what was compiled before jax or the code that makes the programs
-changed. Several may run at once, each with its own --out; --out ALL --add THIS THAT joins what they wrote. Takes the cuda12 and
-tpu extras, and no device.
+device and the settings that need least memory (see SETTINGS; on TPUs also JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1). Every method is
+tried on every machine, with the largest model what ONLY says. It goes on where it was stopped; --again also compiles what was
+compiled before jax or the code that makes the programs changed. Several may run at once, each with its own --out; --out ALL
+--add THIS THAT joins what they wrote. Takes the cuda12 and tpu extras, and no device.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
     from jaxft import config, machines, plan, programs
 
-    plan.set_quick(True)  # within 1 % the same bytes
+    plan.set_quick(True)  # one of the settings that need least memory; GPUs have no such
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
         key = f"{name} {model} {method} {objective}"
@@ -174,7 +174,8 @@ def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
                     row.append(shown(found))
                 if any(row):
                     learns = "SFT" if objective == "sft" else "SFT + DPO"
-                    lines.append(f"| {' | '.join([model, method, learns, *row])} |")
+                    name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
+                    lines.append(f"| {' | '.join([name, method, learns, *row])} |")
     return "\n".join(lines)
 
 

@@ -28,9 +28,10 @@ def told(mesh, batch):
     whole = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(batch))).hexdigest()
     parts = {}
     for x in jax.tree.leaves(placed):
-        for shard in x.addressable_shards:
-            part = np.ascontiguousarray(shard.data).tobytes()
-            parts.setdefault(str(shard.index[1].start or 0), hashlib.sha256()).update(part)
+        each = {tuple(cut.start or 0 for cut in shard.index[1:]): shard.data for shard in x.addressable_shards}
+        for (row, *time), data in each.items():  # several devices may hold the same part
+            key = ":".join(map(str, (row, *time[:1]))) if any(time) else str(row)
+            parts.setdefault(key, hashlib.sha256()).update(np.ascontiguousarray(data).tobytes())
     line = [whole, {start: digest.hexdigest() for start, digest in parts.items()}]
     with open(os.environ["BATCHES"] + os.environ.get("JAXFT_PROCESS", ""), "a") as file:
         file.write(__import__("json").dumps(line) + chr(10))
@@ -103,6 +104,8 @@ KINDS = {
     "dpo-full": ("dpo", ["full=true", "lr=0.001", "mesh.data=1", "mesh.fsdp=8"]),
     "nf4": ("sft", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=4"]),
     "dpo-nf4": ("dpo", ["quant=nf4", "quant.block=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    "context": ("sft", ["full=true", "lr=0.001", "mesh.data=1", "mesh.context=8"]),  # a row's time over both
+    "slices": ("dpo", ["mesh.slices=2", "mesh.data=1", "mesh.fsdp=4"]),
 }
 QUICK = ("lora", "full", "dpo")
 

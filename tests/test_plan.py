@@ -528,3 +528,20 @@ def test_a_quick_plan_says_that_it_is_one_where_the_compiler_heeds_it():
     finally:
         plan.set_quick(False)
     assert not plan.shortcuts("tpu")
+
+
+def test_what_fits_where_joins_files_and_tells_what_is_older(tmp_path):
+    cell = {"fits": True, "total": 3 * plan.GIB, "devices": 1, "source": "older"}
+    for name, key in (("a", "h100:1 1B LoRA sft"), ("b", "v5e:2x2 1B LoRA sft")):
+        devices_ = 4 if name == "b" else 1
+        (tmp_path / f"{name}.json").write_text(json.dumps({key: {**cell, "devices": devices_}}))
+    small = {**cell, "fits": False, "total": None}
+    (tmp_path / "all.json").write_text(json.dumps({"v5e:1x1 1B LoRA sft": small}))
+    command = [sys.executable, "scripts/fits.py", "--out", str(tmp_path / "all.json"), "--models", "1B"]
+    added = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    done = subprocess.run([*command, "--add", *added], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "| Llama-3.2-1B | LoRA | SFT |  |  | 3.0 | 3.0 × 4 |  |  |" in done.stdout
+    assert "3 of 3 programs were compiled by an older jax or of older code" in done.stdout
+    assert set(json.loads((tmp_path / "all.json").read_text())) == {
+        "v5e:1x1 1B LoRA sft", "h100:1 1B LoRA sft", "v5e:2x2 1B LoRA sft"
+    }  # fmt: skip

@@ -69,6 +69,7 @@ def described(count, each, platform="cpu", **more):
     ]
 
 
+TPU = {"platform": "tpu", "core_on_chip": 0}
 GPUS = described(16, 8, "gpu")
 for gpu in GPUS:
     gpu.slice_index = gpu.process_index  # jax gives each host of GPUs one of its own
@@ -79,7 +80,7 @@ for gpu in GPUS:
     [
         (MeshShape(1, 1, 8), described(8, 4), "mesh.tensor=8 crosses hosts, which have 4 devices each; use a divisor of that"),
         (MeshShape(-1, slices=4), described(12, 2), "mesh.slices=4: the devices are in 6 processes; set mesh.slices to 6"),
-        (MeshShape(-1), described(8, 4, "tpu", slice_index=1)[4:] + described(4, 4, "tpu", slice_index=0),
+        (MeshShape(-1), described(8, 4, **TPU, slice_index=1)[4:] + described(4, 4, **TPU, slice_index=0),
          "mesh.slices=1: the devices are in 2 slices; set mesh.slices to 2"),
         (MeshShape(1, 1, 16), GPUS, "mesh.tensor=16 crosses hosts, which have 8 devices each; use a divisor of that"),
     ],
