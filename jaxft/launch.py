@@ -87,7 +87,7 @@ def _own_gpus(environ: Mapping[str, str], local: int | None, beside: int | None)
         return None  # jax reads it
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     on_node = re.search(r"\d+$", environ.get("SLURM_GPUS_ON_NODE", ""))  # 8, or gpu:8
-    count = len(visible.split(",")) if visible else int(on_node[0]) if on_node else None
+    count = len(visible.split(",")) if visible else (int(on_node[0]) if on_node else 0) or None
     apart = bool(visible) and bool(environ.get("SLURM_GPUS_PER_TASK"))
     if count is not None and (count == 1 or beside == 1 or apart or (visible and beside is not None and count < beside)):
         return tuple(range(count))

@@ -60,11 +60,15 @@ class Machine:
     chip: Chip | None
     devices: list[Any]
 
+    @property
+    def tpu(self) -> bool:
+        """Whether its devices are TPUs."""
+        return self.devices[0].platform == "tpu"
+
     def places(self) -> list[int]:
         """The host of each GPU, or the slice of each TPU: within one of them links are fast."""
-        slices = [getattr(d, "slice_index", None) for d in self.devices]
-        if self.devices[0].platform == "tpu":
-            return [s or 0 for s in slices]
+        if self.tpu:
+            return [getattr(d, "slice_index", None) or 0 for d in self.devices]
         return [d.process_index for d in self.devices]
 
     def axes(self, group: tuple[int, ...]) -> int:

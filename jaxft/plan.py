@@ -95,7 +95,7 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
         "program": program.name,
         "limit": machine.chip.memory - machine.chip.kept if machine.chip else None,
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
-        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p), *shortcuts(machine.devices[0].platform)),
+        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p), *shortcuts(machine)),
         "gpu": machine.devices[0].platform in ("gpu", "cuda"),
     }
     with _cache_hits() as hits:
@@ -112,9 +112,9 @@ def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) ->
     return _found(known, resident(p, run), compiled, machine, (seconds, bool(hits)))
 
 
-def shortcuts(platform: str) -> tuple[str, ...]:
-    """What a quick compilation for a platform leaves out."""
-    quick = getattr(jax.config, EFFORT) < 0 and platform == "tpu"
+def shortcuts(machine: Machine) -> tuple[str, ...]:
+    """What is to be said of a quick compilation for a machine."""
+    quick = getattr(jax.config, EFFORT) < 0 and machine.tpu
     told = "compiled quickly: a run gets this program with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1, and else may take more bytes"
     return (told,) if quick else ()
 

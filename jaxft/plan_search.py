@@ -87,10 +87,13 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
     order = lambda: tried.sort(key=lambda t: (t.seconds, _missing(t)))  # noqa: E731
     order()
     while found(tried):  # what it recommends holds the run's other programs too
-        whole = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
-        if whole.fits:
-            break
-        tried[0] = replace(tried[0], plan=whole)
+        try:
+            whole = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
+            if whole.fits:
+                break
+            tried[0] = replace(tried[0], plan=whole)
+        except ValueError as error:
+            tried[0] = Tried(tried[0].choice, None, str(error))
         say(f"  {tried[0].choice}: {told(tried[0])}")
         order()
     return tried
@@ -123,7 +126,7 @@ def candidates(run: train.Run, machine: Machine) -> Iterator[Choice]:
 def _slices(run: train.Run, machine: Machine) -> int:
     """mesh.slices of every candidate: a TPU's slices, or a multiple of them that the run wants; for hosts what the run says."""
     groups, wanted, count = len(set(machine.places())), run.mesh.slices, len(machine.devices)
-    least = groups if machine.devices[0].platform == "tpu" or wanted == -1 else 1
+    least = groups if machine.tpu or wanted == -1 else 1
     return wanted if wanted > 0 and wanted % least == 0 and count % wanted == 0 else least
 
 

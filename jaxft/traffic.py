@@ -17,11 +17,11 @@ _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libt
 class Collective:
     """One collective of a step. size: bytes of the whole array a device: of what is gathered, before it is scattered, or reduced.
 
-    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. crossing:
-    of a permutation's pairs the share whose two devices are on different ones. behind: it
+    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. behind: it
     runs while products do, because the program starts it before them or cuts it into pieces between theirs. summed: an all-gather
     or reduce-scatter that the compiler does as an all-reduce of the whole array, with zeros where a device has nothing, or of
-    which a device uses its part (libtpu's way on large slices); it moves twice as much.
+    which a device uses its part (libtpu's way on large slices); it moves twice as much. crossing: the share of a permutation's
+    pairs whose two devices are on different hosts or slices.
     """
 
     name: str

@@ -99,21 +99,24 @@ def source_hash() -> str:
 
 
 def planned(run: Any, machine: Any) -> dict[str, Any]:
-    """What is kept of a plan, or why there is none."""
-    from jaxft import plan
+    """What is kept of a plan, or why there is none; nothing is compiled where what is there between programs doesn't fit."""
+    from jaxft import plan, programs
 
+    none = {"fits": False, "total": None, "devices": len(machine.devices)}
     try:
+        held = sum(plan.resident(programs.abstract(run, machine.devices)[0]).values())
+        if held + 0.4 * plan.GIB > machine.chip.memory - machine.chip.kept:
+            return {**none, "held": held}
         one = plan.plan(run, machine).json()
     except ValueError as error:
-        return {"fits": False, "total": None, "devices": len(machine.devices), "why": str(error)}
+        return {**none, "why": str(error)}
     return {name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")}
 
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
-    from jaxft import config, machines, plan, programs
+    from jaxft import config, machines, plan
 
-    plan.set_quick(True)  # one of the settings that need least memory; GPUs have no such
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
         key = f"{name} {model} {method} {objective}"
@@ -121,15 +124,8 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
         if found is None:
             machine = machines.machine(name)
             path, overrides = settings(model, method, objective, len(machine.devices))
-            chip_ = machine.chip
-            assert chip_ is not None
-            run = config.load(str(Path(sys.path[0]) / path), overrides)
-            held, room = sum(plan.resident(programs.abstract(run, machine.devices)[0]).values()), chip_.memory - chip_.kept
-            begin = time.perf_counter()
-            if held + 0.4 * plan.GIB > room:
-                found = {"fits": False, "total": None, "held": held, "devices": len(machine.devices)}
-            else:
-                found = planned(run, machine)
+            run, begin = config.load(str(Path(sys.path[0]) / path), overrides), time.perf_counter()
+            found = planned(run, machine)
             found |= {"config": path, "overrides": overrides, "seconds": round(time.perf_counter() - begin, 1)}
             save(key, found)
             size_ = f"{found['total'] / plan.GIB:.2f} GiB" if found["total"] else "too large"
@@ -204,6 +200,9 @@ def main() -> int:
     for other in a.add:
         write(a.out, stored() | json.loads(other.read_text()))
     if not (a.print or a.add):
+        from jaxft import plan
+
+        plan.set_quick(True)  # one of the settings that need least memory; GPUs have no such
         for chip, model, method, objective in wanted(a):
             cell(chip, model, method, objective, known(), save)
     print(table(stored(), a))

@@ -51,6 +51,7 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x16)", "SLURM_GPUS_ON_NODE": "8"},
             Launch("SLURM", None, 16, 9, tuple(range(8))),
         ),
+        ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "0"}, Launch("SLURM", None, 16, 9, (1,))),  # CPUs
         ({**SLURM, "CUDA_VISIBLE_DEVICES": "5"}, Launch("SLURM", None, 16, 9, (0,))),  # srun --gpus-per-task=1
         (  # srun --gpus-per-task=2, four tasks a node: a task sees its own two
             {**SLURM, **FOUR, "SLURM_LOCALID": "3", "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"},

@@ -298,8 +298,10 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     tried, whole = [], []
 
     def every(run, machine):
-        """The first choice that is looked at whole can't hold its evaluation."""
+        """The first choice that is looked at whole can't hold its evaluation, the second is refused."""
         whole.append(run)
+        if len(whole) == 2:
+            raise ValueError("its answers do not divide")
         more = {"program": "evaluation", "estimate": None, "flops": None, "total": 900, "missing": 700} if len(whole) == 1 else {}
         return [replace(made(run), **more)]
 
@@ -335,7 +337,8 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     assert found[0].seconds == best < float("inf") and found[0].plan.fits
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     (out,) = [t for t in found if t.plan and t.plan.program == "evaluation"]
-    assert len(whole) == 2 and plan_search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
+    assert "refused: its answers do not divide" in map(plan_search.told, found)
+    assert len(whole) == 3 and plan_search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
     text = plan_search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
     large = plan_search.Tried(found[0].choice, replace(found[0].plan, missing=1))
@@ -521,13 +524,14 @@ def test_slices_hold_their_share_and_exchange_across():
 
 
 def test_a_quick_plan_says_that_it_is_one_where_the_compiler_heeds_it():
-    assert not plan.shortcuts("tpu")
+    tpu = machines.Machine("one TPU", None, [SimpleNamespace(platform="tpu")])
+    assert not plan.shortcuts(tpu)
     plan.set_quick(True)
     try:
-        assert "compiled quickly" in plan.shortcuts("tpu")[0] and not plan.shortcuts("cuda")
+        assert "compiled quickly" in plan.shortcuts(tpu)[0] and not plan.shortcuts(made_up())
     finally:
         plan.set_quick(False)
-    assert not plan.shortcuts("tpu")
+    assert not plan.shortcuts(tpu)
 
 
 def test_what_fits_where_joins_files_and_tells_what_is_older(tmp_path):
