@@ -18,7 +18,9 @@ from jaxft.data.prompts import Asked, Room
 from jaxft.lora import Adapter
 from jaxft.objectives import preference as P
 from jaxft.objectives.pairwise import preference
-from jaxft.objectives.reads import EXTRA, placed, read_numbers
+from jaxft.objectives.policy import critic, policy
+from jaxft.objectives.policy_losses import clipped
+from jaxft.objectives.reads import EXTRA, placed
 from jaxft.objectives.sft import sft
 from jaxft.params import spec_paths
 from jaxft.quant import is_qtensor, quantize
@@ -146,13 +148,17 @@ def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_th
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10
     rows = laid_out_completions(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
-    h = jnp.arange(float(length))[None, :, None]
-    plain = read_numbers(lambda h: h[:, :, 0], h, jnp.asarray(rows.read), group)
+    rows = jax.tree.map(jnp.asarray, rows)
+    values, h = critic(lambda params, batch, h: h, lambda params, h: h[:, :, 0]), jnp.arange(float(length))[None, :, None]
+    model, whole, _ = kind_of("full")
+    seen = lambda: jax.jit(lambda: policy(model, clipped).see(whole, rows, None, {}).logp)()  # noqa: E731
+    plain = values(None, rows, h), seen()
     with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
-        cut = read_numbers(lambda h: h[:, :, 0], h, jnp.asarray(rows.read), group)
-    real = rows.answers[0] < group
+        cut = values(None, rows, h), seen()
+    real = np.asarray(rows.answers[0] < group)
     assert real.sum() == lengths.sum()
-    np.testing.assert_array_equal(np.asarray(cut)[0][real], np.asarray(plain)[0][real])
+    for found, wanted in zip(cut, plain, strict=True):
+        np.testing.assert_allclose(np.asarray(found)[0][real], np.asarray(wanted)[0][real], rtol=1e-10)
 
 
 def test_rows_that_context_does_not_cut_evenly_are_refused():
