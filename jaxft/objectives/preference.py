@@ -1,339 +1,291 @@
-"""Preference losses over chosen and rejected answers against a reference: pure functions `(pair, knobs) -> [B, P]`.
+"""The objective around a preference loss: one forward pass over the pairs, one over the reference, the metrics.
 
-Set knobs with `partial(ipo, beta=0.1)`; give the result to `preference(...)` of pairwise.py. In the docstrings c and r are the
-log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected answer, summed over tokens; |c| and |r| their lengths;
-s_c = score(c), s_r = score(r); D = s_c - s_r; LS = log sigmoid; eps = label_smoothing. Values and gradients are those of TRL
-1.16's DPOTrainer unless a docstring says what differs. Losses without a reference and losses for single answers are in
-reference_free.py.
-
-Where an f-divergence other than reverse_kl is the score, a term log Z(x) cancels only in D; so only losses of D take `score`.
+`preference(model, loss=partial(dpo, beta=0.1))` is linear in the batch's pair weights, unless the loss is Coupled: then
+train.py judges all microbatches' log-probs together and is exact all the same.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from jaxft.objectives.scored import Answer, Coupled, Scored, unwrap
+from jaxft import consumed, tree
+from jaxft.batch import Pairs
+from jaxft.metrics import Correlation, Disagreement, Sum
+from jaxft.objectives.reads import read_logps
+from jaxft.objectives.scored import Answer, Coupled, Scored, check_knobs, scored, unwrap
+from jaxft.objectives.sft import sft
+from jaxft.objectives.watch import watch, words
+from jaxft.params import Model
+from jaxft.tree import struct
 
-PairLoss = Float[Array, "B P"]
-Score = Callable[[Array], Array]
-
-
-def require(ok: Any, message: str) -> None:
-    """Raise ValueError(message) where a knob is out of range. A traced knob (of a sweep) can't be looked at and passes."""
-    if not isinstance(ok, jax.core.Tracer) and not ok:
-        raise ValueError(message)
-
-
-def capped(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An exponent held where exp stays finite: at most 80, in float16 at most 11 (TRL's caps). No gradient beyond."""
-    return jnp.minimum(x, 11.0 if x.dtype == jnp.float16 else 80.0)
+Reference = Literal["start", "precomputed"]
+SHORT = 0.9  # an answer is the shorter one below this share of the other's length
 
 
-def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x^2, with |x| held where the square stays finite (half the root of the dtype's largest number)."""
-    most = float(jnp.finfo(x.dtype).max) ** 0.5 / 2
-    return jnp.square(jnp.clip(x, -most, most))
+@dataclass(frozen=True)
+class Moving:
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 - alpha) ref."""
+
+    alpha: float = 0.6
+    every: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1 or self.every < 1:
+            raise ValueError(f"a moving reference has alpha in (0, 1] and every from 1 up, found {self}")
 
 
-def logistic(x: Float[Array, "..."], label_smoothing: float = 0.0) -> Float[Array, "..."]:
-    """-(1 - eps) LS(x) - eps LS(-x): the cross-entropy of a label that is wrong with probability eps."""
-    require((label_smoothing >= 0) & (label_smoothing <= 0.5), f"label_smoothing is in [0, 0.5], found {label_smoothing}")
-    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+@struct
+class Seen:
+    """What the forward passes leave of a batch, [B, M] and small: all that a loss and the metrics need.
 
-
-def reverse_kl(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = c: DPO's own score."""
-    return ratio
-
-
-def forward_kl(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = 1 - exp(-c) (Wang et al. 2023, arXiv:2309.16240). TRL overflows at c < -88 in float32; here -c is capped at 80."""
-    return -jnp.expm1(capped(-ratio))
-
-
-def js_divergence(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = log 2 + LS(c) (arXiv:2309.16240)."""
-    return math.log(2) + log_sigmoid(ratio)
-
-
-def alpha_divergence(ratio: Float[Array, "..."], alpha: float = 0.5) -> Float[Array, "..."]:
-    """s = (exp((alpha - 1) c) - 1) / (alpha - 1), exponent capped; at alpha = 1 its limit c (arXiv:2309.16240)."""
-    k = alpha - 1.0
-    limit = jnp.abs(k) < 1e-6
-    safe = jnp.where(limit, 1.0, k).astype(ratio.dtype)
-    return jnp.where(limit, ratio, jnp.expm1(capped(safe * ratio)) / safe)
-
-
-def _scores(pair: Scored, score: Score) -> tuple[Array, Array]:
-    return score(pair.chosen.ratio), score(pair.rejected.ratio)
-
-
-def _difference(pair: Scored, score: Score) -> Array:
-    chosen, rejected = _scores(pair, score)
-    return chosen - rejected
-
-
-def _mean_difference(pair: Scored, score: Score) -> Array:
-    chosen, rejected = _scores(pair, score)
-    return chosen / pair.chosen.length - rejected / pair.rejected.length
-
-
-def dpo(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 where the policy is the reference."""
-    return logistic(beta * _difference(pair, score))
-
-
-def cdpo(pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`-(1 - eps) LS(beta D) - eps LS(-beta D)`: labels are wrong with probability eps (Mitchell 2023). Not in TRL 1.16."""
-    return logistic(beta * _difference(pair, score), label_smoothing)
-
-
-def dpo_margin(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta D - m)` with m the rows' `margin`: DPO with an offset (Amini et al. 2024, arXiv:2402.10571). Not in TRL's DPO.
-
-    Raises ValueError where the rows have no such column.
+    `logp` has a gradient, nothing else has one. batch: the pairs without their tokens.
     """
-    x = beta * _difference(pair, score)
-    if "margin" not in pair.columns:
-        found = ", ".join(sorted(pair.columns)) or "none"
-        raise ValueError(f"dpo_margin needs a number `margin` in each row, found the columns: {found}; add it or use dpo")
-    return logistic(x - pair.columns["margin"].astype(x.dtype))
+
+    logp: Float[Array, "B M"]
+    reference: Float[Array, "B M"] | None
+    square: Float[Array, "B M"]
+    entropy: Float[Array, "B M"]
+    top1: Float[Array, "B M"]
+    mean_logit: Float[Array, "B M"]
+    batch: Pairs
 
 
-def dpop(pair: Scored, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
-    """`-LS(beta (c - r - penalty relu(-c)))`: the chosen answer may not lose log-prob (Pal et al. 2024, arXiv:2402.13228)."""
-    c, r = _scores(pair, reverse_kl)
-    return logistic(beta * (c - r - penalty * jax.nn.relu(-c)))
+@dataclass(frozen=True)
+class Preference:
+    """`(params, batch, key, aux) -> (loss, metrics)` in its two halves; see preference().
 
-
-def rdpo(pair: Scored, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta D - alpha (|c| - |r|))`: no reward for mere length (Park et al. 2024, arXiv:2403.19159)."""
-    return logistic(beta * _difference(pair, score) - alpha * (pair.chosen.length - pair.rejected.length))
-
-
-def hinge(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`relu(1 - beta D)` (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
-    return jax.nn.relu(1 - beta * _difference(pair, score))
-
-
-def squared_hinge(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`relu(1 - beta D)^2`: SLiC-HF's margin (arXiv:2305.10425) with a smooth edge. Not in TRL."""
-    return square(hinge(pair, beta, score))
-
-
-def ipo(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`(s_c / |c| - s_r / |r| - 1 / (2 beta))^2`, per token as its authors use it (Azar et al. 2023, arXiv:2310.12036)."""
-    return square(_mean_difference(pair, score) - 1 / (2 * beta))
-
-
-def sigmoid_norm(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta (s_c / |c| - s_r / |r|))`: DPO of mean log-ratios (Tulu 3, arXiv:2411.15124)."""
-    return logistic(beta * _mean_difference(pair, score))
-
-
-def exo_pair(pair: Scored, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl) -> PairLoss:
-    """`q (log q - log(1 - eps)) + (1 - q) (log(1 - q) - log eps)`, q = sigmoid(beta D) (Ji et al. 2024, arXiv:2402.00856).
-
-    Raises ValueError at eps = 0, where log eps is infinite.
+    see(params, batch, key, aux) -> Seen; judge(seen, aux) -> (loss, metrics) of one microbatch or, concatenated, of many.
+    start(trainable, at_base) -> aux; after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> the answers' log-probs
+    [B, M]; text is the objective that measures general text. watch(memory, entry, last) and words(first, last) tell the user what
+    the numbers mean, see watch.py.
     """
-    ok = (label_smoothing > 0) & (label_smoothing < 1)
-    require(ok, f"exo_pair: label_smoothing is in (0, 1), found {label_smoothing}; its paper uses 1e-3")
-    x = beta * _difference(pair, score)
-    wins = sigmoid(x) * (log_sigmoid(x) - jnp.log1p(-label_smoothing))
-    return wins + sigmoid(-x) * (log_sigmoid(-x) - jnp.log(label_smoothing))
+
+    see: Callable[..., Seen]
+    judge: Callable[..., tuple[Array, dict[str, Any]]]
+    start: Callable[..., dict[str, Any]]
+    after_step: Callable[..., dict[str, Any]]
+    logps: Callable[..., Array]
+    text: Callable[..., tuple[Array, dict[str, Any]]]
+    watch: Callable[..., tuple[dict[str, Any], list[str], list[str]]]
+    words: Callable[..., list[str]]
+    coupled: bool
+    precomputed: bool
+
+    def __call__(self, params: Any, batch: Pairs, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+        """Both halves, for a batch that is judged alone."""
+        return self.judge(self.see(params, batch, key, aux), aux)
 
 
-def robust(pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`[-(1 - eps) LS(beta D) + eps LS(-beta D)] / (1 - 2 eps)` (Chowdhury et al. 2024, arXiv:2403.00409).
+def implicit(answer: Answer) -> Array:
+    """log pi(answer) - log pi_ref(answer): DPO's implicit reward over beta."""
+    return answer.ratio
 
-    Its mean is that of dpo on clean labels where a share eps of them is flipped. Raises ValueError outside [0, 0.5); TRL warns.
+
+def summed(answer: Answer) -> Array:
+    """log pi(answer)."""
+    return answer.logp
+
+
+def per_token(answer: Answer) -> Array:
+    """log pi(answer) / tokens, which SimPO and ORPO compare."""
+    return answer.mean
+
+
+def nothing(pair: Scored) -> dict[str, Array]:
+    """No further metrics."""
+    return {}
+
+
+def preference(
+    model: Model,
+    loss: Callable[..., Array],
+    reference: Reference | Moving | None = "start",
+    beta: float = 0.1,
+    reward: Callable[[Answer], Array] = implicit,
+    extra: Callable[[Scored], dict[str, Array]] = nothing,
+) -> Preference:
+    """An objective of `loss(pair: Scored) -> [B, P]`, one of preference.py's or your own: `sum_p w_p loss_p`.
+
+    reference: "start" is the model at step 0, for nothing where that is the base without a fresh adapter, else a frozen copy
+    of the trainable leaves; "precomputed" takes log-probs that were computed once before the run; Moving follows the policy;
+    None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta. extra(pair):
+    further metrics, a value [B, P] a pair each, whose means over the pairs are logged.
     """
-    ok = (label_smoothing >= 0) & (label_smoothing < 0.5)
-    require(ok, f"robust: label_smoothing is in [0, 0.5), found {label_smoothing}; it is the share of flipped labels")
-    x = beta * _difference(pair, score)
-    return (-(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)) / (1 - 2 * label_smoothing)
+    check_knobs(loss)
+    loss = unwrap(loss)
+    if reference is None and reward is implicit:
+        raise ValueError("without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token")
+    coupled = isinstance(loss, Coupled)
+    return Preference(
+        see=partial(_see, model, reference),
+        judge=partial(_judge, loss, partial(_reward, reward, beta), extra),
+        start=partial(_start, loss, reference),
+        after_step=partial(_after_step, loss, reference),
+        logps=lambda params, batch: answer_logps(model, params, batch, None).logp,
+        text=sft(model),
+        watch=partial(watch, beta if reference is not None and reward is implicit else None),
+        words=words,
+        coupled=coupled,
+        precomputed=reference == "precomputed",
+    )
 
 
-def discopop(pair: Scored, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(x) (1 - m) + exp(-x) m`, x = beta D, m = sigmoid(x / tau) (Lu et al. 2024, arXiv:2406.08414).
-
-    It isn't convex: near D = 0 it pushes the margin down. The second term is written exp(LS(x / tau) - x): TRL's is infinity
-    times 0 for x < -88.
-    """
-    require(tau > 0, f"discopop: tau is positive, found {tau}; its paper uses 0.05")
-    x = beta * _difference(pair, score)
-    return -log_sigmoid(x) * sigmoid(-x / tau) + jnp.exp(capped(log_sigmoid(x / tau) - x))
+def _reward(reward: Callable, beta: float, answer: Answer) -> Array:
+    return beta * reward(answer)
 
 
-def nca_pair(pair: Scored, beta: float = 0.1) -> PairLoss:
-    """`-LS(beta c) - LS(-beta c) / 2 - LS(-beta r) / 2` (Chen et al. 2024, arXiv:2402.05369)."""
-    c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
-    return -log_sigmoid(c) - 0.5 * log_sigmoid(-c) - 0.5 * log_sigmoid(-r)
+def answer_logps(model: Model, params: Any, batch: Pairs, key: Array | None) -> Any:
+    """LogProbs [B, M] of the answers' tokens; all answers go through the model together."""
+    return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
 
 
-def bco_pair(pair: Scored, beta: float = 0.1) -> PairLoss:
-    """`-LS(beta c) - LS(-beta r)`: BCO (Jung et al. 2024, arXiv:2404.04656) without its shift, which reference_free.bco has."""
-    return -log_sigmoid(beta * pair.chosen.ratio) - log_sigmoid(-beta * pair.rejected.ratio)
+def reference_params(params: Any, aux: Any) -> Any:
+    """The reference's parameters: the copy that aux keeps, or the base without the adapter."""
+    if "reference" in aux:
+        return tree.combine(aux["reference"], consumed.plain(params))
+    return {"base": params["base"]}
 
 
-def sppo_hard(pair: Scored, beta: float = 0.1) -> PairLoss:
-    """`(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2`: SPPO, the chosen one wins for sure (Wu et al. 2024, arXiv:2405.00675)."""
-    return square(pair.chosen.ratio - 0.5 / beta) + square(pair.rejected.ratio + 0.5 / beta)
+def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | None, aux: Any) -> Seen:
+    real = batch.answers < batch.lengths.shape[1] * batch.lengths.shape[2]
+    mask = lambda x: jnp.where(real, x, jnp.zeros((), x.dtype))  # noqa: E731
+    lp = jax.tree.map(mask, answer_logps(model, params, batch, key))
+    if reference is None:
+        known = None
+    elif reference == "precomputed":
+        if batch.reference is None:
+            raise ValueError("the batch has no reference log-probs; compute them first or set reference=start")
+        known = mask(batch.reference.astype(lp.logp.dtype))
+    else:
+        frozen = jax.lax.stop_gradient(reference_params(params, aux))
+        known = mask(answer_logps(model, frozen, batch, None).logp)
+    unread = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")
+    none: dict[str, Any] = dict.fromkeys(unread)
+    rest = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
+    return Seen(lp.logp, *rest, replace(batch, **none))
 
 
-def apo_zero(pair: Scored, beta: float = 0.1) -> PairLoss:
-    """`sigmoid(-beta c) + sigmoid(beta r)`: for chosen answers better than the model's (D'Oosterlinck et al. 2024,
-    arXiv:2408.06266, eq. 7)."""
-    return sigmoid(-beta * pair.chosen.ratio) + sigmoid(beta * pair.rejected.ratio)
+def _judge(loss: Any, reward: Callable, extra: Callable, seen: Seen, aux: Any) -> tuple[Array, dict[str, Any]]:
+    pair = scored(seen.batch, seen.logp, seen.square, seen.reference)
+    state = aux.get("loss", {})
+    one = (lambda p: loss.fn(p, state)) if isinstance(loss, Coupled) else loss
+    values = _values(loss, one, pair)
+    used = pair.weight > 0
+    value = jnp.sum(jnp.where(used, pair.weight * values, 0))
+    metrics = {"loss": Sum(value, jnp.sum(pair.weight)), **_metrics(pair, reward), **_token_metrics(seen, pair)}
+    metrics |= {name: _mean(x, used) for name, x in extra(pair).items()}
+    if seen.reference is not None:
+        start = jnp.where(used, pair.weight * one(_at_reference(pair)), 0)
+        metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
+    return value, jax.lax.stop_gradient(metrics)
 
 
-def apo_down(pair: Scored, beta: float = 0.1) -> PairLoss:
-    """`sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen answers worse than the model's (arXiv:2408.06266, eq. 8)."""
-    c, r = pair.chosen.ratio, pair.rejected.ratio
-    return sigmoid(beta * c) + sigmoid(-beta * (c - r))
+def _values(loss: Any, one: Callable, pair: Scored) -> Array:
+    """What the loss gives, a value a pair. Raises ValueError where a loss of the user's fails."""
+    inner = loss.fn if isinstance(loss, Coupled) else loss
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", repr(inner))
+    try:
+        values = one(pair)
+    except KeyError as error:
+        known = ", ".join([*pair.answers, *pair.columns])
+        told = f"the loss {name} looks for {error}, and the pairs have {known}; a column of the rows is given by data.extras"
+        raise ValueError(told) from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"the loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    found = getattr(values, "shape", type(values).__name__)
+    if found != pair.weight.shape:
+        raise ValueError(f"the loss {name} gives one value a pair, {pair.weight.shape}; found {found}")
+    return values
 
 
-def sft(pair: Scored) -> PairLoss:
-    """`-log pi(chosen) / mean |c|`: summed with the pairs' weights, minus the mean log-prob of the step's chosen tokens.
-
-    The mean is over the whole optimizer batch; TRL's is over a microbatch, so that it depends on how the batch is split.
-    """
-    return -pair.chosen.logp / pair.chosen.mean_length
+def _at_reference(pair: Scored) -> Scored:
+    """The pairs as they would be scored by a policy that is the reference."""
+    same = lambda x: replace(x, logp=x.reference)  # noqa: E731
+    return replace(pair, answers={kind: same(a) for kind, a in pair.answers.items()}, tokens=same(pair.tokens))
 
 
-def _reference(answer: Answer) -> Array:
-    if answer.reference is None:
-        raise ValueError("aot sorts the reference's log-probs and the objective has none; give preference(...) a reference")
-    return answer.reference
+def _mean(values: Array, where: Array) -> Sum:
+    w = where.astype(values.dtype)
+    return Sum(jnp.sum(w * values), jnp.sum(w))
 
 
-def _order(x: Float[Array, " N"], weight: Float[Array, " N"]) -> Array:
-    """Indices that sort x upwards, slots without weight last."""
-    return jnp.argsort(jnp.where(weight > 0, x, jnp.inf))
-
-
-def _against_same_rank(x: Float[Array, "B P"], y: Float[Array, "B P"], weight: Float[Array, "B P"]) -> Float[Array, "B P"]:
-    """x minus the y that has the same rank among the y's as x has among the x's, at the place of x."""
-    flat_x, flat_y, used = x.reshape(x.size), y.reshape(y.size), weight.reshape(weight.size)
-    rank = jnp.argsort(_order(flat_x, used))
-    return (flat_x - flat_y[_order(flat_y, used)][rank]).reshape(x.shape)
-
-
-@Coupled
-def aot(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
-    """`-(1 - eps) LS(beta d) - eps LS(-beta d)`, d = sort(log pi(chosen) - log pi(rejected)) - sort(the same of the reference):
-    dominance of the whole distribution of margins (Melnyk et al. 2024, arXiv:2406.05882).
-
-    Sorts the whole optimizer batch, where TRL sorts each microbatch. The loss of a rank stands at the pair whose policy margin
-    has it.
-    """
-    policy = pair.chosen.logp - pair.rejected.logp
-    reference = _reference(pair.chosen) - _reference(pair.rejected)
-    return logistic(beta * _against_same_rank(policy, reference, pair.weight), label_smoothing)
-
-
-@Coupled
-def aot_unpaired(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
-    """As aot with d = sort(c) - sort(r): chosen and rejected answers needn't belong together (arXiv:2406.05882).
-
-    The loss of a rank stands at the pair whose chosen answer has it.
-    """
-    d = _against_same_rank(pair.chosen.ratio, pair.rejected.ratio, pair.weight)
-    return logistic(beta * d, label_smoothing)
-
-
-def mix(*parts: tuple[Callable[..., Array], float]) -> Callable[..., Array]:
-    """`sum_k w_k loss_k(pair)`, Coupled if one of them is, each with its own running numbers.
-
-    MPO (Wang et al. 2024, arXiv:2411.10442) is `mix((dpo, 0.8), (bco_pair, 0.2), (sft, 1.0))`, RPO (Pang et al. 2024,
-    arXiv:2404.19733) `mix((dpo, 1.0), (sft, 1.0))`.
-    """
-    require(len(parts) > 0, "mix has no losses; give it (loss, weight) pairs")
-    losses = [(unwrap(loss), weight) for loss, weight in parts]
-
-    def own(i: int, loss: Coupled, state: Any) -> dict[str, Any]:
-        return {name: state[f"{name}.{i}"] for name in loss.start}
-
-    def value(i: int, loss: Any, pair: Scored, state: Any) -> Array:
-        return loss.fn(pair, own(i, loss, state)) if isinstance(loss, Coupled) else loss(pair)
-
-    def mixed(pair: Scored, state: Any = None) -> Array:
-        first, *rest = (weight * value(i, loss, pair, state) for i, (loss, weight) in enumerate(losses))
-        return sum(rest, first)
-
-    coupled = [(i, loss) for i, (loss, _) in enumerate(losses) if isinstance(loss, Coupled)]
-    if not coupled:
-        return lambda pair: mixed(pair)
-
-    def update(state: Any, metrics: Any) -> dict[str, Any]:
-        out = dict(state)
-        for i, loss in coupled:
-            if loss.update is not None:
-                out |= {f"{name}.{i}": x for name, x in loss.update(own(i, loss, state), metrics).items()}
-        return out
-
-    start = {f"{name}.{i}": x for i, loss in coupled for name, x in loss.start.items()}
-    return Coupled(mixed, start, update)
-
-
-def wpo(loss: Callable[..., Array]) -> Callable[..., Array]:
-    """`w_c w_r loss`, w = exp(mean over tokens of log pi(y_t) - log sum_v pi(v)^2), without gradient (WPO, Zhou et al. 2024,
-    arXiv:2406.11827, eq. 2): answers that the policy would give count for more.
-
-    Raises ValueError for a Coupled loss, whose value for a pair isn't that pair's alone. TRL's weighted `sft` weighs the batch's
-    mean log-prob; here each pair's own is weighted.
-    """
-    if isinstance(unwrap(loss), Coupled):
-        raise ValueError("wpo weighs pairs one by one and this loss couples them; mix((wpo(other), w), ...) leaves it unweighted")
-
-    @wraps(loss)
-    def weighted(pair: Scored, *args: Any, **knobs: Any) -> Array:
-        aligned = pair.total(pair.tokens.logp - pair.tokens.square)
-        each = (aligned["chosen"] / pair.chosen.length, aligned["rejected"] / pair.rejected.length)
-        weight = jnp.exp(each[0]) * jnp.exp(each[1])
-        return jax.lax.stop_gradient(weight) * loss(pair, *args, **knobs)
-
-    return weighted
-
-
-def _length_desensitised(pair: Scored, alpha: float) -> Scored:
-    """The pair with log-probs past the shorter answer's length times alpha; where one is missing, the other stays whole."""
-    c, r = pair.chosen, pair.rejected
-    shared = jnp.where((c.present > 0) & (r.present > 0), jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length))
-    place = pair.tokens.place.astype(pair.tokens.logp.dtype)
-    near = place < pair.spread({kind: shared for kind in pair.answers})
-
-    def shortened(x: Array) -> dict[str, Array]:
-        return pair.total(jnp.where(near, x, alpha * x))
-
-    logp = shortened(pair.tokens.logp)
-    known = None if pair.tokens.reference is None else shortened(pair.tokens.reference)
-    own = {
-        kind: replace(pair.answers[kind], logp=logp[kind], reference=None if known is None else known[kind])
-        for kind in ("chosen", "rejected")
+def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
+    """TRL's numbers, every pair the same weight, and how margins go with length."""
+    chosen, rejected = pair.chosen, pair.rejected
+    used = pair.weight > 0
+    has = {kind: used & (pair.answers[kind].present > 0) for kind in ("chosen", "rejected")}
+    both = has["chosen"] & has["rejected"]
+    rewards = {"chosen": reward(chosen), "rejected": reward(rejected)}
+    margin = rewards["chosen"] - rewards["rejected"]
+    won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
+    longer = chosen.length - rejected.length
+    sides = {"longer": rejected.length < SHORT * chosen.length, "shorter": chosen.length < SHORT * rejected.length}
+    sides["alike"] = ~(sides["longer"] | sides["shorter"])
+    out: dict[str, Any] = {
+        "rewards/accuracies": _mean(won, both),
+        "rewards/margins": _mean(margin, both),
+        "length/margin_correlation": Correlation.of(longer, margin, both),
+        "length/accuracy_if_longer_wins": _mean((longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2, both),
+        "label_noise": Disagreement.of(margin, both),
     }
-    return replace(pair, answers={**pair.answers, **own})
+    for name, where in sides.items():
+        out[f"rewards/accuracies_chosen_{name}"] = _mean(won, both & where)
+    for kind, answer in (("chosen", chosen), ("rejected", rejected)):
+        out[f"rewards/{kind}"] = _mean(rewards[kind], has[kind])
+        out[f"logps/{kind}"] = _mean(answer.logp, has[kind])
+    return out
 
 
-def length_desensitised(loss: Callable[..., Array], alpha: float = 0.5) -> Callable[..., Array]:
-    """The loss of `sum_{t <= n} log pi(y_t) + alpha sum_{t > n} log pi(y_t)`, n = min(|c|, |r|), for policy and reference:
-    LD-DPO (Liu et al. 2024, arXiv:2409.06411), for any loss, with its lengths as they are.
+def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
+    """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
 
-    TRL leaves `sft` out of this: `mix((length_desensitised(dpo), 1.0), (sft, 1.0))`.
+    kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen answers' tokens (Schulman 2020's k3): exact in
+    expectation for tokens that the policy draws, an indication on these, which it is taught to draw. Rejected ones, which it is
+    taught to avoid, would make it explode.
     """
-    inner = unwrap(loss)
-    fn = inner.fn if isinstance(inner, Coupled) else inner
+    kinds = tuple(pair.answers)
+    used = {kind: jnp.where(pair.weight > 0, pair.answers[kind].present, 0) for kind in kinds}
+    of = lambda *wanted: pair.spread({k: used[k] if k in wanted else jnp.zeros_like(used[k]) for k in kinds})  # noqa: E731
+    chosen, rejected, both = of("chosen"), of("rejected"), of("chosen", "rejected")
+    out: dict[str, Any] = {
+        "logits/chosen": _mean(seen.mean_logit, chosen),
+        "logits/rejected": _mean(seen.mean_logit, rejected),
+        "entropy": _mean(seen.entropy, both),
+        "mean_token_accuracy": _mean(seen.top1, chosen),
+    }
+    if seen.reference is not None:
+        d = seen.reference - seen.logp
+        out["kl"] = _mean(jnp.expm1(d) - d, chosen)
+    return out
 
-    @wraps(fn)
-    def changed(pair: Scored, *args: Any, **knobs: Any) -> Array:
-        return fn(_length_desensitised(pair, alpha), *args, **knobs)
 
-    return replace(inner, fn=changed) if isinstance(inner, Coupled) else changed
+def _start(loss: Any, reference: Any, trainable: Any, at_base: bool) -> dict[str, Any]:
+    """aux at step 0. at_base: the model at step 0 is the base without its adapter, so that no copy is needed."""
+    aux: dict[str, Any] = {}
+    if isinstance(reference, Moving) or (reference == "start" and not at_base):
+        aux["reference"] = jax.tree.map(jnp.copy, trainable)
+    if isinstance(reference, Moving):
+        aux["steps"] = jnp.zeros((), jnp.int32)
+    if isinstance(loss, Coupled) and loss.start:
+        aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in loss.start.items()}
+    return aux
+
+
+def _after_step(loss: Any, reference: Any, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Running numbers of the loss, and the moving reference."""
+    out = dict(aux)
+    if isinstance(loss, Coupled) and loss.update is not None:
+        out["loss"] = loss.update(aux["loss"], metrics)
+    if isinstance(reference, Moving):
+        out["steps"] = aux["steps"] + 1
+        due = out["steps"] % reference.every == 0
+        blend = lambda p, r: jnp.where(due, reference.alpha * p + (1 - reference.alpha) * r, r)  # noqa: E731
+        out["reference"] = jax.tree.map(blend, trainable, aux["reference"])
+    return out

@@ -1,0 +1,1 @@
+"""Preference rows, from their formats to batches."""

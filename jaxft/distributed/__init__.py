@@ -1,0 +1,1 @@
+"""Devices, meshes, processes and how a run ends."""

@@ -1,0 +1,1 @@
+"""Building blocks of models: parameters, matmuls, attention, LoRA and quantised weights."""

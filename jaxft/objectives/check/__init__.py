@@ -1,0 +1,1 @@
+"""The loss bench: synthetic pairs, probes and laws for a preference loss."""

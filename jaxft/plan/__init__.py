@@ -1,0 +1,1 @@
+"""Compile a run for a machine that is not here, and estimate memory and time."""

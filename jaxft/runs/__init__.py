@@ -1,0 +1,1 @@
+"""A run's configuration, folder, record, checkpoints and log."""

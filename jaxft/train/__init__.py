@@ -1,0 +1,1 @@
+"""Training: settings, the loop, the step and everything it compiles."""
