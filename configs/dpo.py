@@ -5,8 +5,8 @@
 
 SmolLM2-135M-Instruct, LoRA on every linear layer; the reference is the model at step 0, which costs no second copy. 4 to 6
 minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to fall to 0.51 in 27 steps, and
-rewards/accuracies on held-out pairs to be above 0.9. Any loss of jaxft.objectives.preference, or your own, that takes a beta:
-`loss=jaxft.objectives.preference:ipo`, `loss=configs/examples/my_losses.py:mine`; one that reads no reference runs none.
+rewards/accuracies on held-out pairs to be above 0.9. Any loss of jaxft.objectives.preference_losses, or your own, that takes a beta:
+`loss=jaxft.objectives.preference_losses:ipo`, `loss=configs/examples/my_losses.py:mine`; one that reads no reference runs none.
 moving=0.6,512 is TR-DPO.
 """
 
@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.objectives.pairwise import Moving, implicit, per_token, preference
-from jaxft.objectives.preference import dpo
-from jaxft.objectives.traits import reads_reference
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.nn.quant import Quant
+from jaxft.objectives.check.traits import reads_reference
+from jaxft.objectives.preference import Moving, implicit, per_token, preference
+from jaxft.objectives.preference_losses import dpo
+from jaxft.optim.optimizer import Optim
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

@@ -5,17 +5,17 @@
 
 SmolLM2-135M-Instruct learns to say whether an opinion is positive, on opinions that ship; LoRA on every linear layer. A rollout
 of 8 x 8 short answers and its step take about 9 seconds on two CPU cores without AVX512, and 2 GB; the run is 24 of them. A
-reward is a function of (prompt, completion, row), see jaxft.rewards; several are added. Advantages, weights of tokens and losses
+reward is a function of (prompt, completion, row), see jaxft.rl.rewards; several are added. Advantages, weights of tokens and losses
 combine freely:
 
-    GRPO         weigh=jaxft.advantages:sequence_mean, as in the paper; without it every token weighs the same, TRL's default
-    Dr. GRPO     advantage=jaxft.advantages:centred weigh=jaxft.advantages:constant_length
-    DAPO         keep=jaxft.advantages:varied eps_high=0.28 overlong=2
-    GSPO         loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.advantages:sequence_mean
-    RLOO         advantage=jaxft.advantages:rloo loss=jaxft.objectives.policy_losses:plain weigh=jaxft.advantages:sequence_sum
+    GRPO         weigh=jaxft.rl.advantages:sequence_mean, as in the paper; without it every token weighs the same, TRL's default
+    Dr. GRPO     advantage=jaxft.rl.advantages:centred weigh=jaxft.rl.advantages:constant_length
+    DAPO         keep=jaxft.rl.advantages:varied eps_high=0.28 overlong=2
+    GSPO         loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.rl.advantages:sequence_mean
+    RLOO         advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:plain weigh=jaxft.rl.advantages:sequence_sum
                  beta=0.05 kl_in=rewards
-    REINFORCE++  estimate=jaxft.estimates:reinforce beta=0.01 kl_in=rewards
-    with a group's baseline  estimate=jaxft.estimates:group_whitened
+    REINFORCE++  estimate=jaxft.rl.estimators:reinforce beta=0.01 kl_in=rewards
+    with a group's baseline  estimate=jaxft.rl.estimators:group_whitened
 """
 
 from collections.abc import Callable
@@ -24,22 +24,22 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.advantages import grpo, token_mean, weighted_sum
-from jaxft.completions import Rules, bounded
 from jaxft.data.prompts import Prompts
-from jaxft.estimates import by_group
 from jaxft.models.heads import Scorer
+from jaxft.nn.quant import Quant
 from jaxft.objectives.kl import FixedKL, InRewards, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, plain
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.rewards import exact
-from jaxft.rollout import rollouts
-from jaxft.scorer import as_reward
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.optimizer import Optim
+from jaxft.rl.advantages import grpo, token_mean, weighted_sum
+from jaxft.rl.completions import Rules, bounded
+from jaxft.rl.estimators import by_group
+from jaxft.rl.reward_models import as_reward
+from jaxft.rl.rewards import exact
+from jaxft.rl.rollout import rollouts
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
 
@@ -56,7 +56,7 @@ def config(
     judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
     missing_eos: float = 0.0,  # is taken from the score of an answer without an end
     overlong: int | None = None,  # so many tokens before the limit a score begins to fall, by 1 at the limit (DAPO)
-    advantage: Callable | None = None,  # jaxft.advantages:grpo
+    advantage: Callable | None = None,  # jaxft.rl.advantages:grpo
     estimate: Callable | None = None,  # in its place
     weigh: Callable = token_mean,
     keep: Callable | None = None,

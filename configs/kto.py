@@ -13,14 +13,14 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.reference_free import kto, kto_metrics
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.nn.quant import Quant
+from jaxft.objectives.preference import preference
+from jaxft.objectives.reference_free_losses import kto, kto_metrics
+from jaxft.optim.optimizer import Optim
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

@@ -12,15 +12,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.preference import dpo
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.sharding import MeshShape
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.distributed.sharding import MeshShape
+from jaxft.nn.quant import Quant
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
+from jaxft.optim.optimizer import Optim
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 
 def config(

@@ -13,15 +13,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.source import Rows
-from jaxft.lora import Adapter
+from jaxft.data.sft import Rows
+from jaxft.distributed.sharding import MeshShape
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim, adafactor, adamw
-from jaxft.optim_states import adamw_8bit, adamw_bf16
-from jaxft.quant import Quant
-from jaxft.sharding import MeshShape
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
+from jaxft.optim.optimizer import Optim, adafactor, adamw
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit, "adamw_bf16": adamw_bf16, "adafactor": adafactor}
 

@@ -9,14 +9,14 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.source import Rows
-from jaxft.lora import Adapter
+from jaxft.data.sft import Rows
+from jaxft.distributed.sharding import MeshShape
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim
-from jaxft.quant import Quant
-from jaxft.sharding import MeshShape
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.optimizer import Optim
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 
 def config(

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/online_dpo.py
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl    # after configs/reward.py
-    python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference:ipo
+    python scripts/train.py --config configs/online_dpo.py loss=jaxft.objectives.preference_losses:ipo
 
 SmolLM2-135M-Instruct on opinions that ship, 2.8 GB and 14 minutes for its 40 steps on a 2-core CPU; halfway 0.67 of the held-out
 answers are right, 0.03 at the start (in float32). `reward` is a function of (prompt, completion, row), or names a
@@ -16,19 +16,19 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.completions import Rules
 from jaxft.data.prompts import Ranked
 from jaxft.models.heads import Scorer
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.preference import dpo
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.ranked import ranked
-from jaxft.rewards import exact
-from jaxft.scorer import as_reward
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.nn.quant import Quant
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
+from jaxft.optim.optimizer import Optim
+from jaxft.rl.completions import Rules
+from jaxft.rl.online_pairs import ranked
+from jaxft.rl.reward_models import as_reward
+from jaxft.rl.rewards import exact
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
 

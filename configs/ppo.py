@@ -24,23 +24,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxft.advantages import scaled, token_mean
-from jaxft.completions import Rules, bounded
 from jaxft.data.prompts import Prompts
-from jaxft.estimates import actor_critic
-from jaxft.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.objectives import policy as objectives
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1
 from jaxft.objectives.policy import Critic, policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.optim import Optim
-from jaxft.prepare import adapter_of
-from jaxft.quant import Quant
-from jaxft.rollout import rollouts
-from jaxft.scorer import as_reward
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.optimizer import Optim
+from jaxft.rl.advantages import scaled, token_mean
+from jaxft.rl.completions import Rules, bounded
+from jaxft.rl.estimators import actor_critic
+from jaxft.rl.reward_models import as_reward
+from jaxft.rl.rollout import rollouts
+from jaxft.train.loop import Loop, Run
+from jaxft.train.partition import adapter_of
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

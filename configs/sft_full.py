@@ -10,11 +10,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.source import Rows
+from jaxft.data.sft import Rows
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.optimizer import Optim
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 SHIPPED, QUESTIONS = "configs/data/finetuning.jsonl", "configs/data/finetuning_held_out.jsonl"
 

@@ -82,6 +82,4 @@ def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
 
 def combine(*trees: Any) -> Any:
     """Put partitions together: the first tree that has a leaf supplies it."""
-    return jax.tree.map(
-        lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=lambda x: x is None)

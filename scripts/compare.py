@@ -34,7 +34,7 @@ def looks(entries: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, fl
 
 def main() -> int:
     """Read, print, draw."""
-    from jaxft import compare, log
+    from jaxft.runs import compare, log
 
     args = arguments()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
@@ -58,14 +58,14 @@ def main() -> int:
 
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl with what is drawn of it."""
-    from jaxft import compare
+    from jaxft.runs import compare
 
     drawn = {name for _, _, names in compare.CURVES for name in names} | {name for _, _, name in compare.ROLLOUTS}
     return {name: x for name, x in entry.items() if name == "step" or name.removeprefix("eval_") in drawn}
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -44,20 +44,22 @@ def main() -> int:
     args = arguments()
     import jax.numpy as jnp
 
-    from jaxft import export, quant, scorer, weights
     from jaxft.models import heads
-    from jaxft.runfolder import results
-    from jaxft.weights import peft
+    from jaxft.nn import quant
+    from jaxft.rl import reward_models
+    from jaxft.runs.folder import results
+    from jaxft.train import export
+    from jaxft.weights import load, peft
 
     ref, adapter_folder, record = results(args.run) if args.run else (args.model, args.adapter, None)
-    model = weights.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
+    model = load.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     held = quant.chosen(args.quant, record if adapter_folder else None)
     parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}
-    if "score" in parts or scorer.is_classifier(ref):
+    if "score" in parts or reward_models.is_classifier(ref):
         model = heads.scorer(model)
     adapter = parts.get("adapter")
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
-    tokenizer = weights.load_tokenizer(str(adapter_folder) if own else ref)
+    tokenizer = load.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
     pack = export.Pack(quant.Quant(args.pack)) if args.pack else None
@@ -68,7 +70,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

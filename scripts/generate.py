@@ -63,8 +63,8 @@ def arguments() -> argparse.Namespace:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the command line names; for a run, what its config.json and its results say."""
-    from jaxft import quant
-    from jaxft.runfolder import results
+    from jaxft.nn import quant
+    from jaxft.runs.folder import results
 
     ref, adapter, record = results(args.run) if args.run else (args.model or DEFAULT, args.adapter, None)
     own = adapter and (adapter / "tokenizer_config.json").is_file()
@@ -108,25 +108,29 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
     import jax
     import jax.numpy as jnp
 
-    from jaxft import attention, generate, lora, prepare, report, sharding, weights
+    from jaxft.distributed import sharding
+    from jaxft.inference import generate
+    from jaxft.nn import attention, lora
+    from jaxft.train import partition, report
+    from jaxft.weights import load
 
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     source = source_of(args)
-    tokenizer = weights.load_tokenizer(source.tokenizer)
+    tokenizer = load.load_tokenizer(source.tokenizer)
     ids = encode(prompts, tokenizer, args.raw, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
-        model = weights.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
+        model = load.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
         longest, room = max(map(len, ids)), model.config.max_positions
         if longest + args.max_new > room:
             raise ValueError(
                 f"a prompt of {longest} tokens and --max-new {args.max_new} are more than the model's {room} positions"
             )
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
-        whole, settings = {"base": prepare.load_frozen(source.ref, model, mesh, source.quant)}, None
+        whole, settings = {"base": partition.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
-            whole["adapter"], settings = prepare.load_adapter(source.adapter, model, mesh)
+            whole["adapter"], settings = partition.load_adapter(source.adapter, model, mesh)
         stop = report.stop_tokens(model.config.eos, tokenizer)
         run = generate.make_generate(lora.adapted(model, settings), sampling, stop)
         begin = time.perf_counter()
@@ -162,7 +166,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -4,7 +4,7 @@
     python scripts/loss_bench.py --loss my_losses.py:mine,beta=0.2 --loss my_losses.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                     # seconds, no model
 
-A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference or reference_free; its knobs
+A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or reference_free; its knobs
 follow after commas. Pictures of the curves are <out>/<name>.png. The exit code is 1 where a check of a --loss fails; then nothing
 is trained. The run trains an adapter a loss, all together on one base, on the config's pairs (those that ship); its table and
 picture lie in <out>/<losses>-<hash of the settings>, so that the same question is answered at once the next time.
@@ -30,13 +30,13 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.describe import describe, differences  # noqa: E402
-from jaxft.objectives import preference, reference_free  # noqa: E402
-from jaxft.objectives.laws import CLAIMS, check  # noqa: E402
-from jaxft.objectives.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
-from jaxft.objectives.scored import Coupled, unwrap  # noqa: E402
-from jaxft.parse import BARE, find_file, load_callable, parse, told  # noqa: E402
-from jaxft.plots import Panel, draw  # noqa: E402
+from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E402
+from jaxft.objectives.check.laws import CLAIMS, check  # noqa: E402
+from jaxft.objectives.check.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
+from jaxft.objectives.pair import Coupled, unwrap  # noqa: E402
+from jaxft.runs.parse import BARE, find_file, load_callable, parse, told  # noqa: E402
+from jaxft.runs.plots import Panel, draw  # noqa: E402
+from jaxft.runs.record import describe, differences  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
@@ -79,7 +79,7 @@ def function(name: str) -> tuple[Callable, Path]:
         if where.endswith(".py"):
             return fn, find_file(where)
         return fn, Path(inspect.getfile(sys.modules[where]))
-    modules = (preference, reference_free)
+    modules = (preference_losses, reference_free_losses)
     known = {n: (m, fn) for m in modules for n, fn in vars(m).items() if takes_pairs(fn, m.__name__)}
     if name not in known:
         near = ", ".join(nearest(name, list(known), 5))
@@ -265,8 +265,9 @@ def beta_of(loss: Loss) -> float:
 
 def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
     """Train an adapter with each loss, all together, and show where they end. Returns the exit code."""
-    from jaxft import config, sweep
-    from jaxft.objectives.pairwise import preference as objective
+    from jaxft.objectives.preference import preference as objective
+    from jaxft.runs import config
+    from jaxft.train import sweep
 
     run = config.load(args.config, args.set)
     for text in args.set:
@@ -330,7 +331,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -44,7 +44,9 @@ def main() -> int:
     """Compile and print."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
-    from jaxft import config, machines, plan, plan_programs, plan_search, plan_text
+    from jaxft.plan import machines, plan, programs, search
+    from jaxft.plan import text as plan_text
+    from jaxft.runs import config
 
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
@@ -58,13 +60,13 @@ def main() -> int:
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
             load = lambda texts: config.load(args.config, texts)  # noqa: E731
-            command = plan_search.Command(load, given, config.knob_names(args.config))
+            command = search.Command(load, given, config.knob_names(args.config))
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            tried = plan_search.search(command, machine, args.most, say)
-            print(json.dumps([t.json(command) for t in tried]) if args.json else plan_search.words(tried, command), flush=True)
-            code = code if plan_search.found(tried) else 1
+            tried = search.search(command, machine, args.most, say)
+            print(json.dumps([t.json(command) for t in tried]) if args.json else search.words(tried, command), flush=True)
+            code = code if search.found(tried) else 1
             continue
-        wanted = plan_programs.steps if args.train_only or len(names) > 1 else plan_programs.every
+        wanted = programs.steps if args.train_only or len(names) > 1 else programs.every
         each = plan.plans(config.load(args.config, given), machine, wanted)
         found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
         print(json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]), flush=True)
@@ -76,7 +78,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -50,9 +50,11 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     import jax
     import jax.numpy as jnp
 
-    from jaxft import calibrate, prepare, sharding
-    from jaxft.data.source import Rows, sft_source
+    from jaxft.data.sft import Rows, sft_source
+    from jaxft.distributed import sharding
     from jaxft.objectives.sft import sft
+    from jaxft.train import partition
+    from jaxft.weights import gptq
 
     if args.tokens < args.max_length:
         raise ValueError(f"--tokens {args.tokens} is less than one row of --max-length {args.max_length}; raise it")
@@ -62,8 +64,8 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
         columns = tuple(args.columns.split(",")) if args.columns else ()
         rows = Rows(args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4)
         source = sft_source(rows, tokenizer, shards=shards)
-        base = prepare.load_frozen(args.model, model, mesh)
-        paths = [path for path in prepare.packed_paths(model.specs, quant) if path.startswith("layers/")]
+        base = partition.load_frozen(args.model, model, mesh)
+        paths = [path for path in partition.packed_paths(model.specs, quant) if path.startswith("layers/")]
         steps = min(source.steps, -(-args.tokens // (rows.batch * rows.max_length)))
         objective = sft(model)
 
@@ -72,17 +74,18 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
                 say(f"looking at batch {step + 1} of {steps}")
                 yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None))
 
-        return calibrate.moments(model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0])
+        return gptq.moments(model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0])
 
 
 def main() -> int:
     """Read, pack, write."""
     args = arguments()
-    from jaxft import export, weights
-    from jaxft.quant import Quant
+    from jaxft.nn.quant import Quant
+    from jaxft.train import export
+    from jaxft.weights import load
 
     quant = Quant(args.kind, args.block, args.double, args.targets)
-    model, tokenizer = weights.model_for(args.model), weights.load_tokenizer(args.model)
+    model, tokenizer = load.model_for(args.model), load.load_tokenizer(args.model)
     seen = looked_at(args, model, tokenizer, quant) if args.calibrate else {}
     whole, pack = export.Whole(args.model, model, tokenizer), export.Pack(quant, seen, say)
     lost = export.write(args.out, whole, "bfloat16", pack)
@@ -91,7 +94,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

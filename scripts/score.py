@@ -43,23 +43,27 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxft import quant, runfolder, scorer, sharding, weights
-    from jaxft.data.pairs import PairRows, pair_source
-    from jaxft.objectives.reward import reward
+    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.distributed import sharding
+    from jaxft.nn import quant
+    from jaxft.objectives.reward_model import reward
+    from jaxft.rl import reward_models
+    from jaxft.runs import folder
+    from jaxft.weights import load
 
-    ref, adapter, record = runfolder.results(args.run) if args.run else (args.model, args.adapter, None)
+    ref, adapter, record = folder.results(args.run) if args.run else (args.model, args.adapter, None)
     own = adapter and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = weights.load_tokenizer(str(adapter) if own else ref)
+    tokenizer = load.load_tokenizer(str(adapter) if own else ref)
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = pair_source(rows, tokenizer, shards=sharding.row_shards(mesh))
-    loaded = scorer.load(ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype))
+    loaded = reward_models.load(ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype))
     found: dict[int, tuple[float, float]] = {}
     with jax.set_mesh(mesh):
         objective = reward(loaded.model)
         see = jax.jit(lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {}))
         for batch in source.cover(range(source.pairs)):
-            batch = batch if loaded.pad is None else scorer.read_before(batch, loaded.pad)
+            batch = batch if loaded.pad is None else reward_models.read_before(batch, loaded.pad)
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:
@@ -82,7 +86,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -70,9 +70,11 @@ def main() -> int:
     args = arguments().parse_intermixed_args()
     from dataclasses import replace
 
-    from jaxft import config, distributed, sweep, train
+    from jaxft.distributed import processes
+    from jaxft.runs import config
+    from jaxft.train import loop, sweep
 
-    distributed.refuse_several("a sweep")
+    processes.refuse_several("a sweep")
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
         raise ValueError("a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out")
@@ -80,15 +82,15 @@ def main() -> int:
     runs = {}
     for row in rows:
         run = config.load(args.config, [*args.overrides, *row])
-        if not isinstance(run, train.Run):
-            raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.Run")
+        if not isinstance(run, loop.Run):
+            raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run")
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return sweep.run(runs, name, at_once=args.at_once)
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -28,27 +28,29 @@ def main() -> int:
     if args.help or not args.config:
         parser.print_help()
         if args.config:
-            from jaxft.config import knobs
+            from jaxft.runs.config import knobs
 
             print("\n" + knobs(args.config))
         return 0 if args.help else 2
 
-    from jaxft import cli, config, describe, distributed, train
+    from jaxft.distributed import processes
+    from jaxft.runs import cli, config, record
+    from jaxft.train import loop
 
     run = config.load(args.config, args.overrides)
-    if not isinstance(run, train.Run):
-        raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.Run")
+    if not isinstance(run, loop.Run):
+        raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run")
     if args.dry_run:
-        from jaxft import plan_text
+        from jaxft.plan import text
 
-        print(plan_text.dry_run(run, describe.describe(run)))
+        print(text.dry_run(run, record.describe(run)))
         return 0
-    with distributed.started(run.hosts, cli.told):
-        return train.run(run, describe.describe(run))
+    with processes.started(run.hosts, cli.told):
+        return loop.run(run, record.describe(run))
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

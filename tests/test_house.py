@@ -17,11 +17,43 @@ LAYERS = (
     {"sharding", "params", "agree", "manifest", "readback", "ending", "launch", "distributed", "watchdog"},
     {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
-    {"optim", "optim_states", "in_backward", "calibrate", "generate", "checkpoint", "weights", "log", "describe", "runfolder",
-     "accumulate", "reference", "plots", "compare", "advantages", "estimates", "rewards", "completions", "player",
-     "rollout", "ranked"},  # fmt: skip
-    {"train", "programs", "evaluate", "prepare", "export", "report", "samples", "together", "sweep", "sweep_programs",
-     "scorer", "starts"},  # fmt: skip
+    {
+        "optim",
+        "optim_states",
+        "in_backward",
+        "calibrate",
+        "generate",
+        "checkpoint",
+        "weights",
+        "log",
+        "describe",
+        "runfolder",
+        "accumulate",
+        "reference",
+        "plots",
+        "compare",
+        "advantages",
+        "estimates",
+        "rewards",
+        "completions",
+        "player",
+        "rollout",
+        "ranked",
+    },  # fmt: skip
+    {
+        "train",
+        "programs",
+        "evaluate",
+        "prepare",
+        "export",
+        "report",
+        "samples",
+        "together",
+        "sweep",
+        "sweep_programs",
+        "scorer",
+        "starts",
+    },  # fmt: skip
     {"flops", "plan", "plan_programs", "plan_search", "plan_text"},
     {"config", "parse", "cli"},
 )
@@ -143,7 +175,7 @@ assert jax.device_count() == 3
 sys.path.insert(0, str(root / "tests"))
 from tiny_llama import tiny_tokenizer
 tiny_tokenizer().save_pretrained(str(folder))
-found = jaxft.weights.load_tokenizer(str(folder))
+found = jaxft.weights.load.load_tokenizer(str(folder))
 assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<s>a</s>"
 assert sys.modules["torch"] is None
 print("all imported")

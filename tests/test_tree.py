@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG
 
-from jaxft import prepare, tree
-from jaxft.lora import Adapter
+from jaxft import tree
 from jaxft.models.llama import llama
-from jaxft.quant import QTensor, quantize
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import QTensor, quantize
+from jaxft.train import partition as prepare
 from jaxft.tree import combine, mask_by_path, partition, static, struct
 
 TREE = {

@@ -10,7 +10,7 @@ outside. What a pair has is in jaxft/objectives/scored.py.
 import jax
 import jax.numpy as jnp
 
-from jaxft.objectives.scored import Coupled
+from jaxft.objectives.pair import Coupled
 
 
 def mine(pair, beta: float = 0.1, length: float = 0.01):

@@ -21,7 +21,7 @@ from jaxft.data import chat, formats
 from jaxft.data.rows import Row, read_rows
 
 if TYPE_CHECKING:
-    from jaxft.data.source import Rows
+    from jaxft.data.sft import Rows
 
 VERSION = 2  # counts changes to what rows become
 BROKEN = (  # what zipfile and numpy raise at flipped bits

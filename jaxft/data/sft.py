@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.data import chat, pack, store
-from jaxft.data.store import Tokenised
+from jaxft.data import cache as store
+from jaxft.data import chat, pack
+from jaxft.data.cache import Tokenised
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("token", "sequence")

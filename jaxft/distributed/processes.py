@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import agree, ending, launch, sharding
-from jaxft.agree import is_first
-from jaxft.ending import one_line
+from jaxft.distributed import exit, launch, sharding, sync
+from jaxft.distributed.exit import one_line
+from jaxft.distributed.sync import is_first
 
 JOINING = 60  # seconds that jax is given beyond hosts.start_seconds, so that its abort without a word never comes first
 
@@ -81,13 +81,13 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
         if found is None or alone:
             raise
         if is_loss(error):
-            ending.end(lost(error, "before the first step or after the last"))
+            exit.end(lost(error, "before the first step or after the last"))
         code = told(error)
         if not found.process:  # the others may be about to say the same, and are aborted when process 0 is gone
             time.sleep(2)
-        ending.leave(code)
+        exit.leave(code)
     finally:
-        ending.silence()
+        exit.silence()
 
 
 def refuse_several(what: str) -> None:
@@ -108,7 +108,7 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         known["cluster_detection_method"] = "deactivate"
     me = f"process {found.process} of {found.processes}" if found.processes else "this process"
     where = f"the coordinator {found.coordinator or 'that jax found'} ({found.by})"
-    ending.if_ended_from_outside(
+    exit.if_ended_from_outside(
         f"{me} was ended from outside while it joined the others at {where}: killed, or stopped by jax because one of them is "
         "gone; start the same command again on all hosts"
     )
@@ -119,23 +119,23 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
     known |= {"heartbeat_timeout_seconds": hosts.heartbeat_seconds, "shutdown_timeout_seconds": hosts.stop_seconds}
     try:
         # process 0 last: the others are aborted when it is gone
-        with ending.within(hosts.start_seconds + (0 if found.process else 2), late):
+        with exit.within(hosts.start_seconds + (0 if found.process else 2), late):
             jax.distributed.initialize(**known, initialization_timeout=hosts.start_seconds + JOINING)
         jax.devices()  # of all processes, which wait for one another here too
     except RuntimeError as error:
         text = f"{me}: could not join the others at {where}: {one_line(error)}"
-        if ending.says_gone(str(error)):
-            ending.end(f"{text}; start the same command again on all hosts")
+        if exit.says_gone(str(error)):
+            exit.end(f"{text}; start the same command again on all hosts")
         raise ValueError(text) from error
     _announce(found)
     if several():
-        ending.if_ended_from_outside(
+        exit.if_ended_from_outside(
             f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave "
             f"no sign of life for {hosts.heartbeat_seconds} s (hosts.heartbeat_seconds); start the same command again on all "
             "hosts, it goes on from the newest checkpoint"
         )
     else:
-        ending.silence()
+        exit.silence()
 
 
 def _announce(found: launch.Launch) -> None:
@@ -187,7 +187,7 @@ def one_line_of(error: BaseException) -> str:
 
 def is_loss(error: BaseException) -> bool:
     """Whether a computation failed because another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and ending.says_gone(str(error)) and several()
+    return isinstance(error, jax.errors.JaxRuntimeError) and exit.says_gone(str(error)) and several()
 
 
 def lost(error: BaseException, where: str) -> str:
@@ -241,7 +241,7 @@ def first_then_others(work: Callable[[], Any]) -> Any:
 def _said(act: Callable[[], Any]) -> list[Any]:
     """What `act()` gives on each process, or Refused on all."""
     try:
-        return agree.settle(agree.gathered, act)
+        return sync.settle(sync.gathered, act)
     except (ValueError, OSError) as error:
         raise Refused((isinstance(error, OSError) and error.strerror) or str(error)) from error
 

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from jaxft import distributed, ending
-from jaxft.distributed import Hosts
+from jaxft.distributed import exit, processes
+from jaxft.distributed.processes import Hosts
 
 TIMES, LEAST = 20, 600.0  # a step is stalled beyond so many medians, and seconds
 ENDING = 60.0  # seconds to close things in after an error
@@ -74,13 +74,13 @@ class Watchdog:
         """
         try:
             yield
-        except distributed.Refused:
+        except processes.Refused:
             raise
         except BaseException as error:
-            if distributed.is_loss(error):
-                ending.end(distributed.lost(error, self._phase))
-            if distributed.several():
-                self._feed(f"closing after an error in {self._phase} ({ending.one_line(error)})", ENDING, "after an error")
+            if processes.is_loss(error):
+                exit.end(processes.lost(error, self._phase))
+            if processes.several():
+                self._feed(f"closing after an error in {self._phase} ({exit.one_line(error)})", ENDING, "after an error")
             raise
 
     def _watch(self) -> None:
@@ -98,7 +98,7 @@ class Watchdog:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor
         bound = f"bound {self._bound:g} s: {self._setting}"
-        ending.end(
-            f"{distributed.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
+        exit.end(
+            f"{processes.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
             "where it waits; start the same command again, it goes on from the newest checkpoint"
         )

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft import sharding
 from jaxft.batch import Tokens
-from jaxft.params import Model
+from jaxft.distributed import sharding
+from jaxft.nn.param import Model
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -133,9 +133,7 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
     return Tokens(ids, segments, positions, zero, zero, zero.astype(np.float32))
 
 
-def generate(
-    run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8
-) -> list[list[int]]:
+def generate(run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8) -> list[list[int]]:
     """Completions (token ids; one that a stop token ended holds it as its last) of all prompts through `make_generate`.
 
     Raises ValueError for an empty prompt: there is nothing to read the first token from.

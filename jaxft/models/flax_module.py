@@ -18,9 +18,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft import params
 from jaxft.batch import Tokens
-from jaxft.params import Model
+from jaxft.nn import param
+from jaxft.nn.param import Model
 
 
 class LlamaModule(nn.Module):
@@ -51,6 +51,6 @@ class LlamaModule(nn.Module):
             # Flax has folded a counter into `key`; ours are folded from the key that init was given, by path.
             if self.is_initializing() and self.scope is not None:
                 key = self.scope.rngs["params"].as_jax_rng()
-            return params.init_params({name: self.model.specs[name]}, key, self.param_dtype)[name]
+            return param.init_params({name: self.model.specs[name]}, key, self.param_dtype)[name]
 
         return {name: self.param(name, start, name) for name in self.model.specs}

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.lora import Adapter, adapter_specs
-from jaxft.nn import accumulator
-from jaxft.params import Model, ParamSpec, normal
+from jaxft.nn.layers import accumulator
+from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.param import Model, ParamSpec, normal
 
 SCORE = ("score.weight", True)  # its name in a checkpoint
 START = normal(0.02)  # as transformers starts a new head

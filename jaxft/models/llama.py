@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxft import attention as attn
-from jaxft import consumed
 from jaxft.batch import Tokens
+from jaxft.distributed.sharding import constrain, refuse_uncut
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
-from jaxft.nn import accumulator, embed, from_bits, gathered, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
-from jaxft.params import Model, ParamSpec, constant, fan_in, is_spec, normal
-from jaxft.sharding import constrain, refuse_uncut
+from jaxft.nn import attention as attn
+from jaxft.nn import fused_update
+from jaxft.nn.layers import accumulator, embed, from_bits, gathered, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
+from jaxft.nn.param import Model, ParamSpec, constant, fan_in, is_spec, normal
 
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
 
@@ -156,9 +156,7 @@ def embed_tokens(run: Forward, params: Any, ids: Int[Array, "B T"]) -> Float[Arr
     return constrain(h, "rows", "time", "act_width")
 
 
-def hidden(
-    run: Forward, params: Any, tokens: Tokens, key: Array | None = None
-) -> Float[Array, "B T D"]:
+def hidden(run: Forward, params: Any, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T D"]:
     """Final hidden states after the last norm, in the compute dtype."""
     c, dtype = run.config, run.dtype
     refuse_uncut(tokens.ids.shape[1])
@@ -176,10 +174,10 @@ def hidden(
         return block(c, p, h, mix, dtype, layer_key)[0], None
 
     keys = None if key is None else jax.random.split(key, c.layers)
-    if isinstance(params["layers"], consumed.Consumed):
+    if isinstance(params["layers"], fused_update.Consumed):
         if run.remat != "full":
             raise ValueError(f"optim.in_backward runs each layer again from its input: use remat=full, found remat={run.remat}")
-        h = consumed.scan(body, embed_tokens(run, params, tokens.ids), params["layers"], keys)
+        h = fused_update.scan(body, embed_tokens(run, params, tokens.ids), params["layers"], keys)
         return rms_norm(h, params["final_norm"], c.norm_eps, dtype)
     layers = params["layers"], keys
     if remat.layers > 1:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.flash import HIDDEN, Seen, dot, flash, flash_part, padded, visible
-from jaxft.sharding import constrain, first, parts, per_device
+from jaxft.distributed.sharding import constrain, first, parts, per_device
+from jaxft.nn.flash_attention import HIDDEN, Seen, dot, flash, flash_part, padded, visible
 
 Attention = Callable[..., jax.Array]
 

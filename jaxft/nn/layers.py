@@ -11,9 +11,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxft import sharding
-from jaxft.lora import Adapted
-from jaxft.quant import QTensor, dequantize, rows
+from jaxft.distributed import sharding
+from jaxft.nn.lora import Adapted
+from jaxft.nn.quant import QTensor, dequantize, rows
 from jaxft.tree import struct
 
 Weight = Any  # Array | QTensor | Adapted | Observed

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import tree
-from jaxft.params import Model, ParamSpec, constant, kaiming_uniform, spec_paths
-from jaxft.quant import QTensor, dequantize
+from jaxft.nn.param import Model, ParamSpec, constant, kaiming_uniform, spec_paths
+from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import static, struct
 
 

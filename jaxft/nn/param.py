@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft import sharding, tree
+from jaxft import tree
+from jaxft.distributed import sharding
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft import quant_formats as qf
-from jaxft.quant_formats import FORMATS
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant_formats import FORMATS
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)

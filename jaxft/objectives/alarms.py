@@ -16,7 +16,7 @@ WORSE = 2  # times as far down, and it is said again
 LOST = 0.07  # of accuracy: a fall that matters
 LABELS, GUESSING = 0.1, 0.4  # shares of labels that look flipped: worth an advice, and too many to be believed
 IDLE = 5  # logged steps in a row without anything to learn
-LOSSES = "jaxft.objectives.preference"
+LOSSES = "jaxft.objectives.preference_losses"
 SIDES = "eval_rewards/accuracies_chosen_"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.objectives.preference import capped, require, square
+from jaxft.objectives.preference_losses import capped, require, square
 
 Estimator = Callable[[Array, Array], Array]
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
-from jaxft.params import Model, is_spec
-from jaxft.sharding import constrain, gathered, is_spread, parts
+from jaxft.distributed.sharding import constrain, gathered, is_spread, parts
+from jaxft.nn.param import Model, is_spec
 from jaxft.tree import struct
 
 Graded = tuple[Literal["logp", "entropy"], ...]

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Rollout
-from jaxft.metrics import Correlation, Max, Min, Sum
+from jaxft.nn.param import Model
+from jaxft.objectives.alarms import Told, watch_rollouts
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, Penalty, k3
-from jaxft.objectives.logps import LogProbs
-from jaxft.objectives.pairwise import reference_params
+from jaxft.objectives.logprobs import LogProbs
+from jaxft.objectives.metrics import Correlation, Max, Min, Sum
 from jaxft.objectives.policy_losses import Drawn, PolicyLoss
-from jaxft.objectives.preference import require
-from jaxft.objectives.reads import read_logps, read_numbers
+from jaxft.objectives.preference import reference_params
+from jaxft.objectives.preference_losses import require
+from jaxft.objectives.read_positions import read_logps, read_numbers
 from jaxft.objectives.sft import sft
-from jaxft.objectives.watch import Told, watch_rollouts
-from jaxft.params import Model
 from jaxft.tree import struct
 
 Values = Callable[[Any, Rollout, Array], Array]

@@ -19,8 +19,8 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from jaxft.objectives.kl import Estimator, k3
-from jaxft.objectives.preference import require
-from jaxft.objectives.scored import by_answer
+from jaxft.objectives.pair import by_answer
+from jaxft.objectives.preference_losses import require
 from jaxft.tree import struct
 
 TokenLoss = Float[Array, "B M"]

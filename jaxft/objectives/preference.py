@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft import consumed, tree
+from jaxft import tree
 from jaxft.batch import Pairs
-from jaxft.metrics import Correlation, Disagreement, Sum
-from jaxft.objectives.reads import read_logps
-from jaxft.objectives.scored import Answer, Coupled, Scored, check_knobs, scored, unwrap
+from jaxft.nn import fused_update
+from jaxft.nn.param import Model
+from jaxft.objectives.alarms import watch, words
+from jaxft.objectives.metrics import Correlation, Disagreement, Sum
+from jaxft.objectives.pair import Answer, Coupled, Scored, check_knobs, scored, unwrap
+from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
-from jaxft.objectives.watch import watch, words
-from jaxft.params import Model
 from jaxft.tree import struct
 
 Reference = Literal["start", "precomputed"]
@@ -147,7 +148,7 @@ def answer_logps(model: Model, params: Any, batch: Pairs, key: Array | None) -> 
 def reference_params(params: Any, aux: Any) -> Any:
     """The reference's parameters: the copy that aux keeps, or the base without the adapter."""
     if "reference" in aux:
-        return tree.combine(aux["reference"], consumed.plain(params))
+        return tree.combine(aux["reference"], fused_update.plain(params))
     return {"base": params["base"]}
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from jaxft.objectives.scored import Answer, Coupled, Scored, unwrap
+from jaxft.objectives.pair import Answer, Coupled, Scored, unwrap
 
 PairLoss = Float[Array, "B P"]
 Score = Callable[[Array], Array]

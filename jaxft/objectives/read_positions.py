@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.objectives.logps import Graded, LogProbs, token_logps, weighted_logp
-from jaxft.params import Model
-from jaxft.sharding import constrain, parts
+from jaxft.distributed.sharding import constrain, parts
+from jaxft.nn.param import Model
+from jaxft.objectives.logprobs import Graded, LogProbs, token_logps, weighted_logp
 from jaxft.tree import static, struct
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from jaxft.objectives.preference import PairLoss, capped, logistic, require, sft, square
-from jaxft.objectives.scored import Answer, Coupled, Scored
+from jaxft.objectives.pair import Answer, Coupled, Scored
+from jaxft.objectives.preference_losses import PairLoss, capped, logistic, require, sft, square
 
 
 def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:

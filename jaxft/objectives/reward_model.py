@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs
-from jaxft.metrics import Correlation, Max, Min, Sum
-from jaxft.objectives.reads import read_scores
-from jaxft.objectives.watch import Told, by_length, change, skipped
-from jaxft.params import Model
+from jaxft.nn.param import Model
+from jaxft.objectives.alarms import Told, by_length, change, skipped
+from jaxft.objectives.metrics import Correlation, Max, Min, Sum
+from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import struct
 
 Values = Float[Array, "B P"]

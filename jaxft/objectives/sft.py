@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
-from jaxft.metrics import Sum
-from jaxft.objectives.logps import LogProbs
-from jaxft.objectives.reads import read_logps, weighted_read_logp
-from jaxft.params import Model
+from jaxft.nn.param import Model
+from jaxft.objectives.logprobs import LogProbs
+from jaxft.objectives.metrics import Sum
+from jaxft.objectives.read_positions import read_logps, weighted_read_logp
 from jaxft.tree import struct
 
 

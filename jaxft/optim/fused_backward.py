@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.consumed import Consumed, Uses, disguised, undisguised
-from jaxft.optim import InTurn, guarded_update, wide
+from jaxft.nn.fused_update import Consumed, Uses, disguised, undisguised
+from jaxft.optim.optimizer import InTurn, guarded_update, wide
 
 LAYERS = "base/layers/"
 OFF = "optim.in_backward=false"

@@ -1,6 +1,6 @@
 """Adam with its moments in few bits: blocks of 8-bit codes, or bfloat16 with stochastic rounding.
 
-`optim.optimizer=jaxft.optim_states:adamw_8bit` holds a quarter of float32 Adam's bytes, `adamw_bf16` half of them.
+`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` holds a quarter of float32 Adam's bytes, `adamw_bf16` half of them.
 """
 
 import math
@@ -13,10 +13,10 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
-from jaxft.optim import Optim, decayed, stochastically_rounded
-from jaxft.params import is_spec
-from jaxft.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
-from jaxft.sharding import is_spread
+from jaxft.distributed.sharding import is_spread
+from jaxft.nn.param import is_spec
+from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
+from jaxft.optim.optimizer import Optim, decayed, stochastically_rounded
 from jaxft.tree import struct
 
 BLOCK = 256  # values that share a scale

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxft import sharding, tree
-from jaxft.params import ParamSpec, is_spec
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.nn.param import ParamSpec, is_spec
 
 LARGE, PIECE = 1 << 26, 1 << 24  # elements of a leaf whose rows are updated in turn; at most so many at a time
 
@@ -229,7 +230,7 @@ class InTurn:
 
     tx: for the leaves of one layer, and for those without layers. stacked: which leaves have layers. by_row: large tables and
     heads are updated a few rows at a time too, since tx works on each element, or on blocks within a row. in_backward: the
-    layers' turn comes inside the backward pass (jaxft.in_backward). init(params) -> state;
+    layers' turn comes inside the backward pass (jaxft.optim.fused_backward). init(params) -> state;
     apply(gradients, norm, ok, (params, state), key) -> (params, state), each array written in place.
     """
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxft import programs, report, sharding, train, tree
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.train import loop, programs, report
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Flops:
         return max(0.0, self.program - self.model)
 
 
-def flops(run: train.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
+def flops(run: loop.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     """Counts of a train step, traced for the batch [micro, rows, ...], under its mesh."""
     micro, rows, length = batch.ids.shape
     places, model = micro * rows * length, p.trained.model

@@ -10,14 +10,17 @@ from typing import Any
 
 import jax
 
-from jaxft import devices, hlo, prepare, report, sharding, traffic, train, tree
-from jaxft.completions import rewards_of
-from jaxft.flops import Flops, flops
-from jaxft.machines import Machine
-from jaxft.plan_programs import Program, every, steps
-from jaxft.programs import Programs, abstract
-from jaxft.quant import is_qtensor
-from jaxft.roofline import ASSUMED, Estimate, by_kind, estimate
+from jaxft import tree
+from jaxft.distributed import devices, sharding
+from jaxft.nn.quant import is_qtensor
+from jaxft.plan import hlo, traffic
+from jaxft.plan.flops import Flops, flops
+from jaxft.plan.machines import Machine
+from jaxft.plan.programs import Program, every, steps
+from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
+from jaxft.rl.completions import rewards_of
+from jaxft.train import loop, partition, report
+from jaxft.train.programs import Programs, abstract
 
 GIB = 2**30
 LARGE = 2**24  # elements of a weight that is worth a word
@@ -70,7 +73,7 @@ def set_quick(quick: bool) -> None:
     jax.config.update(EFFORT, -1.0 if quick else 0.0)
 
 
-def plan(run: train.Run, machine: Machine) -> Plan:
+def plan(run: loop.Run, machine: Machine) -> Plan:
     """The plan of what trains; of several such programs, of the one that takes most memory.
 
     Raises ValueError for a mesh or a batch that the run can't have on this machine.
@@ -78,7 +81,7 @@ def plan(run: train.Run, machine: Machine) -> Plan:
     return plans(run, machine, steps)[0]
 
 
-def plans(run: train.Run, machine: Machine, wanted: Callable[[train.Run, Programs], list[Program]] = every) -> list[Plan]:
+def plans(run: loop.Run, machine: Machine, wanted: Callable[[loop.Run, Programs], list[Program]] = every) -> list[Plan]:
     """A plan of each program that `wanted` gives, that which takes most memory first. Raises as plan does."""
     p, _ = abstract(run, machine.devices)
     machine = replace(machine, devices=list(p.mesh.devices.flat))  # in the order in which a program numbers them
@@ -87,7 +90,7 @@ def plans(run: train.Run, machine: Machine, wanted: Callable[[train.Run, Program
     return sorted(found, key=lambda one: -math.inf if one.total is None else -one.total)
 
 
-def _planned(run: train.Run, p: Programs, machine: Machine, program: Program) -> Plan:
+def _planned(run: loop.Run, p: Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
     known: dict[str, Any] = {
         "machine": machine.name,
@@ -156,14 +159,14 @@ def _found(known: dict[str, Any], held: dict[str, int], compiled: Any, machine: 
     )  # fmt: skip
 
 
-def resident(p: Programs, run: train.Run | None = None) -> dict[str, int]:
+def resident(p: Programs, run: loop.Run | None = None) -> dict[str, int]:
     """Bytes a device of what is there in every program: weights, what of them is packed, adapters, optimizer, references, and a
     run's reward models that are models of their own."""
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
             packed = "quantised base" if p.trained.held[path].quantised else "weights"
-            name = packed if prepare.in_base(path) or "/base/" in path else "adapters"  # a critic may have a base of its own
+            name = packed if partition.in_base(path) or "/base/" in path else "adapters"  # a critic may have a base of its own
             sizes[name] += _held(leaf)
     judges = [reward for reward in rewards_of(run and run.source) if hasattr(reward, "abstract")]
     sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}

@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import attention, generate, player, report, sharding, train, tree
+from jaxft import tree
 from jaxft.batch import Tokens
-from jaxft.completions import ByScorer, rewards_of
-from jaxft.data.pairs import PairRows, abstract_pairs
+from jaxft.data.pairs.source import PairRows, abstract_pairs
 from jaxft.data.prompts import Prompts, Room, rounded, shapes
-from jaxft.programs import Programs, placed, reference_step
+from jaxft.distributed import sharding
+from jaxft.inference import generate
+from jaxft.nn import attention
+from jaxft.rl import sampler as player
+from jaxft.rl.completions import ByScorer, rewards_of
+from jaxft.train import loop, report
+from jaxft.train.programs import Programs, placed, reference_step
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Program:
     batch: Any = None
 
 
-def steps(run: train.Run, p: Programs) -> list[Program]:
+def steps(run: loop.Run, p: Programs) -> list[Program]:
     """What trains. The weights and the optimizer's state are there in each of a run's programs."""
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
@@ -34,7 +39,7 @@ def steps(run: train.Run, p: Programs) -> list[Program]:
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
-def every(run: train.Run, p: Programs) -> list[Program]:
+def every(run: loop.Run, p: Programs) -> list[Program]:
     """What trains, and what runs before, after and between: evaluation, general text, answers, a precomputed reference's pass,
     and what draws and judges completions."""
     shards, whole = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
@@ -57,7 +62,7 @@ def every(run: train.Run, p: Programs) -> list[Program]:
     return found
 
 
-def _drawing(run: train.Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
+def _drawing(run: loop.Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     """The sampler with its cache, the pass that judges what was drawn, and those of the scorers."""
     data: Any = run.data
     rows = _prompts(p, data.batch, rounded(data.max_prompt))
@@ -82,7 +87,7 @@ def _prompts(p: Programs, rows: int, size: int) -> Tokens:
     return Tokens(at(size), at(size), at(size), at(1), at(1), at(1, np.float32))
 
 
-def _unpacked(run: train.Run, p: Programs) -> Any:
+def _unpacked(run: loop.Run, p: Programs) -> Any:
     return p.trained.model.with_attention(attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype))
 
 
@@ -91,11 +96,11 @@ def _key(p: Programs) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(p.mesh))
 
 
-def _precomputed(run: train.Run, p: Programs) -> bool:
+def _precomputed(run: loop.Run, p: Programs) -> bool:
     return bool(getattr(p.objective, "precomputed", False)) and isinstance(run.data, PairRows)
 
 
-def _answers(run: train.Run, p: Programs, whole: Any) -> Any:
+def _answers(run: loop.Run, p: Programs, whole: Any) -> Any:
     """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
     size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
     answer: Any = generate.make_generate(_unpacked(run, p), run.sampling, tuple(run.model.config.eos))

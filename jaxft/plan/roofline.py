@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxft.machines import Machine
-from jaxft.traffic import KINDS, Collective
+from jaxft.plan.machines import Machine
+from jaxft.plan.traffic import KINDS, Collective
 
 PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
 ASSUMED = (

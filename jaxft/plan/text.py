@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from jaxft import machines, prepare, programs, sharding, train
-from jaxft.flops import Flops
-from jaxft.plan import GIB, OWN, Plan, plan
-from jaxft.roofline import ASSUMED, Estimate
+from jaxft.distributed import sharding
+from jaxft.plan import machines
+from jaxft.plan.flops import Flops
+from jaxft.plan.plan import GIB, OWN, Plan, plan
+from jaxft.plan.roofline import ASSUMED, Estimate
+from jaxft.train import loop, partition, programs
 
 PREALLOCATED = 0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
 
@@ -74,11 +76,11 @@ def _time(f: Flops, e: Estimate) -> list[str]:
     return [step, f"assumed: {ASSUMED}"]
 
 
-def dry_run(run: train.Run, record: dict[str, Any]) -> str:
+def dry_run(run: loop.Run, record: dict[str, Any]) -> str:
     """The resolved settings, the parameter table, and the plan for this machine's devices."""
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        table = prepare.table(programs.abstract(run)[0].trained, mesh)
+        table = partition.table(programs.abstract(run)[0].trained, mesh)
     return "\n".join([json.dumps(record, indent=2), table, words(plan(run, machines.local()))])
 
 

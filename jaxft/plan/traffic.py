@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxft.hlo import Array, Instruction, Program, called_by, walk
+from jaxft.plan.hlo import Array, Instruction, Program, called_by, walk
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libtpu's to the other slices

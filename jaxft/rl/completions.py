@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxft import advantages as adv
-from jaxft import estimates, rewards
 from jaxft.batch import Rollout
 from jaxft.data.prompts import Asked, Room
-from jaxft.estimates import Estimate, Sampled
+from jaxft.rl import advantages as adv
+from jaxft.rl import estimators, rewards
+from jaxft.rl.estimators import Estimate, Sampled
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rules:
     """
 
     rewards: tuple[Callable | ByScorer | ForAll, ...]
-    estimate: Callable[[Sampled], Estimate] = estimates.by_group
+    estimate: Callable[[Sampled], Estimate] = estimators.by_group
     weigh: Callable[..., np.ndarray] = adv.token_mean
     weights: tuple[float, ...] = ()
     combine: Callable[..., np.ndarray] = adv.weighted_sum

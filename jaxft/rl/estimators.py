@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxft import advantages as adv
+from jaxft.rl import advantages as adv
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import advantages as adv
 from jaxft.batch import Pairs, Rollout
-from jaxft.completions import Completions, Learned, Rules, laid
 from jaxft.data import prompts
-from jaxft.player import Player, told
-from jaxft.rollout import Rollouts
+from jaxft.rl import advantages as adv
+from jaxft.rl.completions import Completions, Learned, Rules, laid
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.sampler import Player, told
 
 
 def ranked(data: prompts.Ranked, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "RankedRollouts":

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import attention, generate, prepare, runfolder, sharding, starts, weights
 from jaxft.batch import Pairs, Tokens
-from jaxft.completions import ByScorer
 from jaxft.data import chat
 from jaxft.data.formats import Chat, Completion, Example
+from jaxft.distributed import sharding
+from jaxft.inference import generate
 from jaxft.models import heads
-from jaxft.params import Model
-from jaxft.quant import Quant
-from jaxft.weights import hf, hub
+from jaxft.nn import attention
+from jaxft.nn.param import Model
+from jaxft.nn.quant import Quant
+from jaxft.rl.completions import ByScorer
+from jaxft.runs import folder as runfolder
+from jaxft.train import init, partition
+from jaxft.weights import hf, hub, load
 
 KIND = "ForSequenceClassification"
 
@@ -47,15 +51,15 @@ def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | 
             check(ref)
             start = heads.Scorer(trained=False)
         else:
-            start = heads.Scorer(prepare.adapter_settings(str(adapter), model), str(adapter), trained=False)
-        t = prepare.all_frozen(model, quant, ref, start.adapter)
-        params = {"base": prepare.load_base(ref, t, mesh), **starts.start_beside(t, mesh, 0, start, ref)}
+            start = heads.Scorer(partition.adapter_settings(str(adapter), model), str(adapter), trained=False)
+        t = partition.all_frozen(model, quant, ref, start.adapter)
+        params = {"base": partition.load_base(ref, t, mesh), **init.start_beside(t, mesh, 0, start, ref)}
     pad = padding(ref, adapter)
     return Loaded(lambda params, tokens: score(t.model, params, tokens, pad), params, t.model, pad)
 
 
 def _bare(ref: str, dtype: Any) -> Model:
-    return heads.scorer(weights.model_for(ref, dtype=dtype))
+    return heads.scorer(load.model_for(ref, dtype=dtype))
 
 
 def score(model: Model, params: Any, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -88,14 +92,14 @@ def padding(ref: str, adapter: str | Path | None = None) -> int | None:
     """The token that a reward model is never read at: transformers' classifiers are read at the last one that isn't their
     configuration's pad_token_id, of an adapter that of the tokenizer beside it."""
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-        return weights.load_tokenizer(str(adapter)).pad_token_id
-    return weights.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
+        return load.load_tokenizer(str(adapter)).pad_token_id
+    return load.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
 
 
 def check(ref: str) -> None:
     """Raise ValueError where the configuration of `ref` isn't that of a classifier with one label."""
     located = hub.locate(ref, config_only=True)
-    config = weights.read_config(located)
+    config = load.read_config(located)
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(KIND) for kind in kinds):
         found = ", ".join(map(str, kinds)) or "no architecture"
@@ -109,7 +113,7 @@ def check(ref: str) -> None:
 
 def is_classifier(ref: str) -> bool:
     """Whether the files of `ref` hold a classifier's head."""
-    return heads.SCORE[0] in weights.open_tensors(ref).shapes
+    return heads.SCORE[0] in load.open_tensors(ref).shapes
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,12 @@ class ByModel:
 
     def abstract(self, mesh: Any) -> Any:
         """Shapes and shardings of its weights, from its configuration alone."""
-        return prepare.abstract_params(prepare.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh)
+        return partition.abstract_params(partition.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh)
 
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
         """Its weights on the mesh; (prompts, completions) -> scores."""
-        loaded, tokenizer = load(self.ref, mesh, quant=self.quant, dtype=self.dtype), weights.load_tokenizer(self.ref)
-        at_end = hf.READ_AT in weights.read_config(hub.locate(self.ref, config_only=True))
+        loaded, tokenizer = load(self.ref, mesh, quant=self.quant, dtype=self.dtype), load.load_tokenizer(self.ref)
+        at_end = hf.READ_AT in load.read_config(hub.locate(self.ref, config_only=True))
         score = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
         rows = {size: generate.left_pad([[0] * size], self.batch) for size in sizes(self.max_length)}
         run = {size: score.lower(loaded.params, like).compile() for size, like in rows.items()}
@@ -206,10 +210,12 @@ def as_reward(
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.results(Path(ref))  # a run that isn't finished is told as such
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
-    if "@" in ref or ((folder / "config.json").is_file() and not (prepare.adapter_folder(ref) / "adapter_config.json").is_file()):
+    if "@" in ref or (
+        (folder / "config.json").is_file() and not (partition.adapter_folder(ref) / "adapter_config.json").is_file()
+    ):
         found = ref if "@" in ref else str(folder)
         check(found)
         return {}, ByModel(found, quant, max(1024, 2 * longest))
-    adapter = prepare.adapter_folder(ref)
+    adapter = partition.adapter_folder(ref)
     unread = padding(ref, adapter) if (adapter / "tokenizer_config.json").is_file() else None
-    return {"reward": prepare.reward_scorer(ref, model)}, ByScorer("reward", unread)
+    return {"reward": partition.reward_scorer(ref, model)}, ByScorer("reward", unread)

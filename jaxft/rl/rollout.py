@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import advantages as adv
-from jaxft import estimates
-from jaxft.completions import Completions, Learned, Rules, by_read
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
-from jaxft.player import Player, means, told
+from jaxft.rl import advantages as adv
+from jaxft.rl import estimators
+from jaxft.rl.completions import Completions, Learned, Rules, by_read
+from jaxft.rl.sampler import Player, means, told
 
 SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
 
@@ -63,7 +63,7 @@ class Rollouts:
         self.steps_per_epoch = len(self.train) / data.batch * data.steps
         if self.rules.target_kl is not None and data.steps == 1:
             raise ValueError("target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out")
-        if data.group == 1 and estimates.needs_a_group(self.rules.estimate):
+        if data.group == 1 and estimators.needs_a_group(self.rules.estimate):
             raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
         self.steps = max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
         self.fingerprint = prompts.fingerprint(data, self.train, self.held)
@@ -85,8 +85,8 @@ class Rollouts:
         if getattr(programs.tx, "in_backward", False) and rests:
             found = "as warm_up, target_kl, keep and cut_off may ask"
             raise ValueError(f"optim.in_backward can't let a policy rest, {found}; set it to false")
-        if objective.in_rewards and estimates.plain(rules.estimate) in estimates.KNOW_NO_KL:
-            found = estimates.plain(rules.estimate).__name__
+        if objective.in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
+            found = estimators.plain(rules.estimate).__name__
             raise ValueError(f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta")
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
         found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)

@@ -11,18 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import advantages as adv
-from jaxft import attention, distributed, generate, rewards, sharding, tree
+from jaxft import tree
 from jaxft.batch import Rollout
-from jaxft.completions import ByScorer, Completions, Rules, by_token, fits, laid
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Room
-from jaxft.estimates import Sampled
-from jaxft.metrics import Max, Min, Sum
+from jaxft.distributed import processes, sharding
+from jaxft.inference import generate
 from jaxft.models.heads import view
+from jaxft.nn import attention
+from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.rl import advantages as adv
+from jaxft.rl import rewards
+from jaxft.rl.completions import ByScorer, Completions, Rules, by_token, fits, laid
+from jaxft.rl.estimators import Sampled
 
 if TYPE_CHECKING:
-    from jaxft.rollout import Rollouts
+    from jaxft.rl.rollout import Rollouts
 
 SHOWN, EACH = 8, 2  # completions of each rollout that are kept in completions.jsonl, of each prompt at most
 HELD_OUT = 2**31 - 1  # the number of the draw that measures
@@ -74,7 +78,7 @@ class Player:
         if not adv.scorable(done.scores).any():
             found = done.faults.first or "none has all of its rewards"
             raise ValueError(f"no completion of rollout {number + 1} could be scored: {found}")
-        if done.faults.first and not self.warned and distributed.is_first():
+        if done.faults.first and not self.warned and processes.is_first():
             print(f"rollout {number + 1}: {done.faults.first}; it has no score, and more of this is only counted", flush=True)
             self.warned = True
         self._keep(number * source.boundary, done)
@@ -126,7 +130,7 @@ class Player:
             found, faults = rewards.scored(functions, asked, done.texts, rows)
             return [found.tolist(), faults.counts, faults.first]
 
-        found, counts, first = distributed.by_first(score)
+        found, counts, first = processes.by_first(score)
         columns = iter(np.array(found).reshape(len(of), len(functions)).T)
         faults, each = rewards.Faults(counts, first), []
         for reward in given:
@@ -154,7 +158,7 @@ class Player:
 
     def _keep(self, step: int, done: Completions) -> None:
         """A table of completions beside the run's metrics."""
-        if not distributed.is_first():
+        if not processes.is_first():
             return
         names = rewards.names_of(self.source.rules.rewards)
         group = done.lengths.shape[1]

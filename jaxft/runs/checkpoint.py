@@ -29,8 +29,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft import agree, manifest, readback
-from jaxft.manifest import Bad, first_line
+from jaxft.distributed import sync
+from jaxft.runs import manifest, restore
+from jaxft.runs.manifest import Bad, first_line
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 CHUNK_BYTES = 64 << 20  # what a file has to be decoded in, so that another mesh's shards can be read without a whole leaf
@@ -93,7 +94,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """(step, score) of the lowest score, None where no checkpoint has one. Every process calls it, and gets the same."""
-        found = agree.by_first(agree.gathered, lambda: next(iter(self._scored()), None))
+        found = sync.by_first(sync.gathered, lambda: next(iter(self._scored()), None))
         return None if found is None else (-found[1], found[0])
 
     def _ranked(self) -> list[int]:
@@ -126,18 +127,18 @@ class Checkpoints:
         }
         manifest.sealed(body)  # a meta that isn't JSON fails here, before anything is written
         try:
-            topic = agree.by_first(agree.gathered, lambda: self._begin(step))
-            agree.settle(agree.gathered, lambda: self._see(step))
+            topic = sync.by_first(sync.gathered, lambda: self._begin(step))
+            sync.settle(sync.gathered, lambda: self._see(step))
         except Exception as error:
             raise OSError(*self._undone(step, error), str(self.folder)) from error
         entries, written = {}, lambda: None
         try:
-            entries = {name: manifest.entry(leaf, agree.is_first()) for name, leaf in named.items()}
+            entries = {name: manifest.entry(leaf, sync.is_first()) for name, leaf in named.items()}
             self._orbax = self._orbax or ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
             written = self._written(self.folder / f"{step}.tmp" / "state", named)
         except Exception as error:
             written = _raiser(error)  # where the others hear of it
-        told = agree.Files(self.folder / ".told", topic, LIMIT_S)
+        told = sync.Files(self.folder / ".told", topic, LIMIT_S)
         self._thread = threading.Thread(target=self._finish, args=(body, entries, written, told), name=f"checkpoint-{step}")
         self._thread.start()
 
@@ -170,7 +171,7 @@ class Checkpoints:
 
         return wait
 
-    def _finish(self, body: dict[str, Any], entries: dict[str, Any], written: Callable[[], None], told: agree.Files) -> None:
+    def _finish(self, body: dict[str, Any], entries: dict[str, Any], written: Callable[[], None], told: sync.Files) -> None:
         """The stages of a save after its begin, each of them entered when all processes are through the one before.
 
         A thread's work, so no device takes part.
@@ -178,18 +179,18 @@ class Checkpoints:
         step = body["step"]
         temporary = self.folder / f"{step}.tmp"
         try:
-            agree.settle(told, written)
-            files = agree.by_first(told, lambda: self._merged(temporary))
+            sync.settle(told, written)
+            files = sync.by_first(told, lambda: self._merged(temporary))
             mine = files[jax.process_index() :: jax.process_count()]
-            said = agree.settle(told, lambda: [entries, manifest.hashes(temporary, mine)])
+            said = sync.settle(told, lambda: [entries, manifest.hashes(temporary, mine)])
             body["leaves"] = manifest.joined([part for part, _ in said])
             body["files"] = {name: found for _, part in said for name, found in sorted(part.items())}
-            agree.by_first(told, lambda: _write_durably(temporary / "manifest.json", manifest.sealed(body)))
-            agree.settle(told, lambda: readback.compare(temporary))
-            agree.by_first(told, lambda: self._publish(step))
+            sync.by_first(told, lambda: _write_durably(temporary / "manifest.json", manifest.sealed(body)))
+            sync.settle(told, lambda: restore.compare(temporary))
+            sync.by_first(told, lambda: self._publish(step))
         except Exception as error:
             self._error = self._heard(step, error, told)
-        if agree.is_first():
+        if sync.is_first():
             shutil.rmtree(self.folder / ".told", ignore_errors=True)
 
     def _merged(self, temporary: Path) -> list[str]:
@@ -206,19 +207,19 @@ class Checkpoints:
         _fsync(self.folder)
         self._prune()
 
-    def _heard(self, step: int, error: Exception, told: agree.Files) -> OSError:
+    def _heard(self, step: int, error: Exception, told: sync.Files) -> OSError:
         """The error of a save as process 0 puts it; where it can't be asked, as this process does."""
         try:
             if isinstance(error, TimeoutError):
                 raise error
-            number, text = agree.by_first(told, lambda: self._undone(step, error))
+            number, text = sync.by_first(told, lambda: self._undone(step, error))
         except OSError:
             number, text = self._undone(step, error)
         return OSError(number, text, str(self.folder))
 
     def _undone(self, step: int, error: Exception) -> tuple[int, str]:
         """Remove what a failed save left. Returns the errno and the line that says what is still there."""
-        if agree.is_first():
+        if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             replaced = self.folder / f"{step}.replaced.tmp"
             if replaced.exists() and not (self.folder / str(step)).exists():
@@ -275,7 +276,7 @@ class Checkpoints:
         ValueError where the checkpoint is of another tree.
         """
         self.wait()
-        steps = agree.by_first(agree.gathered, self.steps)
+        steps = sync.by_first(sync.gathered, self.steps)
         if step is not None and step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
@@ -283,12 +284,12 @@ class Checkpoints:
             folder = self.folder / str(candidate)
             found: dict[str, Any] = {}
             try:
-                bad = [b for b in agree.settle(agree.gathered, lambda: readback.take(folder, abstract_state, found)) if b]  # noqa: B023
+                bad = [b for b in sync.settle(sync.gathered, lambda: restore.take(folder, abstract_state, found)) if b]  # noqa: B023
             except OSError as error:
                 raise OSError(error.errno, f"the checkpoint can't be read: {error.strerror}", str(folder)) from error
             if not bad:
                 return found["state"], found["meta"], candidate
-            agree.by_first(agree.gathered, lambda: self._quarantine(folder, bad[0]))  # noqa: B023
+            sync.by_first(sync.gathered, lambda: self._quarantine(folder, bad[0]))  # noqa: B023
             if step is not None:
                 raise ValueError(f"{folder}: {bad[0]}")
         return None

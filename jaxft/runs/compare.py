@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from jaxft.plots import Curve, Panel, draw
+from jaxft.runs.plots import Curve, Panel, draw
 
 Numbers = Mapping[str, float]
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxft.describe import describe, differences, members
-from jaxft.params import Model
-from jaxft.parse import BARE, find_file, kind_name, parse, run_file, shown_path, told
+from jaxft.nn.param import Model
+from jaxft.runs.parse import BARE, find_file, kind_name, parse, run_file, shown_path, told
+from jaxft.runs.record import describe, differences, members
 from jaxft.tree import nearest
 
 __all__ = ["describe", "differences", "knob_names", "knobs", "load"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from jaxft.describe import differences
-from jaxft.log import finite
+from jaxft.runs.log import finite
+from jaxft.runs.record import differences
 from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
@@ -91,7 +91,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and the git commit that a run was made with."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     commit = None
     with contextlib.suppress(OSError):  # no git here
         git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

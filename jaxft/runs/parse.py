@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxft.describe import members
+from jaxft.runs.record import members
 from jaxft.tree import nearest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BARE = inspect.Parameter.empty  # no annotation, no default
 
 

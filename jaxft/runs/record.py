@@ -11,7 +11,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from jaxft.params import Model
+from jaxft.nn.param import Model
 
 
 def members(kind: Any) -> tuple[Any, ...]:

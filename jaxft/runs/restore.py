@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft import manifest
-from jaxft.manifest import Bad, first_line
+from jaxft.runs import manifest
+from jaxft.runs.manifest import Bad, first_line
 
 GROUP_BYTES = 256 << 20  # leaves are restored in groups of about this size on each process
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxft import metrics, tree
+from jaxft import tree
+from jaxft.objectives import metrics
 
 Found = tuple[Any, dict[str, Any]]  # gradients like the trainable leaves, metrics
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import metrics as m
 from jaxft import tree
+from jaxft.objectives import metrics as m
 
 
 def make_eval_step(objective: Callable) -> Callable:

@@ -9,13 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import calibrate, params, prepare, tree, weights
-from jaxft.params import Model
-from jaxft.quant import KEPT, QTensor, Quant, bits, quantize, usual
-from jaxft.weights import hf, hub, packed_out
+from jaxft import tree
+from jaxft.nn import param
+from jaxft.nn.param import Model
+from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
+from jaxft.train import partition
+from jaxft.weights import gptq, hf, hub, load, quantised_write
 from jaxft.weights.hf import SCORE
-from jaxft.weights.merged import Lazy, Rounding, merged
-from jaxft.weights.packed import expanded, form_of
+from jaxft.weights.merge import Lazy, Rounding, merged
+from jaxft.weights.quantised import expanded, form_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     located = hub.locate(ref)
     if out.resolve() == located.path.resolve():
         raise ValueError(f"--out {out} is what is being read; choose another folder")
-    tensors, cast, packing = weights.open_tensors(ref), Rounding(), Rounding()
-    tensors = prepare.as_held(tensors, model, whole.held, ref) if whole.held else tensors
+    tensors, cast, packing = load.open_tensors(ref), Rounding(), Rounding()
+    tensors = partition.as_held(tensors, model, whole.held, ref) if whole.held else tensors
     base = merged(tensors, model, whole.adapter, jnp.float32)
     if not model.speaks:
         score = tensors.read(SCORE).T if whole.score is None else np.asarray(whole.score)
@@ -82,8 +84,8 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
         raise ValueError("quant=kept names no form to write; use int8, int4, nf4, fp4 or affine4")
     block, double = usual(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
-    specs = params.spec_paths(model.specs)
-    forms = {path: form_of(specs[path].shape[-2:], quant) for path in prepare.packed_paths(model.specs, quant)}  # type: ignore[arg-type]
+    specs = param.spec_paths(model.specs)
+    forms = {path: form_of(specs[path].shape[-2:], quant) for path in partition.packed_paths(model.specs, quant)}  # type: ignore[arg-type]
     tables = [path for path in forms if not model.names[path][1]]
     if tables:
         raise ValueError(f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets")
@@ -92,13 +94,13 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
         form = quant.kind, block, double
         if path in seen and number == 0:
             how.say(f"rounding {path}")
-        found = calibrate.compensated(layer, seen[path][number], *form) if path in seen else quantize(layer, *form)
+        found = gptq.compensated(layer, seen[path][number], *form) if path in seen else quantize(layer, *form)
         lost.add(layer, expanded(found))
         return found
 
     matrices = {**{path: name for path, (name, matrix) in model.names.items() if matrix}, "head": hf.HEAD[0]}
     plain = {name.removesuffix(".weight").rpartition(".")[2] for path, name in matrices.items() if path not in forms}
-    return hf.Packing(forms, pack, packed_out.settings(quant, packed_out.method_for(forms.values()), sorted(plain)))
+    return hf.Packing(forms, pack, quantised_write.settings(quant, quantised_write.method_for(forms.values()), sorted(plain)))
 
 
 def size(folder: Path) -> float:

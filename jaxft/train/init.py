@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft import params, tree, weights
-from jaxft.lora import Adapter
+from jaxft import tree
 from jaxft.models.heads import SCORE, Scorer, in_files
-from jaxft.params import Model
-from jaxft.prepare import Trained, adapter_folder
-from jaxft.weights import leaves, peft, shards
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import Model
+from jaxft.train.partition import Trained, adapter_folder
+from jaxft.weights import load, parameters, peft
+from jaxft.weights import place as shards
 
 
 def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:
@@ -35,7 +37,7 @@ def start_beside(
     mine = {name: specs for name, specs in t.specs.items() if name != "base" and name not in beside}
     out = _parts(mine, t.model, mesh, key, own, ref)
     for name, one in beside.items():
-        out[name] = _parts(t.specs[name], t.model, mesh, jax.random.fold_in(key, params.hash_of(name)), one)
+        out[name] = _parts(t.specs[name], t.model, mesh, jax.random.fold_in(key, param.hash_of(name)), one)
     return out
 
 
@@ -61,33 +63,33 @@ def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer
         raise ValueError(f"a frozen scorer begins with a reward model's folder, found start={how.start}; give it one")
     out = {}
     for name, each in specs.items():
-        places = params.shardings(each, mesh)
+        places = param.shardings(each, mesh)
         if name == "base":
             out[name] = loaded[name]
         elif name in loaded:
             out[name] = jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places)
         else:
-            out[name] = jax.jit(lambda key, each=each: params.init_params(each, key, dtype), out_shardings=places)(key)
+            out[name] = jax.jit(lambda key, each=each: param.init_params(each, key, dtype), out_shardings=places)(key)
     return out
 
 
 def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: Any) -> dict[str, Any]:
     """A base of a scorer's own on the mesh, in `dtype`, and the head where the files hold one."""
-    tensors = weights.open_tensors(ref)
+    tensors = load.open_tensors(ref)
     known = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in tensors.shapes else {})}
     names = {path: name for path, name in model.names.items() if path != "head"} | {"score": SCORE}
-    found = leaves.leaves(tensors, replace(model, specs=known, names=names, beside={}))
+    found = parameters.leaves(tensors, replace(model, specs=known, names=names, beside={}))
 
     def load(path: str, spec: Any) -> Any:
-        return shards.load(found[path], jax.ShapeDtypeStruct(spec.shape, dtype), params.place(spec, mesh, path), False)
+        return shards.load(found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.place(spec, mesh, path), False)
 
-    base = tree.map_with_path(load, specs["base"], is_leaf=params.is_spec)
-    return {"base": base, **({"score": leaves.whole(found["score"])} if "score" in known else {})}
+    base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
+    return {"base": base, **({"score": parameters.whole(found["score"])} if "score" in known else {})}
 
 
 def _score_in(ref: str, model: Model) -> dict[str, Any]:
     """The head that the files of a base have, of a reward model in full; none of a language model."""
-    tensors = weights.open_tensors(ref)
+    tensors = load.open_tensors(ref)
     if SCORE[0] not in tensors.shapes:
         return {}
-    return {"score": leaves.whole(leaves.leaves(tensors, in_files(model))["score"])}
+    return {"score": parameters.whole(parameters.leaves(tensors, in_files(model))["score"])}

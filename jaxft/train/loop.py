@@ -11,22 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import attention, distributed, prepare, reference, report, rewards, runfolder, samples, sharding, tree, weights
-from jaxft.checkpoint import Checkpoints
-from jaxft.completions import rewards_of
-from jaxft.data.pairs import PairRows
+from jaxft import tree
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Rows, Source, sft_source
-from jaxft.describe import describe, differences
-from jaxft.generate import Sampling
-from jaxft.log import Log, Mute, cut
-from jaxft.lora import Adapter
+from jaxft.data.sft import Rows, Source, sft_source
+from jaxft.distributed import processes, sharding
+from jaxft.distributed.watchdog import Watchdog
+from jaxft.inference.generate import Sampling
 from jaxft.models.heads import Scorer
-from jaxft.optim import Optim
-from jaxft.params import Model
-from jaxft.programs import Programs, TrainState, build, compile_eval, compile_step, placed, reference_step, start
-from jaxft.quant import Quant
-from jaxft.watchdog import Watchdog
+from jaxft.nn import attention
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import Model
+from jaxft.nn.quant import Quant
+from jaxft.optim.optimizer import Optim
+from jaxft.rl import rewards
+from jaxft.rl.completions import rewards_of
+from jaxft.runs import folder as runfolder
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.log import Log, Mute, cut
+from jaxft.runs.record import describe, differences
+from jaxft.train import partition, reference, report, samples
+from jaxft.train.programs import Programs, TrainState, build, compile_eval, compile_step, placed, reference_step, start
+from jaxft.weights import load
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Run:
     """
 
     name: str
-    weights: str
+    open: str
     model: Model
     objective: Callable[[Model], Callable]
     data: Rows | PairRows | Prompts
@@ -81,7 +87,7 @@ class Run:
     params: Literal["float32", "bfloat16"] = "float32"
     optim: Optim = field(default_factory=Optim)
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
-    hosts: distributed.Hosts = field(default_factory=distributed.Hosts)
+    hosts: processes.Hosts = field(default_factory=processes.Hosts)
     loop: Loop = field(default_factory=Loop)
     seed: int = 0
     general: str | None = None
@@ -123,22 +129,22 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
     folder = runfolder.place(root, r.name)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(r.hosts))
-        job, changes = distributed.agreed(lambda: _checked(stack, r, record, folder))
+        job, changes = processes.agreed(lambda: _checked(stack, r, record, folder))
         if job is None:
             return 0
         restored = job.saved.restore(job.programs.state)
-        job = distributed.agreed(lambda: _begun(stack, job, restored, changes))
+        job = processes.agreed(lambda: _begun(stack, job, restored, changes))
         stack.enter_context(watchdog.over())
         return _go(job, restored, watchdog)
 
 
 def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder: Path) -> tuple[Job | None, list[str]]:
     """(the run, what has changed since it was started), the same on every process; no run where it is finished."""
-    distributed.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
+    processes.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
     stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
-    tokenizer = weights.load_tokenizer(r.weights)
+    tokenizer = load.load_tokenizer(r.weights)
     shards = sharding.row_shards(sharding.make_mesh(r.mesh))
-    source = distributed.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
+    source = processes.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
     general = report.general_source(r.data, r.general, tokenizer, shards)
     for each in (source, general):
         report.check_ids(each, r.model, r.weights)
@@ -153,11 +159,11 @@ def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder
     p = build(r, steps)
     placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
     record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
-    distributed.check_same(runfolder.shared_part(record), differences)
+    processes.check_same(runfolder.shared_part(record), differences)
     saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
-    done, changes = distributed.by_first(lambda: runfolder.standing(folder, record, saved.latest() is not None))
+    done, changes = processes.by_first(lambda: runfolder.standing(folder, record, saved.latest() is not None))
     if done >= steps:
-        if distributed.is_first():
+        if processes.is_first():
             print(f"{folder}: this run is finished ({done} steps); its results are in {folder / 'README.md'}")
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another name=...")
         return None, changes
@@ -172,14 +178,14 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
         raise ValueError(f"{folder}: the run is after step {first} already and loop.steps={job.steps}; raise it to go on")
     if restored:
         changes = runfolder.compare(folder, restored[1]["record"], record)
-    if not distributed.is_first():
+    if not processes.is_first():
         return job
     runfolder.open_record(folder, record)
     cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
-    how_held = prepare.changed_by_holding(r.weights, p.trained)
+    how_held = partition.changed_by_holding(r.weights, p.trained)
     for origin in dict.fromkeys((r.start, *(one.start for one in r.beside.values()))):
-        how_held += prepare.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
+        how_held += partition.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
     for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
@@ -192,10 +198,10 @@ def identity(r: Run) -> dict[str, Any]:
     if Path(r.weights).exists():
         known["weights_at"] = str(Path(r.weights).resolve())
     if r.start:
-        known["start_identity"] = runfolder.adapter_identity(prepare.adapter_folder(r.start))
+        known["start_identity"] = runfolder.adapter_identity(partition.adapter_folder(r.start))
     for name, one in r.beside.items():
         if one.start:
-            known[f"{name}_identity"] = runfolder.adapter_identity(prepare.adapter_folder(one.start))
+            known[f"{name}_identity"] = runfolder.adapter_identity(partition.adapter_folder(one.start))
         if one.weights:
             known[f"{name}_identity"] = runfolder.weights_identity(one.weights)
     for reward in rewards_of(r.source):
@@ -233,7 +239,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     watchdog.at(f"what comes after step {done}")
     if stop:
         job.log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
-        distributed.meet()  # nobody leaves while another one saves
+        processes.meet()  # nobody leaves while another one saves
         return 128 + stop
     after = ready.look(state)
     if after["metrics"]:
@@ -266,7 +272,7 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     model = p.trained.model.with_attention(kernel)
     answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, *getattr(source, "shapes", (source.abstract,)))
-    distributed.meet()  # the first collectives give up where another process still compiles
+    processes.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
 
@@ -287,10 +293,10 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     r, p, log, stop = job.run, job.programs, job.log, 0
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
     meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
-    votes = distributed.Votes(p.mesh)
+    votes = processes.Votes(p.mesh)
     numbers: Callable = getattr(source, "numbers", lambda step, found: {})
     boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
-    profile = r.loop.profile if distributed.is_first() else None
+    profile = r.loop.profile if processes.is_first() else None
     with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
         for step in range(done, job.steps):
             done = step + 1
@@ -344,11 +350,11 @@ def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, An
         kept_at = report.export(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
         log.message(f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}")
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
-    if distributed.is_first():
+    if processes.is_first():
         report.write_card(job, out, before, after, words)
         summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
-    distributed.meet()  # the run is finished for all or for none
+    processes.meet()  # the run is finished for all or for none
     for line in report.closing(job, out, before, after, words):
         log.message(line)
 

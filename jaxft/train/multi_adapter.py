@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxft import lora, metrics, tree
-from jaxft.accumulate import accumulated
-from jaxft.optim import guarded_update
-from jaxft.programs import TrainState
+from jaxft import tree
+from jaxft.nn import lora
+from jaxft.objectives import metrics
+from jaxft.optim.optimizer import guarded_update
+from jaxft.train.accumulate import accumulated
+from jaxft.train.programs import TrainState
 
 Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
 
@@ -217,9 +219,7 @@ def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) 
     trainable, frozen = params
     whole = {"base": frozen[0]}
     if "reference" in aux[t.lead]:
-        whole = tree.combine(
-            aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])}
-        )
+        whole = tree.combine(aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])})
     count = jax.tree.leaves(batch)[0].shape[0]
     see = lambda part: t.objectives[t.lead].see(whole, part, None, {}).logp  # noqa: E731
     known = see(_part(batch, 0))[None] if count == 1 else jax.lax.map(see, batch)

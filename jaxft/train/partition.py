@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import params, sharding, tree, weights
-from jaxft.lora import Adapter, adapted, adapter_specs, target_paths
+from jaxft import tree
+from jaxft.distributed import sharding
 from jaxft.models.heads import Scorer
-from jaxft.params import Model, ParamSpec
-from jaxft.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
-from jaxft.weights import hf, peft, shards
-from jaxft.weights.forms import same_form
-from jaxft.weights.tensors import Index, Tensors
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter, adapted, adapter_specs, target_paths
+from jaxft.nn.param import Model, ParamSpec
+from jaxft.nn.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
+from jaxft.weights import hf, load, peft
+from jaxft.weights import place as shards
+from jaxft.weights.quant_layout import same_form
+from jaxft.weights.safetensors import Index, Tensors
 
 
 class Held(NamedTuple):
@@ -69,7 +72,7 @@ def trained(
     and where `quant` packs what is trained.
     """
     whole = adapted(model, adapter)
-    paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=params.is_spec)
+    paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
     wanted = (pattern,) if isinstance(pattern, str) else pattern or patterns(model, adapter)
     mask = jax.tree.map(lambda *hit: any(hit), *(tree.mask_by_path(paths, each) for each in wanted))
     mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
@@ -107,7 +110,7 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, d
         raise ValueError(f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none")
     held = {}
     wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
-    for path, spec in params.spec_paths(whole.specs).items():
+    for path, spec in param.spec_paths(whole.specs).items():
         if is_trained[path] or not in_base(path):
             held[path] = Held(wide if dtype is None or not in_base(path) else jnp.dtype(dtype))
         elif quant and path.removeprefix("base/") in packed:
@@ -123,7 +126,7 @@ def _kept(model: Model, wanted: list[str], ref: str | None) -> dict[str, QTensor
     """The forms of those of the wanted parameters that the files of `ref` hold packed, from their headers."""
     if ref is None:
         raise ValueError("quant=kept holds the base as its files do, and no files are named")
-    tensors = weights.open_tensors(ref)
+    tensors = load.open_tensors(ref)
     hf.check(tensors, model)
     forms = {path: hf.form_in(tensors, model, path) for path in wanted}
     found = {path: form for path, form in forms.items() if form is not None}
@@ -142,7 +145,7 @@ def packed_paths(base: Any, quant: Quant) -> list[str]:
     """Paths of the base's matrices that `quant.targets` selects. Raises ValueError if there is none."""
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
-    known = [path for path, spec in params.spec_paths(base).items() if is_matrix(spec)]
+    known = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
     wanted = tree.regex(quant.targets, "quant.targets")
     found = [path for path in known if wanted.fullmatch(path)]
     if not found:
@@ -168,7 +171,7 @@ def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any
 
     frozen_only: a restored run has its trained leaves already; None stands for them.
     """
-    found, keep, mask = weights.open_leaves(ref, t.model), make_keep(t), tree.paths(t.mask)
+    found, keep, mask = load.open_leaves(ref, t.model), make_keep(t), tree.paths(t.mask)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, leaf = f"base/{path}", found[path]
@@ -177,14 +180,14 @@ def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any
         like = as_shapes(spec, t.held[full])
         return shards.load(leaf, like, place(spec, like, mesh, full), leaf.form is not None and keep(path, leaf.form))
 
-    return tree.map_with_path(load, t.specs["base"], is_leaf=params.is_spec)
+    return tree.map_with_path(load, t.specs["base"], is_leaf=param.is_spec)
 
 
 def changed_by_holding(ref: str, t: Trained) -> list[str]:
     """A line for each group of weights that the files hold packed and the run in another way, and why."""
-    tensors, keep = weights.open_tensors(ref), make_keep(t)
+    tensors, keep = load.open_tensors(ref), make_keep(t)
     groups: dict[str, list[str]] = {}
-    for path in params.spec_paths(t.model.specs["base"]):
+    for path in param.spec_paths(t.model.specs["base"]):
         name = t.model.names[path][0].format(i=0)
         if name not in tensors.packed:
             continue
@@ -202,7 +205,7 @@ def changed_by_holding(ref: str, t: Trained) -> list[str]:
 
 def place(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     """The sharding of a parameter as it is held, an array or a QTensor; of a QTensor for each of its arrays."""
-    whole = params.place(spec, mesh, path)
+    whole = param.place(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return whole
     if leaf.block or is_paired(leaf.kind):
@@ -217,7 +220,7 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
     """A checkpoint's tensors, those of `ref`, with the numbers that a run computes with where it quantises them."""
     t = all_frozen(model, quant, ref)
     keep, known = make_keep(t), {}
-    for path, spec in params.spec_paths(model.specs).items():
+    for path, spec in param.spec_paths(model.specs).items():
         name, transpose = model.names[path]
         form = hf.form_in(tensors, model, path)
         if t.held[f"base/{path}"].quantised:
@@ -240,7 +243,7 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
 def all_frozen(model: Model, quant: Quant | None, ref: str, adapter: Adapter | None = None) -> Trained:
     """Everything held as inference holds it."""
     whole = adapted(model, adapter)
-    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=params.is_spec), quant, ref)
+    return _with_forms(whole, jax.tree.map(lambda _: False, whole.specs, is_leaf=param.is_spec), quant, ref)
 
 
 def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
@@ -256,7 +259,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adap
 
 def _adapter_on(mesh: Any, loaded: Any, specs: Any, model: Model) -> Any:
     dtype = jnp.promote_types(model.dtype, jnp.float32)
-    return jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded, params.shardings(specs, mesh))
+    return jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded, param.shardings(specs, mesh))
 
 
 def only_pairs(t: Trained) -> bool:
@@ -328,7 +331,7 @@ def abstract_params(t: Trained, mesh: Any) -> Any:
         places = place(spec, x, mesh, path)
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), x, places)
 
-    return tree.map_with_path(leaf, t.specs, is_leaf=params.is_spec)
+    return tree.map_with_path(leaf, t.specs, is_leaf=param.is_spec)
 
 
 def split(t: Trained, whole: Any) -> tuple[Any, Any]:
@@ -342,7 +345,7 @@ def split(t: Trained, whole: Any) -> tuple[Any, Any]:
 
 def quantised(t: Trained) -> str:
     """What part of the base is quantised and how, in words; empty where nothing is."""
-    all_specs = params.spec_paths(t.specs)
+    all_specs = param.spec_paths(t.specs)
     specs = {path: spec for path, spec in all_specs.items() if t.held[path].quantised}
     if not specs:
         return ""
@@ -376,7 +379,7 @@ def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
 def table(t: Trained, mesh: Any = None) -> str:
     """One line a parameter: path, shape, axes, how it is held, on a mesh how it is cut, trained or frozen; then the counts."""
     mask, rows = tree.paths(t.mask), []
-    for path, spec in params.spec_paths(t.specs).items():
+    for path, spec in param.spec_paths(t.specs).items():
         held = t.held[path]
         x = as_shapes(spec, held)
         form = f"{x.kind} {bits(x):.3f} bits" if held.quantised else jnp.dtype(held.dtype).name
@@ -386,5 +389,5 @@ def table(t: Trained, mesh: Any = None) -> str:
             cut = f"{sharding.shown(places.codes if isinstance(x, QTensor) else places):20s} "
         sizes, axes = "x".join(map(str, spec.shape)), ",".join(spec.axes)
         rows.append(f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}")
-    total, some = params.count(t.specs), params.count(t.trainable_specs)
+    total, some = param.count(t.specs), param.count(t.trainable_specs)
     return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

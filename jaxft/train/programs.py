@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from jaxft import attention, devices, evaluate, metrics, prepare, sharding, starts
-from jaxft.accumulate import accumulated
-from jaxft.in_backward import updated
+from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
-from jaxft.optim import guarded_update, make_optimizer, wide
+from jaxft.nn import attention
+from jaxft.objectives import metrics
+from jaxft.optim.fused_backward import updated
+from jaxft.optim.optimizer import guarded_update, make_optimizer, wide
+from jaxft.train import evaluate, init, partition
+from jaxft.train.accumulate import accumulated
 from jaxft.tree import struct
 
 if TYPE_CHECKING:
-    from jaxft.train import Run
+    from jaxft.train.loop import Run
 
 
 @struct
@@ -78,7 +81,7 @@ def stayed(still: Any, new: Any, old: Any, trainable: Any) -> Any:
 class Programs:
     """A run's compiled programs and what they work on: everything but the weights' values and the rows."""
 
-    trained: prepare.Trained
+    trained: partition.Trained
     mesh: Any
     objective: Callable
     tx: Any  # an optax.GradientTransformation or an optim.InTurn
@@ -99,22 +102,22 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     packed = getattr(run.data, "packing", True)
     model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
     model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
-    what = prepare.patterns(model, run.adapter, run.train, run.beside)
-    t = prepare.trained(model, run.adapter, what, run.quant, run.weights, dtype)
+    what = partition.patterns(model, run.adapter, run.train, run.beside)
+    t = partition.trained(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
     dropout = run.adapter.dropout if run.adapter and not run.start else 0  # what SFT trained with dropout goes on without
     if dropout and not getattr(objective, "dropout", True):
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
-    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
     opt_state = jax.eval_shape(tx.init, trainable)
-    places = prepare.like_params(opt_state, trainable, mesh)
+    places = partition.like_params(opt_state, trainable, mesh)
     opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places)
     everywhere = sharding.replicated(mesh)
     small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
     aux = jax.eval_shape(start_aux(run, t, objective), trainable)
-    places = prepare.like_params(aux, trainable, mesh)
+    places = partition.like_params(aux, trainable, mesh)
     aux = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), aux, places)
     state = TrainState(small(()), trainable, opt_state, aux, small((2,)))
     step = jax.jit(
@@ -130,11 +133,11 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 
-def start_aux(run: "Run", t: prepare.Trained, objective: Callable) -> Callable:
+def start_aux(run: "Run", t: partition.Trained, objective: Callable) -> Callable:
     """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
     if not hasattr(objective, "start"):
         return lambda trainable: {}
-    at_base = run.adapter is not None and run.start is None and prepare.only_pairs(t)
+    at_base = run.adapter is not None and run.start is None and partition.only_pairs(t)
     return lambda trainable: objective.start(trainable, at_base)
 
 
@@ -152,10 +155,10 @@ def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None
     base: the frozen base of another run, for one that trains nothing of it.
     """
     if base is None:
-        base = prepare.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
+        base = partition.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
     own = Scorer(run.adapter, run.start)
-    whole = {"base": base, **starts.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
-    trainable, frozen = prepare.split(p.trained, whole)
+    whole = {"base": base, **init.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
+    trainable, frozen = partition.split(p.trained, whole)
     if restored is not None:
         return restored, frozen
     places = jax.tree.map(lambda s: s.sharding, p.state)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import distributed
-from jaxft.data import store
+from jaxft.data import cache as store
+from jaxft.distributed import processes
 
 VERSION = 1  # counts changes to how log-probs are computed
 
@@ -67,7 +67,7 @@ def attach(source: Any, path: Path, compute: Callable[[Iterable[Any]], Iterable[
     compute(batches) -> log-probs [1, rows, M] of each batch; asked for the missing pairs only.
     """
     known = load(path)
-    if not distributed.all_alike(sorted(known)):  # hosts with caches of their own
+    if not processes.all_alike(sorted(known)):  # hosts with caches of their own
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]
     say(f"reference log-probs: {source.pairs - len(missing)} of {source.pairs} pairs found, {len(missing)} to compute")
@@ -76,7 +76,7 @@ def attach(source: Any, path: Path, compute: Callable[[Iterable[Any]], Iterable[
         for batch, found in zip(batches, compute(batches), strict=True):
             values = source.values(batch, found)
             known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
-        told = save(path, known) if distributed.is_first() else None
+        told = save(path, known) if processes.is_first() else None
         if told:
             say(told)
     return source.with_reference({i: known[key] for i, key in enumerate(source.keys)})

@@ -12,15 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import agree, compare, devices, log, metrics, params, prepare, sharding
-from jaxft.checkpoint import Checkpoints
-from jaxft.data.pairs import PairRows
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Rows, Source, sft_source
-from jaxft.params import Model
-from jaxft.programs import Programs
+from jaxft.data.sft import Rows, Source, sft_source
+from jaxft.distributed import devices, sharding, sync
+from jaxft.nn import param
+from jaxft.nn.param import Model
+from jaxft.objectives import metrics
+from jaxft.runs import compare, log
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.train import partition
+from jaxft.train.programs import Programs
 from jaxft.weights import hf, hub, peft
-from jaxft.weights.merged import folded
+from jaxft.weights.merge import folded
 
 
 def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
@@ -71,9 +75,9 @@ def unfilled(data: Any, shards: int) -> list[str]:
 def opening(p: Programs, run: Any, source: Source, begun: tuple[int, int], changes: list[str]) -> list[str]:
     """What is about to happen, for the start of a run. begun: steps of the whole run, and steps done before."""
     t, (steps, first) = p.trained, begun
-    some, total = params.count(t.trainable_specs), params.count(t.specs)
+    some, total = param.count(t.trainable_specs), param.count(t.specs)
     s = source.stats
-    held = prepare.quantised(t)
+    held = partition.quantised(t)
     lines = [
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
@@ -113,7 +117,7 @@ class Meter:
     learned from: it is that of the first epoch so far, in which every pair is scored before its own update.
     """
 
-    def __init__(self, t: prepare.Trained, rates: np.ndarray, source: Source, most_bad: int, counters: dict[str, Any] | None):
+    def __init__(self, t: partition.Trained, rates: np.ndarray, source: Source, most_bad: int, counters: dict[str, Any] | None):
         start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}, "epoch": {}}
         self._counters = {**start, **(counters or {})}
         self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
@@ -228,7 +232,7 @@ class Trace:
             jax.profiler.stop_trace()
 
 
-def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Path) -> Path:
+def export(t: partition.Trained, whole: Any, run: Any, tokenizer: Any, folder: Path) -> Path:
     """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged).
 
     Every process calls it, and gathers a layer at a time; process 0 writes.
@@ -237,7 +241,7 @@ def export(t: prepare.Trained, whole: Any, run: Any, tokenizer: Any, folder: Pat
         score = whole.get("score")
         peft.save_adapter(folder / "adapter", whole["adapter"], run.adapter, run.model, run.weights, score)
         tokenizer = tokenizer if score is None else hf.padded_apart(tokenizer)
-        agree.by_first(agree.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
+        sync.by_first(sync.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
         return folder / "adapter"
     base = folded(whole["base"], whole.get("adapter"), run.model.dtype)
     base |= {"score": whole["score"]} if "score" in whole else {}
@@ -271,7 +275,7 @@ def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], 
             lines.append(f"{what}: {was}{after['metrics'][name]:.4f} after")
     lines += [*words, *job.log.alarms]
     name, what = ("generate.py", '--prompt "..."') if job.run.model.speaks else ("score.py", "--file PAIRS")
-    script = os.path.relpath(Path(__file__).parents[1] / "scripts" / name)
+    script = os.path.relpath(Path(__file__).parents[2] / "scripts" / name)
     lines.append(f"weights in {out}, a summary in {job.folder / 'README.md'}; to try them:")
     return [*lines, f"python {shlex.quote(script)} --run {shlex.quote(str(job.folder))} {what}"]
 
@@ -324,13 +328,13 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     located = hub.locate(run.weights, config_only=True)
     hosted = run.weights.partition("@")[0] if located.revision else None
     base = run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name
-    some, total = params.count(job.programs.trained.trainable_specs), params.count(job.programs.trained.specs)
+    some, total = param.count(job.programs.trained.trainable_specs), param.count(job.programs.trained.specs)
     a, o = run.adapter, run.optim
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
     kind = kind if run.model.speaks else f"reward model: a {kind.replace('model', 'language model')} with a scalar head"
     how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
-    held = prepare.quantised(job.programs.trained)
+    held = partition.quantised(job.programs.trained)
     how += f" The frozen weights were quantised: {held}." if held else ""
     names = dict.fromkeys([*before["metrics"], *after["metrics"]])
     number = lambda look, name: f"{look['metrics'][name]:.4f}" if name in look["metrics"] else ""  # noqa: E731

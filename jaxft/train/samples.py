@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from jaxft.batch import Pairs
-from jaxft.data.source import Source
-from jaxft.generate import Sampling, left_pad, make_generate
-from jaxft.params import Model
-from jaxft.report import stop_tokens
+from jaxft.data.sft import Source
+from jaxft.inference.generate import Sampling, left_pad, make_generate
+from jaxft.nn.param import Model
+from jaxft.train.report import stop_tokens
 
 
 def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:

@@ -13,13 +13,19 @@ from typing import Any
 
 import jax
 
-from jaxft import compare, report, runfolder, sharding, together, train, tree, weights
-from jaxft.checkpoint import Checkpoints
-from jaxft.describe import describe, differences
-from jaxft.log import Log, read
-from jaxft.programs import TrainState, build, start
-from jaxft.sweep_programs import Meters, Shared, batches, compile_all, largest
-from jaxft.train import Job, Run
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.runs import compare
+from jaxft.runs import folder as runfolder
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.log import Log, read
+from jaxft.runs.record import describe, differences
+from jaxft.train import loop as train
+from jaxft.train import multi_adapter, report
+from jaxft.train.loop import Job, Run
+from jaxft.train.programs import TrainState, build, start
+from jaxft.train.sweep_programs import Meters, Shared, batches, compile_all, largest
+from jaxft.weights import load
 
 # What runs that are trained together may have each for itself.
 MAY_DIFFER = ("name", "objective", "optim", "seed", "data.seed", "adapter.rank", "adapter.alpha", "adapter.rslora")
@@ -65,7 +71,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
     with contextlib.ExitStack() as stack:
         stack.enter_context(runfolder.lock(folder))
         stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
-        tokenizer = weights.load_tokenizer(lead.weights)
+        tokenizer = load.load_tokenizer(lead.weights)
         shards = sharding.row_shards(sharding.make_mesh(lead.mesh))
         apart = len({r.data.seed for r in runs.values()}) > 1
         sources = [r.source(r.data, tokenizer, shards=shards) for r in (runs.values() if apart else [lead])]
@@ -123,7 +129,7 @@ def _start(s: Shared, restored: Any) -> tuple[tuple[TrainState, ...], Any]:
         state, frozen = start(job.run, job.programs, restored[0][number] if restored else None, base)
         base = frozen["base"]
         states.append(state)
-        own.append(together.own(frozen))
+        own.append(multi_adapter.own(frozen))
     return tuple(states), (base, tuple(own))
 
 

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import devices, evaluate, metrics, report, sharding
 from jaxft.batch import widened
-from jaxft.checkpoint import Checkpoints
-from jaxft.log import Log
-from jaxft.programs import TrainState
-from jaxft.together import Together, gradients, judge_each, make_eval_step, make_update, together
-from jaxft.train import Job
+from jaxft.distributed import devices, sharding
+from jaxft.objectives import metrics
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.log import Log
+from jaxft.train import evaluate, report
+from jaxft.train.loop import Job
+from jaxft.train.multi_adapter import Together, gradients, judge_each, make_eval_step, make_update, together
+from jaxft.train.programs import TrainState
 
 
 @dataclass(frozen=True)

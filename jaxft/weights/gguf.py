@@ -16,10 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxft.quant import QTensor
-from jaxft.quant_formats import pack
-from jaxft.weights.forms import form, within
-from jaxft.weights.tensors import Index, Packed, Range, Tensors, read_range, spans
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import pack
+from jaxft.weights.quant_layout import form, within
+from jaxft.weights.safetensors import Index, Packed, Range, Tensors, read_range, spans
 
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9

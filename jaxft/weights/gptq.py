@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import quant_formats as qf
 from jaxft import tree
-from jaxft.nn import Observed
-from jaxft.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.layers import Observed
+from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 AT_ONCE = 128  # inputs whose errors reach the later ones together

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import agree, sharding, tree
+from jaxft import tree
+from jaxft.distributed import sharding, sync
 from jaxft.models.llama_config import LlamaConfig, to_hf
-from jaxft.params import Model, spec_paths
-from jaxft.quant import QTensor, dequantize, is_qtensor
-from jaxft.weights import packed, packed_out
-from jaxft.weights.forms import same_form
+from jaxft.nn.param import Model, spec_paths
+from jaxft.nn.quant import QTensor, dequantize, is_qtensor
+from jaxft.weights import quantised, quantised_write
 from jaxft.weights.hub import Located, locate
-from jaxft.weights.tensors import (
+from jaxft.weights.quant_layout import same_form
+from jaxft.weights.safetensors import (
     DTYPES,
     FLOATS,
     Entry,
@@ -90,7 +91,7 @@ def open_folder(folder: Path) -> Tensors:
     )
     config = folder / "config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
-    return packed.opened(files, settings) if isinstance(settings, dict) else files
+    return quantised.opened(files, settings) if isinstance(settings, dict) else files
 
 
 def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
@@ -164,7 +165,7 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]], packing: Packing | N
             layer = i if layered else None
             if packing and path in packing.forms:
                 make = partial(_packed_layer, packing.pack, path, leaf, layer)
-                tensors += packed_out.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
+                tensors += quantised_write.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
                 continue
             fetch = partial(layer_array, leaf, layer, transpose)
             shape_out = tuple(shape[::-1] if transpose else shape)
@@ -188,7 +189,7 @@ def layer_array(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
 
 def _layer(x: Any, layer: int | None) -> Any:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        agree.meet()  # process 0 may still be writing the one before
+        sync.meet()  # process 0 may still be writing the one before
         return _pick(sharding.replicated(x.sharding.mesh), layer is None)(x, np.int32(layer or 0))  # type: ignore[attr-defined]
     return x if layer is None else x[layer]
 
@@ -215,7 +216,7 @@ def save_folder(
     None. Of several processes all call it; process 0 writes, and its error is raised on all.
     """
     folder = Path(folder)
-    agree.by_first(agree.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
+    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = outgoing(base, model.names, packing)
     shards: list[list[Outgoing]] = [[]]
     for t in tensors:
@@ -229,8 +230,8 @@ def save_folder(
     weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
     parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
     totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
-    agree.by_first(agree.gathered, lambda: _write_index(folder, weight_map, totals))
-    agree.by_first(agree.gathered, lambda: _write_configs(folder, model, base, tokenizer, ref, packing))
+    sync.by_first(sync.gathered, lambda: _write_index(folder, weight_map, totals))
+    sync.by_first(sync.gathered, lambda: _write_configs(folder, model, base, tokenizer, ref, packing))
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:

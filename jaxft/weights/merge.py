@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import lora, tree
-from jaxft.params import Model, spec_paths
-from jaxft.quant import is_qtensor
+from jaxft import tree
+from jaxft.nn import lora
+from jaxft.nn.param import Model, spec_paths
+from jaxft.nn.quant import is_qtensor
 from jaxft.weights.hf import check, layer_array
-from jaxft.weights.tensors import Tensors
+from jaxft.weights.safetensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.params import Model, spec_paths
-from jaxft.quant import QTensor
+from jaxft.nn.param import Model, spec_paths
+from jaxft.nn.quant import QTensor
 from jaxft.weights import hf
-from jaxft.weights.tensors import Index, Tensors, spans
+from jaxft.weights.safetensors import Index, Tensors, spans
 
 PIECE = 1 << 22  # bytes of a file that are read at a time where numbers stay as they are, so that they stay in cache
 COLUMNS = 16  # that a transposing copy takes at a time: 4 times as fast as all at once

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import agree, tree
-from jaxft.lora import Adapter
-from jaxft.params import Model, spec_paths
+from jaxft import tree
+from jaxft.distributed import sync
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import Model, spec_paths
 from jaxft.weights.hf import HEAD, layer_array
-from jaxft.weights.tensors import Entry, Outgoing, read_header, read_json, read_tensor, write_json, write_safetensors
+from jaxft.weights.safetensors import Entry, Outgoing, read_header, read_json, read_tensor, write_json, write_safetensors
 
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
@@ -36,9 +37,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_adapter(
-    folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None
-) -> None:
+def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
     score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
@@ -57,7 +56,7 @@ def save_adapter(
             tensors += _outgoing(module.format(i=i), pair, i if "{i}" in module else None, settings)
     if score is not None:
         tensors.append(Outgoing(SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_array(score, None, True)))
-    agree.by_first(agree.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
+    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
     config: dict[str, Any] = {
@@ -82,7 +81,7 @@ def save_adapter(
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
-    agree.by_first(agree.gathered, lambda: write_json(folder / "adapter_config.json", config, sort=True))
+    sync.by_first(sync.gathered, lambda: write_json(folder / "adapter_config.json", config, sort=True))
 
 
 def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import sharding
-from jaxft.quant import QTensor, quantize, scales
-from jaxft.quant_formats import encode_scales
-from jaxft.weights.forms import arrays, within
-from jaxft.weights.leaves import Leaf, as_packed, copy_into, each, numbers, pieces
-from jaxft.weights.tensors import Index, spans
+from jaxft.distributed import sharding
+from jaxft.nn.quant import QTensor, quantize, scales
+from jaxft.nn.quant_formats import encode_scales
+from jaxft.weights.parameters import Leaf, as_packed, copy_into, each, numbers, pieces
+from jaxft.weights.quant_layout import arrays, within
+from jaxft.weights.safetensors import Index, spans
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of every dimension
 Part = tuple[int, Index, Any]  # layer, where in it [in, out], what it is there: an array or a QTensor

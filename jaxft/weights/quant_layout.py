@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.quant import QTensor, Quant, is_paired, quantize
-from jaxft.weights.tensors import Index
+from jaxft.nn.quant import QTensor, Quant, is_paired, quantize
+from jaxft.weights.safetensors import Index
 
 
 def within(form: QTensor, part: str, at: Index) -> Index:

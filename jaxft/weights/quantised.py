@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import quant_formats as qf
-from jaxft.quant import QTensor, Quant, dequantize, is_paired
-from jaxft.weights.forms import arrays, form, form_of, within
-from jaxft.weights.tensors import Index, Packed, Tensors, spans
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant import QTensor, Quant, dequantize, is_paired
+from jaxft.weights.quant_layout import arrays, form, form_of, within
+from jaxft.weights.safetensors import Index, Packed, Tensors, spans
 
 Found = tuple[dict[str, Packed], set[str]]  # packed weights by name; the tensors in the files that they are made of
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import quant_formats as qf
-from jaxft.quant import QTensor, Quant
-from jaxft.weights.forms import arrays
-from jaxft.weights.packed import STATE, TABLES
-from jaxft.weights.tensors import Outgoing
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant import QTensor, Quant
+from jaxft.weights.quant_layout import arrays
+from jaxft.weights.quantised import STATE, TABLES
+from jaxft.weights.safetensors import Outgoing
 
 
 def method_for(forms: Iterable[QTensor]) -> str:

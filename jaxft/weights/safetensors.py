@@ -13,8 +13,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxft import agree
-from jaxft.quant import QTensor
+from jaxft.distributed import sync
+from jaxft.nn.quant import QTensor
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -194,7 +194,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
     Of several processes all call it and fetch the same tensors; process 0 writes, and its error is raised on all.
     """
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
-    agree.settle(agree.gathered, lambda: _written(path, tensors) if agree.is_first() else _fetched(tensors))
+    sync.settle(sync.gathered, lambda: _written(path, tensors) if sync.is_first() else _fetched(tensors))
 
 
 def _fetched(tensors: list[Outgoing]) -> None:

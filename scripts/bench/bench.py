@@ -1,9 +1,9 @@
 """Speed and memory of training steps on this machine, as one JSON line.
 
-    python scripts/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
-    python scripts/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
-    python scripts/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [--layout plain] [...]
-    python scripts/bench.py gpu [--tiny]     # random-weight Llamas on an accelerator, see scripts/bench_gpu.py
+    python scripts/bench/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
+    python scripts/bench/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
+    python scripts/bench/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [--layout plain] [...]
+    python scripts/bench/bench.py gpu [--tiny]     # random-weight Llamas on an accelerator, see scripts/bench/bench_gpu.py
 
 Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
 text; of GSM8K's rows dpo makes pairs whose prompt is so many worked examples and a question, and whose rejected answer ends in
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
 WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
@@ -83,14 +83,16 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     """The settings of the baseline: AdamW at 1e-4 falling to 0, no warm-up, clipping at 1."""
     import jax.numpy as jnp
 
-    from jaxft import optim, train, weights
-    from jaxft.data.pairs import PairRows, pair_source
-    from jaxft.data.source import Rows
-    from jaxft.lora import Adapter
-    from jaxft.objectives.pairwise import preference
-    from jaxft.objectives.preference import dpo
+    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.data.sft import Rows
+    from jaxft.nn.lora import Adapter
+    from jaxft.nn.quant import Quant
+    from jaxft.objectives.preference import preference
+    from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
-    from jaxft.quant import Quant
+    from jaxft.optim import optimizer
+    from jaxft.train import loop
+    from jaxft.weights import load
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
@@ -100,13 +102,15 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         kind = {"objective": partial(preference, loss=dpo, reference=reference), "data": data_rows, "source": pair_source}
     else:
         kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows)}
-    return train.Run(
+    return loop.Run(
         name="bench",
         weights=a.model,
-        model=weights.model_for(a.model, dtype=dtype, remat=a.remat),
+        model=load.model_for(a.model, dtype=dtype, remat=a.remat),
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
         quant=None if a.quant == "none" else Quant(a.quant),
-        optim=optim.Optim(lr=1e-4, optimizer=getattr(optim, a.optimizer), schedule=optim.linear, warmup=0.0, end=0.0, clip=1.0),
+        optim=optimizer.Optim(
+            lr=1e-4, optimizer=getattr(optimizer, a.optimizer), schedule=optimizer.linear, warmup=0.0, end=0.0, clip=1.0
+        ),
         **kind,
     )
 
@@ -134,11 +138,13 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
     """Load, compile and train; the numbers of the JSON line that the clock and the loss give."""
     import jax
 
-    from jaxft import metrics, programs, sharding, train, weights
+    from jaxft.distributed import sharding
+    from jaxft.objectives import metrics
+    from jaxft.train import programs
 
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        tokenizer = weights.load_tokenizer(run.weights)
+        tokenizer = load.load_tokenizer(run.weights)
         source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh))
         numbers = batches(source, run.data.batch)
         p = programs.build(run, len(numbers))
@@ -147,7 +153,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         say(f"loaded, peak {peak_gib():.2f} GiB")
         if getattr(p.objective, "precomputed", False):
             since = time.perf_counter()
-            source = train.with_reference(run, p, source, {"weights_identity": str(time.time())}, say)
+            source = loop.with_reference(run, p, source, {"weights_identity": str(time.time())}, say)
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
         step = programs.compile_step(p, source.abstract)
@@ -226,6 +232,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import one_line_errors
+    from jaxft.runs.cli import one_line_errors
 
     sys.exit(one_line_errors(main))

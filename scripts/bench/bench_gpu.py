@@ -1,8 +1,8 @@
 """Training and generation of random-weight Llamas on this machine's accelerator: a JSON line a case, each in its own process.
 
-    python scripts/bench.py gpu                       # all cases
-    python scripts/bench.py gpu --cases "8b lora" "8b qlora"
-    python scripts/bench.py gpu --tiny                # the same programs in a shape that a CPU runs in seconds
+    python scripts/bench/bench.py gpu                       # all cases
+    python scripts/bench/bench.py gpu --cases "8b lora" "8b qlora"
+    python scripts/bench/bench.py gpu --tiny                # the same programs in a shape that a CPU runs in seconds
 
 Rows are random text by a byte-level tokenizer, packed to 4096 tokens. `mfu` counts 4 floating point operations a token for each
 weight beside the table where adapters are trained, 6 where all is. `peak_gib` is what the device says, `compiled_gib` what the
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 WARM, TIMED = 2, 6  # steps
 
@@ -87,15 +87,16 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     """The Run of a case."""
     import jax.numpy as jnp
 
-    from jaxft import optim, train
-    from jaxft.data.pairs import PairRows, pair_source
-    from jaxft.data.source import Rows
-    from jaxft.lora import Adapter
+    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.data.sft import Rows
     from jaxft.models.llama import PRESETS, llama
-    from jaxft.objectives.pairwise import preference
-    from jaxft.objectives.preference import dpo
+    from jaxft.nn.lora import Adapter
+    from jaxft.nn.quant import Quant
+    from jaxft.objectives.preference import preference
+    from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
-    from jaxft.quant import Quant
+    from jaxft.optim import optimizer
+    from jaxft.train import loop
 
     config, length = PRESETS[case.preset], 4096
     if tiny:
@@ -108,13 +109,13 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
         kind: dict[str, Any] = {"objective": goal, "data": pairs, "source": pair_source}
     else:
         kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", max_length=length, **rows)}
-    return train.Run(
+    return loop.Run(
         name="bench",
         weights=case.preset,
         model=llama(config, jnp.bfloat16, case.remat, residual=jnp.bfloat16),
         adapter=None if case.trains == "all" else Adapter(rank=16, alpha=32.0),
         quant=None if case.quant == "none" else Quant(case.quant),
-        optim=optim.Optim(lr=1e-4, warmup=0.0),
+        optim=optimizer.Optim(lr=1e-4, warmup=0.0),
         **kind,
     )
 
@@ -125,7 +126,7 @@ def random_base(p: Any) -> Any:
     import jax.numpy as jnp
 
     from jaxft import tree
-    from jaxft.quant import is_qtensor
+    from jaxft.nn.quant import is_qtensor
 
     def fill(path: str, x: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))
@@ -166,7 +167,9 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed and memory of a train step."""
     import jax
 
-    from jaxft import devices, params, programs, sharding
+    from jaxft.distributed import devices, sharding
+    from jaxft.nn import param
+    from jaxft.train import programs
 
     data = folder / "rows.jsonl"
     length = 128 if tiny else 4096
@@ -192,7 +195,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             jax.block_until_ready(step(state, frozen, placed))
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
     c = run.model.config
-    weights = params.count(run.model.specs) - (0 if c.tied else c.vocab * c.width)
+    weights = param.count(run.model.specs) - (0 if c.tied else c.vocab * c.width)
     rate = tokens / middle
     passes = (6 if case.trains == "all" else 4) + (2 if case.objective == "dpo" else 0)  # and the reference's forward pass
     here = jax.devices()[0]
@@ -212,7 +215,10 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Speed of generation: all rows at once, greedy, without stop tokens."""
     import jax
 
-    from jaxft import attention, devices, generate, programs, sharding
+    from jaxft.distributed import devices, sharding
+    from jaxft.inference import generate
+    from jaxft.nn import attention
+    from jaxft.train import programs
 
     (folder / "rows.jsonl").write_text("")
     run = make_run(case, tiny, folder / "rows.jsonl")
@@ -253,6 +259,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     sys.exit(cli.one_line_errors(main))

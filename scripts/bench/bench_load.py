@@ -1,6 +1,6 @@
 """What loading a model takes of each of several processes: peak host memory over its own shards, bytes read, seconds.
 
-    python scripts/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
+    python scripts/bench/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
 
 Writes a made-up bfloat16 Llama of about that size as safetensors into a temporary folder (of DIR), loads it fully sharded over
 all devices of all processes on this machine, and deletes it. Devices are simulated ones of the CPU, whose memory is the host's:
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 def arguments() -> argparse.Namespace:
@@ -40,14 +40,15 @@ def write_model(folder: Path, gb: float) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxft import params, tree
+    from jaxft import tree
     from jaxft.models.llama import LlamaConfig, llama
+    from jaxft.nn import param
     from jaxft.weights import hf
-    from jaxft.weights.merged import Lazy
+    from jaxft.weights.merge import Lazy
 
     wide = 2048 if gb >= 1 else 256
     config = LlamaConfig(vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide)
-    one, tables = params.count(llama(config).specs), 2 * config.vocab * wide
+    one, tables = param.count(llama(config).specs), 2 * config.vocab * wide
     model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (one - tables)))))
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
 
@@ -58,7 +59,7 @@ def write_model(folder: Path, gb: float) -> None:
 
         return Lazy(spec.shape, dtype, make)
 
-    base = tree.map_with_path(lazy, model.specs, is_leaf=params.is_spec)
+    base = tree.map_with_path(lazy, model.specs, is_leaf=param.is_spec)
     hf.save_folder(folder, model, base, None, None, max_shard=1_000_000_000)
 
 
@@ -75,9 +76,11 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxft import prepare, sharding, weights
-    from jaxft.lora import Adapter
-    from jaxft.quant import Quant, is_qtensor
+    from jaxft.distributed import sharding
+    from jaxft.nn.lora import Adapter
+    from jaxft.nn.quant import Quant, is_qtensor
+    from jaxft.train import partition
+    from jaxft.weights import load
 
     number, port, model = int(a.process[0]), a.process[1], a.process[2]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -85,11 +88,11 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
         jax.distributed.initialize(f"127.0.0.1:{port}", a.processes, number)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
     quant = None if a.quant == "none" else Quant(a.quant)
-    whole = weights.model_for(model, dtype=jnp.bfloat16)
-    t = prepare.trained(whole, None if a.full else Adapter(), None, quant)
+    whole = load.model_for(model, dtype=jnp.bfloat16)
+    t = partition.trained(whole, None if a.full else Adapter(), None, quant)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
-    base = jax.block_until_ready(prepare.load_base(model, t, mesh))
+    base = jax.block_until_ready(partition.load_base(model, t, mesh))
     seconds = time.monotonic() - begin
     held = lambda leaf: sum(shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards)  # noqa: E731
     each = [held(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
@@ -143,7 +146,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -1,9 +1,9 @@
 """The planner against the truth: real train steps on this machine's device beside what was planned for them.
 
-    python scripts/bench_plan.py                                   # SmolLM2-135M: LoRA, QLoRA, every weight; minutes on a CPU
-    python scripts/bench_plan.py --cases lora full max_length=256 data.batch=2
-    python scripts/bench_plan.py --cases lora qlora model=meta-llama/Llama-3.1-8B-Instruct max_length=4096 remat=full   # on a GPU
-    python scripts/bench_plan.py --config configs/llama31_8b_sft.py full=true batch=8 micro=1                  # any SFT config
+    python scripts/bench/bench_plan.py                                   # SmolLM2-135M: LoRA, QLoRA, every weight; minutes on a CPU
+    python scripts/bench/bench_plan.py --cases lora full max_length=256 data.batch=2
+    python scripts/bench/bench_plan.py --cases lora qlora model=meta-llama/Llama-3.1-8B-Instruct max_length=4096 remat=full   # on a GPU
+    python scripts/bench/bench_plan.py --config configs/llama31_8b_sft.py full=true batch=8 micro=1                  # any SFT config
 
 Weights and rows are random numbers, so nothing is loaded. A JSON line a case, each in a process of its own. Overrides are for all
 cases, wherever they stand.
@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 CASES = {"lora": ("configs/sft.py", []), "qlora": ("configs/sft.py", ["quant=nf4"]), "full": ("configs/sft_full.py", ["batch=1"])}
 WARM, TIMED = 2, 5  # steps
@@ -101,7 +101,7 @@ class Resident:
 
     def again(self) -> int:
         """The size once a step's buffers are given back, which XLA does late; the largest is looked for anew from here."""
-        from jaxft import devices
+        from jaxft.distributed import devices
 
         least, since = self.now(), time.monotonic()
         while time.monotonic() - since < 0.5:  # it has not shrunk for so long
@@ -133,7 +133,7 @@ def memory_rate() -> float:
 
 def here() -> Any:
     """This process's devices with the rates of their chip, measured where the table has none."""
-    from jaxft import machines
+    from jaxft.plan import machines
 
     machine = machines.local()
     if machine.chip is not None:
@@ -150,7 +150,10 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     """Plan, then run."""
     import jax
 
-    from jaxft import config, devices, plan, programs
+    from jaxft.distributed import devices
+    from jaxft.plan import plan
+    from jaxft.runs import config
+    from jaxft.train import programs
 
     run = config.load(path, overrides)
     machine = here()
@@ -184,9 +187,10 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
     """(seconds of the timed steps, bytes of them by this process's size: see the head of this file)."""
     import jax
-
-    from jaxft import programs, sharding
     from scripts.bench_gpu import random_base
+
+    from jaxft.distributed import sharding
+    from jaxft.train import programs
 
     step = programs.compile_step(p, batch)
     watch = Resident()
@@ -222,7 +226,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

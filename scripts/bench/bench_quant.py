@@ -1,8 +1,8 @@
 """What each form of the base costs in quality: perplexity of your rows as a table, one JSON line with --json.
 
-    python scripts/bench_quant.py --model REF --data gsm8k.jsonl [--rows 64] [--kinds none int8 nf4 int4:128 ...]
+    python scripts/bench/bench_quant.py --model REF --data gsm8k.jsonl [--rows 64] [--kinds none int8 nf4 int4:128 ...]
 
-Rows are as scripts/bench.py takes them for sft; perplexity is over all their tokens, prompt and completion, and compared with
+Rows are as scripts/bench/bench.py takes them for sft; perplexity is over all their tokens, prompt and completion, and compared with
 the first kind's. KIND:BLOCK sets the block. `error` is the root mean square of what packing changed, over the weights'.
 A model whose weights came from 4-bit files is on a grid already: a second one changes it more than it changes other weights.
 """
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 KINDS = ("none", "int8", "int4", "int4:128", "nf4", "fp4", "affine4:32", "affine4", "affine4:128")
 
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
 
 def form(kind: str) -> Any:
     """The Quant that a name with a block stands for; None for `none`."""
-    from jaxft.quant import Quant
+    from jaxft.nn.quant import Quant
 
     name, _, block = kind.partition(":")
     return None if name == "none" else Quant(name, int(block) if block else None)
@@ -45,21 +45,24 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from jaxft import evaluate, prepare, quant, sharding, weights
-    from jaxft.data.source import Rows, sft_source
+    from jaxft.data.sft import Rows, sft_source
+    from jaxft.distributed import sharding
+    from jaxft.nn import quant
     from jaxft.objectives.sft import sft
+    from jaxft.train import evaluate, partition
+    from jaxft.weights import load
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = weights.model_for(a.model)
+        model = load.model_for(a.model)
         rows = Rows(str(data), held_out=str(data), format="prompt-completion", loss_on="all", max_length=a.max_length, batch=4)
-        batches = sft_source(rows, weights.load_tokenizer(a.model), cache=data.parent).held_out
+        batches = sft_source(rows, load.load_tokenizer(a.model), cache=data.parent).held_out
         one = sft(model)
         step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
         plain: Any = None
         found: list[dict[str, Any]] = []
         for kind in a.kinds:
-            base = prepare.load_frozen(a.model, model, mesh, form(kind))
+            base = partition.load_frozen(a.model, model, mesh, form(kind))
             loss = evaluate.evaluate(partial(step, base), batches)["loss"]
             packed = base["layers"]["mlp"]["down"]
             values = np.asarray(quant.dequantize(packed), np.float32)
@@ -92,7 +95,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -1,6 +1,6 @@
 """What a sweep saves: scripts/sweep.py against scripts/train.py once a member, whole commands, as one JSON line.
 
-    python scripts/bench_sweep.py --config configs/dpo.py --over beta=0.02,0.05,0.1,0.15,0.2,0.3,0.5,1 [--alone 2] [knob=value]
+    python scripts/bench/bench_sweep.py --config configs/dpo.py --over beta=0.02,0.05,0.1,0.15,0.2,0.3,0.5,1 [--alone 2] [knob=value]
 
 `whole` is the sweep command's time over that of all members' commands, of which the first `--alone` are run (half of them before
 the sweep, half after) and stand for the rest by their mean; `step` is the median time of a step over that of as many single
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments() -> argparse.Namespace:

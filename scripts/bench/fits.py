@@ -1,8 +1,8 @@
 """What fits where: models and methods on hardware, each cell compiled for it; prints Markdown and writes JSON.
 
-    python scripts/fits.py --out fits.json                                 # every cell, an hour or two of one CPU core
-    python scripts/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
-    python scripts/fits.py --out fits.json --print                         # of what is there already
+    python scripts/bench/fits.py --out fits.json                                 # every cell, an hour or two of one CPU core
+    python scripts/bench/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
+    python scripts/bench/fits.py --out fits.json --print                         # of what is there already
 
 A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
 device and the settings that need least memory (see SETTINGS; on TPUs also JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1). Every method is
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 LENGTH = 2048  # tokens a device: a row, or a pair of answers with their prompt of half of it each
 MODELS = {
@@ -46,7 +46,7 @@ SETTINGS = {
     ("full", "sft"): ["full=true", "params=bfloat16", "in_backward=true", "optimizer=adafactor", "remat=full"],
     ("full", "dpo"): [
         "adapter=none", "params=bfloat16", "optim.in_backward=true", "optim.clip=none",
-        "optim.optimizer=jaxft.optim:adafactor", "reference=precomputed", "remat=full",
+        "optim.optimizer=jaxft.optim.optimizer:adafactor", "reference=precomputed", "remat=full",
     ],
     ("LoRA", "sft"): ["remat=full"],
     ("LoRA", "dpo"): ["remat=full"],
@@ -100,7 +100,8 @@ def source_hash() -> str:
 
 def planned(run: Any, machine: Any) -> dict[str, Any]:
     """What is kept of a plan, or why there is none; nothing is compiled where what is there between programs doesn't fit."""
-    from jaxft import plan, programs
+    from jaxft.plan import plan
+    from jaxft.train import programs
 
     none = {"fits": False, "total": None, "devices": len(machine.devices)}
     try:
@@ -115,7 +116,8 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
-    from jaxft import config, machines, plan
+    from jaxft.plan import machines, plan
+    from jaxft.runs import config
 
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
@@ -200,7 +202,7 @@ def main() -> int:
     for other in a.add:
         write(a.out, stored() | json.loads(other.read_text()))
     if not (a.print or a.add):
-        from jaxft import plan
+        from jaxft.plan import plan
 
         plan.set_quick(True)  # one of the settings that need least memory; GPUs have no such
         for chip, model, method, objective in wanted(a):
@@ -213,7 +215,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft import cli
+    from jaxft.runs import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -7,8 +7,8 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.formats import Chat, Completion
-from jaxft.data.pair_formats import normalise_pairs
-from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.pairs.formats import normalise_pairs
+from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.data.rows import Row, read_rows
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_pairs import epoch, flat, make_rows, same, seen, source, unpaired, write
 from tiny_tokenizers import tiny
 
-from jaxft.data.pairs import PairRows, abstract_pairs
+from jaxft.data.pairs.source import PairRows, abstract_pairs
 
 
 @pytest.fixture

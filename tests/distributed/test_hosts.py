@@ -21,7 +21,7 @@ PRECISE = "import jax\njax.config.update('jax_enable_x64', True)\n"
 BATCHES = """
 import hashlib, os
 import jax, numpy as np
-from jaxft import sharding
+from jaxft.distributed import sharding
 place = sharding.place_batch
 def told(mesh, batch):
     placed = place(mesh, batch)
@@ -41,7 +41,7 @@ sharding.place_batch = told
 GRADIENTS = """
 import os
 import jax, numpy as np
-from jaxft import programs, report
+from jaxft.train import programs, report
 make, accumulated = programs.make_train_step, programs.accumulated
 def make_telling(*args):
     step = make(*args)
@@ -67,7 +67,7 @@ report.Meter.add = told
 SLOW_STEPS = f"""
 {PRECISE}
 import time
-from jaxft import report
+from jaxft.train import report
 add = report.Meter.add
 def slow(self, *args):
     time.sleep(0.4)
@@ -350,7 +350,7 @@ def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):
 HANGS = f"""
 {PRECISE}
 import threading
-from jaxft import report
+from jaxft.train import report
 report.Meter.add = lambda *_: threading.Event().wait()
 """
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxft import config, distributed, launch, train
-from jaxft.launch import Launch, detect
+from jaxft.distributed import launch, processes
+from jaxft.distributed.launch import Launch, detect
+from jaxft.runs import config
+from jaxft.train import loop
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "scripts" / "launch"
 NONE = (None, None, None)
 
@@ -87,11 +89,11 @@ def test_gpus_that_do_not_divide_over_the_processes_of_a_host():
 
 def test_only_known_processes_beside_this_one_keep_a_sweep_from_starting(monkeypatch):
     monkeypatch.setattr(launch, "detect", lambda *_: Launch("Cloud TPU"))  # jax asks the metadata server how many there are
-    distributed.refuse_several("a sweep")
+    processes.refuse_several("a sweep")
     for found in (Launch("Cloud TPU", None, 2), Launch("Kubernetes", None, None, 0)):
         monkeypatch.setattr(launch, "detect", lambda *_, found=found: found)
         with pytest.raises(ValueError, match="a sweep runs in one process, and this is one of several"):
-            distributed.refuse_several("a sweep")
+            processes.refuse_several("a sweep")
 
 
 def test_what_the_settings_say_comes_first():
@@ -131,7 +133,7 @@ def accepted(arguments):
     path = ROOT / "configs" / Path(args.config).name
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
     known = config.load(str(path), [*args.overrides, f"model={tiny_folder()}"])
-    assert isinstance(known, train.Run)
+    assert isinstance(known, loop.Run)
     rows, left = divmod(known.data.batch, known.data.micro)
     assert left == 0 and rows % known.hosts.devices == 0, "some devices would compute nothing but padding"
     return known

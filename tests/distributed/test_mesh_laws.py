@@ -11,20 +11,23 @@ from pair_batches import laid, random_pairs
 from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
-from jaxft import attention, prepare, sharding, tree
-from jaxft.accumulate import accumulated
-from jaxft.completions import laid as laid_out_completions
+from jaxft import tree
 from jaxft.data.prompts import Asked, Room
-from jaxft.lora import Adapter
-from jaxft.objectives import preference as P
-from jaxft.objectives.pairwise import preference
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn import attention
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import spec_paths
+from jaxft.nn.quant import is_qtensor, quantize
+from jaxft.objectives import preference_losses as P
 from jaxft.objectives.policy import critic, policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.objectives.reads import EXTRA, placed
+from jaxft.objectives.preference import preference
+from jaxft.objectives.read_positions import EXTRA, placed
 from jaxft.objectives.sft import sft
-from jaxft.params import spec_paths
-from jaxft.quant import is_qtensor, quantize
-from jaxft.sharding import MeshShape, make_mesh
+from jaxft.rl.completions import laid as laid_out_completions
+from jaxft.train import partition
+from jaxft.train.accumulate import accumulated
 
 MESHES = {
     "1x8": MeshShape(1, 8),
@@ -67,7 +70,7 @@ def gradient_of(task, parts, batch, mesh=None):
     if mesh is not None:
         model = model.with_attention(attention.choose(mesh, 8, jnp.float64))
         specs = spec_paths(model.specs)
-        lay = lambda path, x: jax.tree.map(jax.device_put, x, prepare.place(specs[path], x, mesh, path))  # noqa: E731
+        lay = lambda path, x: jax.tree.map(jax.device_put, x, partition.place(specs[path], x, mesh, path))  # noqa: E731
         whole, batch = tree.map_with_path(lay, whole, is_leaf=is_qtensor), sharding.place_batch(mesh, batch)
     objective = sft(model) if task == "sft" else preference(model, P.dpo)
     mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(trained, path)), whole, is_leaf=is_qtensor)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from tiny_run import Place, write_place
 
-from jaxft import report
-from jaxft.data.source import Rows
+from jaxft.data.sft import Rows
+from jaxft.train import report
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import pytest
 from partitioned import moved
 
-from jaxft import optim, programs, train
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.data.source import Rows
-from jaxft.lora import Adapter
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.sft import Rows
+from jaxft.distributed.sharding import MeshShape
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.preference import dpo
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.sft import sft
-from jaxft.quant import Quant
-from jaxft.sharding import MeshShape
+from jaxft.optim import optimizer
+from jaxft.train import loop, programs
 
 # Time is like no size of a weight or part of one, so that a shape tells what it is of.
 CONFIG = LlamaConfig(vocab=2048, width=256, layers=3, heads=8, kv_heads=4, head_dim=40, mlp=768, max_positions=512)
@@ -32,17 +33,17 @@ WIDE = ("f32", "f64")
 
 def lowered(kind, task, mesh):
     rows = Rows("none", max_length=T, batch=16) if task == "sft" else PairRows("none", max_length=T // 2, batch=8)
-    run = train.Run(
+    run = loop.Run(
         name="x",
         weights="none",
         model=llama(CONFIG, jnp.bfloat16, remat="full"),
         objective=sft if task == "sft" else lambda model: preference(model, dpo),
         data=rows,
-        source=train.sft_source if task == "sft" else pair_source,
+        source=loop.sft_source if task == "sft" else pair_source,
         adapter=None if kind == "full" else Adapter(rank=RANK),
         quant=Quant("nf4") if kind == "qlora" else None,
         mesh=mesh,
-        optim=optim.Optim(),
+        optim=optimizer.Optim(),
     )
     p, batch = programs.abstract(run)
     with jax.set_mesh(p.mesh):

@@ -10,22 +10,25 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from tiny_model import assert_close
 
-from jaxft import nn, params, prepare, sharding, tree
-from jaxft.lora import Adapter
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import MESH_AXES, MeshShape, make_mesh
 from jaxft.models.llama import PRESETS, LlamaConfig, llama
-from jaxft.quant import KINDS, Quant, is_qtensor, quantize
-from jaxft.sharding import MESH_AXES, MeshShape, make_mesh
-from jaxft.weights.forms import form
+from jaxft.nn import layers, param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
+from jaxft.train import partition
+from jaxft.weights.quant_layout import form
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
 
 def places(config, path, quant, **sizes):
     """The PartitionSpecs of a quantised leaf."""
-    t = prepare.trained(llama(config), Adapter(), None, quant)
-    spec, path = params.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
+    t = partition.trained(llama(config), Adapter(), None, quant)
+    spec, path = param.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    found = prepare.place(spec, prepare.as_shapes(spec, t.held[path]), mesh, path)
+    found = partition.place(spec, partition.as_shapes(spec, t.held[path]), mesh, path)
     return {name: value.spec for name, value in found.__dict__.items() if hasattr(value, "spec")}
 
 
@@ -58,10 +61,10 @@ def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, 
 
 def test_codes_of_a_whole_channel_are_cut_between_bytes():
     """GPTQ without groups: 136 inputs are 68 bytes, which don't divide over 8 devices; the outputs do."""
-    spec = params.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), params.constant(0.0))
+    spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.constant(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
     leaf = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16))
-    assert prepare.place(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
+    assert partition.place(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_tensor_that_does_not_divide_the_blocks_is_refused(path, quant, tensor, 
 
 def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
     config = LlamaConfig(vocab=64, width=48, layers=2, heads=2, kv_heads=2, head_dim=10, mlp=64)
-    t = prepare.trained(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
-    rows = {line.split()[0]: line for line in prepare.table(t, make_mesh(MeshShape(1, 8))).splitlines()}
+    t = partition.trained(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
+    rows = {line.split()[0]: line for line in partition.table(t, make_mesh(MeshShape(1, 8))).splitlines()}
     assert " -,-,- " in rows["base/layers/attn/q"]  # 3 blocks and 20 outputs: neither divides by 8
     assert " -,-,fsdp " in rows["base/layers/mlp/gate"] and " -,-,fsdp " in rows["base/layers/attn/o"]
     assert " fsdp,- " in rows["base/embed"]
@@ -98,9 +101,9 @@ def wide():
 
 def on(mesh, specs, whole):
     """The tree on the mesh, as a run holds it."""
-    flat = params.spec_paths(specs)
+    flat = param.spec_paths(specs)
     return tree.map_with_path(
-        lambda path, x: jax.tree.map(jax.device_put, x, prepare.place(flat[path], x, mesh, path)), whole, is_leaf=is_qtensor
+        lambda path, x: jax.tree.map(jax.device_put, x, partition.place(flat[path], x, mesh, path)), whole, is_leaf=is_qtensor
     )
 
 
@@ -108,12 +111,12 @@ def on(mesh, specs, whole):
 @pytest.mark.parametrize("axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"])
 def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
-    spec = params.ParamSpec((2, 64, 64), axes, params.constant(0.0))
+    spec = param.ParamSpec((2, 64, 64), axes, param.constant(0.0))
     q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 
     def loss(x, q):
-        body = lambda h, w: (sharding.constrain(jnp.tanh(nn.linear(h, w)), "rows", "time", "act_width"), None)  # noqa: E731
+        body = lambda h, w: (sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"), None)  # noqa: E731
         return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, q)[0] ** 2)
 
     one = jax.jit(jax.value_and_grad(loss))(x, q)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import pytest
 from tiny_model import CONFIG
 
-from jaxft import prepare, sharding
-from jaxft.generate import Sampling
-from jaxft.lora import Adapter, adapter_specs
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import MeshShape
+from jaxft.inference.generate import Sampling
 from jaxft.models.llama import from_hf, llama
-from jaxft.optim import Optim
-from jaxft.sharding import MeshShape
+from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.optim.optimizer import Optim
+from jaxft.train import partition
 
 HF = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -37,14 +38,14 @@ def test_rope_settings_that_are_not_understood(rope, words):
 def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
     model = llama(CONFIG, jnp.float32)
     with pytest.raises(ValueError, match="run.params=bfloat16 is how trained weights of the base are held, and there are none"):
-        prepare.trained(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
-    held = prepare.trained(model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16).held
+        partition.trained(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
+    held = partition.trained(model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16).held
     assert held["base/layers/mlp_norm"].dtype == jnp.bfloat16 and held["adapter/layers/attn/q/a"].dtype == jnp.float32
 
 
 def test_a_pattern_that_leaves_only_the_fixed_scale():
     with pytest.raises(ValueError, match="nothing to train"):
-        prepare.trained(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
+        partition.trained(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
 
 
 def test_dropout_on_the_head():
@@ -117,7 +118,8 @@ def test_alpha_out_of_range(alpha):
 
 
 def test_rows_longer_than_the_model_has_positions():
-    from jaxft import config, programs
+    from jaxft.runs import config
+    from jaxft.train import programs
 
     run = config.load("configs/sft.py", [])
     long = dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=10000))

@@ -7,10 +7,12 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jaxft import params, prepare, sharding
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import AXES, MESH_AXES, MeshShape, make_mesh, partition_spec
 from jaxft.models.llama import PRESETS, LlamaConfig, llama
-from jaxft.sharding import AXES, MESH_AXES, MeshShape, make_mesh, partition_spec
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.train import partition
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
@@ -67,31 +69,31 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
     ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
 )
 def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, says):
-    spec = params.spec_paths(llama(config).specs)[path]
+    spec = param.spec_paths(llama(config).specs)[path]
     with pytest.raises(ValueError) as error:
-        params.place(spec, abstract(tensor=tensor), path)
+        param.place(spec, abstract(tensor=tensor), path)
     assert one_line(error) == says
 
 
 def test_the_sizes_that_an_error_offers_are_accepted():
-    specs = params.spec_paths(llama(EIGHT_B).specs)
+    specs = param.spec_paths(llama(EIGHT_B).specs)
     for tensor in (1, 2, 4, 8):
-        found = params.place(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
+        found = param.place(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
         assert found == P(None, None, "tensor" if tensor > 1 else None)
 
 
 def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
-    t = prepare.trained(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
+    t = partition.trained(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
     with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
-        prepare.abstract_params(t, make_mesh(MeshShape(-1, 1, 2)))
+        partition.abstract_params(t, make_mesh(MeshShape(-1, 1, 2)))
     with pytest.raises(ValueError, match="o/a: 9 heads"):
-        params.place(params.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
+        param.place(param.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
 def test_kernels_are_cut_for_their_memory_along_their_inputs(sizes):
     """To gather along outputs XLA's GPU compiler turns whole stacks around: a second copy of them, every step."""
-    for path, spec in params.spec_paths(llama(EIGHT_B).specs["layers"]).items():
+    for path, spec in param.spec_paths(llama(EIGHT_B).specs["layers"]).items():
         if len(spec.axes) == 3:
             ins, outs = (str(cut) for cut in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:])
             assert "fsdp" in ins and "fsdp" not in outs, path
@@ -99,7 +101,7 @@ def test_kernels_are_cut_for_their_memory_along_their_inputs(sizes):
 
 def test_whole_models_lie_on_the_meshes_that_their_heads_allow():
     for config, tensor in ((SMOL, 3), (EIGHT_B, 8)):
-        for spec in params.spec_paths(llama(config).specs).values():
+        for spec in param.spec_paths(llama(config).specs).values():
             named = partition_spec(abstract(fsdp=4, tensor=tensor), spec.axes, spec.shape, "", spec.heads)
             assert len(spec.axes) - ("layers" in spec.axes) == 1 or "tensor" in str(named)
 
@@ -116,9 +118,9 @@ def test_fsdp_that_does_not_divide_is_left_out():
 def test_no_array_is_cut_twice_along_one_mesh_axis():
     mesh = abstract(2, 2, 2)
     config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
-    t = prepare.trained(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
-    for path, spec in params.spec_paths(t.specs).items():
-        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in params.place(spec, mesh, path).spec]
+    t = partition.trained(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
+    for path, spec in param.spec_paths(t.specs).items():
+        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in param.place(spec, mesh, path).spec]
         used = [axis for entry in entries for axis in entry if axis]
         assert len(used) == len(set(used)), path
     assert all(a in MESH_AXES for axes in AXES.values() for a in axes)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, tiny
 
-from jaxft import lora, prepare, sharding
-from jaxft.generate import Sampling, cut, first_largest, generate, largest_with, left_pad, make_generate, sample
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
+from jaxft.inference.generate import Sampling, cut, first_largest, generate, largest_with, left_pad, make_generate, sample
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.params import init_params
-from jaxft.quant import Quant
+from jaxft.nn import lora
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import init_params
+from jaxft.nn.quant import Quant
+from jaxft.train import partition
 
 KEY = jax.random.key(5)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [27], [8] * 30, [30, 31, 32], list(range(40)) * 2]
@@ -186,7 +188,7 @@ def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, 
     """Of a rollout's size, with the weights as a run holds them: neither the cache nor the weights are expanded."""
     model, mesh, rows, size = llama(SMOL, dtype), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 16, 1024
     with jax.set_mesh(mesh):
-        base = prepare.abstract_params(prepare.all_frozen(model, quant, "none"), mesh)["base"]
+        base = partition.abstract_params(partition.all_frozen(model, quant, "none"), mesh)["base"]
         cache = jax.eval_shape(lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows))
         ids, at = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         memory = jax.jit(model.step, donate_argnums=1).lower(base, cache, ids, ids, at).compile().memory_analysis()

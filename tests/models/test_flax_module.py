@@ -9,11 +9,12 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from tiny_llama import some_tokens
 
-from jaxft import lora, params, tree
-from jaxft.lora import Adapter
+from jaxft import tree
 from jaxft.models.flax_module import LlamaModule
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.quant import quantize
+from jaxft.nn import lora, param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import quantize
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
 MODEL = llama(CONFIG, jnp.float32)
@@ -39,7 +40,7 @@ def test_init_and_apply_equal_ours(tied, adapter):
     module = LlamaModule(model)
     variables = module.init(KEY, TOKENS)
     assert set(variables) == {"params"}
-    same(variables["params"], params.init_params(model.specs, KEY))
+    same(variables["params"], param.init_params(model.specs, KEY))
     assert np.abs(logits_of(model, variables["params"])).max() > 0.1
     same(module.apply(variables, TOKENS), logits_of(model, variables["params"]))
     same(module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS))
@@ -48,8 +49,8 @@ def test_init_and_apply_equal_ours(tied, adapter):
 def test_another_key_and_dtype_give_other_parameters():
     found = LlamaModule(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    same(found, params.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
-    assert (np.asarray(found["embed"]) != np.asarray(params.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])).any()
+    same(found, param.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
+    assert (np.asarray(found["embed"]) != np.asarray(param.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])).any()
 
 
 def test_init_and_apply_under_jit():
@@ -80,7 +81,7 @@ def test_a_step_through_a_train_state_is_our_gradient_step():
         updates, opt = tx.update(grads, opt, p)
         return optax.apply_updates(p, updates), opt, loss
 
-    ours = params.init_params(MODEL.specs, KEY)
+    ours = param.init_params(MODEL.specs, KEY)
     opt, losses = tx.init(ours), []
     for _ in range(3):
         state, theirs = flax_step(state, TOKENS)
@@ -109,7 +110,7 @@ def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
 
 def test_it_applies_to_a_packed_base():
     model = llama(CONFIG, jnp.bfloat16)
-    plain = params.init_params(model.specs, KEY, jnp.bfloat16)
+    plain = param.init_params(model.specs, KEY, jnp.bfloat16)
     packed = {**plain, "embed": quantize(plain["embed"], "bits")}
     same(LlamaModule(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
@@ -124,6 +125,6 @@ def test_it_is_a_module_among_others():
     assert set(variables["params"]) == {"llama", "Dense_0"}
     same(
         jax.tree.map(jnp.shape, variables["params"]["llama"]),
-        jax.tree.map(lambda s: s.shape, MODEL.specs, is_leaf=params.is_spec),
+        jax.tree.map(lambda s: s.shape, MODEL.specs, is_leaf=param.is_spec),
     )
     assert Scored().apply(variables, TOKENS).shape == (2, 12, 1)

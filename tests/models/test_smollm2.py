@@ -7,8 +7,12 @@ import pytest
 from smollm2 import REF, reference
 from test_llama import tokens_of
 
-from jaxft import attention, generate, lora, prepare, sharding, weights
 from jaxft.data.chat import prompt_ids
+from jaxft.distributed import sharding
+from jaxft.inference import generate
+from jaxft.nn import attention, lora
+from jaxft.train import partition
+from jaxft.weights import load
 
 torch = pytest.importorskip("torch")
 
@@ -36,10 +40,10 @@ PROMPTS = (
 def both():
     """(transformers' model, ours, our weights, tokenizer)."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
-    model = weights.model_for(REF, dtype=jnp.float32)
+    model = load.model_for(REF, dtype=jnp.float32)
     model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
-    whole = {"base": prepare.load_frozen(REF, model, mesh)}
-    return reference(), lora.adapted(model, None), whole, weights.load_tokenizer(REF)
+    whole = {"base": partition.load_frozen(REF, model, mesh)}
+    return reference(), lora.adapted(model, None), whole, load.load_tokenizer(REF)
 
 
 def test_logits_on_real_text(both):

@@ -10,13 +10,16 @@ from dpo_place import write_pair_place
 from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
 from tiny_run import Place, write_place
 
-from jaxft import metrics, optim, params, prepare
-from jaxft.consumed import disguised, undisguised
 from jaxft.models.llama import LlamaConfig, llama
+from jaxft.nn import param
+from jaxft.nn.fused_update import disguised, undisguised
+from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim, make_optimizer
-from jaxft.optim_states import adamw_8bit, adamw_bf16
-from jaxft.programs import TrainState, make_train_step
+from jaxft.optim import optimizer as optim
+from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.train import partition
+from jaxft.train.programs import TrainState, make_train_step
 
 
 def batch(count=4, parts=1):
@@ -26,9 +29,9 @@ def batch(count=4, parts=1):
 def case(optimizer=optim.adamw, pattern=None, dtype=jnp.float32, held=None, tied=False, objective=sft, groups=((".*/q", 2.0),)):
     """step(in_backward) -> (compiled step, state at the start, frozen) of a tiny model in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
-    t = prepare.trained(llama(model.config, dtype, "full"), None, pattern, None, None, held)
+    t = partition.trained(llama(model.config, dtype, "full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
-    trainable, frozen = prepare.split(t, whole)
+    trainable, frozen = partition.split(t, whole)
 
     def build(in_backward):
         o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, in_turn=True, in_backward=in_backward,
@@ -59,7 +62,7 @@ def test_three_steps_are_those_of_layers_in_turn(optimizer, pattern, tied):
 
 @pytest.mark.parametrize("optimizer", [adamw_8bit, adamw_bf16])
 def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
-    monkeypatch.setattr("jaxft.optim_states.SMALL", 64)
+    monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
     build, found = case(optimizer), []
     for in_backward in (False, True):
         step, state, frozen = build(in_backward)
@@ -113,9 +116,9 @@ def test_a_layer_whose_gradient_overflows_stays_as_it_was():
 
 def test_no_gradient_of_all_layers_is_held():
     config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
-    t = prepare.trained(llama(config, jnp.float32, "full"), None, None)
-    whole = params.abstract_params(t.specs)
-    layers, taken = params.count(t.specs["base"]["layers"]) * 4, {}
+    t = partition.trained(llama(config, jnp.float32, "full"), None, None)
+    whole = param.abstract_params(t.specs)
+    layers, taken = param.count(t.specs["base"]["layers"]) * 4, {}
     for in_backward in (False, True):
         o = Optim(optimizer=optim.adafactor, clip=None, in_turn=True, in_backward=in_backward)
         tx = make_optimizer(o, t.trainable_specs, 10)[0]
@@ -165,7 +168,7 @@ def test_a_run_learns(place, devices):
 
 
 def test_a_killed_run_ends_as_one_that_was_left_alone(place):
-    argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=jaxft.optim_states:adamw_8bit"]
+    argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=jaxft.optim.low_precision:adamw_8bit"]
     assert place.run(*argv, "name=alone") == 0, place.err()
     place.run_with_a_kill(*argv, name="killed")
     alone, killed = place.results("alone", 4), place.results("killed", 4)

@@ -10,11 +10,14 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 from tiny_model import assert_close, examples, one_by_one, tiny
 
-from jaxft import nn, prepare, sharding, tree
-from jaxft.lora import Adapter
+from jaxft import tree
+from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
+from jaxft.nn import layers
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
-from jaxft.quant import dequantize, quantize
+from jaxft.train import partition
 
 RNG = np.random.default_rng(0)
 # Every size is another number, so that a shape says what an array is.
@@ -57,22 +60,24 @@ def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transp
             return jax.jit(jax.value_and_grad(lambda x: jnp.sum(cotangent * jnp.sin(product(x, w)))))(x)
         return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(cotangent * jnp.sin(product(x, w))), (0, 1)))(x, w)
 
-    assert_close(both(lambda x, w: nn.matmul(x, w, transposed, True)), both(plain))
-    assert_close(both(lambda x, w: nn.matmul(x, w, transposed, False)), both(plain))
+    assert_close(both(lambda x, w: layers.matmul(x, w, transposed, True)), both(plain))
+    assert_close(both(lambda x, w: layers.matmul(x, w, transposed, False)), both(plain))
 
 
 def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
     x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.float32)
     for wide_result, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
-        y = nn.matmul(x, w, False, wide_result)
+        y = layers.matmul(x, w, False, wide_result)
         assert y.dtype == dtype and float(y[0, 0]) == 4096  # in bfloat16 a sum of ones stops at 256
-    dx, dw = jax.grad(lambda x, w: jnp.sum(nn.linear(x, w)).astype(jnp.float32), (0, 1))(jnp.ones((4096, 1), jnp.bfloat16), w[:1])
+    dx, dw = jax.grad(lambda x, w: jnp.sum(layers.linear(x, w)).astype(jnp.float32), (0, 1))(
+        jnp.ones((4096, 1), jnp.bfloat16), w[:1]
+    )
     assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0]) == 4096
 
 
 def test_a_weights_gradient_keeps_the_accumulators_precision():
     x, g = random(512, 8, dtype=jnp.bfloat16), random(512, 4, dtype=jnp.bfloat16)
-    dw = jax.vjp(nn.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
+    dw = jax.vjp(layers.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
     exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
     assert np.abs(dw - exact).max() < 1e-5 * np.abs(exact).max()
 
@@ -81,7 +86,7 @@ def test_a_weights_gradient_keeps_the_accumulators_precision():
 def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
     x, g = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in (ins, outs))
     wanted = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
-    for f in (nn.outer, lambda x, g, out: jax.vmap(lambda x, g: nn.outer(x, g, out))(x[None], g[None])[0]):
+    for f in (layers.outer, lambda x, g, out: jax.vmap(lambda x, g: layers.outer(x, g, out))(x[None], g[None])[0]):
         found = jax.jit(f, static_argnums=2)(x, g, jnp.float32)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
@@ -89,12 +94,12 @@ def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
 def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
-    from jaxft.lora import Adapted
+    from jaxft.nn.lora import Adapted
 
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     if rank:
         w = Adapted(w, jnp.ones((6, rank)), jnp.ones((rank, 5)), jnp.ones(()))
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: nn.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16)))
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16)))
     assert (6, 5) in {x.shape for x in kept} and {x.dtype for x in kept if x.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
 
 
@@ -111,8 +116,8 @@ def test_rms_norm_is_transformers():
     for scale in (1.0, 1e-3, 1e4):  # eps matters in the second
         with torch.no_grad():
             wanted = theirs(torch.tensor(np.asarray(scale * x))).numpy()
-        np.testing.assert_allclose(nn.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6)
-    assert nn.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
+        np.testing.assert_allclose(layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6)
+    assert layers.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("scaling", [None, "llama3"])
@@ -133,14 +138,14 @@ def test_rope_is_transformers(scaling):
     cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
     wanted = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
     for x, theirs in zip((q, k), wanted):
-        np.testing.assert_allclose(nn.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
+        np.testing.assert_allclose(layers.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
 
 
 def test_rope_keeps_lengths_and_depends_on_distance_only():
     from jaxft.models.llama import rope_angles
 
     q, k = random(1, 1, 1, 10, dtype=jnp.float32), random(1, 1, 1, 10, dtype=jnp.float32)
-    turn = lambda x, at: nn.rope(x, *rope_angles(DEEP, jnp.array([[at]]), jnp.float32))  # noqa: E731
+    turn = lambda x, at: layers.rope(x, *rope_angles(DEEP, jnp.array([[at]]), jnp.float32))  # noqa: E731
     np.testing.assert_allclose(jnp.linalg.norm(turn(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
     near, far = jnp.vdot(turn(q, 7), turn(k, 4)), jnp.vdot(turn(q, 53), turn(k, 50))
     np.testing.assert_allclose(near, far, rtol=1e-4, atol=1e-5)
@@ -151,15 +156,15 @@ def test_swiglu_is_torchs():
     torch = pytest.importorskip("torch")
     gate, up = random(3, 7, dtype=jnp.float32), random(3, 7, dtype=jnp.float32)
     wanted = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
-    np.testing.assert_allclose(nn.swiglu(gate, up), wanted.numpy(), rtol=1e-6, atol=1e-6)
-    assert nn.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(layers.swiglu(gate, up), wanted.numpy(), rtol=1e-6, atol=1e-6)
+    assert layers.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_embedding_a_packed_table_is_embedding_the_plain_one():
     table, ids = random(9, 4, dtype=jnp.bfloat16), jnp.array([[3, 0, 8], [3, 3, 1]])
-    np.testing.assert_array_equal(nn.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)])
-    np.testing.assert_array_equal(nn.embed(table, ids, table.dtype), np.asarray(table)[np.asarray(ids)])
-    grad = jax.grad(lambda t: jnp.sum(nn.embed(t, ids, t.dtype)))(table.astype(jnp.float32))
+    np.testing.assert_array_equal(layers.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)])
+    np.testing.assert_array_equal(layers.embed(table, ids, table.dtype), np.asarray(table)[np.asarray(ids)])
+    grad = jax.grad(lambda t: jnp.sum(layers.embed(t, ids, t.dtype)))(table.astype(jnp.float32))
     np.testing.assert_array_equal(grad[:, 0], np.bincount(np.ravel(ids), minlength=9))
 
 
@@ -169,7 +174,7 @@ def test_embedding_a_packed_table_is_embedding_the_plain_one():
 @pytest.mark.parametrize("dtype, kept", [(jnp.bfloat16, "u16"), (jnp.float32, "f32")], ids=["bfloat16", "float32"])
 def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys, dtype, kept):
     def layer(x):
-        return jnp.sum(jnp.sin(nn.remember(jnp.sin(x), "here")).astype(jnp.float32))
+        return jnp.sum(jnp.sin(layers.remember(jnp.sin(x), "here")).astype(jnp.float32))
 
     x = random(3, 5, dtype=dtype)
     for names, expected in ((("here",), True), (("elsewhere",), False)):
@@ -179,7 +184,7 @@ def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys
         assert (len(found) == 1 and found[0].startswith(f"{kept}[3,5] named 'here'")) if expected else not found
     plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))  # noqa: E731
     np.testing.assert_array_equal(jax.grad(layer)(x), jax.grad(plain)(x))
-    np.testing.assert_array_equal(nn.remember(x, "here"), x)
+    np.testing.assert_array_equal(layers.remember(x, "here"), x)
 
 
 SIZES = {  # of what a layer may keep, in DEEP
@@ -191,9 +196,9 @@ KEPT = {"full": (), "attention": ("attn_out",), "projections": ("q", "k", "attn_
 @functools.cache
 def deep_program(adapter, remat):
     """The compiled gradient of the SFT loss of a deep bfloat16 model, held as a run holds it."""
-    t = prepare.trained(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
+    t = partition.trained(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -231,9 +236,9 @@ DROPPED, HEAD = Adapter(rank=3, dropout=0.1, targets=("q", "o", "down")), Adapte
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dtype, tied):
     config = LlamaConfig(**{**DEEP.__dict__, "tied": tied, "layers": 2})
-    t = prepare.trained(llama(config, dtype), adapter, None)
+    t = partition.trained(llama(config, dtype), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
     some, batch, key = tree.combine(trainable, frozen), batch32(), jax.random.key(0)
 
     def gradient(trainable, frozen, key):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
-from jaxft import lora, params, tree
-from jaxft.lora import Adapted, Adapter, adapted, adapter_specs, attach, merge, target_paths
+from jaxft import tree
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import dropout, linear, lora_matmul
+from jaxft.nn import lora, param
+from jaxft.nn.layers import dropout, linear, lora_matmul
+from jaxft.nn.lora import Adapted, Adapter, adapted, adapter_specs, attach, merge, target_paths
+from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
-from jaxft.quant import dequantize, quantize
 
 KERNELS = ["layers/attn/q", "layers/attn/k", "layers/attn/v", "layers/attn/o"]
 KERNELS += ["layers/mlp/gate", "layers/mlp/up", "layers/mlp/down"]
@@ -37,7 +38,7 @@ def logits(model, whole, batch):
 
 def test_a_is_kaiming_uniform_and_b_is_zero():
     settings = Adapter(rank=64, alpha=16.0)
-    fresh = params.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    fresh = param.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
     for path, x in tree.paths(fresh).items():
         kernel, _, name = path.rpartition("/")
         if name == "scale":
@@ -45,7 +46,7 @@ def test_a_is_kaiming_uniform_and_b_is_zero():
         elif name == "b":
             assert not np.any(x)
         else:
-            bound = params.spec_paths(SPECS)[kernel].shape[-2] ** -0.5  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
+            bound = param.spec_paths(SPECS)[kernel].shape[-2] ** -0.5  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
             assert 0.98 * bound < np.abs(x).max() <= bound
             assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(np.mean(x)) < 0.03 * bound
 
@@ -63,10 +64,10 @@ def test_the_start_and_the_sizes_are_pefts():
         wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=64, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))
         settings = Adapter(rank=64, alpha=8.0, targets=names if isinstance(names, str) else tuple(names))
         ours = adapter_specs(specs, settings)
-        scales = sum(s.shape[0] if s.shape else 1 for p, s in params.spec_paths(ours).items() if p.endswith("scale"))
-        assert params.count(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
+        scales = sum(s.shape[0] if s.shape else 1 for p, s in param.spec_paths(ours).items() if p.endswith("scale"))
+        assert param.count(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
     a = next(p for name, p in wrapped.named_parameters() if "layers.0.mlp.down_proj.lora_A" in name).detach()
-    fresh = tree.paths(params.init_params(ours, jax.random.key(0)))
+    fresh = tree.paths(param.init_params(ours, jax.random.key(0)))
     mine = fresh["layers/mlp/down/a"][0]
     assert mine.shape == a.T.shape and np.std(mine) == pytest.approx(float(torch.std(a)), rel=0.05)
     assert np.abs(mine).max() == pytest.approx(float(a.abs().max()), rel=0.02)
@@ -74,18 +75,18 @@ def test_the_start_and_the_sizes_are_pefts():
 
 def test_the_parameters_are_rank_times_in_plus_out_a_layer():
     for rank in (1, 5):
-        for path, spec in params.spec_paths(SPECS).items():
+        for path, spec in param.spec_paths(SPECS).items():
             if path in KERNELS:
                 found = adapter_specs(SPECS, Adapter(rank=rank, targets=(path.rsplit("/", 1)[-1],)))
                 size_in, size_out = spec.shape[-2:]
-                assert params.count(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
+                assert param.count(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 32.0 / 16), (True, 32.0 / 4)])
 def test_the_scale_is_alpha_over_rank_or_over_its_root(rslora, scale):
     settings = Adapter(rank=16, alpha=32.0, rslora=rslora)
     assert settings.scale == scale
-    start = params.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    start = param.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
     assert set(np.asarray(start["layers"]["attn"]["q"]["scale"])) == {scale}
 
 
@@ -119,7 +120,7 @@ def test_dropout_that_would_not_reach_the_head_is_refused():
 @pytest.mark.parametrize("specs", [SPECS, TIED], ids=["untied", "tied"])
 def test_targets(targets, paths, specs):
     assert sorted(target_paths(specs, targets)) == sorted(paths)
-    found = {p.rpartition("/")[0] for p in params.spec_paths(adapter_specs(specs, Adapter(targets=targets)))}
+    found = {p.rpartition("/")[0] for p in param.spec_paths(adapter_specs(specs, Adapter(targets=targets)))}
     assert found == set(paths)
 
 
@@ -159,7 +160,7 @@ def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
     wanted = logits(plain, base, batch)
     assert np.std(np.asarray(wanted, np.float32)) > 0.1
     np.testing.assert_array_equal(logits(model, base, batch), wanted)
-    fresh = params.init_params(model.specs["adapter"], jax.random.key(5))
+    fresh = param.init_params(model.specs["adapter"], jax.random.key(5))
     np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), wanted)
     assert np.any(np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(wanted))
 

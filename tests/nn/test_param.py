@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG
 
-from jaxft import params, prepare, tree
-from jaxft.lora import Adapter
+from jaxft import tree
+from jaxft.distributed.sharding import AXES, MeshShape, make_mesh
 from jaxft.models.llama import PRESETS, llama
-from jaxft.params import ParamSpec, constant, fan_in, kaiming_uniform, normal
-from jaxft.sharding import AXES, MeshShape, make_mesh
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import ParamSpec, constant, fan_in, kaiming_uniform, normal
+from jaxft.train import partition
 
 COUNTS = {  # as Hugging Face's model pages and transformers' num_parameters() give them
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
@@ -28,17 +30,17 @@ COUNTS = {  # as Hugging Face's model pages and transformers' num_parameters() g
 @pytest.mark.parametrize("name", COUNTS)
 def test_presets_have_the_published_number_of_parameters(name):
     specs = llama(PRESETS[name]).specs
-    assert params.count(specs) == COUNTS[name]
-    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params.abstract_params(specs))) == COUNTS[name]
+    assert param.count(specs) == COUNTS[name]
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(param.abstract_params(specs))) == COUNTS[name]
 
 
 def test_every_preset_is_among_the_counted_sizes():
-    assert {params.count(llama(config).specs) for config in PRESETS.values()} == set(COUNTS.values())
+    assert {param.count(llama(config).specs) for config in PRESETS.values()} == set(COUNTS.values())
 
 
 def test_flops_are_two_a_weight_and_token_and_causal_attention():
     c = PRESETS["meta-llama/Llama-3.1-8B"]
-    products = params.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width  # no table, no norms
+    products = param.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width  # no table, no norms
     per_token = llama(c).flops(1, 0)
     assert per_token == 2 * products
     assert llama(c).flops(10, 2048) == 10 * (per_token + 2 * c.layers * 2 * c.heads * c.head_dim * 2048 / 2)
@@ -47,23 +49,23 @@ def test_flops_are_two_a_weight_and_token_and_causal_attention():
 def test_a_leaf_depends_on_the_key_and_its_path_only():
     specs = {"a": ParamSpec((4, 5), ("width", "mlp"), normal(1.0)), "b": ParamSpec((4, 5), ("width", "mlp"), normal(1.0))}
     key = jax.random.key(0)
-    found = params.init_params(specs, key)
-    more = params.init_params({"0": specs["a"], **specs, "a0": specs["a"]}, key)
+    found = param.init_params(specs, key)
+    more = param.init_params({"0": specs["a"], **specs, "a0": specs["a"]}, key)
     np.testing.assert_array_equal(found["a"], more["a"])
     np.testing.assert_array_equal(found["b"], more["b"])
-    leaves = [found["a"], found["b"], more["0"], more["a0"], params.init_params(specs, jax.random.key(1))["a"]]
+    leaves = [found["a"], found["b"], more["0"], more["a0"], param.init_params(specs, jax.random.key(1))["a"]]
     flat = np.stack([np.ravel(x) for x in leaves])
     assert np.all(np.abs(np.corrcoef(flat) - np.eye(5)) < 0.95) and len(np.unique(flat)) == flat.size
 
 
 def test_no_two_parameters_of_a_model_share_a_key():
-    t = prepare.trained(llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None)
-    paths = list(params.spec_paths(t.specs))
-    assert len({params.hash_of(path) for path in paths}) == len(paths)
+    t = partition.trained(llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None)
+    paths = list(param.spec_paths(t.specs))
+    assert len({param.hash_of(path) for path in paths}) == len(paths)
 
 
 def test_layers_of_a_stacked_leaf_differ():
-    q = params.init_params({"q": llama(CONFIG).specs["layers"]["attn"]["q"]}, jax.random.key(0))["q"]
+    q = param.init_params({"q": llama(CONFIG).specs["layers"]["attn"]["q"]}, jax.random.key(0))["q"]
     assert len(np.unique(q)) > 0.99 * q.size
 
 
@@ -91,24 +93,24 @@ def test_a_spec_names_every_dimension():
 
 
 def test_every_axis_of_every_spec_is_in_the_table():
-    t = prepare.trained(llama(CONFIG), Adapter(targets=("q", "head")), None)
-    assert {axis for s in params.spec_paths(t.specs).values() for axis in s.axes} <= AXES.keys()
+    t = partition.trained(llama(CONFIG), Adapter(targets=("q", "head")), None)
+    assert {axis for s in param.spec_paths(t.specs).values() for axis in s.axes} <= AXES.keys()
 
 
 def test_init_abstract_and_shardings_have_one_structure_and_the_same_shapes():
     specs = llama(CONFIG).specs
-    real = jax.eval_shape(lambda: params.init_params(specs, jax.random.key(0), jnp.bfloat16))
-    shapes = params.abstract_params(specs, jnp.bfloat16)
+    real = jax.eval_shape(lambda: param.init_params(specs, jax.random.key(0), jnp.bfloat16))
+    shapes = param.abstract_params(specs, jnp.bfloat16)
     assert jax.tree.structure(real) == jax.tree.structure(shapes)
     assert tree.paths(real) == tree.paths(shapes)
-    for path, place in tree.paths(params.shardings(specs, make_mesh(MeshShape(2, 2, 2)))).items():
+    for path, place in tree.paths(param.shardings(specs, make_mesh(MeshShape(2, 2, 2)))).items():
         assert place.shard_shape(tree.paths(real)[path].shape)
 
 
 def test_the_table_lists_every_parameter_and_sums_up():
-    t = prepare.trained(llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None)
-    lines = prepare.table(t).splitlines()
-    assert len(lines) == len(params.spec_paths(t.specs)) + 1
+    t = partition.trained(llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None)
+    lines = partition.table(t).splitlines()
+    assert len(lines) == len(param.spec_paths(t.specs)) + 1
     some = 16 * 8 * (2048 + 2048 + 2048 + 512)
     assert lines[-1].startswith(f"{some:,} of {1_235_814_400 + some + 2 * 16:,} parameters are trained (")
     assert [line.split()[-1] for line in lines if line.startswith("adapter/layers/attn/q/")] == ["trained", "trained", "frozen"]

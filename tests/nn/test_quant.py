@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft import quant, quant_formats
-from jaxft.quant import KINDS, QTensor, Quant, bits, dequantize, is_paired, is_qtensor, quantize, rows
-from jaxft.sharding import MeshShape, make_mesh, named
+from jaxft.distributed.sharding import MeshShape, make_mesh, named
+from jaxft.nn import quant, quant_formats
+from jaxft.nn.quant import KINDS, QTensor, Quant, bits, dequantize, is_paired, is_qtensor, quantize, rows
 
 EVERY = np.arange(2**16, dtype=np.uint16).reshape(4, 128, 128)
 OTHERS = [("int4", 128, None), ("affine4", 32, None), ("nf4", 64, False), ("fp4", 16, False)]

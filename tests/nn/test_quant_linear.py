@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_nn import DEEP, batch32
+from test_layers import DEEP, batch32
 from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
-from jaxft import lora, nn, prepare, sharding, tree
-from jaxft.lora import Adapted, Adapter
+from jaxft import tree
+from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.objectives.logps import token_logps
+from jaxft.nn import layers, lora
+from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
+from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
-from jaxft.quant import KINDS, Quant, dequantize, is_qtensor, quantize
+from jaxft.train import partition
 
 FORMS = [("int8", None, None), *((kind, 16, None) for kind in KINDS if kind != "int8"), ("nf4", 16, False)]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
@@ -62,17 +65,17 @@ def same(fn, w, *args):
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
 def test_a_product(wide, form, transposed):
     w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
-    same(lambda w, x: nn.matmul(x, w, transposed, False), w, x)
-    same(lambda w, x: nn.matmul(x, w, transposed, True), w, x)
+    same(lambda w, x: layers.matmul(x, w, transposed, False), w, x)
+    same(lambda w, x: layers.matmul(x, w, transposed, True), w, x)
 
 
 @every_form
 def test_products_with_one_and_several_adapters(wide, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
-    same(lambda w, x, a, b: nn.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    same(lambda w, x, a, b: layers.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
     a, b, scale = random(3, 42, 2, seed=2), random(3, 2, 6, seed=3), random(3, seed=4)
-    same(lambda w, x, a, b: nn.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    same(lambda w, x, a, b: layers.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
 
 
 @every_form
@@ -84,7 +87,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
     def deep(w, x, a, b):
         def body(h, layer):
             w, a, b, scale = layer
-            return h + jnp.tanh(nn.linear(h, Adapted(w, a, b, scale))), None
+            return h + jnp.tanh(layers.linear(h, Adapted(w, a, b, scale))), None
 
         return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (w, a, b, scale))[0]
 
@@ -99,12 +102,12 @@ def test_embedding_and_head_from_packed_tables(wide, form):
         random(2, 5, 40, seed=2),
         jnp.array([[3, 0], [63, 3]]),
     )
-    found = jax.jit(nn.embed, static_argnums=2)(table, ids, table.dtype)
+    found = jax.jit(layers.embed, static_argnums=2)(table, ids, table.dtype)
     np.testing.assert_array_equal(found, np.asarray(jit(dequantize)(table))[np.asarray(ids)])
-    same(lambda w, h: nn.lm_head(h, w), {"embed": table}, h)
-    same(lambda w, h: nn.lm_head(h, w), {"head": head}, h)
+    same(lambda w, h: layers.lm_head(h, w), {"embed": table}, h)
+    same(lambda w, h: layers.lm_head(h, w), {"head": head}, h)
     pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))
-    same(lambda w, h: nn.lm_head(h, {**w, "head": Adapted(None, *pair)}), {"embed": table}, h)
+    same(lambda w, h: layers.lm_head(h, {**w, "head": Adapted(None, *pair)}), {"embed": table}, h)
 
 
 @every_form
@@ -122,10 +125,10 @@ def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
     w = quantize(np.asarray(random(42, 6, dtype=jnp.bfloat16)), *form)
     x = random(5, 42, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
-        y = jax.eval_shape(lambda w, x: nn.linear(x, w), w, x)
-        back = jax.eval_shape(lambda w, x: jax.vjp(lambda x: nn.linear(x, w), x)[1](nn.linear(x, w))[0], w, x)
-        row = jax.eval_shape(lambda w, ids: nn.embed(w, ids, w.dtype), w, jnp.array([1]))
-        logits = jax.eval_shape(lambda h, w: nn.lm_head(h, {"embed": w}), x[:, :6], w)
+        y = jax.eval_shape(lambda w, x: layers.linear(x, w), w, x)
+        back = jax.eval_shape(lambda w, x: jax.vjp(lambda x: layers.linear(x, w), x)[1](layers.linear(x, w))[0], w, x)
+        row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([1]))
+        logits = jax.eval_shape(lambda h, w: layers.lm_head(h, {"embed": w}), x[:, :6], w)
     assert y.dtype == back.dtype == row.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
@@ -174,16 +177,18 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
     if adapters:
         each = (adapters,) if adapters > 1 else ()
         w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: nn.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)))
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16))
+    )
     assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]
     assert [x for x in kept if x.dtype in (jnp.uint8, jnp.int8)]  # the codes are
 
 
 def program(kind, config, remat="projections"):
     """The compiled gradient of the SFT loss of a bfloat16 model, held as a run holds it."""
-    t = prepare.trained(llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None)
+    t = partition.trained(llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = prepare.split(t, prepare.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -220,8 +225,8 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
         (".*/q|embed", {"q", "embed"}),
         (".*", {"q", "k", "v", "o", "gate", "up", "down", "head", "embed"}),
     ):
-        t = prepare.trained(llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern))
-        whole = tree.paths(prepare.abstract_params(t, mesh), is_qtensor)
+        t = partition.trained(llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern))
+        whole = tree.paths(partition.abstract_params(t, mesh), is_qtensor)
         found = {path.split("/")[-1] for path, x in whole.items() if is_qtensor(x) and x.kind == "int4"}
         assert found == wanted
         assert all(is_qtensor(x) == (x.shape[-1] > 3 and len(x.shape) > 1 and "norm" not in path)
@@ -240,17 +245,17 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
 )  # fmt: skip
 def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant, says):
     with pytest.raises(ValueError) as error:
-        prepare.trained(llama(CONFIG), adapter, train, quant)
+        partition.trained(llama(CONFIG), adapter, train, quant)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
-    trained = prepare.trained(llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant())
+    trained = partition.trained(llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant())
     assert trained.mask["base"]["embed"]
 
 
 def test_the_table_shows_bits_a_parameter():
-    t = prepare.trained(llama(PRESET), Adapter(), None, Quant("nf4"))
-    lines = [line for line in prepare.table(t).splitlines() if line.startswith("base/layers/mlp/up")]
+    t = partition.trained(llama(PRESET), Adapter(), None, Quant("nf4"))
+    lines = [line for line in partition.table(t).splitlines() if line.startswith("base/layers/mlp/up")]
     assert len(lines) == 1 and "nf4 4.127 bits" in lines[0] and lines[0].endswith("frozen")
-    assert prepare.quantised(t) == "87 % of the base in nf4, 4.127 bits a parameter"
+    assert partition.quantised(t) == "87 % of the base in nf4, 4.127 bits a parameter"
 
 
 PRESET = LlamaConfig(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)

@@ -9,8 +9,8 @@ import pytest
 from dpo_place import write_pair_place
 from tiny_run import Place
 
-from jaxft.log import Log, read
-from jaxft.objectives.watch import FALLS, WINDOW, watch, watch_rollouts, words
+from jaxft.objectives.alarms import FALLS, WINDOW, watch, watch_rollouts, words
+from jaxft.runs.log import Log, read
 
 BETA = 0.1
 
@@ -181,7 +181,7 @@ def chosen_down(pair, beta=0.1):
 '''
 STOP = """
 import os, signal
-from jaxft import report
+from jaxft.train import report
 add = report.Meter.add
 def stop(self, step, *args):
     if step == 8:

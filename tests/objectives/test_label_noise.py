@@ -11,7 +11,7 @@ from test_metrics import counts, first_sight
 from test_sad_paths import meter
 from tiny_run import ROOT, Place, write_rows
 
-from jaxft.metrics import Disagreement, Sum
+from jaxft.objectives.metrics import Disagreement, Sum
 
 PER_EPOCH = 10  # of test_sad_paths.meter's source
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, assert_close
 
-from jaxft import params, sharding, tree
-from jaxft.lora import Adapter, adapted
+from jaxft import tree
+from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.objectives import logps
-from jaxft.objectives.logps import token_logps, weighted_logp
-from jaxft.objectives.reads import gather_read
-from jaxft.quant import quantize
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter, adapted
+from jaxft.nn.quant import quantize
+from jaxft.objectives import logprobs
+from jaxft.objectives.logprobs import token_logps, weighted_logp
+from jaxft.objectives.read_positions import gather_read
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
 ADAPTER = Adapter(rank=4, targets=("head",))
@@ -57,7 +59,7 @@ def plain(whole, h, targets):
     best = jnp.argmax(logits, -1) == targets
     at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
     square = jnp.log(jnp.sum(jnp.exp(2 * logp), -1))
-    found = logps.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype), square, jnp.mean(logits, -1))
+    found = logprobs.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype), square, jnp.mean(logits, -1))
     return found, logits
 
 
@@ -73,7 +75,7 @@ weights_known = pytest.mark.parametrize("known", [False, True], ids=["any-loss",
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
 def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * chunk)  # 7 positions: 3 chunks of which the last is padded, 7, 1
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * chunk)  # 7 positions: 3 chunks of which the last is padded, 7, 1
     model, whole, h, targets, weights = setting(*HEADS[name])
 
     def both(fn):
@@ -92,7 +94,7 @@ def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypat
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
 def test_the_weighted_sum_made_forward_is_the_one_pulled_back(monkeypatch, name, chunk):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * chunk)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * chunk)
     model, whole, h, targets, weights = setting(*HEADS[name])
 
     def both(known):
@@ -134,7 +136,7 @@ def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     (_, found), _ = run(jnp.zeros_like(h))
-    uniform = logps.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0, -np.log(V), 0.0)
+    uniform = logprobs.LogProbs(-np.log(V), np.log(V), np.log(V), 1.0, -np.log(V), 0.0)
     assert_close(found, jax.tree.map(lambda x, value: jnp.full_like(x, value), found, uniform))
     (value, _), grad = run(1e6 * h)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
@@ -149,7 +151,7 @@ def test_a_packed_head_is_the_plain_one_to_the_bit(tied):
 
 
 def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(True, True)
     pair = whole["adapter"]["head"]
     factors = np.array([1.0, -1.0, 2.0])[:, None, None]
@@ -171,7 +173,7 @@ def products(compiled):
 @heads
 @weights_known
 def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(monkeypatch, tied, lora, known):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, lora)
     by_h = jax.jit(jax.grad(loss_of(model, weights, known), 1)).lower(whole, h, targets).compile()
     # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient by its input
@@ -184,7 +186,7 @@ def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(mo
 @weights_known
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, tied, known):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V * 3)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, True)
 
     def loss(adapter, base):
@@ -197,7 +199,7 @@ def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, 
 @weights_known
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_all_logits_never_exist_at_once(monkeypatch, trained, known):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", 2**16)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2**16)
     rows, reads, vocab = 4, 256, 8192
     model = llama(LlamaConfig(vocab=vocab, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16), jnp.float32)
     shape = jax.ShapeDtypeStruct
@@ -212,7 +214,7 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
     specs = {name: model.specs[name] for name in whole}
     specs["base"] = {name: specs["base"][name] for name in whole["base"]}
     rows = lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
-    args = (jax.tree.map(jax.device_put, whole, params.shardings(specs, mesh)), rows(h), rows(targets))
+    args = (jax.tree.map(jax.device_put, whole, param.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):
         return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(*args).compile(), args
 
@@ -220,7 +222,7 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
 @weights_known
 @pytest.mark.parametrize("name, shape", [*((name, (2, 2, 2)) for name in HEADS), ("tied", (1, 2, 4))])
 def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatch, name, shape, known):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", V * 3)
     model, whole, h, targets, weights = setting(*HEADS[name])
     one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
     program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1), known)
@@ -244,7 +246,7 @@ def collectives(text):
 @weights_known
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied, known):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", V * 3)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", V * 3)
     some = setting(tied, False)
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     for by in (1, (0, 1)):
@@ -257,7 +259,7 @@ def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied
 
 
 def test_a_chunk_is_measured_on_a_device(monkeypatch):
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
     model, whole, h, targets, _ = setting(False, False)
     lengths = lambda: re.findall(r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets)))  # noqa: E731
     assert set(lengths()) == {"7"}

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import metrics
-from jaxft.metrics import Correlation, Disagreement, Max, Min, Sum
+from jaxft.objectives import metrics
+from jaxft.objectives.metrics import Correlation, Disagreement, Max, Min, Sum
 
 RNG = np.random.default_rng(0)
 PARTS = [

@@ -13,16 +13,19 @@ from pair_batches import assert_same, judged, micro
 from rollout_batches import PER_TOKEN, alone, laid, random_groups
 from tiny_model import assert_close, tiny
 
-from jaxft import metrics, params, sharding, tree
+from jaxft import tree
 from jaxft.batch import widened
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import ParamSpec
+from jaxft.objectives import metrics
 from jaxft.objectives import policy_losses as P
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
-from jaxft.objectives.logps import token_logps
+from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
-from jaxft.optim import Optim, make_optimizer
-from jaxft.params import ParamSpec
-from jaxft.programs import TrainState, make_train_step
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.train.programs import TrainState, make_train_step
 
 LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)
 
@@ -259,9 +262,9 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
     model, whole, mask = setting()
     objective = policy(model, LOSS, value=own_critic(model))
     trainable, frozen = tree.partition(whole, mask)
-    head = {"w": ParamSpec((model.config.width,), (None,), params.normal(1.0))}
+    head = {"w": ParamSpec((model.config.width,), (None,), param.normal(1.0))}
     specs = {**jax.tree.map(lambda _: None, whole), "adapter": model.specs["adapter"], "critic": head}
-    specs = tree.map_with_path(lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=params.is_spec)
+    specs = tree.map_with_path(lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param.is_spec)
     tx, _ = make_optimizer(Optim(lr=1e-2, in_turn=in_turn), specs, 10)
     step = make_train_step(objective, tx, 0)
     batch = micro(laid(rows_of(random_groups())), 1)
@@ -354,13 +357,13 @@ def test_a_mesh_gives_the_numbers_of_one_device():
     one = jax.device_get(judged(objective, whole, mask, batch, {}))
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
-        placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
+        placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
         many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
     assert_same(jax.device_get(many), one)
 
 
 def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
-    monkeypatch.setattr("jaxft.objectives.logps.CHUNK_LOGITS", 2 * 40 * 5)
+    monkeypatch.setattr("jaxft.objectives.logprobs.CHUNK_LOGITS", 2 * 40 * 5)
     model, whole, _ = setting()
     rng = np.random.default_rng(0)
     h, a, b = (jnp.asarray(rng.normal(0, 1, shape)) for shape in ((2, 13, 32), (2, 13), (2, 13)))
@@ -405,5 +408,3 @@ def test_every_number_of_a_rollout_is_read(one_by_one):
     level = run(batch)
     for name in PER_TOKEN:
         assert run(batch.replace(**{name: getattr(batch, name) * 1.01})) != level, name
-
-

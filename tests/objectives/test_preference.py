@@ -10,12 +10,14 @@ from pair_batches import ONLY_W, assert_same, by_table, judged, laid, micro, pai
 from preference_rows import EVERY
 from tiny_model import assert_close, tiny
 
-from jaxft import params, sharding, tree
+from jaxft import tree
 from jaxft.batch import widened
-from jaxft.lora import Adapter
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.pairwise import per_token, preference
+from jaxft.distributed import sharding
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.preference import per_token, preference
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def test_a_mesh_gives_the_numbers_of_one_device_where_rows_are_coupled():
     for shape in ((2, 2, 2), (8, 1, 1)):
         mesh = sharding.make_mesh(sharding.MeshShape(*shape))
         with jax.set_mesh(mesh):
-            placed = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, mesh))
+            placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
             many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
         assert_same(jax.device_get(many), one)
 

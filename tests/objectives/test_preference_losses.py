@@ -30,10 +30,10 @@ from preference_rows import (
     with_knobs,
 )
 
-from jaxft.metrics import Sum
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.scored import Coupled, unwrap
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.metrics import Sum
+from jaxft.objectives.pair import Coupled, unwrap
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,15 @@ import pytest
 from jax.lax import stop_gradient
 from preference_rows import EVERY, THIRD, with_knobs
 
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.laws import check, empty_slots, own_pair, weightless
-from jaxft.objectives.probe import PAIR, alone, call, curve, judged, probe, span, together
-from jaxft.objectives.scored import Coupled
-from jaxft.objectives.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
-from jaxft.objectives.traits import antisymmetric, difference
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.check.laws import check, empty_slots, own_pair, weightless
+from jaxft.objectives.check.probe import PAIR, alone, call, curve, judged, probe, span, together
+from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
+from jaxft.objectives.check.traits import antisymmetric, difference
+from jaxft.objectives.pair import Coupled
 
-SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "loss_bench.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
 
 @pytest.fixture
@@ -332,8 +332,8 @@ def test_a_straight_line_has_a_span_too():
 LOSSES = """
 import jax
 from functools import partial
-from jaxft.objectives.preference import dpo
-from jaxft.objectives.scored import Coupled
+from jaxft.objectives.preference_losses import dpo
+from jaxft.objectives.pair import Coupled
 
 def mine(pair, beta=0.1, steps: int = 1, power=1):
     margin = beta * steps * power * (pair.chosen.ratio - pair.rejected.ratio)

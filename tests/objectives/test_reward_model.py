@@ -10,15 +10,21 @@ from pair_batches import assert_same, judged, laid, micro, random_pairs
 from tiny_llama import tiny_torch, write_folder
 from tiny_model import CONFIG, assert_close, tiny
 
-from jaxft import lora, metrics, params, prepare, scorer, sharding, starts, tree, weights
+from jaxft import tree
 from jaxft.batch import Tokens
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
 from jaxft.models.llama import llama
-from jaxft.objectives.reward import Rewards, bradley_terry, reward
-from jaxft.quant import Quant, dequantize, is_qtensor
-from jaxft.sharding import MeshShape, make_mesh
+from jaxft.nn import lora, param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
+from jaxft.objectives import metrics
+from jaxft.objectives.reward_model import Rewards, bradley_terry, reward
+from jaxft.rl import reward_models
+from jaxft.train import init, partition
+from jaxft.weights import load
 
 SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
 TRAINED = "adapter/.*/[ab]|score"
@@ -83,7 +89,7 @@ def strict():
 @pytest.mark.parametrize("branches", [True, False], ids=["branches", "plain"])
 def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier, branches):
     torch_model, folder = classifier
-    loaded = scorer.load(str(folder), one_device(), dtype=jnp.float32)
+    loaded = reward_models.load(str(folder), one_device(), dtype=jnp.float32)
     pool = random_pairs(9, longest=4)  # answers of one token too
     batch = laid(pool, branches=branches)
     assert 1 in batch.lengths and (batch.branches is not None) == branches
@@ -97,7 +103,7 @@ def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier,
 @pytest.mark.parametrize("side", ["front", "behind"])
 def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(classifier, side):
     torch_model, folder = classifier
-    loaded = scorer.load(str(folder), one_device(), dtype=jnp.float32)
+    loaded = reward_models.load(str(folder), one_device(), dtype=jnp.float32)
     rng = np.random.default_rng(3)
     texts = [rng.integers(0, 256, n) for n in (12, 1, 7)]
     ids, segments, positions = (np.zeros((3, 12), np.int32) for _ in range(3))
@@ -112,7 +118,7 @@ def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(c
 
 def test_a_classifier_in_four_bits_scores_as_what_its_codes_stand_for(classifier):
     torch_model, folder = classifier
-    loaded = scorer.load(str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32)
+    loaded = reward_models.load(str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32)
     assert loaded.params["base"]["layers"]["attn"]["q"].kind == "nf4" and loaded.params["score"].dtype == jnp.float32
     ids = np.arange(20, dtype=np.int32)[None]
     tokens = Tokens(ids, np.ones_like(ids), ids, None, None, None)
@@ -211,7 +217,7 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
         wanted = judged(objectives()(model), whole, mask, batch, {})
         laid_out = make_mesh(mesh)
         with jax.set_mesh(laid_out):
-            spread = jax.tree.map(jax.device_put, whole, params.shardings(model.specs, laid_out))
+            spread = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, laid_out))
             found = judged(objectives()(model), spread, mask, sharding.place_batch(laid_out, batch), {})
         assert_same(found, wanted)
 
@@ -236,17 +242,17 @@ BESIDE = {"critic": Scorer(SETTINGS), "judge": Scorer(Adapter(rank=3, targets=("
 
 def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
     model = heads.with_scorers(llama(CONFIG, jnp.float32), BESIDE)
-    t = prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, None, BESIDE))
+    t = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, None, BESIDE))
     mask = tree.paths(t.mask)
     assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
     assert not any(m for path, m in mask.items() if path.endswith("/scale")) and not mask["judge/score"] and mask["value/score"]
-    own = prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, "base/final_norm", BESIDE))
+    own = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, "base/final_norm", BESIDE))
     assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
-    everything = prepare.trained(model, SETTINGS, None)  # nothing said of who is frozen
+    everything = partition.trained(model, SETTINGS, None)  # nothing said of who is frozen
     assert tree.paths(everything.mask)["judge/score"]
     with pytest.raises(ValueError, match="matches none"):
-        prepare.trained(model, SETTINGS, prepare.patterns(model, SETTINGS, "no/such/path", BESIDE))
-    assert "critic/adapter/layers/attn/q/a" in prepare.table(t) and "value/score" in prepare.table(t)
+        partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, "no/such/path", BESIDE))
+    assert "critic/adapter/layers/attn/q/a" in partition.table(t) and "value/score" in partition.table(t)
 
 
 def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
@@ -256,7 +262,7 @@ def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
     with jax.numpy_dtype_promotion("standard"):
         language, policy = tiny(jnp.float64, SETTINGS)
     whole = {**policy, "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]}}
-    assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=params.is_spec)
+    assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     np.testing.assert_array_equal(model.hidden(whole, batch), language.hidden(policy, batch))
     critic = heads.view(whole, "critic")
@@ -280,18 +286,18 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
 
 def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
-    plain = prepare.trained(model, SETTINGS, None)
+    plain = partition.trained(model, SETTINGS, None)
     beside = {"critic": Scorer(SETTINGS)}
-    with_critic = prepare.trained(heads.with_scorers(model, beside), SETTINGS, None)
-    alone = starts.start_beside(plain, mesh, 3, Scorer(SETTINGS))
-    both = starts.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
+    with_critic = partition.trained(heads.with_scorers(model, beside), SETTINGS, None)
+    alone = init.start_beside(plain, mesh, 3, Scorer(SETTINGS))
+    both = init.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": Scorer(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
-        frozen = prepare.trained(heads.with_scorers(model, judge), SETTINGS, None)
-        starts.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
+        frozen = partition.trained(heads.with_scorers(model, judge), SETTINGS, None)
+        init.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
 
 
 # ---- folders that are no reward model
@@ -300,17 +306,17 @@ def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
 def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, tmp_path):
     _, folder = classifier
     with pytest.raises(ValueError, match="a sequence classifier, which gives scores and no text; take a language model"):
-        weights.open_leaves(str(folder), weights.model_for(str(folder)))
+        load.open_leaves(str(folder), load.model_for(str(folder)))
     language = write_folder(tmp_path / "language", tiny_torch())
     with pytest.raises(ValueError, match="found LlamaForCausalLM, wanted a sequence classifier"):
-        scorer.load(str(language), one_device())
+        reward_models.load(str(language), one_device())
     three = write_folder(tmp_path / "three", tiny_classifier(num_labels=3))
     with pytest.raises(ValueError, match="a classifier of 3 labels, and a reward model has one"):
-        scorer.load(str(three), one_device())
+        reward_models.load(str(three), one_device())
     two = write_folder(tmp_path / "two", tiny_classifier(num_labels=2))
     with pytest.raises(ValueError, match="a classifier of 2 labels"):
-        scorer.load(str(two), one_device())
+        reward_models.load(str(two), one_device())
     headless = write_folder(tmp_path / "headless", tiny_torch())
     (headless / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="score.weight is missing"):
-        scorer.load(str(headless), one_device())
+        reward_models.load(str(headless), one_device())

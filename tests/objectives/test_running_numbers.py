@@ -10,11 +10,13 @@ import pytest
 from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, random_pairs, start_aux, table_see
 from preference_rows import EVERY
 
-from jaxft import evaluate, metrics, tree
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.pairwise import Moving, preference, reference_params
-from jaxft.programs import TrainState, make_train_step
+from jaxft import tree
+from jaxft.objectives import metrics
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.preference import Moving, preference, reference_params
+from jaxft.train import evaluate
+from jaxft.train.programs import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)

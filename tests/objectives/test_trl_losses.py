@@ -10,8 +10,8 @@ import torch
 import torch_losses as T
 from preference_rows import by_answer, judged, kinds_of, lay, random_rows
 
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
 
 
 @pytest.fixture(autouse=True)

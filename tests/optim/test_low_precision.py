@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tiny_model import assert_close
 from tiny_run import Place, write_place
 
-from jaxft import params
-from jaxft.optim import Optim, adamw, guarded_update, make_optimizer
-from jaxft.optim_states import (
+from jaxft.nn import param
+from jaxft.nn.param import ParamSpec, constant
+from jaxft.nn.quant_formats import DYNAMIC
+from jaxft.optim.low_precision import (
     BLOCK,
     POSITIVE,
     _rows,
@@ -23,8 +24,7 @@ from jaxft.optim_states import (
     encoded_zeros,
     stochastically_rounded,
 )
-from jaxft.params import ParamSpec, constant
-from jaxft.quant_formats import DYNAMIC
+from jaxft.optim.optimizer import Optim, adamw, guarded_update, make_optimizer
 
 SPECS = {
     "kernel": ParamSpec((3, 64, 300), ("layers", "width", "mlp"), constant(0.0)),
@@ -113,7 +113,7 @@ def test_the_first_step_is_adamws_to_rounding():
 
 def test_moments_take_a_quarter_or_half_of_float32s_bytes():
     big = {"kernel": ParamSpec((2, 512, 1024), ("layers", "width", "mlp"), constant(0.0))}
-    whole = params.init_params(big, jax.random.key(0))
+    whole = param.init_params(big, jax.random.key(0))
     state = lambda o: make_optimizer(Optim(optimizer=o), big, 9)[0].init(whole)  # noqa: E731
     plain, small, half = map(size, map(state, (adamw, adamw_8bit, adamw_bf16)))
     assert small < 0.26 * plain and half < 0.51 * plain
@@ -166,7 +166,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.in_turn=true"]), ("adamw_bf16", [])])
 def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
-    argv = ["full=true", f"optim.optimizer=jaxft.optim_states:{name}", "lr=0.003", "samples=0", *more]
+    argv = ["full=true", f"optim.optimizer=jaxft.optim.low_precision:{name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()
     place.run_with_a_kill(*argv, name=name)
     whole, parts = place.results(f"{name}-whole", 4), place.results(name, 4)

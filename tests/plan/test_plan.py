@@ -19,43 +19,34 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft import (
-    devices,
-    hlo,
-    machines,
-    plan,
-    plan_programs,
-    plan_search,
-    plan_text,
-    programs,
-    roofline,
-    scorer,
-    sharding,
-    traffic,
-    train,
-)
-from jaxft.completions import ByScorer, Rules
-from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.data.prompts import Prompts
-from jaxft.data.source import Rows
-from jaxft.estimates import actor_critic
-from jaxft.flops import Flops, flops, products
-from jaxft.generate import Sampling
-from jaxft.lora import Adapter
+from jaxft.data.sft import Rows
+from jaxft.distributed import devices, sharding
+from jaxft.inference.generate import Sampling
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.objectives import policy
 from jaxft.objectives.kl import FixedKL, InRewards
-from jaxft.objectives.pairwise import preference
 from jaxft.objectives.policy_losses import clipped
-from jaxft.objectives.preference import dpo
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.sft import sft
-from jaxft.quant import Quant
-from jaxft.rollout import rollouts
+from jaxft.plan import hlo, machines, plan, roofline, search, traffic
+from jaxft.plan import programs as plan_programs
+from jaxft.plan import text as plan_text
+from jaxft.plan.flops import Flops, flops, products
+from jaxft.rl import reward_models
+from jaxft.rl.completions import ByScorer, Rules
+from jaxft.rl.estimators import actor_critic
+from jaxft.rl.rollout import rollouts
+from jaxft.train import loop, programs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HAS_CUDA = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if importlib.util.find_spec("jax_plugins") else False
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 TINY = LlamaConfig(vocab=512, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128)
@@ -65,7 +56,7 @@ CHIP = machines.Chip("cpu", 2**40, 2**30, 1e9, 1e8, 1e7, "made up")
 def tiny(remat="projections", full=False, quant=None, **kwargs):
     rows = Rows("none", batch=8, micro=2, max_length=64)
     adapter = None if full else Adapter(rank=4)
-    return train.Run("tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs)
+    return loop.Run("tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs)
 
 
 def made_up(count=8):
@@ -137,7 +128,7 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
 def tiny_pairs(**kwargs):
     rows = PairRows("none", batch=4, micro=2, max_length=32)
     objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1, reference="precomputed")
-    return train.Run("tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs)
+    return loop.Run("tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs)
 
 
 def test_a_run_has_a_program_for_all_that_it_does():
@@ -180,7 +171,7 @@ def tiny_ppo(critic=None, rewards=None, group=2):
     source = partial(rollouts, rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)))
     beside = {"critic": critic or Scorer(Adapter(rank=4)), "reward": Scorer(Adapter(rank=4), "none", trained=False)}
     llm = llama(TINY, jnp.float32)
-    return train.Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
+    return loop.Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
 
 
 def test_rollouts_are_planned_with_all_of_their_programs():
@@ -197,7 +188,7 @@ def test_models_of_their_own_are_counted(tmp_path):
     head = TINY.vocab * TINY.width * 4
     assert own["weights"] == 2 * shared["weights"] - head and own["optimizer"] > 2 * (own["weights"] - shared["weights"])
     write_config(tmp_path / "judge", TINY)
-    run = tiny_ppo(rewards=(scorer.ByModel(str(tmp_path / "judge"), dtype=jnp.float32),))
+    run = tiny_ppo(rewards=(reward_models.ByModel(str(tmp_path / "judge"), dtype=jnp.float32),))
     found = plan.resident(programs.abstract(run)[0], run)
     assert found["reward models"] == shared["weights"] - head + TINY.width * 4  # a number a position instead of logits
 
@@ -322,27 +313,27 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
             0.0, False, {},
         )  # fmt: skip
 
-    monkeypatch.setattr(plan_search, "plan", fake)
-    monkeypatch.setattr(plan_search, "plans", every)
+    monkeypatch.setattr(search, "plan", fake)
+    monkeypatch.setattr(search, "plans", every)
 
     def load(texts):
         values = dict(text.split("=") for text in texts)
         mesh = sharding.MeshShape(**{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")})
         return replace(tiny(), data=replace(tiny().data, batch=16, micro=int(values.get("data.micro", 1))), mesh=mesh)
 
-    command = plan_search.Command(load, ["mesh.fsdp=1", "remat=full"], ["remat"])
-    found = plan_search.search(command, made_up(2), 9, lambda text: None)
+    command = search.Command(load, ["mesh.fsdp=1", "remat=full"], ["remat"])
+    found = search.search(command, made_up(2), 9, lambda text: None)
     assert 0 < len(found) == len(tried) <= 9
     best = min(t.seconds for t in found)
     assert found[0].seconds == best < float("inf") and found[0].plan.fits
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     (out,) = [t for t in found if t.plan and t.plan.program == "evaluation"]
-    assert "refused: its answers do not divide" in map(plan_search.told, found)
-    assert len(whole) == 3 and plan_search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
-    text = plan_search.words(found, command)
+    assert "refused: its answers do not divide" in map(search.told, found)
+    assert len(whole) == 3 and search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
+    text = search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
-    large = plan_search.Tried(found[0].choice, replace(found[0].plan, missing=1))
-    assert "nothing that was tried fits" in plan_search.words([large], command) and not plan_search.found([large])
+    large = search.Tried(found[0].choice, replace(found[0].plan, missing=1))
+    assert "nothing that was tried fits" in search.words([large], command) and not search.found([large])
 
 
 @dataclass(frozen=True)
@@ -380,13 +371,13 @@ PLACES = {"one host": lambda: jax.devices()[:8], "two slices": two_slices, "two 
 def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where, wish):
     run = replace(tiny(mesh=sharding.MeshShape(**wish)), data=replace(tiny().data, batch=16))
     machine = machines.Machine(where, CHIP, PLACES[where]())
-    found = list(plan_search.candidates(run, machine))
+    found = list(search.candidates(run, machine))
     for mesh in {c.mesh for c in found}:
         assert sharding.make_mesh(mesh, machine.devices).size == 8
     for c in found:
         assert 16 % (c.micro * c.mesh.slices * c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
         assert run.data.max_length % c.mesh.context == 0 and TINY.heads % (c.mesh.context * c.mesh.tensor) == 0
-        _, seconds, size = plan_search.guess(run, machine, c)
+        _, seconds, size = search.guess(run, machine, c)
         assert seconds > 0 and size > 0
     assert {1, 2} <= {c.mesh.context for c in found} and {1, 4} <= {c.mesh.fsdp for c in found}
     slices = {"two slices": 2}.get(where, {-1: 2 if where == "two hosts" else 1}.get(wish.get("slices"), wish.get("slices", 1)))
@@ -395,7 +386,7 @@ def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where,
 
 def test_a_guess_counts_every_axis_that_cuts_weights_or_rows():
     def size(**axes):
-        return plan_search.guess(run, machine, plan_search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes})))[2]
+        return search.guess(run, machine, search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes})))[2]
 
     run = replace(tiny(full=True), data=replace(tiny().data, batch=8, max_length=64))
     machine = machines.Machine("eight", CHIP, jax.devices()[:8])
@@ -408,13 +399,13 @@ def test_a_search_whose_choices_are_all_refused_says_why(monkeypatch):
     def refuse(run, machine):
         raise ValueError("rows of 100 tokens do not divide")
 
-    monkeypatch.setattr(plan_search, "plan", refuse)
-    command = plan_search.Command(lambda texts: tiny(), [], [])
-    found = plan_search.search(command, made_up(2), 3, lambda text: None)
-    assert len(found) == 3 and not plan_search.found(found)
-    last = plan_search.words(found, command).splitlines()[-1]
+    monkeypatch.setattr(search, "plan", refuse)
+    command = search.Command(lambda texts: tiny(), [], [])
+    found = search.search(command, made_up(2), 3, lambda text: None)
+    assert len(found) == 3 and not search.found(found)
+    last = search.words(found, command).splitlines()[-1]
     assert last == "every choice that was tried is refused, the first with: rows of 100 tokens do not divide"
-    assert "data.batch that is a multiple" in plan_search.words([], command) and not plan_search.found([])
+    assert "data.batch that is a multiple" in search.words([], command) and not search.found([])
 
 
 def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
@@ -426,10 +417,10 @@ def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
         run = tiny(values.get("remat", "full"), mesh=mesh)
         return replace(run, data=replace(run.data, batch=8, max_length=16, micro=int(values.get("data.micro", 1))))
 
-    command = plan_search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
-    found = plan_search.search(command, made_up(2), 2, lambda text: None)
-    assert [t.why for t in found] == ["", ""] and plan_search.found(found)
-    best = plan_search.words(found, command).splitlines()[-1].removeprefix("use: ").split()
+    command = search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
+    found = search.search(command, made_up(2), 2, lambda text: None)
+    assert [t.why for t in found] == ["", ""] and search.found(found)
+    best = search.words(found, command).splitlines()[-1].removeprefix("use: ").split()
     assert load(best).mesh == found[0].choice.mesh and found[0].plan.devices == 2
 
 
@@ -470,7 +461,7 @@ ENTRY %main (a: u16[64,32], b: f32[8]) -> f32[16,16] {
 
 
 def test_one_command_makes_the_whole_table_and_only_the_planners_own_modules_leave_it_valid():
-    fits = runpy.run_path(str(ROOT / "scripts" / "fits.py"))
+    fits = runpy.run_path(str(ROOT / "scripts" / "bench" / "fits.py"))
     cells = list(fits["wanted"](fits["arguments"]([])))
     assert [c for c in cells if c[1] == "405B"] == [("v5p", "405B", "LoRA", "sft")]
     assert len(set(cells)) == len(cells) == 3 * 3 * 2 * len(fits["HARDWARE"]) + 1
@@ -541,7 +532,7 @@ def test_what_fits_where_joins_files_and_tells_what_is_older(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({key: {**cell, "devices": devices_}}))
     small = {**cell, "fits": False, "total": None}
     (tmp_path / "all.json").write_text(json.dumps({"v5e:1x1 1B LoRA sft": small}))
-    command = [sys.executable, "scripts/fits.py", "--out", str(tmp_path / "all.json"), "--models", "1B"]
+    command = [sys.executable, "scripts/bench/fits.py", "--out", str(tmp_path / "all.json"), "--models", "1B"]
     added = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     done = subprocess.run([*command, "--add", *added], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "| Llama-3.2-1B | LoRA | SFT |  |  | 3.0 | 3.0 × 4 |  |  |" in done.stdout

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import hlo, roofline, sharding, traffic
+from jaxft.distributed import sharding
+from jaxft.plan import hlo, roofline, traffic
 
 N = 8
 MESH = dict(data=1, fsdp=8)

@@ -16,12 +16,16 @@ import rl_place
 from test_reward_files import begun, saved
 from tiny_run import Place
 
-from jaxft import advantages as adv
-from jaxft import generate, prepare, rewards, scorer, sharding, starts, weights
 from jaxft.data import chat
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
+from jaxft.inference import generate
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
+from jaxft.nn.lora import Adapter
+from jaxft.rl import advantages as adv
+from jaxft.rl import reward_models, rewards
+from jaxft.train import init, partition
+from jaxft.weights import load
 
 torch = pytest.importorskip("torch")
 
@@ -48,14 +52,14 @@ def by_transformers(folder, texts):
 
 def test_a_classifier_scores_completions_as_transformers_does(place):
     """Strings and messages, of unequal length, more than a batch of them, an empty one too."""
-    folder, tokenizer = place.folder / "judge", weights.load_tokenizer(str(place.folder / "judge"))
+    folder, tokenizer = place.folder / "judge", load.load_tokenizer(str(place.folder / "judge"))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     asked = ["what is 1?", [{"role": "user", "content": "why?"}], "what is 2 plus one plus one?", "so", "so"]
     said = ["it is 1", "because it is so", "4", "", "three " * 9]
     with jax.set_mesh(mesh):
-        found = scorer.ByModel(str(folder), batch=2, dtype=jnp.float32).opened(mesh)(asked, said)
-        short = scorer.ByModel(str(folder), batch=2, max_length=24).opened(mesh)(asked, said)
-    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+        found = reward_models.ByModel(str(folder), batch=2, dtype=jnp.float32).opened(mesh)(asked, said)
+        short = reward_models.ByModel(str(folder), batch=2, max_length=24).opened(mesh)(asked, said)
+    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
     np.testing.assert_allclose(found, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert [len(ids) > 24 for ids in texts] == np.isnan(short).tolist() and 0 < np.isnan(short).sum() < 5
 
@@ -64,15 +68,15 @@ def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
     """As transformers does; what we write pads with another token, so that it is read at the end."""
     folder = place.folder / "padded"
     shutil.copytree(place.folder / "judge", folder)
-    config, tokenizer = json.loads((folder / "config.json").read_text()), weights.load_tokenizer(str(folder))
+    config, tokenizer = json.loads((folder / "config.json").read_text()), load.load_tokenizer(str(folder))
     assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     asked, said = ["what is 1?", "why?"], ["it is 1", "because"]
-    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in texts)
     with jax.set_mesh(mesh):
-        models = [scorer.ByModel(str(place.folder / name), dtype=jnp.float32) for name in ("judge", "padded")]
+        models = [reward_models.ByModel(str(place.folder / name), dtype=jnp.float32) for name in ("judge", "padded")]
         at_end, before = (model.opened(mesh)(asked, said) for model in models)
     np.testing.assert_allclose(before, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert np.abs(at_end - before).max() > 0.1
@@ -85,18 +89,18 @@ def test_what_a_template_adds_after_the_end_is_left_out_of_ours_and_read_of_othe
     for name in ("ours", "others"):
         folder = place.folder / name
         shutil.copytree(place.folder / "judge", folder)
-        config, tokenizer = json.loads((folder / "config.json").read_text()), weights.load_tokenizer(str(folder))
+        config, tokenizer = json.loads((folder / "config.json").read_text()), load.load_tokenizer(str(folder))
         tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "</s>\n")
         tokenizer.save_pretrained(str(folder))
         if name == "others":
             del config["reward_read_at"]
             (folder / "config.json").write_text(json.dumps(config))
         with jax.set_mesh(mesh):
-            found[name] = scorer.ByModel(str(folder), dtype=jnp.float32).opened(mesh)(asked, said)
-    texts = [ids.tolist() for ids, _ in chat.tokenise(scorer.examples(asked, said, tokenizer), tokenizer, "all")]
+            found[name] = reward_models.ByModel(str(folder), dtype=jnp.float32).opened(mesh)(asked, said)
+    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
     assert all(tokenizer.decode(ids).endswith("</s>\n") for ids in texts)
     np.testing.assert_allclose(found["others"], by_transformers(place.folder / "others", texts), rtol=1e-4, atol=1e-4)
-    ends = [scorer.until_end(ids, tokenizer) for ids in texts]
+    ends = [reward_models.until_end(ids, tokenizer) for ids in texts]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in ends)
     np.testing.assert_allclose(found["ours"], by_transformers(place.folder / "ours", ends), rtol=1e-4, atol=1e-4)
 
@@ -105,25 +109,27 @@ def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
     peft = pytest.importorskip("peft")
     t, whole = begun(place.folder / "base")
     folder = saved(t, whole, place.folder / "base", place.folder / "of_adapter")
-    tokenizer = weights.load_tokenizer(str(folder))
-    said = scorer.examples(["why?", "what is 1?"], ["so", "it is"], tokenizer)
+    tokenizer = load.load_tokenizer(str(folder))
+    said = reward_models.examples(["why?", "what is 1?"], ["so", "it is"], tokenizer)
     texts = [ids for ids, _ in chat.tokenise(said, tokenizer, "all")]
     pad = tokenizer.pad_token_id  # what the card names
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, pad_token_id=pad).eval()
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
-    loaded = scorer.load(str(place.folder / "base"), mesh, folder, dtype=jnp.float32)
+    loaded = reward_models.load(str(place.folder / "base"), mesh, folder, dtype=jnp.float32)
     size = max(map(len, texts))
     padded = torch.tensor([[*ids, *[pad] * (size - len(ids))] for ids in map(list, texts)])
     with torch.no_grad():
         mask = torch.arange(size)[None] < torch.tensor([len(ids) for ids in texts])[:, None]
         theirs = model(padded, attention_mask=mask.long()).logits[:, 0].numpy()
     np.testing.assert_allclose(loaded.score(loaded.params, generate.left_pad(texts, 2)), theirs, rtol=1e-4, atol=1e-4)
-    unpadded = [scorer.score(loaded.model, loaded.params, generate.left_pad([ids], 1))[0] for ids in texts]
+    unpadded = [reward_models.score(loaded.model, loaded.params, generate.left_pad([ids], 1))[0] for ids in texts]
     np.testing.assert_allclose(unpadded, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_is_taught_by_a_classifier_of_its_own(place):
-    (place.folder / "judged.py").write_text("from jaxft.scorer import ByModel\n\njudge = ByModel('judge', max_length=60)\n")
+    (place.folder / "judged.py").write_text(
+        "from jaxft.rl.reward_models import ByModel\n\njudge = ByModel('judge', max_length=60)\n"
+    )
     assert place.run("name=judged", "steps=2", "rewards=judged.py:judge", "batch=4", "group=2", "save=100") == 0, place.err()
     lines = [line for line in place.metrics("judged") if "reward" in line]
     assert all(np.isfinite(line["rewards/judge/mean"]) and line["rewards/judge/std"] > 0 for line in lines)
@@ -140,26 +146,28 @@ def test_scores_of_a_whole_rollout_are_checked():
 
 
 def test_a_folder_is_told_apart(place, tmp_path):
-    model = weights.model_for(str(place.folder / "base"))
-    beside, reward = scorer.as_reward(str(place.folder / "judge"), model)
-    assert not beside and isinstance(reward, scorer.ByModel) and reward.name == "judge"
+    model = load.model_for(str(place.folder / "base"))
+    beside, reward = reward_models.as_reward(str(place.folder / "judge"), model)
+    assert not beside and isinstance(reward, reward_models.ByModel) and reward.name == "judge"
     with pytest.raises(ValueError, match="wanted a sequence classifier"):
-        scorer.as_reward(str(place.folder / "base"), model)
-    beside, reward = scorer.as_reward(str(tmp_path / "to come"), model)
+        reward_models.as_reward(str(place.folder / "base"), model)
+    beside, reward = reward_models.as_reward(str(tmp_path / "to come"), model)
     assert beside.keys() == {"reward"} and not beside["reward"].trained
-    frozen = prepare.trained(heads.with_scorers(model, beside), Adapter(rank=2), None)
+    frozen = partition.trained(heads.with_scorers(model, beside), Adapter(rank=2), None)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with pytest.raises(FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"):
-        starts.start_beside(frozen, mesh, 0, Scorer(Adapter(rank=2)), beside=beside)
+        init.start_beside(frozen, mesh, 0, Scorer(Adapter(rank=2)), beside=beside)
 
 
 SCORED = """
 import sys
 import jax
-from jaxft import scorer, sharding, weights
+from jaxft.distributed import sharding
+from jaxft.rl import reward_models
+from jaxft.weights import load
 mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 for ref in sys.argv[2:]:
-    _, judge = scorer.as_reward(ref, weights.model_for(sys.argv[1]), longest=64)
+    _, judge = reward_models.as_reward(ref, load.model_for(sys.argv[1]), longest=64)
     with jax.set_mesh(mesh):
         print(judge.name, judge.identity(), judge.opened(mesh)(["what is 1?", "so"], ["it is 1", "why"]).tolist())
 """
@@ -169,7 +177,7 @@ def test_a_classifier_on_the_hub_scores_as_its_folder_does(place, tmp_path):
     judge = place.folder / "judge"
     with hub_server.serve(judge, "org/judge") as (endpoint, requests):
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path)}
-        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        env["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
         command = [sys.executable, "-c", SCORED, str(place.folder / "base"), str(judge), "org/judge@v1"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=240)
     here, there = (line.split(maxsplit=2) for line in done.stdout.splitlines() if "judge" in line)
@@ -182,7 +190,7 @@ def test_a_classifier_scores_alike_on_a_mesh(place):
     for shape, count in ((sharding.MeshShape(), 1), (sharding.MeshShape(data=2, fsdp=2, tensor=2), 8)):
         mesh = sharding.make_mesh(shape, jax.devices()[:count])
         with jax.set_mesh(mesh):
-            judge = scorer.ByModel(str(place.folder / "judge"), dtype=jnp.float32, max_length=128)
+            judge = reward_models.ByModel(str(place.folder / "judge"), dtype=jnp.float32, max_length=128)
             found.append(judge.opened(mesh)(asked, said))
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
@@ -190,17 +198,17 @@ def test_a_classifier_scores_alike_on_a_mesh(place):
 @pytest.mark.parametrize("kind", ["language model", "classifier"])
 def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, kind):
     folder = place.folder / ("base" if kind == "language model" else "judge")
-    policy = weights.model_for(str(place.folder / "base"), dtype=jnp.float32)
+    policy = load.model_for(str(place.folder / "base"), dtype=jnp.float32)
     model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
-    t = prepare.trained(model, None, prepare.patterns(model, None, None, {"critic": Scorer(weights=str(folder))}))
+    t = partition.trained(model, None, partition.patterns(model, None, None, {"critic": Scorer(weights=str(folder))}))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        beside = starts.start_beside(t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))})
+        beside = init.start_beside(t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))})
     critic = beside["critic"]
-    loaded = scorer.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
+    loaded = reward_models.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
     whole = heads.view({"base": None, "critic": critic}, "critic")
     assert whole["base"] is critic["base"] and "head" not in critic["base"] and critic["score"].shape == (64, 1)
-    wanted = loaded.params["base"] if loaded else prepare.load_frozen(str(folder), policy, mesh)
+    wanted = loaded.params["base"] if loaded else partition.load_frozen(str(folder), policy, mesh)
     jax.tree.map(np.testing.assert_array_equal, critic["base"], {name: wanted[name] for name in critic["base"]})
     if loaded:
         np.testing.assert_array_equal(critic["score"], loaded.params["score"])
@@ -226,7 +234,7 @@ def test_ppo_with_a_critic_of_its_own_learns_values_and_resumes(place):
 
 STOP = """
 import glob, os, time
-from jaxft import report
+from jaxft.train import report
 add = report.Meter.add
 def killed(self, step, batch, found):
     add(self, step, batch, found)

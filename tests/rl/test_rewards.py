@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import rewards
-from jaxft.completions import Rules, bounded
+from jaxft.rl import rewards
+from jaxft.rl.completions import Rules, bounded
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,17 @@ def test_scores_stay_floating_point():
 @pytest.mark.parametrize(
     ("completion", "answer", "score"),
     [
-        ("it is 1,234.", 1234, 1), ("3 + 4 = 7", "so #### 7", 1), ("7 or 8", 7, 0), ("none", 7, 0), ("-2", -2, 1),
-        ("1.50", 1.5, 1), ("10-7", 7, 1), ("1,2", 2, 1), ("(1,2)", 12, 0), ("x=-3", -3, 1), ("-.5", -0.5, 1),
+        ("it is 1,234.", 1234, 1),
+        ("3 + 4 = 7", "so #### 7", 1),
+        ("7 or 8", 7, 0),
+        ("none", 7, 0),
+        ("-2", -2, 1),
+        ("1.50", 1.5, 1),
+        ("10-7", 7, 1),
+        ("1,2", 2, 1),
+        ("(1,2)", 12, 0),
+        ("x=-3", -3, 1),
+        ("-.5", -0.5, 1),
         ("1,234,567.5", 1234567.5, 1),
     ],  # fmt: skip
 )

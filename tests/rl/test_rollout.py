@@ -18,20 +18,23 @@ import tiny_model
 from safetensors.numpy import load_file
 from tiny_run import Place
 
-from jaxft import advantages, generate, lora, params, player, rewards, scorer, tree
-from jaxft.completions import ByScorer, Rules, by_read, by_token, fits, laid
+from jaxft import tree
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.data.rows import Row
-from jaxft.estimates import by_group
-from jaxft.lora import Adapter
+from jaxft.inference import generate
 from jaxft.models import heads
 from jaxft.models.llama import llama
-from jaxft.objectives.pairwise import preference, summed
+from jaxft.nn import lora, param
+from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.ranked import pairs_of
-from jaxft.rollout import Rollouts
+from jaxft.objectives.preference import preference, summed
+from jaxft.rl import advantages, reward_models, rewards, sampler
+from jaxft.rl.completions import ByScorer, Rules, by_read, by_token, fits, laid
+from jaxft.rl.estimators import by_group
+from jaxft.rl.online_pairs import pairs_of
+from jaxft.rl.rollout import Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +179,7 @@ def test_a_policy_learns_what_is_rewarded(place):
 
 def methods():
     """(name, settings) of each method that the docstring of configs/grpo.py lists."""
-    text = (Path(__file__).resolve().parents[1] / "configs" / "grpo.py").read_text().split('"""')[1].split("combine freely:\n")[1]
+    text = (Path(__file__).resolve().parents[2] / "configs" / "grpo.py").read_text().split('"""')[1].split("combine freely:\n")[1]
     rows = re.split(r"\n    (?=\S)", text)[1:]
     return [(re.split("  +", row)[0], re.findall(r"(?<!\S)\w+=[\w.:]+", row)) for row in rows]
 
@@ -290,10 +293,10 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     beside = {"reward": heads.Scorer(Adapter(rank=2))}
     whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
     random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
-    whole = tree.map_with_path(random, params.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
+    whole = tree.map_with_path(random, param.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)
     rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
-    found = np.asarray(player.scored(whole_model, ByScorer("reward"), whole, {}, rows))[0]
+    found = np.asarray(sampler.scored(whole_model, ByScorer("reward"), whole, {}, rows))[0]
     for g, prompt in enumerate(asked.ids):
         for n in np.flatnonzero(LENGTHS[g]):
             text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])
@@ -304,13 +307,13 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
         short = np.where(np.arange(2) == n, 1, [[2, 3], [5, 5]])
         rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, short, Room(32, 16)))
         only = int(tokens[0, n, 0])
-        apart = np.asarray(player.scored(whole_model, ByScorer("reward", only), whole, {}, rows))[0]
+        apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", only), whole, {}, rows))[0]
         text = np.array(asked.ids[0])
         h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
         np.testing.assert_allclose(apart[0, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
     rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
     end = int(tokens[1, 1, 4])  # the last token of one of them
-    apart = np.asarray(player.scored(whole_model, ByScorer("reward", end), whole, {}, rows))[0]
+    apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", end), whole, {}, rows))[0]
     text = np.array([*asked.ids[1], *tokens[1, 1, :4]])
     h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
     np.testing.assert_allclose(apart[1, 1], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
@@ -320,19 +323,19 @@ def test_an_answer_that_is_padding_alone_is_read_at_its_prompt():
     asked, tokens = some(np.array([[1, 3], [3, 1]]))
     tokens[0, 0, 0] = tokens[1, 1, 0] = tokens[0, 1, 2] = 45  # which no prompt holds
     pairs = pairs_of(laid(asked, tokens, np.array([[1, 3], [3, 1]]), Room(32, 16)))
-    found = scorer.read_before(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
+    found = reward_models.read_before(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
     first, second = (len(ids) - 1 for ids in asked.ids)
     assert found.tolist() == [[first, first + 3], [second + 3, second]]
     apart = replace(pairs, branches=None, last=pairs.last + 2)  # where each answer has the prompt in front of it
     ids = np.zeros_like(pairs.ids)
     ids[0, pairs.last[0, 0, 1] + 2] = 45
-    found = scorer.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[0, :, 0]
+    found = reward_models.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[0, :, 0]
     assert (found - apart.last[:, 0]).tolist() == [[0, -1], [0, 0]]
 
 
 KILL = """
 import glob, os, time
-from jaxft import report
+from jaxft.train import report
 add = report.Meter.add
 def killed(self, step, batch, found):
     add(self, step, batch, found)
@@ -345,8 +348,8 @@ report.Meter.add = killed
 """
 KILL_DRAWING = """
 import glob, os, time
-from jaxft import player
-draw = player.Player.draw
+from jaxft.rl import sampler
+draw = sampler.Player.draw
 def killed(self, number, state):
     done = draw(self, number, state)  # its completions are in the table, and nothing is learned from them yet
     if number == 1:
@@ -355,7 +358,7 @@ def killed(self, number, state):
             time.sleep(0.01)
         os.kill(os.getpid(), 9)
     return done
-player.Player.draw = killed
+sampler.Player.draw = killed
 """
 
 
@@ -505,8 +508,8 @@ def test_rows_with_the_same_prompt_are_on_one_side(monkeypatch):
 
 
 def test_the_table_shows_two_completions_of_each_prompt():
-    assert player.shown(32, 8) == [0, 1, 8, 9, 16, 17, 24, 25]
-    assert player.shown(6, 1) == [0, 1, 2, 3, 4, 5]
+    assert sampler.shown(32, 8) == [0, 1, 8, 9, 16, 17, 24, 25]
+    assert sampler.shown(6, 1) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_temperature_that_differs_is_refused(place):

@@ -22,10 +22,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft import checkpoint, manifest, tree
-from jaxft.checkpoint import Checkpoints
+from jaxft import tree
+from jaxft.runs import checkpoint, manifest
+from jaxft.runs.checkpoint import Checkpoints
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @tree.struct
@@ -364,7 +365,7 @@ KILLED = textwrap.dedent("""
     import sys
     from pathlib import Path
     import jax.numpy as jnp
-    from jaxft.checkpoint import Checkpoints
+    from jaxft.runs.checkpoint import Checkpoints
     saved = Checkpoints(Path(sys.argv[1]))
     found = saved.restore({"x": jnp.zeros((300, 1000)), "n": jnp.int32(0)})
     step = found[2] if found else 0

@@ -11,7 +11,7 @@ import pytest
 import sharded_state
 from processes import start, told
 
-from jaxft.checkpoint import Checkpoints
+from jaxft.runs.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.alone
 
@@ -28,8 +28,8 @@ SAVE = """
 from pathlib import Path
 import numpy as np
 import sharded_state as s
-from jaxft import manifest
-from jaxft.checkpoint import Checkpoints
+from jaxft.runs import manifest
+from jaxft.runs.checkpoint import Checkpoints
 hashed, largest = manifest.hash_array, []
 def noting(array):
     largest.append(array.nbytes)
@@ -48,7 +48,7 @@ tell({"steps": saved.steps(), "best": saved.best(), "largest": max(largest)})
 RESTORE = """
 from pathlib import Path
 import sharded_state as s
-from jaxft.checkpoint import Checkpoints
+from jaxft.runs.checkpoint import Checkpoints
 saved = Checkpoints(Path(sys.argv[4]), say=lambda line: tell(line))
 shape = tuple(map(int, sys.argv[5].split("x")))
 found, meta, step = saved.restore(s.like(*shape))
@@ -99,7 +99,7 @@ def test_a_flipped_bit_in_any_process_s_files_sends_all_back(two, tmp_path, shap
 def test_a_shard_that_differs_from_memory_is_found_on_any_mesh_though_the_files_are_whole(two, tmp_path):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices")
-    from jaxft import manifest
+    from jaxft.runs import manifest
 
     for number, shape in enumerate(((2, 4), (1, 8), (8, 1))):
         folder = shutil.copytree(two, tmp_path / str(number))
@@ -118,8 +118,9 @@ import os, resource
 from pathlib import Path
 import jax.numpy as jnp
 import sharded_state as s
-from jaxft import agree, checkpoint, manifest, readback
-from jaxft.checkpoint import Checkpoints
+from jaxft.distributed import sync
+from jaxft.runs import checkpoint, manifest, restore
+from jaxft.runs.checkpoint import Checkpoints
 folder, full = Path(sys.argv[4]), Path(sys.argv[5])
 saved = Checkpoints(folder)
 
@@ -215,15 +216,15 @@ DIE = """
 import os, signal
 from pathlib import Path
 import sharded_state as s
-from jaxft import agree
-from jaxft.checkpoint import Checkpoints
+from jaxft.distributed import sync
+from jaxft.runs.checkpoint import Checkpoints
 victim, stage = int(sys.argv[5]), int(sys.argv[6])
-real = agree.Files.__call__
+real = sync.Files.__call__
 def dying(self, mine):
     if me == victim and self._count == stage:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, mine)
-agree.Files.__call__ = dying
+sync.Files.__call__ = dying
 saved = Checkpoints(Path(sys.argv[4]))
 saved.save(3, s.state(3, 2, 4), {})
 try:

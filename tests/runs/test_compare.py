@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.compare import Table, panels, write
-from jaxft.plots import Panel, draw
+from jaxft.runs.compare import Table, panels, write
+from jaxft.runs.plots import Panel, draw
 
 NAMES = ("eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_logps/rejected", "eval_kl")
 BEFORE = dict(zip(NAMES, (0.69, 0.4, -50.0, -48.0, 0.0), strict=True))
@@ -89,9 +89,9 @@ def compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        from jaxft import cli
+        from jaxft.runs import cli
 
-        script = Path(__file__).parents[1] / "scripts" / "compare.py"
+        script = Path(__file__).parents[2] / "scripts" / "compare.py"
         monkeypatch.setattr(sys, "argv", [str(script), *words])
         monkeypatch.setattr(sys, "path", [*sys.path])
         code = cli.one_line_errors(runpy.run_path(str(script), run_name="compare")["main"])

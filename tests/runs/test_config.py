@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft import config
-from jaxft.config import describe, differences, knobs, load
-from jaxft.parse import parse
+from jaxft.runs import config
+from jaxft.runs.config import describe, differences, knobs, load
+from jaxft.runs.parse import parse
 
 TOY = '''
 """A toy recipe.

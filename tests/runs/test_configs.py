@@ -7,12 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxft import config, describe, params, tree
+from jaxft import tree
 from jaxft.models.heads import Scorer
-from jaxft.objectives.pairwise import Moving
-from jaxft.programs import abstract
+from jaxft.nn import param
+from jaxft.objectives.preference import Moving
+from jaxft.runs import config, record
+from jaxft.train.programs import abstract
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +29,12 @@ def offline(monkeypatch):
 def test_builds_abstractly(path):
     run = config.load(str(path), [])
     programs, batch = abstract(run, jax.devices()[:1])
-    assert params.count(programs.trained.trainable_specs) > 0
+    assert param.count(programs.trained.trainable_specs) > 0
     with jax.set_mesh(programs.mesh):
         state, found = jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
     assert jax.tree.structure(state) == jax.tree.structure(programs.state)
     assert {"loss", "grad_norm", "skipped"} <= found.keys()
-    assert describe.describe(run)["model"]["config"]["layers"] == run.model.config.layers
+    assert record.describe(run)["model"]["config"]["layers"] == run.model.config.layers
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -95,7 +97,7 @@ def test_the_reference_of_dpo_is_as_asked_for():
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
 def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
-    knob = f"loss=jaxft.objectives.reference_free:{loss}"
+    knob = f"loss=jaxft.objectives.reference_free_losses:{loss}"
     objective = lambda *argv: config.load("configs/dpo.py", [knob, *argv]).objective.keywords  # noqa: E731
     assert objective()["reference"] is None and objective("full=true")["reference"] is None
     assert objective("reference=start")["reference"] == "start"
@@ -110,16 +112,19 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     critic = lambda *argv: config.load("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
     judge = config.load("configs/ppo.py", []).beside["reward"]
     assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
-    assert critic("reward=jaxft.rewards:exact") == critic("critic=shared") == Scorer()
+    assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == Scorer()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
     with pytest.raises(ValueError, match="critic=reward starts from a reward model's adapter"):
-        critic("reward=jaxft.rewards:exact", "critic=reward")
+        critic("reward=jaxft.rl.rewards:exact", "critic=reward")
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["advantage=jaxft.advantages:rloo", "estimate=jaxft.estimates:by_each"], "estimate= stands in the place of advantage="),
+        (
+            ["advantage=jaxft.rl.advantages:rloo", "estimate=jaxft.rl.estimators:by_each"],
+            "estimate= stands in the place of advantage=",
+        ),
         (["loss=jaxft.objectives.policy_losses:plain", "passes=2"], "a rollout gives 2 steps; take unclipped"),
         (["kl_in=rewards"], "kl_in=rewards takes a beta above 0"),
         (["weights=0.5", "judge=runs/reward"], r"2 rewards \(exact, reward\) need as many weights, found 1"),

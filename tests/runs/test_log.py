@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jaxft import log
-from jaxft.log import Log
+from jaxft.runs import log
+from jaxft.runs.log import Log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def numbers(step: int) -> dict[str, float]:
@@ -265,7 +265,7 @@ def test_the_view_fits_a_narrow_terminal(tmp_path):
 
 def test_standard_output_that_is_no_terminal_and_no_utf8_still_works(tmp_path):
     says = "w.message('caf\\u00e9 \\U0001f600'); w.step(1, {'loss': 1.5}, {}); w.close()"
-    code = f"from jaxft.log import Log; w = Log({str(tmp_path)!r}, 2); {says}"
+    code = f"from jaxft.runs.log import Log; w = Log({str(tmp_path)!r}, 2); {says}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""scripts/bench.py prints the baseline's fields, counts the tokens that the baseline counts, and times only full batches."""
+"""scripts/bench/bench.py prints the baseline's fields, counts the tokens that the baseline counts, and times only full batches."""
 
 import json
 import runpy
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.data.source import Rows, sft_source
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.sft import Rows, sft_source
 
-SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "bench.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "bench" / "bench.py")
 PEER = {  # what the TRL baseline prints
     "peer", "objective", "mode", "dtype", "packing", "steps", "tokens_per_second", "seconds", "loss", "peak_rss_gib",
 }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import tiny
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "inspect_data.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft import optim
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.generate import Sampling
-from jaxft.lora import Adapter
-from jaxft.objectives.pairwise import Moving, implicit, preference
-from jaxft.objectives.preference import dpo
-from jaxft.prepare import adapter_settings
-from jaxft.quant import Quant
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim import optimizer
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.inference.generate import Sampling
+from jaxft.nn.lora import Adapter
+from jaxft.objectives.preference import Moving, implicit, preference
+from jaxft.objectives.preference_losses import dpo
+from jaxft.train.partition import adapter_settings
+from jaxft.nn.quant import Quant
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": Moving(0.5, 2), "none": None}
 
@@ -42,7 +42,7 @@ def config(
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant),
-        optim=optim.Optim(lr=lr, schedule=optim.constant, warmup=0.0),
+        optim=optimizer.Optim(lr=lr, schedule=optimizer.constant, warmup=0.0),
         loop=Loop(steps=steps, save_every=1),
         samples=0,
         sampling=Sampling(max_new=4),

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_llama import tiny_tokenizer
 
-from jaxft import params, prepare, report, sharding
-from jaxft.lora import Adapter
+from jaxft.distributed import sharding
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.train import partition, report
 
 CONFIG = LlamaConfig(vocab=320, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp=96, tied=True)
 
@@ -31,13 +33,13 @@ def write_base(folder):
 def export(folder, on, kind, base):
     """adapter/, or with "model" model/ of a base that is trained with an adapter on all of its linear layers and its head."""
     model, settings = llama(CONFIG, dtype=jnp.bfloat16), Adapter(rank=4, targets="all-linear")
-    t = prepare.trained(model, settings, None if kind == "adapter" else ".*")
+    t = partition.trained(model, settings, None if kind == "adapter" else ".*")
     random = np.random.default_rng(0)
 
     def drawn(spec, place):
         value = random.standard_normal(spec.shape).astype(np.float32)
         return jax.make_array_from_callback(spec.shape, place, lambda index: value[index])
 
-    whole = jax.tree.map(drawn, t.specs, params.shardings(t.specs, on), is_leaf=params.is_spec)
+    whole = jax.tree.map(drawn, t.specs, param.shardings(t.specs, on), is_leaf=param.is_spec)
     run = SimpleNamespace(adapter=settings, model=model, weights=str(base))
     return report.export(t, whole, run, tiny_tokenizer(), folder)

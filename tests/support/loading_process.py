@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import prepare, sharding, starts, tree, weights
-from jaxft.lora import Adapter
-from jaxft.quant import Quant
-from jaxft.weights import tensors
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant
+from jaxft.train import init, partition
+from jaxft.weights import load as weights
+from jaxft.weights import safetensors
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16), "nf4": Quant("nf4", 16),
@@ -26,7 +29,7 @@ MESHES = {"1x8": dict(data=1, fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2), 
 def held_as(folder, form):
     """The Trained of a form above."""
     model = weights.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
-    return prepare.trained(model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder))
+    return partition.trained(model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder))
 
 
 def mesh_of(name, devices=None):
@@ -49,13 +52,13 @@ def assert_has_the_bits_of(found, wanted):
 
 def count_reads():
     """A list that grows by the bytes of every read of a weight file."""
-    counted, read_into = [], tensors._read_into
+    counted, read_into = [], safetensors._read_into
 
     def counting(file, view, start):
         counted.append(len(view))
         return read_into(file, view, start)
 
-    tensors._read_into = counting
+    safetensors._read_into = counting
     return counted
 
 
@@ -70,7 +73,7 @@ def load(folder, form, mesh, counted):
     t = held_as(folder, form)
     counted.clear()
     before = read_by_the_process()
-    base = jax.block_until_ready(prepare.load_base(str(folder), t, mesh))
+    base = jax.block_until_ready(partition.load_base(str(folder), t, mesh))
     return base, sum(counted), read_by_the_process() - before
 
 
@@ -90,9 +93,9 @@ def main(port, count, process, cases, adapter):
             told.append([folder, form, name, some / all_bytes, anything / all_bytes])
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
-        settings = prepare.adapter_settings(start, t.model) if start else Adapter(rank=2)
-        t = prepare.trained(weights.model_for(cases[0][0]), settings, None)
-        one, many = (starts.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
+        settings = partition.adapter_settings(start, t.model) if start else Adapter(rank=2)
+        t = partition.trained(weights.model_for(cases[0][0]), settings, None)
+        one, many = (init.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
         assert_has_the_bits_of(many, one)
     print(json.dumps(told), flush=True)
     jax.distributed.shutdown()

@@ -9,13 +9,14 @@ import optax
 from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
-from jaxft import metrics
-from jaxft.accumulate import accumulated
-from jaxft.data import pair_layout, pair_plan
-from jaxft.data.pair_plan import Room
-from jaxft.data.pair_store import TokenisedPairs
-from jaxft.objectives.pairwise import Seen, preference
-from jaxft.objectives.scored import Coupled, unwrap
+from jaxft.data.pairs import batches
+from jaxft.data.pairs import layout as pair_layout
+from jaxft.data.pairs.batches import Room
+from jaxft.data.pairs.tokens import TokenisedPairs
+from jaxft.objectives import metrics
+from jaxft.objectives.pair import Coupled, unwrap
+from jaxft.objectives.preference import Seen, preference
+from jaxft.train.accumulate import accumulated
 from jaxft.tree import partition
 
 PAIR = ("chosen", "rejected")
@@ -63,11 +64,11 @@ def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
     each[members] = weights[members]
     counted = pool.reads[each > 0]
     means = counted.sum(0) / np.maximum((counted > 0).sum(0), 1)
-    dealt, row = pair_plan.deal(members[None], pair_layout.tokens_of(pool, branches), rows)
+    dealt, row = batches.deal(members[None], pair_layout.tokens_of(pool, branches), rows)
     slots = int(np.bincount(row[0]).max(initial=0)) + 1
     room = room or (24 * slots, 16 * slots, slots)
     layout = pair_layout.Layout(rows, Room(*room), branches, ("margin",))
-    plan = pair_plan.row_plan(dealt[0], row[0], rows)
+    plan = batches.row_plan(dealt[0], row[0], rows)
     total = each.sum() or 1.0
     return pair_layout.fill(pool, plan, layout, each[plan.members] / total, means)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxft import hlo, traffic
+from jaxft.plan import hlo, traffic
 
 
 @dataclass(frozen=True)

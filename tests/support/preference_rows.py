@@ -11,9 +11,9 @@ import torch
 import torch_losses as T
 
 from jaxft.batch import Pairs
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.scored import Coupled, scored, unwrap
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.pair import Coupled, scored, unwrap
 
 PAIR = ("chosen", "rejected")
 

@@ -13,22 +13,22 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxft.advantages import scaled
-from jaxft.completions import Rules
+from jaxft.rl.advantages import scaled
+from jaxft.rl.completions import Rules
 from jaxft.data.prompts import Prompts, Ranked
-from jaxft.estimates import actor_critic, by_group
-from jaxft.lora import Adapter
+from jaxft.rl.estimators import actor_critic, by_group
+from jaxft.nn.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards
-from jaxft.objectives.pairwise import preference
+from jaxft.objectives.preference import preference
 from jaxft.objectives.policy import Critic, critic, policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.objectives.preference import dpo
-from jaxft.optim import Optim
-from jaxft.ranked import ranked
-from jaxft.rollout import rollouts
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.objectives.preference_losses import dpo
+from jaxft.optim.optimizer import Optim
+from jaxft.rl.online_pairs import ranked
+from jaxft.rl.rollout import rollouts
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 
 def letters(prompt, completion, row):

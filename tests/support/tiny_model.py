@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import lora, params
 from jaxft.batch import Tokens
 from jaxft.models.llama import LlamaConfig, llama
+from jaxft.nn import lora, param
 from jaxft.tree import map_with_path
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
@@ -32,7 +32,7 @@ def _tiny(dtype, adapter, tied, options):
 
     @jax.jit
     def start():
-        return map_with_path(shake, params.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32)))
+        return map_with_path(shake, param.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32)))
 
     return model, start()
 

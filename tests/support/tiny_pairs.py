@@ -8,7 +8,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import chat
 from jaxft.data.pack import permutation
-from jaxft.data.pairs import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows, pair_source
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 

@@ -18,22 +18,22 @@ from tiny_llama import tiny_torch, write_folder
 from transformers import AutoTokenizer  # noqa: F401
 from transformers.models.llama import configuration_llama  # noqa: F401
 
-import jaxft.train  # noqa: F401
+import jaxft.train.loop  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
 CONFIG = '''"""A tiny Llama in a folder beside this file."""
 
 import jax.numpy as jnp
 
-from jaxft.data.source import Rows
-from jaxft.generate import Sampling
-from jaxft.lora import Adapter
+from jaxft.data.sft import Rows
+from jaxft.inference.generate import Sampling
+from jaxft.nn.lora import Adapter
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim
-from jaxft.quant import Quant
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.optim.optimizer import Optim
+from jaxft.nn.quant import Quant
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 
 def config(
@@ -76,20 +76,20 @@ def write_place(folder):
 
 
 LOOP = """
-from jaxft import runfolder
-begin_loop = runfolder.Interrupt.__enter__
+from jaxft.runs import folder
+begin_loop = folder.Interrupt.__enter__
 def told(self):
     found = begin_loop(self)
     print("the loop begins", flush=True)
     return found
-runfolder.Interrupt.__enter__ = told
+folder.Interrupt.__enter__ = told
 """
 
 
 def serve():
     """Start the server; Python 3.11's does not get this process's sys.path by itself."""
     wanted = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TRANSFORMERS_VERBOSITY": "error",  # as cli.quiet does, which here comes too late
     }

@@ -8,8 +8,8 @@ from dpo_place import write_pair_place
 from test_run import WATCH
 from tiny_run import Place
 
-F = "jaxft.objectives.reference_free"
-P = "jaxft.objectives.preference"
+F = "jaxft.objectives.reference_free_losses"
+P = "jaxft.objectives.preference_losses"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ LOSSES = '''"""A user's own losses."""
 import jax
 import jax.numpy as jnp
 
-from jaxft.objectives.preference import aot
+from jaxft.objectives.preference_losses import aot
 
 
 def margin_of_tokens(pair, scale=0.5):
@@ -146,7 +146,7 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
         (["loss=mine.py:hidden"], "aot couples the pairs of a batch; give it to preference(...) itself"),
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
         (["reference=none"], "without a reference the implicit reward is unknown; give preference(...) reward=summed"),
-        (["reference=none", "reward=jaxft.objectives.pairwise:summed"], "this loss compares with a reference"),
+        (["reference=none", "reward=jaxft.objectives.preference:summed"], "this loss compares with a reference"),
         ([f"loss={F}:kto"], "kto needs a third answer `mismatched`"),
         ([f"loss={F}:tpo"], "tpo needs a third answer `gold`"),
         (["reference=sometimes"], "one of start, precomputed, moving, none"),

@@ -12,10 +12,14 @@ from test_export import call
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import Place, write_place
 
-from jaxft import lora, params, prepare, runfolder, sharding, weights
-from jaxft.lora import Adapter
-from jaxft.quant import KINDS, Quant, is_qtensor
-from jaxft.weights import shards
+from jaxft.distributed import sharding
+from jaxft.nn import lora, param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import KINDS, Quant, is_qtensor
+from jaxft.runs import folder as runfolder
+from jaxft.train import partition
+from jaxft.weights import load
+from jaxft.weights import place as shards
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +117,11 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     assert code == 0 and "rounding changed the weights by 0.1" in out
 
     ref, adapter, record = runfolder.results(run)
-    model = weights.model_for(ref, dtype=jnp.float32)
+    model = load.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
-    loaded, settings = prepare.load_adapter(adapter, model, mesh)
-    whole = {"base": prepare.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
-    merged = {"base": weights.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
+    loaded, settings = partition.load_adapter(adapter, model, mesh)
+    whole = {"base": partition.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
+    merged = {"base": load.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
         for full, params in ((lora.adapted(model, settings), whole), (lora.adapted(model, None), merged))
@@ -127,10 +131,10 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
 
 def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
     folder = str(write_folder(tmp_path, tiny_torch(tie_word_embeddings=False)))
-    model, mesh = weights.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    t = prepare.trained(model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q"))
-    base = prepare.load_base(folder, t, mesh)
-    wanted = prepare.split(t, prepare.abstract_params(t, mesh))[1]["base"]
+    model, mesh = load.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    t = partition.trained(model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q"))
+    base = partition.load_base(folder, t, mesh)
+    wanted = partition.split(t, partition.abstract_params(t, mesh))[1]["base"]
     shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
     for name in ("embed", "head"):
         assert is_qtensor(base[name]) and base[name].mean.shape == () and shapes(base[name]) == shapes(wanted[name])
@@ -139,15 +143,15 @@ def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
 def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
-    assert prepare.started_elsewhere(start, identity, Quant()) == []  # nothing is known
+    assert partition.started_elsewhere(start, identity, Quant()) == []  # nothing is known
     record = {"weights": "there", "weights_identity": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
-    assert prepare.started_elsewhere(start, identity, Quant()) == []
-    lines = prepare.started_elsewhere(start, {"files": "two"}, None)
+    assert partition.started_elsewhere(start, identity, Quant()) == []
+    lines = partition.started_elsewhere(start, {"files": "two"}, None)
     assert [line.split(" was trained on ")[1] for line in lines] == [
         "there, whose weights are others than this run's", "a base with quant=nf4, and this run's has quant=none",
     ]  # fmt: skip
-    assert prepare.started_elsewhere(f"{start}/adapter", identity, None) == []
+    assert partition.started_elsewhere(f"{start}/adapter", identity, None) == []
 
 
 def test_the_reference_of_a_quantised_run_is_its_own(pairs):
@@ -165,11 +169,11 @@ def test_the_reference_of_a_quantised_run_is_its_own(pairs):
 
 def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
     folder = str(write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32)))
-    model, mesh = weights.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    t = prepare.trained(model, Adapter(rank=2), None, Quant())
-    path, leaf = "base/layers/mlp/up", weights.open_leaves(folder, model)["layers/mlp/up"]
-    like = prepare.as_shapes(params.spec_paths(t.specs)[path], t.held[path])
-    places = prepare.place(params.spec_paths(t.specs)[path], like, mesh, path)
+    model, mesh = load.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    t = partition.trained(model, Adapter(rank=2), None, Quant())
+    path, leaf = "base/layers/mlp/up", load.open_leaves(folder, model)["layers/mlp/up"]
+    like = partition.as_shapes(param.spec_paths(t.specs)[path], t.held[path])
+    places = partition.place(param.spec_paths(t.specs)[path], like, mesh, path)
     shards.load(leaf, like, places, False)  # what jax keeps of it is there before the measurement
     tracemalloc.start()
     found = shards.load(leaf, like, places, False)

@@ -13,15 +13,18 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
-from jaxft import metrics, prepare, reference, sharding, starts, train, tree, weights
-from jaxft.accumulate import accumulated
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.preference import dpo
-from jaxft.optim import Optim
-from jaxft.programs import build, start
-from jaxft.weights import peft
+from jaxft import tree
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.distributed import sharding
+from jaxft.nn.lora import Adapter
+from jaxft.objectives import metrics
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
+from jaxft.optim.optimizer import Optim
+from jaxft.train import init, loop, partition, reference
+from jaxft.train.accumulate import accumulated
+from jaxft.train.programs import build, start
+from jaxft.weights import load, peft
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +41,11 @@ def folder(tmp_path_factory):
     write(folder / "rows.jsonl", make_rows(20))
     with jax.enable_x64(True):
         model, settings = (
-            weights.model_for(str(folder / "base"), dtype=jnp.float64),
+            load.model_for(str(folder / "base"), dtype=jnp.float64),
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
-        t = prepare.trained(model, settings, None)
-        fresh = starts.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        t = partition.trained(model, settings, None)
+        fresh = init.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
         rng = np.random.default_rng(0)
         matters = tree.map_with_path(lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh)
         peft.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
 
 def run_of(folder, **changes):
     """A run in float64, by default plain LoRA."""
-    model = weights.model_for(str(folder / "base"), dtype=jnp.float64)
+    model = load.model_for(str(folder / "base"), dtype=jnp.float64)
     given = {
         "objective": partial(preference, loss=dpo),
         "data": PairRows(str(folder / "rows.jsonl"), held_out=0.2, batch=4, max_length=64),
@@ -59,12 +62,12 @@ def run_of(folder, **changes):
         "adapter": Adapter(rank=4),
         "optim": Optim(lr=0.03, warmup=0.0),
     }
-    return train.Run("law", str(folder / "base"), model, **{**given, **changes})
+    return loop.Run("law", str(folder / "base"), model, **{**given, **changes})
 
 
 def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
-    source = run.source(run.data, weights.load_tokenizer(run.weights), folder / "cache")
+    source = run.source(run.data, load.load_tokenizer(run.weights), folder / "cache")
     programs = build(run, 10, jax.devices()[:1])
     with jax.set_mesh(programs.mesh):
         return programs, *start(run, programs, None), source
@@ -74,7 +77,7 @@ STARTS = {
     "plain LoRA": lambda folder, model: {},
     "an SFT adapter": lambda folder, model: {
         "start": str(folder / "sft"),
-        "adapter": prepare.adapter_settings(str(folder / "sft"), model),
+        "adapter": partition.adapter_settings(str(folder / "sft"), model),
     },
     "norms beside LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},

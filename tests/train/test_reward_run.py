@@ -16,15 +16,15 @@ import jax.numpy as jnp
 
 from functools import partial
 
-from jaxft import optim
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.lora import Adapter
+from jaxft.optim import optimizer
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.nn.lora import Adapter
 from jaxft.models.heads import scorer
-from jaxft.objectives.reward import reward
-from jaxft.prepare import adapter_settings
-from jaxft.quant import Quant
-from jaxft.train import Loop, Run
-from jaxft.weights import model_for
+from jaxft.objectives.reward_model import reward
+from jaxft.train.partition import adapter_settings
+from jaxft.nn.quant import Quant
+from jaxft.train.loop import Loop, Run
+from jaxft.weights.load import model_for
 
 
 def config(
@@ -44,7 +44,7 @@ def config(
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant, 16),
-        optim=optim.Optim(lr=lr, schedule=optim.constant, warmup=0.0),
+        optim=optimizer.Optim(lr=lr, schedule=optimizer.constant, warmup=0.0),
         loop=Loop(steps=steps, save_every=1),
         samples=samples,
         seed=seed,

@@ -74,7 +74,7 @@ def test_a_run_survives_many_kills(place, alone, kind, seed):
 
 SLOW_STEPS = """
 import time
-from jaxft import report
+from jaxft.train import report
 add = report.Meter.add
 def slow(self, *args):
     time.sleep(0.3)
@@ -111,7 +111,9 @@ def test_a_second_signal_ends_the_process_at_once(place):
 
 
 def test_before_the_loop_an_interrupt_ends_cleanly(place):
-    process = place.start("name=early", hook="import jaxft.weights, time; jaxft.weights.open_leaves = lambda *_: time.sleep(60)")
+    process = place.start(
+        "name=early", hook="import jaxft.weights.load, time; jaxft.weights.load.open_leaves = lambda *_: time.sleep(60)"
+    )
     place.wait_for(process, lambda: "devices:" in place.out())
     os.kill(process.pid, signal.SIGINT)
     process.join()
@@ -188,14 +190,15 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
 
 WATCH = """
 import jax, traceback
-from jaxft import report, runfolder
+from jaxft.runs import folder
+from jaxft.train import report
 seen = []
 def heard(name, *_, **__):
     by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_stack())  # the first save cuts replicated arrays
     if "compile" in name and not by_orbax:
         seen.append(name)
 jax.monitoring.register_event_duration_secs_listener(heard)
-enter, export = runfolder.Interrupt.__enter__, report.export
+enter, export = folder.Interrupt.__enter__, report.export
 def begin(self):
     print("compiled before the loop:", len(seen) > 0)
     seen.clear()
@@ -203,7 +206,7 @@ def begin(self):
 def end(*args):
     print("compiled since:", seen)
     return export(*args)
-runfolder.Interrupt.__enter__, report.export = begin, end
+folder.Interrupt.__enter__, report.export = begin, end
 """
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config
 from tiny_run import Place, write_place
 
-from jaxft import metrics, report
+from jaxft.objectives import metrics
+from jaxft.train import report
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +138,19 @@ def test_the_traceback_is_there_for_whom_asks(place):
 
 LIMIT = """
 import resource, signal
-from jaxft import train
-save = train.Checkpoints.save
+from jaxft.train import loop
+save = loop.Checkpoints.save
 def limited(self, step, *rest):
     if step == 3:
         self.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return save(self, step, *rest)
-train.Checkpoints.save = limited
+loop.Checkpoints.save = limited
 """
 FILL = """
 from pathlib import Path
-from jaxft import train
-save = train.Checkpoints.save
+from jaxft.train import loop
+save = loop.Checkpoints.save
 def filled(self, step, *rest):
     if step == 3:
         self.wait()
@@ -160,7 +161,7 @@ def filled(self, step, *rest):
             except OSError:
                 pass
     return save(self, step, *rest)
-train.Checkpoints.save = filled
+loop.Checkpoints.save = filled
 """
 
 
@@ -198,9 +199,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_the
 
 BREAK = """
 import numpy as np
-from jaxft import train
+from jaxft.train import loop
 count = [0]
-place_batch, step = train.sharding.place_batch, train.compile_step
+place_batch, step = loop.sharding.place_batch, loop.compile_step
 def broken(mesh, batch):
     return place_batch(mesh, batch)
 def compiled(p, batch):
@@ -211,7 +212,7 @@ def compiled(p, batch):
             batch = batch.replace(token_weights=batch.token_weights * np.float32("nan"))
         return run(state, frozen, batch)
     return stepped
-train.compile_step = compiled
+loop.compile_step = compiled
 """
 
 

@@ -11,18 +11,21 @@ import pytest
 from pair_batches import laid, micro, random_pairs, start_aux
 from tiny_model import CONFIG, assert_close, examples, one_by_one
 
-from jaxft import lora, metrics, nn, params, prepare, tree
-from jaxft.lora import Adapted, Adapter
+from jaxft import tree
 from jaxft.models.llama import llama
-from jaxft.objectives import preference as P
-from jaxft.objectives import reference_free as F
-from jaxft.objectives.pairwise import Moving, per_token, preference
+from jaxft.nn import layers, lora, param
+from jaxft.nn.lora import Adapted, Adapter
+from jaxft.nn.quant import quantize
+from jaxft.objectives import metrics
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.preference import Moving, per_token, preference
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim, linear, make_optimizer
-from jaxft.programs import TrainState, make_train_step
-from jaxft.quant import quantize
-from jaxft.together import gradients, judge_each, make_eval_step, make_update, together
-from jaxft.together import own as own_leaves
+from jaxft.optim.optimizer import Optim, linear, make_optimizer
+from jaxft.train import partition
+from jaxft.train.multi_adapter import gradients, judge_each, make_eval_step, make_update, together
+from jaxft.train.multi_adapter import own as own_leaves
+from jaxft.train.programs import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +49,11 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
 
     def together(x, a, b, w):
-        return nn.linear(x, Adapted(w, a, b, scale))
+        return layers.linear(x, Adapted(w, a, b, scale))
 
     def apart(x, a, b, w):
         rows = x.reshape(K, B, T, size)
-        return jnp.concatenate([nn.linear(rows[k], Adapted(w, a[k], b[k], scale[k])) for k in range(K)])
+        return jnp.concatenate([layers.linear(rows[k], Adapted(w, a[k], b[k], scale[k])) for k in range(K)])
 
     def both(fn):
         def loss(x, a, b, w_):
@@ -64,7 +67,7 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
 def test_a_16_bit_product_with_several_adapters_keeps_no_expanded_weight_and_full_gradients():
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     a, b = random(4, 6, 2, dtype=jnp.float32), random(4, 2, 5, dtype=jnp.float32)
-    product = lambda x, a, b: nn.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
+    product = lambda x, a, b: layers.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
     x = random(8, 3, 6, dtype=jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(product, x, a, b)[1], x))
     assert {leaf.dtype for leaf in kept if leaf.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
@@ -77,13 +80,13 @@ RANKS = (2, 5, 3)
 
 def fresh(model, rank, seed):
     """A random adapter of a rank, its b not zero."""
-    start = params.init_params(lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64)
+    start = param.init_params(lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64)
     return jax.tree.map(lambda x: x if x.ndim < 3 or jnp.any(x) else 0.3 * random(*x.shape, seed=seed), start)
 
 
 def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_ranks():
     base = llama(CONFIG, jnp.float64)
-    model, weights = lora.adapted(base, Adapter()), params.init_params(base.specs, jax.random.key(9), jnp.float64)
+    model, weights = lora.adapted(base, Adapter()), param.init_params(base.specs, jax.random.key(9), jnp.float64)
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
     batch = one_by_one(examples(4))
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * len(RANKS)), batch)
@@ -144,15 +147,15 @@ MIXED = (
 @pytest.fixture(scope="module")
 def weights():
     with jax.enable_x64(True):
-        return params.init_params(BASE.specs, jax.random.key(9), jnp.float64)
+        return param.init_params(BASE.specs, jax.random.key(9), jnp.float64)
 
 
 def begin(one, weights):
     """(Trained, objective, optimizer, state at step 0, frozen) of an adapter alone."""
-    t = prepare.trained(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
-    adapter = params.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
+    t = partition.trained(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
+    adapter = param.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
     adapter = tree.map_with_path(lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter)
-    trainable, frozen = prepare.split(t, {"base": weights, "adapter": adapter})
+    trainable, frozen = partition.split(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
     tx, _ = make_optimizer(one.optim, t.trainable_specs, STEPS)
     aux = start_aux(objective, trainable, not one.kept) if hasattr(objective, "start") else {}

@@ -58,7 +58,10 @@ def assert_same_run(place, member, other):
 SWEEPS = {
     "knobs": (["steps=4", "loop.eval_every=2", "lr=0.002"], ["beta=0.1,0.5", "rank=2,5"]),
     "seeds": (["steps=4", "held_out=held.jsonl", "lr=0.002", "micro=2"], ["seed=0,3"]),
-    "coupled": (["loss=jaxft.objectives.reference_free:bco", "steps=3", "loop.eval_every=1", "micro=2"], ["lr=0.001,0.002"]),
+    "coupled": (
+        ["loss=jaxft.objectives.reference_free_losses:bco", "steps=3", "loop.eval_every=1", "micro=2"],
+        ["lr=0.001,0.002"],
+    ),
     "precomputed": (["reference=precomputed", "steps=3"], ["beta=0.1,0.3"]),
     "moving": (["reference=moving", "steps=5"], ["lr=0.001,0.003", "beta=0.1,0.2"]),
 }
@@ -133,7 +136,7 @@ def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
 def test_nothing_is_compiled_once_the_loop_has_begun(place):
     from test_run import WATCH
 
-    for number, more in enumerate(([], ["loss=jaxft.objectives.reference_free:bco"], ["reference=moving"])):
+    for number, more in enumerate(([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])):
         out = sweep(place, *more, "loop.eval_every=1", "--over", "lr=0.001,0.002", "--name", f"watch-{number}", hook=WATCH)
         assert "compiled before the loop: True" in out and "compiled since: []" in out
 
@@ -172,8 +175,8 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
     assert bench(*argv) == 0 and "this sweep is finished" not in place.out()
     assert bench("--loss", "mine.py:backwards", "--against") == 1
     assert "FAIL" in place.out() and "nothing is trained" in place.out()
-    assert bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference:ipo") == 1
-    assert "--set loss=jaxft.objectives.preference:ipo would change nothing here" in place.err()
+    assert bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference_losses:ipo") == 1
+    assert "--set loss=jaxft.objectives.preference_losses:ipo would change nothing here" in place.err()
     assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
     assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
     assert bench("--loss", "kto", "--against", "tpo") == 1

@@ -10,14 +10,18 @@ import optax
 import pytest
 from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
 
-from jaxft import evaluate, metrics, optim, params, prepare, tree
-from jaxft.describe import describe
-from jaxft.lora import Adapter
+from jaxft import tree
 from jaxft.models.llama import REMAT, llama
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
-from jaxft.optim import Optim, make_optimizer
-from jaxft.optim_states import adamw_8bit
-from jaxft.programs import TrainState, make_train_step
+from jaxft.optim import optimizer as optim
+from jaxft.optim.low_precision import adamw_8bit
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.runs.record import describe
+from jaxft.train import evaluate, partition
+from jaxft.train.programs import TrainState, make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +98,8 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size():
 def lora_run(tx, dropout=0.0):
     model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
     plain, _ = tiny()
-    t = prepare.trained(plain_model(), Adapter(rank=4, dropout=dropout), None)
-    return (*prepare.split(t, whole), jax.jit(make_train_step(sft(t.model), tx, 0)))
+    t = partition.trained(plain_model(), Adapter(rank=4, dropout=dropout), None)
+    return (*partition.split(t, whole), jax.jit(make_train_step(sft(t.model), tx, 0)))
 
 
 def plain_model():
@@ -114,7 +118,7 @@ def test_only_the_adapter_moves():
     batch = micro(one_by_one(examples(4)), 2)
     for _ in range(3):
         state, _ = step(state, frozen, batch)
-    assert set(tree.paths(trainable)) == {p for p in params.spec_paths(lora_specs())}
+    assert set(tree.paths(trainable)) == {p for p in param.spec_paths(lora_specs())}
     assert all(p.endswith(("/a", "/b")) for p in tree.paths(trainable))
     for path, leaf in tree.paths(state.trainable).items():
         assert np.any(np.asarray(leaf) != np.asarray(tree.paths(trainable)[path])), path
@@ -122,7 +126,7 @@ def test_only_the_adapter_moves():
 
 
 def lora_specs():
-    return prepare.trained(plain_model(), Adapter(rank=4), None).trainable_specs
+    return partition.trained(plain_model(), Adapter(rank=4), None).trainable_specs
 
 
 def test_a_nonfinite_step_changes_nothing_but_is_counted():
@@ -156,7 +160,7 @@ def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
 def test_remat_policies_give_the_same_gradients(remat):
     """Four layers, under jit: offloading is a matter of where a program's buffers lie."""
     config, found = replace(plain_model().config, layers=4), []
-    whole = params.init_params(llama(config).specs, jax.random.key(0), jnp.float64)
+    whole = param.init_params(llama(config).specs, jax.random.key(0), jnp.float64)
     for name in ("none", remat):
         model = llama(config, jnp.float64, remat=name)
         found.append(jax.jit(lambda w, model=model: loss_and_grads(model, w, one_by_one(examples(4))))(whole))
@@ -166,7 +170,7 @@ def test_remat_policies_give_the_same_gradients(remat):
 def test_pairs_of_an_odd_number_of_layers_are_refused():
     config = replace(plain_model().config, layers=3)
     model = llama(config, jnp.float32, remat="pairs")
-    whole = params.init_params(model.specs, jax.random.key(0))
+    whole = param.init_params(model.specs, jax.random.key(0))
     with pytest.raises(ValueError, match="remat=pairs takes layers by 2, and the model has 3; use remat=full"):
         model.hidden(whole, one_by_one(examples(4)))
 
@@ -184,12 +188,12 @@ def test_a_narrow_residual_stream_rounds_once_a_layer():
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
 def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     specs = {
-        "layers": {"w": params.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), params.constant(0.0))},
-        "norms": params.ParamSpec((3, 130), ("layers", "norm"), params.constant(0.0)),
+        "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.constant(0.0))},
+        "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.constant(0.0)),
     }
     settings = Optim(optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant, warmup=0.0)
-    random = lambda s: params.ParamSpec(s.shape, s.axes, params.normal(1.0))  # noqa: E731
-    stacked = params.init_params(jax.tree.map(random, specs, is_leaf=params.is_spec), jax.random.key(1))
+    random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
+    stacked = param.init_params(jax.tree.map(random, specs, is_leaf=param.is_spec), jax.random.key(1))
     scales = jnp.array([1.0, 100.0, 0.01])  # layers whose gradients differ in size
     grads = [jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked) for k in range(3)]
 
@@ -202,7 +206,7 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
         return start
 
     whole = run(specs, stacked, grads)
-    single = jax.tree.map(lambda s: params.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=params.is_spec)
+    single = jax.tree.map(lambda s: param.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param.is_spec)
     for i in range(3):
         layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
         assert_close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
@@ -210,7 +214,7 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
 
 def update_case(optimizer, clip):
     specs = plain_model().specs
-    start = params.init_params(specs, jax.random.key(0))
+    start = param.init_params(specs, jax.random.key(0))
     grads = jax.tree.map(lambda p: jnp.cos(50 * p).astype(p.dtype), start)
     tx, _ = make_optimizer(Optim(optimizer=optimizer, clip=clip, weight_decay=0.1, warmup=0.0), specs, 10)
     return tx, grads, start
@@ -237,7 +241,7 @@ def test_layers_in_turn_are_updated_as_all_at_once(optimizer, monkeypatch):
     monkeypatch.setattr(optim, "LARGE", 1000)  # the table and the head, in pieces of rows
     monkeypatch.setattr(optim, "PIECE", 300)
     specs = plain_model().specs
-    start = params.init_params(specs, jax.random.key(0))
+    start = param.init_params(specs, jax.random.key(0))
     gradients = [jax.tree.map(lambda p, k=k: jnp.cos((50 + k) * p).astype(p.dtype), start) for k in range(3)]
     found = []
     for in_turn in (False, True):
@@ -255,8 +259,8 @@ def test_layers_in_turn_are_updated_as_all_at_once(optimizer, monkeypatch):
 
 def test_bfloat16_parameters_move_by_what_they_cannot_hold():
     """An update of a thousandth of a parameter is less than half its spacing: rounded to the nearest it would never move."""
-    specs = {"w": params.ParamSpec((64, 512), ("width", "mlp"), params.constant(1.0))}
-    start = params.init_params(specs, jax.random.key(0), jnp.bfloat16)
+    specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.constant(1.0))}
+    start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
     settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant)
     tx, _ = make_optimizer(settings, specs, 10)
     assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(tx.init(start)))
@@ -288,7 +292,7 @@ def test_weight_decay_reaches_matrices_only():
 
 def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
     specs = lora_specs()
-    trainable = params.init_params(specs, jax.random.key(0))
+    trainable = param.init_params(specs, jax.random.key(0))
     grads = jax.tree.map(jnp.ones_like, trainable)
 
     def updates(groups):

@@ -9,11 +9,14 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 
-from jaxft import metrics, optim, programs, train, weights
-from jaxft.data.pairs import PairRows, pair_source
-from jaxft.objectives.pairwise import preference
-from jaxft.objectives.preference import dpo, ipo
-from jaxft.optim import Optim
+from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.objectives import metrics
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo, ipo
+from jaxft.optim import optimizer
+from jaxft.optim.optimizer import Optim
+from jaxft.train import loop, programs
+from jaxft.weights import load
 
 datasets = pytest.importorskip("datasets")
 torch = pytest.importorskip("torch")
@@ -37,12 +40,12 @@ def ours(folder, rows, loss):
     """(metrics of every step, the numbers of the rows in the order in which they were trained on)."""
     write(folder / "rows.jsonl", rows)
     base = str(folder / "base")
-    run = train.Run(
-        "trl", base, weights.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
+    run = loop.Run(
+        "trl", base, load.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
         PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), pair_source, adapter=None,
-        optim=Optim(lr=LR, schedule=optim.constant, warmup=0.0, eps=EPS),
+        optim=Optim(lr=LR, schedule=optimizer.constant, warmup=0.0, eps=EPS),
     )  # fmt: skip
-    source = pair_source(run.data, weights.load_tokenizer(base), folder / "cache")
+    source = pair_source(run.data, load.load_tokenizer(base), folder / "cache")
     p = programs.build(run, STEPS, jax.devices()[:1])
     found, order = [], []
     with jax.set_mesh(p.mesh):
@@ -84,7 +87,7 @@ def theirs(folder, rows, loss_type):
     )  # fmt: skip
     from transformers import AutoModelForCausalLM
 
-    tokenizer = weights.load_tokenizer(str(folder / "base"))
+    tokenizer = load.load_tokenizer(str(folder / "base"))
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32)
     InOrder(model=model, args=args, train_dataset=data, processing_class=tokenizer).train()

@@ -13,13 +13,17 @@ import torch
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft import calibrate, cli, prepare, quant, sharding, weights
-from jaxft.nn import Observed, linear
+from jaxft.distributed import sharding
+from jaxft.nn import quant
+from jaxft.nn.layers import Observed, linear
+from jaxft.nn.quant import Quant, quantize
+from jaxft.nn.quant_formats import NF4
 from jaxft.objectives.sft import sft
-from jaxft.quant import Quant, quantize
-from jaxft.quant_formats import NF4
+from jaxft.runs import cli
+from jaxft.train import partition
+from jaxft.weights import gptq, load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
          ("int8", None, None)]  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f[0]}-{f[2]}")
@@ -46,7 +50,7 @@ def value(q):
 @every_form
 def test_outputs_change_less_than_by_plain_rounding(form):
     x, w = inputs(), weight()
-    plain, found = quantize(w, *form), calibrate.compensated(w, x.T @ x, *form)
+    plain, found = quantize(w, *form), gptq.compensated(w, x.T @ x, *form)
     off = [np.square(x @ (value(q) - w)).sum() for q in (plain, found)]
     assert off[1] < (0.9 if form[0] == "int8" else 0.6) * off[0]
     other = inputs(800)[400:]  # not looked at
@@ -58,7 +62,7 @@ def test_outputs_change_less_than_by_plain_rounding(form):
 def test_only_the_codes_are_others(form):
     w = weight(50)  # a short last block
     x = inputs(size=50)
-    plain, found = quantize(w, *form), calibrate.compensated(w, x.T @ x, *form)
+    plain, found = quantize(w, *form), gptq.compensated(w, x.T @ x, *form)
     assert jax.tree.structure(plain) == jax.tree.structure(found)
     for name in ("scale", "offset", "outer", "mean"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(found, name))
@@ -70,24 +74,24 @@ def test_only_the_codes_are_others(form):
 def test_inputs_that_do_not_go_together_are_rounded_alone(form):
     w = weight()
     own = np.diag(np.linspace(1, 2, 48).astype(np.float32))
-    np.testing.assert_array_equal(calibrate.compensated(w, own, *form).codes, quantize(w, *form).codes)
+    np.testing.assert_array_equal(gptq.compensated(w, own, *form).codes, quantize(w, *form).codes)
 
 
 def test_an_input_that_is_always_zero_changes_nothing_else():
     x, w = inputs(), weight()
     x[:, [3, 17]] = 0
-    found = calibrate.compensated(w, x.T @ x, "nf4", 16, False)
+    found = gptq.compensated(w, x.T @ x, "nf4", 16, False)
     lone = quantize(w, "nf4", 16, False)
     np.testing.assert_array_equal(value(found)[[3, 17]], value(lone)[[3, 17]])
     assert np.isfinite(value(found)).all()
-    np.testing.assert_array_equal(calibrate.compensated(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes)
+    np.testing.assert_array_equal(gptq.compensated(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes)
 
 
 def by_solving(w, moment, scale, levels):
     """GPTQ as it is derived: round one input, then move all the later ones to where the outputs' error is least."""
     w, done = w.astype(np.float64).copy(), []
     own = np.diag(moment).astype(np.float64)
-    h = moment.astype(np.float64) + np.diag(np.full(len(w), calibrate.DAMPING * own.mean()))
+    h = moment.astype(np.float64) + np.diag(np.full(len(w), gptq.DAMPING * own.mean()))
     order = list(np.argsort(-np.diag(moment), kind="stable"))
     out = np.zeros_like(w)
     for n, j in enumerate(order):
@@ -105,7 +109,7 @@ def test_the_codes_are_those_of_the_least_squares_that_gptq_solves():
     moment = x.T @ x
     plain = quantize(w, "nf4", 16, False)
     wanted = by_solving(w, moment, np.repeat(plain.scale.astype(np.float64), 16, 0), NF4.astype(np.float64))
-    same = np.isclose(value(calibrate.compensated(w, moment, "nf4", 16, False)), wanted, atol=1e-5)
+    same = np.isclose(value(gptq.compensated(w, moment, "nf4", 16, False)), wanted, atol=1e-5)
     assert same.mean() > 0.99  # float32: a tie that falls the other way moves what follows
 
 
@@ -128,10 +132,10 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     ref, tokens = str(place / "base"), some_tokens(rows=3, time=12)
     cut = {name: getattr(tokens, name)[:, :-1] for name in ("read", "targets", "token_weights")}
     tokens = tokens.replace(**cut)  # nothing depends on the last token
-    model = weights.model_for(ref, dtype=jnp.float32)
-    base = prepare.load_frozen(ref, model, one_device())
-    paths = prepare.packed_paths(model.specs, Quant())
-    found = calibrate.moments(model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0])
+    model = load.model_for(ref, dtype=jnp.float32)
+    base = partition.load_frozen(ref, model, one_device())
+    paths = partition.packed_paths(model.specs, Quant())
+    found = gptq.moments(model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0])
     theirs, seen = tiny_torch(), {}
 
     def look(name):
@@ -182,11 +186,11 @@ def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quanti
     code, told = quantized(*form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64")
     assert code == 0 and "looking at batch 2 of 2" in told, told
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
-    ids, logits = np.array([weights.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32), {}
+    ids, logits = np.array([load.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32), {}
     tokens = some_tokens(rows=4, time=28).replace(ids=ids)
     for name in ("base", "plain", "looked"):
-        model = weights.model_for(str(place / name), dtype=jnp.float32)
-        base = prepare.load_frozen(str(place / name), model, one_device(), None if name == "base" else Quant("kept"))
+        model = load.model_for(str(place / name), dtype=jnp.float32)
+        base = partition.load_frozen(str(place / name), model, one_device(), None if name == "base" else Quant("kept"))
         logits[name] = np.asarray(model.logits(model.head(base), model.hidden(base, tokens)))
     off = {name: np.square(logits[name] - logits["base"]).mean() for name in ("plain", "looked")}
     assert 0 < off["looked"] < 0.8 * off["plain"], off

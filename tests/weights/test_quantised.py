@@ -14,10 +14,13 @@ from test_gguf import write_gguf
 from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 from tiny_run import Place, write_place
 
-from jaxft import nn, prepare, sharding, weights
-from jaxft.lora import Adapter
-from jaxft.quant import QTensor, Quant, dequantize, quantize, rows
-from jaxft.weights.packed import expanded
+from jaxft.distributed import sharding
+from jaxft.nn import layers
+from jaxft.nn.lora import Adapter
+from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, rows
+from jaxft.train import partition
+from jaxft.weights import load
+from jaxft.weights.quantised import expanded
 
 torch = pytest.importorskip("torch")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,9 +42,9 @@ def one_device():
 
 def kept(ref, dtype=jnp.float32):
     """(model, Trained, base) of a checkpoint held as its files hold it."""
-    model = weights.model_for(str(ref), dtype=dtype)
-    t = prepare.trained(model, Adapter(rank=2), None, Quant("kept"), str(ref))
-    return model, t, prepare.load_base(str(ref), t, one_device())
+    model = load.model_for(str(ref), dtype=dtype)
+    t = partition.trained(model, Adapter(rank=2), None, Quant("kept"), str(ref))
+    return model, t, partition.load_base(str(ref), t, one_device())
 
 
 def same(found, wanted):
@@ -74,7 +77,7 @@ def by_bitsandbytes(folder, kind, double, **changes):
 @pytest.mark.parametrize("double", [True, False])
 def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind, double):
     folder, wanted = by_bitsandbytes(tmp_path, kind, double)
-    tensors = weights.open_tensors(str(folder))
+    tensors = load.open_tensors(str(folder))
     assert set(tensors.packed) == set(wanted)
     model, t, base = kept(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
@@ -83,10 +86,10 @@ def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind
         for i in range(model.config.layers):
             same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
             same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])
-    assert prepare.changed_by_holding(str(folder), t) == []
-    again = prepare.trained(model, Adapter(rank=2), None, Quant(kind, double=double))  # the files have what is asked for
-    assert prepare.changed_by_holding(str(folder), again) == []
-    same(prepare.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes, base["layers"]["mlp"]["up"].codes)
+    assert partition.changed_by_holding(str(folder), t) == []
+    again = partition.trained(model, Adapter(rank=2), None, Quant(kind, double=double))  # the files have what is asked for
+    assert partition.changed_by_holding(str(folder), again) == []
+    same(partition.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes, base["layers"]["mlp"]["up"].codes)
 
 
 def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
@@ -95,7 +98,7 @@ def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
     assert base["layers"]["attn"]["q"].kind == "bits"
     same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
-    told = prepare.changed_by_holding(str(folder), t)
+    told = partition.changed_by_holding(str(folder), t)
     assert len(told) == 1 and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
     assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
 
@@ -108,13 +111,13 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
             state[name] = torch.linspace(-1, 1, 256)
     save_file(state, folder / "model.safetensors")
     model, t, base = kept(folder)
-    tensors, name = weights.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
+    tensors, name = load.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
     absmax = state[f"{name}.absmax"].numpy()
     offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
     scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[0] + np.float32(offset)
     np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
     assert base["layers"]["mlp"]["up"].outer is None
-    assert "scales are held in float32" in prepare.changed_by_holding(str(folder), t)[0]
+    assert "scales are held in float32" in partition.changed_by_holding(str(folder), t)[0]
     same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
 
 
@@ -128,7 +131,7 @@ def test_8_bit_weights_are_codes_times_scb(tmp_path):
         wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
     save_file(state, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    tensors = weights.open_tensors(str(folder))
+    tensors = load.open_tensors(str(folder))
     for name, values in wanted.items():
         same(tensors.read(name), values)
         assert tensors.packed[name].form.kind == "int8"
@@ -191,10 +194,10 @@ def test_grouped_weights_are_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
     model, t, base = kept(folder)
     assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
-    tensors = weights.open_tensors(str(folder))
+    tensors = load.open_tensors(str(folder))
     for name in tensors.packed:
         np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
-    expand = weights.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
+    expand = load.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
     wanted = torch_logits(reference, some_tokens())
     np.testing.assert_allclose(our_logits(model, base, some_tokens()), wanted, atol=2e-4)
     np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
@@ -207,12 +210,12 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
     x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
     ids = jnp.array([3, 60, 3])
     same(rows(q, ids), whole[ids])
-    for fn in (nn.linear, jax.grad(lambda x, w: nn.linear(x, w).sum())):
+    for fn in (layers.linear, jax.grad(lambda x, w: layers.linear(x, w).sum())):
         np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
     wanted = our_logits(model, base, some_tokens(8))
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        many = prepare.load_base(str(folder), t, mesh)
+        many = partition.load_base(str(folder), t, mesh)
         found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(many, some_tokens(8))
     np.testing.assert_allclose(found, wanted, atol=2e-4)
     down = many["layers"]["mlp"]["down"]
@@ -255,7 +258,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
     folder = write_folder(tmp_path / "fp8", tiny_torch())
     edit_config(folder, quantization_config={"quant_method": "fp8"})
     with pytest.raises(ValueError, match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's"):
-        weights.open_tensors(str(folder))
+        load.open_tensors(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
     with pytest.raises(ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"):
         kept(plain)
@@ -266,7 +269,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
     for text in (b"{", b"[]", *(f'{{"shape": {size}, "blocksize": 64}}'.encode() for size in sizes)):
         save_file({**state, name: torch.tensor(list(text), dtype=torch.uint8)}, folder / "model.safetensors")
         with pytest.raises(ValueError, match="is no state of a 4-bit weight"):
-            weights.open_tensors(str(folder))
+            load.open_tensors(str(folder))
     for changes in (dict(block=64), dict(double=True)):
         with pytest.raises(ValueError, match="quant=kept takes blocks and scales from the files"):
             Quant("kept", **changes)
@@ -279,17 +282,17 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
 def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
     model, t, base = kept(path)
-    plain = weights.load_base(str(path), model, lambda path, x: jnp.asarray(x))
+    plain = load.load_base(str(path), model, lambda path, x: jnp.asarray(x))
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
     for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
         same(dequantize(leaf), wanted)
     np.testing.assert_allclose(our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5)
-    told = prepare.changed_by_holding(str(path), t)
+    told = partition.changed_by_holding(str(path), t)
     assert len(told) == 2 and all(f"packed by GGUF {kind.name} and expanded to float32" in line for line in told)
     assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
-    head = prepare.trained(model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path))
-    whole = prepare.load_base(str(path), head, one_device())
+    head = partition.trained(model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path))
+    whole = partition.load_base(str(path), head, one_device())
     same(dequantize(whole["head"]), plain["head"])
 
 
@@ -315,9 +318,9 @@ def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, c
     assert code == 0, err
     assert f" as {kind}, " in told and "bits a packed parameter, packing changed them by" in told
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
-    model = weights.model_for(str(source))
+    model = load.model_for(str(source))
     found = kept(out, jnp.bfloat16)[2]
-    wanted = prepare.load_frozen(str(source), model, one_device(), quant)
+    wanted = partition.load_frozen(str(source), model, one_device(), quant)
     for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(wanted), strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
         jax.tree.map(same, ours, leaf)
@@ -345,10 +348,10 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     base = place.folder / "nf4"
     shutil.copytree(place.folder / "base", place.folder / "wide", dirs_exist_ok=True)
     write_folder(place.folder / "wide", tiny_torch(**SIZES))
-    from jaxft import export
+    from jaxft.train import export
 
     wide = str(place.folder / "wide")
-    export.write(base, export.Whole(wide, weights.model_for(wide), None), "float32", export.Pack(Quant()))
+    export.write(base, export.Whole(wide, load.model_for(wide), None), "float32", export.Pack(Quant()))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (place.folder / "wide" / name).is_file():
             shutil.copy(place.folder / "wide" / name, base / name)
@@ -369,6 +372,6 @@ def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypa
     code, told, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
     assert code == 0, err
     assert " as int8, " in told and "packing changed them by 0." in told
-    exact, found = weights.open_tensors(str(wide)), weights.open_tensors(str(narrow))
+    exact, found = load.open_tensors(str(wide)), load.open_tensors(str(narrow))
     name = "model.layers.1.mlp.up_proj.weight"
     same(found.read(name).T, expanded(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))

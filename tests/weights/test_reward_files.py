@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_reward import in_torch, one_device
+from test_reward_model import in_torch, one_device
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft import export, prepare, report, scorer, starts, weights
-from jaxft.lora import Adapter
 from jaxft.models import heads
 from jaxft.models.heads import Scorer
+from jaxft.nn.lora import Adapter
+from jaxft.rl import reward_models
+from jaxft.train import export, init, partition, report
+from jaxft.weights import load
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -30,10 +32,10 @@ def base(request, tmp_path_factory):
 
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
-    model = heads.scorer(weights.model_for(str(folder), dtype=jnp.float32))
-    t, mesh = prepare.trained(model, adapter, None), one_device()
-    whole = prepare.load_base(str(folder), t, mesh)
-    whole = {"base": whole, **starts.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
+    model = heads.scorer(load.model_for(str(folder), dtype=jnp.float32))
+    t, mesh = partition.trained(model, adapter, None), one_device()
+    whole = partition.load_base(str(folder), t, mesh)
+    whole = {"base": whole, **init.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
     if adapter and start is None:
         shake = lambda path, x: x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)  # noqa: E731
         whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
@@ -42,7 +44,7 @@ def begun(folder, adapter=SETTINGS, start=None, seed=1):
 
 def saved(t, whole, base, out, adapter=SETTINGS):
     """The folder that a run writes."""
-    run = SimpleNamespace(adapter=adapter, model=heads.scorer(weights.model_for(str(base), dtype=jnp.float32)), weights=str(base))
+    run = SimpleNamespace(adapter=adapter, model=heads.scorer(load.model_for(str(base), dtype=jnp.float32)), weights=str(base))
     return report.export(t, whole, run, tiny_tokenizer(), out)
 
 
@@ -51,7 +53,7 @@ def parts(whole):
 
 
 def scored(t, whole, tokens):
-    return np.asarray(scorer.score(t.model, whole, tokens))
+    return np.asarray(reward_models.score(t.model, whole, tokens))
 
 
 def by_torch(model, tokens):
@@ -73,9 +75,9 @@ def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(ba
     np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
-    again, whole_again = begun(base, prepare.adapter_settings(str(folder), t.model), str(folder))
+    again, whole_again = begun(base, partition.adapter_settings(str(folder), t.model), str(folder))
     jax.tree.map(np.testing.assert_array_equal, parts(whole_again), parts(whole))
-    loaded = scorer.load(str(base), one_device(), folder, dtype=jnp.float32)
+    loaded = reward_models.load(str(base), one_device(), folder, dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -91,7 +93,7 @@ def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
             torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(str(tmp_path))
     tokens = some_tokens()
-    loaded = scorer.load(str(base), one_device(), tmp_path, dtype=jnp.float32)
+    loaded = reward_models.load(str(base), one_device(), tmp_path, dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), by_torch(model, tokens), rtol=1e-5, atol=1e-4)
 
 
@@ -100,7 +102,7 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     t, whole = begun(base, adapter)
     tokens = some_tokens()
     if adapter:
-        folder, model = tmp_path / "merged", heads.scorer(weights.model_for(str(base), dtype=jnp.float32))
+        folder, model = tmp_path / "merged", heads.scorer(load.model_for(str(base), dtype=jnp.float32))
         export.write(folder, export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))), "float32")
     else:
         folder = saved(t, whole, base, tmp_path, None)
@@ -120,29 +122,29 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
 
 def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as_the_reward_model(base, tmp_path):
     t, whole = begun(base)
-    language = weights.model_for(str(base), dtype=jnp.float32)
+    language = load.model_for(str(base), dtype=jnp.float32)
     peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
-    settings = prepare.adapter_settings(str(tmp_path / "sft"), t.model)
+    settings = partition.adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
     np.testing.assert_array_equal(fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"])
     assert fresh["score"].std() > 0.01
     folder = saved(t, whole, base, tmp_path)
     beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
-    policy = prepare.trained(heads.with_scorers(language, beside), None, prepare.patterns(language, None, None, beside))
-    found = starts.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
+    policy = partition.trained(heads.with_scorers(language, beside), None, partition.patterns(language, None, None, beside))
+    found = init.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
-        starts.start_beside(prepare.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
+        init.start_beside(partition.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
         judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
-        frozen = prepare.trained(heads.with_scorers(language, judge), None, None)
-        starts.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
+        frozen = partition.trained(heads.with_scorers(language, judge), None, None)
+        init.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
 
 
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
     t, whole = begun(base)
-    folder, language = saved(t, whole, base, tmp_path), weights.model_for(str(base), dtype=jnp.float32)
+    folder, language = saved(t, whole, base, tmp_path), load.model_for(str(base), dtype=jnp.float32)
     with pytest.raises(ValueError, match="a reward model's adapter, which gives scores and no text"):
         peft_layout.load_adapter(folder, language)
     path, name = folder / "adapter_model.safetensors", "base_model.model.score.weight"

@@ -25,7 +25,7 @@ from jaxft.data.formats import Chat, Completion, Forms, Message
 from jaxft.data.rows import Row
 
 if TYPE_CHECKING:
-    from jaxft.data.pairs import PairRows
+    from jaxft.data.pairs.source import PairRows
 
 FORMS = Forms(
     needed={

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs
 from jaxft.data.pack import Plan, spread
-from jaxft.data.pair_plan import Room
-from jaxft.data.pair_store import TokenisedPairs
+from jaxft.data.pairs.batches import Room
+from jaxft.data.pairs.tokens import TokenisedPairs
 
 
 @dataclass(frozen=True)

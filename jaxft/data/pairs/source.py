@@ -13,11 +13,14 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.batch import Pairs
-from jaxft.data import chat, pack, pair_layout, pair_plan, pair_store
-from jaxft.data.pair_formats import kinds_of
-from jaxft.data.pair_layout import Layout
-from jaxft.data.pair_plan import Room
-from jaxft.data.pair_store import TokenisedPairs
+from jaxft.data import chat, pack
+from jaxft.data.pairs import batches as pair_plan
+from jaxft.data.pairs import layout as pair_layout
+from jaxft.data.pairs import tokens as pair_store
+from jaxft.data.pairs.batches import Room
+from jaxft.data.pairs.formats import kinds_of
+from jaxft.data.pairs.layout import Layout
+from jaxft.data.pairs.tokens import TokenisedPairs
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("pair", "token")

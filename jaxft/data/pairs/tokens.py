@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxft.data import chat, store
+from jaxft.data import cache as store
+from jaxft.data import chat
 from jaxft.data.pack import spread
-from jaxft.data.pair_formats import Pair, kinds_of, normalise_pairs
+from jaxft.data.pairs.formats import Pair, kinds_of, normalise_pairs
 from jaxft.data.rows import Row, read_rows
 
 if TYPE_CHECKING:
-    from jaxft.data.pairs import PairRows
+    from jaxft.data.pairs.source import PairRows
 
 VERSION = ("pairs", 1)  # counts changes to what rows become
 _ARRAYS = {

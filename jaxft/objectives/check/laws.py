@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.objectives.probe import (
+from jaxft.objectives.check.probe import (
     PAIR,
     Check,
     Curve,
@@ -28,9 +28,9 @@ from jaxft.objectives.probe import (
     span,
     together,
 )
-from jaxft.objectives.scored import Coupled, Scored
-from jaxft.objectives.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
-from jaxft.objectives.traits import antisymmetric, difference, lengths, needs, reference
+from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
+from jaxft.objectives.check.traits import antisymmetric, difference, lengths, needs, reference
+from jaxft.objectives.pair import Coupled, Scored
 from jaxft.tree import nearest
 
 CLAIMS = ("antisymmetric", "difference")

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.objectives.scored import Coupled, Scored, unwrap
-from jaxft.objectives.synthetic import PER_TOKEN, TOKENS, in_rows, pairs
+from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs
+from jaxft.objectives.pair import Coupled, Scored, unwrap
 from jaxft.tree import struct
 
 PAIR = ("chosen", "rejected")

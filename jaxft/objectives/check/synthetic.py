@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.objectives.scored import Answer, PerToken, Scored
+from jaxft.objectives.pair import Answer, PerToken, Scored
 
 TOKENS = 16  # of an answer, where nothing else is said
 PER_TOKEN = -1.5  # the reference's log-prob of a token

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.objectives.probe import PAIR, Check, Probe, alike, alone, call, judged, number, probe, same
-from jaxft.objectives.scored import Coupled, Scored
-from jaxft.objectives.synthetic import PER_TOKEN, TOKENS, pairs, varied
+from jaxft.objectives.check.probe import PAIR, Check, Probe, alike, alone, call, judged, number, probe, same
+from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pairs, varied
+from jaxft.objectives.pair import Coupled, Scored
 
 BRIEF, LONG = 8, 64  # tokens of answers that are compared by length
 

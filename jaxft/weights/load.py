@@ -7,9 +7,9 @@ from typing import Any
 from jaxft import tree
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import PRESETS, from_hf
-from jaxft.params import Model, is_spec
-from jaxft.weights import gguf, gguf_tokenizer, hf, hub, leaves
-from jaxft.weights.tensors import Tensors, read_json
+from jaxft.nn.param import Model, is_spec
+from jaxft.weights import gguf, gguf_tokenizer, hf, hub, parameters
+from jaxft.weights.safetensors import Tensors, read_json
 
 MODELS = {"llama": (from_hf, llama)}
 
@@ -52,12 +52,12 @@ def load_base(ref: str, model: Model, store: Callable[[str, Any], Any]) -> dict[
     """
     found = open_leaves(ref, model)
     specs = model.specs.get("base", model.specs)
-    return tree.map_with_path(lambda path, _: store(path, leaves.whole(found[path])), specs, is_leaf=is_spec)
+    return tree.map_with_path(lambda path, _: store(path, parameters.whole(found[path])), specs, is_leaf=is_spec)
 
 
-def open_leaves(ref: str, model: Model) -> dict[str, leaves.Leaf]:
+def open_leaves(ref: str, model: Model) -> dict[str, parameters.Leaf]:
     """The base parameters in the files of `ref` by path, each read when and where it is asked for, names and shapes checked."""
-    return leaves.leaves(open_tensors(ref), model)
+    return parameters.leaves(open_tensors(ref), model)
 
 
 def open_tensors(ref: str) -> Tensors:
