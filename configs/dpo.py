@@ -37,8 +37,11 @@ def config(
     start: str | None = None,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: Literal["auto", "start", "precomputed"] = "auto",  # auto: start, with full=true precomputed; or none
-    moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; every so many steps ref = alpha policy + (1 - alpha) ref
+    reference: Literal[
+        "auto", "start", "precomputed"
+    ] = "auto",  # auto: start, with full=true precomputed; or none
+    moving: tuple[float, int]
+    | None = None,  # TR-DPO: alpha,every; every so many steps ref = alpha policy + (1 - alpha) ref
     lr: float = 1e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 1.0,
@@ -55,7 +58,9 @@ def config(
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
     if moving and reference != "auto":
-        raise ValueError(f"reference={reference} and moving={moving} contradict each other; leave one of them out")
+        raise ValueError(
+            f"reference={reference} and moving={moving} contradict each other; leave one of them out"
+        )
     if full and rank is not None:
         raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
     known: Any = Moving(*moving) if moving else reference
@@ -66,7 +71,9 @@ def config(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=known, reward=reward),
+        objective=partial(
+            preference, loss=partial(loss, beta=beta), beta=beta, reference=known, reward=reward
+        ),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
         adapter=None if full else adapter_of(start, rank, llm),

@@ -55,7 +55,8 @@ def config(
     combine: Callable = weighted_sum,  # of several rewards; sum_of_known lets one leave completions to the others
     judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
     missing_eos: float = 0.0,  # is taken from the score of an answer without an end
-    overlong: int | None = None,  # so many tokens before the limit a score begins to fall, by 1 at the limit (DAPO)
+    overlong: int
+    | None = None,  # so many tokens before the limit a score begins to fall, by 1 at the limit (DAPO)
     advantage: Callable | None = None,  # jaxft.rl.advantages:grpo
     estimate: Callable | None = None,  # in its place
     weigh: Callable = token_mean,
@@ -93,25 +94,35 @@ def config(
     beside: dict[str, Scorer] = {}
     given: tuple[Any, ...] = rewards
     if judge is not None:
-        beside, model_of = as_reward(judge, llm, None if quant in ("none", "kept") else Quant(quant), asked.max_length)
+        beside, model_of = as_reward(
+            judge, llm, None if quant in ("none", "kept") else Quant(quant), asked.max_length
+        )
         given = (*rewards, model_of)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     if advantage and estimate:
         raise ValueError("estimate= stands in the place of advantage=; leave one of them out")
     if loss is plain and asked.steps > 1:
-        raise ValueError(f"plain is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped")
+        raise ValueError(
+            f"plain is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped"
+        )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards takes a beta above 0")
     found = estimate or partial(by_group, advantage=advantage or grpo)
-    shape = partial(bounded, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong))
+    shape = partial(
+        bounded, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong)
+    )
     penalty = InRewards(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     return Run(
         name=name,
         weights=model,
         model=llm,
-        objective=partial(policy, loss=partial(loss, **bounds) if bounds else loss, beta=penalty, temperature=temperature),
+        objective=partial(
+            policy, loss=partial(loss, **bounds) if bounds else loss, beta=penalty, temperature=temperature
+        ),
         data=asked,
-        source=partial(rollouts, rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off)),
+        source=partial(
+            rollouts, rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off)
+        ),
         adapter=adapter_of(start, rank, llm),
         start=start,
         beside=beside,

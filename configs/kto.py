@@ -48,9 +48,18 @@ def config(
     if held_out == "auto":  # of your own rows a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    kto_loss = partial(kto, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    kto_loss = partial(
+        kto, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
     rows = PairRows(
-        data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed, third="mismatched", unpaired=True
+        data,
+        held_out=held_out,
+        batch=batch,
+        max_length=max_length,
+        epochs=epochs,
+        seed=seed,
+        third="mismatched",
+        unpaired=True,
     )
     return Run(
         name=name,

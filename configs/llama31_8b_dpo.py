@@ -49,7 +49,9 @@ def config(
         weights=model,
         model=llm,
         objective=partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=reference),
-        data=PairRows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
+        data=PairRows(
+            data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed
+        ),
         source=pair_source,
         adapter=adapter_of(start, rank, llm),
         start=start,

@@ -39,7 +39,9 @@ def config(
     max_length: int = 4096,
     params: Literal["float32", "bfloat16"] = "float32",  # of what full=true trains
     in_backward: bool = False,  # of full=true: no gradient outlives its update, no clipping; takes micro=1 and remat=full
-    optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_bf16", "adafactor"] = "auto",  # auto: adamw, in full adafactor
+    optimizer: Literal[
+        "auto", "adamw", "adamw_8bit", "adamw_bf16", "adafactor"
+    ] = "auto",  # auto: adamw, in full adafactor
     quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["offload", "pairs", "full", "attention", "projections", "none"] = "attention",
@@ -54,7 +56,9 @@ def config(
         weights=model,
         model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual or dtype)),
         objective=sft,
-        data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
+        data=Rows(
+            data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed
+        ),
         adapter=None if full else Adapter(rank=rank, alpha=2.0 * rank),
         quant=None if quant == "none" else Quant(quant),
         params=params,

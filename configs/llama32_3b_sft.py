@@ -41,7 +41,9 @@ def config(
         weights=model,
         model=model_for(model, dtype=jnp.dtype(dtype), remat=remat, residual=jnp.dtype(residual or dtype)),
         objective=sft,
-        data=Rows(data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed),
+        data=Rows(
+            data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed
+        ),
         adapter=Adapter(rank=rank, alpha=2.0 * rank),
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

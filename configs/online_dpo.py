@@ -63,7 +63,9 @@ def config(
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        beside, judge = as_reward(reward, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new)
+        beside, judge = as_reward(
+            reward, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new
+        )
     return Run(
         name=name,
         weights=model,

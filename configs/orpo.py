@@ -51,7 +51,12 @@ def config(
         weights=model,
         model=llm,
         objective=partial(
-            preference, loss=partial(orpo, beta=beta), reference=None, beta=beta, reward=per_token, extra=orpo_metrics
+            preference,
+            loss=partial(orpo, beta=beta),
+            reference=None,
+            beta=beta,
+            reward=per_token,
+            extra=orpo_metrics,
         ),
         data=rows,
         source=pair_source,

@@ -61,7 +61,9 @@ def critic_of(kind: str, judge: Scorer | None, fresh: Adapter, model: str) -> Sc
     """What the critic has beside the base and the policy."""
     if kind == "reward":
         if judge is None:
-            raise ValueError("critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full")
+            raise ValueError(
+                "critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full"
+            )
         return replace(judge, trained=True)
     return {"shared": Scorer(), "fresh": Scorer(fresh), "full": Scorer(weights=model)}[kind]
 
@@ -78,14 +80,16 @@ def config(
     kl: Callable = k1,  # how the KL in the rewards is estimated: k1, k2 or k3 of jaxft.objectives.kl
     kl_coef: float = 0.05,
     kl_target: float | None = None,  # nats a completion, which an adaptive coefficient keeps to
-    target_kl: float | None = None,  # ends a rollout's passes once the policy is this far from the one that drew
+    target_kl: float
+    | None = None,  # ends a rollout's passes once the policy is this far from the one that drew
     missing_eos: float = 1.0,
     limit: float | None = None,  # holds scores within +-limit
     scale: bool = False,  # divides scores by the standard deviation of all so far
     whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
-    eps: float | None = None,  # how far the ratio may go before the loss holds it, if not as far as the loss says
+    eps: float
+    | None = None,  # how far the ratio may go before the loss holds it, if not as far as the loss says
     value_coef: float = 0.1,
     value_clip: float | None = 0.2,
     entropy: float = 0.0,
@@ -121,7 +125,9 @@ def config(
         beside, judge = as_reward(reward, llm, packed, asked.max_length)
     if critic == "auto":
         critic = "reward" if "reward" in beside else "shared"
-    penalty: Any = FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
+    penalty: Any = (
+        FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
+    )
     rules = Rules(
         (judge,), partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl), token_mean,
         shape=partial(bounded, missing_eos=missing_eos, limit=limit), scale=scaled if scale else None, warm_up=warm_up,

@@ -52,10 +52,14 @@ def config(
     if full and rank is not None:
         raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
     if full and start is not None:
-        raise ValueError(f"start={start} is an adapter's, and full=true has none; go on with a reward model by model=FOLDER")
+        raise ValueError(
+            f"start={start} is an adapter's, and full=true has none; go on with a reward model by model=FOLDER"
+        )
     llm = scorer(model_for(model, dtype=jnp.dtype(dtype), remat=remat))
     extras = () if margin is None else (margin,)
-    rows = PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed, extras=extras)
+    rows = PairRows(
+        data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed, extras=extras
+    )
     return Run(
         name=name,
         weights=model,

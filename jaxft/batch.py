@@ -48,15 +48,23 @@ class Pairs:
     positions: Int[Any, "B T"]
     read: Int[Any, "B M"]
     targets: Int[Any, "B M"]
-    answers: Int[Any, "B M"]  # slot * A + kind of the answer that a read position belongs to; P * A marks padding
+    answers: Int[
+        Any, "B M"
+    ]  # slot * A + kind of the answer that a read position belongs to; P * A marks padding
     places: Int[Any, "B M"]  # 0, 1, ... within the answer
     lengths: Int[Any, "B P A"]  # tokens of each answer, its end-of-turn token included
-    last: Int[Any, "B P A"]  # where in the row the last of them stands, from where a score is read; 0 where it is missing
-    mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's answers of that kind, the same everywhere
+    last: Int[
+        Any, "B P A"
+    ]  # where in the row the last of them stands, from where a score is read; 0 where it is missing
+    mean_lengths: Float[
+        Any, "B P A"
+    ]  # mean over the optimizer batch's answers of that kind, the same everywhere
     pair_weights: Float[Any, "B P"]
     index: Int[Any, "B P"]  # the pair's number among the source's pairs, -1 for an empty slot
     columns: dict[str, Float[Any, "B P"]]  # further numbers of the rows, such as margin
-    reference: Float[Any, "B M"] | None = None  # the reference's log-probs where they were computed beforehand
+    reference: Float[Any, "B M"] | None = (
+        None  # the reference's log-probs where they were computed beforehand
+    )
     branches: Int[Any, "B T"] | None = None
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
 
@@ -75,8 +83,12 @@ class Rollout:
     positions: Int[Any, "B T"]
     read: Int[Any, "B M"]  # as in Tokens: where the model is read, and the token that follows
     targets: Int[Any, "B M"]
-    answers: Int[Any, "B M"]  # which completion of the row (0 .. A-1) a read position belongs to; A marks padding
-    logps: Float[Any, "B M"] | None  # the trainer's when the completions were drawn, at that temperature; None: as it is now
+    answers: Int[
+        Any, "B M"
+    ]  # which completion of the row (0 .. A-1) a read position belongs to; A marks padding
+    logps: (
+        Float[Any, "B M"] | None
+    )  # the trainer's when the completions were drawn, at that temperature; None: as it is now
     advantages: Float[Any, "B M"]
     policy_weights: Float[Any, "B M"]
     lengths: Int[Any, "B A"]  # tokens of each completion, 0 for an empty place
@@ -89,7 +101,9 @@ class Rollout:
 
 def widened(batch: Any, like: Any) -> Any:
     """A batch of NumPy arrays with empty tokens, read positions and slots added up to the shapes of `like`."""
-    wide = jax.tree.map(lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like)
+    wide = jax.tree.map(
+        lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
+    )
     if isinstance(batch, Rollout):
         return replace(wide, answers=_answers(batch, wide, batch.lengths.shape[-1], like.lengths.shape[-1]))
     if not isinstance(batch, Pairs):

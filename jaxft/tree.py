@@ -37,7 +37,9 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, 
 
 def map_with_path(fn: Callable, tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """`fn(path, leaf, *rest_leaves)` over a tree."""
-    return jax.tree_util.tree_map_with_path(lambda k, *leaves: fn(path_of(k), *leaves), tree, *rest, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(
+        lambda k, *leaves: fn(path_of(k), *leaves), tree, *rest, is_leaf=is_leaf
+    )
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> list[str]:
@@ -82,4 +84,6 @@ def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
 
 def combine(*trees: Any) -> Any:
     """Put partitions together: the first tree that has a leaf supplies it."""
-    return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=lambda x: x is None
+    )

@@ -23,13 +23,21 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
     parser.add_argument("--model", help="where the base model comes from, instead of --run")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with --model")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (default bfloat16)")
-    parser.add_argument("--quant", choices=KINDS, help="merge onto the base as quantised so (default as in the run, else none)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (default bfloat16)"
+    )
+    parser.add_argument(
+        "--quant",
+        choices=KINDS,
+        help="merge onto the base as quantised so (default as in the run, else none)",
+    )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="write the linear layers quantised so")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model):
@@ -63,9 +71,13 @@ def main() -> int:
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
     pack = export.Pack(quant.Quant(args.pack)) if args.pack else None
-    lost = export.write(args.out, export.Whole(ref, model, tokenizer, adapter, held, parts.get("score")), args.dtype, pack)
+    lost = export.write(
+        args.out, export.Whole(ref, model, tokenizer, adapter, held, parts.get("score")), args.dtype, pack
+    )
     of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
-    print(f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}")
+    print(
+        f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}"
+    )
     return 0
 
 

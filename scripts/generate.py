@@ -35,7 +35,9 @@ class Source(NamedTuple):
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help=f"where the base model comes from (default {DEFAULT})")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
     parser.add_argument("--run", type=Path, help="a run's folder, instead of --model and --adapter")
@@ -43,13 +45,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--file", help="a file of prompts")
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the prompt")
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token"
+    )
     parser.add_argument("--top-k", type=int, help="sample from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the likeliest tokens that make up this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default the run's, else bfloat16)")
-    parser.add_argument("--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)")
+    parser.add_argument(
+        "--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
     args = parser.parse_args()
     if args.run and (args.model or args.adapter):
@@ -92,7 +100,9 @@ def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> lis
     """Token ids as training saw them. A bare string is a user's message wherever there is a template for it."""
     from jaxft.data.chat import DATE, prompt_ids
 
-    asked = not raw and (tokenizer.chat_template or source.record)  # without one, a run has learned data.chat's plain form
+    asked = not raw and (
+        tokenizer.chat_template or source.record
+    )  # without one, a run has learned data.chat's plain form
     date = source.record["data"]["date"] if source.record else DATE
     out = []
     for prompt in prompts:
@@ -159,7 +169,9 @@ def main() -> int:
             print(json.dumps(answer, ensure_ascii=False))
             continue
         prompt = answer["prompt"]
-        shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        shown = (
+            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        )
         cut = "" if answer["finish"] == "stop" else " [...]"
         print(f"--- prompt\n{shown}\n--- completion\n{answer['completion'].strip()}{cut}\n")
     return 0

@@ -29,14 +29,18 @@ from jaxft.weights import load  # noqa: E402
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", help="a config file; its data and tokenizer are shown")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a config")
     parser.add_argument("--model", help="where the tokenizer comes from, with --data")
     parser.add_argument("--rows", type=int, default=3, help="how many examples to show")
     parser.add_argument("--step", type=int, default=0, help="the batch whose examples are shown")
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="as for train.py; with --data a field of Rows")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="name=value", help="as for train.py; with --data a field of Rows"
+    )
     return parser.parse_args()
 
 
@@ -60,7 +64,9 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
         name, equals, text = item.partition("=")
         name = name.removeprefix("data.")
         if not equals or name not in kinds:
-            raise ValueError(f"found {item!r}, wanted name=value; near: {', '.join(nearest(name, list(kinds)))}")
+            raise ValueError(
+                f"found {item!r}, wanted name=value; near: {', '.join(nearest(name, list(kinds)))}"
+            )
         try:
             values[name] = parse(text, kinds[name])
         except ValueError as error:
@@ -75,7 +81,13 @@ def table(source: Source) -> Table:
         if isinstance(value, dict):
             shown = "  ".join(f"{k} {v:g}" for k, v in value.items())
         else:
-            shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+            shown = (
+                f"{value:.1%}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else str(value)
+            )
         result.add_row(name.replace("_", " "), shown)
     result.add_row("steps", f"{source.steps:,}")
     result.add_row("fingerprint", source.fingerprint)
@@ -85,7 +97,10 @@ def table(source: Source) -> Table:
 def examples(source: Source, step: int):
     """(name, token ids, weight of each as a target) of every example in a batch."""
     batch = source.batch(step)
-    flat = [np.asarray(x).reshape(-1, x.shape[-1]) for x in (batch.ids, batch.segments, batch.read, batch.token_weights)]
+    flat = [
+        np.asarray(x).reshape(-1, x.shape[-1])
+        for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
+    ]
     for ids, segments, read, token_weights, names in zip(*flat, source.names(step), strict=False):
         weight = np.zeros(len(ids) + 1)
         np.add.at(weight, read + 1, token_weights)
@@ -109,9 +124,13 @@ def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> T
     text, top, inside = Text(), weight.max() or 1.0, False
     for number, (piece, w) in enumerate(pieces(tokenizer, ids, weight)):
         if colours:
-            share = w / top - 0.15 * (number % 2)  # neighbours differ a little, so that the tokens can be told apart
+            share = w / top - 0.15 * (
+                number % 2
+            )  # neighbours differ a little, so that the tokens can be told apart
             style = (
-                f"black on rgb({int(150 - 90 * share)},{int(130 + 125 * share)},120)" if w else ("dim", "dim italic")[number % 2]
+                f"black on rgb({int(150 - 90 * share)},{int(130 + 125 * share)},120)"
+                if w
+                else ("dim", "dim italic")[number % 2]
             )
             text.append(piece.replace("\n", "⏎\n"), style)
             continue
@@ -134,8 +153,13 @@ def main() -> None:
         if shown == args.rows:
             break
         learned = int((weight > 0).sum())
-        console.rule(f"{name}: {len(ids)} tokens, {learned} learned, weight {weight.sum():.4f} of the batch", align="left")
-        console.print(coloured(tokenizer, ids, weight, console.is_terminal), soft_wrap=not console.is_terminal)
+        console.rule(
+            f"{name}: {len(ids)} tokens, {learned} learned, weight {weight.sum():.4f} of the batch",
+            align="left",
+        )
+        console.print(
+            coloured(tokenizer, ids, weight, console.is_terminal), soft_wrap=not console.is_terminal
+        )
 
 
 if __name__ == "__main__":

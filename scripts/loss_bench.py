@@ -55,15 +55,33 @@ class Loss:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", action="append", required=True, help="a loss to look at, with its knobs: file.py:name,beta=0.2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--loss",
+        action="append",
+        required=True,
+        help="a loss to look at, with its knobs: file.py:name,beta=0.2",
+    )
     parser.add_argument("--against", nargs="*", default=["dpo"], help="losses to compare with (default: dpo)")
-    parser.add_argument("--claims", nargs="*", default=[], help=f"laws that each --loss has to obey: {', '.join(CLAIMS)}")
-    parser.add_argument("--columns", nargs="*", default=[], help="further columns of the rows that a loss reads; they are 0 here")
+    parser.add_argument(
+        "--claims", nargs="*", default=[], help=f"laws that each --loss has to obey: {', '.join(CLAIMS)}"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="*",
+        default=[],
+        help="further columns of the rows that a loss reads; they are 0 here",
+    )
     parser.add_argument("--only-look", action="store_true", help="checks and curves, no run")
-    parser.add_argument("--config", default="configs/dpo.py", help="the run to try each loss in (default: configs/dpo.py)")
+    parser.add_argument(
+        "--config", default="configs/dpo.py", help="the run to try each loss in (default: configs/dpo.py)"
+    )
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4"
+    )
     parser.add_argument("--out", default="runs/loss_bench", type=Path, help="the folder of the pictures")
     return parser.parse_args()
 
@@ -106,14 +124,20 @@ def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
         hints = typing.get_type_hints(inspect.unwrap(fn))
     except (NameError, TypeError):  # an annotation that can't be read says as much as none
         hints = {}
-    return {p.name: (hints.get(p.name, BARE), p.default) for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {
+        p.name: (hints.get(p.name, BARE), p.default)
+        for p in named
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
 
 
 def value(item: str, text: str, kind: Any, default: Any) -> Any:
     """A knob's value from text, of the type of its annotation or else of its default."""
     if kind in (BARE, Any):
         if default is BARE or default is None:
-            raise ValueError(f"{item}: neither an annotation nor a default shows its type; annotate it in the loss")
+            raise ValueError(
+                f"{item}: neither an annotation nor a default shows its type; annotate it in the loss"
+            )
         kind = Callable if callable(default) else type(default)
         kind = int | float if kind is int else kind  # beta=1 by default is no reason to refuse 0.5
     try:
@@ -157,7 +181,11 @@ def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
 
 def line_of(error: ValueError, file: Path) -> str:
     """The error, and the line of the loss's file that it came from."""
-    found = re.search(r" \(line \d+\)$", told(error.__cause__, file)) if isinstance(error.__cause__, Exception) else None
+    found = (
+        re.search(r" \(line \d+\)$", told(error.__cause__, file))
+        if isinstance(error.__cause__, Exception)
+        else None
+    )
     return f"{error}{found[0] if found else ''}"
 
 
@@ -193,11 +221,16 @@ def show(console: Console, label: str, checks: Sequence[Check]) -> None:
 
 def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarray]], str]:
     """Curves that share an axis, and what was done for it: where sizes differ much, each label's are divided by their largest."""
-    most = {label: max(float(np.abs(y[np.isfinite(y)]).max(initial=0)) for y in ys) for label, ys in curves.items()}
+    most = {
+        label: max(float(np.abs(y[np.isfinite(y)]).max(initial=0)) for y in ys)
+        for label, ys in curves.items()
+    }
     sizes = [x for x in most.values() if x > 0]
     if not sizes or max(sizes) < 10 * min(sizes):
         return curves, ""
-    return {label: [y / (most[label] or 1) for y in ys] for label, ys in curves.items()}, ", each over its largest"
+    return {
+        label: [y / (most[label] or 1) for y in ys] for label, ys in curves.items()
+    }, ", each over its largest"
 
 
 def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]]) -> Panel:
@@ -215,8 +248,12 @@ def picture(path: Path, probes: Sequence[Probe]) -> None:
     reach = min(3 * reach, max(reach, *(span(p) for p in probes)))
     seen = {p.name: curve(p, reach) for p in probes}
     rest = {p.name: dict.fromkeys(p.kinds[2:], BRIEF) for p in probes}
-    long = {p.name: curve(p, reach, {"chosen": LONG, "rejected": BRIEF, **rest[p.name]}).value for p in probes}
-    brief = {p.name: curve(p, reach, {"chosen": BRIEF, "rejected": LONG, **rest[p.name]}).value for p in probes}
+    long = {
+        p.name: curve(p, reach, {"chosen": LONG, "rejected": BRIEF, **rest[p.name]}).value for p in probes
+    }
+    brief = {
+        p.name: curve(p, reach, {"chosen": BRIEF, "rejected": LONG, **rest[p.name]}).value for p in probes
+    }
     panels = [
         panel("value", "loss", {k: (c, [c.value]) for k, c in seen.items()}),
         panel(
@@ -230,15 +267,23 @@ def picture(path: Path, probes: Sequence[Probe]) -> None:
             {k: (c, [long[k], brief[k]]) for k, c in seen.items()},
         ),
     ]
-    draw(path, panels, f"{probes[0].name}: pairs of {BRIEF} tokens, half the margin gained by chosen, half lost by rejected")
+    draw(
+        path,
+        panels,
+        f"{probes[0].name}: pairs of {BRIEF} tokens, half the margin gained by chosen, half lost by rejected",
+    )
 
 
-def look(mine: Sequence[Loss], others: Sequence[Loss], args: argparse.Namespace) -> tuple[bool, dict[str, Probe]]:
+def look(
+    mine: Sequence[Loss], others: Sequence[Loss], args: argparse.Namespace
+) -> tuple[bool, dict[str, Probe]]:
     """Show the checks of all losses and draw a picture of each of mine beside the others.
 
     Returns whether no check of mine fails, and the losses that give one value a pair.
     """
-    console = Console(file=sys.stdout, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(
+        file=sys.stdout, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH
+    )
     probes, failed = dict[str, Probe](), False
     for loss in (*mine, *others):
         probes[loss.label], checks = analyse(loss, args.claims if loss in mine else (), args.columns)
@@ -271,11 +316,15 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
 
     run = config.load(args.config, args.set)
     for text in args.set:
-        _check_setting(text, describe(run), describe(config.load(args.config, [t for t in args.set if t != text])))
+        _check_setting(
+            text, describe(run), describe(config.load(args.config, [t for t in args.set if t != text]))
+        )
     run = replace(run, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2)))
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
-        raise ValueError(f"some losses want a third answer {' and some '.join(sorted(thirds))}; try them in two runs")
+        raise ValueError(
+            f"some losses want a third answer {' and some '.join(sorted(thirds))}; try them in two runs"
+        )
     looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
     data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=extras)
@@ -284,17 +333,28 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
         name = file_name(loss.label)
         goal = partial(objective, loss=loss.fn, beta=beta_of(loss), reference=reference_of(run))
         runs[name] = replace(run, name=name, objective=goal, data=data)
-    told = [{name: describe(r) for name, r in runs.items()}, content_of(data.train), content_of(data.held_out)]
+    told = [
+        {name: describe(r) for name, r in runs.items()},
+        content_of(data.train),
+        content_of(data.held_out),
+    ]
     known = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-    print(f"\na run of {run.loop.steps} steps with each loss, together on {run.weights}; it takes a few minutes", flush=True)
+    print(
+        f"\na run of {run.loop.steps} steps with each loss, together on {run.weights}; it takes a few minutes",
+        flush=True,
+    )
     return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
     """Raise ValueError for a setting of the config's own loss, which the losses at hand replace."""
     found = differences(without, with_it)
-    if text.startswith(("name=", "run.name=")) or (found and all(line.startswith("objective") for line in found)):
-        raise ValueError(f"--set {text} would change nothing here: the losses replace the config's; write a knob behind its loss")
+    if text.startswith(("name=", "run.name=")) or (
+        found and all(line.startswith("objective") for line in found)
+    ):
+        raise ValueError(
+            f"--set {text} would change nothing here: the losses replace the config's; write a knob behind its loss"
+        )
 
 
 def content_of(place: Any) -> str | None:

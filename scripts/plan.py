@@ -28,13 +28,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
-    parser.add_argument("--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared")
+    parser.add_argument(
+        "--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line a plan, in bytes and seconds")
     parser.add_argument("--train-only", action="store_true", help="compile only what trains")
     parser.add_argument("--quick", action="store_true", help="for TPUs: compile in a tenth of the time")
-    parser.add_argument("--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one")
+    parser.add_argument(
+        "--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one"
+    )
     parser.add_argument("--most", type=int, default=12, help="programs that a search compiles at most")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser.parse_intermixed_args()
@@ -52,7 +58,9 @@ def main() -> int:
     names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
     if not names:
-        raise ValueError(f"--devices names no machine; found {' '.join(args.devices)}, wanted one such as h100:8 before it")
+        raise ValueError(
+            f"--devices names no machine; found {' '.join(args.devices)}, wanted one such as h100:8 before it"
+        )
     found: list[plan.Plan] = []
     code = 0
     for name in names:
@@ -63,13 +71,19 @@ def main() -> int:
             command = search.Command(load, given, config.knob_names(args.config))
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             tried = search.search(command, machine, args.most, say)
-            print(json.dumps([t.json(command) for t in tried]) if args.json else search.words(tried, command), flush=True)
+            print(
+                json.dumps([t.json(command) for t in tried]) if args.json else search.words(tried, command),
+                flush=True,
+            )
             code = code if search.found(tried) else 1
             continue
         wanted = programs.steps if args.train_only or len(names) > 1 else programs.every
         each = plan.plans(config.load(args.config, given), machine, wanted)
         found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
-        print(json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]), flush=True)
+        print(
+            json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]),
+            flush=True,
+        )
         if len(each) > 1 and not args.json:
             print(plan_text.together(each), flush=True)
     if len(found) > 1 and not args.json:

@@ -26,17 +26,33 @@ KINDS = ("int8", "int4", "nf4", "fp4", "affine4")
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="where the model comes from")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--kind", choices=KINDS, default="nf4", help="the form (default nf4)")
-    parser.add_argument("--block", type=int, help="inputs that share a scale (default the kind's usual number)")
-    parser.add_argument("--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)")
-    parser.add_argument("--calibrate", metavar="ROWS", help="rows to round for: a file, a folder or a hub dataset")
+    parser.add_argument(
+        "--block", type=int, help="inputs that share a scale (default the kind's usual number)"
+    )
+    parser.add_argument(
+        "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="ROWS", help="rows to round for: a file, a folder or a hub dataset"
+    )
     parser.add_argument("--columns", help="their names, where they differ: prompt=question,completion=answer")
-    parser.add_argument("--tokens", type=int, default=16384, help="of these rows, how many to look at (default 16384)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row of them (default 512)")
-    parser.add_argument("--targets", default="all-linear", help="a regular expression over parameter paths (default all-linear)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="of these rows, how many to look at (default 16384)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="tokens of a packed row of them (default 512)"
+    )
+    parser.add_argument(
+        "--targets",
+        default="all-linear",
+        help="a regular expression over parameter paths (default all-linear)",
+    )
     return parser.parse_args()
 
 
@@ -57,12 +73,16 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     from jaxft.weights import gptq
 
     if args.tokens < args.max_length:
-        raise ValueError(f"--tokens {args.tokens} is less than one row of --max-length {args.max_length}; raise it")
+        raise ValueError(
+            f"--tokens {args.tokens} is less than one row of --max-length {args.max_length}; raise it"
+        )
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         shards = sharding.row_shards(mesh)
         columns = tuple(args.columns.split(",")) if args.columns else ()
-        rows = Rows(args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4)
+        rows = Rows(
+            args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4
+        )
         source = sft_source(rows, tokenizer, shards=shards)
         base = partition.load_frozen(args.model, model, mesh)
         paths = [path for path in partition.packed_paths(model.specs, quant) if path.startswith("layers/")]
@@ -74,7 +94,9 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
                 say(f"looking at batch {step + 1} of {steps}")
                 yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None))
 
-        return gptq.moments(model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0])
+        return gptq.moments(
+            model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]
+        )
 
 
 def main() -> int:

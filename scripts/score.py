@@ -20,15 +20,28 @@ KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, help="a reward run's folder")
-    parser.add_argument("--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run")
+    parser.add_argument(
+        "--model", help="a sequence classifier's folder or, with --adapter, its base, instead of --run"
+    )
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
     parser.add_argument("--file", required=True, help="preference rows")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and an answer (default 1024)")
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of a prompt and an answer (default 1024)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="pairs at a time (default 8)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in (default bfloat16)")
-    parser.add_argument("--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="to compute in (default bfloat16)",
+    )
+    parser.add_argument(
+        "--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a pair on stdout")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model) or (args.run and args.adapter):
@@ -57,11 +70,15 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = pair_source(rows, tokenizer, shards=sharding.row_shards(mesh))
-    loaded = reward_models.load(ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype))
+    loaded = reward_models.load(
+        ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype)
+    )
     found: dict[int, tuple[float, float]] = {}
     with jax.set_mesh(mesh):
         objective = reward(loaded.model)
-        see = jax.jit(lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {}))
+        see = jax.jit(
+            lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {})
+        )
         for batch in source.cover(range(source.pairs)):
             batch = batch if loaded.pad is None else reward_models.read_before(batch, loaded.pad)
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
@@ -79,9 +96,14 @@ def main() -> int:
         if args.json:
             print(json.dumps({"pair": number, "chosen": chosen, "rejected": rejected}))
         else:
-            print(f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {'' if chosen > rejected else 'lost'}")
+            print(
+                f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {'' if chosen > rejected else 'lost'}"
+            )
     won = sum(chosen > rejected for chosen, rejected in found.values())
-    print(f"the chosen answer has the higher reward in {won} of {len(found)} pairs ({won / len(found):.2f})", file=sys.stderr)
+    print(
+        f"the chosen answer has the higher reward in {won} of {len(found)} pairs ({won / len(found):.2f})",
+        file=sys.stderr,
+    )
     return 0
 
 

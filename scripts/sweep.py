@@ -22,12 +22,22 @@ MOST = 64  # more runs than this is most likely a mistake
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
-    parser.add_argument("--over", action="append", required=True, metavar="KNOB=A,B,...", help="a knob and its values")
-    parser.add_argument("--together", action="store_true", help="take the first values of all knobs, then the second ones, ...")
+    parser.add_argument(
+        "--over", action="append", required=True, metavar="KNOB=A,B,...", help="a knob and its values"
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="take the first values of all knobs, then the second ones, ...",
+    )
     parser.add_argument("--name", help="the sweep's folder in runs/; by default <config>-<knobs>")
-    parser.add_argument("--at-once", type=int, default=1, help="adapters in one forward pass, a divisor of their number")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="adapters in one forward pass, a divisor of their number"
+    )
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, the same for all")
     return parser
 
@@ -52,7 +62,9 @@ def values(over: list[str], together: bool) -> list[list[str]]:
     rows = zip(*knobs.values(), strict=True) if together else itertools.product(*knobs.values())
     found = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
     if len(found) > MOST:
-        raise ValueError(f"that is {len(found)} runs at once, more than {MOST}; leave some values out, or use --together")
+        raise ValueError(
+            f"that is {len(found)} runs at once, more than {MOST}; leave some values out, or use --together"
+        )
     return found
 
 
@@ -77,13 +89,19 @@ def main() -> int:
     processes.refuse_several("a sweep")
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
-        raise ValueError("a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out")
-    name = args.name or "-".join([Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])])
+        raise ValueError(
+            "a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out"
+        )
+    name = args.name or "-".join(
+        [Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])]
+    )
     runs = {}
     for row in rows:
         run = config.load(args.config, [*args.overrides, *row])
         if not isinstance(run, loop.Run):
-            raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run")
+            raise ValueError(
+                f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run"
+            )
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return sweep.run(runs, name, at_once=args.at_once)

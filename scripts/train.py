@@ -13,10 +13,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and planned memory, then end")
-    parser.add_argument("-h", "--help", action="store_true", help="with --config, list the config's knobs too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print settings, parameters and planned memory, then end"
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="with --config, list the config's knobs too"
+    )
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser
 
@@ -39,7 +47,9 @@ def main() -> int:
 
     run = config.load(args.config, args.overrides)
     if not isinstance(run, loop.Run):
-        raise ValueError(f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run")
+        raise ValueError(
+            f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run"
+        )
     if args.dry_run:
         from jaxft.plan import text
 

@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each layer imports itself and what stands above it here. A package stands for its modules.
 LAYERS = (
-    {"tree", "batch", "quant", "quant_formats", "metrics", "devices", "hlo", "traffic", "machines", "roofline"},
+    {
+        "tree",
+        "batch",
+        "quant",
+        "quant_formats",
+        "metrics",
+        "devices",
+        "hlo",
+        "traffic",
+        "machines",
+        "roofline",
+    },
     {"sharding", "params", "agree", "manifest", "readback", "ending", "launch", "distributed", "watchdog"},
     {"nn", "attention", "flash", "lora", "consumed"},
     {"models", "objectives", "data"},  # never one another
@@ -91,7 +102,9 @@ def imports(file):
 @functools.cache
 def attributes(file):
     """Every dotted chain of names in a file: "jax.sharding.Mesh"."""
-    return {ast.unparse(node) for node in ast.walk(parsed(file)) if isinstance(node, ast.Attribute | ast.Name)}
+    return {
+        ast.unparse(node) for node in ast.walk(parsed(file)) if isinstance(node, ast.Attribute | ast.Name)
+    }
 
 
 def within(name, *packages):
@@ -124,7 +137,9 @@ def test_only_configs_meet_a_model_and_an_objective(file):
 @pytest.mark.parametrize("file", [*MODULES, *EDGES], **named)
 def test_what_is_never_imported(file):
     for name in imports(file):
-        assert not within(name, "torch", "pickle", "cloudpickle", "dill", "joblib", "jax._src", "jax.experimental.pjit"), name
+        assert not within(
+            name, "torch", "pickle", "cloudpickle", "dill", "joblib", "jax._src", "jax.experimental.pjit"
+        ), name
         assert not within(name, "flax") or within(name, "flax.struct", "flax.linen"), name
     for name in attributes(file):
         assert "._src" not in name and ".nnx" not in name
@@ -138,23 +153,33 @@ def test_what_is_never_imported(file):
 def test_only_sharding_writes_a_partition_spec(file):
     if file.name == "sharding.py":
         assert "jax.sharding.PartitionSpec" in imports(file)
-        assert not [name for name in attributes(file) if name.endswith((".platform", "default_backend", "device_kind"))]
+        assert not [
+            name
+            for name in attributes(file)
+            if name.endswith((".platform", "default_backend", "device_kind"))
+        ]
         return
     names = {*imports(file), *attributes(file)}
-    assert not [name for name in names if name.split(".")[-1] in ("PartitionSpec", "NamedSharding") or name == "jax.P"]
+    assert not [
+        name for name in names if name.split(".")[-1] in ("PartitionSpec", "NamedSharding") or name == "jax.P"
+    ]
 
 
 @pytest.mark.parametrize("file", MODULES, **named)
 def test_only_data_and_weights_know_tokenizers_and_file_formats(file):
     theirs = ("transformers", "tokenizers", "safetensors", "gguf", "datasets", "jinja2")
-    assert part_of(file) in ("data", "weights") or not [name for name in imports(file) if within(name, *theirs)]
+    assert part_of(file) in ("data", "weights") or not [
+        name for name in imports(file) if within(name, *theirs)
+    ]
 
 
 @pytest.mark.parametrize("file", MODULES, **named)
 def test_importing_sets_nothing(file):
     for node in parsed(file).body:
         if isinstance(node, ast.Expr):
-            fine = isinstance(node.value, ast.Constant) or ".defvjp(" in ast.unparse(node)  # docstrings, derivative rules
+            fine = isinstance(node.value, ast.Constant) or ".defvjp(" in ast.unparse(
+                node
+            )  # docstrings, derivative rules
             assert fine, f"line {node.lineno}: a statement that runs at import"
 
 
@@ -183,7 +208,10 @@ print("all imported")
 
 
 def test_every_module_config_and_script_imports_without_torch_and_starts_no_backend(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+    }
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "llama"}')
     command = [sys.executable, "-W", "error:::jaxft", "-c", ALL, str(ROOT), str(tmp_path / "folder")]

@@ -104,7 +104,9 @@ def test_a_gradient_and_an_optimizer_see_the_trainable_leaves_only():
 def test_a_packed_leaf_is_split_as_one_and_comes_back():
     model = llama(CONFIG, jnp.bfloat16)
     t = prepare.trained(model, Adapter(rank=2), "adapter/.*|base/final_norm")
-    whole = jax.tree.map(lambda s: jnp.ones(s.shape, jnp.bfloat16), t.specs, is_leaf=lambda s: hasattr(s, "axes"))
+    whole = jax.tree.map(
+        lambda s: jnp.ones(s.shape, jnp.bfloat16), t.specs, is_leaf=lambda s: hasattr(s, "axes")
+    )
     whole["base"]["layers"]["attn"]["q"] = quantize(whole["base"]["layers"]["attn"]["q"], "bits")
     trainable, frozen = prepare.split(t, whole)
     assert isinstance(frozen["base"]["layers"]["attn"]["q"], QTensor)

@@ -67,7 +67,9 @@ def tokenised(ref: str, rows: "Rows", tokenizer: Any, cache: Path | None = None)
         stored = _tokenise(found, rows, tokenizer)
         state = save(path, stored) or state
     if not len(stored["kept"]):
-        raise ValueError(f"{ref}: all {len(found)} rows were dropped, longer than data.max_length={rows.max_length}; raise it")
+        raise ValueError(
+            f"{ref}: all {len(found)} rows were dropped, longer than data.max_length={rows.max_length}; raise it"
+        )
     names = tuple(found[i].name for i in stored["kept"])
     return Tokenised(**stored, names=names, dropped=len(found) - len(names), cache=state)
 
@@ -102,7 +104,11 @@ def key_of(found: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) 
     """A hash of rows, tokenizer, template, settings and the version of the code that reads them."""
     digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else type(tokenizer).__name__
+    backend = (
+        tokenizer.backend_tokenizer.to_str()
+        if getattr(tokenizer, "is_fast", False)
+        else type(tokenizer).__name__
+    )
     for part in (version, settings, special, getattr(tokenizer, "chat_template", None), backend):
         digest.update(json.dumps(part, default=str).encode() + b"\0")
     for row in found:
@@ -135,15 +141,21 @@ def _tokenise(found: Sequence[Row], rows: "Rows", tokenizer: Any) -> dict[str, n
 
 def _check(name: str, learned: np.ndarray, rows: "Rows") -> None:
     if not learned.any():
-        raise ValueError(f"{name}: empty loss mask, no token to learn with data.loss_on={rows.loss_on}; fix or remove the row")
+        raise ValueError(
+            f"{name}: empty loss mask, no token to learn with data.loss_on={rows.loss_on}; fix or remove the row"
+        )
     if len(learned) <= rows.max_length:
         return
     advice = "raise data.max_length or set data.too_long=drop"
     if not learned[: rows.max_length].any():
         at = int(learned.argmax())
-        raise ValueError(f"{name}: the prompt has {at} tokens and data.max_length={rows.max_length} leaves no answer; {advice}")
+        raise ValueError(
+            f"{name}: the prompt has {at} tokens and data.max_length={rows.max_length} leaves no answer; {advice}"
+        )
     if rows.too_long == "error":
-        raise ValueError(f"{name}: {len(learned)} tokens, more than data.max_length={rows.max_length}; {advice} or truncate")
+        raise ValueError(
+            f"{name}: {len(learned)} tokens, more than data.max_length={rows.max_length}; {advice} or truncate"
+        )
 
 
 def _sound(stored: dict[str, np.ndarray], count: int) -> bool:
@@ -158,7 +170,10 @@ def load(path: Path, dtypes: dict[str, Any], sound: Callable) -> tuple[dict[str,
     if not path.exists():
         return None, "built"
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
+        with (
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):  # the zip's checksums find flipped bits
             stored = {name: arrays[name] for name in dtypes}
         fine = all(stored[name].dtype == dtype for name, dtype in dtypes.items()) and sound(stored)
         return (stored, "found") if fine else (None, "rebuilt")
@@ -168,7 +183,9 @@ def load(path: Path, dtypes: dict[str, Any], sound: Callable) -> tuple[dict[str,
 
 def save(path: Path, stored: Any) -> str | None:
     """Write under another name and rename, so that no reader sees half a file. A cache that can't be written is only slower."""
-    temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # of one of many hosts that share the folder
+    temporary = path.with_suffix(
+        f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    )  # of one of many hosts that share the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -66,7 +66,9 @@ def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
         raise ValueError(f"data.date={date!r}; wanted a day like {DATE!r}") from error
     source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
     bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)), "", None)
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
+        tokenizer.all_special_tokens
+    )
     try:
         opening = _opening(bare)
         ends = special - _openers(bare, special, opening)
@@ -90,7 +92,10 @@ def _opening(bare: Template) -> str:
 def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
     """Special tokens that open a turn: those of the generation prompt, and those between an answer and the next question
     that don't stand behind a last answer too."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "Qx7w"), ("assistant", "Zk9y"), ("user", "Jv5u"))]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "Qx7w"), ("assistant", "Zk9y"), ("user", "Jv5u"))
+    ]
     find = re.compile(_any_of(special)).findall
     behind = find(_render(bare, turns[:2]).split("Zk9y")[1])
     between = find(_render(bare, turns).split("Zk9y")[1].split("Jv5u")[0])
@@ -105,7 +110,9 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
         case Completion(name, prompt, completion):
             text = prompt + completion
-            return Rendered(name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True)
+            return Rendered(
+                name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True
+            )
         case Chat() if template is not None:
             return _render_chat(example, template, loss_on)
         case Chat(name, messages, answer, plain=True):
@@ -123,13 +130,17 @@ def tokenise(
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
     """(token ids, learned?) of each example in order, untruncated."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("loss masks need character offsets: found a slow tokenizer, wanted a fast one (tokenizer.json)")
+        raise ValueError(
+            "loss masks need character offsets: found a slow tokenizer, wanted a fast one (tokenizer.json)"
+        )
     template = template_of(tokenizer, date)
     for at in range(0, len(examples), 1024):
         rendered = [render(example, template, loss_on) for example in examples[at : at + 1024]]
         begins = [r.begin and not _has_bos(r.text, tokenizer) for r in rendered]
         encoded = {
-            flag: _encode([r.text for r, begin in zip(rendered, begins, strict=True) if begin is flag], tokenizer, flag)
+            flag: _encode(
+                [r.text for r, begin in zip(rendered, begins, strict=True) if begin is flag], tokenizer, flag
+            )
             for flag in (True, False)
         }
         for r, begin in zip(rendered, begins, strict=True):
@@ -154,7 +165,9 @@ def prompts(examples: Sequence[Completion | Chat], tokenizer: Any, date: str = D
             yield _chat_ids(example.messages[: example.answer], example.tools, tokenizer, template)
         except (jinja2.TemplateError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{example.name}: the chat template refuses the prompt without an answer: {reason}") from error
+            raise ValueError(
+                f"{example.name}: the chat template refuses the prompt without an answer: {reason}"
+            ) from error
 
 
 def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
@@ -163,7 +176,9 @@ def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _chat_ids(messages: Sequence[Message], tools: list | None, tokenizer: Any, template: Template | None) -> list[int]:
+def _chat_ids(
+    messages: Sequence[Message], tools: list | None, tokenizer: Any, template: Template | None
+) -> list[int]:
     if template is None:
         return _plain_ids(fallback_prompt(messages), tokenizer)
     return tokenizer(_render(template, messages, tools, generation=True), add_special_tokens=False).input_ids
@@ -201,14 +216,20 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
         learned[:] = True
     if r.end:
         if eos is None:
-            raise ValueError(f"{r.name}: plain text ends with EOS and the tokenizer has none; set its eos_token")
-        if not (r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0):  # some tokenizers add EOS themselves
+            raise ValueError(
+                f"{r.name}: plain text ends with EOS and the tokenizer has none; set its eos_token"
+            )
+        if not (
+            r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
+        ):  # some tokenizers add EOS themselves
             ids, learned = [*ids, eos], np.append(learned, True)
         learned[-1] = True
     return np.asarray(ids, np.int32), learned
 
 
-def _render(template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False) -> str:
+def _render(
+    template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
+) -> str:
     return template.tokenizer.apply_chat_template(
         list(messages), tools=tools, chat_template=template.source, tokenize=False, add_generation_prompt=generation,
         date_string=template.date,
@@ -235,8 +256,13 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
             text = _render(template, chat.messages, chat.tools)
             learned = [_turn(template, chat, text, i) for i in wanted]
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"{chat.name}: the chat template refuses the row: {str(error).splitlines()[0]}") from error
-    bare = [template.closing.sub("", text[start:end]) if template.closing else text[start:end] for start, end in learned]
+        raise ValueError(
+            f"{chat.name}: the chat template refuses the row: {str(error).splitlines()[0]}"
+        ) from error
+    bare = [
+        template.closing.sub("", text[start:end]) if template.closing else text[start:end]
+        for start, end in learned
+    ]
     if not any(map(str.strip, bare)):
         raise ValueError(
             f"{chat.name}: empty loss mask, the chat template shows nothing of the answer; use another model's tokenizer"
@@ -264,7 +290,10 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
     message = chat.messages[index]
     start = _start(template, chat, text, index)
     if start is not None and "tool_calls" not in message:
-        for content, at in ((message["content"], start), (message["content"].strip(), start + _space(text, start))):
+        for content, at in (
+            (message["content"], start),
+            (message["content"].strip(), start + _space(text, start)),
+        ):
             end = _close(template, text, at + len(content)) if text.startswith(content, at) else None
             if end is not None:
                 return start, end

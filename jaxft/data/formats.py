@@ -19,7 +19,9 @@ from typing import Any
 from jaxft.data.rows import Row
 from jaxft.tree import nearest
 
-FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # format -> its columns; a tuple lists spellings of one column
+FORMATS: dict[
+    str, tuple[tuple[str, ...], ...]
+] = {  # format -> its columns; a tuple lists spellings of one column
     "text": (("text",),),
     "messages": (("messages",),),
     "prompt-completion": (("prompt",), ("completion",)),
@@ -98,7 +100,9 @@ def normalise(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] 
     return [_example(row, chosen) for row in renamed]
 
 
-def decided(rows: Sequence[Row], format: str, columns: Sequence[str], forms: Forms) -> tuple[str, Iterator[Row]]:
+def decided(
+    rows: Sequence[Row], format: str, columns: Sequence[str], forms: Forms
+) -> tuple[str, Iterator[Row]]:
     """The name of the format, and the rows under our names of columns, each with all that the format needs."""
     mapping = _mapping(columns, forms)
     first = _rename(rows[0], mapping, forms)
@@ -110,12 +114,15 @@ def decided(rows: Sequence[Row], format: str, columns: Sequence[str], forms: For
 
 def accepted(forms: Forms = SFT) -> str:
     """The formats and their columns in one line, for messages."""
-    return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in forms.needed.items())
+    return "; ".join(
+        f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in forms.needed.items()
+    )
 
 
 def _mapping(columns: Sequence[str], forms: Forms) -> dict[str, str]:
     known = sorted(
-        {c for group in forms.needed.values() for names in group for c in names} | {c for o in forms.optional.values() for c in o}
+        {c for group in forms.needed.values() for names in group for c in names}
+        | {c for o in forms.optional.values() for c in o}
     )
     mapping: dict[str, str] = {}
     for item in columns:
@@ -123,7 +130,9 @@ def _mapping(columns: Sequence[str], forms: Forms) -> dict[str, str]:
         if not (ours and equals and theirs):
             raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
         if ours not in known:
-            raise ValueError(f"data.columns: {item!r} maps to unknown column {ours!r}; near: {', '.join(nearest(ours, known))}")
+            raise ValueError(
+                f"data.columns: {item!r} maps to unknown column {ours!r}; near: {', '.join(nearest(ours, known))}"
+            )
         if ours in mapping:
             raise ValueError(f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}")
         mapping[ours] = theirs
@@ -136,8 +145,12 @@ def _rename(row: Row, mapping: dict[str, str], forms: Forms) -> Row:
     for ours, theirs in mapping.items():
         if theirs not in row.fields and not any(ours in extra for extra in forms.optional.values()):
             found = ", ".join(map(str, row.fields))
-            raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
-    spellings = {c for group in forms.needed.values() for names in group if set(names) & set(mapping) for c in names}
+            raise ValueError(
+                f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}"
+            )
+    spellings = {
+        c for group in forms.needed.values() for names in group if set(names) & set(mapping) for c in names
+    }
     kept = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
     return Row(row.name, kept | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
@@ -158,8 +171,12 @@ def _detect(row: Row, mapped: set[str], forms: Forms) -> str:
         return fits[0]
     found = ", ".join(map(str, row.fields))
     if fits:
-        raise ValueError(f"{row.name}: columns fit {' and '.join(fits)}; set data.format to one of them; found columns: {found}")
-    raise ValueError(f"{row.name}: found columns: {found}; wanted {accepted(forms)}; map them with data.columns={forms.example}")
+        raise ValueError(
+            f"{row.name}: columns fit {' and '.join(fits)}; set data.format to one of them; found columns: {found}"
+        )
+    raise ValueError(
+        f"{row.name}: found columns: {found}; wanted {accepted(forms)}; map them with data.columns={forms.example}"
+    )
 
 
 def _complete(row: Row, format: str, forms: Forms) -> Row:
@@ -202,7 +219,9 @@ def _encodable(row: Row, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{row.name}: column {column!r} holds half a character ({error.reason}); repair the text") from error
+        raise ValueError(
+            f"{row.name}: column {column!r} holds half a character ({error.reason}); repair the text"
+        ) from error
 
 
 def parsed(row: Row, column: str) -> Any:
@@ -213,7 +232,9 @@ def parsed(row: Row, column: str) -> Any:
             found = json.loads(value)
         except json.JSONDecodeError:
             return value
-        return found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
+        return (
+            found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
+        )
     return value
 
 
@@ -221,7 +242,9 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"{row.name}: {column}[{index}] has content of type {type(content).__name__}, wanted a string")
+        raise ValueError(
+            f"{row.name}: {column}[{index}] has content of type {type(content).__name__}, wanted a string"
+        )
     if content:
         _encodable(row, column, content)
     return content
@@ -232,13 +255,21 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
     value = parsed(row, column)
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
-        raise ValueError(f"{row.name}: column {column!r} is {what}, wanted a list of {{{role!r}, {content!r}}} objects")
+        raise ValueError(
+            f"{row.name}: column {column!r} is {what}, wanted a list of {{{role!r}, {content!r}}} objects"
+        )
     messages = []
     for index, item in enumerate(value):
-        if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or "tool_calls" in item):
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get(role), str)
+            or not (content in item or "tool_calls" in item)
+        ):
             keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
             raise ValueError(f"{row.name}: {column}[{index}] has {keys}; wanted {role!r} and {content!r}")
-        unlearned = next((k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None)
+        unlearned = next(
+            (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
+        )
         if unlearned:
             raise ValueError(
                 f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which isn't supported; data.loss_on decides "
@@ -250,7 +281,9 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
             raise ValueError(f"{row.name}: {column}[{index}] has no content; wanted a string")
         name = ROLES.get(item[role], item[role])
         if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-            raise ValueError(f"{row.name}: {column}[{index}], an assistant turn, is empty; fill it or remove the row")
+            raise ValueError(
+                f"{row.name}: {column}[{index}], an assistant turn, is empty; fill it or remove the row"
+            )
         messages.append({"role": name, "content": text or "", **rest})
     return messages
 
@@ -267,7 +300,9 @@ def tools_of(row: Row) -> list | None:
         return None
     tools = parsed(row, "tools")
     if not isinstance(tools, list):
-        raise ValueError(f"{row.name}: column 'tools' is {type(tools).__name__}, wanted a list of JSON schemas")
+        raise ValueError(
+            f"{row.name}: column 'tools' is {type(tools).__name__}, wanted a list of JSON schemas"
+        )
     return tools
 
 
@@ -279,7 +314,9 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
 def _prompt_completion(row: Row) -> Example:
     lists = [isinstance(parsed(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
-        raise ValueError(f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; wanted both the same")
+        raise ValueError(
+            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; wanted both the same"
+        )
     if not lists[0]:
         return Completion(row.name, string(row, "prompt", empty=True), string(row, "completion"))
     prompt = messages_of(row, "prompt")
@@ -289,7 +326,9 @@ def _prompt_completion(row: Row) -> Example:
 def _instruction(row: Row) -> Chat:
     answers = [c for c in ("response", "output") if c in row.fields]
     if len(answers) > 1:
-        raise ValueError(f"{row.name}: found both 'response' and 'output'; say which with data.columns=response=...")
+        raise ValueError(
+            f"{row.name}: found both 'response' and 'output'; say which with data.columns=response=..."
+        )
     messages = [*instruction_of(row), {"role": "assistant", "content": string(row, answers[0])}]
     return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)
 

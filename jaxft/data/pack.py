@@ -52,7 +52,9 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
     Examples of one length are placed together: a row takes room // length of them before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
-        raise ValueError(f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; wanted 1 to {size}")
+        raise ValueError(
+            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; wanted 1 to {size}"
+        )
     rows = np.empty(len(lengths), np.int64)
     values, counts = np.unique(-lengths, return_counts=True)
     room = np.empty(0, np.int64)
@@ -75,7 +77,9 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
     return rows
 
 
-def packed(lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int) -> Plan:
+def packed(
+    lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
+) -> Plan:
     """Rows of at most `size` tokens, each example in exactly one of them."""
     rank = np.empty(len(lengths), np.int64)
     rank[permutation(len(lengths), seed, 1, epoch)] = np.arange(len(lengths))

@@ -57,7 +57,16 @@ class Prompts:
         for name, choices in (("format", ("chat", "plain")), ("too_long", TOO_LONG)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(choices)}")
-        for name in ("max_prompt", "max_new", "batch", "group", "eval_group", "passes", "minibatches", "micro"):
+        for name in (
+            "max_prompt",
+            "max_new",
+            "batch",
+            "group",
+            "eval_group",
+            "passes",
+            "minibatches",
+            "micro",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least 1")
         if self.batch % (self.minibatches * self.micro):
@@ -68,9 +77,13 @@ class Prompts:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"data.temperature={self.temperature}; wanted a number from 0 (greedy) up")
         if self.group > 1 and self.temperature == 0:
-            raise ValueError(f"data.temperature=0 draws the same completion {self.group} times; raise it, or set data.group=1")
+            raise ValueError(
+                f"data.temperature=0 draws the same completion {self.group} times; raise it, or set data.group=1"
+            )
         if self.eval_group > self.group:
-            raise ValueError(f"data.eval_group={self.eval_group}; rows have room for data.group={self.group}, lower it")
+            raise ValueError(
+                f"data.eval_group={self.eval_group}; rows have room for data.group={self.group}, lower it"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"data.top_k={self.top_k}; wanted at least 1, or none")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -120,7 +133,11 @@ def shapes(data: Prompts, room: Room, shards: int = 1) -> Rollout:
     def shape(last: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((data.micro, rows, last), dtype)
 
-    token, read, number = shape(room.length, np.int32), shape(room.reads, np.int32), shape(room.reads, np.float32)
+    token, read, number = (
+        shape(room.length, np.int32),
+        shape(room.reads, np.int32),
+        shape(room.reads, np.float32),
+    )
     return Rollout(
         ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number, advantages=number,
         policy_weights=number, lengths=shape(data.group, np.int32), branches=token,
@@ -189,13 +206,19 @@ def prompt_of(row: Row) -> Any:
     if "instruction" in fields:
         fields["response"] = "-"  # a row has an answer; it is cut off below
     if not {"messages", "conversations", "instruction"} & fields.keys():
-        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted prompt, messages or instruction")
+        raise ValueError(
+            f"{row.name}: found columns {', '.join(row.fields)}; wanted prompt, messages or instruction"
+        )
     messages = list(getattr(formats.normalise([row._replace(fields=fields)])[0], "messages", ()))
     if not messages:
-        raise ValueError(f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction")
+        raise ValueError(
+            f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction"
+        )
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not asked or not str(asked[-1]["content"]).strip():
-        raise ValueError(f"{row.name}: the prompt is empty; wanted a text to answer before the assistant's turn")
+        raise ValueError(
+            f"{row.name}: the prompt is empty; wanted a text to answer before the assistant's turn"
+        )
     return asked
 
 
@@ -216,16 +239,24 @@ def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
     for row in read_rows(ref):
         row = _renamed(row, data.columns)
         prompt = prompt_of(row)
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and data.format == "chat" else prompt
+        turns = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str) and data.format == "chat"
+            else prompt
+        )
         try:
             found = chat.prompt_ids(turns, tokenizer, data.date)
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{row.name}: the chat template refuses the prompt: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{row.name}: the chat template refuses the prompt: {str(error).splitlines()[0]}"
+            ) from error
         if not found:
             raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
         if len(found) > data.max_prompt:
             if data.too_long == "error":
-                raise ValueError(f"{row.name}: a prompt of {len(found)} tokens, and data.max_prompt={data.max_prompt}")
+                raise ValueError(
+                    f"{row.name}: a prompt of {len(found)} tokens, and data.max_prompt={data.max_prompt}"
+                )
             dropped += 1
             continue
         ids.append(tuple(found))
@@ -233,7 +264,9 @@ def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
         prompts.append(prompt)
         fields.append(row.fields)
     if not ids:
-        raise ValueError(f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it")
+        raise ValueError(
+            f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
+        )
     return Asked(tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped)
 
 
@@ -245,7 +278,9 @@ def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
             raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
         if theirs not in row.fields:
             found = ", ".join(map(str, row.fields))
-            raise ValueError(f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}")
+            raise ValueError(
+                f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}"
+            )
         fields[ours] = row.fields[theirs]
     return Row(row.name, fields)
 
@@ -259,7 +294,9 @@ def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
         return asked, read(data.held_out, data, tokenizer)
     apart = list(dict.fromkeys(asked.ids))
     if len(apart) < 2:
-        raise ValueError(f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none")
+        raise ValueError(
+            f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none"
+        )
     share = min(max(1, round(data.held_out * len(apart))), len(apart) - 1)
     held = {apart[i] for i in pack.permutation(len(apart), data.seed, 0)[:share]}
     here = np.array([ids in held for ids in asked.ids])
@@ -269,7 +306,9 @@ def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
 def drawn(data: Prompts, count: int, rollout: int) -> np.ndarray:
     """Which of `count` prompts rollout number `rollout` asks, [batch]: an endless sequence, shuffled anew each time around."""
     places = rollout * data.batch + np.arange(data.batch)
-    orders = {epoch: pack.permutation(count, data.seed, 4, epoch) for epoch in np.unique(places // count).tolist()}
+    orders = {
+        epoch: pack.permutation(count, data.seed, 4, epoch) for epoch in np.unique(places // count).tolist()
+    }
     return np.array([orders[place // count][place % count] for place in places.tolist()])
 
 
@@ -283,6 +322,14 @@ def dealt(data: Prompts, rollout: int, part: int) -> np.ndarray:
 
 def fingerprint(data: Prompts, train: Asked, held: Asked) -> str:
     """A hash of what is asked and of all that decides in which order."""
-    settings = (data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature)
+    settings = (
+        data.batch,
+        data.group,
+        data.passes,
+        data.minibatches,
+        data.seed,
+        data.max_new,
+        data.temperature,
+    )
     told = [settings, data.top_k, data.top_p, train.ids, train.fields, held.ids, held.fields]
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:32]

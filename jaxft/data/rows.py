@@ -53,9 +53,13 @@ def read_rows(ref: str) -> list[Row]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith((".", "dataset_info")))
+    files = sorted(
+        p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith((".", "dataset_info"))
+    )
     if not files:
-        raise FileNotFoundError(f"{path}: the folder has no data files; wanted {', '.join('*' + s for s in SUFFIXES)}")
+        raise FileNotFoundError(
+            f"{path}: the folder has no data files; wanted {', '.join('*' + s for s in SUFFIXES)}"
+        )
     return files
 
 
@@ -71,9 +75,13 @@ def _read_file(path: Path) -> Iterator[Row]:
             case ".parquet":
                 yield from _read_parquet(path)
             case suffix:
-                raise ValueError(f"{path}: unknown kind of file {suffix!r}; wanted one of {', '.join(SUFFIXES)}")
+                raise ValueError(
+                    f"{path}: unknown kind of file {suffix!r}; wanted one of {', '.join(SUFFIXES)}"
+                )
     except PermissionError as error:
-        raise PermissionError(f"{path}: may not be read ({error.strerror}); change its permissions") from error
+        raise PermissionError(
+            f"{path}: may not be read ({error.strerror}); change its permissions"
+        ) from error
 
 
 def _parse(text: bytes, name: str, line: int = 1) -> Any:
@@ -88,7 +96,9 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
     except RecursionError as error:
         raise ValueError(f"{name}: malformed JSON, nested too deeply to be read; fix or remove it") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+        raise ValueError(
+            f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        ) from error
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{name}: malformed JSON, {error}; fix or remove it") from error
 
@@ -141,13 +151,17 @@ def _read_csv(path: Path) -> Iterator[Row]:
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
-                    raise ValueError(f"{path}:{line}: found {len(values)} fields, wanted {len(header)} ({', '.join(header)})")
+                    raise ValueError(
+                        f"{path}:{line}: found {len(values)} fields, wanted {len(header)} ({', '.join(header)})"
+                    )
                 yield _row(dict(zip(header, values, strict=False)), f"{path}:{line}", f"{path.name}:{line}")
                 line = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"{path}:{line}: malformed CSV, {error}; fix the quoting") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+            raise ValueError(
+                f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+            ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -158,7 +172,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
+        ) from error
     for number, item in enumerate(table.to_pylist(), 1):
         yield _row(item, f"{path}:{number}", f"{path.name}:{number}")
 
@@ -167,7 +183,9 @@ def _read_hub(ref: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"data {ref!r} is no local file; a hub dataset needs `pip install datasets`") from error
+        raise ValueError(
+            f"data {ref!r} is no local file; a hub dataset needs `pip install datasets`"
+        ) from error
     place, _, split = ref.partition(":")
     org, name, *config = place.split("/")
     split = split or "train"

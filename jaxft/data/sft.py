@@ -86,7 +86,9 @@ class Source:
     stats: dict[str, Any]
 
 
-def abstract_tokens(rows: Rows, length: int | None = None, reads: int | None = None, shards: int = 1) -> Tokens:
+def abstract_tokens(
+    rows: Rows, length: int | None = None, reads: int | None = None, shards: int = 1
+) -> Tokens:
     """Shapes of a batch. Without the rows at hand: the largest that the settings allow, T = M = max_length."""
     _check_micro(rows)
     size = _micro_rows(rows, shards)
@@ -143,7 +145,9 @@ def sft_source(
         batch=batch,
         held_out=_held_out(pool, held_plan, (each, size, reads)),
         names=names,
-        preview=tokenizer.decode(pool.ids[slice(*pool.offsets[train.min() :][:2])], skip_special_tokens=False),
+        preview=tokenizer.decode(
+            pool.ids[slice(*pool.offsets[train.min() :][:2])], skip_special_tokens=False
+        ),
         stats=_stats(rows, pool, (train, held), plan(0), (size, reads, per_epoch)),
     )
 
@@ -171,7 +175,9 @@ def _split(rows: Rows, tokenizer: Any, cache: Path | None) -> tuple[Tokenised, n
         held = store.tokenised(rows.held_out, rows, tokenizer, cache)
         return store.join(pool, held), everything, count + np.arange(len(held.names))
     if count < 2:
-        raise ValueError(f"{rows.train}: one row can't be split by data.held_out={rows.held_out}; set data.held_out=none")
+        raise ValueError(
+            f"{rows.train}: one row can't be split by data.held_out={rows.held_out}; set data.held_out=none"
+        )
     share = min(max(1, round(rows.held_out * count)), count - 1)
     order = pack.permutation(count, rows.seed, 0)
     return pool, np.sort(order[share:]), np.sort(order[:share])
@@ -241,20 +247,30 @@ def _held_out(pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int]) -> 
     return tuple(batches)
 
 
-def _fingerprint(rows: Rows, pool: Tokenised, plans: tuple[pack.Plan, ...], shape: tuple[int, int, int]) -> str:
+def _fingerprint(
+    rows: Rows, pool: Tokenised, plans: tuple[pack.Plan, ...], shape: tuple[int, int, int]
+) -> str:
     digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting)).encode())
-    arrays = [pool.ids, pool.learned, pool.offsets] + [a for plan in plans for a in (plan.members, plan.offsets)]
+    arrays = [pool.ids, pool.learned, pool.offsets] + [
+        a for plan in plans for a in (plan.members, plan.offsets)
+    ]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _stats(rows: Rows, pool: Tokenised, split: tuple, plan: pack.Plan, sizes: tuple[int, int, int]) -> dict[str, Any]:
+def _stats(
+    rows: Rows, pool: Tokenised, split: tuple, plan: pack.Plan, sizes: tuple[int, int, int]
+) -> dict[str, Any]:
     train, held = split
     size, reads, per_epoch = sizes
     lengths = pool.lengths[train]
     tokens, learned = int(lengths.sum()), int(pool.reads[train].sum())
-    percentiles = zip(("min", "p10", "p50", "p90", "p99", "max"), np.percentile(lengths, (0, 10, 50, 90, 99, 100)), strict=True)
+    percentiles = zip(
+        ("min", "p10", "p50", "p90", "p99", "max"),
+        np.percentile(lengths, (0, 10, 50, 90, 99, 100)),
+        strict=True,
+    )
     return {
         "examples": len(train),
         "held_out": len(held),

@@ -35,7 +35,9 @@ def peak_flops(device: Any) -> float:
         if device.device_kind.startswith(kind):
             return peak
     size = 1024
-    x = jnp.ones((size, size), jnp.bfloat16)  # not placed: under an ambient mesh every device multiplies its own copy
+    x = jnp.ones(
+        (size, size), jnp.bfloat16
+    )  # not placed: under an ambient mesh every device multiplies its own copy
     product = jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32))
     product(x).block_until_ready()
     best = float("inf")

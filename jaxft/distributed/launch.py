@@ -43,7 +43,10 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     """
     coordinator = explicit[0] or environ.get(OWN[0])
     known = explicit[1:] if explicit[0] else (None, None)
-    given = [value if value is not None else _number(environ, name) for value, name in zip(known, OWN[1:], strict=True)]
+    given = [
+        value if value is not None else _number(environ, name)
+        for value, name in zip(known, OWN[1:], strict=True)
+    ]
     if given[0] == 1:
         return None
     found = next((launch for look in LAUNCHERS if (launch := look(environ)) is not None), None)
@@ -51,11 +54,16 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
         if any(environ.get(name) for name in OWN):
             raise ValueError(f"{OWN[1]} and {OWN[2]} go with {OWN[0]}=host:port of process 0; set that too")
         return None if found is None or found.processes == 1 else found
-    counts = [value if value is not None else getattr(found, name, None) for value, name in zip(given, ("processes", "process"))]
+    counts = [
+        value if value is not None else getattr(found, name, None)
+        for value, name in zip(given, ("processes", "process"))
+    ]
     if counts[0] == 1:
         return None
     if None in counts:
-        raise ValueError(f"coordinator={coordinator}: wanted the number of processes and this one's too ({OWN[1]}, {OWN[2]})")
+        raise ValueError(
+            f"coordinator={coordinator}: wanted the number of processes and this one's too ({OWN[1]}, {OWN[2]})"
+        )
     by = "explicit" if found is None else f"explicit, {found.by}"
     return _checked(Launch(by, coordinator, counts[0], counts[1], found.local if found else None))
 
@@ -63,8 +71,14 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
 def _checked(launch: Launch) -> Launch:
     if launch.coordinator is not None and not re.fullmatch(r".+:\d+", launch.coordinator):
         raise ValueError(f"coordinator={launch.coordinator} ({launch.by}): wanted host:port of process 0")
-    if launch.processes is not None and launch.process is not None and not 0 <= launch.process < launch.processes:
-        raise ValueError(f"process {launch.process} of {launch.processes} ({launch.by}): they are counted from 0")
+    if (
+        launch.processes is not None
+        and launch.process is not None
+        and not 0 <= launch.process < launch.processes
+    ):
+        raise ValueError(
+            f"process {launch.process} of {launch.processes} ({launch.by}): they are counted from 0"
+        )
     return launch
 
 
@@ -89,14 +103,18 @@ def _own_gpus(environ: Mapping[str, str], local: int | None, beside: int | None)
     on_node = re.search(r"\d+$", environ.get("SLURM_GPUS_ON_NODE", ""))  # 8, or gpu:8
     count = len(visible.split(",")) if visible else (int(on_node[0]) if on_node else 0) or None
     apart = bool(visible) and bool(environ.get("SLURM_GPUS_PER_TASK"))
-    if count is not None and (count == 1 or beside == 1 or apart or (visible and beside is not None and count < beside)):
+    if count is not None and (
+        count == 1 or beside == 1 or apart or (visible and beside is not None and count < beside)
+    ):
         return tuple(range(count))
     if local is None or beside == 1:
         return None
     if count is None or beside is None:
         return (local,)
     if count % beside:
-        raise ValueError(f"{beside} processes on a host that see {count} GPUs: they don't divide; start a divisor of {count}")
+        raise ValueError(
+            f"{beside} processes on a host that see {count} GPUs: they don't divide; start a divisor of {count}"
+        )
     return tuple(range(local * count // beside, (local + 1) * count // beside))
 
 
@@ -118,7 +136,9 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
         return None
     port, rank, world = (_number(environ, name) for name in names[1:])
     if not world or rank is None or port is None:
-        raise ValueError(f"torchrun's variables are incomplete: {', '.join(f'{n}={environ[n]!r}' for n in names)}")
+        raise ValueError(
+            f"torchrun's variables are incomplete: {', '.join(f'{n}={environ[n]!r}' for n in names)}"
+        )
     local = _own_gpus(environ, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
     # its own store listens on MASTER_PORT
     return _checked(Launch("torchrun", f"{environ['MASTER_ADDR']}:{port + 1}", world, rank, local))
@@ -131,7 +151,9 @@ def _skypilot(environ: Mapping[str, str]) -> Launch | None:
     addresses = environ["SKYPILOT_NODE_IPS"].split()
     rank, count = _number(environ, "SKYPILOT_NODE_RANK"), _number(environ, "SKYPILOT_NUM_NODES")
     if not addresses or (count is not None and count != len(addresses)):
-        raise ValueError(f"SKYPILOT_NUM_NODES={count} and SKYPILOT_NODE_IPS has {len(addresses)} addresses; they don't agree")
+        raise ValueError(
+            f"SKYPILOT_NUM_NODES={count} and SKYPILOT_NODE_IPS has {len(addresses)} addresses; they don't agree"
+        )
     return _checked(Launch("SkyPilot", f"{addresses[0]}:{PORT}", len(addresses), rank))
 
 
@@ -143,7 +165,11 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
         raise ValueError(
             f"this Open MPI doesn't say where process 0 is; set {OWN[0]}=host:port of rank 0 (mpirun -x {OWN[0]}=...)"
         )
-    local = _own_gpus(environ, _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"))
+    local = _own_gpus(
+        environ,
+        _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    )
     return Launch("Open MPI", None, size, _number(environ, "OMPI_COMM_WORLD_RANK"), local)
 
 
@@ -160,8 +186,12 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:
         return None
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if hosts is not None:
-        return Launch("Cloud TPU", None, len(hosts.split(",")) * (_number(environ, "MEGASCALE_NUM_SLICES") or 1))
-    return Launch("Cloud TPU") if "TPU_SKIP_MDS_QUERY" not in environ else None  # jax asks the metadata server
+        return Launch(
+            "Cloud TPU", None, len(hosts.split(",")) * (_number(environ, "MEGASCALE_NUM_SLICES") or 1)
+        )
+    return (
+        Launch("Cloud TPU") if "TPU_SKIP_MDS_QUERY" not in environ else None
+    )  # jax asks the metadata server
 
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:
@@ -169,7 +199,9 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
     platforms = environ.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms.split(",")) or importlib.util.find_spec("libtpu") is None:
         return False
-    return any(vendor.read_text().strip() == GOOGLE for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    return any(
+        vendor.read_text().strip() == GOOGLE for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")
+    )
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:

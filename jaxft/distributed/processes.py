@@ -53,7 +53,9 @@ class Hosts:
             if field.name not in ("coordinator", "process") and value is not None and value <= 0:
                 raise ValueError(f"hosts.{field.name} is above 0, found {value}")
         if self.process is not None and self.coordinator is None:
-            raise ValueError(f"hosts.process={self.process} goes with hosts.coordinator=host:port of process 0; set that too")
+            raise ValueError(
+                f"hosts.process={self.process} goes with hosts.coordinator=host:port of process 0; set that too"
+            )
 
 
 class Refused(ValueError):
@@ -83,7 +85,9 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
         if is_loss(error):
             exit.end(lost(error, "before the first step or after the last"))
         code = told(error)
-        if not found.process:  # the others may be about to say the same, and are aborted when process 0 is gone
+        if (
+            not found.process
+        ):  # the others may be about to say the same, and are aborted when process 0 is gone
             time.sleep(2)
         exit.leave(code)
     finally:
@@ -93,8 +97,12 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
 def refuse_several(what: str) -> None:
     """Raise ValueError where a launcher has started several processes of something that takes one."""
     found = launch.detect((None, None, None), os.environ)
-    if found is not None and (found.processes or found.process is not None):  # a TPU's host alone may say neither
-        raise ValueError(f"{what} runs in one process, and this is one of several ({found.by}); start it once")
+    if found is not None and (
+        found.processes or found.process is not None
+    ):  # a TPU's host alone may say neither
+        raise ValueError(
+            f"{what} runs in one process, and this is one of several ({found.by}); start it once"
+        )
 
 
 def _join(found: launch.Launch, hosts: Hosts) -> None:
@@ -104,7 +112,11 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         jax.config.update("jax_enable_preemption_service", False)
     known: dict[str, Any] = {"local_device_ids": list(found.local) if found.local is not None else None}
     if found.coordinator is not None:
-        known |= {"coordinator_address": found.coordinator, "num_processes": found.processes, "process_id": found.process}
+        known |= {
+            "coordinator_address": found.coordinator,
+            "num_processes": found.processes,
+            "process_id": found.process,
+        }
         known["cluster_detection_method"] = "deactivate"
     me = f"process {found.process} of {found.processes}" if found.processes else "this process"
     where = f"the coordinator {found.coordinator or 'that jax found'} ({found.by})"
@@ -116,7 +128,10 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         f"{me}: {where} was not reached by all {found.processes or 'processes'} within {hosts.start_seconds} s "
         "(hosts.start_seconds); see that each of them is started, that their number is right and that they reach that address"
     )
-    known |= {"heartbeat_timeout_seconds": hosts.heartbeat_seconds, "shutdown_timeout_seconds": hosts.stop_seconds}
+    known |= {
+        "heartbeat_timeout_seconds": hosts.heartbeat_seconds,
+        "shutdown_timeout_seconds": hosts.stop_seconds,
+    }
     try:
         # process 0 last: the others are aborted when it is gone
         with exit.within(hosts.start_seconds + (0 if found.process else 2), late):
@@ -143,9 +158,15 @@ def _announce(found: launch.Launch) -> None:
     each = sorted({sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())})
     counts = f"{each[0]} each" if len(each) == 1 else "unequal: " + " or ".join(map(str, each))
     if is_first():
-        print(f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} ({found.by})", flush=True)
+        print(
+            f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} ({found.by})",
+            flush=True,
+        )
     else:
-        print(f"{who()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} ({found.by})", file=sys.stderr)
+        print(
+            f"{who()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} ({found.by})",
+            file=sys.stderr,
+        )
 
 
 def _check_counts(hosts: Hosts) -> None:
@@ -265,7 +286,9 @@ def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str
         return
     text = json.dumps(known, sort_keys=True, default=str)
     first, *others = map(json.loads, _said(lambda: text))
-    number, lines = next((i, found) for i, other in enumerate(others, 1) if (found := differences(first, other)))
+    number, lines = next(
+        (i, found) for i, other in enumerate(others, 1) if (found := differences(first, other))
+    )
     raise Refused(
         f"process {number} of {jax.process_count()} has other settings, rows or libraries than process 0 "
         f"({'; '.join(lines[:6])}); start all of them with the same command, files and versions"
@@ -284,7 +307,9 @@ class Votes:
         self._most = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
         if several():
             meet()
-            self._cast(0).block_until_ready()  # compiled, and connected to all others before anything else is under way
+            self._cast(
+                0
+            ).block_until_ready()  # compiled, and connected to all others before anything else is under way
 
     def cast(self, own: Callable[[], int]) -> Callable[[], int]:
         """own: this process's vote, a signal's number or 0. Returns a function that tells the highest of all."""
@@ -295,4 +320,6 @@ class Votes:
 
     def _cast(self, own: int) -> Any:
         size = self._place.mesh.size
-        return self._most(jax.make_array_from_callback((size,), self._place, lambda index: np.full(1, own, np.int32)))
+        return self._most(
+            jax.make_array_from_callback((size,), self._place, lambda index: np.full(1, own, np.int32))
+        )

@@ -16,12 +16,20 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slices", "data", "fsdp", "context", "tensor")  # from the slowest links to the fastest
-SPARE = ("fsdp", "context")  # what weights are cut along for their memory only: products see them whole along both
+SPARE = (
+    "fsdp",
+    "context",
+)  # what weights are cut along for their memory only: products see them whole along both
 
 AXES: dict[str, tuple[str, ...]] = {
     "rows": ("slices", "data", "fsdp"),  # of a batch
     "time": ("context",),
-    "read_rows": ("context", "slices", "data", "fsdp"),  # rows of which each is a part of the time (see objectives/logps.py)
+    "read_rows": (
+        "context",
+        "slices",
+        "data",
+        "fsdp",
+    ),  # rows of which each is a part of the time (see objectives/logps.py)
     "whole_time": (),
     "layers": (),
     "width": SPARE,
@@ -36,7 +44,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "from_heads": ("tensor", *SPARE),
     "from_mlp": ("tensor", *SPARE),
     "out_width": (),
-    "vocab": ("tensor", *SPARE),  # tensor first: gathering along the others then moves no block to another place
+    "vocab": (
+        "tensor",
+        *SPARE,
+    ),  # tensor first: gathering along the others then moves no block to another place
     "act_vocab": ("tensor",),
     "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
     "rank": (),
@@ -70,7 +81,9 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     wanted = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"{shape} needs {wanted} devices, found {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor")
+        raise ValueError(
+            f"{shape} needs {wanted} devices, found {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
+        )
     return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -81,22 +94,37 @@ def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
     """
     slice_of = lambda d: getattr(d, "slice_index", None) or 0  # noqa: E731
     devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
-    linked = all(hasattr(d, "core_on_chip") for d in devices)  # GPUs have coords and a slice_index too, a host's
+    linked = all(
+        hasattr(d, "core_on_chip") for d in devices
+    )  # GPUs have coords and a slice_index too, a host's
     groups = len({slice_of(d) if linked else d.process_index for d in devices})
     if (linked and sizes[0] % groups) or (groups > 1 and groups % sizes[0] and sizes[0] % groups):
         kind = "slices" if linked else "processes"
-        raise ValueError(f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; set mesh.slices to {groups}")
+        raise ValueError(
+            f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; set mesh.slices to {groups}"
+        )
     slices = np.array(devices).reshape(sizes[0], -1)
-    mesh = np.stack([mesh_utils.create_device_mesh(sizes[1:], list(some), allow_split_physical_axes=True) for some in slices])
+    mesh = np.stack(
+        [
+            mesh_utils.create_device_mesh(sizes[1:], list(some), allow_split_physical_axes=True)
+            for some in slices
+        ]
+    )
     if not linked and any(len({d.process_index for d in row}) > 1 for row in mesh.reshape(-1, sizes[-1])):
         hosts = len({d.process_index for d in devices})
         each = len(devices) // hosts
-        raise ValueError(f"mesh.tensor={sizes[-1]} crosses hosts, which have {each} devices each; use a divisor of that")
+        raise ValueError(
+            f"mesh.tensor={sizes[-1]} crosses hosts, which have {each} devices each; use a divisor of that"
+        )
     return mesh
 
 
 def partition_spec(
-    mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "", heads: int | None = None
+    mesh: Any,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...] | None = None,
+    path: str = "",
+    heads: int | None = None,
 ) -> PartitionSpec:
     """The mesh axes of each dimension. Those that don't divide are left out; tensor must divide, or ValueError says so.
 
@@ -113,7 +141,9 @@ def partition_spec(
                 found = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
-                raise ValueError(f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}")
+                raise ValueError(
+                    f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}"
+                )
             wanted = _dividing(wanted, sizes, shape[i])
         entries.append(wanted)
     return _spec(entries)
@@ -133,13 +163,19 @@ def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
 
 
 def named(
-    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, path: str = "", heads: int | None = None
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...] | None = None,
+    path: str = "",
+    heads: int | None = None,
 ) -> NamedSharding:
     """NamedSharding of an array with these logical axes; see partition_spec."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, path, heads))
 
 
-def between_blocks(place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str) -> NamedSharding:
+def between_blocks(
+    place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str
+) -> NamedSharding:
     """`place` of a weight [..., I, O] with its input axis cut between blocks only, as codes that share a scale need it.
 
     Where fsdp and context don't divide the dimension that is their own, they take the other one, and are left out where that
@@ -169,7 +205,10 @@ def fitted(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`place` for an array that stands beside the one it was made for: a dimension of 1 is not cut, another rank not at all."""
     if len(shape) != len(place.spec):
         return NamedSharding(place.mesh, PartitionSpec())
-    return NamedSharding(place.mesh, PartitionSpec(*(None if n == 1 else cut for n, cut in zip(shape, place.spec, strict=True))))
+    return NamedSharding(
+        place.mesh,
+        PartitionSpec(*(None if n == 1 else cut for n, cut in zip(shape, place.spec, strict=True))),
+    )
 
 
 def uncut(place: NamedSharding, dimension: int) -> NamedSharding:
@@ -232,7 +271,11 @@ def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     mesh = _ambient()
     if mesh is None:
         return 1
-    used = [entry if isinstance(entry, tuple) else (entry,) for entry in partition_spec(mesh, axes, shape) if entry]
+    used = [
+        entry if isinstance(entry, tuple) else (entry,)
+        for entry in partition_spec(mesh, axes, shape)
+        if entry
+    ]
     return math.prod(dict(mesh.shape)[axis] for entry in used for axis in entry)
 
 
@@ -252,11 +295,16 @@ def refuse_uncut(length: int) -> None:
     mesh = _ambient()
     context = 1 if mesh is None else dict(mesh.shape)["context"]
     if length % context:
-        raise ValueError(f"rows of {length} tokens do not divide over mesh.context={context}; use a data.max_length that does")
+        raise ValueError(
+            f"rows of {length} tokens do not divide over mesh.context={context}; use a data.max_length that does"
+        )
 
 
 def per_device(
-    fn: Callable, in_axes: tuple[tuple[str, ...] | None, ...], out_axes: tuple[str, ...], out_shape: tuple[int, ...]
+    fn: Callable,
+    in_axes: tuple[tuple[str, ...] | None, ...],
+    out_axes: tuple[str, ...],
+    out_shape: tuple[int, ...],
 ) -> Callable:
     """`fn` over each device's own block (shard_map), for what the partitioner can't see through; out_shape: of the result."""
 
@@ -294,7 +342,9 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
     """Host arrays [micro, rows, ...], the same on every process, to the mesh; each process moves the rows of its own devices."""
 
     def place(x: Any) -> jax.Array:
-        return jax.make_array_from_callback(np.shape(x), batch_sharding(mesh, np.shape(x)), lambda index: np.asarray(x)[index])
+        return jax.make_array_from_callback(
+            np.shape(x), batch_sharding(mesh, np.shape(x)), lambda index: np.asarray(x)[index]
+        )
 
     return jax.tree.map(place, batch)
 

@@ -86,7 +86,9 @@ class Files:
             self._barrier(key=f"{self._topic}-{self._count}-{what}", timeout_ms=int(1000 * self._limit))
         except Exception as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
-            raise TimeoutError(f"a process is gone, or did not come within {self._limit:g} s ({why})") from error
+            raise TimeoutError(
+                f"a process is gone, or did not come within {self._limit:g} s ({why})"
+            ) from error
 
     def _read(self, number: int) -> str:
         name = f"{self._count}.{number}"
@@ -96,7 +98,11 @@ class Files:
             told = [p.suffix for p in self._folder.glob(f"{name}.errno*")] if self._folder.is_dir() else []
             digits = told[0].removeprefix(".errno") if told else ""
             known = int(digits) if digits.isdigit() else errno.EIO
-            why = os.strerror(known) if told else f"nothing of it is in {self._folder}; do all processes see the same folder?"
+            why = (
+                os.strerror(known)
+                if told
+                else f"nothing of it is in {self._folder}; do all processes see the same folder?"
+            )
             return json.dumps({"error": why, "kind": 0, "errno": known})
 
 

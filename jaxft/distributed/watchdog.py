@@ -80,7 +80,11 @@ class Watchdog:
             if processes.is_loss(error):
                 exit.end(processes.lost(error, self._phase))
             if processes.several():
-                self._feed(f"closing after an error in {self._phase} ({exit.one_line(error)})", ENDING, "after an error")
+                self._feed(
+                    f"closing after an error in {self._phase} ({exit.one_line(error)})",
+                    ENDING,
+                    "after an error",
+                )
             raise
 
     def _watch(self) -> None:

@@ -29,7 +29,9 @@ class Sampling:
         if self.max_new < 1:
             raise ValueError(f"max_new is at least 1, found {self.max_new}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
-            raise ValueError(f"temperature is 0 (greedy) or a number from 0.0001 up, found {self.temperature}")
+            raise ValueError(
+                f"temperature is 0 (greedy) or a number from 0.0001 up, found {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is at least 1 or none, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -86,7 +88,9 @@ def make_sampler(model: Model, s: Sampling, stop: tuple[int, ...], group: int) -
     return jax.jit(lambda params, prompts, key: completed((model, s, stop), params, prompts, key, group))
 
 
-def completed(how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts: Tokens, key: Array, group: int = 1) -> Any:
+def completed(
+    how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts: Tokens, key: Array, group: int = 1
+) -> Any:
     """(tokens, logps) [B group, max_new]. Prompts are left-padded with segment 0. Ends early once every row has stopped."""
     (model, s, stop), (B, size) = how, prompts.ids.shape
     stops = jnp.asarray(stop or (-1,), jnp.int32)
@@ -99,7 +103,9 @@ def completed(how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts
 
     h, cache = model.prefill(params, prompts, size + s.max_new)
     cache = model.copies(cache, group)
-    last, empty, h_BD = (jnp.repeat(x[:, -1], group, 0) for x in (prompts.positions, prompts.segments == 0, h))
+    last, empty, h_BD = (
+        jnp.repeat(x[:, -1], group, 0) for x in (prompts.positions, prompts.segments == 0, h)
+    )
     token, logp = choose(h_BD, 0)
     done = jnp.isin(token, stops) | empty
     out = jnp.full((B * group, s.max_new), -1, jnp.int32).at[:, 0].set(token)
@@ -113,11 +119,16 @@ def completed(how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts
         i, token, cache, done, out, logps = carry
         h, cache = model.step(params, cache, token, last + i, size + i - 1)
         token, logp = choose(h, i)
-        out, logps = out.at[:, i].set(jnp.where(done, -1, token)), logps.at[:, i].set(jnp.where(done, 0, logp))
+        out, logps = (
+            out.at[:, i].set(jnp.where(done, -1, token)),
+            logps.at[:, i].set(jnp.where(done, 0, logp)),
+        )
         return i + 1, token, cache, done | jnp.isin(token, stops), out, logps
 
     out, logps = jax.lax.while_loop(going, body, (jnp.int32(1), token, cache, done, out, logps))[4:]
-    return sharding.whole(out), sharding.whole(logps)  # on every device, so that each of several processes can read them
+    return sharding.whole(out), sharding.whole(
+        logps
+    )  # on every device, so that each of several processes can read them
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
@@ -133,7 +144,9 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
     return Tokens(ids, segments, positions, zero, zero, zero.astype(np.float32))
 
 
-def generate(run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8) -> list[list[int]]:
+def generate(
+    run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8
+) -> list[list[int]]:
     """Completions (token ids; one that a stop token ended holds it as its last) of all prompts through `make_generate`.
 
     Raises ValueError for an empty prompt: there is nothing to read the first token from.
@@ -144,6 +157,8 @@ def generate(run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: 
     out: list[list[int]] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        tokens = np.asarray(run(params, left_pad(part, min(batch, len(prompts))), jax.random.fold_in(key, start)))
+        tokens = np.asarray(
+            run(params, left_pad(part, min(batch, len(prompts))), jax.random.fold_in(key, start))
+        )
         out += [[int(t) for t in row if t >= 0] for row in tokens[: len(part)]]
     return out

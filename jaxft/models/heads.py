@@ -38,7 +38,9 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if self.weights is not None and (self.adapter or self.start or not self.trained):
-            raise ValueError(f"a scorer with weights={self.weights} trains them all: leave out adapter, start and trained")
+            raise ValueError(
+                f"a scorer with weights={self.weights} trains them all: leave out adapter, start and trained"
+            )
 
 
 def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
@@ -95,7 +97,9 @@ def with_scorers(model: Model, scorers: Mapping[str, Scorer]) -> Model:
         return model
     taken = {"base", "adapter", *model.beside} & scorers.keys()
     if taken:
-        raise ValueError(f"a scorer is named {min(taken)}, which the run's own parameters are; choose another name")
+        raise ValueError(
+            f"a scorer is named {min(taken)}, which the run's own parameters are; choose another name"
+        )
     beside = {name: _specs(model, one) for name, one in scorers.items()}
     return replace(
         model,
@@ -110,7 +114,9 @@ def _specs(model: Model, one: Scorer) -> dict[str, Any]:
     if one.weights is not None:
         own["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
     if "head" in own.get("adapter", ()):
-        raise ValueError("a scorer's adapter names the head, and it gives scores, no text; leave it out of its targets")
+        raise ValueError(
+            "a scorer's adapter names the head, and it gives scores, no text; leave it out of its targets"
+        )
     return {**own, "score": head_spec(model)}
 
 
@@ -121,4 +127,6 @@ def view(whole: Any, name: str) -> Any:
 
 def in_files(model: Model) -> Model:
     """A scorer as a checkpoint holds it: base and head in one tree of specs."""
-    return replace(model, specs={**model.specs.get("base", model.specs), "score": model.beside["score"]}, beside={})
+    return replace(
+        model, specs={**model.specs.get("base", model.specs), "score": model.beside["score"]}, beside={}
+    )

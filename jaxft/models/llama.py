@@ -14,7 +14,19 @@ from jaxft.distributed.sharding import constrain, refuse_uncut
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
 from jaxft.nn import attention as attn
 from jaxft.nn import fused_update
-from jaxft.nn.layers import accumulator, embed, from_bits, gathered, linear, lm_head, remember, rms_norm, rope, swiglu, to_bits
+from jaxft.nn.layers import (
+    accumulator,
+    embed,
+    from_bits,
+    gathered,
+    linear,
+    lm_head,
+    remember,
+    rms_norm,
+    rope,
+    swiglu,
+    to_bits,
+)
 from jaxft.nn.param import Model, ParamSpec, constant, fan_in, is_spec, normal
 
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
@@ -176,14 +188,20 @@ def hidden(run: Forward, params: Any, tokens: Tokens, key: Array | None = None) 
     keys = None if key is None else jax.random.split(key, c.layers)
     if isinstance(params["layers"], fused_update.Consumed):
         if run.remat != "full":
-            raise ValueError(f"optim.in_backward runs each layer again from its input: use remat=full, found remat={run.remat}")
+            raise ValueError(
+                f"optim.in_backward runs each layer again from its input: use remat=full, found remat={run.remat}"
+            )
         h = fused_update.scan(body, embed_tokens(run, params, tokens.ids), params["layers"], keys)
         return rms_norm(h, params["final_norm"], c.norm_eps, dtype)
     layers = params["layers"], keys
     if remat.layers > 1:
         if c.layers % remat.layers:
-            raise ValueError(f"remat={run.remat} takes layers by {remat.layers}, and the model has {c.layers}; use remat=full")
-        layers = jax.tree.map(lambda x: x.reshape(c.layers // remat.layers, remat.layers, *x.shape[1:]), layers)
+            raise ValueError(
+                f"remat={run.remat} takes layers by {remat.layers}, and the model has {c.layers}; use remat=full"
+            )
+        layers = jax.tree.map(
+            lambda x: x.reshape(c.layers // remat.layers, remat.layers, *x.shape[1:]), layers
+        )
         inner = jax.checkpoint(body, policy=_policy(remat), prevent_cse=False)
         body = lambda h, some: jax.lax.scan(inner, h, some)  # noqa: E731
     if remat.saved is not None:
@@ -271,7 +289,9 @@ def step(
             q, k, v = project_qkv(c, p, x, angles, keys)
             k_new = jax.lax.dynamic_update_slice(k_all, as_cached_k(k)[None], (i, zero, zero, zero, at))
             v_new = jax.lax.dynamic_update_slice(v_all, as_cached_v(v)[None], (i, zero, zero, at, zero))
-            k_BKES, v_BKSE = (from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new))
+            k_BKES, v_BKSE = (
+                from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new)
+            )
             return attn.decode(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
 
         h, (k_all, v_all) = block(c, p, h, mix, dtype, None)
@@ -290,7 +310,11 @@ def forward_flops(c: LlamaConfig, tokens: int, context: int) -> float:
 
 
 def llama(
-    config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: str = "projections", attention: Any = None, residual: Any = None
+    config: LlamaConfig,
+    dtype: Any = jnp.bfloat16,
+    remat: str = "projections",
+    attention: Any = None,
+    residual: Any = None,
 ) -> Model:
     """The Model of a Llama config.
 

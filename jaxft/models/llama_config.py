@@ -21,7 +21,9 @@ class RopeScaling:
         if not (0 < self.factor < math.inf and self.original_max_positions > 0):
             raise ValueError(f"config: rope's factor and original length are above 0, found {self}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"config: rope's low_freq_factor is above 0 and below high_freq_factor, found {self}")
+            raise ValueError(
+                f"config: rope's low_freq_factor is above 0 and below high_freq_factor, found {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
     if s.kind == "linear":
         return freqs / s.factor
     wavelength = 2 * math.pi / freqs
-    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
+        s.high_freq_factor - s.low_freq_factor
+    )
     return freqs * ((1 - np.clip(smooth, 0, 1)) / s.factor + np.clip(smooth, 0, 1))
 
 
@@ -75,11 +79,15 @@ ROPE_KEYS = (
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     if "factor" in rope and not rope.keys() & {"rope_type", "type"}:
-        raise ValueError(f"config: rope has a factor ({rope['factor']}) but no rope_type; wanted default, linear or llama3")
+        raise ValueError(
+            f"config: rope has a factor ({rope['factor']}) but no rope_type; wanted default, linear or llama3"
+        )
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3")
+        raise ValueError(
+            f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3"
+        )
     if unknown := rope.keys() - ROPE_KEYS:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"config: rope setting {names} is not supported; jaxft reads {', '.join(ROPE_KEYS)}")
@@ -93,7 +101,13 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 # What a Llama config may hold that would change the arithmetic, and the only value that is implemented.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+}
 
 
 def from_hf(hf: dict[str, Any]) -> LlamaConfig:
@@ -102,8 +116,16 @@ def from_hf(hf: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"config: model_type {hf['model_type']!r} is not 'llama'")
     for name, only in FIXED.items():
         if hf.get(name, only) != only:
-            raise ValueError(f"config: {name}={hf[name]!r} is not supported; jaxft's Llama has {name}={only!r}")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            raise ValueError(
+                f"config: {name}={hf[name]!r} is not supported; jaxft's Llama has {name}={only!r}"
+            )
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ):
         if name not in hf:
             raise ValueError(f"config: {name} is missing")
     theta, scaling = _rope_from_hf(hf)
@@ -163,7 +185,13 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
     return out
 
 
-_LLAMA3: dict[str, Any] = {"vocab": 128256, "rope_theta": 500000.0, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
+_LLAMA3: dict[str, Any] = {
+    "vocab": 128256,
+    "rope_theta": 500000.0,
+    "max_positions": 131072,
+    "kv_heads": 8,
+    "bos": 128000,
+}
 _SCALED32 = RopeScaling("llama3", 32.0)
 _SCALED8 = RopeScaling("llama3", 8.0)
 _CHAT = (128001, 128008, 128009)

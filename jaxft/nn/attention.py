@@ -97,14 +97,22 @@ def _kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> 
     dtype = jnp.dtype(dtype)
     if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash
-    if device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind and dtype.itemsize == 2 and head_dim <= 128:
+    if (
+        device.platform in ("gpu", "cuda")
+        and "NVIDIA" in device.device_kind
+        and dtype.itemsize == 2
+        and head_dim <= 128
+    ):
         fast = triton if packed or head_dim % 8 else cudnn
         return fast if float(getattr(device, "compute_capability", 0)) >= 8 else flash
     return flash
 
 
 Q, K, ROW = ("rows", "time", "heads", "head_dim"), ("rows", "time", "kv_heads", "head_dim"), ("rows", "time")
-SPREAD, KEYS = ("rows", "whole_time", "spread_heads", "head_dim"), ("rows", "whole_time", "kv_heads", "head_dim")
+SPREAD, KEYS = (
+    ("rows", "whole_time", "spread_heads", "head_dim"),
+    ("rows", "whole_time", "kv_heads", "head_dim"),
+)
 WHOLE = ("rows", "whole_time")
 
 
@@ -135,7 +143,11 @@ def choose(mesh: Any, head_dim: int, dtype: Any, packed: bool = True) -> Attenti
             return per_device(kernel, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows)
         if heads % ways or (kv_heads % ways and ways % kv_heads):
             return _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
-        keys, fn = (SPREAD, kernel) if kv_heads % ways == 0 else (KEYS, _own_head(kernel, heads // ways, heads // kv_heads))
+        keys, fn = (
+            (SPREAD, kernel)
+            if kv_heads % ways == 0
+            else (KEYS, _own_head(kernel, heads // ways, heads // kv_heads))
+        )
         axes = (SPREAD, keys, keys, *(WHOLE,) * len(rows))
         return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows), *Q)
 

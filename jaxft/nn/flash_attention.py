@@ -27,7 +27,9 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
     """Which keys S each query T sees; causal_TS: those that are not after it."""
-    visible_TS = causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
+    visible_TS = (
+        causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
+    )
     if branches_T is not None:
         shared = (branches_S == 0)[..., None, :]
         visible_TS &= shared | (branches_T[..., :, None] == branches_S[..., None, :])
@@ -72,7 +74,9 @@ def flash_part(
     K = k_BSKE.shape[2]
     count = -(-T // block)
     step = math.gcd(block, 16)
-    block = -(-T // (count * step)) * step  # the smallest that still makes `count` blocks, so that little is padding
+    block = (
+        -(-T // (count * step)) * step
+    )  # the smallest that still makes `count` blocks, so that little is padding
     queries = jax.tree.map(lambda x: padded(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
     keys = jax.tree.map(lambda x: padded(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
     return _flash(queries, keys, start, block).reshape(B, T + -T % block, H, E)[:, :T]
@@ -103,7 +107,9 @@ def _blocks(x_BT: jax.Array, block: int) -> jax.Array:
     return x_BT.reshape(B * (T // block), block, *x_BT.shape[2:])
 
 
-def _overlap(x_BCN: jax.Array, y_BDN: jax.Array, ignored: tuple[jax.Array, jax.Array]) -> Bool[Array, "B C D"]:
+def _overlap(
+    x_BCN: jax.Array, y_BDN: jax.Array, ignored: tuple[jax.Array, jax.Array]
+) -> Bool[Array, "B C D"]:
     """Whether the ranges of values of two blocks of a row meet; a block with all values ignored meets none."""
     info = jnp.iinfo(x_BCN.dtype)
     ranges = [
@@ -140,7 +146,9 @@ def _scores(q_KME, k_KNE, seen: tuple[Seen, Seen], first, at: tuple[jax.Array, j
     N = k_KNE.shape[1]
     steps = jnp.arange(N, dtype=jnp.int32)
     causal_NN = (j * N + steps)[None, :] <= (first + steps)[:, None]
-    of_queries, of_keys = (s if s is None else s[n] for s, n in ((seen[0].branches, i), (seen[1].branches, j)))
+    of_queries, of_keys = (
+        s if s is None else s[n] for s, n in ((seen[0].branches, i), (seen[1].branches, j))
+    )
     seen_NN = visible(seen[0].segments[i], seen[1].segments[j], of_queries, of_keys, causal_NN)
     s_KMN = dot("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
     return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), HIDDEN).reshape(K, M, N)

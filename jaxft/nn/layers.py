@@ -68,7 +68,10 @@ def _gathered(w: Weight, axes: tuple[str, ...]) -> Weight:
     if place is None:
         return w
     scales = place if w.index is None else sharding.uncut(place, -2)
-    places = replace(jax.tree.map(lambda x: sharding.fitted(scales, x.shape), w), codes=sharding.fitted(place, w.codes.shape))
+    places = replace(
+        jax.tree.map(lambda x: sharding.fitted(scales, x.shape), w),
+        codes=sharding.fitted(place, w.codes.shape),
+    )
     return jax.tree.map(jax.lax.with_sharding_constraint, w, places)
 
 
@@ -87,7 +90,9 @@ def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[A
     """
     lead = tuple(range(x.ndim - 1))
     if sharding.is_spread():  # as they lie: to flatten axes that are cut moves them
-        return jax.lax.dot_general(x, g, ((lead, lead), ((), ())), preferred_element_type=accumulator(x.dtype)).astype(out)
+        return jax.lax.dot_general(
+            x, g, ((lead, lead), ((), ())), preferred_element_type=accumulator(x.dtype)
+        ).astype(out)
 
     def plain(x, g):
         return dot(x, g, (0, 0), out)
@@ -111,7 +116,9 @@ def _transpose(x: Float[Array, "N M"]) -> Float[Array, "M N"]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False) -> Float[Array, "... O"]:
+def matmul(
+    x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False
+) -> Float[Array, "... O"]:
     """`x @ w` in x's dtype with a wide accumulator; `wide` keeps the accumulator's dtype in the result.
 
     w is [I, O], or [O, I] if `transposed`; a QTensor is expanded here and again in the backward pass, so that no expanded
@@ -144,7 +151,9 @@ def join(x: Array, y: Array, axis: int) -> Array:
 
 
 @jax.custom_vjp
-def lora_matmul(x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array):
+def lora_matmul(
+    x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array
+):
     """`x @ w + scale * (dropped @ a) @ b` as one product `[x, s dropped a] @ [w; b]` (Hu et al. 2021, arXiv:2106.09685).
 
     x, dropped: [..., I], the same array without dropout. w: [I, O] or a QTensor. scale is frozen: it gets no gradient.
@@ -194,7 +203,9 @@ def _input_gradients(g, w, b):
 lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 
 
-def dot_each(x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any) -> Array:
+def dot_each(
+    x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any
+) -> Array:
     """`dot` of each of K matrices with its own partner; the axes are counted without K."""
     dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
     return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x.dtype)).astype(out)
@@ -249,7 +260,9 @@ class Observed:
 
 
 @jax.custom_vjp
-def observed_matmul(x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]) -> Float[Array, "... O"]:
+def observed_matmul(
+    x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]
+) -> Float[Array, "... O"]:
     """`x @ w`; moment's cotangent is `x^T x`, without the x whose product the result doesn't depend on (padding)."""
     return matmul(x, w, False, False)
 
@@ -302,7 +315,9 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B 
     On a mesh the table is gathered once along what cuts it for its memory, and its gradient is reduced once.
     """
     if not sharding.is_spread():
-        return (rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(dtype)
+        return (rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
+            dtype
+        )
     if isinstance(table, QTensor):
         return rows(_gathered(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
@@ -324,8 +339,12 @@ def _embed_bwd(dtype, residuals, g):
 
     def add(ids, g):
         at = ids - (sharding.first("tensor", height) if sharding.has("tensor") else 0)
-        at = jnp.where(at < 0, height, at)  # of another part of the table: dropped, as what is beyond this one
-        return jnp.zeros((1, height, g.shape[-1]), table.dtype).at[0, at].add(g.astype(table.dtype), mode="drop")
+        at = jnp.where(
+            at < 0, height, at
+        )  # of another part of the table: dropped, as what is beyond this one
+        return (
+            jnp.zeros((1, height, g.shape[-1]), table.dtype).at[0, at].add(g.astype(table.dtype), mode="drop")
+        )
 
     axes, shape = ("read_rows", *sharding.gathered(TABLE)), (blocks, *table.shape)
     some = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
@@ -335,14 +354,18 @@ def _embed_bwd(dtype, residuals, g):
 _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any) -> Float[Array, "... D"]:
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any
+) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), cast to `out`."""
     wide = x.astype(accumulator(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
     return (wide * scale * weight.astype(wide.dtype)).astype(out)
 
 
-def rope(x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"]) -> Float[Array, "B T N E"]:
+def rope(
+    x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"]
+) -> Float[Array, "B T N E"]:
     """Rotate the two halves of each head (Su et al. 2021; Hugging Face's layout of the pairs)."""
     x1, x2 = jnp.split(x.astype(cos.dtype), 2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -64,18 +64,24 @@ def target_paths(specs: Any, targets: str | tuple[str, ...]) -> list[str]:
     if targets == "all-linear":
         return blocks
     if not targets:
-        raise ValueError("adapter.targets names no layer; use all-linear or some of q, k, v, o, gate, up, down, head")
+        raise ValueError(
+            "adapter.targets names no layer; use all-linear or some of q, k, v, o, gate, up, down, head"
+        )
     if isinstance(targets, str):
         wanted = tree.regex(targets, "adapter.targets")
         found = [p for p in [*blocks, *heads] if wanted.fullmatch(p)]
         if not found:
-            raise ValueError(f"adapter.targets={targets!r} matches no kernel; the paths are {', '.join([*blocks, *heads])}")
+            raise ValueError(
+                f"adapter.targets={targets!r} matches no kernel; the paths are {', '.join([*blocks, *heads])}"
+            )
         return found
     known = {p.rsplit("/", 1)[-1]: p for p in [*blocks, *heads]}
     known |= {f"{name}_proj": p for name, p in known.items()} | {"lm_head": "head"}
     for name in targets:
         if name not in known:
-            raise ValueError(f"adapter.targets: {name!r} is no linear layer; near: {', '.join(tree.nearest(name, list(known)))}")
+            raise ValueError(
+                f"adapter.targets: {name!r} is no linear layer; near: {', '.join(tree.nearest(name, list(known)))}"
+            )
     return [p for p in [*blocks, *heads] if p in {known[name] for name in targets}]
 
 
@@ -85,7 +91,9 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path in target_paths(specs, settings.targets):
         if path == "head" and settings.dropout:
-            raise ValueError(f"adapter.dropout={settings.dropout} doesn't reach an adapter on the head; set it to 0")
+            raise ValueError(
+                f"adapter.dropout={settings.dropout} doesn't reach an adapter on the head; set it to 0"
+            )
         if path in base:
             spec = base[path]
         else:  # a tied head: [V, D] read the other way round
@@ -97,8 +105,12 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
         for part in path.split("/"):
             node = node.setdefault(part, {})
         start = kaiming_uniform(size_in)
-        node["a"] = ParamSpec((*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), start, spec.heads)
-        node["b"] = ParamSpec((*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0), spec.heads)
+        node["a"] = ParamSpec(
+            (*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), start, spec.heads
+        )
+        node["b"] = ParamSpec(
+            (*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0), spec.heads
+        )
         node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), constant(settings.scale))
     return out
 
@@ -124,7 +136,9 @@ def stacked(adapters: Sequence[Any]) -> Any:
 
     def stack(*leaves):
         whole = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
-        return jnp.stack([jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, whole, strict=True)]) for x in leaves])
+        return jnp.stack(
+            [jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, whole, strict=True)]) for x in leaves]
+        )
 
     return jax.tree.map(stack, *adapters)
 
@@ -139,13 +153,17 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     dropout = settings.dropout if settings else 0.0
 
     def tied(fn):
-        return lambda params, *rest, **kw: fn(attach(params["base"], params.get("adapter"), dropout), *rest, **kw)
+        return lambda params, *rest, **kw: fn(
+            attach(params["base"], params.get("adapter"), dropout), *rest, **kw
+        )
 
     specs = {"base": model.specs}
     if settings:
         specs["adapter"] = adapter_specs(model.specs, settings)
         if not model.speaks and "head" in specs["adapter"]:
-            raise ValueError("adapter.targets names the head, and this model gives scores, no text; leave it out")
+            raise ValueError(
+                "adapter.targets names the head, and this model gives scores, no text; leave it out"
+            )
     specs |= model.beside
     return replace(
         model,

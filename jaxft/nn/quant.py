@@ -51,15 +51,21 @@ def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None
     """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
     if kind == KEPT:
         if block is not None or double is not None:
-            raise ValueError("quant=kept takes blocks and scales from the files; leave quant.block and quant.double at none")
+            raise ValueError(
+                "quant=kept takes blocks and scales from the files; leave quant.block and quant.double at none"
+            )
         return None, False
     if kind not in FORMATS:
         raise ValueError(f"quantisation {kind!r} is not known; use one of {', '.join((*KINDS, KEPT))}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
-        raise ValueError(f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none")
+        raise ValueError(
+            f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none"
+        )
     if block is not None and (block < 2 or block % 2):
-        raise ValueError(f"two codes share a byte, so a block is an even number of inputs from 2 up; found block={block}")
+        raise ValueError(
+            f"two codes share a byte, so a block is an even number of inputs from 2 up; found block={block}"
+        )
     if double and format.double is None:
         raise ValueError(f"the scales of {kind} are not quantised; use double=false, or one of nf4, fp4")
     return (format.block if block is None else block), bool(format.double if double is None else double)
@@ -113,7 +119,9 @@ def bits(q: Any) -> float:
     return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
 
 
-def quantize(weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None) -> QTensor:
+def quantize(
+    weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
+) -> QTensor:
     """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
 
     block, double: see Quant. scale: what `scales` says of a whole weight of which this is a part. Raises ValueError for a kind
@@ -131,7 +139,9 @@ def quantize(weight: Any, kind: str, block: int | None = None, double: bool | No
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"{kind} holds floats, found {weight.dtype}")
     if is_paired(kind) and ins % 2:
-        raise ValueError(f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it")
+        raise ValueError(
+            f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it"
+        )
     qf.refuse_unusual(weight)
     packed, scale, offset = _encoded(weight, kind, block or ins, scale)
     scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)

@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int, UInt8
 
 Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
-LEAST, MOST = np.float32(2.0**-80), np.float32(2.0**80)  # smaller magnitudes are zero, larger ones are refused
+LEAST, MOST = (
+    np.float32(2.0**-80),
+    np.float32(2.0**80),
+)  # smaller magnitudes are zero, larger ones are refused
 GROUP = 256  # scales that share a scale of their own where they are quantised too
 
 # bitsandbytes' tables (Dettmers et al. 2023, arXiv:2305.14314): NF4's levels are quantiles of the normal distribution.
@@ -25,10 +28,14 @@ NF4 = np.array(
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
 )  # fmt: skip
-FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(12.0)  # by the lower three bits
+FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(
+    12.0
+)  # by the lower three bits
 FP4 = np.concatenate([FP4, 0 - FP4])
 NF4_BOUNDS = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
-FP4_BOUNDS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32)  # its kernels'
+FP4_BOUNDS = np.array(
+    [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32
+)  # its kernels'
 
 
 def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
@@ -42,7 +49,9 @@ def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
         count = 2**i if signed else 2 ** (i + 1)
         step = np.float64((np.float32(1) - low) / np.float32(count))
         up = np.arange(count + 1)
-        points = np.where(up <= (count + 1) // 2 - 1, low + step * up, 1.0 - step * (count - up)).astype(np.float32)
+        points = np.where(up <= (count + 1) // 2 - 1, low + step * up, 1.0 - step * (count - up)).astype(
+            np.float32
+        )
         means = np.float32(10.0 ** (i - 6)) * ((points[:-1] + points[1:]) * np.float32(0.5))
         values += [*means, *(-means if signed else ())]
     return np.sort(np.array(values, np.float32))
@@ -167,10 +176,14 @@ def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
     On a CPU the look-up is faster, and selections are fused into small products. Elsewhere they let the codes become a
     weight in one kernel, where a look-up has the unpacked codes written out (compiled for an H100).
     """
-    return jax.lax.platform_dependent(codes, cpu=partial(look_up, table=table), default=partial(by_bits, table=table))
+    return jax.lax.platform_dependent(
+        codes, cpu=partial(look_up, table=table), default=partial(by_bits, table=table)
+    )
 
 
-def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Float[Array, "*L"]]:
+def encode_scales(
+    absmax: Float[Array, "*L N O"],
+) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Float[Array, "*L"]]:
     """Scales in the dynamic code after their mean is subtracted, in groups of 256 with a scale each.
 
     bitsandbytes' nested quantisation: the groups run over its order, all blocks of an output channel and then the next's.
@@ -182,7 +195,9 @@ def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"
     room = -away.shape[-1] % GROUP
     groups = xp.pad(away, [(0, 0)] * (away.ndim - 1) + [(0, room)]).reshape(*away.shape[:-1], -1, GROUP)
     outer = xp.max(xp.abs(groups), axis=-1)
-    codes = xp.searchsorted(DYNAMIC_BOUNDS, (groups * _inverse(outer)[..., None]).reshape(-1)).astype(np.uint8)
+    codes = xp.searchsorted(DYNAMIC_BOUNDS, (groups * _inverse(outer)[..., None]).reshape(-1)).astype(
+        np.uint8
+    )
     codes = codes.reshape(*groups.shape[:-2], -1)[..., : flat.shape[-1]]
     return codes.reshape(absmax.swapaxes(-1, -2).shape).swapaxes(-1, -2), outer, mean
 
@@ -206,9 +221,13 @@ def _rounded_alone(product: Array, positive: Array) -> Array:
     return (product.view(np.uint32) | positive.view(np.uint32) & np.uint32(1 << 31)).view(np.float32)
 
 
-def decode_scales(codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Float[Array, "*L"]) -> Float[Array, "*L N O"]:
+def decode_scales(
+    codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Float[Array, "*L"]
+) -> Float[Array, "*L N O"]:
     """Undo encode_scales."""
-    blocks, outs = codes.shape[-2:]  # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
+    blocks, outs = codes.shape[
+        -2:
+    ]  # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
     along = jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 1) * jnp.int32(blocks)
     group = (along + jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 0)) // jnp.int32(GROUP)
     each = jnp.asarray(outer).at[..., group].get(mode="promise_in_bounds")
@@ -240,7 +259,9 @@ def _as_float(codes: Array) -> Array:
 
 FORMATS = {
     "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float),
-    "int4": Format(4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)),
+    "int4": Format(
+        4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)
+    ),
     "nf4": Format(4, 64, True, np.float32, largest, nearest_nf4, lambda codes: level(codes, NF4)),
     "fp4": Format(4, 64, True, np.float32, largest, nearest_fp4, lambda codes: level(codes, FP4)),
     "affine4": Format(4, 64, None, jnp.bfloat16, scale_affine4, nearest_affine4, _as_float),
@@ -271,7 +292,9 @@ def blocked(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
 def spread(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
     """Each block's number for every input in it."""
     *lead, blocks, outs = scale.shape
-    wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(*lead, blocks * block, outs)
+    wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
+        *lead, blocks * block, outs
+    )
     return wide[..., :ins, :]
 
 
@@ -287,7 +310,10 @@ def refuse_unusual(x: Any) -> None:
     if isinstance(x, jax.core.Tracer):  # no values yet
         return
     host = np.asarray(x)
-    usual = [(np.abs(part.astype(np.float32)) < MOST).all() for part in np.array_split(host, max(1, host.size >> 18), -1)]
+    usual = [
+        (np.abs(part.astype(np.float32)) < MOST).all()
+        for part in np.array_split(host, max(1, host.size >> 18), -1)
+    ]
     if not all(usual):
         wrong = ~(np.abs(host.astype(np.float32)) < MOST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))

@@ -10,11 +10,17 @@ Told = tuple[dict[str, Any], list[str], list[str]]  # what to remember, lines th
 
 WINDOW = 5  # logged steps whose mean is one point of a curve
 FALLS = 3  # points in a row, each below the one before
-NATS, SHARE = 2.0, 0.03  # a fall that matters: at least so many nats an answer, and this share of its log-prob at step 0
+NATS, SHARE = (
+    2.0,
+    0.03,
+)  # a fall that matters: at least so many nats an answer, and this share of its log-prob at step 0
 ERRORS = 5  # standard errors that a fall is above the noise of small batches
 WORSE = 2  # times as far down, and it is said again
 LOST = 0.07  # of accuracy: a fall that matters
-LABELS, GUESSING = 0.1, 0.4  # shares of labels that look flipped: worth an advice, and too many to be believed
+LABELS, GUESSING = (
+    0.1,
+    0.4,
+)  # shares of labels that look flipped: worth an advice, and too many to be believed
 IDLE = 5  # logged steps in a row without anything to learn
 LOSSES = "jaxft.objectives.preference_losses"
 SIDES = "eval_rewards/accuracies_chosen_"
@@ -33,9 +39,13 @@ def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) ->
     return _all(memory, entry, last, None, (_faults, _nothing_learned, _all_cut_off, skipped))
 
 
-def _all(memory: dict[str, Any], entry: dict[str, Any], last: bool, beta: float | None, checks: tuple[Any, ...]) -> Told:
+def _all(
+    memory: dict[str, Any], entry: dict[str, Any], last: bool, beta: float | None, checks: tuple[Any, ...]
+) -> Told:
     """What several checks say, each with a memory of its own."""
-    number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
+    number = {
+        name: value for name, value in entry.items() if isinstance(value, int | float)
+    }  # null was not finite
     memory, lines, alarms = {**memory}, [], []
     for check in checks:
         now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
@@ -52,8 +62,14 @@ def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: f
     if n["step"] > 1 or found is None or theory is None:
         return memory, [], []
     told = f"the {'held-out loss before training' if own else 'first loss'} is {found:.4f}, theory says {theory:.4f}"
-    if abs(found - theory) <= 0.01 + 0.05 * abs(theory):  # in bfloat16 two programs are apart by as much as a percent
-        return {"told": True}, [] if memory else [f"{told}: policy and reference begin as the same model, as they should"], []
+    if abs(found - theory) <= 0.01 + 0.05 * abs(
+        theory
+    ):  # in bfloat16 two programs are apart by as much as a percent
+        return (
+            {"told": True},
+            [] if memory else [f"{told}: policy and reference begin as the same model, as they should"],
+            [],
+        )
     return memory, [], [
         f"{told}: policy and reference should begin as the same model and don't. It may be dropout (set it to 0), reference "
         "log-probs that were computed with other weights (JAXFT_CACHE holds them; empty it), or a loss of your own that looks at "
@@ -117,7 +133,10 @@ def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
         return memory, [], []
     if found >= memory.get("best", 0.0):
         return {"best": found, "margin": margin, "lost": memory.get("lost", LOST), "worse": False}, [], []
-    lost, worse = memory["best"] - found, margin > memory["margin"] and memory["best"] - found >= memory["lost"]
+    lost, worse = (
+        memory["best"] - found,
+        margin > memory["margin"] and memory["best"] - found >= memory["lost"],
+    )
     if not (worse and memory["worse"]):
         return {**memory, "worse": worse}, [], []
     return {**memory, "lost": WORSE * lost}, [], [
@@ -151,7 +170,10 @@ def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
 
 def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
     """Rewards that raised or gave no number, at the first rollout that has some and whenever their share is twice as large."""
-    share, said = n.get("reward_faults/raised", 0) + n.get("reward_faults/not_a_number", 0), memory.get("said", 0)
+    share, said = (
+        n.get("reward_faults/raised", 0) + n.get("reward_faults/not_a_number", 0),
+        memory.get("said", 0),
+    )
     if not share or share < WORSE * said:
         return memory, [], []
     return {"said": share}, [], [
@@ -208,12 +230,22 @@ def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     if known("eval_rewards/margins"):
         lines.append(f"held-out margin of the rewards: {change('eval_rewards/margins', first, last, 3)}")
     if known("eval_logps/chosen"):
-        lines.append(f"log-prob of the chosen held-out answers: {change('eval_logps/chosen', first, last, 1)}")
+        lines.append(
+            f"log-prob of the chosen held-out answers: {change('eval_logps/chosen', first, last, 1)}"
+        )
     if known("eval_kl"):
-        lines.append(f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated at the chosen held-out answers' tokens")
+        lines.append(
+            f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated at the chosen held-out answers' tokens"
+        )
     if known("eval_length/margin_correlation"):
-        sides = {"longer": "the chosen answer is longer", "alike": "lengths are alike", "shorter": "it is shorter"}
-        each = [f"{last[SIDES + name]:.2f} where {told}" for name, told in sides.items() if known(SIDES + name)]
+        sides = {
+            "longer": "the chosen answer is longer",
+            "alike": "lengths are alike",
+            "shorter": "it is shorter",
+        }
+        each = [
+            f"{last[SIDES + name]:.2f} where {told}" for name, told in sides.items() if known(SIDES + name)
+        ]
         told = f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}"
         lines.append("; accuracy ".join([told, ", ".join(each)] if each else [told]))
     if known("label_noise"):
@@ -226,7 +258,9 @@ def _labels(share: float, error: float) -> str:
     percent = f"{100 * share:.0f} %"
     if share >= GUESSING:
         return f"labels: the model disagrees with {percent} of those it is surest of; it has learned too little to judge them"
-    advice = f"; {LOSSES}:robust or cdpo with that label_smoothing is made for them" if share >= LABELS else ""
+    advice = (
+        f"; {LOSSES}:robust or cdpo with that label_smoothing is made for them" if share >= LABELS else ""
+    )
     told = f"about {percent} look flipped, give or take {200 * error:.0f}"  # two standard errors
     return f"labels: {told} (pairs that the model, before it learned from them, was sure of the other way round){advice}"
 

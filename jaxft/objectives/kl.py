@@ -62,8 +62,14 @@ class AdaptiveKL:
     estimate: Estimator = k3
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"an adaptive KL penalty begins with a coef above 0, found {self.coef}; 0 would stay 0")
-        require(self.target > 0 and self.horizon > 0, f"target and horizon are above 0, found {self.target} and {self.horizon}")
+        require(
+            self.coef > 0,
+            f"an adaptive KL penalty begins with a coef above 0, found {self.coef}; 0 would stay 0",
+        )
+        require(
+            self.target > 0 and self.horizon > 0,
+            f"target and horizon are above 0, found {self.target} and {self.horizon}",
+        )
 
     def update(self, coef: Any, kl: Any, count: Any) -> Any:
         """`coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon)`, after `count` completions of `kl` nats in the mean.

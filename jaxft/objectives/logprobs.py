@@ -35,7 +35,11 @@ class LogProbs:
 
 
 def token_logps(
-    model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"], graded: Graded = ("logp",)
+    model: Model,
+    params: Any,
+    h_BMD: Float[Array, "B M D"],
+    targets: Int[Array, "B M"],
+    graded: Graded = ("logp",),
 ) -> LogProbs:
     """Log-probs of `targets` under the model's head, in chunks along M.
 
@@ -51,7 +55,11 @@ def token_logps(
 
 
 def weighted_logp(
-    model: Model, params: Any, h_BMD: Float[Array, "B M D"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]
+    model: Model,
+    params: Any,
+    h_BMD: Float[Array, "B M D"],
+    targets: Int[Array, "B M"],
+    weights: Float[Array, "B M"],
 ) -> tuple[Float[Array, ""], LogProbs]:
     """(sum of weights * log-prob, LogProbs without any gradient): token_logps where the weights are known beforehand.
 
@@ -83,7 +91,9 @@ def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
     """The logical axes of each leaf of the head; of a packed one's leaves those that have the weight's dimensions."""
     node = lambda s, leaf: [s.axes if x.ndim == len(s.axes) else () for x in jax.tree.leaves(leaf)]  # noqa: E731
     known = jax.tree.map(node, specs, head, is_leaf=is_spec)
-    return tuple(axes for found in jax.tree.leaves(known, is_leaf=lambda x: isinstance(x, list)) for axes in found)
+    return tuple(
+        axes for found in jax.tree.leaves(known, is_leaf=lambda x: isinstance(x, list)) for axes in found
+    )
 
 
 def _lay(head: Any, axes: tuple[tuple[str, ...], ...], dtype: Any) -> Any:
@@ -130,7 +140,9 @@ def _chunked(logits_fn, count, how, head, h, targets):
 
 def _slope(p: Array, targets: Array) -> Array:
     """d logp / d logits = onehot(target) - p."""
-    return (jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]).astype(p.dtype) - p
+    return (jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]).astype(
+        p.dtype
+    ) - p
 
 
 def _entropy_slope(p: Array, targets: Array) -> Array:
@@ -178,11 +190,17 @@ def _accumulators(head, axes, h, wanted):
     """(leaves of the head as products use it, its structure, those that are floats and `wanted`, zeros for their gradients,
     one for each block of rows on a mesh)."""
     leaves, structure = jax.tree.flatten(_lay(head, axes, h.dtype))
-    floats = [w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)]
+    floats = [
+        w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)
+    ]
     blocks = parts(("read_rows",), h.shape[:1])
 
     def start(w, a):
-        return None if w is None else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
+        return (
+            None
+            if w is None
+            else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
+        )
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -216,7 +234,9 @@ def _weighted(logits_fn, count, axes, head, h, targets, weights):
 def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
     is_primal = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
     trained = [p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal)]
-    head, h, targets, weights = jax.tree.map(lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal)
+    head, h, targets, weights = jax.tree.map(
+        lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal
+    )
     weights = weights.astype(np.promote_types(h.dtype, np.float32))  # jnp's own raises under strict promotion
     leaves, structure, floats, start = _accumulators(head, axes, h, trained)
 
@@ -230,7 +250,9 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
         rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), (out, dx))
         return jax.tree.map(jnp.add, total, dw), rows
 
-    total, (out, dh) = jax.lax.scan(body, start, (_chunks(h, count), _chunks(targets, count), _chunks(weights, count)))
+    total, (out, dh) = jax.lax.scan(
+        body, start, (_chunks(h, count), _chunks(targets, count), _chunks(weights, count))
+    )
     out = jax.tree.map(_rows, out)
     return (jnp.sum(weights * out.logp), out), (_reduced(structure, axes, total), _rows(dh), out.logp)
 
@@ -238,7 +260,12 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
 def _weighted_bwd(logits_fn, count, axes, residuals, g):
     dhead, dh, logp = residuals
     scale = g[0]
-    return jax.tree.map(lambda x: x * scale.astype(x.dtype), dhead), dh * scale.astype(dh.dtype), None, scale * logp
+    return (
+        jax.tree.map(lambda x: x * scale.astype(x.dtype), dhead),
+        dh * scale.astype(dh.dtype),
+        None,
+        scale * logp,
+    )
 
 
 _weighted.defvjp(_weighted_fwd, _weighted_bwd, symbolic_zeros=True)

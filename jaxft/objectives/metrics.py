@@ -70,7 +70,9 @@ class Disagreement:
     def of(margin: Any, where: Any) -> "Disagreement":
         """Of margins where a mask is True; a margin of 0 takes no side."""
         where = where & (margin != 0)
-        size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127).astype(jnp.int32)
+        size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127).astype(
+            jnp.int32
+        )
         lost = (margin <= 0).astype(jnp.int32)
         flat = jnp.where(where, lost * 128 + size, 256).ravel()
         return Disagreement(jnp.bincount(flat, length=257)[:256].reshape(2, 128).astype(margin.dtype))
@@ -151,10 +153,15 @@ def read(metrics: dict[str, Any]) -> dict[str, float]:
 
 def kept(metrics: dict[str, Any]) -> dict[str, list[Any]]:
     """Metrics as JSON; loaded() gives them back."""
-    return {name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in metrics.items()}
+    return {
+        name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in metrics.items()
+    }
 
 
 def loaded(kept: dict[str, list[Any]]) -> dict[str, Any]:
     """Metrics from JSON, on the host in float64."""
     kinds = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
-    return {name: kinds[kind](*(np.asarray(x, np.float64) for x in numbers)) for name, (kind, *numbers) in kept.items()}
+    return {
+        name: kinds[kind](*(np.asarray(x, np.float64) for x in numbers))
+        for name, (kind, *numbers) in kept.items()
+    }

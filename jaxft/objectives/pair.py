@@ -28,7 +28,9 @@ class Answer:
     def ratio(self) -> Float[Array, "B P"]:
         """log pi(answer) - log pi_ref(answer). Raises ValueError in a run without a reference."""
         if self.reference is None:
-            raise ValueError("this loss compares with a reference and the objective has none; give preference(...) a reference")
+            raise ValueError(
+                "this loss compares with a reference and the objective has none; give preference(...) a reference"
+            )
         return self.logp - self.reference
 
     @property
@@ -131,7 +133,9 @@ class Coupled:
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """Refused: see above."""
         name = getattr(self.fn, "__name__", repr(self.fn))
-        raise ValueError(f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled")
+        raise ValueError(
+            f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled"
+        )
 
 
 def check_knobs(loss: Callable) -> None:
@@ -148,7 +152,9 @@ def check_knobs(loss: Callable) -> None:
     except (TypeError, ValueError) as error:
         found = ", ".join(list(inspect.signature(name).parameters)[len(given) :]) or "none"
         told = f"the loss {getattr(name, '__name__', name)} has the knobs: {found}; it is called with ({', '.join(given)})"
-        raise ValueError(told + (f" and {knobs}; give it those, or leave them out of the config" if knobs else "")) from error
+        raise ValueError(
+            told + (f" and {knobs}; give it those, or leave them out of the config" if knobs else "")
+        ) from error
 
 
 def unwrap(loss: Callable) -> Callable:

@@ -96,7 +96,9 @@ class Policy:
     watch: Callable[..., Told] = watch_rollouts
     dropout: bool = False
 
-    def __call__(self, params: Any, batch: Rollout, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, params: Any, batch: Rollout, key: Array | None, aux: Any
+    ) -> tuple[Array, dict[str, Any]]:
         """Both halves."""
         return self.judge(self.see(params, batch, key, aux), aux)
 
@@ -130,7 +132,10 @@ def policy(
     has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
     """
     require(entropy >= 0, f"the coefficient of an entropy bonus is from 0 up, found {entropy}")
-    require(0 < temperature < float("inf"), f"the temperature that completions are drawn at is above 0, found {temperature}")
+    require(
+        0 < temperature < float("inf"),
+        f"the temperature that completions are drawn at is above 0, found {temperature}",
+    )
     penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
     seat = Critic(value) if value is not None and not isinstance(value, Critic) else value
     at = at_temperature(model, temperature)
@@ -141,7 +146,9 @@ def policy(
         after_step=partial(_after_step, penalty),
         logps=partial(_logps, at),
         reference_logps=lambda params, batch, aux: _logps(at, reference_params(params, aux), batch).logp,
-        values=None if seat is None else lambda params, batch: seat.values(params, batch, model.hidden(params, batch, None)),
+        values=None
+        if seat is None
+        else lambda params, batch: seat.values(params, batch, model.hidden(params, batch, None)),
         reference=penalty is not None,
         temperature=temperature,
         text=sft(model),
@@ -157,11 +164,22 @@ def at_temperature(model: Model, temperature: float) -> Model:
 
 
 def _logps(model: Model, params: Any, batch: Rollout) -> LogProbs:
-    return read_logps(model, params, model.hidden(params, batch, None), batch.read, batch.targets, answers=batch.lengths.shape[1])
+    return read_logps(
+        model,
+        params,
+        model.hidden(params, batch, None),
+        batch.read,
+        batch.targets,
+        answers=batch.lengths.shape[1],
+    )
 
 
-def _see(model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any) -> Played:
-    h = model.hidden(params, batch, None)  # without dropout, as what it is compared with (TRL's disable_dropout)
+def _see(
+    model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any
+) -> Played:
+    h = model.hidden(
+        params, batch, None
+    )  # without dropout, as what it is compared with (TRL's disable_dropout)
     lp = read_logps(model, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
     values = None if seat is None else seat.values(params, batch, h).astype(lp.logp.dtype)
     none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
@@ -195,10 +213,15 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
     metrics: dict[str, Any] = {}
     if drawn.reference is not None:
         kl = (penalty.estimate if penalty else k3)(drawn.logp, drawn.reference) * drawn.real
-        metrics |= {"kl": _mean(kl, drawn.real), "kl_per_completion": _mean(drawn.total(kl), drawn.total(drawn.real) > 0)}
+        metrics |= {
+            "kl": _mean(kl, drawn.real),
+            "kl_per_completion": _mean(drawn.total(kl), drawn.total(drawn.real) > 0),
+        }
     if penalty:
         if drawn.reference is None:
-            raise ValueError("a KL penalty needs the reference's log-probs in the batch; let the rollout give them or set beta=0")
+            raise ValueError(
+                "a KL penalty needs the reference's log-probs in the batch; let the rollout give them or set beta=0"
+            )
         if not isinstance(penalty, InRewards):
             coef = aux["kl_coef"].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
             value = value + coef * add(kl)
@@ -209,7 +232,10 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
     metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
     metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
     if seat is not None:  # PPO, whose names in TRL are others
-        metrics |= {"policy/clipfrac_avg": metrics["clip_ratio/region_mean"], "policy/entropy_avg": metrics["entropy"]}
+        metrics |= {
+            "policy/clipfrac_avg": metrics["clip_ratio/region_mean"],
+            "policy/entropy_avg": metrics["entropy"],
+        }
         cost, found = _value_part(seat, played)
         value = value + seat.coef * cost
         metrics |= found | {"loss": Sum(value, found["loss/value_avg"].weight)}
@@ -280,7 +306,9 @@ def value_loss(values: Array, old: Array, returns: Array, clip: float | None) ->
 def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
     batch, values = played.batch, played.values
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
-        raise ValueError("a critic needs values, returns and value_weights in the batch; let the rollout give them")
+        raise ValueError(
+            "a critic needs values, returns and value_weights in the batch; let the rollout give them"
+        )
     weights = batch.value_weights.astype(values.dtype)
     used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
     at = lambda x: jnp.where(used, x.astype(values.dtype), 0)  # noqa: E731
@@ -299,7 +327,9 @@ def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, 
     aux: dict[str, Any] = {}
     if penalty and not at_base:
         none = lambda x: jax.tree.map(lambda _: None, x)  # noqa: E731
-        own = {name: x if name in ("adapter", "base") else none(x) for name, x in trainable.items()}  # without models beside it
+        own = {
+            name: x if name in ("adapter", "base") else none(x) for name, x in trainable.items()
+        }  # without models beside it
         aux["reference"] = jax.tree.map(jnp.copy, own)
     if isinstance(penalty, KEPT):
         aux["kl_coef"] = jnp.asarray(penalty.coef, jnp.float32)

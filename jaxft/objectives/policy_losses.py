@@ -133,7 +133,9 @@ def sapo(drawn: Drawn, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLoss
 
     At r = 1 the slope is that of -A r.
     """
-    require((tau_pos > 0) & (tau_neg > 0), f"sapo: tau_pos and tau_neg are above 0, found {tau_pos} and {tau_neg}")
+    require(
+        (tau_pos > 0) & (tau_neg > 0), f"sapo: tau_pos and tau_neg are above 0, found {tau_pos} and {tau_neg}"
+    )
     tau = jnp.where(drawn.advantages > 0, tau_pos, tau_neg).astype(drawn.logp.dtype)
     return -drawn.advantages * jax.nn.sigmoid(tau * (drawn.ratio - 1)) * 4 / tau
 
@@ -150,7 +152,9 @@ def geo_mean(drawn: Drawn, eps_low: float = 0.4, eps_high: float = 0.4) -> Token
     return -drawn.advantages * drawn.spread(jnp.exp(drawn.mean(worse)))
 
 
-def vespo(drawn: Drawn, pos: tuple[float, float] = (2.0, 3.0), neg: tuple[float, float] = (3.0, 2.0)) -> TokenLoss:
+def vespo(
+    drawn: Drawn, pos: tuple[float, float] = (2.0, 3.0), neg: tuple[float, float] = (3.0, 2.0)
+) -> TokenLoss:
     """`-sg(phi) A log pi`, phi = exp(lam) w^k exp(-lam w) of w, the product of a completion's ratios (arXiv:2602.10693).
 
     pos, neg: (k, lam) where A >= 0 and where A < 0; log w is held within log 1e-8 and 20. TRL's defaults.
@@ -171,12 +175,16 @@ def near_policy(drawn: Drawn, loss: PolicyLoss = clipped, most: float = 2.0) -> 
     return jnp.where(far & (drawn.advantages < 0), 0, loss(drawn))
 
 
-def with_corrected_kl(drawn: Drawn, loss: PolicyLoss = clipped, coef: float = 0.04, estimate: Estimator = k3) -> TokenLoss:
+def with_corrected_kl(
+    drawn: Drawn, loss: PolicyLoss = clipped, coef: float = 0.04, estimate: Estimator = k3
+) -> TokenLoss:
     """`loss + coef r KL`: the KL estimated at tokens that an older policy drew (DeepSeek-V3.2, arXiv:2512.02556).
 
     TRL's use_bias_correction_kl. It stands in the place of policy(beta=...), which takes r for 1. Raises ValueError without the
     reference's log-probs.
     """
     if drawn.reference is None:
-        raise ValueError("with_corrected_kl needs the reference's log-probs; let the rollout give them (Rollout.reference)")
+        raise ValueError(
+            "with_corrected_kl needs the reference's log-probs; let the rollout give them (Rollout.reference)"
+        )
     return loss(drawn) + coef * drawn.ratio * estimate(drawn.logp, drawn.reference)

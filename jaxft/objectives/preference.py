@@ -77,7 +77,9 @@ class Preference:
     coupled: bool
     precomputed: bool
 
-    def __call__(self, params: Any, batch: Pairs, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, params: Any, batch: Pairs, key: Array | None, aux: Any
+    ) -> tuple[Array, dict[str, Any]]:
         """Both halves, for a batch that is judged alone."""
         return self.judge(self.see(params, batch, key, aux), aux)
 
@@ -120,7 +122,9 @@ def preference(
     check_knobs(loss)
     loss = unwrap(loss)
     if reference is None and reward is implicit:
-        raise ValueError("without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token")
+        raise ValueError(
+            "without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token"
+        )
     coupled = isinstance(loss, Coupled)
     return Preference(
         see=partial(_see, model, reference),
@@ -160,7 +164,9 @@ def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | N
         known = None
     elif reference == "precomputed":
         if batch.reference is None:
-            raise ValueError("the batch has no reference log-probs; compute them first or set reference=start")
+            raise ValueError(
+                "the batch has no reference log-probs; compute them first or set reference=start"
+            )
         known = mask(batch.reference.astype(lp.logp.dtype))
     else:
         frozen = jax.lax.stop_gradient(reference_params(params, aux))
@@ -171,14 +177,20 @@ def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | N
     return Seen(lp.logp, *rest, replace(batch, **none))
 
 
-def _judge(loss: Any, reward: Callable, extra: Callable, seen: Seen, aux: Any) -> tuple[Array, dict[str, Any]]:
+def _judge(
+    loss: Any, reward: Callable, extra: Callable, seen: Seen, aux: Any
+) -> tuple[Array, dict[str, Any]]:
     pair = scored(seen.batch, seen.logp, seen.square, seen.reference)
     state = aux.get("loss", {})
     one = (lambda p: loss.fn(p, state)) if isinstance(loss, Coupled) else loss
     values = _values(loss, one, pair)
     used = pair.weight > 0
     value = jnp.sum(jnp.where(used, pair.weight * values, 0))
-    metrics = {"loss": Sum(value, jnp.sum(pair.weight)), **_metrics(pair, reward), **_token_metrics(seen, pair)}
+    metrics = {
+        "loss": Sum(value, jnp.sum(pair.weight)),
+        **_metrics(pair, reward),
+        **_token_metrics(seen, pair),
+    }
     metrics |= {name: _mean(x, used) for name, x in extra(pair).items()}
     if seen.reference is not None:
         start = jnp.where(used, pair.weight * one(_at_reference(pair)), 0)
@@ -199,7 +211,9 @@ def _values(loss: Any, one: Callable, pair: Scored) -> Array:
         told = f"the loss {name} looks for {error}, and the pairs have {known}; a column of the rows is given by data.extras"
         raise ValueError(told) from error
     except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"the loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"the loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     found = getattr(values, "shape", type(values).__name__)
     if found != pair.weight.shape:
         raise ValueError(f"the loss {name} gives one value a pair, {pair.weight.shape}; found {found}")
@@ -209,7 +223,9 @@ def _values(loss: Any, one: Callable, pair: Scored) -> Array:
 def _at_reference(pair: Scored) -> Scored:
     """The pairs as they would be scored by a policy that is the reference."""
     same = lambda x: replace(x, logp=x.reference)  # noqa: E731
-    return replace(pair, answers={kind: same(a) for kind, a in pair.answers.items()}, tokens=same(pair.tokens))
+    return replace(
+        pair, answers={kind: same(a) for kind, a in pair.answers.items()}, tokens=same(pair.tokens)
+    )
 
 
 def _mean(values: Array, where: Array) -> Sum:
@@ -227,13 +243,18 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
     margin = rewards["chosen"] - rewards["rejected"]
     won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
     longer = chosen.length - rejected.length
-    sides = {"longer": rejected.length < SHORT * chosen.length, "shorter": chosen.length < SHORT * rejected.length}
+    sides = {
+        "longer": rejected.length < SHORT * chosen.length,
+        "shorter": chosen.length < SHORT * rejected.length,
+    }
     sides["alike"] = ~(sides["longer"] | sides["shorter"])
     out: dict[str, Any] = {
         "rewards/accuracies": _mean(won, both),
         "rewards/margins": _mean(margin, both),
         "length/margin_correlation": Correlation.of(longer, margin, both),
-        "length/accuracy_if_longer_wins": _mean((longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2, both),
+        "length/accuracy_if_longer_wins": _mean(
+            (longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2, both
+        ),
         "label_noise": Disagreement.of(margin, both),
     }
     for name, where in sides.items():
@@ -279,7 +300,9 @@ def _start(loss: Any, reference: Any, trainable: Any, at_base: bool) -> dict[str
     return aux
 
 
-def _after_step(loss: Any, reference: Any, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _after_step(
+    loss: Any, reference: Any, aux: Any, trainable: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
     """Running numbers of the loss, and the moving reference."""
     out = dict(aux)
     if isinstance(loss, Coupled) and loss.update is not None:

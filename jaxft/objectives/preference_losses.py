@@ -45,7 +45,10 @@ def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def logistic(x: Float[Array, "..."], label_smoothing: float = 0.0) -> Float[Array, "..."]:
     """-(1 - eps) LS(x) - eps LS(-x): the cross-entropy of a label that is wrong with probability eps."""
-    require((label_smoothing >= 0) & (label_smoothing <= 0.5), f"label_smoothing is in [0, 0.5], found {label_smoothing}")
+    require(
+        (label_smoothing >= 0) & (label_smoothing <= 0.5),
+        f"label_smoothing is in [0, 0.5], found {label_smoothing}",
+    )
     return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
 
@@ -91,7 +94,9 @@ def dpo(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     return logistic(beta * _difference(pair, score))
 
 
-def cdpo(pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def cdpo(
+    pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
+) -> PairLoss:
     """`-(1 - eps) LS(beta D) - eps LS(-beta D)`: labels are wrong with probability eps (Mitchell 2023). Not in TRL 1.16."""
     return logistic(beta * _difference(pair, score), label_smoothing)
 
@@ -104,7 +109,9 @@ def dpo_margin(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> Pa
     x = beta * _difference(pair, score)
     if "margin" not in pair.columns:
         found = ", ".join(sorted(pair.columns)) or "none"
-        raise ValueError(f"dpo_margin needs a number `margin` in each row, found the columns: {found}; add it or use dpo")
+        raise ValueError(
+            f"dpo_margin needs a number `margin` in each row, found the columns: {found}; add it or use dpo"
+        )
     return logistic(x - pair.columns["margin"].astype(x.dtype))
 
 
@@ -139,7 +146,9 @@ def sigmoid_norm(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> 
     return logistic(beta * _mean_difference(pair, score))
 
 
-def exo_pair(pair: Scored, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl) -> PairLoss:
+def exo_pair(
+    pair: Scored, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl
+) -> PairLoss:
     """`q (log q - log(1 - eps)) + (1 - q) (log(1 - q) - log eps)`, q = sigmoid(beta D) (Ji et al. 2024, arXiv:2402.00856).
 
     Raises ValueError at eps = 0, where log eps is infinite.
@@ -151,15 +160,22 @@ def exo_pair(pair: Scored, beta: float = 0.1, label_smoothing: float = 1e-3, sco
     return wins + sigmoid(-x) * (log_sigmoid(-x) - jnp.log(label_smoothing))
 
 
-def robust(pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def robust(
+    pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
+) -> PairLoss:
     """`[-(1 - eps) LS(beta D) + eps LS(-beta D)] / (1 - 2 eps)` (Chowdhury et al. 2024, arXiv:2403.00409).
 
     Its mean is that of dpo on clean labels where a share eps of them is flipped. Raises ValueError outside [0, 0.5); TRL warns.
     """
     ok = (label_smoothing >= 0) & (label_smoothing < 0.5)
-    require(ok, f"robust: label_smoothing is in [0, 0.5), found {label_smoothing}; it is the share of flipped labels")
+    require(
+        ok,
+        f"robust: label_smoothing is in [0, 0.5), found {label_smoothing}; it is the share of flipped labels",
+    )
     x = beta * _difference(pair, score)
-    return (-(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)) / (1 - 2 * label_smoothing)
+    return (-(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)) / (
+        1 - 2 * label_smoothing
+    )
 
 
 def discopop(pair: Scored, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
@@ -211,7 +227,9 @@ def sft(pair: Scored) -> PairLoss:
 
 def _reference(answer: Answer) -> Array:
     if answer.reference is None:
-        raise ValueError("aot sorts the reference's log-probs and the objective has none; give preference(...) a reference")
+        raise ValueError(
+            "aot sorts the reference's log-probs and the objective has none; give preference(...) a reference"
+        )
     return answer.reference
 
 
@@ -220,7 +238,9 @@ def _order(x: Float[Array, " N"], weight: Float[Array, " N"]) -> Array:
     return jnp.argsort(jnp.where(weight > 0, x, jnp.inf))
 
 
-def _against_same_rank(x: Float[Array, "B P"], y: Float[Array, "B P"], weight: Float[Array, "B P"]) -> Float[Array, "B P"]:
+def _against_same_rank(
+    x: Float[Array, "B P"], y: Float[Array, "B P"], weight: Float[Array, "B P"]
+) -> Float[Array, "B P"]:
     """x minus the y that has the same rank among the y's as x has among the x's, at the place of x."""
     flat_x, flat_y, used = x.reshape(x.size), y.reshape(y.size), weight.reshape(weight.size)
     rank = jnp.argsort(_order(flat_x, used))
@@ -292,7 +312,9 @@ def wpo(loss: Callable[..., Array]) -> Callable[..., Array]:
     mean log-prob; here each pair's own is weighted.
     """
     if isinstance(unwrap(loss), Coupled):
-        raise ValueError("wpo weighs pairs one by one and this loss couples them; mix((wpo(other), w), ...) leaves it unweighted")
+        raise ValueError(
+            "wpo weighs pairs one by one and this loss couples them; mix((wpo(other), w), ...) leaves it unweighted"
+        )
 
     @wraps(loss)
     def weighted(pair: Scored, *args: Any, **knobs: Any) -> Array:
@@ -307,7 +329,9 @@ def wpo(loss: Callable[..., Array]) -> Callable[..., Array]:
 def _length_desensitised(pair: Scored, alpha: float) -> Scored:
     """The pair with log-probs past the shorter answer's length times alpha; where one is missing, the other stays whole."""
     c, r = pair.chosen, pair.rejected
-    shared = jnp.where((c.present > 0) & (r.present > 0), jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length))
+    shared = jnp.where(
+        (c.present > 0) & (r.present > 0), jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length)
+    )
     place = pair.tokens.place.astype(pair.tokens.logp.dtype)
     near = place < pair.spread({kind: shared for kind in pair.answers})
 

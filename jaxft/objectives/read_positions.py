@@ -28,7 +28,9 @@ class Places:
     parts: int = static()
 
 
-EXTRA = 8  # how many reads more than positions a part of the time may have: a prompt's end is read once an answer
+EXTRA = (
+    8  # how many reads more than positions a part of the time may have: a prompt's end is read once an answer
+)
 
 
 def placed(read: Int[Array, "B M"], length: int, answers: int = 2) -> Places | None:
@@ -44,13 +46,19 @@ def placed(read: Int[Array, "B M"], length: int, answers: int = 2) -> Places | N
     part = read // own
     order = jnp.cumsum(part[:, :, None] == jnp.arange(count), axis=1, dtype=jnp.int32)
     nth = jnp.take_along_axis(order, part[:, :, None], axis=2)[:, :, 0] - 1
-    at = jnp.where(nth < room, part * room + nth, count * room)  # what doesn't fit is padding, which reads position 0
+    at = jnp.where(
+        nth < room, part * room + nth, count * room
+    )  # what doesn't fit is padding, which reads position 0
     none, numbers = jnp.full(count * room, -1, jnp.int32), jnp.arange(M, dtype=jnp.int32)
-    of = jax.vmap(lambda at: none.at[at].set(numbers, mode="drop"))(at)  # row by row: rows stay where they are
+    of = jax.vmap(lambda at: none.at[at].set(numbers, mode="drop"))(
+        at
+    )  # row by row: rows stay where they are
     return Places(of, jnp.minimum(at, count * room - 1), count)
 
 
-def gather_read(h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], places: Places | None) -> Float[Array, "N m D"]:
+def gather_read(
+    h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], places: Places | None
+) -> Float[Array, "N m D"]:
     """Hidden states at the read positions: on a mesh nothing moves between rows, or parts of them."""
     if places is None:
         return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
@@ -83,7 +91,9 @@ def _in_order(x: Float[Array, "CB m"], places: Places) -> Float[Array, "B M"]:
     return jnp.take_along_axis(together.reshape(rows // places.parts, places.parts * size), places.at, axis=1)
 
 
-def read_scores(model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]) -> Float[Array, "B M"]:
+def read_scores(
+    model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
+) -> Float[Array, "B M"]:
     """The scalar head's value at read positions, in float32 or wider."""
     if model.scores is None:
         raise ValueError("this model has no scalar head; make it one with models.heads.scorer")
@@ -132,5 +142,7 @@ def weighted_read_logp(
     h = gather_read(h_BTD, reads[0], places)
     if places is None:
         return weighted_logp(model, params, h, *reads[1:])
-    total, out = weighted_logp(model, params, h, *(_by_part(_to_places(x, places), places) for x in reads[1:]))
+    total, out = weighted_logp(
+        model, params, h, *(_by_part(_to_places(x, places), places) for x in reads[1:])
+    )
     return total, jax.tree.map(lambda x: _in_order(x, places), out)

@@ -25,7 +25,9 @@ def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: 
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
 
-def alphapo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0) -> PairLoss:
+def alphapo(
+    pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0
+) -> PairLoss:
     """simpo of the rewards `(1 - exp(-alpha a)) / alpha` instead of a (Gupta et al. 2025, arXiv:2501.03884).
 
     The exponent is capped at 80, where TRL overflows. Raises ValueError at alpha = 0, which is simpo.
@@ -87,13 +89,19 @@ def orpo_metrics(pair: Scored) -> dict[str, Array]:
 
 def kto_metrics(pair: Scored) -> dict[str, Array]:
     """kl_mismatched: the mean log-ratio of the mismatched answers, whose positive part is KTO's reference point (TRL's `kl`)."""
-    return {"kl_mismatched": _answer(pair, "kto", "mismatched", "another row's answer, added by the data side").ratio}
+    return {
+        "kl_mismatched": _answer(
+            pair, "kto", "mismatched", "another row's answer, added by the data side"
+        ).ratio
+    }
 
 
 def _answer(pair: Scored, loss: str, kind: str, source: str) -> Answer:
     if kind not in pair.answers:
         found = ", ".join(pair.answers)
-        raise ValueError(f"{loss} needs a third answer `{kind}` ({source}), found {found}; set the data up for {loss}")
+        raise ValueError(
+            f"{loss} needs a third answer `{kind}` ({source}), found {found}; set the data up for {loss}"
+        )
     return pair.answers[kind]
 
 
@@ -119,9 +127,13 @@ def tpo_ipo(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
     return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * _gold_nll(pair)
 
 
-def tpo_l(pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+def tpo_l(
+    pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
+) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L (arXiv:2405.16681)."""
-    return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing) + alpha * _gold_nll(pair)
+    return logistic(
+        beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing
+    ) + alpha * _gold_nll(pair)
 
 
 def _over_answers(pair: Scored, chosen: Array, rejected: Array) -> PairLoss:
@@ -148,7 +160,13 @@ def _weighted_mean(x: Array, weight: Array) -> Array:
 
 
 @Coupled
-def kto(pair: Scored, state: Any, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> PairLoss:
+def kto(
+    pair: Scored,
+    state: Any,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PairLoss:
     """`desirable sigmoid(-beta (c - kl))` of a chosen answer, `undesirable sigmoid(-beta (kl - r))` of a rejected one, with kl =
     max(0, mean log-ratio of the step's `mismatched` answers), which has no gradient (Ethayarajh et al. 2024, arXiv:2402.01306).
 

@@ -42,7 +42,9 @@ class Reward:
     margin: str | None
     center: float
 
-    def __call__(self, params: Any, batch: Pairs, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, params: Any, batch: Pairs, key: Array | None, aux: Any
+    ) -> tuple[Array, dict[str, Any]]:
         """Both halves."""
         return self.judge(self.see(params, batch, key, aux), aux)
 
@@ -52,7 +54,18 @@ class Reward:
         h = self.model.hidden(params, batch, key)
         r_BPA = read_scores(self.model, params, h, batch.last.reshape(B, P * A)).reshape(B, P, A)
         of = lambda kind: r_BPA[..., batch.kinds.index(kind)]  # noqa: E731
-        unread = ("ids", "segments", "positions", "read", "targets", "answers", "places", "last", "reference", "branches")
+        unread = (
+            "ids",
+            "segments",
+            "positions",
+            "read",
+            "targets",
+            "answers",
+            "places",
+            "last",
+            "reference",
+            "branches",
+        )
         none: dict[str, Any] = dict.fromkeys(unread)
         return Rewards(of("chosen"), of("rejected"), replace(batch, **none))
 
@@ -68,17 +81,24 @@ class Reward:
     def _margin(self, batch: Pairs) -> Values:
         if self.margin not in batch.columns:
             found = ", ".join(batch.columns) or "none"
-            raise ValueError(f"margin={self.margin} is no column of the pairs, which have {found}; name it in data.extras too")
+            raise ValueError(
+                f"margin={self.margin} is no column of the pairs, which have {found}; name it in data.extras too"
+            )
         return batch.columns[self.margin]
 
     def watch(self, memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
         """Whether more than length was learned, and steps that were not finite; see watch.py."""
-        number = {name: value for name, value in entry.items() if isinstance(value, int | float)}  # null was not finite
+        number = {
+            name: value for name, value in entry.items() if isinstance(value, int | float)
+        }  # null was not finite
         memory, lines, alarms = skipped(memory, number, last, None)
         found, guess = number.get("eval_accuracy"), by_length(number)
         if last and found is not None and guess is not None and found <= guess[0]:
             told = f"held-out accuracy is {found:.2f} and always taking the {guess[1]} answer gives {guess[0]:.2f}"
-            alarms = [*alarms, f"{told}: nothing was learned but length, if that. Train longer, or with a higher optim.lr"]
+            alarms = [
+                *alarms,
+                f"{told}: nothing was learned but length, if that. Train longer, or with a higher optim.lr",
+            ]
         return memory, lines, alarms
 
     def words(self, first: dict[str, Any], last: dict[str, Any]) -> list[str]:

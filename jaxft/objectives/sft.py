@@ -31,7 +31,9 @@ class Supervised:
 
     model: Model
 
-    def __call__(self, params: Any, batch: Tokens, key: Array | None, aux: Any) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, params: Any, batch: Tokens, key: Array | None, aux: Any
+    ) -> tuple[Array, dict[str, Any]]:
         """In one pass, as the weights are known beforehand."""
         reads = batch.read, batch.targets, batch.token_weights
         total, lp = weighted_read_logp(self.model, params, self.model.hidden(params, batch, key), reads)

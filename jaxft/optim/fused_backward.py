@@ -17,7 +17,13 @@ OFF = "optim.in_backward=false"
 
 
 def updated(
-    objective: Callable, tx: InTurn, now: tuple[Any, Any], frozen: Any, batch: Any, keys: tuple[Array, Array], aux: Any
+    objective: Callable,
+    tx: InTurn,
+    now: tuple[Any, Any],
+    frozen: Any,
+    batch: Any,
+    keys: tuple[Array, Array],
+    aux: Any,
 ) -> tuple[Any, Any, Array, Array, dict[str, Any]]:
     """(trainable, optimizer state, gradients' global norm, whether all was finite, metrics) after a step.
 
@@ -40,20 +46,32 @@ def updated(
     def loss(rest: Any, layered: Any, state: Any, squares: Array) -> tuple[Array, dict[str, Any]]:
         whole = tree.combine(rest, frozen)
         base = whole["base"]
-        layers = Consumed(layered, frozen["base"]["layers"], state, squares, lambda x: x["base"]["layers"], update, uses)
-        return objective({**whole, "base": {**base, "layers": layers}}, jax.tree.map(lambda x: x[0], batch), keys[0], aux)
+        layers = Consumed(
+            layered, frozen["base"]["layers"], state, squares, lambda x: x["base"]["layers"], update, uses
+        )
+        return objective(
+            {**whole, "base": {**base, "layers": layers}}, jax.tree.map(lambda x: x[0], batch), keys[0], aux
+        )
 
     zero = jnp.zeros((), jax.tree.leaves(wide(layered))[0].dtype)
     told: Any = jax.vjp(loss, rest, layered, jax.tree.map(disguised, state), zero, has_aux=True)
     total, pull, found = told
     if uses.count != 1:
-        raise ValueError(f"optim.in_backward wants an objective that runs the model once a step, found {uses.count}; set {OFF}")
+        raise ValueError(
+            f"optim.in_backward wants an objective that runs the model once a step, found {uses.count}; set {OFF}"
+        )
     fine = jnp.isfinite(found["loss"].total)
     grads, layered, state_after, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
     norm = jnp.sqrt(squares + optax.tree.norm(wide(grads), squared=True))
     ok = jnp.isfinite(norm) & fine
     others, (_, *other_states) = tx.apply_others(grads, norm, ok, now, keys[1])
-    return tree.combine(layered, others), (jax.tree.map(undisguised, state_after, state), *other_states), norm, ok, found
+    return (
+        tree.combine(layered, others),
+        (jax.tree.map(undisguised, state_after, state), *other_states),
+        norm,
+        ok,
+        found,
+    )
 
 
 def refuse(tx: InTurn, trainable: Any, parts: int) -> None:
@@ -64,4 +82,6 @@ def refuse(tx: InTurn, trainable: Any, parts: int) -> None:
     paths = list(tree.paths(tx.layers(trainable)))
     wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
     if wrong:
-        raise ValueError(f"optim.in_backward updates the base's layers, and what is trained of layers is {wrong}; set {OFF}")
+        raise ValueError(
+            f"optim.in_backward updates the base's layers, and what is trained of layers is {wrong}; set {OFF}"
+        )

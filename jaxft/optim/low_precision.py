@@ -99,7 +99,9 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
 
     Each layer of a stacked leaf has blocks of its own. The moments of a step are exact; what is rounded is what is kept.
     """
-    stacked = {path: "layers" in s.axes for path, s in tree.paths(specs, is_leaf=is_spec).items() if s is not None}
+    stacked = {
+        path: "layers" in s.axes for path, s in tree.paths(specs, is_leaf=is_spec).items() if s is not None
+    }
 
     def packed(path: str, x: Array) -> bool:
         return x.size // (x.shape[0] if stacked[path] else 1) >= SMALL
@@ -109,7 +111,11 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
 
     def start(params: Any, signed: bool) -> Any:
         def zeros(path: str, p: Array) -> Any:
-            return encoded_zeros(p.shape, stacked[path], signed) if packed(path, p) else jnp.zeros(p.shape, jnp.float32)
+            return (
+                encoded_zeros(p.shape, stacked[path], signed)
+                if packed(path, p)
+                else jnp.zeros(p.shape, jnp.float32)
+            )
 
         return tree.map_with_path(zeros, params)
 
@@ -123,7 +129,10 @@ def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         moments = wide(state.mu, updates, True), wide(state.nu, updates, False)
         direction, count, mu, nu = _adam(o, updates, state.count, moments)
-        kept = [tree.map_with_path(lambda path, x, s=s: keep(path, x, s), moment) for moment, s in ((mu, True), (nu, False))]
+        kept = [
+            tree.map_with_path(lambda path, x, s=s: keep(path, x, s), moment)
+            for moment, s in ((mu, True), (nu, False))
+        ]
         return direction, optax.ScaleByAdamState(count, *kept)
 
     return optax.GradientTransformation(init, update)
@@ -164,7 +173,9 @@ def adamw_bf16(o: Optim, schedule: optax.Schedule, specs: Any) -> optax.Gradient
     return _adamw(scale_by_adam_bf16(o, specs), o, schedule, specs)
 
 
-def _adamw(adam: optax.GradientTransformation, o: Optim, schedule: Any, specs: Any) -> optax.GradientTransformation:
+def _adamw(
+    adam: optax.GradientTransformation, o: Optim, schedule: Any, specs: Any
+) -> optax.GradientTransformation:
     return optax.chain(adam, decayed(o, specs), optax.scale_by_learning_rate(schedule))
 
 

@@ -14,12 +14,17 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.nn.param import ParamSpec, is_spec
 
-LARGE, PIECE = 1 << 26, 1 << 24  # elements of a leaf whose rows are updated in turn; at most so many at a time
+LARGE, PIECE = (
+    1 << 26,
+    1 << 24,
+)  # elements of a leaf whose rows are updated in turn; at most so many at a time
 
 
 def constant(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
     """lr after a linear warm-up from 0."""
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
+    )
 
 
 def linear(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
@@ -96,7 +101,9 @@ class Optim:
             raise ValueError(f"optim.b1 and b2 are from 0 up to below 1, found {self.b1} and {self.b2}")
         if not (0 <= self.weight_decay < float("inf") and 0 <= self.end <= 1 and self.eps > 0):
             found = f"weight_decay={self.weight_decay}, end={self.end}, eps={self.eps}"
-            raise ValueError(f"optim: weight_decay is from 0 up, end between 0 and 1, eps above 0; found {found}")
+            raise ValueError(
+                f"optim: weight_decay is from 0 up, end between 0 and 1, eps above 0; found {found}"
+            )
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"optim.warmup is a share of the steps between 0 and 1, found {self.warmup}")
         if self.clip is not None and self.clip <= 0:
@@ -205,7 +212,12 @@ def moved_by(params: Any, updates: Any, key: Array | None) -> Any:
 
 
 def guarded_update(
-    tx: optax.GradientTransformation, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None = None
+    tx: optax.GradientTransformation,
+    grads: Any,
+    norm: Array,
+    ok: Array,
+    before: tuple[Any, Any],
+    key: Array | None = None,
 ) -> tuple[Any, Any]:
     """(parameters, optimizer state) after one update by gradients of global norm `norm`; as before if not `ok`.
 
@@ -242,8 +254,14 @@ class InTurn:
     def _groups(self, x: Any) -> tuple[Any, Any, list[Any]]:
         """(stacked leaves, the rest, each large leaf alone)."""
         layered, plain = tree.partition(x, self.stacked)
-        large = [path for path, leaf in tree.paths(plain).items() if self.by_row and leaf.ndim == 2 and leaf.size >= LARGE]
-        alone = [tree.map_with_path(lambda path, x, own=own: x if path == own else None, plain) for own in large]
+        large = [
+            path
+            for path, leaf in tree.paths(plain).items()
+            if self.by_row and leaf.ndim == 2 and leaf.size >= LARGE
+        ]
+        alone = [
+            tree.map_with_path(lambda path, x, own=own: x if path == own else None, plain) for own in large
+        ]
         return layered, tree.map_with_path(lambda path, x: None if path in large else x, plain), alone
 
     def init(self, params: Any) -> Any:
@@ -252,16 +270,22 @@ class InTurn:
         states = jax.vmap(self.tx.init)(layered) if jax.tree.leaves(layered) else None
         return states, self.tx.init(plain), tuple(map(self.tx.init, alone))
 
-    def apply(self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None) -> tuple[Any, Any]:
+    def apply(
+        self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None
+    ) -> tuple[Any, Any]:
         """As guarded_update."""
         others, (_, *other_states) = self.apply_others(grads, norm, ok, before, key)
         layered, state = self.layers(before[0]), before[1][0]
         if state is not None:
             update = lambda g, now, key: guarded_update(self.tx, g, norm, ok, now, key)  # noqa: E731
-            layered, state = _piece_by_piece(update, self.layers(grads), (layered, state), self.layers_key(key))
+            layered, state = _piece_by_piece(
+                update, self.layers(grads), (layered, state), self.layers_key(key)
+            )
         return tree.combine(layered, others), (state, *other_states)
 
-    def apply_others(self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None) -> tuple[Any, Any]:
+    def apply_others(
+        self, grads: Any, norm: Array, ok: Array, before: tuple[Any, Any], key: Array | None
+    ) -> tuple[Any, Any]:
         """`apply` of the leaves without layers: None in the place of those with layers, and of their state."""
         _, g_plain, g_alone = self._groups(grads)
         _, plain, alone = self._groups(before[0])
@@ -302,7 +326,9 @@ def _rows_in_turn(update: Callable, grads: Any, now: Any, key: Array | None) -> 
     if sharding.is_spread():
         return update(grads, now, key)
     has_rows = lambda x: x.ndim > 0 and x.shape[0] == rows  # noqa: E731
-    cut = lambda x: x.reshape(pieces, rows // pieces, *x.shape[1:]) if has_rows(x) else jnp.repeat(x[None], pieces, 0)  # noqa: E731
+    cut = lambda x: (
+        x.reshape(pieces, rows // pieces, *x.shape[1:]) if has_rows(x) else jnp.repeat(x[None], pieces, 0)
+    )  # noqa: E731
     join = lambda x, like: x.reshape(like.shape) if has_rows(like) else x[0]  # noqa: E731
     done = _piece_by_piece(update, jax.tree.map(cut, grads), jax.tree.map(cut, now), key)
     return jax.tree.map(join, done, now)
@@ -324,7 +350,9 @@ def make_optimizer(o: Optim, specs: Any, steps: int) -> tuple[Any, optax.Schedul
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     in_turn = o.in_turn or o.in_backward
     if in_turn:  # what is made below sees one layer
-        specs = jax.tree.map(lambda s, layered: _one_layer(s) if layered else s, specs, stacked, is_leaf=is_spec)
+        specs = jax.tree.map(
+            lambda s, layered: _one_layer(s) if layered else s, specs, stacked, is_leaf=is_spec
+        )
     try:
         schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
     except TypeError as error:

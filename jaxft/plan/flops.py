@@ -46,7 +46,9 @@ def flops(run: loop.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops
     filled = report.in_a_step(run.data) / report.places(run.data, sharding.row_shards(p.mesh))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     whole = tree.combine(p.state.trainable, p.frozen)
-    forward = micro * products(jax.make_jaxpr(lambda whole, one: p.objective(whole, one, None, p.state.aux)[0])(whole, one).jaxpr)
+    forward = micro * products(
+        jax.make_jaxpr(lambda whole, one: p.objective(whole, one, None, p.state.aux)[0])(whole, one).jaxpr
+    )
     plain, attention = model.flops(places, 0), model.flops(places, length) - model.flops(places, 0)
     forwards = max(1, round(forward / plain))  # 2 with a live reference
     passes = forwards + (2 if any(jax.tree.leaves(p.trained.mask["base"])) else 1)

@@ -47,7 +47,9 @@ class Program:
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
-    unknown_loops: list[str] = field(default_factory=list)  # whose number of rounds the text doesn't tell: counted once
+    unknown_loops: list[str] = field(
+        default_factory=list
+    )  # whose number of rounds the text doesn't tell: counted once
 
 
 def bits(dtype: str) -> int:
@@ -58,7 +60,10 @@ def bits(dtype: str) -> int:
 
 def arrays(text: str) -> list[Array]:
     """The arrays of a type, with their layouts where they stand there."""
-    return [Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "") for t, dims, layout in _ARRAY.findall(text)]
+    return [
+        Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "")
+        for t, dims, layout in _ARRAY.findall(text)
+    ]
 
 
 def parse(text: str) -> Program:
@@ -71,12 +76,16 @@ def parse(text: str) -> Program:
             if head and not line.startswith((" ", "HloModule")):
                 now = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif re.fullmatch(r"\}(, execution_thread=.*)?", line.rstrip()):  # lines of a kernel's attributes may begin so
+        elif re.fullmatch(
+            r"\}(, execution_thread=.*)?", line.rstrip()
+        ):  # lines of a kernel's attributes may begin so
             now = None
         elif (one := _instruction(line)) is not None:
             now[one.name] = one
     if text and (not entry or now is not None):
-        raise ValueError("the compiled program's text is of a form that isn't known: its entry wasn't found whole")
+        raise ValueError(
+            "the compiled program's text is of a form that isn't known: its entry wasn't found whole"
+        )
     return Program(computations, entry)
 
 
@@ -92,8 +101,12 @@ def _instruction(line: str) -> Instruction | None:
     opened = end + call.end() - 1
     closed = _closing(rest, opened)
     inside = rest[opened + 1 : closed]
-    named = tuple(re.findall(r"%([\w.-]+)", inside)) or tuple(re.findall(r"(?:^|[ ,])([A-Za-z][\w.-]*)(?=,|$)", inside))
-    return Instruction(head[2], rest[:end].strip(), call[1], named, inside, rest[closed + 1 :], head[1] is not None)
+    named = tuple(re.findall(r"%([\w.-]+)", inside)) or tuple(
+        re.findall(r"(?:^|[ ,])([A-Za-z][\w.-]*)(?=,|$)", inside)
+    )
+    return Instruction(
+        head[2], rest[:end].strip(), call[1], named, inside, rest[closed + 1 :], head[1] is not None
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -114,7 +127,9 @@ def walk(program: Program) -> Iterator[tuple[Instruction, str, float, bool]]:
     yield from _walk(program, program.entry, 1.0, False)
 
 
-def _walk(program: Program, name: str, times: float, fused: bool) -> Iterator[tuple[Instruction, str, float, bool]]:
+def _walk(
+    program: Program, name: str, times: float, fused: bool
+) -> Iterator[tuple[Instruction, str, float, bool]]:
     for one in program.computations.get(name, {}).values():
         yield one, name, times, fused
         called = called_by(one)
@@ -147,7 +162,10 @@ def _counted(program: Program, loop: Instruction, where: str, condition: str, bo
     inside = program.computations.get(condition, {})
     root = next((one for one in inside.values() if one.root), None)
     if root is not None and root.opcode == "fusion":  # the comparison in a fusion: its operands are in order
-        compare = next((i for i in program.computations.get(called_by(root)[0], {}).values() if i.opcode == "compare"), None)
+        compare = next(
+            (i for i in program.computations.get(called_by(root)[0], {}).values() if i.opcode == "compare"),
+            None,
+        )
         sides, attributes = root.operands, compare.attributes if compare else ""
     elif root is not None and root.opcode == "compare":
         sides, attributes = root.operands, root.attributes
@@ -165,7 +183,11 @@ def _counted(program: Program, loop: Instruction, where: str, condition: str, bo
     if step is not None and step.opcode == "fusion" and called_by(step):  # the sum in a fusion of its own
         inner = program.computations.get(called_by(step)[0], {})
         step = next((one for one in inner.values() if one.root), None)
-    adds = [_constant(inner.get(name)) for name in step.operands] if step is not None and step.opcode == "add" else []
+    adds = (
+        [_constant(inner.get(name)) for name in step.operands]
+        if step is not None and step.opcode == "add"
+        else []
+    )
     by = next((n for n in adds if n), None)
     return None if start is None or by is None else max(0, -(-(limit - start) // by))
 
@@ -180,7 +202,11 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
     """What an instruction is a copy of, itself where it is none."""
-    while one is not None and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start") and one.operands:
+    while (
+        one is not None
+        and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
+        and one.operands
+    ):
         one = inside.get(one.operands[0])
     return one
 

@@ -42,10 +42,16 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 151397597184, GIB, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet"),
     "a100-40": Chip("NVIDIA A100", 42331013120, GIB, 1.555e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
     "a100-80": Chip("NVIDIA A100", 85100068864, GIB, 2.039e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
-    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "NVIDIA Ada white paper"),
-    "v5e": Chip("TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "docs.cloud.google.com/tpu/docs/v5e"),
+    "rtx4090": Chip(
+        "NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "NVIDIA Ada white paper"
+    ),
+    "v5e": Chip(
+        "TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "docs.cloud.google.com/tpu/docs/v5e"
+    ),
     "v5p": Chip("TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, "docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip("TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "docs.cloud.google.com/tpu/docs/v6e"),
+    "v6e": Chip(
+        "TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "docs.cloud.google.com/tpu/docs/v6e"
+    ),
 }
 GPUS_A_HOST = 8
 MOST = {"v5e": 256, "v6e": 256, "v5p": 8960}  # chips of a slice
@@ -93,7 +99,9 @@ def machine(name: str) -> Machine:
     if chip.kind.startswith("TPU"):
         return Machine(name, chip, _tpus(name, match[2], sizes, slices))
     if match[1] or len(sizes) > 2:
-        raise ValueError(f"--devices {name!r} is not known; GPUs are {match[2]}:GPUS, or {match[2]}:HOSTSxGPUS")
+        raise ValueError(
+            f"--devices {name!r} is not known; GPUs are {match[2]}:GPUS, or {match[2]}:HOSTSxGPUS"
+        )
     if sizes[-1] > GPUS_A_HOST:
         whole = f", such as {match[2]}:{sizes[-1] // GPUS_A_HOST}x{GPUS_A_HOST}" if len(sizes) == 1 else ""
         such = f"a host has at most {GPUS_A_HOST} GPUs; use {match[2]}:HOSTSxGPUS{whole}"
@@ -106,8 +114,14 @@ def local() -> Machine:
     found = jax.devices()
     kind = found[0].device_kind
     known = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75) if found[0].platform in ("gpu", "cuda") else 1.0
-    memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / share  # what jax may take of a GPU is a share of it
+    share = (
+        float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+        if found[0].platform in ("gpu", "cuda")
+        else 1.0
+    )
+    memory = (found[0].memory_stats() or {}).get(
+        "bytes_limit", 0
+    ) / share  # what jax may take of a GPU is a share of it
     near = min(known, key=lambda chip: abs(chip.memory - memory), default=None)
     return Machine(f"{len(found)} x {kind}", near, list(found))
 
@@ -118,11 +132,15 @@ def _gpus(kind: str, sizes: list[int]) -> list[Any]:
     text = (TARGETS / f"{kind}.txtpb").read_text()
     hosts, each = (1, *sizes)[-2:]
     try:
-        found = topologies.get_topology_desc("planned", platform="cuda", target_config=text, topology=f"1x{hosts}x{each}")
+        found = topologies.get_topology_desc(
+            "planned", platform="cuda", target_config=text, topology=f"1x{hosts}x{each}"
+        )
         return list(found.devices)
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"compiling for {kind} takes jax's CUDA plugin: pip install 'jaxft[cuda12]' ({reason})") from e
+        raise ValueError(
+            f"compiling for {kind} takes jax's CUDA plugin: pip install 'jaxft[cuda12]' ({reason})"
+        ) from e
 
 
 def _tpus(name: str, kind: str, sizes: list[int], slices: int) -> list[Any]:
@@ -131,9 +149,13 @@ def _tpus(name: str, kind: str, sizes: list[int], slices: int) -> list[Any]:
     rank = 3 if kind == "v5p" else 2
     if len(sizes) != rank:
         such = "x".join("4" * rank)
-        raise ValueError(f"--devices {name!r} is not known; a slice of {kind} has {rank} axes, such as {kind}:{such}")
+        raise ValueError(
+            f"--devices {name!r} is not known; a slice of {kind} has {rank} axes, such as {kind}:{such}"
+        )
     if math.prod(sizes) > MOST[kind] or any(size > 1 and size % 2 for size in sizes):
-        such = f"a slice of {kind} has at most {MOST[kind]} chips, and 1 or an even number of them along an axis"
+        such = (
+            f"a slice of {kind} has at most {MOST[kind]} chips, and 1 or an even number of them along an axis"
+        )
         raise ValueError(f"--devices {name!r} is no machine: {such}")
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

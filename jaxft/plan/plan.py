@@ -25,7 +25,12 @@ from jaxft.train.programs import Programs, abstract
 GIB = 2**30
 LARGE = 2**24  # elements of a weight that is worth a word
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
-OWN = ("batch and counters", "activations and temporaries", "results that reuse no argument", "the program itself")
+OWN = (
+    "batch and counters",
+    "activations and temporaries",
+    "results that reuse no argument",
+    "the program itself",
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,14 @@ def plan(run: loop.Run, machine: Machine) -> Plan:
     return plans(run, machine, steps)[0]
 
 
-def plans(run: loop.Run, machine: Machine, wanted: Callable[[loop.Run, Programs], list[Program]] = every) -> list[Plan]:
+def plans(
+    run: loop.Run, machine: Machine, wanted: Callable[[loop.Run, Programs], list[Program]] = every
+) -> list[Plan]:
     """A plan of each program that `wanted` gives, that which takes most memory first. Raises as plan does."""
     p, _ = abstract(run, machine.devices)
-    machine = replace(machine, devices=list(p.mesh.devices.flat))  # in the order in which a program numbers them
+    machine = replace(
+        machine, devices=list(p.mesh.devices.flat)
+    )  # in the order in which a program numbers them
     with jax.set_mesh(p.mesh):
         found = [_planned(run, p, machine, program) for program in wanted(run, p)]
     return sorted(found, key=lambda one: -math.inf if one.total is None else -one.total)
@@ -122,7 +131,12 @@ def shortcuts(machine: Machine) -> tuple[str, ...]:
     return (told,) if quick else ()
 
 
-def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | None, int | None], took: tuple[float, str]) -> Plan:
+def _refused(
+    known: dict[str, Any],
+    held: dict[str, int],
+    needed: tuple[int | None, int | None],
+    took: tuple[float, str],
+) -> Plan:
     """Of a program that the compiler gave up. needed: bytes in all and bytes missing, where it said so."""
     (total, missing), (seconds, error) = needed, took
     limit = known["limit"] if total is None or missing is None else total - missing
@@ -132,7 +146,9 @@ def _refused(known: dict[str, Any], held: dict[str, int], needed: tuple[int | No
     )  # fmt: skip
 
 
-def _found(known: dict[str, Any], held: dict[str, int], compiled: Any, machine: Machine, took: tuple[float, bool]) -> Plan:
+def _found(
+    known: dict[str, Any], held: dict[str, int], compiled: Any, machine: Machine, took: tuple[float, bool]
+) -> Plan:
     """Of a compiled program. took: seconds of its compilation, and whether it came from the cache."""
     memory: Any = compiled.memory_analysis()
     own = (
@@ -166,7 +182,9 @@ def resident(p: Programs, run: loop.Run | None = None) -> dict[str, int]:
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
             packed = "quantised base" if p.trained.held[path].quantised else "weights"
-            name = packed if partition.in_base(path) or "/base/" in path else "adapters"  # a critic may have a base of its own
+            name = (
+                packed if partition.in_base(path) or "/base/" in path else "adapters"
+            )  # a critic may have a base of its own
             sizes[name] += _held(leaf)
     judges = [reward for reward in rewards_of(run and run.source) if hasattr(reward, "abstract")]
     sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}
@@ -177,11 +195,17 @@ def uncut(p: Programs) -> list[str]:
     """A line where large weights are whole on each device although the mesh cuts weights, because no cut divides them."""
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
     leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
-    whole = {path: x for path, x in leaves.items() if ways > 1 and x.sharding.is_fully_replicated and x.size >= LARGE}
+    whole = {
+        path: x
+        for path, x in leaves.items()
+        if ways > 1 and x.sharding.is_fully_replicated and x.size >= LARGE
+    }
     if not whole:
         return []
     each = ", ".join(f"{path} {list(x.shape)}" for path, x in whole.items())
-    return [f"whole on each device, because nothing of it divides over the {ways} that a weight is cut over: {each}"]
+    return [
+        f"whole on each device, because nothing of it divides over the {ways} that a weight is cut over: {each}"
+    ]
 
 
 def _held(arrays: Any) -> int:
@@ -245,6 +269,10 @@ def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
         names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in one.arrays}
         if one.opcode == "parameter" and where == program.entry:
             given |= names.keys()
-        elif one.opcode not in traffic.FREE and not one.opcode.endswith("-start"):  # whose type holds the operands again
+        elif one.opcode not in traffic.FREE and not one.opcode.endswith(
+            "-start"
+        ):  # whose type holds the operands again
             made |= names
-    return dict(sorted(((n, s) for n, s in made.items() if n not in given), key=lambda item: -item[1])[:count])
+    return dict(
+        sorted(((n, s) for n, s in made.items() if n not in given), key=lambda item: -item[1])[:count]
+    )

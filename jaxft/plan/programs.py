@@ -57,7 +57,9 @@ def every(run: loop.Run, p: Programs) -> list[Program]:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
         found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
     if _precomputed(run, p):
-        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards))
+        plain = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
+        )
         found.append(Program("reference", lambda: reference_step(p).trace(whole, placed(p, plain))))
     return found
 
@@ -77,7 +79,9 @@ def _drawing(run: loop.Run, p: Programs, whole: Any, batch: Any) -> list[Program
     for reward in rewards_of(run.source):
         if isinstance(reward, ByScorer):
             score: Any = jax.jit(partial(player.scored, p.trained.model, reward))
-            found.append(Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch)))
+            found.append(
+                Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch))
+            )
     return found
 
 
@@ -88,7 +92,9 @@ def _prompts(p: Programs, rows: int, size: int) -> Tokens:
 
 
 def _unpacked(run: loop.Run, p: Programs) -> Any:
-    return p.trained.model.with_attention(attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype))
+    return p.trained.model.with_attention(
+        attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype)
+    )
 
 
 def _key(p: Programs) -> Any:

@@ -33,7 +33,9 @@ class Estimate:
     hfu: float
 
 
-def estimate(machine: Machine, flops: tuple[float, float], moved: float, found: Sequence[Collective], peak: float) -> Estimate:
+def estimate(
+    machine: Machine, flops: tuple[float, float], moved: float, found: Sequence[Collective], peak: float
+) -> Estimate:
     """flops: the model's and the program's, on all devices; moved: bytes of main memory a device; peak: FLOP/s a device."""
     if machine.chip is None:
         raise ValueError(f"{machine.name}: no rates are known for this chip, so no time can be estimated")
@@ -72,7 +74,10 @@ def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
     for kind in KINDS:
         mine = [c for c in found if c.kind == kind]
         if mine:
-            within, across = sum(c.times * (c.moved - c.across) for c in mine), sum(c.times * c.across for c in mine)
+            within, across = (
+                sum(c.times * (c.moved - c.across) for c in mine),
+                sum(c.times * c.across for c in mine),
+            )
             table[kind] = {"runs": sum(c.times for c in mine), "within": within, "across": across}
             summed = sum(c.times for c in mine if c.summed)
             table[kind] |= {"summed": summed} if summed else {}

@@ -38,7 +38,12 @@ class Choice:
         kept = [text for text in command.given if text.partition("=")[0] not in mine]
         sizes = {f.name: getattr(self.mesh, f.name) for f in fields(MeshShape)}
         micro = "micro" if "micro" in command.knobs else "data.micro"
-        return [*kept, f"remat={self.remat}", f"{micro}={self.micro}", *(f"mesh.{name}={n}" for name, n in sizes.items())]
+        return [
+            *kept,
+            f"remat={self.remat}",
+            f"{micro}={self.micro}",
+            *(f"mesh.{name}={n}" for name, n in sizes.items()),
+        ]
 
     def __str__(self) -> str:
         cuts = " ".join(f"{f.name}={n}" for f in fields(MeshShape) if (n := getattr(self.mesh, f.name)) > 1)
@@ -55,12 +60,18 @@ class Tried:
 
     def json(self, command: Command) -> dict[str, Any]:
         """The settings as they stand on the command line, and the plan."""
-        return {"overrides": self.choice.overrides(command), "plan": self.plan and self.plan.json(), "why": self.why}
+        return {
+            "overrides": self.choice.overrides(command),
+            "plan": self.plan and self.plan.json(),
+            "why": self.why,
+        }
 
     @property
     def seconds(self) -> float:
         """Of a step where it fits, else without end."""
-        return self.plan.estimate.step if self.plan and self.plan.fits and self.plan.estimate else float("inf")
+        return (
+            self.plan.estimate.step if self.plan and self.plan.fits and self.plan.estimate else float("inf")
+        )
 
 
 def search(command: Command, machine: Machine, most: int, say: Callable[[str], None]) -> list[Tried]:
@@ -116,7 +127,12 @@ def candidates(run: loop.Run, machine: Machine) -> Iterator[Choice]:
         if context > 1 and (run.data.max_length % context or config.heads % (tensor * context)):
             continue
         if data in (1, max(1, hosts // slices), count // (tensor * context)):
-            sizes = {"data": data, "tensor": tensor, "context": context, "fsdp": count // (tensor * context * data)}
+            sizes = {
+                "data": data,
+                "tensor": tensor,
+                "context": context,
+                "fsdp": count // (tensor * context * data),
+            }
             meshes.append(replace(run.mesh, slices=slices, **sizes))
     remats = ("full",) if backward else [r for r in KEEPS if r != "pairs" or config.layers % 2 == 0]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
@@ -146,19 +162,35 @@ def guess(run: loop.Run, machine: Machine, choice: Choice) -> tuple[int, float, 
     trained, shard = run.adapter is None, mesh.fsdp * mesh.context * mesh.tensor
     rows, length = replace(run.data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
-    weights = c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp) + 2 * c.vocab * c.width
+    weights = (
+        c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp)
+        + 2 * c.vocab * c.width
+    )
     bytes_each = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
-    size = int(weights * bytes_each / shard + (KEEPS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor)
+    size = int(
+        weights * bytes_each / shard
+        + (KEEPS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
+    )
     flops = run.model.flops(micro * rows * length, length) * ((3 if trained else 2) + RERUNS[choice.remat])
     passes = micro * (3 if trained else 2)
-    gathers = passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0
+    gathers = (
+        passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0
+    )
     ways = 2 * (mesh.tensor > 1) + (mesh.context > 1)
     hosts = len(set(machine.places()))
     rate = chip.within if mesh.context * mesh.tensor * hosts <= len(machine.devices) else chip.across
     exchanges = passes * 4 * c.layers * c.width * tokens * ways / rate
     copies = mesh.slices * mesh.data
-    shared = trained * 4 * weights / shard / (chip.across if len(set(machine.places())) > 1 else chip.within) if copies > 1 else 0
-    seconds = max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers) + exchanges + shared
+    shared = (
+        trained * 4 * weights / shard / (chip.across if len(set(machine.places())) > 1 else chip.within)
+        if copies > 1
+        else 0
+    )
+    seconds = (
+        max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers)
+        + exchanges
+        + shared
+    )
     limit = chip.memory - chip.kept
     return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
 
@@ -185,7 +217,11 @@ def told(t: Tried) -> str:
     if t.plan is None:
         return f"refused: {t.why}"
     size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "more than there is"
-    time: Any = f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %" if t.plan.estimate else "no time"
+    time: Any = (
+        f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %"
+        if t.plan.estimate
+        else "no time"
+    )
     fails = "does not fit" if t.plan.estimate else f"its {t.plan.program} does not fit"
     return f"{size}, {time}" if t.plan.fits else f"{size}, {fails}"
 

@@ -14,7 +14,9 @@ from jaxft.plan.plan import GIB, OWN, Plan, plan
 from jaxft.plan.roofline import ASSUMED, Estimate
 from jaxft.train import loop, partition, programs
 
-PREALLOCATED = 0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
+PREALLOCATED = (
+    0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
+)
 
 
 def words(p: Plan) -> str:
@@ -32,9 +34,15 @@ def words(p: Plan) -> str:
         twice = f", {row['summed']:.0f} as all-reduces, which move twice as much" if row.get("summed") else ""
         lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
     lines += [] if p.estimate is None or p.flops is None else _time(p.flops, p.estimate)
-    lines += ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest.items())] if p.largest else []
+    lines += (
+        ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest.items())]
+        if p.largest
+        else []
+    )
     lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))
-    lines += [f"{p.unknown_loops} loops of unknown length are counted as one round"] if p.unknown_loops else []
+    lines += (
+        [f"{p.unknown_loops} loops of unknown length are counted as one round"] if p.unknown_loops else []
+    )
     return "\n".join(lines)
 
 
@@ -47,7 +55,9 @@ def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
 def together(plans: Sequence[Plan]) -> str:
     """What each program of a run takes of a device beside what is there in all of them, and whether the largest fits."""
     held = min(p.total - _own(p) if p.total is not None else sum(p.parts.values()) for p in plans)
-    each = (f"{p.program} {_own(p) / GIB:.3f}" if p.total is not None else f"{p.program} too much" for p in plans)
+    each = (
+        f"{p.program} {_own(p) / GIB:.3f}" if p.total is not None else f"{p.program} too much" for p in plans
+    )
     most = max(plans, key=lambda p: math.inf if p.total is None else p.total)
     return (
         f"{held / GIB:.3f} GiB a device are there in every program; beside them GiB of {', '.join(each)}\n"
@@ -61,7 +71,11 @@ def _own(p: Plan) -> int:
 
 
 def _counts(f: Flops) -> str:
-    empty = f" and in the {100 * f.empty:.0f} % of its {f.places:,} places that are empty" if f.places > f.tokens else ""
+    empty = (
+        f" and in the {100 * f.empty:.0f} % of its {f.places:,} places that are empty"
+        if f.places > f.tokens
+        else ""
+    )
     return (
         f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the "
         f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute, for "
@@ -89,7 +103,9 @@ def _verdict(p: Plan) -> str:
         return "the device's memory is not known"
     if not p.fits:
         of = f" of {p.limit / GIB:.2f} GiB" if p.limit else ""
-        return f"does not fit: {(p.missing or 0) / GIB:.2f} GiB{of} are missing" + (f" ({p.why})" if p.why else "")
+        return f"does not fit: {(p.missing or 0) / GIB:.2f} GiB{of} are missing" + (
+            f" ({p.why})" if p.why else ""
+        )
     assert p.limit is not None and p.total is not None
     text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
     if p.total > PREALLOCATED * p.limit and p.gpu:
@@ -109,7 +125,9 @@ def scaling(plans: Sequence[Plan]) -> str:
         f"{'tokens/s':>11s} {'a device':>8s}  waits for"
     ]
     for p in plans:
-        within, across = (sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across"))
+        within, across = (
+            sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across")
+        )
         size = f"{p.total / GIB:7.2f}" if p.total is not None else "      ?"
         tokens = p.flops.tokens if p.flops else 0
         start = f"{p.machine:14s} {p.devices:7d} {tokens:10,d} {size} {within:8.2f} {across:8.2f}"
@@ -118,7 +136,9 @@ def scaling(plans: Sequence[Plan]) -> str:
             lines.append(f"{start}  does not fit" if not p.fits else start)
             continue
         rate = tokens / e.step
-        lines.append(f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}")
+        lines.append(
+            f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}"
+        )
     lines += [least(p) for p in plans if p.estimate is not None and p.fits]
     return "\n".join(lines)
 

@@ -50,7 +50,9 @@ class Collective:
             return 0.0
         if self.kind == "collective-permute":
             return self.size * self.crossing
-        own = 1 if self.kind == "all-to-all" else self.group / self.span  # each device's part of an exchange is for one other
+        own = (
+            1 if self.kind == "all-to-all" else self.group / self.span
+        )  # each device's part of an exchange is for one other
         return self._rounds * self.size * (self.span - 1) / self.span / own
 
     @property
@@ -92,11 +94,19 @@ def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
             spans = [len({places[i] for i in group}) for group in made.groups]
             span, crossing = max(spans, default=1), sum(n > 1 for n in spans) / max(1, len(spans))
-            meant = "reduce-scatter" if scattered else _meant(program, where, one) if kind == "all-reduce" else kind
+            meant = (
+                "reduce-scatter"
+                if scattered
+                else _meant(program, where, one)
+                if kind == "all-reduce"
+                else kind
+            )
             beside = meant in ("all-gather", "reduce-scatter") and (fused or _started(one))
             behind = beside or "windowed_dot_general" in where
             summed = meant != kind and not scattered
-            found[key] = replace(made, times=times, span=span, crossing=crossing, kind=meant, behind=behind, summed=summed)
+            found[key] = replace(
+                made, times=times, span=span, crossing=crossing, kind=meant, behind=behind, summed=summed
+            )
     return list(found.values())
 
 
@@ -113,7 +123,11 @@ def _meant(program: Program, where: str, one: Instruction) -> str:
     if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > whole / 2:
         return "all-gather"
     users = _users(inside)
-    results = [one] if not one.type.startswith("(") else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
+    results = (
+        [one]
+        if not one.type.startswith("(")
+        else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
+    )
     parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
     return "reduce-scatter" if parts > whole / 2 else "all-reduce"
 
@@ -128,12 +142,19 @@ def _padded(program: Program, inside: dict[str, Instruction], one: Instruction) 
         if source is None or source.opcode != "dynamic-update-slice":
             return False
         into = inner.get(source.operands[0])
-        if into is not None and into.opcode == "parameter" and into.literal.isdigit() and int(into.literal) < len(given):
+        if (
+            into is not None
+            and into.opcode == "parameter"
+            and into.literal.isdigit()
+            and int(into.literal) < len(given)
+        ):
             return given[int(into.literal)].opcode in ("broadcast", "constant")
         return into is not None and into.opcode in ("broadcast", "constant")
     if one.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
         return _padded(program, inside, given[0])
-    return one.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
+    return (
+        one.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
+    )
 
 
 def _sliced(program: Program, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
@@ -203,12 +224,17 @@ def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]
     """
     listed = re.search(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}", attributes)
     if listed:
-        groups = tuple(tuple(int(n) for n in re.findall(r"\d+", g)) for g in re.findall(r"\{([\d, ]*)\}", listed[1]))
+        groups = tuple(
+            tuple(int(n) for n in re.findall(r"\d+", g)) for g in re.findall(r"\{([\d, ]*)\}", listed[1])
+        )
         return groups or (tuple(range(devices)),)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
         return _rows(_order(iota[3], devices).reshape(int(iota[1]), int(iota[2])))
-    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}",
+        attributes,
+    )
     if named:
         return _along(named[1], _order(named[2], devices), named[3])
     return (tuple(range(devices)),)
@@ -280,7 +306,9 @@ def memory_bytes(program: Program) -> float:
         elif one.opcode == "dynamic-update-slice":
             total += times * 2 * _main(operands[1].arrays if len(operands) > 1 else [])
         else:
-            made = [x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")]  # a library's workspace
+            made = [
+                x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")
+            ]  # a library's workspace
             start = one.opcode.endswith("-start")  # its type holds the operands again
             total += times * (sum(_main(x.arrays) for x in operands) + _main(made) / (2 if start else 1))
     return total

@@ -29,9 +29,13 @@ def scorable(scores: Scores) -> Flags:
     """Which completions have a score. Raises ValueError for scores that are not floating point, or infinite."""
     x = np.asarray(scores)
     if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"scores are floating point with NaN for unscorable, found {x.dtype}; convert them with float()")
+        raise ValueError(
+            f"scores are floating point with NaN for unscorable, found {x.dtype}; convert them with float()"
+        )
     if np.isinf(x).any():
-        raise ValueError(f"{int(np.isinf(x).sum())} of {x.size} scores are infinite; give NaN for what can't be scored")
+        raise ValueError(
+            f"{int(np.isinf(x).sum())} of {x.size} scores are infinite; give NaN for what can't be scored"
+        )
     return ~np.isnan(x)
 
 
@@ -74,7 +78,13 @@ def seen(moments: Moments, scores: Scores) -> Moments:
     if not len(x):
         return np.array([n, mean, squares])
     away, total = x.mean() - mean, n + len(x)
-    return np.array([total, mean + away * len(x) / total, squares + np.square(x - x.mean()).sum() + away**2 * n * len(x) / total])
+    return np.array(
+        [
+            total,
+            mean + away * len(x) / total,
+            squares + np.square(x - x.mean()).sum() + away**2 * n * len(x) / total,
+        ]
+    )
 
 
 def scaled(scores: Scores, moments: Moments) -> Scores:
@@ -110,7 +120,9 @@ def normalised_sum(rewards: Float[np.ndarray, "G N K"], weights: Any, eps: float
     GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. estimates.by_each makes a run learn from it.
     """
     x, w = _several(rewards, weights)
-    each = np.stack([np.where(np.isnan(x[..., k]), np.nan, grpo(x[..., k], eps)) for k in range(x.shape[-1])], -1)
+    each = np.stack(
+        [np.where(np.isnan(x[..., k]), np.nan, grpo(x[..., k], eps)) for k in range(x.shape[-1])], -1
+    )
     return standardised((w * each).sum(-1), eps)
 
 
@@ -200,7 +212,9 @@ def inside(lengths: Lengths, length: int) -> Bool[np.ndarray, "n T"]:
     return np.arange(length) < np.asarray(lengths)[:, None]
 
 
-def token_rewards(kl: PerToken, scores: Float[np.ndarray, " n"], lengths: Lengths, kl_coef: float) -> PerToken:
+def token_rewards(
+    kl: PerToken, scores: Float[np.ndarray, " n"], lengths: Lengths, kl_coef: float
+) -> PerToken:
     """`-kl_coef kl_t`, and the score added at the last token (Ziegler et al. 2019, arXiv:1909.08593, eq. 2).
 
     A completion that can't be scored has no reward at all, so that what is made of it is finite; it must not be kept. TRL puts
@@ -288,7 +302,9 @@ def constant_length(lengths: GroupLengths, keep: Flags, most: int) -> Scores:
     completion longer than that.
     """
     if np.max(lengths, initial=0) > most:
-        raise ValueError(f"constant_length: completions have at most {most} tokens, found {np.max(lengths)}; give the limit")
+        raise ValueError(
+            f"constant_length: completions have at most {most} tokens, found {np.max(lengths)}; give the limit"
+        )
     return _weights(_kept(lengths, keep), max(int((np.asarray(lengths) > 0).sum()), 1) * most)
 
 
@@ -303,7 +319,9 @@ def sequence_sum(lengths: GroupLengths, keep: Flags) -> Scores:
 
 def _kept(lengths: Any, keep: Any) -> Any:
     if np.shape(lengths) != np.shape(keep):
-        raise ValueError(f"keep says of each completion whether it has a loss, {np.shape(lengths)}; found {np.shape(keep)}")
+        raise ValueError(
+            f"keep says of each completion whether it has a loss, {np.shape(lengths)}; found {np.shape(keep)}"
+        )
     return np.asarray(keep, bool) & (np.asarray(lengths) > 0)
 
 

@@ -69,13 +69,20 @@ class Rules:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("a rollout needs a reward, found none; give rewards=module:function")
-        if not all(callable(reward) or isinstance(reward, ByScorer) or hasattr(reward, "opened") for reward in self.rewards):
-            raise ValueError(f"rewards are functions of (prompt, completion, row), found {self.rewards}; give module:function")
+        if not all(
+            callable(reward) or isinstance(reward, ByScorer) or hasattr(reward, "opened")
+            for reward in self.rewards
+        ):
+            raise ValueError(
+                f"rewards are functions of (prompt, completion, row), found {self.rewards}; give module:function"
+            )
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl is above 0 or none, found {self.target_kl}")
         if self.weights and len(self.weights) != len(self.rewards):
             names = ", ".join(rewards.names_of(self.rewards))
-            raise ValueError(f"{len(self.rewards)} rewards ({names}) need as many weights, found {len(self.weights)}")
+            raise ValueError(
+                f"{len(self.rewards)} rewards ({names}) need as many weights, found {len(self.weights)}"
+            )
         if not np.isfinite(self.weights).all():
             raise ValueError(f"weights of rewards are finite, found {self.weights}")
         if self.warm_up < 0:
@@ -152,10 +159,14 @@ class Learned:
 def fits(asked: Asked, lengths: np.ndarray, room: Room) -> bool:
     """Whether every prompt has room in its row with all of its completions."""
     count = lengths.sum(1)
-    return bool(count.max() <= room.reads and (np.array([len(ids) for ids in asked.ids]) + count).max() <= room.length)
+    return bool(
+        count.max() <= room.reads and (np.array([len(ids) for ids in asked.ids]) + count).max() <= room.length
+    )
 
 
-def laid(asked: Asked, tokens: np.ndarray, lengths: np.ndarray, room: Room, size: tuple[int, int] | None = None) -> Rollout:
+def laid(
+    asked: Asked, tokens: np.ndarray, lengths: np.ndarray, room: Room, size: tuple[int, int] | None = None
+) -> Rollout:
     """Rows of a prompt and its completions, which share it and don't see one another; numbers are zero.
 
     size: (rows, places for completions in each) where that is more than there are; the others stay empty.
@@ -179,7 +190,9 @@ def laid(asked: Asked, tokens: np.ndarray, lengths: np.ndarray, room: Room, size
             answers[r, reads] = j
             at, m = at + n, m + n
     numbers = {name: zero for name in ("logps", "advantages", "policy_weights")}
-    return Rollout(ids, segments, positions, read, targets, answers, **numbers, lengths=counts, branches=branches)
+    return Rollout(
+        ids, segments, positions, read, targets, answers, **numbers, lengths=counts, branches=branches
+    )
 
 
 def by_read(x: np.ndarray, lengths: np.ndarray, reads: int) -> np.ndarray:

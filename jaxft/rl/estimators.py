@@ -55,7 +55,9 @@ def by_group(
     coef = _coef(sampled, kl_coef)
     rewards, told = _rewards(sampled, coef, kl) if coef else (None, {})
     scores = sampled.scores if rewards is None else _summed(rewards, sampled.scores)
-    return Estimate(adv.at_tokens(advantage(scores, **more), sampled.lengths, sampled.logps.shape[1]), None, told)
+    return Estimate(
+        adv.at_tokens(advantage(scores, **more), sampled.lengths, sampled.logps.shape[1]), None, told
+    )
 
 
 def by_each(sampled: Sampled) -> Estimate:
@@ -75,7 +77,9 @@ def group_whitened(sampled: Sampled) -> Estimate:
     return Estimate(adv.whiten(spread, sampled.inside), None, {})
 
 
-def reinforce(sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, kl: Callable | None = None) -> Estimate:
+def reinforce(
+    sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, kl: Callable | None = None
+) -> Estimate:
     """REINFORCE++ (arXiv:2501.03262): what is to come of score and -kl_coef KL, whitened over all tokens; see actor_critic."""
     rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
     return Estimate(adv.whiten(adv.returns_to_go(rewards, _flat(sampled), gamma), sampled.inside), None, told)
@@ -91,7 +95,9 @@ def actor_critic(
     by default.
     """
     if sampled.values is None:
-        raise ValueError("actor_critic needs a critic's values; give policy(...) a value, or take an estimate without a critic")
+        raise ValueError(
+            "actor_critic needs a critic's values; give policy(...) a value, or take an estimate without a critic"
+        )
     rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
     if whiten_rewards:
         rewards = adv.whiten_around_mean(rewards, sampled.inside)
@@ -128,11 +134,15 @@ def _flat(sampled: Sampled) -> Int[np.ndarray, " n"]:
     return (sampled.lengths * adv.scorable(sampled.scores)).ravel()
 
 
-def _rewards(sampled: Sampled, coef: float, kl: Callable | None) -> tuple[Float[np.ndarray, "n S"], dict[str, float]]:
+def _rewards(
+    sampled: Sampled, coef: float, kl: Callable | None
+) -> tuple[Float[np.ndarray, "n S"], dict[str, float]]:
     """Rewards of each token, and TRL's numbers about them."""
     here, scores = sampled.inside, sampled.scores.ravel()
     if coef and sampled.reference is None:
-        raise ValueError(f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=InRewards(...)")
+        raise ValueError(
+            f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=InRewards(...)"
+        )
     away = np.zeros(here.shape)
     if sampled.reference is not None:
         away = np.asarray(kl(sampled.logps, sampled.reference)) if kl else sampled.logps - sampled.reference

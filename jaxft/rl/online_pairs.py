@@ -21,9 +21,13 @@ def ranked(data: prompts.Ranked, tokenizer: Any, shards: int = 1, *, rules: Rule
 
     Of the rules it takes rewards, weights, combine, shape and cut_off, and refuses others.
     """
-    known = Rules(rules.rewards, weights=rules.weights, combine=rules.combine, shape=rules.shape, cut_off=rules.cut_off)
+    known = Rules(
+        rules.rewards, weights=rules.weights, combine=rules.combine, shape=rules.shape, cut_off=rules.cut_off
+    )
     if rules != known:
-        raise ValueError("pairs are made of rewards, weights, combine, shape and cut_off; leave the other rules as they are")
+        raise ValueError(
+            "pairs are made of rewards, weights, combine, shape and cut_off; leave the other rules as they are"
+        )
     train, held = prompts.split(data, tokenizer)
     return RankedRollouts(data, rules, tokenizer, train, held, shards)
 
@@ -43,7 +47,9 @@ class RankedRollouts(Rollouts):
         self.abstract = prompts.pair_shapes(self.data, self.room, self.shards)
         self.shapes = [self.abstract]
 
-    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None) -> "RankedRollouts":
+    def attached(
+        self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None
+    ) -> "RankedRollouts":
         """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
         found = self._as_it_was(kept)
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
@@ -60,7 +66,10 @@ class RankedRollouts(Rollouts):
         pick = np.stack([best, worst], 1)
         scores = np.take_along_axis(done.scores, pick, 1)
         kept = known.any(1) & (scores[:, 0] > scores[:, 1])
-        tokens, lengths = np.take_along_axis(done.tokens, pick[:, :, None], 1), np.take_along_axis(done.lengths, pick, 1)
+        tokens, lengths = (
+            np.take_along_axis(done.tokens, pick[:, :, None], 1),
+            np.take_along_axis(done.lengths, pick, 1),
+        )
         rows = pairs_of(laid(done.asked, tokens, lengths, self.room))
         taught = np.zeros(known.shape, bool)
         np.put_along_axis(taught, pick, kept[:, None], 1)

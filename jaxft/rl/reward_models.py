@@ -38,7 +38,13 @@ class Loaded:
     pad: int | None
 
 
-def load(ref: str, mesh: Any, adapter: str | Path | None = None, quant: Quant | None = None, dtype: Any = jnp.bfloat16) -> Loaded:
+def load(
+    ref: str,
+    mesh: Any,
+    adapter: str | Path | None = None,
+    quant: Quant | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> Loaded:
     """A reward model on the mesh, its base in `dtype` or packed as `quant` says, its head in float32.
 
     ref: a Hugging Face classifier with one label (LlamaForSequenceClassification), or with `adapter`, a PEFT folder or a run's
@@ -81,7 +87,9 @@ def read_before(batch: Pairs, pad: int) -> Pairs:
 
     Before an answer of that one token is its prompt, which by branches stands before the first answer alone.
     """
-    ends = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(batch.last.shape)
+    ends = np.take_along_axis(batch.ids, batch.last.reshape(*batch.ids.shape[:2], -1), 2).reshape(
+        batch.last.shape
+    )
     prompt = batch.last - batch.lengths
     prompt = prompt if batch.branches is None else prompt[..., :1]
     prior = np.where(batch.lengths == 1, prompt, batch.last - 1)
@@ -103,12 +111,18 @@ def check(ref: str) -> None:
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(KIND) for kind in kinds):
         found = ", ".join(map(str, kinds)) or "no architecture"
-        raise ValueError(f"{ref}: found {found}, wanted a sequence classifier (...{KIND}), or an adapter with a head")
+        raise ValueError(
+            f"{ref}: found {found}, wanted a sequence classifier (...{KIND}), or an adapter with a head"
+        )
     labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))  # transformers' default is two
     if labels != 1:
-        raise ValueError(f"{ref}: a classifier of {labels} labels, and a reward model has one; take another folder")
+        raise ValueError(
+            f"{ref}: a classifier of {labels} labels, and a reward model has one; take another folder"
+        )
     if not is_classifier(ref):
-        raise ValueError(f"{ref}: {heads.SCORE[0]} is missing, the head of a sequence classifier; is the download complete?")
+        raise ValueError(
+            f"{ref}: {heads.SCORE[0]} is missing, the head of a sequence classifier; is the download complete?"
+        )
 
 
 def is_classifier(ref: str) -> bool:
@@ -142,18 +156,26 @@ class ByModel:
 
     def abstract(self, mesh: Any) -> Any:
         """Shapes and shardings of its weights, from its configuration alone."""
-        return partition.abstract_params(partition.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh)
+        return partition.abstract_params(
+            partition.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh
+        )
 
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
         """Its weights on the mesh; (prompts, completions) -> scores."""
-        loaded, tokenizer = load(self.ref, mesh, quant=self.quant, dtype=self.dtype), load.load_tokenizer(self.ref)
+        loaded, tokenizer = (
+            load(self.ref, mesh, quant=self.quant, dtype=self.dtype),
+            load.load_tokenizer(self.ref),
+        )
         at_end = hf.READ_AT in load.read_config(hub.locate(self.ref, config_only=True))
         score = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
         rows = {size: generate.left_pad([[0] * size], self.batch) for size in sizes(self.max_length)}
         run = {size: score.lower(loaded.params, like).compile() for size, like in rows.items()}
 
         def scores(asked: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
-            texts = [ids.tolist() for ids, _ in chat.tokenise(examples(asked, completions, tokenizer), tokenizer, "all")]
+            texts = [
+                ids.tolist()
+                for ids, _ in chat.tokenise(examples(asked, completions, tokenizer), tokenizer, "all")
+            ]
             texts = [until_end(ids, tokenizer) for ids in texts] if at_end else texts
             out = np.full(len(texts), np.nan)
             known = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
@@ -192,7 +214,9 @@ def examples(asked: Sequence[Any], completions: Sequence[str], tokenizer: Any) -
             out.append(Completion(f"completion {i}", prompt, completion))
             continue
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        out.append(Chat(f"completion {i}", (*turns, {"role": "assistant", "content": completion}), len(turns)))
+        out.append(
+            Chat(f"completion {i}", (*turns, {"role": "assistant", "content": completion}), len(turns))
+        )
     return out
 
 
@@ -211,7 +235,8 @@ def as_reward(
         runfolder.results(Path(ref))  # a run that isn't finished is told as such
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
     if "@" in ref or (
-        (folder / "config.json").is_file() and not (partition.adapter_folder(ref) / "adapter_config.json").is_file()
+        (folder / "config.json").is_file()
+        and not (partition.adapter_folder(ref) / "adapter_config.json").is_file()
     ):
         found = ref if "@" in ref else str(folder)
         check(found)

@@ -33,7 +33,9 @@ def last_number(text: Any) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def number(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6) -> float:
+def number(
+    prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
+) -> float:
     """1 where the last number in the completion is that of the row's answer, relatively within `tolerance`, else 0.
 
     Raises ValueError for a row whose answer has no number.
@@ -73,11 +75,17 @@ def name_of(reward: Any) -> str:
 def names_of(given: Sequence[Any]) -> list[str]:
     """What several are called: one more of a name that was there before has its number behind it."""
     names = [name_of(reward) for reward in given]
-    return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+    return [
+        name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}"
+        for i, name in enumerate(names)
+    ]
 
 
 def scored(
-    rewards: Sequence[Reward], asked: Sequence[Any], completions: Sequence[str], rows: Sequence[tuple[str, dict[str, Any]]]
+    rewards: Sequence[Reward],
+    asked: Sequence[Any],
+    completions: Sequence[str],
+    rows: Sequence[tuple[str, dict[str, Any]]],
 ) -> tuple[Float[np.ndarray, "n K"], Faults]:
     """The score of each completion by each reward, NaN where there is none, and what went wrong.
 
@@ -92,24 +100,34 @@ def scored(
                 value = reward(copy.deepcopy(prompt), completion, copy.deepcopy(fields))
             except (Exception, SystemExit) as error:  # a user's function may raise anything
                 told = " ".join(str(error).split())[:200]
-                out[i, k] = faults.note("raised", f"reward {name} raised {type(error).__name__}: {told} ({row})")
+                out[i, k] = faults.note(
+                    "raised", f"reward {name} raised {type(error).__name__}: {told} ({row})"
+                )
                 continue
             out[i, k] = _number(value, name, row, faults)
     return out, faults
 
 
-def checked(scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], faults: Faults) -> Float[np.ndarray, " n"]:
+def checked(
+    scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], faults: Faults
+) -> Float[np.ndarray, " n"]:
     """What a reward gave for all completions at once; what isn't finite is counted as elsewhere. Raises ValueError for another
     number of scores than there are completions."""
     found = np.asarray(scores)
     if found.shape != (len(rows),):
-        raise ValueError(f"reward {name} gave scores of shape {found.shape} for {len(rows)} completions; wanted one each")
+        raise ValueError(
+            f"reward {name} gave scores of shape {found.shape} for {len(rows)} completions; wanted one each"
+        )
     return np.array([_number(value, name, row, faults) for value, (row, _) in zip(found, rows, strict=True)])
 
 
 def _number(value: Any, name: str, row: str, faults: Faults) -> float:
     """A score, of whatever type has a real value; text has none, nor has an array of several."""
-    if not isinstance(value, str | bytes | complex | np.complexfloating) and hasattr(value, "__float__") and np.ndim(value) == 0:
+    if (
+        not isinstance(value, str | bytes | complex | np.complexfloating)
+        and hasattr(value, "__float__")
+        and np.ndim(value) == 0
+    ):
         try:
             score = float(value)
         except (TypeError, ValueError, OverflowError):

@@ -46,7 +46,9 @@ class Rollouts:
     learned: Learned | None = field(default=None, repr=False)
     far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew
     stopped: bool = False  # whether the rest of the rollout teaches only the critic
-    moments: Any = field(default_factory=lambda: np.zeros(3), repr=False)  # of all scores so far, see advantages.seen
+    moments: Any = field(
+        default_factory=lambda: np.zeros(3), repr=False
+    )  # of all scores so far, see advantages.seen
     held_out: tuple[()] = ()
     judged: bool = True
     complete: Any = None
@@ -62,10 +64,14 @@ class Rollouts:
         self.boundary = data.steps
         self.steps_per_epoch = len(self.train) / data.batch * data.steps
         if self.rules.target_kl is not None and data.steps == 1:
-            raise ValueError("target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out")
+            raise ValueError(
+                "target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out"
+            )
         if data.group == 1 and estimators.needs_a_group(self.rules.estimate):
             raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
-        self.steps = max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
+        self.steps = (
+            max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
+        )
         self.fingerprint = prompts.fingerprint(data, self.train, self.held)
         self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
         words = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped"
@@ -73,9 +79,16 @@ class Rollouts:
         if self.tokenizer.eos_token_id is None:
             words += "; the tokenizer names no end token: without one in the model's config completions end at data.max_new only"
         largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
-        self.stats = {"examples": len(self.train), "held_out": len(self.held), "largest_id": largest, "told": words}
+        self.stats = {
+            "examples": len(self.train),
+            "held_out": len(self.held),
+            "largest_id": largest,
+            "told": words,
+        }
 
-    def attached(self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None) -> "Rollouts":
+    def attached(
+        self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None
+    ) -> "Rollouts":
         """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure.
 
         kept: what a checkpoint has of a source, see `kept`.
@@ -87,10 +100,17 @@ class Rollouts:
             raise ValueError(f"optim.in_backward can't let a policy rest, {found}; set it to false")
         if objective.in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
             found = estimators.plain(rules.estimate).__name__
-            raise ValueError(f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta")
+            raise ValueError(
+                f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta"
+            )
         found.judged = self.boundary > 1 or objective.reference or objective.values is not None
-        found.complete = lambda batch: objective.complete(batch) if found.judged else replace(batch, logps=None)
-        found.abstract, found.shapes = found.complete(self.abstract), [found.complete(shape) for shape in self.shapes]
+        found.complete = lambda batch: (
+            objective.complete(batch) if found.judged else replace(batch, logps=None)
+        )
+        found.abstract, found.shapes = (
+            found.complete(self.abstract),
+            [found.complete(shape) for shape in self.shapes],
+        )
         found.drawn = found.shapes
         found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
         return found
@@ -117,7 +137,9 @@ class Rollouts:
         number, part = divmod(step, self.boundary)
         if self.learned is None or self.learned.number != number:
             if part:
-                raise ValueError(f"step {step} is inside rollout {number}, and a run goes on between rollouts only")
+                raise ValueError(
+                    f"step {step} is inside rollout {number}, and a run goes on between rollouts only"
+                )
             self.learned = self._learned(number, self.player.draw(number, state), state)
             self.far, self.stopped = None, False
         return self._part(self.learned, prompts.dealt(self.data, number, part))
@@ -129,7 +151,9 @@ class Rollouts:
         if rules.scale is not None:
             sampled = replace(sampled, scores=rules.scale(done.scores, self.moments))
         found, known = rules.estimate(sampled), adv.scorable(done.scores)
-        kept = known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
+        kept = (
+            known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
+        )
         spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
         known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
         logps, reference, values, advantages, returns = map(spread, known_then)

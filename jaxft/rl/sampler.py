@@ -41,10 +41,14 @@ class Player:
         p, data = programs, source.data
         if getattr(p.objective, "temperature", data.temperature) != data.temperature:
             found = f"data.temperature={data.temperature} and the objective's is {p.objective.temperature}"
-            raise ValueError(f"{found}; log-probs must be those that completions are drawn with, make them equal")
+            raise ValueError(
+                f"{found}; log-probs must be those that completions are drawn with, make them equal"
+            )
         whole = tree.combine(p.state.trainable, p.frozen)
         config = p.trained.model.config
-        kernel = attention.choose(p.mesh, config.head_dim, p.trained.model.dtype)  # prompts are padded in front
+        kernel = attention.choose(
+            p.mesh, config.head_dim, p.trained.model.dtype
+        )  # prompts are padded in front
         model = p.trained.model.with_attention(kernel)
         sampling = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
@@ -56,30 +60,44 @@ class Player:
         scorers = [reward for reward in source.rules.rewards if isinstance(reward, ByScorer)]
         missing = [one.name for one in scorers if one.name not in p.trained.model.beside]
         if missing:
-            raise ValueError(f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside")
+            raise ValueError(
+                f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside"
+            )
         self.score = {one: self._compiled(partial(scored, p.trained.model, one), whole) for one in scorers}
-        self.opened = {reward: reward.opened(p.mesh) for reward in source.rules.rewards if hasattr(reward, "opened")}
+        self.opened = {
+            reward: reward.opened(p.mesh) for reward in source.rules.rewards if hasattr(reward, "opened")
+        }
 
     def _compiled(self, fn: Any, whole: Any) -> dict[Room, Any]:
         """A program over (parameters, aux, rows) for each size of rows."""
         program = jax.jit(fn, out_shardings=sharding.replicated(self.programs.mesh))
-        return {room: program.lower(whole, self.programs.state.aux, rows).compile() for room, rows in self._rooms()}
+        return {
+            room: program.lower(whole, self.programs.state.aux, rows).compile()
+            for room, rows in self._rooms()
+        }
 
     def _rooms(self) -> Any:
         p = self.programs
-        place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
+        place = lambda s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)
+        )  # noqa: E731
         for room, shape in zip(self.source.rooms, self.source.drawn, strict=True):
             yield room, jax.tree.map(place, shape)
 
     def draw(self, number: int, state: Any) -> Completions:
         """Rollout `number` of the policy that `state` holds. Raises ValueError where none of it has a score."""
         source, data = self.source, self.source.data
-        done = self._completed(source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number)
+        done = self._completed(
+            source.train.at(prompts.drawn(data, len(source.train), number)), state, data.group, number
+        )
         if not adv.scorable(done.scores).any():
             found = done.faults.first or "none has all of its rewards"
             raise ValueError(f"no completion of rollout {number + 1} could be scored: {found}")
         if done.faults.first and not self.warned and processes.is_first():
-            print(f"rollout {number + 1}: {done.faults.first}; it has no score, and more of this is only counted", flush=True)
+            print(
+                f"rollout {number + 1}: {done.faults.first}; it has no score, and more of this is only counted",
+                flush=True,
+            )
             self.warned = True
         self._keep(number * source.boundary, done)
         return done
@@ -88,7 +106,9 @@ class Player:
         """A rollout as numbers of its tokens; log-probs are the sampler's where the trainer's aren't taken."""
         several = done.each.reshape(*done.lengths.shape, -1), self.source.rules.each_weight
         if not self.source.judged:
-            return Sampled(done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {}, *several)
+            return Sampled(
+                done.scores, done.lengths, done.ended, done.drawn.astype(np.float64), None, None, {}, *several
+            )
         numbers = self._run(self.judge, done, state)
         per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
         own = ("kl_coef",) if self.programs.objective.in_rewards else ()
@@ -100,14 +120,19 @@ class Player:
         """`group` completions each of up to data.batch prompts, scored."""
         rules, data, G = self.source.rules, self.source.data, len(asked)
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)
-        padded = generate.left_pad([*asked.ids, [0] * self.source.prompt_size], data.batch + 1)  # the last sets the width
+        padded = generate.left_pad(
+            [*asked.ids, [0] * self.source.prompt_size], data.batch + 1
+        )  # the last sets the width
         padded = jax.tree.map(lambda x: x[: data.batch], padded)
         padded = replace(padded, segments=np.where(np.arange(data.batch)[:, None] < G, padded.segments, 0))
         whole = tree.combine(state.trainable, self.frozen)
         out, drawn = (np.asarray(x)[: G * group] for x in self.sample[group](whole, padded, key))
         lengths = (out >= 0).sum(1)
         ended = np.isin(out[np.arange(len(out)), lengths - 1], self.stop).reshape(G, group)
-        texts = [self.source.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True) for row, n in zip(out, lengths)]
+        texts = [
+            self.source.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            for row, n in zip(out, lengths)
+        ]
         tokens, lengths = out.reshape(G, group, data.max_new), lengths.reshape(G, group)
         room = next(r for r in self.source.rooms if fits(asked, lengths, r))
         rows = laid(asked, tokens, lengths, room, (data.batch, data.group))
@@ -122,9 +147,14 @@ class Player:
     def _scores(self, done: Completions, state: Any) -> tuple[np.ndarray, rewards.Faults]:
         """The score of each completion by each reward, in order: functions on process 0, models on the mesh."""
         given, group = self.source.rules.rewards, done.lengths.shape[1]
-        functions: list[Any] = [reward for reward in given if not isinstance(reward, ByScorer) and not hasattr(reward, "opened")]
+        functions: list[Any] = [
+            reward for reward in given if not isinstance(reward, ByScorer) and not hasattr(reward, "opened")
+        ]
         of = [i // group for i in range(len(done.texts))]
-        asked, rows = [done.asked.prompts[i] for i in of], [(done.asked.names[i], done.asked.fields[i]) for i in of]
+        asked, rows = (
+            [done.asked.prompts[i] for i in of],
+            [(done.asked.names[i], done.asked.fields[i]) for i in of],
+        )
 
         def score() -> list[Any]:
             found, faults = rewards.scored(functions, asked, done.texts, rows)
@@ -137,7 +167,11 @@ class Player:
             if isinstance(reward, ByScorer):
                 each.append(self._run(self.score[reward], done, state)[:, :group].ravel())
             elif hasattr(reward, "opened"):
-                each.append(rewards.checked(self.opened[reward](asked, done.texts), rewards.name_of(reward), rows, faults))
+                each.append(
+                    rewards.checked(
+                        self.opened[reward](asked, done.texts), rewards.name_of(reward), rows, faults
+                    )
+                )
             else:
                 each.append(next(columns))
         return np.stack(each, 1).astype(np.float64), faults
@@ -164,10 +198,21 @@ class Player:
         group = done.lengths.shape[1]
         with self.path.open("a", encoding="utf-8") as file:
             for i in shown(len(done.texts), group):
-                scores = {name: None if np.isnan(x) else float(x) for name, x in zip(names, done.each[i], strict=True)}
+                scores = {
+                    name: None if np.isnan(x) else float(x)
+                    for name, x in zip(names, done.each[i], strict=True)
+                }
                 total = done.scores.ravel()[i]
-                line = {"step": step + 1, "row": done.asked.names[i // group], "prompt": done.asked.prompts[i // group]}
-                line |= {"completion": done.texts[i], "rewards": scores, "reward": None if np.isnan(total) else float(total)}
+                line = {
+                    "step": step + 1,
+                    "row": done.asked.names[i // group],
+                    "prompt": done.asked.prompts[i // group],
+                }
+                line |= {
+                    "completion": done.texts[i],
+                    "rewards": scores,
+                    "reward": None if np.isnan(total) else float(total),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -178,7 +223,10 @@ class Player:
             parts.append(self._completed(some, state, source.data.eval_group, HELD_OUT - start))
         scores, each = np.concatenate([d.scores for d in parts]), np.concatenate([d.each for d in parts])
         lengths, ended = np.concatenate([d.lengths for d in parts]), np.concatenate([d.ended for d in parts])
-        out = {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
+        out = {
+            "completions/mean_length": float(lengths.mean()),
+            "completions/clipped_ratio": float((~ended).mean()),
+        }
         out |= {name: x for name, x in adv.counts(scores).items() if name != "frac_reward_zero_std"}
         out |= {name: x for name, x in of_each(source.rules, each).items() if x is not None}
         for kind in parts[0].faults.counts:
@@ -199,7 +247,9 @@ def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
 
     def one(rows: Rollout) -> Any:
         reference = objective.reference_logps(params, rows, aux) if objective.reference else None
-        seen = objective.see(params, rows, None, aux)  # a critic that reads the policy's hidden states takes no pass of its own
+        seen = objective.see(
+            params, rows, None, aux
+        )  # a critic that reads the policy's hidden states takes no pass of its own
         return seen.logp, reference, seen.values
 
     return jax.lax.map(one, batch)
@@ -212,8 +262,12 @@ def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> A
         own = view(params, by.name)
         before = jnp.sum(rows.segments > 0, 1, dtype=jnp.int32) - jnp.sum(rows.lengths, 1, dtype=jnp.int32)
         last = jnp.maximum(before[:, None] + jnp.cumsum(rows.lengths, 1, dtype=jnp.int32) - 1, 0)
-        if by.unread is not None:  # before a completion of that one token is its prompt, and not the completion beside it
-            prior = jnp.where(rows.lengths == 1, jnp.maximum(before - 1, 0)[:, None], jnp.maximum(last - 1, 0))
+        if (
+            by.unread is not None
+        ):  # before a completion of that one token is its prompt, and not the completion beside it
+            prior = jnp.where(
+                rows.lengths == 1, jnp.maximum(before - 1, 0)[:, None], jnp.maximum(last - 1, 0)
+            )
             last = jnp.where(jnp.take_along_axis(rows.ids, last, axis=1) == by.unread, prior, last)
         return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
 
@@ -222,7 +276,9 @@ def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> A
 
 def means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
     """Means over `count` completions; None is a mean over nothing, which isn't logged."""
-    weigh = lambda x: Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))  # noqa: E731
+    weigh = lambda x: (
+        Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))
+    )  # noqa: E731
     return {name: weigh(x) for name, x in told.items()}
 
 
@@ -242,19 +298,26 @@ def told(rules: Rules, done: Completions, sampled: Sampled, kept: np.ndarray, ju
     out: dict[str, float | None] = {"reward": None, "reward_std": None, **adv.counts(done.scores)}
     if done.scores.shape[1] == 1:
         out.pop("frac_reward_zero_std")  # of groups
-    out |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": float((~ended).mean())}
+    out |= {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": float((~ended).mean()),
+    }
     out |= {"frac_learned": float(kept.mean())}
     out |= {f"reward_faults/{kind}": count / done.each.size for kind, count in done.faults.counts.items()}
     out["val/num_eos_tokens"] = float(ended.sum())
     of_ended = lengths[ended]
     for name in ("mean", "min", "max"):
-        out[f"completions/{name}_terminated_length"] = float(getattr(of_ended, name)()) if len(of_ended) else None
+        out[f"completions/{name}_terminated_length"] = (
+            float(getattr(of_ended, name)()) if len(of_ended) else None
+        )
     out |= of_each(rules, done.each)
     if sampled.reference is not None:
         out["objective/kl"] = float((sampled.logps - sampled.reference).sum() / count)
     metrics = means(out, count)
     if judged:
-        away = np.abs(done.drawn - sampled.logps)[adv.inside(lengths, done.drawn.shape[1])]  # two programs, one model
+        away = np.abs(done.drawn - sampled.logps)[
+            adv.inside(lengths, done.drawn.shape[1])
+        ]  # two programs, one model
         metrics["sampling/sampling_logp_difference/mean"] = Sum(np.float64(away.sum()), np.float64(away.size))
         metrics["sampling/sampling_logp_difference/max"] = Max(np.float64(away.max()))
     metrics["completions/min_length"] = Min(np.float64(lengths.min()))

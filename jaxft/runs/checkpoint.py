@@ -34,7 +34,9 @@ from jaxft.runs import manifest, restore
 from jaxft.runs.manifest import Bad, first_line
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-CHUNK_BYTES = 64 << 20  # what a file has to be decoded in, so that another mesh's shards can be read without a whole leaf
+CHUNK_BYTES = (
+    64 << 20
+)  # what a file has to be decoded in, so that another mesh's shards can be read without a whole leaf
 LIMIT_S = 1200.0  # that processes wait for one another while they save, as Orbax does
 
 
@@ -71,10 +73,19 @@ def _write_durably(path: Path, text: str) -> None:
 class Checkpoints:
     """The checkpoints of a run. `say` gets a line about each thing that a person should know (print by default)."""
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, say: Callable[[str], None] = print):
+    def __init__(
+        self, folder: Path, keep_last: int = 2, keep_best: int = 1, say: Callable[[str], None] = print
+    ):
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last is at least 1 and keep_best at least 0, found {keep_last} and {keep_best}")
-        self.folder, self.keep_last, self.keep_best, self.say = Path(folder).absolute(), keep_last, keep_best, say
+            raise ValueError(
+                f"keep_last is at least 1 and keep_best at least 0, found {keep_last} and {keep_best}"
+            )
+        self.folder, self.keep_last, self.keep_best, self.say = (
+            Path(folder).absolute(),
+            keep_last,
+            keep_best,
+            say,
+        )
         self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
@@ -85,7 +96,11 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
-        names = [p.name for p in self.folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name) and (p / "manifest.json").is_file()]
+        names = [
+            p.name
+            for p in self.folder.iterdir()
+            if re.fullmatch(r"0|[1-9]\d*", p.name) and (p / "manifest.json").is_file()
+        ]
         return sorted(map(int, names))
 
     def latest(self) -> int | None:
@@ -139,7 +154,9 @@ class Checkpoints:
         except Exception as error:
             written = _raiser(error)  # where the others hear of it
         told = sync.Files(self.folder / ".told", topic, LIMIT_S)
-        self._thread = threading.Thread(target=self._finish, args=(body, entries, written, told), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(
+            target=self._finish, args=(body, entries, written, told), name=f"checkpoint-{step}"
+        )
         self._thread.start()
 
     def _begin(self, step: int) -> str:
@@ -163,7 +180,9 @@ class Checkpoints:
         how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
         orbax = self._orbax
         assert orbax is not None
-        futures = _awaited(lambda: orbax.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(arrays, save_args=how)))
+        futures = _awaited(
+            lambda: orbax.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(arrays, save_args=how))
+        )
 
         def wait() -> None:
             for future in futures or ():
@@ -171,7 +190,9 @@ class Checkpoints:
 
         return wait
 
-    def _finish(self, body: dict[str, Any], entries: dict[str, Any], written: Callable[[], None], told: sync.Files) -> None:
+    def _finish(
+        self, body: dict[str, Any], entries: dict[str, Any], written: Callable[[], None], told: sync.Files
+    ) -> None:
         """The stages of a save after its begin, each of them entered when all processes are through the one before.
 
         A thread's work, so no device takes part.
@@ -197,7 +218,9 @@ class Checkpoints:
         """Make one of what the processes wrote; returns the files that it is in."""
         assert self._orbax is not None
         self._orbax.finalize(epath.Path(temporary / "state"))
-        return sorted(p.relative_to(temporary).as_posix() for p in (temporary / "state").rglob("*") if p.is_file())
+        return sorted(
+            p.relative_to(temporary).as_posix() for p in (temporary / "state").rglob("*") if p.is_file()
+        )
 
     def _publish(self, step: int) -> None:
         temporary, final = self.folder / f"{step}.tmp", self.folder / str(step)
@@ -232,7 +255,11 @@ class Checkpoints:
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"the folder can't be written ({os.strerror(number)})"
         kept = self.steps() if os.access(self.folder, os.R_OK | os.X_OK) else []
-        intact = f"checkpoints of steps {', '.join(map(str, kept))} are intact" if kept else "there is no earlier checkpoint"
+        intact = (
+            f"checkpoints of steps {', '.join(map(str, kept))} are intact"
+            if kept
+            else "there is no earlier checkpoint"
+        )
         return number, f"checkpoint of step {step} was not written: {text}; {intact}"
 
     def _prune(self) -> None:
@@ -284,9 +311,15 @@ class Checkpoints:
             folder = self.folder / str(candidate)
             found: dict[str, Any] = {}
             try:
-                bad = [b for b in sync.settle(sync.gathered, lambda: restore.take(folder, abstract_state, found)) if b]  # noqa: B023
+                bad = [
+                    b
+                    for b in sync.settle(sync.gathered, lambda: restore.take(folder, abstract_state, found))
+                    if b
+                ]  # noqa: B023
             except OSError as error:
-                raise OSError(error.errno, f"the checkpoint can't be read: {error.strerror}", str(folder)) from error
+                raise OSError(
+                    error.errno, f"the checkpoint can't be read: {error.strerror}", str(folder)
+                ) from error
             if not bad:
                 return found["state"], found["meta"], candidate
             sync.by_first(sync.gathered, lambda: self._quarantine(folder, bad[0]))  # noqa: B023
@@ -305,7 +338,9 @@ class Checkpoints:
             folder.rename(target)
             self.say(f"checkpoint of step {folder.name} is bad ({reason}); renamed to {target.name}, {then}")
         except OSError as error:
-            self.say(f"checkpoint of step {folder.name} is bad ({reason}); it can't be renamed ({error.strerror}), {then}")
+            self.say(
+                f"checkpoint of step {folder.name} is bad ({reason}); it can't be renamed ({error.strerror}), {then}"
+            )
 
 
 def _raiser(error: Exception) -> Callable[[], None]:

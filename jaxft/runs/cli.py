@@ -16,7 +16,9 @@ def quiet() -> None:
     """
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is a cache: go on without
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache"
+    )  # it is a cache: go on without
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from absl import logging  # Orbax's log, which tells an error with its traceback before it is raised
@@ -47,7 +49,11 @@ def told(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    text = _line(error) if isinstance(error, ValueError | OSError | ImportError | MemoryError | RuntimeError) else None
+    text = (
+        _line(error)
+        if isinstance(error, ValueError | OSError | ImportError | MemoryError | RuntimeError)
+        else None
+    )
     if text is None or os.environ.get("JAXFT_TRACEBACK"):
         traceback.print_exception(error)
     if text is not None:

@@ -73,7 +73,13 @@ COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
     "last step's margin": _last("rewards/margins", "margin"),
     "skipped steps": _last("skipped"),
 }
-TRAINED = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin")  # of the last step, without held-out rows
+TRAINED = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "accuracy",
+    "margin",
+)  # of the last step, without held-out rows
 NOTES = {
     "accuracy": "accuracy: held-out pairs whose chosen answer has the higher reward",
     "margin": "margin: by how much the chosen answer's reward is above the other's, a held-out pair's mean",
@@ -109,7 +115,9 @@ class Table:
         if not any(found["skipped steps"]):
             del found["skipped steps"]
         shown = {title: values for title, values in found.items() if any(x is not None for x in values)}
-        return Table(tuple(labels), tuple(shown), tuple(zip(*shown.values(), strict=True)) or ((),) * len(labels))
+        return Table(
+            tuple(labels), tuple(shown), tuple(zip(*shown.values(), strict=True)) or ((),) * len(labels)
+        )
 
     def text(self) -> str:
         """For a terminal or a log, with what the columns mean."""
@@ -118,21 +126,29 @@ class Table:
             table.add_column(title, justify="right")
         for label, row in zip(self.labels, self.rows, strict=True):
             table.add_row(label, *map(_short, row))
-        console = Console(file=io.StringIO(), width=40 + 16 * len(self.titles) + max(map(len, self.labels)), no_color=True)
+        console = Console(
+            file=io.StringIO(), width=40 + 16 * len(self.titles) + max(map(len, self.labels)), no_color=True
+        )
         console.print(table)
         lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
         return "\n".join([*(line for line in lines if line), *self._notes()])
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        head = ["| |" + "".join(f" {title} |" for title in self.titles), "|---" * (1 + len(self.titles)) + "|"]
+        head = [
+            "| |" + "".join(f" {title} |" for title in self.titles),
+            "|---" * (1 + len(self.titles)) + "|",
+        ]
         each = zip(self.labels, self.rows, strict=True)
         rows = [f"| {label} |" + "".join(f" {_short(x)} |" for x in row) for label, row in each]
         return "\n".join([*head, *rows, "", *(f"- {note}" for note in self._notes())])
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Numbers in full, by label and title."""
-        return {label: dict(zip(self.titles, row, strict=True)) for label, row in zip(self.labels, self.rows, strict=True)}
+        return {
+            label: dict(zip(self.titles, row, strict=True))
+            for label, row in zip(self.labels, self.rows, strict=True)
+        }
 
     def _notes(self) -> list[str]:
         return [NOTES[title] for title in self.titles if title in NOTES]
@@ -183,7 +199,9 @@ def _losses(held: dict[str, Curve], own: dict[str, Curve]) -> Panel:
     """Held-out losses and, dashed, the steps' own; over the value at the start where they are of different kinds."""
     starts = {label: y[0] for label, (_, y) in held.items()}
     if min(starts.values()) > 0 and max(starts.values()) > 3 * min(starts.values()):
-        over = lambda curves: {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}  # noqa: E731
+        over = lambda curves: {
+            k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts
+        }  # noqa: E731
         return Panel("loss over its value at step 0, held out", "step", "ratio", over(held), over(own))
     return Panel("loss, held out", "step", "nats", held, own)
 
@@ -194,7 +212,15 @@ def _of_rollouts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Pane
         held = {label: _held_out(entries, (name,)) for label, entries in curves.items()}
         own = {label: _trained(entries, name) for label, entries in curves.items()}
         both = any(x for x, _ in held.values())
-        out.append(Panel(f"{title}, held out" if both else title, "step", unit, held if both else own, own if both else {}))
+        out.append(
+            Panel(
+                f"{title}, held out" if both else title,
+                "step",
+                unit,
+                held if both else own,
+                own if both else {},
+            )
+        )
     return out
 
 

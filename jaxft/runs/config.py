@@ -29,13 +29,19 @@ def _parse_for(label: str, text: str, kind: Any, now: Any) -> Any:
     """Parse an override; an annotation that says nothing is read off the present value."""
     if kind in (BARE, Any):
         if now is BARE or now is None:
-            raise ValueError(f"{label}={text}: neither an annotation nor a default shows its type; annotate it in the config")
+            raise ValueError(
+                f"{label}={text}: neither an annotation nor a default shows its type; annotate it in the config"
+            )
         item = type(now[0]) if isinstance(now, tuple) and now else str
         kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
     try:
         return parse(text, kind)
     except ValueError as error:
-        shown = "" if now is BARE or not isinstance(now, bool | int | float | str | None | tuple) else f" (now {now!r})"
+        shown = (
+            ""
+            if now is BARE or not isinstance(now, bool | int | float | str | None | tuple)
+            else f" (now {now!r})"
+        )
         raise ValueError(f"{label}={text}: {error}{shown}") from error
 
 
@@ -43,7 +49,9 @@ def _hints(thing: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
-        raise ValueError(f"annotation of {getattr(thing, '__qualname__', thing)} can't be read: {error}") from error
+        raise ValueError(
+            f"annotation of {getattr(thing, '__qualname__', thing)} can't be read: {error}"
+        ) from error
 
 
 def _knobs(fn: Callable) -> dict[str, tuple[Any, Any]]:
@@ -60,7 +68,9 @@ def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
     module = run_file(find_file(path))
     fn = getattr(module, "config", None)
     if not inspect.isfunction(fn):
-        raise ValueError(f"{path}: found no function `config`; a config file defines def config(knob=default, ...) -> Run")
+        raise ValueError(
+            f"{path}: found no function `config`; a config file defines def config(knob=default, ...) -> Run"
+        )
     return fn, module
 
 
@@ -88,7 +98,9 @@ def load(path: str, overrides: list[str]) -> Any:
             raise ValueError(f"{path}: {name} has no default; give {name}={wanted}")
     root = _call(fn, knobs, path)
     if not dataclasses.is_dataclass(root) or isinstance(root, type):
-        raise ValueError(f"{path}: config returned a {type(root).__name__}, wanted a frozen dataclass such as Run")
+        raise ValueError(
+            f"{path}: config returned a {type(root).__name__}, wanted a frozen dataclass such as Run"
+        )
     dotted: dict[tuple[str, ...], tuple[str, str]] = {}
     for key, text in texts.items():
         if key not in known:
@@ -99,7 +111,9 @@ def load(path: str, overrides: list[str]) -> Any:
     if not dotted:
         return root
     final = _apply(root, dotted)
-    sections = {steps for steps in dotted if dataclasses.is_dataclass(_get(root, steps))}  # set to none as a whole
+    sections = {
+        steps for steps in dotted if dataclasses.is_dataclass(_get(root, steps))
+    }  # set to none as a whole
     alone = {steps: item for steps, item in dotted.items() if steps not in sections}
     settings = {k: knobs.get(k, default) for k, (_, default) in known.items()}
     _refuse_computed(fn, settings, list(knobs), root, dotted)
@@ -126,13 +140,17 @@ def _steps(root: Any, key: str, knobs: list[str]) -> tuple[str, ...]:
     for i, step in enumerate(steps):
         here = ".".join(steps[:i])
         if isinstance(node, Model):
-            raise ValueError(f"{key}: {here} is a whole model; choose another through the knobs {', '.join(knobs)}")
+            raise ValueError(
+                f"{key}: {here} is a whole model; choose another through the knobs {', '.join(knobs)}"
+            )
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
             found = "none" if node is None else f"a {type(node).__name__}"
             raise ValueError(f"{key}: {here} is {found}, it has no field {step!r}")
         names = [f.name for f in dataclasses.fields(node) if f.init]
         if step not in names:
-            candidates = [f"{here}.{n}" if here else n for n in names] + ([] if i else [*knobs, *_settable(root)])
+            candidates = [f"{here}.{n}" if here else n for n in names] + (
+                [] if i else [*knobs, *_settable(root)]
+            )
             near = nearest(key, list(dict.fromkeys(candidates)))
             raise ValueError(f"unknown key {key!r}; near: {', '.join(near)}")
         node = getattr(node, step)
@@ -159,7 +177,9 @@ def _apply(node: Any, dotted: dict[tuple[str, ...], tuple[str, str]]) -> Any:
         now = getattr(node, name)
         below = {steps[1:]: item for steps, item in dotted.items() if steps[0] == name}
         if () in below and len(below) > 1:
-            raise ValueError(f"{' and '.join(key for key, _ in below.values())}: one contains the other; set only one")
+            raise ValueError(
+                f"{' and '.join(key for key, _ in below.values())}: one contains the other; set only one"
+            )
         if () in below:
             key, text = below[()]
             values[name] = _parse_for(key, text, _hints(type(node)).get(name, BARE), now)
@@ -183,17 +203,23 @@ def _refuse_computed(fn: Callable, knobs: dict[str, Any], tried: list[str], root
                 continue
             for steps, (key, _) in dotted.items():
                 if _follows(fn, knobs, knob, other, (root, changed), steps):
-                    raise ValueError(f"{key} is computed from the knob {knob}; set {knob}=... instead (now {_brief(value)})")
+                    raise ValueError(
+                        f"{key} is computed from the knob {knob}; set {knob}=... instead (now {_brief(value)})"
+                    )
 
 
 def _brief(value: Any) -> str:
     return str(describe(value).get("callable")) if callable(value) else repr(value)
 
 
-def _follows(fn: Callable, knobs: dict[str, Any], knob: str, other: Any, pair: tuple[Any, Any], steps: tuple[str, ...]) -> bool:
+def _follows(
+    fn: Callable, knobs: dict[str, Any], knob: str, other: Any, pair: tuple[Any, Any], steps: tuple[str, ...]
+) -> bool:
     for i in range(len(steps)):
         if type(_get(pair[0], steps[:i])) is not type(_get(pair[1], steps[:i])):
-            return False  # the section itself comes and goes with the knob: that says nothing about its fields
+            return (
+                False  # the section itself comes and goes with the knob: that says nothing about its fields
+            )
     before, after = _get(pair[0], steps), _get(pair[1], steps)
     if not isinstance(other, str) or other != knobs[knob]:
         return describe(before) != describe(after)
@@ -211,7 +237,9 @@ def _follows(fn: Callable, knobs: dict[str, Any], knob: str, other: Any, pair: t
 def _others(value: Any, kind: Any) -> list[Any]:
     """Other values of the same type, cheap and mostly valid."""
     kinds = () if kind is BARE else members(kind)
-    out: list[Any] = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k) if c != value]
+    out: list[Any] = [
+        c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k) if c != value
+    ]
     if out:
         return out
     if isinstance(value, bool):
@@ -248,7 +276,9 @@ def knobs(path: str) -> str:
         if t.type == tokenize.COMMENT
     }
     tree = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "config")
-    last = {a.lineno: a.arg for a in (*tree.args.args, *tree.args.kwonlyargs)}  # a comment belongs to the last knob of its line
+    last = {
+        a.lineno: a.arg for a in (*tree.args.args, *tree.args.kwonlyargs)
+    }  # a comment belongs to the last knob of its line
     told = {name: comments.get(line, "") for line, name in last.items()}
     rows = []
     for name, (kind, default) in _knobs(fn).items():

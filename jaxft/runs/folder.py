@@ -22,7 +22,17 @@ from jaxft.runs.record import differences
 from jaxft.weights import hf, hub
 
 # What may change between a run and its continuation; anything else would make another run of it.
-MAY_CHANGE = ("weights_at", "loop", "data.epochs", "trackers", "samples", "sampling", "general", "mesh", "hosts")
+MAY_CHANGE = (
+    "weights_at",
+    "loop",
+    "data.epochs",
+    "trackers",
+    "samples",
+    "sampling",
+    "general",
+    "mesh",
+    "hosts",
+)
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SAMPLE = 1 << 16  # bytes
@@ -43,11 +53,18 @@ class Interrupt:
 
     def _seen(self, number: int, frame: Any) -> None:
         self.signal = number
-        for each in self._old:  # the system's own way, which also ends a process that is inside a long computation
+        for (
+            each
+        ) in self._old:  # the system's own way, which also ends a process that is inside a long computation
             signal.signal(each, signal.SIG_DFL)
         if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # the live view hides the cursor, and a second signal leaves no time to show it
-        os.write(2, f"\n{signal_name(number)}: finishing this step and saving; a second signal stops at once\n".encode())
+            os.write(
+                1, b"\x1b[?25h"
+            )  # the live view hides the cursor, and a second signal leaves no time to show it
+        os.write(
+            2,
+            f"\n{signal_name(number)}: finishing this step and saving; a second signal stops at once\n".encode(),
+        )
 
     def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():
@@ -75,7 +92,9 @@ def lock(folder: Path) -> Any:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         held.close()
-        raise OSError(f"{folder}: another process is running this run; wait for it, or choose another name=...") from None
+        raise OSError(
+            f"{folder}: another process is running this run; wait for it, or choose another name=..."
+        ) from None
     return held
 
 
@@ -94,7 +113,9 @@ def environment() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     commit = None
     with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        git = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         commit = git.stdout.strip() or None
     return {
         "python": platform.python_version(),
@@ -128,7 +149,9 @@ def compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]
     refused = [line for line in found if not re.match(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]", line)]
     if refused:
         listed = "; ".join(refused)
-        raise ValueError(f"{folder}: the run was started with other settings ({listed}); undo that, or choose another name=...")
+        raise ValueError(
+            f"{folder}: the run was started with other settings ({listed}); undo that, or choose another name=..."
+        )
     return found
 
 
@@ -141,7 +164,11 @@ def standing(folder: Path, record: dict[str, Any], begun: bool) -> tuple[int, li
 def shared_part(record: dict[str, Any]) -> dict[str, Any]:
     """What must be the same on every process of a run: the record but for places, and the libraries' versions."""
     own = {name: value for name, value in record.items() if name not in ("weights_at", "hosts")}
-    return {**own, "python": platform.python_version(), "packages": {name: metadata.version(name) for name in LIBRARIES}}
+    return {
+        **own,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in LIBRARIES},
+    }
 
 
 def finished(folder: Path) -> int:
@@ -164,7 +191,9 @@ def results(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
         return _same_weights(folder, record), folder / "adapter", record
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model"), None, record
-    raise FileNotFoundError(f"{folder}: neither adapter/ nor model/ is there; finish the run with the command that started it")
+    raise FileNotFoundError(
+        f"{folder}: neither adapter/ nor model/ is there; finish the run with the command that started it"
+    )
 
 
 def _same_weights(folder: Path, record: dict[str, Any]) -> str:
@@ -173,7 +202,9 @@ def _same_weights(folder: Path, record: dict[str, Any]) -> str:
     if at and not Path(ref).exists():
         ref = at
     if weights_identity(ref) != record.get("weights_identity", weights_identity(ref)):
-        raise ValueError(f"{folder}: {ref} holds other weights than this run was trained on; put those back, or use --model")
+        raise ValueError(
+            f"{folder}: {ref} holds other weights than this run was trained on; put those back, or use --model"
+        )
     return ref
 
 
@@ -200,7 +231,9 @@ def adapter_identity(folder: Path) -> str:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; wanted a PEFT adapter's folder, or that of a run that wrote one")
+            raise FileNotFoundError(
+                f"{path}: no such file; wanted a PEFT adapter's folder, or that of a run that wrote one"
+            )
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -37,7 +37,12 @@ FIRST = (  # then the others, in the order they come; of a held-out metric the n
     "loss", "general_loss", "reward", "objective/kl", "rewards/accuracies", "rewards/margins", "rewards/chosen",
     "rewards/rejected", "logps/chosen", "kl", "learning_rate", "grad_norm",
 )  # fmt: skip
-HIDDEN = ("epoch", "num_tokens", "skipped", "seconds")  # shown by the bar already, or only where they say something
+HIDDEN = (
+    "epoch",
+    "num_tokens",
+    "skipped",
+    "seconds",
+)  # shown by the bar already, or only where they say something
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -60,7 +65,9 @@ def line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
     """One line of metrics.jsonl, without its end."""
     taken = {"step", "perf"} & metrics.keys()
     if taken:
-        raise ValueError(f"a metric can't be called {sorted(taken)[0]!r}; rename it where the objective returns it")
+        raise ValueError(
+            f"a metric can't be called {sorted(taken)[0]!r}; rename it where the objective returns it"
+        )
     entry = {"step": int(step), **finite(metrics), **({"perf": finite(perf)} if perf else {})}
     return json.dumps(entry, allow_nan=False)
 
@@ -108,7 +115,9 @@ def _tracker(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise ValueError(f"trackers has {name!r}, which is not installed ({error}); run pip install 'jaxft[track]'") from error
+        raise ValueError(
+            f"trackers has {name!r}, which is not installed ({error}); run pip install 'jaxft[track]'"
+        ) from error
 
 
 def _wandb(folder: Path) -> tuple[Callable, Callable]:
@@ -140,7 +149,9 @@ def _tensorboard(folder: Path, start_step: int) -> tuple[Callable, Callable]:
     def write(**fields: Any) -> None:
         data = Event(wall_time=time.time(), **fields).SerializeToString()
         size = struct.pack("<Q", len(data))
-        file.write(size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data)))
+        file.write(
+            size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data))
+        )
 
     def send(step: int, values: dict[str, float]) -> None:
         for tag, value in values.items():
@@ -184,7 +195,9 @@ def shown(name: str, value: float) -> str:
 
 def _ordered(metrics: dict[str, float], most: int) -> list[str]:
     bare = {n: n.removeprefix("eval_") for n in metrics}
-    first = sorted((n for n in metrics if bare[n] in FIRST), key=lambda n: (FIRST.index(bare[n]), n != bare[n]))
+    first = sorted(
+        (n for n in metrics if bare[n] in FIRST), key=lambda n: (FIRST.index(bare[n]), n != bare[n])
+    )
     names = first + [n for n in metrics if bare[n] not in FIRST and n not in HIDDEN]
     return names[:most] + (["skipped"] if metrics.get("skipped") else [])
 
@@ -254,7 +267,9 @@ class Log:
         self._console = console or Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
         self._begin = time.monotonic()
         self._step = start_step
-        self._pace: collections.deque[tuple[int, float]] = collections.deque(maxlen=32)  # logged steps: no compile time
+        self._pace: collections.deque[tuple[int, float]] = collections.deque(
+            maxlen=32
+        )  # logged steps: no compile time
         self._metrics: dict[str, float] = {}
         self._perf: dict[str, float] = {}
         self._losses: collections.deque[float] = collections.deque(maxlen=48)
@@ -329,7 +344,9 @@ class Log:
             self._sinks.pop()[1]()
 
     def _print(self, text: str) -> None:
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)  # rows of data are shown: they don't steer the terminal
+        text = re.sub(
+            r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text
+        )  # rows of data are shown: they don't steer the terminal
         encoding = self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
         self._console.print(Text(text), soft_wrap=True, highlight=False)
@@ -341,7 +358,9 @@ class Log:
         return _clock((self.total_steps - self._step) * (now - begin) / (last - first))
 
     def _plain(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-        numbers = [shown(n, metrics[n]) for n in _ordered(metrics, 8)] + [shown(n, perf[n]) for n in perf if n not in HIDDEN]
+        numbers = [shown(n, metrics[n]) for n in _ordered(metrics, 8)] + [
+            shown(n, perf[n]) for n in perf if n not in HIDDEN
+        ]
         eta = [f"eta {self._eta()}"] if perf and step < self.total_steps else []
         return "  ".join([f"step {step}/{self.total_steps}", *numbers, *eta])
 
@@ -356,7 +375,9 @@ class Log:
             Text(f"{self._step}/{self.total_steps}  {100 * done:.0f}%  {elapsed}"),
         )
         rows = [Text("  ".join(shown(n, self._metrics[n]) for n in _ordered(self._metrics, 10)))]
-        rows.append(Text("  ".join(shown(n, v) for n, v in self._perf.items() if n not in HIDDEN), style="cyan"))
+        rows.append(
+            Text("  ".join(shown(n, v) for n, v in self._perf.items() if n not in HIDDEN), style="cyan")
+        )
         if self._console.encoding.lower().startswith("utf") and len(self._losses) > 1:
             rows.append(Text(f"loss {sparkline(list(self._losses))}", style="green"))
         return Group(bar, *[row for row in rows if row.plain])

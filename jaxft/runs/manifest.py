@@ -55,10 +55,14 @@ def leaves(state: Any) -> dict[str, Any]:
     flat = tree.paths(state)
     named = {path.replace("/", "."): leaf for path, leaf in flat.items()}
     if len(named) != len(jax.tree.leaves(state)):
-        raise ValueError("two leaves of the state have the same path; names in it must not contain '.' or '/'")
+        raise ValueError(
+            "two leaves of the state have the same path; names in it must not contain '.' or '/'"
+        )
     for name, leaf in named.items():
         if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
-            raise ValueError(f"{name} is a typed PRNG key, which has no bytes to save; keep jax.random.key_data of it")
+            raise ValueError(
+                f"{name} is a typed PRNG key, which has no bytes to save; keep jax.random.key_data of it"
+            )
     return named
 
 
@@ -98,7 +102,9 @@ def read(folder: Path) -> dict[str, Any]:
     if seal != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
         raise Bad("manifest.json is damaged")
     if body.get("layout") != LAYOUT:
-        raise ValueError(f"{folder} was written by another version of jaxft; go on with that one, or use another name")
+        raise ValueError(
+            f"{folder} was written by another version of jaxft; go on with that one, or use another name"
+        )
     return body
 
 
@@ -171,7 +177,9 @@ def check_tree(wanted: dict[str, Any], entries: dict[str, Any], folder: Path) ->
     if wrong:
         told = [f"{n}: found {_shown(found.get(n))}, wanted {_shown(asked.get(n))}" for n in wrong[:3]]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or use another name")
+        raise ValueError(
+            f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or use another name"
+        )
 
 
 def _shown(entry: tuple[list[int], str] | None) -> str:

@@ -77,9 +77,13 @@ def load_callable(text: str) -> Callable:
     for part in name.split("."):
         if not hasattr(found, part):
             known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise ValueError(f"{where} has no {name!r}; it has: {', '.join(nearest(name, known, 5)) or 'no functions'}")
+            raise ValueError(
+                f"{where} has no {name!r}; it has: {', '.join(nearest(name, known, 5)) or 'no functions'}"
+            )
         found = getattr(found, part)
-    if not callable(found) and not hasattr(found, "opened"):  # a reward that is opened first, see completions.ForAll
+    if not callable(found) and not hasattr(
+        found, "opened"
+    ):  # a reward that is opened first, see completions.ForAll
         raise ValueError(f"{text} is a {type(found).__name__}, not a function")
     return found
 
@@ -121,7 +125,9 @@ def parse(text: str, kind: Any) -> Any:
             if text == str(choice) or (isinstance(choice, bool) and text.lower() == str(choice).lower()):
                 return choice
     elif origin is tuple:
-        return _parse_tuple(text, args, ":" if args == (int, int) and "," not in text else ",")  # a range: 10:15
+        return _parse_tuple(
+            text, args, ":" if args == (int, int) and "," not in text else ","
+        )  # a range: 10:15
     elif kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -135,7 +141,9 @@ def parse(text: str, kind: Any) -> Any:
         if value is not None and value == value:
             return value
     elif dataclasses.is_dataclass(kind):
-        raise ValueError(f"it is a section; set its fields: {', '.join(f.name for f in dataclasses.fields(kind))}")
+        raise ValueError(
+            f"it is a section; set its fields: {', '.join(f.name for f in dataclasses.fields(kind))}"
+        )
     else:
         raise ValueError("such a value can't be written on the command line; change the config file")
     raise ValueError(f"wanted {kind_name(kind)}")
@@ -144,7 +152,9 @@ def parse(text: str, kind: Any) -> Any:
 def _parse_union(text: str, kind: Any, kinds: tuple[Any, ...]) -> Any:
     # str takes anything, so it comes last; a tuple comes before it only where there is a comma
     tuples = "," in text or str not in kinds
-    ranked = [k for k in kinds if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)]
+    ranked = [
+        k for k in kinds if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)
+    ]
     for k in [*ranked, *(k for k in kinds if k is str)]:
         try:
             return parse(text, k)
@@ -161,5 +171,10 @@ def _parse_tuple(text: str, args: tuple[Any, ...], mark: str = ",") -> tuple:
     kinds = args[:1] * len(items) if len(args) == 2 and args[1] is ... else args or (str,) * len(items)
     if len(items) != len(kinds):
         raise ValueError(f"wanted {len(kinds)} values with {mark!r} between, found {len(items)}")
-    inner = [typing.get_args(k) if typing.get_origin(k) is tuple and mark == "," else None for k in kinds]  # a:1,b:2
-    return tuple(parse(i, k) if t is None else _parse_tuple(i, t, ":") for i, k, t in zip(items, kinds, inner, strict=True))
+    inner = [
+        typing.get_args(k) if typing.get_origin(k) is tuple and mark == "," else None for k in kinds
+    ]  # a:1,b:2
+    return tuple(
+        parse(i, k) if t is None else _parse_tuple(i, t, ":")
+        for i, k, t in zip(items, kinds, inner, strict=True)
+    )

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#444444")  # told apart by all eyes
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f3c8d",
+    "#444444",
+)  # told apart by all eyes
 STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 
@@ -24,17 +33,23 @@ class Panel:
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
     """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises ValueError without any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # drawn without a display and without pyplot's globals
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # drawn without a display and without pyplot's globals
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))]
+    panels = [
+        panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
+    ]
     if not panels:
         raise ValueError(f"{path}: no curve to draw")
     labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
     wide = min(columns, len(panels))
     high = -(-len(panels) // wide)
     legend_rows = -(-len(labels) // (2 * wide))
-    figure = Figure(figsize=(4.2 * wide, 3.1 * high + 0.4 + 0.22 * legend_rows), dpi=130, layout="constrained")
+    figure = Figure(
+        figsize=(4.2 * wide, 3.1 * high + 0.4 + 0.22 * legend_rows), dpi=130, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(high, wide, squeeze=False).ravel()
@@ -43,7 +58,13 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [axes[0].plot([], [], label=label, **_look(labels.index(label)))[0] for label in labels]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 2 * wide), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(labels), 2 * wide),
+        fontsize=8,
+        frameon=False,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png")

@@ -36,7 +36,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Model):
-        known = {"type": _name(type(value.config)), "config": describe(value.config), "dtype": np.dtype(value.dtype).name}
+        known = {
+            "type": _name(type(value.config)),
+            "config": describe(value.config),
+            "dtype": np.dtype(value.dtype).name,
+        }
         known |= {"beside": sorted(value.beside)} if value.beside else {}
         wide = np.dtype(value.residual).itemsize >= max(4, np.dtype(value.dtype).itemsize)
         return known if wide else {**known, "residual": np.dtype(value.residual).name}
@@ -46,7 +50,11 @@ def describe(value: Any) -> Any:
         return np.dtype(value).name
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         data = np.ascontiguousarray(value)
-        return {"array": list(data.shape), "dtype": data.dtype.name, "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
+        return {
+            "array": list(data.shape),
+            "dtype": data.dtype.name,
+            "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
+        }
     if isinstance(getattr(value, "dtype", None), np.dtype):  # jnp.bfloat16 and the like
         return value.dtype.name
     return _describe_callable(value) if callable(value) else {"object": _name(type(value))}
@@ -63,7 +71,10 @@ def _describe_dataclass(value: Any) -> dict[str, Any]:
         out[field.name] = describe(inner)
         section = dataclasses.is_dataclass(inner) and not isinstance(inner, type | Model)
         if section and {k for k in members(hints.get(field.name)) if k is not type(None)} != {type(inner)}:
-            out[field.name] = {"type": _name(type(inner)), **out[field.name]}  # the annotation doesn't say which
+            out[field.name] = {
+                "type": _name(type(inner)),
+                **out[field.name],
+            }  # the annotation doesn't say which
     return out
 
 
@@ -84,7 +95,11 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
     fn = inspect.unwrap(fn)
     if not hasattr(fn, "__qualname__"):  # an object with __call__
         inner = {k: describe(v) for k, v in getattr(fn, "__dict__", {}).items()}
-        return {"callable": _name(type(fn)), "args": {**inner, **args}, "source_sha256": _source_hash(type(fn))}
+        return {
+            "callable": _name(type(fn)),
+            "args": {**inner, **args},
+            "source_sha256": _source_hash(type(fn)),
+        }
     free = getattr(getattr(fn, "__code__", None), "co_freevars", ())
     for name, cell in zip(free, getattr(fn, "__closure__", None) or (), strict=True):
         try:
@@ -110,7 +125,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         out = []
         for key in dict.fromkeys([*old, *new]):
-            out += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else str(key))
+            out += differences(
+                old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else str(key)
+            )
         return out
     same = old == new and isinstance(old, bool) == isinstance(new, bool)
     return [] if same else [f"{path}: {_short(old)} -> {_short(new)}"]

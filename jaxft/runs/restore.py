@@ -27,7 +27,9 @@ def _divided(work: list[Any]) -> list[Any]:
 def compare(folder: Path) -> None:
     """Compare what is on the disk with what was in memory, each process a part of the shards."""
     entries = manifest.read(folder)["leaves"]
-    manifest.check_shards(folder, entries, _divided([(n, place) for n, e in entries.items() for place in e["shards"]]))
+    manifest.check_shards(
+        folder, entries, _divided([(n, place) for n, e in entries.items() for place in e["shards"]])
+    )
 
 
 def take(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
@@ -56,9 +58,17 @@ def _restored(folder: Path, wanted: dict[str, Any], entries: dict[str, Any]) -> 
         n: {manifest.place_of(i, leaf.shape) for i in places[n].devices_indices_map(leaf.shape).values()}
         for n, leaf in wanted.items()
     }
-    others = [(name, place) for name, entry in entries.items() for place in entry["shards"] if place not in cuts[name]]
+    others = [
+        (name, place)
+        for name, entry in entries.items()
+        for place in entry["shards"]
+        if place not in cuts[name]
+    ]
     manifest.check_shards(folder, entries, _divided(others))
-    sizes = {n: math.prod(places[n].shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for n, leaf in wanted.items()}
+    sizes = {
+        n: math.prod(places[n].shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for n, leaf in wanted.items()
+    }
     here = {name: len(place.addressable_devices) for name, place in places.items()}
     placed = {}
     for names in _groups(list(wanted), lambda n: sizes[n] * here[n]):
@@ -68,7 +78,9 @@ def _restored(folder: Path, wanted: dict[str, Any], entries: dict[str, Any]) -> 
         placed.update(group)
     for name in wanted.keys() - placed.keys():
         zeros = np.zeros(wanted[name].shape, wanted[name].dtype)
-        placed[name] = jax.make_array_from_callback(zeros.shape, places[name], zeros.__getitem__)  # device_put is a collective
+        placed[name] = jax.make_array_from_callback(
+            zeros.shape, places[name], zeros.__getitem__
+        )  # device_put is a collective
     return placed
 
 

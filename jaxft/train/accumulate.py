@@ -26,7 +26,9 @@ def accumulated(objective: Callable, params: tuple[Any, Any], batch: Any, key: A
 
     def one(i):
         def loss(trainable):
-            return objective(tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux)
+            return objective(
+                tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux
+            )
 
         (_, found), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         return grads, found
@@ -43,10 +45,15 @@ def _added(one: Callable, count: int) -> Found:
 
     def body(total, i):
         grads, found = one(i)
-        return (jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[0], grads), metrics.add(total[1], found)), None
+        return (
+            jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[0], grads),
+            metrics.add(total[1], found),
+        ), None
 
     grads, found = jax.eval_shape(one, 0)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype.itemsize == 2 else s.dtype), grads)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype.itemsize == 2 else s.dtype), grads
+    )
     return jax.lax.scan(body, (zeros, metrics.neutral(found)), jnp.arange(count))[0]
 
 
@@ -56,11 +63,15 @@ def _coupled(objective: Any, params: tuple[Any, Any], batch: Any, key: Array, au
     count = jax.tree.leaves(batch)[0].shape[0]
 
     def see(trainable, i):
-        return objective.see(tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux)
+        return objective.see(
+            tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux
+        )
 
     seen = jax.lax.map(lambda i: see(trainable, i), jnp.arange(count))
     rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), seen)
-    slope, found = jax.grad(lambda logp: objective.judge(replace(rows, logp=logp), aux), has_aux=True)(rows.logp)
+    slope, found = jax.grad(lambda logp: objective.judge(replace(rows, logp=logp), aux), has_aux=True)(
+        rows.logp
+    )
     slope = slope.reshape(seen.logp.shape)
 
     def one(i):

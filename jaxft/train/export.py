@@ -68,7 +68,9 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
 
     base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, Lazy))
     hf.save_folder(out, model, base, whole.tokenizer, located, packing=form)
-    words = [f"rounding changed the weights by {100 * cast.share:.3f} % (root mean square)"] if cast.share else []
+    words = (
+        [f"rounding changed the weights by {100 * cast.share:.3f} % (root mean square)"] if cast.share else []
+    )
     if form:
         sizes = {path: math.prod(q.shape) for path, q in form.forms.items()}
         each = sum(bits(q) * sizes[path] for path, q in form.forms.items()) / sum(sizes.values())
@@ -85,10 +87,14 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     block, double = usual(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)
-    forms = {path: form_of(specs[path].shape[-2:], quant) for path in partition.packed_paths(model.specs, quant)}  # type: ignore[arg-type]
+    forms = {
+        path: form_of(specs[path].shape[-2:], quant) for path in partition.packed_paths(model.specs, quant)
+    }  # type: ignore[arg-type]
     tables = [path for path in forms if not model.names[path][1]]
     if tables:
-        raise ValueError(f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets")
+        raise ValueError(
+            f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets"
+        )
 
     def pack(path: str, number: int | None, layer: np.ndarray) -> QTensor:
         form = quant.kind, block, double
@@ -99,8 +105,16 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
         return found
 
     matrices = {**{path: name for path, (name, matrix) in model.names.items() if matrix}, "head": hf.HEAD[0]}
-    plain = {name.removesuffix(".weight").rpartition(".")[2] for path, name in matrices.items() if path not in forms}
-    return hf.Packing(forms, pack, quantised_write.settings(quant, quantised_write.method_for(forms.values()), sorted(plain)))
+    plain = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for path, name in matrices.items()
+        if path not in forms
+    }
+    return hf.Packing(
+        forms,
+        pack,
+        quantised_write.settings(quant, quantised_write.method_for(forms.values()), sorted(plain)),
+    )
 
 
 def size(folder: Path) -> float:

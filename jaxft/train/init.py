@@ -18,14 +18,21 @@ from jaxft.weights import load, parameters, peft
 from jaxft.weights import place as shards
 
 
-def start_adapter(t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None) -> Any:
+def start_adapter(
+    t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None
+) -> Any:
     """A fresh adapter on the mesh, or the one of the PEFT folder `start`, whose settings must be the run's."""
     only = {"adapter": t.specs["adapter"]}
     return _parts(only, t.model, mesh, jax.random.key(seed), Scorer(settings, start))["adapter"]
 
 
 def start_beside(
-    t: Trained, mesh: Any, seed: int, own: Scorer, ref: str | None = None, beside: Mapping[str, Scorer] | None = None
+    t: Trained,
+    mesh: Any,
+    seed: int,
+    own: Scorer,
+    ref: str | None = None,
+    beside: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """All of the whole tree but the base, on the mesh: fresh, or as the folders hold it where they do.
 
@@ -41,7 +48,9 @@ def start_beside(
     return out
 
 
-def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer, ref: str | None = None) -> dict[str, Any]:
+def _parts(
+    specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer, ref: str | None = None
+) -> dict[str, Any]:
     """An adapter, a head, or both; or a base of its own with a head."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     loaded: dict[str, Any] = {}
@@ -50,26 +59,36 @@ def _parts(specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer
     if how.start is not None:
         if not adapter_folder(how.start).is_dir():
             hub = "" if how.trained else "; a classifier on the hub is org/name@revision"
-            raise FileNotFoundError(f"{how.start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hub}")
+            raise FileNotFoundError(
+                f"{how.start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hub}"
+            )
         loaded, found = peft.load_parts(adapter_folder(how.start), model)
         if how.adapter is None or replace(found, dropout=how.adapter.dropout) != how.adapter:
             told = f"holds an adapter with {found}, and the run's is {how.adapter}"
             raise ValueError(f"{how.start}: {told}; take the folder's settings")
         if "score" in loaded and "score" not in specs:
-            raise ValueError(f"{how.start}: holds a reward model's adapter, which this run can't begin with; take another one")
+            raise ValueError(
+                f"{how.start}: holds a reward model's adapter, which this run can't begin with; take another one"
+            )
     elif "score" in specs and ref is not None and model.beside.keys() == {"score"}:
         loaded = _score_in(ref, model)
     if not how.trained and "score" not in loaded:
-        raise ValueError(f"a frozen scorer begins with a reward model's folder, found start={how.start}; give it one")
+        raise ValueError(
+            f"a frozen scorer begins with a reward model's folder, found start={how.start}; give it one"
+        )
     out = {}
     for name, each in specs.items():
         places = param.shardings(each, mesh)
         if name == "base":
             out[name] = loaded[name]
         elif name in loaded:
-            out[name] = jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places)
+            out[name] = jax.tree.map(
+                lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places
+            )
         else:
-            out[name] = jax.jit(lambda key, each=each: param.init_params(each, key, dtype), out_shardings=places)(key)
+            out[name] = jax.jit(
+                lambda key, each=each: param.init_params(each, key, dtype), out_shardings=places
+            )(key)
     return out
 
 
@@ -81,7 +100,9 @@ def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: A
     found = parameters.leaves(tensors, replace(model, specs=known, names=names, beside={}))
 
     def load(path: str, spec: Any) -> Any:
-        return shards.load(found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.place(spec, mesh, path), False)
+        return shards.load(
+            found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.place(spec, mesh, path), False
+        )
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
     return {"base": base, **({"score": parameters.whole(found["score"])} if "score" in known else {})}

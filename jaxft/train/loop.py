@@ -31,7 +31,16 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.log import Log, Mute, cut
 from jaxft.runs.record import describe, differences
 from jaxft.train import partition, reference, report, samples
-from jaxft.train.programs import Programs, TrainState, build, compile_eval, compile_step, placed, reference_step, start
+from jaxft.train.programs import (
+    Programs,
+    TrainState,
+    build,
+    compile_eval,
+    compile_step,
+    placed,
+    reference_step,
+    start,
+)
 from jaxft.weights import load
 
 
@@ -59,7 +68,9 @@ class Loop:
         if self.keep_best < 0:
             raise ValueError(f"loop.keep_best is at least 0, found {self.keep_best}")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}")
+            raise ValueError(
+                f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,9 @@ class Run:
             raise ValueError(f"samples is from 0 up, found {self.samples}")
         if not self.model.speaks and (self.samples or self.general):
             found = f"samples={self.samples}, general={self.general}"
-            raise ValueError(f"this run's model gives scores, no text: set samples=0 and general=none, found {found}")
+            raise ValueError(
+                f"this run's model gives scores, no text: set samples=0 and general=none, found {found}"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,9 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
         return _go(job, restored, watchdog)
 
 
-def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder: Path) -> tuple[Job | None, list[str]]:
+def _checked(
+    stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder: Path
+) -> tuple[Job | None, list[str]]:
     """(the run, what has changed since it was started), the same on every process; no run where it is finished."""
     processes.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
     stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
@@ -160,7 +175,9 @@ def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder
     placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
     record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
     processes.check_same(runfolder.shared_part(record), differences)
-    saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best)))
+    saved = stack.enter_context(
+        contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best))
+    )
     done, changes = processes.by_first(lambda: runfolder.standing(folder, record, saved.latest() is not None))
     if done >= steps:
         if processes.is_first():
@@ -173,9 +190,17 @@ def _checked(stack: contextlib.ExitStack, r: Run, record: dict[str, Any], folder
 
 def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[str]) -> Job:
     """The run with its record written and its log open, on process 0; the opening lines are said."""
-    r, p, folder, record, first = job.run, job.programs, job.folder, job.record, restored[2] if restored else 0
+    r, p, folder, record, first = (
+        job.run,
+        job.programs,
+        job.folder,
+        job.record,
+        restored[2] if restored else 0,
+    )
     if first > job.steps:
-        raise ValueError(f"{folder}: the run is after step {first} already and loop.steps={job.steps}; raise it to go on")
+        raise ValueError(
+            f"{folder}: the run is after step {first} already and loop.steps={job.steps}; raise it to go on"
+        )
     if restored:
         changes = runfolder.compare(folder, restored[1]["record"], record)
     if not processes.is_first():
@@ -238,7 +263,9 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     state, done, stop = _trained(ready, state, (restored[2] if restored else 0, kept), watchdog)
     watchdog.at(f"what comes after step {done}")
     if stop:
-        job.log.message(f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here")
+        job.log.message(
+            f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here"
+        )
         processes.meet()  # nobody leaves while another one saves
         return 128 + stop
     after = ready.look(state)
@@ -274,7 +301,10 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     train_step = compile_step(p, *getattr(source, "shapes", (source.abstract,)))
     processes.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
-    log.message(f"compiled in {time.perf_counter() - begin:.1f} s" + ("" if restored else f"; now the loss is measured{asked}"))
+    log.message(
+        f"compiled in {time.perf_counter() - begin:.1f} s"
+        + ("" if restored else f"; now the loss is measured{asked}")
+    )
 
     def measure(state: TrainState) -> dict[str, float]:
         found = source.measure(state) if hasattr(source, "measure") else evaluated(state)
@@ -282,12 +312,17 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
 
     def look(state: TrainState) -> dict[str, Any]:
         general = {"general_loss": on_general(state)["loss"]} if job.general else {}
-        return {"metrics": {**measure(state), **general}, "samples": answer(tree.combine(state.trainable, frozen))}
+        return {
+            "metrics": {**measure(state), **general},
+            "samples": answer(tree.combine(state.trainable, frozen)),
+        }
 
     return Ready(job, source, frozen, train_step, measure, look), state
 
 
-def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: Watchdog) -> tuple[TrainState, int, int]:
+def _trained(
+    ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: Watchdog
+) -> tuple[TrainState, int, int]:
     """(the state, steps done, a signal that asked to stop or 0); begun: steps done before, and what its checkpoint keeps."""
     job, source, (done, kept) = ready.job, ready.source, begun
     r, p, log, stop = job.run, job.programs, job.log, 0
@@ -297,14 +332,19 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
     numbers: Callable = getattr(source, "numbers", lambda step, found: {})
     boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
     profile = r.loop.profile if processes.is_first() else None
-    with runfolder.Interrupt() as interrupt, contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace:
+    with (
+        runfolder.Interrupt() as interrupt,
+        contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace,
+    ):
         for step in range(done, job.steps):
             done = step + 1
             watchdog.step(done)
             trace.before(done)
             stopping = votes.cast(lambda: interrupt.signal)
             if step % boundary == 0 and hasattr(source, "player"):
-                watchdog.at(f"the rollout before step {done}")  # its bound is that of a phase: rewards may be slow functions
+                watchdog.at(
+                    f"the rollout before step {done}"
+                )  # its bound is that of a phase: rewards may be slow functions
                 batch = source.batch(step, state)
                 watchdog.step(done)
             else:
@@ -315,7 +355,9 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
             if done % r.loop.log_every == 0 or done == job.steps:
                 log.step(done, *meter.read())
             score, stop = None, stop or stopping()
-            if done % boundary and done < job.steps:  # inside a rollout nothing is saved, so nothing else is done
+            if (
+                done % boundary and done < job.steps
+            ):  # inside a rollout nothing is saved, so nothing else is done
                 continue
             if due(r.loop.eval_every, done, boundary) and done < job.steps and source.stats["held_out"]:
                 watchdog.at(f"the evaluation after step {done}")
@@ -324,7 +366,12 @@ def _trained(ready: Ready, state: TrainState, begun: tuple[int, Any], watchdog: 
                 score = report.judged(measured)
                 log.step(done, measured, {})
             if due(r.loop.save_every, done, boundary) or done == job.steps or score is not None or stop:
-                meta = {"record": job.record, "counters": meter.counters(), "before": kept["before"], "source": memory()}
+                meta = {
+                    "record": job.record,
+                    "counters": meter.counters(),
+                    "before": kept["before"],
+                    "source": memory(),
+                }
                 watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
             if stop:
@@ -348,7 +395,9 @@ def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, An
     if better is not None:
         best: Any = job.saved.restore(p.state, better)
         kept_at = report.export(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
-        log.message(f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}")
+        log.message(
+            f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}"
+        )
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
     if processes.is_first():
         report.write_card(job, out, before, after, words)
@@ -359,10 +408,14 @@ def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, An
         log.message(line)
 
 
-def with_reference(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]) -> Any:
+def with_reference(
+    run: Run, p: Programs, source: Any, record: dict[str, Any], say: Callable[[str], None]
+) -> Any:
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
     settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
-    path = reference.place(reference.identity(record["weights_identity"], record.get("start_identity"), settings))
+    path = reference.place(
+        reference.identity(record["weights_identity"], record.get("start_identity"), settings)
+    )
 
     def compute(batches: Any) -> Any:
         state, frozen = start(run, p, None)

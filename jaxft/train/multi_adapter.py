@@ -56,13 +56,17 @@ def together(objectives: Sequence[Any], trainable: Any, apart: bool = False, at_
     for o in objectives:
         if not (hasattr(o, "see") and hasattr(o, "judge")):
             name = getattr(o, "__name__", type(o).__name__)
-            raise ValueError(f"the objective {name} has no halves `see` and `judge`, which adapters together need; run it alone")
+            raise ValueError(
+                f"the objective {name} has no halves `see` and `judge`, which adapters together need; run it alone"
+            )
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
     kinds = [reference_kind(o, trainable) for o in objectives]
     known = {kind for kind in kinds if kind}
     if len(known) > 1:
-        raise ValueError(f"the runs know their reference in different ways ({', '.join(sorted(known))}); choose one for all")
+        raise ValueError(
+            f"the runs know their reference in different ways ({', '.join(sorted(known))}); choose one for all"
+        )
     lead = next((i for i, kind in enumerate(kinds) if kind), 0)
     return Together(tuple(objectives), lead, kinds[lead], apart, at_once)
 
@@ -94,8 +98,13 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
         trained, fixed = adapters
         rows = batch
         if t.apart:
-            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch)
-            rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]), mine)
+            mine = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch
+            )
+            rows = jax.tree.map(
+                lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]),
+                mine,
+            )
         params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
         grads, found = accumulated(_Block(t, (number, size), kept), params, rows, key, aux)
         return own(grads), found
@@ -115,7 +124,11 @@ def make_update(objective: Any, tx: optax.GradientTransformation) -> Callable:
         norm = optax.tree.norm(grad)
         ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
         trainable, opt_state = guarded_update(tx, grad, norm, ok, (state.trainable, state.opt_state))
-        aux = objective.after_step(state.aux, trainable, mine) if hasattr(objective, "after_step") else state.aux
+        aux = (
+            objective.after_step(state.aux, trainable, mine)
+            if hasattr(objective, "after_step")
+            else state.aux
+        )
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
         one = jnp.ones((), norm.dtype)
@@ -140,7 +153,9 @@ def make_eval_step(t: Together) -> Callable:
             params = {"base": frozen[0], **tree.combine(*adapters)}
             seen = _see(same, params, batch, kept)
             if t.coupled:
-                return jax.tree.map(lambda x: x.reshape(t.at_once, x.shape[0] // t.at_once, *x.shape[1:]), seen)
+                return jax.tree.map(
+                    lambda x: x.reshape(t.at_once, x.shape[0] // t.at_once, *x.shape[1:]), seen
+                )
             return _judge(same, (number, size), seen, aux)[1]
 
         return _by_block(same, block, stack, _own_references(same, aux))
@@ -209,7 +224,9 @@ def _own_references(t: Together, aux: Any) -> Any:
     """The references that adapters keep each for itself, [K, ...]."""
     if t.once or "reference" not in aux[t.lead]:
         return None
-    return lora.stacked([own(aux[t.lead if "reference" not in a else k]["reference"]) for k, a in enumerate(aux)])
+    return lora.stacked(
+        [own(aux[t.lead if "reference" not in a else k]["reference"]) for k, a in enumerate(aux)]
+    )
 
 
 def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) -> Any:
@@ -219,7 +236,9 @@ def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) 
     trainable, frozen = params
     whole = {"base": frozen[0]}
     if "reference" in aux[t.lead]:
-        whole = tree.combine(aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])})
+        whole = tree.combine(
+            aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])}
+        )
     count = jax.tree.leaves(batch)[0].shape[0]
     see = lambda part: t.objectives[t.lead].see(whole, part, None, {}).logp  # noqa: E731
     known = see(_part(batch, 0))[None] if count == 1 else jax.lax.map(see, batch)
@@ -254,7 +273,9 @@ def _judge(t: Together, which: tuple[Any, int], seen: Any, aux: Any) -> tuple[Ar
     def branch(first):
         def judged(parts):
             found = [t.objectives[first + g].judge(parts[g], aux[first + g]) for g in range(G)]
-            return sum((loss for loss, _ in found[1:]), found[0][0]), _metrics_stacked([m for _, m in found], names)
+            return sum((loss for loss, _ in found[1:]), found[0][0]), _metrics_stacked(
+                [m for _, m in found], names
+            )
 
         return judged
 
@@ -269,5 +290,8 @@ def _names(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _metrics_stacked(found: Sequence[dict[str, Any]], names: dict[str, Any]) -> dict[str, Any]:
     """Metrics [K]; one that an objective doesn't give is neutral."""
-    whole = [{name: m.get(name) or metrics.neutral({name: like})[name] for name, like in names.items()} for m in found]
+    whole = [
+        {name: m.get(name) or metrics.neutral({name: like})[name] for name, like in names.items()}
+        for m in found
+    ]
     return jax.tree.map(lambda *x: jnp.stack(x), *whole)

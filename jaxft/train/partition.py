@@ -78,9 +78,13 @@ def trained(
     mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
-        raise ValueError(f"run.params={name} is how trained weights of the base are held, and there are none; use float32")
+        raise ValueError(
+            f"run.params={name} is how trained weights of the base are held, and there are none; use float32"
+        )
     if not any(jax.tree.leaves(mask)):
-        raise ValueError(f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b")
+        raise ValueError(
+            f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b"
+        )
     return _with_forms(whole, mask, quant, ref, dtype)
 
 
@@ -92,7 +96,10 @@ def patterns(
     beside = beside or {}
     mine = [re.escape(name) for name in model.beside if name not in beside]
     usual = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in mine))
-    return (*((own,) if own else usual), *(f"{re.escape(name)}/.*" for name, one in beside.items() if one.trained))
+    return (
+        *((own,) if own else usual),
+        *(f"{re.escape(name)}/.*" for name, one in beside.items() if one.trained),
+    )
 
 
 def in_base(path: str) -> bool:
@@ -107,7 +114,9 @@ def _with_forms(whole: Model, mask: Any, quant: Quant | None, ref: str | None, d
     is_trained = tree.paths(mask)
     clash = next((path for path in packed if is_trained[f"base/{path}"]), None)
     if quant and clash:
-        raise ValueError(f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none")
+        raise ValueError(
+            f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none"
+        )
     held = {}
     wide = max(whole.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
     for path, spec in param.spec_paths(whole.specs).items():
@@ -132,7 +141,9 @@ def _kept(model: Model, wanted: list[str], ref: str | None) -> dict[str, QTensor
     found = {path: form for path, form in forms.items() if form is not None}
     if not found:
         why = next((f"; of {name}, {p.why}" for name, p in tensors.packed.items() if p.why), "")
-        raise ValueError(f"{ref}: holds no weights packed as quant=kept would keep them{why}; use another quant, or none")
+        raise ValueError(
+            f"{ref}: holds no weights packed as quant=kept would keep them{why}; use another quant, or none"
+        )
     return found
 
 
@@ -149,7 +160,9 @@ def packed_paths(base: Any, quant: Quant) -> list[str]:
     wanted = tree.regex(quant.targets, "quant.targets")
     found = [path for path in known if wanted.fullmatch(path)]
     if not found:
-        raise ValueError(f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(known)}")
+        raise ValueError(
+            f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(known)}"
+        )
     return found
 
 
@@ -178,7 +191,9 @@ def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any
         if frozen_only and mask[full]:
             return None
         like = as_shapes(spec, t.held[full])
-        return shards.load(leaf, like, place(spec, like, mesh, full), leaf.form is not None and keep(path, leaf.form))
+        return shards.load(
+            leaf, like, place(spec, like, mesh, full), leaf.form is not None and keep(path, leaf.form)
+        )
 
     return tree.map_with_path(load, t.specs["base"], is_leaf=param.is_spec)
 
@@ -197,7 +212,9 @@ def changed_by_holding(ref: str, t: Trained) -> list[str]:
         elif held.quantised and held.pack:
             how = f"packed by {p.method} and rounded again to {held.pack[0]}; quant=kept leaves them as they are"
         else:
-            why = p.why or ("" if form is not None else "the layers are not packed alike, or not along their inputs")
+            why = p.why or (
+                "" if form is not None else "the layers are not packed alike, or not along their inputs"
+            )
             how = f"packed by {p.method} and expanded to {jnp.dtype(held.dtype).name}{f' ({why})' if why else ''}"
         groups.setdefault(how, []).append(path)
     return [f"weights {how}: {', '.join(paths)}" for how, paths in groups.items() if how]
@@ -226,14 +243,21 @@ def as_held(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
         if t.held[f"base/{path}"].quantised:
             kept = form is not None and keep(path, form)
             like = as_shapes(spec, t.held[f"base/{path}"])
-            known.update({name.format(i=i): (like, transpose, kept) for i in range(spec.shape[0] if "{i}" in name else 1)})
+            known.update(
+                {
+                    name.format(i=i): (like, transpose, kept)
+                    for i in range(spec.shape[0] if "{i}" in name else 1)
+                }
+            )
 
     def read(name: str, index: Index = ()) -> np.ndarray:
         if name not in known:
             return tensors.read(name, index)
         like, transpose, kept = known[name]
         value: Any = tensors.packed[name].read() if kept else tensors.read(name)
-        packed: Any = replace(value, dtype=like.dtype) if kept else shards.hold(value.T if transpose else value, like)
+        packed: Any = (
+            replace(value, dtype=like.dtype) if kept else shards.hold(value.T if transpose else value, like)
+        )
         value = np.asarray(dequantize(packed))
         return (value.T if transpose else value)[index]
 
@@ -259,7 +283,9 @@ def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adap
 
 def _adapter_on(mesh: Any, loaded: Any, specs: Any, model: Model) -> Any:
     dtype = jnp.promote_types(model.dtype, jnp.float32)
-    return jax.tree.map(lambda x, place: shards.cut(x.astype(dtype), place), loaded, param.shardings(specs, mesh))
+    return jax.tree.map(
+        lambda x, place: shards.cut(x.astype(dtype), place), loaded, param.shardings(specs, mesh)
+    )
 
 
 def only_pairs(t: Trained) -> bool:
@@ -277,7 +303,9 @@ def adapter_of(start: str | None, rank: int | None, model: Model) -> Adapter:
     if start is None:
         return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
     if rank is not None:
-        raise ValueError(f"rank={rank} is a fresh adapter's, and the one in {start} has a rank of its own; leave one of them out")
+        raise ValueError(
+            f"rank={rank} is a fresh adapter's, and the one in {start} has a rank of its own; leave one of them out"
+        )
     return adapter_settings(start, model)
 
 
@@ -288,7 +316,9 @@ def reward_scorer(start: str, model: Model) -> Scorer:
     begins without it ends with one line.
     """
     there = Path(start).exists()
-    return Scorer(adapter_settings(start, model) if there else adapter_of(None, None, model), start, trained=False)
+    return Scorer(
+        adapter_settings(start, model) if there else adapter_of(None, None, model), start, trained=False
+    )
 
 
 def adapter_folder(start: str) -> Path:
@@ -307,10 +337,17 @@ def started_elsewhere(start: str, identity: str, quant: Quant | None) -> list[st
         return []
     record, lines = json.loads(path.read_text()), []
     if record.get("weights_identity", identity) != identity:
-        lines.append(f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's")
-    before, now = ((settings or {}).get("kind", "none") for settings in (record.get("quant"), asdict(quant) if quant else None))
+        lines.append(
+            f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's"
+        )
+    before, now = (
+        (settings or {}).get("kind", "none")
+        for settings in (record.get("quant"), asdict(quant) if quant else None)
+    )
     if before != now:
-        lines.append(f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}")
+        lines.append(
+            f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}"
+        )
     return lines
 
 
@@ -318,7 +355,9 @@ def as_shapes(spec: ParamSpec, held: Held) -> Any:
     """A parameter as it is held, a ShapeDtypeStruct or a QTensor of them."""
     x, pack = jax.ShapeDtypeStruct(spec.shape, held.dtype), held.pack
     if held.form is not None:
-        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*spec.shape[:-2], *x.shape), x.dtype), held.form)
+        stacked = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*spec.shape[:-2], *x.shape), x.dtype), held.form
+        )
         return replace(stacked, dtype=jnp.dtype(held.dtype))
     return x if pack is None else jax.eval_shape(lambda x: quantize(x, *pack), x)
 
@@ -329,7 +368,9 @@ def abstract_params(t: Trained, mesh: Any) -> Any:
     def leaf(path, spec):
         x = as_shapes(spec, t.held[path])
         places = place(spec, x, mesh, path)
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), x, places)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), x, places
+        )
 
     return tree.map_with_path(leaf, t.specs, is_leaf=param.is_spec)
 
@@ -388,6 +429,8 @@ def table(t: Trained, mesh: Any = None) -> str:
             places = place(spec, x, mesh, path)
             cut = f"{sharding.shown(places.codes if isinstance(x, QTensor) else places):20s} "
         sizes, axes = "x".join(map(str, spec.shape)), ",".join(spec.axes)
-        rows.append(f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}")
+        rows.append(
+            f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}"
+        )
     total, some = param.count(t.specs), param.count(t.trainable_specs)
     return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

@@ -47,7 +47,9 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
         key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
         now = state.trainable, state.opt_state
         if getattr(tx, "in_backward", False):
-            trainable, opt_state, norm, ok, found = updated(objective, tx, now, frozen, batch, (key, rounding), state.aux)
+            trainable, opt_state, norm, ok, found = updated(
+                objective, tx, now, frozen, batch, (key, rounding), state.aux
+            )
         else:
             grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
             norm = optax.tree.norm(wide(grads))
@@ -55,12 +57,22 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
             trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
             if hasattr(objective, "rests"):
                 still = objective.rests(batch)
-                trainable, opt_state = (stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now))
-        aux = objective.after_step(state.aux, trainable, found) if hasattr(objective, "after_step") else state.aux
+                trainable, opt_state = (
+                    stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now)
+                )
+        aux = (
+            objective.after_step(state.aux, trainable, found)
+            if hasattr(objective, "after_step")
+            else state.aux
+        )
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
         one = jnp.ones((), norm.dtype)
-        found = {**found, "grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
+        found = {
+            **found,
+            "grad_norm": metrics.Sum(norm, one),
+            "skipped": metrics.Sum((~ok).astype(norm.dtype), one),
+        }
         return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
 
     return train_step
@@ -97,15 +109,21 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     """Functions and shapes of a run of `steps` steps, from its settings alone: no weights, rows or network."""
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
-        raise ValueError(f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it")
+        raise ValueError(
+            f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it"
+        )
     mesh = sharding.make_mesh(run.mesh, devices_)
     packed = getattr(run.data, "packing", True)
-    model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed))
+    model = run.model.with_attention(
+        attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed)
+    )
     model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
     what = partition.patterns(model, run.adapter, run.train, run.beside)
     t = partition.trained(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
-    dropout = run.adapter.dropout if run.adapter and not run.start else 0  # what SFT trained with dropout goes on without
+    dropout = (
+        run.adapter.dropout if run.adapter and not run.start else 0
+    )  # what SFT trained with dropout goes on without
     if dropout and not getattr(objective, "dropout", True):
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
@@ -113,7 +131,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
     opt_state = jax.eval_shape(tx.init, trainable)
     places = partition.like_params(opt_state, trainable, mesh)
-    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places)
+    opt_state = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places
+    )
     everywhere = sharding.replicated(mesh)
     small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
     aux = jax.eval_shape(start_aux(run, t, objective), trainable)
@@ -128,7 +148,9 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
     text = getattr(objective, "text", objective)
     text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
-    if getattr(tx, "in_backward", False) and not getattr(objective, "precomputed", False):  # refused before anything is loaded
+    if getattr(tx, "in_backward", False) and not getattr(
+        objective, "precomputed", False
+    ):  # refused before anything is loaded
         jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
@@ -176,7 +198,10 @@ def reference_step(p: Programs) -> jax.stages.Wrapped:
 
 def compile_step(p: Programs, *batches: Any) -> Any:
     """The train step for its one shape, or its few; another shape is an error afterwards, never a silent compile."""
-    compiled = {batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile() for batch in batches}
+    compiled = {
+        batch.ids.shape: p.train_step.lower(p.state, p.frozen, placed(p, batch)).compile()
+        for batch in batches
+    }
     devices.trim_heap()
     if len(compiled) == 1:
         return next(iter(compiled.values()))
@@ -198,7 +223,11 @@ def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tu
     many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
     aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
     objective: Any = p.objective
-    judge = jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1]).lower(jax.tree.map(many, shape), aux).compile()
+    judge = (
+        jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1])
+        .lower(jax.tree.map(many, shape), aux)
+        .compile()
+    )
 
     def together(state: TrainState) -> dict[str, float]:
         kept = jax.device_get(state.aux.get("loss", {}))

@@ -34,7 +34,10 @@ def place(name: str, cache: Path | None = None) -> Path:
 def load(path: Path) -> dict[str, np.ndarray]:
     """Log-probs by the pair's key; nothing where there is no file or it can't be read whole."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # the zip's checksums find flipped bits
+        with (
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):  # the zip's checksums find flipped bits
             keys, offsets, values = (arrays[name] for name in ("keys", "offsets", "values"))
         if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
             return {}
@@ -51,7 +54,10 @@ def save(path: Path, known: dict[str, np.ndarray]) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez(
-                file, keys=np.array(list(known)), offsets=np.cumsum([0, *lengths]), values=np.concatenate(list(known.values()))
+                file,
+                keys=np.array(list(known)),
+                offsets=np.cumsum([0, *lengths]),
+                values=np.concatenate(list(known.values())),
             )
         part.replace(path)
     except OSError as error:
@@ -61,7 +67,9 @@ def save(path: Path, known: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def attach(source: Any, path: Path, compute: Callable[[Iterable[Any]], Iterable[np.ndarray]], say: Callable) -> Any:
+def attach(
+    source: Any, path: Path, compute: Callable[[Iterable[Any]], Iterable[np.ndarray]], say: Callable
+) -> Any:
     """The pair source with the reference's log-probs of every pair, from the file where it has them.
 
     compute(batches) -> log-probs [1, rows, M] of each batch; asked for the missing pairs only.
@@ -70,7 +78,9 @@ def attach(source: Any, path: Path, compute: Callable[[Iterable[Any]], Iterable[
     if not processes.all_alike(sorted(known)):  # hosts with caches of their own
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]
-    say(f"reference log-probs: {source.pairs - len(missing)} of {source.pairs} pairs found, {len(missing)} to compute")
+    say(
+        f"reference log-probs: {source.pairs - len(missing)} of {source.pairs} pairs found, {len(missing)} to compute"
+    )
     if missing:
         batches = source.cover(missing)
         for batch, found in zip(batches, compute(batches), strict=True):

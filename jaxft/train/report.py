@@ -66,7 +66,11 @@ def unfilled(data: Any, shards: int) -> list[str]:
     what = "prompts" if isinstance(data, Prompts) else "pairs" if isinstance(data, PairRows) else "rows"
     batches = [str(n * data.batch // batch) for n in (room - rows, room) if n]
     micros = [str(m) for m in range(1, data.micro) if batch % (m * shards) == 0]
-    fills = f"data.batch={' or '.join(batches)}" + (f", or data.micro={' or '.join(micros)}," if micros else "") + " fills them"
+    fills = (
+        f"data.batch={' or '.join(batches)}"
+        + (f", or data.micro={' or '.join(micros)}," if micros else "")
+        + " fills them"
+    )
     share = f"{room - batch} of the {room} places for {what} in a step are empty ({100 * (1 - batch / room):.0f} %)"
     cut = f"data.batch={batch} is cut into data.micro={data.micro} microbatches, each over {shards} devices or groups of them"
     return [f"{share}: {cut}; {fills}"]
@@ -80,7 +84,8 @@ def opening(p: Programs, run: Any, source: Source, begun: tuple[int, int], chang
     held = partition.quantised(t)
     lines = [
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
-        f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)" + (f"; held frozen: {held}" if held else ""),
+        f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"
+        + (f"; held frozen: {held}" if held else ""),
         (s["told"] if "told" in s else packed(s)) + f"; {steps} steps",
         *unfilled(run.data, sharding.row_shards(p.mesh)),
         f"row 0 as the model sees it:\n{source.preview}",
@@ -117,11 +122,21 @@ class Meter:
     learned from: it is that of the first epoch so far, in which every pair is scored before its own update.
     """
 
-    def __init__(self, t: partition.Trained, rates: np.ndarray, source: Source, most_bad: int, counters: dict[str, Any] | None):
+    def __init__(
+        self,
+        t: partition.Trained,
+        rates: np.ndarray,
+        source: Source,
+        most_bad: int,
+        counters: dict[str, Any] | None,
+    ):
         start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}, "epoch": {}}
         self._counters = {**start, **(counters or {})}
         self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
-        self._sums, self._epoch = metrics.loaded(self._counters["window"]), metrics.loaded(self._counters["epoch"])
+        self._sums, self._epoch = (
+            metrics.loaded(self._counters["window"]),
+            metrics.loaded(self._counters["epoch"]),
+        )
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
         self._device = jax.local_devices()[0]
@@ -251,7 +266,13 @@ def export(t: partition.Trained, whole: Any, run: Any, tokenizer: Any, folder: P
 
 def judged(metrics: dict[str, float]) -> float | None:
     """What the best step has least of: the held-out loss, or the held-out reward's negative; None without held-out rows."""
-    return metrics["eval_loss"] if "eval_loss" in metrics else -metrics["eval_reward"] if "eval_reward" in metrics else None
+    return (
+        metrics["eval_loss"]
+        if "eval_loss" in metrics
+        else -metrics["eval_reward"]
+        if "eval_reward" in metrics
+        else None
+    )
 
 
 def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
@@ -260,7 +281,9 @@ def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
     return best[0] if best and end is not None and best[1] < end else None
 
 
-def closing(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: list[str]) -> list[str]:
+def closing(
+    job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: list[str]
+) -> list[str]:
     """The results in words: samples, losses and what the objective says, alarms, where the weights are and how to try them."""
     lines = []
     for old, new in _pairs(before, after)[:2]:
@@ -302,7 +325,10 @@ def drawn(folder: Path, count: int = 5) -> str:
     if not entries:
         return ""
     compare.draw_one(folder / "curves.png", folder.name, log.read(folder / "metrics.jsonl"))
-    ends = [[e for e in entries if e["step"] == step][:count] for step in (entries[0]["step"], entries[-1]["step"])]
+    ends = [
+        [e for e in entries if e["step"] == step][:count]
+        for step in (entries[0]["step"], entries[-1]["step"])
+    ]
     shown = ends[0] + (ends[1] if entries[0]["step"] != entries[-1]["step"] else [])
     number = lambda x: "none" if x is None else f"{x:.3f}"  # noqa: E731
     cell = lambda text: _short(str(text)).replace("|", "\\|")  # noqa: E731
@@ -314,12 +340,27 @@ def drawn(folder: Path, count: int = 5) -> str:
         + f" {number(e['reward'])} |"
         for e in shown
     ]
-    head = [f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |", "|---" * (4 + len(names)) + "|"]
-    text = ["## Completions it drew", "", "![Curves](curves.png)", "", *head, *rows, "", "More are in `completions.jsonl`.", ""]
+    head = [
+        f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    text = [
+        "## Completions it drew",
+        "",
+        "![Curves](curves.png)",
+        "",
+        *head,
+        *rows,
+        "",
+        "More are in `completions.jsonl`.",
+        "",
+    ]
     return "\n".join(text)
 
 
-def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: Sequence[str] = ()) -> None:
+def write_card(
+    job: Any, out: Path, before: dict[str, Any], after: dict[str, Any], words: Sequence[str] = ()
+) -> None:
     """README.md of the run: what was trained on what, with which results and alarms, and how to use it.
 
     words: what the objective has to say about the run.
@@ -332,8 +373,16 @@ def write_card(job: Any, out: Path, before: dict[str, Any], after: dict[str, Any
     a, o = run.adapter, run.optim
     scaled = ", rsLoRA" if a and a.rslora else ""
     kind = f"LoRA adapter (rank {a.rank}, alpha {a.alpha:g}{scaled})" if out.name == "adapter" else "model"
-    kind = kind if run.model.speaks else f"reward model: a {kind.replace('model', 'language model')} with a scalar head"
-    how = "" if out.name == "adapter" or not a else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
+    kind = (
+        kind
+        if run.model.speaks
+        else f"reward model: a {kind.replace('model', 'language model')} with a scalar head"
+    )
+    how = (
+        ""
+        if out.name == "adapter" or not a
+        else f" A LoRA adapter (rank {a.rank}) that was trained along is merged."
+    )
     held = partition.quantised(job.programs.trained)
     how += f" The frozen weights were quantised: {held}." if held else ""
     names = dict.fromkeys([*before["metrics"], *after["metrics"]])

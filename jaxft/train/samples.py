@@ -44,7 +44,9 @@ def _pair_prompts(batch: Pairs, row: int, count: int) -> list[tuple[list[int], l
             continue
         last = batch.read[0, row, where[0]]
         inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
-        found.append((batch.ids[0, row, inside[0] : last + 1].tolist(), batch.targets[0, row, where].tolist()))
+        found.append(
+            (batch.ids[0, row, inside[0] : last + 1].tolist(), batch.targets[0, row, where].tolist())
+        )
     return found
 
 
@@ -52,7 +54,10 @@ def last_question(tokenizer: Any) -> Callable[[str], str | None]:
     """Picks the user's last words out of a prompt that the chat template has rendered; None where they can't be told apart."""
 
     def render(*texts: str) -> str:
-        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=False)]
+        turns = [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant", "user"), texts, strict=False)
+        ]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     try:

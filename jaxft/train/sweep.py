@@ -28,7 +28,16 @@ from jaxft.train.sweep_programs import Meters, Shared, batches, compile_all, lar
 from jaxft.weights import load
 
 # What runs that are trained together may have each for itself.
-MAY_DIFFER = ("name", "objective", "optim", "seed", "data.seed", "adapter.rank", "adapter.alpha", "adapter.rslora")
+MAY_DIFFER = (
+    "name",
+    "objective",
+    "optim",
+    "seed",
+    "data.seed",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.rslora",
+)
 
 
 def check(runs: Mapping[str, Run], at_once: int = 1) -> None:
@@ -41,9 +50,13 @@ def check(runs: Mapping[str, Run], at_once: int = 1) -> None:
     (label, first), *rest = runs.items()
     for run in runs.values():
         if run.adapter is None or run.train is not None or run.beside:
-            raise ValueError("runs are trained together as adapters on one base: without full=true, run.train and run.beside")
+            raise ValueError(
+                "runs are trained together as adapters on one base: without full=true, run.train and run.beside"
+            )
         if run.adapter.dropout:
-            raise ValueError(f"adapter.dropout={run.adapter.dropout}: adapters with dropout are trained alone; set it to 0")
+            raise ValueError(
+                f"adapter.dropout={run.adapter.dropout}: adapters with dropout are trained alone; set it to 0"
+            )
     known = describe(first)
     for other, run in rest:
         for line in differences(known, describe(run)):
@@ -80,21 +93,32 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             report.check_ids(each, lead.model, lead.weights)
         steps = lead.loop.steps or min(source.steps for source in sources)
         same = train.identity(lead)
-        fingerprints = [{"data_fingerprint": s.fingerprint, **same} for s in sources] * (1 if apart else len(runs))
-        records = {label: {**describe(r), **known} for (label, r), known in zip(runs.items(), fingerprints, strict=True)}
-        saved = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", lead.loop.keep_last, 0)))
+        fingerprints = [{"data_fingerprint": s.fingerprint, **same} for s in sources] * (
+            1 if apart else len(runs)
+        )
+        records = {
+            label: {**describe(r), **known}
+            for (label, r), known in zip(runs.items(), fingerprints, strict=True)
+        }
+        saved = stack.enter_context(
+            contextlib.closing(Checkpoints(folder / "checkpoints", lead.loop.keep_last, 0))
+        )
         done = runfolder.finished(folder)
         changes = _check_records(folder, records) if done or saved.latest() is not None else []
         if done >= steps:
             print((folder / "README.md").read_text(encoding="utf-8"))
-            print(f"{folder}: this sweep is finished ({done} steps); its results are in {folder / 'README.md'}")
+            print(
+                f"{folder}: this sweep is finished ({done} steps); its results are in {folder / 'README.md'}"
+            )
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another --name")
             return 0
         programs = [build(r, steps) for r in runs.values()]
         restored = saved.restore(tuple(p.state for p in programs))
         first = restored[2] if restored else 0
         if first > steps:
-            raise ValueError(f"{folder}: the sweep is after step {first} already and loop.steps={steps}; raise it to go on")
+            raise ValueError(
+                f"{folder}: the sweep is after step {first} already and loop.steps={steps}; raise it to go on"
+            )
         log = stack.enter_context(contextlib.closing(Log(folder, steps, first, trackers=lead.trackers)))
         jobs = []
         for number, (label, r) in enumerate(runs.items()):
@@ -104,11 +128,17 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             each = stack.enter_context(contextlib.closing(Log(own, steps, first, quiet=True)))
             each.listen(getattr(programs[number].objective, "watch", None))
             source, held = sources[number if apart else 0], () if general is None else general.held_out
-            jobs.append(Job(r, steps, programs[number], tokenizer, source, held, saved, each, own, records[label]))
+            jobs.append(
+                Job(r, steps, programs[number], tokenizer, source, held, saved, each, own, records[label])
+            )
         runfolder.write_json(folder / "config.json", {"members": list(runs), "at_once": at_once})
         for line in report.opening(programs[0], lead, sources[0], (steps, first), changes):
             log.message(line)
-        log.message("\n".join([f"{len(jobs)} runs on one base:", *(f"{n:3d}  {label}" for n, label in enumerate(runs, 1))]))
+        log.message(
+            "\n".join(
+                [f"{len(jobs)} runs on one base:", *(f"{n:3d}  {label}" for n, label in enumerate(runs, 1))]
+            )
+        )
         return _go(Shared(name, folder, tuple(runs), tuple(jobs), apart, at_once, saved, log), restored)
 
 
@@ -117,7 +147,9 @@ def _check_records(folder: Path, records: dict[str, Any]) -> list[str]:
     path = folder / "config.json"
     known = runfolder.read_json(path)["members"] if path.exists() else list(records)
     if known != list(records):
-        raise ValueError(f"{folder}: this sweep is of {', '.join(known)}; found {', '.join(records)}; choose another --name")
+        raise ValueError(
+            f"{folder}: this sweep is of {', '.join(known)}; found {', '.join(records)}; choose another --name"
+        )
     changes = [line for label, record in records.items() for line in runfolder.check(folder / label, record)]
     return list(dict.fromkeys(changes))
 
@@ -141,7 +173,9 @@ def _go(s: Shared, restored: Any) -> int:
             train.with_reference(job.run, job.programs, source, job.record, s.log.message)
             for job, source in zip(s.jobs, sources, strict=False)
         ]
-        s = replace(s, jobs=tuple(replace(job, source=sources[k if s.apart else 0]) for k, job in enumerate(s.jobs)))
+        s = replace(
+            s, jobs=tuple(replace(job, source=sources[k if s.apart else 0]) for k, job in enumerate(s.jobs))
+        )
     states, frozen = _start(s, restored)
     begin, shapes = time.perf_counter(), largest(sources)
     p = compile_all(s, states, frozen, batches(s, sources, 0, shapes)[1])
@@ -179,13 +213,20 @@ def _go(s: Shared, restored: Any) -> int:
             if done % loop.log_every == 0 or done == s.lead.steps:
                 told = meters.read()
                 tell(done, [numbers for numbers, _ in told], [perf for _, perf in told])
-            if loop.eval_every and done % loop.eval_every == 0 and done < s.lead.steps and s.lead.source.held_out:
+            if (
+                loop.eval_every
+                and done % loop.eval_every == 0
+                and done < s.lead.steps
+                and s.lead.source.held_out
+            ):
                 with meters.aside():
                     tell(done, measure(states), nothing)
             stop = interrupt.signal
             if done % loop.save_every == 0 or done == s.lead.steps or stop:
                 meters.take()
-                s.saved.save(done, states, {"counters": [m.counters() for m in meters.each], "before": before})
+                s.saved.save(
+                    done, states, {"counters": [m.counters() for m in meters.each], "before": before}
+                )
             if stop:
                 break
         s.saved.wait()
@@ -214,13 +255,17 @@ def _added(perf: list[dict[str, float]]) -> dict[str, float]:
     return {**perf[0], **{name: sum(own[name] for own in perf) for name in ("tokens_per_second", "mfu")}}
 
 
-def _write(s: Shared, states: Any, frozen: Any, looks: tuple[list[dict[str, float]], list[dict[str, float]]]) -> None:
+def _write(
+    s: Shared, states: Any, frozen: Any, looks: tuple[list[dict[str, float]], list[dict[str, float]]]
+) -> None:
     """Each member's adapter, card and summary; then table and picture of all."""
     for job, state, own, before, after in zip(s.jobs, states, frozen[1], *looks, strict=True):
         whole = tree.combine(state.trainable, {"base": frozen[0], **own})
         out = report.export(job.programs.trained, whole, job.run, job.tokenizer, job.folder)
         start, end = ({"metrics": found, "samples": []} for found in (before, after))
-        words: list[str] = getattr(job.programs.objective, "words", lambda first, last: [])(job.log.first, job.log.last)
+        words: list[str] = getattr(job.programs.objective, "words", lambda first, last: [])(
+            job.log.first, job.log.last
+        )
         report.write_card(job, out, start, end, words)
         summary = {"steps": job.steps, "before": start, "after": end, "alarms": job.log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
@@ -232,4 +277,6 @@ def _write(s: Shared, states: Any, frozen: Any, looks: tuple[list[dict[str, floa
         for alarm in job.log.alarms:
             s.log.message(f"{label}: {alarm}")
     s.log.message("\n" + table.text())
-    s.log.message(f"the table is in {s.folder / 'README.md'}, the curves in {s.folder / 'curves.png'}, each run's folder beside")
+    s.log.message(
+        f"the table is in {s.folder / 'README.md'}, the curves in {s.folder / 'curves.png'}, each run's folder beside"
+    )

@@ -54,7 +54,9 @@ def make_step(t: Together, jobs: Sequence[Job]) -> Callable:
     """`(states, frozen, batch) -> (states, metrics [K])`: every member's own step."""
     updates = [make_update(job.programs.objective, job.programs.tx) for job in jobs]
 
-    def step(states: tuple[TrainState, ...], frozen: Any, batch: Any) -> tuple[tuple[TrainState, ...], dict[str, Any]]:
+    def step(
+        states: tuple[TrainState, ...], frozen: Any, batch: Any
+    ) -> tuple[tuple[TrainState, ...], dict[str, Any]]:
         grads, found = gradients(t, [s.trainable for s in states], frozen, batch, [s.aux for s in states])
         done = [update(s, k, grads, found) for k, (update, s) in enumerate(zip(updates, states, strict=True))]
         told = jax.tree.map(lambda *x: jnp.stack(x), *[more for _, more in done])
@@ -77,7 +79,9 @@ def compile_all(s: Shared, states: Any, frozen: Any, batch: Any) -> Programs:
     return Programs(compiled, measure, general)
 
 
-def compile_eval(t: Together, s: Shared, frozen: Any, batches: tuple[Any, ...]) -> Callable[[Any], list[dict[str, float]]]:
+def compile_eval(
+    t: Together, s: Shared, frozen: Any, batches: tuple[Any, ...]
+) -> Callable[[Any], list[dict[str, float]]]:
     """`numbers(states)` of held-out batches, a dict a member."""
     count = len(s.jobs)
     if not batches:
@@ -87,7 +91,9 @@ def compile_eval(t: Together, s: Shared, frozen: Any, batches: tuple[Any, ...]) 
     place = lambda batch: sharding.place_batch(p.mesh, batch)  # noqa: E731
     auxes = [state.aux for state in states]
     see = step.lower([state.trainable for state in states], frozen, place(batches[0]), auxes).compile()
-    on = lambda states, batch: see([x.trainable for x in states], frozen, place(batch), [x.aux for x in states])  # noqa: E731
+    on = lambda states, batch: see(
+        [x.trainable for x in states], frozen, place(batch), [x.aux for x in states]
+    )  # noqa: E731
 
     def read(total: Any) -> list[dict[str, float]]:
         return [metrics.read(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
@@ -113,7 +119,9 @@ class Meters:
 
     def __init__(self, s: Shared, kept: list[Any] | None):
         self._jobs = s.jobs
-        rates = [np.asarray(jax.jit(jax.vmap(job.programs.schedule))(jnp.arange(job.steps))) for job in s.jobs]
+        rates = [
+            np.asarray(jax.jit(jax.vmap(job.programs.schedule))(jnp.arange(job.steps))) for job in s.jobs
+        ]
         never = s.lead.steps + 1  # a member that is not finite stays as it is, and the others go on
         self.each = [
             report.Meter(job.programs.trained, rate, job.source, never, None if kept is None else kept[k])
@@ -161,4 +169,6 @@ def batches(s: Shared, sources: list[Any], step: int, shapes: Any) -> tuple[list
 def largest(sources: list[Any]) -> Any:
     """Shapes that hold every member's batches."""
     shapes = [source.abstract for source in sources]
-    return jax.tree.map(lambda *x: jax.ShapeDtypeStruct(tuple(map(max, zip(*(s.shape for s in x)))), x[0].dtype), *shapes)
+    return jax.tree.map(
+        lambda *x: jax.ShapeDtypeStruct(tuple(map(max, zip(*(s.shape for s in x)))), x[0].dtype), *shapes
+    )

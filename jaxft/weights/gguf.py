@@ -21,7 +21,19 @@ from jaxft.nn.quant_formats import pack
 from jaxft.weights.quant_layout import form, within
 from jaxft.weights.safetensors import Index, Packed, Range, Tensors, read_range, spans
 
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 STRING, ARRAY = 8, 9
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 PACKED = ("Q8_0", "Q4_0", "Q4_1")
@@ -66,7 +78,9 @@ class Header:
     def need(self, key: str) -> Any:
         """A metadata value that has to be there; ValueError names it."""
         if key not in self.metadata:
-            raise ValueError(f"{self.path}: metadata {key} is missing, so this file can't be read as a Llama model")
+            raise ValueError(
+                f"{self.path}: metadata {key} is missing, so this file can't be read as a Llama model"
+            )
         return self.metadata[key]
 
 
@@ -97,7 +111,9 @@ class _Cursor:
             raise ValueError(f"a metadata value has unknown type {kind}")
         inner, count = self.number("<I"), self.number("<Q")
         if inner in SCALARS:
-            return np.frombuffer(self.take(count * np.dtype(SCALARS[inner]).itemsize), SCALARS[inner]).tolist()
+            return np.frombuffer(
+                self.take(count * np.dtype(SCALARS[inner]).itemsize), SCALARS[inner]
+            ).tolist()
         if count > len(self.data) - self.at:
             raise ValueError("it ends inside its header")
         return [self.value(inner, depth + 1) for _ in range(count)]
@@ -131,7 +147,14 @@ def _parse(cursor: _Cursor, total: int) -> tuple[dict[str, Any], dict[str, Info]
         name, rank = cursor.text(), cursor.number("<I")
         if rank > 4:
             raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
-        listed.append((name, struct.unpack(f"<{rank}Q", cursor.take(8 * rank)), cursor.number("<I"), cursor.number("<Q")))
+        listed.append(
+            (
+                name,
+                struct.unpack(f"<{rank}Q", cursor.take(8 * rank)),
+                cursor.number("<I"),
+                cursor.number("<Q"),
+            )
+        )
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
         raise ValueError(f"its alignment is {align}")
@@ -184,7 +207,11 @@ def open_file(header: Header) -> Tensors:
         shapes={name: info.shape for name, info in infos.items()},
         dtypes={name: PLAIN.get(info.kind, np.dtype(np.float32)) for name, info in infos.items()},
         read=lambda name, index=(): _read(header.path, infos[name], heads_of(name), index),
-        packed={name: packed(name, info) for name, info in infos.items() if info.kind in PACKED and len(info.shape) == 2},
+        packed={
+            name: packed(name, info)
+            for name, info in infos.items()
+            if info.kind in PACKED and len(info.shape) == 2
+        },
     )
 
 
@@ -246,7 +273,12 @@ def _expand(path: Path, info: Info, index: Index = ()) -> np.ndarray:
     step = max(1, CHUNK // info.shape[-1])
     for at in range(0, len(out), step):
         part = out[at : at + step]
-        raw = _raw(path, info, slice(first + at, first + at + len(part)), slice(start // block * size, stop // block * size))
+        raw = _raw(
+            path,
+            info,
+            slice(first + at, first + at + len(part)),
+            slice(start // block * size, stop // block * size),
+        )
         values = raw.view(out.dtype) if info.kind in PLAIN else dequantize(raw, kind)
         part[:] = values[:, ins.start - start : ins.stop - start]
     return out.reshape(*lengths, ins.stop - ins.start)
@@ -275,7 +307,9 @@ def _kv_heads(header: Header) -> int:
     count = header.metadata.get("llama.attention.head_count_kv", header.need("llama.attention.head_count"))
     if isinstance(count, list):
         if len(set(count)) != 1:
-            raise ValueError(f"{header.path}: layers differ in their number of kv heads {count[:8]}, which is not supported")
+            raise ValueError(
+                f"{header.path}: layers differ in their number of kv heads {count[:8]}, which is not supported"
+            )
         count = count[0]
     return count
 
@@ -289,7 +323,9 @@ def read_config(header: Header) -> dict[str, Any]:
     """The metadata as the dict of a config.json. ValueError where the file is no plain Llama."""
     path, metadata, need = header.path, header.metadata, header.need
     if need("general.architecture") != "llama" or metadata.get("llama.expert_count", 0):
-        what = metadata["general.architecture"] + (" with experts" if metadata.get("llama.expert_count", 0) else "")
+        what = metadata["general.architecture"] + (
+            " with experts" if metadata.get("llama.expert_count", 0) else ""
+        )
         raise ValueError(f"{path}: its architecture is {what}; jaxft reads GGUF files of architecture llama")
     heads, width = need("llama.attention.head_count"), need("llama.embedding_length")
     if type(heads) is not int or type(width) is not int or heads < 1:
@@ -300,7 +336,11 @@ def read_config(header: Header) -> dict[str, Any]:
         raise ValueError(f"{path}: rope turns {turned} of {head_dim} head dimensions, which is not supported")
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path}: tensor token_embd.weight is missing")
-    eos = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
+    eos = [
+        metadata[key]
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        if key in metadata
+    ]
     eos = list(dict.fromkeys(eos))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -328,7 +368,9 @@ def _rope_scaling(header: Header, head_dim: int) -> dict[str, Any] | None:
     if kind == "linear":
         return {"rope_type": "linear", "factor": _short(header.need("llama.rope.scaling.factor"))}
     if kind != "none":
-        raise ValueError(f"{header.path}: rope scaling {kind!r} is not supported; jaxft reads none, linear and Llama 3's")
+        raise ValueError(
+            f"{header.path}: rope scaling {kind!r} is not supported; jaxft reads none, linear and Llama 3's"
+        )
     if "rope_freqs.weight" not in header.tensors:
         return None
     divisors = _expand(header.path, header.tensors["rope_freqs.weight"]).astype(np.float64).ravel()
@@ -345,5 +387,7 @@ def _rope_scaling(header: Header, head_dim: int) -> dict[str, Any] | None:
     smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only such table supported")
+        raise ValueError(
+            f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only such table supported"
+        )
     return scaling

@@ -63,10 +63,14 @@ def _pre_tokenizer(header: Header, pre: str) -> Any:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        return pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
     if pre in LLAMA3:
         split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     raise ValueError(
         f"{header.path}: pre-tokenizer {pre!r} is not known ({', '.join([*GPT2, *DIGITS, *LLAMA3])}); "
         "use the model's Hugging Face folder"
@@ -79,7 +83,9 @@ def _special_tokens(header: Header, tokens: list[str]) -> dict[str, str]:
         index = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None:
             if not 0 <= index < len(tokens):
-                raise ValueError(f"{header.path}: {key}_token_id is {index}, the vocabulary has {len(tokens)} tokens")
+                raise ValueError(
+                    f"{header.path}: {key}_token_id is {index}, the vocabulary has {len(tokens)} tokens"
+                )
             special[f"{name}_token"] = tokens[index]
     return special
 
@@ -93,5 +99,9 @@ def _post_processor(header: Header, pre: str, special: dict[str, str]) -> Any:
         return processors.ByteLevel(trim_offsets=False)
     ids = {name: header.need("tokenizer.ggml.tokens").index(name) for name in {bos, eos} if name}
     single = " ".join(part for part in (bos, "$A", eos) if part)
-    pair = " ".join(part for part in (bos, "$A", eos, f"{bos}:1" if bos else "", "$B:1", f"{eos}:1" if eos else "") if part)
+    pair = " ".join(
+        part
+        for part in (bos, "$A", eos, f"{bos}:1" if bos else "", "$B:1", f"{eos}:1" if eos else "")
+        if part
+    )
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))

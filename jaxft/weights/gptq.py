@@ -23,17 +23,24 @@ DAMPING = 0.01  # of the mean squared input, added to every input's own
 AT_ONCE = 128  # inputs whose errors reach the later ones together
 
 
-def moments(model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable) -> dict[str, Array]:
+def moments(
+    model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable
+) -> dict[str, Array]:
     """The sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I], on the model of `base`.
 
     batches: of Tokens [rows, ...]. loss(params, batch) -> a number that the inputs which count have a part in. The moments of
     all layers are in memory together with the weights.
     """
     shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
-    zeros = {path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32) for path in paths}
+    zeros = {
+        path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32)
+        for path in paths
+    }
 
     def watched(base: Any, sums: dict[str, Array]) -> Any:
-        return tree.map_with_path(lambda path, w: Observed(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor)
+        return tree.map_with_path(
+            lambda path, w: Observed(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
+        )
 
     @partial(jax.jit, donate_argnums=1)
     def more(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
@@ -46,7 +53,9 @@ def moments(model: Any, base: Any, paths: list[str], batches: Iterable[Any], los
     return zeros
 
 
-def compensated(weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None) -> QTensor:
+def compensated(
+    weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None
+) -> QTensor:
     """quant.quantize of one layer's weight [I, O] with codes that answer for one another; numpy leaves.
 
     moment: [I, I], the sum of x x^T over the layer's inputs. An input that was always zero is rounded as it would be alone.
@@ -70,7 +79,9 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     some = lambda x, at, n=size: jax.lax.dynamic_slice_in_dim(x, at, n, 0)  # noqa: E731
     format = FORMATS[kind]
 
-    def one(j: Array, now: tuple[Array, Array, Array], at: Array, factor: Array) -> tuple[Array, Array, Array]:
+    def one(
+        j: Array, now: tuple[Array, Array, Array], at: Array, factor: Array
+    ) -> tuple[Array, Array, Array]:
         part, errors, codes = now
         row = part[j]
         s, o = some(scale, at + j, 1)[0], None if offset is None else some(offset, at + j, 1)[0]

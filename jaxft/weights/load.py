@@ -40,7 +40,9 @@ def model_for(ref: str, **options: Any) -> Model:
     except ValueError as e:
         raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
-        raise ValueError(f"{located.path}: its configuration has a missing or malformed value ({hub.one_line(e)})") from e
+        raise ValueError(
+            f"{located.path}: its configuration has a missing or malformed value ({hub.one_line(e)})"
+        ) from e
     return build(parsed, **options)
 
 
@@ -52,7 +54,9 @@ def load_base(ref: str, model: Model, store: Callable[[str, Any], Any]) -> dict[
     """
     found = open_leaves(ref, model)
     specs = model.specs.get("base", model.specs)
-    return tree.map_with_path(lambda path, _: store(path, parameters.whole(found[path])), specs, is_leaf=is_spec)
+    return tree.map_with_path(
+        lambda path, _: store(path, parameters.whole(found[path])), specs, is_leaf=is_spec
+    )
 
 
 def open_leaves(ref: str, model: Model) -> dict[str, parameters.Leaf]:
@@ -63,7 +67,11 @@ def open_leaves(ref: str, model: Model) -> dict[str, parameters.Leaf]:
 def open_tensors(ref: str) -> Tensors:
     """The tensors of `ref` under their Hugging Face names, each read when it is asked for."""
     located = hub.locate(ref)
-    return gguf.open_file(gguf.read_header(located.path)) if located.kind == "gguf" else hf.open_folder(located.path)
+    return (
+        gguf.open_file(gguf.read_header(located.path))
+        if located.kind == "gguf"
+        else hf.open_folder(located.path)
+    )
 
 
 def load_tokenizer(ref: str) -> Any:
@@ -74,10 +82,16 @@ def load_tokenizer(ref: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(located.path), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(located.path), trust_remote_code=False, local_files_only=True
+        )
     except Exception as e:  # transformers and tokenizers raise many kinds here
         reason = hub.one_line(e)
-        raise ValueError(f"{ref}: no tokenizer could be loaded from {located.path} ({reason}); it needs a tokenizer.json") from e
+        raise ValueError(
+            f"{ref}: no tokenizer could be loaded from {located.path} ({reason}); it needs a tokenizer.json"
+        ) from e
     if not tokenizer.is_fast:
-        raise ValueError(f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches need")
+        raise ValueError(
+            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches need"
+        )
     return tokenizer

@@ -75,7 +75,9 @@ def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str
         node = out
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = Lazy(shape, np.dtype(dtype), _maker(tensors, name, transpose, pairs.get(path), np.dtype(dtype)))
+        node[last] = Lazy(
+            shape, np.dtype(dtype), _maker(tensors, name, transpose, pairs.get(path), np.dtype(dtype))
+        )
     return out
 
 
@@ -89,7 +91,10 @@ def folded(base: Any, adapter: Any, dtype: Any) -> dict[str, Any]:
     shapes = {path: leaves[path].shape for path in pairs if path in leaves}
     if "head" in pairs and "head" not in leaves:
         shapes["head"] = leaves["embed"].shape[::-1]
-    made = {path: Lazy(shape, np.dtype(dtype), _folder(leaves, path, pairs[path], dtype)) for path, shape in shapes.items()}
+    made = {
+        path: Lazy(shape, np.dtype(dtype), _folder(leaves, path, pairs[path], dtype))
+        for path, shape in shapes.items()
+    }
     out: dict[str, Any] = {}
     for path, leaf in {**leaves, **made}.items():
         *above, last = path.split("/")
@@ -100,15 +105,25 @@ def folded(base: Any, adapter: Any, dtype: Any) -> dict[str, Any]:
     return out
 
 
-def _folder(leaves: dict[str, Any], path: str, pair: dict[str, Any], dtype: Any) -> Callable[[int | None], np.ndarray]:
+def _folder(
+    leaves: dict[str, Any], path: str, pair: dict[str, Any], dtype: Any
+) -> Callable[[int | None], np.ndarray]:
     def make(layer: int | None) -> np.ndarray:
-        weight = layer_array(leaves[path], layer, False) if path in leaves else layer_array(leaves["embed"], layer, True)
-        return np.asarray(lora.merge_leaf(weight, {name: layer_array(x, layer, False) for name, x in pair.items()}, dtype))
+        weight = (
+            layer_array(leaves[path], layer, False)
+            if path in leaves
+            else layer_array(leaves["embed"], layer, True)
+        )
+        return np.asarray(
+            lora.merge_leaf(weight, {name: layer_array(x, layer, False) for name, x in pair.items()}, dtype)
+        )
 
     return make
 
 
-def _maker(tensors: Tensors, name: str, transpose: bool, pair: Any, dtype: np.dtype) -> Callable[[int | None], np.ndarray]:
+def _maker(
+    tensors: Tensors, name: str, transpose: bool, pair: Any, dtype: np.dtype
+) -> Callable[[int | None], np.ndarray]:
     def make(layer: int | None) -> np.ndarray:
         value = tensors.read(name.format(i=layer))
         value = value.T if transpose else value

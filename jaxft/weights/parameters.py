@@ -12,7 +12,9 @@ from jaxft.nn.quant import QTensor
 from jaxft.weights import hf
 from jaxft.weights.safetensors import Index, Tensors, spans
 
-PIECE = 1 << 22  # bytes of a file that are read at a time where numbers stay as they are, so that they stay in cache
+PIECE = (
+    1 << 22
+)  # bytes of a file that are read at a time where numbers stay as they are, so that they stay in cache
 COLUMNS = 16  # that a transposing copy takes at a time: 4 times as fast as all at once
 
 
@@ -48,13 +50,17 @@ def leaves(tensors: Tensors, model: Model) -> dict[str, Leaf]:
         names = tuple(name.format(i=i) for i in range(spec.shape[0])) if stacked else (name,)
         dtypes = {tensors.dtypes[each] for each in names}
         common = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        found[path] = Leaf(tensors, names, stacked, spec.shape, turned, common, hf.form_in(tensors, model, path))
+        found[path] = Leaf(
+            tensors, names, stacked, spec.shape, turned, common, hf.form_in(tensors, model, path)
+        )
     return found
 
 
 def numbers(leaf: Leaf, layer: int, at: Index) -> np.ndarray:
     """Part of a layer [in, out] in the leaf's dtype."""
-    value = leaf.tensors.read(leaf.names[layer], at[::-1] if leaf.turned else at).astype(leaf.dtype, copy=False)
+    value = leaf.tensors.read(leaf.names[layer], at[::-1] if leaf.turned else at).astype(
+        leaf.dtype, copy=False
+    )
     return value.T if leaf.turned else value
 
 
@@ -63,14 +69,18 @@ def as_packed(leaf: Leaf, layer: int, at: Index) -> QTensor:
     return leaf.tensors.packed[leaf.names[layer]].read(at)
 
 
-def each(leaf: Leaf, boxes: list[Index], make: Callable[[int, Index], Any]) -> Iterator[tuple[int, Index, Any]]:
+def each(
+    leaf: Leaf, boxes: list[Index], make: Callable[[int, Index], Any]
+) -> Iterator[tuple[int, Index, Any]]:
     """(layer, at, `make(layer, at)`) for parts of each layer. Raises ValueError that names the tensor that `make` refused."""
     for layer, name in enumerate(leaf.names):
         for at in boxes:
             try:
                 value = make(layer, at)
             except ValueError as e:
-                where = "" if spans(at, leaf.layer) == spans((), leaf.layer) else f" (of its part {shown(at)})"
+                where = (
+                    "" if spans(at, leaf.layer) == spans((), leaf.layer) else f" (of its part {shown(at)})"
+                )
                 message = str(e) if leaf.tensors.where in str(e) else f"{leaf.tensors.where}: {name}: {e}"
                 raise ValueError(f"{message}{where}") from e
             yield layer, at, value
@@ -95,7 +105,9 @@ def pieces(leaf: Leaf, at: Index) -> list[Index]:
 def whole(leaf: Leaf) -> np.ndarray:
     """A leaf on the host, its layers stacked, in the files' dtype."""
     out = np.empty(leaf.shape, leaf.dtype)
-    for layer, at, value in each(leaf, pieces(leaf, spans((), leaf.layer)), lambda *part: numbers(leaf, *part)):
+    for layer, at, value in each(
+        leaf, pieces(leaf, spans((), leaf.layer)), lambda *part: numbers(leaf, *part)
+    ):
         copy_into((out[layer] if leaf.stacked else out)[at], value)
     return out
 

@@ -13,7 +13,15 @@ from jaxft.distributed import sync
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Model, spec_paths
 from jaxft.weights.hf import HEAD, layer_array
-from jaxft.weights.safetensors import Entry, Outgoing, read_header, read_json, read_tensor, write_json, write_safetensors
+from jaxft.weights.safetensors import (
+    Entry,
+    Outgoing,
+    read_header,
+    read_json,
+    read_tensor,
+    write_json,
+    write_safetensors,
+)
 
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
@@ -33,11 +41,19 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base's weights
+    "init_lora_weights": (
+        True,
+        False,
+        "gaussian",
+        "eva",
+        "orthogonal",
+    ),  # the others change the base's weights
 }
 
 
-def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None) -> None:
+def save_adapter(
+    folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None
+) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
     score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
@@ -55,7 +71,9 @@ def save_adapter(folder: str | Path, adapter: Any, settings: Adapter, model: Mod
         for i in range(pair["a"].shape[0] if "{i}" in module else 1):
             tensors += _outgoing(module.format(i=i), pair, i if "{i}" in module else None, settings)
     if score is not None:
-        tensors.append(Outgoing(SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_array(score, None, True)))
+        tensors.append(
+            Outgoing(SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_array(score, None, True))
+        )
     sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
@@ -91,19 +109,27 @@ def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:
         found.setdefault(above, {})[name] = leaf
     for path, pair in found.items():
         if set(pair) != {"a", "b", "scale"}:
-            raise ValueError(f"adapter at {path or '/'}: found leaves {sorted(pair)}, PEFT's LoRA layout holds a, b and scale")
+            raise ValueError(
+                f"adapter at {path or '/'}: found leaves {sorted(pair)}, PEFT's LoRA layout holds a, b and scale"
+            )
     return found
 
 
 def _name(model: Model, path: str) -> tuple[str, bool]:
     name, transpose = {"head": HEAD, **model.names}.get(path, (None, False))
     if name is None or not transpose:
-        raise ValueError(f"adapter at {path}: no linear layer of this model; they are {', '.join(_linear_paths(model))}")
+        raise ValueError(
+            f"adapter at {path}: no linear layer of this model; they are {', '.join(_linear_paths(model))}"
+        )
     return name, transpose
 
 
 def _linear_paths(model: Model) -> list[str]:
-    return [path for path, (_, transpose) in {"head": HEAD, **model.names}.items() if transpose and path != "score"]
+    return [
+        path
+        for path, (_, transpose) in {"head": HEAD, **model.names}.items()
+        if transpose and path != "score"
+    ]
 
 
 def _outgoing(module: str, pair: dict[str, Any], layer: int | None, settings: Adapter) -> list[Outgoing]:
@@ -111,15 +137,26 @@ def _outgoing(module: str, pair: dict[str, Any], layer: int | None, settings: Ad
     a, b = pair["a"], pair["b"]
     (size_in, rank), size_out = a.shape[-2:], b.shape[-1]
     if b.shape[-2] != rank or rank != settings.rank:
-        raise ValueError(f"adapter of {module}: a has shape {a.shape} and b {b.shape}, the settings say rank {settings.rank}")
+        raise ValueError(
+            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, the settings say rank {settings.rank}"
+        )
 
     def fetch_b() -> np.ndarray:
         value = layer_array(b, layer, True)
         scale = float(layer_array(pair["scale"], layer, False))
-        return value if np.isclose(scale, settings.scale, rtol=1e-6) else (value * (scale / settings.scale)).astype(value.dtype)
+        return (
+            value
+            if np.isclose(scale, settings.scale, rtol=1e-6)
+            else (value * (scale / settings.scale)).astype(value.dtype)
+        )
 
     return [
-        Outgoing(f"{PREFIX}{module}.lora_A.weight", np.dtype(a.dtype), (rank, size_in), lambda: layer_array(a, layer, True)),
+        Outgoing(
+            f"{PREFIX}{module}.lora_A.weight",
+            np.dtype(a.dtype),
+            (rank, size_in),
+            lambda: layer_array(a, layer, True),
+        ),
         Outgoing(f"{PREFIX}{module}.lora_B.weight", np.dtype(b.dtype), (size_out, rank), fetch_b),
     ]
 
@@ -133,7 +170,9 @@ def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adap
     """
     found, settings = load_parts(folder, model)
     if "score" in found:
-        raise ValueError(f"{folder}: a reward model's adapter, which gives scores and no text; take a language model's adapter")
+        raise ValueError(
+            f"{folder}: a reward model's adapter, which gives scores and no text; take a language model's adapter"
+        )
     return found["adapter"], settings
 
 
@@ -148,10 +187,19 @@ def load_parts(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapte
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         unsafe = (folder / "adapter_model.bin").is_file()
-        how = "; adapter_model.bin is a pickle and not read: load it with peft and save_pretrained it again" if unsafe else ""
+        how = (
+            "; adapter_model.bin is a pickle and not read: load it with peft and save_pretrained it again"
+            if unsafe
+            else ""
+        )
         raise FileNotFoundError(f"{path}: no such file{how}")
     entries = read_header(path)
-    rank = max([default.rank, *(e.shape[0] for name, e in entries.items() if name.endswith("lora_A.weight") and e.shape)])
+    rank = max(
+        [
+            default.rank,
+            *(e.shape[0] for name, e in entries.items() if name.endswith("lora_A.weight") and e.shape),
+        ]
+    )
     settings = replace(default, rank=rank, alpha=default.scale * (rank**0.5 if default.rslora else rank))
     settings = default if rank == default.rank else settings
     specs = spec_paths(model.specs.get("base", model.specs))
@@ -171,14 +219,22 @@ def load_parts(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapte
                 pairs.append(_read_pair(path, entries, module, shape[-2:], config))
                 used |= {f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"}
             else:
-                pairs.append((np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), settings.scale))
+                pairs.append(
+                    (
+                        np.zeros((shape[-2], 0), np.float32),
+                        np.zeros((0, shape[-1]), np.float32),
+                        settings.scale,
+                    )
+                )
         *above, last = base_path.split("/")
         node = adapter
         for key in above:
             node = node.setdefault(key, {})
         node[last] = _stacked(pairs, settings.rank, layered="{i}" in name)
         targets.append(last)
-    parts = {"adapter": adapter} | ({"score": _read_score(path, entries, model.config.width)} if scored else {})
+    parts = {"adapter": adapter} | (
+        {"score": _read_score(path, entries, model.config.width)} if scored else {}
+    )
     used |= {SCORE} if scored else set()
     extra = [name for name in entries if name not in used and not (name in BASE_COPIES and "head" in targets)]
     if extra or not targets:
@@ -190,7 +246,9 @@ def load_parts(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapte
 def _is_scored(folder: Path, config: dict[str, Any]) -> bool:
     """Whether it is an adapter with a head for scores. Raises ValueError for another task, or other modules in full."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
-    fits = task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}  # peft names both by default
+    fits = (
+        task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}
+    )  # peft names both by default
     if fits or (task in ("CAUSAL_LM", None) and not saved):
         return fits
     raise ValueError(
@@ -203,7 +261,9 @@ def _read_score(path: Path, entries: dict[str, Entry], width: int) -> np.ndarray
     if SCORE not in entries:
         raise ValueError(f"{path}: tensor {SCORE} is missing, the head of a sequence classification adapter")
     if entries[SCORE].shape != (1, width):
-        raise ValueError(f"{path}: {SCORE} has shape {entries[SCORE].shape}, and a reward model's has {(1, width)}: one label")
+        raise ValueError(
+            f"{path}: {SCORE} has shape {entries[SCORE].shape}, and a reward model's has {(1, width)}: one label"
+        )
     return read_tensor(path, SCORE, entries[SCORE]).T
 
 
@@ -211,19 +271,29 @@ def _settings(folder: Path, config: dict[str, Any]) -> Adapter:
     where = folder / "adapter_config.json"
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:
-            raise ValueError(f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with {key}={plain[0]!r}")
+            raise ValueError(
+                f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with {key}={plain[0]!r}"
+            )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
-    if type(rank) is not int or not 0 < rank < 2**16 or not all(isinstance(x, int | float) for x in (alpha, dropout)):
-        raise ValueError(f"{where}: wanted numbers r, lora_alpha and lora_dropout, found {rank!r}, {alpha!r} and {dropout!r}")
+    if (
+        type(rank) is not int
+        or not 0 < rank < 2**16
+        or not all(isinstance(x, int | float) for x in (alpha, dropout))
+    ):
+        raise ValueError(
+            f"{where}: wanted numbers r, lora_alpha and lora_dropout, found {rank!r}, {alpha!r} and {dropout!r}"
+        )
     ranks = (config.get("rank_pattern") or {}).values()
     if not all(type(r) is int and 0 < r < 2**16 for r in ranks):
         raise ValueError(f"{where}: rank_pattern holds something else than ranks")
     return Adapter(rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False)))
 
 
-def _read_pair(path: Path, entries: dict[str, Entry], module: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple:
+def _read_pair(
+    path: Path, entries: dict[str, Entry], module: str, shape: tuple[int, ...], config: dict[str, Any]
+) -> tuple:
     """a [in, R], b [R, out] and scale of one module."""
     arrays = []
     for letter in "AB":

@@ -35,7 +35,9 @@ def load(leaf: Leaf, like: Any, places: Any, kept: bool) -> Any:
         boxes = [piece for box in boxes for piece in pieces(leaf, box)]
         return fill(leaf, like, places, each(leaf, boxes, lambda *part: hold(numbers(leaf, *part), like)))
     every = [box for some in by_process.values() for box in some]
-    cut = [any(box[i] != slice(0, n) for box in every) for i, n in enumerate(leaf.layer)]  # by dimension, between processes
+    cut = [
+        any(box[i] != slice(0, n) for box in every) for i, n in enumerate(leaf.layer)
+    ]  # by dimension, between processes
     if like.outer is not None and any(cut):
         return _scales_packed_together(leaf, like, places, boxes)
     scale = _scales_of_channels(leaf, like, places, boxes) if like.block is None and cut[0] else None
@@ -82,7 +84,9 @@ def boxes_by_process(leaf: Leaf, like: Any, places: Any) -> dict[int, list[Index
     held: dict[int, set[Spans]] = {}
     for device, index in place.devices_indices_map(first.shape).items():
         held.setdefault(device.process_index, set()).add(numbers_of(index, first.shape))
-    by_code = leaf.shape[-2] // first.shape[-2] if isinstance(like, QTensor) else 1  # inputs that share a byte
+    by_code = (
+        leaf.shape[-2] // first.shape[-2] if isinstance(like, QTensor) else 1
+    )  # inputs that share a byte
 
     def in_layer(box: Spans) -> Index:
         cuts = [slice(*cut) for cut in box[len(leaf.shape) - len(leaf.layer) :]]
@@ -124,7 +128,9 @@ def own_shards(x: Any, place: Any) -> dict[Spans, np.ndarray]:
 def put(shards: dict[Spans, np.ndarray], value: Any, at: Index) -> None:
     """Copy what lies `at` in the whole array into the shards that have some of it."""
     for part, shard in shards.items():
-        both = [(max(cut.start, start), min(cut.stop, stop)) for cut, (start, stop) in zip(at, part, strict=True)]
+        both = [
+            (max(cut.start, start), min(cut.stop, stop)) for cut, (start, stop) in zip(at, part, strict=True)
+        ]
         if all(start < stop for start, stop in both):
             to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(both, part))
             of = tuple(slice(a - cut.start, b - cut.start) for (a, b), cut in zip(both, at))
@@ -158,7 +164,9 @@ def _everywhere(fn: Callable, *args: Any) -> Any:
 
 def _scales_of_channels(leaf: Leaf, like: QTensor, places: QTensor, boxes: list[Index]) -> np.ndarray:
     """The scales [..., 1, O] over all inputs of a leaf of which each process has some: the largest of all parts'."""
-    count = like.codes.shape[-2] // places.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are cut into
+    count = (
+        like.codes.shape[-2] // places.codes.shard_shape(like.codes.shape)[-2]
+    )  # parts that the inputs are cut into
     each_part = jax.ShapeDtypeStruct((*like.codes.shape[:-2], count, like.codes.shape[-1]), np.float32)
     place = sharding.fitted(places.codes, each_part.shape)
     shards, size = own_shards(each_part, place), leaf.shape[-2] // count
@@ -180,10 +188,16 @@ def _scales_packed_together(leaf: Leaf, like: QTensor, places: QTensor, boxes: l
     shards = {name: own_shards(x, getattr(places, name)) for name, x in some.items()}
     for layer in range(len(leaf.names)):
         lead = (slice(layer, layer + 1),) if leaf.stacked else ()
-        one = _everywhere(_layer, found.scale, np.int32(layer)) if leaf.stacked else _everywhere(lambda x: x, found.scale)
+        one = (
+            _everywhere(_layer, found.scale, np.int32(layer))
+            if leaf.stacked
+            else _everywhere(lambda x: x, found.scale)
+        )
         for name, value in zip(("scale", "outer", "mean"), encode_scales(one), strict=True):
             put(shards[name], value[None] if leaf.stacked else value, spans(lead, some[name].shape))
-    return replace(found, **{name: placed(shards[name], x, getattr(places, name)) for name, x in some.items()})
+    return replace(
+        found, **{name: placed(shards[name], x, getattr(places, name)) for name, x in some.items()}
+    )
 
 
 def _layer(x: jax.Array, layer: jax.Array) -> jax.Array:

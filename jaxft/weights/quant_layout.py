@@ -24,7 +24,9 @@ def within(form: QTensor, part: str, at: Index) -> Index:
     return slice(ins.start // form.block, -(-ins.stop // form.block)), outs
 
 
-def form(kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False) -> QTensor:
+def form(
+    kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False
+) -> QTensor:
     """A form whose scales (and offsets) have this dtype."""
     blocks = -(-ins // block) if block else 1
     rows, dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
@@ -44,7 +46,11 @@ def same_form(a: QTensor, b: QTensor) -> bool:
     """Whether two QTensors have the same arrays and the same meaning, whatever they are rounded to where they are used."""
 
     def about(q: QTensor) -> Any:
-        return q.kind, q.block, {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)}
+        return (
+            q.kind,
+            q.block,
+            {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)},
+        )
 
     return about(a) == about(b)
 
@@ -57,4 +63,8 @@ def form_of(shape: tuple[int, int], quant: Quant) -> QTensor:
 
 def arrays(q: QTensor) -> list[str]:
     """Names of the arrays that a QTensor has."""
-    return [part for part in ("codes", "scale", "offset", "outer", "mean", "index") if getattr(q, part) is not None]
+    return [
+        part
+        for part in ("codes", "scale", "offset", "outer", "mean", "index")
+        if getattr(q, part) is not None
+    ]

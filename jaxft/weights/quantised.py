@@ -19,7 +19,9 @@ from jaxft.nn.quant import QTensor, Quant, dequantize, is_paired
 from jaxft.weights.quant_layout import arrays, form, form_of, within
 from jaxft.weights.safetensors import Index, Packed, Tensors, spans
 
-Found = tuple[dict[str, Packed], set[str]]  # packed weights by name; the tensors in the files that they are made of
+Found = tuple[
+    dict[str, Packed], set[str]
+]  # packed weights by name; the tensors in the files that they are made of
 
 TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}
 AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # the output channel of each 4 bits of an int32, lowest first
@@ -66,7 +68,9 @@ def numbers(packed: Packed, index: Index = ()) -> np.ndarray:
     return found[ins.start - start : ins.stop - start].T
 
 
-def part_of(files: Tensors, name: str, shape: tuple[int, ...] | None = None, index: Index = (), view: Any = None) -> np.ndarray:
+def part_of(
+    files: Tensors, name: str, shape: tuple[int, ...] | None = None, index: Index = (), view: Any = None
+) -> np.ndarray:
     """A tensor that a packed weight is made of, or part of it. view: see tensors.read_tensor."""
     if name not in files.shapes:
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
@@ -118,14 +122,20 @@ def _bnb_4bit(files: Tensors, weight: str, kind: str) -> Packed:
 
     def scale(at: Index) -> np.ndarray:
         dtype = files.dtypes.get(f"{weight}.absmax")
-        return part_of(files, f"{weight}.absmax", (blocks,), within(want, "scale", at)[::-1], (dtype, (outs, rows))).T
+        return part_of(
+            files, f"{weight}.absmax", (blocks,), within(want, "scale", at)[::-1], (dtype, (outs, rows))
+        ).T
 
     def codes(at: Index) -> np.ndarray:
         return _bnb_bytes(files, weight, (outs, ins // 2), within(want, "codes", at)[::-1]).T
 
     def plain(index: Index = ()) -> QTensor:
         at = spans(index, want.shape)
-        part = scale(at).astype(np.float32) if not nested else scales().reshape(outs, rows).T[within(want, "scale", at)]
+        part = (
+            scale(at).astype(np.float32)
+            if not nested
+            else scales().reshape(outs, rows).T[within(want, "scale", at)]
+        )
         return replace(want, codes=codes(at), scale=part)
 
     nested = "nested_offset" in state
@@ -149,7 +159,9 @@ def _bnb_bytes(files: Tensors, weight: str, shape: tuple[int, ...], index: Index
     """Part of the bytes of a weight, which bnb_4bit_quant_storage may call floats, in this shape."""
     found = math.prod(files.shapes[weight]) * files.dtypes[weight].itemsize if weight in files.shapes else 0
     if found != math.prod(shape):
-        raise ValueError(f"{files.where}: {weight} has {found} bytes, its quant_state wants {math.prod(shape)}")
+        raise ValueError(
+            f"{files.where}: {weight} has {found} bytes, its quant_state wants {math.prod(shape)}"
+        )
     return part_of(files, weight, index=index, view=(np.uint8, shape))
 
 
@@ -163,7 +175,9 @@ def _bnb_scales(files: Tensors, weight: str, blocks: int, state: dict[str, Any])
     if "nested_offset" not in state:
         return absmax.astype(np.float32)
     each = np.repeat(part_of(files, f"{weight}.nested_absmax"), state["nested_blocksize"])[:blocks]
-    return part_of(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(state["nested_offset"])
+    return part_of(files, f"{weight}.nested_quant_map", (256,))[absmax] * each + np.float32(
+        state["nested_offset"]
+    )
 
 
 def _state(files: Tensors, name: str) -> dict[str, Any]:
@@ -171,11 +185,18 @@ def _state(files: Tensors, name: str) -> dict[str, Any]:
     try:
         state = json.loads(part_of(files, name).tobytes())
         outs, ins = state["shape"]
-        numbers = [outs, ins, state["blocksize"], *([state["nested_blocksize"]] if "nested_offset" in state else [])]
+        numbers = [
+            outs,
+            ins,
+            state["blocksize"],
+            *([state["nested_blocksize"]] if "nested_offset" in state else []),
+        ]
         if kind not in TABLES or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"{kind} with {numbers}")
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{files.where}: {name} is no state of a 4-bit weight ({e}); download it again") from e
+        raise ValueError(
+            f"{files.where}: {name} is no state of a 4-bit weight ({e}); download it again"
+        ) from e
     return state
 
 
@@ -206,22 +227,36 @@ def _nibbles(words: np.ndarray, axis: int, order: Iterable[int] = range(8)) -> n
 
 
 def _eights(
-    files: Tensors, name: str, shape: tuple[int, int], axis: int, index: Index, order: Iterable[int] = range(8)
+    files: Tensors,
+    name: str,
+    shape: tuple[int, int],
+    axis: int,
+    index: Index,
+    order: Iterable[int] = range(8),
 ) -> np.ndarray:
     """Part of the 4-bit numbers of this shape that a tensor holds, eight an int32 along `axis`."""
     cut = spans(index, shape)[axis]
-    words = tuple(slice(cut.start // 8, -(-cut.stop // 8)) if i == axis else some for i, some in enumerate(index))
+    words = tuple(
+        slice(cut.start // 8, -(-cut.stop // 8)) if i == axis else some for i, some in enumerate(index)
+    )
     stored = tuple(n // 8 if i == axis else n for i, n in enumerate(shape))
     own = slice(cut.start % 8, cut.start % 8 + cut.stop - cut.start)
     return _nibbles(part_of(files, name, stored, words), axis, order)[(slice(None),) * axis + (own,)]
 
 
 def _grouped(settings: dict[str, Any], where: str) -> int | None:
-    bits, group = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size", -1))
+    bits, group = (
+        settings.get("bits", settings.get("w_bit")),
+        settings.get("group_size", settings.get("q_group_size", -1)),
+    )
     if bits != 4:
-        raise ValueError(f"{where}: {settings['quant_method']} weights of {bits} bits, and jaxft reads those of 4")
+        raise ValueError(
+            f"{where}: {settings['quant_method']} weights of {bits} bits, and jaxft reads those of 4"
+        )
     if type(group) is not int or group == 0 or group < -1:
-        raise ValueError(f"{where}: quantization_config.group_size is {group!r}, wanted a number of inputs or -1")
+        raise ValueError(
+            f"{where}: quantization_config.group_size is {group!r}, wanted a number of inputs or -1"
+        )
     return None if group == -1 else group
 
 
@@ -230,7 +265,11 @@ def gptq(files: Tensors, settings: dict[str, Any]) -> Found:
 
     Zeros are stored less 1, but for checkpoint_format gptq_v2. sym=true has all zeros at 8, which int4 is; others are affine4.
     """
-    group, sym, ordered = _grouped(settings, files.where), settings.get("sym", True), settings.get("desc_act", False)
+    group, sym, ordered = (
+        _grouped(settings, files.where),
+        settings.get("sym", True),
+        settings.get("desc_act", False),
+    )
     less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     found, used = {}, set()
     for name, shape in files.shapes.items():
@@ -256,11 +295,17 @@ def _read_gptq(files: Tensors, stem: str, want: QTensor, less: int, index: Index
     plain = np.arange(ins, dtype=np.int32) // (want.block or ins)
     group = part_of(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else plain
     if group.min() < 0 or group.max() >= blocks:
-        raise ValueError(f"{files.where}: {stem}.g_idx has groups {group.min()} to {group.max()}, and there are {blocks}")
+        raise ValueError(
+            f"{files.where}: {stem}.g_idx has groups {group.min()} to {group.max()}, and there are {blocks}"
+        )
     if want.index is None and not np.array_equal(group, plain):
-        raise ValueError(f"{files.where}: {stem}.g_idx is not in order, which needs desc_act=true in quantization_config")
+        raise ValueError(
+            f"{files.where}: {stem}.g_idx is not in order, which needs desc_act=true in quantization_config"
+        )
     if want.kind == "int4" and not (zeros == 8).all():
-        raise ValueError(f"{files.where}: {stem}.qzeros are not all 8, which needs sym=false in quantization_config")
+        raise ValueError(
+            f"{files.where}: {stem}.qzeros are not all 8, which needs sym=false in quantization_config"
+        )
     return _affine(want, _eights(files, f"{stem}.qweight", (ins, outs), 0, at), scale, zeros, group)
 
 
@@ -293,7 +338,9 @@ def _read_awq(files: Tensors, stem: str, want: QTensor, index: Index = ()) -> QT
 def _affine(want: QTensor, codes: Any, scale: np.ndarray, zeros: np.ndarray, index: Any = None) -> QTensor:
     """`(code - zero) * scale`: with an offset of -zero * scale, which float32 holds exactly."""
     offset = None if want.offset is None else -zeros.astype(np.float32) * scale.astype(np.float32)
-    return replace(want, codes=qf.pack(codes), scale=scale, offset=offset, index=None if want.index is None else index)
+    return replace(
+        want, codes=qf.pack(codes), scale=scale, offset=offset, index=None if want.index is None else index
+    )
 
 
 def _no_bias(files: Tensors, stem: str) -> None:
@@ -325,7 +372,9 @@ def own(files: Tensors, settings: dict[str, Any]) -> Found:
 
 def _read_own(files: Tensors, names: dict[str, str], want: QTensor, index: Index = ()) -> QTensor:
     at, shape = spans(index, want.shape), lambda part: getattr(want, part).shape
-    found: dict[str, Any] = {part: part_of(files, name, shape(part), within(want, part, at)) for part, name in names.items()}
+    found: dict[str, Any] = {
+        part: part_of(files, name, shape(part), within(want, part, at)) for part, name in names.items()
+    }
     return replace(want, **found)
 
 

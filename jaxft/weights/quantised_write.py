@@ -16,7 +16,11 @@ from jaxft.weights.safetensors import Outgoing
 
 def method_for(forms: Iterable[QTensor]) -> str:
     """bitsandbytes for nf4 and fp4 whose blocks divide the inputs, as its flat blocks need; else jaxft."""
-    return "bitsandbytes" if all(q.kind in TABLES and q.block and q.shape[-2] % q.block == 0 for q in forms) else "jaxft"
+    return (
+        "bitsandbytes"
+        if all(q.kind in TABLES and q.block and q.shape[-2] % q.block == 0 for q in forms)
+        else "jaxft"
+    )
 
 
 def outgoing(name: str, want: QTensor, make: Callable[[], QTensor], method: str) -> list[Outgoing]:
@@ -29,7 +33,10 @@ def outgoing(name: str, want: QTensor, make: Callable[[], QTensor], method: str)
     once = _Once(make, len(arrays(want)))
     take = lambda part: np.asarray(getattr(once(), part))  # noqa: E731
     parts = {part: getattr(want, part) for part in arrays(want)}
-    return [Outgoing(f"{name}.{part}", np.dtype(x.dtype), x.shape, partial(take, part)) for part, x in parts.items()]
+    return [
+        Outgoing(f"{name}.{part}", np.dtype(x.dtype), x.shape, partial(take, part))
+        for part, x in parts.items()
+    ]
 
 
 class _Once:
@@ -50,7 +57,12 @@ class _Once:
 def _outgoing_bnb(name: str, want: QTensor, once: Callable[[], QTensor]) -> list[Outgoing]:
     ins, outs = want.shape
     blocks = int(np.prod(want.scale.shape))
-    state: dict[str, Any] = {"quant_type": want.kind, "blocksize": want.block, "dtype": "bfloat16", "shape": [outs, ins]}
+    state: dict[str, Any] = {
+        "quant_type": want.kind,
+        "blocksize": want.block,
+        "dtype": "bfloat16",
+        "shape": [outs, ins],
+    }
     by_channel = lambda x: np.ascontiguousarray(np.asarray(x).T).reshape(-1)  # noqa: E731
     f32 = np.dtype(np.float32)
     out = [

@@ -24,7 +24,9 @@ FLOATS = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-DTYPES = FLOATS | {code: np.dtype(kind) for code, kind in (("U8", np.uint8), ("I8", np.int8), ("I32", np.int32))}
+DTYPES = FLOATS | {
+    code: np.dtype(kind) for code, kind in (("U8", np.uint8), ("I8", np.int8), ("I32", np.int32))
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 
@@ -131,7 +133,9 @@ def read_tensor(path: Path, name: str, entry: Entry, index: Index = (), view: An
     view: another (dtype, shape) in which its bytes are seen.
     """
     if entry.code not in DTYPES:
-        raise ValueError(f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}")
+        raise ValueError(
+            f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}"
+        )
     dtype, shape = view or (DTYPES[entry.code], entry.shape)
     return read_range(path, f"tensor {name}", Range(np.dtype(dtype), shape, entry.offset), index)
 
@@ -152,7 +156,9 @@ def read_range(path: Path, what: str, array: Range, index: Index = ()) -> np.nda
     if not out.size:
         return out
     strides = [math.prod(array.shape[i + 1 :]) * size for i in range(len(cuts))]
-    last = max((i for i, n in enumerate(array.shape) if out.shape[i] != n), default=0)  # from here on a run of bytes
+    last = max(
+        (i for i, n in enumerate(array.shape) if out.shape[i] != n), default=0
+    )  # from here on a run of bytes
     run = math.prod(out.shape[last:]) * size
     start = array.offset + sum(cut.start * stride for cut, stride in zip(cuts, strides, strict=True))
     rows = itertools.product(*(range(0, n * stride, stride) for n, stride in zip(out.shape[:last], strides)))
@@ -206,7 +212,11 @@ def _written(path: Path, tensors: list[Outgoing]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
     offset = 0
     for t in tensors:
-        header[t.name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.size]}
+        header[t.name] = {
+            "dtype": CODES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.size],
+        }
         offset += t.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -219,8 +229,12 @@ def _written(path: Path, tensors: list[Outgoing]) -> None:
                 fetched += 1
                 value = np.asarray(t.fetch(), order="C")  # ascontiguousarray would give a number an axis
                 if value.shape != t.shape or value.dtype != t.dtype:
-                    raise ValueError(f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced")
-                file.write(value.reshape(-1).view(np.uint8).data)  # tofile's error for a full disk has no number
+                    raise ValueError(
+                        f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced"
+                    )
+                file.write(
+                    value.reshape(-1).view(np.uint8).data
+                )  # tofile's error for a full disk has no number
         os.replace(part, path)
     except Exception:
         if jax.process_count() > 1:

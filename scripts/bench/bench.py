@@ -35,24 +35,45 @@ WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("objective", choices=("sft", "dpo"))
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step: packed ones, examples without packing, or pairs")
-    parser.add_argument("--micro", type=int, default=1, help="microbatches that a step's rows are computed in")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="rows a step: packed ones, examples without packing, or pairs"
+    )
+    parser.add_argument(
+        "--micro", type=int, default=1, help="microbatches that a step's rows are computed in"
+    )
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--full", action="store_true", help="train every weight instead of LoRA on all linear layers")
+    parser.add_argument(
+        "--full", action="store_true", help="train every weight instead of LoRA on all linear layers"
+    )
     parser.add_argument("--quant", choices=KINDS, default="none", help="how the frozen base is held")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the computation; trained weights are fp32")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the computation; trained weights are fp32",
+    )
     parser.add_argument("--remat", default="projections", help="what a layer keeps for its backward pass")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
-    parser.add_argument("--no-packing", dest="packing", action="store_false", help="one example a row, padded")
-    parser.add_argument("--precompute-ref", action="store_true", help="dpo: the reference's log-probs once, before the steps")
-    parser.add_argument("--layout", choices=("auto", "branches", "plain"), default="auto", help="dpo: share prompts or not")
-    parser.add_argument("--shots", type=int, default=4, help="dpo of GSM8K rows: worked examples in front of each question")
+    parser.add_argument(
+        "--no-packing", dest="packing", action="store_false", help="one example a row, padded"
+    )
+    parser.add_argument(
+        "--precompute-ref", action="store_true", help="dpo: the reference's log-probs once, before the steps"
+    )
+    parser.add_argument(
+        "--layout", choices=("auto", "branches", "plain"), default="auto", help="dpo: share prompts or not"
+    )
+    parser.add_argument(
+        "--shots", type=int, default=4, help="dpo of GSM8K rows: worked examples in front of each question"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line only, no progress on stderr")
     return parser.parse_args()
 
@@ -99,9 +120,16 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     if a.objective == "dpo":
         reference: Any = "precomputed" if a.precompute_ref else "start"
         data_rows: Any = PairRows(str(data), format="plain", layout=a.layout, **rows)
-        kind = {"objective": partial(preference, loss=dpo, reference=reference), "data": data_rows, "source": pair_source}
+        kind = {
+            "objective": partial(preference, loss=dpo, reference=reference),
+            "data": data_rows,
+            "source": pair_source,
+        }
     else:
-        kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows)}
+        kind = {
+            "objective": sft,
+            "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows),
+        }
     return loop.Run(
         name="bench",
         weights=a.model,
@@ -109,7 +137,12 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
         quant=None if a.quant == "none" else Quant(a.quant),
         optim=optimizer.Optim(
-            lr=1e-4, optimizer=getattr(optimizer, a.optimizer), schedule=optimizer.linear, warmup=0.0, end=0.0, clip=1.0
+            lr=1e-4,
+            optimizer=getattr(optimizer, a.optimizer),
+            schedule=optimizer.linear,
+            warmup=0.0,
+            end=0.0,
+            clip=1.0,
         ),
         **kind,
     )
@@ -120,7 +153,9 @@ def batches(source: Any, batch: int) -> list[int]:
     rows = source.stats["examples" if hasattr(source, "pairs") else "rows"]
     full = rows // batch
     if not full:
-        raise ValueError(f"{rows} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch")
+        raise ValueError(
+            f"{rows} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch"
+        )
     epochs = -(-(WARM + LEAST) // full)
     return [epoch * source.steps_per_epoch + k for epoch in range(epochs) for k in range(full)]
 
@@ -145,7 +180,9 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         tokenizer = load.load_tokenizer(run.weights)
-        source = run.source(run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh))
+        source = run.source(
+            run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh)
+        )
         numbers = batches(source, run.data.batch)
         p = programs.build(run, len(numbers))
         state, frozen = programs.start(run, p, None)
@@ -169,7 +206,9 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             seconds.append(time.perf_counter() - since)
             tokens.append(useful(batch, tokenizer.eos_token_id))
             losses.append(metrics.read(found)["loss"])
-            say(f"step {len(losses)}/{len(numbers)}: loss {losses[-1]:.4f}, {tokens[-1] / seconds[-1]:.0f} tokens/s")
+            say(
+                f"step {len(losses)}/{len(numbers)}: loss {losses[-1]:.4f}, {tokens[-1] / seconds[-1]:.0f} tokens/s"
+            )
     return {
         "steps": len(seconds),
         "timed_steps": len(seconds[WARM:]),
@@ -198,7 +237,9 @@ def commit() -> str | None:
 def main() -> int:
     """Measure and print."""
     if sys.argv[1:2] == ["gpu"]:
-        return subprocess.run([sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]], check=False).returncode
+        return subprocess.run(
+            [sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]], check=False
+        ).returncode
     a = arguments()
     say = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +259,11 @@ def main() -> int:
     rest = {
         "peak_rss_gib": round(peak_gib(), 2),
         "remat": a.remat,
-        **({"precompute_ref": a.precompute_ref, "layout": a.layout, "shots": a.shots} if a.objective == "dpo" else {}),
+        **(
+            {"precompute_ref": a.precompute_ref, "layout": a.layout, "shots": a.shots}
+            if a.objective == "dpo"
+            else {}
+        ),
         "optimizer": a.optimizer,
         "batch": a.batch,
         "micro": a.micro,

@@ -45,7 +45,9 @@ print(json.dumps({"tokens_per_second": len(rows) * new / seconds, "peak_rss_gib"
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="tokens that each row makes")
@@ -104,8 +106,23 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
     """One measurement in a process of its own."""
-    own = [__file__, "--model", model, "--batch", str(a.batch), "--new", str(a.new), "--dtype", a.dtype, "--turn"]
-    other = ["-c", THEIRS, json.dumps([model, prompts(a.batch), a.new, {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]])]
+    own = [
+        __file__,
+        "--model",
+        model,
+        "--batch",
+        str(a.batch),
+        "--new",
+        str(a.new),
+        "--dtype",
+        a.dtype,
+        "--turn",
+    ]
+    other = [
+        "-c",
+        THEIRS,
+        json.dumps([model, prompts(a.batch), a.new, {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]]),
+    ]
     argv = own if who == "jaxft" else other
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -57,7 +57,9 @@ def arguments() -> argparse.Namespace:
     """The command line, after `gpu`."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__, formatter_class=shape)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
+    )
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64 and rows of 128 tokens")
     parser.add_argument("--here", action="store_true", help="in this process, for one case")
     return parser.parse_args()
@@ -70,7 +72,10 @@ def byte_tokenizer() -> Any:
 
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -108,7 +113,10 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
         goal = partial(preference, loss=dpo, reference="start")
         kind: dict[str, Any] = {"objective": goal, "data": pairs, "source": pair_source}
     else:
-        kind = {"objective": sft, "data": Rows(str(data), format="prompt-completion", max_length=length, **rows)}
+        kind = {
+            "objective": sft,
+            "data": Rows(str(data), format="prompt-completion", max_length=length, **rows),
+        }
     return loop.Run(
         name="bench",
         weights=case.preset,
@@ -143,7 +151,9 @@ def random_base(p: Any) -> Any:
 
     base = tree.combine(p.state.trainable, p.frozen)["base"]
     parts = lambda path, leaf: tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x), leaf)  # noqa: E731
-    return tree.map_with_path(lambda path, x: parts(path, x) if is_qtensor(x) else fill(path, x), base, is_leaf=is_qtensor)
+    return tree.map_with_path(
+        lambda path, x: parts(path, x) if is_qtensor(x) else fill(path, x), base, is_leaf=is_qtensor
+    )
 
 
 def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:
@@ -197,7 +207,9 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     c = run.model.config
     weights = param.count(run.model.specs) - (0 if c.tied else c.vocab * c.width)
     rate = tokens / middle
-    passes = (6 if case.trains == "all" else 4) + (2 if case.objective == "dpo" else 0)  # and the reference's forward pass
+    passes = (6 if case.trains == "all" else 4) + (
+        2 if case.objective == "dpo" else 0
+    )  # and the reference's forward pass
     here = jax.devices()[0]
     planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     planned += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -229,7 +241,9 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
         base = random_base(p)
         model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
         program = generate.make_generate(model, generate.Sampling(max_new=fresh), ())
-        prompts = generate.left_pad(np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist(), case.rows)
+        prompts = generate.left_pad(
+            np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist(), case.rows
+        )
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -254,7 +268,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(case, a.tiny, Path(folder))
         device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-        print(json.dumps({"case": name, "tiny": a.tiny, **found, "device": device, "jax": jax.__version__}), flush=True)
+        print(
+            json.dumps({"case": name, "tiny": a.tiny, **found, "device": device, "jax": jax.__version__}),
+            flush=True,
+        )
     return 0
 
 

@@ -23,7 +23,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=4.0, help="size of the made-up model's files (default 4)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=4, help="of each process (default 4)")
@@ -47,7 +49,9 @@ def write_model(folder: Path, gb: float) -> None:
     from jaxft.weights.merge import Lazy
 
     wide = 2048 if gb >= 1 else 256
-    config = LlamaConfig(vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide)
+    config = LlamaConfig(
+        vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide
+    )
     one, tables = param.count(llama(config).specs), 2 * config.vocab * wide
     model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (one - tables)))))
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
@@ -94,9 +98,13 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
     base = jax.block_until_ready(partition.load_base(model, t, mesh))
     seconds = time.monotonic() - begin
-    held = lambda leaf: sum(shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards)  # noqa: E731
+    held = lambda leaf: sum(
+        shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards
+    )  # noqa: E731
     each = [held(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
-    leaf = max(sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor))
+    leaf = max(
+        sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)
+    )
     found = {"own shards": sum(each), "own part of the largest leaf": max(each), "largest leaf": leaf}
     found |= {"peak": status("VmHWM") - before, "at the end": status("VmRSS") - before}
     if a.processes > 1:
@@ -119,9 +127,19 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         port.close()
         flags = f"--xla_force_host_platform_device_count={a.devices}"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        same = [sys.executable, __file__, "--processes", str(a.processes), "--quant", a.quant, *(["--full"] if a.full else [])]
+        same = [
+            sys.executable,
+            __file__,
+            "--processes",
+            str(a.processes),
+            "--quant",
+            a.quant,
+            *(["--full"] if a.full else []),
+        ]
         start = lambda i: [*same, "--process", str(i), number, folder]  # noqa: E731
-        started = [subprocess.Popen(start(i), stdout=subprocess.PIPE, text=True, env=env) for i in range(a.processes)]
+        started = [
+            subprocess.Popen(start(i), stdout=subprocess.PIPE, text=True, env=env) for i in range(a.processes)
+        ]
         told = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError("a process ended with an error, which it has told above")
@@ -138,7 +156,9 @@ def main() -> int:
     if a.json:
         print(json.dumps(found))
         return 0
-    print(f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, fully sharded; in GB")
+    print(
+        f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, fully sharded; in GB"
+    )
     for name in found["processes"][0]:
         scale = 1.0 if name == "seconds" else 1e9
         print(f"{name:30s}" + "".join(f"{process[name] / scale:10.2f}" for process in found["processes"]))

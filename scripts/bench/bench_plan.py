@@ -36,16 +36,30 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-CASES = {"lora": ("configs/sft.py", []), "qlora": ("configs/sft.py", ["quant=nf4"]), "full": ("configs/sft_full.py", ["batch=1"])}
+CASES = {
+    "lora": ("configs/sft.py", []),
+    "qlora": ("configs/sft.py", ["quant=nf4"]),
+    "full": ("configs/sft_full.py", ["batch=1"]),
+}
 WARM, TIMED = 2, 5  # steps
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. What has a = in it is an override, also where it follows --cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--cases", nargs="+", default=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}; by itself all")
-    what.add_argument("--config", help="a config of your own instead, a Python file with a function config(...) -> Run")
+    what.add_argument(
+        "--cases",
+        nargs="+",
+        default=list(CASES),
+        metavar="CASE",
+        help=f"of {', '.join(CASES)}; by itself all",
+    )
+    what.add_argument(
+        "--config", help="a config of your own instead, a Python file with a function config(...) -> Run"
+    )
     parser.add_argument("--here", action="store_true", help="in this process")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all cases")
     found = parser.parse_intermixed_args(argv)
@@ -72,13 +86,17 @@ def random_batch(abstract: Any, vocab: int) -> Any:
     from jaxft.batch import Tokens
 
     if not isinstance(abstract, Tokens):
-        raise ValueError(f"{type(abstract).__name__}: only batches of SFT runs are made up here; use an SFT config")
+        raise ValueError(
+            f"{type(abstract).__name__}: only batches of SFT runs are made up here; use an SFT config"
+        )
     rng, (micro, rows, length) = np.random.default_rng(0), abstract.ids.shape
     ids = rng.integers(3, vocab, (2, micro, rows, length)).astype(np.int32)
     at = np.broadcast_to(np.arange(length, dtype=np.int32), (micro, rows, length))
     weights = np.full((micro, rows, length), 1 / (micro * rows * length), np.float32)
     one = np.ones((micro, rows, length), np.int32)
-    return replace(abstract, ids=ids[0], segments=one, positions=at, read=at, targets=ids[1], token_weights=weights)
+    return replace(
+        abstract, ids=ids[0], segments=one, positions=at, read=at, targets=ids[1], token_weights=weights
+    )
 
 
 class Resident:
@@ -140,9 +158,9 @@ def here() -> Any:
         return machine
     rate = memory_rate()
     kind = machine.devices[0].device_kind
-    limit = (machine.devices[0].memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    limit = (machine.devices[0].memory_stats() or {}).get("bytes_limit") or os.sysconf(
+        "SC_PHYS_PAGES"
+    ) * os.sysconf("SC_PAGE_SIZE")
     return replace(machine, chip=machines.Chip(kind, int(limit), 0, rate, rate, rate, "measured here"))
 
 
@@ -206,7 +224,9 @@ def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
         grew.append(watch.peak - start)
     largest = max(largest, watch.close())
     shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
-    held = sum(x.nbytes // (2 if x.dtype.name in ("int4", "uint4") else 1) for x in shards)  # packed, whatever numpy says
+    held = sum(
+        x.nbytes // (2 if x.dtype.name in ("int4", "uint4") else 1) for x in shards
+    )  # packed, whatever numpy says
     growth, once = int(np.median(grew[WARM:])), largest - before
     found = {"bytes": held + growth, "held": held, "growth": growth, "once": once - held - growth}
     return seconds[WARM:], {name: size // p.mesh.size for name, size in found.items()}
@@ -216,9 +236,14 @@ def main() -> int:
     """Each case in a process of its own, so that a peak is its own."""
     a = arguments()
     if not a.here:
-        return max(subprocess.run([sys.executable, __file__, *command], check=False).returncode for command in commands(a))
+        return max(
+            subprocess.run([sys.executable, __file__, *command], check=False).returncode
+            for command in commands(a)
+        )
     for name in [a.config] if a.config else a.cases:
-        path, overrides = (name, []) if a.config else (str(Path(sys.path[0]) / CASES[name][0]), CASES[name][1])
+        path, overrides = (
+            (name, []) if a.config else (str(Path(sys.path[0]) / CASES[name][0]), CASES[name][1])
+        )
         given = {text.partition("=")[0] for text in a.overrides}
         kept = [text for text in overrides if text.partition("=")[0] not in given]
         print(json.dumps({"case": Path(name).stem, **measure(path, [*kept, *a.overrides])}), flush=True)

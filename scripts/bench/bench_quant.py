@@ -22,11 +22,15 @@ KINDS = ("none", "int8", "int4", "int4:128", "nf4", "fp4", "affine4:32", "affine
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND[:BLOCK]", help=f"default {' '.join(KINDS)}")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, metavar="KIND[:BLOCK]", help=f"default {' '.join(KINDS)}"
+    )
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     return parser.parse_args()
@@ -55,7 +59,14 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = load.model_for(a.model)
-        rows = Rows(str(data), held_out=str(data), format="prompt-completion", loss_on="all", max_length=a.max_length, batch=4)
+        rows = Rows(
+            str(data),
+            held_out=str(data),
+            format="prompt-completion",
+            loss_on="all",
+            max_length=a.max_length,
+            batch=4,
+        )
         batches = sft_source(rows, load.load_tokenizer(a.model), cache=data.parent).held_out
         one = sft(model)
         step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
@@ -69,7 +80,12 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             plain = values if plain is None else plain
             error = float(np.sqrt(np.square(values - plain).mean() / np.square(plain).mean()))
             ratio = float(np.exp(loss - (found[0]["loss"] if found else loss)))
-            numbers = {"bits": quant.bits(packed), "perplexity": float(np.exp(loss)), "ratio": ratio, "error": error}
+            numbers = {
+                "bits": quant.bits(packed),
+                "perplexity": float(np.exp(loss)),
+                "ratio": ratio,
+                "error": error,
+            }
             found.append({"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in numbers.items()}})
             print(f"{kind}: loss {loss:.4f}", file=sys.stderr)
     return found

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--over", required=True, metavar="KNOB=A,B,...", help="a knob and its values")
     parser.add_argument("--alone", type=int, default=2, help="members that are really run alone")
@@ -35,7 +37,9 @@ def arguments() -> argparse.Namespace:
 def timed(*command: str) -> tuple[float, float]:
     """(seconds, peak GiB) of a command. Raises RuntimeError with its last words if it fails."""
     begin = time.perf_counter()
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         assert process.stdout is not None
         words = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
@@ -69,7 +73,9 @@ def main() -> int:
         given = (f"{knob}={values[number]}", f"name={name}/alone-{number}")
         single.append(timed(str(ROOT / "scripts/train.py"), *common, *given))
         steps.extend(step_seconds(folder / f"alone-{number}/metrics.jsonl"))
-        print(f"alone, {given[0]}: {single[-1][0]:.0f} s, {single[-1][1]:.2f} GiB", file=sys.stderr, flush=True)
+        print(
+            f"alone, {given[0]}: {single[-1][0]:.0f} s, {single[-1][1]:.2f} GiB", file=sys.stderr, flush=True
+        )
 
     try:
         half = (a.alone + 1) // 2
@@ -87,7 +93,9 @@ def main() -> int:
     return 0
 
 
-def _result(count: int, alone: tuple[list[tuple[float, float]], list[float]], all_: tuple[Any, list[float]]) -> dict[str, Any]:
+def _result(
+    count: int, alone: tuple[list[tuple[float, float]], list[float]], all_: tuple[Any, list[float]]
+) -> dict[str, Any]:
     seconds = statistics.mean(s for s, _ in alone[0])
     one, many = statistics.median(alone[1]), statistics.median(all_[1])
     return {

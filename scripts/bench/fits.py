@@ -61,14 +61,20 @@ PLANNER = {
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("fits.json"))
     parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), metavar="CHIP")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
-    parser.add_argument("--again", action="store_true", help="compile again what an older jax or other code gave")
-    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE", help="compile nothing, add what FILEs hold")
+    parser.add_argument(
+        "--again", action="store_true", help="compile again what an older jax or other code gave"
+    )
+    parser.add_argument(
+        "--add", nargs="+", type=Path, default=[], metavar="FILE", help="compile nothing, add what FILEs hold"
+    )
     parser.add_argument("--print", action="store_true", help="compile nothing, print what is there")
     return parser.parse_args(argv)
 
@@ -83,7 +89,11 @@ def wanted(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
 def settings(model: str, method: str, objective: str, devices: int) -> tuple[str, list[str]]:
     """(config, overrides) of a cell."""
     rows = [f"batch={devices}", "micro=1", f"max_length={LENGTH if objective == 'sft' else LENGTH // 2}"]
-    return f"configs/llama31_8b_{objective}.py", [f"model={MODELS[model]}", *SETTINGS[method, objective], *rows]
+    return f"configs/llama31_8b_{objective}.py", [
+        f"model={MODELS[model]}",
+        *SETTINGS[method, objective],
+        *rows,
+    ]
 
 
 def source_hash() -> str:
@@ -111,7 +121,9 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
         one = plan.plan(run, machine).json()
     except ValueError as error:
         return {**none, "why": str(error)}
-    return {name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")}
+    return {
+        name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")
+    }
 
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
@@ -128,15 +140,23 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
             path, overrides = settings(model, method, objective, len(machine.devices))
             run, begin = config.load(str(Path(sys.path[0]) / path), overrides), time.perf_counter()
             found = planned(run, machine)
-            found |= {"config": path, "overrides": overrides, "seconds": round(time.perf_counter() - begin, 1)}
+            found |= {
+                "config": path,
+                "overrides": overrides,
+                "seconds": round(time.perf_counter() - begin, 1),
+            }
             save(key, found)
             size_ = f"{found['total'] / plan.GIB:.2f} GiB" if found["total"] else "too large"
-            print(f"{key}: {size_}, fits: {found['fits']} ({found['seconds']} s)", file=sys.stderr, flush=True)
+            print(
+                f"{key}: {size_}, fits: {found['fits']} ({found['seconds']} s)", file=sys.stderr, flush=True
+            )
         if found["fits"]:
             return
 
 
-def smallest(cells: dict[str, Any], chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
+def smallest(
+    cells: dict[str, Any], chip: str, model: str, method: str, objective: str
+) -> dict[str, Any] | None:
     """The first size that fits, {} where none does, None where that isn't known yet."""
     for size in HARDWARE[chip][1]:
         found = cells.get(f"{chip}:{size} {model} {method} {objective}")
@@ -159,7 +179,10 @@ def shown(one: dict[str, Any] | None) -> str:
 
 def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
     """Markdown: a row a model, method and objective, a column a machine."""
-    lines = ["| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |", "|---" * (3 + len(a.hardware)) + "|"]
+    lines = [
+        "| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |",
+        "|---" * (3 + len(a.hardware)) + "|",
+    ]
     for model in a.models:
         for method in a.methods:
             for objective in a.objectives:
@@ -210,7 +233,9 @@ def main() -> int:
     print(table(stored(), a))
     older = sum(one["source"] != version for one in stored().values())
     if older:
-        print(f"\n{older} of {len(stored())} programs were compiled by an older jax or of older code; --again compiles them")
+        print(
+            f"\n{older} of {len(stored())} programs were compiled by an older jax or of older code; --again compiles them"
+        )
     return 0
 
 

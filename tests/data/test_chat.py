@@ -30,7 +30,9 @@ def tokenise(example, kind, loss_on="completion"):
 
 
 def learned_text(kind, ids, learned):
-    return tiny(kind).decode(ids[learned].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tiny(kind).decode(
+        ids[learned].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 def expected(kind, answers, last):
@@ -71,9 +73,9 @@ def test_whitespace_around_an_answer_never_loses_a_character_of_it(kind, texts):
 def test_tokens_are_those_of_transformers_with_one_bos(kind):
     tokenizer, example = tiny(kind), conversation(["what is a rank?", "a number", "why?", "héllo 🙂"])
     ids, _ = tokenise(example, kind, "all")
-    wanted = tokenizer.apply_chat_template(list(example.messages), tokenize=True, return_dict=True, date_string=chat.DATE)[
-        "input_ids"
-    ]
+    wanted = tokenizer.apply_chat_template(
+        list(example.messages), tokenize=True, return_dict=True, date_string=chat.DATE
+    )["input_ids"]
     assert ids.tolist()[: len(wanted)] == wanted
     assert ids.tolist()[len(wanted) :] == ([tokenizer.eos_token_id] if kind == "plain" else [])
     if kind in ("llama3", "gemma"):
@@ -92,9 +94,9 @@ def test_markers_give_the_mask_that_transformers_computes():
 
 def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
     tokenizer = tiny.__wrapped__("marked")
-    tokenizer.chat_template = tokenizer.chat_template.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace(
-        "{% endgeneration %}{{ '\n'", "{% endgeneration %}{{ '<|im_end|>\n'"
-    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "+ '<|im_end|>' }}{% endgen", "}}{% endgen"
+    ).replace("{% endgeneration %}{{ '\n'", "{% endgeneration %}{{ '<|im_end|>\n'")
     ((ids, learned),) = chat.tokenise([conversation(["a", "bc"])], tokenizer)
     assert tokenizer.decode(ids[learned].tolist()) == "bc<|im_end|>"
 
@@ -138,7 +140,9 @@ def test_eos_that_the_tokenizer_adds_is_not_doubled():
 
     tokenizer = tiny.__wrapped__("none")
     eos = tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", eos)]
+    )
     ((ids, learned),) = chat.tokenise([Completion("r:1", "the", " rank")], tokenizer)
     assert ids.tolist().count(eos) == 1 and learned[-1]
 
@@ -149,20 +153,28 @@ def stock(name, eos):
     source = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
     tokenizer = tiny.__wrapped__("none")
     special = sorted(set(re.findall(r"<[|｜][^|｜<> ]+[|｜]>|<(?:start|end)_of_turn>", source)))
-    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": eos, "bos_token": "<bos>"})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": special, "eos_token": eos, "bos_token": "<bos>"}
+    )
     tokenizer.chat_template = source
     return chat.template_of(tokenizer)
 
 
-@pytest.mark.parametrize("name", ("llama3", "qwen2_5", "qwen3_instruct_2507", "gemma", "gemma3", "cohere", "cohere2", "lfm2"))
+@pytest.mark.parametrize(
+    "name", ("llama3", "qwen2_5", "qwen3_instruct_2507", "gemma", "gemma3", "cohere", "cohere2", "lfm2")
+)
 @pytest.mark.parametrize("loss_on", ("assistant", "completion"))
 def test_prefix_rendering_finds_what_the_markers_of_trl_enclose(name, loss_on):
-    eos = {"llama3": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>"}.get(name, "<|im_end|>")
+    eos = {"llama3": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>"}.get(
+        name, "<|im_end|>"
+    )
     for texts in (["q", "one"], ["q", "one", "r", "two\n\nlines 🙂"], ["q", "one"] * 3):
         found = []
         for template in (stock(name, eos), stock(f"{name}_training", eos)):
             r = chat.render(conversation(texts), template, loss_on)
-            found.append([r.text[start:end].strip() for start, end in r.learned])  # their markers take the newline after too
+            found.append(
+                [r.text[start:end].strip() for start, end in r.learned]
+            )  # their markers take the newline after too
         assert found[0] == found[1] and len(found[0]) == (len(texts) // 2 if loss_on == "assistant" else 1)
 
 
@@ -177,13 +189,17 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
 
 
 def test_a_template_that_hides_the_answer_is_refused():
-    with pytest.raises(ValueError, match="rows.jsonl:1: the chat template refuses the row: it does not show message 1"):
+    with pytest.raises(
+        ValueError, match="rows.jsonl:1: the chat template refuses the row: it does not show message 1"
+    ):
         chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
 
 
 def test_date_is_pinned_for_string_and_for_function():
     tokenizer = tiny.__wrapped__("llama3")
-    assert "Today Date: 26 Jul 2024" in chat.render(conversation(["a", "b"]), chat.template_of(tokenizer)).text
+    assert (
+        "Today Date: 26 Jul 2024" in chat.render(conversation(["a", "b"]), chat.template_of(tokenizer)).text
+    )
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
     text = chat.render(conversation(["a", "b"]), chat.template_of(tokenizer, "03 Feb 2025")).text
     assert text.startswith("2025-02-03") and "Today Date: 03 Feb 2025" in text
@@ -201,7 +217,11 @@ def test_instruction_without_a_template_has_a_plain_form():
 
 
 def test_a_row_that_the_template_refuses_is_named():
-    messages = ({"role": "system", "content": "x"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    messages = (
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    )
     with pytest.raises(ValueError, match="r:7: the chat template refuses the row: System role not supported"):
         tokenise(Chat("r:7", messages, 2), "gemma")
 
@@ -218,7 +238,10 @@ def test_tool_calls_are_learned():
         "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].name + '</call>' }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]},
+    ]
     turns += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "so 3"}]
     ((ids, learned),) = chat.tokenise([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
     assert tokenizer.decode(ids[learned].tolist()) == "<call>sum</call><|im_end|>so 3<|im_end|>"
@@ -232,7 +255,10 @@ def test_prompt_ids_are_where_training_starts_to_learn(kind):
 
 
 def test_order_of_examples_is_kept_among_kinds_and_chunks():
-    examples = [Text(f"r:{i}", f"the {i}") if i % 3 else conversation([f"a {i}", f"b {i}"]) for i in permutation(2100, 1)]
+    examples = [
+        Text(f"r:{i}", f"the {i}") if i % 3 else conversation([f"a {i}", f"b {i}"])
+        for i in permutation(2100, 1)
+    ]
     texts = [chat.render(e, chat.template_of(tiny("chatml"))).text for e in examples]
     got = [tiny("chatml").decode(ids.tolist()) for ids, _ in chat.tokenise(examples, tiny("chatml"))]
     assert all(g.startswith(t) for g, t in zip(got, texts, strict=True))

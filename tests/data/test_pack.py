@@ -59,9 +59,15 @@ def monkeypatch_window(request):
 
 def test_epochs_and_seeds_differ():
     lengths = np.full(64, 10)
-    orders = {tuple(pack.packed(lengths, lengths, 40, seed, epoch).members) for seed in range(3) for epoch in range(3)}
+    orders = {
+        tuple(pack.packed(lengths, lengths, 40, seed, epoch).members)
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert len(orders) == 9
-    assert len({tuple(pack.unpacked(64, seed, epoch).members) for seed in range(3) for epoch in range(3)}) == 9
+    assert (
+        len({tuple(pack.unpacked(64, seed, epoch).members) for seed in range(3) for epoch in range(3)}) == 9
+    )
 
 
 def test_permutation_is_a_shuffle_that_stays_the_same_for_ever():

@@ -92,7 +92,10 @@ def test_plain_format_keeps_text_as_it_is():
 
 @pytest.mark.parametrize("label", (True, False, 1, 0))
 def test_an_unpaired_row_has_only_the_answer_that_its_label_says(label):
-    for fields, plain in (({"prompt": "q", "completion": "a"}, True), ({"prompt": [Q], "completion": [A]}, False)):
+    for fields, plain in (
+        ({"prompt": "q", "completion": "a"}, True),
+        ({"prompt": [Q], "completion": [A]}, False),
+    ):
         found = pair({**fields, "label": label}).answers
         there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
         assert found[missing] is None and found[there] == Chat("r:1", (Q, A), 1, plain)
@@ -110,7 +113,10 @@ def test_the_third_answer_is_the_column_reference():
 
 def test_columns_are_renamed_and_numbers_are_read():
     fields = {"question": "q", "good": "a", "bad": "b", "gap": 2, "margin": 0.5, "sure": 3}
-    options = {"columns": ("prompt=question", "chosen=good", "rejected=bad", "weight=sure"), "extras": ("gap", "margin")}
+    options = {
+        "columns": ("prompt=question", "chosen=good", "rejected=bad", "weight=sure"),
+        "extras": ("gap", "margin"),
+    }
     found = pair(fields, weight_column="weight", **options)
     assert found.answers == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).answers
     assert found.numbers == (2.0, 0.5) and found.weight == 3.0
@@ -140,14 +146,34 @@ SAD = [
         {},
         r"column 'chosen' begins with a turn of user .* 0 differs",
     ),
-    ({"prompt": list(LONG), "chosen": [*LONG[:3], user("x"), A], "rejected": [B]}, {}, r"column 'chosen' begins .* 3 differs"),
-    ({"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]}, {}, "conversations in chosen and rejected do not begin alike"),
+    (
+        {"prompt": list(LONG), "chosen": [*LONG[:3], user("x"), A], "rejected": [B]},
+        {},
+        r"column 'chosen' begins .* 3 differs",
+    ),
+    (
+        {"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]},
+        {},
+        "conversations in chosen and rejected do not begin alike",
+    ),
     ({"prompt": "q", "chosen": [user("x"), A], "rejected": [Q, B]}, {}, "do not begin alike"),
-    ({"prompt": [Q, A], "chosen": [B], "rejected": [answer("c")]}, {}, "the prompt ends with an assistant turn"),
-    ({"prompt": [Q], "chosen": [A, user("x")], "rejected": [B]}, {}, "answer in column 'chosen' ends with a user turn"),
+    (
+        {"prompt": [Q, A], "chosen": [B], "rejected": [answer("c")]},
+        {},
+        "the prompt ends with an assistant turn",
+    ),
+    (
+        {"prompt": [Q], "chosen": [A, user("x")], "rejected": [B]},
+        {},
+        "answer in column 'chosen' ends with a user turn",
+    ),
     ({"chosen": [A], "rejected": [B]}, {}, "chosen and rejected share no first message"),
     ({"chosen": [Q, A], "rejected": [user("x"), B]}, {}, "chosen and rejected share no first message"),
-    ({"chosen": [*SAID, A], "rejected": [*SAID[:2], user("x"), B]}, {}, "differ in message 2, which is no answer"),
+    (
+        {"chosen": [*SAID, A], "rejected": [*SAID[:2], user("x"), B]},
+        {},
+        "differ in message 2, which is no answer",
+    ),
     ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, {}, "differ in message 2, which is no answer"),
     ({"chosen": [Q, A], "rejected": "b"}, {}, "of 'chosen' and 'rejected' one is a string"),
     ({"chosen": "a", "rejected": "b"}, {}, "column 'chosen' is a string that does not begin with 'Human:'"),
@@ -161,7 +187,11 @@ SAD = [
         {},
         r"the dialogues differ before their last turn \(in turn 2\)",
     ),
-    ({"chosen": HUMAN + " a", "rejected": "\n\nHuman: p\n\nAssistant: b"}, {}, r"differ before their last turn \(in turn 2\)"),
+    (
+        {"chosen": HUMAN + " a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+        {},
+        r"differ before their last turn \(in turn 2\)",
+    ),
     ({"chosen": "Human: a", "rejected": "Human: b"}, {}, "a dialogue of one turn has no prompt"),
     (
         {"chosen": HUMAN + " a\n\nHuman: x", "rejected": HUMAN + " a\n\nHuman: y"},
@@ -176,15 +206,31 @@ SAD = [
     ({"prompt": "q", "completion": "a", "label": 1.0}, {}, r"label is 1\.0, wanted true or false"),
     ({**GOOD, "conversations": GPT}, {}, "columns fit preference and ranking; set data.format"),
     (GOOD, {"third": "gold"}, "no column 'reference', which data.third=gold"),
-    (GOOD, {"extras": ("margin",)}, r"no number in column 'margin' \(data\.extras\); found columns: prompt, chosen, rejected"),
+    (
+        GOOD,
+        {"extras": ("margin",)},
+        r"no number in column 'margin' \(data\.extras\); found columns: prompt, chosen, rejected",
+    ),
     ({**GOOD, "margin": "1"}, {"extras": ("margin",)}, "column 'margin' .* is '1', wanted a finite number"),
     ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True, wanted a finite number"),
-    ({**GOOD, "margin": float("nan")}, {"extras": ("margin",)}, "column 'margin' .* is nan, wanted a finite number"),
+    (
+        {**GOOD, "margin": float("nan")},
+        {"extras": ("margin",)},
+        "column 'margin' .* is nan, wanted a finite number",
+    ),
     ({**GOOD, "w": -1}, {"weight_column": "w"}, "the weight in column 'w' is -1; wanted 0 or more"),
     (GOOD, {"weight_column": "w"}, r"no number in column 'w' \(data\.weight_column\)"),
     (GOOD, {"format": "dpo"}, "data.format='dpo'; wanted auto, plain or one of preference"),
-    ({"chosen": [Q, A], "rejected": [Q, B]}, {"format": "plain"}, "data.format=plain is for preference and unpaired rows"),
-    ({"prompt": [Q], "chosen": [A], "rejected": [B]}, {"format": "plain"}, "column 'prompt' is list, wanted a string"),
+    (
+        {"chosen": [Q, A], "rejected": [Q, B]},
+        {"format": "plain"},
+        "data.format=plain is for preference and unpaired rows",
+    ),
+    (
+        {"prompt": [Q], "chosen": [A], "rejected": [B]},
+        {"format": "plain"},
+        "column 'prompt' is list, wanted a string",
+    ),
     (GOOD, {"columns": ("prompt=question",)}, "no column 'question'"),
     (GOOD, {"columns": ("ask=prompt",)}, "maps to unknown column 'ask'"),
 ]
@@ -216,7 +262,8 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        [p.answers["chosen"].messages for p in normalise_pairs(read_rows(str(f)), PairRows("r"))] for f in tmp_path.iterdir()
+        [p.answers["chosen"].messages for p in normalise_pairs(read_rows(str(f)), PairRows("r"))]
+        for f in tmp_path.iterdir()
     ]
     assert len(found) == 3 and found[0] == found[1] == found[2]
 
@@ -225,7 +272,9 @@ def test_conversations_need_a_template_and_strings_do_not(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(GOOD))
     source = pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)
-    assert source.preview == "prompt: <s>### Instruction:\nq\n\n### Response:\n\nchosen: a</s>\nrejected: b</s>"
+    assert (
+        source.preview == "prompt: <s>### Instruction:\nq\n\n### Response:\n\nchosen: a</s>\nrejected: b</s>"
+    )
     path.write_text(json.dumps({"chosen": [Q, A], "rejected": [Q, B]}))
     with pytest.raises(ValueError, match="r.jsonl:1: a conversation needs a chat template"):
         pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)

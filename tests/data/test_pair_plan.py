@@ -10,11 +10,18 @@ from jaxft.data.pairs import batches
 
 
 @settings(max_examples=50, deadline=None)
-@given(tokens=st.lists(st.integers(1, 999), min_size=1, max_size=99), size=st.integers(1, 9), epoch=st.integers(0, 3))
+@given(
+    tokens=st.lists(st.integers(1, 999), min_size=1, max_size=99),
+    size=st.integers(1, 9),
+    epoch=st.integers(0, 3),
+)
 def test_a_plan_holds_every_pair_once(tokens, size, epoch):
     tokens = np.array(tokens)
     found = batches.batches(tokens, size, 7, epoch)
-    assert sorted(found[found >= 0].tolist()) == list(range(len(tokens))) and found.shape == (-(-len(tokens) // size), size)
+    assert sorted(found[found >= 0].tolist()) == list(range(len(tokens))) and found.shape == (
+        -(-len(tokens) // size),
+        size,
+    )
     assert (found[:-1] >= 0).all()
     members, row = batches.deal(found, tokens, 3)
     assert np.array_equal(np.sort(members, 1), np.sort(found, 1)) and ((row < 0) == (members < 0)).all()

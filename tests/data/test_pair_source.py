@@ -38,7 +38,9 @@ def test_every_batch_has_one_shape_and_an_epoch_every_pair_once(folder, micro, s
         assert shape(batch) == shape(s.abstract) and batch.ids.shape[:2] == (micro, shards)
         assert sum(batch.index.ravel() >= 0) == (1 if k % 9 == 8 else 4)
     assert all(
-        x.shape == (1, *y.shape[1:]) for h in s.held_out for x, y in zip(*map(jax.tree.leaves, (h, s.abstract)), strict=True)
+        x.shape == (1, *y.shape[1:])
+        for h in s.held_out
+        for x, y in zip(*map(jax.tree.leaves, (h, s.abstract)), strict=True)
     )
 
 
@@ -49,7 +51,9 @@ def test_micro_shards_and_layout_change_nothing_but_the_cutting(folder):
         assert other.fingerprint == plain.fingerprint
         for k in range(plain.steps):
             assert seen(other.batch(k)) == seen(plain.batch(k))
-            assert np.array_equal(np.unique(other.batch(k).mean_lengths), np.unique(plain.batch(k).mean_lengths))
+            assert np.array_equal(
+                np.unique(other.batch(k).mean_lengths), np.unique(plain.batch(k).mean_lengths)
+            )
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder):
@@ -64,8 +68,20 @@ def test_batches_are_a_pure_function_of_seed_and_step(folder):
 
 
 def test_whatever_changes_the_loss_changes_the_fingerprint(folder):
-    changes = ({}, {"seed": 1}, {"batch": 5}, {"weighting": "token"}, {"weight_column": "w"}, {"extras": ("margin",)})
-    changes += ({"third": "mismatched"}, {"held_out": 0.2}, {"format": "plain"}, {"max_length": 60, "too_long": "drop"})
+    changes = (
+        {},
+        {"seed": 1},
+        {"batch": 5},
+        {"weighting": "token"},
+        {"weight_column": "w"},
+        {"extras": ("margin",)},
+    )
+    changes += (
+        {"third": "mismatched"},
+        {"held_out": 0.2},
+        {"format": "plain"},
+        {"max_length": 60, "too_long": "drop"},
+    )
     found = [source(folder, **change).fingerprint for change in changes]
     assert len(set(found)) == len(found)
 
@@ -95,7 +111,9 @@ def test_weights_of_a_batch_sum_to_one(folder, weighting, column):
 def test_a_batch_of_no_weight_stays_at_zero(folder):
     write(folder / "r.jsonl", [{**row, "w": 0} for row in make_rows(8)])
     batch = source(folder, weight_column="w", held_out="none").batch(0)
-    assert (batch.pair_weights == 0).all() and (batch.index >= 0).sum() == 4 and (batch.mean_lengths == 0).all()
+    assert (
+        (batch.pair_weights == 0).all() and (batch.index >= 0).sum() == 4 and (batch.mean_lengths == 0).all()
+    )
 
 
 @pytest.mark.parametrize("rows", (make_rows(37), unpaired(37)), ids=("paired", "unpaired"))
@@ -127,7 +145,11 @@ def test_pairs_of_one_prompt_are_never_on_both_sides(folder):
 def test_a_file_of_its_own_may_be_held_out(folder):
     held = write(folder / "h.jsonl", make_rows(40)[37:])
     s = source(folder, held_out=held)
-    assert {i for batch in s.held_out for i in seen(batch)} == {37, 38, 39} and s.pairs == 40 and len(epoch(s)) == 37
+    assert (
+        {i for batch in s.held_out for i in seen(batch)} == {37, 38, 39}
+        and s.pairs == 40
+        and len(epoch(s)) == 37
+    )
     assert s.fingerprint != source(folder, held_out="none").fingerprint
 
 
@@ -135,7 +157,9 @@ def test_a_file_of_its_own_may_be_held_out(folder):
 
 
 def bodies(s, members):
-    return {i: [a and a[1] for a in value[2]] for batch in s.cover(members) for i, value in seen(batch).items()}
+    return {
+        i: [a and a[1] for a in value[2]] for batch in s.cover(members) for i, value in seen(batch).items()
+    }
 
 
 def test_mismatched_answers_are_another_pairs_and_each_is_used_once(folder):
@@ -149,7 +173,9 @@ def test_mismatched_answers_are_another_pairs_and_each_is_used_once(folder):
             own = {i: tuple(a if a is not None else b) for i, (a, b, _) in found.items()}
             taken = {i: tuple(c) for i, (*_, c) in found.items()}
             assert sorted(own.values()) == sorted(taken.values()) and all(own[i] != taken[i] for i in found)
-        assert bodies(source(folder, third="mismatched", held_out=0.3, epochs=3), range(37)) == bodies(s, range(37))
+        assert bodies(source(folder, third="mismatched", held_out=0.3, epochs=3), range(37)) == bodies(
+            s, range(37)
+        )
 
 
 def test_a_mismatched_answer_has_another_prompt_where_there_are_enough(folder):
@@ -158,9 +184,13 @@ def test_a_mismatched_answer_has_another_prompt_where_there_are_enough(folder):
     found = bodies(source(folder, third="mismatched", held_out="none"), range(21))
     assert all(tiny("llama3").decode(c)[0] != str(i % 3) for i, (*_, c) in found.items())
     write(folder / "r.jsonl", [{**row, "prompt": "p"} for row in rows])
-    assert all(a != c for a, _, c in bodies(source(folder, third="mismatched", held_out="none"), range(21)).values())
+    assert all(
+        a != c for a, _, c in bodies(source(folder, third="mismatched", held_out="none"), range(21)).values()
+    )
     write(folder / "r.jsonl", rows[:1] * 3)
-    with pytest.raises(ValueError, match="data.third=mismatched takes each pair's third answer from another pair"):
+    with pytest.raises(
+        ValueError, match="data.third=mismatched takes each pair's third answer from another pair"
+    ):
         source(folder, third="mismatched", held_out="none")
 
 
@@ -193,7 +223,9 @@ def test_cover_holds_what_is_asked_for_in_the_shape_of_the_held_out(covered, mem
 def covered(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("cover"), {}
     write(folder / "r.jsonl", make_rows(37))
-    return lambda shards: made.setdefault(shards, source(folder, shards=shards, third="mismatched", epochs=0.2))
+    return lambda shards: made.setdefault(
+        shards, source(folder, shards=shards, third="mismatched", epochs=0.2)
+    )
 
 
 def test_cover_of_nothing_is_nothing_and_of_strangers_an_error(folder):
@@ -219,8 +251,12 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
             slot, kind = divmod(int(batch.answers[at]), kinds)
             x[at] = made_up(int(batch.index[(*at[:-1], slot)]), kind, int(batch.places[at]))
         values.update(s.values(batch, x))
-    wanted = lambda i, lengths: [made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)]  # noqa: E731
-    lengths = {i: [len(a[1]) for a in value[2]] for batch in s.cover(range(37)) for i, value in seen(batch).items()}
+    wanted = lambda i, lengths: [
+        made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)
+    ]  # noqa: E731
+    lengths = {
+        i: [len(a[1]) for a in value[2]] for batch in s.cover(range(37)) for i, value in seen(batch).items()
+    }
     assert {i: v.tolist() for i, v in values.items()} == {i: wanted(i, lengths[i]) for i in range(37)}
     known = s.with_reference(values)
     assert known.fingerprint == s.fingerprint and known.keys == s.keys and s.batch(0).reference is None
@@ -235,12 +271,16 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
 
 def test_a_reference_that_is_not_whole_is_refused(folder):
     s = source(folder)
-    values = {i: v for batch in s.cover(range(37)) for i, v in s.values(batch, np.zeros(batch.read.shape)).items()}
+    values = {
+        i: v for batch in s.cover(range(37)) for i, v in s.values(batch, np.zeros(batch.read.shape)).items()
+    }
     s.with_reference(values)
     with pytest.raises(ValueError, match="1 of 37 pairs lack them, first r.jsonl:6"):
         s.with_reference({i: v for i, v in values.items() if i != 5})
     for wrong in (values[5][1:], np.append(values[5][1:], np.nan)):
-        with pytest.raises(ValueError, match=rf"of r.jsonl:6: found {len(wrong)}, wanted {len(values[5])} finite numbers"):
+        with pytest.raises(
+            ValueError, match=rf"of r.jsonl:6: found {len(wrong)}, wanted {len(values[5])} finite numbers"
+        ):
             s.with_reference({**values, 5: wrong})
 
 
@@ -285,13 +325,22 @@ def test_wrong_settings_are_one_line(folder, options, error):
 @pytest.mark.parametrize("layout", ("branches", "plain"))
 def test_abstract_pairs_are_the_same_tree_and_no_smaller(folder, layout, third):
     for micro, shards in ((1, 1), (2, 2)):
-        options = {"layout": layout, "third": third, "extras": ("margin",), "max_length": 128, "micro": micro, "batch": 6}
+        options = {
+            "layout": layout,
+            "third": third,
+            "extras": ("margin",),
+            "max_length": 128,
+            "micro": micro,
+            "batch": 6,
+        }
         s = source(folder, shards=shards, **options)
         most = abstract_pairs(PairRows("r", **options), shards)
         assert jax.tree.structure(most) == jax.tree.structure(s.abstract)
         for a, b in zip(jax.tree.leaves(most), jax.tree.leaves(s.abstract), strict=True):
             assert (
-                a.dtype == b.dtype and a.shape[:2] == b.shape[:2] and all(x >= y for x, y in zip(a.shape, b.shape, strict=True))
+                a.dtype == b.dtype
+                and a.shape[:2] == b.shape[:2]
+                and all(x >= y for x, y in zip(a.shape, b.shape, strict=True))
             )
         assert PairRows("r", **options).abstract(shards) == most
     assert abstract_pairs(PairRows("r"), reference=True).reference.dtype == np.float32
@@ -302,16 +351,29 @@ def test_stats_count_what_happened(folder):
     found = epoch(s)
     learned = sum(len(a[1]) for value in found.values() for a in value[2])
     total = learned + sum(len(a[0]) for value in found.values() for a in value[2])
-    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["examples"], s.stats["dropped"]) == (total, learned, 37, 0)
-    assert s.stats["fill"] == total / (s.stats["rows"] * s.stats["row_length"]) and s.stats["rows"] == 2 * s.steps_per_epoch
+    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["examples"], s.stats["dropped"]) == (
+        total,
+        learned,
+        37,
+        0,
+    )
+    assert (
+        s.stats["fill"] == total / (s.stats["rows"] * s.stats["row_length"])
+        and s.stats["rows"] == 2 * s.steps_per_epoch
+    )
     longer = [len(a[1]) > len(b[1]) for *_, (a, b) in found.values()]
     assert s.stats["chosen_longer"] == np.mean(longer) and json.loads(json.dumps(s.stats)) == s.stats
-    assert s.abstract.ids.shape[-1] % 64 == 0 and s.abstract.read.shape[-1] % (s.abstract.ids.shape[-1] // 8) == 0
+    assert (
+        s.abstract.ids.shape[-1] % 64 == 0
+        and s.abstract.read.shape[-1] % (s.abstract.ids.shape[-1] // 8) == 0
+    )
 
 
 def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_path):
     write(tmp_path / "r.jsonl", unpaired(4))
-    with pytest.raises(ValueError, match="r.jsonl:1: one answer with a label .4 such rows., and this run compares two; use"):
+    with pytest.raises(
+        ValueError, match="r.jsonl:1: one answer with a label .4 such rows., and this run compares two; use"
+    ):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))
     assert source(tmp_path, unpaired=False).pairs == 5

@@ -42,14 +42,19 @@ def test_prompt_and_answers_are_cut_where_trl_cuts_them(folder, kind):
             if kind == "plain":  # a template without an end of turn: EOS is added
                 full = [*full, tokenizer.eos_token_id]
             assert ids == prompt and full[: len(targets)] == targets
-            assert not tokenizer.decode(full[len(targets) :]).strip()  # a newline behind the end of turn is not learned
+            assert not tokenizer.decode(
+                full[len(targets) :]
+            ).strip()  # a newline behind the end of turn is not learned
 
 
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_border_is_where_sft_begins_to_learn(folder, kind):
     rows = [cache.Row("r:1", row) for row in make_rows(12)]
     for fields in (r.fields for r in rows):
-        turns = ({"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["chosen"]})
+        turns = (
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["chosen"]},
+        )
         ((ids, learned),) = chat.tokenise([Chat("r:1", turns, 1)], tiny(kind))
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
@@ -83,13 +88,16 @@ def test_hh_dialogues_become_turns(folder):
 
 def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
     turns = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]  # noqa: E731
-    write(folder / "r.jsonl", [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}])
+    write(
+        folder / "r.jsonl",
+        [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
+    )
     pool = pair_store.tokenised_pairs(str(folder / "r.jsonl"), PairRows("r"), tiny("chatml"), folder)
     body = pool.piece(0, 1)
     learned = pool.learned[pool.starts[0, 1] :][: len(body)]
-    assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny("chatml").decode(
-        body[~learned]
-    )
+    assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny(
+        "chatml"
+    ).decode(body[~learned])
     batch = flat(source(folder, "chatml", held_out="none", batch=1).batch(0))
     assert batch.lengths[0, 0].tolist() == pool.reads[0].tolist() == [learned.sum(), pool.reads[0, 1]]
 
@@ -124,7 +132,11 @@ def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, floa
     model = llama(config, jnp.float64)
     weights = jax.jit(lambda key: param.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
     logps = jax.jit(lambda batch: answer_logps(model, weights, flat(batch), None).logp)
-    whole = jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1))
+    whole = jax.jit(
+        lambda tokens: jax.nn.log_softmax(
+            model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1
+        )
+    )
     alone = {}
     for layout in ("branches", "plain"):
         s = source(folder, layout=layout, third="mismatched", micro=2)
@@ -143,7 +155,9 @@ def on_its_own(whole, answers):
     for prompt, targets, _ in answers:
         text = np.array(prompt + targets, np.int32)
         ids, segments = (np.pad(x, (0, 128 - len(text)))[None] for x in (text, np.ones_like(text)))
-        logps = whole(Tokens(ids, segments, np.arange(128, dtype=np.int32)[None], ids, ids, np.ones(ids.shape)))
+        logps = whole(
+            Tokens(ids, segments, np.arange(128, dtype=np.int32)[None], ids, ids, np.ones(ids.shape))
+        )
         found += [float(row[t]) for row, t in zip(logps[len(prompt) - 1 :], targets, strict=False)]
     return found
 
@@ -158,7 +172,9 @@ def test_branches_store_a_prompt_once(folder):
             prompt = (branch == 0).sum()
             for b, count in zip((1, 2), batch.lengths[r, slot], strict=True):
                 assert position[branch == b].tolist() == list(range(prompt, prompt + count))
-            reads = batch.read[r, np.isin(batch.answers[r], [2 * slot, 2 * slot + 1]) & (batch.places[r] == 0)]
+            reads = batch.read[
+                r, np.isin(batch.answers[r], [2 * slot, 2 * slot + 1]) & (batch.places[r] == 0)
+            ]
             assert (reads == np.flatnonzero(inside)[prompt - 1]).all() and len(reads) == 2
 
 
@@ -177,9 +193,14 @@ def test_an_empty_prompt_leaves_the_first_token_unlearned(folder):
 
 
 def long_rows(folder, **change):
-    rows = [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}, {"prompt": "a" * 50, "chosen": "b", "rejected": "c"}]
+    rows = [
+        {"prompt": "a", "chosen": "b" * 30, "rejected": "d"},
+        {"prompt": "a" * 50, "chosen": "b", "rejected": "c"},
+    ]
     write(folder / "r.jsonl", [*rows, {"prompt": "a", "chosen": "b", "rejected": "c", **change}])
-    return lambda n, too_long: source(folder, "none", format="plain", max_length=n, too_long=too_long, held_out="none", batch=1)
+    return lambda n, too_long: source(
+        folder, "none", format="plain", max_length=n, too_long=too_long, held_out="none", batch=1
+    )
 
 
 def test_too_long_pairs_are_dropped_and_counted(folder):
@@ -191,9 +212,15 @@ def test_too_long_pairs_are_dropped_and_counted(folder):
 
 def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
     make = long_rows(folder)
-    with pytest.raises(ValueError, match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=20 leaves no answer"):
+    with pytest.raises(
+        ValueError,
+        match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=20 leaves no answer",
+    ):
         make(20, "truncate")
-    with pytest.raises(ValueError, match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=51 leaves no answer"):
+    with pytest.raises(
+        ValueError,
+        match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=51 leaves no answer",
+    ):
         make(51, "truncate")
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
     s = make(20, "truncate")
@@ -203,16 +230,22 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
 
 
 def test_too_long_error_names_row_and_answer(folder):
-    with pytest.raises(ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt, more than data.max_length=20"):
+    with pytest.raises(
+        ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt, more than data.max_length=20"
+    ):
         long_rows(folder)(20, "error")
 
 
 def test_answers_that_truncation_makes_equal_are_refused(folder):
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}])
-    with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected cut to data.max_length=20 are the same"):
+    with pytest.raises(
+        ValueError, match="r.jsonl:1: chosen and rejected cut to data.max_length=20 are the same"
+    ):
         source(folder, "none", format="plain", max_length=20, held_out="none", batch=1)
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b", "rejected": " b "}])
-    with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; a pair needs two"):
+    with pytest.raises(
+        ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; a pair needs two"
+    ):
         source(folder, "llama3", held_out="none", batch=1)  # its template strips
 
 
@@ -229,11 +262,15 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
     assert border == len(ids(prompt)) - 1 and common(ids(prompt), ids(prompt + " is")) == border + 1
     assert s.stats["prompt_end_moved"] == 1 and "in 1 of 1 pairs" in s.preview
     for (got, targets, _), t in zip(answers, ("l", " is"), strict=True):
-        assert got == ids(prompt)[:border] and targets == [*ids(prompt + t)[border:], tiny("none").eos_token_id]
+        assert got == ids(prompt)[:border] and targets == [
+            *ids(prompt + t)[border:],
+            tiny("none").eos_token_id,
+        ]
     s, _ = one("of a", " model", " is")
     assert s.stats["prompt_end_moved"] == 0 and "pairs" not in s.preview
     with pytest.raises(
-        ValueError, match=r"r.jsonl:1: only 2 of the prompt's 5 tokens stay the same when an answer follows, ' mod' not"
+        ValueError,
+        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens stay the same when an answer follows, ' mod' not",
     ):
         one("of mod", "el", " is")
 
@@ -251,18 +288,39 @@ def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
     assert first.stats["cache"] == "built"
     (file,) = (folder / "cache" / "rows").iterdir()
     again = source(folder, **options)
-    assert again.stats["cache"] == "found" and again.fingerprint == first.fingerprint and again.keys == first.keys
+    assert (
+        again.stats["cache"] == "found"
+        and again.fingerprint == first.fingerprint
+        and again.keys == first.keys
+    )
     assert all(same(first.batch(k), again.batch(k)) for k in range(first.steps))
     sound = file.read_bytes()
-    for broken in (b"", sound[: len(sound) // 2], sound[: len(sound) // 3] + b"\x00\x01" + sound[len(sound) // 3 + 2 :]):
+    for broken in (
+        b"",
+        sound[: len(sound) // 2],
+        sound[: len(sound) // 3] + b"\x00\x01" + sound[len(sound) // 3 + 2 :],
+    ):
         file.write_bytes(broken)
         again = source(folder, **options)
         assert again.stats["cache"] == "rebuilt" and again.fingerprint == first.fingerprint
 
 
 def test_whatever_changes_the_tokens_changes_the_cache(folder):
-    tokens = ({"max_length": 99}, {"too_long": "drop"}, {"date": "01 Jan 2025"}, {"format": "plain"}, {"extras": ("margin",)})
-    others = ({"batch": 2}, {"seed": 3}, {"layout": "plain"}, {"third": "mismatched"}, {"micro": 2}, {"epochs": 2.0})
+    tokens = (
+        {"max_length": 99},
+        {"too_long": "drop"},
+        {"date": "01 Jan 2025"},
+        {"format": "plain"},
+        {"extras": ("margin",)},
+    )
+    others = (
+        {"batch": 2},
+        {"seed": 3},
+        {"layout": "plain"},
+        {"third": "mismatched"},
+        {"micro": 2},
+        {"epochs": 2.0},
+    )
     source(folder)
     for options in others:
         assert source(folder, **options).stats["cache"] == "found"

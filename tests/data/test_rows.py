@@ -11,7 +11,11 @@ from jaxft.data import formats
 from jaxft.data.formats import Chat, Completion, Text
 from jaxft.data.rows import REPOSITORY, Row, read_rows
 
-ROWS = [{"prompt": "a", "completion": "b\nü"}, {"prompt": 'c, "d"', "completion": "e"}, {"prompt": "f", "completion": "g"}]
+ROWS = [
+    {"prompt": "a", "completion": "b\nü"},
+    {"prompt": 'c, "d"', "completion": "e"},
+    {"prompt": "f", "completion": "g"},
+]
 
 
 def write(path, text):
@@ -34,7 +38,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         rows = read_rows(str(tmp_path / f"r.{suffix}"))
         assert [r.fields for r in rows] == ROWS
         assert rows[0].name == ("r.csv:2" if suffix == "csv" else f"r.{suffix}:1")
-    assert [r.name for r in read_rows(str(tmp_path / "r.csv"))] == ["r.csv:2", "r.csv:4", "r.csv:5"]  # a field spans two lines
+    assert [r.name for r in read_rows(str(tmp_path / "r.csv"))] == [
+        "r.csv:2",
+        "r.csv:4",
+        "r.csv:5",
+    ]  # a field spans two lines
     assert [r.fields for r in read_rows(str(tmp_path))] == ROWS * 4
 
 
@@ -120,7 +128,9 @@ def test_a_hub_dataset_is_asked_for_by_name_config_and_split(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"'org/set' is no local file, and the hub did not give it \(no route\)"):
+    with pytest.raises(
+        ValueError, match=r"'org/set' is no local file, and the hub did not give it \(no route\)"
+    ):
         read_rows("org/set")
 
 
@@ -138,14 +148,26 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
         ({"prompt": "q", "completion": "a"}, Completion("r:1", "q", "a")),
         ({"messages": list(ASKED), "prompt": "q"}, Chat("r:1", ASKED, 1)),
         ({"messages": json.dumps(ASKED)}, Chat("r:1", ASKED, 1)),
-        ({"messages": list(ASKED), "system": "s"}, Chat("r:1", ({"role": "system", "content": "s"}, *ASKED), 2)),
+        (
+            {"messages": list(ASKED), "system": "s"},
+            Chat("r:1", ({"role": "system", "content": "s"}, *ASKED), 2),
+        ),
         ({"prompt": [ASKED[0]], "completion": [ASKED[1]]}, Chat("r:1", ASKED, 1)),
         ({"instruction": "q", "response": "a"}, Chat("r:1", ASKED, 1, plain=True)),
         ({"instruction": "q", "output": "a", "input": ""}, Chat("r:1", ASKED, 1, plain=True)),
-        ({"instruction": "q", "output": "a", "input": "i"}, Chat("r:1", (turn("user", "q\n\ni"), ASKED[1]), 1, plain=True)),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, Chat("r:1", ASKED, 1)),
         (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            {"instruction": "q", "output": "a", "input": "i"},
+            Chat("r:1", (turn("user", "q\n\ni"), ASKED[1]), 1, plain=True),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            Chat("r:1", ASKED, 1),
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": "s",
+            },
             Chat("r:1", (turn("system", "s"), *ASKED), 2),
         ),
         ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ASKED[1]]}, Chat("r:1", ASKED, 1)),
@@ -157,22 +179,44 @@ def test_formats_are_recognised(fields, wanted):
 
 def test_columns_rename_and_say_which_format_is_meant():
     row = Row("r:1", {"question": "q", "answer": "a", "text": "other"})
-    assert formats.normalise([row], columns=("prompt=question", "completion=answer")) == [Completion("r:1", "q", "a")]
-    assert formats.normalise([row], columns=("instruction=question", "response=answer")) == [Chat("r:1", ASKED, 1, plain=True)]
+    assert formats.normalise([row], columns=("prompt=question", "completion=answer")) == [
+        Completion("r:1", "q", "a")
+    ]
+    assert formats.normalise([row], columns=("instruction=question", "response=answer")) == [
+        Chat("r:1", ASKED, 1, plain=True)
+    ]
     assert formats.normalise([row], columns=("text=answer",)) == [Text("r:1", "a")]
     both = Row("r:1", {"instruction": "q", "response": "a", "output": "b"})
-    assert formats.normalise([both], columns=("response=response",)) != formats.normalise([both], columns=("response=output",))
+    assert formats.normalise([both], columns=("response=response",)) != formats.normalise(
+        [both], columns=("response=output",)
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "options", "error"),
     [
-        ({"question": "q", "answer": "a"}, {}, r"r:1: found columns: question, answer; wanted text \(text\); messages"),
+        (
+            {"question": "q", "answer": "a"},
+            {},
+            r"r:1: found columns: question, answer; wanted text \(text\); messages",
+        ),
         ({"prompt": "q"}, {}, "r:1: found columns: prompt; wanted"),
-        ({"text": "t", "prompt": "q", "completion": "a"}, {}, "columns fit text and prompt-completion; set data.format"),
-        ({"text": "t"}, {"format": "instruction"}, r"r:1: no column instruction \(format instruction\); found columns: text"),
+        (
+            {"text": "t", "prompt": "q", "completion": "a"},
+            {},
+            "columns fit text and prompt-completion; set data.format",
+        ),
+        (
+            {"text": "t"},
+            {"format": "instruction"},
+            r"r:1: no column instruction \(format instruction\); found columns: text",
+        ),
         ({"text": "t"}, {"format": "alpaca"}, "data.format='alpaca'; wanted auto or one of text, messages"),
-        ({"text": "t"}, {"columns": ("prompt=question",)}, r"r:1: no column 'question' \(data.columns maps prompt=question\)"),
+        (
+            {"text": "t"},
+            {"columns": ("prompt=question",)},
+            r"r:1: no column 'question' \(data.columns maps prompt=question\)",
+        ),
         ({"text": "t"}, {"columns": ("promt=text",)}, "unknown column 'promt'; near: prompt"),
         ({"text": "t"}, {"columns": ("text",)}, "found 'text', wanted ours=theirs"),
         ({"text": "t"}, {"columns": ("text=a", "text=b")}, "'text' is mapped twice"),
@@ -183,10 +227,22 @@ def test_columns_rename_and_say_which_format_is_meant():
         ({"prompt": "q", "completion": [ASKED[1]]}, {}, "one is a string and one a list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
         ({"messages": "[{]"}, {}, "r:1: column 'messages' is str, wanted a list of"),
-        ({"messages": [{"content": "x"}]}, {}, r"r:1: messages\[0\] has content; wanted 'role' and 'content'"),
-        ({"messages": [ASKED[0], turn("assistant", "")]}, {}, r"r:1: messages\[1\], an assistant turn, is empty"),
+        (
+            {"messages": [{"content": "x"}]},
+            {},
+            r"r:1: messages\[0\] has content; wanted 'role' and 'content'",
+        ),
+        (
+            {"messages": [ASKED[0], turn("assistant", "")]},
+            {},
+            r"r:1: messages\[1\], an assistant turn, is empty",
+        ),
         ({"messages": [turn("user", 3)]}, {}, r"r:1: messages\[0\] has content of type int"),
-        ({"conversations": [turn("user", "x")]}, {}, r"conversations\[0\] has role, content; wanted 'from' and 'value'"),
+        (
+            {"conversations": [turn("user", "x")]},
+            {},
+            r"conversations\[0\] has role, content; wanted 'from' and 'value'",
+        ),
     ],
 )
 def test_columns_that_do_not_fit_are_one_line(fields, options, error):

@@ -21,7 +21,9 @@ WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "
 
 def make_rows(count, seed=0):
     """Prompts and completions of unequal length, each with its number in it."""
-    pick = lambda i, k: " ".join(WORDS[j % len(WORDS)] for j in permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11])  # noqa: E731
+    pick = lambda i, k: " ".join(
+        WORDS[j % len(WORDS)] for j in permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11]
+    )  # noqa: E731
     return [{"prompt": f"{i}: {pick(i, 0)}", "completion": f" {pick(i, 1)} {i}"} for i in range(count)]
 
 
@@ -74,7 +76,9 @@ def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, wei
     seen = []
     for step in range(s.steps):
         batch = s.batch(step)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), s.abstract)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), s.abstract
+        )
         assert batch.token_weights.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
         found = list(segments_of(batch))
         total = sum(len(learned) for *_, learned in found)
@@ -110,14 +114,18 @@ def test_names_are_those_of_the_rows(folder):
             b = flat(s.batch(step))
             for r, names in enumerate(s.names(step)):
                 for number, name in enumerate(names.split(", "), 1):
-                    text = tiny("llama3").decode(b.ids[r][b.segments[r] == number].tolist(), skip_special_tokens=True)
+                    text = tiny("llama3").decode(
+                        b.ids[r][b.segments[r] == number].tolist(), skip_special_tokens=True
+                    )
                     row = rows[int(name.removeprefix("r.jsonl:")) - 1]
                     assert text == row["prompt"] + row["completion"]
                 assert b.segments[r].max() == number
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder):
-    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
+    same = lambda a, b: all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )  # noqa: E731
     s, again, other = source(folder, epochs=3), source(folder, epochs=5), source(folder, seed=1)
     assert s.steps == 3 * s.steps_per_epoch and s.fingerprint == again.fingerprint != other.fingerprint
     batches = [s.batch(k) for k in range(s.steps)]
@@ -179,8 +187,15 @@ def test_stats_count_what_happened(folder):
     wanted = expected_examples(folder)
     s = source(folder, held_out="none")
     tokens, learned = sum(map(len, wanted)), sum(map(len, wanted.values()))
-    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["truncated"], s.stats["dropped"]) == (tokens, learned, 0, 0)
-    assert s.stats["lengths"]["max"] == max(map(len, wanted)) and s.stats["fill"] == tokens / (64 * s.stats["rows"])
+    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["truncated"], s.stats["dropped"]) == (
+        tokens,
+        learned,
+        0,
+        0,
+    )
+    assert s.stats["lengths"]["max"] == max(map(len, wanted)) and s.stats["fill"] == tokens / (
+        64 * s.stats["rows"]
+    )
     json.dumps(s.stats)
     assert s.preview == tiny("llama3").decode(next(iter(wanted)))
 
@@ -202,7 +217,10 @@ def test_too_long_drop_counts_what_it_drops(folder):
 
 
 def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_answer(folder):
-    with pytest.raises(ValueError, match=r"r.jsonl:2: the prompt has \d+ tokens and data.max_length=20 leaves no answer; raise"):
+    with pytest.raises(
+        ValueError,
+        match=r"r.jsonl:2: the prompt has \d+ tokens and data.max_length=20 leaves no answer; raise",
+    ):
         limits(folder, "truncate")
     (folder / "r.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))
     s = source(folder, too_long="truncate", max_length=20, held_out="none")
@@ -218,7 +236,10 @@ def test_too_long_error_names_the_row(folder):
 
 
 def test_an_empty_loss_mask_names_the_row(folder):
-    lines = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [{"role": "user", "content": "a"}]]
+    lines = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [{"role": "user", "content": "a"}],
+    ]
     (folder / "r.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in lines))
     with pytest.raises(ValueError, match="r.jsonl:2: empty loss mask"):
         source(folder, held_out="none")
@@ -237,7 +258,10 @@ def test_an_empty_loss_mask_names_the_row(folder):
         ({"batch": 0}, "data.batch=0; wanted at least 1"),
         ({"epochs": 0.0}, "data.epochs=0.0; wanted a number above 0"),
         ({"held_out": 1.0}, "data.held_out=1.0; wanted a share"),
-        ({"batch": 6, "micro": 4}, "data.batch=6 does not divide into data.micro=4 microbatches; use micro of 1, 2, 3, 6"),
+        (
+            {"batch": 6, "micro": 4},
+            "data.batch=6 does not divide into data.micro=4 microbatches; use micro of 1, 2, 3, 6",
+        ),
         ({"held_out": "no/file.jsonl"}, "data 'no/file.jsonl' not found"),
     ],
 )
@@ -293,13 +317,21 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
         {"columns": ("text=prompt",)},
         {"date": "01 Jan 2025"},
     )
-    keys |= {cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in changes}
+    keys |= {
+        cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in changes
+    }
     keys |= {cache.content_key(found, rows, tiny(kind)) for kind in ("chatml", "none", "gemma")}
     keys.add(cache.content_key(found[1:], rows, tiny("llama3")))
-    keys.add(cache.content_key([found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]], rows, tiny("llama3")))
+    keys.add(
+        cache.content_key(
+            [found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]], rows, tiny("llama3")
+        )
+    )
     assert len(keys) == 1 + len(changes) + 3 + 2
     same = ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
-    assert {cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in same} <= keys
+    assert {
+        cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in same
+    } <= keys
 
 
 def test_a_cache_that_can_not_be_written_is_only_slower(folder):
@@ -322,6 +354,10 @@ def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
     path = sorted((cache.Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     s = sft_source(Rows(str(path), held_out="none", max_length=512, batch=4), tokenizer, tmp_path)
-    learned = {tokenizer.decode([t for t, *_ in targets]) for k in range(s.steps) for *_, targets in segments_of(s.batch(k))}
+    learned = {
+        tokenizer.decode([t for t, *_ in targets])
+        for k in range(s.steps)
+        for *_, targets in segments_of(s.batch(k))
+    }
     assert learned == {row["response"] + "<|im_end|>" for row in rows}
     assert s.stats["fill"] > 0.9 and rows[0]["instruction"] in s.preview

@@ -60,7 +60,9 @@ def test_question_rows_have_one_shape(name):
         assert list(row) == ["instruction", "response"], f"{name}:{number}: {list(row)}"
         assert all(isinstance(v, str) and v == v.strip() for v in row.values()), f"{name}:{number}"
         assert 3 <= len(row["instruction"].split()) <= 60, f"{name}:{number}: {row['instruction']!r}"
-        assert 25 <= len(row["response"].split()) <= 90, f"{name}:{number}: {len(row['response'].split())} words"
+        assert 25 <= len(row["response"].split()) <= 90, (
+            f"{name}:{number}: {len(row['response'].split())} words"
+        )
         assert row["response"][-1] in ".`!?)", f"{name}:{number}: unfinished sentence"
 
 
@@ -69,13 +71,18 @@ def test_general_rows_have_one_shape():
     assert 20 <= len(rows) <= 40
     for number, row in enumerate(rows, 1):
         assert list(row) == ["text"] and row["text"] == row["text"].strip(), f"general.jsonl:{number}"
-        assert 60 <= len(row["text"].split()) <= 120, f"general.jsonl:{number}: {len(row['text'].split())} words"
+        assert 60 <= len(row["text"].split()) <= 120, (
+            f"general.jsonl:{number}: {len(row['text'].split())} words"
+        )
         found = re.search(r"jaxft|fine-tun|neural|machine learning|language model", row["text"].lower())
         assert not found, f"general.jsonl:{number}: {found}"
 
 
 def test_there_are_enough_rows_about_both_subjects():
-    about = {name: ["jaxft" in (r["instruction"] + r["response"]).lower() for r in _rows(name)] for name in QUESTIONS}
+    about = {
+        name: ["jaxft" in (r["instruction"] + r["response"]).lower() for r in _rows(name)]
+        for name in QUESTIONS
+    }
     train, held_out = (about[name] for name in QUESTIONS)
     assert len(train) >= 240 and sum(train) >= 80 and train.count(False) >= 80
     assert len(held_out) == 20 and sum(held_out) >= 10
@@ -84,7 +91,9 @@ def test_there_are_enough_rows_about_both_subjects():
 def test_no_question_or_answer_is_repeated():
     rows = [row for _, row in _labelled()]
     for key in ("instruction", "response"):
-        repeated = [text for text, n in Counter(" ".join(r[key].lower().split()) for r in rows).items() if n > 1]
+        repeated = [
+            text for text, n in Counter(" ".join(r[key].lower().split()) for r in rows).items() if n > 1
+        ]
         assert not repeated
     general = [r["text"] for r in _rows("general.jsonl")]
     assert len(set(general)) == len(general)

@@ -84,9 +84,13 @@ def test_rows_have_one_shape(name):
         assert 3 <= len(row["prompt"].split()) <= 40, f"{where}: {row['prompt']!r}"
         for answer in (row["chosen"], row["rejected"]):
             assert 15 <= len(answer.split()) <= 90, f"{where}: {len(answer.split())} words in {answer!r}"
-            assert len(re.findall(r"[.!?](?= [A-Z`]|$)", answer)) <= 4, f"{where}: more than four sentences in {answer!r}"
+            assert len(re.findall(r"[.!?](?= [A-Z`]|$)", answer)) <= 4, (
+                f"{where}: more than four sentences in {answer!r}"
+            )
         assert row["chosen"][-1] in ".!?)`", f"{where}: the chosen answer is unfinished"
-        assert row["rejected"][-1] in ".!?)`" or row["kind"] == "complete", f"{where}: the rejected answer is unfinished"
+        assert row["rejected"][-1] in ".!?)`" or row["kind"] == "complete", (
+            f"{where}: the rejected answer is unfinished"
+        )
 
 
 def test_there_are_enough_pairs_of_every_topic_and_kind():
@@ -94,7 +98,9 @@ def test_there_are_enough_pairs_of_every_topic_and_kind():
     assert len(train) >= 200 and len(held_out) >= 30
     for name, rows, most in ((TRAIN, train, 4), (HELD_OUT, held_out, 1)):
         sizes = {topic: len(group) for topic, group in _groups(rows, "topic").items()}
-        assert sizes.keys() == TOPICS and max(sizes.values()) - min(sizes.values()) <= most, f"{name}: {sizes}"
+        assert sizes.keys() == TOPICS and max(sizes.values()) - min(sizes.values()) <= most, (
+            f"{name}: {sizes}"
+        )
     for topic, group in _groups(train, "topic").items():
         assert {row["kind"] for row in group} == KINDS, topic
     assert Counter(row["kind"] for row in train)["correctness"] >= 48
@@ -107,7 +113,9 @@ def test_length_tells_nothing_in_any_topic(name, size):
     for topic, rows in _groups(_rows(name), "topic").items():
         ties = len(rows) - len(_differences(rows, size))
         assert ties <= len(rows) / 20, f"{name}, {topic}: {ties} ties in {len(rows)} pairs"
-        assert 0.45 <= _longer(rows, size) <= 0.55, f"{name}, {topic}: chosen longer in {_longer(rows, size):.1%}"
+        assert 0.45 <= _longer(rows, size) <= 0.55, (
+            f"{name}, {topic}: chosen longer in {_longer(rows, size):.1%}"
+        )
 
 
 def test_length_tells_nothing_in_the_kinds_that_are_not_about_length():
@@ -120,7 +128,11 @@ def test_length_tells_nothing_in_the_kinds_that_are_not_about_length():
 
 
 def test_the_balance_sees_a_longer_side():
-    pairs = [{"chosen": "a b c", "rejected": "a b"}, {"chosen": "a", "rejected": "b"}, {"chosen": "a b c d", "rejected": "a"}]
+    pairs = [
+        {"chosen": "a b c", "rejected": "a b"},
+        {"chosen": "a", "rejected": "b"},
+        {"chosen": "a b c d", "rejected": "a"},
+    ]
     assert _longer(pairs) == 1.0 and _differences(pairs, len) == [2, 6]
 
 
@@ -137,7 +149,9 @@ def test_correctness_pairs_are_near_in_length_and_in_words(name):
 
 def test_no_prompt_or_answer_is_repeated():
     rows = [row for name in FILES for row in _rows(name)]
-    prompts = [row["prompt"] for row in rows] + [row["instruction"] for name in QUESTIONS for row in _rows(name)]
+    prompts = [row["prompt"] for row in rows] + [
+        row["instruction"] for name in QUESTIONS for row in _rows(name)
+    ]
     answers = [row[key] for row in rows for key in ("chosen", "rejected")]
     for texts in (prompts, answers):
         assert [text for text, n in Counter(" ".join(_words(text)) for text in texts).items() if n > 1] == []
@@ -145,17 +159,25 @@ def test_no_prompt_or_answer_is_repeated():
 
 def test_no_two_rows_share_half_of_their_five_grams():
     rows = [(f"{name}:{i}", row) for name in FILES for i, row in enumerate(_rows(name), 1)]
-    names, texts = zip(*((name, f"{r['prompt']} {r['chosen']} {r['rejected']}") for name, r in rows), strict=True)
+    names, texts = zip(
+        *((name, f"{r['prompt']} {r['chosen']} {r['rejected']}") for name, r in rows), strict=True
+    )
     assert [(names[i], names[j], share) for (i, j), share in _shared(texts).items() if share > 0.5] == []
 
 
 def test_pairs_are_no_copies_of_the_instruction_rows():
     pairs = [f"{row['prompt']} {row['chosen']}" for name in FILES for row in _rows(name)]
     texts = pairs + [f"{row['instruction']} {row['response']}" for name in QUESTIONS for row in _rows(name)]
-    copied = {two: share for two, share in _shared(texts).items() if two[0] < len(pairs) <= two[1] and share > 0.5}
+    copied = {
+        two: share for two, share in _shared(texts).items() if two[0] < len(pairs) <= two[1] and share > 0.5
+    }
     assert copied == {}
 
 
 def test_the_five_gram_rule_sees_a_copied_row():
-    texts = ["a cat sat on the mat and looked up", "nothing in here is shared with the other one", "a cat sat on the mat"]
+    texts = [
+        "a cat sat on the mat and looked up",
+        "nothing in here is shared with the other one",
+        "a cat sat on the mat",
+    ]
     assert _shared(texts) == {(0, 2): 1.0}

@@ -58,14 +58,24 @@ ABORT = "import ctypes; ctypes.CDLL(None).abort()"
         (f"exit.if_ended_from_outside('first'); exit.silence(); {ABORT}", -6, ""),
         ("exit.if_ended_from_outside('first'); exit.end('the end')", exit.AGAIN, "the end\n"),
         ("exit.silence(); exit.leave(3)", 3, ""),
-        ("exit.if_ended_from_outside('first')\nwith exit.within(0.2, 'late'): sleep(60)", exit.AGAIN, "late\n"),
+        (
+            "exit.if_ended_from_outside('first')\nwith exit.within(0.2, 'late'): sleep(60)",
+            exit.AGAIN,
+            "late\n",
+        ),
         ("with exit.within(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
     ],
 )
 def test_what_stands_last_on_stderr(code, rc, said, tmp_path):
     with (tmp_path / "err").open("w") as err:
-        command = [sys.executable, "-c", f"from time import sleep\nfrom jaxft.distributed import exit\n{code}"]
-        done = subprocess.run(command, cwd=ROOT, stderr=err, stdout=subprocess.DEVNULL, timeout=60, check=False)
+        command = [
+            sys.executable,
+            "-c",
+            f"from time import sleep\nfrom jaxft.distributed import exit\n{code}",
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, stderr=err, stdout=subprocess.DEVNULL, timeout=60, check=False
+        )
     until = time.monotonic() + 10
     while (tmp_path / "err").read_text() != said and time.monotonic() < until:
         time.sleep(0.02)  # the shell speaks a moment after the process is gone

@@ -94,7 +94,10 @@ def folder(tmp_path_factory):
 def precise(tmp_path_factory):
     """Working directories for SFT and for DPO."""
     made = {name: tmp_path_factory.mktemp(f"precise-{name}") for name in ("sft", "dpo")}
-    return {"sft": precise_place(made["sft"]), "dpo": precise_place(made["dpo"], dpo_place.write_pair_place, dpo_place.CONFIG)}
+    return {
+        "sft": precise_place(made["sft"]),
+        "dpo": precise_place(made["dpo"], dpo_place.write_pair_place, dpo_place.CONFIG),
+    }
 
 
 KINDS = {
@@ -118,10 +121,15 @@ def batches(place, name):
 
 def gradients(place, name):
     """What the processes of a run had as gradients of its steps: [{parameter: array}] by step and process."""
-    return [dict(np.load(p)) for p in sorted(place.folder.glob(f"{name}-gradients*.npz"), key=lambda p: p.stem.split("-")[::-1])]
+    return [
+        dict(np.load(p))
+        for p in sorted(place.folder.glob(f"{name}-gradients*.npz"), key=lambda p: p.stem.split("-")[::-1])
+    ]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
 def test_two_processes_train_as_one_does_in_float64(precise, kind):
     where, argv = KINDS[kind]
     argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
@@ -148,22 +156,38 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
             assert other.keys() == known.keys()
             for path, g in known.items():
                 assert g.dtype == np.float64
-                assert np.abs(other[path] - g).max() <= 1e-10 * max(np.abs(x).max() for x in known.values()), path
+                assert np.abs(other[path] - g).max() <= 1e-10 * max(
+                    np.abs(x).max() for x in known.values()
+                ), path
 
     (whole,), halves = batches(one, f"{kind}-one"), batches(one, f"{kind}-two")
     assert len(halves) == 2 and len(whole) > 2
-    for known, *parts in zip(whole, *halves, strict=True):  # bit-equal, and no process moves another one's rows
+    for known, *parts in zip(
+        whole, *halves, strict=True
+    ):  # bit-equal, and no process moves another one's rows
         assert [part[0] for part in parts] == [known[0]] * 2
         assert all(known[1][start] == digest for _, found in parts for start, digest in found.items())
     if "mesh.data=8" in argv:
-        assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert [sorted(map(int, found)) for _, found in (half[-1] for half in halves)] == [
+            [0, 1, 2, 3],
+            [4, 5, 6, 7],
+        ]
 
 
 def test_two_processes_draw_and_learn_as_one_does_in_float64(tmp_path):
     """PPO, greedy, with a critic and a function as its reward: process 0 scores, and all learn from the same completions."""
     precise_place(tmp_path, rl_place.write_place, rl_place.CONFIG)
     two, one = Several(tmp_path), Place(tmp_path)
-    argv = ["steps=4", "passes=2", "batch=8", "group=2", "ppo=true", "save=2", "data.top_k=1", "rewards=config.py:ascii"]
+    argv = [
+        "steps=4",
+        "passes=2",
+        "batch=8",
+        "group=2",
+        "ppo=true",
+        "save=2",
+        "data.top_k=1",
+        "rewards=config.py:ascii",
+    ]
     argv += ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "samples=0", "max_new=12"]
     assert two.run(*argv, "name=two", hook=PRECISE) == [0, 0], two.told()
     assert one.run(*argv, "name=one", hook=PRECISE, devices=8) == 0, one.err()
@@ -171,13 +195,25 @@ def test_two_processes_draw_and_learn_as_one_does_in_float64(tmp_path):
     assert tables[0] == tables[1] and tables[0].count("\n") == 2 * 8
     for a, b in zip(one.metrics("one"), one.metrics("two"), strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() & {"loss", "loss/value_avg", "grad_norm", "objective/kl", "eval_reward", "reward"}:
+        for name in a.keys() & {
+            "loss",
+            "loss/value_avg",
+            "grad_norm",
+            "objective/kl",
+            "eval_reward",
+            "reward",
+        }:
             assert b[name] == pytest.approx(a[name], rel=1e-8, abs=1e-8), (a["step"], name)
 
 
 STEPS = 10
 COMMON = ["batch=8", "dropout=0.2", "loop.eval_every=2", "samples=0", "mesh.data=2", "mesh.fsdp=4"]
-TRAINED = [*COMMON, "epochs=9", f"steps={STEPS}", "hosts.heartbeat_seconds=30"]  # the bound within which a loss is noticed
+TRAINED = [
+    *COMMON,
+    "epochs=9",
+    f"steps={STEPS}",
+    "hosts.heartbeat_seconds=30",
+]  # the bound within which a loss is noticed
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +238,9 @@ def ends(two, other, seconds):
     took, code = time.monotonic() - begin, two.processes[other].exitcode
     assert code in (75, -signal.SIGABRT) and took < seconds, (code, took, two.told())
     line = two.last_line(other)
-    assert line.startswith(f"process {other} of 2") and line.endswith("it goes on from the newest checkpoint"), line
+    assert line.startswith(f"process {other} of 2") and line.endswith(
+        "it goes on from the newest checkpoint"
+    ), line
     return line
 
 
@@ -235,7 +273,12 @@ def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alon
     two.wait_for(two.first.loops)
     os.kill(two.processes[1].pid, signal.SIGTERM)
     assert two.codes() == [143, 143], two.told()
-    assert two.places[1].err().strip().endswith("SIGTERM: finishing this step and saving; a second signal stops at once")
+    assert (
+        two.places[1]
+        .err()
+        .strip()
+        .endswith("SIGTERM: finishing this step and saving; a second signal stops at once")
+    )
     saved = two.first.checkpoints("killed")[-1]
     assert saved not in before and f"stopped by SIGTERM after step {saved}, saved" in two.first.out()
 
@@ -259,7 +302,10 @@ def test_the_run_goes_on_with_another_number_of_processes(elsewhere, alone):
 
 @pytest.mark.parametrize(
     ("bound", "said"),
-    [("hosts.step_seconds=12", "nothing moved for"), ("hosts.heartbeat_seconds=10", "no sign of life for 10 s")],
+    [
+        ("hosts.step_seconds=12", "nothing moved for"),
+        ("hosts.heartbeat_seconds=10", "no sign of life for 10 s"),
+    ],
 )
 def test_where_one_process_stalls_the_other_ends_within_the_bound(folder, bound, said):
     two = Several(folder)
@@ -285,7 +331,11 @@ def test_a_refusal_ends_all_processes_with_the_same_line(folder, alone):
     assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=alone", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
-        (["name=wrong"], {1: ["data=other.jsonl"]}, "process 1 of 2 has other settings, rows or libraries than process 0"),
+        (
+            ["name=wrong"],
+            {1: ["data=other.jsonl"]},
+            "process 1 of 2 has other settings, rows or libraries than process 0",
+        ),
     )
     for argv, own, wanted in cases:
         assert two.run(*TRAINED, *argv, own=own, hook=PRECISE) == [1, 1], two.told()
@@ -332,7 +382,9 @@ def test_a_process_that_never_comes_is_told_of_within_the_bound(folder, there):
     process.join(60)
     assert process.exitcode == 75 and 2 < time.monotonic() - begin < 30, one.err()
     (line,) = one.err().strip().splitlines()  # and no stack of jax's
-    assert line.startswith(f"process {there} of 2: the coordinator {coordinator} (explicit) was not reached by all 2 within 4 s")
+    assert line.startswith(
+        f"process {there} of 2: the coordinator {coordinator} (explicit) was not reached by all 2 within 4 s"
+    )
 
 
 def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):

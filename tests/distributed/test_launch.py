@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "scripts" / "launch"
 NONE = (None, None, None)
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
 TORCHRUN = {
     "MASTER_ADDR": "a",
     "MASTER_PORT": "29500",
@@ -47,27 +53,48 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
         ({}, None),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod
         ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
-        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),  # in the batch script, before srun
+        (
+            {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"},
+            None,
+        ),  # in the batch script, before srun
         (SLURM, Launch("SLURM", None, 16, 9, (1,))),
         (
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x16)", "SLURM_GPUS_ON_NODE": "8"},
             Launch("SLURM", None, 16, 9, tuple(range(8))),
         ),
         ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "0"}, Launch("SLURM", None, 16, 9, (1,))),  # CPUs
-        ({**SLURM, "CUDA_VISIBLE_DEVICES": "5"}, Launch("SLURM", None, 16, 9, (0,))),  # srun --gpus-per-task=1
+        (
+            {**SLURM, "CUDA_VISIBLE_DEVICES": "5"},
+            Launch("SLURM", None, 16, 9, (0,)),
+        ),  # srun --gpus-per-task=1
         (  # srun --gpus-per-task=2, four tasks a node: a task sees its own two
-            {**SLURM, **FOUR, "SLURM_LOCALID": "3", "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
+            {
+                **SLURM,
+                **FOUR,
+                "SLURM_LOCALID": "3",
+                "SLURM_GPUS_PER_TASK": "2",
+                "CUDA_VISIBLE_DEVICES": "0,1",
+            },
             Launch("SLURM", None, 16, 9, (0, 1)),
         ),
-        ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "gpu:8"}, Launch("SLURM", None, 16, 9, (2, 3))),  # all see all of them
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8,2", "SLURM_NODEID": "1", **EIGHT}, Launch("SLURM", None, 16, 9, (4, 5, 6, 7))),
+        (
+            {**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "gpu:8"},
+            Launch("SLURM", None, 16, 9, (2, 3)),
+        ),  # all see all of them
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8,2", "SLURM_NODEID": "1", **EIGHT},
+            Launch("SLURM", None, 16, 9, (4, 5, 6, 7)),
+        ),
         ({**TORCHRUN, **EIGHT}, Launch("torchrun", "a:29501", 4, 3, (4, 5, 6, 7))),
         ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2,3"}, Launch("SLURM", None, 16, 9)),
         (TORCHRUN, Launch("torchrun", "a:29501", 4, 3, (1,))),
         ({**TORCHRUN, **SLURM}, Launch("torchrun", "a:29501", 4, 3, (1,))),  # torchrun under srun
         ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, None),
         (SKYPILOT, Launch("SkyPilot", f"10.0.0.1:{launch.PORT}", 2, 1)),
-        ({**SKYPILOT, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, Launch("SkyPilot", f"10.0.0.1:{launch.PORT}", 2, 1)),
+        (
+            {**SKYPILOT, "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            Launch("SkyPilot", f"10.0.0.1:{launch.PORT}", 2, 1),
+        ),
         ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NUM_NODES": "1"}, None),
         ({**MPI, "OMPI_MCA_orte_hnp_uri": "1;tcp://a:1"}, Launch("Open MPI", None, 4, 3, (1,))),
         ({**MPI, "JAXFT_COORDINATOR": "h:1"}, Launch("explicit, Open MPI", "h:1", 4, 3, (1,))),
@@ -83,12 +110,16 @@ def test_who_this_process_is(environ, wanted):
 
 
 def test_gpus_that_do_not_divide_over_the_processes_of_a_host():
-    with pytest.raises(ValueError, match="3 processes on a host that see 8 GPUs: they don't divide; start a divisor of 8"):
+    with pytest.raises(
+        ValueError, match="3 processes on a host that see 8 GPUs: they don't divide; start a divisor of 8"
+    ):
         detect(NONE, {**TORCHRUN, **EIGHT, "LOCAL_WORLD_SIZE": "3"})
 
 
 def test_only_known_processes_beside_this_one_keep_a_sweep_from_starting(monkeypatch):
-    monkeypatch.setattr(launch, "detect", lambda *_: Launch("Cloud TPU"))  # jax asks the metadata server how many there are
+    monkeypatch.setattr(
+        launch, "detect", lambda *_: Launch("Cloud TPU")
+    )  # jax asks the metadata server how many there are
     processes.refuse_several("a sweep")
     for found in (Launch("Cloud TPU", None, 2), Launch("Kubernetes", None, None, 0)):
         monkeypatch.setattr(launch, "detect", lambda *_, found=found: found)
@@ -99,7 +130,9 @@ def test_only_known_processes_beside_this_one_keep_a_sweep_from_starting(monkeyp
 def test_what_the_settings_say_comes_first():
     assert detect(("x:9", 4, 2), {**SLURM, **OWN}) == Launch("explicit, SLURM", "x:9", 4, 2, (1,))
     assert detect((None, 16, None), SLURM).by == "SLURM"  # a claim, no launch
-    assert detect((None, 3, None), OWN) == Launch("explicit", "h:1", 2, 1)  # a claim beside what the environment says
+    assert detect((None, 3, None), OWN) == Launch(
+        "explicit", "h:1", 2, 1
+    )  # a claim beside what the environment says
     assert detect((None, 1, None), OWN).processes == 2
     assert detect((None, 3, None), {**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}) is None
     assert detect((None, 1, None), {}) is None
@@ -120,7 +153,9 @@ def test_what_the_settings_say_comes_first():
     ],
 )
 def test_contradictions_are_one_line_that_says_what_to_set(explicit, environ, words, monkeypatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)  # neither libtpu nor Kubernetes' client
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda name: None
+    )  # neither libtpu nor Kubernetes' client
     with pytest.raises(ValueError, match=r"^[^\n]+$") as found:
         detect(explicit, environ)
     assert words in str(found.value)
@@ -142,8 +177,19 @@ def accepted(arguments):
 def tiny_folder():
     """A model's folder with nothing but a small config."""
     folder = Path(tempfile.mkdtemp())
-    small = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small |= {"num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    small = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    small |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    }
     (folder / "config.json").write_text(json.dumps(small))
     return folder
 
@@ -156,7 +202,11 @@ def shell(script, folder, commands, **environ):
         path.chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", **environ}
     done = subprocess.run(["bash", *script], env=env, capture_output=True, text=True, timeout=30, check=False)
-    told = {name: (folder / f"{name}.told").read_text().splitlines() for name in commands if (folder / f"{name}.told").exists()}
+    told = {
+        name: (folder / f"{name}.told").read_text().splitlines()
+        for name in commands
+        if (folder / f"{name}.told").exists()
+    }
     return done.returncode, told
 
 
@@ -165,15 +215,26 @@ AGAIN = (75, 134, 137, 143)  # exit codes of what a new start mends
 
 @pytest.mark.parametrize(
     ("code", "before", "again"),
-    [(0, None, False), (1, None, False), *((code, None, True) for code in AGAIN), (75, "19", True), (75, "20", False)],
+    [
+        (0, None, False),
+        (1, None, False),
+        *((code, None, True) for code in AGAIN),
+        (75, "19", True),
+        (75, "20", False),
+    ],
 )
-def test_the_slurm_script_starts_a_task_a_gpu_and_queues_again_what_is_to_go_on(tmp_path, code, before, again):
+def test_the_slurm_script_starts_a_task_a_gpu_and_queues_again_what_is_to_go_on(
+    tmp_path, code, before, again
+):
     text = (FILES / "slurm.sbatch").read_text()
     asked = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
     settings = dict(line.split("=", 1) for line in asked if "=" in line)
     assert settings["ntasks-per-node"] == settings["gpus-per-node"] and settings["signal"] == "TERM@300"
     environ = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": settings["nodes"]}
-    environ |= {"SLURM_NTASKS_PER_NODE": settings["ntasks-per-node"], "SLURM_GPUS_ON_NODE": settings["gpus-per-node"]}
+    environ |= {
+        "SLURM_NTASKS_PER_NODE": settings["ntasks-per-node"],
+        "SLURM_GPUS_ON_NODE": settings["gpus-per-node"],
+    }
     environ |= {} if before is None else {"SLURM_RESTART_COUNT": before}
     found, told = shell([str(FILES / "slurm.sbatch")], tmp_path, {"srun": code, "scontrol": 0}, **environ)
     assert found == code and ("scontrol" in told) == again
@@ -196,9 +257,22 @@ def test_the_skypilot_task_is_one_that_its_schema_and_train_take(tmp_path):
         "setup",
         "run",
     }
-    assert task["resources"].keys() <= {"accelerators", "use_spot", "job_recovery", "infra", "disk_size", "image_id"}
-    assert task["resources"]["job_recovery"].keys() <= {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
-    assert not task["volumes"] or task["resources"]["job_recovery"]["strategy"] == "FAILOVER"  # a volume lies in one region
+    assert task["resources"].keys() <= {
+        "accelerators",
+        "use_spot",
+        "job_recovery",
+        "infra",
+        "disk_size",
+        "image_id",
+    }
+    assert task["resources"]["job_recovery"].keys() <= {
+        "strategy",
+        "max_restarts_on_errors",
+        "recover_on_exit_codes",
+    }
+    assert (
+        not task["volumes"] or task["resources"]["job_recovery"]["strategy"] == "FAILOVER"
+    )  # a volume lies in one region
     assert all(isinstance(v, str) for v in task["envs"].values()) and task["num_nodes"] == 2
     assert subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=False).returncode == 0
     code, told = skypilot_run(task, tmp_path, 0)
@@ -214,9 +288,17 @@ def skypilot_run(task, folder, code, **environ):
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/told"\nexit {code}\n')
     python.chmod(0o755)
-    environ = {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_TASK_ID": "t", **task["envs"], **environ}
+    environ = {
+        **SKYPILOT,
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_TASK_ID": "t",
+        **task["envs"],
+        **environ,
+    }
     environ["PATH"] = os.environ["PATH"]
-    done = subprocess.run(["bash", str(script)], env=environ, cwd=folder, stdout=subprocess.DEVNULL, timeout=30, check=False)
+    done = subprocess.run(
+        ["bash", str(script)], env=environ, cwd=folder, stdout=subprocess.DEVNULL, timeout=30, check=False
+    )
     return done.returncode, (folder / "told").read_text().splitlines()
 
 
@@ -234,10 +316,21 @@ def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
     jobset = yaml.safe_load((FILES / "jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     spec = jobset["spec"]
-    assert spec.keys() <= {"network", "successPolicy", "failurePolicy", "replicatedJobs", "suspend", "ttlSecondsAfterFinished"}
+    assert spec.keys() <= {
+        "network",
+        "successPolicy",
+        "failurePolicy",
+        "replicatedJobs",
+        "suspend",
+        "ttlSecondsAfterFinished",
+    }
     (job,) = spec["replicatedJobs"]
     inner = job["template"]["spec"]
-    assert inner["completionMode"] == "Indexed" and inner["backoffLimit"] == 0 and inner["completions"] == inner["parallelism"]
+    assert (
+        inner["completionMode"] == "Indexed"
+        and inner["backoffLimit"] == 0
+        and inner["completions"] == inner["parallelism"]
+    )
     (rule,) = inner["podFailurePolicy"]["rules"]
     (consequence,) = spec["failurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and spec["failurePolicy"]["maxRestarts"] <= 20
@@ -245,7 +338,11 @@ def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
     pod = inner["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "NotIn", "values": [*AGAIN]}
+    assert rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "NotIn",
+        "values": [*AGAIN],
+    }
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     environ = {}

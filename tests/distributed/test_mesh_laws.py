@@ -61,7 +61,9 @@ def rows_of(task):
     if task == "dpo":
         return micro(laid(random_pairs(16), rows=8, room=(72, 48, 4)), 1)
     some = examples(16)
-    return micro(batch_of([some[i : i + 2] for i in range(0, 16, 2)], 32, 32, 1 / sum(len(i) - p for i, p in some)), 1)
+    return micro(
+        batch_of([some[i : i + 2] for i in range(0, 16, 2)], 32, 32, 1 / sum(len(i) - p for i, p in some)), 1
+    )
 
 
 def gradient_of(task, parts, batch, mesh=None):
@@ -79,7 +81,8 @@ def gradient_of(task, parts, batch, mesh=None):
         return accumulated(objective, (trainable, frozen), batch, jax.random.key(0), {})
 
     trainable, frozen = (
-        jax.tree.map(lambda x, m, side=side: x if m is side else None, whole, mask, is_leaf=is_qtensor) for side in (True, False)
+        jax.tree.map(lambda x, m, side=side: x if m is side else None, whole, mask, is_leaf=is_qtensor)
+        for side in (True, False)
     )
     run = jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})
     return jax.device_get(run(trainable, frozen, batch))
@@ -114,7 +117,9 @@ def test_every_mesh_has_the_loss_and_gradients_of_one_device(task, kind, mesh):
         assert_close(gradient_of(task, kind_of(kind), rows_of(task), laid_out), one)
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(2, context=4), MeshShape(1, context=8), MeshShape(2, context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MeshShape(2, context=4), MeshShape(1, context=8), MeshShape(2, context=2, tensor=2)], ids=str
+)
 @pytest.mark.parametrize("heads, kv_heads", [(8, 4), (8, 2), (6, 2)])
 def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, kv_heads):
     """Heads that divide over tensor x context, key heads that several devices share, and heads that don't divide."""
@@ -126,7 +131,9 @@ def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, k
     axes = ("heads", "kv_heads", "kv_heads", "heads")
     cut = [lay(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)]
     with jax.set_mesh(laid_out):
-        assert_close(value_and_gradients(attention.choose(laid_out, 8, jnp.float64), *cut, segments, branches), wanted)
+        assert_close(
+            value_and_gradients(attention.choose(laid_out, 8, jnp.float64), *cut, segments, branches), wanted
+        )
 
 
 def test_reads_of_parts_of_the_time_have_places_of_their_own():
@@ -138,8 +145,12 @@ def test_reads_of_parts_of_the_time_have_places_of_their_own():
         assert found.tolist() == [list(range(9))] * 2  # there and back
         part = places.at // 9
         assert (part == read // 8).all()
-        crowded = placed(jnp.zeros((1, 40), jnp.int32), 64)  # padding beyond what a part has room for: the first ones stay
-        assert crowded.of.shape == (1, 8 * (8 + EXTRA)) and crowded.of[0, : 8 + EXTRA].tolist() == list(range(8 + EXTRA))
+        crowded = placed(
+            jnp.zeros((1, 40), jnp.int32), 64
+        )  # padding beyond what a part has room for: the first ones stay
+        assert crowded.of.shape == (1, 8 * (8 + EXTRA)) and crowded.of[0, : 8 + EXTRA].tolist() == list(
+            range(8 + EXTRA)
+        )
         assert (crowded.of[0, 8 + EXTRA :] == -1).all() and (crowded.at < crowded.of.shape[1]).all()
 
 
@@ -152,7 +163,10 @@ def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_th
     lengths[0, 0] = 10
     rows = laid_out_completions(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
     rows = jax.tree.map(jnp.asarray, rows)
-    values, h = critic(lambda params, batch, h: h, lambda params, h: h[:, :, 0]), jnp.arange(float(length))[None, :, None]
+    values, h = (
+        critic(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),
+        jnp.arange(float(length))[None, :, None],
+    )
     model, whole, _ = kind_of("full")
     seen = lambda: jax.jit(lambda: policy(model, clipped).see(whole, rows, None, {}).logp)()  # noqa: E731
     plain = values(None, rows, h), seen()
@@ -168,6 +182,9 @@ def test_rows_that_context_does_not_cut_evenly_are_refused():
     model, whole, _ = kind_of("full")
     with (
         jax.set_mesh(make_mesh(MeshShape(2, context=4))),
-        pytest.raises(ValueError, match="rows of 30 tokens do not divide over mesh.context=4; use a data.max_length that does"),
+        pytest.raises(
+            ValueError,
+            match="rows of 30 tokens do not divide over mesh.context=4; use a data.max_length that does",
+        ),
     ):
         model.hidden(whole, batch_of([[e] for e in examples(4)], 30, 16, 1.0))

@@ -40,11 +40,15 @@ def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
     mesh = ["batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1"]
     assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()
     (line,) = [line for line in place.out().splitlines() if "are empty" in line]
-    assert line.startswith("12 of the 16 places for rows in a step are empty (75 %): data.batch=4 is cut into data.micro=2")
+    assert line.startswith(
+        "12 of the 16 places for rows in a step are empty (75 %): data.batch=4 is cut into data.micro=2"
+    )
     assert line.endswith("data.batch=16 fills them")
 
 
-@pytest.mark.parametrize("batch, micro, shards", list(itertools.product((1, 4, 6, 9, 16, 24), (1, 2, 4, 6), (1, 3, 8))))
+@pytest.mark.parametrize(
+    "batch, micro, shards", list(itertools.product((1, 4, 6, 9, 16, 24), (1, 2, 4, 6), (1, 3, 8)))
+)
 def test_what_is_said_to_fill_the_devices_does(batch, micro, shards):
     data = Rows("none", batch=batch, micro=micro)
     rows = -(-batch // (micro * shards)) * shards  # of a microbatch, as the source pads it

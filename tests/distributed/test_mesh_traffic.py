@@ -20,7 +20,9 @@ from jaxft.optim import optimizer
 from jaxft.train import loop, programs
 
 # Time is like no size of a weight or part of one, so that a shape tells what it is of.
-CONFIG = LlamaConfig(vocab=2048, width=256, layers=3, heads=8, kv_heads=4, head_dim=40, mlp=768, max_positions=512)
+CONFIG = LlamaConfig(
+    vocab=2048, width=256, layers=3, heads=8, kv_heads=4, head_dim=40, mlp=768, max_positions=512
+)
 T, RANK = 144, 8
 MESHES = {
     "fsdp": MeshShape(1, 8),
@@ -32,7 +34,11 @@ WIDE = ("f32", "f64")
 
 
 def lowered(kind, task, mesh):
-    rows = Rows("none", max_length=T, batch=16) if task == "sft" else PairRows("none", max_length=T // 2, batch=8)
+    rows = (
+        Rows("none", max_length=T, batch=16)
+        if task == "sft"
+        else PairRows("none", max_length=T // 2, batch=8)
+    )
     run = loop.Run(
         name="x",
         weights="none",
@@ -52,7 +58,12 @@ def lowered(kind, task, mesh):
 
 @pytest.mark.parametrize(
     "kind, task, mesh",
-    [("full", "sft", "fsdp"), ("full", "sft", "context"), ("lora", "dpo", "tensor"), ("qlora", "sft", "slices")],
+    [
+        ("full", "sft", "fsdp"),
+        ("full", "sft", "context"),
+        ("lora", "dpo", "tensor"),
+        ("qlora", "sft", "slices"),
+    ],
 )
 def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mesh, tmp_path, capfd):
     found = moved(lowered(kind, task, MESHES[mesh]), tmp_path)
@@ -60,7 +71,9 @@ def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mes
     assert found and {m.kind for m in found} & {"all-gather", "all-reduce"}
     large = [m for m in found if m.size > T * 16]
 
-    stacked = [m for m in large if m.shape[0] == CONFIG.layers]  # of all layers at once: parameters, gradients, optimizer state
+    stacked = [
+        m for m in large if m.shape[0] == CONFIG.layers
+    ]  # of all layers at once: parameters, gradients, optimizer state
     assert not stacked
 
     loops = [m for m in large if m.kind == "all-gather" and "while" in m.where]
@@ -73,7 +86,14 @@ def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mes
 
     def of_weights(m):
         """Gradients of parameters have two dimensions, neither of them rows or time."""
-        sizes = {CONFIG.width, CONFIG.mlp, CONFIG.vocab, RANK, CONFIG.heads * CONFIG.head_dim, CONFIG.kv_heads * CONFIG.head_dim}
+        sizes = {
+            CONFIG.width,
+            CONFIG.mlp,
+            CONFIG.vocab,
+            RANK,
+            CONFIG.heads * CONFIG.head_dim,
+            CONFIG.kv_heads * CONFIG.head_dim,
+        }
         dims = [n for n in m.shape if n != 1]
         return len(dims) == 2 and set(dims) <= {size // parts for size in sizes for parts in (1, 2, 4, 8)}
 
@@ -83,4 +103,6 @@ def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mes
         gathers = {m.dtype for m in loops if RANK not in m.shape}
         assert gathers <= held and ("u8" in gathers or kind == "lora")
         sizes = {CONFIG.mlp, CONFIG.mlp // cut}
-        assert not [m for m in loops if m.dtype in ("bf16", *WIDE) and sizes & set(m.shape) and RANK not in m.shape]  # expanded
+        assert not [
+            m for m in loops if m.dtype in ("bf16", *WIDE) and sizes & set(m.shape) and RANK not in m.shape
+        ]  # expanded

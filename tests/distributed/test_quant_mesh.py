@@ -37,14 +37,32 @@ def places(config, path, quant, **sizes):
     [
         (EIGHT_B, "attn/q", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "fsdp", "tensor")),
         (EIGHT_B, "attn/o", Quant(), {"fsdp": 8, "tensor": 4}, P(None, ("tensor", "fsdp"), None)),
-        (EIGHT_B, "mlp/down", Quant("int4", 128), {"fsdp": 2, "tensor": 8}, P(None, ("tensor", "fsdp"), None)),
+        (
+            EIGHT_B,
+            "mlp/down",
+            Quant("int4", 128),
+            {"fsdp": 2, "tensor": 8},
+            P(None, ("tensor", "fsdp"), None),
+        ),
         (SMOL, "attn/q", Quant(), {"fsdp": 3}, P(None, "fsdp", None)),
-        (SMOL, "attn/q", Quant(), {"fsdp": 4}, P(None, None, "fsdp")),  # 9 blocks don't divide, 576 outputs do
+        (
+            SMOL,
+            "attn/q",
+            Quant(),
+            {"fsdp": 4},
+            P(None, None, "fsdp"),
+        ),  # 9 blocks don't divide, 576 outputs do
         (SMOL, "attn/q", Quant(), {"fsdp": 2, "tensor": 3}, P(None, None, ("tensor", "fsdp"))),
         (SMOL, "attn/q", Quant(), {"fsdp": 5}, P(None, None, None)),
         (SMOL, "attn/o", Quant(), {"fsdp": 5, "tensor": 3}, P(None, "tensor", None)),
         (SMOL, "attn/o", Quant(), {"fsdp": 2, "tensor": 3}, P(None, "tensor", "fsdp")),
-        (SMOL, "attn/q", Quant("int4", 128), {"fsdp": 3}, P(None, None, "fsdp")),  # a short last block: never cut
+        (
+            SMOL,
+            "attn/q",
+            Quant("int4", 128),
+            {"fsdp": 3},
+            P(None, None, "fsdp"),
+        ),  # a short last block: never cut
         (SMOL, "attn/q", Quant("int8"), {"fsdp": 4}, P(None, "fsdp", None)),
         (SMOL, "attn/q", Quant("affine4"), {"data": 4}, P(None, None, None)),
     ],
@@ -56,14 +74,18 @@ def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, 
         wanted = P(wanted[0], None, wanted[2])  # one scale for all inputs
     for name in ("outer", "mean"):
         assert found.pop(name, P()) == P()
-    assert set(found) == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"}) and set(found.values()) == {wanted}
+    assert set(found) == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"}) and set(
+        found.values()
+    ) == {wanted}
 
 
 def test_codes_of_a_whole_channel_are_cut_between_bytes():
     """GPTQ without groups: 136 inputs are 68 bytes, which don't divide over 8 devices; the outputs do."""
     spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.constant(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
-    leaf = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16))
+    leaf = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16)
+    )
     assert partition.place(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
 
 
@@ -103,12 +125,16 @@ def on(mesh, specs, whole):
     """The tree on the mesh, as a run holds it."""
     flat = param.spec_paths(specs)
     return tree.map_with_path(
-        lambda path, x: jax.tree.map(jax.device_put, x, partition.place(flat[path], x, mesh, path)), whole, is_leaf=is_qtensor
+        lambda path, x: jax.tree.map(jax.device_put, x, partition.place(flat[path], x, mesh, path)),
+        whole,
+        is_leaf=is_qtensor,
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"])
+@pytest.mark.parametrize(
+    "axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"]
+)
 def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
     spec = param.ParamSpec((2, 64, 64), axes, param.constant(0.0))
@@ -116,12 +142,17 @@ def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 
     def loss(x, q):
-        body = lambda h, w: (sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"), None)  # noqa: E731
+        body = lambda h, w: (
+            sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"),
+            None,
+        )  # noqa: E731
         return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, q)[0] ** 2)
 
     one = jax.jit(jax.value_and_grad(loss))(x, q)
     laid = on(mesh, {"w": spec}, {"w": q})["w"]
     assert laid.codes.sharding.shard_shape(laid.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
     with jax.set_mesh(mesh):
-        many = jax.jit(jax.value_and_grad(loss))(jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width"))), laid)
+        many = jax.jit(jax.value_and_grad(loss))(
+            jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width"))), laid
+        )
     assert_close(jax.device_get(many), jax.device_get(one))

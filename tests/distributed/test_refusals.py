@@ -16,7 +16,13 @@ from jaxft.optim.optimizer import Optim
 from jaxft.train import partition
 
 HF = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +43,18 @@ def test_rope_settings_that_are_not_understood(rope, words):
 
 def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
     model = llama(CONFIG, jnp.float32)
-    with pytest.raises(ValueError, match="run.params=bfloat16 is how trained weights of the base are held, and there are none"):
+    with pytest.raises(
+        ValueError,
+        match="run.params=bfloat16 is how trained weights of the base are held, and there are none",
+    ):
         partition.trained(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
-    held = partition.trained(model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16).held
-    assert held["base/layers/mlp_norm"].dtype == jnp.bfloat16 and held["adapter/layers/attn/q/a"].dtype == jnp.float32
+    held = partition.trained(
+        model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16
+    ).held
+    assert (
+        held["base/layers/mlp_norm"].dtype == jnp.bfloat16
+        and held["adapter/layers/attn/q/a"].dtype == jnp.float32
+    )
 
 
 def test_a_pattern_that_leaves_only_the_fixed_scale():
@@ -65,7 +79,9 @@ def described(count, each, platform="cpu", **more):
     """So many devices of hosts with `each` of them."""
     coords = [0, 0, 0]
     return [
-        Described(id=i, process_index=i // each, platform=platform, device_kind=platform, coords=coords, **more)
+        Described(
+            id=i, process_index=i // each, platform=platform, device_kind=platform, coords=coords, **more
+        )
         for i in range(count)
     ]
 
@@ -99,13 +115,17 @@ def test_gpus_of_two_hosts_make_any_mesh_that_keeps_tensor_within_one():
     assert all(len({d.process_index for d in row}) == 1 for row in rows)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}]
+)
 def test_sampling_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"lr": float("inf")}, {"b1": 2.0}, {"weight_decay": -1.0}, {"end": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": float("nan")}, {"lr": float("inf")}, {"b1": 2.0}, {"weight_decay": -1.0}, {"end": -1.0}]
+)
 def test_optimizer_settings_out_of_range(bad):
     with pytest.raises(ValueError, match="optim"):
         Optim(**bad)

@@ -40,8 +40,14 @@ def test_the_rest_takes_what_is_left():
 @pytest.mark.parametrize(
     "shape, says",
     [
-        (MeshShape(-1, 3), "needs a multiple of 3 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
-        (MeshShape(-1, 16), "needs a multiple of 16 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (
+            MeshShape(-1, 3),
+            "needs a multiple of 3 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor",
+        ),
+        (
+            MeshShape(-1, 16),
+            "needs a multiple of 16 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor",
+        ),
         (MeshShape(2, 2, 1), "needs 4 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
         (MeshShape(-1, -1), "at most one -1"),
         (MeshShape(0), "mesh sizes are positive"),
@@ -58,13 +64,33 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
 @pytest.mark.parametrize(
     "config, path, tensor, says",
     [
-        (EIGHT_B, "layers/attn/k", 16, "layers/attn/k: 8 kv heads do not divide over tensor=16; use one of (1, 2, 4, 8)"),
+        (
+            EIGHT_B,
+            "layers/attn/k",
+            16,
+            "layers/attn/k: 8 kv heads do not divide over tensor=16; use one of (1, 2, 4, 8)",
+        ),
         (SMOL, "layers/attn/k", 2, "layers/attn/k: 3 kv heads do not divide over tensor=2; use one of (1,)"),
-        (SMOL, "layers/attn/v", 9, "layers/attn/v: 3 kv heads do not divide over tensor=9; use one of (1, 3)"),
+        (
+            SMOL,
+            "layers/attn/v",
+            9,
+            "layers/attn/v: 3 kv heads do not divide over tensor=9; use one of (1, 3)",
+        ),
         (SMOL, "layers/attn/q", 2, "layers/attn/q: 9 heads do not divide over tensor=2; use one of (1,)"),
         (SMOL, "layers/attn/o", 6, "layers/attn/o: 9 heads do not divide over tensor=6; use one of (1, 3)"),
-        (SMOL, "embed", 5, "embed: vocab of size 49152 does not divide over tensor=5; use one of (1, 2, 3, 4)"),
-        (SMOL, "layers/mlp/up", 5, "layers/mlp/up: mlp of size 1536 does not divide over tensor=5; use one of (1, 2, 3, 4)"),
+        (
+            SMOL,
+            "embed",
+            5,
+            "embed: vocab of size 49152 does not divide over tensor=5; use one of (1, 2, 3, 4)",
+        ),
+        (
+            SMOL,
+            "layers/mlp/up",
+            5,
+            "layers/mlp/up: mlp of size 1536 does not divide over tensor=5; use one of (1, 2, 3, 4)",
+        ),
     ],
     ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
 )
@@ -95,7 +121,10 @@ def test_kernels_are_cut_for_their_memory_along_their_inputs(sizes):
     """To gather along outputs XLA's GPU compiler turns whole stacks around: a second copy of them, every step."""
     for path, spec in param.spec_paths(llama(EIGHT_B).specs["layers"]).items():
         if len(spec.axes) == 3:
-            ins, outs = (str(cut) for cut in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:])
+            ins, outs = (
+                str(cut)
+                for cut in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:]
+            )
             assert "fsdp" in ins and "fsdp" not in outs, path
 
 
@@ -120,7 +149,9 @@ def test_no_array_is_cut_twice_along_one_mesh_axis():
     config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
     t = partition.trained(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
     for path, spec in param.spec_paths(t.specs).items():
-        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in param.place(spec, mesh, path).spec]
+        entries = [
+            entry if isinstance(entry, tuple) else (entry,) for entry in param.place(spec, mesh, path).spec
+        ]
         used = [axis for entry in entries for axis in entry if axis]
         assert len(used) == len(set(used)), path
     assert all(a in MESH_AXES for axes in AXES.values() for a in axes)
@@ -139,7 +170,9 @@ def test_constrain_and_per_device_cut_by_the_table():
     x = jnp.arange(64.0).reshape(8, 8)
     with jax.set_mesh(mesh):
         placed = jax.jit(lambda x: sharding.constrain(x, "rows", "heads"))(x)
-        own = sharding.per_device(lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"), x.shape)
+        own = sharding.per_device(
+            lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"), x.shape
+        )
         sizes = jax.jit(own)(x)
     assert placed.sharding.spec == P(("data", "fsdp"), "tensor")
     np.testing.assert_array_equal(placed, x)
@@ -149,7 +182,9 @@ def test_constrain_and_per_device_cut_by_the_table():
 def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshShape(2, 2, 2))
     placed = sharding.place_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
-    assert placed["ids"].sharding.spec[1] == AXES["rows"] and placed["ids"].addressable_shards[0].data.shape == (2, 2, 3)
+    assert placed["ids"].sharding.spec[1] == AXES["rows"] and placed["ids"].addressable_shards[
+        0
+    ].data.shape == (2, 2, 3)
     np.testing.assert_array_equal(placed["ids"], np.arange(48).reshape(2, 8, 3))
     with pytest.raises(ValueError) as error:
         sharding.place_batch(mesh, np.ones((2, 6, 3)))

@@ -9,7 +9,16 @@ import pytest
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed import sharding
-from jaxft.inference.generate import Sampling, cut, first_largest, generate, largest_with, left_pad, make_generate, sample
+from jaxft.inference.generate import (
+    Sampling,
+    cut,
+    first_largest,
+    generate,
+    largest_with,
+    left_pad,
+    make_generate,
+    sample,
+)
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
@@ -106,7 +115,9 @@ def test_samples_follow_the_cut_distribution():
 
 def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
     logits = jax.random.normal(KEY, (9, 97))
-    np.testing.assert_array_equal(sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), KEY), logits.argmax(-1))
+    np.testing.assert_array_equal(
+        sample(logits, Sampling(temperature=0.0, top_k=3, top_p=0.5), KEY), logits.argmax(-1)
+    )
     assert answers(world, Sampling(max_new=12, temperature=2.0, top_k=1)) == greedy
     assert answers(world, key=jax.random.key(6)) == greedy
 
@@ -173,25 +184,50 @@ def test_the_cache_is_updated_in_place(dtype):
     abstract = jax.eval_shape(lambda: init_params(model.specs, KEY, dtype))
     rows, prompt, new = 4, 64, 2048
     tokens = left_pad([[1]], rows)
-    memory = make_generate(model, Sampling(max_new=new), ()).lower(abstract, tokens, KEY).compile().memory_analysis()
-    cache = 2 * CONFIG.layers * rows * (prompt + new) * CONFIG.kv_heads * CONFIG.head_dim * jnp.dtype(dtype).itemsize
+    memory = (
+        make_generate(model, Sampling(max_new=new), ())
+        .lower(abstract, tokens, KEY)
+        .compile()
+        .memory_analysis()
+    )
+    cache = (
+        2
+        * CONFIG.layers
+        * rows
+        * (prompt + new)
+        * CONFIG.kv_heads
+        * CONFIG.head_dim
+        * jnp.dtype(dtype).itemsize
+    )
     assert memory.temp_size_in_bytes < 1.5 * cache  # the cache itself is one of the temporaries
 
 
-SMOL = LlamaConfig(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536, max_positions=8192)
+SMOL = LlamaConfig(
+    vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536, max_positions=8192
+)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quant"), [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))]
+    ("dtype", "quant"),
+    [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))],
 )
 def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
     """Of a rollout's size, with the weights as a run holds them: neither the cache nor the weights are expanded."""
-    model, mesh, rows, size = llama(SMOL, dtype), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 16, 1024
+    model, mesh, rows, size = (
+        llama(SMOL, dtype),
+        sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]),
+        16,
+        1024,
+    )
     with jax.set_mesh(mesh):
         base = partition.abstract_params(partition.all_frozen(model, quant, "none"), mesh)["base"]
-        cache = jax.eval_shape(lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows))
+        cache = jax.eval_shape(
+            lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows)
+        )
         ids, at = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-        memory = jax.jit(model.step, donate_argnums=1).lower(base, cache, ids, ids, at).compile().memory_analysis()
+        memory = (
+            jax.jit(model.step, donate_argnums=1).lower(base, cache, ids, ids, at).compile().memory_analysis()
+        )
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.temp_size_in_bytes < 0.1 * held and memory.alias_size_in_bytes == held
 

@@ -32,7 +32,9 @@ def logits_of(model, whole, tokens=TOKENS):
     return model.logits(model.head(whole), model.hidden(whole, tokens))
 
 
-@pytest.mark.parametrize("adapter", [None, Adapter(rank=2, alpha=4.0, targets=("q", "down", "head"))], ids=["base", "adapted"])
+@pytest.mark.parametrize(
+    "adapter", [None, Adapter(rank=2, alpha=4.0, targets=("q", "down", "head"))], ids=["base", "adapted"]
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_init_and_apply_equal_ours(tied, adapter):
     model = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.float32)
@@ -50,15 +52,21 @@ def test_another_key_and_dtype_give_other_parameters():
     found = LlamaModule(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
     same(found, param.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
-    assert (np.asarray(found["embed"]) != np.asarray(param.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])).any()
+    assert (
+        np.asarray(found["embed"]) != np.asarray(param.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])
+    ).any()
 
 
 def test_init_and_apply_under_jit():
     module = LlamaModule(MODEL)
     variables = jax.jit(module.init)(KEY, TOKENS)
     wanted = module.init(KEY, TOKENS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), variables, wanted)  # fusion may round otherwise
-    np.testing.assert_allclose(jax.jit(module.apply)(variables, TOKENS), logits_of(MODEL, wanted["params"]), atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), variables, wanted
+    )  # fusion may round otherwise
+    np.testing.assert_allclose(
+        jax.jit(module.apply)(variables, TOKENS), logits_of(MODEL, wanted["params"]), atol=1e-5
+    )
 
 
 def loss_of(logits, tokens):
@@ -72,7 +80,9 @@ def test_a_step_through_a_train_state_is_our_gradient_step():
 
     @jax.jit
     def flax_step(state, tokens):
-        loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn({"params": p}, tokens), tokens))(state.params)
+        loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn({"params": p}, tokens), tokens))(
+            state.params
+        )
         return state.apply_gradients(grads=grads), loss
 
     @jax.jit
@@ -105,7 +115,9 @@ def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
     assert {path for path, m in moved.items() if m} == {path for path in moved if path.endswith("/b")}
     apply = lambda **rngs: np.asarray(module.apply({"params": state.params}, TOKENS, rngs=rngs))  # noqa: E731
     assert (apply() == apply()).all() and (apply(dropout=KEY) == apply(dropout=KEY)).all()
-    assert (apply(dropout=KEY) != apply()).any() and (apply(dropout=KEY) != apply(dropout=jax.random.key(9))).any()
+    assert (apply(dropout=KEY) != apply()).any() and (
+        apply(dropout=KEY) != apply(dropout=jax.random.key(9))
+    ).any()
 
 
 def test_it_applies_to_a_packed_base():

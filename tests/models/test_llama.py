@@ -17,7 +17,9 @@ SHAPES = {
     "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "head_dim": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24),
     "linear": dict(
-        num_attention_heads=4, num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
     ),
     "llama3": dict(
         num_attention_heads=4,
@@ -39,7 +41,9 @@ def tiny_hf(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=256)
+    sizes = dict(
+        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=256
+    )
     model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2, **changes)).eval()
     for name, p in model.named_parameters():
         if "norm" in name:

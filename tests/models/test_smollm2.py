@@ -52,7 +52,9 @@ def test_logits_on_real_text(both):
     assert ids.shape[1] > 200
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids).long()).logits[0].numpy()
-    found = np.asarray(jax.jit(lambda p, t: model.logits(model.head(p), model.hidden(p, t)))(whole, tokens_of(ids))[0])
+    found = np.asarray(
+        jax.jit(lambda p, t: model.logits(model.head(p), model.hidden(p, t)))(whole, tokens_of(ids))[0]
+    )
     assert np.abs(found - wanted).max() <= 2e-3
     best = np.sort(wanted, -1)[:, -2:]
     clear = best[:, 1] - best[:, 0] > 0.01
@@ -75,11 +77,17 @@ def test_greedy_answers_of_one_ragged_batch_are_transformers_own(both):
     torch.set_num_threads(1)  # small products on several threads crawl when the machine is busy
     with torch.no_grad():
         wanted = theirs.generate(
-            torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=64, do_sample=False, pad_token_id=PAD
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=PAD,
         )
     torch.set_num_threads(threads)
     for answer, row in zip(found, wanted[:, ids.shape[1] :].tolist(), strict=True):
         assert answer == [token for token in row if token != PAD]
     lengths = [len(answer) for answer in found]
     assert all(PAD not in answer for answer in found)
-    assert min(lengths) < 64 == max(lengths) and found[lengths.index(min(lengths))][-1] == tokenizer.eos_token_id
+    assert (
+        min(lengths) < 64 == max(lengths) and found[lengths.index(min(lengths))][-1] == tokenizer.eos_token_id
+    )

@@ -14,7 +14,11 @@ from jaxft.distributed.sharding import MeshShape, make_mesh, named
 from jaxft.nn import attention, flash_attention
 from jaxft.nn.flash_attention import Seen
 
-QUERIES, KEYS, ROW = ("rows", "time", "heads", "head_dim"), ("rows", "time", "kv_heads", "head_dim"), ("rows", "time")
+QUERIES, KEYS, ROW = (
+    ("rows", "time", "heads", "head_dim"),
+    ("rows", "time", "kv_heads", "head_dim"),
+    ("rows", "time"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +64,11 @@ def by_the_definition(q, k, v, segments, branches):
     o = np.zeros_like(q)
     for b, t, h in np.ndindex(q.shape[:3]):
         g = h // (q.shape[2] // k.shape[2])
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] != 0 and branches[b, s] in (0, branches[b, t])]
+        seen = [
+            s
+            for s in range(t + 1)
+            if segments[b, s] == segments[b, t] != 0 and branches[b, s] in (0, branches[b, t])
+        ]
         if seen:
             score = k[b, seen, g] @ q[b, t, h] / np.sqrt(q.shape[3])
             weight = np.exp(score - score.max())
@@ -105,7 +113,10 @@ BLOCKS_OF_8 = partial(attention.flash, block=8)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 3), min_size=30, max_size=30), st.lists(st.integers(0, 2), min_size=30, max_size=30))
+@given(
+    st.lists(st.integers(0, 3), min_size=30, max_size=30),
+    st.lists(st.integers(0, 2), min_size=30, max_size=30),
+)
 def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, branches):
     """Not sorted, as no packer would write them: skipping may lose time on such rows, never a key."""
     with jax.enable_x64(True):
@@ -115,7 +126,9 @@ def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, bra
         assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), wanted, 1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02), (jnp.float16, 0.003)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02), (jnp.float16, 0.003)]
+)
 def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     rng = np.random.default_rng(1)
     narrow = arrays(rng, 2, 80, 4, 2, 16, dtype)
@@ -145,7 +158,9 @@ def test_masked_tokens_change_nothing(kernel):
     q, k, v, do = arrays(rng, 1, 64, 2, 1, 8, jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2, 3, 0]], jnp.int32), 16, axis=1)
     branches = jnp.asarray([[0] * 20 + [1] * 6 + [2] * 6 + [0] * 32], jnp.int32)
-    mine = jnp.asarray([*range(16, 20), *range(26, 30)])  # the second segment's prompt, and most of its second answer
+    mine = jnp.asarray(
+        [*range(16, 20), *range(26, 30)]
+    )  # the second segment's prompt, and most of its second answer
     others = jnp.ones(64, bool).at[mine].set(False)[None, :, None, None]
     do = jnp.where(others, 0, do)
     before = value_and_gradients(kernel, q, k, v, do, segments, branches)
@@ -170,7 +185,9 @@ def test_packed_examples_equal_examples_alone():
         segments = jnp.asarray([[1] * 11 + [2] * 30 + [3] * 9], jnp.int32)
         together = attention.flash(q, k, v, segments, block=16)
         for start, stop in ((0, 11), (11, 41), (41, 50)):
-            alone = attention.flash(*(x[:, start:stop] for x in (q, k, v)), jnp.ones((1, stop - start), jnp.int32), block=16)
+            alone = attention.flash(
+                *(x[:, start:stop] for x in (q, k, v)), jnp.ones((1, stop - start), jnp.int32), block=16
+            )
             np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-12)
 
 
@@ -223,12 +240,16 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
         rest = (segments, branches) if branched else (segments,)
         wanted = value_and_gradients(attention.dense, *x, *rest)
         axes = (QUERIES, KEYS, KEYS, QUERIES, *(ROW for _ in rest))
-        placed = [jax.device_put(a, named(mesh, names, a.shape)) for a, names in zip((*x, *rest), axes, strict=True)]
+        placed = [
+            jax.device_put(a, named(mesh, names, a.shape)) for a, names in zip((*x, *rest), axes, strict=True)
+        ]
         attend = attention.choose(mesh, 8, jnp.float64)
         with jax.set_mesh(mesh):
             compiled = value_and_gradients.lower(attend, *placed).compile()
             assert_close(compiled(*placed), wanted, 1e-10)
-    between_devices = r"replica_groups=(\{\{\d+,|\[\d+,(?!1\])\d+\])|collective-permute"  # a group of one moves nothing
+    between_devices = (
+        r"replica_groups=(\{\{\d+,|\[\d+,(?!1\])\d+\])|collective-permute"  # a group of one moves nothing
+    )
     assert not re.search(between_devices, compiled.as_text())
 
 
@@ -252,7 +273,11 @@ def test_saved_names_spare_the_backward_pass_the_forward_pass(dtype):
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
     count = {
         policy: products(partial(value_and_gradients, partial(layers, policy=policy)), q, k, v, do, segments)
-        for policy in (names, jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.nothing_saveable)
+        for policy in (
+            names,
+            jax.checkpoint_policies.everything_saveable,
+            jax.checkpoint_policies.nothing_saveable,
+        )
     }
     assert list(count.values()) == [2 + 5, 2 + 5, 2 + 2 + 5]
 
@@ -328,7 +353,9 @@ def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
     with jax.numpy_dtype_promotion("standard"):
         found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, segments)
     wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
-    real = segments[:, :, None, None] != 0  # what padding queries get is their own affair, as long as it is finite
+    real = (
+        segments[:, :, None, None] != 0
+    )  # what padding queries get is their own affair, as long as it is finite
     assert np.all(np.isfinite(found[0]))
     assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-4)
 

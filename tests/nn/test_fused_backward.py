@@ -26,7 +26,15 @@ def batch(count=4, parts=1):
     return micro(one_by_one(examples(count)), parts)
 
 
-def case(optimizer=optim.adamw, pattern=None, dtype=jnp.float32, held=None, tied=False, objective=sft, groups=((".*/q", 2.0),)):
+def case(
+    optimizer=optim.adamw,
+    pattern=None,
+    dtype=jnp.float32,
+    held=None,
+    tied=False,
+    objective=sft,
+    groups=((".*/q", 2.0),),
+):
     """step(in_backward) -> (compiled step, state at the start, frozen) of a tiny model in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
     t = partition.trained(llama(model.config, dtype, "full"), None, pattern, None, None, held)
@@ -38,12 +46,18 @@ def case(optimizer=optim.adamw, pattern=None, dtype=jnp.float32, held=None, tied
                   lr_groups=groups)  # fmt: skip
         tx = make_optimizer(o, t.trainable_specs, 10)[0]
         step = jax.jit(make_train_step(objective(t.model), tx, 0), donate_argnums=())
-        return step, TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32)), frozen
+        return (
+            step,
+            TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32)),
+            frozen,
+        )
 
     return build
 
 
-@pytest.mark.parametrize("pattern", [None, "base/(layers/attn|layers/mlp/up|embed)(/.*)?"], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "pattern", [None, "base/(layers/attn|layers/mlp/up|embed)(/.*)?"], ids=["all", "some"]
+)
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
 def test_three_steps_are_those_of_layers_in_turn(optimizer, pattern, tied):
@@ -87,7 +101,9 @@ def test_bfloat16_parameters_are_rounded_as_in_turn():
     for in_backward in (False, True):
         step, state, frozen = build(in_backward)
         found.append(step(state, frozen, batch())[0].trainable)
-    same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, found), strict=True)]
+    same = [
+        np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, found), strict=True)
+    ]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)} and min(same) > 0.98
 
 
@@ -109,9 +125,13 @@ def test_a_layer_whose_gradient_overflows_stays_as_it_was():
     weights["o"] = weights["o"].at[1].multiply(1e30)
     after, found = step(state, frozen, batch())
     assert metrics.read(found)["skipped"] == 1 and np.isfinite(metrics.read(found)["loss"])
-    moved = jax.tree.map(lambda a, b: [bool((x != y).any()) for x, y in zip(a, b)], state.trainable, after.trainable)
+    moved = jax.tree.map(
+        lambda a, b: [bool((x != y).any()) for x, y in zip(a, b)], state.trainable, after.trainable
+    )
     assert moved["base"]["layers"]["mlp"]["up"] == [True, False, True]
-    assert not any(moved["base"]["embed"]) and all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after))
+    assert not any(moved["base"]["embed"]) and all(
+        bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after)
+    )
 
 
 def test_no_gradient_of_all_layers_is_held():
@@ -131,7 +151,9 @@ def test_no_gradient_of_all_layers_is_held():
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.in_backward=false"):
+    with pytest.raises(
+        ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.in_backward=false"
+    ):
         Optim(in_backward=True)
     step, state, frozen = case()(True)
     with pytest.raises(ValueError, match="a step has 2 microbatches; set data.micro=1"):
@@ -139,7 +161,9 @@ def test_what_does_not_go_together_is_refused():
 
     def twice(model):
         one = sft(model)
-        return lambda params, batch, key, aux: jax.tree.map(jnp.add, one(params, batch, key, aux), one(params, batch, key, aux))
+        return lambda params, batch, key, aux: jax.tree.map(
+            jnp.add, one(params, batch, key, aux), one(params, batch, key, aux)
+        )
 
     step, state, frozen = case(objective=twice)(True)
     with pytest.raises(ValueError, match="runs the model once a step, found 2;"):
@@ -182,7 +206,9 @@ def test_preferences_are_learned_as_in_turn(tmp_path, reference):
     argv = ("full=true", "remat=full", f"reference={reference}", "optim.clip=none", "lr=0.003")
     losses = []
     for name in ("in_turn", "in_backward"):
-        code = place.run(*argv, f"optim.{name}=true", f"name={name}-{reference}", JAXFT_CACHE=str(tmp_path / "cache"))
+        code = place.run(
+            *argv, f"optim.{name}=true", f"name={name}-{reference}", JAXFT_CACHE=str(tmp_path / "cache")
+        )
         assert code == 0, place.err()
         losses.append([line["loss"] for line in place.metrics(f"{name}-{reference}") if "loss" in line])
     assert losses[0][0] == pytest.approx(np.log(2), rel=1e-4) and losses[0][-1] < losses[0][0]
@@ -190,6 +216,9 @@ def test_preferences_are_learned_as_in_turn(tmp_path, reference):
 
 
 def test_a_run_that_cannot_have_it_says_so_before_it_loads(place):
-    for more, words in (([], "what is trained of layers is adapter"), (["full=true", "micro=2"], "has 2 microbatches")):
+    for more, words in (
+        ([], "what is trained of layers is adapter"),
+        (["full=true", "micro=2"], "has 2 microbatches"),
+    ):
         assert place.run(*ARGV, *more, "name=refused") == 1
         assert words in place.err() and "Traceback" not in place.err()

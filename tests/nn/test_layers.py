@@ -58,7 +58,9 @@ def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transp
     def both(product):
         if packed:
             return jax.jit(jax.value_and_grad(lambda x: jnp.sum(cotangent * jnp.sin(product(x, w)))))(x)
-        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(cotangent * jnp.sin(product(x, w))), (0, 1)))(x, w)
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(cotangent * jnp.sin(product(x, w))), (0, 1)))(
+            x, w
+        )
 
     assert_close(both(lambda x, w: layers.matmul(x, w, transposed, True)), both(plain))
     assert_close(both(lambda x, w: layers.matmul(x, w, transposed, False)), both(plain))
@@ -82,11 +84,16 @@ def test_a_weights_gradient_keeps_the_accumulators_precision():
     assert np.abs(dw - exact).max() < 1e-5 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("rows, ins, outs", [(64, 16, 48), (64, 48, 16), (128, 576, 4), (6, 16, 48), (64, 48, 3), (1, 8, 8)])
+@pytest.mark.parametrize(
+    "rows, ins, outs", [(64, 16, 48), (64, 48, 16), (128, 576, 4), (6, 16, 48), (64, 48, 3), (1, 8, 8)]
+)
 def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
     x, g = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in (ins, outs))
     wanted = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
-    for f in (layers.outer, lambda x, g, out: jax.vmap(lambda x, g: layers.outer(x, g, out))(x[None], g[None])[0]):
+    for f in (
+        layers.outer,
+        lambda x, g, out: jax.vmap(lambda x, g: layers.outer(x, g, out))(x[None], g[None])[0],
+    ):
         found = jax.jit(f, static_argnums=2)(x, g, jnp.float32)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
@@ -99,8 +106,12 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     if rank:
         w = Adapted(w, jnp.ones((6, rank)), jnp.ones((rank, 5)), jnp.ones(()))
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16)))
-    assert (6, 5) in {x.shape for x in kept} and {x.dtype for x in kept if x.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16))
+    )
+    assert (6, 5) in {x.shape for x in kept} and {x.dtype for x in kept if x.shape == (6, 5)} == {
+        jnp.dtype(jnp.uint16)
+    }
 
 
 # Layers
@@ -116,7 +127,9 @@ def test_rms_norm_is_transformers():
     for scale in (1.0, 1e-3, 1e4):  # eps matters in the second
         with torch.no_grad():
             wanted = theirs(torch.tensor(np.asarray(scale * x))).numpy()
-        np.testing.assert_allclose(layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6
+        )
     assert layers.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
 
 
@@ -129,8 +142,14 @@ def test_rope_is_transformers(scaling):
     from jaxft.models.llama import from_hf, rope_angles
 
     factors = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-    parameters = {"rope_type": scaling, "rope_theta": 5e5, **factors} if scaling else {"rope_type": "default", "rope_theta": 5e5}
-    config = TheirConfig(hidden_size=96, num_attention_heads=4, num_key_value_heads=2, rope_parameters=parameters)
+    parameters = (
+        {"rope_type": scaling, "rope_theta": 5e5, **factors}
+        if scaling
+        else {"rope_type": "default", "rope_theta": 5e5}
+    )
+    config = TheirConfig(
+        hidden_size=96, num_attention_heads=4, num_key_value_heads=2, rope_parameters=parameters
+    )
     q, k = random(2, 9, 4, 24, dtype=jnp.float32), random(2, 9, 2, 24, dtype=jnp.float32)
     positions = np.array([np.arange(9), np.r_[0:4, 500:505]])
     angles = rope_angles(from_hf(config.to_dict()), jnp.asarray(positions), jnp.float32)
@@ -162,7 +181,9 @@ def test_swiglu_is_torchs():
 
 def test_embedding_a_packed_table_is_embedding_the_plain_one():
     table, ids = random(9, 4, dtype=jnp.bfloat16), jnp.array([[3, 0, 8], [3, 3, 1]])
-    np.testing.assert_array_equal(layers.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)])
+    np.testing.assert_array_equal(
+        layers.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)]
+    )
     np.testing.assert_array_equal(layers.embed(table, ids, table.dtype), np.asarray(table)[np.asarray(ids)])
     grad = jax.grad(lambda t: jnp.sum(layers.embed(t, ids, t.dtype)))(table.astype(jnp.float32))
     np.testing.assert_array_equal(grad[:, 0], np.bincount(np.ravel(ids), minlength=9))
@@ -171,7 +192,9 @@ def test_embedding_a_packed_table_is_embedding_the_plain_one():
 # What is kept
 
 
-@pytest.mark.parametrize("dtype, kept", [(jnp.bfloat16, "u16"), (jnp.float32, "f32")], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype, kept", [(jnp.bfloat16, "u16"), (jnp.float32, "f32")], ids=["bfloat16", "float32"]
+)
 def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys, dtype, kept):
     def layer(x):
         return jnp.sum(jnp.sin(layers.remember(jnp.sin(x), "here")).astype(jnp.float32))
@@ -181,7 +204,9 @@ def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         print_saved_residuals(jax.checkpoint(layer, policy=policy), x)
         found = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
-        assert (len(found) == 1 and found[0].startswith(f"{kept}[3,5] named 'here'")) if expected else not found
+        assert (
+            (len(found) == 1 and found[0].startswith(f"{kept}[3,5] named 'here'")) if expected else not found
+        )
     plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))  # noqa: E731
     np.testing.assert_array_equal(jax.grad(layer)(x), jax.grad(plain)(x))
     np.testing.assert_array_equal(layers.remember(x, "here"), x)
@@ -204,7 +229,10 @@ def deep_program(adapter, remat):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
 
     text = jax.jit(gradient).lower(trainable, frozen, batch32()).compile().as_text()
-    return {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)}
+    return {
+        (dtype, tuple(map(int, dims.split(","))))
+        for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)
+    }
 
 
 @pytest.mark.parametrize("remat", KEPT)
@@ -221,14 +249,19 @@ def test_stacked_weights_are_never_converted_as_a_whole(adapter):
     stacked = deep_program(adapter, "projections")
     kernels = {"q": (32, 40), "k": (32, 20), "o": (40, 32), "gate": (32, 48), "down": (48, 32)}
     for name, dims in kernels.items():
-        held = "u16" if adapter else "f32"  # frozen ones as raw bits; trained ones as they are, and so are their gradients
+        held = (
+            "u16" if adapter else "f32"
+        )  # frozen ones as raw bits; trained ones as they are, and so are their gradients
         assert {dtype for dtype, found in stacked if found == dims} == {held}, name
 
 
 # Dtypes and precision
 
 
-DROPPED, HEAD = Adapter(rank=3, dropout=0.1, targets=("q", "o", "down")), Adapter(rank=3, targets=("q", "head"))
+DROPPED, HEAD = (
+    Adapter(rank=3, dropout=0.1, targets=("q", "o", "down")),
+    Adapter(rank=3, targets=("q", "head")),
+)
 
 
 @pytest.mark.parametrize("adapter", [DROPPED, HEAD, None], ids=["lora", "lora-head", "full"])
@@ -260,7 +293,9 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
 def test_bfloat16_gradients_are_float32s_within_a_few_per_cent():
     grads = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        model, whole = tiny(dtype, Adapter(rank=4, alpha=4.0, targets=("k", "o", "gate")))  # some kernels with, some without
+        model, whole = tiny(
+            dtype, Adapter(rank=4, alpha=4.0, targets=("k", "o", "gate"))
+        )  # some kernels with, some without
         gradient = jax.jit(jax.grad(lambda p, model=model: sft(model)(p, batch32(8), None, {})[0]))
         grads.append(tree.paths(gradient(whole)))
     for path, wanted in grads[0].items():

@@ -46,7 +46,9 @@ def test_a_is_kaiming_uniform_and_b_is_zero():
         elif name == "b":
             assert not np.any(x)
         else:
-            bound = param.spec_paths(SPECS)[kernel].shape[-2] ** -0.5  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
+            bound = (
+                param.spec_paths(SPECS)[kernel].shape[-2] ** -0.5
+            )  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
             assert 0.98 * bound < np.abs(x).max() <= bound
             assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(np.mean(x)) < 0.03 * bound
 
@@ -61,10 +63,14 @@ def test_the_start_and_the_sizes_are_pefts():
     for names in (["q_proj", "v_proj"], "all-linear", ["k_proj", "down_proj", "lm_head"]):
         theirs = tiny_torch()
         specs = llama(from_hf(theirs.config.to_dict())).specs
-        wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=64, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))
+        wrapped = peft.get_peft_model(
+            theirs, peft.LoraConfig(r=64, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+        )
         settings = Adapter(rank=64, alpha=8.0, targets=names if isinstance(names, str) else tuple(names))
         ours = adapter_specs(specs, settings)
-        scales = sum(s.shape[0] if s.shape else 1 for p, s in param.spec_paths(ours).items() if p.endswith("scale"))
+        scales = sum(
+            s.shape[0] if s.shape else 1 for p, s in param.spec_paths(ours).items() if p.endswith("scale")
+        )
         assert param.count(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
     a = next(p for name, p in wrapped.named_parameters() if "layers.0.mlp.down_proj.lora_A" in name).detach()
     fresh = tree.paths(param.init_params(ours, jax.random.key(0)))
@@ -97,7 +103,9 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 def test_dropout_that_would_not_reach_the_head_is_refused():
-    with pytest.raises(ValueError, match="adapter.dropout=0.1 doesn't reach an adapter on the head; set it to 0"):
+    with pytest.raises(
+        ValueError, match="adapter.dropout=0.1 doesn't reach an adapter on the head; set it to 0"
+    ):
         adapted(llama(CONFIG), Adapter(dropout=0.1, targets=("q", "head")))
 
 
@@ -131,7 +139,10 @@ def test_targets(targets, paths, specs):
         (("q", "gat"), "adapter.targets: 'gat' is no linear layer; near: gate"),
         (("embed",), "adapter.targets: 'embed' is no linear layer; near: "),
         (("attn_norm",), "adapter.targets: 'attn_norm' is no linear layer; near: "),
-        ("layers/mixer/.*", "adapter.targets='layers/mixer/.*' matches no kernel; the paths are layers/attn/"),
+        (
+            "layers/mixer/.*",
+            "adapter.targets='layers/mixer/.*' matches no kernel; the paths are layers/attn/",
+        ),
         ("q", "adapter.targets='q' matches no kernel; the paths are layers/attn/"),
     ],
     ids=str,
@@ -151,7 +162,9 @@ def test_targets_that_cannot_select_are_refused(targets):
 # Attached and merged
 
 
-@pytest.mark.parametrize("tied, dtype", [(False, jnp.float32), (True, jnp.bfloat16)], ids=["untied-float32", "tied-bfloat16"])
+@pytest.mark.parametrize(
+    "tied, dtype", [(False, jnp.float32), (True, jnp.bfloat16)], ids=["untied-float32", "tied-bfloat16"]
+)
 def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
     model, whole = tiny(dtype, SOME, tied)
     batch = one_by_one(examples(4))
@@ -162,7 +175,9 @@ def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
     np.testing.assert_array_equal(logits(model, base, batch), wanted)
     fresh = param.init_params(model.specs["adapter"], jax.random.key(5))
     np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), wanted)
-    assert np.any(np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(wanted))
+    assert np.any(
+        np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(wanted)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -244,17 +259,22 @@ def test_the_fused_product_is_the_plain_one_in_value_and_gradients(wide, packed,
 
     trained = {"a": a, "b": b} | ({} if packed else {"w": w})
     found, wanted = (
-        jax.jit(jax.value_and_grad(lambda x, t, f=f: loss(f, x, t), (0, 1)))(x, trained) for f in (lora_matmul, plain_product)
+        jax.jit(jax.value_and_grad(lambda x, t, f=f: loss(f, x, t), (0, 1)))(x, trained)
+        for f in (lora_matmul, plain_product)
     )
     assert_close(found, wanted)
-    assert_close(linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale))
+    assert_close(
+        linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale)
+    )
 
 
 def test_dropout_needs_a_key_keeps_the_mean_and_spares_the_base():
     x = jnp.ones((200, 50))
     w, a, b = jnp.ones((50, 4)), jnp.ones((50, 2)), jnp.ones((2, 4))
     node = Adapted(w, a, b, jnp.asarray(1.0), 0.25)
-    np.testing.assert_array_equal(linear(x, node), linear(x, Adapted(w, a, b, jnp.asarray(1.0), 0.0), jax.random.key(0)))
+    np.testing.assert_array_equal(
+        linear(x, node), linear(x, Adapted(w, a, b, jnp.asarray(1.0), 0.0), jax.random.key(0))
+    )
     assert float(jnp.mean(linear(x, node, jax.random.key(0)))) == pytest.approx(150, rel=0.02)
     fresh = Adapted(w, a, jnp.zeros_like(b), jnp.asarray(1.0), 0.9)
     np.testing.assert_array_equal(linear(x, fresh, jax.random.key(0)), x @ w)

@@ -40,14 +40,19 @@ def test_every_preset_is_among_the_counted_sizes():
 
 def test_flops_are_two_a_weight_and_token_and_causal_attention():
     c = PRESETS["meta-llama/Llama-3.1-8B"]
-    products = param.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width  # no table, no norms
+    products = (
+        param.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width
+    )  # no table, no norms
     per_token = llama(c).flops(1, 0)
     assert per_token == 2 * products
     assert llama(c).flops(10, 2048) == 10 * (per_token + 2 * c.layers * 2 * c.heads * c.head_dim * 2048 / 2)
 
 
 def test_a_leaf_depends_on_the_key_and_its_path_only():
-    specs = {"a": ParamSpec((4, 5), ("width", "mlp"), normal(1.0)), "b": ParamSpec((4, 5), ("width", "mlp"), normal(1.0))}
+    specs = {
+        "a": ParamSpec((4, 5), ("width", "mlp"), normal(1.0)),
+        "b": ParamSpec((4, 5), ("width", "mlp"), normal(1.0)),
+    }
     key = jax.random.key(0)
     found = param.init_params(specs, key)
     more = param.init_params({"0": specs["a"], **specs, "a0": specs["a"]}, key)
@@ -108,10 +113,16 @@ def test_init_abstract_and_shardings_have_one_structure_and_the_same_shapes():
 
 
 def test_the_table_lists_every_parameter_and_sums_up():
-    t = partition.trained(llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None)
+    t = partition.trained(
+        llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None
+    )
     lines = partition.table(t).splitlines()
     assert len(lines) == len(param.spec_paths(t.specs)) + 1
     some = 16 * 8 * (2048 + 2048 + 2048 + 512)
     assert lines[-1].startswith(f"{some:,} of {1_235_814_400 + some + 2 * 16:,} parameters are trained (")
-    assert [line.split()[-1] for line in lines if line.startswith("adapter/layers/attn/q/")] == ["trained", "trained", "frozen"]
+    assert [line.split()[-1] for line in lines if line.startswith("adapter/layers/attn/q/")] == [
+        "trained",
+        "trained",
+        "frozen",
+    ]
     assert all(line.endswith("frozen") for line in lines if line.startswith("base/"))

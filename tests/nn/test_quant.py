@@ -57,7 +57,9 @@ def expanded(q):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_bits_hold_every_value_exactly(dtype):
-    weight = jnp.asarray(EVERY.view(jnp.dtype(dtype)))  # NaNs with their payloads, infinities, subnormals, both zeros
+    weight = jnp.asarray(
+        EVERY.view(jnp.dtype(dtype))
+    )  # NaNs with their payloads, infinities, subnormals, both zeros
     q = quantize(weight, "bits")
     assert q.codes.dtype == jnp.uint16 and q.dtype == dtype and q.shape == weight.shape
     np.testing.assert_array_equal(q.codes, EVERY)
@@ -116,7 +118,9 @@ def test_no_value_is_off_by_more_than_half_a_step(drawn):
     assert q.shape == w.shape == back.shape
     for n, (start, end) in enumerate(blocks_of(w, q.block or ins)):
         part = wide[..., start:end, :]
-        moved = np.abs(np.float64(scale[..., n, None, :]) - np.float64(plain.scale[..., n, None, :]))  # by double quantisation
+        moved = np.abs(
+            np.float64(scale[..., n, None, :]) - np.float64(plain.scale[..., n, None, :])
+        )  # by double quantisation
         allowed = half_a_step(kind, part) + moved + np.abs(part).max(-2, keepdims=True) * 2e-6
         assert np.all(np.abs(back[..., start:end, :] - part) <= allowed)
     np.testing.assert_array_equal(unpacked(q), unpacked(plain))  # codes are those of the exact scale
@@ -180,7 +184,9 @@ def test_an_outlier_spoils_its_own_block_only(form):
 def test_magnitudes_below_2_to_the_minus_80_are_zero():
     w = np.array([[2.0**-81, -1e-44], [2.0**-80, 0.0]], np.float32)
     for kind in KINDS:
-        np.testing.assert_allclose(dequantize(quantize(w, kind, None, False)), [[0, 0], [2.0**-80, 0]], rtol=0, atol=2.0**-86)
+        np.testing.assert_allclose(
+            dequantize(quantize(w, kind, None, False)), [[0, 0], [2.0**-80, 0]], rtol=0, atol=2.0**-86
+        )
 
 
 @every_form
@@ -278,7 +284,15 @@ TABLE = {
 NF4_RISES = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
              -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
              0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011]  # fmt: skip
-FP4_RISES = [(0.8333333, 3), (0.583333, 2), (0.4166667, 5), (0.29166667, 4), (0.20833333, 7), (0.0859375, 6), (0.00260417, 1)]
+FP4_RISES = [
+    (0.8333333, 3),
+    (0.583333, 2),
+    (0.4166667, 5),
+    (0.29166667, 4),
+    (0.20833333, 7),
+    (0.0859375, 6),
+    (0.00260417, 1),
+]
 
 
 def their_code(kind, x):
@@ -323,7 +337,9 @@ def test_tables_and_thresholds_are_bitsandbytes():
     for kind, table in (("nf4", quant_formats.NF4), ("fp4", quant_formats.FP4)):
         np.testing.assert_array_equal(table, np.array(TABLE[kind], np.float32))
     np.testing.assert_array_equal(quant_formats.NF4_BOUNDS, np.array(NF4_RISES, np.float32))
-    np.testing.assert_array_equal(quant_formats.FP4_BOUNDS, np.array([rise for rise, _ in FP4_RISES[::-1]], np.float32))
+    np.testing.assert_array_equal(
+        quant_formats.FP4_BOUNDS, np.array([rise for rise, _ in FP4_RISES[::-1]], np.float32)
+    )
     np.testing.assert_array_equal(quant_formats.DYNAMIC, their_dynamic_code().numpy())
 
 
@@ -337,11 +353,16 @@ def test_codes_scales_and_pack_order_are_bitsandbytes(kind, dtype):
     q = quantize(np.ascontiguousarray(weight.float().numpy().T), kind, 64, False)
     np.testing.assert_array_equal(q.codes.T.reshape(-1), packed)
     np.testing.assert_array_equal(q.scale.T.reshape(-1), absmax)
-    wanted = np.array(TABLE[kind], np.float32)[np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)] * absmax[:, None]
+    wanted = (
+        np.array(TABLE[kind], np.float32)[np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)]
+        * absmax[:, None]
+    )
     np.testing.assert_array_equal(np.asarray(dequantize(q)).T, wanted.reshape(w.shape))
 
     nested = quantize(np.ascontiguousarray(weight.float().numpy().T), kind)
-    np.testing.assert_allclose(nested.mean, torch.tensor(absmax).mean(), rtol=3e-7)  # the order of the sum is torch's own
+    np.testing.assert_allclose(
+        nested.mean, torch.tensor(absmax).mean(), rtol=3e-7
+    )  # the order of the sum is torch's own
     codes, outer = their_nested(absmax, float(nested.mean))
     np.testing.assert_array_equal(nested.scale.T.reshape(-1), codes)
     np.testing.assert_array_equal(nested.outer, outer)
@@ -430,18 +451,39 @@ def test_it_has_no_gradient_of_its_own():
 @pytest.mark.parametrize(
     "call, says",
     [
-        (partial(quantize, np.ones((2, 2)), "int3"), "quantisation 'int3' is not known; use one of int8, int4, nf4, "),
-        (partial(quantize, np.ones((2, 2), np.float32), "bits"), "kind 'bits' holds 16-bit floats, found float32; cast"),
-        (partial(quantize, np.ones((2, 2), np.uint16), "bits"), "kind 'bits' holds 16-bit floats, found uint16"),
+        (
+            partial(quantize, np.ones((2, 2)), "int3"),
+            "quantisation 'int3' is not known; use one of int8, int4, nf4, ",
+        ),
+        (
+            partial(quantize, np.ones((2, 2), np.float32), "bits"),
+            "kind 'bits' holds 16-bit floats, found float32; cast",
+        ),
+        (
+            partial(quantize, np.ones((2, 2), np.uint16), "bits"),
+            "kind 'bits' holds 16-bit floats, found uint16",
+        ),
         (partial(quantize, np.ones((2, 2), np.int32), "nf4"), "nf4 holds floats, found int32"),
-        (partial(quantize, np.ones((0, 8)), "nf4"), "a packed weight has inputs and outputs, found shape (0, 8)"),
+        (
+            partial(quantize, np.ones((0, 8)), "nf4"),
+            "a packed weight has inputs and outputs, found shape (0, 8)",
+        ),
         (partial(quantize, np.ones(8), "nf4"), "a packed weight has inputs and outputs, found shape (8,)"),
-        (partial(quantize, np.ones((3, 2)), "nf4"), "two codes of nf4 share a byte along the input axis, whose size 3 is odd"),
+        (
+            partial(quantize, np.ones((3, 2)), "nf4"),
+            "two codes of nf4 share a byte along the input axis, whose size 3 is odd",
+        ),
         (partial(Quant, "nf3"), "quantisation 'nf3' is not known; use one of int8"),
-        (partial(Quant, "int8", 64), "int8 has one scale for all inputs of a channel, found block=64; leave it none"),
+        (
+            partial(Quant, "int8", 64),
+            "int8 has one scale for all inputs of a channel, found block=64; leave it none",
+        ),
         (partial(Quant, "nf4", 63), "a block is an even number of inputs from 2 up; found block=63"),
         (partial(Quant, "int4", 0), "a block is an even number of inputs from 2 up; found block=0"),
-        (partial(Quant, "int4", None, True), "the scales of int4 are not quantised; use double=false, or one of nf4, fp4"),
+        (
+            partial(Quant, "int4", None, True),
+            "the scales of int4 are not quantised; use double=false, or one of nf4, fp4",
+        ),
     ],
     ids=lambda x: x[:20] if isinstance(x, str) else "",
 )

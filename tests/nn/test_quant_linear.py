@@ -89,7 +89,9 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
             w, a, b, scale = layer
             return h + jnp.tanh(layers.linear(h, Adapted(w, a, b, scale))), None
 
-        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (w, a, b, scale))[0]
+        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (w, a, b, scale))[
+            0
+        ]
 
     same(lambda w, x, a, b: jax.vmap(deep, (None, None, 0, 0))(w, x, a, b), w, x, a, b)
 
@@ -117,7 +119,9 @@ def test_merging_adds_to_the_dequantised_weight(form):
     for dtype in (jnp.float32, jnp.bfloat16):
         merge = jit(lambda w, dtype=dtype: lora.merge_leaf(w, pair, dtype))
         assert merge(w).dtype == dtype
-        assert_close(np.float64(merge(w)), np.float64(merge(dequantize(w))), 1e-6 if dtype == jnp.float32 else 2**-8)
+        assert_close(
+            np.float64(merge(w)), np.float64(merge(dequantize(w))), 1e-6 if dtype == jnp.float32 else 2**-8
+        )
 
 
 @every_form
@@ -126,7 +130,9 @@ def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
     x = random(5, 42, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
         y = jax.eval_shape(lambda w, x: layers.linear(x, w), w, x)
-        back = jax.eval_shape(lambda w, x: jax.vjp(lambda x: layers.linear(x, w), x)[1](layers.linear(x, w))[0], w, x)
+        back = jax.eval_shape(
+            lambda w, x: jax.vjp(lambda x: layers.linear(x, w), x)[1](layers.linear(x, w))[0], w, x
+        )
         row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([1]))
         logits = jax.eval_shape(lambda h, w: layers.lm_head(h, {"embed": w}), x[:, :6], w)
     assert y.dtype == back.dtype == row.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
@@ -178,7 +184,9 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
         each = (adapters,) if adapters > 1 else ()
         w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
     kept = jax.tree.leaves(
-        jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16))
+        jax.eval_shape(
+            lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)
+        )
     )
     assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]
     assert [x for x in kept if x.dtype in (jnp.uint8, jnp.int8)]  # the codes are
@@ -186,7 +194,9 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
 
 def program(kind, config, remat="projections"):
     """The compiled gradient of the SFT loss of a bfloat16 model, held as a run holds it."""
-    t = partition.trained(llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None)
+    t = partition.trained(
+        llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None
+    )
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
     trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
 
@@ -196,10 +206,15 @@ def program(kind, config, remat="projections"):
     return jit(gradient).lower(trainable, frozen, batch32()).compile()
 
 
-@pytest.mark.parametrize("kind, remat", [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none")])
+@pytest.mark.parametrize(
+    "kind, remat", [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none")]
+)
 def test_no_float_copy_of_the_base_lives_in_a_step(kind, remat):
     text = program(kind, DEEP, remat).as_text()
-    found = {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)}
+    found = {
+        (dtype, tuple(map(int, dims.split(","))))
+        for dtype, dims in re.findall(r"\b(\w+)\[13,([\d,]+)\]", text)
+    }
     for size in ((32, 40), (32, 20), (40, 32), (32, 48), (48, 32)):
         floats = {dtype for dtype, dims in found if dims == size}
         assert floats <= {"s8"}, (size, floats)
@@ -225,7 +240,9 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
         (".*/q|embed", {"q", "embed"}),
         (".*", {"q", "k", "v", "o", "gate", "up", "down", "head", "embed"}),
     ):
-        t = partition.trained(llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern))
+        t = partition.trained(
+            llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern)
+        )
         whole = tree.paths(partition.abstract_params(t, mesh), is_qtensor)
         found = {path.split("/")[-1] for path, x in whole.items() if is_qtensor(x) and x.kind == "int4"}
         assert found == wanted

@@ -28,12 +28,17 @@ def heard(entries, beta=BETA, total=None):
 def trained(ratios, logp=-100.0):
     """Entries of training steps whose chosen answers are at these log-ratios to the reference, in nats."""
     numbers = enumerate(np.asarray(ratios, float), 1)
-    return [{"step": i, "loss": 0.6, "rewards/chosen": BETA * x, "logps/chosen": logp + x} for i, x in numbers]
+    return [
+        {"step": i, "loss": 0.6, "rewards/chosen": BETA * x, "logps/chosen": logp + x} for i, x in numbers
+    ]
 
 
 def measured(curve, every=10, **more):
     """Entries of held-out measurements of the chosen answers' log-prob."""
-    return [{"step": every * i, "eval_logps/chosen": x, **{k: v[i] for k, v in more.items()}} for i, x in enumerate(curve)]
+    return [
+        {"step": every * i, "eval_logps/chosen": x, **{k: v[i] for k, v in more.items()}}
+        for i, x in enumerate(curve)
+    ]
 
 
 def noise(seed, steps, size=4.0):
@@ -76,10 +81,20 @@ def test_long_answers_may_lose_more():
 
 def test_held_out_log_probs_are_compared_with_step_0():
     assert [step for step, _ in heard(measured([-100, -102, -105, -104, -106]))[1]] == [20]
-    assert "5.0 nats an answer below step 0 on the held-out pairs" in heard(measured([-100, -102, -105]))[1][0][1]
-    for curve in ([-100, -105, -104, -106, -105], [-100, -101, -102], [-100, -90, -95, -99], [-100, -100, -100]):
+    assert (
+        "5.0 nats an answer below step 0 on the held-out pairs"
+        in heard(measured([-100, -102, -105]))[1][0][1]
+    )
+    for curve in (
+        [-100, -105, -104, -106, -105],
+        [-100, -101, -102],
+        [-100, -90, -95, -99],
+        [-100, -100, -100],
+    ):
         assert heard(measured(curve))[1] == [], curve
-    assert [step for step, _ in heard(measured([-100, -110]), total=10)[1]] == [10]  # at the end two measurements have to do
+    assert [step for step, _ in heard(measured([-100, -110]), total=10)[1]] == [
+        10
+    ]  # at the end two measurements have to do
 
 
 def test_without_a_reference_only_held_out_pairs_tell():
@@ -88,14 +103,18 @@ def test_without_a_reference_only_held_out_pairs_tell():
 
 
 def test_what_is_not_a_number_is_passed_over():
-    entries = [{name: None if name != "step" else x for name, x in entry.items()} for entry in trained(np.zeros(20))]
+    entries = [
+        {name: None if name != "step" else x for name, x in entry.items()} for entry in trained(np.zeros(20))
+    ]
     assert heard([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries]) == ([], [])
     assert words({"eval_rewards/margins": None}, {"eval_rewards/margins": None}) == []
 
 
 @pytest.mark.parametrize("step, name", [(0, "eval_"), (1, "")])
 def test_the_first_loss_is_checked_against_theory(step, name):
-    say = lambda found, theory: heard([{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}])  # noqa: E731
+    say = lambda found, theory: heard(
+        [{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}]
+    )  # noqa: E731
     for found, theory in ((0.6931, 0.6931), (0.6985, 0.6931), (25.7, 25.0), (0.0, 0.0)):
         lines, alarms = say(found, theory)
         assert len(lines) == 1 and f"{found:.4f}, theory says {theory:.4f}" in lines[0] and alarms == []
@@ -105,7 +124,10 @@ def test_the_first_loss_is_checked_against_theory(step, name):
 
 
 def test_that_it_agrees_is_said_once_and_later_losses_are_not_first_ones():
-    first = [{"step": 0, "eval_loss": 0.7, "eval_loss_at_reference": 0.7}, {"step": 1, "loss": 0.7, "loss_at_reference": 0.7}]
+    first = [
+        {"step": 0, "eval_loss": 0.7, "eval_loss_at_reference": 0.7},
+        {"step": 1, "loss": 0.7, "loss_at_reference": 0.7},
+    ]
     lines, alarms = heard([*first, {"step": 2, "loss": 0.1, "loss_at_reference": 0.7}])
     assert len(lines) == 1 and alarms == []
     assert heard([{"step": 5, "loss": 0.4, "loss_at_reference": 0.7}]) == ([], [])  # a mean over five steps
@@ -113,11 +135,19 @@ def test_that_it_agrees_is_said_once_and_later_losses_are_not_first_ones():
 
 def test_a_margin_that_grows_while_held_out_accuracy_falls_is_told_once():
     acc, margin = [0.5, 0.8, 0.7, 0.7, 0.68, 0.66], [0.0, 0.5, 0.6, 0.7, 0.9, 1.2]
-    entries = [{"step": i, "eval_rewards/accuracies": a, "eval_rewards/margins": m} for i, (a, m) in enumerate(zip(acc, margin))]
+    entries = [
+        {"step": i, "eval_rewards/accuracies": a, "eval_rewards/margins": m}
+        for i, (a, m) in enumerate(zip(acc, margin))
+    ]
     (told,) = heard(entries)[1]
     assert told[0] == 3 and "0.80 at its best, 0.70 now" in told[1]
     for changed in ([0.5, 0.8, 0.7, 0.8, 0.7, 0.8], [0.5, 0.8, 0.78, 0.77, 0.78, 0.8]):
-        assert heard([{**entry, "eval_rewards/accuracies": a} for entry, a in zip(entries, changed, strict=True)])[1] == []
+        assert (
+            heard(
+                [{**entry, "eval_rewards/accuracies": a} for entry, a in zip(entries, changed, strict=True)]
+            )[1]
+            == []
+        )
     assert heard([{**entry, "eval_rewards/margins": 0.4} for entry in entries])[1] == []
 
 
@@ -145,8 +175,13 @@ def test_the_closing_words_name_what_was_reached():
         assert part in told
     assert "alike" not in told and words({}, {}) == []
     alone = {name: value for name, value in last.items() if name != "eval_kl"}
-    assert words(first, alone)[0].startswith("held-out accuracy: 0.40 before, 0.90 after")  # without a reference
-    assert "robust" not in words({}, {"label_noise": 0.02})[0] and "too little" in words({}, {"label_noise": 0.45})[0]
+    assert words(first, alone)[0].startswith(
+        "held-out accuracy: 0.40 before, 0.90 after"
+    )  # without a reference
+    assert (
+        "robust" not in words({}, {"label_noise": 0.02})[0]
+        and "too little" in words({}, {"label_noise": 0.45})[0]
+    )
 
 
 def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path, capsys):
@@ -166,7 +201,10 @@ def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path
         folder = tmp_path / f"cut{cut}"
         _, early = write(folder, 0, cut + 1)  # killed a step after its checkpoint
         kept, late = write(folder, cut, 80)
-        assert kept == alone and late == alone[sum(int(re.search(r"step (\d+)", text)[1]) <= cut for text in alone) :]
+        assert (
+            kept == alone
+            and late == alone[sum(int(re.search(r"step (\d+)", text)[1]) <= cut for text in alone) :]
+        )
         assert early == alone[: len(early)]
         assert read(folder / "metrics.jsonl") == read(tmp_path / "alone" / "metrics.jsonl")
 
@@ -206,8 +244,13 @@ def test_a_run_that_unlearns_its_chosen_answers_says_so_everywhere_and_the_same_
     alarms = json.loads((place.runs("alone") / "summary.json").read_text())["alarms"]
     card = (place.runs("alone") / "README.md").read_text()
     assert alarms and all(text in told and f"- {text}" in card for text in alarms)
-    assert "the chosen answers keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index("step 16/16")
-    assert "theory says 0.0000: policy and reference begin as the same model" in told and "held-out accuracy: " in card
+    assert "the chosen answers keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index(
+        "step 16/16"
+    )
+    assert (
+        "theory says 0.0000: policy and reference begin as the same model" in told
+        and "held-out accuracy: " in card
+    )
 
     assert place.run(*argv, "name=stopped", hook=STOP) == 128 + signal.SIGTERM, place.err()
     assert place.run(*argv, "name=stopped") == 0, place.err()
@@ -219,14 +262,18 @@ def test_a_run_that_goes_well_has_no_alarms(place):
     assert place.run("steps=8", "name=well") == 0, place.err()
     assert json.loads((place.runs("well") / "summary.json").read_text())["alarms"] == []
     assert "alarm" not in place.out() + (place.runs("well") / "README.md").read_text()
-    assert "theory says 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
+    assert (
+        "theory says 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
+    )
 
 
 def rollouts_told(entries):
     """What is said about each entry of a run that learns from rollouts."""
     memory, out = {}, []
     for i, entry in enumerate(entries):
-        memory, lines, alarms = watch_rollouts(memory, {"step": i + 1, "reward": 0.5, **entry}, i + 1 == len(entries))
+        memory, lines, alarms = watch_rollouts(
+            memory, {"step": i + 1, "reward": 0.5, **entry}, i + 1 == len(entries)
+        )
         out.append(alarms)
         assert not lines
     return out
@@ -235,7 +282,9 @@ def rollouts_told(entries):
 def test_rewards_that_fail_are_told_at_once_and_when_they_are_twice_as_many():
     faults = [0.0, 0.1, 0.1, 0.15, 0.2]
     said = rollouts_told([{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults])
-    assert [len(alarms) for alarms in said] == [0, 1, 0, 0, 1] and said[1][0].startswith("10 % of the rewards raised")
+    assert [len(alarms) for alarms in said] == [0, 1, 0, 0, 1] and said[1][0].startswith(
+        "10 % of the rewards raised"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def feed(m, step, margin, bad=False):
 def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
     epoch = np.split(first_sight(3, 160, wrong=0.2), PER_EPOCH)
     m, told = meter(5), []
-    for step, margin in enumerate([*epoch, *(-x for x in epoch)]):  # in the second epoch the model knows the pairs
+    for step, margin in enumerate(
+        [*epoch, *(-x for x in epoch)]
+    ):  # in the second epoch the model knows the pairs
         feed(m, step, margin)
         told.append(m.read()[0].get("label_noise"))
     assert told[0] is None and told[2] is not None
@@ -63,7 +65,9 @@ def test_the_shipped_recipe_finds_a_fifth_of_flipped_labels_within_five_points(t
     place = Place(tmp_path)
     (tmp_path / "config.py").write_text((ROOT / "configs" / "dpo.py").read_text())
     write_rows(tmp_path / "flipped.jsonl", flipped(0.2, seed=0))
-    held_out, general = (ROOT / "configs" / "data" / name for name in ("pairs_held_out.jsonl", "general.jsonl"))
+    held_out, general = (
+        ROOT / "configs" / "data" / name for name in ("pairs_held_out.jsonl", "general.jsonl")
+    )
     argv = ["data=flipped.jsonl", f"held_out={held_out}", f"general={general}", "name=flipped", "samples=0"]
     assert place.run(*argv) == 0, place.err()
     last = [line for line in place.metrics("flipped") if "loss" in line][-1]

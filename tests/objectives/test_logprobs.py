@@ -21,7 +21,12 @@ from jaxft.objectives.read_positions import gather_read
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
 ADAPTER = Adapter(rank=4, targets=("head",))
-HEADS = {"untied": (False, False), "tied": (True, False), "untied-lora": (False, True), "tied-lora": (True, True)}
+HEADS = {
+    "untied": (False, False),
+    "tied": (True, False),
+    "untied-lora": (False, True),
+    "tied-lora": (True, True),
+}
 heads = pytest.mark.parametrize("tied, lora", HEADS.values(), ids=HEADS)
 
 
@@ -34,7 +39,9 @@ def wide():
 @functools.cache
 def setting(tied, lora, dtype="float64"):
     """A model, what its head reads, hidden states, targets and weights for the log-probs (negative ones too)."""
-    model = adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.dtype(dtype)), ADAPTER if lora else None)
+    model = adapted(
+        llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.dtype(dtype)), ADAPTER if lora else None
+    )
     rng = np.random.default_rng(3)
     random = lambda *shape: jnp.asarray(rng.normal(0, 0.3, shape), dtype)  # noqa: E731
     whole = {"base": {"embed": random(V, D)} if tied else {"head": random(D, V)}}
@@ -42,7 +49,9 @@ def setting(tied, lora, dtype="float64"):
         whole["adapter"] = {"head": {"a": random(D, 4), "b": random(4, V), "scale": jnp.asarray(0.7, dtype)}}
     h = 4 * random(B, M, D)
     likely = plain(whole, h, jnp.zeros((B, M), jnp.int32))[1].argmax(-1)  # right answers in every other row
-    targets = jnp.where(jnp.arange(B)[:, None] % 2 == 0, likely, jnp.asarray(rng.integers(0, V, (B, M)))).astype(jnp.int32)
+    targets = jnp.where(
+        jnp.arange(B)[:, None] % 2 == 0, likely, jnp.asarray(rng.integers(0, V, (B, M)))
+    ).astype(jnp.int32)
     return model, whole, h, targets, random(B, M)
 
 
@@ -59,7 +68,9 @@ def plain(whole, h, targets):
     best = jnp.argmax(logits, -1) == targets
     at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
     square = jnp.log(jnp.sum(jnp.exp(2 * logp), -1))
-    found = logprobs.LogProbs(at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype), square, jnp.mean(logits, -1))
+    found = logprobs.LogProbs(
+        at, jax.nn.logsumexp(logits, -1), entropy, best.astype(h.dtype), square, jnp.mean(logits, -1)
+    )
     return found, logits
 
 
@@ -75,7 +86,9 @@ weights_known = pytest.mark.parametrize("known", [False, True], ids=["any-loss",
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
 def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * chunk)  # 7 positions: 3 chunks of which the last is padded, 7, 1
+    monkeypatch.setattr(
+        logprobs, "CHUNK_LOGITS", B * V * chunk
+    )  # 7 positions: 3 chunks of which the last is padded, 7, 1
     model, whole, h, targets, weights = setting(*HEADS[name])
 
     def both(fn):
@@ -124,7 +137,9 @@ def test_only_logp_has_a_gradient():
         found = token_logps(model, whole, h, targets)
         return jnp.sum(found.lse + found.entropy + found.top1 + found.square + found.mean_logit)
 
-    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.jit(jax.grad(others, (0, 1)))(whole, h)))
+    assert all(
+        np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.jit(jax.grad(others, (0, 1)))(whole, h))
+    )
 
 
 def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
@@ -158,7 +173,9 @@ def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
     some, hs = {"a": factors * pair["a"], "b": jnp.stack([pair["b"]] * 3)}, factors[..., None] * h
 
     def loss(some, h):
-        return loss_of(model, weights)({**whole, "adapter": {"head": {**some, "scale": pair["scale"]}}}, h, targets)
+        return loss_of(model, weights)(
+            {**whole, "adapter": {"head": {**some, "scale": pair["scale"]}}}, h, targets
+        )
 
     each = jax.value_and_grad(loss, (0, 1))
     alone = jax.jit(lambda *x: jax.lax.map(lambda one: each(*one), x))(some, hs)
@@ -167,7 +184,10 @@ def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
 
 def products(compiled):
     """(operand and result shapes) of the matrix products in a compiled program."""
-    return [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f\d+\[([\d,]+)\]\S* dot\(", compiled.as_text())]
+    return [
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"= f\d+\[([\d,]+)\]\S* dot\(", compiled.as_text())
+    ]
 
 
 @heads
@@ -179,7 +199,9 @@ def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(mo
     # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient by its input
     assert len(products(by_h)) == (6 if lora else 2)
     if not tied and not lora:
-        everything = jax.jit(jax.grad(loss_of(model, weights, known), (0, 1))).lower(whole, h, targets).compile()
+        everything = (
+            jax.jit(jax.grad(loss_of(model, weights, known), (0, 1))).lower(whole, h, targets).compile()
+        )
         assert len(products(everything)) == (3 if known else 4)
 
 
@@ -193,7 +215,9 @@ def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, 
         return loss_of(model, weights, known)({"base": base, "adapter": adapter}, h, targets)
 
     shapes = products(jax.jit(jax.grad(loss)).lower(whole["adapter"], whole["base"]).compile())
-    assert not {s for s in shapes if s[-2:] in ((D, V), (V, D))} and {s for s in shapes if s[-2:] in ((4, V), (V, 4))}
+    assert not {s for s in shapes if s[-2:] in ((D, V), (V, D))} and {
+        s for s in shapes if s[-2:] in ((4, V), (V, 4))
+    }
 
 
 @weights_known
@@ -201,9 +225,15 @@ def test_an_adapter_on_a_frozen_head_costs_no_gradient_of_the_head(monkeypatch, 
 def test_all_logits_never_exist_at_once(monkeypatch, trained, known):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2**16)
     rows, reads, vocab = 4, 256, 8192
-    model = llama(LlamaConfig(vocab=vocab, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16), jnp.float32)
+    model = llama(
+        LlamaConfig(vocab=vocab, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16), jnp.float32
+    )
     shape = jax.ShapeDtypeStruct
-    head, h, t = {"head": shape((16, vocab), np.float32)}, shape((rows, reads, 16), np.float32), shape((rows, reads), np.int32)
+    head, h, t = (
+        {"head": shape((16, vocab), np.float32)},
+        shape((rows, reads, 16), np.float32),
+        shape((rows, reads), np.int32),
+    )
     loss = loss_of(model, jnp.ones((rows, reads), np.float32), known)
     compiled = jax.jit(jax.grad(loss, (0, 1) if trained else 1)).lower(head, h, t).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * reads * vocab * 4 / 16
@@ -216,7 +246,9 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
     rows = lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
     args = (jax.tree.map(jax.device_put, whole, param.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):
-        return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(*args).compile(), args
+        return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(
+            *args
+        ).compile(), args
 
 
 @weights_known
@@ -225,7 +257,9 @@ def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatc
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", V * 3)
     model, whole, h, targets, weights = setting(*HEADS[name])
     one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
-    program, args = compiled_on(sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1), known)
+    program, args = compiled_on(
+        sharding.make_mesh(sharding.MeshShape(*shape)), model, whole, h, targets, weights, (0, 1), known
+    )
     assert_close(jax.device_get(program(*args)), jax.device_get(one))
 
 
@@ -261,7 +295,9 @@ def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied
 def test_a_chunk_is_measured_on_a_device(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
     model, whole, h, targets, _ = setting(False, False)
-    lengths = lambda: re.findall(r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets)))  # noqa: E731
+    lengths = lambda: re.findall(
+        r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets))
+    )  # noqa: E731
     assert set(lengths()) == {"7"}
     with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(2, 2, 2))):
         assert set(lengths()) == {"1"}

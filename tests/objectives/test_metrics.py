@@ -14,7 +14,11 @@ from jaxft.objectives.metrics import Correlation, Disagreement, Max, Min, Sum
 
 RNG = np.random.default_rng(0)
 PARTS = [
-    {"loss": Sum(jnp.float32(t), jnp.float32(w)), "longest": Max(jnp.float32(a)), "shortest": Min(jnp.float32(b))}
+    {
+        "loss": Sum(jnp.float32(t), jnp.float32(w)),
+        "longest": Max(jnp.float32(a)),
+        "shortest": Min(jnp.float32(b)),
+    }
     for t, w, a, b in RNG.integers(-64, 64, (4, 4)) / 8  # sums of eighths are exact
 ]
 
@@ -46,7 +50,9 @@ def test_a_weighted_mean_is_that_of_all_rows_at_once():
     for sizes in ([12], [5, 7], [1] * 12):
         parts = np.split(np.arange(12), np.cumsum(sizes)[:-1])
         found = [{"m": Sum((values[i] * weights[i]).sum(), weights[i].sum())} for i in parts]
-        assert metrics.read(functools.reduce(metrics.add, found))["m"] == pytest.approx(np.average(values, weights=weights))
+        assert metrics.read(functools.reduce(metrics.add, found))["m"] == pytest.approx(
+            np.average(values, weights=weights)
+        )
 
 
 def test_the_largest_and_smallest_are_those_of_all_rows():
@@ -56,7 +62,9 @@ def test_the_largest_and_smallest_are_those_of_all_rows():
 
 
 def test_a_mean_over_nothing_is_left_out_and_never_nan():
-    found = metrics.read({"empty": Sum(jnp.float32(0), jnp.float32(0)), "one": Sum(jnp.float32(3), jnp.float32(2))})
+    found = metrics.read(
+        {"empty": Sum(jnp.float32(0), jnp.float32(0)), "one": Sum(jnp.float32(3), jnp.float32(2))}
+    )
     assert found == {"one": 1.5}
 
 
@@ -113,7 +121,9 @@ def counts(margin):
     """Disagreement.of's, in NumPy."""
     margin = np.asarray(margin)
     size = np.clip(np.floor(4 * np.log2(np.maximum(np.abs(margin), 1e-12)) + 64), 0, 127).astype(int)
-    return np.stack([np.bincount(size[side], minlength=128) for side in (margin > 0, margin < 0)]).astype(float)
+    return np.stack([np.bincount(size[side], minlength=128) for side in (margin > 0, margin < 0)]).astype(
+        float
+    )
 
 
 def estimates(pairs, wrong, seeds=200):
@@ -125,7 +135,10 @@ def test_the_counts_are_those_of_the_program_and_add():
     where = np.arange(300) % 7 > 0
     found = Disagreement.of(jnp.asarray(margin, jnp.float32), jnp.asarray(where))
     np.testing.assert_array_equal(found.counts, counts(margin.astype(np.float32)[where]))
-    parts = [{"x": Disagreement.of(jnp.asarray(part, jnp.float32), jnp.ones(100, bool))} for part in np.split(margin, 3)]
+    parts = [
+        {"x": Disagreement.of(jnp.asarray(part, jnp.float32), jnp.ones(100, bool))}
+        for part in np.split(margin, 3)
+    ]
     whole = Disagreement.of(jnp.asarray(margin, jnp.float32), jnp.ones(300, bool))
     same(functools.reduce(metrics.add, parts), {"x": whole})
 
@@ -134,7 +147,9 @@ def test_the_counts_are_those_of_the_program_and_add():
 def test_wrong_labels_are_estimated_within_five_points(wrong):
     """Of 216 pairs in four draws of five, whose scatter is that of which labels are wrong; of 1000 nearly always."""
     few, many = estimates(216, wrong), estimates(1000, wrong)
-    assert abs(few.mean() - wrong) < 0.03 and few.std() < 0.045 and (np.abs(few - wrong) <= 0.05).mean() > 0.75
+    assert (
+        abs(few.mean() - wrong) < 0.03 and few.std() < 0.045 and (np.abs(few - wrong) <= 0.05).mean() > 0.75
+    )
     assert abs(many.mean() - wrong) < 0.03 and (np.abs(many - wrong) <= 0.05).mean() > 0.95
 
 
@@ -160,7 +175,9 @@ def test_a_model_that_is_always_right_where_it_is_sure_finds_the_share_itself():
 
 
 def test_fewer_than_24_pairs_give_no_estimate_and_a_tie_is_no_pair():
-    assert Disagreement(counts(np.ones(23))).value() is None and Disagreement(counts(np.ones(24))).value() == 0
+    assert (
+        Disagreement(counts(np.ones(23))).value() is None and Disagreement(counts(np.ones(24))).value() == 0
+    )
     found = Disagreement.of(jnp.array([0.0, 1.0, -1.0]), jnp.ones(3, bool))
     assert found.counts.sum() == 2 and Disagreement(counts(-np.ones(30))).value() == 1
 

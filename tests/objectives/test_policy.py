@@ -41,7 +41,10 @@ def setting(dtype=jnp.float64):
     with jax.numpy_dtype_promotion("standard"):
         model, whole = tiny(dtype, adapter=Adapter(rank=4))
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    whole = {**whole, "critic": {"w": jnp.asarray(np.random.default_rng(8).normal(0, 0.3, model.config.width), wide)}}
+    whole = {
+        **whole,
+        "critic": {"w": jnp.asarray(np.random.default_rng(8).normal(0, 0.3, model.config.width), wide)},
+    }
     return model, whole, tree.mask_by_path(whole, "adapter/.*/[ab]|critic/.*")
 
 
@@ -61,7 +64,9 @@ def table_see(table, batch, key, aux):
     table = jax.tree.map(jnp.asarray, table)
     x = table["w"][batch.targets] + 0.3 * table["w"][batch.answers]
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
-    return Played(-2.5 - jax.nn.softplus(x), jax.nn.softplus(-x), table["v"][batch.targets], replace(batch, **none))
+    return Played(
+        -2.5 - jax.nn.softplus(x), jax.nn.softplus(-x), table["v"][batch.targets], replace(batch, **none)
+    )
 
 
 def by_table(loss=LOSS, **options):
@@ -102,7 +107,9 @@ def by_hand(model, whole, batch, temperature=1.0, beta=0.2, bonus=0.1, coef=0.5)
 
 def full(model, temperature=1.0, loss=LOSS, beta=0.2, coef=0.5):
     """An objective with all of its terms."""
-    return policy(model, loss, beta=beta, entropy=0.1, temperature=temperature, value=own_critic(model, coef=coef))
+    return policy(
+        model, loss, beta=beta, entropy=0.1, temperature=temperature, value=own_critic(model, coef=coef)
+    )
 
 
 def graded(fn, whole, mask):
@@ -145,7 +152,10 @@ def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_o
     side = jnp.asarray(np.random.default_rng(1).uniform(0, 1, batch.read.shape) < 0.5)
 
     def part(policy_scale, value_scale):
-        weights = {"policy_weights": batch.policy_weights * policy_scale, "value_weights": batch.value_weights * value_scale}
+        weights = {
+            "policy_weights": batch.policy_weights * policy_scale,
+            "value_weights": batch.value_weights * value_scale,
+        }
         return jax.value_and_grad(lambda t: by_table(loss)(t, batch.replace(**weights), None, {})[0])(TABLE)
 
     s = side.astype(jnp.float64)
@@ -159,7 +169,9 @@ def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
     groups = random_groups(count=6)
     batch = laid(rows_of(groups))
     away = np.asarray(batch.answers) == 1
-    muted = batch.replace(**{name: np.where(away, 0, getattr(batch, name)) for name in ("policy_weights", "value_weights")})
+    muted = batch.replace(
+        **{name: np.where(away, 0, getattr(batch, name)) for name in ("policy_weights", "value_weights")}
+    )
     wanted = judged(by_table(), TABLE, ALL, micro(muted, 1), {})
     noise, padding = np.random.default_rng(3).normal(0, 5, away.shape), batch.answers == 9
     other = muted.replace(
@@ -172,8 +184,12 @@ def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
     assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), wanted)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bfloat16"])
-def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_and_exactly_one_without_them(dtype):
+@pytest.mark.parametrize(
+    "dtype", [jnp.float64, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bfloat16"]
+)
+def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_and_exactly_one_without_them(
+    dtype,
+):
     """Log-probs at drawing come from a program of their own, whose sums the compiler may order otherwise."""
     model, whole, mask = setting(dtype)
     objective = policy(model, P.clipped, temperature=0.9)
@@ -181,7 +197,9 @@ def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_a
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), given)
     old = jax.jit(lambda whole: objective.logps(whole, batch).logp)(whole)
     _, slope, found = judged(objective, whole, mask, micro(batch.replace(logps=old), 1), {})
-    assert found["val/ratio_var"] ** 0.5 < 8 * np.finfo(old.dtype).eps and found["clip_ratio/region_mean"] == 0
+    assert (
+        found["val/ratio_var"] ** 0.5 < 8 * np.finfo(old.dtype).eps and found["clip_ratio/region_mean"] == 0
+    )
     _, now, exactly = judged(objective, whole, mask, micro(batch.replace(logps=None), 1), {})
     assert exactly["val/ratio"] == 1 and exactly["val/ratio_var"] == 0 and exactly["policy/approxkl_avg"] == 0
     assert_close(slope, now, 1e-10 if dtype == jnp.float64 else 1e-3)
@@ -193,7 +211,11 @@ def test_the_logged_numbers_are_what_their_names_say(one_by_one):
     played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
     logp, entropy, values = (np.asarray(x) for x in (played.logp, played.entropy, played.values))
     real = batch.answers < 9
-    r, adv, kl = np.exp(logp - batch.logps), batch.advantages, np.exp(batch.reference - logp) - 1 - (batch.reference - logp)
+    r, adv, kl = (
+        np.exp(logp - batch.logps),
+        batch.advantages,
+        np.exp(batch.reference - logp) - 1 - (batch.reference - logp),
+    )
     low, high = real & (r < 0.7) & (adv < 0), real & (r > 1.2) & (adv > 0)
     each = [real[b] & (batch.answers[b] == a) for b in range(2) for a in range(9)]
     whose = [(b, m[None]) for b, m in zip([0] * 9 + [1] * 9, each, strict=True) if m.any()]
@@ -236,7 +258,9 @@ def test_the_value_loss_is_torchs_in_value_and_gradient():
         (0.5 * costs).sum().backward()
         of = lambda v, clip=clip: value_loss(v, jnp.asarray(old), jnp.asarray(returns), clip)[0]  # noqa: E731
         np.testing.assert_allclose(of(jnp.asarray(v)), 0.5 * costs.detach().numpy(), rtol=1e-12)
-        np.testing.assert_allclose(jax.grad(lambda v, of=of: jnp.sum(of(v)))(jnp.asarray(v)), t.grad.numpy(), rtol=1e-12)
+        np.testing.assert_allclose(
+            jax.grad(lambda v, of=of: jnp.sum(of(v)))(jnp.asarray(v)), t.grad.numpy(), rtol=1e-12
+        )
 
 
 def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while_the_policy_waits():
@@ -244,7 +268,9 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
     other = jax.tree.map(lambda x: x * 1.3, whole["adapter"])
     whole = {**whole, "critic": {**whole["critic"], "adapter": other}}
     mask = tree.mask_by_path(whole, "adapter/.*/[ab]|critic/w|critic/adapter/.*/[ab]")
-    second = lambda whole, batch, h: model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)  # noqa: E731
+    second = lambda whole, batch, h: model.hidden(
+        {"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch
+    )  # noqa: E731
     objective = policy(model, LOSS, value=critic(second, lambda whole, h: h @ whole["critic"]["w"]))
     batch = laid(rows_of(random_groups()))
     assert judged(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0
@@ -264,7 +290,9 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
     trainable, frozen = tree.partition(whole, mask)
     head = {"w": ParamSpec((model.config.width,), (None,), param.normal(1.0))}
     specs = {**jax.tree.map(lambda _: None, whole), "adapter": model.specs["adapter"], "critic": head}
-    specs = tree.map_with_path(lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param.is_spec)
+    specs = tree.map_with_path(
+        lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param.is_spec
+    )
     tx, _ = make_optimizer(Optim(lr=1e-2, in_turn=in_turn), specs, 10)
     step = make_train_step(objective, tx, 0)
     batch = micro(laid(rows_of(random_groups())), 1)
@@ -275,7 +303,9 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
         rested, _ = step(state, frozen, batch.replace(policy_weights=0 * batch.policy_weights))
         moved, _ = step(state, frozen, batch)
     same = lambda a, b, name: all(map(np.array_equal, jax.tree.leaves(a[name]), jax.tree.leaves(b[name])))  # noqa: E731
-    assert same(rested.trainable, state.trainable, "adapter") and not same(rested.trainable, state.trainable, "critic")
+    assert same(rested.trainable, state.trainable, "adapter") and not same(
+        rested.trainable, state.trainable, "critic"
+    )
     assert not same(moved.trainable, state.trainable, "adapter")
     kept = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     for path, x in jax.tree_util.tree_leaves_with_path(rested.opt_state):
@@ -322,7 +352,9 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     np.testing.assert_allclose(after["kl_coef"], 0.3 * (1 + 0.2 * 20 / 10), rtol=1e-6)
     nothing = {**sums, "kl_per_completion": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
     resting = {**sums, "loss/policy_avg": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
-    assert all(objective.after_step(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting))
+    assert all(
+        objective.after_step(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting)
+    )
     assert fixed.after_step({"a": 1}, None, sums) == {"a": 1}
 
 
@@ -345,7 +377,9 @@ def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_b
     wanted, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
     assert value == wanted
     assert_close(slope, slope_too, 1e-15)
-    assert 0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).start({}, True)["kl_coef"]) == pytest.approx(0.1)
+    assert (
+        0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).start({}, True)["kl_coef"]) == pytest.approx(0.1)
+    )
 
 
 @pytest.mark.slow
@@ -379,7 +413,9 @@ def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
         at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
         return jnp.sum(a * at - b * jnp.sum(jnp.exp(logp) * logp, -1))
 
-    found, wanted = (jax.jit(jax.grad(fn, (0, 1)))(whole["base"]["head"], h) for fn in (chunked, whole_at_once))
+    found, wanted = (
+        jax.jit(jax.grad(fn, (0, 1)))(whole["base"]["head"], h) for fn in (chunked, whole_at_once)
+    )
     assert_close(found, wanted)
 
 
@@ -387,8 +423,16 @@ def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
     "given, batch, words",
     [
         ({"beta": 0.1}, {"reference": None}, "a KL penalty needs the reference's log-probs in the batch"),
-        ({"value": lambda *x: x[1].values}, {"returns": None}, "a critic needs values, returns and value_weights in the batch"),
-        ({"loss": lambda d: d.mean(d.logp)}, {}, r"the policy loss <lambda> gives one value a token, \(2, 54\); found \(2, 9\)"),
+        (
+            {"value": lambda *x: x[1].values},
+            {"returns": None},
+            "a critic needs values, returns and value_weights in the batch",
+        ),
+        (
+            {"loss": lambda d: d.mean(d.logp)},
+            {},
+            r"the policy loss <lambda> gives one value a token, \(2, 54\); found \(2, 9\)",
+        ),
         ({"temperature": 0.0}, {}, "the temperature that completions are drawn at is above 0, found 0.0"),
         ({"value": Critic}, {"coef": -1.0}, "a critic's coef is above 0, found -1.0"),
     ],

@@ -37,7 +37,9 @@ def drawn(seed=0, spread=0.6, **given):
     } | given
     tokens = np.maximum([[(row == a).sum() for a in range(A)] for row in answer], 1.0)
     arrays = {name: jnp.asarray(x) for name, x in numbers.items()}
-    return P.Drawn(**arrays, answer=jnp.asarray(answer, jnp.int32), real=jnp.asarray(real), tokens=jnp.asarray(tokens))
+    return P.Drawn(
+        **arrays, answer=jnp.asarray(answer, jnp.int32), real=jnp.asarray(real), tokens=jnp.asarray(tokens)
+    )
 
 
 def dense(d, *names):
@@ -45,7 +47,9 @@ def dense(d, *names):
     at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.answer)]
     rows = [(b, places) for b, each in enumerate(at) for places in each if len(places)]
     width = max(len(places) for _, places in rows)
-    index = np.array([[b * SHAPE[1] + m for m in places] + [-1] * (width - len(places)) for b, places in rows])
+    index = np.array(
+        [[b * SHAPE[1] + m for m in places] + [-1] * (width - len(places)) for b, places in rows]
+    )
     mask = torch.tensor(index >= 0, dtype=torch.float64)
     flat = [torch.tensor(np.asarray(getattr(d, name)).ravel(), dtype=torch.float64) for name in names]
     return mask, [x[torch.tensor(index)] * mask for x in flat], index
@@ -100,7 +104,9 @@ def t_geo_mean(p, old, adv, mask, low, high):
 def t_vespo(p, old, adv, mask, k_pos, lam_pos, k_neg, lam_neg):
     w = torch.exp(((p - old) * mask).sum(-1, keepdim=True)).detach()
     up = adv >= 0
-    phi = torch.where(up, torch.exp(lam_pos - lam_pos * w) * w**k_pos, torch.exp(lam_neg - lam_neg * w) * w**k_neg)
+    phi = torch.where(
+        up, torch.exp(lam_pos - lam_pos * w) * w**k_pos, torch.exp(lam_neg - lam_neg * w) * w**k_neg
+    )
     return -phi * adv * p
 
 
@@ -126,7 +132,14 @@ LOSSES = {
     "near": (partial(P.near_policy, most=0.1), partial(t_near, most=0.1)),
 }  # fmt: skip
 losses = pytest.mark.parametrize("name", LOSSES)
-SEQUENCE = ("gspo", "gspo-narrow", "gspo-token", "geo-mean", "vespo", "near")  # what one token says changes the others
+SEQUENCE = (
+    "gspo",
+    "gspo-narrow",
+    "gspo-token",
+    "geo-mean",
+    "vespo",
+    "near",
+)  # what one token says changes the others
 AT_ONE = [name for name in LOSSES if name not in ("vespo",)]
 
 
@@ -151,7 +164,9 @@ def test_a_loss_is_its_formula_in_torch_in_value_and_gradient(name):
     (w * values).sum().backward()
     found, slope = both(loss, d, weights * d.real)
     there = index >= 0
-    np.testing.assert_allclose(found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(
+        found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10, atol=1e-13
+    )
     np.testing.assert_allclose(slope.ravel()[index[there]], p.grad.numpy()[there], rtol=1e-10, atol=1e-13)
     assert np.abs(slope).max() > 1e-3 and not slope[np.asarray(d.real) == 0].any()
 
@@ -181,7 +196,9 @@ def test_padding_and_empty_places_change_nothing(name):
     numbers = {n: pad(getattr(d, n)) for n in ("logp", "old", "advantages", "entropy", "reference", "real")}
     answer = pad(jnp.where(d.answer == A, A + 2, d.answer), A + 2)
     wide = P.Drawn(**numbers, answer=answer, tokens=jnp.pad(d.tokens, ((0, 0), (0, 2)), constant_values=1))
-    for found, wanted in zip(both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True):
+    for found, wanted in zip(
+        both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True
+    ):
         real = np.asarray(d.real) > 0
         np.testing.assert_allclose(found[:, :11][real], wanted[real], rtol=1e-12)
         assert np.isfinite(found).all()
@@ -219,11 +236,15 @@ def test_the_kl_estimators_are_their_formulas():
     for estimate, form in forms.items():
         q = p.clone().requires_grad_()
         (w * form(q)).sum().backward()
-        slope = jax.grad(lambda x, estimate=estimate: jnp.sum(weights * d.real * estimate(x, d.reference)))(d.logp)
+        slope = jax.grad(lambda x, estimate=estimate: jnp.sum(weights * d.real * estimate(x, d.reference)))(
+            d.logp
+        )
         there = index >= 0
         found = np.asarray(estimate(d.logp, d.reference)).ravel()[index[there]]
         np.testing.assert_allclose(found, form(p).numpy()[there], rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(np.asarray(slope).ravel()[index[there]], q.grad.numpy()[there], rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(
+            np.asarray(slope).ravel()[index[there]], q.grad.numpy()[there], rtol=1e-10, atol=1e-13
+        )
 
 
 def test_k1_and_k3_are_the_kl_in_expectation_and_only_k2s_slope_is_the_kls():
@@ -272,7 +293,10 @@ def test_trl_gives_the_weights_of_vespo_and_masks_what_is_far():
     near = trainer.get_off_policy_mask(adv[:, :1], p, old, mask, 0.1)
     assert 0 < near.sum() < len(near)
     there = index >= 0
-    for loss, wanted in ((P.vespo, -phi * adv * p), (partial(P.near_policy, most=0.1), near * t_clipped(p, old, adv, mask))):
+    for loss, wanted in (
+        (P.vespo, -phi * adv * p),
+        (partial(P.near_policy, most=0.1), near * t_clipped(p, old, adv, mask)),
+    ):
         found = np.asarray(loss(d)).ravel()[index[there]]
         np.testing.assert_allclose(found, wanted.numpy()[there], rtol=1e-10, atol=1e-13)
 

@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pair_batches import ONLY_W, assert_same, by_table, judged, laid, micro, pairs_for, random_pairs, start_aux, swapped
+from pair_batches import (
+    ONLY_W,
+    assert_same,
+    by_table,
+    judged,
+    laid,
+    micro,
+    pairs_for,
+    random_pairs,
+    start_aux,
+    swapped,
+)
 from preference_rows import EVERY
 from tiny_model import assert_close, tiny
 
@@ -92,7 +103,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     """-LS(m) and -LS(-m) differ by m, so the gradients of a pair and its mirror image differ by that of the margin."""
     objective, whole, mask, _ = with_model(partial(P.dpo, beta=0.3), beta=0.3)
     pool = random_pairs(9, seed=2)
-    here, there = (judged(objective, whole, mask, micro(laid(p, rows=4), 1), {}) for p in (pool, swapped(pool)))
+    here, there = (
+        judged(objective, whole, mask, micro(laid(p, rows=4), 1), {}) for p in (pool, swapped(pool))
+    )
     for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
         for what in ("rewards", "logps", "logits"):
             np.testing.assert_allclose(here[2][f"{what}/{one}"], there[2][f"{what}/{other}"], rtol=1e-10)
@@ -100,7 +113,13 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     np.testing.assert_allclose(here[2]["rewards/accuracies"], 1 - there[2]["rewards/accuracies"], rtol=1e-10)
 
     minus_margin = lambda pair: -0.3 * (pair.chosen.ratio - pair.rejected.ratio)  # noqa: E731
-    slope = judged(preference(with_model(P.dpo)[3], minus_margin, beta=0.3), whole, mask, micro(laid(pool, rows=4), 1), {})
+    slope = judged(
+        preference(with_model(P.dpo)[3], minus_margin, beta=0.3),
+        whole,
+        mask,
+        micro(laid(pool, rows=4), 1),
+        {},
+    )
     np.testing.assert_allclose(here[0] - there[0], slope[0], rtol=1e-10)
     assert_close(jax.tree.map(jnp.subtract, here[1], there[1]), slope[1])
 
@@ -110,13 +129,19 @@ def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=7)), start_aux(objective)
     more = lambda x, axis: np.empty([n + 3 * (i == axis) for i, n in enumerate(x.shape)], x.dtype)  # noqa: E731
-    slots, last = ("lengths", "mean_lengths"), {n: more(getattr(batch, n), 1) for n in ("pair_weights", "index")}
+    slots, last = (
+        ("lengths", "mean_lengths"),
+        {n: more(getattr(batch, n), 1) for n in ("pair_weights", "index")},
+    )
     by_token = ("ids", "segments", "positions", "branches", "read", "targets", "answers", "places")
     wide = {n: more(getattr(batch, n), 1) for n in by_token}
     like = batch.replace(**wide, **last, **{n: more(getattr(batch, n), 1) for n in slots})
     like = like.replace(columns={n: more(x, 1) for n, x in batch.columns.items()})
     found = widened(batch, like)
-    assert found.answers.shape[-1] == batch.answers.shape[-1] + 3 and found.lengths.shape[1] == batch.lengths.shape[1] + 3
+    assert (
+        found.answers.shape[-1] == batch.answers.shape[-1] + 3
+        and found.lengths.shape[1] == batch.lengths.shape[1] + 3
+    )
     assert (found.index[:, -3:] == -1).all() and (found.answers[:, -3:] == found.lengths[0].size).all()
     wanted = judged(objective, table, ONLY_W, micro(batch, 1), aux)
     assert_same(judged(objective, table, ONLY_W, micro(found, 1), aux), wanted)
@@ -125,9 +150,18 @@ def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
 @pytest.mark.parametrize(
     "loss, words",
     [
-        (partial(P.sft, beta=0.1), "the loss sft has the knobs: none; it is called with .pair. and beta=0.1; give it those"),
-        (partial(F.kto, betta=0.1), "the loss kto has the knobs: beta, desirable_weight, undesirable_weight; it is called with"),
-        (lambda pair, scale: pair.chosen.ratio, "the loss <lambda> has the knobs: scale; it is called with .pair."),
+        (
+            partial(P.sft, beta=0.1),
+            "the loss sft has the knobs: none; it is called with .pair. and beta=0.1; give it those",
+        ),
+        (
+            partial(F.kto, betta=0.1),
+            "the loss kto has the knobs: beta, desirable_weight, undesirable_weight; it is called with",
+        ),
+        (
+            lambda pair, scale: pair.chosen.ratio,
+            "the loss <lambda> has the knobs: scale; it is called with .pair.",
+        ),
     ],
 )
 def test_a_loss_that_cannot_be_called_is_refused_at_once(loss, words):

@@ -62,7 +62,9 @@ def test_default_knobs_are_those_of_the_formula(name):
 @pytest.mark.parametrize("score", SCORES)
 def test_a_divergence_changes_the_score(name, score):
     ours, formula = SCORES[score]
-    check_against_torch(partial(getattr(P, name), score=ours), partial(getattr(T, name), score=formula), random_rows(seed=3))
+    check_against_torch(
+        partial(getattr(P, name), score=ours), partial(getattr(T, name), score=formula), random_rows(seed=3)
+    )
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -121,10 +123,15 @@ def test_losses_of_a_mix_keep_their_running_numbers_apart():
     metrics = {f"rewards/{kind}": summed(kind, laid, 0.1) for kind in PAIR}
     state = loss.update({**state, "delta.0": jnp.asarray(3.0), "count.0": jnp.asarray(9.0)}, metrics)
     parts = [unwrap(partial(F.bco, beta=beta)) for beta in betas]
-    own = [{"delta": jnp.asarray(3.0), "count": jnp.asarray(9.0)}, {"delta": jnp.asarray(0.0), "count": jnp.asarray(0.0)}]
+    own = [
+        {"delta": jnp.asarray(3.0), "count": jnp.asarray(9.0)},
+        {"delta": jnp.asarray(0.0), "count": jnp.asarray(0.0)},
+    ]
     own = [part.update(x, metrics) for part, x in zip(parts, own)]
     assert own[0]["delta"] != own[1]["delta"]
-    wanted = 2.0 * P.dpo(seen(laid)) + sum(w * p.fn(seen(laid), x) for w, p, x in zip((0.25, 0.5), parts, own))
+    wanted = 2.0 * P.dpo(seen(laid)) + sum(
+        w * p.fn(seen(laid), x) for w, p, x in zip((0.25, 0.5), parts, own)
+    )
     np.testing.assert_allclose(loss.fn(seen(laid), state), wanted, rtol=1e-12)
 
 
@@ -234,7 +241,9 @@ def extreme_rows():
     """Log-ratios from -1e4 to 1e4 and answers of 1 and 4096 tokens, in all combinations that matter."""
     cases = [(policy, known) for policy in (0.0, -1e-6, -3.0, -1e4) for known in (0.0, -3.0, -1e4)]
     long = lambda x, n: np.stack([np.full(n, v / n) for v in (*x, -n)], -1)  # noqa: E731
-    pairs = [(c, r) for c in cases[::2] for r in cases[1::2]] + [(c, r) for c in cases[1::2] for r in cases[::2]]
+    pairs = [(c, r) for c in cases[::2] for r in cases[1::2]] + [
+        (c, r) for c in cases[1::2] for r in cases[::2]
+    ]
     lengths = [(1, 1), (1, 4096), (4096, 1), (4096, 4096), (1, 1)]
     answers = {kind: [] for kind in ("chosen", "rejected", "gold", "mismatched")}
     for i, (c, r) in enumerate(pairs):
@@ -248,7 +257,12 @@ def extreme_rows():
 
 EXTREME = {
     **{name: with_knobs(loss, knobs) for name, (loss, _, knobs) in EVERY.items()},
-    **{f"{n} {s}": partial(getattr(P, n), score=SCORES[s][0]) for n in OF_SCORES for s in SCORES if s != "reverse"},
+    **{
+        f"{n} {s}": partial(getattr(P, n), score=SCORES[s][0])
+        for n in OF_SCORES
+        for s in SCORES
+        if s != "reverse"
+    },
 }
 
 
@@ -280,7 +294,11 @@ def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
-KNOBS = [(n, k) for n, (loss, *_) in EVERY.items() for k in ("beta", "label_smoothing", "alpha", "gamma", "tau", "penalty")]
+KNOBS = [
+    (n, k)
+    for n, (loss, *_) in EVERY.items()
+    for k in ("beta", "label_smoothing", "alpha", "gamma", "tau", "penalty")
+]
 
 
 def takes(loss, knob):
@@ -312,10 +330,15 @@ def test_length_desensitised_is_the_loss_at_alpha_1_and_where_lengths_agree():
     np.testing.assert_allclose(P.length_desensitised(P.dpo, alpha=0.0)(level), P.dpo(level), rtol=1e-12)
 
 
-@pytest.mark.parametrize("change, loss", [(P.wpo, P.dpo), (P.length_desensitised, P.ipo), (P.length_desensitised, P.aot)])
+@pytest.mark.parametrize(
+    "change, loss", [(P.wpo, P.dpo), (P.length_desensitised, P.ipo), (P.length_desensitised, P.aot)]
+)
 def test_knobs_are_set_before_or_after_a_loss_is_changed(change, loss):
     pair = seen(lay(random_rows(5, seed=1)))
-    inside, outside = value_of(change(partial(loss, beta=0.7)), pair), value_of(partial(change(loss), beta=0.7), pair)
+    inside, outside = (
+        value_of(change(partial(loss, beta=0.7)), pair),
+        value_of(partial(change(loss), beta=0.7), pair),
+    )
     np.testing.assert_array_equal(inside, outside)
     assert not np.allclose(inside, value_of(change(loss), pair))
 
@@ -324,7 +347,9 @@ def test_an_answer_without_a_partner_keeps_its_length():
     rows = random_rows(5, kinds=kinds_of("kto"), seed=1, only_one=True, lengths=(2, 9))
     pair = seen(lay(rows))
     for loss in (F.apo_zero_unpaired, F.kto):
-        np.testing.assert_allclose(value_of(P.length_desensitised(loss, alpha=0.0), pair), value_of(loss, pair), rtol=1e-12)
+        np.testing.assert_allclose(
+            value_of(P.length_desensitised(loss, alpha=0.0), pair), value_of(loss, pair), rtol=1e-12
+        )
 
 
 def test_log1mexp_is_exact_on_both_sides():

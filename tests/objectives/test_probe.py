@@ -82,8 +82,12 @@ def test_where_a_loss_pushes_the_other_way_is_told_and_no_failure():
     found = check(probe("ipo", P.ipo))
     assert not failing(found)
     told = words(found, "direction")
-    assert "pushes the margin down and chosen down and rejected up at margins" in told and told.endswith("to 100")
-    assert 80 < float(told.split("margins ")[1].split()[0]) < 83  # its minimum is at 16 tokens times 1 / (2 beta)
+    assert "pushes the margin down and chosen down and rejected up at margins" in told and told.endswith(
+        "to 100"
+    )
+    assert (
+        80 < float(told.split("margins ")[1].split()[0]) < 83
+    )  # its minimum is at 16 tokens times 1 / (2 beta)
     assert "the margin of mean log-ratios" in words(found, "antisymmetric")
 
 
@@ -119,15 +123,27 @@ def divides_by_nothing(pair, state):
 
 FINITE = {"finite in float32", "finite in bfloat16"}
 BROKEN = {
-    "a mean": (lambda pair: P.dpo(pair).mean(), {"shape"}, r"wanted one value a pair, \[3, 2\], found \[\]; drop the mean"),
+    "a mean": (
+        lambda pair: P.dpo(pair).mean(),
+        {"shape"},
+        r"wanted one value a pair, \[3, 2\], found \[\]; drop the mean",
+    ),
     "a sum over slots": (lambda pair: P.dpo(pair).sum(1), {"shape"}, r"found \[3\]"),
     "a number": (lambda pair: 0.5, {"shape"}, r"found \[\]"),
     "two arrays": (lambda pair: (P.dpo(pair), P.dpo(pair)), {"shape"}, "found a tuple"),
     "a cast": (lambda pair: P.dpo(pair).astype(jnp.bfloat16), {"shape"}, "found bfloat16; drop the cast"),
     "who won": (lambda pair: margin_of(pair) > 0, {"shape"}, "found bool"),
-    "a hidden mean": (lambda pair: P.dpo(pair) + P.dpo(pair).mean(), {"own pair"}, "alone and .* among six .*Coupled"),
+    "a hidden mean": (
+        lambda pair: P.dpo(pair) + P.dpo(pair).mean(),
+        {"own pair"},
+        "alone and .* among six .*Coupled",
+    ),
     "wrong sign": (lambda pair: P.logistic(-0.1 * margin_of(pair)), {"direction"}, "turn its sign"),
-    "overflow": (lambda pair: jnp.exp(-0.1 * margin_of(pair)), FINITE, r"the value is inf at .*1e\+04.* of 72\); use a stable"),
+    "overflow": (
+        lambda pair: jnp.exp(-0.1 * margin_of(pair)),
+        FINITE,
+        r"the value is inf at .*1e\+04.* of 72\); use a stable",
+    ),
     "gradient at a kink": (
         lambda pair: P.dpo(pair) + 0.001 * jnp.sqrt(jnp.square(margin_of(pair))),
         {*FINITE, "empty slots", "usual pairs"},
@@ -138,8 +154,16 @@ BROKEN = {
         {*FINITE, "usual pairs"},
         "the value is inf",
     ),
-    "an empty slot": (lambda pair: P.dpo(pair) / pair.chosen.present, {"empty slots"}, "a value is not finite where one answer"),
-    "flat at the start": (lambda pair: jnp.square(margin_of(pair)), {"first step"}, "nothing is ever learned; shift"),
+    "an empty slot": (
+        lambda pair: P.dpo(pair) / pair.chosen.present,
+        {"empty slots"},
+        "a value is not finite where one answer",
+    ),
+    "flat at the start": (
+        lambda pair: jnp.square(margin_of(pair)),
+        {"first step"},
+        "nothing is ever learned; shift",
+    ),
     "no gradient": (lambda pair: stop_gradient(P.dpo(pair)), {"first step"}, "no gradient at any margin"),
     "slots of weight 0 counted": (counts_all, {"weight 0"}, "alone and .* beside five slots"),
     "the order counted": (by_order, {"order"}, "in one order and .* in another"),
@@ -165,7 +189,11 @@ def test_a_broken_loss_fails_its_check_and_no_other(name):
             empty_slots,
             "the gradient on chosen is not finite where one answer",
         ),
-        (Coupled(lambda pair, state: P.dpo(pair) + P.dpo(pair).sum() - P.dpo(pair)), weightless, "beside five slots of weight 0"),
+        (
+            Coupled(lambda pair, state: P.dpo(pair) + P.dpo(pair).sum() - P.dpo(pair)),
+            weightless,
+            "beside five slots of weight 0",
+        ),
     ],
 )
 def test_other_ways_to_break_a_law(loss, law, text):
@@ -178,7 +206,11 @@ def test_other_ways_to_break_a_law(loss, law, text):
     [
         (P.hinge, "antisymmetric", "claimed, but .* no multiple of a margin; nearest is"),
         (P.rdpo, "antisymmetric", "claimed, but"),
-        (lambda pair: jnp.abs(margin_of(pair) - 0.1) + jnp.abs(margin_of(pair) + 0.1), "antisymmetric", "swapped pair\\) = 0"),
+        (
+            lambda pair: jnp.abs(margin_of(pair) - 0.1) + jnp.abs(margin_of(pair) + 0.1),
+            "antisymmetric",
+            "swapped pair\\) = 0",
+        ),
         (P.sppo_hard, "difference", "a rise of both log-ratios by as much changes it$"),
         (P.ipo, "difference", "changes it, unless their lengths agree"),
     ],
@@ -190,7 +222,9 @@ def test_a_false_claim_fails(loss, claim, text):
 
 
 def test_claims_are_checked_with_the_rest():
-    assert failing(check(probe("hinge", P.hinge), claims=("antisymmetric", "difference"))) == {"antisymmetric"}
+    assert failing(check(probe("hinge", P.hinge), claims=("antisymmetric", "difference"))) == {
+        "antisymmetric"
+    }
 
 
 def test_an_unknown_claim_is_one_line():
@@ -229,11 +263,16 @@ def test_a_loss_that_fails_with_all_that_it_is_given_says_why():
 
     with pytest.raises(ValueError) as e:
         probe("mine", mine)
-    assert "mine fails: KeyError: 'gold'; with a third answer `gold`: AttributeError: 'Answer' object has no" in str(e.value)
+    assert (
+        "mine fails: KeyError: 'gold'; with a third answer `gold`: AttributeError: 'Answer' object has no"
+        in str(e.value)
+    )
 
 
 def test_a_coupled_loss_inside_a_function_is_refused_in_words():
-    with pytest.raises(ValueError, match="mine fails: ValueError: aot couples the pairs .* wrap its caller in Coupled"):
+    with pytest.raises(
+        ValueError, match="mine fails: ValueError: aot couples the pairs .* wrap its caller in Coupled"
+    ):
         probe("mine", lambda pair: 2.0 * P.aot(pair))
 
 
@@ -241,7 +280,9 @@ def test_a_loss_that_has_no_gradient_rule_is_one_line():
     def mine(pair):
         return jax.lax.while_loop(lambda x: jnp.all(x < 0), lambda x: x + 1, pair.chosen.logp)
 
-    with pytest.raises(ValueError, match="mine fails on a batch .* in float32: ValueError: Reverse-mode") as e:
+    with pytest.raises(
+        ValueError, match="mine fails on a batch .* in float32: ValueError: Reverse-mode"
+    ) as e:
         check(probe("mine", mine))
     assert "\n" not in str(e.value)
 
@@ -298,7 +339,11 @@ def test_the_curve_of_dpo_is_its_formula():
     beta = 0.1
     found = curve(probe("dpo", P.dpo), 30.0)
     x = beta * found.margin
-    assert found.margin[[0, -1]].tolist() == [-30, 30] and 0.0 in found.margin and (np.diff(found.margin) > 0).all()
+    assert (
+        found.margin[[0, -1]].tolist() == [-30, 30]
+        and 0.0 in found.margin
+        and (np.diff(found.margin) > 0).all()
+    )
     np.testing.assert_allclose(found.value, np.log1p(np.exp(-x)), rtol=1e-4)
     np.testing.assert_allclose(found.slope["chosen"], -beta / (1 + np.exp(x)), rtol=1e-4)
     np.testing.assert_allclose(found.slope["rejected"], beta / (1 + np.exp(x)), rtol=1e-4)
@@ -307,7 +352,9 @@ def test_the_curve_of_dpo_is_its_formula():
 def test_a_nat_more_is_spread_over_the_tokens():
     """LD-DPO counts 16 of 64 tokens in full and 48 by alpha."""
     loss = P.length_desensitised(P.dpo, alpha=0.3)
-    found = judged(probe("ld", loss), ratio=dict.fromkeys(PAIR, np.zeros(1)), length={"chosen": 64, "rejected": 16})
+    found = judged(
+        probe("ld", loss), ratio=dict.fromkeys(PAIR, np.zeros(1)), length={"chosen": 64, "rejected": 16}
+    )
     np.testing.assert_allclose(found.slope["chosen"], -0.05 * (16 + 0.3 * 48) / 64, rtol=1e-5)
     np.testing.assert_allclose(found.slope["rejected"], 0.05, rtol=1e-5)
 
@@ -381,7 +428,11 @@ def is_a_picture(path):
 def test_the_bench_shows_checks_and_draws_a_picture(bench, tmp_path):
     code, out, error = bench("--loss", "my.py:mine", "--claims", "antisymmetric", "difference", "--only-look")
     assert (code, error) == (0, "")
-    assert out.index("mine: nothing fails") < out.index("dpo: nothing fails") < out.index("runs/loss_bench/mine.png")
+    assert (
+        out.index("mine: nothing fails")
+        < out.index("dpo: nothing fails")
+        < out.index("runs/loss_bench/mine.png")
+    )
     assert re.search(r"^ok    antisymmetric        yes: .* = -0.1 times the margin", out, re.M)
     assert re.search(r"^note  antisymmetric        yes", out, re.M)  # of dpo nothing is claimed
     assert all(len(line) <= 120 and line == line.rstrip() for line in out.splitlines())
@@ -390,8 +441,16 @@ def test_the_bench_shows_checks_and_draws_a_picture(bench, tmp_path):
 
 def test_several_losses_with_knobs_each_have_a_picture_and_the_others_may_fail(bench, tmp_path):
     first, second = "my.py:mine,beta=0.2,steps=2,power=0.5", "my.py:both,beta=1e-2"
-    code, out, _ = bench("--loss", first, "--loss", second, "--against", "my.py:mean", "--out", "here", "--only-look")
-    assert code == 0 and "= -0.2 times" in out and "= -0.01 times" in out and "it is Coupled" in out and "FAIL  shape" in out
+    code, out, _ = bench(
+        "--loss", first, "--loss", second, "--against", "my.py:mean", "--out", "here", "--only-look"
+    )
+    assert (
+        code == 0
+        and "= -0.2 times" in out
+        and "= -0.01 times" in out
+        and "it is Coupled" in out
+        and "FAIL  shape" in out
+    )
     for name in ("mine-beta=0.2-steps=2-power=0.5", "both-beta=1e-2"):
         assert is_a_picture(tmp_path / "here" / f"{name}.png")
 
@@ -399,7 +458,10 @@ def test_several_losses_with_knobs_each_have_a_picture_and_the_others_may_fail(b
 def test_a_failed_check_is_the_exit_code_and_without_a_value_a_pair_there_is_no_picture(bench, tmp_path):
     code, out, _ = bench("--loss", "my.py:wrong", "--loss", "my.py:mean", "--against")
     assert code == 1 and "wrong: 1 of " in out and "FAIL  direction" in out and "FAIL  shape" in out
-    assert is_a_picture(tmp_path / "runs/loss_bench/wrong.png") and not (tmp_path / "runs/loss_bench/mean.png").exists()
+    assert (
+        is_a_picture(tmp_path / "runs/loss_bench/wrong.png")
+        and not (tmp_path / "runs/loss_bench/mean.png").exists()
+    )
 
 
 def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
@@ -407,8 +469,13 @@ def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     losses = runpy.run_path(SCRIPT)["losses"]
     mine = losses(["dpo", "my.py:bound,beta=0.2", "dpo", "my.py:ipo"])
-    assert [x.label for x in mine] == ["dpo", "bound,beta=0.2", "ipo"] and mine[1].fn.keywords == {"beta": 0.2}
-    assert [x.label for x in losses(["dpo", "my.py:ipo", "ipo", "dpo,beta=0.2"], mine)] == ["preference:ipo", "dpo,beta=0.2"]
+    assert [x.label for x in mine] == ["dpo", "bound,beta=0.2", "ipo"] and mine[1].fn.keywords == {
+        "beta": 0.2
+    }
+    assert [x.label for x in losses(["dpo", "my.py:ipo", "ipo", "dpo,beta=0.2"], mine)] == [
+        "preference:ipo",
+        "dpo,beta=0.2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +493,10 @@ def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
         (("sft,beta=0.2",), "sft has no knob 'beta'; near: none, it has no knobs"),
         (("my.py:mine,beta=much",), "beta=much: wanted float"),
         (("my.py:mine,steps=0.5",), "steps=0.5: wanted int"),
-        (("robust,label_smoothing=0.5",), "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing is in [0, 0.5)"),
+        (
+            ("robust,label_smoothing=0.5",),
+            "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing is in [0, 0.5)",
+        ),
         (("dpo", "--claims", "symmetric"), "'symmetric' can't be claimed; near: antisymmetric"),
     ],
 )

@@ -40,7 +40,9 @@ def tiny_classifier(seed=0, **changes):
     from transformers import LlamaForSequenceClassification
 
     body = tiny_torch(seed)
-    config = body.config.__class__(**{**body.config.to_dict(), "num_labels": 1, "pad_token_id": 257, **changes})
+    config = body.config.__class__(
+        **{**body.config.to_dict(), "num_labels": 1, "pad_token_id": 257, **changes}
+    )
     config.architectures = None
     model = LlamaForSequenceClassification(config).eval()
     model.model.load_state_dict(body.model.state_dict())
@@ -119,10 +121,15 @@ def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(c
 def test_a_classifier_in_four_bits_scores_as_what_its_codes_stand_for(classifier):
     torch_model, folder = classifier
     loaded = reward_models.load(str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32)
-    assert loaded.params["base"]["layers"]["attn"]["q"].kind == "nf4" and loaded.params["score"].dtype == jnp.float32
+    assert (
+        loaded.params["base"]["layers"]["attn"]["q"].kind == "nf4"
+        and loaded.params["score"].dtype == jnp.float32
+    )
     ids = np.arange(20, dtype=np.int32)[None]
     tokens = Tokens(ids, np.ones_like(ids), ids, None, None, None)
-    expanded = jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, loaded.params, is_leaf=is_qtensor)
+    expanded = jax.tree.map(
+        lambda x: dequantize(x) if is_qtensor(x) else x, loaded.params, is_leaf=is_qtensor
+    )
     found, wanted = (float(loaded.score(params, tokens)[0]) for params in (loaded.params, expanded))
     assert found == pytest.approx(wanted, rel=1e-5) and abs(found - in_torch(torch_model, ids[0])) > 1e-3
 
@@ -136,10 +143,14 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(st
     pool = laid(random_pairs(4))
 
     def ours(chosen, rejected):
-        batch = pool.replace(pair_weights=weight, columns={"margin": margin}, lengths=np.ones((3, 4, 2), np.int32))
+        batch = pool.replace(
+            pair_weights=weight, columns={"margin": margin}, lengths=np.ones((3, 4, 2), np.int32)
+        )
         return reward(None, "margin", 0.05).judge(Rewards(chosen, rejected, batch), {})
 
-    (value, found), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(jnp.asarray(chosen), jnp.asarray(rejected))
+    (value, found), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(
+        jnp.asarray(chosen), jnp.asarray(rejected)
+    )
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
     each = -torch.log(torch.sigmoid(c - r - torch.tensor(margin))) + 0.05 * (c + r) ** 2
     total = (torch.tensor(weight) * each).sum()
@@ -151,7 +162,9 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(st
     both = np.concatenate([chosen[used], rejected[used]])
     assert told["accuracy"] == pytest.approx((chosen > rejected)[used].mean())
     assert told["margin"] == pytest.approx((chosen - rejected)[used].mean())
-    assert [told[f"{name}_reward"] for name in ("min", "mean", "max")] == pytest.approx([both.min(), both.mean(), both.max()])
+    assert [told[f"{name}_reward"] for name in ("min", "mean", "max")] == pytest.approx(
+        [both.min(), both.mean(), both.max()]
+    )
 
 
 def test_far_margins_stay_finite():
@@ -187,7 +200,10 @@ def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(stri
 def test_shared_prompts_have_the_rewards_of_plain_rows(strict):
     model, whole = scorer_model()
     pool, objective, mask = random_pairs(9), objectives()(model), mask_of(whole)
-    found = [judged(objective, whole, mask, micro(laid(pool, branches=branches), 1), {}) for branches in (True, False)]
+    found = [
+        judged(objective, whole, mask, micro(laid(pool, branches=branches), 1), {})
+        for branches in (True, False)
+    ]
     assert_same(*found)
 
 
@@ -208,7 +224,9 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(strict):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshShape(1, 2, 2, context=2), pytest.param(MeshShape(2, 2, 2), marks=pytest.mark.slow)], ids=["context 2", "2x2x2"]
+    "mesh",
+    [MeshShape(1, 2, 2, context=2), pytest.param(MeshShape(2, 2, 2), marks=pytest.mark.slow)],
+    ids=["context 2", "2x2x2"],
 )
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
     with jax.enable_x64(True):
@@ -225,7 +243,9 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
 def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
     batch = laid(random_pairs(4))
     zero = jnp.zeros(batch.pair_weights.shape)
-    with pytest.raises(ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"):
+    with pytest.raises(
+        ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"
+    ):
         reward(None, "ahead").judge(Rewards(zero, zero, batch), {})
     with pytest.raises(ValueError, match="center=-1; wanted a number from 0 up"):
         reward(None, center=-1)
@@ -237,7 +257,11 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
 # ---- one base, many models
 
 
-BESIDE = {"critic": Scorer(SETTINGS), "judge": Scorer(Adapter(rank=3, targets=("o",)), trained=False), "value": Scorer()}
+BESIDE = {
+    "critic": Scorer(SETTINGS),
+    "judge": Scorer(Adapter(rank=3, targets=("o",)), trained=False),
+    "value": Scorer(),
+}
 
 
 def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
@@ -245,7 +269,11 @@ def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
     t = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, None, BESIDE))
     mask = tree.paths(t.mask)
     assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
-    assert not any(m for path, m in mask.items() if path.endswith("/scale")) and not mask["judge/score"] and mask["value/score"]
+    assert (
+        not any(m for path, m in mask.items() if path.endswith("/scale"))
+        and not mask["judge/score"]
+        and mask["value/score"]
+    )
     own = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, "base/final_norm", BESIDE))
     assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
     everything = partition.trained(model, SETTINGS, None)  # nothing said of who is frozen
@@ -261,7 +289,10 @@ def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
     alone, whole = scorer_model()
     with jax.numpy_dtype_promotion("standard"):
         language, policy = tiny(jnp.float64, SETTINGS)
-    whole = {**policy, "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]}}
+    whole = {
+        **policy,
+        "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]},
+    }
     assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     np.testing.assert_array_equal(model.hidden(whole, batch), language.hidden(policy, batch))
@@ -305,7 +336,9 @@ def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
 
 def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, tmp_path):
     _, folder = classifier
-    with pytest.raises(ValueError, match="a sequence classifier, which gives scores and no text; take a language model"):
+    with pytest.raises(
+        ValueError, match="a sequence classifier, which gives scores and no text; take a language model"
+    ):
         load.open_leaves(str(folder), load.model_for(str(folder)))
     language = write_folder(tmp_path / "language", tiny_torch())
     with pytest.raises(ValueError, match="found LlamaForCausalLM, wanted a sequence classifier"):

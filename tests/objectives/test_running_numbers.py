@@ -34,12 +34,17 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
     trainable, frozen = tree.partition(table, ONLY_W)
     step, found = evaluate.make_eval_step(objective), []
     for size in (1, 2, 8):
-        batches = [jax.tree.map(lambda x, i=i, n=size: jnp.asarray(x[None, i : i + n]), whole) for i in range(0, 8, size)]
+        batches = [
+            jax.tree.map(lambda x, i=i, n=size: jnp.asarray(x[None, i : i + n]), whole)
+            for i in range(0, 8, size)
+        ]
         see = lambda batch: step(trainable, frozen, batch, aux)  # noqa: E731
         together = lambda seen: objective.judge(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
         with jax.disable_jit():
             found.append(
-                evaluate.evaluate_together(see, together, batches) if objective.coupled else evaluate.evaluate(see, batches)
+                evaluate.evaluate_together(see, together, batches)
+                if objective.coupled
+                else evaluate.evaluate(see, batches)
             )
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -49,12 +54,16 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
 
 def moving_see(params, batch, key, aux):
     seen = table_see(params, batch, key, aux)
-    return replace(seen, reference=jax.lax.stop_gradient(table_see(reference_params(params, aux), batch, key, aux).logp))
+    return replace(
+        seen, reference=jax.lax.stop_gradient(table_see(reference_params(params, aux), batch, key, aux).logp)
+    )
 
 
 def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_a_step_that_is_not_finite():
     _, table = by_table("dpo")
-    table = {name: x.at[39].set(jnp.inf) if name == "w" else x for name, x in table.items()}  # a token only bad rows have
+    table = {
+        name: x.at[39].set(jnp.inf) if name == "w" else x for name, x in table.items()
+    }  # a token only bad rows have
     moving = Moving(alpha=0.25, every=2)
     objective = replace(preference(None, F.bco, reference=moving, beta=0.1), see=moving_see)
     trainable, frozen = tree.partition(table, ONLY_W)
@@ -74,7 +83,9 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_
         np.testing.assert_array_equal(before.aux["reference"]["w"], reference)
         if number in (2, 5):
             bad.append(metrics.read(found)["skipped"])
-            jax.tree.map(np.testing.assert_array_equal, (state.aux, state.trainable), (before.aux, before.trainable))
+            jax.tree.map(
+                np.testing.assert_array_equal, (state.aux, state.trainable), (before.aux, before.trainable)
+            )
             continue
         rewards += [0.1 * x for x in ratios(before.trainable["w"], reference, pool)]
         np.testing.assert_allclose(state.aux["loss"]["delta"], np.mean(rewards), rtol=1e-10)
@@ -83,7 +94,11 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_
             reference = 0.25 * np.asarray(state.trainable["w"]) + 0.75 * reference
         np.testing.assert_allclose(state.aux["reference"]["w"], reference, rtol=1e-14)
         reference = np.asarray(state.aux["reference"]["w"])
-    assert bad == [1, 1] and np.abs(np.asarray(table["w"])[:39] - reference[:39]).max() > 1e-3 and np.mean(rewards) != 0
+    assert (
+        bad == [1, 1]
+        and np.abs(np.asarray(table["w"])[:39] - reference[:39]).max() > 1e-3
+        and np.mean(rewards) != 0
+    )
 
 
 def ratios(policy, reference, pool):
@@ -92,7 +107,10 @@ def ratios(policy, reference, pool):
     for i in range(len(pool.names)):
         for kind in (1, 2):
             ids = pool.piece(i, kind)
-            logp = [-np.log1p(np.exp(np.asarray(w)[ids] + 0.3 * np.asarray(w)[: len(ids)])).sum() for w in (policy, reference)]
+            logp = [
+                -np.log1p(np.exp(np.asarray(w)[ids] + 0.3 * np.asarray(w)[: len(ids)])).sum()
+                for w in (policy, reference)
+            ]
             found.append(logp[0] - logp[1])
     return found
 

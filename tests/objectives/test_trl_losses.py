@@ -29,7 +29,9 @@ def compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype="float64"):
     grad = by_answer(laid, grad)
     for k, key in enumerate(order):
         known = leaf.grad[k, : len(grad[key])].numpy()
-        np.testing.assert_allclose(grad[key], known, rtol=rtol, atol=rtol * np.abs(leaf.grad.numpy()).max(), err_msg=str(key))
+        np.testing.assert_allclose(
+            grad[key], known, rtol=rtol, atol=rtol * np.abs(leaf.grad.numpy()).max(), err_msg=str(key)
+        )
 
 
 TRL_DPO = {  # TRL's attributes, ours; a third entry where TRL computes in float32 by itself
@@ -50,10 +52,18 @@ TRL_DPO = {  # TRL's attributes, ours; a third entry where TRL computes in float
     "sigmoid_norm": (["sigmoid_norm"], {}, P.sigmoid_norm),
     "forward_kl": (["sigmoid"], {"f_divergence_type": "forward_kl"}, partial(P.dpo, score=P.forward_kl)),
     "js": (["ipo"], {"f_divergence_type": "js_divergence"}, partial(P.ipo, score=P.js_divergence)),
-    "alpha": (["sigmoid"], {"f_divergence_type": "alpha_divergence"}, partial(P.dpo, score=P.alpha_divergence)),
+    "alpha": (
+        ["sigmoid"],
+        {"f_divergence_type": "alpha_divergence"},
+        partial(P.dpo, score=P.alpha_divergence),
+    ),
     "ld": (["sigmoid"], {"ld_alpha": 0.3}, P.length_desensitised(P.dpo, alpha=0.3)),
     "ld aot": (["aot"], {"ld_alpha": 0.3}, P.length_desensitised(P.aot, alpha=0.3)),
-    "ld and sft": (["ipo", "sft"], {"ld_alpha": 0.3}, P.mix((P.length_desensitised(P.ipo, alpha=0.3), 1.0), (P.sft, 1.0))),
+    "ld and sft": (
+        ["ipo", "sft"],
+        {"ld_alpha": 0.3},
+        P.mix((P.length_desensitised(P.ipo, alpha=0.3), 1.0), (P.sft, 1.0)),
+    ),
     "wpo": (["sigmoid"], {"use_weighting": True}, P.wpo(P.dpo)),
     "mpo": (
         ["sigmoid", "bco_pair", "sft"],
@@ -91,7 +101,12 @@ TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
     "sigmoid": ("sigmoid", {"label_smoothing": 0.1}, partial(F.cpo, alpha=0.6, label_smoothing=0.1), 0.6),
     "hinge": ("hinge", {}, partial(F.cpo_hinge, alpha=0.6), 0.6),
     "ipo": ("ipo", {}, partial(F.cpo_ipo, alpha=0.6), 0.6),
-    "simpo": ("simpo", {"label_smoothing": 0.1}, partial(F.simpo, beta=0.1, gamma=0.5, label_smoothing=0.1), 0.0),
+    "simpo": (
+        "simpo",
+        {"label_smoothing": 0.1},
+        partial(F.simpo, beta=0.1, gamma=0.5, label_smoothing=0.1),
+        0.0,
+    ),
     "alphapo": ("simpo", {"alpha": 0.3}, partial(F.alphapo, beta=0.1, gamma=0.5, alpha=0.3), 0.0),
     "cpo-simpo": ("simpo", {}, P.mix((partial(F.simpo, beta=0.1, gamma=0.5), 1.0), (P.sft, 0.6)), 0.6),
 }

@@ -35,10 +35,14 @@ SPECS = {
 
 
 def random(path, seed, scale=1.0):
-    return scale * jax.random.normal(jax.random.fold_in(jax.random.key(seed), list(SPECS).index(path)), SPECS[path].shape)
+    return scale * jax.random.normal(
+        jax.random.fold_in(jax.random.key(seed), list(SPECS).index(path)), SPECS[path].shape
+    )
 
 
-there_and_back = jax.jit(lambda x, layers, signed: decode(encode(x, layers, signed), layers, signed), static_argnums=(1, 2))
+there_and_back = jax.jit(
+    lambda x, layers, signed: decode(encode(x, layers, signed), layers, signed), static_argnums=(1, 2)
+)
 
 
 def gradients(seed):
@@ -52,7 +56,12 @@ def test_the_codes_are_256_values_with_0_and_1():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(list(SPECS)), st.booleans(), st.sampled_from([1e-12, 1e-3, 1.0, 1e6]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(list(SPECS)),
+    st.booleans(),
+    st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+)
 def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scale):
     layers, table = "layers" in SPECS[path].axes, DYNAMIC if signed else POSITIVE
     x = random(path, seed, scale) * (jax.random.uniform(jax.random.key(seed), SPECS[path].shape) > 0.1)
@@ -61,7 +70,9 @@ def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scal
     assert found.shape == x.shape and (found[np.asarray(x) == 0] == 0).all()
     rows, size = _rows(x.shape, layers)
     room = -size % BLOCK
-    cut = lambda y: np.pad(np.asarray(y, np.float64).reshape(rows, size), ((0, 0), (0, room))).reshape(-1, BLOCK)  # noqa: E731
+    cut = lambda y: np.pad(np.asarray(y, np.float64).reshape(rows, size), ((0, 0), (0, room))).reshape(
+        -1, BLOCK
+    )  # noqa: E731
     blocks, off = cut(x), np.abs(cut(found) - cut(x))
     absmax = np.abs(blocks).max(1, keepdims=True)
     at = np.clip(np.searchsorted(table, blocks / np.maximum(absmax, 1e-300)), 1, len(table) - 1)
@@ -84,7 +95,9 @@ def trained(optimizer, steps=6, **knobs):
     settings = Optim(optimizer=optimizer, lr=0.01, clip=None, warmup=0.0, **knobs)
     tx, _ = make_optimizer(settings, SPECS, steps)
     start = {path: random(path, 99) for path in SPECS}
-    step = jax.jit(lambda grads, before: guarded_update(tx, grads, optax.tree.norm(grads), jnp.array(True), before))
+    step = jax.jit(
+        lambda grads, before: guarded_update(tx, grads, optax.tree.norm(grads), jnp.array(True), before)
+    )
     now = (start, tx.init(start))
     for i in range(steps):
         now = step(gradients(i), now)
@@ -99,7 +112,9 @@ def test_the_way_of_a_parameter_is_close_to_adamws(optimizer, most):
         way, other = (x[path] - random(path, 99) for x in (wanted, found))
         off = float(jnp.linalg.norm(way - other) / jnp.linalg.norm(way))
         assert off < most and (off > 0 or path == "norm"), path
-    np.testing.assert_allclose(found["norm"], wanted["norm"], rtol=0 if optimizer is adamw_bf16 else 1e-6, atol=5e-4)
+    np.testing.assert_allclose(
+        found["norm"], wanted["norm"], rtol=0 if optimizer is adamw_bf16 else 1e-6, atol=5e-4
+    )
 
 
 def size(state):
@@ -136,14 +151,22 @@ def test_small_changes_of_a_bfloat16_moment_are_not_lost():
     step = jax.jit(lambda s: tx.update({"w": jnp.ones(4096)}, s, {"w": jnp.zeros(4096)})[1])
     for _ in range(400):
         now = step(now)
-    nu = next(x for path, x in jax.tree_util.tree_leaves_with_path(now) if ".nu" in jax.tree_util.keystr(path))
-    assert nu.dtype == jnp.bfloat16 and abs(float(nu.astype(jnp.float32).mean()) / (1 - 0.999**400) - 1) < 0.01
+    nu = next(
+        x for path, x in jax.tree_util.tree_leaves_with_path(now) if ".nu" in jax.tree_util.keystr(path)
+    )
+    assert (
+        nu.dtype == jnp.bfloat16 and abs(float(nu.astype(jnp.float32).mean()) / (1 - 0.999**400) - 1) < 0.01
+    )
 
 
 @pytest.mark.parametrize("layers, signed", [(False, True), (True, False)])
 @pytest.mark.parametrize("shape", [(2, 70, 300), (3, 5, 16), (2, 4096)])
 def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
-    jax.tree.map(np.testing.assert_array_equal, encoded_zeros(shape, layers, signed), encode(jnp.zeros(shape), layers, signed))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        encoded_zeros(shape, layers, signed),
+        encode(jnp.zeros(shape), layers, signed),
+    )
 
 
 def test_layers_in_turn_draw_their_own_bits():
@@ -153,7 +176,9 @@ def test_layers_in_turn_draw_their_own_bits():
     params = {"layers": jnp.ones((2, 64, 64))}
     grads = {"layers": jnp.full((2, 64, 64), 0.3).at[1, 0, 0].set(0.4)}
     now = guarded_update(tx, grads, jnp.float32(1), jnp.array(True), (params, tx.init(params)))
-    first, second = next(x for x in jax.tree.leaves(now[1]) if x.dtype == jnp.bfloat16 and x.ndim == 3).reshape(2, -1)[:, 1:]
+    first, second = next(
+        x for x in jax.tree.leaves(now[1]) if x.dtype == jnp.bfloat16 and x.ndim == 3
+    ).reshape(2, -1)[:, 1:]
     assert 0.1 < float((first == second).mean()) < 0.9
 
 
@@ -164,7 +189,9 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-@pytest.mark.parametrize("name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.in_turn=true"]), ("adamw_bf16", [])])
+@pytest.mark.parametrize(
+    "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.in_turn=true"]), ("adamw_bf16", [])]
+)
 def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
     argv = ["full=true", f"optim.optimizer=jaxft.optim.low_precision:{name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()

@@ -47,7 +47,11 @@ from jaxft.rl.rollout import rollouts
 from jaxft.train import loop, programs
 
 ROOT = Path(__file__).resolve().parents[2]
-HAS_CUDA = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if importlib.util.find_spec("jax_plugins") else False
+HAS_CUDA = (
+    importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    if importlib.util.find_spec("jax_plugins")
+    else False
+)
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 TINY = LlamaConfig(vocab=512, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128)
 CHIP = machines.Chip("cpu", 2**40, 2**30, 1e9, 1e8, 1e7, "made up")
@@ -56,7 +60,9 @@ CHIP = machines.Chip("cpu", 2**40, 2**30, 1e9, 1e8, 1e7, "made up")
 def tiny(remat="projections", full=False, quant=None, **kwargs):
     rows = Rows("none", batch=8, micro=2, max_length=64)
     adapter = None if full else Adapter(rank=4)
-    return loop.Run("tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs)
+    return loop.Run(
+        "tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs
+    )
 
 
 def made_up(count=8):
@@ -69,7 +75,19 @@ def known_peak(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["h100", "h100:0x", "b300:8", "h100:2x2x2", "../h100:1", "", "v5p:4x4", "v5e:4x4x4", "2xh100:8", "h100:0"]
+    "name",
+    [
+        "h100",
+        "h100:0x",
+        "b300:8",
+        "h100:2x2x2",
+        "../h100:1",
+        "",
+        "v5p:4x4",
+        "v5e:4x4x4",
+        "2xh100:8",
+        "h100:0",
+    ],
 )
 def test_an_unknown_machine_is_one_line(name):
     with pytest.raises(ValueError, match="is not known; ") as found:
@@ -96,7 +114,9 @@ def test_an_a100_is_told_by_what_jax_may_take_of_it(monkeypatch):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
         for name in ("a100-40", "a100-80"):
             stats = {"bytes_limit": int(machines.CHIPS[name].memory * float(share))}
-            gpu = SimpleNamespace(device_kind="NVIDIA A100-SXM4", platform="gpu", memory_stats=lambda stats=stats: stats)
+            gpu = SimpleNamespace(
+                device_kind="NVIDIA A100-SXM4", platform="gpu", memory_stats=lambda stats=stats: stats
+            )
             monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
             assert machines.local().chip is machines.CHIPS[name]
 
@@ -105,10 +125,15 @@ def test_every_chip_has_a_peak_and_every_gpu_a_target():
     gpus = {name for name, chip in machines.CHIPS.items() if not chip.kind.startswith("TPU")}
     assert {path.stem for path in machines.TARGETS.glob("*.txtpb")} == gpus
     for name, chip in machines.CHIPS.items():
-        assert any(chip.kind.startswith(kind) or kind.startswith(chip.kind) for kind in devices.PEAK_BF16), name
+        assert any(chip.kind.startswith(kind) or kind.startswith(chip.kind) for kind in devices.PEAK_BF16), (
+            name
+        )
         assert chip.source and chip.kept < chip.memory and chip.across < chip.within < chip.memory_rate
     for name in gpus:
-        assert f"device_memory_size: {machines.CHIPS[name].memory}\n" in (machines.TARGETS / f"{name}.txtpb").read_text()
+        assert (
+            f"device_memory_size: {machines.CHIPS[name].memory}\n"
+            in (machines.TARGETS / f"{name}.txtpb").read_text()
+        )
 
 
 def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
@@ -116,8 +141,12 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
     found = plan.plan(run, made_up())
     assert found.total == sum(found.parts.values())
     rows = 6 * 2 * 8 * 64 * 4 // 8  # arrays of a batch, microbatches, rows, tokens, bytes, over eight devices
-    assert rows <= found.parts["batch and counters"] < rows + 256  # so all else of the arguments is accounted for
-    assert found.parts["adapters"] < found.parts["optimizer"] < 2.1 * found.parts["adapters"]  # two moments, and no scale
+    assert (
+        rows <= found.parts["batch and counters"] < rows + 256
+    )  # so all else of the arguments is accounted for
+    assert (
+        found.parts["adapters"] < found.parts["optimizer"] < 2.1 * found.parts["adapters"]
+    )  # two moments, and no scale
     assert found.parts["quantised base"] > 0 and found.fits and found.limit == CHIP.memory - CHIP.kept
     assert json.loads(json.dumps(found.json()))["flops_per_token"] > 0
     assert found.collectives["all-gather"]["within"] > 0 and found.collectives["all-gather"]["across"] == 0
@@ -128,7 +157,9 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
 def tiny_pairs(**kwargs):
     rows = PairRows("none", batch=4, micro=2, max_length=32)
     objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1, reference="precomputed")
-    return loop.Run("tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs)
+    return loop.Run(
+        "tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs
+    )
 
 
 def test_a_run_has_a_program_for_all_that_it_does():
@@ -137,10 +168,20 @@ def test_a_run_has_a_program_for_all_that_it_does():
         with jax.set_mesh(p.mesh):
             return [one.name for one in plan_programs.every(run, p) if one.trace().jaxpr.jaxpr.eqns]
 
-    assert names(tiny(general="text")) == ["train step", "evaluation", "answers"]  # of SFT, general text is evaluation's program
+    assert names(tiny(general="text")) == [
+        "train step",
+        "evaluation",
+        "answers",
+    ]  # of SFT, general text is evaluation's program
     bare = tiny(samples=0)
     assert names(replace(bare, data=replace(bare.data, held_out=None))) == ["train step"]
-    assert names(tiny_pairs(general="text")) == ["train step", "evaluation", "answers", "general text", "reference"]
+    assert names(tiny_pairs(general="text")) == [
+        "train step",
+        "evaluation",
+        "answers",
+        "general text",
+        "reference",
+    ]
 
 
 def test_programs_share_what_is_resident_and_each_has_its_own_beside():
@@ -149,7 +190,9 @@ def test_programs_share_what_is_resident_and_each_has_its_own_beside():
     assert [p.total for p in found] == sorted((p.total for p in found), reverse=True) and len(found) == 3
     held = {p.total - sum(p.parts.get(name, 0) for name in plan.OWN) for p in found}
     assert len(held) == 1  # weights, adapters and the optimizer's state are there in each
-    cache = TINY.layers * 64 * (64 + 400) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2  # keys and values, rows over two devices
+    cache = (
+        TINY.layers * 64 * (64 + 400) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
+    )  # keys and values, rows over two devices
     assert cache < sizes["answers"].parts["activations and temporaries"] and found[0].program == "answers"
     step = sizes["train step"]
     assert step.flops and step.estimate and sizes["answers"].flops is sizes["answers"].estimate is None
@@ -168,8 +211,13 @@ def tiny_ppo(critic=None, rewards=None, group=2):
         return policy.policy(model, clipped, InRewards(FixedKL(0.1)), value=policy.Critic(value))
 
     asked = Prompts("none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2)
-    source = partial(rollouts, rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)))
-    beside = {"critic": critic or Scorer(Adapter(rank=4)), "reward": Scorer(Adapter(rank=4), "none", trained=False)}
+    source = partial(
+        rollouts, rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None))
+    )
+    beside = {
+        "critic": critic or Scorer(Adapter(rank=4)),
+        "reward": Scorer(Adapter(rank=4), "none", trained=False),
+    }
     llm = llama(TINY, jnp.float32)
     return loop.Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
 
@@ -178,29 +226,42 @@ def test_rollouts_are_planned_with_all_of_their_programs():
     found = {p.program: p for p in plan.plans(tiny_ppo(), made_up(2))}
     assert found.keys() == {"train step", "drawing", "judging", "scoring by reward"}
     assert len({p.total - sum(p.parts.get(name, 0) for name in plan.OWN) for p in found.values()}) == 1
-    cache = TINY.layers * 8 * (64 + 16) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2  # 4 prompts x 2, over two devices
+    cache = (
+        TINY.layers * 8 * (64 + 16) * TINY.kv_heads * TINY.head_dim * 2 * 4 // 2
+    )  # 4 prompts x 2, over two devices
     assert cache < found["drawing"].parts["activations and temporaries"]
     assert found["train step"].flops and not found["judging"].flops
 
 
 def test_models_of_their_own_are_counted(tmp_path):
-    shared, own = (plan.resident(programs.abstract(run)[0], run) for run in (tiny_ppo(), tiny_ppo(Scorer(weights="tiny"))))
+    shared, own = (
+        plan.resident(programs.abstract(run)[0], run)
+        for run in (tiny_ppo(), tiny_ppo(Scorer(weights="tiny")))
+    )
     head = TINY.vocab * TINY.width * 4
-    assert own["weights"] == 2 * shared["weights"] - head and own["optimizer"] > 2 * (own["weights"] - shared["weights"])
+    assert own["weights"] == 2 * shared["weights"] - head and own["optimizer"] > 2 * (
+        own["weights"] - shared["weights"]
+    )
     write_config(tmp_path / "judge", TINY)
     run = tiny_ppo(rewards=(reward_models.ByModel(str(tmp_path / "judge"), dtype=jnp.float32),))
     found = plan.resident(programs.abstract(run)[0], run)
-    assert found["reward models"] == shared["weights"] - head + TINY.width * 4  # a number a position instead of logits
+    assert (
+        found["reward models"] == shared["weights"] - head + TINY.width * 4
+    )  # a number a position instead of logits
 
 
 def write_config(folder, config):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**to_hf(config), "architectures": ["LlamaForSequenceClassification"]}))
+    (folder / "config.json").write_text(
+        json.dumps({**to_hf(config), "architectures": ["LlamaForSequenceClassification"]})
+    )
 
 
 def test_a_large_weight_that_no_cut_divides_is_named(monkeypatch):
     def said(**axes):
-        return plan.uncut(programs.abstract(tiny(mesh=sharding.MeshShape(data=1, **axes)), jax.devices()[: axes["fsdp"]])[0])
+        return plan.uncut(
+            programs.abstract(tiny(mesh=sharding.MeshShape(data=1, **axes)), jax.devices()[: axes["fsdp"]])[0]
+        )
 
     monkeypatch.setattr(plan, "LARGE", 10_000)
     assert said(fsdp=8) == [] and said(fsdp=1) == []
@@ -211,7 +272,11 @@ def test_a_large_weight_that_no_cut_divides_is_named(monkeypatch):
 def test_a_chip_that_is_too_small_says_how_much_is_missing():
     chip = replace(CHIP, memory=2**19 + 2**18, kept=2**18)
     found = plan.plan(tiny(), machines.Machine("small", chip, jax.devices()[:1]))
-    assert not found.fits and found.missing == found.total - 2**19 and "does not fit: 0.0" in plan_text.words(found)
+    assert (
+        not found.fits
+        and found.missing == found.total - 2**19
+        and "does not fit: 0.0" in plan_text.words(found)
+    )
 
 
 def counted(run):
@@ -226,7 +291,9 @@ def test_flops_are_the_models_and_what_runs_twice_is_told_apart():
     scores = TINY.layers * 2 * TINY.heads * TINY.head_dim * 64 / 2
     assert full.tokens == 512 and full.model == pytest.approx(3 * 2 * 512 * (forward + scores))
     again = counted(tiny("full", full=True))
-    assert again.model == full.model and 1.15 < again.program / full.program < 1.34  # the head runs again in both
+    assert (
+        again.model == full.model and 1.15 < again.program / full.program < 1.34
+    )  # the head runs again in both
     assert counted(tiny("none")).model == pytest.approx(full.model * 2 / 3)
 
 
@@ -236,7 +303,9 @@ def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
     alone = counted(replace(few, mesh=sharding.MeshShape()))
     found = plan.plan(few, made_up(8))
     assert (found.flops.tokens, found.flops.places, found.flops.empty) == (2 * 64, 8 * 64, 0.75)
-    assert found.flops.model == pytest.approx(alone.model) and found.flops.program == pytest.approx(4 * alone.program)
+    assert found.flops.model == pytest.approx(alone.model) and found.flops.program == pytest.approx(
+        4 * alone.program
+    )
     assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
     text = plan_text.words(found)
     assert "a step of 128 tokens" in text and "75 % of its 512 places that are empty" in text
@@ -246,7 +315,9 @@ def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
 
 def test_products_count_loops_branches_and_devices():
     def one(x):
-        return jax.lax.scan(lambda h, _: (jax.lax.cond(h[0, 0] > 0, lambda h: h @ h, lambda h: h, h), None), x, None, length=5)[0]
+        return jax.lax.scan(
+            lambda h, _: (jax.lax.cond(h[0, 0] > 0, lambda h: h @ h, lambda h: h, h), None), x, None, length=5
+        )[0]
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     assert products(jax.make_jaxpr(one)(x).jaxpr) == 5 * 2 * 8**3
@@ -262,27 +333,50 @@ def test_the_roofline_is_its_largest_part_and_what_can_not_overlap():
     gathers, exchanges = collective("all-gather", True), collective("all-reduce", False, span=2)
     e = roofline.estimate(machine, (1e9, 2e9), 4e5, [gathers, exchanges], 1e12)
     assert e.compute == pytest.approx(2e9 / (2 * 1e12 * 0.7)) and e.memory == pytest.approx(4e5 / (1e9 * 0.8))
-    assert e.gathers == pytest.approx(10 * 500 / (1e8 * 0.8)) and e.exchanges == pytest.approx(10 * 1000 / (1e7 * 0.8))
-    assert e.step == pytest.approx(e.compute + e.exchanges) and e.apart == e.compute + e.memory + e.gathers + e.exchanges
+    assert e.gathers == pytest.approx(10 * 500 / (1e8 * 0.8)) and e.exchanges == pytest.approx(
+        10 * 1000 / (1e7 * 0.8)
+    )
+    assert (
+        e.step == pytest.approx(e.compute + e.exchanges)
+        and e.apart == e.compute + e.memory + e.gathers + e.exchanges
+    )
     assert e.mfu == pytest.approx(1e9 / (e.step * 2 * 1e12)) and e.hfu == pytest.approx(2 * e.mfu)
-    assert roofline.by_kind([gathers, exchanges])["all-reduce"] == {"runs": 10, "within": 0.0, "across": 10000.0}
+    assert roofline.by_kind([gathers, exchanges])["all-reduce"] == {
+        "runs": 10,
+        "within": 0.0,
+        "across": 10000.0,
+    }
 
 
 def test_gathers_that_the_program_waits_for_are_no_exchanges_of_activations_and_bound_scaling_too():
     machine, done = made_up(2), [replace(collective("all-gather", False), summed=True)]
     e = roofline.estimate(machine, (1e7, 1e7), 0, done, 1e12)
     assert e.weights == e.exchanges == pytest.approx(10 * 1000 / (1e8 * 0.8)) and e.gathers == 0
-    assert e.step == pytest.approx(e.compute + e.weights) and e.limit == "gathers of weights, beside which nothing runs"
-    assert roofline.by_kind(done)["all-gather"] == {"runs": 10, "within": 10000.0, "across": 0.0, "summed": 10}
+    assert (
+        e.step == pytest.approx(e.compute + e.weights)
+        and e.limit == "gathers of weights, beside which nothing runs"
+    )
+    assert roofline.by_kind(done)["all-gather"] == {
+        "runs": 10,
+        "within": 10000.0,
+        "across": 0.0,
+        "summed": 10,
+    }
     counts, kinds = Flops(100, 100, 1e7, 1e7), roofline.by_kind(done)
     plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
     enough = 50 * e.weights / e.compute  # tokens a device
-    assert "10 as all-reduces" in plan_text.words(plain) and f"beyond B / {enough:,.0f} devices" in plan_text.least(plain)
+    assert "10 as all-reduces" in plan_text.words(
+        plain
+    ) and f"beyond B / {enough:,.0f} devices" in plan_text.least(plain)
     assert "nothing runs beside" in plan_text.least(plain)
     beside = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
-    assert beside.weights == beside.gathers > 0 and "gains nothing beyond" in plan_text.least(replace(plain, estimate=beside))
+    assert beside.weights == beside.gathers > 0 and "gains nothing beyond" in plan_text.least(
+        replace(plain, estimate=beside)
+    )
     none = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
-    assert none.limit == "exchanges of activations" and "gathers nothing" in plan_text.least(replace(plain, estimate=none))
+    assert none.limit == "exchanges of activations" and "gathers nothing" in plan_text.least(
+        replace(plain, estimate=none)
+    )
 
 
 def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatch):
@@ -293,7 +387,11 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
         whole.append(run)
         if len(whole) == 2:
             raise ValueError("its answers do not divide")
-        more = {"program": "evaluation", "estimate": None, "flops": None, "total": 900, "missing": 700} if len(whole) == 1 else {}
+        more = (
+            {"program": "evaluation", "estimate": None, "flops": None, "total": 900, "missing": 700}
+            if len(whole) == 1
+            else {}
+        )
         return [replace(made(run), **more)]
 
     def fake(run, machine):
@@ -318,8 +416,12 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
 
     def load(texts):
         values = dict(text.split("=") for text in texts)
-        mesh = sharding.MeshShape(**{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")})
-        return replace(tiny(), data=replace(tiny().data, batch=16, micro=int(values.get("data.micro", 1))), mesh=mesh)
+        mesh = sharding.MeshShape(
+            **{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")}
+        )
+        return replace(
+            tiny(), data=replace(tiny().data, batch=16, micro=int(values.get("data.micro", 1))), mesh=mesh
+        )
 
     command = search.Command(load, ["mesh.fsdp=1", "remat=full"], ["remat"])
     found = search.search(command, made_up(2), 9, lambda text: None)
@@ -329,7 +431,11 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     (out,) = [t for t in found if t.plan and t.plan.program == "evaluation"]
     assert "refused: its answers do not divide" in map(search.told, found)
-    assert len(whole) == 3 and search.told(out).endswith("its evaluation does not fit") and out.seconds == float("inf")
+    assert (
+        len(whole) == 3
+        and search.told(out).endswith("its evaluation does not fit")
+        and out.seconds == float("inf")
+    )
     text = search.words(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
     large = search.Tried(found[0].choice, replace(found[0].plan, missing=1))
@@ -366,7 +472,9 @@ def hosts(count, each):
 PLACES = {"one host": lambda: jax.devices()[:8], "two slices": two_slices, "two hosts": lambda: hosts(2, 4)}
 
 
-@pytest.mark.parametrize("wish", [{}, {"slices": -1, "data": 1}, {"context": -1, "data": 1}, {"slices": 2}], ids=str)
+@pytest.mark.parametrize(
+    "wish", [{}, {"slices": -1, "data": 1}, {"context": -1, "data": 1}, {"slices": 2}], ids=str
+)
 @pytest.mark.parametrize("where", PLACES)
 def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where, wish):
     run = replace(tiny(mesh=sharding.MeshShape(**wish)), data=replace(tiny().data, batch=16))
@@ -375,22 +483,33 @@ def test_candidates_divide_what_they_cut_and_no_mesh_of_theirs_is_refused(where,
     for mesh in {c.mesh for c in found}:
         assert sharding.make_mesh(mesh, machine.devices).size == 8
     for c in found:
-        assert 16 % (c.micro * c.mesh.slices * c.mesh.data * c.mesh.fsdp) == 0 and TINY.kv_heads % c.mesh.tensor == 0
-        assert run.data.max_length % c.mesh.context == 0 and TINY.heads % (c.mesh.context * c.mesh.tensor) == 0
+        assert (
+            16 % (c.micro * c.mesh.slices * c.mesh.data * c.mesh.fsdp) == 0
+            and TINY.kv_heads % c.mesh.tensor == 0
+        )
+        assert (
+            run.data.max_length % c.mesh.context == 0 and TINY.heads % (c.mesh.context * c.mesh.tensor) == 0
+        )
         _, seconds, size = search.guess(run, machine, c)
         assert seconds > 0 and size > 0
     assert {1, 2} <= {c.mesh.context for c in found} and {1, 4} <= {c.mesh.fsdp for c in found}
-    slices = {"two slices": 2}.get(where, {-1: 2 if where == "two hosts" else 1}.get(wish.get("slices"), wish.get("slices", 1)))
+    slices = {"two slices": 2}.get(
+        where, {-1: 2 if where == "two hosts" else 1}.get(wish.get("slices"), wish.get("slices", 1))
+    )
     assert {c.mesh.slices for c in found} == {slices}
 
 
 def test_a_guess_counts_every_axis_that_cuts_weights_or_rows():
     def size(**axes):
-        return search.guess(run, machine, search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes})))[2]
+        return search.guess(
+            run, machine, search.Choice(1, "full", sharding.MeshShape(**{"data": 1, **axes}))
+        )[2]
 
     run = replace(tiny(full=True), data=replace(tiny().data, batch=8, max_length=64))
     machine = machines.Machine("eight", CHIP, jax.devices()[:8])
-    assert size(fsdp=2, context=4) == size(fsdp=4, context=2) == size(fsdp=8)  # weights, and a row's tokens, over eight
+    assert (
+        size(fsdp=2, context=4) == size(fsdp=4, context=2) == size(fsdp=8)
+    )  # weights, and a row's tokens, over eight
     assert size(slices=8) == size(data=8) < size(slices=2)
     assert size(context=2) < size(data=2) < size()
 
@@ -413,9 +532,13 @@ def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
 
     def load(texts):
         values = dict(text.split("=") for text in texts)
-        mesh = sharding.MeshShape(**{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")})
+        mesh = sharding.MeshShape(
+            **{name[5:]: int(n) for name, n in values.items() if name.startswith("mesh.")}
+        )
         run = tiny(values.get("remat", "full"), mesh=mesh)
-        return replace(run, data=replace(run.data, batch=8, max_length=16, micro=int(values.get("data.micro", 1))))
+        return replace(
+            run, data=replace(run.data, batch=8, max_length=16, micro=int(values.get("data.micro", 1)))
+        )
 
     command = search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
     found = search.search(command, made_up(2), 2, lambda text: None)
@@ -430,12 +553,17 @@ def test_a_refusal_of_libtpus_compiler_is_read():
         "Exceeded hbm capacity by 8.75G."
     )
     assert plan.too_much(text) == (round(24.5 * 2**30), round(8.75 * 2**30))
-    assert plan.too_much("RESOURCE_EXHAUSTED: something else") == (None, None) and plan.too_much("INTERNAL: x") is None
+    assert (
+        plan.too_much("RESOURCE_EXHAUSTED: something else") == (None, None)
+        and plan.too_much("INTERNAL: x") is None
+    )
 
 
 def test_the_largest_arrays_are_those_that_are_made_and_kept():
     def program(w, x):  # the table is given, the sum within a fusion is never in memory
-        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h), x, w)[1] ** 2) + jnp.sum(jnp.outer(x, x)[None] + w)
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h), x, w)[1] ** 2) + jnp.sum(
+            jnp.outer(x, x)[None] + w
+        )
 
     w, x = jax.ShapeDtypeStruct((7, 90, 90), jnp.float32), jax.ShapeDtypeStruct((90,), jnp.float32)
     found = plan.largest(hlo.parse(jax.jit(program).lower(w, x).compile().as_text()))
@@ -467,7 +595,11 @@ def test_one_command_makes_the_whole_table_and_only_the_planners_own_modules_lea
     assert len(set(cells)) == len(cells) == 3 * 3 * 2 * len(fits["HARDWARE"]) + 1
     modules = {path.stem for path in (ROOT / "jaxft").glob("*.py")}
     assert {name for name in modules if name.startswith("plan_")} | {"plan"} <= fits["PLANNER"] <= modules
-    speak = {"report", "log", "cli"}  # programs are made without them; what a run says is no part of its programs
+    speak = {
+        "report",
+        "log",
+        "cli",
+    }  # programs are made without them; what a run says is no part of its programs
     for name in modules - fits["PLANNER"] - {"__init__"}:
         text = (ROOT / "jaxft" / f"{name}.py").read_text()
         used = set(re.findall(r"^(?:from jaxft import |from jaxft\.)(.*?)(?: import.*)?$", text, re.M))
@@ -488,29 +620,55 @@ def test_without_libtpu_it_says_what_to_install():
 
 def planned(*argv, config="configs/llama32_1b_sft.py"):
     command = [sys.executable, "scripts/plan.py", "--config", config, "--json", "--train-only", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="takes jax's CUDA plugin, pip install 'jaxft[cuda12]'")
 def test_a_quantised_run_takes_less_and_eight_gpus_take_their_share():
-    (plain,), (packed,) = (planned("--devices", "h100:1", "batch=8", f"quant={kind}") for kind in ("none", "nf4"))
+    (plain,), (packed,) = (
+        planned("--devices", "h100:1", "batch=8", f"quant={kind}") for kind in ("none", "nf4")
+    )
     (many,) = planned("--devices", "h100:8", "batch=8", "quant=nf4", "mesh.fsdp=8")
-    assert packed["parts"]["quantised base"] < 0.5 * plain["parts"]["weights"] and packed["total"] < plain["total"]
-    assert many["parts"]["quantised base"] < packed["parts"]["quantised base"] / 4 and many["total"] < packed["total"]
+    assert (
+        packed["parts"]["quantised base"] < 0.5 * plain["parts"]["weights"]
+        and packed["total"] < plain["total"]
+    )
+    assert (
+        many["parts"]["quantised base"] < packed["parts"]["quantised base"] / 4
+        and many["total"] < packed["total"]
+    )
     assert many["collectives"]["all-gather"]["within"] > 0 and "all-gather" not in packed["collectives"]
     assert 0 < max(packed["largest"].values()) <= packed["parts"]["activations and temporaries"]
 
 
 @pytest.mark.skipif(not HAS_TPU, reason="takes libtpu, pip install 'jaxft[tpu]'")
 def test_slices_hold_their_share_and_exchange_across():
-    small = ["max_length=256", "batch={devices}", "micro=1", "model=HuggingFaceTB/SmolLM2-135M", "remat=full", "full=true"]
+    small = [
+        "max_length=256",
+        "batch={devices}",
+        "micro=1",
+        "model=HuggingFaceTB/SmolLM2-135M",
+        "remat=full",
+        "full=true",
+    ]
     one, two = planned(
-        "--devices", "v5e:2x2", "2xv5e:2x2", *small, "mesh.slices=-1", "mesh.fsdp=4", config="configs/llama31_8b_sft.py"
+        "--devices",
+        "v5e:2x2",
+        "2xv5e:2x2",
+        *small,
+        "mesh.slices=-1",
+        "mesh.fsdp=4",
+        config="configs/llama31_8b_sft.py",
     )
     assert one["fits"] and one["devices"] == 4 and two["devices"] == 8
-    assert all(row["across"] == 0 for row in one["collectives"].values()) and one["parts"]["weights"] == two["parts"]["weights"]
+    assert (
+        all(row["across"] == 0 for row in one["collectives"].values())
+        and one["parts"]["weights"] == two["parts"]["weights"]
+    )
     assert sum(row["across"] for row in two["collectives"].values()) > 0.5 * two["parts"]["weights"]
 
 

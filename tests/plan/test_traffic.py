@@ -62,7 +62,9 @@ def test_what_leaves_a_host_is_shared_by_its_devices():
         text = jax.jit(jnp.sin, out_shardings=sharding.replicated(mesh)).lower(w).compile().as_text()
     size = 64 * 32 * 4
     (one,) = traffic.collectives(hlo.parse(text), [0] * 4 + [1] * 4)
-    assert one.span == 2 and one.across == size / 2 / 4  # half is on the other host, and four devices bring it in
+    assert (
+        one.span == 2 and one.across == size / 2 / 4
+    )  # half is on the other host, and four devices bring it in
     (alone,) = traffic.collectives(hlo.parse(text), list(range(8)))
     assert alone.across == alone.moved == size * 7 / 8
 
@@ -142,7 +144,9 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 }
 """
 HAND = HAND.replace("CHAIN", 'frontend_attributes={chain_id="2"}')
-HAND = HAND.replace("OVER", 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+HAND = HAND.replace(
+    "OVER", 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
 
 
 def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
@@ -154,7 +158,12 @@ def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit()
     scatter = found["all-reduce.3"]
     assert (scatter.kind, scatter.size, scatter.span) == ("reduce-scatter", 16 * 4, 2)
     assert (found["start"].size, found["start"].span, found["start"].moved) == (16, 1, 16)
-    assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == ("all-reduce", 2, 32, 4)
+    assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == (
+        "all-reduce",
+        2,
+        32,
+        4,
+    )
     assert program.unknown_loops == ["free"]
 
 
@@ -260,9 +269,19 @@ def test_an_all_reduce_that_gathers_or_scatters_is_told_from_one_that_adds_and_c
         "added": ("all-reduce", False), "real": ("all-reduce", False), "plain": ("all-gather", False),
         "start": ("all-gather", False), "waiting": ("all-gather", False),
     }  # fmt: skip
-    assert found["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4 and found["gathered"].across == 2 * (2 * 8 * 16 * 2) / 2 / 2
-    assert found["scattered"].moved == found["added"].moved == 2 * found["plain"].moved == 2 * (8 * 16 * 4) * 3 / 4
-    assert {name for name, c in found.items() if c.behind} == {"start"}  # the others have begun and ended when the next one runs
+    assert (
+        found["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4
+        and found["gathered"].across == 2 * (2 * 8 * 16 * 2) / 2 / 2
+    )
+    assert (
+        found["scattered"].moved
+        == found["added"].moved
+        == 2 * found["plain"].moved
+        == 2 * (8 * 16 * 4) * 3 / 4
+    )
+    assert {name for name, c in found.items() if c.behind} == {
+        "start"
+    }  # the others have begun and ended when the next one runs
     assert {name for name, c in found.items() if not c.gathers} == {"added", "real"}
 
 
@@ -288,5 +307,8 @@ def test_memory_of_a_product_is_its_operands_and_its_result():
 
 def test_an_element_has_its_bits():
     assert [hlo.bits(d) for d in ("pred", "s4", "bf16", "f8e4m3fn", "u32", "c64")] == [8, 4, 16, 8, 32, 64]
-    assert hlo.arrays("(s4[3]{0:T(8)S(1)}, f32[])") == [hlo.Array("s4", (3,), "0:T(8)S(1)"), hlo.Array("f32", (), "")]
+    assert hlo.arrays("(s4[3]{0:T(8)S(1)}, f32[])") == [
+        hlo.Array("s4", (3,), "0:T(8)S(1)"),
+        hlo.Array("f32", (), ""),
+    ]
     assert hlo.arrays("s4[3]")[0].bytes == 2

@@ -106,9 +106,14 @@ def test_scores_stay_floating_point():
     close(A.centred(scores), [[-0.25, 0.25], [-0.4, 0.4]])
     rewards = A.token_rewards(np.zeros((2, 3)), np.array([0.25, -0.6]), np.array([3, 1]), 0.1)
     close(rewards, [[0, 0, 0.25], [-0.6, 0, 0]])
-    narrow = A.token_rewards(np.zeros((2, 3), np.float32), np.array([0.25, -0.6], np.float32), np.array([3, 1]), 0.1)
+    narrow = A.token_rewards(
+        np.zeros((2, 3), np.float32), np.array([0.25, -0.6], np.float32), np.array([3, 1]), 0.1
+    )
     np.testing.assert_allclose(narrow, rewards, rtol=1e-7)
-    for wrong, words in ((np.array([[1, 0]]), "floating point.*found int64"), (np.array([[np.inf, 0.0]]), "1 of 2 .* infinite")):
+    for wrong, words in (
+        (np.array([[1, 0]]), "floating point.*found int64"),
+        (np.array([[np.inf, 0.0]]), "1 of 2 .* infinite"),
+    ):
         for fn in (A.grpo, A.rloo, A.counts, A.scorable):
             with pytest.raises(ValueError, match=words):
                 fn(wrong)
@@ -121,7 +126,9 @@ def test_several_rewards_are_summed_and_then_normalised():
     rewards = np.random.default_rng(0).normal(0, 1, (3, 4, 2))
     rewards[0, 1, 0] = rewards[1, 2] = NAN
     scores = A.weighted_sum(rewards, (1.0, 0.5))
-    assert np.isnan(scores).sum() == 2 and np.isnan(scores[1, 2]) and np.isnan(scores[0, 1])  # what one can't score has no score
+    assert (
+        np.isnan(scores).sum() == 2 and np.isnan(scores[1, 2]) and np.isnan(scores[0, 1])
+    )  # what one can't score has no score
     close(scores[2], rewards[2, :, 0] + 0.5 * rewards[2, :, 1])
     known = A.sum_of_known(rewards, (1.0, 0.5))
     assert np.isnan(known).sum() == 1 and np.isnan(known[1, 2])
@@ -151,7 +158,9 @@ def test_several_rewards_are_normalised_and_then_summed():
 def test_scores_are_clipped_and_penalised_and_nan_stays():
     scores = np.array([[-9.0, 0.3, NAN, 8.0]])
     np.testing.assert_array_equal(A.clipped(scores, -5, 5), [[-5, 0.3, NAN, 5]])
-    np.testing.assert_array_equal(A.missing_eos(scores, np.array([[True, False, False, True]]), 1.5), [[-9, -1.2, NAN, 8]])
+    np.testing.assert_array_equal(
+        A.missing_eos(scores, np.array([[True, False, False, True]]), 1.5), [[-9, -1.2, NAN, 8]]
+    )
     np.testing.assert_array_equal(A.overlong(np.array([[3, 6, 8, 10, 12]]), 10, 4), [[0, 0, -0.5, -1, -1]])
     with pytest.raises(ValueError, match="low < high, found 2 and 2"):
         A.clipped(scores, 2, 2)
@@ -168,7 +177,9 @@ def test_running_moments_are_those_of_all_scores_at_once(parts):
     flat = np.array(known(itertools.chain(*parts)))
     assert moments[0] == len(flat)
     if len(flat):
-        np.testing.assert_allclose(moments[1:], [flat.mean(), np.square(flat - flat.mean()).sum()], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            moments[1:], [flat.mean(), np.square(flat - flat.mean()).sum()], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_scaling_divides_by_the_running_deviation():
@@ -200,7 +211,9 @@ def test_gae_is_its_sum_over_ragged_completions(gamma, lam):
         close(returns[i, :n], advantages[i, :n] + values[i, :n])
         assert not advantages[i, n:].any() and not returns[i, n:].any()
     far = np.where(A.inside(lengths, 7), 0, NAN)
-    for found, wanted in zip(A.gae(rewards + far, values + far, lengths, gamma, lam), (advantages, returns), strict=True):
+    for found, wanted in zip(
+        A.gae(rewards + far, values + far, lengths, gamma, lam), (advantages, returns), strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -244,21 +257,27 @@ def test_reinforce_plus_plus_with_a_groups_baseline_whitens_over_tokens():
     scores, lengths = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[3, 1], [2, 2]])
     found = A.whiten(A.at_tokens(A.centred(scores), lengths, 3), A.inside(lengths.ravel(), 3))
     tokens = [0.5] * 3 + [-0.5] + [0] * 4
-    wanted = [(x - statistics.fmean(tokens)) / (statistics.variance(tokens) + 1e-8) ** 0.5 for x in (0.5, -0.5, 0)]
+    wanted = [
+        (x - statistics.fmean(tokens)) / (statistics.variance(tokens) + 1e-8) ** 0.5 for x in (0.5, -0.5, 0)
+    ]
     close(found, [[wanted[0]] * 3, [wanted[1], 0, 0], [wanted[2]] * 2 + [0], [wanted[2]] * 2 + [0]])
 
 
 def test_normalising_over_the_batch_leaves_out_what_has_no_score():
     advantages = np.array([[1.0, -2.0], [NAN, 0.5]])
     flat = [1, -2, 0.5]
-    close(A.standardised(advantages), np.nan_to_num((advantages - statistics.fmean(flat)) / (std(flat) + 1e-4)))
+    close(
+        A.standardised(advantages), np.nan_to_num((advantages - statistics.fmean(flat)) / (std(flat) + 1e-4))
+    )
     assert not A.standardised(np.array([[2.0, 2.0]])).any()
 
 
 # Weights
 
 LENGTHS = np.array([[4, 1, 0], [10, 3, 2], [5, 5, 5]])
-KEEP = np.array([[True, True, True], [True, False, True], [False, False, False]])  # the empty place is never kept
+KEEP = np.array(
+    [[True, True, True], [True, False, True], [False, False, False]]
+)  # the empty place is never kept
 
 
 def test_weight_rules_are_their_formulas():
@@ -270,7 +289,11 @@ def test_weight_rules_are_their_formulas():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=5
+    )
+)
 def test_the_weights_of_all_tokens_sum_to_one_or_to_what_the_rule_says(batch):
     lengths, keep = (np.array([[place[i] for place in group] for group in batch]) for i in range(2))
     kept = keep & (lengths > 0)
@@ -280,7 +303,9 @@ def test_the_weights_of_all_tokens_sum_to_one_or_to_what_the_rule_says(batch):
         return
     for name in ("token_mean", "sequence_mean", "prompt_mean"):
         assert abs(sums[name] - 1) < 1e-12
-    assert sums["constant_length"] == pytest.approx((lengths * kept).sum() / (20 * (lengths > 0).sum()), rel=1e-12)
+    assert sums["constant_length"] == pytest.approx(
+        (lengths * kept).sum() / (20 * (lengths > 0).sum()), rel=1e-12
+    )
     assert sums["sequence_sum"] == pytest.approx(lengths[kept].mean(), rel=1e-12)
 
 

@@ -17,7 +17,14 @@ def sampled(**changes):
     rng = np.random.default_rng(0)
     inside = np.arange(4) < LENGTHS.reshape(4, 1)
     logps, reference, values = (np.where(inside, rng.normal(size=(4, 4)), 0) for _ in range(3))
-    parts = {"scores": SCORES, "lengths": LENGTHS, "ended": LENGTHS > 0, "logps": logps, "reference": reference, "values": values}
+    parts = {
+        "scores": SCORES,
+        "lengths": LENGTHS,
+        "ended": LENGTHS > 0,
+        "logps": logps,
+        "reference": reference,
+        "values": values,
+    }
     return Sampled(**{**parts, "aux": {"kl_coef": np.float32(0.25)}, **changes})
 
 
@@ -42,7 +49,10 @@ def to_go(s, coef):
 
 def test_every_token_has_its_completions_advantage():
     found = estimators.by_group(sampled(aux={}), advantage=advantages.centred)
-    assert found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]] and found.returns is None
+    assert (
+        found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+        and found.returns is None
+    )
 
 
 def test_an_advantage_that_asks_for_lengths_gets_them():
@@ -66,8 +76,17 @@ def test_a_kl_in_the_rewards_of_a_group_is_taken_from_its_scores(given):
 
 def test_which_estimates_need_several_completions_of_a_prompt():
     of = lambda fn: partial(estimators.by_group, advantage=fn)  # noqa: E731
-    assert all(map(estimators.needs_a_group, (estimators.by_group, estimators.by_each, of(advantages.rloo), of(advantages.grpo))))
-    free = (estimators.actor_critic, partial(estimators.reinforce, kl_coef=0.1), of(lambda scores: scores - 0.5))
+    assert all(
+        map(
+            estimators.needs_a_group,
+            (estimators.by_group, estimators.by_each, of(advantages.rloo), of(advantages.grpo)),
+        )
+    )
+    free = (
+        estimators.actor_critic,
+        partial(estimators.reinforce, kl_coef=0.1),
+        of(lambda scores: scores - 0.5),
+    )
     assert not any(map(estimators.needs_a_group, free))
 
 
@@ -96,7 +115,9 @@ def test_a_critics_advantage_without_bootstrapping_is_what_is_to_come_less_its_v
     """And returns stay returns, though the advantages are whitened; the coefficient is the controller's."""
     s = sampled()
     found, goal = estimators.actor_critic(s, kl_coef=None, lam=1.0), to_go(s, 0.25)
-    np.testing.assert_allclose(found.advantages, whitened([g - s.values[i, : len(g)] for i, g in enumerate(goal)]), atol=1e-12)
+    np.testing.assert_allclose(
+        found.advantages, whitened([g - s.values[i, : len(g)] for i, g in enumerate(goal)]), atol=1e-12
+    )
     for row, wanted in zip(found.returns, goal):
         np.testing.assert_allclose(row[: len(wanted)], wanted, rtol=1e-10)
     assert not found.returns[3].any()
@@ -104,7 +125,9 @@ def test_a_critics_advantage_without_bootstrapping_is_what_is_to_come_less_its_v
 
 def test_a_groups_baseline_is_taken_before_whitening():
     wanted = whitened([[-1.0, -1.0], [1.0, 1.0, 1.0], [0.0]])
-    np.testing.assert_allclose(estimators.group_whitened(sampled()).advantages, wanted, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        estimators.group_whitened(sampled()).advantages, wanted, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_what_an_estimate_lacks_is_told():

@@ -59,7 +59,10 @@ def test_a_classifier_scores_completions_as_transformers_does(place):
     with jax.set_mesh(mesh):
         found = reward_models.ByModel(str(folder), batch=2, dtype=jnp.float32).opened(mesh)(asked, said)
         short = reward_models.ByModel(str(folder), batch=2, max_length=24).opened(mesh)(asked, said)
-    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
+    texts = [
+        ids.tolist()
+        for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")
+    ]
     np.testing.assert_allclose(found, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert [len(ids) > 24 for ids in texts] == np.isnan(short).tolist() and 0 < np.isnan(short).sum() < 5
 
@@ -73,10 +76,15 @@ def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     asked, said = ["what is 1?", "why?"], ["it is 1", "because"]
-    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
+    texts = [
+        ids.tolist()
+        for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")
+    ]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in texts)
     with jax.set_mesh(mesh):
-        models = [reward_models.ByModel(str(place.folder / name), dtype=jnp.float32) for name in ("judge", "padded")]
+        models = [
+            reward_models.ByModel(str(place.folder / name), dtype=jnp.float32) for name in ("judge", "padded")
+        ]
         at_end, before = (model.opened(mesh)(asked, said) for model in models)
     np.testing.assert_allclose(before, by_transformers(folder, texts), rtol=1e-4, atol=1e-4)
     assert np.abs(at_end - before).max() > 0.1
@@ -97,12 +105,19 @@ def test_what_a_template_adds_after_the_end_is_left_out_of_ours_and_read_of_othe
             (folder / "config.json").write_text(json.dumps(config))
         with jax.set_mesh(mesh):
             found[name] = reward_models.ByModel(str(folder), dtype=jnp.float32).opened(mesh)(asked, said)
-    texts = [ids.tolist() for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")]
+    texts = [
+        ids.tolist()
+        for ids, _ in chat.tokenise(reward_models.examples(asked, said, tokenizer), tokenizer, "all")
+    ]
     assert all(tokenizer.decode(ids).endswith("</s>\n") for ids in texts)
-    np.testing.assert_allclose(found["others"], by_transformers(place.folder / "others", texts), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found["others"], by_transformers(place.folder / "others", texts), rtol=1e-4, atol=1e-4
+    )
     ends = [reward_models.until_end(ids, tokenizer) for ids in texts]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in ends)
-    np.testing.assert_allclose(found["ours"], by_transformers(place.folder / "ours", ends), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found["ours"], by_transformers(place.folder / "ours", ends), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
@@ -113,7 +128,9 @@ def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
     said = reward_models.examples(["why?", "what is 1?"], ["so", "it is"], tokenizer)
     texts = [ids for ids, _ in chat.tokenise(said, tokenizer, "all")]
     pad = tokenizer.pad_token_id  # what the card names
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, pad_token_id=pad).eval()
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        str(folder), num_labels=1, pad_token_id=pad
+    ).eval()
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     loaded = reward_models.load(str(place.folder / "base"), mesh, folder, dtype=jnp.float32)
     size = max(map(len, texts))
@@ -121,8 +138,12 @@ def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
     with torch.no_grad():
         mask = torch.arange(size)[None] < torch.tensor([len(ids) for ids in texts])[:, None]
         theirs = model(padded, attention_mask=mask.long()).logits[:, 0].numpy()
-    np.testing.assert_allclose(loaded.score(loaded.params, generate.left_pad(texts, 2)), theirs, rtol=1e-4, atol=1e-4)
-    unpadded = [reward_models.score(loaded.model, loaded.params, generate.left_pad([ids], 1))[0] for ids in texts]
+    np.testing.assert_allclose(
+        loaded.score(loaded.params, generate.left_pad(texts, 2)), theirs, rtol=1e-4, atol=1e-4
+    )
+    unpadded = [
+        reward_models.score(loaded.model, loaded.params, generate.left_pad([ids], 1))[0] for ids in texts
+    ]
     np.testing.assert_allclose(unpadded, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -130,18 +151,31 @@ def test_a_run_is_taught_by_a_classifier_of_its_own(place):
     (place.folder / "judged.py").write_text(
         "from jaxft.rl.reward_models import ByModel\n\njudge = ByModel('judge', max_length=60)\n"
     )
-    assert place.run("name=judged", "steps=2", "rewards=judged.py:judge", "batch=4", "group=2", "save=100") == 0, place.err()
+    assert (
+        place.run("name=judged", "steps=2", "rewards=judged.py:judge", "batch=4", "group=2", "save=100") == 0
+    ), place.err()
     lines = [line for line in place.metrics("judged") if "reward" in line]
     assert all(np.isfinite(line["rewards/judge/mean"]) and line["rewards/judge/std"] > 0 for line in lines)
-    table = [json.loads(line) for line in (place.runs("judged") / "completions.jsonl").read_text().splitlines()]
+    table = [
+        json.loads(line) for line in (place.runs("judged") / "completions.jsonl").read_text().splitlines()
+    ]
     assert any(entry["rewards"]["judge"] is not None for entry in table)
 
 
 def test_scores_of_a_whole_rollout_are_checked():
     faults = rewards.Faults()
-    found = rewards.checked(np.array([1.0, np.nan, np.inf]), "judge", [(f"rows:{i}", {}) for i in range(3)], faults)
-    assert found[0] == 1 and np.isnan(found[1:]).all() and faults.counts["not_a_number"] == 2 and "rows:1" in faults.first
-    with pytest.raises(ValueError, match=r"reward judge gave scores of shape \(2,\) for 3 completions; wanted one each"):
+    found = rewards.checked(
+        np.array([1.0, np.nan, np.inf]), "judge", [(f"rows:{i}", {}) for i in range(3)], faults
+    )
+    assert (
+        found[0] == 1
+        and np.isnan(found[1:]).all()
+        and faults.counts["not_a_number"] == 2
+        and "rows:1" in faults.first
+    )
+    with pytest.raises(
+        ValueError, match=r"reward judge gave scores of shape \(2,\) for 3 completions; wanted one each"
+    ):
         rewards.checked(np.ones(2), "judge", [("", {})] * 3, faults)
 
 
@@ -155,7 +189,9 @@ def test_a_folder_is_told_apart(place, tmp_path):
     assert beside.keys() == {"reward"} and not beside["reward"].trained
     frozen = partition.trained(heads.with_scorers(model, beside), Adapter(rank=2), None)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
-    with pytest.raises(FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"):
+    with pytest.raises(
+        FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
+    ):
         init.start_beside(frozen, mesh, 0, Scorer(Adapter(rank=2)), beside=beside)
 
 
@@ -181,7 +217,11 @@ def test_a_classifier_on_the_hub_scores_as_its_folder_does(place, tmp_path):
         command = [sys.executable, "-c", SCORED, str(place.folder / "base"), str(judge), "org/judge@v1"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=240)
     here, there = (line.split(maxsplit=2) for line in done.stdout.splitlines() if "judge" in line)
-    assert here[2] == there[2] and there[0] == "judge@v1" and any("model.safetensors" in path for path in requests)
+    assert (
+        here[2] == there[2]
+        and there[0] == "judge@v1"
+        and any("model.safetensors" in path for path in requests)
+    )
 
 
 def test_a_classifier_scores_alike_on_a_mesh(place):
@@ -200,16 +240,24 @@ def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, k
     folder = place.folder / ("base" if kind == "language model" else "judge")
     policy = load.model_for(str(place.folder / "base"), dtype=jnp.float32)
     model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
-    t = partition.trained(model, None, partition.patterns(model, None, None, {"critic": Scorer(weights=str(folder))}))
+    t = partition.trained(
+        model, None, partition.patterns(model, None, None, {"critic": Scorer(weights=str(folder))})
+    )
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        beside = init.start_beside(t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))})
+        beside = init.start_beside(
+            t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))}
+        )
     critic = beside["critic"]
     loaded = reward_models.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
     whole = heads.view({"base": None, "critic": critic}, "critic")
-    assert whole["base"] is critic["base"] and "head" not in critic["base"] and critic["score"].shape == (64, 1)
+    assert (
+        whole["base"] is critic["base"] and "head" not in critic["base"] and critic["score"].shape == (64, 1)
+    )
     wanted = loaded.params["base"] if loaded else partition.load_frozen(str(folder), policy, mesh)
-    jax.tree.map(np.testing.assert_array_equal, critic["base"], {name: wanted[name] for name in critic["base"]})
+    jax.tree.map(
+        np.testing.assert_array_equal, critic["base"], {name: wanted[name] for name in critic["base"]}
+    )
     if loaded:
         np.testing.assert_array_equal(critic["score"], loaded.params["score"])
 
@@ -220,7 +268,17 @@ def test_a_scorer_of_its_own_is_trained_whole():
 
 
 def test_ppo_with_a_critic_of_its_own_learns_values_and_resumes(place):
-    argv = ("passes=2", "beta=0.0", "batch=16", "group=1", "lr=2e-3", "ppo=true", "full_critic=true", "max_new=12", "save=4")
+    argv = (
+        "passes=2",
+        "beta=0.0",
+        "batch=16",
+        "group=1",
+        "lr=2e-3",
+        "ppo=true",
+        "full_critic=true",
+        "max_new=12",
+        "save=4",
+    )
     argv = (*argv, "rewards=config.py:ascii", "scale=true")
     assert place.run("name=own", "steps=8", *argv) == 0, place.err()
     lines = [line for line in place.metrics("own") if "loss/value_avg" in line]
@@ -249,12 +307,25 @@ report.Meter.add = killed
 
 def test_scores_are_divided_by_the_deviation_of_all_so_far(place):
     """And what is logged is as the rewards gave it."""
-    argv = ("passes=1", "beta=0.0", "batch=8", "group=1", "ppo=true", "max_new=12", "rewards=config.py:ascii", "steps=3")
+    argv = (
+        "passes=1",
+        "beta=0.0",
+        "batch=8",
+        "group=1",
+        "ppo=true",
+        "max_new=12",
+        "rewards=config.py:ascii",
+        "steps=3",
+    )
     argv = (*argv, "lr=1e-9")
     assert place.run("name=plain", *argv) == 0, place.err()
     assert place.run("name=scaled", *argv, "scale=true") == 0, place.err()
-    plain, scaled = ([line for line in place.metrics(name) if "loss/value_avg" in line] for name in ("plain", "scaled"))
-    table = [json.loads(line) for line in (place.runs("scaled") / "completions.jsonl").read_text().splitlines()]
+    plain, scaled = (
+        [line for line in place.metrics(name) if "loss/value_avg" in line] for name in ("plain", "scaled")
+    )
+    table = [
+        json.loads(line) for line in (place.runs("scaled") / "completions.jsonl").read_text().splitlines()
+    ]
     moments = np.zeros(3)
     for step, (one, other) in enumerate(zip(plain, scaled, strict=True), 1):
         scores = np.array([entry["reward"] for entry in table if entry["step"] == step])
@@ -266,7 +337,9 @@ def test_scores_are_divided_by_the_deviation_of_all_so_far(place):
 
 
 def test_the_card_shows_what_was_drawn_with_its_rewards_and_curves(place):
-    assert place.run("name=card", "steps=3", "passes=1", "batch=4", "group=2", "save=100", "lr=1e-3") == 0, place.err()
+    assert place.run("name=card", "steps=3", "passes=1", "batch=4", "group=2", "save=100", "lr=1e-3") == 0, (
+        place.err()
+    )
     card = (place.runs("card") / "README.md").read_text()
     assert "| step | prompt | completion | letters | reward |" in card and "![Curves](curves.png)" in card
     assert card.count("\n| 1 | what is") == 5 and card.count("\n| 3 | what is") == 5

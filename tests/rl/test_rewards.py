@@ -39,17 +39,26 @@ def test_what_is_no_score_is_counted_and_never_zero(gives, kind, words):
 
 def test_two_rewards_of_one_name_are_told_apart():
     one, other = (partial(rewards.matches, pattern=p) for p in ("a", "b"))
-    assert rewards.names_of([one, rewards.number, other, one]) == ["matches", "number", "matches_2", "matches_3"]
+    assert rewards.names_of([one, rewards.number, other, one]) == [
+        "matches",
+        "number",
+        "matches_2",
+        "matches_3",
+    ]
 
 
-@pytest.mark.parametrize("value", [jnp.float32(0.5), Decimal("0.5"), Fraction(1, 2), np.float16(0.5), np.array(0.5)])
+@pytest.mark.parametrize(
+    "value", [jnp.float32(0.5), Decimal("0.5"), Fraction(1, 2), np.float16(0.5), np.array(0.5)]
+)
 def test_what_has_a_real_value_is_a_score(value):
     scores, faults = rewards.scored([lambda p, c, r: value], [""], [""], [("", {})])
     assert scores[0, 0] == 0.5 and not any(faults.counts.values())
 
 
 def test_scores_stay_floating_point():
-    scores, _ = rewards.scored([lambda p, c, r: np.float32(0.3), lambda p, c, r: True], [""], [""], [("", {})])
+    scores, _ = rewards.scored(
+        [lambda p, c, r: np.float32(0.3), lambda p, c, r: True], [""], [""], [("", {})]
+    )
     assert scores.dtype == np.float64 and scores[0].tolist() == [float(np.float32(0.3)), 1.0]
 
 
@@ -79,19 +88,25 @@ def test_exact_forgives_white_space_and_case_only(completion, score):
     assert rewards.exact("", completion, {"answer": "Paris"}) == score
 
 
-@pytest.mark.parametrize(("completion", "score"), [("<a>7</a>", 1), (" <a>1\n2</a> ", 1), ("so <a>7</a>", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("completion", "score"), [("<a>7</a>", 1), (" <a>1\n2</a> ", 1), ("so <a>7</a>", 0), ("", 0)]
+)
 def test_matches_wants_the_whole_completion(completion, score):
     assert rewards.matches("", completion, {}, pattern="<a>.*</a>") == score
 
 
 def test_an_answer_without_a_number_is_the_rows_fault():
     _, faults = rewards.scored([rewards.number], ["q"], ["7"], [("rows:3", {"answer": "seven"})])
-    assert faults.counts["raised"] == 1 and "column 'answer' holds no number: 'seven' (rows:3)" in faults.first
+    assert (
+        faults.counts["raised"] == 1 and "column 'answer' holds no number: 'seven' (rows:3)" in faults.first
+    )
 
 
 def test_scores_are_bounded_before_a_missing_end_is_fined():
     scores, ended = np.array([[9.0, -0.5, np.nan]]), np.array([[True, False, False]])
-    np.testing.assert_array_equal(bounded(scores, np.ones((1, 3)), ended, missing_eos=1.0, limit=2.0), [[2.0, -1.5, np.nan]])
+    np.testing.assert_array_equal(
+        bounded(scores, np.ones((1, 3)), ended, missing_eos=1.0, limit=2.0), [[2.0, -1.5, np.nan]]
+    )
 
 
 def test_a_reward_must_be_given():
@@ -109,7 +124,12 @@ def test_a_reward_may_change_what_it_is_given():
 
     prompt, fields = ["yours"], {"list": []}
     found, faults = rewards.scored([greedy], [prompt] * 3, ["a"] * 3, [("row", fields)] * 3)
-    assert found.ravel().tolist() == [3, 3, 3] and prompt == ["yours"] and fields == {"list": []} and not faults.first
+    assert (
+        found.ravel().tolist() == [3, 3, 3]
+        and prompt == ["yours"]
+        and fields == {"list": []}
+        and not faults.first
+    )
 
 
 class Unspeakable:
@@ -122,7 +142,11 @@ class Unspeakable:
 @pytest.mark.parametrize("value", [10**5000, Unspeakable()], ids=["too long a number", "no words"])
 def test_what_cant_be_told_is_counted_too(value):
     found, faults = rewards.scored([lambda *_: value], ["a"], ["b"], [("row:1", {})])
-    assert np.isnan(found).all() and faults.counts["not_a_number"] == 1 and "wanted a finite number (row:1)" in faults.first
+    assert (
+        np.isnan(found).all()
+        and faults.counts["not_a_number"] == 1
+        and "wanted a finite number (row:1)" in faults.first
+    )
 
 
 def test_a_reward_that_exits_is_a_fault():

@@ -104,7 +104,9 @@ def test_the_sampler_has_the_trainers_log_probs(group, temperature, top_k):
     np.testing.assert_allclose(by_token(np.asarray(logps), lengths, 12), drawn, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "most_away", "mean_away"), [(jnp.float32, 1e-4, 2e-5), (jnp.bfloat16, 0.5, 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "most_away", "mean_away"), [(jnp.float32, 1e-4, 2e-5), (jnp.bfloat16, 0.5, 0.03)]
+)
 def test_the_trainer_sees_what_the_sampler_drew_in_every_bucket(dtype, most_away, mean_away):
     """Rows of all the lengths that a run compiles. In bfloat16 the two programs round apart: by 0.014 nats a token in the mean of
     this model of random weights, once by 0.34."""
@@ -121,7 +123,9 @@ def test_the_trainer_sees_what_the_sampler_drew_in_every_bucket(dtype, most_away
         lengths = np.minimum(np.random.default_rng(most).integers(1, most + 1, (3, 4)), most)
         lengths[0] = most
         tokens = np.where(np.arange(48) < lengths[..., None], out.reshape(3, 4, 48), -1)
-        assert fits(asked, lengths, room) and (room is source.rooms[0] or not fits(asked, lengths, source.rooms[0]))
+        assert fits(asked, lengths, room) and (
+            room is source.rooms[0] or not fits(asked, lengths, source.rooms[0])
+        )
         found = by_token(np.asarray(logps(whole, laid(asked, tokens, lengths, room)).logp), lengths, 48)
         away = np.abs(found - drawn)[np.arange(48) < lengths.reshape(12, 1)]
         assert away.max() < most_away and away.mean() < mean_away, (room, away.max(), away.mean())
@@ -131,8 +135,14 @@ def test_completions_of_a_prompt_differ_and_are_those_of_the_prompt_alone():
     model, whole = tiny_model.tiny(jnp.float32)
     asked, _ = some(np.ones((2, 2), int))
     greedy = generate.Sampling(6, 0.0)
-    many = np.asarray(generate.make_sampler(model, greedy, (), 2)(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))[0])
-    one = np.asarray(generate.make_generate(model, greedy, ())(whole, generate.left_pad(asked.ids, 2), jax.random.key(0)))
+    many = np.asarray(
+        generate.make_sampler(model, greedy, (), 2)(
+            whole, generate.left_pad(asked.ids, 2), jax.random.key(0)
+        )[0]
+    )
+    one = np.asarray(
+        generate.make_generate(model, greedy, ())(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))
+    )
     np.testing.assert_array_equal(many, np.repeat(one, 2, 0))
     warm = generate.make_sampler(model, generate.Sampling(6, 1.0), (), 2)
     drawn = np.asarray(warm(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))[0])
@@ -152,34 +162,55 @@ def test_prompts_come_in_an_order_of_seed_and_rollout_and_all_come():
 def test_weights_of_tokens_may_ask_for_the_limit():
     rules = Rules((rewards.number,), weigh=advantages.constant_length)
     lengths, keep = np.array([[3, 0, 7]]), np.ones((1, 3), bool)
-    np.testing.assert_array_equal(rules.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 8))
-    own = Rules((rewards.number,), weigh=partial(advantages.constant_length, most=20))  # a value that is given stays
-    np.testing.assert_array_equal(own.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 20))
-    np.testing.assert_array_equal(Rules((rewards.number,)).weighed(lengths, keep, 8), advantages.token_mean(lengths, keep))
+    np.testing.assert_array_equal(
+        rules.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 8)
+    )
+    own = Rules(
+        (rewards.number,), weigh=partial(advantages.constant_length, most=20)
+    )  # a value that is given stays
+    np.testing.assert_array_equal(
+        own.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 20)
+    )
+    np.testing.assert_array_equal(
+        Rules((rewards.number,)).weighed(lengths, keep, 8), advantages.token_mean(lengths, keep)
+    )
 
 
-@pytest.mark.parametrize("asked", [{"warm_up": 1}, {"target_kl": 0.1}, {"keep": advantages.varied}, {"cut_off": False}])
+@pytest.mark.parametrize(
+    "asked", [{"warm_up": 1}, {"target_kl": 0.1}, {"keep": advantages.varied}, {"cut_off": False}]
+)
 def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked):
     one = some(np.ones((1, 1), int))[0]
     tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    source = Rollouts(Prompts("x", group=2, passes=2), Rules((rewards.number,), **asked), tokenizer, one, one, 1)
+    source = Rollouts(
+        Prompts("x", group=2, passes=2), Rules((rewards.number,), **asked), tokenizer, one, one, 1
+    )
     with pytest.raises(ValueError, match="optim.in_backward can't let a policy rest"):
         source.attached(SimpleNamespace(objective=None, tx=SimpleNamespace(in_backward=True)), None, (), None)
 
 
 def test_a_policy_learns_what_is_rewarded(place):
-    assert place.run("name=learns", "steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2") == 0, place.err()
+    assert (
+        place.run("name=learns", "steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2") == 0
+    ), place.err()
     lines = place.metrics("learns")
     got = [line["reward"] for line in lines if "reward" in line]
     assert len(got) == 16 and np.mean(got[-3:]) > 2 * np.mean(got[:3])
     assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
-    table = [json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()]
+    table = [
+        json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()
+    ]
     assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
 
 
 def methods():
     """(name, settings) of each method that the docstring of configs/grpo.py lists."""
-    text = (Path(__file__).resolve().parents[2] / "configs" / "grpo.py").read_text().split('"""')[1].split("combine freely:\n")[1]
+    text = (
+        (Path(__file__).resolve().parents[2] / "configs" / "grpo.py")
+        .read_text()
+        .split('"""')[1]
+        .split("combine freely:\n")[1]
+    )
     rows = re.split(r"\n    (?=\S)", text)[1:]
     return [(re.split("  +", row)[0], re.findall(r"(?<!\S)\w+=[\w.:]+", row)) for row in rows]
 
@@ -191,9 +222,25 @@ def test_the_docstring_of_grpo_names_methods():
 
 @pytest.mark.parametrize("name, settings", methods(), ids=[name for name, _ in methods()])
 def test_every_method_that_has_a_name_runs(place, name, settings):
-    argv = ("model=base", "data=asked.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none", "batch=4", "group=4")
+    argv = (
+        "model=base",
+        "data=asked.jsonl",
+        "held_out=0.2",
+        "rewards=config.py:ascii",
+        "general=none",
+        "batch=4",
+        "group=4",
+    )
     folder = "method-" + re.sub(r"\W", "", name)
-    more = (f"name={folder}", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none", "samples=0", "lr=1e-2")
+    more = (
+        f"name={folder}",
+        "rank=4",
+        "dtype=float32",
+        "loop.steps=2",
+        "loop.eval_every=none",
+        "samples=0",
+        "lr=1e-2",
+    )
     assert place.run("--config", "configs/grpo.py", *argv, *more, *settings) == 0, place.err()
     lines = [line for line in place.metrics(folder) if "reward" in line]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
@@ -221,10 +268,14 @@ def test_ppo_teaches_the_policy_and_its_critic(place):
     argv = (*argv, "rewards=config.py:ascii")
     assert place.run("name=ppo", "steps=32", *argv) == 0, place.err()
     lines = [line for line in place.metrics("ppo") if "reward" in line]
-    assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean([line["reward"] for line in lines[:4]])
+    assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean(
+        [line["reward"] for line in lines[:4]]
+    )
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
     assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
-    ratios = [abs(line["val/ratio"] - 1) for line in lines]  # the first of two passes is over what this very policy drew
+    ratios = [
+        abs(line["val/ratio"] - 1) for line in lines
+    ]  # the first of two passes is over what this very policy drew
     assert max(ratios[::2]) < 1e-6 < np.median(ratios[1::2])
     assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
     warm = [line for line in place.metrics("warm") if "reward" in line]
@@ -233,7 +284,16 @@ def test_ppo_teaches_the_policy_and_its_critic(place):
 
 def test_a_mesh_draws_and_learns_as_one_device_does(place):
     """Greedy, so that rounding changes no token: rows, weights and products are cut."""
-    argv = ("steps=2", "passes=2", "batch=8", "group=2", "ppo=true", "save=100", "data.top_k=1", "rewards=config.py:ascii")
+    argv = (
+        "steps=2",
+        "passes=2",
+        "batch=8",
+        "group=2",
+        "ppo=true",
+        "save=100",
+        "data.top_k=1",
+        "rewards=config.py:ascii",
+    )
     assert place.run("name=one", *argv) == 0, place.err()
     cut = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert place.run("name=many", *argv, *cut, devices=8) == 0, place.err()
@@ -256,12 +316,25 @@ def test_a_policy_that_has_gone_far_enough_waits_for_the_next_rollout(place):
 
 
 def test_online_dpo_teaches_what_is_rewarded_and_resumes(place):
-    argv = ("batch=16", "group=4", "passes=1", "lr=1e-2", "online=true", "max_new=12", "rewards=config.py:ascii", "save=6")
+    argv = (
+        "batch=16",
+        "group=4",
+        "passes=1",
+        "lr=1e-2",
+        "online=true",
+        "max_new=12",
+        "rewards=config.py:ascii",
+        "save=6",
+    )
     assert place.run("name=online", "steps=18", *argv) == 0, place.err()
     lines = [line for line in place.metrics("online") if "reward" in line]
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    assert np.mean([line["reward"] for line in lines[-3:]]) > 1.2 * np.mean([line["reward"] for line in lines[:3]])
-    process = place.start("name=again", "steps=18", *argv, hook=KILL.format(step=8).replace("runs/inside", "runs/again"))
+    assert np.mean([line["reward"] for line in lines[-3:]]) > 1.2 * np.mean(
+        [line["reward"] for line in lines[:3]]
+    )
+    process = place.start(
+        "name=again", "steps=18", *argv, hook=KILL.format(step=8).replace("runs/inside", "runs/again")
+    )
     process.join()
     assert process.exitcode == -9
     assert place.run("name=again", "steps=18", *argv) == 0, place.err()
@@ -274,7 +347,9 @@ def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
     asked, tokens = some(lengths)
     pairs = pairs_of(laid(asked, tokens, lengths, Room(32, 16)))
     pairs = replace(pairs, pair_weights=np.full((2, 1), 0.5), mean_lengths=np.ones((2, 1, 2)))
-    objective = preference(model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed)
+    objective = preference(
+        model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed
+    )
     value, found = objective(whole, pairs, None, {})
     wanted = []
     for g, prompt in enumerate(asked.ids):
@@ -285,13 +360,17 @@ def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
             logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
             wanted.append(float(logp.sum()))
             assert pairs.last[g, 0, n] == len(prompt) + lengths[g, : n + 1].sum() - 1
-    np.testing.assert_allclose(value, 0.5 * (wanted[0] - 2 * wanted[1] + wanted[2] - 2 * wanted[3]), rtol=1e-10)
+    np.testing.assert_allclose(
+        value, 0.5 * (wanted[0] - 2 * wanted[1] + wanted[2] - 2 * wanted[3]), rtol=1e-10
+    )
     assert pairs.places[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     beside = {"reward": heads.Scorer(Adapter(rank=2))}
-    whole_model = lora.adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
+    whole_model = lora.adapted(
+        heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2)
+    )
     random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
     whole = tree.map_with_path(random, param.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)
@@ -309,13 +388,17 @@ def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
         only = int(tokens[0, n, 0])
         apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", only), whole, {}, rows))[0]
         text = np.array(asked.ids[0])
-        h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
+        h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[
+            0, len(text) - 1
+        ]
         np.testing.assert_allclose(apart[0, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
     rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
     end = int(tokens[1, 1, 4])  # the last token of one of them
     apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", end), whole, {}, rows))[0]
     text = np.array([*asked.ids[1], *tokens[1, 1, :4]])
-    h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[0, len(text) - 1]
+    h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[
+        0, len(text) - 1
+    ]
     np.testing.assert_allclose(apart[1, 1], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
 
 
@@ -326,10 +409,14 @@ def test_an_answer_that_is_padding_alone_is_read_at_its_prompt():
     found = reward_models.read_before(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
     first, second = (len(ids) - 1 for ids in asked.ids)
     assert found.tolist() == [[first, first + 3], [second + 3, second]]
-    apart = replace(pairs, branches=None, last=pairs.last + 2)  # where each answer has the prompt in front of it
+    apart = replace(
+        pairs, branches=None, last=pairs.last + 2
+    )  # where each answer has the prompt in front of it
     ids = np.zeros_like(pairs.ids)
     ids[0, pairs.last[0, 0, 1] + 2] = 45
-    found = reward_models.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[0, :, 0]
+    found = reward_models.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[
+        0, :, 0
+    ]
     assert (found - apart.last[:, 0]).tolist() == [[0, -1], [0, 0]]
 
 
@@ -364,7 +451,9 @@ sampler.Player.draw = killed
 
 def test_sigterm_inside_a_rollout_saves_at_its_end(place):
     hook = KILL.format(step=5).replace("9)", "15)").replace("glob.glob", "str")
-    process = place.start("steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop", hook=hook)
+    process = place.start(
+        "steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop", hook=hook
+    )
     process.join()
     assert process.exitcode == 143 and place.checkpoints("asked_to_stop") == [8]
 
@@ -373,7 +462,10 @@ def test_sigterm_inside_a_rollout_saves_at_its_end(place):
     ("argv", "told"),
     [
         (("rewards=config.py:even",), {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0}),
-        (("max_new=2", "cut_off=false", "base=endless"), {"completions/clipped_ratio": 1.0, "frac_learned": 0.0}),
+        (
+            ("max_new=2", "cut_off=false", "base=endless"),
+            {"completions/clipped_ratio": 1.0, "frac_learned": 0.0},
+        ),
     ],
     ids=["equal rewards", "all cut off"],
 )
@@ -381,7 +473,9 @@ def test_what_teaches_nothing_changes_nothing_and_is_counted(place, argv, told):
     if not (place.folder / "endless").exists():
         rl_place.write_endless(place.folder)
     name = f"name=nothing-{argv[0].partition('=')[0]}"
-    assert place.run(name, *argv, "steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100") == 0, place.err()
+    assert place.run(name, *argv, "steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100") == 0, (
+        place.err()
+    )
     for line in (line for line in place.metrics(name[5:]) if "reward" in line):
         assert line["grad_norm"] == 0 == line.get("loss", 0) and {key: line[key] for key in told} == told
 
@@ -389,7 +483,10 @@ def test_what_teaches_nothing_changes_nothing_and_is_counted(place, argv, told):
 def test_a_tokenizer_without_an_end_token_is_told_and_nothing_ends(place):
     if not (place.folder / "endless").exists():
         rl_place.write_endless(place.folder)
-    assert place.run("name=endless", "base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100") == 0, place.err()
+    assert (
+        place.run("name=endless", "base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100")
+        == 0
+    ), place.err()
     assert "the tokenizer names no end token" in place.out()
     (line,) = [line for line in place.metrics("endless") if "reward" in line]
     assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
@@ -398,7 +495,10 @@ def test_a_tokenizer_without_an_end_token_is_told_and_nothing_ends(place):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"estimate": partial(by_group, advantage=advantages.remax)}, "advantage=remax can't be called with (scores)"),
+        (
+            {"estimate": partial(by_group, advantage=advantages.remax)},
+            "advantage=remax can't be called with (scores)",
+        ),
         ({"weigh": advantages.centred}, "weigh=centred can't be called with (lengths, keep)"),
         ({"weights": (math.nan,)}, "weights of rewards are finite"),
         ({"weights": (1.0, 2.0)}, "1 rewards (exact) need as many weights, found 2"),
@@ -426,7 +526,10 @@ def test_rewards_that_all_fail_end_the_run_in_one_line(place):
         ({"prompt": 7}, "bad.jsonl:1: "),
         ({"messages": [{"role": "user", "content": " "}]}, "bad.jsonl:1: "),
         ({"messages": [{"role": "assistant", "content": "so"}]}, "bad.jsonl:1: "),
-        ({"prompt": "why " * 99}, "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it"),
+        (
+            {"prompt": "why " * 99},
+            "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it",
+        ),
     ],
 )
 def test_prompts_that_cant_be_asked_are_named(place, row, words):
@@ -450,7 +553,16 @@ def test_a_run_ends_with_a_whole_rollout(place):
 
 
 def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
-    argv = ("steps=4", "passes=2", "batch=8", "group=1", "ppo=true", "shared=true", "warm_up=100", "rewards=config.py:ascii")
+    argv = (
+        "steps=4",
+        "passes=2",
+        "batch=8",
+        "group=1",
+        "ppo=true",
+        "shared=true",
+        "warm_up=100",
+        "rewards=config.py:ascii",
+    )
     assert place.run("name=waits", *argv, "save=100", "lr=1e-2") == 0, place.err()
     adapter = load_file(place.runs("waits") / "adapter" / "adapter_model.safetensors")
     assert not any(x.any() for name, x in adapter.items() if "lora_B" in name)  # as a fresh adapter begins
@@ -463,7 +575,10 @@ def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
     [
         (("group=1",), "data.group=1: advantages within a group of one are all 0; wanted at least 2"),
         (("target_kl=0.1", "passes=1"), "target_kl ends a rollout's passes, and here that is one step"),
-        (("adapter.dropout=0.3",), "adapter.dropout=0.3, and this objective compares log-probs with those at drawing"),
+        (
+            ("adapter.dropout=0.3",),
+            "adapter.dropout=0.3, and this objective compares log-probs with those at drawing",
+        ),
         (("warm_up=-1",), "warm_up is a number of rollouts from 0 up, found -1"),
         (("data.eval_group=5",), "data.eval_group=5; rows have room for data.group=4"),
         (("data.top_p=7.0",), "data.top_p=7.0; wanted a number above 0 up to 1"),
@@ -480,9 +595,14 @@ def test_settings_that_would_teach_nothing_or_be_ignored_are_refused(place, argv
 def test_a_reward_that_fails_at_times_is_named_and_an_alarm_is_raised(place):
     odd = "def odd(prompt, completion, row):\n    return 1 / (row['answer'] % 3)\n"
     (place.folder / "odd.py").write_text(odd)
-    assert place.run("name=odd", "rewards=odd.py:odd", "steps=2", "passes=1", "beta=0.0", "save=100") == 0, place.err()
+    assert place.run("name=odd", "rewards=odd.py:odd", "steps=2", "passes=1", "beta=0.0", "save=100") == 0, (
+        place.err()
+    )
     said = place.out()
-    assert "reward odd raised ZeroDivisionError" in said and "of the rewards raised or gave no finite number" in said
+    assert (
+        "reward odd raised ZeroDivisionError" in said
+        and "of the rewards raised or gave no finite number" in said
+    )
     measured = [line for line in place.metrics("odd") if "eval_reward" in line]
     assert measured and all(0 < line["eval_reward_faults/raised"] < 1 for line in measured)
 
@@ -495,7 +615,9 @@ def test_held_out_prompts_are_answered_eval_group_times(place):
     assert place.run("name=thrice", *argv) == 0, place.err()
     looks = [line for line in place.metrics("thrice") if "eval_reward" in line]
     times = sorted(Counter(seen.read_text().splitlines()).values())
-    assert times == [4] * 4 + [3 * len(looks)] * 4  # a group each of what is learned from, then the held-out prompts
+    assert (
+        times == [4] * 4 + [3 * len(looks)] * 4
+    )  # a group each of what is learned from, then the held-out prompts
     assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in looks)
     assert looks[0]["eval_objective/kl"] == 0
 

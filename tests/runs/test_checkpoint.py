@@ -41,7 +41,11 @@ def make_state(seed: int, width: int = 12) -> State:
     keys = jax.random.split(jax.random.key(seed), 4)
     trainable = {
         "base": {"embed": None, "norm": jax.random.normal(keys[0], (width,))},
-        "adapter": {"layers": {"q": {"a": jax.random.normal(keys[1], (2, width, 3), jnp.bfloat16), "b": jnp.zeros((2, 3, 5))}}},
+        "adapter": {
+            "layers": {
+                "q": {"a": jax.random.normal(keys[1], (2, width, 3), jnp.bfloat16), "b": jnp.zeros((2, 3, 5))}
+            }
+        },
     }
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(trainable)
     pair = (jnp.float32(seed), jnp.zeros((0, 3), jnp.int32))
@@ -190,10 +194,14 @@ def test_another_tree_is_refused_by_name_and_nothing_is_renamed(two):
     before = everything(two)
     other = make_state(0)
     other.trainable["adapter"]["layers"]["q"]["a"] = jnp.zeros((2, 12, 8), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"adapter.layers.q.a: found bfloat16\[2, 12, 3\], wanted bfloat16\[2, 12, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"adapter.layers.q.a: found bfloat16\[2, 12, 3\], wanted bfloat16\[2, 12, 8\]"
+    ):
         Checkpoints(two).restore(abstract(other))
     with pytest.raises(ValueError, match="aux.extra: found nothing, wanted float32"):
-        Checkpoints(two).restore(abstract(make_state(0).replace(aux={**make_state(0).aux, "extra": jnp.zeros(3)})))
+        Checkpoints(two).restore(
+            abstract(make_state(0).replace(aux={**make_state(0).aux, "extra": jnp.zeros(3)}))
+        )
     assert everything(two) == before
 
 
@@ -205,7 +213,9 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
 
     def place(shape: tuple[int, int], spec: P) -> Any:
         mesh = Mesh(np.array(devices[: shape[0] * shape[1]]).reshape(shape), ("x", "y"))
-        return {k: jax.device_put(v, NamedSharding(mesh, spec if v.ndim == 2 else P())) for k, v in values.items()}
+        return {
+            k: jax.device_put(v, NamedSharding(mesh, spec if v.ndim == 2 else P())) for k, v in values.items()
+        }
 
     saved = Checkpoints(tmp_path)
     saved.save(1, place((4, 2), P("x", "y")), {})
@@ -315,7 +325,9 @@ def test_the_error_of_a_save_surfaces_at_the_next_call(two, tmp_path, when):
         assert saved._thread is not None
         saved._thread.join()
     with pytest.raises(OSError, match="step 3 was not written"):
-        {"save": lambda: saved.save(4, {}, {}), "close": saved.close, "restore": lambda: saved.restore({})}[when]()
+        {"save": lambda: saved.save(4, {}, {}), "close": saved.close, "restore": lambda: saved.restore({})}[
+            when
+        ]()
     saved.close()
 
 
@@ -328,7 +340,10 @@ def test_a_full_disk_is_told_as_such(tmp_path):
         saved.save(1, make_state(1), {})
         saved.wait()
         before = everything(tmp_path)
-        with pytest.raises(OSError, match="step 2 was not written: no space left on the disk; checkpoints of steps 1 are intact"):
+        with pytest.raises(
+            OSError,
+            match="step 2 was not written: no space left on the disk; checkpoints of steps 1 are intact",
+        ):
             saved.save(2, {"x": jax.random.normal(jax.random.key(0), (1 << 20,))}, {})
             saved.wait()
         assert everything(tmp_path) == before
@@ -351,7 +366,9 @@ def test_a_folder_that_cannot_be_written_is_told_and_can_still_be_read(two):
         try:
             if user == 0:
                 os.seteuid(65534)  # root may write anywhere
-            with pytest.raises(OSError, match=r"step 3 was not written: the folder can't be written.*steps 1, 2 are intact"):
+            with pytest.raises(
+                OSError, match=r"step 3 was not written: the folder can't be written.*steps 1, 2 are intact"
+            ):
                 saved.save(3, make_state(3), {})
             restored = saved.restore(abstract(make_state(0)))
         finally:
@@ -381,7 +398,9 @@ def test_kill_9_while_saving_leaves_the_last_complete_checkpoint(tmp_path):
     folder, generator, reached = tmp_path / "c", np.random.default_rng(0), 0
     for _ in range(3):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines[0] == f"start {reached}\n"
@@ -394,8 +413,12 @@ def test_kill_9_while_saving_leaves_the_last_complete_checkpoint(tmp_path):
         assert found is not None
         state, meta, reached = found
         assert reached >= told[-1] - 1 and meta == {"step": reached} and int(state["n"]) == reached
-        np.testing.assert_array_equal(np.asarray(state["x"])[7], np.float32(reached) * np.arange(1000, dtype=np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(state["x"])[7], np.float32(reached) * np.arange(1000, dtype=np.float32)
+        )
     saved = Checkpoints(folder)
     saved.save(reached + 1, {"x": jnp.zeros((300, 1000)), "n": jnp.int32(0)}, {})
     saved.close()
-    assert sorted(p.name for p in folder.iterdir()) == sorted(map(str, saved.steps()))  # nothing of the killed saves is left
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        map(str, saved.steps())
+    )  # nothing of the killed saves is left

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.alone
 def two(tmp_path_factory):
     """Checkpoints of steps 1 and 2, saved by two processes with four devices each, of a state that was donated at once."""
     folder = tmp_path_factory.mktemp("two")
-    assert told(start(SAVE, 2, 4, folder)) == [[{"steps": [1, 2], "best": [1, 0.5], "largest": 2 * 6 * 4 * 4}]] * 2
+    assert (
+        told(start(SAVE, 2, 4, folder))
+        == [[{"steps": [1, 2], "best": [1, 0.5], "largest": 2 * 6 * 4 * 4}]] * 2
+    )
     return folder
 
 
@@ -66,7 +69,9 @@ def test_what_two_processes_saved_comes_back_on_one_and_on_other_meshes(two):
     alone = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), sharded_state.values(0))
     found, _, _ = Checkpoints(two, say=pytest.fail).restore(alone)
     wanted = sharded_state.values(2)
-    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found)] == [x.tobytes() for x in jax.tree.leaves(wanted)]
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found)] == [
+        x.tobytes() for x in jax.tree.leaves(wanted)
+    ]
 
 
 def test_what_one_process_saved_comes_back_on_four(tmp_path):
@@ -185,7 +190,9 @@ def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_
     folder = shutil.copytree(two, tmp_path / "c")
     full = tmp_path / "full"
     full.mkdir()
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", full], capture_output=True).returncode
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", full], capture_output=True
+    ).returncode
     try:
         first, second = told(start(FAIL, 2, 4, folder, full if mounted else tmp_path / "none"))
     finally:
@@ -197,10 +204,21 @@ def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_
     assert good == {"step": 4, "wrong": []} and found.pop("good") == ["no error"]
     if mounted:
         assert found.pop("space") == found.pop("space again") == ["no error"]
-        assert "step 2 was not written: no space left on the disk; checkpoints of steps 1 are" in found.pop("full")[1]
-    assert found.pop("not shared")[1].startswith("checkpoint of step 1 was not written: process 1: what process 0 made in ")
+        assert (
+            "step 2 was not written: no space left on the disk; checkpoints of steps 1 are"
+            in found.pop("full")[1]
+        )
+    assert found.pop("not shared")[1].startswith(
+        "checkpoint of step 1 was not written: process 1: what process 0 made in "
+    )
     space, nothing = "no space left on the disk", "the folder can't be written"
-    wanted = {"begin": nothing, "hand over": space, "hash": "Input/output error", "manifest": space, "compare": "leaf w is other"}
+    wanted = {
+        "begin": nothing,
+        "hand over": space,
+        "hash": "Input/output error",
+        "manifest": space,
+        "compare": "leaf w is other",
+    }
     wanted |= {"rename": nothing, "report": space, "file": ""}
     assert found.keys() == wanted.keys()
     for what, text in wanted.items():
@@ -236,7 +254,9 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(("victim", "stage"), [(1, 0), (0, 4)])
-def test_kill_9_of_one_process_while_saving_ends_the_other_and_leaves_the_earlier_checkpoints(two, tmp_path, victim, stage):
+def test_kill_9_of_one_process_while_saving_ends_the_other_and_leaves_the_earlier_checkpoints(
+    two, tmp_path, victim, stage
+):
     """Process 1 before its shards are known to be written, or process 0 with everything but the last look done."""
     folder = shutil.copytree(two, tmp_path / "c")
     processes = start(DIE, 2, 4, folder, victim, stage)

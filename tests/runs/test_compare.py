@@ -31,7 +31,11 @@ def test_a_column_is_there_if_one_run_has_its_number_and_the_others_show_a_dash(
     (line,) = [line for line in table.text().splitlines() if line.startswith(" sft")]
     assert line.split() == ["sft", "3.000", "-", "-", "-", "-", "3.500"]
     assert "| sft | 3.000 | - | - | - | - | 3.500 |" in table.markdown()
-    assert Table.of(("a",), (SUPERVISED,), (SUPERVISED,)).titles == ("held-out loss", "token accuracy", "general loss")
+    assert Table.of(("a",), (SUPERVISED,), (SUPERVISED,)).titles == (
+        "held-out loss",
+        "token accuracy",
+        "general loss",
+    )
     assert Table.of(("a", "b"), ({}, {}), ({}, {})).rows == ((), ())
 
 
@@ -40,9 +44,16 @@ def lines(*steps):
 
 
 def test_curves_are_of_held_out_rows_where_there_are_any_and_skip_what_was_not_finite():
-    held = [{"step": 0, **BEFORE}, {"step": 1, "loss": 0.6}, {"step": 2, **AFTER}, {"step": 2, "eval_loss": None}]
+    held = [
+        {"step": 0, **BEFORE},
+        {"step": 1, "loss": 0.6},
+        {"step": 2, **AFTER},
+        {"step": 2, "eval_loss": None},
+    ]
     found = {panel.title: panel for panel in panels({"a": held})}
-    assert found["loss, held out"].curves["a"] == ([0, 2], [0.69, 0.5]) and found["loss, held out"].dashed["a"] == ([1], [0.6])
+    assert found["loss, held out"].curves["a"] == ([0, 2], [0.69, 0.5]) and found["loss, held out"].dashed[
+        "a"
+    ] == ([1], [0.6])
     other = [{"step": 0, "eval_loss": 20.0}, {"step": 2, "loss": 30.0, "eval_loss": 10.0}]
     ratio = panels({"a": held, "b": other})[0]
     assert ratio.title == "loss over its value at step 0, held out"
@@ -66,8 +77,22 @@ def test_nothing_to_draw_is_said():
 
 DRAWN = [
     {"step": 0, "eval_reward": 0.1, "eval_objective/kl": 0.0, "eval_completions/mean_length": 7.0},
-    {"step": 1, "reward": 0.2, "objective/kl": 0.0, "completions/mean_length": 6.0, "entropy": 2.0, "perf": {}},
-    {"step": 2, "reward": 0.4, "objective/kl": 0.5, "completions/mean_length": 3.0, "entropy": 1.0, "perf": {}},
+    {
+        "step": 1,
+        "reward": 0.2,
+        "objective/kl": 0.0,
+        "completions/mean_length": 6.0,
+        "entropy": 2.0,
+        "perf": {},
+    },
+    {
+        "step": 2,
+        "reward": 0.4,
+        "objective/kl": 0.5,
+        "completions/mean_length": 3.0,
+        "entropy": 1.0,
+        "perf": {},
+    },
     {"step": 2, "eval_reward": 0.6, "eval_objective/kl": 0.9, "eval_completions/mean_length": 2.0},
 ]
 
@@ -85,7 +110,9 @@ def compared(tmp_path, monkeypatch, capsys):
     """(exit code, stdout, stderr) of scripts/compare.py in a folder with the runs a and b."""
     for name in ("a", "b"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in DRAWN))
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in DRAWN)
+        )
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
@@ -102,16 +129,27 @@ def compared(tmp_path, monkeypatch, capsys):
 
 def test_runs_are_compared_by_a_command(compared):
     code, out, _ = compared("runs/a", "runs/b", "--out", "both", "--title", "two")
-    assert code == 0 and out.splitlines()[0].split("  ")[-1].strip() and "held-out reward" in out and "0.600" in out
+    assert (
+        code == 0
+        and out.splitlines()[0].split("  ")[-1].strip()
+        and "held-out reward" in out
+        and "0.600" in out
+    )
     told = json.loads(Path("both.json").read_text())
-    assert told["runs"]["a"]["reward gained"] == pytest.approx(0.5) and told["runs"]["b"]["KL a completion"] == 0.9
+    assert (
+        told["runs"]["a"]["reward gained"] == pytest.approx(0.5)
+        and told["runs"]["b"]["KL a completion"] == 0.9
+    )
     assert told["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
     assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(("runs/none",), "runs/none: holds no metrics.jsonl"), (("runs/a", "runs/a"), "two of the runs have the same name")],
+    [
+        (("runs/none",), "runs/none: holds no metrics.jsonl"),
+        (("runs/a", "runs/a"), "two of the runs have the same name"),
+    ],
 )
 def test_what_is_no_run_is_told_in_a_line(compared, words, told):
     code, _, err = compared(*words)
@@ -125,5 +163,7 @@ def test_a_reward_gained_is_told_in_standard_deviations_of_the_start():
     found = dict(zip(table.titles, table.rows[0], strict=True))
     assert found["in deviations"] == pytest.approx(3) and found["scores alone"] == pytest.approx(0.7 / 0.4)
     alike = [{**side, "eval_rewards/judge/mean": side["eval_reward"]} for side in (before, after)]
-    assert "scores alone" not in Table.of(["a"], [alike[0]], [alike[1]]).titles  # nothing was taken from the scores
+    assert (
+        "scores alone" not in Table.of(["a"], [alike[0]], [alike[1]]).titles
+    )  # nothing was taken from the scores
     assert "in deviations" not in Table.of(["a"], [{**before, "eval_reward_std": 0.0}], [after]).titles

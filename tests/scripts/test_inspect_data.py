@@ -87,6 +87,14 @@ def test_what_is_wrong_is_one_line_and_a_traceback_when_asked_for(inspect, monke
 def test_the_exit_code_says_that_it_failed(place):
     command = [sys.executable, str(SCRIPT), "--data", "bad.jsonl", "--model", "model"]
     done = subprocess.run(
-        command, cwd=place, capture_output=True, text=True, env=os.environ | {"JAXFT_CACHE": str(place / "cache")}
+        command,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAXFT_CACHE": str(place / "cache")},
     )
-    assert done.returncode == 1 and done.stderr.startswith("error: bad.jsonl:1: malformed JSON") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: bad.jsonl:1: malformed JSON")
+        and done.stderr.count("\n") == 1
+    )

@@ -56,7 +56,11 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 def pairs(count=24):
     """A rule that any model can learn: the answer says yes, not no."""
     return [
-        {"prompt": f"{i} {WORDS[i % 10]}?", "chosen": "yes " + WORDS[i % 7], "rejected": "no " + " ".join(WORDS[: 1 + i % 4])}
+        {
+            "prompt": f"{i} {WORDS[i % 10]}?",
+            "chosen": "yes " + WORDS[i % 7],
+            "rejected": "no " + " ".join(WORDS[: 1 + i % 4]),
+        }
         for i in range(count)
     ]
 

@@ -25,9 +25,17 @@ def _answer(folder: Path, repo: str, path: str):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         files = sorted(p.name for p in folder.iterdir())
         if rest[0] == "tree" or (len(rest) > 2 and rest[2] == "tree"):
-            listing = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": _etag(folder / f)} for f in files]
+            listing = [
+                {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": _etag(folder / f)}
+                for f in files
+            ]
             return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
-        info = {"id": repo, "modelId": repo, "sha": commits[revision], "siblings": [{"rfilename": f} for f in files]}
+        info = {
+            "id": repo,
+            "modelId": repo,
+            "sha": commits[revision],
+            "siblings": [{"rfilename": f} for f in files],
+        }
         info |= {"private": False, "disabled": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
     if path.startswith(f"/{repo}/resolve/"):

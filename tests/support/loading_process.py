@@ -23,13 +23,19 @@ FORMS = {
     "tables too": Quant("nf4", 16, targets="embed|head|layers/attn/.*"),
     "tables in int8": Quant("int8", targets="embed|head|layers/mlp/.*"), "kept": Quant("kept"),
 }  # fmt: skip
-MESHES = {"1x8": dict(data=1, fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2), "1x4x2": dict(data=1, fsdp=4, tensor=2)}
+MESHES = {
+    "1x8": dict(data=1, fsdp=8),
+    "2x2x2": dict(data=2, fsdp=2, tensor=2),
+    "1x4x2": dict(data=1, fsdp=4, tensor=2),
+}
 
 
 def held_as(folder, form):
     """The Trained of a form above."""
     model = weights.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
-    return partition.trained(model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder))
+    return partition.trained(
+        model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder)
+    )
 
 
 def mesh_of(name, devices=None):
@@ -83,7 +89,9 @@ def main(port, count, process, cases, adapter):
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
     counted, told = count_reads(), []
     devices = jax.devices()
-    mixed = [devices[i // 2 + i % 2 * (len(devices) // 2)] for i in range(len(devices))]  # each process holds every second part
+    mixed = [
+        devices[i // 2 + i % 2 * (len(devices) // 2)] for i in range(len(devices))
+    ]  # each process holds every second part
     meshes = {"1x8": mesh_of("1x8"), "2x2x2": mesh_of("2x2x2"), "mixed": mesh_of("1x4x2", mixed)}
     for folder, form, names in cases:
         wanted, all_bytes, _ = load(folder, form, one_device(), counted)
@@ -95,7 +103,9 @@ def main(port, count, process, cases, adapter):
     for start in (None, adapter):
         settings = partition.adapter_settings(start, t.model) if start else Adapter(rank=2)
         t = partition.trained(weights.model_for(cases[0][0]), settings, None)
-        one, many = (init.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"]))
+        one, many = (
+            init.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
+        )
         assert_has_the_bits_of(many, one)
     print(json.dumps(told), flush=True)
     jax.distributed.shutdown()

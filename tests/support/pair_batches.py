@@ -30,7 +30,10 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
     pieces = []
     for i in range(count):
         missing = ("chosen" if i % 3 == 0 else "rejected") if only_one else None
-        sizes = [rng.integers(1, 5), *(0 if kind == missing else rng.integers(1, longest + 1) for kind in kinds)]
+        sizes = [
+            rng.integers(1, 5),
+            *(0 if kind == missing else rng.integers(1, longest + 1) for kind in kinds),
+        ]
         pieces += [rng.integers(0, CONFIG.vocab, size).astype(np.int32) for size in sizes]
     lengths = [len(piece) for piece in pieces]
     learned = [np.full(len(piece), number % (1 + len(kinds)) > 0) for number, piece in enumerate(pieces)]
@@ -47,7 +50,9 @@ def swapped(pool):
     order = np.arange(len(pool.names) * 3).reshape(-1, 3)[:, [0, 2, 1]].ravel()
     cut = lambda x: np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])  # noqa: E731
     offsets = np.cumsum([0, *np.diff(pool.offsets)[order]])
-    return TokenisedPairs(pool.kinds, cut(pool.ids), cut(pool.learned), offsets, *[getattr(pool, n) for n in REST])
+    return TokenisedPairs(
+        pool.kinds, cut(pool.ids), cut(pool.learned), offsets, *[getattr(pool, n) for n in REST]
+    )
 
 
 REST = ("kept", "cut", "moved", "numbers", "weights", "names")
@@ -112,9 +117,13 @@ def table_see(params, batch, key, aux):
     slots = batch.lengths.shape[1] * batch.lengths.shape[2]
     here = lambda w: jnp.where(batch.answers < slots, w[batch.targets] + 0.3 * w[batch.places], 0)  # noqa: E731
     logp = -jax.nn.softplus(here(params["w"]))
-    known, other = (jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other"))
+    known, other = (
+        jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other")
+    )
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
-    return Seen(logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none))
+    return Seen(
+        logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none)
+    )
 
 
 def by_table(name):
@@ -122,7 +131,9 @@ def by_table(name):
     loss, _, knobs = EVERY[name]
     rng = np.random.default_rng(1)
     table = {key: jnp.asarray(rng.normal(0, 1, CONFIG.vocab)) for key in ("w", "known", "other")}
-    return replace(preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see), table
+    return replace(
+        preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see
+    ), table
 
 
 def pairs_for(name, **options):

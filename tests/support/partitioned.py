@@ -42,14 +42,20 @@ def _use_cache(use):
 
 def moved(lowered, folder):
     """Every collective of a lowered program after SPMD partitioning. folder: an empty one, for XLA's dump."""
-    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd.*", "xla_backend_optimization_level": 0}
+    options = {
+        "xla_dump_to": str(folder),
+        "xla_dump_hlo_pass_re": "spmd.*",
+        "xla_backend_optimization_level": 0,
+    }
     with without_cache():
         lowered.compile(compiler_options=options)
     (text,) = (path.read_text() for path in folder.glob("*after_spmd-partitioning*"))
     found = []
     for one in (one for inside in hlo.parse(text).computations.values() for one in inside.values()):
         groups = traffic.replica_groups(one.attributes, jax.device_count())
-        alone = one.opcode != "collective-permute" and max(map(len, groups)) == 1  # groups of one device: nothing moves
+        alone = (
+            one.opcode != "collective-permute" and max(map(len, groups)) == 1
+        )  # groups of one device: nothing moves
         if one.opcode in traffic.KINDS and not alone:
             name = re.search(r'op_name="([^"]*)"', one.attributes)
             found += [Moved(one.opcode, x.dtype, x.shape, name[1] if name else "") for x in one.arrays]

@@ -43,7 +43,9 @@ def random_rows(count=5, kinds=PAIR, seed=0, scale=1.0, lengths=(1, 9), only_one
         missing = only_one and kind in PAIR and (i % 3 == 0) == (kind == "chosen")
         n = 0 if missing else rng.integers(lengths[0], lengths[1] + 1)
         policy = -scale * rng.exponential(1.0, n) - 1e-3
-        return np.stack([policy, policy + scale * rng.normal(0, 0.5, n) / max(n, 1) ** 0.5, -rng.exponential(1.0, n)], -1)
+        return np.stack(
+            [policy, policy + scale * rng.normal(0, 0.5, n) / max(n, 1) ** 0.5, -rng.exponential(1.0, n)], -1
+        )
 
     answers = {kind: [answer(kind, i) for i in range(count)] for kind in kinds}
     return Rows(answers, rng.normal(0, 1, count))
@@ -76,7 +78,9 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
             tokens[b] += [(p * A + a, place, kind, i) for place in range(lengths[b, p, a])]
     for i, cell in enumerate(cells):
         weight[cell], margin[cell] = rows.weight[i], rows.margin[i]
-    M = max(96, *(len(row) + 3 for row in tokens))  # most tests share one shape, so that nothing is compiled twice
+    M = max(
+        96, *(len(row) + 3 for row in tokens)
+    )  # most tests share one shape, so that nothing is compiled twice
     answer, places = np.full((B, M), slots * A, np.int32), np.zeros((B, M), np.int32)
     values, at = np.zeros((B, M, 3), dtype), defaultdict(dict)
     for b, row in enumerate(tokens):
@@ -122,7 +126,9 @@ def by_answer(laid, array):
 
 
 def in_torch(rows):
-    part = lambda i: {k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()}  # noqa: E731
+    part = lambda i: {
+        k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()
+    }  # noqa: E731
     return T.Rows(part(0), part(1), part(2), torch.tensor(rows.margin))
 
 
@@ -134,11 +140,15 @@ def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
     wanted.mean().backward()
     np.testing.assert_allclose(value, wanted.mean().item(), rtol=rtol)
     if each:
-        np.testing.assert_allclose([values[cell] for cell in laid.cells], wanted.detach().numpy(), rtol=rtol, atol=1e-13)
+        np.testing.assert_allclose(
+            [values[cell] for cell in laid.cells], wanted.detach().numpy(), rtol=rtol, atol=1e-13
+        )
     found = by_answer(laid, grad)
     for (kind, i), g in found.items():
         known = seen_by_torch.policy[kind][i].grad
-        np.testing.assert_allclose(g, 0 * g if known is None else known.numpy(), rtol=rtol, atol=1e-13, err_msg=f"{kind} {i}")
+        np.testing.assert_allclose(
+            g, 0 * g if known is None else known.numpy(), rtol=rtol, atol=1e-13, err_msg=f"{kind} {i}"
+        )
     assert np.abs(grad).max() > 0
     inside = np.zeros_like(grad, bool)
     for cells in laid.at.values():
@@ -182,9 +192,21 @@ PAIRED = {
     "orpo": (F.orpo, T.orpo, {"beta": 0.5}),
     "wpo": (P.wpo(P.dpo), T.wpo(T.dpo), {"beta": 0.5}),
     "wpo ipo": (P.wpo(P.ipo), T.wpo(T.ipo), {"beta": 0.5}),
-    "ld dpo": (P.length_desensitised(P.dpo, alpha=0.3), T.length_desensitised(T.dpo, alpha=0.3), {"beta": 0.5}),
-    "ld ipo": (P.length_desensitised(P.ipo, alpha=0.3), T.length_desensitised(T.ipo, alpha=0.3), {"beta": 0.5}),
-    "ld aot": (P.length_desensitised(P.aot, alpha=0.3), T.length_desensitised(T.aot, alpha=0.3), {"beta": 0.5}),
+    "ld dpo": (
+        P.length_desensitised(P.dpo, alpha=0.3),
+        T.length_desensitised(T.dpo, alpha=0.3),
+        {"beta": 0.5},
+    ),
+    "ld ipo": (
+        P.length_desensitised(P.ipo, alpha=0.3),
+        T.length_desensitised(T.ipo, alpha=0.3),
+        {"beta": 0.5},
+    ),
+    "ld aot": (
+        P.length_desensitised(P.aot, alpha=0.3),
+        T.length_desensitised(T.aot, alpha=0.3),
+        {"beta": 0.5},
+    ),
     "mpo": (
         P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.sft, 1.0)),
         T.mix((T.dpo, 0.8), (T.bco_pair, 0.2), (T.nll, 1.0)),
@@ -195,13 +217,21 @@ PAIRED = {
 TOTALS = {"sft", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "mpo"}  # TRL's NLL is one number for the batch
 
 THIRD = {
-    "tpo": (F.tpo, partial(T.cpo, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2, "label_smoothing": 0.1}),
+    "tpo": (
+        F.tpo,
+        partial(T.cpo, beta=0.01, imitated="gold"),
+        {"alpha": 0.7, "beta": 0.2, "label_smoothing": 0.1},
+    ),
     "tpo_hinge": (F.tpo_hinge, partial(T.cpo_hinge, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2}),
     "tpo_ipo": (F.tpo_ipo, partial(T.cpo_ipo, beta=0.01, imitated="gold"), {"alpha": 0.7, "beta": 0.2}),
     "tpo_l": (F.tpo_l, T.tpo_l, {"alpha": 0.7, "beta": 0.2, "label_smoothing": 0.1}),
 }
 SINGLE = {
-    "apo_zero_unpaired": (F.apo_zero_unpaired, T.apo_zero_unpaired, {"desirable_weight": 1.3, "undesirable_weight": 0.8}),
+    "apo_zero_unpaired": (
+        F.apo_zero_unpaired,
+        T.apo_zero_unpaired,
+        {"desirable_weight": 1.3, "undesirable_weight": 0.8},
+    ),
     "kto": (F.kto, T.kto, {"beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.8}),
     "bco": (F.bco, T.bco, {"beta": 0.4}),
 }

@@ -37,7 +37,9 @@ def start(code: str, count: int, devices: int, *args: object) -> list[subprocess
     tail = [str(arg) for arg in args]
     pipe = subprocess.PIPE
     return [
-        subprocess.Popen([*command, str(i), str(count), str(port), *tail], stdout=pipe, stderr=pipe, text=True, env=env)
+        subprocess.Popen(
+            [*command, str(i), str(count), str(port), *tail], stdout=pipe, stderr=pipe, text=True, env=env
+        )
         for i in range(count)
     ]
 
@@ -51,4 +53,6 @@ def told(processes: list[subprocess.Popen], timeout: float = 120) -> list[list[A
             p.kill()
     for p, (out, err) in zip(processes, texts, strict=True):
         assert p.returncode == 0, f"{out}\n{err[-3000:]}"
-    return [[json.loads(line[5:]) for line in out.splitlines() if line.startswith("told ")] for out, _ in texts]
+    return [
+        [json.loads(line[5:]) for line in out.splitlines() if line.startswith("told ")] for out, _ in texts
+    ]

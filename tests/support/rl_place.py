@@ -94,14 +94,21 @@ def config(
 def write_place(folder):
     """base/, asked.jsonl and config.py."""
     write_folder(folder / "base", tiny_torch())
-    write_rows(folder / "asked.jsonl", [{"prompt": f"what is {i}" + " plus one" * (i % 4) + "?", "answer": i} for i in range(20)])
+    write_rows(
+        folder / "asked.jsonl",
+        [{"prompt": f"what is {i}" + " plus one" * (i % 4) + "?", "answer": i} for i in range(20)],
+    )
     (folder / "config.py").write_text(CONFIG)
 
 
 def write_endless(folder):
     """endless/, the base with no token that ends a text."""
     shutil.copytree(folder / "base", folder / "endless")
-    for name, key in (("config", "eos_token_id"), ("generation_config", "eos_token_id"), ("tokenizer_config", "eos_token")):
+    for name, key in (
+        ("config", "eos_token_id"),
+        ("generation_config", "eos_token_id"),
+        ("tokenizer_config", "eos_token"),
+    ):
         path = folder / "endless" / f"{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
     (folder / "endless" / "special_tokens_map.json").unlink(missing_ok=True)

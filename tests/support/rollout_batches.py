@@ -47,7 +47,11 @@ def laid(rows, length=64, reads=54, places=9, branches=True):
         for segment, (prompt, drawn) in enumerate(groups, 1):
             assert branches or len(drawn) == 1
             start, at = at, at + len(prompt)
-            ids[r, start:at], segments[r, start:at], positions[r, start:at] = prompt, segment, np.arange(len(prompt))
+            ids[r, start:at], segments[r, start:at], positions[r, start:at] = (
+                prompt,
+                segment,
+                np.arange(len(prompt)),
+            )
             last = at - 1
             for number, (tokens, each) in enumerate(drawn, 1):
                 n = len(tokens)
@@ -60,4 +64,6 @@ def laid(rows, length=64, reads=54, places=9, branches=True):
                     numbers[name][r, reads_here] = each[name]
                 at, m, place = at + n, m + n, place + 1
     given = {"branches": branch if branches else None, "answers": answers, "lengths": lengths}
-    return Rollout(ids=ids, segments=segments, positions=positions, read=read, targets=targets, **given, **numbers)
+    return Rollout(
+        ids=ids, segments=segments, positions=positions, read=read, targets=targets, **given, **numbers
+    )

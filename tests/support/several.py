@@ -28,7 +28,9 @@ class Several:
         for i, place in enumerate(self.places):
             who = {"JAXFT_COORDINATOR": coordinator, "JAXFT_PROCESSES": str(count), "JAXFT_PROCESS": str(i)}
             arguments = [*argv, *(own or {}).get(i, ())]
-            self.processes.append(place.start(*arguments, devices=8 // count, hook=hook, **who, **environment))
+            self.processes.append(
+                place.start(*arguments, devices=8 // count, hook=hook, **who, **environment)
+            )
         return self.processes
 
     def codes(self, seconds=1200):

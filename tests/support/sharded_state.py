@@ -8,7 +8,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-SPECS = {"w": P("x", "y"), "stack": {"k": P(None, "y", None)}, "codes": P("y"), "whole": P(), "step": P(), "none": P()}
+SPECS = {
+    "w": P("x", "y"),
+    "stack": {"k": P(None, "y", None)},
+    "codes": P("y"),
+    "whole": P(),
+    "step": P(),
+    "none": P(),
+}
 
 
 def values(seed: int) -> dict[str, Any]:
@@ -33,20 +40,27 @@ def places(*shape: int) -> Any:
 
 def state(seed: int, *shape: int) -> Any:
     """The leaves on the devices."""
-    put = lambda v, place: jax.make_array_from_callback(np.shape(v), place, lambda index: np.asarray(v)[index])  # noqa: E731
+    put = lambda v, place: jax.make_array_from_callback(
+        np.shape(v), place, lambda index: np.asarray(v)[index]
+    )  # noqa: E731
     return jax.tree.map(put, values(seed), places(*shape))
 
 
 def like(*shape: int) -> Any:
     """The state's shapes and places."""
-    return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), values(0), places(*shape))
+    return jax.tree.map(
+        lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), values(0), places(*shape)
+    )
 
 
 def differs(found: Any, seed: int, *shape: int) -> list[str]:
     """The leaves of which a shard of this process is not bit for bit what it should be, or not where."""
     wrong = []
     for (path, leaf), wanted, place in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(values(seed)), jax.tree.leaves(places(*shape)), strict=True
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(values(seed)),
+        jax.tree.leaves(places(*shape)),
+        strict=True,
     ):
         whole = np.asarray(wanted)
         same = all(np.asarray(s.data).tobytes() == whole[s.index].tobytes() for s in leaf.addressable_shards)

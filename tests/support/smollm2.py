@@ -16,9 +16,13 @@ def reference():
 
     if not (FOLDER / "config.json").is_file():
         located = hub.locate(REF)
-        packed = AutoModelForCausalLM.from_pretrained(str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32)
+        packed = AutoModelForCausalLM.from_pretrained(
+            str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32
+        )
         config = packed.config.to_dict()
-        config.pop("quantization_config", None)  # the weights are expanded; a folder that says otherwise can't be saved
+        config.pop(
+            "quantization_config", None
+        )  # the weights are expanded; a folder that says otherwise can't be saved
         model = LlamaForCausalLM(LlamaConfig(**config))
         model.load_state_dict(packed.state_dict())
         part = FOLDER.with_name(f"{FOLDER.name}.{os.getpid()}")

@@ -15,7 +15,13 @@ def tiny_torch(seed=0, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=LAYERS, max_position_embeddings=256)
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=256,
+    )
     heads = dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=256, eos_token_id=257)
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "initializer_range": 0.2, **changes})).eval()
     for name, p in model.named_parameters():
@@ -35,7 +41,9 @@ def tiny_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<s>", normalized=False), AddedToken("</s>", normalized=False)])
     template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
 
 
 def write_folder(folder, model, **save):
@@ -56,7 +64,14 @@ def some_tokens(rows=2, time=12, vocab=VOCAB):
     """One full segment a row."""
     ids = np.random.default_rng(1).integers(0, vocab, (rows, time), dtype=np.int32)
     ones, positions = np.ones_like(ids), np.broadcast_to(np.arange(time, dtype=np.int32), ids.shape)
-    return Tokens(ids=ids, segments=ones, positions=positions, read=positions, targets=ids, token_weights=ones.astype(np.float32))
+    return Tokens(
+        ids=ids,
+        segments=ones,
+        positions=positions,
+        read=positions,
+        targets=ids,
+        token_weights=ones.astype(np.float32),
+    )
 
 
 def our_logits(model, params, tokens):

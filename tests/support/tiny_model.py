@@ -32,7 +32,9 @@ def _tiny(dtype, adapter, tied, options):
 
     @jax.jit
     def start():
-        return map_with_path(shake, param.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32)))
+        return map_with_path(
+            shake, param.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32))
+        )
 
     return model, start()
 

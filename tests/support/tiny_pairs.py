@@ -31,7 +31,10 @@ def make_rows(count):
 
 
 def unpaired(count):
-    return [{"prompt": f"{i}: {text(i, 0)}", "completion": f"{text(i, 1)} {i}", "label": i % 3 > 0} for i in range(count)]
+    return [
+        {"prompt": f"{i}: {text(i, 0)}", "completion": f"{text(i, 1)} {i}", "label": i % 3 > 0}
+        for i in range(count)
+    ]
 
 
 def write(path, rows):
@@ -41,7 +44,9 @@ def write(path, rows):
 
 def source(folder, kind="llama3", shards=1, **options):
     options = {"batch": 4, "unpaired": True} | options
-    return pair_source(PairRows(str(folder / "r.jsonl"), **options), tiny(kind), folder / "cache", shards=shards)
+    return pair_source(
+        PairRows(str(folder / "r.jsonl"), **options), tiny(kind), folder / "cache", shards=shards
+    )
 
 
 def flat(batch):
@@ -58,7 +63,9 @@ def seen(batch):
     for r in range(len(batch.ids)):
         branches = batch.segments[r] * 0 if batch.branches is None else batch.branches[r]
         for slot, pair in enumerate(batch.index[r]):
-            answers = [answer_of(batch, r, branches, slot * len(batch.kinds) + a) for a in range(len(batch.kinds))]
+            answers = [
+                answer_of(batch, r, branches, slot * len(batch.kinds) + a) for a in range(len(batch.kinds))
+            ]
             numbers = {name: float(column[r, slot]) for name, column in batch.columns.items()}
             assert batch.lengths[r, slot].tolist() == [len(a[1]) if a else 0 for a in answers]
             if pair >= 0:
@@ -75,7 +82,9 @@ def answer_of(batch, r, branches, answer):
     assert batch.places[r, at].tolist() == list(range(len(at)))
     read, targets = batch.read[r, at], batch.targets[r, at].tolist()
     segment = batch.segments[r, read[0]]
-    last = read[-1] + 1 if len(read) > 1 else None  # where the last target stands; of a lone one it is not told
+    last = (
+        read[-1] + 1 if len(read) > 1 else None
+    )  # where the last target stands; of a lone one it is not told
     mine = {int(branches[i]) for i in read} | ({int(branches[last])} if last else set())
     assert segment > 0 and len(mine - {0}) <= 1
     inside = np.flatnonzero((batch.segments[r] == segment) & np.isin(branches, [0, *mine]))
@@ -83,7 +92,9 @@ def answer_of(batch, r, branches, answer):
     assert batch.positions[r, before].tolist() == list(range(len(before)))
     end = int(batch.last[r].ravel()[answer])  # where the last target stands
     assert batch.ids[r, end] == targets[-1] and batch.segments[r, end] == segment and (end > read).all()
-    assert batch.positions[r, end] == batch.positions[r, read[-1]] + 1 and branches[end] in (mine or {branches[end]})
+    assert batch.positions[r, end] == batch.positions[r, read[-1]] + 1 and branches[end] in (
+        mine or {branches[end]}
+    )
     for a, b, target in zip(read[1:], read[:-1], targets[:-1], strict=True):
         assert batch.ids[r, a] == target and batch.positions[r, a] == batch.positions[r, b] + 1
     reference = None if batch.reference is None else batch.reference[r, at].tolist()

@@ -60,7 +60,10 @@ def config(
 
 def rows(count=40):
     """Rows of unequal length."""
-    return [{"prompt": f"what is {i} plus {i}?", "completion": f"it is {2 * i}" + " or so" * (i % 5)} for i in range(count)]
+    return [
+        {"prompt": f"what is {i} plus {i}?", "completion": f"it is {2 * i}" + " or so" * (i % 5)}
+        for i in range(count)
+    ]
 
 
 def write_rows(path, rows):
@@ -128,7 +131,9 @@ class Place:
         for name in ("stdout", "stderr"):
             (self.folder / f"{self.streams}.{name}").write_bytes(b"")
         settings = {"HOOK": LOOP + hook, **environment}
-        process = SERVER.Process(target=child, args=(self.folder, self.streams, argv, settings, devices), daemon=True)
+        process = SERVER.Process(
+            target=child, args=(self.folder, self.streams, argv, settings, devices), daemon=True
+        )
         process.start()
         return process
 
@@ -172,7 +177,9 @@ class Place:
     def leaves(self, name, step):
         """Hashes of every array of a checkpoint."""
         manifest = json.loads((self.runs(name) / "checkpoints" / str(step) / "manifest.json").read_text())
-        return {path: (leaf["dtype"], leaf["shape"], leaf["shards"]) for path, leaf in manifest["leaves"].items()}
+        return {
+            path: (leaf["dtype"], leaf["shape"], leaf["shards"]) for path, leaf in manifest["leaves"].items()
+        }
 
     def results(self, name, step):
         """All that must be the same, however often a run was stopped."""
@@ -180,7 +187,12 @@ class Place:
         out = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
         files = {p.name: p.read_bytes() for p in out.iterdir()}
         card = (folder / "README.md").read_text().replace(name, "NAME")
-        return {"metrics": self.metrics(name), "leaves": self.leaves(name, step), "files": files, "card": card}
+        return {
+            "metrics": self.metrics(name),
+            "leaves": self.leaves(name, step),
+            "files": files,
+            "card": card,
+        }
 
     def wait_for(self, process, condition, seconds=60):
         """Until the condition holds or the process has ended."""

@@ -78,15 +78,22 @@ def tiny(kind: str, pad_is_eos: bool = True) -> PreTrainedTokenizerFast:
     special = [t for t in dict.fromkeys([bos, eos, *SPECIAL]) if t]
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        LINES, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     steps = [processors.ByteLevel(trim_offsets=True)]
     if bos:
-        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]))
+        steps.append(
+            processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+        )
     core.post_processor = processors.Sequence(steps)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos if pad_is_eos else None

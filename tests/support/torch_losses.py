@@ -264,7 +264,13 @@ def kto(p, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
 
 def bco(p, beta=0.1, before=()):
     """before: all rewards of earlier steps."""
-    rewards = torch.cat([beta * p.c[p.has("chosen")], beta * p.r[p.has("rejected")], torch.tensor(before, dtype=torch.float64)])
+    rewards = torch.cat(
+        [
+            beta * p.c[p.has("chosen")],
+            beta * p.r[p.has("rejected")],
+            torch.tensor(before, dtype=torch.float64),
+        ]
+    )
     delta = rewards.mean().item()
     return _single(p, -LS(beta * p.c - delta), -LS(-(beta * p.r - delta)))
 
@@ -335,14 +341,18 @@ def _padded(arrays, dtype=torch.float64):
 
 def _columns(answers, order, dtype=torch.float64):
     """Log-probs of policy (to be differentiated) and reference and log sum p^2 of the answers `order`, and their mask."""
-    policy, known, square = (_padded([answers[kind][i][:, j] for kind, i in order], dtype)[0] for j in range(3))
+    policy, known, square = (
+        _padded([answers[kind][i][:, j] for kind, i in order], dtype)[0] for j in range(3)
+    )
     mask = _padded([answers[kind][i][:, 0] for kind, i in order])[1]
     return policy.requires_grad_(True), known, square, mask
 
 
 def _outputs(logp, square=None):
     zero = torch.zeros_like(logp)
-    return SimpleNamespace(log_probs=logp, log_sum_sq_probs=square, entropy=zero, mean_logits=zero, is_top1=zero.bool())
+    return SimpleNamespace(
+        log_probs=logp, log_sum_sq_probs=square, entropy=zero, mean_logits=zero, is_top1=zero.bool()
+    )
 
 
 def _inputs(mask, prefix="", number=0):
@@ -363,7 +373,12 @@ def trl_dpo(answers, dtype, loss_types, loss_weights=None, **given):
     order = _order(answers, "chosen", "rejected")
     policy, known, square, mask = _columns(answers, order, dtype)
     model = Stub(_outputs(policy, square))
-    usual = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "label_smoothing": 0.0}
+    usual = {
+        "f_divergence_type": "reverse_kl",
+        "ld_alpha": None,
+        "use_weighting": False,
+        "label_smoothing": 0.0,
+    }
     owner = _owner(
         model=model,
         ref_model=Stub(_outputs(known)),
@@ -384,7 +399,9 @@ def trl_kto(answers, loss_type, **knobs):
     other, other_known, _, other_mask = _columns(answers, _order(answers, "mismatched"))
     model = Stub(_outputs(policy), _outputs(other))
     reference = Stub(_outputs(known), _outputs(other_known))
-    owner = _owner(model=model, ref_model=reference, loss_type=loss_type, calculate_KL=loss_type == "kto", **knobs)
+    owner = _owner(
+        model=model, ref_model=reference, loss_type=loss_type, calculate_KL=loss_type == "kto", **knobs
+    )
     owner._compute_kl_logps = partial(trainer._compute_kl_logps, owner)
     labels = {"label": torch.tensor([kind == "chosen" for kind, _ in order])}
     inputs = _inputs(mask) | _inputs(other_mask, "KL_", 1) | labels
@@ -398,7 +415,9 @@ def trl_cpo(answers, loss_type, nll_weight, **given):
     policy, _, _, mask = _columns(answers, order)
     sums, n = policy.sum(1), mask.sum(1)
     logps = (sums / n if loss_type in ("ipo", "simpo") else sums).chunk(2)
-    owner = _owner(beta=0.1, loss_type=loss_type, simpo_gamma=0.5, **{"alpha": 0.0, "label_smoothing": 0.0} | given)
+    owner = _owner(
+        beta=0.1, loss_type=loss_type, simpo_gamma=0.5, **{"alpha": 0.0, "label_smoothing": 0.0} | given
+    )
     preferred = trainer.cpo_loss(owner, *logps)[0].mean()
     return preferred - nll_weight * sums.chunk(2)[0].sum() / n.chunk(2)[0].sum(), policy, order
 

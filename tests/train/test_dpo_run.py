@@ -40,7 +40,9 @@ AUX = {"full": set(), "moving": {"reference", "steps"}, "bco": {"loss"}}
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
     run(place, *KINDS[kind], "steps=5", f"name={kind}-alone")
     run(place, *KINDS[kind], "steps=2", f"name={kind}")
-    shutil.rmtree(place.folder / "cache")  # the reference is the model at step 0, not the one that is restored
+    shutil.rmtree(
+        place.folder / "cache"
+    )  # the reference is the model at step 0, not the one that is restored
     out = run(place, *KINDS[kind], "steps=5", f"name={kind}")
     assert "going on after step 2" in out and ("24 to compute" in out) == (kind == "full")
     assert steps_of(place, kind) == steps_of(place, f"{kind}-alone") and len(steps_of(place, kind)) == 5
@@ -49,21 +51,31 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
 
 
 def test_a_reference_on_disk_serves_every_run_of_that_model_and_no_other(place):
-    argv, told = ["full=true", "reference=precomputed", "steps=1"], "reference log-probs: {} of 24 pairs found, {} to compute"
+    argv, told = (
+        ["full=true", "reference=precomputed", "steps=1"],
+        "reference log-probs: {} of 24 pairs found, {} to compute",
+    )
     shutil.rmtree(place.folder / "cache", ignore_errors=True)
     assert told.format(0, 24) in run(place, *argv, "name=first")
-    assert told.format(24, 0) in run(place, "reference=precomputed", "steps=1", "name=second", "micro=2", "seed=3")
+    assert told.format(24, 0) in run(
+        place, "reference=precomputed", "steps=1", "name=second", "micro=2", "seed=3"
+    )
     changed = shutil.copytree(place.folder / "base", place.folder / "changed") / "model.safetensors"
     data = changed.read_bytes()
     changed.write_bytes(data[:-4] + bytes(4))
     assert told.format(0, 24) in run(place, *argv, "model=changed", "name=other-model")
     run(place, "steps=1", "name=sft")
-    other = shutil.copytree(place.runs("sft") / "adapter", place.folder / "other-adapter") / "adapter_model.safetensors"
+    other = (
+        shutil.copytree(place.runs("sft") / "adapter", place.folder / "other-adapter")
+        / "adapter_model.safetensors"
+    )
     data = other.read_bytes()
     other.write_bytes(data[:-4] + bytes(4))
     for start in ("runs/sft", "other-adapter"):
         name = f"after-{Path(start).name}"
-        assert told.format(0, 24) in run(place, "reference=precomputed", "steps=1", f"start={start}", f"name={name}")
+        assert told.format(0, 24) in run(
+            place, "reference=precomputed", "steps=1", f"start={start}", f"name={name}"
+        )
         first = steps_of(place, name)[0]
         assert first["loss"] == pytest.approx(0.6931472, rel=1e-5) and abs(first["rewards/margins"]) < 1e-4
 
@@ -77,11 +89,16 @@ def test_held_out_numbers_do_not_depend_on_the_batch_and_a_mesh_has_those_of_one
         run(place, *argv, *mesh, f"batch={batch}", f"name={name}", devices=devices)
         found[batch, devices] = place.metrics(name)
     before = found[8, 1][0]
-    assert before["step"] == 0 and {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_kl"} <= before.keys()
+    assert (
+        before["step"] == 0
+        and {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_kl"} <= before.keys()
+    )
     for name, value in before.items():
         assert found[5, 1][0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     for one, many in zip(found[8, 1], found[8, 8], strict=True):
-        chance = () if one["step"] > 1 else ("accurac", "correlation", "label_noise")  # signs of margins that are rounding
+        chance = (
+            () if one["step"] > 1 else ("accurac", "correlation", "label_noise")
+        )  # signs of margins that are rounding
         for name in one.keys() - {"num_tokens"}:
             if not any(word in name for word in chance):
                 assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
@@ -140,13 +157,28 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
     "argv, words",
     [
         (["loss=mine.py:mean_of_pairs"], "gives one value a pair"),
-        (["loss=mine.py:pairs_of_values"], "the loss pairs_of_values gives one value a pair, (1, 4); found tuple"),
-        (["loss=mine.py:column"], "the loss column looks for 'hardness', and the pairs have chosen, rejected; a column"),
-        (["loss=mine.py:typo"], "the loss typo fails: AttributeError: 'Answer' object has no attribute 'rtaio'"),
+        (
+            ["loss=mine.py:pairs_of_values"],
+            "the loss pairs_of_values gives one value a pair, (1, 4); found tuple",
+        ),
+        (
+            ["loss=mine.py:column"],
+            "the loss column looks for 'hardness', and the pairs have chosen, rejected; a column",
+        ),
+        (
+            ["loss=mine.py:typo"],
+            "the loss typo fails: AttributeError: 'Answer' object has no attribute 'rtaio'",
+        ),
         (["loss=mine.py:hidden"], "aot couples the pairs of a batch; give it to preference(...) itself"),
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
-        (["reference=none"], "without a reference the implicit reward is unknown; give preference(...) reward=summed"),
-        (["reference=none", "reward=jaxft.objectives.preference:summed"], "this loss compares with a reference"),
+        (
+            ["reference=none"],
+            "without a reference the implicit reward is unknown; give preference(...) reward=summed",
+        ),
+        (
+            ["reference=none", "reward=jaxft.objectives.preference:summed"],
+            "this loss compares with a reference",
+        ),
         ([f"loss={F}:kto"], "kto needs a third answer `mismatched`"),
         ([f"loss={F}:tpo"], "tpo needs a third answer `gold`"),
         (["reference=sometimes"], "one of start, precomputed, moving, none"),

@@ -82,9 +82,14 @@ def load(folder, **options):
 @tied_too
 def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, world, tmp_path):
     root, model, adapter = world
-    code, out, _ = script("export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "m", "--dtype", "float32")
+    code, out, _ = script(
+        "export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "m", "--dtype", "float32"
+    )
     assert code == 0 and "float32" in out
-    whole = {"base": load.load_base(str(root / "base"), model, lambda _, x: jnp.asarray(x)), "adapter": adapter}
+    whole = {
+        "base": load.load_base(str(root / "base"), model, lambda _, x: jnp.asarray(x)),
+        "adapter": adapter,
+    }
     full = lora.adapted(model, SETTINGS)
     wanted = np.asarray(full.logits(full.head(whole), full.hidden(whole, some_tokens())))
     theirs = load(tmp_path / "m")
@@ -96,7 +101,20 @@ def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, worl
 @tied_too
 def test_a_run_is_merged_as_its_parts_are_and_rounded_once(script, world, tmp_path):
     assert script("export", "--run", "runs/r", "--out", tmp_path / "run")[0] == 0
-    assert script("export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "wide", "--dtype", "float32")[0] == 0
+    assert (
+        script(
+            "export",
+            "--model",
+            "base",
+            "--adapter",
+            "adapter",
+            "--out",
+            tmp_path / "wide",
+            "--dtype",
+            "float32",
+        )[0]
+        == 0
+    )
     narrow, wide = load(tmp_path / "run").state_dict(), load(tmp_path / "wide").state_dict()
     assert narrow.keys() == wide.keys()
     for name, value in wide.items():
@@ -145,7 +163,13 @@ def test_answers_are_transformers_own_through_the_template_and_raw(script, world
     rows = [
         {"prompt": "Hello"},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ignored"}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ]
+        },
         {"instruction": "Sum", "input": "1 2", "response": "ignored"},
         {"instruction": "Only asked"},
     ]
@@ -165,7 +189,9 @@ def test_answers_are_transformers_own_through_the_template_and_raw(script, world
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
             new = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
             assert answer["completion"] == tokenizer.decode(new, skip_special_tokens=True), text
-            assert answer["finish"] == ("stop" if new[-1] == 257 else "length") and answer["tokens"] == len(new)
+            assert answer["finish"] == ("stop" if new[-1] == 257 else "length") and answer["tokens"] == len(
+                new
+            )
 
 
 def test_sampling_repeats_with_its_seed(script):
@@ -198,7 +224,10 @@ def test_sampling_repeats_with_its_seed(script):
         ("generate --model base --file none.txt", ("none.txt",)),
         ("generate --model base --file none.jsonl", ("none.jsonl",)),
         ("generate --model base --file empty.txt", ("empty.txt", "no prompts")),
-        ("generate --model base --file text.jsonl", ("text.jsonl:1", "wanted prompt, messages or instruction")),
+        (
+            "generate --model base --file text.jsonl",
+            ("text.jsonl:1", "wanted prompt, messages or instruction"),
+        ),
         ("generate --model base --file chat.jsonl --raw", ("--raw",)),
         ("generate --model base --prompt x --temperature -1", ("temperature",)),
         ("generate --model base --prompt x --max-new 300", ("256 positions",)),
@@ -208,7 +237,11 @@ def test_sampling_repeats_with_its_seed(script):
     ],
 )
 def test_a_mistake_is_one_line(script, world, command, words):
-    for name, text in [("empty.txt", "\n\n"), ("text.jsonl", '{"text": "x"}\n'), ("chat.jsonl", '{"instruction": "x"}\n')]:
+    for name, text in [
+        ("empty.txt", "\n\n"),
+        ("text.jsonl", '{"text": "x"}\n'),
+        ("chat.jsonl", '{"instruction": "x"}\n'),
+    ]:
         (world[0] / name).write_text(text)
     code, out, err = script(*command.split())
     assert code == 1 and not out and err.startswith("error: ") and err.count("\n") == 1
@@ -245,9 +278,20 @@ def test_a_finished_full_run_is_read_from_its_model(script, world, tmp_path):
 
 def test_the_scripts_start_from_anywhere(world, tmp_path):
     for name in ("generate", "export"):
-        done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, SCRIPTS / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0 and "--adapter" in done.stdout
-    command = [sys.executable, SCRIPTS / "generate.py", "--model", world[0] / "base", "--prompt", "x", "--max-new", "2"]
+    command = [
+        sys.executable,
+        SCRIPTS / "generate.py",
+        "--model",
+        world[0] / "base",
+        "--prompt",
+        "x",
+        "--max-new",
+        "2",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("--- prompt\nx\n"), done.stderr
 
@@ -258,7 +302,9 @@ def test_a_run_finds_its_base_again_and_refuses_another_one(script, world, tmp_p
     shutil.copytree(root / "runs" / "r", run)
     base = shutil.copytree(root / "base", tmp_path / "moved")
     record = json.loads((run / "config.json").read_text()) | {"weights": "not/here", "weights_at": str(base)}
-    (run / "config.json").write_text(json.dumps(record | {"weights_identity": runfolder.weights_identity(str(base))}))
+    (run / "config.json").write_text(
+        json.dumps(record | {"weights_identity": runfolder.weights_identity(str(base))})
+    )
     assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
     file = base / "model.safetensors"
     data = bytearray(file.read_bytes())

@@ -47,16 +47,27 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(place, kind):
     assert f"held frozen: 69 % of the base in {kind}, " in place.out()
     place.run_with_a_kill(*argv, name=kind)
     alone, found = place.results(f"{kind}-alone", 3), place.results(kind, 3)
-    assert alone["metrics"] == found["metrics"] and alone["leaves"] == found["leaves"] and alone["files"] == found["files"]
+    assert (
+        alone["metrics"] == found["metrics"]
+        and alone["leaves"] == found["leaves"]
+        and alone["files"] == found["files"]
+    )
     record = json.loads((place.runs(kind) / "config.json").read_text())
     assert record["quant"] == {"kind": kind, "block": None, "double": None, "targets": "all-linear"}
-    assert f"The frozen weights were quantised: 69 % of the base in {kind}, " in (place.runs(kind) / "README.md").read_text()
+    assert (
+        f"The frozen weights were quantised: 69 % of the base in {kind}, "
+        in (place.runs(kind) / "README.md").read_text()
+    )
     assert not any("base" in path for path in place.leaves(kind, 3))  # it is made anew from the weights
 
 
 def test_another_form_is_another_run_and_what_does_not_fit_is_one_line(place):
     assert place.run(*SHORT, "quant=nf4", "name=one") == 0, place.err()
-    for argv, words in (("quant=int8", "quant.kind: 'nf4' -> 'int8'"), ("quant=none", "-> None"), ("quant.block=32", "quant")):
+    for argv, words in (
+        ("quant=int8", "quant.kind: 'nf4' -> 'int8'"),
+        ("quant=none", "-> None"),
+        ("quant.block=32", "quant"),
+    ):
         assert place.run(*SHORT, *({"quant=nf4", argv} if "." in argv else {argv}), "name=one") == 1
         assert f"(quant{'' if argv == 'quant=none' else '.'}" in place.err() and words in place.err()
         assert place.err().count("->") == 1 and "choose another name" in place.err()
@@ -107,7 +118,9 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
         return [json.loads(line)["completion"].strip() for line in out.splitlines()]
 
     found = answers("--run", run)
-    assert found == answers("--model", "base", "--adapter", run / "adapter", "--quant", "nf4", "--dtype", "float32")
+    assert found == answers(
+        "--model", "base", "--adapter", run / "adapter", "--quant", "nf4", "--dtype", "float32"
+    )
     assert found != answers("--run", run, "--quant", "none")
 
     code, out, _ = script("export", "--run", run, "--out", tmp_path / "wide", "--dtype", "float32")
@@ -137,7 +150,11 @@ def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
     wanted = partition.split(t, partition.abstract_params(t, mesh))[1]["base"]
     shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
     for name in ("embed", "head"):
-        assert is_qtensor(base[name]) and base[name].mean.shape == () and shapes(base[name]) == shapes(wanted[name])
+        assert (
+            is_qtensor(base[name])
+            and base[name].mean.shape == ()
+            and shapes(base[name]) == shapes(wanted[name])
+        )
 
 
 def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
@@ -168,7 +185,9 @@ def test_the_reference_of_a_quantised_run_is_its_own(pairs):
 
 
 def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
-    folder = str(write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32)))
+    folder = str(
+        write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32))
+    )
     model, mesh = load.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     t = partition.trained(model, Adapter(rank=2), None, Quant())
     path, leaf = "base/layers/mlp/up", load.open_leaves(folder, model)["layers/mlp/up"]

@@ -47,7 +47,9 @@ def folder(tmp_path_factory):
         t = partition.trained(model, settings, None)
         fresh = init.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
         rng = np.random.default_rng(0)
-        matters = tree.map_with_path(lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh)
+        matters = tree.map_with_path(
+            lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
+        )
         peft.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
     return folder
 
@@ -83,7 +85,13 @@ STARTS = {
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},
     "full": lambda folder, model: {"adapter": None},
 }
-COPIES = {"plain LoRA": False, "an SFT adapter": True, "norms beside LoRA": True, "LoRA on the head": False, "full": True}
+COPIES = {
+    "plain LoRA": False,
+    "an SFT adapter": True,
+    "norms beside LoRA": True,
+    "LoRA on the head": False,
+    "full": True,
+}
 
 
 @pytest.mark.parametrize("kind", STARTS)
@@ -114,7 +122,9 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
 
 
 def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
-    live, known = (run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed"))
+    live, known = (
+        run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed")
+    )
     p, state, frozen, source = started(live, folder)
     other = build(known, 10, jax.devices()[:1])
     logps = jax.jit(lambda whole, batch: p.objective.logps(whole, jax.tree.map(lambda x: x[0], batch)))
@@ -123,10 +133,14 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
         return [np.asarray(logps(tree.combine(state.trainable, frozen), batch))[None] for batch in batches]
 
     told = reference.attach(source, tmp_path / "r.npz", compute, lambda text: None)
-    moved = jax.tree.map(lambda x: x + 0.05 * jnp.cos(50 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.trainable)
+    moved = jax.tree.map(
+        lambda x: x + 0.05 * jnp.cos(50 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.trainable
+    )
 
     def judge(objective, batch):
-        grads, found = jax.jit(lambda *args: accumulated(objective, *args, jax.random.key(0), {}))((moved, frozen), batch)
+        grads, found = jax.jit(lambda *args: accumulated(objective, *args, jax.random.key(0), {}))(
+            (moved, frozen), batch
+        )
         return metrics.read(found)["loss"], grads, metrics.read(found)
 
     batch, given = source.batch(0), told.batch(0)
@@ -154,8 +168,12 @@ def attached(folder, rows, name="kept"):
     """(pairs that were computed, what was said, the source with them) for these rows."""
     write(folder / "r.jsonl", rows)
     asked, said = [], []
-    source = pair_source(PairRows(str(folder / "r.jsonl"), batch=4), tiny_tokenizer("chatml"), folder / "cache")
-    found = reference.attach(source, reference.place(name, folder), lambda batches: marks(batches, asked), said.append)
+    source = pair_source(
+        PairRows(str(folder / "r.jsonl"), batch=4), tiny_tokenizer("chatml"), folder / "cache"
+    )
+    found = reference.attach(
+        source, reference.place(name, folder), lambda batches: marks(batches, asked), said.append
+    )
     for batch in (*map(found.batch, range(found.steps)), *found.held_out):
         real = batch.answers < batch.lengths.shape[2] * 2
         np.testing.assert_array_equal(batch.reference[real], next(marks([batch]))[real].astype(np.float32))
@@ -185,7 +203,9 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
     data = path.read_bytes()
     at = data.index(b"values.npy") + 200
     flipped = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
-    path.write_bytes({"flipped": flipped, "cut": data[:-40], "empty": b"", "no zip": b"not a zip"}.get(damage, data))
+    path.write_bytes(
+        {"flipped": flipped, "cut": data[:-40], "empty": b"", "no zip": b"not a zip"}.get(damage, data)
+    )
     if damage == "other arrays":
         np.savez(path, keys=np.array(["a", "b"]), offsets=np.array([0, 3]), values=np.zeros(9))
     assert attached(tmp_path, rows)[0] == list(range(6))
@@ -208,4 +228,6 @@ def test_a_reference_is_known_by_weights_adapter_and_settings():
             reference.identity("w", None, {**settings, "dtype": "bfloat16"}),
         ],
     )
-    assert reference.identity("w", None, dict(reversed(settings.items()))) == same and len({same, *others}) == 4
+    assert (
+        reference.identity("w", None, dict(reversed(settings.items()))) == same and len({same, *others}) == 4
+    )

@@ -57,7 +57,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     write_pair_place(folder)
     (folder / "config.py").write_text(CONFIG)
-    write_rows(folder / "pairs.jsonl", [{**row, "ahead": i / 20, "grade": "good"} for i, row in enumerate(pairs())])
+    write_rows(
+        folder / "pairs.jsonl", [{**row, "ahead": i / 20, "grade": "good"} for i, row in enumerate(pairs())]
+    )
     return Place(folder)
 
 
@@ -84,11 +86,20 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
 def test_a_run_learns_says_what_it_learned_and_its_card_fits(place):
     out = run(place, "name=learns", "steps=12", "loop.eval_every=6")
     last = json.loads((place.runs("learns") / "summary.json").read_text())["after"]["metrics"]
-    wanted = {f"eval_{name}" for name in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")}
+    wanted = {
+        f"eval_{name}" for name in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+    }
     assert wanted <= last.keys() and last["eval_accuracy"] == 1 and last["eval_margin"] > 0.5
-    assert "held-out accuracy: " in out and "always taking the" in out and "scripts/score.py" in out and "--prompt" not in out
+    assert (
+        "held-out accuracy: " in out
+        and "always taking the" in out
+        and "scripts/score.py" in out
+        and "--prompt" not in out
+    )
     card = (place.runs("learns") / "README.md").read_text()
-    assert "A reward model: a LoRA adapter (rank 4, alpha 32) with a scalar head, fine-tuned from `base`" in card
+    assert (
+        "A reward model: a LoRA adapter (rank 4, alpha 32) with a scalar head, fine-tuned from `base`" in card
+    )
     loads = "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1, pad_token_id="
     assert loads in card and "generate.py" not in card
     tensors = load_file(place.runs("learns") / "adapter" / "adapter_model.safetensors")
@@ -103,7 +114,10 @@ def test_scores_and_a_merged_model_of_a_run(place):
     shutil.rmtree(place.folder / "merged", ignore_errors=True)
     found = {}
     argv = ["--file", "pairs.jsonl", "--json", "--dtype", "float32"]
-    for way, model in {"run": ["--run", "runs/scored"], "parts": ["--model", "base", "--adapter", "runs/scored/adapter"]}.items():
+    for way, model in {
+        "run": ["--run", "runs/scored"],
+        "parts": ["--model", "base", "--adapter", "runs/scored/adapter"],
+    }.items():
         script(place, "score.py", *model, *argv)
         found[way] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
     assert "the chosen answer has the higher reward in" in place.err()
@@ -117,7 +131,10 @@ def test_scores_and_a_merged_model_of_a_run(place):
     packed = json.loads((place.folder / "packed" / "config.json").read_text())
     assert packed["architectures"] == ["LlamaForSequenceClassification"] and packed["quantization_config"]
     script(place, "generate.py", "--run", "runs/scored", "--prompt", "one?", code=1)
-    assert "a reward model's adapter, which gives scores and no text" in place.err() and place.err().count("\n") == 1
+    assert (
+        "a reward model's adapter, which gives scores and no text" in place.err()
+        and place.err().count("\n") == 1
+    )
 
 
 def script(place, name, *argv, code=0):
@@ -137,20 +154,33 @@ def broken(place, name, **change):
     [
         ({"rejected": ""}, [], "broken.jsonl:6: column 'rejected' is empty; fill it or remove the row"),
         ({"chosen": "   "}, [], "is empty"),
-        ({}, ["margin=ahead"], "no number in column 'ahead' (data.extras); found columns: prompt, chosen, rejected"),
+        (
+            {},
+            ["margin=ahead"],
+            "no number in column 'ahead' (data.extras); found columns: prompt, chosen, rejected",
+        ),
         ({"ahead": "much"}, ["margin=ahead"], "no number in column 'ahead'"),
-        ({}, ["samples=2"], "this run's model gives scores, no text: set samples=0 and general=none, found samples=2"),
+        (
+            {},
+            ["samples=2"],
+            "this run's model gives scores, no text: set samples=0 and general=none, found samples=2",
+        ),
         ({}, ["center=-0.5"], "center=-0.5; wanted a number from 0 up"),
     ],
 )
 def test_a_mistake_is_one_clear_line(place, change, argv, words):
     run(place, broken(place, "broken.jsonl", **change), *argv, "name=wrong", code=1)
-    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1, place.err()
+    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1, (
+        place.err()
+    )
 
 
 def test_a_margin_that_is_no_number_is_one_clear_line(place):
     run(place, "margin=grade", "name=wrong", code=1)
-    assert "column 'grade' (data.extras) is 'good', wanted a finite number" in place.err() and place.err().count("\n") == 1
+    assert (
+        "column 'grade' (data.extras) is 'good', wanted a finite number" in place.err()
+        and place.err().count("\n") == 1
+    )
 
 
 def test_reward_models_of_a_sweep_are_those_of_runs_alone(place):
@@ -158,7 +188,10 @@ def test_reward_models_of_a_sweep_are_those_of_runs_alone(place):
     process.join()
     assert process.exitcode == 0, place.err()
     run(place, "lr=0.003", "name=alone")
-    one, other = (load_file(place.runs(name) / "adapter" / "adapter_model.safetensors") for name in ("swept/lr=0.003", "alone"))
+    one, other = (
+        load_file(place.runs(name) / "adapter" / "adapter_model.safetensors")
+        for name in ("swept/lr=0.003", "alone")
+    )
     assert one.keys() == other.keys()
     for name, x in one.items():
         np.testing.assert_allclose(x, other[name], rtol=1e-4, atol=1e-5, err_msg=name)

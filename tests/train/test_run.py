@@ -112,7 +112,8 @@ def test_a_second_signal_ends_the_process_at_once(place):
 
 def test_before_the_loop_an_interrupt_ends_cleanly(place):
     process = place.start(
-        "name=early", hook="import jaxft.weights.load, time; jaxft.weights.load.open_leaves = lambda *_: time.sleep(60)"
+        "name=early",
+        hook="import jaxft.weights.load, time; jaxft.weights.load.open_leaves = lambda *_: time.sleep(60)",
     )
     place.wait_for(process, lambda: "devices:" in place.out())
     os.kill(process.pid, signal.SIGINT)
@@ -128,10 +129,15 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_steps(place, alone)
     before = files(place.runs("lora"))
     argv = [*KINDS["lora"], "name=lora"]
     assert place.run(*argv) == 0 and "this run is finished (5 steps)" in place.out() and not place.err()
-    assert place.run(*argv[:-2], "steps=3", "name=lora") == 0 and "this run is finished (5 steps)" in place.out()
+    assert (
+        place.run(*argv[:-2], "steps=3", "name=lora") == 0 and "this run is finished (5 steps)" in place.out()
+    )
     assert files(place.runs("lora")) == before
     shutil.copytree(place.runs("lora"), place.runs("longer"))
-    for old in ("config.json", "checkpoints"):  # the name is a setting too: this is the run that was called so
+    for old in (
+        "config.json",
+        "checkpoints",
+    ):  # the name is a setting too: this is the run that was called so
         assert (place.runs("longer") / old).exists()
     assert place.run(*argv[:-2], "steps=7", "name=lora") == 0, place.err()
     assert "loop.steps: 5 -> 7" in place.out()
@@ -156,7 +162,13 @@ def test_a_lock_keeps_a_second_launch_out_and_a_dead_process_holds_nothing(place
     assert place.run("name=half", "steps=1") == 1  # more steps are done than are wanted
     assert "after step" in place.err() and "loop.steps=1" in place.err()
 
-    cadences = ["loop.save_every=3", "loop.keep_last=3", "loop.log_every=2", "samples=1", "general=general.jsonl"]
+    cadences = [
+        "loop.save_every=3",
+        "loop.keep_last=3",
+        "loop.log_every=2",
+        "samples=1",
+        "general=general.jsonl",
+    ]
     assert place.run("name=half", *cadences) == 0, place.err()
     for text in ("loop.save_every: 1 -> 3", "samples: 2 -> 1", "general: None -> 'general.jsonl'"):
         assert f"changed since the start: {text}" in place.out()
@@ -168,9 +180,27 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
     argv = [*KINDS["lora"], "name=lora"]
     before = files(place.runs("lora"))
     changed = [a for a in argv if not a.startswith(("micro", "dropout"))]
-    assert place.run(*changed, "micro=1", "dropout=0.2", "lr=0.5", "batch=8", "seed=3", "data=other.jsonl", "model=other") == 1
+    assert (
+        place.run(
+            *changed,
+            "micro=1",
+            "dropout=0.2",
+            "lr=0.5",
+            "batch=8",
+            "seed=3",
+            "data=other.jsonl",
+            "model=other",
+        )
+        == 1
+    )
     told = place.err()
-    wanted = ("adapter.dropout: 0.3 -> 0.2", "optim.lr: 0.01 -> 0.5", "data.batch: 4 -> 8", "data.micro: 2 -> 1", "seed: 0 -> 3")
+    wanted = (
+        "adapter.dropout: 0.3 -> 0.2",
+        "optim.lr: 0.01 -> 0.5",
+        "data.batch: 4 -> 8",
+        "data.micro: 2 -> 1",
+        "seed: 0 -> 3",
+    )
     for text in (*wanted, "weights: 'base' -> 'other'", "data.train: 'rows.jsonl' -> 'other.jsonl'"):
         assert text in told
     assert told.count("\n") == 1 and "choose another name=..." in told
@@ -211,7 +241,14 @@ folder.Interrupt.__enter__, report.export = begin, end
 
 
 def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
-    argv = ["name=watch", "loop.eval_every=1", "general=general.jsonl", "micro=2", "batch=8", "loop.profile=2,3"]
+    argv = [
+        "name=watch",
+        "loop.eval_every=1",
+        "general=general.jsonl",
+        "micro=2",
+        "batch=8",
+        "loop.profile=2,3",
+    ]
     for steps in (3, 5):  # a fresh run, and one that goes on
         assert place.run(*argv, f"steps={steps}", hook=WATCH, devices=2) == 0, place.err()
         assert "compiled before the loop: True" in place.out() and "compiled since: []" in place.out()
@@ -222,7 +259,9 @@ def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
 
 def test_a_logged_line_is_the_mean_of_its_steps(place):
     for every in (1, 3):
-        assert place.run(f"name=every{every}", f"loop.log_every={every}", "steps=6", "loop.save_every=100") == 0, place.err()
+        assert (
+            place.run(f"name=every{every}", f"loop.log_every={every}", "steps=6", "loop.save_every=100") == 0
+        ), place.err()
     ones = [m for m in place.metrics("every1") if "loss" in m]
     threes = [m for m in place.metrics("every3") if "loss" in m]
     assert [m["step"] for m in threes] == [3, 6]
@@ -241,7 +280,9 @@ def test_a_run_without_held_out_rows_ends_well(place):
 
 
 def test_where_the_end_is_worse_the_best_checkpoint_is_exported_too(place):
-    (place.folder / "rising.py").write_text("def rising(lr, end, warmup, steps):\n    return lambda step: lr * 40.0**step\n")
+    (place.folder / "rising.py").write_text(
+        "def rising(lr, end, warmup, steps):\n    return lambda step: lr * 40.0**step\n"
+    )
     argv = ["steps=6", "loop.eval_every=1", "lr=1e-4", "optim.schedule=rising.py:rising"]
     assert place.run("name=worse", *argv) == 0, place.err()
     found = {m["step"]: m["eval_loss"] for m in place.metrics("worse") if "eval_loss" in m}
@@ -249,7 +290,9 @@ def test_where_the_end_is_worse_the_best_checkpoint_is_exported_too(place):
     best = min(kept, key=kept.get)
     assert kept[best] < found[6]
     assert f"step {best} did better on held-out rows than the end" in place.out()
-    one, other = (place.runs("worse") / part / "adapter_model.safetensors" for part in ("best/adapter", "adapter"))
+    one, other = (
+        place.runs("worse") / part / "adapter_model.safetensors" for part in ("best/adapter", "adapter")
+    )
     assert one.read_bytes() != other.read_bytes()
     assert place.run("name=better", "steps=2", "loop.eval_every=1", "lr=1e-3") == 0, place.err()
     assert not (place.runs("better") / "best").exists()

@@ -33,14 +33,42 @@ def fails(place, *argv, **options):
 
 
 DATA = {
-    "malformed": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n', [], r"bad\.jsonl:2: malformed JSON"),
-    "column": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', [], r"bad\.jsonl:2: no column completion"),
-    "columns": ('{"question": "a", "answer": "b"}\n', [], r"bad\.jsonl:1: found columns: question, answer; wanted"),
+    "malformed": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n',
+        [],
+        r"bad\.jsonl:2: malformed JSON",
+    ),
+    "column": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
+        [],
+        r"bad\.jsonl:2: no column completion",
+    ),
+    "columns": (
+        '{"question": "a", "answer": "b"}\n',
+        [],
+        r"bad\.jsonl:1: found columns: question, answer; wanted",
+    ),
     "empty row": ('{"prompt": "a", "completion": "b"}\n{}\n', [], r"bad\.jsonl:2: the row is empty"),
-    "empty column": ('{"prompt": "a", "completion": ""}\n' * 2, [], r"bad\.jsonl:1: column 'completion' is empty"),
-    "too long": (json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n", ["data.too_long=error"], r"bad\.jsonl:1.*64"),
-    "long prompt": (json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n", [], r"bad\.jsonl:1.*(mask|prompt)"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}\n' * 2, [], r"bad\.jsonl:1: empty loss mask"),
+    "empty column": (
+        '{"prompt": "a", "completion": ""}\n' * 2,
+        [],
+        r"bad\.jsonl:1: column 'completion' is empty",
+    ),
+    "too long": (
+        json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n",
+        ["data.too_long=error"],
+        r"bad\.jsonl:1.*64",
+    ),
+    "long prompt": (
+        json.dumps({"prompt": "a" * 70, "completion": "b"}) + "\n",
+        [],
+        r"bad\.jsonl:1.*(mask|prompt)",
+    ),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
+        [],
+        r"bad\.jsonl:1: empty loss mask",
+    ),
     "no rows": ("", [], r"bad\.jsonl: found no rows"),
 }
 
@@ -70,7 +98,11 @@ SETTINGS = {
     "samples": (["samples=-1"], r"samples is from 0 up, found -1"),
     "epochs": (["epochs=inf"], r"data\.epochs=inf; wanted a number above 0"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
-    "heads on a mesh": (["mesh.tensor=4", "mesh.data=1"], r"2 kv heads do not divide over tensor=4; use one of \(1, 2\)", 4),
+    "heads on a mesh": (
+        ["mesh.tensor=4", "mesh.data=1"],
+        r"2 kv heads do not divide over tensor=4; use one of \(1, 2\)",
+        4,
+    ),
 }
 
 
@@ -104,7 +136,10 @@ def broken_model(folder, kind):
     elif kind == "pickle":
         weights.rename(folder / "pytorch_model.bin")
     else:
-        small = {n: t[:250].copy() if n in ("model.embed_tokens.weight", "lm_head.weight") else t for n, t in tensors.items()}
+        small = {
+            n: t[:250].copy() if n in ("model.embed_tokens.weight", "lm_head.weight") else t
+            for n, t in tensors.items()
+        }
         save_file(small, weights)
         edit_config(folder, vocab_size=250)
 
@@ -133,7 +168,9 @@ def test_a_model_that_is_not_whole_is_told(place, kind):
 
 def test_the_traceback_is_there_for_whom_asks(place):
     assert place.run("name=traced", "data=missing.jsonl", JAXFT_TRACEBACK="1") == 1
-    assert "Traceback" in place.err() and place.err().splitlines()[-1].startswith("error: data 'missing.jsonl' not found")
+    assert "Traceback" in place.err() and place.err().splitlines()[-1].startswith(
+        "error: data 'missing.jsonl' not found"
+    )
 
 
 LIMIT = """
@@ -182,7 +219,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_the
     place = Place(tmp_path)
     write_place(tmp_path)
     (tmp_path / "runs").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path / "runs"], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path / "runs"], capture_output=True
+    ).returncode:
         pytest.skip("a small file system can't be mounted here")
     try:
         told = fails(place, "name=full", hook=FILL)
@@ -221,7 +260,11 @@ def test_steps_that_are_not_finite_end_the_run_with_their_rows_named(place, ever
     name = f"bad{every}"
     argv = [f"name={name}", "steps=20", "loop.max_bad=3", f"loop.log_every={every}", "loop.save_every=2"]
     told = fails(place, *argv, hook=BREAK)
-    assert "not finite in 3 steps in a row (steps 3 to 5)" in told and told.count("rows.jsonl:") == 12 and "more" in told
+    assert (
+        "not finite in 3 steps in a row (steps 3 to 5)" in told
+        and told.count("rows.jsonl:") == 12
+        and "more" in told
+    )
     assert place.checkpoints(name)[0] == 2
     good, last = (place.leaves(name, step) for step in (2, place.checkpoints(name)[-1]))
     assert {k: v for k, v in good.items() if k not in ("step", "bad")} == {
@@ -270,7 +313,12 @@ def test_a_meter_goes_on_in_the_middle_of_a_window():
     for step, loss in enumerate(losses[3:], 3):
         feed(second, step, loss, loss != loss)
     found, same = whole.read()[0], second.read()[0]
-    assert found == same and found["loss"] == pytest.approx(0.5) and found["skipped"] == 1 and found["num_tokens"] == 25
+    assert (
+        found == same
+        and found["loss"] == pytest.approx(0.5)
+        and found["skipped"] == 1
+        and found["num_tokens"] == 25
+    )
 
 
 def test_a_window_of_bad_steps_shows_them_and_a_good_one_hides_them():

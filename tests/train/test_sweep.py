@@ -44,7 +44,12 @@ def random(*shape, seed=0, dtype=jnp.float64):
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_a_product_with_several_adapters_is_each_ones_own(packed):
     K, B, T, size, R, out = 3, 2, 5, 7, 2, 6
-    x, a, b, scale = random(K * B, T, size), random(K, size, R, seed=1), random(K, R, out, seed=2), random(K, seed=3)
+    x, a, b, scale = (
+        random(K * B, T, size),
+        random(K, size, R, seed=1),
+        random(K, R, out, seed=2),
+        random(K, seed=3),
+    )
     w, g = random(size, out, seed=4), random(K * B, T, out, seed=5)
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
 
@@ -59,7 +64,9 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
         def loss(x, a, b, w_):
             return jnp.sum(g * jnp.sin(fn(x, a, b, w if packed else w_)))
 
-        return fn(x, a, b, w), jax.grad(loss, (0, 1, 2) if packed else (0, 1, 2, 3))(x, a, b, None if packed else w)
+        return fn(x, a, b, w), jax.grad(loss, (0, 1, 2) if packed else (0, 1, 2, 3))(
+            x, a, b, None if packed else w
+        )
 
     assert_close(both(together), both(apart))
 
@@ -80,13 +87,18 @@ RANKS = (2, 5, 3)
 
 def fresh(model, rank, seed):
     """A random adapter of a rank, its b not zero."""
-    start = param.init_params(lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64)
+    start = param.init_params(
+        lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64
+    )
     return jax.tree.map(lambda x: x if x.ndim < 3 or jnp.any(x) else 0.3 * random(*x.shape, seed=seed), start)
 
 
 def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_ranks():
     base = llama(CONFIG, jnp.float64)
-    model, weights = lora.adapted(base, Adapter()), param.init_params(base.specs, jax.random.key(9), jnp.float64)
+    model, weights = (
+        lora.adapted(base, Adapter()),
+        param.init_params(base.specs, jax.random.key(9), jnp.float64),
+    )
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
     batch = one_by_one(examples(4))
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * len(RANKS)), batch)
@@ -99,7 +111,8 @@ def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_rank
         return jnp.concatenate([model.hidden({"base": weights, "adapter": one}, batch) for one in adapters])
 
     found, wanted = (
-        jax.jit(jax.value_and_grad(lambda adapters, f=f: jnp.sum(jnp.sin(f(adapters)))))(adapters) for f in (together, apart)
+        jax.jit(jax.value_and_grad(lambda adapters, f=f: jnp.sum(jnp.sin(f(adapters)))))(adapters)
+        for f in (together, apart)
     )
     assert_close(found, wanted)
 
@@ -108,7 +121,9 @@ def test_a_stack_gives_its_members_back():
     base = llama(CONFIG, jnp.float64)
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
     stack = lora.stacked(adapters)
-    assert {x.shape[0] for x in jax.tree.leaves(stack)} == {3} and stack["layers"]["attn"]["q"]["a"].shape[-1] == max(RANKS)
+    assert {x.shape[0] for x in jax.tree.leaves(stack)} == {3} and stack["layers"]["attn"]["q"]["a"].shape[
+        -1
+    ] == max(RANKS)
     for k, one in enumerate(adapters):
         assert_close(lora.member(stack, k, one), one, 0)
 
@@ -138,8 +153,17 @@ def pairwise(loss, reference="start", **knobs):
 
 MIXED = (
     One(pairwise(partial(P.dpo, beta=0.5), beta=0.5)),
-    One(pairwise(partial(P.ipo, beta=0.2), beta=0.2), rank=5, optim=Optim(lr=0.01, clip=0.05, warmup=0.0, schedule=linear)),
-    One(pairwise(partial(F.bco, beta=0.3), beta=0.3), rank=3, optim=Optim(lr=0.03, clip=None, weight_decay=0.1), seed=1),
+    One(
+        pairwise(partial(P.ipo, beta=0.2), beta=0.2),
+        rank=5,
+        optim=Optim(lr=0.01, clip=0.05, warmup=0.0, schedule=linear),
+    ),
+    One(
+        pairwise(partial(F.bco, beta=0.3), beta=0.3),
+        rank=3,
+        optim=Optim(lr=0.03, clip=None, weight_decay=0.1),
+        seed=1,
+    ),
     One(pairwise(F.simpo, reference=None), rank=4, optim=Optim(lr=0.02, b1=0.5, warmup=0.0), seed=2),
 )
 
@@ -154,12 +178,20 @@ def begin(one, weights):
     """(Trained, objective, optimizer, state at step 0, frozen) of an adapter alone."""
     t = partition.trained(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
     adapter = param.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
-    adapter = tree.map_with_path(lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter)
+    adapter = tree.map_with_path(
+        lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter
+    )
     trainable, frozen = partition.split(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
     tx, _ = make_optimizer(one.optim, t.trainable_specs, STEPS)
     aux = start_aux(objective, trainable, not one.kept) if hasattr(objective, "start") else {}
-    return t, objective, tx, TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32)), frozen
+    return (
+        t,
+        objective,
+        tx,
+        TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32)),
+        frozen,
+    )
 
 
 def numbers(found):
@@ -199,7 +231,9 @@ def assert_each_is_alone(found, wanted):
         for now, own_now in zip(told, own_told, strict=True):
             for name, metric in own_now.items():
                 for x, y in zip(jax.tree.leaves(now[name]), jax.tree.leaves(metric), strict=True):
-                    np.testing.assert_allclose(x[k], y, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}")
+                    np.testing.assert_allclose(
+                        x[k], y, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}"
+                    )
         assert_close(states[k], own)
 
 
@@ -232,7 +266,9 @@ def test_adapters_together_are_each_alone(weights, each_alone, parts, at_once):
 def test_adapters_with_a_reference_that_is_kept_are_each_alone(weights, reference):
     ones = [One(pairwise(partial(P.dpo, beta=beta), reference), kept=True) for beta in (0.2, 0.9)]
     with standard():
-        assert_each_is_alone(all_at_once(ones, weights, in_parts(1)), [alone(one, weights, in_parts(1)) for one in ones])
+        assert_each_is_alone(
+            all_at_once(ones, weights, in_parts(1)), [alone(one, weights, in_parts(1)) for one in ones]
+        )
 
 
 def test_adapters_with_rows_of_their_own_are_each_alone(weights):
@@ -249,7 +285,9 @@ def test_supervised_adapters_are_each_alone(weights):
     ones = [One(sft, rank=rank, optim=Optim(lr=lr, warmup=0.0)) for rank, lr in ((2, 0.01), (4, 0.05))]
     batches = [micro(one_by_one(examples(4, seed=i)), 2) for i in range(STEPS)]
     with standard():
-        assert_each_is_alone(all_at_once(ones, weights, batches), [alone(one, weights, batches) for one in ones])
+        assert_each_is_alone(
+            all_at_once(ones, weights, batches), [alone(one, weights, batches) for one in ones]
+        )
 
 
 def broken(pair):
@@ -264,7 +302,10 @@ def test_an_adapter_that_is_not_finite_stays_as_it_is_and_the_others_go_on(weigh
         others = ([states[0], states[2]], [jax.tree.map(lambda x: x[jnp.array([0, 2])], now) for now in told])
         assert_each_is_alone(others, each_alone[:2])
     assert_close((states[1].trainable, states[1].opt_state), (kept.trainable, kept.opt_state), 0)
-    assert states[1].bad.tolist() == [STEPS, STEPS] and [now["skipped"].total.tolist() for now in told] == [[0, 1, 0]] * STEPS
+    assert (
+        states[1].bad.tolist() == [STEPS, STEPS]
+        and [now["skipped"].total.tolist() for now in told] == [[0, 1, 0]] * STEPS
+    )
 
 
 # Evaluation, cost
@@ -281,10 +322,14 @@ def test_evaluation_together_is_each_ones_own(weights):
         found = judge_each(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
         for k, (_, objective, _, state, own) in enumerate(begun):
-            wanted = jit(lambda *x, o=objective: o(*x))(tree.combine(state.trainable, own), whole, None, state.aux)[1]
+            wanted = jit(lambda *x, o=objective: o(*x))(
+                tree.combine(state.trainable, own), whole, None, state.aux
+            )[1]
             mine = metrics.read(jax.tree.map(lambda x, k=k: x[k], found))
             for name, value in metrics.read(wanted).items():
-                np.testing.assert_allclose(mine[name], value, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}")
+                np.testing.assert_allclose(
+                    mine[name], value, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}"
+                )
 
 
 def counted(model, calls):
@@ -297,7 +342,9 @@ def counted(model, calls):
     def hidden(params, batch, key=None):
         h = model.hidden(params, batch, key)
         shape = jax.ShapeDtypeStruct((), jnp.int32)
-        nothing = jax.pure_callback(tell, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0]))
+        nothing = jax.pure_callback(
+            tell, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0])
+        )
         return h + nothing.astype(h.dtype)
 
     return replace(model, hidden=hidden)

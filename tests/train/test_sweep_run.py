@@ -9,7 +9,10 @@ from safetensors.numpy import load_file
 from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import Place, write_rows
 
-KNOBS = (("loss=loss,", "loss=partial(loss, beta=beta),"), ("Adapter(rank=4)", "Adapter(rank=rank, alpha=8.0)"))
+KNOBS = (
+    ("loss=loss,", "loss=partial(loss, beta=beta),"),
+    ("Adapter(rank=4)", "Adapter(rank=rank, alpha=8.0)"),
+)
 GENERAL = "general.jsonl"
 
 
@@ -22,15 +25,27 @@ def place(tmp_path_factory):
         assert old in text
         text = text.replace(old, new)
     (folder / "config.py").write_text(text.replace("samples=0,", f'samples=0, general="{GENERAL}",'))
-    (folder / "sft.py").write_text(SFT_CONFIG.replace("Adapter(rank=4", "Adapter(rank=rank, alpha=8.0").replace("*, ", "", 1))
-    (folder / "sft.py").write_text((folder / "sft.py").read_text().replace("seed: int = 0,", "seed: int = 0, rank: int = 4,", 1))
-    write_rows(folder / "held.jsonl", [{"prompt": f"{i} six?", "chosen": "yes two", "rejected": "no one"} for i in range(30, 36)])
-    write_rows(folder / "held_rows.jsonl", [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(60, 66)])
+    (folder / "sft.py").write_text(
+        SFT_CONFIG.replace("Adapter(rank=4", "Adapter(rank=rank, alpha=8.0").replace("*, ", "", 1)
+    )
+    (folder / "sft.py").write_text(
+        (folder / "sft.py").read_text().replace("seed: int = 0,", "seed: int = 0, rank: int = 4,", 1)
+    )
+    write_rows(
+        folder / "held.jsonl",
+        [{"prompt": f"{i} six?", "chosen": "yes two", "rejected": "no one"} for i in range(30, 36)],
+    )
+    write_rows(
+        folder / "held_rows.jsonl",
+        [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(60, 66)],
+    )
     return Place(folder)
 
 
 def sweep(place, *argv, code=0, **options):
-    assert place.run(*argv, script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"), **options) == code, place.err()
+    assert place.run(*argv, script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"), **options) == code, (
+        place.err()
+    )
     return place.out()
 
 
@@ -43,16 +58,22 @@ def assert_same_run(place, member, other):
     found, wanted = place.metrics(member), place.metrics(other)
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
     for one, two in zip(found, wanted, strict=True):
-        chance = ("accurac", "correlation", "label_noise") if one["step"] <= 1 else ()  # signs of margins that are rounding
+        chance = (
+            ("accurac", "correlation", "label_noise") if one["step"] <= 1 else ()
+        )  # signs of margins that are rounding
         assert one.keys() == two.keys()
         for name, value in two.items():
             if not any(word in name for word in chance):
                 assert one[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (member, one["step"], name)
-    mine, theirs = (load_file(place.runs(name) / "adapter" / "adapter_model.safetensors") for name in (member, other))
+    mine, theirs = (
+        load_file(place.runs(name) / "adapter" / "adapter_model.safetensors") for name in (member, other)
+    )
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         assert mine[name].shape == value.shape
-        np.testing.assert_allclose(mine[name], value, atol=2e-3 * max(1e-3, float(np.abs(value).max())), err_msg=name)
+        np.testing.assert_allclose(
+            mine[name], value, atol=2e-3 * max(1e-3, float(np.abs(value).max())), err_msg=name
+        )
 
 
 SWEEPS = {
@@ -89,7 +110,10 @@ def test_every_member_is_its_run_alone(place, kind):
 def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
     settings = ["data.held_out=held_rows.jsonl", "lr=0.003", "steps=3", "samples=0"]
     with_config = lambda *argv: ["--config", "sft.py", *argv]  # noqa: E731  # the last one counts
-    sweep(place, *with_config(*settings, "--over", "seed=0,1", "--over", "rank=2,4", "--together", "--name", "sft"))
+    sweep(
+        place,
+        *with_config(*settings, "--over", "seed=0,1", "--over", "rank=2,4", "--together", "--name", "sft"),
+    )
     for number, member in enumerate(("seed=0,rank=2", "seed=1,rank=4")):
         alone(place, *with_config(*settings, *member.split(","), f"name=sft-{number}"))
         assert_same_run(place, f"sft/{member}", f"sft-{number}")
@@ -98,11 +122,15 @@ def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
 def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
     argv = ["steps=6", "loop.eval_every=2", "--over", "beta=0.1,0.4"]
     sweep(place, *argv, "--name", "whole")
-    process = place.start(*argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"))
+    process = place.start(
+        *argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache")
+    )
     place.wait_for(process, lambda: len(place.checkpoints("killed")) > 0)
     process.kill()
     process.join()
-    process = place.start(*argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache"))
+    process = place.start(
+        *argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache")
+    )
     place.wait_for(process, place.loops)
     process.terminate()
     process.join()
@@ -112,7 +140,10 @@ def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
     assert place.leaves("killed", 6) == place.leaves("whole", 6)
     for member in ("beta=0.1", "beta=0.4"):
         assert place.metrics(f"killed/{member}") == place.metrics(f"whole/{member}")
-        files = [place.runs(f"{name}/{member}") / "adapter" / "adapter_model.safetensors" for name in ("killed", "whole")]
+        files = [
+            place.runs(f"{name}/{member}") / "adapter" / "adapter_model.safetensors"
+            for name in ("killed", "whole")
+        ]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert "this sweep is finished (6 steps)" in sweep(place, *argv, "--name", "killed")
 
@@ -120,14 +151,19 @@ def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
 def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
     sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
     fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
-    assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(line.get("skipped", 0) for line in fine)
+    assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(
+        line.get("skipped", 0) for line in fine
+    )
     text = (place.runs("wild") / "summary.json").read_text()
     table = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["members"]
-    assert table["lr=1e30"]["skipped steps"] == sum(line.get("skipped", 0) for line in wild) and "| skipped steps |" in "".join(
-        (place.runs("wild") / "README.md").read_text().splitlines()
-    )
+    assert table["lr=1e30"]["skipped steps"] == sum(
+        line.get("skipped", 0) for line in wild
+    ) and "| skipped steps |" in "".join((place.runs("wild") / "README.md").read_text().splitlines())
     told = json.loads((place.runs("wild/lr=1e30") / "summary.json").read_text())["alarms"]
-    assert any("not finite; they changed nothing. Lower optim.lr" in alarm for alarm in told) and "not finite" in place.out()
+    assert (
+        any("not finite; they changed nothing. Lower optim.lr" in alarm for alarm in told)
+        and "not finite" in place.out()
+    )
     assert not any("higher optim.lr" in alarm for alarm in told)
     alone(place, "steps=5", "lr=0.002", "name=tame")
     assert_same_run(place, "wild/lr=0.002", "tame")
@@ -136,8 +172,19 @@ def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
 def test_nothing_is_compiled_once_the_loop_has_begun(place):
     from test_run import WATCH
 
-    for number, more in enumerate(([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])):
-        out = sweep(place, *more, "loop.eval_every=1", "--over", "lr=0.001,0.002", "--name", f"watch-{number}", hook=WATCH)
+    for number, more in enumerate(
+        ([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
+    ):
+        out = sweep(
+            place,
+            *more,
+            "loop.eval_every=1",
+            "--over",
+            "lr=0.001,0.002",
+            "--name",
+            f"watch-{number}",
+            hook=WATCH,
+        )
         assert "compiled before the loop: True" in out and "compiled since: []" in out
 
 
@@ -162,20 +209,50 @@ def backwards(pair, beta=0.3):
 def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
     (place.folder / "mine.py").write_text(MINE)
     bench = lambda *argv: place.run(*argv, script="loss_bench.py", JAXFT_CACHE=str(place.folder / "cache"))  # noqa: E731
-    argv = ["--loss", "mine.py:mine", "--against", "kto", "ipo", "--steps", "3", "--set", "lr=0.002", "--out", "runs/bench"]
+    argv = [
+        "--loss",
+        "mine.py:mine",
+        "--against",
+        "kto",
+        "ipo",
+        "--steps",
+        "3",
+        "--set",
+        "lr=0.002",
+        "--out",
+        "runs/bench",
+    ]
     assert bench(*argv) == 0, place.err()
     out = place.out()
     (folder,) = [p for p in (place.folder / "runs" / "bench").iterdir() if p.is_dir()]
     assert (folder / "curves.png").stat().st_size > 1000 and "margin, nats" in out
     assert {p.name for p in folder.iterdir() if (p / "adapter").is_dir()} == {"mine", "kto", "ipo"}
-    alone(place, "lr=0.002", "steps=3", "third=mismatched", "loop.eval_every=1", "beta=0.3", "loss=mine.py:mine", "name=mine")
+    alone(
+        place,
+        "lr=0.002",
+        "steps=3",
+        "third=mismatched",
+        "loop.eval_every=1",
+        "beta=0.3",
+        "loss=mine.py:mine",
+        "name=mine",
+    )
     assert_same_run(place, f"bench/{folder.name}/mine", "mine")
-    assert bench(*argv) == 0 and "this sweep is finished (3 steps)" in place.out() and "margin, nats" in place.out()
-    (place.folder / "mine.py").write_text(MINE + "SOMETHING = 1\n")  # a loss may lean on what stands beside it
+    assert (
+        bench(*argv) == 0
+        and "this sweep is finished (3 steps)" in place.out()
+        and "margin, nats" in place.out()
+    )
+    (place.folder / "mine.py").write_text(
+        MINE + "SOMETHING = 1\n"
+    )  # a loss may lean on what stands beside it
     assert bench(*argv) == 0 and "this sweep is finished" not in place.out()
     assert bench("--loss", "mine.py:backwards", "--against") == 1
     assert "FAIL" in place.out() and "nothing is trained" in place.out()
-    assert bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference_losses:ipo") == 1
+    assert (
+        bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference_losses:ipo")
+        == 1
+    )
     assert "--set loss=jaxft.objectives.preference_losses:ipo would change nothing here" in place.err()
     assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
     assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
@@ -190,15 +267,27 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         (["--over", "beta=0.1,high"], "'high' is no number; a sweep goes over numeric knobs"),
         (["--over", "beta=0.1,0.10"], "a value comes twice"),
         (["--over", "beta=0.1,0.2", "name=mine"], "a sweep's folder is given by --name"),
-        (["--over", "beta=0.1,0.2", "--at-once", "0"], "2 adapters don't divide into blocks of 0; use one of 1, 2"),
+        (
+            ["--over", "beta=0.1,0.2", "--at-once", "0"],
+            "2 adapters don't divide into blocks of 0; use one of 1, 2",
+        ),
         (["--over", "beta=0.1", "--over", "beta=0.2"], "--over beta is given twice"),
         (["--over", "bata=0.1,0.2"], "unknown key 'bata'; near: data, beta, batch"),
-        (["--over", "beta=0.1,0.2", "--over", "lr=1,2,3", "--together"], "the knobs have 2 (beta), 3 (lr) values"),
-        (["--over", "batch=4,8"], "differ in data.batch: 4 -> 8; runs that are trained together differ in name, objective"),
+        (
+            ["--over", "beta=0.1,0.2", "--over", "lr=1,2,3", "--together"],
+            "the knobs have 2 (beta), 3 (lr) values",
+        ),
+        (
+            ["--over", "batch=4,8"],
+            "differ in data.batch: 4 -> 8; runs that are trained together differ in name, objective",
+        ),
         (["--over", "epochs=1,2"], "differ in data.epochs"),
         (["--over", "lr=1,2", "full=true"], "without full=true"),
         (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapters with dropout are trained alone; set it to 0"),
-        (["--over", "seed=1,2"], "data.held_out=0.2 is drawn by the seed, and the seeds differ; give a file, or held_out=none"),
+        (
+            ["--over", "seed=1,2"],
+            "data.held_out=0.2 is drawn by the seed, and the seeds differ; give a file, or held_out=none",
+        ),
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],
 )
@@ -210,7 +299,9 @@ def test_a_mistake_is_one_clear_line(place, argv, words):
 def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
     sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
     sweep(place, "steps=4", "--over", "beta=0.1,0.3", "--name", "same", code=1)
-    assert "this sweep is of beta=0.1, beta=0.2; found beta=0.1, beta=0.3; choose another --name" in place.err()
+    assert (
+        "this sweep is of beta=0.1, beta=0.2; found beta=0.1, beta=0.3; choose another --name" in place.err()
+    )
     sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
     assert "was started with other settings (optim.lr: 0.01 -> 0.5)" in place.err()
     assert "going on after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")

@@ -59,7 +59,9 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
     model, whole = tiny()
     batch = one_by_one(examples(6))
     total = loss_and_grads(model, whole, batch)
-    parts = [loss_and_grads(model, whole, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2, 4)]
+    parts = [
+        loss_and_grads(model, whole, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2, 4)
+    ]
     assert_close(jax.tree.map(lambda *x: sum(x), *parts), total)
 
 
@@ -171,7 +173,9 @@ def test_pairs_of_an_odd_number_of_layers_are_refused():
     config = replace(plain_model().config, layers=3)
     model = llama(config, jnp.float32, remat="pairs")
     whole = param.init_params(model.specs, jax.random.key(0))
-    with pytest.raises(ValueError, match="remat=pairs takes layers by 2, and the model has 3; use remat=full"):
+    with pytest.raises(
+        ValueError, match="remat=pairs takes layers by 2, and the model has 3; use remat=full"
+    ):
         model.hidden(whole, one_by_one(examples(4)))
 
 
@@ -195,7 +199,10 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
     stacked = param.init_params(jax.tree.map(random, specs, is_leaf=param.is_spec), jax.random.key(1))
     scales = jnp.array([1.0, 100.0, 0.01])  # layers whose gradients differ in size
-    grads = [jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked) for k in range(3)]
+    grads = [
+        jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked)
+        for k in range(3)
+    ]
 
     def run(specs, start, grads):
         tx, _ = make_optimizer(settings, specs, 10)
@@ -206,7 +213,9 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
         return start
 
     whole = run(specs, stacked, grads)
-    single = jax.tree.map(lambda s: param.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param.is_spec)
+    single = jax.tree.map(
+        lambda s: param.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param.is_spec
+    )
     for i in range(3):
         layer = lambda t, i=i: jax.tree.map(lambda x: x[i], t)  # noqa: E731
         assert_close(layer(whole), run(single, layer(stacked), [layer(g) for g in grads]), 1e-6)
@@ -220,7 +229,9 @@ def update_case(optimizer, clip):
     return tx, grads, start
 
 
-@pytest.mark.parametrize("optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)])
+@pytest.mark.parametrize(
+    "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
+)
 def test_a_guarded_update_is_optaxs_update_or_none_at_all(optimizer, clip):
     tx, grads, start = update_case(optimizer, clip)
     plain = [optax.clip_by_global_norm(clip)] if clip else []
@@ -245,7 +256,14 @@ def test_layers_in_turn_are_updated_as_all_at_once(optimizer, monkeypatch):
     gradients = [jax.tree.map(lambda p, k=k: jnp.cos((50 + k) * p).astype(p.dtype), start) for k in range(3)]
     found = []
     for in_turn in (False, True):
-        settings = Optim(optimizer=optimizer, clip=0.3, weight_decay=0.1, warmup=0.0, in_turn=in_turn, lr_groups=((".*/q", 2.0),))
+        settings = Optim(
+            optimizer=optimizer,
+            clip=0.3,
+            weight_decay=0.1,
+            warmup=0.0,
+            in_turn=in_turn,
+            lr_groups=((".*/q", 2.0),),
+        )
         tx, _ = make_optimizer(settings, specs, 10)
         step = jax.jit(lambda g, ok, now, tx=tx: optim.guarded_update(tx, g, optax.tree.norm(g), ok, now))
         now = start, tx.init(start)
@@ -254,7 +272,9 @@ def test_layers_in_turn_are_updated_as_all_at_once(optimizer, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, step(gradients[0], jnp.array(False), now), now)
         found.append(now[0])
     assert_close(found[1], found[0], 1e-5)
-    assert len(jax.eval_shape(tx.init, start)[2]) == (0 if optimizer is optim.adafactor else 1 + ("head" in start))
+    assert len(jax.eval_shape(tx.init, start)[2]) == (
+        0 if optimizer is optim.adafactor else 1 + ("head" in start)
+    )
 
 
 def test_bfloat16_parameters_move_by_what_they_cannot_hold():
@@ -301,7 +321,9 @@ def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
 
     plain, plus = updates(()), updates((("adapter/.*/b", 16.0),))
     for path in plain:
-        np.testing.assert_allclose(plus[path], plain[path] * (16.0 if path.endswith("/b") else 1.0), rtol=1e-6)
+        np.testing.assert_allclose(
+            plus[path], plain[path] * (16.0 if path.endswith("/b") else 1.0), rtol=1e-6
+        )
     with pytest.raises(ValueError, match="matches none"):
         updates((("nothing", 2.0),))
 
@@ -309,7 +331,11 @@ def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_schedules_warm_up_from_zero_and_end_where_they_say(name):
     schedule = getattr(optim, name)(1.0, 0.1, 10, 100)
-    assert float(schedule(0)) == 0.0 and float(schedule(5)) == pytest.approx(0.5) and float(schedule(10)) == pytest.approx(1.0)
+    assert (
+        float(schedule(0)) == 0.0
+        and float(schedule(5)) == pytest.approx(0.5)
+        and float(schedule(10)) == pytest.approx(1.0)
+    )
     assert float(schedule(100)) == pytest.approx(1.0 if name == "constant" else 0.1)
     after = [float(schedule(i)) for i in range(10, 101)]
     assert all(a >= b for a, b in zip(after, after[1:]))

@@ -77,7 +77,13 @@ def theirs(folder, rows, loss_type):
 
     said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     data = datasets.Dataset.from_list(
-        [{"prompt": said("user", r["prompt"]), **{k: said("assistant", r[k]) for k in ("chosen", "rejected")}} for r in rows]
+        [
+            {
+                "prompt": said("user", r["prompt"]),
+                **{k: said("assistant", r[k]) for k in ("chosen", "rejected")},
+            }
+            for r in rows
+        ]
     )
     args = trl.DPOConfig(
         str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR, adam_epsilon=EPS,

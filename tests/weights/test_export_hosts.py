@@ -26,7 +26,9 @@ with jax.set_mesh(mesh):
 
 
 def bytes_of(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_two_processes_write_what_one_writes_and_a_full_disk_ends_both(tmp_path):
@@ -34,7 +36,9 @@ def test_two_processes_write_what_one_writes_and_a_full_disk_ends_both(tmp_path)
         pytest.skip("needs 8 simulated devices")
     base, full = export_place.write_base(tmp_path / "base"), tmp_path / "full"
     full.mkdir()
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", full], capture_output=True).returncode
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", full], capture_output=True
+    ).returncode
     try:
         texts = told(start(RUN, 2, 4, tmp_path / "two", full if mounted else tmp_path / "none", base))
     finally:

@@ -55,7 +55,9 @@ def test_smollm2_tokenizer_gives_transformers_ids(smollm2, tmp_path):
     again = AutoTokenizer.from_pretrained(str(tmp_path))
     chat = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "Yes"}]
     for tokenizer in (ours, again):
-        assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(
+            chat, tokenize=False
+        )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
             assert getattr(tokenizer, name) == getattr(theirs, name)
         assert len(tokenizer) == 49152 and tokenizer.get_vocab() == theirs.get_vocab()
@@ -81,7 +83,9 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
     located = smollm2[0]
     model = load.model_for(SMOLLM2)
     assert load.model_for(str(located.path)).config == model.config
-    reference = AutoModelForCausalLM.from_pretrained(str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32
+    )
     state = reference.state_dict()
     base = load.load_base(str(located.path), model, lambda path, array: array)
     for out in hf.outgoing(base, model.names):
@@ -90,7 +94,11 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
 
 def permute(weight, heads):
     """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def gguf_tensors(reference):
@@ -161,9 +169,18 @@ def test_every_tensor_type_is_what_the_gguf_package_expands(tmp_path, kind, tied
 
 ROPE = {
     "default": ({"rope_type": "default", "rope_theta": 300.0}, ()),
-    "linear": ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, (("add_rope_scaling_factor", 4.0),)),
+    "linear": (
+        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        (("add_rope_scaling_factor", 4.0),),
+    ),
     "llama3": (
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "rope_theta": 5e5,
+        }
         | {"original_max_position_embeddings": 8192},
         (),
     ),
@@ -179,10 +196,14 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
     reference = tiny_torch(rope_parameters=rope, max_position_embeddings=16384)
     if name == "llama3":  # what convert_hf_to_gguf.py stores: the divisor of each frequency
         plain = rope["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
-        extra = [("rope_freqs.weight", (plain / reference.model.rotary_emb.inv_freq.numpy()).astype(np.float32))]
+        extra = [
+            ("rope_freqs.weight", (plain / reference.model.rotary_emb.inv_freq.numpy()).astype(np.float32))
+        ]
         assert extra[0][1].max() > 7.9 and extra[0][1].min() < 1.01
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, fields=fields, extra=extra))
-    np.testing.assert_allclose(inverse_frequencies(model.config), reference.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        inverse_frequencies(model.config), reference.model.rotary_emb.inv_freq.numpy(), rtol=1e-6
+    )
     tokens = some_tokens()
     np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)
 
@@ -190,7 +211,9 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
 def check_refuses(path, *words):
     with pytest.raises(ValueError) as caught:
         load(path)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(path), *words)), caught.value
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(path), *words)), (
+        caught.value
+    )
 
 
 def test_what_is_not_a_readable_llama_is_named(tmp_path):
@@ -248,7 +271,11 @@ def toy_vocabulary():
 
     merges = ["l l", "Ġ h", "Ġh e", "1 2", "12 3", "Ġ Ġ", "Ċ Ċ"]
     specials = {"<|endoftext|>": 3, "<|begin|>": 3, "<|end|>": 3, "<think>": 4}
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [m.replace(" ", "") for m in merges] + ["hell", *specials]
+    tokens = (
+        sorted(pre_tokenizers.ByteLevel.alphabet())
+        + [m.replace(" ", "") for m in merges]
+        + ["hell", *specials]
+    )
     return merges, tokens, specials
 
 
@@ -258,7 +285,11 @@ def test_other_pre_tokenizers_equal_transformers(tmp_path, pre):
 
     merges, tokens, specials = toy_vocabulary()
     fields = [("add_tokenizer_pre", pre), ("add_token_merges", merges), ("add_bos_token_id", len(tokens) - 3)]
-    fields += [("add_eos_token_id", len(tokens) - 2), ("add_add_bos_token", True), ("add_chat_template", "{{ bos_token }}")]
+    fields += [
+        ("add_eos_token_id", len(tokens) - 2),
+        ("add_add_bos_token", True),
+        ("add_chat_template", "{{ bos_token }}"),
+    ]
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(), fields=byte_level(fields, tokens, **specials))
     ours = load.load_tokenizer(str(path))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
@@ -269,9 +300,13 @@ def test_other_pre_tokenizers_equal_transformers(tmp_path, pre):
     assert ours.decode(ours.encode("a<think>b<|end|>"), skip_special_tokens=True) == "a<think>b"
     ours.save_pretrained(str(tmp_path / "saved"))
     again = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
-    assert again.encode("a 12<|end|>") == ours.encode("a 12<|end|>") and again.chat_template == "{{ bos_token }}"
+    assert (
+        again.encode("a 12<|end|>") == ours.encode("a 12<|end|>") and again.chat_template == "{{ bos_token }}"
+    )
     whole_words = ours.encode("hell", add_special_tokens=False) == [tokens.index("hell")]
-    assert whole_words == (pre == "llama-bpe")  # no merge makes it: Llama 3 looks whole words up first (ignore_merges)
+    assert whole_words == (
+        pre == "llama-bpe"
+    )  # no merge makes it: Llama 3 looks whole words up first (ignore_merges)
 
 
 def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):

@@ -84,7 +84,9 @@ def test_an_input_that_is_always_zero_changes_nothing_else():
     lone = quantize(w, "nf4", 16, False)
     np.testing.assert_array_equal(value(found)[[3, 17]], value(lone)[[3, 17]])
     assert np.isfinite(value(found)).all()
-    np.testing.assert_array_equal(gptq.compensated(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes)
+    np.testing.assert_array_equal(
+        gptq.compensated(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes
+    )
 
 
 def by_solving(w, moment, scale, levels):
@@ -120,7 +122,9 @@ def test_the_codes_are_those_of_the_least_squares_that_gptq_solves():
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrate")
     write_folder(folder / "base", tiny_torch())
-    write_rows(folder / "rows.jsonl", [{"text": f"{i} and {i} are {2 * i}, or so they say"} for i in range(60)])
+    write_rows(
+        folder / "rows.jsonl", [{"text": f"{i} and {i} are {2 * i}, or so they say"} for i in range(60)]
+    )
     return folder
 
 
@@ -175,7 +179,9 @@ def quantized(place, monkeypatch, capsys):
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
         monkeypatch.chdir(place)
-        return cli.one_line_errors(runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]), capsys.readouterr().err
+        return cli.one_line_errors(
+            runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
+        ), capsys.readouterr().err
 
     return call
 
@@ -183,14 +189,21 @@ def quantized(place, monkeypatch, capsys):
 def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quantized):
     form = ("--model", "base", "--kind", "int4", "--block", "32", "--targets", "layers/attn/.*")
     assert quantized(*form, "--out", "plain")[0] == 0
-    code, told = quantized(*form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64")
+    code, told = quantized(
+        *form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64"
+    )
     assert code == 0 and "looking at batch 2 of 2" in told, told
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
-    ids, logits = np.array([load.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32), {}
+    ids, logits = (
+        np.array([load.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),
+        {},
+    )
     tokens = some_tokens(rows=4, time=28).replace(ids=ids)
     for name in ("base", "plain", "looked"):
         model = load.model_for(str(place / name), dtype=jnp.float32)
-        base = partition.load_frozen(str(place / name), model, one_device(), None if name == "base" else Quant("kept"))
+        base = partition.load_frozen(
+            str(place / name), model, one_device(), None if name == "base" else Quant("kept")
+        )
         logits[name] = np.asarray(model.logits(model.head(base), model.hidden(base, tokens)))
     off = {name: np.square(logits[name] - logits["base"]).mean() for name in ("plain", "looked")}
     assert 0 < off["looked"] < 0.8 * off["plain"], off

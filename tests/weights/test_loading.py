@@ -27,7 +27,9 @@ from jaxft.weights import load, parameters, peft, safetensors
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
+SIZES = dict(
+    hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2
+)
 
 
 def write_kept(folder, way):
@@ -40,14 +42,25 @@ def write_kept(folder, way):
         return write_grouped(folder, "gptq", ordered=True, sym=True, changes=SIZES)[0]
     if way.startswith("bitsandbytes"):
         return by_bitsandbytes(folder, "nf4", way.endswith("double"), **SIZES)[0]
-    source = str(write_folder(folder / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16)))
+    source = str(
+        write_folder(folder / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16))
+    )
     quant = Quant("nf4", 16) if way == "own nf4" else Quant("int8")
     whole = export.Whole(source, load.model_for(source), None)
     export.write(folder / "own", whole, "bfloat16", export.Pack(quant))
     return folder / "own"
 
 
-KEPT = ("gguf", "gptq", "gptq, act-order", "awq", "bitsandbytes", "bitsandbytes, double", "own nf4", "own int8")
+KEPT = (
+    "gguf",
+    "gptq",
+    "gptq, act-order",
+    "awq",
+    "bitsandbytes",
+    "bitsandbytes, double",
+    "own nf4",
+    "own int8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +68,9 @@ def folders(tmp_path_factory):
     """A bfloat16 model in several files, and packed ones."""
     root = tmp_path_factory.mktemp("loading")
     plain = write_folder(
-        root / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16), max_shard_size="100KB"
+        root / "plain",
+        tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16),
+        max_shard_size="100KB",
     )
     assert len(list(plain.glob("*.safetensors"))) > 5
     write_folder(root / "tied", tiny_torch(tie_word_embeddings=True, **SIZES).to(torch.float16))
@@ -66,13 +81,28 @@ def folders(tmp_path_factory):
 
 CASES = [("plain", form) for form in FORMS if form != "kept"] + [("tied", "bits"), ("tied", "nf4")]
 CASES += [(way, "kept") for way in KEPT]
-CASES += [("gptq", "float32"), ("own nf4", "bits"), ("gguf", "trained"), ("bitsandbytes", "int8")]  # expanded again
+CASES += [
+    ("gptq", "float32"),
+    ("own nf4", "bits"),
+    ("gguf", "trained"),
+    ("bitsandbytes", "int8"),
+]  # expanded again
 
 
 # With several processes; "mixed" gives each of them parts of a leaf that are not beside one another.
-TOGETHER = [("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "tables in int8", "tables too")]
-TOGETHER += [("plain", "trained", ["2x2x2"]), ("plain", "int8", ["2x2x2"]), ("plain", "nf4", ["2x2x2"]), ("tied", "nf4", ["1x8"])]
-TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [("own nf4", "bits", ["1x8"]), ("gptq, act-order", "kept", ["mixed"])]
+TOGETHER = [
+    ("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "tables in int8", "tables too")
+]
+TOGETHER += [
+    ("plain", "trained", ["2x2x2"]),
+    ("plain", "int8", ["2x2x2"]),
+    ("plain", "nf4", ["2x2x2"]),
+    ("tied", "nf4", ["1x8"]),
+]
+TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [
+    ("own nf4", "bits", ["1x8"]),
+    ("gptq, act-order", "kept", ["mixed"]),
+]
 
 
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
@@ -84,7 +114,11 @@ def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
         found = partition.load_base(str(folders[folder]), t, mesh)
         assert_has_the_bits_of(found, wanted)
         places = partition.abstract_params(t, mesh)["base"]
-        jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)), found, places)
+        jax.tree.map(
+            lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)),
+            found,
+            places,
+        )
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "kept")])
@@ -97,7 +131,13 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     for path, spec in param.spec_paths(t.model.specs["base"]).items():
         name, turned = t.model.names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
-        value = np.stack([x.T if turned else x for x in layers]) if "{i}" in name else layers[0].T if turned else layers[0]
+        value = (
+            np.stack([x.T if turned else x for x in layers])
+            if "{i}" in name
+            else layers[0].T
+            if turned
+            else layers[0]
+        )
         held = t.held[f"base/{path}"]
         value = value if held.quantised else value.astype(held.dtype)
         wanted = quantize(value, *held.pack) if held.pack else value
@@ -111,7 +151,13 @@ def together(folders, tmp_path_factory):
     model = load.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
     t = partition.trained(model, settings, None)
-    peft.save_adapter(adapter, jax.tree.map(lambda x: x + 1, init.start_adapter(t, one_device(), 3)), settings, model, "base")
+    peft.save_adapter(
+        adapter,
+        jax.tree.map(lambda x: x + 1, init.start_adapter(t, one_device(), 3)),
+        settings,
+        model,
+        "base",
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -137,10 +183,18 @@ def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
     for told in together:
         assert len(told) == sum(len(on) for _, _, on in TOGETHER)
         for folder, form, mesh, some, anything in told:
-            twice, whole_layers = "int8" in form, folder.endswith("own") and form == "bits"  # expanded from quantised scales
+            twice, whole_layers = (
+                "int8" in form,
+                folder.endswith("own") and form == "bits",
+            )  # expanded from quantised scales
             most = 1.01 if twice else 0.8 if whole_layers else 0.62 if "act-order" in folder else 0.54
             assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
-            assert mesh == "2x2x2" or twice or whole_layers or anything < most + 0.06, (folder, form, mesh, anything)
+            assert mesh == "2x2x2" or twice or whole_layers or anything < most + 0.06, (
+                folder,
+                form,
+                mesh,
+                anything,
+            )
 
 
 @given(st.data())
@@ -161,30 +215,41 @@ def test_a_part_of_an_array_in_a_file_is_its_slice_and_no_more_is_read(tmp_path_
     if found.size:
         path.write_bytes(path.read_bytes()[: 7 + whole.nbytes // 2])
         if index == ():
-            with pytest.raises(ValueError, match="part.bin: ends inside it; the file changed while it was read"):
+            with pytest.raises(
+                ValueError, match="part.bin: ends inside it; the file changed while it was read"
+            ):
                 safetensors.read_range(path, "it", safetensors.Range(whole.dtype, shape, 7), index)
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folders, tmp_path, form):
-    state = {name: x for path in folders["plain"].glob("*.safetensors") for name, x in load_file(path).items()}
+    state = {
+        name: x for path in folders["plain"].glob("*.safetensors") for name, x in load_file(path).items()
+    }
     (tmp_path / "config.json").write_bytes((folders["plain"] / "config.json").read_bytes())
     name = "model.layers.1.mlp.up_proj.weight"
     state[name][5, 3] = np.nan
     save_file(state, tmp_path / "model.safetensors")
     t = held_as(tmp_path, form)
     for mesh in (one_device(), mesh_of("1x8")):
-        with pytest.raises(ValueError, match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$",
+        ):
             partition.load_base(str(tmp_path), t, mesh)
     leaf = load.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
     half = (slice(0, 64), slice(0, 256))
-    with pytest.raises(ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"):
+    with pytest.raises(
+        ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"
+    ):
         list(parameters.each(leaf, [half], lambda *part: quantize(parameters.numbers(leaf, *part), form)))
 
 
 def bench(*argv):
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "bench" / "bench_load.py", "--json", *argv], capture_output=True, timeout=500
+        [sys.executable, ROOT / "scripts" / "bench" / "bench_load.py", "--json", *argv],
+        capture_output=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -194,7 +259,10 @@ def test_the_benchmark_tells_what_each_process_held_and_read():
     found = bench("--gb", "0.02", "--devices", "2")
     for process in found["processes"]:
         assert process["own shards"] == pytest.approx(found["files"] / 2, rel=0.02)
-        assert process["read"] < 0.55 * found["files"] and process["own part of the largest leaf"] < process["own shards"]
+        assert (
+            process["read"] < 0.55 * found["files"]
+            and process["own part of the largest leaf"] < process["own shards"]
+        )
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 @pytest.fixture(scope="module")
 def world(request, tmp_path_factory):
     """A folder on disk, its jaxft model and base (tied where a test asks for it); torch_model(world) is a fresh torch one."""
-    folder = write_folder(tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False)))
+    folder = write_folder(
+        tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False))
+    )
     model = load.model_for(str(folder), dtype=jnp.float32)
     return folder, model, load.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
 
@@ -42,7 +44,11 @@ def trained(model, settings, seed=0, size=0.1):
     key = jax.random.key(seed + 1)
 
     def move(path, x):
-        return x if path[-1].key == "scale" else x + size * jax.random.normal(jax.random.fold_in(key, len(str(path))), x.shape)
+        return (
+            x
+            if path[-1].key == "scale"
+            else x + size * jax.random.normal(jax.random.fold_in(key, len(str(path))), x.shape)
+        )
 
     return jax.tree_util.tree_map_with_path(move, fresh)
 
@@ -77,7 +83,9 @@ def test_our_adapter_gives_the_same_logits_in_peft_and_comes_back(world, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     assert (settings_again.rank, settings_again.alpha) == (settings.rank, settings.alpha)
     assert (settings_again.dropout, settings_again.rslora) == (settings.dropout, settings.rslora)
-    shapes = jax.tree.map(lambda s: s.shape, adapter_specs(world[1].specs, settings_again), is_leaf=lambda x: hasattr(x, "init"))
+    shapes = jax.tree.map(
+        lambda s: s.shape, adapter_specs(world[1].specs, settings_again), is_leaf=lambda x: hasattr(x, "init")
+    )
     assert shapes == jax.tree.map(lambda x: x.shape, again)
 
 
@@ -100,15 +108,26 @@ def written_by_peft(world, folder, **config):
         (False, dict(target_modules="all-linear")),
         (False, dict(target_modules=list(ALL), use_rslora=True, init_lora_weights="gaussian")),
         (False, dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])),
-        (False, dict(target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 6, r"layers\.1\.mlp\.up_proj": 2})),
-        (False, dict(target_modules=["o_proj", "up_proj"], alpha_pattern={r".*\.0\..*o_proj": 3, "up_proj": 20})),
+        (
+            False,
+            dict(
+                target_modules=["q_proj", "up_proj"],
+                rank_pattern={"q_proj": 6, r"layers\.1\.mlp\.up_proj": 2},
+            ),
+        ),
+        (
+            False,
+            dict(target_modules=["o_proj", "up_proj"], alpha_pattern={r".*\.0\..*o_proj": 3, "up_proj": 20}),
+        ),
         (False, dict(target_modules=["q_proj", "lm_head"])),
         (True, dict(target_modules=["q_proj", "lm_head"])),
     ],
     ids=["all", "rslora", "layers", "ranks", "alphas", "head", "tied head"],
     indirect=["world"],
 )
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`"
+)
 def test_an_adapter_by_peft_gives_the_same_logits_here_and_leaves_again(world, tmp_path, config):
     expected = written_by_peft(world, tmp_path / "in", r=4, lora_alpha=16, **config)
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
@@ -145,13 +164,19 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
 
 def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q", "gate", "head"))
-    peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main")
+    peft_layout.save_adapter(
+        tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main"
+    )
     text = (tmp_path / "adapter_config.json").read_text()
     config = json.loads(text)
     assert list(config) == sorted(config) and '\n  "alpha_pattern"' in text
     assert config["base_model_name_or_path"] == "meta-llama/Llama-3.2-1B" and config["revision"] == "main"
     assert config["target_modules"] == ["gate_proj", "lm_head", "q_proj"] and config["lora_alpha"] == 4
-    assert isinstance(config["lora_alpha"], int) and config["peft_type"] == "LORA" and config["use_dora"] is False
+    assert (
+        isinstance(config["lora_alpha"], int)
+        and config["peft_type"] == "LORA"
+        and config["use_dora"] is False
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"].shape == (2, 64)
@@ -164,7 +189,9 @@ def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
     adapter["layers"]["attn"]["q"]["scale"] = jnp.array([2.0, 0.0, 0.5])
     peft_layout.save_adapter(tmp_path, adapter, settings, world[1], "base")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
-    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), ours(world, adapter, settings, some_tokens()), atol=2e-4)
+    np.testing.assert_allclose(
+        torch_logits(theirs, some_tokens()), ours(world, adapter, settings, some_tokens()), atol=2e-4
+    )
 
 
 def test_a_bfloat16_adapter_survives_bit_for_bit(world, tmp_path):
@@ -187,7 +214,9 @@ class TestRefusals:
         with pytest.raises(error) as caught:
             peft_layout.load_adapter(folder, world[1])
         message = str(caught.value)
-        assert "\n" not in message and str(folder) in message and all(word in message for word in words), message
+        assert "\n" not in message and str(folder) in message and all(word in message for word in words), (
+            message
+        )
 
     @pytest.mark.parametrize(
         "change",

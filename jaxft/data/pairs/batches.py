@@ -22,12 +22,17 @@ class Room:
     slots: int
 
 
-def batches(tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int) -> Int[np.ndarray, "batches size"]:
+def batches(
+    tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
+) -> Int[np.ndarray, "batches size"]:
     """Every pair once, `size` a batch; -1 fills the last batch where there are fewer left."""
     order = permutation(len(tokens), seed, 1, epoch)
     whole = len(tokens) // size * size
     window = max(1, WINDOW // size) * size
-    found = [_dealt(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i)) for i in range(0, whole, window)]
+    found = [
+        _dealt(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i))
+        for i in range(0, whole, window)
+    ]
     full = np.concatenate(found) if found else np.empty((0, size), np.int64)
     full = full[permutation(len(full), seed, 3, epoch)]
     rest = order[whole:]
@@ -35,7 +40,9 @@ def batches(tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int) -> 
     return np.concatenate([full, last]) if len(rest) else full
 
 
-def _dealt(pairs: np.ndarray, tokens: np.ndarray, size: int, key: tuple[int, ...]) -> Int[np.ndarray, "batches size"]:
+def _dealt(
+    pairs: np.ndarray, tokens: np.ndarray, size: int, key: tuple[int, ...]
+) -> Int[np.ndarray, "batches size"]:
     count = len(pairs) // size
     strata = pairs[np.argsort(tokens[pairs], kind="stable")].reshape(size, count)
     shuffled = np.argsort(permutation(len(pairs), *key).reshape(size, count), axis=1)
@@ -84,7 +91,9 @@ def most(row: Int[np.ndarray, "batches size"], counts: Int[np.ndarray, "batches 
     return int(total.max(initial=0))
 
 
-def fit(pairs: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " all"], reads: Int[np.ndarray, " all"], room: Room) -> Plan:
+def fit(
+    pairs: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " all"], reads: Int[np.ndarray, " all"], room: Room
+) -> Plan:
     """Rows for pairs whose batches don't matter: from long to short, each into the first row that has room for it."""
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
@@ -95,7 +104,9 @@ def fit(pairs: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " all"], reads: In
         need = np.array([tokens[pair], reads[pair], 1])
         fits = np.flatnonzero((left[: used + 1] >= need).all(1))
         if not len(fits):
-            raise ValueError(f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of {room}")
+            raise ValueError(
+                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of {room}"
+            )
         row[number] = fits[0]
         left[fits[0]] -= need
         used = max(used, int(fits[0]) + 1)

@@ -71,12 +71,16 @@ def normalise_pairs(rows: Sequence[Row], settings: "PairRows") -> list[Pair]:
     """Every row as a Pair; the format is decided once, from the first row. Raises ValueError that names the row."""
     plain = settings.format == PLAIN
     if settings.format not in ("auto", PLAIN, *FORMS.needed):
-        raise ValueError(f"data.format={settings.format!r}; wanted auto, {PLAIN} or one of {', '.join(FORMS.needed)}")
+        raise ValueError(
+            f"data.format={settings.format!r}; wanted auto, {PLAIN} or one of {', '.join(FORMS.needed)}"
+        )
     numbers = (*settings.extras, *([settings.weight_column] if settings.weight_column else []))
     forms = replace(FORMS, optional={name: (*names, *numbers) for name, names in FORMS.optional.items()})
     format, renamed = formats.decided(rows, "auto" if plain else settings.format, settings.columns, forms)
     if plain and format not in ("preference", "unpaired"):
-        raise ValueError(f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, found {format}; leave it out")
+        raise ValueError(
+            f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, found {format}; leave it out"
+        )
     return [_pair(row, format, settings) for row in renamed]
 
 
@@ -90,9 +94,13 @@ def _pair(row: Row, format: str, settings: "PairRows") -> Pair:
         answers = {kind: Completion(row.name, prompt, text) for kind, text in found.items()}
     else:
         answers = _conversations(row, format, columns)
-    weight = 1.0 if settings.weight_column is None else _number(row, settings.weight_column, "data.weight_column")
+    weight = (
+        1.0 if settings.weight_column is None else _number(row, settings.weight_column, "data.weight_column")
+    )
     if weight < 0:
-        raise ValueError(f"{row.name}: the weight in column {settings.weight_column!r} is {weight:g}; wanted 0 or more")
+        raise ValueError(
+            f"{row.name}: the weight in column {settings.weight_column!r} is {weight:g}; wanted 0 or more"
+        )
     numbers = tuple(_number(row, column, "data.extras") for column in settings.extras)
     return Pair(row.name, {kind: answers.get(kind) for kind in kinds_of(settings)}, numbers, weight)
 
@@ -101,7 +109,9 @@ def _columns(row: Row, format: str, settings: "PairRows") -> Columns:
     gold = {"gold": "reference"} if settings.third == "gold" else {}
     if gold and row.fields.get("reference") is None:
         found = ", ".join(map(str, row.fields))
-        raise ValueError(f"{row.name}: no column 'reference', which data.third=gold takes the third answer from; found: {found}")
+        raise ValueError(
+            f"{row.name}: no column 'reference', which data.third=gold takes the third answer from; found: {found}"
+        )
     if format != "unpaired":
         return {"chosen": "chosen", "rejected": "rejected", **gold}
     label = row.fields["label"]
@@ -116,7 +126,9 @@ def _number(row: Row, column: str, setting: str) -> float:
         found = ", ".join(map(str, row.fields))
         raise ValueError(f"{row.name}: no number in column {column!r} ({setting}); found columns: {found}")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{row.name}: column {column!r} ({setting}) is {repr(value)[:40]}, wanted a finite number")
+        raise ValueError(
+            f"{row.name}: column {column!r} ({setting}) is {repr(value)[:40]}, wanted a finite number"
+        )
     return float(value)
 
 
@@ -148,10 +160,14 @@ def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | 
     for kind, turns in found.items():
         _check_answer(row, columns[kind], turns)
     if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{row.name}: the prompt ends with an assistant turn; wanted the user's, move it to the answers")
+        raise ValueError(
+            f"{row.name}: the prompt ends with an assistant turn; wanted the user's, move it to the answers"
+        )
     single = single and all(len(turns) == 1 for turns in found.values())
     tools = formats.tools_of(row)
-    return {kind: Chat(row.name, (*prompt, *turns), len(prompt), single, tools) for kind, turns in found.items()}
+    return {
+        kind: Chat(row.name, (*prompt, *turns), len(prompt), single, tools) for kind, turns in found.items()
+    }
 
 
 def _check_answer(row: Row, column: str, turns: Turns) -> None:
@@ -159,7 +175,9 @@ def _check_answer(row: Row, column: str, turns: Turns) -> None:
         raise ValueError(f"{row.name}: the answer in column {column!r} is empty; fill it or remove the row")
     for place, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
-            raise ValueError(f"{row.name}: the answer in column {column!r} {place} with a {turn['role']} turn, wanted assistant")
+            raise ValueError(
+                f"{row.name}: the answer in column {column!r} {place} with a {turn['role']} turn, wanted assistant"
+            )
 
 
 def _turns(row: Row, column: str) -> Turns:
@@ -194,7 +212,10 @@ def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns],
     text = formats.string(row, "prompt")
     strings = all(isinstance(formats.parsed(row, column), str) for column in columns.values())
     if strings and text.lstrip().startswith("Human:") and text.rstrip().endswith("\n\nAssistant:"):
-        whole = {kind: dialogue(row, "prompt", f"{text} {formats.string(row, column)}") for kind, column in columns.items()}
+        whole = {
+            kind: dialogue(row, "prompt", f"{text} {formats.string(row, column)}")
+            for kind, column in columns.items()
+        }
         return _dialogue_ends(row, whole)
     question = [*formats.system_of(row), {"role": "user", "content": text}]
     found = {kind: _turns(row, column) for kind, column in columns.items()}
@@ -224,9 +245,13 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
     pair = {kind: column for kind, column in columns.items() if kind != "gold"}
     values = [formats.parsed(row, column) for column in pair.values()]
     if all(isinstance(value, str) for value in values):
-        prompt, found, _ = _dialogue_ends(row, {kind: dialogue(row, c, formats.string(row, c)) for kind, c in pair.items()})
+        prompt, found, _ = _dialogue_ends(
+            row, {kind: dialogue(row, c, formats.string(row, c)) for kind, c in pair.items()}
+        )
     elif any(isinstance(value, str) for value in values):
-        raise ValueError(f"{row.name}: of 'chosen' and 'rejected' one is a string; wanted both strings or both lists of messages")
+        raise ValueError(
+            f"{row.name}: of 'chosen' and 'rejected' one is a string; wanted both strings or both lists of messages"
+        )
     else:
         whole = {kind: _turns(row, column) for kind, column in pair.items()}
         _refuse_identical(row, whole)
@@ -239,7 +264,9 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
         found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
         first = [turns[0] for turns in found.values() if turns]
         if any(turn["role"] != "assistant" for turn in first):
-            raise ValueError(f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is no answer")
+            raise ValueError(
+                f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is no answer"
+            )
     if "gold" in columns:
         found["gold"] = _after(row, columns["gold"], prompt, _turns(row, columns["gold"]))
     return prompt, found
@@ -253,7 +280,10 @@ def dialogue(row: Row, column: str, text: str) -> Turns:
             f"{row.name}: column {column!r} is a string that does not begin with 'Human:'; without a column 'prompt' wanted a "
             "list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'"
         )
-    return [{"role": _SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [
+        {"role": _SPEAKERS[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, Turns], bool]:
@@ -267,5 +297,7 @@ def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, 
             "or remove the row"
         )
     if not prompt:
-        raise ValueError(f"{row.name}: a dialogue of one turn has no prompt; wanted '\\n\\nHuman: ...\\n\\nAssistant: ...'")
+        raise ValueError(
+            f"{row.name}: a dialogue of one turn has no prompt; wanted '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+        )
     return prompt, {kind: turns[-1:] for kind, turns in whole.items()}, False

@@ -48,7 +48,11 @@ def tokens_of(pool: TokenisedPairs, branches: bool) -> Int[np.ndarray, " pairs"]
 
 
 def fill(
-    pool: TokenisedPairs, plan: Plan, layout: Layout, weights: Float[np.ndarray, " members"], means: Float[np.ndarray, " A"]
+    pool: TokenisedPairs,
+    plan: Plan,
+    layout: Layout,
+    weights: Float[np.ndarray, " members"],
+    means: Float[np.ndarray, " A"],
 ) -> Pairs:
     """The plan's rows as arrays [layout.rows, ...]; rows that the plan doesn't have stay empty.
 
@@ -62,7 +66,9 @@ def fill(
     where = spread(runs.start.ravel(), counts)  # of each token, in the pool
     each = lambda x: np.repeat(np.broadcast_to(x, runs.count.shape).ravel(), counts)  # noqa: E731
     at = (each(row[:, None]), spread(runs.column.ravel(), counts))
-    ids, segments, positions, branches = (np.zeros((layout.rows, layout.room.length), np.int32) for _ in range(4))
+    ids, segments, positions, branches = (
+        np.zeros((layout.rows, layout.room.length), np.int32) for _ in range(4)
+    )
     ids[at] = pool.ids[where]
     segments[at] = each(runs.segment)
     positions[at] = spread(runs.position.ravel(), counts)
@@ -121,7 +127,9 @@ def _counted(groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.arange(len(groups)) - np.searchsorted(groups, groups)
 
 
-def _by_read(pool: TokenisedPairs, layout: Layout, row: np.ndarray, values: tuple[np.ndarray, ...]) -> dict[str, Any]:
+def _by_read(
+    pool: TokenisedPairs, layout: Layout, row: np.ndarray, values: tuple[np.ndarray, ...]
+) -> dict[str, Any]:
     column, answer, place, where = values
     shape, at = (layout.rows, layout.room.reads), (row, _counted(row))
     read, targets, places = (np.zeros(shape, np.int32) for _ in range(3))
@@ -134,7 +142,9 @@ def _by_read(pool: TokenisedPairs, layout: Layout, row: np.ndarray, values: tupl
     return {"read": read, "targets": targets, "answers": answers, "places": places, "reference": reference}
 
 
-def _last(runs: _Runs, layout: Layout, at: tuple[np.ndarray, np.ndarray], kinds: int) -> Int[np.ndarray, "B P A"]:
+def _last(
+    runs: _Runs, layout: Layout, at: tuple[np.ndarray, np.ndarray], kinds: int
+) -> Int[np.ndarray, "B P A"]:
     """The column of the last token of each answer. An answer ends with a token that is learned."""
     last = np.zeros((layout.rows, layout.room.slots, kinds), np.int32)
     of = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
@@ -143,7 +153,9 @@ def _last(runs: _Runs, layout: Layout, at: tuple[np.ndarray, np.ndarray], kinds:
     return last
 
 
-def _by_slot(pool: TokenisedPairs, layout: Layout, at: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]) -> dict[str, Any]:
+def _by_slot(
+    pool: TokenisedPairs, layout: Layout, at: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]
+) -> dict[str, Any]:
     row, slot, members = at
     weights, means = values
     shape = (layout.rows, layout.room.slots)
@@ -178,7 +190,9 @@ def values(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.nd
     """Numbers at the read positions of a batch by pair, in order of kind and of place within the answer."""
     flat = lambda a: np.asarray(a).reshape(-1, np.shape(a)[-1])  # noqa: E731
     slots, kinds, found = np.shape(batch.index)[-1], len(batch.kinds), {}
-    for answer, place, value, index in zip(flat(batch.answers), flat(batch.places), flat(x), flat(batch.index), strict=True):
+    for answer, place, value, index in zip(
+        flat(batch.answers), flat(batch.places), flat(x), flat(batch.index), strict=True
+    ):
         order = np.lexsort((place, answer))
         bounds = np.searchsorted(answer[order] // kinds, np.arange(slots + 1))
         for slot, pair in enumerate(index):

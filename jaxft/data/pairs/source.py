@@ -71,7 +71,9 @@ class PairRows:
         )  # fmt: skip
         for name, wanted in choices:
             if getattr(self, name) not in wanted:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(map(str, wanted)).lower()}")
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(map(str, wanted)).lower()}"
+                )
         for name, least in (("max_length", 2), ("batch", 1), ("micro", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least {least}")
@@ -138,7 +140,11 @@ def abstract_pairs(rows: PairRows, shards: int = 1, reference: bool = False) -> 
 
 
 def pair_source(
-    rows: PairRows, tokenizer: Any, cache: Path | None = None, process: tuple[int, int] = (0, 1), shards: int = 1
+    rows: PairRows,
+    tokenizer: Any,
+    cache: Path | None = None,
+    process: tuple[int, int] = (0, 1),
+    shards: int = 1,
 ) -> PairSource:
     """Read, tokenise (or find in the cache) and plan; see PairRows and PairSource.
 
@@ -153,8 +159,12 @@ def pair_source(
     _check_both(rows, pool)
     if rows.third == "mismatched":
         pool = _mismatched(rows, pool, (train, held))
-    joined = pair_layout.tokens_of(pool, True)  # of both layouts the same, so that the layout doesn't change the order
-    order = lru_cache(maxsize=2)(lambda epoch: _filled(train, pair_plan.batches(joined[train], rows.batch, rows.seed, epoch)))
+    joined = pair_layout.tokens_of(
+        pool, True
+    )  # of both layouts the same, so that the layout doesn't change the order
+    order = lru_cache(maxsize=2)(
+        lambda epoch: _filled(train, pair_plan.batches(joined[train], rows.batch, rows.seed, epoch))
+    )
     apart = pair_layout.tokens_of(pool, False)
     saved = 1 - joined[train].sum() / apart[train].sum()
     branches = rows.layout == "branches" or (rows.layout == "auto" and saved >= PAYS)
@@ -184,7 +194,9 @@ def _source(work: _Work, told: dict[str, Any], tokenizer: Any) -> PairSource:
     def names(step: int) -> list[str]:
         part = cut(step)
         each = [", ".join(pool.names[i] for i in part.slice(r, r + 1).members) for r in range(part.rows)]
-        return each[: len(each) - next(i for i, name in enumerate(reversed(each)) if name)]  # a short batch's rows at the end
+        return each[
+            : len(each) - next(i for i, name in enumerate(reversed(each)) if name)
+        ]  # a short batch's rows at the end
 
     return PairSource(
         steps=max(1, math.ceil(rows.epochs * per_epoch - 1e-9)),
@@ -200,7 +212,9 @@ def _source(work: _Work, told: dict[str, Any], tokenizer: Any) -> PairSource:
         keys=pool.keys(),
         cover=lambda indices: _cover(work, np.asarray(indices, np.int64)),
         values=pair_layout.values,
-        with_reference=lambda found: _source(replace(work, pool=_with_reference(pool, found)), told, tokenizer),
+        with_reference=lambda found: _source(
+            replace(work, pool=_with_reference(pool, found)), told, tokenizer
+        ),
     )
 
 
@@ -231,7 +245,9 @@ def _rounded(value: int, step: int) -> int:
 # ---- who is trained on
 
 
-def _split(rows: PairRows, tokenizer: Any, cache: Path | None) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
+def _split(
+    rows: PairRows, tokenizer: Any, cache: Path | None
+) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
     pool = pair_store.tokenised_pairs(rows.train, rows, tokenizer, cache)
     count = len(pool.names)
     everything = np.arange(count)
@@ -241,7 +257,9 @@ def _split(rows: PairRows, tokenizer: Any, cache: Path | None) -> tuple[Tokenise
         held = pair_store.tokenised_pairs(rows.held_out, rows, tokenizer, cache)
         return pair_store.join(pool, held), everything, count + np.arange(len(held.names))
     if count < 2:
-        raise ValueError(f"{rows.train}: one pair can't be split by data.held_out={rows.held_out}; set data.held_out=none")
+        raise ValueError(
+            f"{rows.train}: one pair can't be split by data.held_out={rows.held_out}; set data.held_out=none"
+        )
     prompts = pool.same(0)
     if not prompts.any():  # all pairs have one prompt
         prompts = everything
@@ -275,7 +293,9 @@ def _filled(train: np.ndarray, batches: np.ndarray) -> np.ndarray:
     return np.where(batches < 0, -1, train[batches])
 
 
-def _room(pool: TokenisedPairs, tokens: np.ndarray, dealt: list[tuple[np.ndarray, np.ndarray]], rows: int) -> Room:
+def _room(
+    pool: TokenisedPairs, tokens: np.ndarray, dealt: list[tuple[np.ndarray, np.ndarray]], rows: int
+) -> Room:
     """What the fullest row of any batch holds, rounded up so that similar data share a program; any pair alone fits too."""
     reads = pool.reads.sum(1)
     ones = np.ones_like(reads)
@@ -293,7 +313,9 @@ def _shares(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> tuple[
     Weights sum to 1, or are all 0 where the column's are. A pair of weight 0 doesn't count for the mean lengths either.
     """
     weights = np.zeros(len(pool.names))
-    weights[members] = pool.weights[members] * (pool.reads[members].sum(1) if rows.weighting == "token" else 1)
+    weights[members] = pool.weights[members] * (
+        pool.reads[members].sum(1) if rows.weighting == "token" else 1
+    )
     lengths = pool.reads[weights > 0]
     means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
     return weights / max(weights.sum(), np.finfo(np.float64).tiny), means
@@ -302,8 +324,12 @@ def _shares(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> tuple[
 def _cover(work: _Work, members: np.ndarray) -> tuple[Pairs, ...]:
     pool, layout = work.pool, work.layout
     if len(members) and (members.min() < 0 or members.max() >= len(pool.names)):
-        raise ValueError(f"pairs {members.min()} to {members.max()} asked for; the source has 0 to {len(pool.names) - 1}")
-    plan = pair_plan.fit(members, pair_layout.tokens_of(pool, layout.branches), pool.reads.sum(1), layout.room)
+        raise ValueError(
+            f"pairs {members.min()} to {members.max()} asked for; the source has 0 to {len(pool.names) - 1}"
+        )
+    plan = pair_plan.fit(
+        members, pair_layout.tokens_of(pool, layout.branches), pool.reads.sum(1), layout.room
+    )
     weights, means = _shares(work.rows, pool, members)
     parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
     filled = (pair_layout.fill(pool, part, layout, weights[part.members], means) for part in parts)
@@ -314,10 +340,14 @@ def _with_reference(pool: TokenisedPairs, found: dict[int, Any]) -> TokenisedPai
     count, wanted = len(pool.names), pool.reads.sum(1)
     missing = [pool.names[i] for i in range(count) if i not in found]
     if missing:
-        raise ValueError(f"reference log-probs: {len(missing)} of {count} pairs lack them, first {missing[0]}; compute all")
+        raise ValueError(
+            f"reference log-probs: {len(missing)} of {count} pairs lack them, first {missing[0]}; compute all"
+        )
     for i, name in enumerate(pool.names):
         if len(found[i]) != wanted[i] or not np.isfinite(found[i]).all():
-            raise ValueError(f"reference log-probs of {name}: found {len(found[i])}, wanted {wanted[i]} finite numbers")
+            raise ValueError(
+                f"reference log-probs of {name}: found {len(found[i])}, wanted {wanted[i]} finite numbers"
+            )
     reference = np.zeros(len(pool.ids), np.float32)
     reference[pool.learned] = np.concatenate([found[i] for i in range(count)])
     return replace(pool, reference=reference)
@@ -330,7 +360,16 @@ def _fingerprint(work: _Work) -> str:
     """A hash of all that decides the sum over a batch; not of how that sum is cut into microbatches, rows and segments."""
     rows, pool = work.rows, work.pool
     digest = hashlib.sha256(repr((rows.batch, rows.seed, rows.weighting, pool.kinds, rows.extras)).encode())
-    for array in (pool.ids, pool.learned, pool.offsets, pool.numbers, pool.weights, work.train, work.held, work.order(0)):
+    for array in (
+        pool.ids,
+        pool.learned,
+        pool.offsets,
+        pool.numbers,
+        pool.weights,
+        work.train,
+        work.held,
+        work.order(0),
+    ):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
 
@@ -351,7 +390,11 @@ def _stats(work: _Work, tokens: np.ndarray) -> dict[str, Any]:
     pool, room, per_epoch = work.pool, work.layout.room, len(work.order(0))
     lengths, reads = tokens[work.train], pool.reads[work.train]
     total, learned, rows = int(lengths.sum()), int(reads.sum()), per_epoch * work.count
-    percentiles = zip(("min", "p10", "p50", "p90", "p99", "max"), np.percentile(lengths, (0, 10, 50, 90, 99, 100)), strict=True)
+    percentiles = zip(
+        ("min", "p10", "p50", "p90", "p99", "max"),
+        np.percentile(lengths, (0, 10, 50, 90, 99, 100)),
+        strict=True,
+    )
     paired = reads[(reads[:, :2] > 0).all(1)]
     return {
         "examples": len(work.train),

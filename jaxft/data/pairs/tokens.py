@@ -104,19 +104,27 @@ def tokenised_pairs(ref: str, rows: "PairRows", tokenizer: Any, cache: Path | No
         rows.columns, rows.format, rows.max_length, rows.too_long, rows.date, rows.extras, rows.weight_column, kinds,
     )  # fmt: skip
     path = store.cache_folder(cache) / f"{store.key_of(found, tokenizer, VERSION, settings)}.npz"
-    stored, state = store.load(path, _ARRAYS, lambda stored: _sound(stored, len(found), (len(kinds), len(rows.extras))))
+    stored, state = store.load(
+        path, _ARRAYS, lambda stored: _sound(stored, len(found), (len(kinds), len(rows.extras)))
+    )
     if stored is None:
         stored = _tokenise(found, rows, tokenizer)
         state = store.save(path, stored) or state
     if not len(stored["kept"]):
-        raise ValueError(f"{ref}: all {len(found)} rows were dropped, longer than data.max_length={rows.max_length}; raise it")
+        raise ValueError(
+            f"{ref}: all {len(found)} rows were dropped, longer than data.max_length={rows.max_length}; raise it"
+        )
     names = tuple(found[i].name for i in stored["kept"])
     return TokenisedPairs(kinds, **stored, names=names, dropped=len(found) - len(names), cache=state)
 
 
 def join(first: TokenisedPairs, second: TokenisedPairs) -> TokenisedPairs:
     """The pairs of both, the first's in front."""
-    both = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in _ARRAYS if name != "offsets"}
+    both = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in _ARRAYS
+        if name != "offsets"
+    }
     return TokenisedPairs(
         first.kinds,
         **both,
@@ -148,7 +156,9 @@ def with_mismatched(pool: TokenisedPairs, donors: Int[np.ndarray, " pairs"], lim
 def _tokenise(found: Sequence[Row], rows: "PairRows", tokenizer: Any) -> dict[str, np.ndarray]:
     pairs = normalise_pairs(found, rows)
     given = [[answer for answer in pair.answers.values() if answer is not None] for pair in pairs]
-    sequences = chat.tokenise([answer for answers in given for answer in answers], tokenizer, "completion", rows.date)
+    sequences = chat.tokenise(
+        [answer for answers in given for answer in answers], tokenizer, "completion", rows.date
+    )
     prompts = chat.prompts([answers[0] for answers in given], tokenizer, rows.date)
     columns: dict[str, Any] = {name: [] for name in _ARRAYS}
     for number, pair in enumerate(pairs):
@@ -158,7 +168,9 @@ def _tokenise(found: Sequence[Row], rows: "PairRows", tokenizer: Any) -> dict[st
         long = any(len(ids) > rows.max_length for ids, _ in answers.values())
         if long and rows.too_long == "drop":
             continue
-        answers = {kind: _cut(f"{pair.name}: {kind}", border, answer, rows) for kind, answer in answers.items()}
+        answers = {
+            kind: _cut(f"{pair.name}: {kind}", border, answer, rows) for kind, answer in answers.items()
+        }
         _refuse_same(pair.name, border, answers, long, rows)
         _append(columns, pair, border, answers)
         known = {"kept": number, "cut": long, "moved": moved, "numbers": pair.numbers, "weights": pair.weight}
@@ -167,7 +179,9 @@ def _tokenise(found: Sequence[Row], rows: "PairRows", tokenizer: Any) -> dict[st
     columns["offsets"] = [0, *np.cumsum(columns["offsets"])]
     for name in ("ids", "learned"):
         columns[name] = np.concatenate(columns[name]) if columns[name] else []
-    arrays: dict[str, np.ndarray] = {name: np.asarray(columns[name], dtype) for name, dtype in _ARRAYS.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: np.asarray(columns[name], dtype) for name, dtype in _ARRAYS.items()
+    }
     arrays["numbers"] = arrays["numbers"].reshape(len(arrays["kept"]), len(rows.extras))
     return arrays
 
@@ -209,7 +223,9 @@ def _from_border(name: str, kind: str, border: int, ids: np.ndarray, learned: np
     learned = learned.copy()
     learned[: max(border, 1)] = False
     if not learned.any():
-        raise ValueError(f"{name}: the {kind} answer has no token that can be learned; give the row a prompt, or remove it")
+        raise ValueError(
+            f"{name}: the {kind} answer has no token that can be learned; give the row a prompt, or remove it"
+        )
     learned[max(border, 1) : learned.argmax()] = True
     end = len(learned) - int(learned[::-1].argmax())
     return ids[:end], learned[:end]
@@ -223,7 +239,9 @@ def _cut(name: str, border: int, answer: Masked, rows: "PairRows") -> Masked:
     if not learned[: rows.max_length].any():
         raise ValueError(f"{name}: the prompt has {border} tokens and {limit} leaves no answer; {advice}")
     if rows.too_long == "error":
-        raise ValueError(f"{name}: {len(ids)} tokens with the prompt, more than {limit}; {advice} or truncate")
+        raise ValueError(
+            f"{name}: {len(ids)} tokens with the prompt, more than {limit}; {advice} or truncate"
+        )
     return ids[: rows.max_length], learned[: rows.max_length]
 
 

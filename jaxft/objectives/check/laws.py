@@ -35,7 +35,9 @@ from jaxft.tree import nearest
 
 CLAIMS = ("antisymmetric", "difference")
 LONG = 4096  # tokens of a long answer
-ALONE = "drop the mean or sum over pairs (the objective weighs and adds them), or wrap the loss in scored.Coupled"
+ALONE = (
+    "drop the mean or sum over pairs (the objective weighs and adds them), or wrap the loss in scored.Coupled"
+)
 
 
 def check(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
@@ -77,11 +79,21 @@ def one_value_a_pair(probe: Probe) -> Check:
     """[B, P] in the dtype of the log-probs."""
     wanted, found = shape_of(probe.loss, probe.kinds, probe.columns)
     if not isinstance(found, jax.ShapeDtypeStruct):
-        return Check("shape", False, f"wanted an array {list(wanted)}, one value a pair, found a {type(found).__name__}")
+        return Check(
+            "shape",
+            False,
+            f"wanted an array {list(wanted)}, one value a pair, found a {type(found).__name__}",
+        )
     if found.shape != wanted:
-        return Check("shape", False, f"wanted one value a pair, {list(wanted)}, found {list(found.shape)}; {ALONE}")
+        return Check(
+            "shape", False, f"wanted one value a pair, {list(wanted)}, found {list(found.shape)}; {ALONE}"
+        )
     if found.dtype != jnp.float32:
-        return Check("shape", False, f"wanted float32 like the log-probs, found {found.dtype}; drop the cast or comparison")
+        return Check(
+            "shape",
+            False,
+            f"wanted float32 like the log-probs, found {found.dtype}; drop the cast or comparison",
+        )
     return Check("shape", True, f"{found.dtype} {list(found.shape)} of a batch {list(wanted)}")
 
 
@@ -96,7 +108,9 @@ def extremes(probe: Probe, dtype: Any) -> Scored:
     ratio = {kind: turned(policy - known, k) for k, kind in enumerate(probe.kinds)}
     deep = {kind: turned(known, k) for k, kind in enumerate(probe.kinds)}
     n = np.arange(2 * len(policy))
-    length = {"chosen": np.where(n % 2, LONG, 1), "rejected": np.where(n // 2 % 2, LONG, 1)} | dict.fromkeys(probe.kinds[2:], 1)
+    length = {"chosen": np.where(n % 2, LONG, 1), "rejected": np.where(n // 2 % 2, LONG, 1)} | dict.fromkeys(
+        probe.kinds[2:], 1
+    )
     return pairs(ratio, length, deep, probe.columns, 2 * LONG + 1, dtype)
 
 
@@ -108,13 +122,23 @@ def finite(probe: Probe, dtype: Any) -> Check:
     bad = {part: ~np.isfinite(x.astype(np.float32)) for part, x in parts.items()}
     count = int(np.any(list(bad.values()), 0).sum())
     if not count:
-        return Check(name, True, f"log-probs of policy and reference 0 to -1e5 in any mix, answers of 1 and {LONG} tokens")
+        return Check(
+            name,
+            True,
+            f"log-probs of policy and reference 0 to -1e5 in any mix, answers of 1 and {LONG} tokens",
+        )
     part = next(part for part, where in bad.items() if where.any())
     n = int(np.argmax(bad[part]))
-    logp, known, length = ([number(x[n, 0]) for x in _fields(pair, what)] for what in ("logp", "reference", "length"))
+    logp, known, length = (
+        [number(x[n, 0]) for x in _fields(pair, what)] for what in ("logp", "reference", "length")
+    )
     at = f"log pi of chosen and rejected {' and '.join(logp)}, reference {' and '.join(known)}, {' and '.join(length)} tokens"
     words = f"{part} is {float(parts[part][n])} at {at} ({count} such pairs of {len(found.value)})"
-    return Check(name, False, f"{words}; use a stable form: log_sigmoid, expm1, logsumexp, or preference.capped and square")
+    return Check(
+        name,
+        False,
+        f"{words}; use a stable form: log_sigmoid, expm1, logsumexp, or preference.capped and square",
+    )
 
 
 def _fields(pair: Scored, name: str) -> list[np.ndarray]:
@@ -123,7 +147,9 @@ def _fields(pair: Scored, name: str) -> list[np.ndarray]:
 
 def empty_slots(probe: Probe) -> Check:
     """Finite where answers are missing and in slots of weight 0."""
-    there = {"chosen": np.array([1, 1, 0, 0, 1, 1])} | dict.fromkeys(probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1]))
+    there = {"chosen": np.array([1, 1, 0, 0, 1, 1])} | dict.fromkeys(
+        probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1])
+    )
     length = {kind: TOKENS * x for kind, x in there.items()}
     pair = in_rows(pairs(dict.fromkeys(probe.kinds, 2.0), length, columns=probe.columns), 2)
     batches = {
@@ -134,9 +160,14 @@ def empty_slots(probe: Probe) -> Check:
     for where, weights in batches.items():
         weight: Any = weights.astype(np.float32)
         found = together(probe, replace(pair, weight=weight))
-        for part, x in {"a value": found.value, **{f"the gradient on {k}": x for k, x in found.slope.items()}}.items():
+        for part, x in {
+            "a value": found.value,
+            **{f"the gradient on {k}": x for k, x in found.slope.items()},
+        }.items():
             if not np.isfinite(x).all():
-                words = f"{part} is not finite {where}; a missing answer has log-probs 0, length 1 and present 0"
+                words = (
+                    f"{part} is not finite {where}; a missing answer has log-probs 0, length 1 and present 0"
+                )
                 return Check("empty slots", False, f"{words}: guard divisions and logs with jnp.where")
     return Check("empty slots", True, "finite where answers are missing, and in slots of weight 0")
 
@@ -146,7 +177,9 @@ def ordinary(probe: Probe, seen: Curve) -> Check:
     name, rest = "usual pairs", "nothing else was looked at"
     bad = ~np.isfinite(np.stack([seen.value, *seen.slope.values()])).all(0)
     if bad.any():
-        return Check(name, False, f"value or gradient is not finite at margins {_stretches(seen.margin, bad)}; {rest}")
+        return Check(
+            name, False, f"value or gradient is not finite at margins {_stretches(seen.margin, bad)}; {rest}"
+        )
     found = judged(probe, **varied(probe.kinds, 24))
     if not np.isfinite(np.stack([found.value, *found.slope.values()])).all():
         return Check(name, False, f"value or gradient is not finite at log-ratios within 8 nats; {rest}")
@@ -187,7 +220,9 @@ def weightless(probe: Probe) -> Check:
         words = f"a pair has value {number(mine.value[0])} alone and {number(whole.value[0])} beside five slots of weight 0"
         return Check("weight 0", False, f"{words}; count, sum and sort only where pair.weight > 0")
     if any(x[1:].any() for x in whole.slope.values()):
-        return Check("weight 0", False, "slots of weight 0 have a gradient; sum and sort only where pair.weight > 0")
+        return Check(
+            "weight 0", False, "slots of weight 0 have a gradient; sum and sort only where pair.weight > 0"
+        )
     return Check("weight 0", True, "slots of weight 0 change nothing of the other pairs")
 
 
@@ -218,9 +253,19 @@ def start(probe: Probe) -> Check:
     level = judged(probe, ratio=dict.fromkeys(probe.kinds, np.zeros(1))).value
     shown = number(level[0]) + (" = log 2" if abs(level[0] - math.log(2)) < 1e-5 else "")
     if same(value, np.full_like(value, level[0])):
-        return Check("start", None, f"the value is {shown} where the policy is the reference, whatever log-probs and lengths")
-    words = f"the value is {shown} where the policy is the reference, at {TOKENS} tokens of log-prob {PER_TOKEN}"
-    return Check("start", None, f"{words}; with other lengths and log-probs {number(value.min())} to {number(value.max())}")
+        return Check(
+            "start",
+            None,
+            f"the value is {shown} where the policy is the reference, whatever log-probs and lengths",
+        )
+    words = (
+        f"the value is {shown} where the policy is the reference, at {TOKENS} tokens of log-prob {PER_TOKEN}"
+    )
+    return Check(
+        "start",
+        None,
+        f"{words}; with other lengths and log-probs {number(value.min())} to {number(value.max())}",
+    )
 
 
 def first_step(seen: Curve) -> Check:
@@ -229,7 +274,11 @@ def first_step(seen: Curve) -> Check:
     slopes = np.stack([seen.slope[kind] for kind in kinds])
     now, most = slopes[:, len(seen.margin) // 2], np.abs(slopes).max()
     if most == 0:
-        return Check("first step", False, "there is no gradient at any margin; is there a stop_gradient, or no log-prob in it?")
+        return Check(
+            "first step",
+            False,
+            "there is no gradient at any margin; is there a stop_gradient, or no log-prob in it?",
+        )
     if np.abs(now).max() < 1e-6 * most:
         words = "there is no gradient where the policy is the reference, where a run begins: nothing is ever learned"
         return Check("first step", False, f"{words}; shift the loss's flat point away from margin 0")
@@ -245,7 +294,11 @@ def direction(seen: Curve) -> Check:
     if least == 0:
         return Check(name, None, "neither the chosen nor the rejected answer is pushed")
     if not (over < -least).any():
-        return Check(name, False, f"nowhere {reach} does it push the chosen answer over the rejected one; turn its sign")
+        return Check(
+            name,
+            False,
+            f"nowhere {reach} does it push the chosen answer over the rejected one; turn its sign",
+        )
     wrong = {"the margin down": over > least, "chosen down": chosen > least, "rejected up": rejected < -least}
     found: dict[str, list[str]] = {}
     for what, where in wrong.items():

@@ -90,7 +90,10 @@ def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
         judge = partial(_judge, loss)
         each, batch = (jax.jit(fn, compiler_options=QUICK) for fn in (jax.vmap(judge), judge))
         return Probe(name, loss, kinds, known, each, batch)
-    texts = [f"with a third answer `{kind}`: {text}" if kind in THIRDS else text for text, (kind, _) in failed.items()]
+    texts = [
+        f"with a third answer `{kind}`: {text}" if kind in THIRDS else text
+        for text, (kind, _) in failed.items()
+    ]
     raise ValueError(f"{name} fails: {'; '.join(texts)}") from next(iter(failed.values()))[1]
 
 

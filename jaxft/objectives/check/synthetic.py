@@ -27,8 +27,14 @@ def pairs(
     The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns 1, `margin` 0. Length 0: no answer;
     a mean length is that of the N pairs. The arrays are NumPy's. Raises ValueError where a pair doesn't fit into `room`.
     """
-    kinds = tuple(sorted(ratio))  # the order that a dict has once it went through jax.jit, where answers are counted off again
-    given = [np.atleast_1d(x[kind] if isinstance(x, Mapping) else x) for x in (ratio, length, reference) for kind in kinds]
+    kinds = tuple(
+        sorted(ratio)
+    )  # the order that a dict has once it went through jax.jit, where answers are counted off again
+    given = [
+        np.atleast_1d(x[kind] if isinstance(x, Mapping) else x)
+        for x in (ratio, length, reference)
+        for kind in kinds
+    ]
     table = np.stack(np.broadcast_arrays(*given)).astype(np.float64)  # [3 A, N]
     ratios, lengths, known = table.reshape(3, len(kinds), table.shape[1]).swapaxes(1, 2)
     most = int(lengths.sum(1).max())
@@ -50,7 +56,12 @@ def pairs(
         for k, kind in enumerate(kinds)
     }
     zeros: Any = {name: np.full((len(logp), 1), float(name != "margin"), np.float32) for name in columns}
-    return Scored(answers, _tokens(logp / long, known / long, lengths.astype(int), room, dtype), zeros, cast(np.ones(len(logp))))
+    return Scored(
+        answers,
+        _tokens(logp / long, known / long, lengths.astype(int), room, dtype),
+        zeros,
+        cast(np.ones(len(logp))),
+    )
 
 
 def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, room: int, dtype: Any) -> PerToken:
@@ -67,14 +78,18 @@ def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, room: int,
 
     owner: Any = answer
     where: Any = place
-    return PerToken(logp=at(logp), reference=at(known), square=at(np.full((N, A), -1.0)), answer=owner, place=where)
+    return PerToken(
+        logp=at(logp), reference=at(known), square=at(np.full((N, A), -1.0)), answer=owner, place=where
+    )
 
 
 def in_rows(pair: Scored, slots: int) -> Scored:
     """Pairs [N, 1] as a batch [N / slots, slots]. Raises ValueError where N isn't a multiple of slots."""
     N, A = pair.weight.shape[0], len(pair.answers)
     if N % slots:
-        raise ValueError(f"{N} pairs don't fill rows of {slots}; give in_rows(...) a multiple of {slots} pairs")
+        raise ValueError(
+            f"{N} pairs don't fill rows of {slots}; give in_rows(...) a multiple of {slots} pairs"
+        )
     slot = (np.arange(N, dtype=np.int32) % slots)[:, None]
     owner: Any = np.where(pair.tokens.answer < A, pair.tokens.answer + slot * A, slots * A).astype(np.int32)
     whole = replace(pair, tokens=replace(pair.tokens, answer=owner))
@@ -86,4 +101,8 @@ def varied(kinds: tuple[str, ...], count: int, reach: float = 8.0) -> dict[str, 
     rng = np.random.default_rng(0)
     ratio = {kind: rng.uniform(-reach, reach, count) for kind in kinds}
     length = {kind: rng.permutation(np.linspace(4, 48, count)).astype(int) for kind in kinds}
-    return {"ratio": ratio, "length": length, "reference": {kind: -reach - rng.uniform(4, 40, count) for kind in kinds}}
+    return {
+        "ratio": ratio,
+        "length": length,
+        "reference": {kind: -reach - rng.uniform(4, 40, count) for kind in kinds},
+    }

@@ -24,10 +24,17 @@ def needs(probe: Probe) -> Check:
     level = alone(probe, pair)
 
     def reads(name: str) -> bool:
-        return not alike(level, alone(probe, replace(pair, columns={**pair.columns, name: pair.columns[name] + np.float32(1)})))
+        return not alike(
+            level,
+            alone(probe, replace(pair, columns={**pair.columns, name: pair.columns[name] + np.float32(1)})),
+        )
 
     found = [f"a third answer `{kind}`" for kind in probe.kinds[2:]]
-    found += [f"the column `{name}` ({int(name != 'margin')} in what follows)" for name in probe.columns if reads(name)]
+    found += [
+        f"the column `{name}` ({int(name != 'margin')} in what follows)"
+        for name in probe.columns
+        if reads(name)
+    ]
     words = f"reads chosen and rejected answers{''.join(', ' + what for what in found)}"
     if isinstance(probe.loss, Coupled):
         state = f" with the state {', '.join(probe.loss.start)} at its start" if probe.loss.start else ""
@@ -47,7 +54,11 @@ def reference(probe: Probe) -> Check:
     if not alike(judged(probe, **given), judged(probe, **moved)):
         return Check("reference", None, "compares the policy with it")
     if runs_without_reference(probe):
-        return Check("reference", None, "never looks at it: preference(...) without one (reference=None) saves its forward pass")
+        return Check(
+            "reference",
+            None,
+            "never looks at it: preference(...) without one (reference=None) saves its forward pass",
+        )
     return Check("reference", None, "asks for it, and nothing depends on it")
 
 
@@ -94,10 +105,18 @@ def antisymmetric(probe: Probe, claimed: bool = False) -> Check:
     rest, k, what = min(fits)
     law = "loss(pair) - loss(swapped pair)"
     if rest < 1e-3 * np.abs(gap).max() and not same(here, there):
-        return Check("antisymmetric", True if claimed else None, f"yes: {law} = {number(-k)} times the margin of {what}")
+        return Check(
+            "antisymmetric",
+            True if claimed else None,
+            f"yes: {law} = {number(-k)} times the margin of {what}",
+        )
     words = f"{law} is no multiple of a margin; nearest is {number(-k)} times that of {what}, off by up to {number(rest)}"
     words = f"{law} = 0" if same(here, there) else words
-    return Check("antisymmetric", False, f"claimed, but {words}") if claimed else Check("antisymmetric", None, f"no: {words}")
+    return (
+        Check("antisymmetric", False, f"claimed, but {words}")
+        if claimed
+        else Check("antisymmetric", None, f"no: {words}")
+    )
 
 
 def difference(probe: Probe, claimed: bool = False) -> Check:
@@ -107,12 +126,27 @@ def difference(probe: Probe, claimed: bool = False) -> Check:
     up = {kind: x + lift[kind] for kind, x in given["ratio"].items()}
 
     def unmoved(length: Any) -> bool:
-        return alike(*(judged(probe, ratio=ratio, length=length, reference=given["reference"]) for ratio in (given["ratio"], up)))
+        return alike(
+            *(
+                judged(probe, ratio=ratio, length=length, reference=given["reference"])
+                for ratio in (given["ratio"], up)
+            )
+        )
 
     if unmoved(given["length"]):
-        return Check("difference", True if claimed else None, "yes: a rise of both log-ratios by as much changes nothing")
-    words = "a rise of both log-ratios by as much changes it" + (", unless their lengths agree" if unmoved(TOKENS) else "")
-    return Check("difference", False, f"claimed, but {words}") if claimed else Check("difference", None, f"no: {words}")
+        return Check(
+            "difference",
+            True if claimed else None,
+            "yes: a rise of both log-ratios by as much changes nothing",
+        )
+    words = "a rise of both log-ratios by as much changes it" + (
+        ", unless their lengths agree" if unmoved(TOKENS) else ""
+    )
+    return (
+        Check("difference", False, f"claimed, but {words}")
+        if claimed
+        else Check("difference", None, f"no: {words}")
+    )
 
 
 # Lengths
@@ -129,14 +163,21 @@ def lengths(probe: Probe) -> tuple[Check, Check, Check]:
 
     return (
         _by_length(probe, "length, sums equal", sums, {"at log-ratios of +2": 2.0, "at -2": -2.0}),
-        _by_length(probe, "length, means equal", means, {"at log-ratios of +0.1 a token": 0.1, "at -0.1": -0.1}),
+        _by_length(
+            probe, "length, means equal", means, {"at log-ratios of +0.1 a token": 0.1, "at -0.1": -0.1}
+        ),
         _push(probe),
     )
 
 
-def _by_length(probe: Probe, name: str, given: Callable[[Any, float], tuple[Any, Any]], cases: dict[str, float]) -> Check:
+def _by_length(
+    probe: Probe, name: str, given: Callable[[Any, float], tuple[Any, Any]], cases: dict[str, float]
+) -> Check:
     """given(lengths, x) -> (log-ratios, reference's log-probs) of answers of these lengths in the case x."""
-    length = {"chosen": np.array([LONG, BRIEF, BRIEF, LONG]), "rejected": np.array([BRIEF, LONG, BRIEF, LONG])}
+    length = {
+        "chosen": np.array([LONG, BRIEF, BRIEF, LONG]),
+        "rejected": np.array([BRIEF, LONG, BRIEF, LONG]),
+    }
     length |= dict.fromkeys(probe.kinds[2:], np.full(4, TOKENS))
     found = []
     for x in cases.values():
@@ -145,7 +186,9 @@ def _by_length(probe: Probe, name: str, given: Callable[[Any, float], tuple[Any,
         found.append(judged(probe, ratio=ratio, length=length, reference=known).value)
     if all(same(x, np.full(4, x[0])) for x in found):
         return Check(name, None, f"{BRIEF} or {LONG} tokens, the value is the same")
-    shown = ", ".join(f"{number(x[0])} and {number(x[1])} {case}" for case, x in zip(cases, found, strict=True))
+    shown = ", ".join(
+        f"{number(x[0])} and {number(x[1])} {case}" for case, x in zip(cases, found, strict=True)
+    )
     lower = [bool(x[0] < x[1]) for x in found]
     if all(same(x[:1], x[1:2]) for x in found):
         words = "lengths matter, and not which of the two answers is the longer one"
@@ -153,13 +196,17 @@ def _by_length(probe: Probe, name: str, given: Callable[[Any, float], tuple[Any,
         words = f"the loss is lower where the chosen answer is the {'longer' if lower[0] else 'shorter'} one"
     else:
         words = f"the longer answer's log-ratio counts for {'more' if lower[0] else 'less'}"
-    return Check(name, None, f"{words} ({LONG} against {BRIEF} tokens, chosen longer and rejected longer: {shown})")
+    return Check(
+        name, None, f"{words} ({LONG} against {BRIEF} tokens, chosen longer and rejected longer: {shown})"
+    )
 
 
 def _push(probe: Probe) -> Check:
     length = {"chosen": np.array([BRIEF, LONG])} | dict.fromkeys(probe.kinds[1:], TOKENS)
     slope = judged(probe, ratio=dict.fromkeys(probe.kinds, np.zeros(2)), length=length).slope["chosen"]
     if same(slope[:1], slope[1:]):
-        return Check("length, gradient", None, f"{number(slope[0])} on a chosen token, of {BRIEF} or of {LONG}")
+        return Check(
+            "length, gradient", None, f"{number(slope[0])} on a chosen token, of {BRIEF} or of {LONG}"
+        )
     words = f"{number(slope[0])} on a chosen token of {BRIEF}, {number(slope[1])} on one of {LONG}"
     return Check("length, gradient", None, f"{words} (equal sums of log-probs, the policy is the reference)")
