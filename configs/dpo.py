@@ -24,7 +24,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

@@ -39,7 +39,7 @@ from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import rollouts
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
 

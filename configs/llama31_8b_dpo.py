@@ -20,7 +20,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 
 def config(

@@ -21,7 +21,7 @@ from jaxft.objectives.sft import sft
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, adafactor, adamw
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit, "adamw_bf16": adamw_bf16, "adafactor": adafactor}
 

@@ -16,7 +16,7 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 
 def config(

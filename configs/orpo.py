@@ -19,7 +19,7 @@ from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
 from jaxft.optim.optimizer import Optim
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

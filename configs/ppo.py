@@ -40,7 +40,7 @@ from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rollout import rollouts
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

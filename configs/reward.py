@@ -22,7 +22,7 @@ from jaxft.objectives.reward_model import reward
 from jaxft.optim.optimizer import Optim
 from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 

@@ -57,17 +57,17 @@ def main() -> int:
     from jaxft.rl import reward_models
     from jaxft.runs.folder import results
     from jaxft.train import export
-    from jaxft.weights import load, peft
+    from jaxft.weights import peft, pretrained
 
     ref, adapter_folder, record = results(args.run) if args.run else (args.model, args.adapter, None)
-    model = load.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
+    model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     held = quant.chosen(args.quant, record if adapter_folder else None)
     parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.scorer(model)
     adapter = parts.get("adapter")
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
-    tokenizer = load.load_tokenizer(str(adapter_folder) if own else ref)
+    tokenizer = pretrained.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
     pack = export.Pack(quant.Quant(args.pack)) if args.pack else None

@@ -122,16 +122,16 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
     from jaxft.inference import generate
     from jaxft.nn import attention, lora
     from jaxft.train import partition, report
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     source = source_of(args)
-    tokenizer = load.load_tokenizer(source.tokenizer)
+    tokenizer = pretrained.load_tokenizer(source.tokenizer)
     ids = encode(prompts, tokenizer, args.raw, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
-        model = load.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
+        model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
         longest, room = max(map(len, ids)), model.config.max_positions
         if longest + args.max_new > room:
             raise ValueError(

@@ -21,10 +21,10 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from jaxft.data.sft import Rows, Source, sft_source  # noqa: E402
-from jaxft.runs import config
+from jaxft.runs import config  # noqa: E402
 from jaxft.runs.parse import parse  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
-from jaxft.weights import load  # noqa: E402
+from jaxft.weights import pretrained  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -145,7 +145,7 @@ def main() -> None:
     """Print statistics and rows."""
     args = arguments()
     rows, ref = settings(args)
-    tokenizer = load.load_tokenizer(ref)
+    tokenizer = pretrained.load_tokenizer(ref)
     source = sft_source(rows, tokenizer)
     console = Console(highlight=False)
     console.print(table(source))

@@ -104,10 +104,10 @@ def main() -> int:
     args = arguments()
     from jaxft.nn.quant import Quant
     from jaxft.train import export
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     quant = Quant(args.kind, args.block, args.double, args.targets)
-    model, tokenizer = load.model_for(args.model), load.load_tokenizer(args.model)
+    model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
     seen = looked_at(args, model, tokenizer, quant) if args.calibrate else {}
     whole, pack = export.Whole(args.model, model, tokenizer), export.Pack(quant, seen, say)
     lost = export.write(args.out, whole, "bfloat16", pack)

@@ -62,11 +62,11 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
     from jaxft.runs import folder
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     ref, adapter, record = folder.results(args.run) if args.run else (args.model, args.adapter, None)
     own = adapter and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load.load_tokenizer(str(adapter) if own else ref)
+    tokenizer = pretrained.load_tokenizer(str(adapter) if own else ref)
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = pair_source(rows, tokenizer, shards=sharding.row_shards(mesh))

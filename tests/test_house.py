@@ -200,7 +200,7 @@ assert jax.device_count() == 3
 sys.path.insert(0, str(root / "tests"))
 from tiny_llama import tiny_tokenizer
 tiny_tokenizer().save_pretrained(str(folder))
-found = jaxft.weights.load.load_tokenizer(str(folder))
+found = jaxft.weights.pretrained.load_tokenizer(str(folder))
 assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<s>a</s>"
 assert sys.modules["torch"] is None
 print("all imported")

@@ -326,9 +326,12 @@ def _rows_in_turn(update: Callable, grads: Any, now: Any, key: Array | None) -> 
     if sharding.is_spread():
         return update(grads, now, key)
     has_rows = lambda x: x.ndim > 0 and x.shape[0] == rows  # noqa: E731
-    cut = lambda x: (
-        x.reshape(pieces, rows // pieces, *x.shape[1:]) if has_rows(x) else jnp.repeat(x[None], pieces, 0)
-    )  # noqa: E731
+
+    def cut(x):
+        return (
+            x.reshape(pieces, rows // pieces, *x.shape[1:]) if has_rows(x) else jnp.repeat(x[None], pieces, 0)
+        )  # noqa: E731
+
     join = lambda x, like: x.reshape(like.shape) if has_rows(like) else x[0]  # noqa: E731
     done = _piece_by_piece(update, jax.tree.map(cut, grads), jax.tree.map(cut, now), key)
     return jax.tree.map(join, done, now)

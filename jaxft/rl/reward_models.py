@@ -22,7 +22,7 @@ from jaxft.nn.quant import Quant
 from jaxft.rl.completions import ByScorer
 from jaxft.runs import folder as runfolder
 from jaxft.train import init, partition
-from jaxft.weights import hf, hub, load
+from jaxft.weights import hf, hub, pretrained
 
 KIND = "ForSequenceClassification"
 
@@ -65,7 +65,7 @@ def load(
 
 
 def _bare(ref: str, dtype: Any) -> Model:
-    return heads.scorer(load.model_for(ref, dtype=dtype))
+    return heads.scorer(pretrained.model_for(ref, dtype=dtype))
 
 
 def score(model: Model, params: Any, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -100,14 +100,14 @@ def padding(ref: str, adapter: str | Path | None = None) -> int | None:
     """The token that a reward model is never read at: transformers' classifiers are read at the last one that isn't their
     configuration's pad_token_id, of an adapter that of the tokenizer beside it."""
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-        return load.load_tokenizer(str(adapter)).pad_token_id
-    return load.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
+        return pretrained.load_tokenizer(str(adapter)).pad_token_id
+    return pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
 
 
 def check(ref: str) -> None:
     """Raise ValueError where the configuration of `ref` isn't that of a classifier with one label."""
     located = hub.locate(ref, config_only=True)
-    config = load.read_config(located)
+    config = pretrained.read_config(located)
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(KIND) for kind in kinds):
         found = ", ".join(map(str, kinds)) or "no architecture"
@@ -127,7 +127,7 @@ def check(ref: str) -> None:
 
 def is_classifier(ref: str) -> bool:
     """Whether the files of `ref` hold a classifier's head."""
-    return heads.SCORE[0] in load.open_tensors(ref).shapes
+    return heads.SCORE[0] in pretrained.open_tensors(ref).shapes
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class ByModel:
         """Its weights on the mesh; (prompts, completions) -> scores."""
         loaded, tokenizer = (
             load(self.ref, mesh, quant=self.quant, dtype=self.dtype),
-            load.load_tokenizer(self.ref),
+            pretrained.load_tokenizer(self.ref),
         )
-        at_end = hf.READ_AT in load.read_config(hub.locate(self.ref, config_only=True))
+        at_end = hf.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
         score = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
         rows = {size: generate.left_pad([[0] * size], self.batch) for size in sizes(self.max_length)}
         run = {size: score.lower(loaded.params, like).compile() for size, like in rows.items()}

@@ -78,9 +78,10 @@ class Player:
 
     def _rooms(self) -> Any:
         p = self.programs
-        place = lambda s: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape)
-        )  # noqa: E731
+
+        def place(s):
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.batch_sharding(p.mesh, s.shape))  # noqa: E731
+
         for room, shape in zip(self.source.rooms, self.source.drawn, strict=True):
             yield room, jax.tree.map(place, shape)
 
@@ -276,9 +277,12 @@ def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> A
 
 def means(told: Mapping[str, float | None], count: int) -> dict[str, Any]:
     """Means over `count` completions; None is a mean over nothing, which isn't logged."""
-    weigh = lambda x: (
-        Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))
-    )  # noqa: E731
+
+    def weigh(x):
+        return (
+            Sum(np.float64(0), np.float64(0)) if x is None else Sum(np.float64(x * count), np.float64(count))
+        )  # noqa: E731
+
     return {name: weigh(x) for name, x in told.items()}
 
 

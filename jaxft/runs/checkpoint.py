@@ -21,6 +21,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,11 +312,8 @@ class Checkpoints:
             folder = self.folder / str(candidate)
             found: dict[str, Any] = {}
             try:
-                bad = [
-                    b
-                    for b in sync.settle(sync.gathered, lambda: restore.take(folder, abstract_state, found))
-                    if b
-                ]  # noqa: B023
+                take = partial(restore.take, folder, abstract_state, found)
+                bad = [b for b in sync.settle(sync.gathered, take) if b]
             except OSError as error:
                 raise OSError(
                     error.errno, f"the checkpoint can't be read: {error.strerror}", str(folder)

@@ -199,9 +199,10 @@ def _losses(held: dict[str, Curve], own: dict[str, Curve]) -> Panel:
     """Held-out losses and, dashed, the steps' own; over the value at the start where they are of different kinds."""
     starts = {label: y[0] for label, (_, y) in held.items()}
     if min(starts.values()) > 0 and max(starts.values()) > 3 * min(starts.values()):
-        over = lambda curves: {
-            k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts
-        }  # noqa: E731
+
+        def over(curves):
+            return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}  # noqa: E731
+
         return Panel("loss over its value at step 0, held out", "step", "ratio", over(held), over(own))
     return Panel("loss, held out", "step", "nats", held, own)
 

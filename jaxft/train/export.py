@@ -14,7 +14,7 @@ from jaxft.nn import param
 from jaxft.nn.param import Model
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.train import partition
-from jaxft.weights import gptq, hf, hub, load, quantised_write
+from jaxft.weights import gptq, hf, hub, pretrained, quantised_write
 from jaxft.weights.hf import SCORE
 from jaxft.weights.merge import Lazy, Rounding, merged
 from jaxft.weights.quantised import expanded, form_of
@@ -54,7 +54,7 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     located = hub.locate(ref)
     if out.resolve() == located.path.resolve():
         raise ValueError(f"--out {out} is what is being read; choose another folder")
-    tensors, cast, packing = load.open_tensors(ref), Rounding(), Rounding()
+    tensors, cast, packing = pretrained.open_tensors(ref), Rounding(), Rounding()
     tensors = partition.as_held(tensors, model, whole.held, ref) if whole.held else tensors
     base = merged(tensors, model, whole.adapter, jnp.float32)
     if not model.speaks:

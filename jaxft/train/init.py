@@ -14,7 +14,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Model
 from jaxft.train.partition import Trained, adapter_folder
-from jaxft.weights import load, parameters, peft
+from jaxft.weights import parameters, peft, pretrained
 from jaxft.weights import place as shards
 
 
@@ -94,7 +94,7 @@ def _parts(
 
 def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: Any) -> dict[str, Any]:
     """A base of a scorer's own on the mesh, in `dtype`, and the head where the files hold one."""
-    tensors = load.open_tensors(ref)
+    tensors = pretrained.open_tensors(ref)
     known = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in tensors.shapes else {})}
     names = {path: name for path, name in model.names.items() if path != "head"} | {"score": SCORE}
     found = parameters.leaves(tensors, replace(model, specs=known, names=names, beside={}))
@@ -110,7 +110,7 @@ def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: A
 
 def _score_in(ref: str, model: Model) -> dict[str, Any]:
     """The head that the files of a base have, of a reward model in full; none of a language model."""
-    tensors = load.open_tensors(ref)
+    tensors = pretrained.open_tensors(ref)
     if SCORE[0] not in tensors.shapes:
         return {}
     return {"score": parameters.whole(parameters.leaves(tensors, in_files(model))["score"])}

@@ -41,7 +41,7 @@ from jaxft.train.programs import (
     reference_step,
     start,
 )
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _checked(
     """(the run, what has changed since it was started), the same on every process; no run where it is finished."""
     processes.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
     stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
-    tokenizer = load.load_tokenizer(r.weights)
+    tokenizer = pretrained.load_tokenizer(r.weights)
     shards = sharding.row_shards(sharding.make_mesh(r.mesh))
     source = processes.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
     general = report.general_source(r.data, r.general, tokenizer, shards)

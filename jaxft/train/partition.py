@@ -19,7 +19,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter, adapted, adapter_specs, target_paths
 from jaxft.nn.param import Model, ParamSpec
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, dequantize, is_paired, quantize
-from jaxft.weights import hf, load, peft
+from jaxft.weights import hf, peft, pretrained
 from jaxft.weights import place as shards
 from jaxft.weights.quant_layout import same_form
 from jaxft.weights.safetensors import Index, Tensors
@@ -135,7 +135,7 @@ def _kept(model: Model, wanted: list[str], ref: str | None) -> dict[str, QTensor
     """The forms of those of the wanted parameters that the files of `ref` hold packed, from their headers."""
     if ref is None:
         raise ValueError("quant=kept holds the base as its files do, and no files are named")
-    tensors = load.open_tensors(ref)
+    tensors = pretrained.open_tensors(ref)
     hf.check(tensors, model)
     forms = {path: hf.form_in(tensors, model, path) for path in wanted}
     found = {path: form for path, form in forms.items() if form is not None}
@@ -184,7 +184,7 @@ def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any
 
     frozen_only: a restored run has its trained leaves already; None stands for them.
     """
-    found, keep, mask = load.open_leaves(ref, t.model), make_keep(t), tree.paths(t.mask)
+    found, keep, mask = pretrained.open_leaves(ref, t.model), make_keep(t), tree.paths(t.mask)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, leaf = f"base/{path}", found[path]
@@ -200,7 +200,7 @@ def load_base(ref: str, t: Trained, mesh: Any, frozen_only: bool = False) -> Any
 
 def changed_by_holding(ref: str, t: Trained) -> list[str]:
     """A line for each group of weights that the files hold packed and the run in another way, and why."""
-    tensors, keep = load.open_tensors(ref), make_keep(t)
+    tensors, keep = pretrained.open_tensors(ref), make_keep(t)
     groups: dict[str, list[str]] = {}
     for path in param.spec_paths(t.model.specs["base"]):
         name = t.model.names[path][0].format(i=0)

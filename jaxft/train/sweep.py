@@ -25,7 +25,7 @@ from jaxft.train import multi_adapter, report
 from jaxft.train.loop import Job, Run
 from jaxft.train.programs import TrainState, build, start
 from jaxft.train.sweep_programs import Meters, Shared, batches, compile_all, largest
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 # What runs that are trained together may have each for itself.
 MAY_DIFFER = (
@@ -84,7 +84,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
     with contextlib.ExitStack() as stack:
         stack.enter_context(runfolder.lock(folder))
         stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
-        tokenizer = load.load_tokenizer(lead.weights)
+        tokenizer = pretrained.load_tokenizer(lead.weights)
         shards = sharding.row_shards(sharding.make_mesh(lead.mesh))
         apart = len({r.data.seed for r in runs.values()}) > 1
         sources = [r.source(r.data, tokenizer, shards=shards) for r in (runs.values() if apart else [lead])]

@@ -91,9 +91,9 @@ def compile_eval(
     place = lambda batch: sharding.place_batch(p.mesh, batch)  # noqa: E731
     auxes = [state.aux for state in states]
     see = step.lower([state.trainable for state in states], frozen, place(batches[0]), auxes).compile()
-    on = lambda states, batch: see(
-        [x.trainable for x in states], frozen, place(batch), [x.aux for x in states]
-    )  # noqa: E731
+
+    def on(states, batch):
+        return see([x.trainable for x in states], frozen, place(batch), [x.aux for x in states])  # noqa: E731
 
     def read(total: Any) -> list[dict[str, float]]:
         return [metrics.read(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]

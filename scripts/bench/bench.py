@@ -113,7 +113,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     from jaxft.objectives.sft import sft
     from jaxft.optim import optimizer
     from jaxft.train import loop
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     rows = {"max_length": a.max_length, "batch": a.batch, "micro": a.micro, "held_out": None}
@@ -133,7 +133,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     return loop.Run(
         name="bench",
         weights=a.model,
-        model=load.model_for(a.model, dtype=dtype, remat=a.remat),
+        model=pretrained.model_for(a.model, dtype=dtype, remat=a.remat),
         adapter=None if a.full else Adapter(rank=a.rank, alpha=2.0 * a.rank),
         quant=None if a.quant == "none" else Quant(a.quant),
         optim=optimizer.Optim(
@@ -175,11 +175,12 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
 
     from jaxft.distributed import sharding
     from jaxft.objectives import metrics
-    from jaxft.train import programs
+    from jaxft.train import loop, programs
+    from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        tokenizer = load.load_tokenizer(run.weights)
+        tokenizer = pretrained.load_tokenizer(run.weights)
         source = run.source(
             run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh)
         )

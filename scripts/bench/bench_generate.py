@@ -73,12 +73,12 @@ def ours(a: argparse.Namespace) -> float:
     from jaxft.inference import generate
     from jaxft.nn import attention, lora
     from jaxft.train import partition
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = load.model_for(a.model, dtype=dtype)
+        model = pretrained.model_for(a.model, dtype=dtype)
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
         whole = {"base": partition.load_frozen(a.model, model, mesh)}
         run = generate.make_generate(lora.adapted(model, None), generate.Sampling(a.new), ())
@@ -95,13 +95,14 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.weights import hf
+    from jaxft.train import partition
+    from jaxft.weights import hf, pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = load.model_for(a.model, dtype=jnp.float32)
+        model = pretrained.model_for(a.model, dtype=jnp.float32)
         base = partition.load_frozen(a.model, model, mesh)
-        hf.save_folder(Path(folder), model, base, load.load_tokenizer(a.model), a.model)
+        hf.save_folder(Path(folder), model, base, pretrained.load_tokenizer(a.model), a.model)
 
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:

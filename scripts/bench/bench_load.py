@@ -84,7 +84,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     from jaxft.nn.lora import Adapter
     from jaxft.nn.quant import Quant, is_qtensor
     from jaxft.train import partition
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     number, port, model = int(a.process[0]), a.process[1], a.process[2]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -92,15 +92,16 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
         jax.distributed.initialize(f"127.0.0.1:{port}", a.processes, number)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
     quant = None if a.quant == "none" else Quant(a.quant)
-    whole = load.model_for(model, dtype=jnp.bfloat16)
+    whole = pretrained.model_for(model, dtype=jnp.bfloat16)
     t = partition.trained(whole, None if a.full else Adapter(), None, quant)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
     base = jax.block_until_ready(partition.load_base(model, t, mesh))
     seconds = time.monotonic() - begin
-    held = lambda leaf: sum(
-        shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards
-    )  # noqa: E731
+
+    def held(leaf):
+        return sum(shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards)  # noqa: E731
+
     each = [held(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
     leaf = max(
         sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)

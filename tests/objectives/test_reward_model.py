@@ -24,7 +24,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Rewards, bradley_terry, reward
 from jaxft.rl import reward_models
 from jaxft.train import init, partition
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
 TRAINED = "adapter/.*/[ab]|score"
@@ -339,7 +339,7 @@ def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, 
     with pytest.raises(
         ValueError, match="a sequence classifier, which gives scores and no text; take a language model"
     ):
-        load.open_leaves(str(folder), load.model_for(str(folder)))
+        pretrained.open_leaves(str(folder), pretrained.model_for(str(folder)))
     language = write_folder(tmp_path / "language", tiny_torch())
     with pytest.raises(ValueError, match="found LlamaForCausalLM, wanted a sequence classifier"):
         reward_models.load(str(language), one_device())

@@ -70,9 +70,10 @@ def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scal
     assert found.shape == x.shape and (found[np.asarray(x) == 0] == 0).all()
     rows, size = _rows(x.shape, layers)
     room = -size % BLOCK
-    cut = lambda y: np.pad(np.asarray(y, np.float64).reshape(rows, size), ((0, 0), (0, room))).reshape(
-        -1, BLOCK
-    )  # noqa: E731
+
+    def cut(y):
+        return np.pad(np.asarray(y, np.float64).reshape(rows, size), ((0, 0), (0, room))).reshape(-1, BLOCK)  # noqa: E731
+
     blocks, off = cut(x), np.abs(cut(found) - cut(x))
     absmax = np.abs(blocks).max(1, keepdims=True)
     at = np.clip(np.searchsorted(table, blocks / np.maximum(absmax, 1e-300)), 1, len(table) - 1)

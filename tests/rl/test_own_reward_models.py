@@ -25,7 +25,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.rl import advantages as adv
 from jaxft.rl import reward_models, rewards
 from jaxft.train import init, partition
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 
@@ -52,7 +52,7 @@ def by_transformers(folder, texts):
 
 def test_a_classifier_scores_completions_as_transformers_does(place):
     """Strings and messages, of unequal length, more than a batch of them, an empty one too."""
-    folder, tokenizer = place.folder / "judge", load.load_tokenizer(str(place.folder / "judge"))
+    folder, tokenizer = place.folder / "judge", pretrained.load_tokenizer(str(place.folder / "judge"))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     asked = ["what is 1?", [{"role": "user", "content": "why?"}], "what is 2 plus one plus one?", "so", "so"]
     said = ["it is 1", "because it is so", "4", "", "three " * 9]
@@ -71,7 +71,10 @@ def test_a_classifier_that_pads_with_its_end_token_is_read_before_it(place):
     """As transformers does; what we write pads with another token, so that it is read at the end."""
     folder = place.folder / "padded"
     shutil.copytree(place.folder / "judge", folder)
-    config, tokenizer = json.loads((folder / "config.json").read_text()), load.load_tokenizer(str(folder))
+    config, tokenizer = (
+        json.loads((folder / "config.json").read_text()),
+        pretrained.load_tokenizer(str(folder)),
+    )
     assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
@@ -97,7 +100,10 @@ def test_what_a_template_adds_after_the_end_is_left_out_of_ours_and_read_of_othe
     for name in ("ours", "others"):
         folder = place.folder / name
         shutil.copytree(place.folder / "judge", folder)
-        config, tokenizer = json.loads((folder / "config.json").read_text()), load.load_tokenizer(str(folder))
+        config, tokenizer = (
+            json.loads((folder / "config.json").read_text()),
+            pretrained.load_tokenizer(str(folder)),
+        )
         tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "</s>\n")
         tokenizer.save_pretrained(str(folder))
         if name == "others":
@@ -124,7 +130,7 @@ def test_our_adapter_reads_a_text_at_its_end_in_peft(place):
     peft = pytest.importorskip("peft")
     t, whole = begun(place.folder / "base")
     folder = saved(t, whole, place.folder / "base", place.folder / "of_adapter")
-    tokenizer = load.load_tokenizer(str(folder))
+    tokenizer = pretrained.load_tokenizer(str(folder))
     said = reward_models.examples(["why?", "what is 1?"], ["so", "it is"], tokenizer)
     texts = [ids for ids, _ in chat.tokenise(said, tokenizer, "all")]
     pad = tokenizer.pad_token_id  # what the card names
@@ -180,7 +186,7 @@ def test_scores_of_a_whole_rollout_are_checked():
 
 
 def test_a_folder_is_told_apart(place, tmp_path):
-    model = load.model_for(str(place.folder / "base"))
+    model = pretrained.model_for(str(place.folder / "base"))
     beside, reward = reward_models.as_reward(str(place.folder / "judge"), model)
     assert not beside and isinstance(reward, reward_models.ByModel) and reward.name == "judge"
     with pytest.raises(ValueError, match="wanted a sequence classifier"):
@@ -200,10 +206,10 @@ import sys
 import jax
 from jaxft.distributed import sharding
 from jaxft.rl import reward_models
-from jaxft.weights import load
+from jaxft.weights import pretrained
 mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 for ref in sys.argv[2:]:
-    _, judge = reward_models.as_reward(ref, load.model_for(sys.argv[1]), longest=64)
+    _, judge = reward_models.as_reward(ref, pretrained.model_for(sys.argv[1]), longest=64)
     with jax.set_mesh(mesh):
         print(judge.name, judge.identity(), judge.opened(mesh)(["what is 1?", "so"], ["it is 1", "why"]).tolist())
 """
@@ -238,7 +244,7 @@ def test_a_classifier_scores_alike_on_a_mesh(place):
 @pytest.mark.parametrize("kind", ["language model", "classifier"])
 def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, kind):
     folder = place.folder / ("base" if kind == "language model" else "judge")
-    policy = load.model_for(str(place.folder / "base"), dtype=jnp.float32)
+    policy = pretrained.model_for(str(place.folder / "base"), dtype=jnp.float32)
     model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
     t = partition.trained(
         model, None, partition.patterns(model, None, None, {"critic": Scorer(weights=str(folder))})

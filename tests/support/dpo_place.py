@@ -19,7 +19,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.train.partition import adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": Moving(0.5, 2), "none": None}
 

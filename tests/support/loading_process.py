@@ -13,8 +13,7 @@ from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import init, partition
-from jaxft.weights import load as weights
-from jaxft.weights import safetensors
+from jaxft.weights import pretrained, safetensors
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16), "nf4": Quant("nf4", 16),
@@ -32,7 +31,7 @@ MESHES = {
 
 def held_as(folder, form):
     """The Trained of a form above."""
-    model = weights.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
+    model = pretrained.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
     return partition.trained(
         model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder)
     )
@@ -102,7 +101,7 @@ def main(port, count, process, cases, adapter):
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
         settings = partition.adapter_settings(start, t.model) if start else Adapter(rank=2)
-        t = partition.trained(weights.model_for(cases[0][0]), settings, None)
+        t = partition.trained(pretrained.model_for(cases[0][0]), settings, None)
         one, many = (
             init.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
         )

@@ -126,9 +126,11 @@ def by_answer(laid, array):
 
 
 def in_torch(rows):
-    part = lambda i: {
-        k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()
-    }  # noqa: E731
+    def part(i):
+        return {
+            k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()
+        }  # noqa: E731
+
     return T.Rows(part(0), part(1), part(2), torch.tensor(rows.margin))
 
 

@@ -28,7 +28,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.online_pairs import ranked
 from jaxft.rl.rollout import rollouts
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 
 def letters(prompt, completion, row):

@@ -40,9 +40,10 @@ def places(*shape: int) -> Any:
 
 def state(seed: int, *shape: int) -> Any:
     """The leaves on the devices."""
-    put = lambda v, place: jax.make_array_from_callback(
-        np.shape(v), place, lambda index: np.asarray(v)[index]
-    )  # noqa: E731
+
+    def put(v, place):
+        return jax.make_array_from_callback(np.shape(v), place, lambda index: np.asarray(v)[index])  # noqa: E731
+
     return jax.tree.map(put, values(seed), places(*shape))
 
 

@@ -33,7 +33,7 @@ from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
 from jaxft.nn.quant import Quant
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 
 def config(

@@ -19,7 +19,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
-from jaxft.weights import hf, load, peft
+from jaxft.weights import hf, peft, pretrained
 from jaxft.weights.merge import merged
 
 torch = pytest.importorskip("torch")
@@ -43,7 +43,7 @@ def world(request, tmp_path_factory):
     """A folder with base/, adapter/ and a finished run runs/r, relative to it."""
     root = tmp_path_factory.mktemp("world")
     base = write_folder(root / "base", tiny_torch(tie_word_embeddings=getattr(request, "param", False)))
-    model = load.model_for(str(base), dtype=jnp.float32)
+    model = pretrained.model_for(str(base), dtype=jnp.float32)
     adapter = random_adapter(model, SETTINGS)
     for folder in (root / "adapter", root / "runs" / "r" / "adapter"):
         peft.save_adapter(folder, adapter, SETTINGS, model, str(base))
@@ -87,7 +87,7 @@ def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, worl
     )
     assert code == 0 and "float32" in out
     whole = {
-        "base": load.load_base(str(root / "base"), model, lambda _, x: jnp.asarray(x)),
+        "base": pretrained.load_base(str(root / "base"), model, lambda _, x: jnp.asarray(x)),
         "adapter": adapter,
     }
     full = lora.adapted(model, SETTINGS)
@@ -131,9 +131,9 @@ def test_without_an_adapter_the_base_is_copied_bit_for_bit(script, world, tmp_pa
 def test_merging_holds_a_tensor_and_not_a_model(world, tmp_path):
     wide = tiny_torch(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
     write_folder(tmp_path / "base", wide)
-    model = load.model_for(str(tmp_path / "base"))
+    model = pretrained.model_for(str(tmp_path / "base"))
     total = sum(p.numel() * 4 for p in wide.parameters())
-    base = merged(load.open_tensors(str(tmp_path / "base")), model, None, np.float32)
+    base = merged(pretrained.open_tensors(str(tmp_path / "base")), model, None, np.float32)
     tracemalloc.start()
     hf.save_folder(tmp_path / "out", model, base, None)
     peak = tracemalloc.get_traced_memory()[1]

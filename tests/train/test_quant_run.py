@@ -18,8 +18,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
-from jaxft.weights import load
 from jaxft.weights import place as shards
+from jaxft.weights import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +130,11 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     assert code == 0 and "rounding changed the weights by 0.1" in out
 
     ref, adapter, record = runfolder.results(run)
-    model = load.model_for(ref, dtype=jnp.float32)
+    model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
     loaded, settings = partition.load_adapter(adapter, model, mesh)
     whole = {"base": partition.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
-    merged = {"base": load.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
+    merged = {"base": pretrained.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
         for full, params in ((lora.adapted(model, settings), whole), (lora.adapted(model, None), merged))
@@ -144,7 +144,7 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
 
 def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
     folder = str(write_folder(tmp_path, tiny_torch(tie_word_embeddings=False)))
-    model, mesh = load.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     t = partition.trained(model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q"))
     base = partition.load_base(folder, t, mesh)
     wanted = partition.split(t, partition.abstract_params(t, mesh))[1]["base"]
@@ -188,9 +188,9 @@ def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
     folder = str(
         write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32))
     )
-    model, mesh = load.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     t = partition.trained(model, Adapter(rank=2), None, Quant())
-    path, leaf = "base/layers/mlp/up", load.open_leaves(folder, model)["layers/mlp/up"]
+    path, leaf = "base/layers/mlp/up", pretrained.open_leaves(folder, model)["layers/mlp/up"]
     like = partition.as_shapes(param.spec_paths(t.specs)[path], t.held[path])
     places = partition.place(param.spec_paths(t.specs)[path], like, mesh, path)
     shards.load(leaf, like, places, False)  # what jax keeps of it is there before the measurement

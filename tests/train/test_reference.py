@@ -24,7 +24,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.train import init, loop, partition, reference
 from jaxft.train.accumulate import accumulated
 from jaxft.train.programs import build, start
-from jaxft.weights import load, peft
+from jaxft.weights import peft, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     write(folder / "rows.jsonl", make_rows(20))
     with jax.enable_x64(True):
         model, settings = (
-            load.model_for(str(folder / "base"), dtype=jnp.float64),
+            pretrained.model_for(str(folder / "base"), dtype=jnp.float64),
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
         t = partition.trained(model, settings, None)
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 def run_of(folder, **changes):
     """A run in float64, by default plain LoRA."""
-    model = load.model_for(str(folder / "base"), dtype=jnp.float64)
+    model = pretrained.model_for(str(folder / "base"), dtype=jnp.float64)
     given = {
         "objective": partial(preference, loss=dpo),
         "data": PairRows(str(folder / "rows.jsonl"), held_out=0.2, batch=4, max_length=64),
@@ -69,7 +69,7 @@ def run_of(folder, **changes):
 
 def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
-    source = run.source(run.data, load.load_tokenizer(run.weights), folder / "cache")
+    source = run.source(run.data, pretrained.load_tokenizer(run.weights), folder / "cache")
     programs = build(run, 10, jax.devices()[:1])
     with jax.set_mesh(programs.mesh):
         return programs, *start(run, programs, None), source

@@ -24,7 +24,7 @@ from jaxft.objectives.reward_model import reward
 from jaxft.train.partition import adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.loop import Loop, Run
-from jaxft.weights.load import model_for
+from jaxft.weights.pretrained import model_for
 
 
 def config(

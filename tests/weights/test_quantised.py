@@ -19,7 +19,7 @@ from jaxft.nn import layers
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, rows
 from jaxft.train import partition
-from jaxft.weights import load
+from jaxft.weights import pretrained
 from jaxft.weights.quantised import expanded
 
 torch = pytest.importorskip("torch")
@@ -46,7 +46,7 @@ def one_device():
 
 def kept(ref, dtype=jnp.float32):
     """(model, Trained, base) of a checkpoint held as its files hold it."""
-    model = load.model_for(str(ref), dtype=dtype)
+    model = pretrained.model_for(str(ref), dtype=dtype)
     t = partition.trained(model, Adapter(rank=2), None, Quant("kept"), str(ref))
     return model, t, partition.load_base(str(ref), t, one_device())
 
@@ -87,7 +87,7 @@ def by_bitsandbytes(folder, kind, double, **changes):
 @pytest.mark.parametrize("double", [True, False])
 def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind, double):
     folder, wanted = by_bitsandbytes(tmp_path, kind, double)
-    tensors = load.open_tensors(str(folder))
+    tensors = pretrained.open_tensors(str(folder))
     assert set(tensors.packed) == set(wanted)
     model, t, base = kept(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
@@ -129,7 +129,7 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
             state[name] = torch.linspace(-1, 1, 256)
     save_file(state, folder / "model.safetensors")
     model, t, base = kept(folder)
-    tensors, name = load.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
+    tensors, name = pretrained.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
     absmax = state[f"{name}.absmax"].numpy()
     offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
     scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[
@@ -155,7 +155,7 @@ def test_8_bit_weights_are_codes_times_scb(tmp_path):
         wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
     save_file(state, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    tensors = load.open_tensors(str(folder))
+    tensors = pretrained.open_tensors(str(folder))
     for name, values in wanted.items():
         same(tensors.read(name), values)
         assert tensors.packed[name].form.kind == "int8"
@@ -228,10 +228,10 @@ def test_grouped_weights_are_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
     model, t, base = kept(folder)
     assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
-    tensors = load.open_tensors(str(folder))
+    tensors = pretrained.open_tensors(str(folder))
     for name in tensors.packed:
         np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
-    expand = load.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
+    expand = pretrained.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
     wanted = torch_logits(reference, some_tokens())
     np.testing.assert_allclose(our_logits(model, base, some_tokens()), wanted, atol=2e-4)
     np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
@@ -312,7 +312,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
         ValueError,
         match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's",
     ):
-        load.open_tensors(str(folder))
+        pretrained.open_tensors(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
     with pytest.raises(
         ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"
@@ -325,7 +325,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
     for text in (b"{", b"[]", *(f'{{"shape": {size}, "blocksize": 64}}'.encode() for size in sizes)):
         save_file({**state, name: torch.tensor(list(text), dtype=torch.uint8)}, folder / "model.safetensors")
         with pytest.raises(ValueError, match="is no state of a 4-bit weight"):
-            load.open_tensors(str(folder))
+            pretrained.open_tensors(str(folder))
     for changes in (dict(block=64), dict(double=True)):
         with pytest.raises(ValueError, match="quant=kept takes blocks and scales from the files"):
             Quant("kept", **changes)
@@ -338,7 +338,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
 def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
     model, t, base = kept(path)
-    plain = load.load_base(str(path), model, lambda path, x: jnp.asarray(x))
+    plain = pretrained.load_base(str(path), model, lambda path, x: jnp.asarray(x))
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
     for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
@@ -380,7 +380,7 @@ def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, c
     assert code == 0, err
     assert f" as {kind}, " in told and "bits a packed parameter, packing changed them by" in told
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
-    model = load.model_for(str(source))
+    model = pretrained.model_for(str(source))
     found = kept(out, jnp.bfloat16)[2]
     wanted = partition.load_frozen(str(source), model, one_device(), quant)
     for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(wanted), strict=True):
@@ -416,7 +416,7 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     from jaxft.train import export
 
     wide = str(place.folder / "wide")
-    export.write(base, export.Whole(wide, load.model_for(wide), None), "float32", export.Pack(Quant()))
+    export.write(base, export.Whole(wide, pretrained.model_for(wide), None), "float32", export.Pack(Quant()))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (place.folder / "wide" / name).is_file():
             shutil.copy(place.folder / "wide" / name, base / name)
@@ -440,6 +440,6 @@ def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypa
     code, told, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
     assert code == 0, err
     assert " as int8, " in told and "packing changed them by 0." in told
-    exact, found = load.open_tensors(str(wide)), load.open_tensors(str(narrow))
+    exact, found = pretrained.open_tensors(str(wide)), pretrained.open_tensors(str(narrow))
     name = "model.layers.1.mlp.up_proj.weight"
     same(found.read(name).T, expanded(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))

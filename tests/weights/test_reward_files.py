@@ -16,8 +16,8 @@ from jaxft.models.heads import Scorer
 from jaxft.nn.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train import export, init, partition, report
-from jaxft.weights import load
 from jaxft.weights import peft as peft_layout
+from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -32,14 +32,19 @@ def base(request, tmp_path_factory):
 
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
-    model = heads.scorer(load.model_for(str(folder), dtype=jnp.float32))
+    model = heads.scorer(pretrained.model_for(str(folder), dtype=jnp.float32))
     t, mesh = partition.trained(model, adapter, None), one_device()
     whole = partition.load_base(str(folder), t, mesh)
     whole = {"base": whole, **init.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
     if adapter and start is None:
-        shake = lambda path, x: (
-            x if path[-1].key == "scale" else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
-        )  # noqa: E731
+
+        def shake(path, x):
+            return (
+                x
+                if path[-1].key == "scale"
+                else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
+            )  # noqa: E731
+
         whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
     return t, whole
 
@@ -47,7 +52,9 @@ def begun(folder, adapter=SETTINGS, start=None, seed=1):
 def saved(t, whole, base, out, adapter=SETTINGS):
     """The folder that a run writes."""
     run = SimpleNamespace(
-        adapter=adapter, model=heads.scorer(load.model_for(str(base), dtype=jnp.float32)), weights=str(base)
+        adapter=adapter,
+        model=heads.scorer(pretrained.model_for(str(base), dtype=jnp.float32)),
+        weights=str(base),
     )
     return report.export(t, whole, run, tiny_tokenizer(), out)
 
@@ -110,7 +117,7 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     t, whole = begun(base, adapter)
     tokens = some_tokens()
     if adapter:
-        folder, model = tmp_path / "merged", heads.scorer(load.model_for(str(base), dtype=jnp.float32))
+        folder, model = tmp_path / "merged", heads.scorer(pretrained.model_for(str(base), dtype=jnp.float32))
         export.write(
             folder,
             export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))),
@@ -138,7 +145,7 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     base, tmp_path
 ):
     t, whole = begun(base)
-    language = load.model_for(str(base), dtype=jnp.float32)
+    language = pretrained.model_for(str(base), dtype=jnp.float32)
     peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
     settings = partition.adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
@@ -166,7 +173,7 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
 
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
     t, whole = begun(base)
-    folder, language = saved(t, whole, base, tmp_path), load.model_for(str(base), dtype=jnp.float32)
+    folder, language = saved(t, whole, base, tmp_path), pretrained.model_for(str(base), dtype=jnp.float32)
     with pytest.raises(ValueError, match="a reward model's adapter, which gives scores and no text"):
         peft_layout.load_adapter(folder, language)
     path, name = folder / "adapter_model.safetensors", "base_model.model.score.weight"

@@ -29,7 +29,7 @@ from tiny_llama import (
 from jaxft import tree
 from jaxft.models.llama_config import PRESETS
 from jaxft.nn import quant
-from jaxft.weights import hf, hub, load, safetensors
+from jaxft.weights import hf, hub, pretrained, safetensors
 
 torch = pytest.importorskip("torch")
 
@@ -59,8 +59,8 @@ def broken(source, tmp_path):
 
 
 def load(folder, **options):
-    model = load.model_for(str(folder), **{"dtype": jnp.float32, **options})
-    return model, load.load_base(str(folder), model, keep)
+    model = pretrained.model_for(str(folder), **{"dtype": jnp.float32, **options})
+    return model, pretrained.load_base(str(folder), model, keep)
 
 
 def assert_equals_state(base, model, state):
@@ -112,7 +112,7 @@ def test_logits_survive_the_way_in_out_and_in_again(tmp_path, changes):
     logits = our_logits(model, base, tokens)
     np.testing.assert_allclose(logits, torch_logits(reference, tokens), atol=1e-4)
 
-    hf.save_folder(out, model, base, load.load_tokenizer(str(folder)), str(folder))
+    hf.save_folder(out, model, base, pretrained.load_tokenizer(str(folder)), str(folder))
     theirs = AutoModelForCausalLM.from_pretrained(str(out))
     assert theirs.config.to_dict() | {"_name_or_path": ""} == reference.config.to_dict() | {
         "_name_or_path": ""
@@ -121,7 +121,9 @@ def test_logits_survive_the_way_in_out_and_in_again(tmp_path, changes):
     model_again, base_again = load(out)
     assert model_again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, base_again, base)
-    assert load.load_tokenizer(str(out)).encode("héllo 12 </s>") == tiny_tokenizer().encode("héllo 12 </s>")
+    assert pretrained.load_tokenizer(str(out)).encode("héllo 12 </s>") == tiny_tokenizer().encode(
+        "héllo 12 </s>"
+    )
     assert (out / "chat_template.jinja").is_file()
 
 
@@ -186,7 +188,7 @@ def test_the_config_keeps_its_source_s_style(source, broken, tmp_path_factory):
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [257, 3] and generation["temperature"] == 0.6
     hf.save_folder(out, model, base, None, None)  # without a source: from model.config
-    assert load.model_for(str(out)).config == model.config
+    assert pretrained.model_for(str(out)).config == model.config
 
 
 def test_a_head_of_its_own_makes_a_tied_model_untied(tmp_path):
@@ -204,7 +206,7 @@ def test_a_head_of_its_own_makes_a_tied_model_untied(tmp_path):
 def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
     reference = tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     folder = write_folder(tmp_path, reference, max_shard_size="400KB")
-    model = load.model_for(str(folder))
+    model = pretrained.model_for(str(folder))
     sizes = []
 
     def store(path, array):
@@ -212,7 +214,7 @@ def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
         return None
 
     tracemalloc.start()
-    load.load_base(str(folder), model, store)
+    pretrained.load_base(str(folder), model, store)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(sizes) == 4 * reference.num_parameters()
@@ -220,9 +222,9 @@ def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
 
 
 def test_each_leaf_is_stored_once_under_its_path(source):
-    model = load.model_for(str(source[1]))
+    model = pretrained.model_for(str(source[1]))
     seen = []
-    base = load.load_base(str(source[1]), model, lambda path, array: seen.append(path) or path)
+    base = pretrained.load_base(str(source[1]), model, lambda path, array: seen.append(path) or path)
     assert sorted(seen) == sorted(tree.paths(base)) and tree.paths(base) == {p: p for p in tree.paths(base)}
     assert set(seen) == set(model.names) and len(seen) == len(set(seen))
 
@@ -357,20 +359,20 @@ def test_a_ref_that_is_nothing_says_so(tmp_path, monkeypatch):
 def test_presets_touch_neither_disk_nor_network(monkeypatch):
     monkeypatch.setattr(hub, "locate", lambda *a, **k: pytest.fail("located"))
     for ref, config in PRESETS.items():
-        assert load.model_for(ref).config == config
+        assert pretrained.model_for(ref).config == config
 
 
 HUB_CLIENT = """
 import sys
-from jaxft.weights import load
+from jaxft.weights import pretrained
 from jaxft.weights import hub
 for ref in sys.argv[1:]:
     try:
-        model = load.model_for(ref)
-        base = load.load_base(ref, model, lambda path, array: array.nbytes)
+        model = pretrained.model_for(ref)
+        base = pretrained.load_base(ref, model, lambda path, array: array.nbytes)
         located = hub.locate(ref)
         files = sorted(p.name for p in located.path.iterdir())
-        print("ok", located.revision, base["embed"], load.load_tokenizer(ref).encode("a"), files)
+        print("ok", located.revision, base["embed"], pretrained.load_tokenizer(ref).encode("a"), files)
     except (ValueError, OSError) as e:
         print(type(e).__name__, e)
 """
@@ -436,6 +438,6 @@ def test_a_cached_package_is_found_without_the_network(monkeypatch):
 
 
 def test_nothing_in_jaxft_weights_imports_torch():
-    for path in Path(load.__file__).parent.glob("*.py"):
+    for path in Path(pretrained.__file__).parent.glob("*.py"):
         assert "import torch" not in path.read_text()
     assert LAYERS == 3
