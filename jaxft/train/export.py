@@ -87,9 +87,10 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     block, double = usual(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)
-    forms = {
-        path: form_of(specs[path].shape[-2:], quant) for path in partition.packed_paths(model.specs, quant)
-    }  # type: ignore[arg-type]
+    forms = {}
+    for path in partition.packed_paths(model.specs, quant):
+        *_, size_in, size_out = specs[path].shape
+        forms[path] = form_of((size_in, size_out), quant)
     tables = [path for path in forms if not model.names[path][1]]
     if tables:
         raise ValueError(

@@ -86,7 +86,7 @@ class Run:
     """
 
     name: str
-    open: str
+    weights: str
     model: Model
     objective: Callable[[Model], Callable]
     data: Rows | PairRows | Prompts

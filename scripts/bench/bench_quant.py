@@ -94,7 +94,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
 def main() -> int:
     """Measure and print."""
     a = arguments()
-    from scripts.bench import plain_rows
+    from scripts.bench.bench import plain_rows
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
