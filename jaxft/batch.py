@@ -1,4 +1,4 @@
-"""The batch types that sources build and objectives read.
+"""The batch types that sources build and objectives read, and the state that a train step carries.
 
 Legend of array suffixes used all over jaxft: B batch rows, T time, S source time, D width, H query heads, K kv heads,
 G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row.
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.tree import static, struct
+from jaxft.tree import Aux, OptState, Params, static, struct
 
 
 @struct
@@ -97,6 +97,17 @@ class Rollout:
     returns: Float[Any, "B M"] | None = None  # what the critic should learn
     value_weights: Float[Any, "B M"] | None = None
     branches: Int[Any, "B T"] | None = None
+
+
+@struct
+class TrainState:
+    """Everything a run needs to resume. `bad` counts non-finite steps: [in total, in a row up to now]."""
+
+    step: Int[Any, ""]
+    trainable: Params
+    opt_state: OptState
+    aux: Aux
+    bad: Int[Any, "2"]
 
 
 def widened(batch: Any, like: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Paths of a pytree, boolean masks over them, and the partition that masks make.
+"""Names for pytrees, their paths, boolean masks over them, and the partition that masks make.
 
 A path is the leaf's dict keys and field names joined by "/", e.g. `base/layers/attn/q`.
 """
@@ -6,12 +6,19 @@ A path is the leaf's dict keys and field names joined by "/", e.g. `base/layers/
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 from flax import struct as _flax_struct
 
 T = TypeVar("T")
+
+Params: TypeAlias = Any  # nested dicts of arrays and QTensors, None where a partition has no leaf
+Grads: TypeAlias = Any  # the structure of the trainable Params
+OptState: TypeAlias = Any  # an optimizer's state
+Aux: TypeAlias = Any  # what an objective and a source keep in TrainState beside the parameters
+Batch: TypeAlias = Any  # Tokens, Pairs, Rollout, or another struct of arrays with leading rows
+Metrics: TypeAlias = dict[str, Any]  # name -> metrics.Sum, Max or Min in a program, float on the host
 
 
 def static(**kwargs: Any) -> Any:

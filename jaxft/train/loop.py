@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows, Source, sft_source
@@ -33,7 +34,6 @@ from jaxft.runs.record import describe, differences
 from jaxft.train import partition, reference, report, samples
 from jaxft.train.programs import (
     Programs,
-    TrainState,
     build,
     compile_eval,
     compile_step,

@@ -15,11 +15,11 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.nn import lora
 from jaxft.objectives import metrics
 from jaxft.optim.optimizer import guarded_update
 from jaxft.train.accumulate import accumulated
-from jaxft.train.programs import TrainState
 
 Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Int
 
+from jaxft.batch import TrainState
 from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
 from jaxft.nn import attention
@@ -17,21 +17,9 @@ from jaxft.optim.fused_backward import updated
 from jaxft.optim.optimizer import guarded_update, make_optimizer, wide
 from jaxft.train import evaluate, init, partition
 from jaxft.train.accumulate import accumulated
-from jaxft.tree import struct
 
 if TYPE_CHECKING:
     from jaxft.train.loop import Run
-
-
-@struct
-class TrainState:
-    """All that is needed to go on. bad: non-finite steps so far, and of those the last in a row."""
-
-    step: Int[Any, ""]
-    trainable: Any
-    opt_state: Any
-    aux: Any
-    bad: Int[Any, "2"]
 
 
 def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:

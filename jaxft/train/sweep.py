@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.distributed import sharding
 from jaxft.runs import compare
 from jaxft.runs import folder as runfolder
@@ -23,7 +24,7 @@ from jaxft.runs.record import describe, differences
 from jaxft.train import loop as train
 from jaxft.train import multi_adapter, report
 from jaxft.train.loop import Job, Run
-from jaxft.train.programs import TrainState, build, start
+from jaxft.train.programs import build, start
 from jaxft.train.sweep_programs import Meters, Shared, batches, compile_all, largest
 from jaxft.weights import pretrained
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.batch import widened
+from jaxft.batch import TrainState, widened
 from jaxft.distributed import devices, sharding
 from jaxft.objectives import metrics
 from jaxft.runs.checkpoint import Checkpoints
@@ -19,7 +19,6 @@ from jaxft.runs.log import Log
 from jaxft.train import evaluate, report
 from jaxft.train.loop import Job
 from jaxft.train.multi_adapter import Together, gradients, judge_each, make_eval_step, make_update, together
-from jaxft.train.programs import TrainState
 
 
 @dataclass(frozen=True)

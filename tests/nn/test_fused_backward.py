@@ -10,6 +10,7 @@ from dpo_place import write_pair_place
 from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
 from tiny_run import Place, write_place
 
+from jaxft.batch import TrainState
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.fused_update import disguised, undisguised
@@ -19,7 +20,7 @@ from jaxft.optim import optimizer as optim
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train import partition
-from jaxft.train.programs import TrainState, make_train_step
+from jaxft.train.programs import make_train_step
 
 
 def batch(count=4, parts=1):

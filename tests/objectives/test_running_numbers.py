@@ -11,12 +11,13 @@ from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, rand
 from preference_rows import EVERY
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import Moving, preference, reference_params
 from jaxft.train import evaluate
-from jaxft.train.programs import TrainState, make_train_step
+from jaxft.train.programs import make_train_step
 
 
 @pytest.fixture(autouse=True)

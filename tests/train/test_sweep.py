@@ -12,6 +12,7 @@ from pair_batches import laid, micro, random_pairs, start_aux
 from tiny_model import CONFIG, assert_close, examples, one_by_one
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.models.llama import llama
 from jaxft.nn import layers, lora, param
 from jaxft.nn.lora import Adapted, Adapter
@@ -25,7 +26,7 @@ from jaxft.optim.optimizer import Optim, linear, make_optimizer
 from jaxft.train import partition
 from jaxft.train.multi_adapter import gradients, judge_each, make_eval_step, make_update, together
 from jaxft.train.multi_adapter import own as own_leaves
-from jaxft.train.programs import TrainState, make_train_step
+from jaxft.train.programs import make_train_step
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.models.llama import REMAT, llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -21,7 +22,7 @@ from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.runs.record import describe
 from jaxft.train import evaluate, partition
-from jaxft.train.programs import TrainState, make_train_step
+from jaxft.train.programs import make_train_step
 
 
 @pytest.fixture(autouse=True)
