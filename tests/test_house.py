@@ -1,84 +1,39 @@
-"""Who may import whom, what is never imported, and that all of it imports without torch."""
+"""Laws of the source tree: layout, import direction, interfaces without optional members, one meaning per name."""
 
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each layer imports itself and what stands above it here. A package stands for its modules.
+# Bottom to top. A folder imports itself and the layers above it in this list; folders of one layer never import one another.
 LAYERS = (
-    {
-        "tree",
-        "batch",
-        "quant",
-        "quant_formats",
-        "metrics",
-        "devices",
-        "hlo",
-        "traffic",
-        "machines",
-        "roofline",
-    },
-    {"sharding", "params", "agree", "manifest", "readback", "ending", "launch", "distributed", "watchdog"},
-    {"nn", "attention", "flash", "lora", "consumed"},
-    {"models", "objectives", "data"},  # never one another
-    {
-        "optim",
-        "optim_states",
-        "in_backward",
-        "calibrate",
-        "generate",
-        "checkpoint",
-        "weights",
-        "log",
-        "describe",
-        "runfolder",
-        "accumulate",
-        "reference",
-        "plots",
-        "compare",
-        "advantages",
-        "estimates",
-        "rewards",
-        "completions",
-        "player",
-        "rollout",
-        "ranked",
-    },  # fmt: skip
-    {
-        "train",
-        "programs",
-        "evaluate",
-        "prepare",
-        "export",
-        "report",
-        "samples",
-        "together",
-        "sweep",
-        "sweep_programs",
-        "scorer",
-        "starts",
-    },  # fmt: skip
-    {"flops", "plan", "plan_programs", "plan_search", "plan_text"},
-    {"config", "parse", "cli"},
+    {"tree"},
+    {"batch"},
+    {"distributed"},
+    {"nn"},
+    {"models", "objectives", "data"},
+    {"optim", "inference", "weights"},
+    {"runs"},
+    {"rl"},
+    {"train"},
+    {"plan"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-APART = ("models", "objectives", "data")
 
 MODULES = sorted(p for p in (ROOT / "jaxft").rglob("*.py") if p != ROOT / "jaxft" / "__init__.py")
-EDGES = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "configs").glob("*.py")])
-named = {"ids": lambda p: p.relative_to(ROOT).as_posix()}
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
-
-def part_of(file):
-    """`nn` for jaxft/nn.py, `weights` for jaxft/weights/hf.py."""
-    return file.relative_to(ROOT / "jaxft").with_suffix("").parts[0]
+# Attributes of other people's types that only some of them have; none of jaxft's own may be optional.
+FOREIGN = {"errno", "strerror", "__name__", "__qualname__", "__wrapped__", "__file__", "compute_capability"}
+# Public names that several modules define for the same meaning, with the reason.
+SHARED_NAMES: dict[str, str] = {}
 
 
 @functools.cache
@@ -86,104 +41,252 @@ def parsed(file):
     return ast.parse(file.read_text())
 
 
+def name_of(file):
+    return file.relative_to(ROOT).as_posix()
+
+
+def module_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def folder_of(file):
+    """`nn` for jaxft/nn/layers.py, `tree` for jaxft/tree.py."""
+    return file.relative_to(ROOT / "jaxft").with_suffix("").parts[0]
+
+
 @functools.cache
 def imports(file):
-    """Every module or name that a file imports, wherever in it, as dotted text: `from a import b` is "a.b"."""
+    """Every module or name that a file imports, anywhere in it, as dotted text: `from a import b` is "a.b"."""
     found = []
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are absolute"
+            assert node.level == 0, f"{name_of(file)}:{node.lineno}: use absolute imports"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return tuple(found)
 
 
 @functools.cache
 def attributes(file):
-    """Every dotted chain of names in a file: "jax.sharding.Mesh"."""
-    return {
-        ast.unparse(node) for node in ast.walk(parsed(file)) if isinstance(node, ast.Attribute | ast.Name)
-    }
+    """Every dotted chain of names in a file, such as "jax.sharding.Mesh"."""
+    return {ast.unparse(n) for n in ast.walk(parsed(file)) if isinstance(n, ast.Attribute | ast.Name)}
 
 
 def within(name, *packages):
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
-def test_every_module_has_a_place_and_every_place_a_module():
-    assert {part_of(file) for file in MODULES} == LEVEL.keys()
-
-
-@pytest.mark.parametrize("file", MODULES, **named)
-def test_imports_go_one_way(file):
-    mine = part_of(file)
+def own_imports(file):
+    """Modules of jaxft that a file imports."""
+    known = {module_of(other) for other in MODULES}
     for name in imports(file):
-        if not within(name, "jaxft") or name == "jaxft.__version__":
-            continue
-        other = name.split(".")[1]
-        assert other in LEVEL, f"{name}: import modules by their names"
-        assert LEVEL[other] <= LEVEL[mine], f"{mine} is below {other} and must not import it"
-        if mine in APART and other in APART:
-            assert mine == other, f"{mine} and {other} must not know each other"
+        if within(name, "jaxft") and name != "jaxft.__version__":
+            yield name if name in known else name.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("file", MODULES, **named)
-def test_only_configs_meet_a_model_and_an_objective(file):
-    names = [name for name in imports(file) if within(name, "jaxft.objectives")]
-    assert part_of(file) == "objectives" or not names
+def import_cycles(graph):
+    """Strongly connected groups of more than one module (Tarjan 1972)."""
+    index, low, stack, cycles = {}, {}, [], []
+
+    def visit(v):
+        index[v] = low[v] = len(index)
+        stack.append(v)
+        for w in graph.get(v, ()):
+            if w not in index:
+                visit(w)
+                low[v] = min(low[v], low[w])
+            elif w in stack:
+                low[v] = min(low[v], index[w])
+        if low[v] == index[v]:
+            group = [stack.pop()]
+            while group[-1] != v:
+                group.append(stack.pop())
+            if len(group) > 1:
+                cycles.append(sorted(group))
+
+    for v in sorted(graph):
+        if v not in index:
+            visit(v)
+    return cycles
 
 
-@pytest.mark.parametrize("file", [*MODULES, *EDGES], **named)
-def test_what_is_never_imported(file):
-    for name in imports(file):
-        assert not within(
-            name, "torch", "pickle", "cloudpickle", "dill", "joblib", "jax._src", "jax.experimental.pjit"
-        ), name
-        assert not within(name, "flax") or within(name, "flax.struct", "flax.linen"), name
-    for name in attributes(file):
-        assert "._src" not in name and ".nnx" not in name
-    keywords = [k for n in ast.walk(parsed(file)) if isinstance(n, ast.Call) for k in n.keywords]
-    for k in keywords:
-        on = isinstance(k.value, ast.Constant) and k.value.value is True
-        assert not (on and k.arg in ("allow_pickle", "trust_remote_code"))
+def test_the_top_of_the_package_has_one_entry_per_layer_name():
+    entries = {
+        p.stem
+        for p in (ROOT / "jaxft").iterdir()
+        if p.name not in ("__init__.py", "README.md", "__pycache__")
+    }
+    assert entries == LEVEL.keys() and len(entries) <= 14
 
 
-@pytest.mark.parametrize("file", [*MODULES, *EDGES], **named)
-def test_only_sharding_writes_a_partition_spec(file):
-    if file.name == "sharding.py":
-        assert "jax.sharding.PartitionSpec" in imports(file)
-        assert not [
-            name
-            for name in attributes(file)
-            if name.endswith((".platform", "default_backend", "device_kind"))
+def test_imports_follow_the_layers():
+    wrong = []
+    for file in MODULES:
+        mine = folder_of(file)
+        for name in own_imports(file):
+            other = name.split(".")[1]
+            if other != mine and LEVEL[other] >= LEVEL[mine]:
+                wrong.append(f"{name_of(file)} imports {name}")
+    assert not wrong
+
+
+def test_there_is_no_import_cycle():
+    assert not import_cycles({module_of(file): {*own_imports(file)} - {module_of(file)} for file in MODULES})
+
+
+def test_the_cycle_finder_finds_a_cycle():
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_no_import_is_hidden_from_the_import_graph():
+    wrong = []
+    for file in MODULES:
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.ImportFrom) and within(inner.module or "", "jaxft"):
+                        wrong.append(f"{name_of(file)}:{inner.lineno}")
+        if "TYPE_CHECKING" in file.read_text():
+            wrong.append(name_of(file))
+    assert not wrong
+
+
+def test_only_configs_meet_a_model_family_and_an_objective():
+    interfaces = ("model", "heads", "adapted", "families")
+    plain = ("objective", "metrics", "alarms", "numerics", "pair")
+    wrong = []
+    for file in MODULES:
+        mine = folder_of(file)
+        names = [name.split(".") for name in own_imports(file)]
+        families = [n for n in names if n[1] == "models" and len(n) > 2 and n[2] not in interfaces]
+        objectives = [n for n in names if n[1] == "objectives" and len(n) > 2 and n[2] not in plain]
+        if families and objectives and mine not in ("models", "objectives"):
+            wrong.append(name_of(file))
+    assert not wrong
+
+
+def test_nothing_private_unsafe_or_heavy_is_imported():
+    forbidden = ("torch", "pickle", "cloudpickle", "dill", "joblib", "jax._src", "jax.experimental.pjit")
+    wrong = []
+    for file in [*MODULES, *SCRIPTS, *CONFIGS]:
+        for name in imports(file):
+            if within(name, *forbidden) or (
+                within(name, "flax") and not within(name, "flax.struct", "flax.linen")
+            ):
+                wrong.append(f"{name_of(file)} imports {name}")
+        wrong += [
+            f"{name_of(file)}: {name}" for name in attributes(file) if "._src" in name or ".nnx" in name
         ]
-        return
-    names = {*imports(file), *attributes(file)}
-    assert not [
-        name for name in names if name.split(".")[-1] in ("PartitionSpec", "NamedSharding") or name == "jax.P"
-    ]
+        for call in ast.walk(parsed(file)):
+            for keyword in call.keywords if isinstance(call, ast.Call) else ():
+                on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                if on and keyword.arg in ("allow_pickle", "trust_remote_code"):
+                    wrong.append(f"{name_of(file)}:{call.lineno}: {keyword.arg}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", MODULES, **named)
-def test_only_data_and_weights_know_tokenizers_and_file_formats(file):
+def test_only_sharding_writes_a_partition_spec():
+    wrong = []
+    for file in [*MODULES, *SCRIPTS, *CONFIGS]:
+        if file.name == "sharding.py":
+            assert "jax.sharding.PartitionSpec" in imports(file)
+            wrong += [
+                n for n in attributes(file) if n.endswith((".platform", "default_backend", "device_kind"))
+            ]
+            continue
+        for name in {*imports(file), *attributes(file)}:
+            if name.split(".")[-1] in ("PartitionSpec", "NamedSharding") or name == "jax.P":
+                wrong.append(f"{name_of(file)}: {name}")
+    assert not wrong
+
+
+def test_only_data_and_weights_know_tokenizers_and_file_formats():
     theirs = ("transformers", "tokenizers", "safetensors", "gguf", "datasets", "jinja2")
-    assert part_of(file) in ("data", "weights") or not [
-        name for name in imports(file) if within(name, *theirs)
+    wrong = []
+    for file in MODULES:
+        if folder_of(file) not in ("data", "weights"):
+            wrong += [f"{name_of(file)} imports {name}" for name in imports(file) if within(name, *theirs)]
+    assert not wrong
+
+
+def test_importing_a_module_runs_nothing():
+    wrong = []
+    for file in MODULES:
+        for node in parsed(file).body:
+            if isinstance(node, ast.Expr):
+                text = ast.unparse(node)
+                derivative_rule = ".defvjp(" in text or ".defjvp(" in text
+                if not isinstance(node.value, ast.Constant) and not derivative_rule:
+                    wrong.append(f"{name_of(file)}:{node.lineno}: {text[:60]}")
+    assert not wrong
+
+
+def test_no_type_of_jaxft_has_an_optional_member():
+    wrong = []
+    for file in MODULES:
+        for node in ast.walk(parsed(file)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            probe = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
+            if probe and not (isinstance(node.args[1], ast.Constant) and node.args[1].value in FOREIGN):
+                wrong.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert not wrong
+
+
+def test_nobody_looks_into_a_partial_or_glues_an_attribute_onto_a_function():
+    wrong = []
+    for file in MODULES:
+        functions = {n.name for n in parsed(file).body if isinstance(n, ast.FunctionDef)}
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                on = node.targets[0].value
+                if isinstance(on, ast.Name) and on.id in functions:
+                    wrong.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)[:80]}")
+            if isinstance(node, ast.Call) and ".keywords.get" in ast.unparse(node.func):
+                wrong.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert not wrong
+
+
+def test_a_public_name_means_one_thing():
+    where = defaultdict(list)
+    for file in MODULES:
+        for node in parsed(file).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].append(name_of(file))
+    twice = {name: files for name, files in where.items() if len(files) > 1 and name not in SHARED_NAMES}
+    assert not twice
+    assert all(len(where[name]) > 1 for name in SHARED_NAMES), (
+        "SHARED_NAMES lists a name that is unique by now"
+    )
+
+
+def test_functions_have_at_most_six_parameters_and_files_can_be_read_in_one_sitting():
+    wrong = []
+    for file in MODULES:
+        if file.read_text().count("\n") > 400:
+            wrong.append(f"{name_of(file)}: more than 400 lines")
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len([name for name in names if name not in ("self", "cls")])
+                if count > 6:
+                    wrong.append(f"{name_of(file)}:{node.lineno}: {node.name} has {count} parameters")
+                if node.end_lineno - node.lineno >= 90:
+                    wrong.append(f"{name_of(file)}:{node.lineno}: {node.name} has more than 90 lines")
+    assert not wrong
+
+
+def test_the_readme_is_short_and_the_tour_names_every_file():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    tour = (ROOT / "jaxft" / "README.md").read_text()
+    missing = [
+        name_of(f) for f in MODULES if f.name != "__init__.py" and not re.search(rf"\b{f.stem}\b", tour)
     ]
+    assert not missing
 
 
-@pytest.mark.parametrize("file", MODULES, **named)
-def test_importing_sets_nothing(file):
-    for node in parsed(file).body:
-        if isinstance(node, ast.Expr):
-            fine = isinstance(node.value, ast.Constant) or ".defvjp(" in ast.unparse(
-                node
-            )  # docstrings, derivative rules
-            assert fine, f"line {node.lineno}: a statement that runs at import"
-
-
-ALL = """
+IMPORT_ALL = """
 import importlib, importlib.util, pkgutil, sys
 from pathlib import Path
 sys.modules["torch"] = None  # import torch fails, as where it isn't installed
@@ -197,23 +300,21 @@ for file in [*(root / "configs").glob("*.py"), *(root / "scripts").glob("*.py")]
 import jax
 jax.config.update("jax_num_cpu_devices", 3)  # an error once a backend has started
 assert jax.device_count() == 3
-sys.path.insert(0, str(root / "tests"))
+sys.path.insert(0, str(root / "tests" / "support"))
 from tiny_llama import tiny_tokenizer
 tiny_tokenizer().save_pretrained(str(folder))
-found = jaxft.weights.pretrained.load_tokenizer(str(folder))
-assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<s>a</s>"
+tokenizer = jaxft.weights.pretrained.load_tokenizer(str(folder))
+assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<s>a</s>"
 assert sys.modules["torch"] is None
 print("all imported")
 """
 
 
 def test_every_module_config_and_script_imports_without_torch_and_starts_no_backend(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-    }
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "llama"}')
-    command = [sys.executable, "-W", "error:::jaxft", "-c", ALL, str(ROOT), str(tmp_path / "folder")]
+    command = [sys.executable, "-W", "error:::jaxft", "-c", IMPORT_ALL, str(ROOT), str(tmp_path / "folder")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip().endswith("all imported"), done.stderr[-2000:]
