@@ -55,11 +55,11 @@ def main() -> int:
     from jaxft.models import heads
     from jaxft.nn import quant
     from jaxft.rl import reward_models
-    from jaxft.runs.folder import results
+    from jaxft.runs.folder import trained_weights
     from jaxft.train import export
     from jaxft.weights import peft, pretrained
 
-    ref, adapter_folder, record = results(args.run) if args.run else (args.model, args.adapter, None)
+    ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     held = quant.chosen(args.quant, record if adapter_folder else None)
     parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}

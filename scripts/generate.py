@@ -72,9 +72,10 @@ def arguments() -> argparse.Namespace:
 def source_of(args: argparse.Namespace) -> Source:
     """What the command line names; for a run, what its config.json and its results say."""
     from jaxft.nn import quant
-    from jaxft.runs.folder import results
+    from jaxft.runs.folder import trained_weights
 
-    ref, adapter, record = results(args.run) if args.run else (args.model or DEFAULT, args.adapter, None)
+    given = (args.model or DEFAULT, args.adapter, None)
+    ref, adapter, record = trained_weights(args.run) if args.run else given
     own = adapter and (adapter / "tokenizer_config.json").is_file()
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
     held = quant.chosen(args.quant, record if adapter else None)

@@ -34,7 +34,7 @@ from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E
 from jaxft.objectives.check.laws import CLAIMS, check  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
 from jaxft.objectives.pair import Coupled, unwrap  # noqa: E402
-from jaxft.runs.parse import BARE, find_file, load_callable, parse, told  # noqa: E402
+from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
 from jaxft.runs.record import describe, differences  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
@@ -125,7 +125,7 @@ def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
     except (NameError, TypeError):  # an annotation that can't be read says as much as none
         hints = {}
     return {
-        p.name: (hints.get(p.name, BARE), p.default)
+        p.name: (hints.get(p.name, UNANNOTATED), p.default)
         for p in named
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
@@ -133,8 +133,8 @@ def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
 
 def value(item: str, text: str, kind: Any, default: Any) -> Any:
     """A knob's value from text, of the type of its annotation or else of its default."""
-    if kind in (BARE, Any):
-        if default is BARE or default is None:
+    if kind in (UNANNOTATED, Any):
+        if default is UNANNOTATED or default is None:
             raise ValueError(
                 f"{item}: neither an annotation nor a default shows its type; annotate it in the loss"
             )
@@ -182,7 +182,7 @@ def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
 def line_of(error: ValueError, file: Path) -> str:
     """The error, and the line of the loss's file that it came from."""
     found = (
-        re.search(r" \(line \d+\)$", told(error.__cause__, file))
+        re.search(r" \(line \d+\)$", format_error(error.__cause__, file))
         if isinstance(error.__cause__, Exception)
         else None
     )

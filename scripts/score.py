@@ -64,7 +64,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     from jaxft.runs import folder
     from jaxft.weights import pretrained
 
-    ref, adapter, record = folder.results(args.run) if args.run else (args.model, args.adapter, None)
+    ref, adapter, record = folder.trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     own = adapter and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own else ref)
     mesh = sharding.make_mesh(sharding.MeshShape())

@@ -97,11 +97,7 @@ def main() -> int:
     )
     runs = {}
     for row in rows:
-        run = config.load(args.config, [*args.overrides, *row])
-        if not isinstance(run, loop.Run):
-            raise ValueError(
-                f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run"
-            )
+        run = config.load(args.config, [*args.overrides, *row], expected=loop.Run)
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return sweep.run(runs, name, at_once=args.at_once)

@@ -36,27 +36,24 @@ def main() -> int:
     if args.help or not args.config:
         parser.print_help()
         if args.config:
-            from jaxft.runs.config import knobs
+            from jaxft.runs.config import help_text
 
-            print("\n" + knobs(args.config))
+            print("\n" + help_text(args.config))
         return 0 if args.help else 2
 
     from jaxft.distributed import processes
-    from jaxft.runs import cli, config, record
+    from jaxft.runs import cli, config
     from jaxft.train import loop
 
-    run = config.load(args.config, args.overrides)
-    if not isinstance(run, loop.Run):
-        raise ValueError(
-            f"{args.config}: config returned a {type(run).__name__}, wanted a jaxft.train.loop.Run"
-        )
+    settings = config.resolve(args.config, args.overrides, expected=loop.Run)
+    run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text
 
-        print(text.dry_run(run, record.describe(run)))
+        print(text.dry_run(run, record))
         return 0
-    with processes.started(run.hosts, cli.told):
-        return loop.run(run, record.describe(run))
+    with processes.started(run.hosts, cli.print_error):
+        return loop.run(run, record)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class ByModel:
 
     def identity(self) -> str:
         """A hash that changes with its weights."""
-        return runfolder.weights_identity(self.ref)
+        return runfolder.weights_fingerprint(self.ref)
 
     def abstract(self, mesh: Any) -> Any:
         """Shapes and shardings of its weights, from its configuration alone."""
@@ -232,7 +232,7 @@ def as_reward(
     of its own tokens, and for 1024 at least.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
-        runfolder.results(Path(ref))  # a run that isn't finished is told as such
+        runfolder.trained_weights(Path(ref))  # a run that isn't finished is told as such
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
     if "@" in ref or (
         (folder / "config.json").is_file()

@@ -41,11 +41,11 @@ def one_line_errors(main: Callable[[], int]) -> int:
     except (KeyboardInterrupt, ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if not isinstance(error, KeyboardInterrupt) and _line(error) is None:
             raise
-        return told(error)
+        return print_error(error)
 
 
-def told(error: BaseException) -> int:
-    """Say an error on stderr, in a line where it is a user's, and return the exit code."""
+def print_error(error: BaseException) -> int:
+    """Print an error on stderr, a user's as one line, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,13 +1,13 @@
-"""Config files and their overrides. A config is a Python file with a function `config(knob=default, ...)`.
+"""Load a config file and apply the settings of a command line.
 
-It returns a tree of frozen dataclasses; this module knows none of them by name. `knob=value` sets a parameter of that function,
-`section.field=value` a field of what it returns. `describe` turns the result into JSON,
-`differences` compares two of those.
+A config is a Python file with a function `config(knob=default, ...)` that returns a tree of frozen dataclasses, such as a `Run`.
+`knob=value` sets a parameter of that function, `section.field=value` a field of the value it returns. Knobs come first: `config`
+is called once, with them, and then the fields are replaced. A field therefore overrides whatever a knob put there; `Resolved` has
+both, and they are printed and recorded with the run.
 """
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import tokenize
@@ -15,74 +15,124 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxft.nn.param import Model
-from jaxft.runs.parse import BARE, find_file, kind_name, parse, run_file, shown_path, told
-from jaxft.runs.record import describe, differences, members
+from jaxft.runs.parse import (
+    UNANNOTATED,
+    describe_kind,
+    find_file,
+    format_error,
+    parse,
+    run_file,
+    short_path,
+)
+from jaxft.runs.record import describe, differences
 from jaxft.tree import nearest
 
-__all__ = ["describe", "differences", "knob_names", "knobs", "load"]
+__all__ = ["RENAMED", "Resolved", "describe", "differences", "help_text", "knob_names", "load", "resolve"]
+
+# Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
+# (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
+RENAMED: dict[str, str] = {
+    "jaxft.advantages": "jaxft.rl.advantages",
+    "jaxft.estimates": "jaxft.rl.estimators",
+    "jaxft.rewards": "jaxft.rl.rewards",
+    "jaxft.optim": "jaxft.optim.optimizer",
+    "jaxft.optim_states": "jaxft.optim.low_precision",
+    "jaxft.objectives.preference": "jaxft.objectives.preference_losses",
+    "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
+}
+
+Steps = tuple[str, ...]  # the field names that lead to a setting
 
 
-def _parse_for(label: str, text: str, kind: Any, now: Any) -> Any:
-    """Parse an override; an annotation that says nothing is read off the present value."""
-    if kind in (BARE, Any):
-        if now is BARE or now is None:
-            raise ValueError(
-                f"{label}={text}: neither an annotation nor a default shows its type; annotate it in the config"
-            )
-        item = type(now[0]) if isinstance(now, tuple) and now else str
-        kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
-    try:
-        return parse(text, kind)
-    except ValueError as error:
-        shown = (
-            ""
-            if now is BARE or not isinstance(now, bool | int | float | str | None | tuple)
-            else f" (now {now!r})"
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by dotted keys."""
+
+    value: Any
+    knobs: dict[str, Any]
+    fields: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """The record of the settings: the value as JSON, and under "command" how it was asked for."""
+        return {
+            **describe(self.value),
+            "command": {"knobs": describe(self.knobs), "fields": describe(self.fields)},
+        }
+
+
+def load(path: str, overrides: list[str], expected: type = object) -> Any:
+    """Return the value of a config with overrides applied; see `resolve`."""
+    return resolve(path, overrides, expected).value
+
+
+def resolve(path: str, overrides: list[str], expected: type = object) -> Resolved:
+    """Call a file's `config` with the knobs among the overrides, then replace the fields that the others name.
+
+    Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that `config` must return.
+    """
+    fn, _ = _config_function(path)
+    signature = _signature(fn)
+    texts = _split(overrides)
+    given = {key: _parse_as(key, text, *signature[key]) for key, text in texts.items() if key in signature}
+    for name, (kind, default) in signature.items():
+        if default is UNANNOTATED and name not in given:
+            value = "..." if kind is UNANNOTATED else f"<{describe_kind(kind)}>"
+            raise ValueError(f"{path}: {name} has no default; give {name}={value}")
+    root = _call(fn, given, path)
+    if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
+        name = "frozen dataclass such as Run" if expected is object else expected.__name__
+        raise ValueError(f"{path}: config returned a {type(root).__name__}; expected a {name}")
+    fields: dict[Steps, tuple[str, str]] = {}
+    for key, text in texts.items():
+        if key not in signature:
+            steps = _steps(root, key, list(signature))
+            if steps in fields:
+                raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+            fields[steps] = (key, text)
+    value = _replace(root, fields)
+    defaults = {name: default for name, (_, default) in signature.items()}
+    return Resolved(value, defaults | given, {".".join(steps): _get(value, steps) for steps in fields})
+
+
+def knob_names(path: str) -> list[str]:
+    """The knobs of a config file, in order."""
+    return list(_signature(_config_function(path)[0]))
+
+
+# Knobs
+
+
+def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
+    module = run_file(find_file(path))
+    fn = vars(module).get("config")
+    if not inspect.isfunction(fn):
+        raise ValueError(
+            f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
         )
-        raise ValueError(f"{label}={text}: {error}{shown}") from error
+    return fn, module
+
+
+def _signature(fn: Callable) -> dict[str, tuple[Any, Any]]:
+    """Knob -> (annotation, default)."""
+    hints = _hints(fn)
+    return {
+        name: (hints.get(name, UNANNOTATED), p.default)
+        for name, p in inspect.signature(fn).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
 
 
 def _hints(thing: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
-        raise ValueError(
-            f"annotation of {getattr(thing, '__qualname__', thing)} can't be read: {error}"
-        ) from error
+        raise ValueError(f"cannot read the annotations of {thing.__qualname__}: {error}") from error
 
 
-def _knobs(fn: Callable) -> dict[str, tuple[Any, Any]]:
-    """Knob -> (annotation, default)."""
-    hints = _hints(fn)
-    return {
-        name: (hints.get(name, BARE), p.default)
-        for name, p in inspect.signature(fn).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-
-
-def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
-    module = run_file(find_file(path))
-    fn = getattr(module, "config", None)
-    if not inspect.isfunction(fn):
-        raise ValueError(
-            f"{path}: found no function `config`; a config file defines def config(knob=default, ...) -> Run"
-        )
-    return fn, module
-
-
-def knob_names(path: str) -> list[str]:
-    """The knobs of a config file."""
-    return list(_knobs(_config_function(path)[0]))
-
-
-def load(path: str, overrides: list[str]) -> Any:
-    """What the file's `config` returns, with overrides applied. Raises ValueError with one line about the first wrong one."""
-    fn, _ = _config_function(path)
-    known = _knobs(fn)
+def _split(overrides: list[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -91,34 +141,7 @@ def load(path: str, overrides: list[str]) -> Any:
         if key in texts:
             raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
         texts[key] = text
-    knobs = {k: _parse_for(k, t, *known[k]) for k, t in texts.items() if k in known}
-    for name, (kind, default) in known.items():
-        if default is BARE and name not in knobs:
-            wanted = "..." if kind is BARE else f"<{kind_name(kind)}>"
-            raise ValueError(f"{path}: {name} has no default; give {name}={wanted}")
-    root = _call(fn, knobs, path)
-    if not dataclasses.is_dataclass(root) or isinstance(root, type):
-        raise ValueError(
-            f"{path}: config returned a {type(root).__name__}, wanted a frozen dataclass such as Run"
-        )
-    dotted: dict[tuple[str, ...], tuple[str, str]] = {}
-    for key, text in texts.items():
-        if key not in known:
-            steps = _steps(root, key, list(known))
-            if steps in dotted:
-                raise ValueError(f"{key} and {dotted[steps][0]} are the same field")
-            dotted[steps] = (key, text)
-    if not dotted:
-        return root
-    final = _apply(root, dotted)
-    sections = {
-        steps for steps in dotted if dataclasses.is_dataclass(_get(root, steps))
-    }  # set to none as a whole
-    alone = {steps: item for steps, item in dotted.items() if steps not in sections}
-    settings = {k: knobs.get(k, default) for k, (_, default) in known.items()}
-    _refuse_computed(fn, settings, list(knobs), root, dotted)
-    _refuse_computed(fn, settings, [k for k in known if k not in knobs], root, alone)
-    return final
+    return texts
 
 
 def _call(fn: Callable, knobs: dict[str, Any], path: str) -> Any:
@@ -127,11 +150,48 @@ def _call(fn: Callable, knobs: dict[str, Any], path: str) -> Any:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"{path}: {told(error, Path(fn.__code__.co_filename))}") from error
+        raise ValueError(f"{path}: {format_error(error, Path(fn.__code__.co_filename))}") from error
 
 
-def _steps(root: Any, key: str, knobs: list[str]) -> tuple[str, ...]:
-    """The field names that lead to a dotted key; the root may be named by its class, as in `run.name`."""
+def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
+    """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    if kind in (UNANNOTATED, Any):
+        if now is UNANNOTATED or now is None:
+            raise ValueError(
+                f"{key}={text}: its type is unknown; annotate it or give it a default in the config"
+            )
+        item = type(now[0]) if isinstance(now, tuple) and now else str
+        kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
+    try:
+        return parse(text, kind)
+    except (ValueError, OSError) as error:
+        new = _renamed_value(key, text)
+        if new:
+            raise ValueError(f"{key}={text} was renamed; use {new}") from error
+        if isinstance(error, OSError):
+            raise
+        shown = f" (now {now!r})" if isinstance(now, bool | int | float | str | None | tuple) else ""
+        raise ValueError(f"{key}={text}: {error}{shown}") from error
+
+
+def _renamed_value(key: str, text: str) -> str | None:
+    """`key=value` as it is written today, for a value that was renamed."""
+    if f"{key}={text}" in RENAMED:
+        return RENAMED[f"{key}={text}"]
+    items = []
+    for item in text.split(","):
+        module, colon, name = item.partition(":")
+        items.append(
+            RENAMED.get(item) or (f"{RENAMED[module]}:{name}" if colon and module in RENAMED else item)
+        )
+    return f"{key}={','.join(items)}" if ",".join(items) != text else None
+
+
+# Dotted fields
+
+
+def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
+    """Split a dotted key into field names; the root may be named by its class, as in `run.name`."""
     steps = tuple(key.split("."))
     own = [f.name for f in dataclasses.fields(root)]
     if len(steps) > 1 and steps[0] not in own and steps[0] == type(root).__name__.lower():
@@ -141,159 +201,99 @@ def _steps(root: Any, key: str, knobs: list[str]) -> tuple[str, ...]:
         here = ".".join(steps[:i])
         if isinstance(node, Model):
             raise ValueError(
-                f"{key}: {here} is a whole model; choose another through the knobs {', '.join(knobs)}"
+                f"{key}: {here} is a whole model; choose another by the knobs {', '.join(knobs)}"
             )
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
-            found = "none" if node is None else f"a {type(node).__name__}"
-            raise ValueError(f"{key}: {here} is {found}, it has no field {step!r}")
+            what = "none" if node is None else f"a {type(node).__name__}"
+            raise ValueError(f"{key}: {here} is {what} and has no field {step!r}")
         names = [f.name for f in dataclasses.fields(node) if f.init]
         if step not in names:
-            candidates = [f"{here}.{n}" if here else n for n in names] + (
-                [] if i else [*knobs, *_settable(root)]
-            )
-            near = nearest(key, list(dict.fromkeys(candidates)))
-            raise ValueError(f"unknown key {key!r}; near: {', '.join(near)}")
+            _refuse_renamed(key, steps)
+            candidates = [f"{here}.{n}" if here else n for n in names]
+            candidates += [] if i else [*knobs, *_all_fields(root)]
+            close = nearest(key, list(dict.fromkeys(candidates)))
+            raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
         node = getattr(node, step)
     return steps
 
 
-def _settable(root: Any, prefix: str = "") -> Iterator[str]:
+def _refuse_renamed(key: str, steps: Steps) -> None:
+    """Raise ValueError with today's name of a key that was renamed, as a whole or in one of its sections."""
+    for end in range(len(steps), 0, -1):
+        new = RENAMED.get(".".join(steps[:end]))
+        if new:
+            raise ValueError(f"{key} was renamed; use {'.'.join((new, *steps[end:]))}")
+
+
+def _all_fields(root: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(root):
         value = getattr(root, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type | Model):
-            yield from _settable(value, f"{prefix}{field.name}.")
+            yield from _all_fields(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
 
 
-def _get(root: Any, steps: tuple[str, ...]) -> Any:
-    return functools.reduce(getattr, steps, root)
+def _get(node: Any, steps: Steps) -> Any:
+    for step in steps:
+        node = getattr(node, step)
+    return node
 
 
-def _apply(node: Any, dotted: dict[tuple[str, ...], tuple[str, str]]) -> Any:
-    """The node with its fields replaced; those of one dataclass together, so that it checks them together."""
+def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
+    """The node with fields replaced; those of one dataclass together, so that it checks them together."""
     values: dict[str, Any] = {}
-    for name in dict.fromkeys(steps[0] for steps in dotted):
+    for name in dict.fromkeys(steps[0] for steps in fields):
         now = getattr(node, name)
-        below = {steps[1:]: item for steps, item in dotted.items() if steps[0] == name}
+        below = {steps[1:]: item for steps, item in fields.items() if steps[0] == name}
         if () in below and len(below) > 1:
-            raise ValueError(
-                f"{' and '.join(key for key, _ in below.values())}: one contains the other; set only one"
-            )
+            keys = " and ".join(key for key, _ in below.values())
+            raise ValueError(f"{keys}: one contains the other; set only one")
         if () in below:
             key, text = below[()]
-            values[name] = _parse_for(key, text, _hints(type(node)).get(name, BARE), now)
+            values[name] = _parse_as(key, text, _hints(type(node)).get(name, UNANNOTATED), now)
         else:
-            values[name] = _apply(now, below)
-    return dataclasses.replace(node, **values)
-
-
-# Fields that the config computed from a knob
-
-
-def _refuse_computed(fn: Callable, knobs: dict[str, Any], tried: list[str], root: Any, dotted: dict) -> None:
-    """Call the config with each knob of `tried` changed: a field that changes along is the knob's, setting both contradicts."""
-    hints = _knobs(fn)
-    for knob in tried if dotted else ():
-        value = knobs[knob]
-        for other in _others(value, hints[knob][0]):
-            try:
-                changed = fn(**{**knobs, knob: other})
-            except Exception:  # not a value this config takes: try the next
-                continue
-            for steps, (key, _) in dotted.items():
-                if _follows(fn, knobs, knob, other, (root, changed), steps):
-                    raise ValueError(
-                        f"{key} is computed from the knob {knob}; set {knob}=... instead (now {_brief(value)})"
-                    )
-
-
-def _brief(value: Any) -> str:
-    return str(describe(value).get("callable")) if callable(value) else repr(value)
-
-
-def _follows(
-    fn: Callable, knobs: dict[str, Any], knob: str, other: Any, pair: tuple[Any, Any], steps: tuple[str, ...]
-) -> bool:
-    for i in range(len(steps)):
-        if type(_get(pair[0], steps[:i])) is not type(_get(pair[1], steps[:i])):
-            return (
-                False  # the section itself comes and goes with the knob: that says nothing about its fields
-            )
-    before, after = _get(pair[0], steps), _get(pair[1], steps)
-    if not isinstance(other, str) or other != knobs[knob]:
-        return describe(before) != describe(after)
-    # A text is often a name that is looked up (a model, a file), so it isn't changed but followed, as an equal copy
-    if after is other or (isinstance(after, tuple) and any(x is other for x in after)):
-        return True
-    if not isinstance(after, str | Path) or len(other) < 3 or other not in str(after):
-        return False
-    try:
-        return describe(before) != describe(_get(fn(**{**knobs, knob: other + "x"}), steps))
-    except Exception:
-        return True
-
-
-def _others(value: Any, kind: Any) -> list[Any]:
-    """Other values of the same type, cheap and mostly valid."""
-    kinds = () if kind is BARE else members(kind)
-    out: list[Any] = [
-        c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k) if c != value
-    ]
-    if out:
-        return out
-    if isinstance(value, bool):
-        out = [not value]
-    elif isinstance(value, int):
-        out = [value + 1, 2 * value + 1, value - 1]
-    elif isinstance(value, float):
-        out = [value / 2, value * 2] if value else [0.5, 1.0]
-    elif isinstance(value, str):
-        out = ["".join(list(value))] if len(value) > 1 else []
-    elif isinstance(value, tuple):
-        out = [value[:-1], value + value[-1:]] if value else []
-    elif value is None:
-        out = [{int: 1, float: 0.5, bool: True}[k] for k in kinds if k in (int, float, bool)]
-    elif callable(value):
-        out = [_stand_in]
-    return out + ([None] if type(None) in kinds and value is not None else [])
-
-
-def _stand_in(*args: Any, **kwargs: Any) -> None:
-    """A function that no config passes."""
+            values[name] = _replace(now, below)
+    return dataclasses.replace(node, **values) if values else node
 
 
 # Help
 
 
-def knobs(path: str) -> str:
+def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
-    source = Path(module.__file__ or path).read_text(encoding="utf-8")
-    comments = {
-        t.start[0]: t.string.lstrip("# ").strip()
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    tree = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "config")
-    last = {
-        a.lineno: a.arg for a in (*tree.args.args, *tree.args.kwonlyargs)
-    }  # a comment belongs to the last knob of its line
-    told = {name: comments.get(line, "") for line, name in last.items()}
+    file = Path(module.__file__ or path)
+    comments = _knob_comments(file.read_text(encoding="utf-8"))
     rows = []
-    for name, (kind, default) in _knobs(fn).items():
-        shown = name if default is BARE else f"{name}={_plain(default)}"
-        wanted = kind_name(type(default) if kind in (BARE, Any) else kind)
-        rows.append((shown, wanted if default is not BARE else wanted + ", required", told.get(name, "")))
-    width = [max((len(r[i]) for r in rows), default=0) for i in range(2)]
+    for name, (kind, default) in _signature(fn).items():
+        knob = name if default is UNANNOTATED else f"{name}={_as_written(default)}"
+        what = describe_kind(type(default) if kind in (UNANNOTATED, Any) else kind)
+        rows.append((knob, what + ", required" * (default is UNANNOTATED), comments.get(name, "")))
+    width = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
-    doc = inspect.cleandoc(module.__doc__ or shown_path(Path(module.__file__ or path)))
+    doc = inspect.cleandoc(module.__doc__ or short_path(file))
     return "\n".join([doc, "", "Knobs (knob=value; other settings as section.field=value):", *table])
 
 
-def _plain(value: Any) -> str:
+def _knob_comments(source: str) -> dict[str, str]:
+    """Knob -> its comment: the one that ends the line of its default, where another knob doesn't follow on that line."""
+    tree = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "config")
+    knobs = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    found: dict[str, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type == tokenize.COMMENT and tree.lineno <= line < tree.body[0].lineno:
+            above = [knob.arg for knob in knobs if knob.lineno <= line]
+            if above:
+                found[above[-1]] = token.string.lstrip("# ").strip()
+    return found
+
+
+def _as_written(value: Any) -> str:
+    """A value as it is given on the command line."""
     if isinstance(value, tuple):
-        return ",".join(_plain(v) for v in value) + ("," if len(value) == 1 else "")
+        return ",".join(map(_as_written, value)) + "," * (len(value) == 1)
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return _brief(value) if callable(value) else str(value)
+    return str(describe(value).get("callable")) if callable(value) else str(value)

@@ -1,34 +1,38 @@
-"""Values from text, by annotation; and the Python files and functions that text may name."""
+"""Parse the values of settings by their type annotations, and load the Python files and functions that settings may name."""
 
 import collections.abc
 import dataclasses
+import importlib
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxft.runs.record import members
+from jaxft.runs.record import union_members
 from jaxft.tree import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
-BARE = inspect.Parameter.empty  # no annotation, no default
+UNANNOTATED = inspect.Parameter.empty  # the annotation or the default that a parameter lacks
+CALLABLE = "package.module:name or file.py:name"
+
+
+# Python files and functions
 
 
 def find_file(path: str) -> Path:
-    """A relative path from the working directory or, failing that, from the repository root. Raises FileNotFoundError."""
+    """Resolve a path from the working directory, else from the repository root. Raises FileNotFoundError."""
     for folder in (Path.cwd(), ROOT):
         if (folder / path).is_file():
             return (folder / path).resolve()
-    near = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
-    hint = f"; there are: {', '.join(nearest(path, near, 5))}" if near else ""
+    configs = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
+    hint = f"; there are: {', '.join(nearest(path, configs, 5))}" if configs else ""
     raise FileNotFoundError(f"{path}: no such file in {Path.cwd()} or {ROOT}{hint}")
 
 
-def shown_path(file: Path) -> str:
-    """How a file is named in messages and records: relative to the working directory or the repository where it lies in them."""
+def short_path(file: Path) -> str:
+    """A file's path relative to the working directory or the repository that it is in, for messages and records."""
     for folder in (Path.cwd(), ROOT):
         if file.is_relative_to(folder):
             return file.relative_to(folder).as_posix()
@@ -36,23 +40,26 @@ def shown_path(file: Path) -> str:
 
 
 def run_file(file: Path) -> types.ModuleType:
-    # The module is named by its path, so that a function of it describes itself as "configs/dpo.py:name".
-    module = types.ModuleType(shown_path(file))
+    """Run a Python file as a module. Its name is its path, so that records have its functions as "configs/dpo.py:name".
+
+    Raises ValueError with the line of the file where it failed; a ValueError or OSError of the file itself is passed on.
+    """
+    module = types.ModuleType(short_path(file))
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), module.__dict__)
     except SyntaxError as error:
-        raise ValueError(f"{shown_path(file)}:{error.lineno}: syntax error: {error.msg}") from error
+        raise ValueError(f"{short_path(file)}:{error.lineno}: syntax error: {error.msg}") from error
     except (ValueError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"{shown_path(file)}: {told(error, file)}") from error
+        raise ValueError(f"{short_path(file)}: {format_error(error, file)}") from error
     return module
 
 
-def told(error: Exception, file: Path) -> str:
-    """The error with the line of the file that it came from."""
+def format_error(error: Exception, file: Path) -> str:
+    """The error's type and text with the last line of `file` in its traceback."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(file):
@@ -61,48 +68,55 @@ def told(error: Exception, file: Path) -> str:
     return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
-def load_callable(text: str) -> Callable:
-    """The function that `package.module:name` or `file.py:name` names. Raises ValueError or FileNotFoundError."""
+def load_callable(text: str) -> Any:
+    """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as a reward.
+
+    Raises ValueError or FileNotFoundError.
+    """
     where, _, name = text.rpartition(":")
     if not where or not name:
-        raise ValueError(f"{text!r} names no function; write package.module:name or file.py:name")
+        raise ValueError(f"{text!r} names no function; write {CALLABLE}")
     if where.endswith(".py"):
         module = run_file(find_file(where))
     else:
         try:
-            module = __import__(where, fromlist=["_"])
+            module = importlib.import_module(where)
         except ImportError as error:
-            raise ValueError(f"{text!r}: {error}; write package.module:name or file.py:name") from error
-    found: Any = module
+            raise ValueError(f"{text!r}: {error}; write {CALLABLE}") from error
+    value: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise ValueError(
-                f"{where} has no {name!r}; it has: {', '.join(nearest(name, known, 5)) or 'no functions'}"
-            )
-        found = getattr(found, part)
-    if not callable(found) and not hasattr(
-        found, "opened"
-    ):  # a reward that is opened first, see completions.ForAll
-        raise ValueError(f"{text} is a {type(found).__name__}, not a function")
-    return found
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            near = ", ".join(nearest(name, functions, 5)) or "no functions"
+            raise ValueError(f"{where} has no {name!r}; it has: {near}") from None
+    if not callable(value) and not dataclasses.is_dataclass(value):
+        raise ValueError(f"{text} is a {type(value).__name__}, not a function")
+    return value
 
 
-def kind_name(kind: Any) -> str:
+# Values
+
+
+def describe_kind(kind: Any) -> str:
+    """What a value of an annotation looks like on the command line, for help and errors."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if len(members(kind)) > 1:
-        return " or ".join(kind_name(k) for k in members(kind))
+    members = union_members(kind)
+    if len(members) > 1:
+        return " or ".join(map(describe_kind, members))
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args)
+        return "one of " + ", ".join(map(str, args))
     if origin is tuple:
-        return "a list a,b of " + " and ".join(dict.fromkeys(kind_name(a) for a in args if a is not ...))
+        items = dict.fromkeys(describe_kind(a) for a in args if a is not ...)
+        return "a list a,b of " + " and ".join(items)
     if kind is bool:
         return "true or false"
     if kind in (None, type(None)):
         return "none"
     if _is_callable(kind):
-        return "package.module:name or file.py:name"
-    return getattr(kind, "__name__", str(kind))
+        return CALLABLE
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _is_callable(kind: Any) -> bool:
@@ -110,13 +124,13 @@ def _is_callable(kind: Any) -> bool:
 
 
 def parse(text: str, kind: Any) -> Any:
-    """The value that `text` means for an annotation. Raises ValueError saying what is wanted."""
-    kinds = members(kind)
-    if type(None) in kinds and text.lower() == "none":
+    """Parse a value of the annotation `kind`. Raises ValueError that names the expected values."""
+    members = union_members(kind)
+    if type(None) in members and text.lower() == "none":
         return None
-    if len(kinds) > 1:
-        return _parse_union(text, kind, kinds)
-    kind = kinds[0]
+    if len(members) > 1:
+        return _parse_union(text, kind, members)
+    kind = members[0]
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if _is_callable(kind):
         return load_callable(text)
@@ -125,9 +139,8 @@ def parse(text: str, kind: Any) -> Any:
             if text == str(choice) or (isinstance(choice, bool) and text.lower() == str(choice).lower()):
                 return choice
     elif origin is tuple:
-        return _parse_tuple(
-            text, args, ":" if args == (int, int) and "," not in text else ","
-        )  # a range: 10:15
+        is_range = args == (int, int) and "," not in text  # 10:15
+        return _parse_tuple(text, args, ":" if is_range else ",")
     elif kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -141,40 +154,38 @@ def parse(text: str, kind: Any) -> Any:
         if value is not None and value == value:
             return value
     elif dataclasses.is_dataclass(kind):
-        raise ValueError(
-            f"it is a section; set its fields: {', '.join(f.name for f in dataclasses.fields(kind))}"
-        )
+        names = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise ValueError(f"this is a section; set its fields: {names}")
     else:
-        raise ValueError("such a value can't be written on the command line; change the config file")
-    raise ValueError(f"wanted {kind_name(kind)}")
+        raise ValueError("such a value cannot be written on the command line; change the config file")
+    raise ValueError(f"expected {describe_kind(kind)}")
 
 
-def _parse_union(text: str, kind: Any, kinds: tuple[Any, ...]) -> Any:
-    # str takes anything, so it comes last; a tuple comes before it only where there is a comma
-    tuples = "," in text or str not in kinds
-    ranked = [
-        k for k in kinds if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)
+def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
+    # A str takes any text, so it comes last; a tuple comes before it only where there is a comma.
+    tuples = "," in text or str not in members
+    typed = [
+        k for k in members if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)
     ]
-    for k in [*ranked, *(k for k in kinds if k is str)]:
+    for member in [*typed, *(k for k in members if k is str)]:
         try:
-            return parse(text, k)
+            return parse(text, member)
         except ValueError:
-            if _is_callable(k) and ":" in text:
+            if _is_callable(member) and ":" in text:
                 raise
-    raise ValueError(f"wanted {kind_name(kind)}")
+    raise ValueError(f"expected {describe_kind(kind)}")
 
 
-def _parse_tuple(text: str, args: tuple[Any, ...], mark: str = ",") -> tuple:
-    items = [item.strip() for item in text.split(mark)] if text else []
+def _parse_tuple(text: str, args: tuple[Any, ...], separator: str) -> tuple:
+    items = [item.strip() for item in text.split(separator)] if text else []
     if items and items[-1] == "":
         items.pop()  # "a," is the tuple of one
-    kinds = args[:1] * len(items) if len(args) == 2 and args[1] is ... else args or (str,) * len(items)
+    variadic = len(args) == 2 and args[1] is ...
+    kinds = args[:1] * len(items) if variadic else args or (str,) * len(items)
     if len(items) != len(kinds):
-        raise ValueError(f"wanted {len(kinds)} values with {mark!r} between, found {len(items)}")
-    inner = [
-        typing.get_args(k) if typing.get_origin(k) is tuple and mark == "," else None for k in kinds
-    ]  # a:1,b:2
-    return tuple(
-        parse(i, k) if t is None else _parse_tuple(i, t, ":")
-        for i, k, t in zip(items, kinds, inner, strict=True)
-    )
+        raise ValueError(f"expected {len(kinds)} values separated by {separator!r}, got {len(items)}")
+    values = []
+    for item, kind in zip(items, kinds, strict=True):
+        nested = typing.get_origin(kind) is tuple and separator == ","  # a:1,b:2
+        values.append(_parse_tuple(item, typing.get_args(kind), ":") if nested else parse(item, kind))
+    return tuple(values)

@@ -1,4 +1,4 @@
-"""Values as JSON that can be compared: the record of a run's settings, and the differences between two records."""
+"""The record of a run's settings: values as JSON that can be compared, and the differences between two records."""
 
 import dataclasses
 import functools
@@ -9,20 +9,28 @@ import typing
 from pathlib import Path
 from typing import Any, Union
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.nn.param import Model
 
+JaxDType = type(jnp.float32)
 
-def members(kind: Any) -> tuple[Any, ...]:
+
+def union_members(kind: Any) -> tuple[Any, ...]:
     """The members of a union annotation, or the annotation alone."""
     if typing.get_origin(kind) is typing.Annotated:
-        return members(typing.get_args(kind)[0])
+        return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def describe(value: Any) -> Any:
-    """The value as JSON: dataclasses as dicts, a function by name, arguments and source hash, a Model by its config."""
+    """A value as JSON.
+
+    A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method or a closure) and a
+    hash of its source; a model its config; an array its shape, dtype and hash.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -36,28 +44,23 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Model):
-        known = {
-            "type": _name(type(value.config)),
-            "config": describe(value.config),
-            "dtype": np.dtype(value.dtype).name,
-        }
-        known |= {"beside": sorted(value.beside)} if value.beside else {}
-        wide = np.dtype(value.residual).itemsize >= max(4, np.dtype(value.dtype).itemsize)
-        return known if wide else {**known, "residual": np.dtype(value.residual).name}
+        return _describe_model(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _describe_dataclass(value)
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+    if isinstance(value, np.dtype | JaxDType) or (isinstance(value, type) and issubclass(value, np.generic)):
         return np.dtype(value).name
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         data = np.ascontiguousarray(value)
-        return {
-            "array": list(data.shape),
-            "dtype": data.dtype.name,
-            "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
-        }
-    if isinstance(getattr(value, "dtype", None), np.dtype):  # jnp.bfloat16 and the like
-        return value.dtype.name
+        digest = hashlib.sha256(data.tobytes()).hexdigest()
+        return {"array": list(data.shape), "dtype": data.dtype.name, "sha256": digest}
     return _describe_callable(value) if callable(value) else {"object": _name(type(value))}
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
+    dtype, residual = np.dtype(model.dtype), np.dtype(model.residual)
+    record = {"type": _name(type(model.config)), "config": describe(model.config), "dtype": dtype.name}
+    record |= {"beside": sorted(model.beside)} if model.beside else {}
+    return record if residual.itemsize >= max(4, dtype.itemsize) else {**record, "residual": residual.name}
 
 
 def _describe_dataclass(value: Any) -> dict[str, Any]:
@@ -65,17 +68,15 @@ def _describe_dataclass(value: Any) -> dict[str, Any]:
         hints = typing.get_type_hints(type(value))
     except NameError:
         hints = {}
-    out = {}
+    record = {}
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
-        out[field.name] = describe(inner)
-        section = dataclasses.is_dataclass(inner) and not isinstance(inner, type | Model)
-        if section and {k for k in members(hints.get(field.name)) if k is not type(None)} != {type(inner)}:
-            out[field.name] = {
-                "type": _name(type(inner)),
-                **out[field.name],
-            }  # the annotation doesn't say which
-    return out
+        record[field.name] = describe(inner)
+        is_section = dataclasses.is_dataclass(inner) and not isinstance(inner, type | Model)
+        kinds = {kind for kind in union_members(hints.get(field.name)) if kind is not type(None)}
+        if is_section and kinds != {type(inner)}:  # the annotation doesn't say which class it is
+            record[field.name] = {"type": _name(type(inner)), **record[field.name]}
+    return record
 
 
 def _name(value: Any) -> str:
@@ -93,42 +94,44 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
     if inspect.ismethod(fn):
         args, fn = {"self": describe(fn.__self__), **args}, fn.__func__
     fn = inspect.unwrap(fn)
-    if not hasattr(fn, "__qualname__"):  # an object with __call__
-        inner = {k: describe(v) for k, v in getattr(fn, "__dict__", {}).items()}
+    if not inspect.isroutine(fn) and not isinstance(fn, type | np.ufunc):  # an object with __call__
+        try:
+            inner = {k: describe(v) for k, v in vars(fn).items()}
+        except TypeError:  # it has slots
+            inner = {}
         return {
             "callable": _name(type(fn)),
             "args": {**inner, **args},
             "source_sha256": _source_hash(type(fn)),
         }
-    free = getattr(getattr(fn, "__code__", None), "co_freevars", ())
-    for name, cell in zip(free, getattr(fn, "__closure__", None) or (), strict=True):
-        try:
-            inner = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        args.setdefault(name, describe(inner) if inner is not fn else "itself")
+    if inspect.isfunction(fn):
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            try:
+                inner = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            args.setdefault(name, describe(inner) if inner is not fn else "itself")
     return {"callable": _name(fn), "args": args, "source_sha256": _source_hash(fn)}
 
 
-def _source_hash(thing: Any) -> str | None:
-    """Of the function's text, or of its whole file where that is named by its path: it may call what stands beside it."""
+def _source_hash(definition: Any) -> str | None:
+    """A hash of the source of a function or class; of its whole file where that is a user's, whose helpers it may call."""
     try:
-        if str(thing.__module__).endswith(".py"):
-            return hashlib.sha256(Path(inspect.getfile(thing)).read_bytes()).hexdigest()
-        return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+        if str(definition.__module__).endswith(".py"):
+            return hashlib.sha256(Path(inspect.getfile(definition)).read_bytes()).hexdigest()
+        return hashlib.sha256(inspect.getsource(definition).encode()).hexdigest()
     except (OSError, TypeError):
         return None
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`a.b: 1 -> 2` for each place where two descriptions differ; `absent` for a key that one of them lacks."""
+    """`a.b: 1 -> 2` for each place where two records differ; `absent` for a key that one of them lacks."""
     if isinstance(old, dict) and isinstance(new, dict):
-        out = []
+        found = []
         for key in dict.fromkeys([*old, *new]):
-            out += differences(
-                old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else str(key)
-            )
-        return out
+            inner = f"{path}.{key}" if path else str(key)
+            found += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), inner)
+        return found
     same = old == new and isinstance(old, bool) == isinstance(new, bool)
     return [] if same else [f"{path}: {_short(old)} -> {_short(new)}"]
 

@@ -29,6 +29,7 @@ from jaxft.rl import rewards
 from jaxft.rl.completions import rewards_of
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.log import Log, Mute, cut
 from jaxft.runs.record import describe, differences
 from jaxft.train import partition, reference, report, samples
@@ -139,7 +140,7 @@ def run(r: Run, record: dict[str, Any], root: Path = Path("runs")) -> int:
     record: the settings as JSON (describe.describe). 0: finished; 128 + n: stopped by signal n with everything saved.
     Raises ValueError, FileNotFoundError or OSError with one line that says what to change.
     """
-    folder = runfolder.place(root, r.name)
+    folder = runfolder.folder_of(root, r.name)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(r.hosts))
         job, changes = processes.agreed(lambda: _checked(stack, r, record, folder))
@@ -174,11 +175,13 @@ def _checked(
     p = build(r, steps)
     placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
     record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
-    processes.check_same(runfolder.shared_part(record), differences)
+    processes.check_same(runfolder.process_independent(record), differences)
     saved = stack.enter_context(
         contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best))
     )
-    done, changes = processes.by_first(lambda: runfolder.standing(folder, record, saved.latest() is not None))
+    done, changes = processes.by_first(
+        lambda: runfolder.resume_point(folder, record, saved.latest() is not None)
+    )
     if done >= steps:
         if processes.is_first():
             print(f"{folder}: this run is finished ({done} steps); its results are in {folder / 'README.md'}")
@@ -202,15 +205,17 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
             f"{folder}: the run is after step {first} already and loop.steps={job.steps}; raise it to go on"
         )
     if restored:
-        changes = runfolder.compare(folder, restored[1]["record"], record)
+        changes = runfolder.permitted_changes(folder, restored[1]["record"], record)
     if not processes.is_first():
         return job
-    runfolder.open_record(folder, record)
+    runfolder.write_record(folder, record)
     cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = partition.changed_by_holding(r.weights, p.trained)
     for origin in dict.fromkeys((r.start, *(one.start for one in r.beside.values()))):
-        how_held += partition.started_elsewhere(origin, record["weights_identity"], r.quant) if origin else []
+        how_held += (
+            partition.started_elsewhere(origin, record["weights_fingerprint"], r.quant) if origin else []
+        )
     for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
@@ -219,19 +224,19 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
 
 def identity(r: Run) -> dict[str, Any]:
     """What a run's record says about its weights, so that a continuation has the same: hashes, and where a folder lies."""
-    known = {"weights_identity": runfolder.weights_identity(r.weights)}
+    known = {"weights_fingerprint": runfolder.weights_fingerprint(r.weights)}
     if Path(r.weights).exists():
-        known["weights_at"] = str(Path(r.weights).resolve())
+        known["weights_path"] = str(Path(r.weights).resolve())
     if r.start:
-        known["start_identity"] = runfolder.adapter_identity(partition.adapter_folder(r.start))
+        known["start_fingerprint"] = runfolder.adapter_fingerprint(partition.adapter_folder(r.start))
     for name, one in r.beside.items():
         if one.start:
-            known[f"{name}_identity"] = runfolder.adapter_identity(partition.adapter_folder(one.start))
+            known[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(partition.adapter_folder(one.start))
         if one.weights:
-            known[f"{name}_identity"] = runfolder.weights_identity(one.weights)
+            known[f"{name}_fingerprint"] = runfolder.weights_fingerprint(one.weights)
     for reward in rewards_of(r.source):
         if hasattr(reward, "identity"):
-            known[f"reward_{rewards.name_of(reward)}_identity"] = reward.identity()
+            known[f"reward_{rewards.name_of(reward)}_fingerprint"] = reward.identity()
     return known
 
 
@@ -264,7 +269,7 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
     watchdog.at(f"what comes after step {done}")
     if stop:
         job.log.message(
-            f"stopped by {runfolder.signal_name(stop)} after step {done}, saved; the same command goes on from here"
+            f"stopped by {signal_name(stop)} after step {done}, saved; the same command goes on from here"
         )
         processes.meet()  # nobody leaves while another one saves
         return 128 + stop
@@ -333,7 +338,7 @@ def _trained(
     boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
     profile = r.loop.profile if processes.is_first() else None
     with (
-        runfolder.Interrupt() as interrupt,
+        Interrupt() as interrupt,
         contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace,
     ):
         for step in range(done, job.steps):
@@ -414,7 +419,7 @@ def with_reference(
     """The pair source with the log-probs of the model at step 0, from disk where they were computed before."""
     settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
     path = reference.place(
-        reference.identity(record["weights_identity"], record.get("start_identity"), settings)
+        reference.identity(record["weights_fingerprint"], record.get("start_fingerprint"), settings)
     )
 
     def compute(batches: Any) -> Any:

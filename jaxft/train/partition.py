@@ -330,13 +330,13 @@ def adapter_folder(start: str) -> Path:
 def started_elsewhere(start: str, identity: str, quant: Quant | None) -> list[str]:
     """A line for each way in which the base differs from the one that a run trained the adapter of `start` on.
 
-    identity: runfolder.weights_identity of this run's weights. Nothing is known of a folder that isn't a run's.
+    identity: folder.weights_fingerprint of this run's weights. Nothing is known of a folder that isn't a run's.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
         return []
     record, lines = json.loads(path.read_text()), []
-    if record.get("weights_identity", identity) != identity:
+    if record.get("weights_fingerprint", identity) != identity:
         lines.append(
             f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's"
         )

@@ -19,6 +19,7 @@ from jaxft.distributed import sharding
 from jaxft.runs import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.log import Log, read
 from jaxft.runs.record import describe, differences
 from jaxft.train import loop as train
@@ -80,7 +81,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
     number; more of them cost activations and pay where one leaves the device idle.
     """
     check(runs, at_once)
-    folder = runfolder.place(root, name)
+    folder = runfolder.folder_of(root, name)
     lead = next(iter(runs.values()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(runfolder.lock(folder))
@@ -104,7 +105,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
         saved = stack.enter_context(
             contextlib.closing(Checkpoints(folder / "checkpoints", lead.loop.keep_last, 0))
         )
-        done = runfolder.finished(folder)
+        done = runfolder.finished_steps(folder)
         changes = _check_records(folder, records) if done or saved.latest() is not None else []
         if done >= steps:
             print((folder / "README.md").read_text(encoding="utf-8"))
@@ -125,7 +126,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
         for number, (label, r) in enumerate(runs.items()):
             own = folder / label
             own.mkdir(exist_ok=True)
-            runfolder.open_record(own, records[label])
+            runfolder.write_record(own, records[label])
             each = stack.enter_context(contextlib.closing(Log(own, steps, first, quiet=True)))
             each.listen(getattr(programs[number].objective, "watch", None))
             source, held = sources[number if apart else 0], () if general is None else general.held_out
@@ -151,7 +152,11 @@ def _check_records(folder: Path, records: dict[str, Any]) -> list[str]:
         raise ValueError(
             f"{folder}: this sweep is of {', '.join(known)}; found {', '.join(records)}; choose another --name"
         )
-    changes = [line for label, record in records.items() for line in runfolder.check(folder / label, record)]
+    changes = [
+        line
+        for label, record in records.items()
+        for line in runfolder.changes_since_start(folder / label, record)
+    ]
     return list(dict.fromkeys(changes))
 
 
@@ -205,7 +210,7 @@ def _go(s: Shared, restored: Any) -> int:
     if not restored:
         tell(0, before, nothing)
     meters, done = Meters(s, kept["counters"]), first
-    with runfolder.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         for step in range(first, s.lead.steps):
             done = step + 1
             each, batch = batches(s, sources, step, shapes)
@@ -232,7 +237,7 @@ def _go(s: Shared, restored: Any) -> int:
                 break
         s.saved.wait()
     if interrupt.signal:
-        name = runfolder.signal_name(interrupt.signal)
+        name = signal_name(interrupt.signal)
         s.log.message(f"stopped by {name} after step {done}, saved; the same command goes on from here")
         return 128 + interrupt.signal
     after = look(states)

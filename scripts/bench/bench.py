@@ -191,7 +191,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         say(f"loaded, peak {peak_gib():.2f} GiB")
         if getattr(p.objective, "precomputed", False):
             since = time.perf_counter()
-            source = loop.with_reference(run, p, source, {"weights_identity": str(time.time())}, say)
+            source = loop.with_reference(run, p, source, {"weights_fingerprint": str(time.time())}, say)
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
         step = programs.compile_step(p, source.abstract)

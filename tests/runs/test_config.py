@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.runs import config
-from jaxft.runs.config import describe, differences, knobs, load
+from jaxft.runs.config import RENAMED, describe, differences, help_text, load, resolve
 from jaxft.runs.parse import parse
 
 TOY = '''
@@ -159,18 +159,18 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, wanted)
         (["bta=1"], r"unknown key 'bta'; near: beta"),
         (["optim.clp=1"], r"unknown key 'optim.clp'; near: optim.clip"),
         (["clip=1"], r"unknown key 'clip'; near: optim.clip"),
-        (["beta=x"], r"beta=x: wanted float \(now 0.1\)"),
-        (["lr=nan"], r"lr=nan: wanted float"),
-        (["rank=1.5"], r"rank=1.5: wanted int or none \(now 8\)"),
-        (["full=1"], r"full=1: wanted true or false"),
-        (["kind=sgd"], r"kind=sgd: wanted one of adamw, adafactor"),
-        (["shape=1,x"], r"shape=1,x: wanted int"),
-        (["optim.betas=0.9"], r"optim.betas=0.9: wanted 2 values with ',' between, found 1"),
-        (["optim.groups=b"], r"optim.groups=b: wanted 2 values with ':' between, found 1"),
-        (["optim=adamw"], r"optim=adamw: it is a section; set its fields: lr, clip"),
-        (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none, it has no field 'x'"),
+        (["beta=x"], r"beta=x: expected float \(now 0.1\)"),
+        (["lr=nan"], r"lr=nan: expected float"),
+        (["rank=1.5"], r"rank=1.5: expected int or none \(now 8\)"),
+        (["full=1"], r"full=1: expected true or false"),
+        (["kind=sgd"], r"kind=sgd: expected one of adamw, adafactor"),
+        (["shape=1,x"], r"shape=1,x: expected int"),
+        (["optim.betas=0.9"], r"optim.betas=0.9: expected 2 values separated by ',', got 1"),
+        (["optim.groups=b"], r"optim.groups=b: expected 2 values separated by ':', got 1"),
+        (["optim=adamw"], r"optim=adamw: this is a section; set its fields: lr, clip"),
+        (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none and has no field 'x'"),
         (["optim.kind.x=1"], r"optim.kind is a str"),
-        (["extra=1"], r"extra=1: such a value can't be written on the command line"),
+        (["extra=1"], r"extra=1: such a value cannot be written on the command line"),
         (["loss=toy.py"], r"'toy.py' names no function; write package.module:name or file.py:name"),
         (["loss=toy.py:plan"], r"toy.py has no 'plan'; it has: plain"),
         (["loss=nothing.here:f"], r"No module named 'nothing'"),
@@ -195,32 +195,46 @@ def test_fields_of_a_section_are_checked_together(toy):
     assert (run.rows.micro, run.rows.batch) == (3, 6)
 
 
+def test_fields_are_replaced_after_the_knobs_and_both_are_recorded(toy):
+    settings = resolve(toy, ["lr=1", "rank=4", "optim.lr=2", "run.name=mine", "adapter.alpha=3"])
+    run = settings.value
+    assert (run.optim.lr, run.name, run.adapter.rank, run.adapter.alpha) == (2.0, "mine", 4, 3.0)
+    assert settings.fields == {"optim.lr": 2.0, "name": "mine", "adapter.alpha": 3.0}
+    assert (settings.knobs["lr"], settings.knobs["rank"], settings.knobs["beta"]) == (1.0, 4, 0.1)
+    record = settings.describe()
+    command = record.pop("command")
+    assert record == describe(run) and command["fields"] == settings.fields
+    assert command["knobs"]["lr"] == 1.0 and command["knobs"]["loss"]["callable"] == "toy.py:plain"
+
+
+def test_a_section_may_be_set_to_none(toy):
+    assert load(toy, ["adapter=none"]).adapter is None
+    assert load(toy, ["adapter=none", "rank=4"]).adapter is None
+
+
+def test_the_config_is_called_once(toy):
+    module = load(toy, ["lr=1", "beta=2", "optim.clip=1", "adapter.rank=2"]).optim.__class__.__module__
+    assert sys.modules[module].calls == [1]
+
+
 @pytest.mark.parametrize(
-    ("override", "knob"),
+    ("override", "message"),
     [
-        ("optim.lr=1", "lr"),  # passed on
-        ("adapter.rank=4", "rank"),
-        ("adapter.alpha=4", "rank"),  # computed
-        ("run.name=x", "model"),  # a text put together
-        ("rows.train=x", "data"),  # a text passed on
-        ("objective=math:sqrt", "beta"),  # inside a partial
-        ("optim.kind=adafactor", "kind"),
+        ("optim.rate=1", "optim.rate was renamed; use optim.lr"),
+        ("run.optim.rate=1", "run.optim.rate was renamed; use optim.lr"),
+        ("rate=1", "rate was renamed; use lr"),
+        ("lora.rank=1", "lora.rank was renamed; use adapter.rank"),
+        ("kind=adam", "kind=adam was renamed; use kind=adamw"),
+        ("loss=toys.py:plain", "loss=toys.py:plain was renamed; use loss=toy.py:plain"),
+        ("loss=old.losses:plain", "loss=old.losses:plain was renamed; use loss=new.losses:plain"),
     ],
 )
-def test_a_field_computed_from_a_knob_is_refused_with_the_knobs_name(toy, override, knob):
-    with pytest.raises(ValueError, match=rf"is computed from the knob {knob}; set {knob}=... instead"):
+def test_an_old_name_is_an_error_that_gives_the_new_one(toy, monkeypatch, override, message):
+    names = {"optim.rate": "optim.lr", "rate": "lr", "lora": "adapter", "kind=adam": "kind=adamw"}
+    for old, new in {**names, "toys.py:plain": "toy.py:plain", "old.losses": "new.losses"}.items():
+        monkeypatch.setitem(RENAMED, old, new)
+    with pytest.raises(ValueError, match=rf"^{message}$"):
         load(toy, [override])
-
-
-def test_a_section_may_go_unless_a_knob_for_it_was_given(toy):
-    assert load(toy, ["adapter=none"]).adapter is None
-    with pytest.raises(ValueError, match="adapter is computed from the knob rank"):
-        load(toy, ["adapter=none", "rank=4"])
-
-
-def test_the_config_runs_once_where_no_dotted_field_is_set(toy):
-    module = load(toy, ["lr=1", "beta=2"]).optim.__class__.__module__
-    assert sys.modules[module].calls == [1]
 
 
 def write(folder: Path, text: str) -> str:
@@ -234,15 +248,15 @@ def write(folder: Path, text: str) -> str:
         ("x = (", r"c.py:1: syntax error"),
         ("x = 1\ny = x.z", r"c.py: AttributeError: 'int' object has no attribute 'z' \(line 2\)"),
         ("import nothing_here", r"c.py: ModuleNotFoundError: No module named 'nothing_here' \(line 1\)"),
-        ("x = 1", r"found no function `config`; a config file defines def config"),
-        ("def config(): return 3", r"config returned a int, wanted a frozen dataclass"),
+        ("x = 1", r"no function `config`; a config file defines def config"),
+        ("def config(): return 3", r"config returned a int; expected a frozen dataclass"),
         ("def config(a): return 3", r"a has no default; give a=\.\.\."),
         ("def config(a: int): return 3", r"a has no default; give a=<int>"),
         ("def config(a=1):\n    return {}[a]", r"c.py: KeyError: 1 \(line 2\)"),
         ("def config(a=1): raise ValueError('a is wrong')", r"^a is wrong$"),
         (
             "def config(a: 'Nope' = 1): return 3",
-            r"annotation of config can't be read: name 'Nope' is not defined",
+            r"cannot read the annotations of config: name 'Nope' is not defined",
         ),
     ],
 )
@@ -261,19 +275,19 @@ def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
 
 def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert knobs("configs/sft.py").count("\n") > 3  # from the repository
+    assert help_text("configs/sft.py").count("\n") > 3  # from the repository
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "sft.py").write_text('"""Mine."""\ndef config(): pass')
-    assert knobs("configs/sft.py").startswith("Mine.")
+    assert help_text("configs/sft.py").startswith("Mine.")
 
 
 def test_a_knob_without_annotation_or_telling_default_asks_for_one(tmp_path):
-    with pytest.raises(ValueError, match="a=1: neither an annotation nor a default shows its type"):
+    with pytest.raises(ValueError, match="a=1: its type is unknown"):
         load(write(tmp_path, "def config(a=None): return a"), ["a=1"])
 
 
 def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
-    text = knobs(toy)
+    text = help_text(toy)
     assert text.startswith("A toy recipe.\n\nCommand: none.\n")
     rows = {
         line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("  ")
@@ -288,7 +302,7 @@ def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
 
 
 def test_what_help_shows_can_be_given_back(toy):
-    shown = [line.split()[0] for line in knobs(toy).splitlines() if line.startswith("  ")]
+    shown = [line.split()[0] for line in help_text(toy).splitlines() if line.startswith("  ")]
     assert describe(load(toy, shown)) == describe(load(toy, []))
 
 
@@ -416,4 +430,4 @@ def test_differences_name_the_place_and_both_values():
 
 
 def test_the_config_module_names_what_the_contract_promises():
-    assert set(config.__all__) == {"load", "knobs", "knob_names", "describe", "differences"}
+    assert set(config.__all__) >= {"load", "resolve", "help_text", "knob_names", "RENAMED"}

@@ -111,7 +111,9 @@ def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
     assert objective("reference=start")["reference"] == "start"
 
 
-@pytest.mark.parametrize("loss", ["preference:ipo", "reference_free:kto", "reference_free:bco"])
+@pytest.mark.parametrize(
+    "loss", ["preference_losses:ipo", "reference_free_losses:kto", "reference_free_losses:bco"]
+)
 def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
     assert (
         config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"]

@@ -79,13 +79,13 @@ def write_place(folder):
 
 
 LOOP = """
-from jaxft.runs import folder
-begin_loop = folder.Interrupt.__enter__
+from jaxft.runs import interrupt
+begin_loop = interrupt.Interrupt.__enter__
 def told(self):
     found = begin_loop(self)
     print("the loop begins", flush=True)
     return found
-folder.Interrupt.__enter__ = told
+interrupt.Interrupt.__enter__ = told
 """
 
 

@@ -233,7 +233,7 @@ def test_sampling_repeats_with_its_seed(script):
         ("generate --model base --prompt x --max-new 300", ("256 positions",)),
         ("export --model base --out base", ("--out base", "choose another")),
         ("export --model base --adapter none --out m", ("none/adapter_config.json",)),
-        ("export --run runs --out m", ("no run's folder",)),
+        ("export --run runs --out m", ("not a run's folder",)),
     ],
 )
 def test_a_mistake_is_one_line(script, world, command, words):
@@ -301,9 +301,12 @@ def test_a_run_finds_its_base_again_and_refuses_another_one(script, world, tmp_p
     run = tmp_path / "run"
     shutil.copytree(root / "runs" / "r", run)
     base = shutil.copytree(root / "base", tmp_path / "moved")
-    record = json.loads((run / "config.json").read_text()) | {"weights": "not/here", "weights_at": str(base)}
+    record = json.loads((run / "config.json").read_text()) | {
+        "weights": "not/here",
+        "weights_path": str(base),
+    }
     (run / "config.json").write_text(
-        json.dumps(record | {"weights_identity": runfolder.weights_identity(str(base))})
+        json.dumps(record | {"weights_fingerprint": runfolder.weights_fingerprint(str(base))})
     )
     assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
     file = base / "model.safetensors"
@@ -311,4 +314,4 @@ def test_a_run_finds_its_base_again_and_refuses_another_one(script, world, tmp_p
     data[-100] ^= 1
     file.write_bytes(data)
     code, _, err = script("export", "--run", run, "--out", tmp_path / "out2")
-    assert code == 1 and "holds other weights than this run was trained on" in err and err.count("\n") == 1
+    assert code == 1 and "have changed since this run was trained" in err and err.count("\n") == 1

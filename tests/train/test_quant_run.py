@@ -129,7 +129,7 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     code, out, _ = script("export", "--run", run, "--out", tmp_path / "narrow")
     assert code == 0 and "rounding changed the weights by 0.1" in out
 
-    ref, adapter, record = runfolder.results(run)
+    ref, adapter, record = runfolder.trained_weights(run)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
     loaded, settings = partition.load_adapter(adapter, model, mesh)
@@ -161,7 +161,7 @@ def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
     assert partition.started_elsewhere(start, identity, Quant()) == []  # nothing is known
-    record = {"weights": "there", "weights_identity": identity, "quant": {"kind": "nf4"}}
+    record = {"weights": "there", "weights_fingerprint": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     assert partition.started_elsewhere(start, identity, Quant()) == []
     lines = partition.started_elsewhere(start, {"files": "two"}, None)

@@ -213,14 +213,14 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
     path = place.folder / "base" / "model.safetensors"
     kept = path.read_bytes()
     path.write_bytes(kept[:-4000] + bytes(a ^ 1 for a in kept[-4000:]))
-    assert place.run(*argv) == 1 and "weights_identity" in place.err() and place.err().count("->") == 1
+    assert place.run(*argv) == 1 and "weights_fingerprint" in place.err() and place.err().count("->") == 1
     path.write_bytes(kept)
     assert files(place.runs("lora")) == before
 
 
 WATCH = """
 import jax, traceback
-from jaxft.runs import folder
+from jaxft.runs import interrupt
 from jaxft.train import report
 seen = []
 def heard(name, *_, **__):
@@ -228,7 +228,7 @@ def heard(name, *_, **__):
     if "compile" in name and not by_orbax:
         seen.append(name)
 jax.monitoring.register_event_duration_secs_listener(heard)
-enter, export = folder.Interrupt.__enter__, report.export
+enter, export = interrupt.Interrupt.__enter__, report.export
 def begin(self):
     print("compiled before the loop:", len(seen) > 0)
     seen.clear()
@@ -236,7 +236,7 @@ def begin(self):
 def end(*args):
     print("compiled since:", seen)
     return export(*args)
-folder.Interrupt.__enter__, report.export = begin, end
+interrupt.Interrupt.__enter__, report.export = begin, end
 """
 
 

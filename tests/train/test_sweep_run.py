@@ -303,7 +303,7 @@ def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
         "this sweep is of beta=0.1, beta=0.2; found beta=0.1, beta=0.3; choose another --name" in place.err()
     )
     sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
-    assert "was started with other settings (optim.lr: 0.01 -> 0.5)" in place.err()
+    assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in place.err()
     assert "going on after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 

@@ -1,0 +1,44 @@
+"""SIGTERM and SIGINT: the first one asks a run to stop after its step, a second one ends the process at once."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Interrupt:
+    """A context in which the first SIGTERM or SIGINT only sets `signal`, to be checked between steps."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for handled in self._old:  # the system's default, which also ends a process inside a long computation
+            signal.signal(handled, signal.SIG_DFL)
+        if (
+            sys.stdout.isatty()
+        ):  # the live view hides the cursor, and a second signal leaves no time to show it
+            os.write(1, SHOW_CURSOR)
+        text = f"\n{signal_name(number)}: finishing this step and saving; a second signal stops at once\n"
+        os.write(2, text.encode())
+
+    def __exit__(self, *_: Any) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
+    return signal.Signals(number).name
