@@ -22,8 +22,8 @@ from jaxft.objectives.check.traits import reads_reference
 from jaxft.objectives.preference import Moving, implicit, per_token, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"

@@ -37,8 +37,8 @@ from jaxft.rl.estimators import by_group
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import rollouts
-from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"

@@ -18,8 +18,8 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.reference_free_losses import kto, kto_metrics
 from jaxft.optim.optimizer import Optim
-from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"

@@ -20,7 +20,7 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, adafactor, adamw
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit, "adamw_bf16": adamw_bf16, "adafactor": adafactor}

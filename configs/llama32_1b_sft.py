@@ -15,7 +15,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 

@@ -38,8 +38,8 @@ from jaxft.rl.completions import Rules, bounded
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rollout import rollouts
-from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"

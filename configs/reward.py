@@ -20,8 +20,8 @@ from jaxft.models.heads import scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.optim.optimizer import Optim
-from jaxft.train.loop import Loop, Run
 from jaxft.train.partition import adapter_of
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxft.data.sft import Rows
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/finetuning.jsonl", "configs/data/finetuning_held_out.jsonl"

@@ -122,7 +122,7 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
     from jaxft.distributed import sharding
     from jaxft.inference import generate
     from jaxft.nn import attention, lora
-    from jaxft.train import partition, report
+    from jaxft.train import partition
     from jaxft.weights import pretrained
 
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
@@ -142,7 +142,7 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
         whole, settings = {"base": partition.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
             whole["adapter"], settings = partition.load_adapter(source.adapter, model, mesh)
-        stop = report.stop_tokens(model.config.eos, tokenizer)
+        stop = generate.stop_tokens(model.config.eos, tokenizer)
         run = generate.make_generate(lora.adapted(model, settings), sampling, stop)
         begin = time.perf_counter()
         found = generate.generate(run, whole, ids, jax.random.key(args.seed), args.batch)

@@ -84,7 +84,8 @@ def main() -> int:
 
     from jaxft.distributed import processes
     from jaxft.runs import config
-    from jaxft.train import loop, sweep
+    from jaxft.train import sweep
+    from jaxft.train.settings import Run
 
     processes.refuse_several("a sweep")
     rows = values(args.over, args.together)
@@ -97,7 +98,7 @@ def main() -> int:
     )
     runs = {}
     for row in rows:
-        run = config.load(args.config, [*args.overrides, *row], expected=loop.Run)
+        run = config.load(args.config, [*args.overrides, *row], expected=Run)
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return sweep.run(runs, name, at_once=args.at_once)

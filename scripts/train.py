@@ -44,8 +44,9 @@ def main() -> int:
     from jaxft.distributed import processes
     from jaxft.runs import cli, config
     from jaxft.train import loop
+    from jaxft.train.settings import Run
 
-    settings = config.resolve(args.config, args.overrides, expected=loop.Run)
+    settings = config.resolve(args.config, args.overrides, expected=Run)
     run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text

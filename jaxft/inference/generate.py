@@ -38,6 +38,11 @@ class Sampling:
             raise ValueError(f"top_p is above 0 and at most 1, or none; found {self.top_p}")
 
 
+def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end a completion: the end tokens of the model's config and of the tokenizer."""
+    return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
+
+
 def cut(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
     """Logits at the temperature, with what top-k and then top-p leave out at minus infinity (transformers' order)."""
     logits = logits / s.temperature

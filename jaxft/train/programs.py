@@ -2,79 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxft.batch import TrainState
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts
+from jaxft.data.sft import Rows, Source
 from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
-from jaxft.nn import attention
-from jaxft.objectives import metrics
-from jaxft.optim.fused_backward import updated
-from jaxft.optim.optimizer import guarded_update, make_optimizer, wide
+from jaxft.nn import attention, param
+from jaxft.nn.param import Model
+from jaxft.optim.optimizer import make_optimizer
+from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, init, partition
-from jaxft.train.accumulate import accumulated
-
-if TYPE_CHECKING:
-    from jaxft.train.loop import Run
-
-
-def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
-    """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
-
-    The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
-    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
-    An objective may say of a batch that the model's own parameters rest, `objective.rests(batch)`: they and the optimizer's state
-    of them stay as they were, which a gradient of 0 alone wouldn't do to Adam, while models beside it go on.
-    """
-
-    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
-        now = state.trainable, state.opt_state
-        if getattr(tx, "in_backward", False):
-            trainable, opt_state, norm, ok, found = updated(
-                objective, tx, now, frozen, batch, (key, rounding), state.aux
-            )
-        else:
-            grads, found = accumulated(objective, (state.trainable, frozen), batch, key, state.aux)
-            norm = optax.tree.norm(wide(grads))
-            ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-            trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
-            if hasattr(objective, "rests"):
-                still = objective.rests(batch)
-                trainable, opt_state = (
-                    stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now)
-                )
-        aux = (
-            objective.after_step(state.aux, trainable, found)
-            if hasattr(objective, "after_step")
-            else state.aux
-        )
-        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
-        one = jnp.ones((), norm.dtype)
-        found = {
-            **found,
-            "grad_norm": metrics.Sum(norm, one),
-            "skipped": metrics.Sum((~ok).astype(norm.dtype), one),
-        }
-        return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
-
-    return train_step
-
-
-def stayed(still: Any, new: Any, old: Any, trainable: Any) -> Any:
-    """`new`, or where `still` the old values of what belongs to the model's own adapter and base: of parameters, or of an
-    optimizer's state, whose leaves lie below the names that they have in `trainable`."""
-
-    def leaf(path: Any, new: Any, old: Any) -> Any:
-        name = next((key.key for key in path if getattr(key, "key", None) in trainable), None)
-        return jnp.where(still, old, new) if name in ("adapter", "base") else new
-
-    return jax.tree_util.tree_map_with_path(leaf, new, old)
+from jaxft.train.settings import Run
+from jaxft.train.step import make_train_step
 
 
 @dataclass(frozen=True)
@@ -93,7 +38,7 @@ class Programs:
     text_step: jax.stages.Wrapped  # the token loss of general text, whatever is trained
 
 
-def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs:
+def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     """Functions and shapes of a run of `steps` steps, from its settings alone: no weights, rows or network."""
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
@@ -143,7 +88,7 @@ def build(run: "Run", steps: int, devices_: list[Any] | None = None) -> Programs
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 
-def start_aux(run: "Run", t: partition.Trained, objective: Callable) -> Callable:
+def start_aux(run: Run, t: partition.Trained, objective: Callable) -> Callable:
     """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
     if not hasattr(objective, "start"):
         return lambda trainable: {}
@@ -151,7 +96,7 @@ def start_aux(run: "Run", t: partition.Trained, objective: Callable) -> Callable
     return lambda trainable: objective.start(trainable, at_base)
 
 
-def abstract(run: "Run", devices_: list[Any] | None = None) -> tuple[Programs, Any]:
+def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any]:
     """A run as shapes: its programs and one batch, the largest that the settings allow."""
     p = build(run, run.loop.steps or 1000, devices_)
     largest = run.data.abstract(sharding.row_shards(p.mesh))
@@ -159,7 +104,7 @@ def abstract(run: "Run", devices_: list[Any] | None = None) -> tuple[Programs, A
     return p, placed(p, complete(largest))
 
 
-def start(run: "Run", p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
+def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
     """(state, frozen): weights loaded leaf by leaf, and at step 0 a fresh adapter and optimizer. A restored state has its own.
 
     base: the frozen base of another run, for one that trains nothing of it.
@@ -227,3 +172,27 @@ def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tu
 def placed(p: Programs, batch: Any) -> Any:
     place = lambda x: sharding.batch_sharding(p.mesh, x.shape)  # noqa: E731
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
+
+
+def step_rows(data: Rows | PairRows | Prompts, shards: int) -> StepRows:
+    """The rows of an optimizer step by the settings `data`, of which each microbatch is sharded over `shards` devices."""
+    if isinstance(data, Prompts):
+        return StepRows("prompts", data.batch, data.micro, shards, data.minibatches)
+    return StepRows("pairs" if isinstance(data, PairRows) else "rows", data.batch, data.micro, shards)
+
+
+def check_token_ids(source: Source | None, model: Model, ref: str) -> None:
+    """Raise ValueError if the rows contain a token id beyond the model's embeddings: a gather would read another row."""
+    largest = source.stats.get("largest_id", 0) if source else 0
+    if largest >= model.config.vocab:
+        raise ValueError(
+            f"{ref}: the tokenizer produces token id {largest}, and the model has embeddings for 0 to "
+            f"{model.config.vocab - 1} only. Use the tokenizer that belongs to the model."
+        )
+
+
+def model_summary(p: Programs) -> ModelSummary:
+    """Parameter counts and quantisation, for reports."""
+    t = p.trained
+    counts = param.count(t.trainable_specs), param.count(t.specs)
+    return ModelSummary(*counts, partition.quantised(t), t.model.speaks)

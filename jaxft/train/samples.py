@@ -9,9 +9,8 @@ import numpy as np
 
 from jaxft.batch import Pairs
 from jaxft.data.sft import Source
-from jaxft.inference.generate import Sampling, left_pad, make_generate
+from jaxft.inference.generate import Sampling, left_pad, make_generate, stop_tokens
 from jaxft.nn.param import Model
-from jaxft.train.report import stop_tokens
 
 
 def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:

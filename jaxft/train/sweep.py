@@ -22,10 +22,12 @@ from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.log import Log, read
 from jaxft.runs.record import describe, differences
+from jaxft.runs.report import Evaluation
+from jaxft.train import evaluate, export, multi_adapter, programs
 from jaxft.train import loop as train
-from jaxft.train import multi_adapter, report
-from jaxft.train.loop import Job, Run
+from jaxft.train.loop import Job
 from jaxft.train.programs import build, start
+from jaxft.train.settings import Run
 from jaxft.train.sweep_programs import Meters, Shared, batches, compile_all, largest
 from jaxft.weights import pretrained
 
@@ -90,9 +92,9 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
         shards = sharding.row_shards(sharding.make_mesh(lead.mesh))
         apart = len({r.data.seed for r in runs.values()}) > 1
         sources = [r.source(r.data, tokenizer, shards=shards) for r in (runs.values() if apart else [lead])]
-        general = report.general_source(lead.data, lead.general, tokenizer, shards)
+        general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
         for each in (*sources, general):
-            report.check_ids(each, lead.model, lead.weights)
+            programs.check_token_ids(each, lead.model, lead.weights)
         steps = lead.loop.steps or min(source.steps for source in sources)
         same = train.identity(lead)
         fingerprints = [{"data_fingerprint": s.fingerprint, **same} for s in sources] * (
@@ -114,8 +116,8 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             )
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another --name")
             return 0
-        programs = [build(r, steps) for r in runs.values()]
-        restored = saved.restore(tuple(p.state for p in programs))
+        built = [build(r, steps) for r in runs.values()]
+        restored = saved.restore(tuple(p.state for p in built))
         first = restored[2] if restored else 0
         if first > steps:
             raise ValueError(
@@ -128,13 +130,13 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             own.mkdir(exist_ok=True)
             runfolder.write_record(own, records[label])
             each = stack.enter_context(contextlib.closing(Log(own, steps, first, quiet=True)))
-            each.listen(getattr(programs[number].objective, "watch", None))
+            each.listen(getattr(built[number].objective, "watch", None))
             source, held = sources[number if apart else 0], () if general is None else general.held_out
             jobs.append(
-                Job(r, steps, programs[number], tokenizer, source, held, saved, each, own, records[label])
+                Job(r, steps, built[number], tokenizer, source, held, saved, each, own, records[label])
             )
         runfolder.write_json(folder / "config.json", {"members": list(runs), "at_once": at_once})
-        for line in report.opening(programs[0], lead, sources[0], (steps, first), changes):
+        for line in train.startup_lines(jobs[0], first, changes):
             log.message(line)
         log.message(
             "\n".join(
@@ -267,12 +269,12 @@ def _write(
     """Each member's adapter, card and summary; then table and picture of all."""
     for job, state, own, before, after in zip(s.jobs, states, frozen[1], *looks, strict=True):
         whole = tree.combine(state.trainable, {"base": frozen[0], **own})
-        out = report.export(job.programs.trained, whole, job.run, job.tokenizer, job.folder)
-        start, end = ({"metrics": found, "samples": []} for found in (before, after))
+        out = export.export_run(job.programs.trained, whole, job.run, job.tokenizer, job.folder)
+        start, end = (Evaluation(metrics=found, samples=[]) for found in (before, after))
         words: list[str] = getattr(job.programs.objective, "words", lambda first, last: [])(
             job.log.first, job.log.last
         )
-        report.write_card(job, out, start, end, words)
+        train.write_card(job, out, start, end, words)
         summary = {"steps": job.steps, "before": start, "after": end, "alarms": job.log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
     curves = {label: read(job.folder / "metrics.jsonl") for label, job in zip(s.labels, s.jobs, strict=True)}

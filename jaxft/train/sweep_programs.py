@@ -16,8 +16,9 @@ from jaxft.distributed import devices, sharding
 from jaxft.objectives import metrics
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.log import Log
-from jaxft.train import evaluate, report
+from jaxft.train import evaluate
 from jaxft.train.loop import Job
+from jaxft.train.meter import Meter
 from jaxft.train.multi_adapter import Together, gradients, judge_each, make_eval_step, make_update, together
 
 
@@ -114,7 +115,7 @@ def compile_eval(
 
 
 class Meters:
-    """A report.Meter a member, fed one step behind the device."""
+    """A meter.Meter a member, fed one step behind the device."""
 
     def __init__(self, s: Shared, kept: list[Any] | None):
         self._jobs = s.jobs
@@ -123,7 +124,7 @@ class Meters:
         ]
         never = s.lead.steps + 1  # a member that is not finite stays as it is, and the others go on
         self.each = [
-            report.Meter(job.programs.trained, rate, job.source, never, None if kept is None else kept[k])
+            Meter(job.programs.trained, rate, job.source, never, None if kept is None else kept[k])
             for k, (job, rate) in enumerate(zip(s.jobs, rates, strict=True))
         ]
         self._waiting: list[tuple[int, list[Any], Any]] = []

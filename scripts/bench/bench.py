@@ -112,7 +112,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
     from jaxft.optim import optimizer
-    from jaxft.train import loop
+    from jaxft.train.settings import Run
     from jaxft.weights import pretrained
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
@@ -130,7 +130,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
             "objective": sft,
             "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows),
         }
-    return loop.Run(
+    return Run(
         name="bench",
         weights=a.model,
         model=pretrained.model_for(a.model, dtype=dtype, remat=a.remat),

@@ -101,7 +101,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
     from jaxft.optim import optimizer
-    from jaxft.train import loop
+    from jaxft.train.settings import Run
 
     config, length = PRESETS[case.preset], 4096
     if tiny:
@@ -117,7 +117,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
             "objective": sft,
             "data": Rows(str(data), format="prompt-completion", max_length=length, **rows),
         }
-    return loop.Run(
+    return Run(
         name="bench",
         weights=case.preset,
         model=llama(config, jnp.bfloat16, case.remat, residual=jnp.bfloat16),

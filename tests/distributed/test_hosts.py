@@ -41,38 +41,38 @@ sharding.place_batch = told
 GRADIENTS = """
 import os
 import jax, numpy as np
-from jaxft.train import programs, report
-make, accumulated = programs.make_train_step, programs.accumulated
+from jaxft.train import meter, programs, step
+make, accumulate = step.make_train_step, step.accumulate_gradients
 def make_telling(*args):
-    step = make(*args)
+    train_step = make(*args)
     def telling(*inputs):
         seen = []
         def kept(*args):
-            seen.append(accumulated(*args))
+            seen.append(accumulate(*args))
             return seen[0]
-        programs.accumulated = kept
-        state, found = step(*inputs)
-        programs.accumulated = accumulated
+        step.accumulate_gradients = kept
+        state, found = train_step(*inputs)
+        step.accumulate_gradients = accumulate
         return state, {**found, "gradients": seen[0][0]}
     return telling
 programs.make_train_step = make_telling
-add = report.Meter.add
+add = meter.Meter.add
 def told(self, step, batch, found):
     leaves = jax.tree_util.tree_leaves_with_path(found.pop("gradients"))
     known = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
     np.savez(os.environ["GRADIENTS"] + os.environ.get("JAXFT_PROCESS", "") + f"-{step}.npz", **known)
     return add(self, step, batch, found)
-report.Meter.add = told
+meter.Meter.add = told
 """
 SLOW_STEPS = f"""
 {PRECISE}
 import time
-from jaxft.train import report
-add = report.Meter.add
+from jaxft.train import meter
+add = meter.Meter.add
 def slow(self, *args):
     time.sleep(0.4)
     return add(self, *args)
-report.Meter.add = slow
+meter.Meter.add = slow
 """
 
 
@@ -291,7 +291,7 @@ def test_kills_of_either_process_and_a_signal_to_one_change_nothing(folder, alon
 def test_the_run_goes_on_with_another_number_of_processes(elsewhere, alone):
     one = Place(elsewhere)
     assert one.run(*TRAINED, "name=killed", hook=PRECISE, devices=8) == 0, one.err()
-    assert "going on after step" in one.out()
+    assert "resuming after step" in one.out()
     found = one.metrics("killed")
     assert [m["step"] for m in found] == [m["step"] for m in alone["metrics"]]
     for a, b in zip(found, alone["metrics"], strict=True):
@@ -402,8 +402,8 @@ def test_a_process_killed_while_it_waits_for_the_others_has_a_last_line(folder):
 HANGS = f"""
 {PRECISE}
 import threading
-from jaxft.train import report
-report.Meter.add = lambda *_: threading.Event().wait()
+from jaxft.train import meter
+meter.Meter.add = lambda *_: threading.Event().wait()
 """
 
 

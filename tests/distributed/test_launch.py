@@ -13,7 +13,7 @@ import yaml
 from jaxft.distributed import launch, processes
 from jaxft.distributed.launch import Launch, detect
 from jaxft.runs import config
-from jaxft.train import loop
+from jaxft.train.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "scripts" / "launch"
@@ -168,7 +168,7 @@ def accepted(arguments):
     path = ROOT / "configs" / Path(args.config).name
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
     known = config.load(str(path), [*args.overrides, f"model={tiny_folder()}"])
-    assert isinstance(known, loop.Run)
+    assert isinstance(known, Run)
     rows, left = divmod(known.data.batch, known.data.micro)
     assert left == 0 and rows % known.hosts.devices == 0, "some devices would compute nothing but padding"
     return known

@@ -27,7 +27,7 @@ from jaxft.objectives.read_positions import EXTRA, placed
 from jaxft.objectives.sft import sft
 from jaxft.rl.completions import laid as laid_out_completions
 from jaxft.train import partition
-from jaxft.train.accumulate import accumulated
+from jaxft.train.step import accumulate_gradients
 
 MESHES = {
     "1x8": MeshShape(1, 8),
@@ -78,7 +78,7 @@ def gradient_of(task, parts, batch, mesh=None):
     mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(trained, path)), whole, is_leaf=is_qtensor)
 
     def both(trainable, frozen, batch):
-        return accumulated(objective, (trainable, frozen), batch, jax.random.key(0), {})
+        return accumulate_gradients(objective, (trainable, frozen), batch, jax.random.key(0), {})
 
     trainable, frozen = (
         jax.tree.map(lambda x, m, side=side: x if m is side else None, whole, mask, is_leaf=is_qtensor)

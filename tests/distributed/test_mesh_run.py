@@ -8,7 +8,8 @@ import pytest
 from tiny_run import Place, write_place
 
 from jaxft.data.sft import Rows
-from jaxft.train import report
+from jaxft.runs.report import empty_slot_lines
+from jaxft.train.programs import step_rows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
     assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()
     (line,) = [line for line in place.out().splitlines() if "are empty" in line]
     assert line.startswith(
-        "12 of the 16 places for rows in a step are empty (75 %): data.batch=4 is cut into data.micro=2"
+        "12 of the 16 slots for rows in a step are empty (75 %): data.batch=4 is split into data.micro=2"
     )
     assert line.endswith("data.batch=16 fills them")
 
@@ -52,9 +53,9 @@ def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
 def test_what_is_said_to_fill_the_devices_does(batch, micro, shards):
     data = Rows("none", batch=batch, micro=micro)
     rows = -(-batch // (micro * shards)) * shards  # of a microbatch, as the source pads it
-    assert report.places(data, shards) == rows * micro
-    said = report.unfilled(data, shards)
+    assert step_rows(data, shards).slots == rows * micro
+    said = empty_slot_lines(step_rows(data, shards))
     assert bool(said) == (rows * micro > batch)
     for setting, numbers in re.findall(r"data\.(\w+)=([\d or]+)", said[0].partition(";")[2]) if said else []:
         for number in numbers.split(" or "):
-            assert report.unfilled(replace(data, **{setting: int(number)}), shards) == []
+            assert empty_slot_lines(step_rows(replace(data, **{setting: int(number)}), shards)) == []

@@ -8,7 +8,7 @@ import pytest
 from partitioned import moved
 
 from jaxft.data.pairs.source import PairRows, pair_source
-from jaxft.data.sft import Rows
+from jaxft.data.sft import Rows, sft_source
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn.lora import Adapter
@@ -17,7 +17,8 @@ from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.sft import sft
 from jaxft.optim import optimizer
-from jaxft.train import loop, programs
+from jaxft.train import programs
+from jaxft.train.settings import Run
 
 # Time is like no size of a weight or part of one, so that a shape tells what it is of.
 CONFIG = LlamaConfig(
@@ -39,13 +40,13 @@ def lowered(kind, task, mesh):
         if task == "sft"
         else PairRows("none", max_length=T // 2, batch=8)
     )
-    run = loop.Run(
+    run = Run(
         name="x",
         weights="none",
         model=llama(CONFIG, jnp.bfloat16, remat="full"),
         objective=sft if task == "sft" else lambda model: preference(model, dpo),
         data=rows,
-        source=loop.sft_source if task == "sft" else pair_source,
+        source=sft_source if task == "sft" else pair_source,
         adapter=None if kind == "full" else Adapter(rank=RANK),
         quant=Quant("nf4") if kind == "qlora" else None,
         mesh=mesh,

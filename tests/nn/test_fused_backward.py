@@ -20,7 +20,7 @@ from jaxft.optim import optimizer as optim
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train import partition
-from jaxft.train.programs import make_train_step
+from jaxft.train.step import make_train_step
 
 
 def batch(count=4, parts=1):

@@ -219,13 +219,13 @@ def chosen_down(pair, beta=0.1):
 '''
 STOP = """
 import os, signal
-from jaxft.train import report
-add = report.Meter.add
+from jaxft.train import meter
+add = meter.Meter.add
 def stop(self, step, *args):
     if step == 8:
         os.kill(os.getpid(), signal.SIGTERM)
     return add(self, step, *args)
-report.Meter.add = stop
+meter.Meter.add = stop
 """
 
 

@@ -25,7 +25,7 @@ from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
 from jaxft.optim.optimizer import Optim, make_optimizer
-from jaxft.train.programs import make_train_step
+from jaxft.train.step import make_train_step
 
 LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)
 

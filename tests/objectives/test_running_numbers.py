@@ -17,7 +17,7 @@ from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import Moving, preference, reference_params
 from jaxft.train import evaluate
-from jaxft.train.programs import make_train_step
+from jaxft.train.step import make_train_step
 
 
 @pytest.fixture(autouse=True)

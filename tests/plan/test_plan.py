@@ -44,7 +44,8 @@ from jaxft.rl import reward_models
 from jaxft.rl.completions import ByScorer, Rules
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.rollout import rollouts
-from jaxft.train import loop, programs
+from jaxft.train import programs
+from jaxft.train.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_CUDA = (
@@ -60,7 +61,7 @@ CHIP = machines.Chip("cpu", 2**40, 2**30, 1e9, 1e8, 1e7, "made up")
 def tiny(remat="projections", full=False, quant=None, **kwargs):
     rows = Rows("none", batch=8, micro=2, max_length=64)
     adapter = None if full else Adapter(rank=4)
-    return loop.Run(
+    return Run(
         "tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs
     )
 
@@ -157,7 +158,7 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
 def tiny_pairs(**kwargs):
     rows = PairRows("none", batch=4, micro=2, max_length=32)
     objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1, reference="precomputed")
-    return loop.Run(
+    return Run(
         "tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs
     )
 
@@ -219,7 +220,7 @@ def tiny_ppo(critic=None, rewards=None, group=2):
         "reward": Scorer(Adapter(rank=4), "none", trained=False),
     }
     llm = llama(TINY, jnp.float32)
-    return loop.Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
+    return Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
 
 
 def test_rollouts_are_planned_with_all_of_their_programs():
@@ -309,7 +310,7 @@ def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
     assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
     text = plan_text.words(found)
     assert "a step of 128 tokens" in text and "75 % of its 512 places that are empty" in text
-    assert "6 of the 8 places for rows in a step are empty (75 %)" in text
+    assert "6 of the 8 slots for rows in a step are empty (75 %)" in text
     assert alone.empty == 0 and "empty" not in plan_text.words(replace(found, flops=alone, notes=()))
 
 

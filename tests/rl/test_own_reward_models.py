@@ -298,8 +298,8 @@ def test_ppo_with_a_critic_of_its_own_learns_values_and_resumes(place):
 
 STOP = """
 import glob, os, time
-from jaxft.train import report
-add = report.Meter.add
+from jaxft.train import meter
+add = meter.Meter.add
 def killed(self, step, batch, found):
     add(self, step, batch, found)
     until = time.monotonic() + 60
@@ -307,7 +307,7 @@ def killed(self, step, batch, found):
         time.sleep(0.01)
     if step == 5:
         os.kill(os.getpid(), 9)
-report.Meter.add = killed
+meter.Meter.add = killed
 """
 
 

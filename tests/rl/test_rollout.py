@@ -422,8 +422,8 @@ def test_an_answer_that_is_padding_alone_is_read_at_its_prompt():
 
 KILL = """
 import glob, os, time
-from jaxft.train import report
-add = report.Meter.add
+from jaxft.train import meter
+add = meter.Meter.add
 def killed(self, step, batch, found):
     add(self, step, batch, found)
     if step + 1 == {step}:
@@ -431,7 +431,7 @@ def killed(self, step, batch, found):
         while not glob.glob("runs/inside/checkpoints/4") and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(os.getpid(), 9)
-report.Meter.add = killed
+meter.Meter.add = killed
 """
 KILL_DRAWING = """
 import glob, os, time

@@ -18,7 +18,7 @@ from jaxft.objectives.preference import Moving, implicit, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.train.partition import adapter_settings
 from jaxft.nn.quant import Quant
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": Moving(0.5, 2), "none": None}

@@ -13,7 +13,8 @@ from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.train import partition, report
+from jaxft.train import partition
+from jaxft.train.export import export_run
 
 CONFIG = LlamaConfig(vocab=320, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp=96, tied=True)
 
@@ -42,4 +43,4 @@ def export(folder, on, kind, base):
 
     whole = jax.tree.map(drawn, t.specs, param.shardings(t.specs, on), is_leaf=param.is_spec)
     run = SimpleNamespace(adapter=settings, model=model, weights=str(base))
-    return report.export(t, whole, run, tiny_tokenizer(), folder)
+    return export_run(t, whole, run, tiny_tokenizer(), folder)

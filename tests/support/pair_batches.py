@@ -16,7 +16,7 @@ from jaxft.data.pairs.tokens import TokenisedPairs
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import Coupled, unwrap
 from jaxft.objectives.preference import Seen, preference
-from jaxft.train.accumulate import accumulated
+from jaxft.train.step import accumulate_gradients
 from jaxft.tree import partition
 
 PAIR = ("chosen", "rejected")
@@ -89,7 +89,7 @@ def judged(objective, whole, mask, batch, aux):
 
     @jax.jit
     def run(trainable, frozen, batch, aux):
-        return accumulated(objective, (trainable, frozen), batch, jax.random.key(0), aux)
+        return accumulate_gradients(objective, (trainable, frozen), batch, jax.random.key(0), aux)
 
     grads, found = run(trainable, frozen, jax.tree.map(jnp.asarray, batch), aux)
     assert np.isfinite(optax.tree.norm(grads))

@@ -27,7 +27,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.online_pairs import ranked
 from jaxft.rl.rollout import rollouts
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 

@@ -44,7 +44,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
         place.folder / "cache"
     )  # the reference is the model at step 0, not the one that is restored
     out = run(place, *KINDS[kind], "steps=5", f"name={kind}")
-    assert "going on after step 2" in out and ("24 to compute" in out) == (kind == "full")
+    assert "resuming after step 2" in out and ("24 to compute" in out) == (kind == "full")
     assert steps_of(place, kind) == steps_of(place, f"{kind}-alone") and len(steps_of(place, kind)) == 5
     assert place.leaves(kind, 5) == place.leaves(f"{kind}-alone", 5)
     assert {path.split(".")[1] for path in place.leaves(kind, 5) if path.startswith("aux.")} == AUX[kind]

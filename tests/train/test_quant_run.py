@@ -44,7 +44,7 @@ SLOW = {kind: pytest.mark.slow for kind in KINDS if kind not in ("nf4", "int8")}
 def test_a_killed_run_ends_as_one_that_was_left_alone(place, kind):
     argv = [*SHORT, f"quant={kind}", "dropout=0.2", "micro=2"]
     assert place.run(*argv, f"name={kind}-alone") == 0, place.err()
-    assert f"held frozen: 69 % of the base in {kind}, " in place.out()
+    assert f"frozen: 69 % of the base in {kind}, " in place.out()
     place.run_with_a_kill(*argv, name=kind)
     alone, found = place.results(f"{kind}-alone", 3), place.results(kind, 3)
     assert (

@@ -21,9 +21,10 @@ from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import init, loop, partition, reference
-from jaxft.train.accumulate import accumulated
+from jaxft.train import init, partition, reference
 from jaxft.train.programs import build, start
+from jaxft.train.settings import Run
+from jaxft.train.step import accumulate_gradients
 from jaxft.weights import peft, pretrained
 
 
@@ -64,7 +65,7 @@ def run_of(folder, **changes):
         "adapter": Adapter(rank=4),
         "optim": Optim(lr=0.03, warmup=0.0),
     }
-    return loop.Run("law", str(folder / "base"), model, **{**given, **changes})
+    return Run("law", str(folder / "base"), model, **{**given, **changes})
 
 
 def started(run, folder):
@@ -138,7 +139,7 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
     )
 
     def judge(objective, batch):
-        grads, found = jax.jit(lambda *args: accumulated(objective, *args, jax.random.key(0), {}))(
+        grads, found = jax.jit(lambda *args: accumulate_gradients(objective, *args, jax.random.key(0), {}))(
             (moved, frozen), batch
         )
         return metrics.read(found)["loss"], grads, metrics.read(found)

@@ -23,7 +23,7 @@ from jaxft.models.heads import scorer
 from jaxft.objectives.reward_model import reward
 from jaxft.train.partition import adapter_settings
 from jaxft.nn.quant import Quant
-from jaxft.train.loop import Loop, Run
+from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
     out = run(place, *KINDS[kind], f"name={kind}-alone", hook=WATCH)
     assert "compiled before the loop: True" in out and "compiled since: []" in out
     run(place, *KINDS[kind], "steps=2", f"name={kind}")
-    assert "going on after step 2" in run(place, *KINDS[kind], f"name={kind}")
+    assert "resuming after step 2" in run(place, *KINDS[kind], f"name={kind}")
     lines = [[line for line in place.metrics(name) if "loss" in line] for name in (kind, f"{kind}-alone")]
     assert lines[0] == lines[1] and len(lines[0]) == 4
     assert place.leaves(kind, 4) == place.leaves(f"{kind}-alone", 4)

@@ -74,12 +74,12 @@ def test_a_run_survives_many_kills(place, alone, kind, seed):
 
 SLOW_STEPS = """
 import time
-from jaxft.train import report
-add = report.Meter.add
+from jaxft.train import meter
+add = meter.Meter.add
 def slow(self, *args):
     time.sleep(0.3)
     return add(self, *args)
-report.Meter.add = slow
+meter.Meter.add = slow
 """
 
 
@@ -221,22 +221,22 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
 WATCH = """
 import jax, traceback
 from jaxft.runs import interrupt
-from jaxft.train import report
+from jaxft.train import export
 seen = []
 def heard(name, *_, **__):
     by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_stack())  # the first save cuts replicated arrays
     if "compile" in name and not by_orbax:
         seen.append(name)
 jax.monitoring.register_event_duration_secs_listener(heard)
-enter, export = interrupt.Interrupt.__enter__, report.export
+enter, export_run = interrupt.Interrupt.__enter__, export.export_run
 def begin(self):
     print("compiled before the loop:", len(seen) > 0)
     seen.clear()
     return enter(self)
 def end(*args):
     print("compiled since:", seen)
-    return export(*args)
-interrupt.Interrupt.__enter__, report.export = begin, end
+    return export_run(*args)
+interrupt.Interrupt.__enter__, export.export_run = begin, end
 """
 
 

@@ -13,7 +13,7 @@ from tiny_llama import edit_config
 from tiny_run import Place, write_place
 
 from jaxft.objectives import metrics
-from jaxft.train import report
+from jaxft.train import meter
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ MODELS = {
     "unknown": r"model_type 'mamba' is not implemented",
     "tokenizer": r"tokenizer",
     "pickle": r"pytorch_model\.bin.*pickle",
-    "vocabulary": r"the tokenizer gives token 257 and the model has 250 \(0 to 249\)",
+    "vocabulary": r"the tokenizer produces token id 257, and the model has embeddings for 0 to 249",
 }
 
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(place):
     told = fails(place, "name=limited", hook=LIMIT)
     assert "checkpoint of step 3 was not written" in told and "checkpoints of steps 1, 2 are intact" in told
     intact(place, "limited", [1, 2])
-    assert place.run("name=limited") == 0 and "going on after step 2" in place.out(), place.err()
+    assert place.run("name=limited") == 0 and "resuming after step 2" in place.out(), place.err()
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_there_is_room(place, tmp_path):
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_the
         assert "no space left on the disk" in told and "checkpoints of steps 1, 2 are intact" in told
         intact(place, "full", [1, 2])
         (tmp_path / "runs" / "filler").unlink()
-        assert place.run("name=full") == 0 and "going on after step 2" in place.out(), place.err()
+        assert place.run("name=full") == 0 and "resuming after step 2" in place.out(), place.err()
         assert place.run("name=free") == 0, place.err()
         full, free = place.results("full", 4), place.results("free", 4)
         assert full == free
@@ -280,11 +280,11 @@ def test_a_learning_rate_that_explodes_ends_the_run(place):
     assert place.checkpoints("explodes")
 
 
-def meter(most_bad, counters=None):
+def make_meter(most_bad, counters=None):
     source = SimpleNamespace(steps_per_epoch=10, names=lambda step: [f"row {step}"])
     model = SimpleNamespace(flops=lambda tokens, length: 1.0)
     trained = SimpleNamespace(model=model, mask={"base": {}})
-    return report.Meter(trained, np.zeros(100), source, most_bad, counters)
+    return meter.Meter(trained, np.zeros(100), source, most_bad, counters)
 
 
 def feed(m, step, loss, bad=False):
@@ -294,7 +294,7 @@ def feed(m, step, loss, bad=False):
 
 
 def test_every_step_counts_between_two_logged_lines():
-    m = meter(3)
+    m = make_meter(3)
     for step, bad in enumerate([0, 1, 1, 0, 1, 1, 0]):
         feed(m, step, np.nan if bad else 1.0, bool(bad))
     with pytest.raises(ValueError, match=r"steps 8 to 10\); .*rows row 7, row 8, row 9,"):
@@ -303,13 +303,13 @@ def test_every_step_counts_between_two_logged_lines():
 
 
 def test_a_meter_goes_on_in_the_middle_of_a_window():
-    whole, losses = meter(5), [0.1, 0.7, np.nan, 0.3, 0.9]
+    whole, losses = make_meter(5), [0.1, 0.7, np.nan, 0.3, 0.9]
     for step, loss in enumerate(losses):
         feed(whole, step, loss, loss != loss)
-    first = meter(5)
+    first = make_meter(5)
     for step, loss in enumerate(losses[:3]):
         feed(first, step, loss, loss != loss)
-    second = meter(5, json.loads(json.dumps(first.counters(), allow_nan=False)))
+    second = make_meter(5, json.loads(json.dumps(first.counters(), allow_nan=False)))
     for step, loss in enumerate(losses[3:], 3):
         feed(second, step, loss, loss != loss)
     found, same = whole.read()[0], second.read()[0]
@@ -322,7 +322,7 @@ def test_a_meter_goes_on_in_the_middle_of_a_window():
 
 
 def test_a_window_of_bad_steps_shows_them_and_a_good_one_hides_them():
-    m = meter(9)
+    m = make_meter(9)
     feed(m, 0, np.nan, True)
     assert np.isnan(m.read()[0]["loss"])
     feed(m, 1, np.nan, True)

@@ -26,7 +26,7 @@ from jaxft.optim.optimizer import Optim, linear, make_optimizer
 from jaxft.train import partition
 from jaxft.train.multi_adapter import gradients, judge_each, make_eval_step, make_update, together
 from jaxft.train.multi_adapter import own as own_leaves
-from jaxft.train.programs import make_train_step
+from jaxft.train.step import make_train_step
 
 
 @pytest.fixture(autouse=True)

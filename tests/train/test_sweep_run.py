@@ -136,7 +136,7 @@ def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
     process.join()
     assert process.exitcode in (0, 143)
     out = sweep(place, *argv, "--name", "killed")
-    assert "going on after step" in out or "is finished" in out
+    assert "resuming after step" in out or "is finished" in out
     assert place.leaves("killed", 6) == place.leaves("whole", 6)
     for member in ("beta=0.1", "beta=0.4"):
         assert place.metrics(f"killed/{member}") == place.metrics(f"whole/{member}")
@@ -304,7 +304,7 @@ def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
     )
     sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
     assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in place.err()
-    assert "going on after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
+    assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
 def test_without_held_out_rows_the_table_tells_the_last_step(place):

@@ -22,7 +22,7 @@ from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.runs.record import describe
 from jaxft.train import evaluate, partition
-from jaxft.train.programs import make_train_step
+from jaxft.train.step import make_train_step
 
 
 @pytest.fixture(autouse=True)

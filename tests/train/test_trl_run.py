@@ -15,7 +15,8 @@ from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo, ipo
 from jaxft.optim import optimizer
 from jaxft.optim.optimizer import Optim
-from jaxft.train import loop, programs
+from jaxft.train import programs
+from jaxft.train.settings import Run
 from jaxft.weights import pretrained
 
 datasets = pytest.importorskip("datasets")
@@ -40,7 +41,7 @@ def ours(folder, rows, loss):
     """(metrics of every step, the numbers of the rows in the order in which they were trained on)."""
     write(folder / "rows.jsonl", rows)
     base = str(folder / "base")
-    run = loop.Run(
+    run = Run(
         "trl", base, pretrained.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
         PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), pair_source, adapter=None,
         optim=Optim(lr=LR, schedule=optimizer.constant, warmup=0.0, eps=EPS),

@@ -15,7 +15,7 @@ from jaxft.models import heads
 from jaxft.models.heads import Scorer
 from jaxft.nn.lora import Adapter
 from jaxft.rl import reward_models
-from jaxft.train import export, init, partition, report
+from jaxft.train import export, init, partition
 from jaxft.weights import peft as peft_layout
 from jaxft.weights import pretrained
 
@@ -56,7 +56,7 @@ def saved(t, whole, base, out, adapter=SETTINGS):
         model=heads.scorer(pretrained.model_for(str(base), dtype=jnp.float32)),
         weights=str(base),
     )
-    return report.export(t, whole, run, tiny_tokenizer(), out)
+    return export.export_run(t, whole, run, tiny_tokenizer(), out)
 
 
 def parts(whole):

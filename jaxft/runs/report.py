@@ -1,0 +1,310 @@
+"""What a run tells its user: start-up lines, result lines and the model card, each from plain values."""
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from jaxft.nn.lora import Adapter
+from jaxft.runs import compare, log
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+HEADLINES = {  # metrics that the result lines show, in this order
+    "eval_loss": "loss on held-out rows",
+    "eval_reward": "reward of held-out prompts",
+    "general_loss": "loss on general text",
+}
+
+
+class Sample(TypedDict):
+    """A held-out prompt with the model's completion and the completion of its row ("" where the row has none)."""
+
+    prompt: str
+    completion: str
+    reference: str
+
+
+class Evaluation(TypedDict):
+    """What is measured before the first step and after the last one."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Parameter counts of a model. quantised: which part is stored quantised, "" for none; generates: it writes text."""
+
+    trainable: int
+    total: int
+    quantised: str = ""
+    generates: bool = True
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of an optimizer step as the settings have them, and the row slots of its compiled program.
+
+    unit: rows, pairs or prompts. batch, micro, minibatches: the settings of that name in `data`; a rollout's batch is
+    learned from in `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's rows into.
+    """
+
+    unit: str
+    batch: int
+    micro: int
+    shards: int
+    minibatches: int = 1
+
+    @property
+    def filled(self) -> int:
+        """Rows that a step learns from."""
+        return self.batch // self.minibatches
+
+    @property
+    def slots(self) -> int:
+        """Row slots of a step: `filled`, rounded up to a multiple of micro x shards."""
+        multiple = self.micro * self.shards
+        return multiple * -(-self.filled // multiple)
+
+
+def empty_slot_lines(rows: StepRows) -> list[str]:
+    """One line if a step computes on empty rows, with settings that avoid it; otherwise nothing."""
+    filled, slots, multiple = rows.filled, rows.slots, rows.micro * rows.shards
+    if slots == filled:
+        return []
+    batches = [str(n * rows.minibatches) for n in (slots - multiple, slots) if n]
+    micros = [str(m) for m in range(1, rows.micro) if filled % (m * rows.shards) == 0]
+    remedy = f"data.batch={' or '.join(batches)}"
+    remedy += f", or data.micro={' or '.join(micros)}," if micros else ""
+    return [
+        f"{slots - filled} of the {slots} slots for {rows.unit} in a step are empty "
+        f"({100 * (1 - filled / slots):.0f} %): data.batch={rows.batch} is split into data.micro={rows.micro} "
+        f"microbatches, each sharded over {rows.shards} devices or groups of devices; {remedy} fills them"
+    ]
+
+
+def parameter_line(model: ModelSummary) -> str:
+    """Trainable and total parameters, and how the frozen ones are quantised."""
+    percent = 100 * model.trainable / model.total
+    line = f"{model.trainable:,} of {model.total:,} parameters are trainable ({percent:.2f} %)"
+    return line + (f"; frozen: {model.quantised}" if model.quantised else "")
+
+
+def startup_lines(
+    devices: str, model: ModelSummary, data_lines: list[str], preview: str, resumed: list[str]
+) -> list[str]:
+    """The lines printed before anything is loaded.
+
+    data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed: lines about the
+    checkpoint that the run continues from, none for a fresh run.
+    """
+    shown = f"first row as the model reads it:\n{preview}"
+    return [devices, parameter_line(model), *data_lines, shown, *resumed]
+
+
+def resumed_lines(step: int, changes: list[str]) -> list[str]:
+    """Where a run resumes, and which settings differ from those that it was started with."""
+    return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
+
+
+def result_lines(
+    folder: Path,
+    weights: Path,
+    before: Evaluation,
+    after: Evaluation,
+    notes: list[str],
+    generates: bool = True,
+) -> list[str]:
+    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that tries them.
+
+    notes: the objective's summary and the alarms.
+    """
+    lines = []
+    for old, new in _same_prompts(before, after)[:2]:
+        lines.append(f"\nprompt:   {_short(old['prompt'])}\nbefore:   {_short(old['completion'])}")
+        lines.append(f"after:    {_short(new['completion'])}")
+        lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
+    lines.append("")
+    for name, label in HEADLINES.items():
+        if name in after["metrics"]:
+            was = f"{before['metrics'][name]:.4f} before, " if name in before["metrics"] else ""
+            lines.append(f"{label}: {was}{after['metrics'][name]:.4f} after")
+    script, argument = ("generate.py", '--prompt "..."') if generates else ("score.py", "--file PAIRS")
+    command = (
+        f"python {shlex.quote(os.path.relpath(SCRIPTS / script))} --run {shlex.quote(str(folder))} {argument}"
+    )
+    where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
+    return [*lines, *notes, where, command]
+
+
+def _short(text: str) -> str:
+    """One line of at most 240 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 240 else line[:234] + " [...]"
+
+
+def _same_prompts(before: Evaluation, after: Evaluation) -> list[tuple[Sample, Sample]]:
+    """Samples of the same prompts before and after (`samples` may have changed when the run was resumed)."""
+    known = {old["prompt"]: old for old in before["samples"]}
+    return [(known[new["prompt"]], new) for new in after["samples"] if new["prompt"] in known]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that a run's README.md says. base: the base model as a reader knows it; hosted: its name on the hub, None off it.
+
+    merged: the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id that
+    a reward model is loaded with. completions: a section with sampled completions, or "".
+    """
+
+    name: str
+    base: str
+    hosted: str | None
+    data: str
+    examples: int
+    steps: int
+    batch: int
+    optimizer: str
+    lr: float
+    seed: int
+    model: ModelSummary
+    adapter: Adapter | None
+    merged: bool
+    before: Evaluation
+    after: Evaluation
+    notes: list[str]
+    completions: str = ""
+    pad: int | None = None
+
+
+def model_card(card: ModelCard) -> str:
+    """README.md of a run: what was trained on what, with which results and alarms, and how to use it."""
+    return "\n".join(
+        [
+            *_front_matter(card),
+            f"# {card.name}\n",
+            *_description(card),
+            *_results(card),
+            *_usage(card),
+            *([card.completions] if card.completions else []),
+            *_held_out_samples(card),
+        ]
+    )
+
+
+def _front_matter(card: ModelCard) -> list[str]:
+    library = "transformers" if card.merged else "peft"
+    base = [f"base_model: {card.hosted}"] if card.hosted else []
+    return ["---", f"library_name: {library}", *base, "tags: [jaxft]", "---"]
+
+
+def _description(card: ModelCard) -> list[str]:
+    model, adapter = card.model, card.adapter
+    kind = "model"
+    if adapter is not None and not card.merged:
+        kind = f"LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}{', rsLoRA' if adapter.rslora else ''})"
+    if not model.generates:
+        kind = f"reward model: a {'language model' if kind == 'model' else kind} with a scalar head"
+    text = (
+        f"A {kind}, fine-tuned from `{card.base}` with jaxft on `{card.data}` ({card.examples} examples): {card.steps} steps "
+        f"of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters trained, {card.optimizer} with "
+        f"lr {card.lr:g}, seed {card.seed}."
+    )
+    if card.merged and adapter is not None:
+        text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
+    if model.quantised:
+        text += f" The frozen weights were quantised: {model.quantised}."
+    files = "Every setting is in `config.json`, versions and devices in `env.json`, every step in `metrics.jsonl`.\n"
+    return [text, files]
+
+
+def _results(card: ModelCard) -> list[str]:
+    before, after = card.before["metrics"], card.after["metrics"]
+    rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in {**before, **after}]
+    notes = [f"- {line}" for line in card.notes]
+    return [
+        "| held-out metric | before | after |",
+        "|---|---|---|",
+        *rows,
+        "",
+        *notes,
+        *([""] if notes else []),
+    ]
+
+
+def _cell(metrics: dict[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f}" if name in metrics else ""
+
+
+def _usage(card: ModelCard) -> list[str]:
+    """How to use the weights with jaxft and with other libraries."""
+    folder, layout = ("model", "Hugging Face transformers") if card.merged else ("adapter", "PEFT")
+    lines = [
+        "## Use",
+        f"The weights are in `{folder}/`, in the layout of {layout}. With a clone of jaxft:",
+        "",
+    ]
+    if card.model.generates:
+        lines.append('    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."')
+    else:
+        lines.append(
+            "    python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # a reward of each response"
+        )
+    if not card.merged:
+        lines.append(
+            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers"
+        )
+    if not card.model.generates:
+        whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
+        peft = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
+        load = whole if card.merged else f"{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})"
+        lines += [
+            "",
+            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which has to be the "
+            "response's end token: leave out what a chat template adds after it.",
+        ]
+    return [*lines, ""]
+
+
+def _held_out_samples(card: ModelCard) -> list[str]:
+    pairs = _same_prompts(card.before, card.after)
+    lines = ["## Held-out prompts, greedy"] if pairs else []
+    for old, new in pairs:
+        lines += [f"**{' '.join(old['prompt'].split())}**\n", _quoted("Before:", old["completion"])]
+        lines += [_quoted("After:", new["completion"])]
+        lines += [_quoted("The row's own completion:", new["reference"])] if new["reference"] else []
+    return lines
+
+
+def _quoted(label: str, text: str) -> str:
+    return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
+
+
+def completions_section(folder: Path, count: int = 5) -> str:
+    """A table of the first and the last sampled completions of a run with their rewards, and its curves; "" without any.
+
+    Reads completions.jsonl and metrics.jsonl in `folder` and draws curves.png there.
+    """
+    entries = log.read(folder / "completions.jsonl")
+    if not entries:
+        return ""
+    compare.draw_one(folder / "curves.png", folder.name, log.read(folder / "metrics.jsonl"))
+    steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
+    shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
+    names = list(shown[0]["rewards"])
+    lines = ["## Sampled completions", "", "![Curves](curves.png)", ""]
+    lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in names)} reward |")
+    lines.append("|---" * (4 + len(names)) + "|")
+    for entry in shown:
+        prompt = entry["prompt"] if isinstance(entry["prompt"], str) else entry["prompt"][-1]["content"]
+        rewards = [*(entry["rewards"][name] for name in names), entry["reward"]]
+        numbers = " | ".join("none" if x is None else f"{x:.3f}" for x in rewards)
+        lines.append(
+            f"| {entry['step']} | {_in_table(prompt)} | {_in_table(entry['completion'])} | {numbers} |"
+        )
+    return "\n".join([*lines, "", "More are in `completions.jsonl`.", ""])
+
+
+def _in_table(text: object) -> str:
+    return _short(str(text)).replace("|", "\\|")

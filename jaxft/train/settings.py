@@ -1,0 +1,89 @@
+"""The settings of a run: everything that a config returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Prompts
+from jaxft.data.sft import Rows, sft_source
+from jaxft.distributed import processes, sharding
+from jaxft.inference.generate import Sampling
+from jaxft.models.heads import Scorer
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import Model
+from jaxft.nn.quant import Quant
+from jaxft.optim.optimizer import Optim
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. log_every: metrics are means over as many
+    steps. keep_last, keep_best: checkpoints that stay, the newest and those with the lowest eval_loss. max_bad: non-finite
+    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10:15`), None for none.
+    """
+
+    steps: int | None = None
+    log_every: int = 1
+    eval_every: int | None = None
+    save_every: int = 100
+    keep_last: int = 2
+    keep_best: int = 1
+    max_bad: int = 5
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"loop.{name} is at least 1, found {value}")
+        if self.keep_best < 0:
+            raise ValueError(f"loop.keep_best is at least 0, found {self.keep_best}")
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of a run. `objective(model)` gives the objective, `source(data, tokenizer)` the batches.
+
+    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
+    whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
+    base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
+    gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
+    and after shows forgetting. samples: prompts of held-out rows answered before and after. beside: further models with scalar
+    heads on the base, by name (see models/heads.py).
+    """
+
+    name: str
+    weights: str
+    model: Model
+    objective: Callable[[Model], Callable]
+    data: Rows | PairRows | Prompts
+    source: Callable[..., Any] = sft_source
+    adapter: Adapter | None = field(default_factory=Adapter)
+    start: str | None = None
+    train: str | None = None
+    quant: Quant | None = None
+    params: Literal["float32", "bfloat16"] = "float32"
+    optim: Optim = field(default_factory=Optim)
+    mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
+    hosts: processes.Hosts = field(default_factory=processes.Hosts)
+    loop: Loop = field(default_factory=Loop)
+    seed: int = 0
+    general: str | None = None
+    samples: int = 3
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
+    trackers: tuple[str, ...] = ()
+    beside: dict[str, Scorer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"samples is from 0 up, found {self.samples}")
+        if not self.model.speaks and (self.samples or self.general):
+            found = f"samples={self.samples}, general={self.general}"
+            raise ValueError(
+                f"this run's model gives scores, no text: set samples=0 and general=none, found {found}"
+            )
