@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from meters import make_meter
 from test_metrics import counts, first_sight
-from test_sad_paths import meter
 from tiny_run import ROOT, Place, write_rows
 
 from jaxft.objectives.metrics import Disagreement, Sum
 
-PER_EPOCH = 10  # of test_sad_paths.meter's source
+PER_EPOCH = 10  # of meters.make_meter's source
 
 
 def feed(m, step, margin, bad=False):
@@ -25,7 +25,7 @@ def feed(m, step, margin, bad=False):
 
 def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
     epoch = np.split(first_sight(3, 160, wrong=0.2), PER_EPOCH)
-    m, told = meter(5), []
+    m, told = make_meter(5), []
     for step, margin in enumerate(
         [*epoch, *(-x for x in epoch)]
     ):  # in the second epoch the model knows the pairs
@@ -39,12 +39,12 @@ def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
 
 def test_the_estimate_goes_on_after_a_restart_and_a_bad_step_has_no_part_in_it():
     epoch = np.split(first_sight(4, 160, wrong=0.2), PER_EPOCH)
-    whole, first = meter(5), meter(5)
+    whole, first = make_meter(5), make_meter(5)
     for step, margin in enumerate(epoch):
         feed(whole, step, margin, bad=step == 2)
     for step, margin in enumerate(epoch[:6]):
         feed(first, step, margin, bad=step == 2)
-    second = meter(5, json.loads(json.dumps(first.counters(), allow_nan=False)))
+    second = make_meter(5, json.loads(json.dumps(first.counters(), allow_nan=False)))
     for step, margin in enumerate(epoch[6:], 6):
         feed(second, step, margin)
     found = second.read()[0]["label_noise"]

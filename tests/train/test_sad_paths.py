@@ -4,16 +4,13 @@ import json
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from meters import feed, make_meter
 from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config
 from tiny_run import Place, write_place
-
-from jaxft.objectives import metrics
-from jaxft.train import meter
 
 
 @pytest.fixture(scope="module")
@@ -278,19 +275,6 @@ def test_a_learning_rate_that_explodes_ends_the_run(place):
     told = fails(place, "name=explodes", "lr=1e38", "steps=30", "loop.max_bad=4")
     assert "not finite in 4 steps in a row" in told and "lower optim.lr" in told
     assert place.checkpoints("explodes")
-
-
-def make_meter(most_bad, counters=None):
-    source = SimpleNamespace(steps_per_epoch=10, names=lambda step: [f"row {step}"])
-    model = SimpleNamespace(flops=lambda tokens, length: 1.0)
-    trained = SimpleNamespace(model=model, mask={"base": {}})
-    return meter.Meter(trained, np.zeros(100), source, most_bad, counters)
-
-
-def feed(m, step, loss, bad=False):
-    one = np.float32(1)
-    found = {"loss": metrics.Sum(np.float32(loss), one), "skipped": metrics.Sum(np.float32(bad), one)}
-    m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
 
 
 def test_every_step_counts_between_two_logged_lines():

@@ -1,0 +1,23 @@
+"""A Meter without a run, and steps that are fed to it by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from jaxft.objectives import metrics
+from jaxft.train.meter import Meter
+
+
+def make_meter(max_bad, counters=None):
+    """A meter of a source with 10 steps an epoch whose rows are called `row <step>`."""
+    source = SimpleNamespace(steps_per_epoch=10, names=lambda step: [f"row {step}"])
+    model = SimpleNamespace(flops=lambda tokens, length: 1.0)
+    trained = SimpleNamespace(model=model, mask={"base": {}})
+    return Meter(trained, np.zeros(100), source, max_bad, counters)
+
+
+def feed(meter, step, loss, bad=False):
+    """One step of five tokens with this loss."""
+    one = np.float32(1)
+    found = {"loss": metrics.Sum(np.float32(loss), one), "skipped": metrics.Sum(np.float32(bad), one)}
+    meter.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
