@@ -22,8 +22,8 @@ from jaxft.objectives.check.traits import reads_reference
 from jaxft.objectives.preference import Moving, implicit, per_token, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
@@ -76,7 +76,7 @@ def config(
         ),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
         source=pair_source,
-        adapter=None if full else adapter_of(start, rank, llm),
+        adapter=None if full else adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

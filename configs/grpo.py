@@ -37,8 +37,8 @@ from jaxft.rl.estimators import by_group
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import rollouts
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
@@ -123,7 +123,7 @@ def config(
         source=partial(
             rollouts, rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off)
         ),
-        adapter=adapter_of(start, rank, llm),
+        adapter=adapter_settings(start, rank, llm),
         start=start,
         beside=beside,
         quant=None if quant == "none" else Quant(quant),

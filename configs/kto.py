@@ -18,8 +18,8 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.reference_free_losses import kto, kto_metrics
 from jaxft.optim.optimizer import Optim
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
@@ -68,7 +68,7 @@ def config(
         objective=partial(preference, loss=kto_loss, beta=beta, extra=kto_metrics),
         data=rows,
         source=pair_source,
-        adapter=adapter_of(start, rank, llm),
+        adapter=adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

@@ -18,8 +18,8 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 
@@ -53,7 +53,7 @@ def config(
             data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed
         ),
         source=pair_source,
-        adapter=adapter_of(start, rank, llm),
+        adapter=adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

@@ -26,8 +26,8 @@ from jaxft.rl.completions import Rules
 from jaxft.rl.online_pairs import ranked
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rewards import exact
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/opinions.jsonl", "configs/data/opinions_held_out.jsonl"
@@ -76,7 +76,7 @@ def config(
             temperature=temperature, micro=micro, epochs=epochs, seed=seed,
         ),
         source=partial(ranked, rules=Rules((judge,))),
-        adapter=adapter_of(start, rank, llm),
+        adapter=adapter_settings(start, rank, llm),
         start=start,
         beside=beside,
         quant=None if quant == "none" else Quant(quant),

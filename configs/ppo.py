@@ -38,8 +38,8 @@ from jaxft.rl.completions import Rules, bounded
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rollout import rollouts
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
@@ -143,7 +143,7 @@ def config(
         ),
         data=asked,
         source=partial(rollouts, rules=rules),
-        adapter=adapter_of(start, rank, llm),
+        adapter=adapter_settings(start, rank, llm),
         start=start,
         beside={"critic": critic_of(critic, beside.get("reward"), Adapter(rank=rank or 16), model), **beside},
         quant=None if quant == "none" else Quant(quant),

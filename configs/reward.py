@@ -20,8 +20,8 @@ from jaxft.models.heads import scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.optim.optimizer import Optim
-from jaxft.train.partition import adapter_of
 from jaxft.train.settings import Loop, Run
+from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
@@ -67,7 +67,7 @@ def config(
         objective=partial(reward, margin=margin, center=center),
         data=rows,
         source=pair_source,
-        adapter=None if full else adapter_of(start, rank, llm),
+        adapter=None if full else adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

@@ -69,8 +69,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     from jaxft.data.sft import Rows, sft_source
     from jaxft.distributed import sharding
     from jaxft.objectives.sft import sft
-    from jaxft.train import partition
-    from jaxft.weights import gptq
+    from jaxft.weights import gptq, pretrained, storage
 
     if args.tokens < args.max_length:
         raise ValueError(
@@ -84,8 +83,8 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
             args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4
         )
         source = sft_source(rows, tokenizer, shards=shards)
-        base = partition.load_frozen(args.model, model, mesh)
-        paths = [path for path in partition.packed_paths(model.specs, quant) if path.startswith("layers/")]
+        base = pretrained.load_frozen(args.model, model, mesh)
+        paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
         steps = min(source.steps, -(-args.tokens // (rows.batch * rows.max_length)))
         objective = sft(model)
 

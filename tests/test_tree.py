@@ -12,7 +12,7 @@ from jaxft import tree
 from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, quantize
-from jaxft.train import partition as prepare
+from jaxft.train.partition import partition_params, split
 from jaxft.tree import combine, mask_by_path, partition, static, struct
 
 TREE = {
@@ -103,12 +103,12 @@ def test_a_gradient_and_an_optimizer_see_the_trainable_leaves_only():
 
 def test_a_packed_leaf_is_split_as_one_and_comes_back():
     model = llama(CONFIG, jnp.bfloat16)
-    t = prepare.trained(model, Adapter(rank=2), "adapter/.*|base/final_norm")
+    t = partition_params(model, Adapter(rank=2), "adapter/.*|base/final_norm")
     whole = jax.tree.map(
         lambda s: jnp.ones(s.shape, jnp.bfloat16), t.specs, is_leaf=lambda s: hasattr(s, "axes")
     )
     whole["base"]["layers"]["attn"]["q"] = quantize(whole["base"]["layers"]["attn"]["q"], "bits")
-    trainable, frozen = prepare.split(t, whole)
+    trainable, frozen = split(t, whole)
     assert isinstance(frozen["base"]["layers"]["attn"]["q"], QTensor)
     assert "base/final_norm" in tree.paths(trainable) and "base/embed" not in tree.paths(trainable)
     assert not any(path.endswith("scale") for path in tree.paths(trainable))

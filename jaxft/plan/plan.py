@@ -20,9 +20,9 @@ from jaxft.plan.programs import Program, every, steps
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
 from jaxft.rl.completions import rewards_of
 from jaxft.runs.report import empty_slot_lines
-from jaxft.train import partition
 from jaxft.train.programs import Programs, abstract, step_rows
 from jaxft.train.settings import Run
+from jaxft.weights import storage
 
 GIB = 2**30
 LARGE = 2**24  # elements of a weight that is worth a word
@@ -185,9 +185,9 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
-            packed = "quantised base" if p.trained.held[path].quantised else "weights"
+            packed = "quantised base" if p.trained.storage[path].quantised else "weights"
             name = (
-                packed if partition.in_base(path) or "/base/" in path else "adapters"
+                packed if storage.in_base(path) or "/base/" in path else "adapters"
             )  # a critic may have a base of its own
             sizes[name] += _held(leaf)
     judges = [reward for reward in rewards_of(run and run.source) if hasattr(reward, "abstract")]

@@ -21,8 +21,7 @@ from jaxft.nn.param import Model
 from jaxft.nn.quant import Quant
 from jaxft.rl.completions import ByScorer
 from jaxft.runs import folder as runfolder
-from jaxft.train import init, partition
-from jaxft.weights import hf, hub, pretrained
+from jaxft.weights import adapters, hf, hub, init, pretrained, storage
 
 KIND = "ForSequenceClassification"
 
@@ -57,11 +56,16 @@ def load(
             check(ref)
             start = heads.Scorer(trained=False)
         else:
-            start = heads.Scorer(partition.adapter_settings(str(adapter), model), str(adapter), trained=False)
-        t = partition.all_frozen(model, quant, ref, start.adapter)
-        params = {"base": partition.load_base(ref, t, mesh), **init.start_beside(t, mesh, 0, start, ref)}
+            start = heads.Scorer(
+                adapters.read_adapter_settings(str(adapter), model), str(adapter), trained=False
+            )
+        stored = pretrained.frozen_model(model, quant, ref, start.adapter)
+        params = {
+            "base": pretrained.load_base(ref, stored, mesh),
+            **init.init_all_but_base(stored.model, mesh, 0, start, ref),
+        }
     pad = padding(ref, adapter)
-    return Loaded(lambda params, tokens: score(t.model, params, tokens, pad), params, t.model, pad)
+    return Loaded(lambda params, tokens: score(stored.model, params, tokens, pad), params, stored.model, pad)
 
 
 def _bare(ref: str, dtype: Any) -> Model:
@@ -156,8 +160,8 @@ class ByModel:
 
     def abstract(self, mesh: Any) -> Any:
         """Shapes and shardings of its weights, from its configuration alone."""
-        return partition.abstract_params(
-            partition.all_frozen(_bare(self.ref, self.dtype), self.quant, self.ref), mesh
+        return storage.sharded_shapes(
+            pretrained.frozen_model(_bare(self.ref, self.dtype), self.quant, self.ref), mesh
         )
 
     def opened(self, mesh: Any) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
@@ -236,11 +240,11 @@ def as_reward(
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
     if "@" in ref or (
         (folder / "config.json").is_file()
-        and not (partition.adapter_folder(ref) / "adapter_config.json").is_file()
+        and not (adapters.adapter_folder(ref) / "adapter_config.json").is_file()
     ):
         found = ref if "@" in ref else str(folder)
         check(found)
         return {}, ByModel(found, quant, max(1024, 2 * longest))
-    adapter = partition.adapter_folder(ref)
+    adapter = adapters.adapter_folder(ref)
     unread = padding(ref, adapter) if (adapter / "tokenizer_config.json").is_file() else None
-    return {"reward": partition.reward_scorer(ref, model)}, ByScorer("reward", unread)
+    return {"reward": adapters.reward_head_settings(ref, model)}, ByScorer("reward", unread)

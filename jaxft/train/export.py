@@ -17,7 +17,7 @@ from jaxft.nn.param import Model
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.train import partition
 from jaxft.train.settings import Run
-from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write
+from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write, storage
 from jaxft.weights.hf import SCORE
 from jaxft.weights.merge import Lazy, Rounding, folded, merged
 from jaxft.weights.quantised import expanded, form_of
@@ -58,7 +58,7 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     if out.resolve() == located.path.resolve():
         raise ValueError(f"--out {out} is what is being read; choose another folder")
     tensors, cast, packing = pretrained.open_tensors(ref), Rounding(), Rounding()
-    tensors = partition.as_held(tensors, model, whole.held, ref) if whole.held else tensors
+    tensors = pretrained.with_storage_rounding(tensors, model, whole.held, ref) if whole.held else tensors
     base = merged(tensors, model, whole.adapter, jnp.float32)
     if not model.speaks:
         score = tensors.read(SCORE).T if whole.score is None else np.asarray(whole.score)
@@ -91,7 +91,7 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)
     forms = {}
-    for path in partition.packed_paths(model.specs, quant):
+    for path in storage.quantised_paths(model.specs, quant):
         *_, size_in, size_out = specs[path].shape
         forms[path] = form_of((size_in, size_out), quant)
     tables = [path for path in forms if not model.names[path][1]]
@@ -126,7 +126,7 @@ def size(folder: Path) -> float:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2**30
 
 
-def export_run(t: partition.Trained, params: Any, run: Run, tokenizer: Any, folder: Path) -> Path:
+def export_run(t: partition.Partition, params: Any, run: Run, tokenizer: Any, folder: Path) -> Path:
     """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged).
 
     Every process calls it and gathers a layer at a time; process 0 writes.

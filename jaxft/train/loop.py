@@ -27,11 +27,11 @@ from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.log import Log, Mute, cut
 from jaxft.runs.record import describe, differences
 from jaxft.runs.report import Evaluation
-from jaxft.train import evaluate, export, partition, programs, reference, samples
+from jaxft.train import evaluate, export, programs, reference, samples
 from jaxft.train.meter import Meter, Trace
 from jaxft.train.programs import Programs, build, compile_eval, compile_step, placed, reference_step, start
 from jaxft.train.settings import Run
-from jaxft.weights import hf, hub, pretrained
+from jaxft.weights import adapters, hf, hub, pretrained
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     runfolder.write_record(folder, record)
     cut(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
-    how_held = partition.changed_by_holding(r.weights, p.trained)
+    how_held = pretrained.storage_changes(r.weights, p.trained.stored)
     for origin in dict.fromkeys((r.start, *(one.start for one in r.beside.values()))):
         how_held += (
-            partition.started_elsewhere(origin, record["weights_fingerprint"], r.quant) if origin else []
+            adapters.base_differences(origin, record["weights_fingerprint"], r.quant) if origin else []
         )
     for line in (*startup_lines(job, first, changes), *how_held):
         log.message(line)
@@ -144,10 +144,10 @@ def identity(r: Run) -> dict[str, Any]:
     if Path(r.weights).exists():
         known["weights_path"] = str(Path(r.weights).resolve())
     if r.start:
-        known["start_fingerprint"] = runfolder.adapter_fingerprint(partition.adapter_folder(r.start))
+        known["start_fingerprint"] = runfolder.adapter_fingerprint(adapters.adapter_folder(r.start))
     for name, one in r.beside.items():
         if one.start:
-            known[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(partition.adapter_folder(one.start))
+            known[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapters.adapter_folder(one.start))
         if one.weights:
             known[f"{name}_fingerprint"] = runfolder.weights_fingerprint(one.weights)
     for reward in rewards_of(r.source):

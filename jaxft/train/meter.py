@@ -26,7 +26,7 @@ class Meter:
 
     def __init__(
         self,
-        t: partition.Trained,
+        t: partition.Partition,
         rates: np.ndarray,
         source: Source,
         most_bad: int,

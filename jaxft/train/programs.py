@@ -17,16 +17,17 @@ from jaxft.nn import attention, param
 from jaxft.nn.param import Model
 from jaxft.optim.optimizer import make_optimizer
 from jaxft.runs.report import ModelSummary, StepRows
-from jaxft.train import evaluate, init, partition
+from jaxft.train import evaluate, partition
 from jaxft.train.settings import Run
 from jaxft.train.step import make_train_step
+from jaxft.weights import init, pretrained, storage
 
 
 @dataclass(frozen=True)
 class Programs:
     """A run's compiled programs and what they work on: everything but the weights' values and the rows."""
 
-    trained: partition.Trained
+    trained: partition.Partition
     mesh: Any
     objective: Callable
     tx: Any  # an optax.GradientTransformation or an optim.InTurn
@@ -51,8 +52,8 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
         attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed)
     )
     model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
-    what = partition.patterns(model, run.adapter, run.train, run.beside)
-    t = partition.trained(model, run.adapter, what, run.quant, run.weights, dtype)
+    what = partition.trainable_patterns(model, run.adapter, run.train, run.beside)
+    t = partition.partition_params(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
     dropout = (
         run.adapter.dropout if run.adapter and not run.start else 0
@@ -61,7 +62,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
-    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
     opt_state = jax.eval_shape(tx.init, trainable)
     places = partition.like_params(opt_state, trainable, mesh)
     opt_state = jax.tree.map(
@@ -88,11 +89,11 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 
-def start_aux(run: Run, t: partition.Trained, objective: Callable) -> Callable:
+def start_aux(run: Run, t: partition.Partition, objective: Callable) -> Callable:
     """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
     if not hasattr(objective, "start"):
         return lambda trainable: {}
-    at_base = run.adapter is not None and run.start is None and partition.only_pairs(t)
+    at_base = run.adapter is not None and run.start is None and not partition.trains_base(t)
     return lambda trainable: objective.start(trainable, at_base)
 
 
@@ -110,9 +111,13 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
     base: the frozen base of another run, for one that trains nothing of it.
     """
     if base is None:
-        base = partition.load_base(run.weights, p.trained, p.mesh, frozen_only=restored is not None)
+        skip = partition.trainable_paths(p.trained) if restored is not None else ()
+        base = pretrained.load_base(run.weights, p.trained.stored, p.mesh, skip)
     own = Scorer(run.adapter, run.start)
-    whole = {"base": base, **init.start_beside(p.trained, p.mesh, run.seed, own, run.weights, run.beside)}
+    whole = {
+        "base": base,
+        **init.init_all_but_base(p.trained.model, p.mesh, run.seed, own, run.weights, run.beside),
+    }
     trainable, frozen = partition.split(p.trained, whole)
     if restored is not None:
         return restored, frozen
@@ -195,4 +200,4 @@ def model_summary(p: Programs) -> ModelSummary:
     """Parameter counts and quantisation, for reports."""
     t = p.trained
     counts = param.count(t.trainable_specs), param.count(t.specs)
-    return ModelSummary(*counts, partition.quantised(t), t.model.speaks)
+    return ModelSummary(*counts, storage.quantisation_summary(t.stored), t.model.speaks)

@@ -72,7 +72,6 @@ def ours(a: argparse.Namespace) -> float:
     from jaxft.distributed import sharding
     from jaxft.inference import generate
     from jaxft.nn import attention, lora
-    from jaxft.train import partition
     from jaxft.weights import pretrained
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
@@ -80,7 +79,7 @@ def ours(a: argparse.Namespace) -> float:
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=dtype)
         model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
-        whole = {"base": partition.load_frozen(a.model, model, mesh)}
+        whole = {"base": pretrained.load_frozen(a.model, model, mesh)}
         run = generate.make_generate(lora.adapted(model, None), generate.Sampling(a.new), ())
         rows, key = generate.left_pad(prompts(a.batch), a.batch), jax.random.key(0)
         jax.block_until_ready(run(whole, rows, key))
@@ -95,13 +94,12 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.train import partition
     from jaxft.weights import hf, pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=jnp.float32)
-        base = partition.load_frozen(a.model, model, mesh)
+        base = pretrained.load_frozen(a.model, model, mesh)
         hf.save_folder(Path(folder), model, base, pretrained.load_tokenizer(a.model), a.model)
 
 

@@ -93,10 +93,10 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
     quant = None if a.quant == "none" else Quant(a.quant)
     whole = pretrained.model_for(model, dtype=jnp.bfloat16)
-    t = partition.trained(whole, None if a.full else Adapter(), None, quant)
+    t = partition.partition_params(whole, None if a.full else Adapter(), None, quant)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
-    base = jax.block_until_ready(partition.load_base(model, t, mesh))
+    base = jax.block_until_ready(pretrained.load_base(model, t.stored, mesh))
     seconds = time.monotonic() - begin
 
     def held(leaf):

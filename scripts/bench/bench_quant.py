@@ -53,7 +53,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
     from jaxft.distributed import sharding
     from jaxft.nn import quant
     from jaxft.objectives.sft import sft
-    from jaxft.train import evaluate, partition
+    from jaxft.train import evaluate
     from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
@@ -73,7 +73,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
         plain: Any = None
         found: list[dict[str, Any]] = []
         for kind in a.kinds:
-            base = partition.load_frozen(a.model, model, mesh, form(kind))
+            base = pretrained.load_frozen(a.model, model, mesh, form(kind))
             loss = evaluate.evaluate(partial(step, base), batches)["loss"]
             packed = base["layers"]["mlp"]["down"]
             values = np.asarray(quant.dequantize(packed), np.float32)

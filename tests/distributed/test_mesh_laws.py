@@ -26,8 +26,8 @@ from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import EXTRA, placed
 from jaxft.objectives.sft import sft
 from jaxft.rl.completions import laid as laid_out_completions
-from jaxft.train import partition
 from jaxft.train.step import accumulate_gradients
+from jaxft.weights import storage
 
 MESHES = {
     "1x8": MeshShape(1, 8),
@@ -72,7 +72,10 @@ def gradient_of(task, parts, batch, mesh=None):
     if mesh is not None:
         model = model.with_attention(attention.choose(mesh, 8, jnp.float64))
         specs = spec_paths(model.specs)
-        lay = lambda path, x: jax.tree.map(jax.device_put, x, partition.place(specs[path], x, mesh, path))  # noqa: E731
+
+        def lay(path, x):
+            return jax.tree.map(jax.device_put, x, storage.leaf_sharding(specs[path], x, mesh, path))
+
         whole, batch = tree.map_with_path(lay, whole, is_leaf=is_qtensor), sharding.place_batch(mesh, batch)
     objective = sft(model) if task == "sft" else preference(model, P.dpo)
     mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(trained, path)), whole, is_leaf=is_qtensor)

@@ -18,6 +18,7 @@ from jaxft.nn import layers, param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition
+from jaxft.weights import storage
 from jaxft.weights.quant_layout import form
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
@@ -25,10 +26,10 @@ SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama
 
 def places(config, path, quant, **sizes):
     """The PartitionSpecs of a quantised leaf."""
-    t = partition.trained(llama(config), Adapter(), None, quant)
+    t = partition.partition_params(llama(config), Adapter(), None, quant)
     spec, path = param.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    found = partition.place(spec, partition.as_shapes(spec, t.held[path]), mesh, path)
+    found = storage.leaf_sharding(spec, storage.leaf_shapes(spec, t.storage[path]), mesh, path)
     return {name: value.spec for name, value in found.__dict__.items() if hasattr(value, "spec")}
 
 
@@ -86,7 +87,7 @@ def test_codes_of_a_whole_channel_are_cut_between_bytes():
     leaf = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16)
     )
-    assert partition.place(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
+    assert storage.leaf_sharding(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,11 @@ def test_tensor_that_does_not_divide_the_blocks_is_refused(path, quant, tensor, 
 
 def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
     config = LlamaConfig(vocab=64, width=48, layers=2, heads=2, kv_heads=2, head_dim=10, mlp=64)
-    t = partition.trained(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
-    rows = {line.split()[0]: line for line in partition.table(t, make_mesh(MeshShape(1, 8))).splitlines()}
+    t = partition.partition_params(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
+    rows = {
+        line.split()[0]: line
+        for line in partition.parameter_table(t, make_mesh(MeshShape(1, 8))).splitlines()
+    }
     assert " -,-,- " in rows["base/layers/attn/q"]  # 3 blocks and 20 outputs: neither divides by 8
     assert " -,-,fsdp " in rows["base/layers/mlp/gate"] and " -,-,fsdp " in rows["base/layers/attn/o"]
     assert " fsdp,- " in rows["base/embed"]
@@ -125,7 +129,7 @@ def on(mesh, specs, whole):
     """The tree on the mesh, as a run holds it."""
     flat = param.spec_paths(specs)
     return tree.map_with_path(
-        lambda path, x: jax.tree.map(jax.device_put, x, partition.place(flat[path], x, mesh, path)),
+        lambda path, x: jax.tree.map(jax.device_put, x, storage.leaf_sharding(flat[path], x, mesh, path)),
         whole,
         is_leaf=is_qtensor,
     )

@@ -47,10 +47,10 @@ def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
         ValueError,
         match="run.params=bfloat16 is how trained weights of the base are held, and there are none",
     ):
-        partition.trained(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
-    held = partition.trained(
+        partition.partition_params(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
+    held = partition.partition_params(
         model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16
-    ).held
+    ).storage
     assert (
         held["base/layers/mlp_norm"].dtype == jnp.bfloat16
         and held["adapter/layers/attn/q/a"].dtype == jnp.float32
@@ -59,7 +59,7 @@ def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
 
 def test_a_pattern_that_leaves_only_the_fixed_scale():
     with pytest.raises(ValueError, match="nothing to train"):
-        partition.trained(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
+        partition.partition_params(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
 
 
 def test_dropout_on_the_head():

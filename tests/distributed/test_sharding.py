@@ -13,6 +13,7 @@ from jaxft.models.llama import PRESETS, LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.train import partition
+from jaxft.weights import storage
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
@@ -109,9 +110,9 @@ def test_the_sizes_that_an_error_offers_are_accepted():
 
 
 def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
-    t = partition.trained(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
+    t = partition.partition_params(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
     with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
-        partition.abstract_params(t, make_mesh(MeshShape(-1, 1, 2)))
+        storage.sharded_shapes(t.stored, make_mesh(MeshShape(-1, 1, 2)))
     with pytest.raises(ValueError, match="o/a: 9 heads"):
         param.place(param.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
 
@@ -147,7 +148,7 @@ def test_fsdp_that_does_not_divide_is_left_out():
 def test_no_array_is_cut_twice_along_one_mesh_axis():
     mesh = abstract(2, 2, 2)
     config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
-    t = partition.trained(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
+    t = partition.partition_params(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
     for path, spec in param.spec_paths(t.specs).items():
         entries = [
             entry if isinstance(entry, tuple) else (entry,) for entry in param.place(spec, mesh, path).spec

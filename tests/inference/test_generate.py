@@ -24,7 +24,7 @@ from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
-from jaxft.train import partition
+from jaxft.weights import pretrained, storage
 
 KEY = jax.random.key(5)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [27], [8] * 30, [30, 31, 32], list(range(40)) * 2]
@@ -220,7 +220,7 @@ def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, 
         1024,
     )
     with jax.set_mesh(mesh):
-        base = partition.abstract_params(partition.all_frozen(model, quant, "none"), mesh)["base"]
+        base = storage.sharded_shapes(pretrained.frozen_model(model, quant, "none"), mesh)["base"]
         cache = jax.eval_shape(
             lambda base, tokens: model.prefill(base, tokens, size)[1], base, left_pad([[1]], rows)
         )

@@ -11,7 +11,6 @@ from jaxft.data.chat import prompt_ids
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.nn import attention, lora
-from jaxft.train import partition
 from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
@@ -42,7 +41,7 @@ def both():
     mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
     model = pretrained.model_for(REF, dtype=jnp.float32)
     model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
-    whole = {"base": partition.load_frozen(REF, model, mesh)}
+    whole = {"base": pretrained.load_frozen(REF, model, mesh)}
     return reference(), lora.adapted(model, None), whole, pretrained.load_tokenizer(REF)
 
 

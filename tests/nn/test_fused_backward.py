@@ -38,7 +38,7 @@ def case(
 ):
     """step(in_backward) -> (compiled step, state at the start, frozen) of a tiny model in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
-    t = partition.trained(llama(model.config, dtype, "full"), None, pattern, None, None, held)
+    t = partition.partition_params(llama(model.config, dtype, "full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
     trainable, frozen = partition.split(t, whole)
 
@@ -137,7 +137,7 @@ def test_a_layer_whose_gradient_overflows_stays_as_it_was():
 
 def test_no_gradient_of_all_layers_is_held():
     config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
-    t = partition.trained(llama(config, jnp.float32, "full"), None, None)
+    t = partition.partition_params(llama(config, jnp.float32, "full"), None, None)
     whole = param.abstract_params(t.specs)
     layers, taken = param.count(t.specs["base"]["layers"]) * 4, {}
     for in_backward in (False, True):

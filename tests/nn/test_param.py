@@ -64,7 +64,9 @@ def test_a_leaf_depends_on_the_key_and_its_path_only():
 
 
 def test_no_two_parameters_of_a_model_share_a_key():
-    t = partition.trained(llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None)
+    t = partition.partition_params(
+        llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None
+    )
     paths = list(param.spec_paths(t.specs))
     assert len({param.hash_of(path) for path in paths}) == len(paths)
 
@@ -98,7 +100,7 @@ def test_a_spec_names_every_dimension():
 
 
 def test_every_axis_of_every_spec_is_in_the_table():
-    t = partition.trained(llama(CONFIG), Adapter(targets=("q", "head")), None)
+    t = partition.partition_params(llama(CONFIG), Adapter(targets=("q", "head")), None)
     assert {axis for s in param.spec_paths(t.specs).values() for axis in s.axes} <= AXES.keys()
 
 
@@ -113,10 +115,10 @@ def test_init_abstract_and_shardings_have_one_structure_and_the_same_shapes():
 
 
 def test_the_table_lists_every_parameter_and_sums_up():
-    t = partition.trained(
+    t = partition.partition_params(
         llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None
     )
-    lines = partition.table(t).splitlines()
+    lines = partition.parameter_table(t).splitlines()
     assert len(lines) == len(param.spec_paths(t.specs)) + 1
     some = 16 * 8 * (2048 + 2048 + 2048 + 512)
     assert lines[-1].startswith(f"{some:,} of {1_235_814_400 + some + 2 * 16:,} parameters are trained (")

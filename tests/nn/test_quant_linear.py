@@ -20,6 +20,7 @@ from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
 from jaxft.train import partition
+from jaxft.weights import storage
 
 FORMS = [("int8", None, None), *((kind, 16, None) for kind in KINDS if kind != "int8"), ("nf4", 16, False)]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
@@ -194,11 +195,11 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
 
 def program(kind, config, remat="projections"):
     """The compiled gradient of the SFT loss of a bfloat16 model, held as a run holds it."""
-    t = partition.trained(
+    t = partition.partition_params(
         llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None
     )
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split(t, partition.abstract_params(t, mesh))
+    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -240,10 +241,10 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
         (".*/q|embed", {"q", "embed"}),
         (".*", {"q", "k", "v", "o", "gate", "up", "down", "head", "embed"}),
     ):
-        t = partition.trained(
+        t = partition.partition_params(
             llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern)
         )
-        whole = tree.paths(partition.abstract_params(t, mesh), is_qtensor)
+        whole = tree.paths(storage.sharded_shapes(t.stored, mesh), is_qtensor)
         found = {path.split("/")[-1] for path, x in whole.items() if is_qtensor(x) and x.kind == "int4"}
         assert found == wanted
         assert all(is_qtensor(x) == (x.shape[-1] > 3 and len(x.shape) > 1 and "norm" not in path)
@@ -262,17 +263,21 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
 )  # fmt: skip
 def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant, says):
     with pytest.raises(ValueError) as error:
-        partition.trained(llama(CONFIG), adapter, train, quant)
+        partition.partition_params(llama(CONFIG), adapter, train, quant)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
-    trained = partition.trained(llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant())
+    trained = partition.partition_params(
+        llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant()
+    )
     assert trained.mask["base"]["embed"]
 
 
 def test_the_table_shows_bits_a_parameter():
-    t = partition.trained(llama(PRESET), Adapter(), None, Quant("nf4"))
-    lines = [line for line in partition.table(t).splitlines() if line.startswith("base/layers/mlp/up")]
+    t = partition.partition_params(llama(PRESET), Adapter(), None, Quant("nf4"))
+    lines = [
+        line for line in partition.parameter_table(t).splitlines() if line.startswith("base/layers/mlp/up")
+    ]
     assert len(lines) == 1 and "nf4 4.127 bits" in lines[0] and lines[0].endswith("frozen")
-    assert partition.quantised(t) == "87 % of the base in nf4, 4.127 bits a parameter"
+    assert storage.quantisation_summary(t.stored) == "87 % of the base in nf4, 4.127 bits a parameter"
 
 
 PRESET = LlamaConfig(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)

@@ -23,8 +23,8 @@ from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Rewards, bradley_terry, reward
 from jaxft.rl import reward_models
-from jaxft.train import init, partition
-from jaxft.weights import pretrained
+from jaxft.train import partition
+from jaxft.weights import init, pretrained
 
 SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
 TRAINED = "adapter/.*/[ab]|score"
@@ -266,7 +266,9 @@ BESIDE = {
 
 def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
     model = heads.with_scorers(llama(CONFIG, jnp.float32), BESIDE)
-    t = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, None, BESIDE))
+    t = partition.partition_params(
+        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, BESIDE)
+    )
     mask = tree.paths(t.mask)
     assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
     assert (
@@ -274,13 +276,19 @@ def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
         and not mask["judge/score"]
         and mask["value/score"]
     )
-    own = partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, "base/final_norm", BESIDE))
+    own = partition.partition_params(
+        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "base/final_norm", BESIDE)
+    )
     assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
-    everything = partition.trained(model, SETTINGS, None)  # nothing said of who is frozen
+    everything = partition.partition_params(model, SETTINGS, None)  # nothing said of who is frozen
     assert tree.paths(everything.mask)["judge/score"]
     with pytest.raises(ValueError, match="matches none"):
-        partition.trained(model, SETTINGS, partition.patterns(model, SETTINGS, "no/such/path", BESIDE))
-    assert "critic/adapter/layers/attn/q/a" in partition.table(t) and "value/score" in partition.table(t)
+        partition.partition_params(
+            model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "no/such/path", BESIDE)
+        )
+    assert "critic/adapter/layers/attn/q/a" in partition.parameter_table(
+        t
+    ) and "value/score" in partition.parameter_table(t)
 
 
 def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
@@ -317,18 +325,18 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
 
 def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
-    plain = partition.trained(model, SETTINGS, None)
+    plain = partition.partition_params(model, SETTINGS, None)
     beside = {"critic": Scorer(SETTINGS)}
-    with_critic = partition.trained(heads.with_scorers(model, beside), SETTINGS, None)
-    alone = init.start_beside(plain, mesh, 3, Scorer(SETTINGS))
-    both = init.start_beside(with_critic, mesh, 3, Scorer(SETTINGS), beside=beside)
+    with_critic = partition.partition_params(heads.with_scorers(model, beside), SETTINGS, None)
+    alone = init.init_all_but_base(plain.model, mesh, 3, Scorer(SETTINGS))
+    both = init.init_all_but_base(with_critic.model, mesh, 3, Scorer(SETTINGS), scorers=beside)
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": Scorer(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
-        frozen = partition.trained(heads.with_scorers(model, judge), SETTINGS, None)
-        init.start_beside(frozen, mesh, 3, Scorer(SETTINGS), beside=judge)
+        frozen = partition.partition_params(heads.with_scorers(model, judge), SETTINGS, None)
+        init.init_all_but_base(frozen.model, mesh, 3, Scorer(SETTINGS), scorers=judge)
 
 
 # ---- folders that are no reward model

@@ -24,8 +24,8 @@ from jaxft.models.heads import Scorer
 from jaxft.nn.lora import Adapter
 from jaxft.rl import advantages as adv
 from jaxft.rl import reward_models, rewards
-from jaxft.train import init, partition
-from jaxft.weights import pretrained
+from jaxft.train import partition
+from jaxft.weights import init, pretrained
 
 torch = pytest.importorskip("torch")
 
@@ -193,12 +193,12 @@ def test_a_folder_is_told_apart(place, tmp_path):
         reward_models.as_reward(str(place.folder / "base"), model)
     beside, reward = reward_models.as_reward(str(tmp_path / "to come"), model)
     assert beside.keys() == {"reward"} and not beside["reward"].trained
-    frozen = partition.trained(heads.with_scorers(model, beside), Adapter(rank=2), None)
+    frozen = partition.partition_params(heads.with_scorers(model, beside), Adapter(rank=2), None)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with pytest.raises(
         FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
     ):
-        init.start_beside(frozen, mesh, 0, Scorer(Adapter(rank=2)), beside=beside)
+        init.init_all_but_base(frozen.model, mesh, 0, Scorer(Adapter(rank=2)), scorers=beside)
 
 
 SCORED = """
@@ -246,13 +246,13 @@ def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, k
     folder = place.folder / ("base" if kind == "language model" else "judge")
     policy = pretrained.model_for(str(place.folder / "base"), dtype=jnp.float32)
     model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
-    t = partition.trained(
-        model, None, partition.patterns(model, None, None, {"critic": Scorer(weights=str(folder))})
+    t = partition.partition_params(
+        model, None, partition.trainable_patterns(model, None, None, {"critic": Scorer(weights=str(folder))})
     )
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        beside = init.start_beside(
-            t, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))}
+        beside = init.init_all_but_base(
+            t.model, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))}
         )
     critic = beside["critic"]
     loaded = reward_models.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
@@ -260,7 +260,7 @@ def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, k
     assert (
         whole["base"] is critic["base"] and "head" not in critic["base"] and critic["score"].shape == (64, 1)
     )
-    wanted = loaded.params["base"] if loaded else partition.load_frozen(str(folder), policy, mesh)
+    wanted = loaded.params["base"] if loaded else pretrained.load_frozen(str(folder), policy, mesh)
     jax.tree.map(
         np.testing.assert_array_equal, critic["base"], {name: wanted[name] for name in critic["base"]}
     )

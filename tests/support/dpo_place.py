@@ -16,7 +16,7 @@ from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.preference import Moving, implicit, preference
 from jaxft.objectives.preference_losses import dpo
-from jaxft.train.partition import adapter_settings
+from jaxft.weights.adapters import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for

@@ -34,7 +34,7 @@ def write_base(folder):
 def export(folder, on, kind, base):
     """adapter/, or with "model" model/ of a base that is trained with an adapter on all of its linear layers and its head."""
     model, settings = llama(CONFIG, dtype=jnp.bfloat16), Adapter(rank=4, targets="all-linear")
-    t = partition.trained(model, settings, None if kind == "adapter" else ".*")
+    t = partition.partition_params(model, settings, None if kind == "adapter" else ".*")
     random = np.random.default_rng(0)
 
     def drawn(spec, place):

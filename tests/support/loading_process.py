@@ -12,8 +12,8 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
-from jaxft.train import init, partition
-from jaxft.weights import pretrained, safetensors
+from jaxft.train import partition
+from jaxft.weights import adapters, init, pretrained, safetensors
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16), "nf4": Quant("nf4", 16),
@@ -32,7 +32,7 @@ MESHES = {
 def held_as(folder, form):
     """The Trained of a form above."""
     model = pretrained.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
-    return partition.trained(
+    return partition.partition_params(
         model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder)
     )
 
@@ -78,7 +78,7 @@ def load(folder, form, mesh, counted):
     t = held_as(folder, form)
     counted.clear()
     before = read_by_the_process()
-    base = jax.block_until_ready(partition.load_base(str(folder), t, mesh))
+    base = jax.block_until_ready(pretrained.load_base(str(folder), t.stored, mesh))
     return base, sum(counted), read_by_the_process() - before
 
 
@@ -100,10 +100,10 @@ def main(port, count, process, cases, adapter):
             told.append([folder, form, name, some / all_bytes, anything / all_bytes])
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
-        settings = partition.adapter_settings(start, t.model) if start else Adapter(rank=2)
-        t = partition.trained(pretrained.model_for(cases[0][0]), settings, None)
+        settings = adapters.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
+        t = partition.partition_params(pretrained.model_for(cases[0][0]), settings, None)
         one, many = (
-            init.start_adapter(t, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
+            init.init_adapter(t.model, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
         )
         assert_has_the_bits_of(many, one)
     print(json.dumps(told), flush=True)

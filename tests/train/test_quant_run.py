@@ -18,8 +18,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
+from jaxft.weights import adapters, pretrained, storage
 from jaxft.weights import place as shards
-from jaxft.weights import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     ref, adapter, record = runfolder.trained_weights(run)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
-    loaded, settings = partition.load_adapter(adapter, model, mesh)
-    whole = {"base": partition.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
+    loaded, settings = adapters.load_adapter(adapter, model, mesh)
+    whole = {"base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
     merged = {"base": pretrained.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
@@ -145,9 +145,11 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
 def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
     folder = str(write_folder(tmp_path, tiny_torch(tie_word_embeddings=False)))
     model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    t = partition.trained(model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q"))
-    base = partition.load_base(folder, t, mesh)
-    wanted = partition.split(t, partition.abstract_params(t, mesh))[1]["base"]
+    t = partition.partition_params(
+        model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q")
+    )
+    base = pretrained.load_base(folder, t.stored, mesh)
+    wanted = partition.split(t, storage.sharded_shapes(t.stored, mesh))[1]["base"]
     shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
     for name in ("embed", "head"):
         assert (
@@ -160,15 +162,15 @@ def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
 def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
-    assert partition.started_elsewhere(start, identity, Quant()) == []  # nothing is known
+    assert adapters.base_differences(start, identity, Quant()) == []  # nothing is known
     record = {"weights": "there", "weights_fingerprint": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
-    assert partition.started_elsewhere(start, identity, Quant()) == []
-    lines = partition.started_elsewhere(start, {"files": "two"}, None)
+    assert adapters.base_differences(start, identity, Quant()) == []
+    lines = adapters.base_differences(start, {"files": "two"}, None)
     assert [line.split(" was trained on ")[1] for line in lines] == [
         "there, whose weights are others than this run's", "a base with quant=nf4, and this run's has quant=none",
     ]  # fmt: skip
-    assert partition.started_elsewhere(f"{start}/adapter", identity, None) == []
+    assert adapters.base_differences(f"{start}/adapter", identity, None) == []
 
 
 def test_the_reference_of_a_quantised_run_is_its_own(pairs):
@@ -189,10 +191,10 @@ def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
         write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32))
     )
     model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    t = partition.trained(model, Adapter(rank=2), None, Quant())
+    t = partition.partition_params(model, Adapter(rank=2), None, Quant())
     path, leaf = "base/layers/mlp/up", pretrained.open_leaves(folder, model)["layers/mlp/up"]
-    like = partition.as_shapes(param.spec_paths(t.specs)[path], t.held[path])
-    places = partition.place(param.spec_paths(t.specs)[path], like, mesh, path)
+    like = storage.leaf_shapes(param.spec_paths(t.specs)[path], t.storage[path])
+    places = storage.leaf_sharding(param.spec_paths(t.specs)[path], like, mesh, path)
     shards.load(leaf, like, places, False)  # what jax keeps of it is there before the measurement
     tracemalloc.start()
     found = shards.load(leaf, like, places, False)

@@ -21,11 +21,11 @@ from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import init, partition, reference
+from jaxft.train import partition, reference
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
-from jaxft.weights import peft, pretrained
+from jaxft.weights import adapters, init, peft, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,8 @@ def folder(tmp_path_factory):
             pretrained.model_for(str(folder / "base"), dtype=jnp.float64),
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
-        t = partition.trained(model, settings, None)
-        fresh = init.start_adapter(t, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
+        t = partition.partition_params(model, settings, None)
+        fresh = init.init_adapter(t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
         rng = np.random.default_rng(0)
         matters = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
@@ -80,7 +80,7 @@ STARTS = {
     "plain LoRA": lambda folder, model: {},
     "an SFT adapter": lambda folder, model: {
         "start": str(folder / "sft"),
-        "adapter": partition.adapter_settings(str(folder / "sft"), model),
+        "adapter": adapters.read_adapter_settings(str(folder / "sft"), model),
     },
     "norms beside LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},

@@ -21,7 +21,7 @@ from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import scorer
 from jaxft.objectives.reward_model import reward
-from jaxft.train.partition import adapter_settings
+from jaxft.weights.adapters import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for

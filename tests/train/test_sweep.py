@@ -177,7 +177,7 @@ def weights():
 
 def begin(one, weights):
     """(Trained, objective, optimizer, state at step 0, frozen) of an adapter alone."""
-    t = partition.trained(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
+    t = partition.partition_params(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
     adapter = param.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
     adapter = tree.map_with_path(
         lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter

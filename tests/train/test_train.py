@@ -101,7 +101,7 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size():
 def lora_run(tx, dropout=0.0):
     model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
     plain, _ = tiny()
-    t = partition.trained(plain_model(), Adapter(rank=4, dropout=dropout), None)
+    t = partition.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
     return (*partition.split(t, whole), jax.jit(make_train_step(sft(t.model), tx, 0)))
 
 
@@ -129,7 +129,7 @@ def test_only_the_adapter_moves():
 
 
 def lora_specs():
-    return partition.trained(plain_model(), Adapter(rank=4), None).trainable_specs
+    return partition.partition_params(plain_model(), Adapter(rank=4), None).trainable_specs
 
 
 def test_a_nonfinite_step_changes_nothing_but_is_counted():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
@@ -87,7 +88,7 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
         str(located.path.parent), gguf_file=located.path.name, dtype=torch.float32
     )
     state = reference.state_dict()
-    base = pretrained.load_base(str(located.path), model, lambda path, array: array)
+    base = load_on_host(str(located.path), model, lambda path, array: array)
     for out in hf.outgoing(base, model.names):
         np.testing.assert_array_equal(out.fetch(), state[out.name].float().numpy(), err_msg=out.name)
 
@@ -146,7 +147,7 @@ def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), 
 
 def load(path):
     model = pretrained.model_for(str(path), dtype=jnp.float32)
-    return model, pretrained.load_base(str(path), model, lambda path, array: array)
+    return model, load_on_host(str(path), model, lambda path, array: array)
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])

@@ -20,8 +20,7 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
 from jaxft.objectives.sft import sft
 from jaxft.runs import cli
-from jaxft.train import partition
-from jaxft.weights import gptq, pretrained
+from jaxft.weights import gptq, pretrained, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
@@ -137,8 +136,8 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     cut = {name: getattr(tokens, name)[:, :-1] for name in ("read", "targets", "token_weights")}
     tokens = tokens.replace(**cut)  # nothing depends on the last token
     model = pretrained.model_for(ref, dtype=jnp.float32)
-    base = partition.load_frozen(ref, model, one_device())
-    paths = partition.packed_paths(model.specs, Quant())
+    base = pretrained.load_frozen(ref, model, one_device())
+    paths = storage.quantised_paths(model.specs, Quant())
     found = gptq.moments(model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0])
     theirs, seen = tiny_torch(), {}
 
@@ -201,7 +200,7 @@ def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quanti
     tokens = some_tokens(rows=4, time=28).replace(ids=ids)
     for name in ("base", "plain", "looked"):
         model = pretrained.model_for(str(place / name), dtype=jnp.float32)
-        base = partition.load_frozen(
+        base = pretrained.load_frozen(
             str(place / name), model, one_device(), None if name == "base" else Quant("kept")
         )
         logits[name] = np.asarray(model.logits(model.head(base), model.hidden(base, tokens)))

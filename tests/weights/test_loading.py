@@ -22,8 +22,8 @@ from jaxft import tree
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
-from jaxft.train import export, init, partition
-from jaxft.weights import parameters, peft, pretrained, safetensors
+from jaxft.train import export, partition
+from jaxft.weights import init, parameters, peft, pretrained, safetensors, storage
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,12 +108,12 @@ TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
 def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
     t = held_as(folders[folder], form)
-    wanted = partition.load_base(str(folders[folder]), t, one_device())
+    wanted = pretrained.load_base(str(folders[folder]), t.stored, one_device())
     for name in ("1x8", "2x2x2"):
         mesh = mesh_of(name)
-        found = partition.load_base(str(folders[folder]), t, mesh)
+        found = pretrained.load_base(str(folders[folder]), t.stored, mesh)
         assert_has_the_bits_of(found, wanted)
-        places = partition.abstract_params(t, mesh)["base"]
+        places = storage.sharded_shapes(t.stored, mesh)["base"]
         jax.tree.map(
             lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)),
             found,
@@ -127,7 +127,7 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     for path in folders["plain"].glob("*.safetensors"):
         state |= load_file(path)
     t = held_as(folders["plain"], form)
-    base = tree.paths(partition.load_base(str(folders["plain"]), t, one_device()), is_qtensor)
+    base = tree.paths(pretrained.load_base(str(folders["plain"]), t.stored, one_device()), is_qtensor)
     for path, spec in param.spec_paths(t.model.specs["base"]).items():
         name, turned = t.model.names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
@@ -138,9 +138,9 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
             if turned
             else layers[0]
         )
-        held = t.held[f"base/{path}"]
+        held = t.storage[f"base/{path}"]
         value = value if held.quantised else value.astype(held.dtype)
-        wanted = quantize(value, *held.pack) if held.pack else value
+        wanted = quantize(value, *held.quantize) if held.quantize else value
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base[path]), jax.tree.leaves(wanted))
 
 
@@ -150,10 +150,10 @@ def together(folders, tmp_path_factory):
     adapter = tmp_path_factory.mktemp("adapter")
     model = pretrained.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
-    t = partition.trained(model, settings, None)
+    t = partition.partition_params(model, settings, None)
     peft.save_adapter(
         adapter,
-        jax.tree.map(lambda x: x + 1, init.start_adapter(t, one_device(), 3)),
+        jax.tree.map(lambda x: x + 1, init.init_adapter(t.model, one_device(), 3)),
         settings,
         model,
         "base",
@@ -163,7 +163,7 @@ def together(folders, tmp_path_factory):
         port = str(s.getsockname()[1])
     cases = json.dumps([[str(folders[folder]), form, on] for folder, form, on in TOGETHER])
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
-    script = str(ROOT / "tests" / "loading_process.py")
+    script = str(ROOT / "tests" / "support" / "loading_process.py")
     commands = [[sys.executable, script, port, "2", str(i), cases, str(adapter)] for i in range(2)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     started = [subprocess.Popen(command, **pipes) for command in commands]
@@ -236,7 +236,7 @@ def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folder
             ValueError,
             match=f"{name}: 1 of 32768 values are not finite or too large, the first nan at .3, 5.$",
         ):
-            partition.load_base(str(tmp_path), t, mesh)
+            pretrained.load_base(str(tmp_path), t.stored, mesh)
     leaf = pretrained.open_leaves(str(tmp_path), t.model)["layers/mlp/up"]
     half = (slice(0, 64), slice(0, 256))
     with pytest.raises(

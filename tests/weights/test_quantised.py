@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from host_weights import load_on_host
 from safetensors.torch import load_file, save_file
 from test_export import call
 from test_gguf import write_gguf
@@ -47,8 +48,8 @@ def one_device():
 def kept(ref, dtype=jnp.float32):
     """(model, Trained, base) of a checkpoint held as its files hold it."""
     model = pretrained.model_for(str(ref), dtype=dtype)
-    t = partition.trained(model, Adapter(rank=2), None, Quant("kept"), str(ref))
-    return model, t, partition.load_base(str(ref), t, one_device())
+    t = partition.partition_params(model, Adapter(rank=2), None, Quant("kept"), str(ref))
+    return model, t, pretrained.load_base(str(ref), t.stored, one_device())
 
 
 def same(found, wanted):
@@ -96,13 +97,13 @@ def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind
         for i in range(model.config.layers):
             same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
             same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])
-    assert partition.changed_by_holding(str(folder), t) == []
-    again = partition.trained(
+    assert pretrained.storage_changes(str(folder), t.stored) == []
+    again = partition.partition_params(
         model, Adapter(rank=2), None, Quant(kind, double=double)
     )  # the files have what is asked for
-    assert partition.changed_by_holding(str(folder), again) == []
+    assert pretrained.storage_changes(str(folder), again.stored) == []
     same(
-        partition.load_base(str(folder), again, one_device())["layers"]["mlp"]["up"].codes,
+        pretrained.load_base(str(folder), again.stored, one_device())["layers"]["mlp"]["up"].codes,
         base["layers"]["mlp"]["up"].codes,
     )
 
@@ -113,7 +114,7 @@ def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
     assert base["layers"]["attn"]["q"].kind == "bits"
     same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
-    told = partition.changed_by_holding(str(folder), t)
+    told = pretrained.storage_changes(str(folder), t.stored)
     assert (
         len(told) == 1
         and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
@@ -137,7 +138,7 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
     ] + np.float32(offset)
     np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
     assert base["layers"]["mlp"]["up"].outer is None
-    assert "scales are held in float32" in partition.changed_by_holding(str(folder), t)[0]
+    assert "scales are held in float32" in pretrained.storage_changes(str(folder), t.stored)[0]
     same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
 
 
@@ -231,7 +232,7 @@ def test_grouped_weights_are_their_definition(tmp_path, case):
     tensors = pretrained.open_tensors(str(folder))
     for name in tensors.packed:
         np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
-    expand = pretrained.load_base(str(folder), model, lambda path, x: jnp.asarray(x))
+    expand = load_on_host(str(folder), model, lambda path, x: jnp.asarray(x))
     wanted = torch_logits(reference, some_tokens())
     np.testing.assert_allclose(our_logits(model, base, some_tokens()), wanted, atol=2e-4)
     np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
@@ -249,7 +250,7 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
     wanted = our_logits(model, base, some_tokens(8))
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        many = partition.load_base(str(folder), t, mesh)
+        many = pretrained.load_base(str(folder), t.stored, mesh)
         found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(
             many, some_tokens(8)
         )
@@ -338,7 +339,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
 def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
     model, t, base = kept(path)
-    plain = pretrained.load_base(str(path), model, lambda path, x: jnp.asarray(x))
+    plain = load_on_host(str(path), model, lambda path, x: jnp.asarray(x))
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
     for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
@@ -346,13 +347,15 @@ def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     np.testing.assert_allclose(
         our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5
     )
-    told = partition.changed_by_holding(str(path), t)
+    told = pretrained.storage_changes(str(path), t.stored)
     assert len(told) == 2 and all(
         f"packed by GGUF {kind.name} and expanded to float32" in line for line in told
     )
     assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
-    head = partition.trained(model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path))
-    whole = partition.load_base(str(path), head, one_device())
+    head = partition.partition_params(
+        model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path)
+    )
+    whole = pretrained.load_base(str(path), head.stored, one_device())
     same(dequantize(whole["head"]), plain["head"])
 
 
@@ -382,7 +385,7 @@ def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, c
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
     model = pretrained.model_for(str(source))
     found = kept(out, jnp.bfloat16)[2]
-    wanted = partition.load_frozen(str(source), model, one_device(), quant)
+    wanted = pretrained.load_frozen(str(source), model, one_device(), quant)
     for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(wanted), strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
         jax.tree.map(same, ours, leaf)

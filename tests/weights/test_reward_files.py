@@ -15,9 +15,9 @@ from jaxft.models import heads
 from jaxft.models.heads import Scorer
 from jaxft.nn.lora import Adapter
 from jaxft.rl import reward_models
-from jaxft.train import export, init, partition
+from jaxft.train import export, partition
+from jaxft.weights import adapters, init, pretrained
 from jaxft.weights import peft as peft_layout
-from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -33,9 +33,12 @@ def base(request, tmp_path_factory):
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
     model = heads.scorer(pretrained.model_for(str(folder), dtype=jnp.float32))
-    t, mesh = partition.trained(model, adapter, None), one_device()
-    whole = partition.load_base(str(folder), t, mesh)
-    whole = {"base": whole, **init.start_beside(t, mesh, seed, Scorer(adapter, start), str(folder))}
+    t, mesh = partition.partition_params(model, adapter, None), one_device()
+    whole = pretrained.load_base(str(folder), t.stored, mesh)
+    whole = {
+        "base": whole,
+        **init.init_all_but_base(t.model, mesh, seed, Scorer(adapter, start), str(folder)),
+    }
     if adapter and start is None:
 
         def shake(path, x):
@@ -86,7 +89,7 @@ def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(ba
     np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
-    again, whole_again = begun(base, partition.adapter_settings(str(folder), t.model), str(folder))
+    again, whole_again = begun(base, adapters.read_adapter_settings(str(folder), t.model), str(folder))
     jax.tree.map(np.testing.assert_array_equal, parts(whole_again), parts(whole))
     loaded = reward_models.load(str(base), one_device(), folder, dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
@@ -147,7 +150,7 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     t, whole = begun(base)
     language = pretrained.model_for(str(base), dtype=jnp.float32)
     peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
-    settings = partition.adapter_settings(str(tmp_path / "sft"), t.model)
+    settings = adapters.read_adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
     np.testing.assert_array_equal(
         fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"]
@@ -155,20 +158,23 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     assert fresh["score"].std() > 0.01
     folder = saved(t, whole, base, tmp_path)
     beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
-    policy = partition.trained(
-        heads.with_scorers(language, beside), None, partition.patterns(language, None, None, beside)
+    policy = partition.partition_params(
+        heads.with_scorers(language, beside), None, partition.trainable_patterns(language, None, None, beside)
     )
-    found = init.start_beside(policy, one_device(), 0, Scorer(), str(base), beside)
+    found = init.init_all_but_base(policy.model, one_device(), 0, Scorer(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
-        init.start_beside(
-            partition.trained(language, settings, None), one_device(), 0, Scorer(settings, str(folder))
+        init.init_all_but_base(
+            partition.partition_params(language, settings, None).model,
+            one_device(),
+            0,
+            Scorer(settings, str(folder)),
         )
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
         judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
-        frozen = partition.trained(heads.with_scorers(language, judge), None, None)
-        init.start_beside(frozen, one_device(), 0, Scorer(), str(base), judge)
+        frozen = partition.partition_params(heads.with_scorers(language, judge), None, None)
+        init.init_all_but_base(frozen.model, one_device(), 0, Scorer(), str(base), judge)
 
 
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import (
@@ -60,7 +61,7 @@ def broken(source, tmp_path):
 
 def load(folder, **options):
     model = pretrained.model_for(str(folder), **{"dtype": jnp.float32, **options})
-    return model, pretrained.load_base(str(folder), model, keep)
+    return model, load_on_host(str(folder), model, keep)
 
 
 def assert_equals_state(base, model, state):
@@ -214,7 +215,7 @@ def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
         return None
 
     tracemalloc.start()
-    pretrained.load_base(str(folder), model, store)
+    load_on_host(str(folder), model, store)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(sizes) == 4 * reference.num_parameters()
@@ -224,7 +225,7 @@ def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
 def test_each_leaf_is_stored_once_under_its_path(source):
     model = pretrained.model_for(str(source[1]))
     seen = []
-    base = pretrained.load_base(str(source[1]), model, lambda path, array: seen.append(path) or path)
+    base = load_on_host(str(source[1]), model, lambda path, array: seen.append(path) or path)
     assert sorted(seen) == sorted(tree.paths(base)) and tree.paths(base) == {p: p for p in tree.paths(base)}
     assert set(seen) == set(model.names) and len(seen) == len(set(seen))
 
@@ -364,15 +365,14 @@ def test_presets_touch_neither_disk_nor_network(monkeypatch):
 
 HUB_CLIENT = """
 import sys
-from jaxft.weights import pretrained
-from jaxft.weights import hub
+from jaxft.weights import hub, parameters, pretrained
 for ref in sys.argv[1:]:
     try:
         model = pretrained.model_for(ref)
-        base = pretrained.load_base(ref, model, lambda path, array: array.nbytes)
+        sizes = {path: parameters.whole(x).nbytes for path, x in pretrained.open_leaves(ref, model).items()}
         located = hub.locate(ref)
         files = sorted(p.name for p in located.path.iterdir())
-        print("ok", located.revision, base["embed"], pretrained.load_tokenizer(ref).encode("a"), files)
+        print("ok", located.revision, sizes["embed"], pretrained.load_tokenizer(ref).encode("a"), files)
     except (ValueError, OSError) as e:
         print(type(e).__name__, e)
 """

@@ -1,4 +1,4 @@
-"""How what stands beside a run's base begins: its adapter and head, and further models with theirs, fresh or from folders."""
+"""Initialise parameters outside the base: adapters and heads, fresh or loaded from folders."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,38 +13,38 @@ from jaxft.models.heads import SCORE, Scorer, in_files
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Model
-from jaxft.train.partition import Trained, adapter_folder
-from jaxft.weights import parameters, peft, pretrained
-from jaxft.weights import place as shards
+from jaxft.weights import parameters, peft, place, pretrained
+from jaxft.weights.adapters import adapter_folder
 
 
-def start_adapter(
-    t: Trained, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None
+def init_adapter(
+    model: Model, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None
 ) -> Any:
-    """A fresh adapter on the mesh, or the one of the PEFT folder `start`, whose settings must be the run's."""
-    only = {"adapter": t.specs["adapter"]}
-    return _parts(only, t.model, mesh, jax.random.key(seed), Scorer(settings, start))["adapter"]
+    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with equal settings."""
+    only = {"adapter": model.specs["adapter"]}
+    return _parts(only, model, mesh, jax.random.key(seed), Scorer(settings, start))["adapter"]
 
 
-def start_beside(
-    t: Trained,
+def init_all_but_base(
+    model: Model,
     mesh: Any,
     seed: int,
     own: Scorer,
     ref: str | None = None,
-    beside: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
-    """All of the whole tree but the base, on the mesh: fresh, or as the folders hold it where they do.
+    """Initialise or load all parameters outside the base of a model over the whole tree.
 
-    own: settings of the run's own adapter and head; without a start the head begins as the base's files, those of `ref`, hold it.
-    beside: of the further models on the base. Raises ValueError for a folder whose adapter isn't the run's, and for a frozen
-    model without a head.
+    own: settings of the policy's adapter and head; without a start, the head is loaded from the base's files, those of `ref`,
+    if they hold one. scorers: of the further models on the base. Raises ValueError where a folder's adapter has other settings,
+    and for a frozen model without a head.
     """
-    beside, key = beside or {}, jax.random.key(seed)
-    mine = {name: specs for name, specs in t.specs.items() if name != "base" and name not in beside}
-    out = _parts(mine, t.model, mesh, key, own, ref)
-    for name, one in beside.items():
-        out[name] = _parts(t.specs[name], t.model, mesh, jax.random.fold_in(key, param.hash_of(name)), one)
+    scorers, key = scorers or {}, jax.random.key(seed)
+    mine = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
+    out = _parts(mine, model, mesh, key, own, ref)
+    for name, one in scorers.items():
+        part_key = jax.random.fold_in(key, param.hash_of(name))
+        out[name] = _parts(model.specs[name], model, mesh, part_key, one)
     return out
 
 
@@ -83,7 +83,7 @@ def _parts(
             out[name] = loaded[name]
         elif name in loaded:
             out[name] = jax.tree.map(
-                lambda x, place: shards.cut(x.astype(dtype), place), loaded[name], places
+                lambda x, sharding: place.cut(x.astype(dtype), sharding), loaded[name], places
             )
         else:
             out[name] = jax.jit(
@@ -100,7 +100,7 @@ def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: A
     found = parameters.leaves(tensors, replace(model, specs=known, names=names, beside={}))
 
     def load(path: str, spec: Any) -> Any:
-        return shards.load(
+        return place.load(
             found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.place(spec, mesh, path), False
         )
 

@@ -1,0 +1,83 @@
+"""The adapter that a folder holds: its settings, its weights on a mesh, and the base that it was trained on."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.models.heads import Scorer
+from jaxft.nn import param
+from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.param import Model
+from jaxft.nn.quant import Quant
+from jaxft.weights import peft, place
+
+
+def adapter_folder(start: str) -> Path:
+    """Return the PEFT folder that `start` names: the folder itself, or `adapter` in a run's folder."""
+    inner = Path(start) / "adapter"
+    return inner if inner.is_dir() else Path(start)
+
+
+def read_adapter_settings(start: str, model: Model) -> Adapter:
+    """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
+    return peft.load_parts(adapter_folder(start), model)[1]
+
+
+def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
+    """Return the settings of a fresh adapter (rank 16 if None, alpha twice the rank), or of the adapter that `start` names."""
+    if start is None:
+        return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
+    if rank is not None:
+        raise ValueError(
+            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set one of them only"
+        )
+    return read_adapter_settings(start, model)
+
+
+def reward_head_settings(start: str, model: Model) -> Scorer:
+    """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder with a head.
+
+    Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run without it ends
+    with an error when it starts.
+    """
+    settings = (
+        read_adapter_settings(start, model) if Path(start).exists() else adapter_settings(None, None, model)
+    )
+    return Scorer(settings, start, trained=False)
+
+
+def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
+    """Load a PEFT adapter folder onto the mesh; return it and its settings. Raises ValueError if it does not fit the model."""
+    loaded, settings = peft.load_adapter(folder, model)
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    shardings = param.shardings(adapter_specs(model.specs, settings), mesh)
+    params = jax.tree.map(lambda x, sharding: place.cut(x.astype(dtype), sharding), loaded, shardings)
+    return params, settings
+
+
+def base_differences(start: str, identity: str, quant: Quant | None) -> list[str]:
+    """A line for each way in which the base differs from the one that a run trained the adapter of `start` on.
+
+    identity: folder.weights_fingerprint of this run's weights. Nothing is known of a folder that isn't a run's.
+    """
+    path = Path(start) / "config.json"
+    if not path.is_file() or adapter_folder(start) == Path(start):
+        return []
+    record, lines = json.loads(path.read_text()), []
+    if record.get("weights_fingerprint", identity) != identity:
+        lines.append(
+            f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's"
+        )
+    before, now = (
+        (settings or {}).get("kind", "none")
+        for settings in (record.get("quant"), asdict(quant) if quant else None)
+    )
+    if before != now:
+        lines.append(
+            f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}"
+        )
+    return lines

@@ -1,0 +1,177 @@
+"""How each parameter is stored: its dtype, its quantisation, and the sharding of the arrays that this makes of it."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import tree
+from jaxft.distributed import sharding
+from jaxft.nn import param
+from jaxft.nn.lora import target_paths
+from jaxft.nn.param import Model, ParamSpec
+from jaxft.nn.quant import KEPT, QTensor, Quant, bits, is_paired, quantize
+from jaxft.weights.quant_layout import same_form
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one parameter is stored.
+
+    quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain array. layout: the
+    quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes and scales are stored unchanged.
+    """
+
+    dtype: Any
+    quantize: tuple[str, int | None, bool | None] | None = None
+    layout: QTensor | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it takes fewer bits than its dtype."""
+        return self.layout is not None or self.quantize is not None and self.quantize[0] != "bits"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model over the whole tree {"base", "adapter", ...heads} and, by path, how each of its parameters is stored."""
+
+    model: Model
+    storage: dict[str, Storage]
+
+    @property
+    def specs(self) -> Any:
+        """ParamSpecs of the whole tree."""
+        return self.model.specs
+
+
+def choose_storage(
+    model: Model,
+    trainable: Collection[str],
+    quant: Quant | None,
+    layouts: Mapping[str, QTensor],
+    trainable_dtype: Any = None,
+) -> StoredModel:
+    """Choose the storage of every parameter of `model`, which is a model over the whole tree.
+
+    Trainable parameters and those outside the base are stored in float32 or wider, trainable parameters of the base in
+    `trainable_dtype` if it is given. Frozen parameters of the base are stored in the compute dtype (16-bit matrices as raw
+    bits), or quantised where `quant.targets` selects them. layouts: the checkpoint's quantised layouts by path in the base,
+    for quant=kept. Raises ValueError where `quant` selects a trainable parameter.
+    """
+    if quant and quant.kind == KEPT:
+        selected = list(layouts)
+    else:
+        selected = quantised_paths(model.specs["base"], quant) if quant else []
+    clash = next((path for path in selected if f"base/{path}" in trainable), None)
+    if quant and clash:
+        raise ValueError(
+            f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none"
+        )
+    storage = {}
+    wide = max(model.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
+    for path, spec in param.spec_paths(model.specs).items():
+        if path in trainable or not in_base(path):
+            own_dtype = trainable_dtype is not None and in_base(path)
+            storage[path] = Storage(jnp.dtype(trainable_dtype) if own_dtype else wide)
+        elif quant and path.removeprefix("base/") in selected:
+            layout = layouts.get(path.removeprefix("base/"))
+            arguments = None if layout else (quant.kind, quant.block, quant.double)
+            storage[path] = Storage(model.dtype, arguments, layout)
+        else:
+            as_bits = is_matrix(spec) and jnp.dtype(model.dtype).itemsize == 2
+            storage[path] = Storage(model.dtype, ("bits", None, None) if as_bits else None)
+    return StoredModel(model, storage)
+
+
+def in_base(path: str) -> bool:
+    """Whether a path of the whole tree is a weight of the base."""
+    return path.startswith("base/")
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+    """Whether a parameter has two axes in addition to the stacked layers."""
+    return len(spec.axes) - ("layers" in spec.axes) == 2
+
+
+def quantised_paths(base: Any, quant: Quant) -> list[str]:
+    """Return the paths of the base's matrices that `quant.targets` selects. Raises ValueError if there are none."""
+    if quant.targets == "all-linear":
+        return target_paths(base, "all-linear")
+    known = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
+    wanted = tree.regex(quant.targets, "quant.targets")
+    found = [path for path in known if wanted.fullmatch(path)]
+    if not found:
+        raise ValueError(
+            f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(known)}"
+        )
+    return found
+
+
+def keeps_layout(storage: Storage, layout: QTensor) -> bool:
+    """Whether a parameter with this layout in the checkpoint can be stored with its codes and scales unchanged."""
+    if not storage.quantised:
+        return False
+    if storage.layout is not None:
+        return same_form(layout, storage.layout)
+    layer = jax.ShapeDtypeStruct(layout.shape, storage.dtype)
+    return same_form(layout, jax.eval_shape(lambda x: quantize(x, *(storage.quantize or ())), layer))
+
+
+def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
+    """Return a parameter as it is stored: a ShapeDtypeStruct, or a QTensor of them."""
+    x, arguments = jax.ShapeDtypeStruct(spec.shape, storage.dtype), storage.quantize
+    if storage.layout is not None:
+        stacked = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*spec.shape[:-2], *x.shape), x.dtype), storage.layout
+        )
+        return replace(stacked, dtype=jnp.dtype(storage.dtype))
+    return x if arguments is None else jax.eval_shape(lambda x: quantize(x, *arguments), x)
+
+
+def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
+    """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each of its arrays."""
+    whole = param.place(spec, mesh, path)
+    if not isinstance(leaf, QTensor):
+        return whole
+    if leaf.block or is_paired(leaf.kind):
+        block = leaf.block if leaf.block and leaf.index is None else 2
+        whole = sharding.between_blocks(whole, spec.axes, spec.shape, block, path)
+    scales = whole if leaf.index is None else sharding.uncut(whole, -2)  # any input may be of any block
+    places = jax.tree.map(lambda x: sharding.fitted(scales, x.shape), leaf)
+    return replace(places, codes=sharding.fitted(whole, leaf.codes.shape))
+
+
+def sharded_shapes(stored: StoredModel, mesh: Any) -> Any:
+    """Return the whole tree as it is stored on the mesh, as ShapeDtypeStructs with shardings."""
+
+    def leaf(path: str, spec: ParamSpec) -> Any:
+        x = leaf_shapes(spec, stored.storage[path])
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            x,
+            leaf_sharding(spec, x, mesh, path),
+        )
+
+    return tree.map_with_path(leaf, stored.specs, is_leaf=param.is_spec)
+
+
+def quantisation_summary(stored: StoredModel) -> str:
+    """Return what fraction of the base is quantised, to what, and the bits per parameter; "" where nothing is."""
+    all_specs = param.spec_paths(stored.specs)
+    leaves = [
+        leaf_shapes(spec, stored.storage[path])
+        for path, spec in all_specs.items()
+        if stored.storage[path].quantised
+    ]
+    if not leaves:
+        return ""
+    sizes = [math.prod(q.shape) for q in leaves]
+    mean_bits = sum(bits(q) * size for q, size in zip(leaves, sizes, strict=True)) / sum(sizes)
+    base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if in_base(path))
+    return (
+        f"{100 * sum(sizes) / base:.0f} % of the base in {leaves[0].kind}, {mean_bits:.3f} bits a parameter"
+    )
