@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.quant import Quant
 from jaxft.objectives.check.traits import reads_reference
-from jaxft.objectives.preference import Moving, implicit, per_token, preference
+from jaxft.objectives.preference import EMAReference, implicit, per_token, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.settings import Loop, Run
@@ -63,7 +63,7 @@ def config(
         )
     if full and rank is not None:
         raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
-    known: Any = Moving(*moving) if moving else reference
+    known: Any = EMAReference(*moving) if moving else reference
     if known == "auto":
         known = None if not reads_reference(loss) else "precomputed" if full else "start"
     reward = per_token if known is None else implicit

@@ -77,7 +77,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     with jax.set_mesh(mesh):
         objective = reward(loaded.model)
         see = jax.jit(
-            lambda params, batch: objective.see(params, jax.tree.map(lambda x: x[0], batch), None, {})
+            lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
         )
         for batch in source.cover(range(source.pairs)):
             batch = batch if loaded.pad is None else reward_models.read_before(batch, loaded.pad)

@@ -4,9 +4,18 @@
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-Told = tuple[dict[str, Any], list[str], list[str]]  # what to remember, lines that tell, alarms
+
+class Alarms(NamedTuple):
+    """What an entry of metrics.jsonl means: the memory for the next entry, messages, and alarms that a run's summary lists."""
+
+    memory: dict[str, Any]
+    messages: list[str]
+    alarms: list[str]
+
+
+Check = tuple[dict[str, Any], list[str], list[str]]  # the fields of Alarms, of one check
 
 WINDOW = 5  # logged steps whose mean is one point of a curve
 FALLS = 3  # points in a row, each below the one before
@@ -26,7 +35,7 @@ LOSSES = "jaxft.objectives.preference_losses"
 SIDES = "eval_rewards/accuracies_chosen_"
 
 
-def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
+def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
     """One entry of metrics.jsonl: (memory for the next one, lines, alarms). memory is {} at first; last: of the finished run.
 
     beta: of a reward that is beta times the log-ratio to a reference, None for another one.
@@ -34,14 +43,14 @@ def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], las
     return _all(memory, entry, last, beta, (_first_loss, _falling, _overfitting, _only_length, skipped))
 
 
-def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Told:
+def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
     """As watch, of an objective that learns from rollouts."""
     return _all(memory, entry, last, None, (_faults, _nothing_learned, _all_cut_off, skipped))
 
 
 def _all(
     memory: dict[str, Any], entry: dict[str, Any], last: bool, beta: float | None, checks: tuple[Any, ...]
-) -> Told:
+) -> Alarms:
     """What several checks say, each with a memory of its own."""
     number = {
         name: value for name, value in entry.items() if isinstance(value, int | float)
@@ -52,10 +61,10 @@ def _all(
         memory[check.__name__] = now
         lines += said
         alarms += alarm
-    return memory, lines, alarms
+    return Alarms(memory, lines, alarms)
 
 
-def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Before the first update policy and reference are the same model, and every loss has a value that is known then."""
     own = "eval_" if n["step"] == 0 else ""
     found, theory = n.get(f"{own}loss"), n.get(f"{own}loss_at_reference")
@@ -77,7 +86,7 @@ def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: f
     ]  # fmt: skip
 
 
-def _falling(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _falling(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """The chosen answers' log-prob keeps falling: on held-out pairs from step 0 on, in training against the reference."""
     memory, depths = {"said": 0.0, **memory}, []
     if "eval_logps/chosen" in n:
@@ -126,7 +135,7 @@ def _window(memory: dict[str, Any], value: float) -> tuple[dict[str, Any], float
     return {**memory, "window": [], "noise": (square, count), "curve": curve}, -mean if sure else 0.0
 
 
-def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Held-out accuracy is below its best at two measurements in a row while the margin is above what it was then."""
     found, margin = n.get("eval_rewards/accuracies"), n.get("eval_rewards/margins")
     if found is None or margin is None:
@@ -145,7 +154,7 @@ def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
     ]  # fmt: skip
 
 
-def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """At the end the model should know more about held-out pairs than which answer is longer."""
     found, guess = n.get("eval_rewards/accuracies"), by_length(n)
     if not last or found is None or guess is None or found > guess[0]:
@@ -157,7 +166,7 @@ def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: 
     ]  # fmt: skip
 
 
-def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Steps whose loss or gradient was not finite; told at the first one and whenever there are twice as many."""
     total, said = memory.get("total", 0) + n.get("skipped", 0), memory.get("said", 0)
     if total < max(1, WORSE * said):
@@ -168,7 +177,7 @@ def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
     ]  # fmt: skip
 
 
-def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Rewards that raised or gave no number, at the first rollout that has some and whenever their share is twice as large."""
     share, said = (
         n.get("reward_faults/raised", 0) + n.get("reward_faults/not_a_number", 0),
@@ -182,7 +191,7 @@ def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float
     ]  # fmt: skip
 
 
-def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Steps, one after the other, whose rollout has equal scores throughout or nothing that counts, or that have no gradient, as
     with advantages within groups where each group's scores are equal."""
     if "frac_learned" not in n:
@@ -197,7 +206,7 @@ def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, be
     ]  # fmt: skip
 
 
-def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Told:
+def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Alarms:
     """Rollouts, one after the other, of which no completion ends."""
     row = memory.get("row", 0) + 1 if n.get("completions/clipped_ratio") == 1 else 0
     if "completions/clipped_ratio" not in n:

@@ -18,6 +18,12 @@ class Sum:
     total: Any
     weight: Any
 
+    @staticmethod
+    def of(values: Any, weight: Any) -> "Sum":
+        """Return the mean of `values` with weights, or of the elements where a mask is True."""
+        w = weight.astype(values.dtype)
+        return Sum(jnp.sum(w * values), jnp.sum(w))
+
 
 @struct
 class Max:

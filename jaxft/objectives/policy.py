@@ -15,18 +15,20 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Rollout
 from jaxft.nn.param import Model
-from jaxft.objectives.alarms import Told, watch_rollouts
+from jaxft.objectives.alarms import watch_rollouts
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, Penalty, k3
-from jaxft.objectives.logprobs import LogProbs
+from jaxft.objectives.logprobs import Graded
 from jaxft.objectives.metrics import Correlation, Max, Min, Sum
+from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.policy_losses import Drawn, PolicyLoss
 from jaxft.objectives.preference import reference_params
 from jaxft.objectives.preference_losses import require
 from jaxft.objectives.read_positions import read_logps, read_numbers
 from jaxft.objectives.sft import sft
-from jaxft.tree import struct
+from jaxft.tree import Aux, Metrics, Params, struct
 
 Values = Callable[[Any, Rollout, Array], Array]
+UNUSED = ("ids", "segments", "positions", "read", "targets", "branches")  # by a loss
 KEPT = (AdaptiveKL, InRewards)  # penalties whose coefficient is in aux
 
 
@@ -58,8 +60,8 @@ def critic(hidden: Callable[[Any, Rollout, Array], Array], head: Callable[[Any, 
 
 
 @struct
-class Played:
-    """What the forward passes leave of a batch, [B, M]; logp and values have a gradient, entropy where it has a coefficient.
+class Outputs:
+    """The forward passes of a batch, [B, M]. logp and values have a gradient, entropy where it has a coefficient.
 
     batch: the completions without their tokens.
     """
@@ -70,49 +72,6 @@ class Played:
     batch: Rollout
 
 
-@dataclass(frozen=True)
-class Policy:
-    """`(params, batch, key, aux) -> (loss, metrics)` in its two halves; see policy().
-
-    see(params, batch, key, aux) -> Played; judge(played, aux) -> (loss, metrics). start(trainable, at_base) -> aux;
-    after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> LogProbs [B, M] of the completions, and
-    reference_logps(params, batch, aux) -> [B, M] of the reference, both at `temperature`; values(params, batch) -> [B, M] of the
-    critic, None without one. reference: whether a batch needs the reference's log-probs; in_rewards: whether the KL is the
-    rewards'. text: the objective of general text. watch(memory, entry, last) tells what goes wrong, see watch.py. dropout:
-    whether it takes any; it doesn't, so that a log-prob is comparable with the one at drawing.
-    """
-
-    see: Callable[..., Played]
-    judge: Callable[..., tuple[Array, dict[str, Any]]]
-    start: Callable[..., dict[str, Any]]
-    after_step: Callable[..., dict[str, Any]]
-    logps: Callable[..., LogProbs]
-    reference_logps: Callable[..., Array]
-    values: Callable[..., Array] | None
-    reference: bool
-    temperature: float
-    text: Callable[..., tuple[Array, dict[str, Any]]]
-    in_rewards: bool = False
-    watch: Callable[..., Told] = watch_rollouts
-    dropout: bool = False
-
-    def __call__(
-        self, params: Any, batch: Rollout, key: Array | None, aux: Any
-    ) -> tuple[Array, dict[str, Any]]:
-        """Both halves."""
-        return self.judge(self.see(params, batch, key, aux), aux)
-
-    def rests(self, batch: Rollout) -> Array:
-        """Whether no completion of the whole batch has a policy weight, so that only a critic is taught."""
-        return jnp.all(batch.policy_weights == 0)
-
-    def complete(self, batch: Rollout) -> Rollout:
-        """The batch (arrays or shapes) with all fields that are needed, each like logps."""
-        x = batch.logps
-        batch = replace(batch, reference=x) if self.reference else batch
-        return replace(batch, values=x, returns=x, value_weights=x) if self.values else batch
-
-
 def policy(
     model: Model,
     loss: PolicyLoss,
@@ -120,40 +79,87 @@ def policy(
     entropy: float = 0.0,
     temperature: float = 1.0,
     value: Critic | Values | None = None,
-) -> Policy:
+) -> Objective:
     """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t` with the batch's policy weights w and value weights v.
 
     loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty
-    needs the reference's log-probs in the batch; InRewards(...) is for a run that has the KL in its rewards. The coefficient of
-    that, and of AdaptiveKL, is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: what the completions
-    were drawn at: logits are divided by it, of the policy and of the reference. value: the critic, None for none.
+    needs the reference's log-probs in the batch; InRewards(...) is for a run whose rewards contain the KL. Its coefficient, like
+    that of AdaptiveKL, is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: the sampling temperature
+    of the completions: logits are divided by it, of the policy and of the reference. value: the critic, None for none.
 
-    Metrics have the names that TRL's GRPO gives them, the trainer of this family that TRL still has, and TRL's of PPO where GRPO
-    has none. A logged loss is divided by the sum of its weights, which changes nothing where that is 1.
+    Metrics have the names of TRL's GRPO, and those of TRL's PPO where GRPO has none. A logged loss is divided by the sum of its
+    weights, which changes nothing where that is 1.
     """
-    require(entropy >= 0, f"the coefficient of an entropy bonus is from 0 up, found {entropy}")
-    require(
-        0 < temperature < float("inf"),
-        f"the temperature that completions are drawn at is above 0, found {temperature}",
-    )
+    require(entropy >= 0, f"the coefficient of an entropy bonus is at least 0, got {entropy}")
+    require(0 < temperature < float("inf"), f"the sampling temperature is above 0, got {temperature}")
     penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
-    seat = Critic(value) if value is not None and not isinstance(value, Critic) else value
-    at = at_temperature(model, temperature)
-    return Policy(
-        see=partial(_see, at, ("logp", "entropy") if entropy else ("logp",), seat),
-        judge=partial(_judge, (loss, penalty, entropy), seat),
-        start=partial(_start, penalty),
-        after_step=partial(_after_step, penalty),
-        logps=partial(_logps, at),
-        reference_logps=lambda params, batch, aux: _logps(at, reference_params(params, aux), batch).logp,
-        values=None
-        if seat is None
-        else lambda params, batch: seat.values(params, batch, model.hidden(params, batch, None)),
-        reference=penalty is not None,
+    critic_ = Critic(value) if value is not None and not isinstance(value, Critic) else value
+    tempered = at_temperature(model, temperature)
+    graded: Graded = ("logp", "entropy") if entropy else ("logp",)
+
+    def forward(params: Params, batch: Rollout, key: Array | None, aux: Aux) -> Outputs:
+        # Without dropout, so that log-probs are comparable with the sampling policy's (TRL's disable_dropout).
+        h = model.hidden(params, batch, None)
+        lp = read_logps(tempered, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
+        values = None if critic_ is None else critic_.values(params, batch, h).astype(lp.logp.dtype)
+        return Outputs(lp.logp, lp.entropy, values, replace(batch, **dict.fromkeys(UNUSED)))
+
+    def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        value, metrics = _policy_part(loss, penalty, entropy, outputs, aux)
+        if critic_ is not None:  # PPO, whose names in TRL are others
+            metrics |= {
+                "policy/clipfrac_avg": metrics["clip_ratio/region_mean"],
+                "policy/entropy_avg": metrics["entropy"],
+            }
+            cost, value_metrics = _value_part(critic_, outputs)
+            value = value + critic_.coef * cost
+            metrics |= value_metrics | {"loss": Sum(value, value_metrics["loss/value_avg"].weight)}
+        return value, jax.lax.stop_gradient(metrics)
+
+    def score(params: Params, batch: Rollout, aux: Aux) -> Scores:
+        reference = None if penalty is None else _logps(tempered, reference_params(params, aux), batch)
+        outputs = forward(
+            params, batch, None, aux
+        )  # a critic on the policy's hidden states needs no pass of its own
+        return Scores(outputs.logp, reference, outputs.values)
+
+    def batch_spec(batch: Rollout) -> Rollout:
+        x = batch.logps
+        batch = batch if penalty is None else replace(batch, reference=x)
+        return batch if critic_ is None else replace(batch, values=x, returns=x, value_weights=x)
+
+    def init(trainable: Params, at_base: bool) -> Aux:
+        return _init(penalty, trainable, at_base)
+
+    def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
+        return _updated(penalty, aux, metrics)
+
+    facts = Facts(
+        reference="none" if penalty is None else "start",
+        dropout=False,
         temperature=temperature,
-        text=sft(model),
-        in_rewards=isinstance(penalty, InRewards),
+        kl_in_rewards=isinstance(penalty, InRewards),
+        critic=critic_ is not None,
+        freezes_policy=True,
     )
+    return Objective(
+        forward,
+        objective_loss,
+        init,
+        update,
+        score,
+        _no_policy_weight,
+        batch_spec,
+        sft(model),
+        None,
+        facts,
+        Report(watch_rollouts),
+    )
+
+
+def _no_policy_weight(batch: Rollout) -> Array:
+    """Whether no completion of the batch has a policy weight, so that only a critic is trained."""
+    return jnp.all(batch.policy_weights == 0)
 
 
 def at_temperature(model: Model, temperature: float) -> Model:
@@ -163,41 +169,23 @@ def at_temperature(model: Model, temperature: float) -> Model:
     return replace(model, logits=lambda head, h: model.logits(head, h) / temperature)
 
 
-def _logps(model: Model, params: Any, batch: Rollout) -> LogProbs:
-    return read_logps(
-        model,
-        params,
-        model.hidden(params, batch, None),
-        batch.read,
-        batch.targets,
-        answers=batch.lengths.shape[1],
-    )
+def _logps(model: Model, params: Params, batch: Rollout) -> Array:
+    h = model.hidden(params, batch, None)
+    return read_logps(model, params, h, batch.read, batch.targets, answers=batch.lengths.shape[1]).logp
 
 
-def _see(
-    model: Model, graded: Any, seat: Critic | None, params: Any, batch: Rollout, key: Array | None, aux: Any
-) -> Played:
-    h = model.hidden(
-        params, batch, None
-    )  # without dropout, as what it is compared with (TRL's disable_dropout)
-    lp = read_logps(model, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
-    values = None if seat is None else seat.values(params, batch, h).astype(lp.logp.dtype)
-    none: dict[str, Any] = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
-    return Played(lp.logp, lp.entropy, values, replace(batch, **none))
-
-
-def _drawn(played: Played) -> Drawn:
+def _drawn(outputs: Outputs) -> Drawn:
     """What a loss sees. Without `logps` the batch was drawn by the model that is trained, and the ratio is 1."""
-    batch, dtype = played.batch, played.logp.dtype
+    batch, dtype = outputs.batch, outputs.logp.dtype
     count = batch.lengths.shape[1]
     real = batch.answers < count
     mask = lambda x: jnp.where(real, x.astype(dtype), 0)  # noqa: E731
     member = batch.answers[:, :, None] == jnp.arange(count, dtype=batch.answers.dtype)
     return Drawn(
-        logp=mask(played.logp),
-        old=mask(jax.lax.stop_gradient(played.logp) if batch.logps is None else batch.logps),
+        logp=mask(outputs.logp),
+        old=mask(jax.lax.stop_gradient(outputs.logp) if batch.logps is None else batch.logps),
         advantages=mask(batch.advantages),
-        entropy=mask(played.entropy),
+        entropy=mask(outputs.entropy),
         reference=None if batch.reference is None else mask(batch.reference),
         answer=batch.answers,
         real=real.astype(dtype),
@@ -205,17 +193,23 @@ def _drawn(played: Played) -> Drawn:
     )
 
 
-def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[Array, dict[str, Any]]:
-    (loss, penalty, bonus), drawn = terms, _drawn(played)
-    weights = played.batch.policy_weights.astype(drawn.logp.dtype)
-    add = lambda x: jnp.sum(jnp.where(weights != 0, weights * x, 0))  # noqa: E731
+def _policy_part(
+    loss: PolicyLoss, penalty: Penalty | None, bonus: float, outputs: Outputs, aux: Aux
+) -> tuple[Array, Metrics]:
+    """The policy's loss and metrics: the loss, a KL penalty, an entropy bonus."""
+    drawn = _drawn(outputs)
+    weights = outputs.batch.policy_weights.astype(drawn.logp.dtype)
+
+    def add(x: Array) -> Array:
+        return jnp.sum(jnp.where(weights != 0, weights * x, 0))
+
     value = part = add(_values(loss, drawn))
-    metrics: dict[str, Any] = {}
+    metrics: Metrics = {}
     if drawn.reference is not None:
         kl = (penalty.estimate if penalty else k3)(drawn.logp, drawn.reference) * drawn.real
         metrics |= {
-            "kl": _mean(kl, drawn.real),
-            "kl_per_completion": _mean(drawn.total(kl), drawn.total(drawn.real) > 0),
+            "kl": Sum.of(kl, drawn.real),
+            "kl_per_completion": Sum.of(drawn.total(kl), drawn.total(drawn.real) > 0),
         }
     if penalty:
         if drawn.reference is None:
@@ -230,16 +224,7 @@ def _judge(terms: Any, seat: Critic | None, played: Played, aux: Any) -> tuple[A
     if isinstance(penalty, KEPT):
         metrics["kl_coef"] = Max(aux["kl_coef"])
     metrics["loss/policy_avg"] = Sum(part, jnp.sum(weights))
-    metrics |= {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
-    if seat is not None:  # PPO, whose names in TRL are others
-        metrics |= {
-            "policy/clipfrac_avg": metrics["clip_ratio/region_mean"],
-            "policy/entropy_avg": metrics["entropy"],
-        }
-        cost, found = _value_part(seat, played)
-        value = value + seat.coef * cost
-        metrics |= found | {"loss": Sum(value, found["loss/value_avg"].weight)}
-    return value, jax.lax.stop_gradient(metrics)
+    return value, metrics | {"loss": Sum(value, jnp.sum(weights))} | _metrics(loss, drawn, weights != 0)
 
 
 def _values(loss: PolicyLoss, drawn: Drawn) -> Array:
@@ -253,11 +238,6 @@ def _values(loss: PolicyLoss, drawn: Drawn) -> Array:
         shape = getattr(found, "shape", type(found).__name__)
         raise ValueError(f"the policy loss {name} gives one value a token, {drawn.logp.shape}; found {shape}")
     return found
-
-
-def _mean(values: Array, where: Array) -> Sum:
-    w = where.astype(values.dtype)
-    return Sum(jnp.sum(w * values), jnp.sum(w))
 
 
 def _metrics(loss: PolicyLoss, drawn: Drawn, used: Array) -> dict[str, Any]:
@@ -275,13 +255,13 @@ def _metrics(loss: PolicyLoss, drawn: Drawn, used: Array) -> dict[str, Any]:
     share = lambda x, none: jnp.where(tokens > 0, drawn.total(x) / jnp.maximum(tokens, 1), none)  # noqa: E731
     away = drawn.log_ratio
     return {
-        "entropy": _mean(drawn.entropy, drawn.real),
-        "policy/approxkl_avg": _mean(away * away / 2, used),
-        "val/ratio": _mean(drawn.ratio, used),
-        "val/ratio_var": _mean(jnp.expm1(away) ** 2, used),
-        "clip_ratio/low_mean": _mean(low, used),
-        "clip_ratio/high_mean": _mean(high, used),
-        "clip_ratio/region_mean": _mean(low + high, used),
+        "entropy": Sum.of(drawn.entropy, drawn.real),
+        "policy/approxkl_avg": Sum.of(away * away / 2, used),
+        "val/ratio": Sum.of(drawn.ratio, used),
+        "val/ratio_var": Sum.of(jnp.expm1(away) ** 2, used),
+        "clip_ratio/low_mean": Sum.of(low, used),
+        "clip_ratio/high_mean": Sum.of(high, used),
+        "clip_ratio/region_mean": Sum.of(low + high, used),
         "clip_ratio/low_min": Min(jnp.min(share(low, jnp.inf))),
         "clip_ratio/high_max": Max(jnp.max(share(high, -jnp.inf))),
     }
@@ -303,8 +283,8 @@ def value_loss(values: Array, old: Array, returns: Array, clip: float | None) ->
     return jnp.maximum(plain, bounded) / 2, bounded > plain
 
 
-def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
-    batch, values = played.batch, played.values
+def _value_part(critic_: Critic, outputs: Outputs) -> tuple[Array, dict[str, Any]]:
+    batch, values = outputs.batch, outputs.values
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError(
             "a critic needs values, returns and value_weights in the batch; let the rollout give them"
@@ -313,16 +293,16 @@ def _value_part(seat: Critic, played: Played) -> tuple[Array, dict[str, Any]]:
     used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
     at = lambda x: jnp.where(used, x.astype(values.dtype), 0)  # noqa: E731
     known, returns = at(values), at(batch.returns)
-    losses, bounded = value_loss(known, at(batch.values), returns, seat.clip)
+    losses, bounded = value_loss(known, at(batch.values), returns, critic_.clip)
     cost = jnp.sum(weights * losses)
     return cost, {
         "loss/value_avg": Sum(cost, jnp.sum(weights)),
-        "val/clipfrac_avg": _mean(bounded.astype(values.dtype), used),
+        "val/clipfrac_avg": Sum.of(bounded.astype(values.dtype), used),
         "val/returns_correlation": Correlation.of(known, returns, used),
     }
 
 
-def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, Any]:
+def _init(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, Any]:
     """aux at step 0. at_base: the model at step 0 is the base without its adapter, so that no copy of it is needed."""
     aux: dict[str, Any] = {}
     if penalty and not at_base:
@@ -336,7 +316,7 @@ def _start(penalty: Penalty | None, trainable: Any, at_base: bool) -> dict[str, 
     return aux
 
 
-def _after_step(penalty: Penalty | None, aux: Any, trainable: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _updated(penalty: Penalty | None, aux: Aux, metrics: Metrics) -> Aux:
     """An adaptive coefficient follows the KL of this step's completions, but not while the policy rests."""
     if not isinstance(penalty, KEPT):
         return aux

@@ -18,18 +18,20 @@ from jaxft.batch import Pairs
 from jaxft.nn import fused_update
 from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch, words
+from jaxft.objectives.logprobs import LogProbs
 from jaxft.objectives.metrics import Correlation, Disagreement, Sum
+from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import Answer, Coupled, Scored, check_knobs, scored, unwrap
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
-from jaxft.tree import struct
+from jaxft.tree import Aux, Metrics, Params, struct
 
-Reference = Literal["start", "precomputed"]
+UNUSED = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")  # by a loss
 SHORT = 0.9  # an answer is the shorter one below this share of the other's length
 
 
 @dataclass(frozen=True)
-class Moving:
+class EMAReference:
     """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 - alpha) ref."""
 
     alpha: float = 0.6
@@ -37,14 +39,17 @@ class Moving:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1 or self.every < 1:
-            raise ValueError(f"a moving reference has alpha in (0, 1] and every from 1 up, found {self}")
+            raise ValueError(f"EMAReference: alpha is in (0, 1] and every at least 1, got {self}")
+
+
+Reference = Literal["start", "precomputed"] | EMAReference | None
 
 
 @struct
-class Seen:
-    """What the forward passes leave of a batch, [B, M] and small: all that a loss and the metrics need.
+class Outputs:
+    """The forward passes of a batch, [B, M] and small: all that a loss and the metrics need. Only `logp` has a gradient.
 
-    `logp` has a gradient, nothing else has one. batch: the pairs without their tokens.
+    batch: the pairs without their tokens.
     """
 
     logp: Float[Array, "B M"]
@@ -54,34 +59,6 @@ class Seen:
     top1: Float[Array, "B M"]
     mean_logit: Float[Array, "B M"]
     batch: Pairs
-
-
-@dataclass(frozen=True)
-class Preference:
-    """`(params, batch, key, aux) -> (loss, metrics)` in its two halves; see preference().
-
-    see(params, batch, key, aux) -> Seen; judge(seen, aux) -> (loss, metrics) of one microbatch or, concatenated, of many.
-    start(trainable, at_base) -> aux; after_step(aux, trainable, metrics) -> aux. logps(params, batch) -> the answers' log-probs
-    [B, M]; text is the objective that measures general text. watch(memory, entry, last) and words(first, last) tell the user what
-    the numbers mean, see watch.py.
-    """
-
-    see: Callable[..., Seen]
-    judge: Callable[..., tuple[Array, dict[str, Any]]]
-    start: Callable[..., dict[str, Any]]
-    after_step: Callable[..., dict[str, Any]]
-    logps: Callable[..., Array]
-    text: Callable[..., tuple[Array, dict[str, Any]]]
-    watch: Callable[..., tuple[dict[str, Any], list[str], list[str]]]
-    words: Callable[..., list[str]]
-    coupled: bool
-    precomputed: bool
-
-    def __call__(
-        self, params: Any, batch: Pairs, key: Array | None, aux: Any
-    ) -> tuple[Array, dict[str, Any]]:
-        """Both halves, for a batch that is judged alone."""
-        return self.judge(self.see(params, batch, key, aux), aux)
 
 
 def implicit(answer: Answer) -> Array:
@@ -107,17 +84,17 @@ def nothing(pair: Scored) -> dict[str, Array]:
 def preference(
     model: Model,
     loss: Callable[..., Array],
-    reference: Reference | Moving | None = "start",
+    reference: Reference = "start",
     beta: float = 0.1,
     reward: Callable[[Answer], Array] = implicit,
     extra: Callable[[Scored], dict[str, Array]] = nothing,
-) -> Preference:
-    """An objective of `loss(pair: Scored) -> [B, P]`, one of preference.py's or your own: `sum_p w_p loss_p`.
+) -> Objective:
+    """An objective of `loss(pair: Scored) -> [B, P]`, one of preference_losses.py's or your own: `sum_p w_p loss_p`.
 
-    reference: "start" is the model at step 0, for nothing where that is the base without a fresh adapter, else a frozen copy
-    of the trainable leaves; "precomputed" takes log-probs that were computed once before the run; Moving follows the policy;
+    reference: "start" is the model at step 0, free where that is the base without a fresh adapter, else a frozen copy of the
+    trainable leaves; "precomputed" reads log-probs that were computed once before the run; EMAReference follows the policy;
     None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta. extra(pair):
-    further metrics, a value [B, P] a pair each, whose means over the pairs are logged.
+    further metrics, one value per pair [B, P] each, whose means over the pairs are logged.
     """
     check_knobs(loss)
     loss = unwrap(loss)
@@ -125,28 +102,80 @@ def preference(
         raise ValueError(
             "without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token"
         )
-    coupled = isinstance(loss, Coupled)
-    return Preference(
-        see=partial(_see, model, reference),
-        judge=partial(_judge, loss, partial(_reward, reward, beta), extra),
-        start=partial(_start, loss, reference),
-        after_step=partial(_after_step, loss, reference),
-        logps=lambda params, batch: answer_logps(model, params, batch, None).logp,
+    is_coupled = isinstance(loss, Coupled)
+    ema = reference if isinstance(reference, EMAReference) else None
+
+    def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
+        return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
+
+    def reference_logps(params: Params, batch: Pairs, aux: Aux) -> Array:
+        frozen = jax.lax.stop_gradient(reference_params(params, aux))
+        return logprobs(frozen, batch, None).logp
+
+    def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
+        lp = _without_padding(batch, logprobs(params, batch, key))
+        known = None
+        if reference == "precomputed":
+            known = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
+        elif reference is not None:
+            known = _without_padding(batch, reference_logps(params, batch, aux))
+        constants = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
+        return Outputs(lp.logp, *constants, replace(batch, **dict.fromkeys(UNUSED)))
+
+    def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        pair = scored(outputs.batch, outputs.logp, outputs.square, outputs.reference)
+        state = aux.get("loss", {})
+
+        def values_of(pair: Scored) -> Array:
+            return loss.fn(pair, state) if isinstance(loss, Coupled) else loss(pair)
+
+        values = _values(loss, values_of, pair)
+        used = pair.weight > 0
+        value = jnp.sum(jnp.where(used, pair.weight * values, 0))
+        metrics = {
+            "loss": Sum(value, jnp.sum(pair.weight)),
+            **_metrics(pair, lambda answer: beta * reward(answer)),
+            **_token_metrics(outputs, pair),
+        }
+        metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
+        if outputs.reference is not None:
+            start = jnp.where(used, pair.weight * values_of(_at_reference(pair)), 0)
+            metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
+        return value, jax.lax.stop_gradient(metrics)
+
+    def init(trainable: Params, at_base: bool) -> Aux:
+        aux: dict[str, Any] = {}
+        if ema or (reference == "start" and not at_base):
+            aux["reference"] = jax.tree.map(jnp.copy, trainable)
+        if ema:
+            aux["steps"] = jnp.zeros((), jnp.int32)
+        if isinstance(loss, Coupled) and loss.start:
+            aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in loss.start.items()}
+        return aux
+
+    def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
+        out = dict(aux)
+        if isinstance(loss, Coupled) and loss.update is not None:
+            out["loss"] = loss.update(aux["loss"], metrics)
+        return out | _moved(ema, aux, trainable) if ema else out
+
+    def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
+        known = None
+        if reference not in (None, "precomputed"):
+            known = reference_logps(params, batch, aux)
+        return Scores(logprobs(params, batch, None).logp, known)
+
+    kind: Any = "moving" if ema else reference or "none"
+    return Objective(
+        forward,
+        objective_loss,
+        init,
+        update,
+        score,
         text=sft(model),
-        watch=partial(watch, beta if reference is not None and reward is implicit else None),
-        words=words,
-        coupled=coupled,
-        precomputed=reference == "precomputed",
+        facts=Facts(coupled=is_coupled, reference=kind),
+        report=Report(partial(watch, beta if reference is not None and reward is implicit else None), words),
     )
-
-
-def _reward(reward: Callable, beta: float, answer: Answer) -> Array:
-    return beta * reward(answer)
-
-
-def answer_logps(model: Model, params: Any, batch: Pairs, key: Array | None) -> Any:
-    """LogProbs [B, M] of the answers' tokens; all answers go through the model together."""
-    return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
 
 
 def reference_params(params: Any, aux: Any) -> Any:
@@ -156,46 +185,16 @@ def reference_params(params: Any, aux: Any) -> Any:
     return {"base": params["base"]}
 
 
-def _see(model: Model, reference: Any, params: Any, batch: Pairs, key: Array | None, aux: Any) -> Seen:
+def _without_padding(batch: Pairs, tree: Any) -> Any:
+    """Arrays [B, M] with 0 where a read position belongs to no answer."""
     real = batch.answers < batch.lengths.shape[1] * batch.lengths.shape[2]
-    mask = lambda x: jnp.where(real, x, jnp.zeros((), x.dtype))  # noqa: E731
-    lp = jax.tree.map(mask, answer_logps(model, params, batch, key))
-    if reference is None:
-        known = None
-    elif reference == "precomputed":
-        if batch.reference is None:
-            raise ValueError(
-                "the batch has no reference log-probs; compute them first or set reference=start"
-            )
-        known = mask(batch.reference.astype(lp.logp.dtype))
-    else:
-        frozen = jax.lax.stop_gradient(reference_params(params, aux))
-        known = mask(answer_logps(model, frozen, batch, None).logp)
-    unread = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")
-    none: dict[str, Any] = dict.fromkeys(unread)
-    rest = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
-    return Seen(lp.logp, *rest, replace(batch, **none))
+    return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros((), x.dtype)), tree)
 
 
-def _judge(
-    loss: Any, reward: Callable, extra: Callable, seen: Seen, aux: Any
-) -> tuple[Array, dict[str, Any]]:
-    pair = scored(seen.batch, seen.logp, seen.square, seen.reference)
-    state = aux.get("loss", {})
-    one = (lambda p: loss.fn(p, state)) if isinstance(loss, Coupled) else loss
-    values = _values(loss, one, pair)
-    used = pair.weight > 0
-    value = jnp.sum(jnp.where(used, pair.weight * values, 0))
-    metrics = {
-        "loss": Sum(value, jnp.sum(pair.weight)),
-        **_metrics(pair, reward),
-        **_token_metrics(seen, pair),
-    }
-    metrics |= {name: _mean(x, used) for name, x in extra(pair).items()}
-    if seen.reference is not None:
-        start = jnp.where(used, pair.weight * one(_at_reference(pair)), 0)
-        metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
-    return value, jax.lax.stop_gradient(metrics)
+def _precomputed(batch: Pairs) -> Array:
+    if batch.reference is None:
+        raise ValueError("the batch has no reference log-probs; compute them first or set reference=start")
+    return batch.reference
 
 
 def _values(loss: Any, one: Callable, pair: Scored) -> Array:
@@ -228,11 +227,6 @@ def _at_reference(pair: Scored) -> Scored:
     )
 
 
-def _mean(values: Array, where: Array) -> Sum:
-    w = where.astype(values.dtype)
-    return Sum(jnp.sum(w * values), jnp.sum(w))
-
-
 def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
     """TRL's numbers, every pair the same weight, and how margins go with length."""
     chosen, rejected = pair.chosen, pair.rejected
@@ -249,23 +243,23 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
     }
     sides["alike"] = ~(sides["longer"] | sides["shorter"])
     out: dict[str, Any] = {
-        "rewards/accuracies": _mean(won, both),
-        "rewards/margins": _mean(margin, both),
+        "rewards/accuracies": Sum.of(won, both),
+        "rewards/margins": Sum.of(margin, both),
         "length/margin_correlation": Correlation.of(longer, margin, both),
-        "length/accuracy_if_longer_wins": _mean(
+        "length/accuracy_if_longer_wins": Sum.of(
             (longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2, both
         ),
         "label_noise": Disagreement.of(margin, both),
     }
     for name, where in sides.items():
-        out[f"rewards/accuracies_chosen_{name}"] = _mean(won, both & where)
+        out[f"rewards/accuracies_chosen_{name}"] = Sum.of(won, both & where)
     for kind, answer in (("chosen", chosen), ("rejected", rejected)):
-        out[f"rewards/{kind}"] = _mean(rewards[kind], has[kind])
-        out[f"logps/{kind}"] = _mean(answer.logp, has[kind])
+        out[f"rewards/{kind}"] = Sum.of(rewards[kind], has[kind])
+        out[f"logps/{kind}"] = Sum.of(answer.logp, has[kind])
     return out
 
 
-def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
+def _token_metrics(outputs: Outputs, pair: Scored) -> dict[str, Any]:
     """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
 
     kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen answers' tokens (Schulman 2020's k3): exact in
@@ -277,39 +271,23 @@ def _token_metrics(seen: Seen, pair: Scored) -> dict[str, Any]:
     of = lambda *wanted: pair.spread({k: used[k] if k in wanted else jnp.zeros_like(used[k]) for k in kinds})  # noqa: E731
     chosen, rejected, both = of("chosen"), of("rejected"), of("chosen", "rejected")
     out: dict[str, Any] = {
-        "logits/chosen": _mean(seen.mean_logit, chosen),
-        "logits/rejected": _mean(seen.mean_logit, rejected),
-        "entropy": _mean(seen.entropy, both),
-        "mean_token_accuracy": _mean(seen.top1, chosen),
+        "logits/chosen": Sum.of(outputs.mean_logit, chosen),
+        "logits/rejected": Sum.of(outputs.mean_logit, rejected),
+        "entropy": Sum.of(outputs.entropy, both),
+        "mean_token_accuracy": Sum.of(outputs.top1, chosen),
     }
-    if seen.reference is not None:
-        d = seen.reference - seen.logp
-        out["kl"] = _mean(jnp.expm1(d) - d, chosen)
+    if outputs.reference is not None:
+        d = outputs.reference - outputs.logp
+        out["kl"] = Sum.of(jnp.expm1(d) - d, chosen)
     return out
 
 
-def _start(loss: Any, reference: Any, trainable: Any, at_base: bool) -> dict[str, Any]:
-    """aux at step 0. at_base: the model at step 0 is the base without its adapter, so that no copy is needed."""
-    aux: dict[str, Any] = {}
-    if isinstance(reference, Moving) or (reference == "start" and not at_base):
-        aux["reference"] = jax.tree.map(jnp.copy, trainable)
-    if isinstance(reference, Moving):
-        aux["steps"] = jnp.zeros((), jnp.int32)
-    if isinstance(loss, Coupled) and loss.start:
-        aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in loss.start.items()}
-    return aux
+def _moved(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
+    """The reference after a step, and its count of steps."""
+    steps = aux["steps"] + 1
+    due = steps % ema.every == 0
 
+    def blend(p: Array, r: Array) -> Array:
+        return jnp.where(due, ema.alpha * p + (1 - ema.alpha) * r, r)
 
-def _after_step(
-    loss: Any, reference: Any, aux: Any, trainable: Any, metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """Running numbers of the loss, and the moving reference."""
-    out = dict(aux)
-    if isinstance(loss, Coupled) and loss.update is not None:
-        out["loss"] = loss.update(aux["loss"], metrics)
-    if isinstance(reference, Moving):
-        out["steps"] = aux["steps"] + 1
-        due = out["steps"] % reference.every == 0
-        blend = lambda p, r: jnp.where(due, reference.alpha * p + (1 - reference.alpha) * r, r)  # noqa: E731
-        out["reference"] = jax.tree.map(blend, trainable, aux["reference"])
-    return out
+    return {"steps": steps, "reference": jax.tree.map(blend, trainable, aux["reference"])}

@@ -1,8 +1,5 @@
 """Supervised fine-tuning: weighted cross-entropy of the target tokens."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,13 +8,14 @@ from jaxft.batch import Tokens
 from jaxft.nn.param import Model
 from jaxft.objectives.logprobs import LogProbs
 from jaxft.objectives.metrics import Sum
+from jaxft.objectives.objective import Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_logp
-from jaxft.tree import struct
+from jaxft.tree import Aux, Metrics, Params, struct
 
 
 @struct
-class Read:
-    """What a forward pass leaves of a batch: `logp` has a gradient, nothing else has one."""
+class Outputs:
+    """The forward pass of a batch. Only `logp` has a gradient."""
 
     logp: Float[Array, "B M"]
     entropy: Float[Array, "B M"]
@@ -25,50 +23,45 @@ class Read:
     weight: Float[Array, "B M"]
 
 
-@dataclass(frozen=True)
-class Supervised:
-    """`(params, batch, key, aux) -> (loss, metrics)`; see sft(). Its two halves serve several adapters on one base."""
+def sft(model: Model) -> Objective:
+    """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1 over a step.
 
-    model: Model
-
-    def __call__(
-        self, params: Any, batch: Tokens, key: Array | None, aux: Any
-    ) -> tuple[Array, dict[str, Any]]:
-        """In one pass, as the weights are known beforehand."""
-        reads = batch.read, batch.targets, batch.token_weights
-        total, lp = weighted_read_logp(self.model, params, self.model.hidden(params, batch, key), reads)
-        return -total, _metrics(-total, _read(lp, batch))
-
-    def see(self, params: Any, batch: Tokens, key: Array | None, aux: Any) -> Read:
-        """The forward pass."""
-        h = self.model.hidden(params, batch, key)
-        return _read(read_logps(self.model, params, h, batch.read, batch.targets), batch)
-
-    def judge(self, seen: Read, aux: Any) -> tuple[Array, dict[str, Any]]:
-        """Loss and metrics of what was seen."""
-        loss = -jnp.sum(seen.weight * seen.logp)
-        return loss, _metrics(loss, seen)
-
-
-def sft(model: Model) -> Supervised:
-    """`loss = -sum_t w_t log p(target_t | before)`, with the batch's own token weights (they sum to 1 over a step).
-
-    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens that have a loss.
+    Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight.
     """
-    return Supervised(model)
+
+    def logprobs(params: Params, batch: Tokens, key: Array | None) -> LogProbs:
+        return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
+
+    def forward(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> Outputs:
+        return _outputs(logprobs(params, batch, key), batch)
+
+    def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        value = -jnp.sum(outputs.weight * outputs.logp)
+        return value, _metrics(value, outputs)
+
+    def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
+        # The weights are known beforehand, so the head's gradient is made while a chunk's logits are at hand.
+        reads = batch.read, batch.targets, batch.token_weights
+        total, lp = weighted_read_logp(model, params, model.hidden(params, batch, key), reads)
+        return -total, _metrics(-total, _outputs(lp, batch))
+
+    def score(params: Params, batch: Tokens, aux: Aux) -> Scores:
+        return Scores(logprobs(params, batch, None).logp)
+
+    return Objective(forward, loss, score=score, one_pass=one_pass)
 
 
-def _read(lp: LogProbs, batch: Tokens) -> Read:
-    rest = jax.lax.stop_gradient((lp.entropy, lp.top1, batch.token_weights.astype(lp.logp.dtype)))
-    return Read(lp.logp, *rest)
+def _outputs(lp: LogProbs, batch: Tokens) -> Outputs:
+    without_gradient = jax.lax.stop_gradient((lp.entropy, lp.top1, batch.token_weights.astype(lp.logp.dtype)))
+    return Outputs(lp.logp, *without_gradient)
 
 
-def _metrics(loss: Array, seen: Read) -> dict[str, Any]:
-    trained = (seen.weight > 0).astype(seen.weight.dtype)
+def _metrics(loss: Array, outputs: Outputs) -> Metrics:
+    trained = (outputs.weight > 0).astype(outputs.weight.dtype)
     count = jnp.sum(trained)
     metrics = {
-        "loss": Sum(loss, jnp.sum(seen.weight)),
-        "entropy": Sum(jnp.sum(trained * seen.entropy), count),
-        "mean_token_accuracy": Sum(jnp.sum(trained * seen.top1), count),
+        "loss": Sum(loss, jnp.sum(outputs.weight)),
+        "entropy": Sum(jnp.sum(trained * outputs.entropy), count),
+        "mean_token_accuracy": Sum(jnp.sum(trained * outputs.top1), count),
     }
     return jax.lax.stop_gradient(metrics)

@@ -1,6 +1,5 @@
 """One step of training in which the stacked layers are updated inside the backward pass (optim.in_backward)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.nn.fused_update import Consumed, Uses, disguised, undisguised
+from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import InTurn, guarded_update, wide
 
 LAYERS = "base/layers/"
@@ -17,7 +17,7 @@ OFF = "optim.in_backward=false"
 
 
 def updated(
-    objective: Callable,
+    objective: Objective,
     tx: InTurn,
     now: tuple[Any, Any],
     frozen: Any,

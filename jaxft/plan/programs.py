@@ -11,7 +11,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.data.pairs.source import PairRows, abstract_pairs
-from jaxft.data.prompts import Prompts, Room, rounded, shapes
+from jaxft.data.prompts import Prompts, Ranked, Room, rounded, shapes
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.nn import attention
@@ -36,7 +36,7 @@ def steps(run: Run, p: Programs) -> list[Program]:
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
         batch = abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
-    batch = placed(p, getattr(p.objective, "complete", lambda batch: batch)(batch))
+    batch = placed(p, p.objective.batch_spec(batch))
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
@@ -53,7 +53,7 @@ def every(run: Run, p: Programs) -> list[Program]:
         found.append(Program("evaluation", lambda: p.eval_step.trace(*at, placed(p, held), p.state.aux)))
         if run.samples:
             found.append(Program("answers", lambda: _answers(run, p, whole)))
-    if run.general is not None and hasattr(p.objective, "text"):  # else it is evaluation's program
+    if run.general is not None and p.objective.text is not None:  # else it is evaluation's program
         text = evaluate.general_rows(run.data, run.general).abstract(shards)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
         found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
@@ -72,7 +72,7 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     sampler: Any = generate.make_sampler(_unpacked(run, p), s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
-    if hasattr(p.objective, "complete"):
+    if not isinstance(data, Ranked):
         judge = jax.jit(partial(player.judged, p.objective))
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
@@ -104,7 +104,7 @@ def _key(p: Programs) -> Any:
 
 
 def _precomputed(run: Run, p: Programs) -> bool:
-    return bool(getattr(p.objective, "precomputed", False)) and isinstance(run.data, PairRows)
+    return p.objective.facts.reference == "precomputed" and isinstance(run.data, PairRows)
 
 
 def _answers(run: Run, p: Programs, whole: Any) -> Any:

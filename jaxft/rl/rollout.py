@@ -98,14 +98,14 @@ class Rollouts:
         if getattr(programs.tx, "in_backward", False) and rests:
             found = "as warm_up, target_kl, keep and cut_off may ask"
             raise ValueError(f"optim.in_backward can't let a policy rest, {found}; set it to false")
-        if objective.in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
+        if objective.facts.kl_in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
             found = estimators.plain(rules.estimate).__name__
             raise ValueError(
                 f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta"
             )
-        found.judged = self.boundary > 1 or objective.reference or objective.values is not None
+        found.judged = self.boundary > 1 or objective.facts.reference != "none" or objective.facts.critic
         found.complete = lambda batch: (
-            objective.complete(batch) if found.judged else replace(batch, logps=None)
+            objective.batch_spec(batch) if found.judged else replace(batch, logps=None)
         )
         found.abstract, found.shapes = (
             found.complete(self.abstract),

@@ -20,6 +20,7 @@ from jaxft.inference import generate
 from jaxft.models.heads import view
 from jaxft.nn import attention
 from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.objectives.objective import Objective
 from jaxft.rl import advantages as adv
 from jaxft.rl import rewards
 from jaxft.rl.completions import ByScorer, Completions, Rules, by_token, fits, laid
@@ -39,8 +40,9 @@ class Player:
         self.source, self.programs, self.frozen, self.stop, self.path = source, programs, frozen, stop, path
         self.warned = False
         p, data = programs, source.data
-        if getattr(p.objective, "temperature", data.temperature) != data.temperature:
-            found = f"data.temperature={data.temperature} and the objective's is {p.objective.temperature}"
+        assumed = p.objective.facts.temperature
+        if assumed not in (None, data.temperature):
+            found = f"data.temperature={data.temperature} and the objective's is {assumed}"
             raise ValueError(
                 f"{found}; log-probs must be those that completions are drawn with, make them equal"
             )
@@ -112,7 +114,7 @@ class Player:
             )
         numbers = self._run(self.judge, done, state)
         per_token: Any = lambda x: None if x is None else by_token(x, done.lengths, self.source.data.max_new)  # noqa: E731
-        own = ("kl_coef",) if self.programs.objective.in_rewards else ()
+        own = ("kl_coef",) if self.programs.objective.facts.kl_in_rewards else ()
         aux = jax.device_get({name: state.aux[name] for name in own})
         logps, reference, values = map(per_token, numbers)
         return Sampled(done.scores, done.lengths, done.ended, logps, reference, values, aux, *several)
@@ -232,7 +234,7 @@ class Player:
         out |= {name: x for name, x in of_each(source.rules, each).items() if x is not None}
         for kind in parts[0].faults.counts:
             out[f"reward_faults/{kind}"] = sum(d.faults.counts[kind] for d in parts) / each.size
-        if getattr(self.programs.objective, "reference", False) and source.judged:
+        if self.programs.objective.facts.reference != "none" and source.judged:
             numbers = [self.sampled(done, state) for done in parts]
             out["objective/kl"] = float(sum((n.logps - n.reference).sum() for n in numbers) / scores.size)
         return out
@@ -243,17 +245,9 @@ def shown(count: int, group: int) -> list[int]:
     return [i for i in range(count) if i % group < EACH][:SHOWN]
 
 
-def judged(objective: Any, params: Any, aux: Any, batch: Rollout) -> Any:
+def judged(objective: Objective, params: Any, aux: Any, batch: Rollout) -> Any:
     """(log-probs, the reference's, values) of [micro, rows, ...], a microbatch after the other."""
-
-    def one(rows: Rollout) -> Any:
-        reference = objective.reference_logps(params, rows, aux) if objective.reference else None
-        seen = objective.see(
-            params, rows, None, aux
-        )  # a critic that reads the policy's hidden states takes no pass of its own
-        return seen.logp, reference, seen.values
-
-    return jax.lax.map(one, batch)
+    return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)
 
 
 def scored(model: Any, by: ByScorer, params: Any, aux: Any, batch: Rollout) -> Any:

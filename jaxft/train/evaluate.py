@@ -9,14 +9,15 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.sft import Rows, Source, sft_source
 from jaxft.objectives import metrics as m
+from jaxft.objectives.objective import Objective
 
 
-def make_eval_step(objective: Callable) -> Callable:
+def make_eval_step(objective: Objective) -> Callable:
     """`(trainable, frozen, batch, aux) -> metrics` of one microbatch-shaped batch [1, rows, ...], without dropout.
 
     An objective that couples rows gives what it has seen of the batch instead, to be judged with the others'.
     """
-    one = objective.see if getattr(objective, "coupled", False) else lambda *args: objective(*args)[1]  # type: ignore[attr-defined]
+    one = objective.forward if objective.facts.coupled else lambda *args: objective(*args)[1]
 
     def step(trainable: Any, frozen: Any, batch: Any, aux: Any) -> Any:
         rows = jax.tree.map(lambda x: x[0], batch)

@@ -134,7 +134,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
         )
     for line in (*startup_lines(job, first, changes), *how_held):
         log.message(line)
-    log.listen(getattr(p.objective, "watch", None))
+    log.listen(p.objective.report.alarms)
     return replace(job, log=log)
 
 
@@ -206,7 +206,7 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
         watchdog.at(line)
         log.message(line)
 
-    if getattr(p.objective, "precomputed", False):
+    if p.objective.facts.reference == "precomputed":
         source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
@@ -319,7 +319,7 @@ def _finish(ready: Ready, out: Path, before: Evaluation, after: Evaluation) -> N
         log.message(
             f"step {better} did better on held-out rows than the end; the weights of that step are in {kept_at}"
         )
-    words: list[str] = getattr(p.objective, "words", lambda first, last: [])(log.first, log.last)
+    words = p.objective.report.summary(log.first, log.last)
     if processes.is_first():
         write_card(job, out, before, after, words)
         summary = {"steps": job.steps, "before": before, "after": after, "alarms": log.alarms}

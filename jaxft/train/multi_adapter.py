@@ -18,6 +18,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.nn import lora
 from jaxft.objectives import metrics
+from jaxft.objectives.objective import Facts, Objective
 from jaxft.optim.optimizer import guarded_update
 from jaxft.train.step import accumulate_gradients
 
@@ -28,22 +29,21 @@ Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics
 class Together:
     """K objectives over one base, an adapter each.
 
-    objectives: in halves see(params, batch, key, aux) and judge(seen, aux), as Preference and Supervised are. lead: the one
-    whose see is used for all. reference: how they know it, "start", "moving", "precomputed" or None.
+    lead: the objective whose forward pass is used for all. reference: its kind, see objective.Facts.
     apart: each adapter learns from rows of its own, [K * micro, rows, ...], and not all from the same. at_once: adapters that
     go through the model in one forward pass; it divides K.
     """
 
-    objectives: tuple[Any, ...]
+    objectives: tuple[Objective, ...]
     lead: int
-    reference: str | None
+    reference: str
     apart: bool = False
     at_once: int = 1
 
     @property
     def coupled(self) -> bool:
         """Whether one of the losses couples rows: then microbatches are judged together."""
-        return any(getattr(o, "coupled", False) for o in self.objectives)
+        return any(o.facts.coupled for o in self.objectives)
 
     @property
     def once(self) -> bool:
@@ -51,34 +51,18 @@ class Together:
         return self.reference == "start" and not self.apart
 
 
-def together(objectives: Sequence[Any], trainable: Any, apart: bool = False, at_once: int = 1) -> Together:
-    """Put objectives together. trainable: the first adapter's, as shapes. Raises ValueError where they don't go together."""
-    for o in objectives:
-        if not (hasattr(o, "see") and hasattr(o, "judge")):
-            name = getattr(o, "__name__", type(o).__name__)
-            raise ValueError(
-                f"the objective {name} has no halves `see` and `judge`, which adapters together need; run it alone"
-            )
+def together(objectives: Sequence[Objective], apart: bool = False, at_once: int = 1) -> Together:
+    """Put objectives together. Raises ValueError where they don't go together."""
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
-    kinds = [reference_kind(o, trainable) for o in objectives]
-    known = {kind for kind in kinds if kind}
+    kinds = [o.facts.reference for o in objectives]
+    known = {kind for kind in kinds if kind != "none"}
     if len(known) > 1:
         raise ValueError(
             f"the runs know their reference in different ways ({', '.join(sorted(known))}); choose one for all"
         )
-    lead = next((i for i, kind in enumerate(kinds) if kind), 0)
+    lead = next((i for i, kind in enumerate(kinds) if kind != "none"), 0)
     return Together(tuple(objectives), lead, kinds[lead], apart, at_once)
-
-
-def reference_kind(objective: Any, trainable: Any) -> str | None:
-    """How an objective knows its reference: see Together."""
-    if getattr(objective, "precomputed", False):
-        return "precomputed"
-    if not hasattr(objective, "start"):
-        return None
-    kept = jax.eval_shape(lambda t: objective.start(t, False), trainable)
-    return "moving" if "steps" in kept else "start" if "reference" in kept else None
 
 
 def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, aux: Sequence[Any]) -> Found:
@@ -106,13 +90,13 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
                 mine,
             )
         params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
-        grads, found = accumulate_gradients(_Block(t, (number, size), kept), params, rows, key, aux)
+        grads, found = accumulate_gradients(_block(t, (number, size), kept), params, rows, key, aux)
         return own(grads), found
 
     return _by_block(t, block, _stack(trainable, frozen), _own_references(t, aux))
 
 
-def make_update(objective: Any, tx: optax.GradientTransformation) -> Callable:
+def make_update(objective: Objective, tx: optax.GradientTransformation) -> Callable:
     """`(state, number, gradients [K], metrics [K]) -> (state, metrics)` of one adapter: the second half of a run's train step.
 
     Where its loss or gradient isn't finite the adapter, its optimizer and aux stay as they are, and the others go on.
@@ -124,11 +108,7 @@ def make_update(objective: Any, tx: optax.GradientTransformation) -> Callable:
         norm = optax.tree.norm(grad)
         ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
         trainable, opt_state = guarded_update(tx, grad, norm, ok, (state.trainable, state.opt_state))
-        aux = (
-            objective.after_step(state.aux, trainable, mine)
-            if hasattr(objective, "after_step")
-            else state.aux
-        )
+        aux = objective.update(state.aux, trainable, mine)
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
         one = jnp.ones((), norm.dtype)
@@ -165,30 +145,20 @@ def make_eval_step(t: Together) -> Callable:
 
 def judge_each(t: Together, seen: Any, aux: Any) -> dict[str, Any]:
     """Metrics [K] of all held-out rows, [K, rows, ...], as make_eval_step gives them of a batch."""
-    found = [o.judge(jax.tree.map(lambda x, k=k: x[k], seen), aux[k])[1] for k, o in enumerate(t.objectives)]
+    found = [o.loss(jax.tree.map(lambda x, k=k: x[k], seen), aux[k])[1] for k, o in enumerate(t.objectives)]
     return _metrics_stacked(found, _names(found))
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The objective of a block of adapters, as step.accumulate_gradients takes it: the sum of their losses."""
+def _block(t: Together, which: tuple[Any, int], kept: Any) -> Objective:
+    """The objective of a block of adapters: the sum of their losses. which: the block's number, an adapter's rows of a microbatch."""
 
-    t: Together
-    which: tuple[Any, int]  # the block's number, an adapter's rows of a microbatch
-    kept: Any
+    def forward(params: Any, batch: Any, key: Any, aux: Any) -> Any:
+        return _see(t, params, batch, kept)
 
-    @property
-    def coupled(self) -> bool:
-        return self.t.coupled
+    def loss(outputs: Any, aux: Any) -> tuple[Array, dict[str, Any]]:
+        return _judge(t, which, outputs, aux)
 
-    def see(self, params: Any, batch: Any, key: Any, aux: Any) -> Any:
-        return _see(self.t, params, batch, self.kept)
-
-    def judge(self, seen: Any, aux: Any) -> tuple[Array, dict[str, Any]]:
-        return _judge(self.t, self.which, seen, aux)
-
-    def __call__(self, params: Any, batch: Any, key: Any, aux: Any) -> tuple[Array, dict[str, Any]]:
-        return self.judge(self.see(params, batch, key, aux), aux)
+    return Objective(forward, loss, facts=Facts(coupled=t.coupled))
 
 
 def own(whole: Any) -> dict[str, Any]:
@@ -240,7 +210,7 @@ def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) 
             aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])}
         )
     count = jax.tree.leaves(batch)[0].shape[0]
-    see = lambda part: t.objectives[t.lead].see(whole, part, None, {}).logp  # noqa: E731
+    see = lambda part: t.objectives[t.lead].forward(whole, part, None, {}).logp  # noqa: E731
     known = see(_part(batch, 0))[None] if count == 1 else jax.lax.map(see, batch)
     return replace(batch, reference=jax.lax.stop_gradient(known))
 
@@ -253,7 +223,7 @@ def _see(t: Together, params: Any, batch: Any, kept: Any) -> Any:
         batch = jax.tree.map(lambda x: jnp.concatenate([x] * t.at_once), batch)
     nothing = jax.tree.map(lambda x: None, params["base"])
     aux = {} if kept is None else {"reference": {"base": nothing, **jax.tree.map(view, kept)}}
-    seen = t.objectives[t.lead].see(whole, batch, None, aux)
+    seen = t.objectives[t.lead].forward(whole, batch, None, aux)
     # the lead's own run of the reference, if it has one, is then dead code and no part of the program
     return replace(seen, reference=batch.reference) if t.once else seen
 
@@ -267,12 +237,12 @@ def _judge(t: Together, which: tuple[Any, int], seen: Any, aux: Any) -> tuple[Ar
         return x.reshape(parts, G, rows, *x.shape[1:])[:, g].reshape(parts * rows, *x.shape[1:])
 
     parts = [jax.tree.map(partial(part, g), seen) for g in range(G)]
-    shapes = [jax.eval_shape(o.judge, parts[0], a)[1] for o, a in zip(t.objectives, aux, strict=True)]
+    shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(t.objectives, aux, strict=True)]
     names = _names(shapes)
 
     def branch(first):
         def judged(parts):
-            found = [t.objectives[first + g].judge(parts[g], aux[first + g]) for g in range(G)]
+            found = [t.objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
             return sum((loss for loss, _ in found[1:]), found[0][0]), _metrics_stacked(
                 [m for _, m in found], names
             )

@@ -15,6 +15,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
 from jaxft.nn import attention, param
 from jaxft.nn.param import Model
+from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import make_optimizer
 from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, partition
@@ -29,7 +30,7 @@ class Programs:
 
     trained: partition.Partition
     mesh: Any
-    objective: Callable
+    objective: Objective
     tx: Any  # an optax.GradientTransformation or an optim.InTurn
     schedule: Callable
     state: TrainState  # shapes and shardings
@@ -58,7 +59,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     dropout = (
         run.adapter.dropout if run.adapter and not run.start else 0
     )  # what SFT trained with dropout goes on without
-    if dropout and not getattr(objective, "dropout", True):
+    if dropout and not objective.facts.dropout:
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
     tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
@@ -80,29 +81,26 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
     )
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
-    text = getattr(objective, "text", objective)
+    text = objective.text or objective
     text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
-    if getattr(tx, "in_backward", False) and not getattr(
-        objective, "precomputed", False
+    if getattr(tx, "in_backward", False) and (
+        objective.facts.reference != "precomputed"
     ):  # refused before anything is loaded
         jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
     return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
 
 
-def start_aux(run: Run, t: partition.Partition, objective: Callable) -> Callable:
+def start_aux(run: Run, t: partition.Partition, objective: Objective) -> Callable:
     """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
-    if not hasattr(objective, "start"):
-        return lambda trainable: {}
     at_base = run.adapter is not None and run.start is None and not partition.trains_base(t)
-    return lambda trainable: objective.start(trainable, at_base)
+    return lambda trainable: objective.init(trainable, at_base)
 
 
 def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any]:
     """A run as shapes: its programs and one batch, the largest that the settings allow."""
     p = build(run, run.loop.steps or 1000, devices_)
     largest = run.data.abstract(sharding.row_shards(p.mesh))
-    complete = getattr(p.objective, "complete", lambda batch: batch)
-    return p, placed(p, complete(largest))
+    return p, placed(p, p.objective.batch_spec(largest))
 
 
 def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) -> tuple[TrainState, Any]:
@@ -129,8 +127,10 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
 
 def reference_step(p: Programs) -> jax.stages.Wrapped:
     """`(parameters, batch [1, rows, ...]) -> log-probs [rows, ...]` of the model at step 0, which pairs then carry with them."""
-    objective: Any = p.objective
-    one = lambda params, batch: objective.logps(params, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
+
+    def one(params: Any, batch: Any) -> Any:
+        return p.objective.score(params, jax.tree.map(lambda x: x[0], batch), {}).logps
+
     return jax.jit(one, out_shardings=sharding.replicated(p.mesh))
 
 
@@ -155,14 +155,13 @@ def compile_eval(p: Programs, step: jax.stages.Wrapped, frozen: Any, batches: tu
     def on(state: TrainState) -> Callable:
         return lambda batch: compiled(state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
 
-    if step is p.text_step or not getattr(p.objective, "coupled", False):
+    if step is p.text_step or not p.objective.facts.coupled:
         return lambda state: evaluate.evaluate(on(state), batches)
     shape = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
     many = lambda x: jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
     aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))
-    objective: Any = p.objective
     judge = (
-        jax.jit(lambda seen, state: objective.judge(seen, {"loss": state})[1])
+        jax.jit(lambda seen, state: p.objective.loss(seen, {"loss": state})[1])
         .lower(jax.tree.map(many, shape), aux)
         .compile()
     )

@@ -13,6 +13,7 @@ from jaxft.models.heads import Scorer
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Model
 from jaxft.nn.quant import Quant
+from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 
 
@@ -60,7 +61,7 @@ class Run:
     name: str
     weights: str
     model: Model
-    objective: Callable[[Model], Callable]
+    objective: Callable[[Model], Objective]
     data: Rows | PairRows | Prompts
     source: Callable[..., Any] = sft_source
     adapter: Adapter | None = field(default_factory=Adapter)

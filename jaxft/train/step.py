@@ -12,18 +12,19 @@ from jaxtyping import Array
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.objectives import metrics
+from jaxft.objectives.objective import Objective
 from jaxft.optim.fused_backward import updated
 from jaxft.optim.optimizer import guarded_update, wide
 
 Found = tuple[Any, dict[str, Any]]  # gradients like the trainable leaves, metrics
 
 
-def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
+def make_train_step(objective: Objective, tx: Any, seed: int) -> Callable:
     """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
 
     The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
     not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
-    An objective may say of a batch that the model's own parameters rest, `objective.rests(batch)`: they and the optimizer's state
+    Where `objective.frozen_policy(batch)` the model's own parameters rest: they and the optimizer's state
     of them stay as they were, which a gradient of 0 alone wouldn't do to Adam, while models beside it go on.
     """
 
@@ -39,16 +40,12 @@ def make_train_step(objective: Callable, tx: Any, seed: int) -> Callable:
             norm = optax.tree.norm(wide(grads))
             ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
             trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
-            if hasattr(objective, "rests"):
-                still = objective.rests(batch)
+            if objective.facts.freezes_policy:
+                still = objective.frozen_policy(batch)
                 trainable, opt_state = (
                     stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now)
                 )
-        aux = (
-            objective.after_step(state.aux, trainable, found)
-            if hasattr(objective, "after_step")
-            else state.aux
-        )
+        aux = objective.update(state.aux, trainable, found)
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
         one = jnp.ones((), norm.dtype)
@@ -74,14 +71,14 @@ def stayed(still: Any, new: Any, old: Any, trainable: Any) -> Any:
 
 
 def accumulate_gradients(
-    objective: Callable, params: tuple[Any, Any], batch: Any, key: Array, aux: Any
+    objective: Objective, params: tuple[Any, Any], batch: Any, key: Array, aux: Any
 ) -> Found:
     """(gradients, metrics) of `objective` over a batch [micro, rows, ...]; params: (trainable, frozen).
 
     The batch's weights sum to 1 over all microbatches, so parts are added and nothing is averaged.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
-    if getattr(objective, "coupled", False) and count > 1:
+    if objective.facts.coupled and count > 1:
         return _coupled(objective, params, batch, key, aux)
     trainable, frozen = params
 
@@ -118,19 +115,19 @@ def _added(one: Callable, count: int) -> Found:
     return jax.lax.scan(body, (zeros, metrics.neutral(found)), jnp.arange(count))[0]
 
 
-def _coupled(objective: Any, params: tuple[Any, Any], batch: Any, key: Array, aux: Any) -> Found:
+def _coupled(objective: Objective, params: tuple[Any, Any], batch: Any, key: Array, aux: Any) -> Found:
     """All microbatches' log-probs first; loss and cotangents from the whole; then each pulls its cotangents back."""
     trainable, frozen = params
     count = jax.tree.leaves(batch)[0].shape[0]
 
     def see(trainable, i):
-        return objective.see(
+        return objective.forward(
             tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux
         )
 
     seen = jax.lax.map(lambda i: see(trainable, i), jnp.arange(count))
     rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), seen)
-    slope, found = jax.grad(lambda logp: objective.judge(replace(rows, logp=logp), aux), has_aux=True)(
+    slope, found = jax.grad(lambda logp: objective.loss(replace(rows, logp=logp), aux), has_aux=True)(
         rows.logp
     )
     slope = slope.reshape(seen.logp.shape)

@@ -130,7 +130,7 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
             own.mkdir(exist_ok=True)
             runfolder.write_record(own, records[label])
             each = stack.enter_context(contextlib.closing(Log(own, steps, first, quiet=True)))
-            each.listen(getattr(built[number].objective, "watch", None))
+            each.listen(built[number].objective.report.alarms)
             source, held = sources[number if apart else 0], () if general is None else general.held_out
             jobs.append(
                 Job(r, steps, built[number], tokenizer, source, held, saved, each, own, records[label])
@@ -176,7 +176,7 @@ def _start(s: Shared, restored: Any) -> tuple[tuple[TrainState, ...], Any]:
 def _go(s: Shared, restored: Any) -> int:
     """Load and compile, measure, train, measure again, write the results."""
     sources = [job.source for job in (s.jobs if s.apart else s.jobs[:1])]
-    if getattr(s.lead.programs.objective, "precomputed", False):
+    if s.lead.programs.objective.facts.reference == "precomputed":
         sources = [
             train.with_reference(job.run, job.programs, source, job.record, s.log.message)
             for job, source in zip(s.jobs, sources, strict=False)
@@ -271,9 +271,7 @@ def _write(
         whole = tree.combine(state.trainable, {"base": frozen[0], **own})
         out = export.export_run(job.programs.trained, whole, job.run, job.tokenizer, job.folder)
         start, end = (Evaluation(metrics=found, samples=[]) for found in (before, after))
-        words: list[str] = getattr(job.programs.objective, "words", lambda first, last: [])(
-            job.log.first, job.log.last
-        )
+        words = job.programs.objective.report.summary(job.log.first, job.log.last)
         train.write_card(job, out, start, end, words)
         summary = {"steps": job.steps, "before": start, "after": end, "alarms": job.log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)

@@ -68,12 +68,12 @@ def make_step(t: Together, jobs: Sequence[Job]) -> Callable:
 def compile_all(s: Shared, states: Any, frozen: Any, batch: Any) -> Programs:
     p, everywhere = s.lead.programs, sharding.replicated(s.lead.programs.mesh)
     objectives = [job.programs.objective for job in s.jobs]
-    t = together(objectives, states[0].trainable, s.apart, s.at_once)
+    t = together(objectives, s.apart, s.at_once)
     places = jax.tree.map(lambda x: x.sharding, states)
     step = jax.jit(make_step(t, s.jobs), donate_argnums=0, out_shardings=(places, everywhere))
     compiled = step.lower(states, frozen, sharding.place_batch(p.mesh, batch)).compile()
     measure = compile_eval(t, s, frozen, s.lead.source.held_out)
-    text = together([getattr(o, "text", o) for o in objectives], states[0].trainable, at_once=s.at_once)
+    text = together([o.text or o for o in objectives], at_once=s.at_once)
     general = compile_eval(text, s, frozen, s.lead.general)
     devices.trim_heap()
     return Programs(compiled, measure, general)

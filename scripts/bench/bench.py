@@ -189,7 +189,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         state, frozen = programs.start(run, p, None)
         jax.block_until_ready((state, frozen))
         say(f"loaded, peak {peak_gib():.2f} GiB")
-        if getattr(p.objective, "precomputed", False):
+        if p.objective.facts.reference == "precomputed":
             since = time.perf_counter()
             source = loop.with_reference(run, p, source, {"weights_fingerprint": str(time.time())}, say)
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")

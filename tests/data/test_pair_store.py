@@ -20,7 +20,8 @@ from jaxft.data.pairs import tokens as pair_store
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.models.llama import llama
 from jaxft.nn import param
-from jaxft.objectives.preference import answer_logps
+from jaxft.objectives.preference import preference
+from jaxft.objectives.preference_losses import dpo
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
 
@@ -131,7 +132,7 @@ def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, floa
     config = dataclasses.replace(CONFIG, vocab=400, max_positions=512)
     model = llama(config, jnp.float64)
     weights = jax.jit(lambda key: param.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
-    logps = jax.jit(lambda batch: answer_logps(model, weights, flat(batch), None).logp)
+    logps = jax.jit(lambda batch: preference(model, dpo).score(weights, flat(batch), {}).logps)
     whole = jax.jit(
         lambda tokens: jax.nn.log_softmax(
             model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1

@@ -171,7 +171,7 @@ def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_th
         jnp.arange(float(length))[None, :, None],
     )
     model, whole, _ = kind_of("full")
-    seen = lambda: jax.jit(lambda: policy(model, clipped).see(whole, rows, None, {}).logp)()  # noqa: E731
+    seen = lambda: jax.jit(lambda: policy(model, clipped).forward(whole, rows, None, {}).logp)()  # noqa: E731
     plain = values(None, rows, h), seen()
     with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
         cut = values(None, rows, h), seen()

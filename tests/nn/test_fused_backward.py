@@ -15,6 +15,7 @@ from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.fused_update import disguised, undisguised
 from jaxft.objectives import metrics
+from jaxft.objectives.objective import Objective
 from jaxft.objectives.sft import sft
 from jaxft.optim import optimizer as optim
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
@@ -162,9 +163,11 @@ def test_what_does_not_go_together_is_refused():
 
     def twice(model):
         one = sft(model)
-        return lambda params, batch, key, aux: jax.tree.map(
-            jnp.add, one(params, batch, key, aux), one(params, batch, key, aux)
-        )
+
+        def forward(params, batch, key, aux):
+            return jax.tree.map(jnp.add, one(params, batch, key, aux), one(params, batch, key, aux))
+
+        return Objective(forward, lambda outputs, aux: outputs)
 
     step, state, frozen = case(objective=twice)(True)
     with pytest.raises(ValueError, match="runs the model once a step, found 2;"):

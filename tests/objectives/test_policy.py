@@ -23,7 +23,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives import policy_losses as P
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
 from jaxft.objectives.logprobs import token_logps
-from jaxft.objectives.policy import Critic, Played, critic, policy, value_loss
+from jaxft.objectives.policy import Critic, Outputs, critic, policy, value_loss
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
 
@@ -64,7 +64,7 @@ def table_see(table, batch, key, aux):
     table = jax.tree.map(jnp.asarray, table)
     x = table["w"][batch.targets] + 0.3 * table["w"][batch.answers]
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
-    return Played(
+    return Outputs(
         -2.5 - jax.nn.softplus(x), jax.nn.softplus(-x), table["v"][batch.targets], replace(batch, **none)
     )
 
@@ -72,7 +72,7 @@ def table_see(table, batch, key, aux):
 def by_table(loss=LOSS, **options):
     """An objective of the table's numbers, with all of its terms unless options say otherwise."""
     terms = {"beta": 0.2, "entropy": 0.1, "value": Critic(lambda *x: x, coef=0.5)} | options
-    return replace(policy(None, loss, **terms), see=table_see)
+    return policy(None, loss, **terms)._replace(forward=table_see)
 
 
 def own_critic(model, **knobs):
@@ -195,7 +195,7 @@ def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_a
     objective = policy(model, P.clipped, temperature=0.9)
     given = laid(rows_of(random_groups(count=6)))
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), given)
-    old = jax.jit(lambda whole: objective.logps(whole, batch).logp)(whole)
+    old = jax.jit(lambda whole: objective.score(whole, batch, {}).logps)(whole)
     _, slope, found = judged(objective, whole, mask, micro(batch.replace(logps=old), 1), {})
     assert (
         found["val/ratio_var"] ** 0.5 < 8 * np.finfo(old.dtype).eps and found["clip_ratio/region_mean"] == 0
@@ -318,7 +318,7 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
 
 def test_the_copy_of_step_0_is_without_models_beside_the_policy():
     model, whole, mask = setting()
-    kept = policy(model, LOSS, beta=0.1).start(tree.partition(whole, mask)[0], False)["reference"]
+    kept = policy(model, LOSS, beta=0.1).init(tree.partition(whole, mask)[0], False)["reference"]
     assert jax.tree.leaves(kept["adapter"]) and not jax.tree.leaves(kept["critic"])
 
 
@@ -326,22 +326,22 @@ def test_the_reference_is_the_base_or_the_copy_of_step_0():
     model, whole, mask = setting()
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     objective = policy(model, LOSS, beta=0.1, temperature=0.6)
-    base = objective.reference_logps(whole, batch, objective.start(None, True))
-    np.testing.assert_allclose(base, objective.logps({"base": whole["base"]}, batch).logp, rtol=1e-12)
-    at_0 = objective.start(tree.partition(whole, mask)[0], False)
+    base = objective.score(whole, batch, objective.init(None, True)).reference
+    np.testing.assert_allclose(base, objective.score({"base": whole["base"]}, batch, {}).logps, rtol=1e-12)
+    at_0 = objective.init(tree.partition(whole, mask)[0], False)
     moved = jax.tree.map(lambda m, x: x + 0.1 if m else x, mask, whole)
-    kept = objective.reference_logps(moved, batch, at_0)
-    np.testing.assert_array_equal(kept, objective.reference_logps(whole, batch, at_0))
+    kept = objective.score(moved, batch, at_0).reference
+    np.testing.assert_array_equal(kept, objective.score(whole, batch, at_0).reference)
     found = judged(objective, whole, mask, micro(batch.replace(reference=kept), 1), at_0)[2]
     assert abs(found["kl"]) < 1e-14
-    assert policy(model, LOSS).start(whole, False) == {}  # nothing asks for a reference
+    assert policy(model, LOSS).init(whole, False) == {}  # nothing asks for a reference
 
 
 def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     penalty = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
     objective, fixed = (by_table(beta=beta) for beta in (penalty, FixedKL(0.3, k2)))
     batch = micro(laid(rows_of(random_groups())), 2)
-    aux = objective.start(None, True)
+    aux = objective.init(None, True)
     value, slope, found = judged(objective, TABLE, ALL, batch, aux)
     value_too, slope_too, _ = judged(fixed, TABLE, ALL, batch, {})
     np.testing.assert_allclose(value, value_too, rtol=1e-6)  # the coefficient is float32 in aux
@@ -349,14 +349,14 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     assert found["kl_coef"] == np.float32(0.3)
     moved = metrics.Sum(jnp.asarray(0.1), jnp.asarray(1.0))
     sums = {"kl_per_completion": metrics.Sum(jnp.asarray(14.0), jnp.asarray(20.0)), "loss/policy_avg": moved}
-    after = objective.after_step(aux, None, sums)
+    after = objective.update(aux, None, sums)
     np.testing.assert_allclose(after["kl_coef"], 0.3 * (1 + 0.2 * 20 / 10), rtol=1e-6)
     nothing = {**sums, "kl_per_completion": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
     resting = {**sums, "loss/policy_avg": metrics.Sum(jnp.asarray(0.0), jnp.asarray(0.0))}
     assert all(
-        objective.after_step(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting)
+        objective.update(aux, None, found)["kl_coef"] == aux["kl_coef"] for found in (nothing, resting)
     )
-    assert fixed.after_step({"a": 1}, None, sums) == {"a": 1}
+    assert fixed.update({"a": 1}, None, sums) == {"a": 1}
 
 
 def test_a_penalty_of_zero_measures_the_kl_and_changes_nothing(one_by_one):
@@ -372,14 +372,14 @@ def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_b
     batch = micro(laid(rows_of(random_groups())), 1)
     inner = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
     objective, plain = by_table(beta=InRewards(inner)), by_table(beta=0.0)
-    aux = objective.start({}, True)
+    aux = objective.init({}, True)
     assert float(aux["kl_coef"]) == pytest.approx(0.3)
     value, slope, found = judged(objective, TABLE, ALL, batch, aux)
     wanted, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
     assert value == wanted
     assert_close(slope, slope_too, 1e-15)
     assert (
-        0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).start({}, True)["kl_coef"]) == pytest.approx(0.1)
+        0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).init({}, True)["kl_coef"]) == pytest.approx(0.1)
     )
 
 

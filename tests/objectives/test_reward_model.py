@@ -21,7 +21,7 @@ from jaxft.nn import lora, param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
-from jaxft.objectives.reward_model import Rewards, bradley_terry, reward
+from jaxft.objectives.reward_model import Outputs, bradley_terry, reward
 from jaxft.rl import reward_models
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
@@ -95,7 +95,7 @@ def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier,
     pool = random_pairs(9, longest=4)  # answers of one token too
     batch = laid(pool, branches=branches)
     assert 1 in batch.lengths and (batch.branches is not None) == branches
-    seen = reward(loaded.model).see(loaded.params, jax.tree.map(jnp.asarray, batch), None, {})
+    seen = reward(loaded.model).forward(loaded.params, jax.tree.map(jnp.asarray, batch), None, {})
     for (row, slot), pair in np.ndenumerate(batch.index):
         for kind, found in ((1, seen.chosen), (2, seen.rejected)) if pair >= 0 else ():
             wanted = in_torch(torch_model, np.concatenate([pool.piece(pair, 0), pool.piece(pair, kind)]))
@@ -146,7 +146,7 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(st
         batch = pool.replace(
             pair_weights=weight, columns={"margin": margin}, lengths=np.ones((3, 4, 2), np.int32)
         )
-        return reward(None, "margin", 0.05).judge(Rewards(chosen, rejected, batch), {})
+        return reward(None, "margin", 0.05).loss(Outputs(chosen, rejected, batch), {})
 
     (value, found), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(
         jnp.asarray(chosen), jnp.asarray(rejected)
@@ -176,7 +176,7 @@ def test_far_margins_stay_finite():
 def test_a_tie_is_log_2_and_no_win():
     batch = laid(random_pairs(4))
     same = jnp.ones(batch.pair_weights.shape)
-    value, found = reward(None).judge(Rewards(same, same, batch), {})
+    value, found = reward(None).loss(Outputs(same, same, batch), {})
     assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.read(found)["accuracy"] == 0
 
 
@@ -219,7 +219,7 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(strict):
     padded = jax.tree.map(lambda *x: np.concatenate(x)[None], some, nothing)
     assert_same(judged(objective, whole, mask, padded, {}), wanted)
     ones = jnp.ones(nothing.pair_weights.shape)
-    value, found = objective.judge(Rewards(ones, 2 * ones, nothing), {})
+    value, found = objective.loss(Outputs(ones, 2 * ones, nothing), {})
     assert value == 0 and "accuracy" not in metrics.read(found)
 
 
@@ -246,12 +246,12 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
     with pytest.raises(
         ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"
     ):
-        reward(None, "ahead").judge(Rewards(zero, zero, batch), {})
+        reward(None, "ahead").loss(Outputs(zero, zero, batch), {})
     with pytest.raises(ValueError, match="center=-1; wanted a number from 0 up"):
         reward(None, center=-1)
     with pytest.raises(ValueError, match="no scalar head"):
         model, whole = tiny(jnp.float32)
-        reward(model).see(whole, jax.tree.map(jnp.asarray, batch), None, {})
+        reward(model).forward(whole, jax.tree.map(jnp.asarray, batch), None, {})
 
 
 # ---- one base, many models

@@ -15,7 +15,7 @@ from jaxft.batch import TrainState
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.preference import Moving, preference, reference_params
+from jaxft.objectives.preference import EMAReference, preference, reference_params
 from jaxft.train import evaluate
 from jaxft.train.step import make_train_step
 
@@ -40,11 +40,11 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
             for i in range(0, 8, size)
         ]
         see = lambda batch: step(trainable, frozen, batch, aux)  # noqa: E731
-        together = lambda seen: objective.judge(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
+        together = lambda seen: objective.loss(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
         with jax.disable_jit():
             found.append(
                 evaluate.evaluate_together(see, together, batches)
-                if objective.coupled
+                if objective.facts.coupled
                 else evaluate.evaluate(see, batches)
             )
     for other in found[1:]:
@@ -65,8 +65,8 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_
     table = {
         name: x.at[39].set(jnp.inf) if name == "w" else x for name, x in table.items()
     }  # a token only bad rows have
-    moving = Moving(alpha=0.25, every=2)
-    objective = replace(preference(None, F.bco, reference=moving, beta=0.1), see=moving_see)
+    moving = EMAReference(alpha=0.25, every=2)
+    objective = preference(None, F.bco, reference=moving, beta=0.1)._replace(forward=moving_see)
     trainable, frozen = tree.partition(table, ONLY_W)
     tx = optax.sgd(5.0)
     aux = start_aux(objective, trainable, False)
@@ -117,17 +117,17 @@ def ratios(policy, reference, pool):
 
 
 def test_a_moving_reference_starts_as_the_model_and_may_follow_at_once():
-    objective = preference(None, P.dpo, reference=Moving(alpha=1.0, every=1))
+    objective = preference(None, P.dpo, reference=EMAReference(alpha=1.0, every=1))
     start = {"w": jnp.arange(3.0)}
-    aux = objective.start(start, True)
+    aux = objective.init(start, True)
     np.testing.assert_array_equal(aux["reference"]["w"], start["w"])
-    moved = objective.after_step(aux, {"w": jnp.ones(3)}, {})
+    moved = objective.update(aux, {"w": jnp.ones(3)}, {})
     np.testing.assert_array_equal(moved["reference"]["w"], np.ones(3))
     for wrong in ({"alpha": 0.0}, {"alpha": 1.5}, {"every": 0}):
-        with pytest.raises(ValueError, match="alpha in .0, 1. and every from 1 up"):
-            Moving(**wrong)
+        with pytest.raises(ValueError, match="alpha is in .0, 1. and every at least 1"):
+            EMAReference(**wrong)
 
 
 def test_every_coupled_loss_is_known_as_one():
     assert {"aot", "aot_unpaired", "ld aot", "mix of coupled", "kto", "bco"} == set(COUPLED)
-    assert all(by_table(name)[0].coupled == (name in COUPLED) for name in EVERY)
+    assert all(by_table(name)[0].facts.coupled == (name in COUPLED) for name in EVERY)

@@ -76,7 +76,7 @@ def test_a_row_of_many_completions_has_the_log_probs_of_each_alone(wide):
     asked, tokens = some(LENGTHS)
     objective = policy(model, clipped, temperature=0.7)
     rows = laid(asked, tokens, LENGTHS, Room(32, 16))
-    found = by_token(np.asarray(objective.logps(whole, rows).logp), LENGTHS, 7)
+    found = by_token(np.asarray(objective.score(whole, rows, {}).logps), LENGTHS, 7)
     for g, prompt in enumerate(asked.ids):
         for n, count in enumerate(LENGTHS[g]):
             if not count:

@@ -10,7 +10,7 @@ import pytest
 from jaxft import tree
 from jaxft.models.heads import Scorer
 from jaxft.nn import param
-from jaxft.objectives.preference import Moving
+from jaxft.objectives.preference import EMAReference
 from jaxft.runs import config, record
 from jaxft.train.programs import abstract
 
@@ -100,7 +100,7 @@ def test_the_reference_of_dpo_is_as_asked_for():
         and known("full=true") == "precomputed"
         and known("full=true", "reference=start") == "start"
     )
-    assert known("moving=0.5,20") == Moving(0.5, 20)
+    assert known("moving=0.5,20") == EMAReference(0.5, 20)
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])

@@ -14,14 +14,14 @@ from jaxft.optim import optimizer
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
-from jaxft.objectives.preference import Moving, implicit, preference
+from jaxft.objectives.preference import EMAReference, implicit, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.weights.adapters import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
-REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": Moving(0.5, 2), "none": None}
+REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": EMAReference(0.5, 2), "none": None}
 
 
 def config(

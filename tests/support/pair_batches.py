@@ -15,7 +15,7 @@ from jaxft.data.pairs.batches import Room
 from jaxft.data.pairs.tokens import TokenisedPairs
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import Coupled, unwrap
-from jaxft.objectives.preference import Seen, preference
+from jaxft.objectives.preference import Outputs, preference
 from jaxft.train.step import accumulate_gradients
 from jaxft.tree import partition
 
@@ -109,7 +109,7 @@ def assert_same(found, wanted, rtol=1e-10):
 def start_aux(objective, trainable=None, at_base=True):
     """aux at step 0 as numbers in float64."""
     wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-    return jax.tree.map(wide, objective.start(trainable, at_base))
+    return jax.tree.map(wide, objective.init(trainable, at_base))
 
 
 def table_see(params, batch, key, aux):
@@ -121,7 +121,7 @@ def table_see(params, batch, key, aux):
         jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other")
     )
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "reference", "branches"))
-    return Seen(
+    return Outputs(
         logp, known, other, -other, (other > -1).astype(other.dtype), 2 * other, replace(batch, **none)
     )
 
@@ -131,9 +131,8 @@ def by_table(name):
     loss, _, knobs = EVERY[name]
     rng = np.random.default_rng(1)
     table = {key: jnp.asarray(rng.normal(0, 1, CONFIG.vocab)) for key in ("w", "known", "other")}
-    return replace(
-        preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1)), see=table_see
-    ), table
+    objective = preference(None, with_knobs(loss, knobs), beta=knobs.get("beta", 0.1))
+    return objective._replace(forward=table_see), table
 
 
 def pairs_for(name, **options):

@@ -106,7 +106,7 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
 
     @jax.jit
     def look(trainable, frozen, aux):
-        seen = p.objective.see(tree.combine(trainable, frozen), rows, None, aux)
+        seen = p.objective.forward(tree.combine(trainable, frozen), rows, None, aux)
         return seen.reference, seen.logp
 
     with jax.set_mesh(p.mesh):
@@ -128,7 +128,9 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
     )
     p, state, frozen, source = started(live, folder)
     other = build(known, 10, jax.devices()[:1])
-    logps = jax.jit(lambda whole, batch: p.objective.logps(whole, jax.tree.map(lambda x: x[0], batch)))
+    logps = jax.jit(
+        lambda whole, batch: p.objective.score(whole, jax.tree.map(lambda x: x[0], batch), {}).logps
+    )
 
     def compute(batches):
         return [np.asarray(logps(tree.combine(state.trainable, frozen), batch))[None] for batch in batches]

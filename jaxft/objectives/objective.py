@@ -1,0 +1,131 @@
+"""The Objective type: what a run optimises, as one immutable value of pure functions.
+
+An objective is a function `(model, ...) -> Objective` in a file of this folder. The train step, evaluation, rollouts and sweeps
+know nothing else of it. Every member has a neutral default but the two halves: `forward` runs the model over a batch, `loss` turns
+its outputs into a loss and metrics. An objective is linear in the batch's weights and takes no mean over the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxft.objectives.alarms import Alarms
+from jaxft.tree import Aux, Batch, Metrics, Params
+
+Outputs = Any  # of one objective's forward pass: a struct of arrays with leading rows
+
+
+class Scores(NamedTuple):
+    """Values per read position [B, M] that a rollout records before its batches are trained on; None where there is none."""
+
+    logps: Float[Array, "B M"] | None = None  # of the policy
+    reference: Float[Array, "B M"] | None = None  # log-probs of the reference policy
+    values: Float[Array, "B M"] | None = None  # of the critic
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Static properties of an objective, read when a run's programs are built.
+
+    coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes first, and the
+        outputs must have a field `logp`, the only one with a gradient.
+    reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the policy,
+        "precomputed" the policy at step 0 with its log-probs in the batch.
+    dropout: whether the policy may be trained with dropout.
+    temperature: the sampling temperature that its log-probs assume, None for any.
+    kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
+    critic: `score` returns values, and a batch carries returns and value weights.
+    freezes_policy: some batches leave the policy unchanged; `frozen_policy` says which.
+    """
+
+    coupled: bool = False
+    reference: Literal["none", "start", "moving", "precomputed"] = "none"
+    dropout: bool = True
+    temperature: float | None = None
+    kl_in_rewards: bool = False
+    critic: bool = False
+    freezes_policy: bool = False
+
+
+def no_alarms(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
+    """Raise no alarm."""
+    return Alarms(memory, [], [])
+
+
+def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+    """Return no lines."""
+    return []
+
+
+class Report(NamedTuple):
+    """What the log and the model card print about a run, computed on the host from logged metrics alone.
+
+    alarms(memory, entry, last) -> Alarms folds over the entries of metrics.jsonl; last: whether the entry is the finished run's.
+    summary(first, last) -> lines about the whole run, from each metric's first and newest value.
+    """
+
+    alarms: Callable[[dict[str, Any], dict[str, Any], bool], Alarms] = no_alarms
+    summary: Callable[[dict[str, Any], dict[str, Any]], list[str]] = no_summary
+
+
+def no_aux(trainable: Params, at_base: bool) -> Aux:
+    """Return an empty aux."""
+    return {}
+
+
+def same_aux(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
+    """Return aux unchanged."""
+    return aux
+
+
+def no_scores(params: Params, batch: Batch, aux: Aux) -> Scores:
+    """Return no scores."""
+    return Scores()
+
+
+def never_frozen(batch: Batch) -> Bool[Array, ""]:
+    """Return False."""
+    return jnp.zeros((), bool)
+
+
+def same_batch(batch: Batch) -> Batch:
+    """Return the batch unchanged."""
+    return batch
+
+
+class Objective(NamedTuple):
+    """A training objective; calling it returns (loss, metrics) of a batch.
+
+    forward(params, batch, key, aux) -> outputs, everything that loss and metrics need of the forward passes; key: of dropout, or
+        None. loss(outputs, aux) -> (loss, metrics).
+    init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the base without its
+        adapter, so that a reference needs no copy. update(aux, trainable, metrics) -> aux after an optimizer step.
+    score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own parameters and their
+        optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the batch, of arrays or shapes, with every field
+        that a training batch has.
+    text: the objective that evaluates general text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics), a
+        cheaper way to the same as loss(forward(...)), None for none.
+    """
+
+    forward: Callable[[Params, Batch, Array | None, Aux], Outputs]
+    loss: Callable[[Outputs, Aux], tuple[Array, Metrics]]
+    init: Callable[[Params, bool], Aux] = no_aux
+    update: Callable[[Aux, Params, Metrics], Aux] = same_aux
+    score: Callable[[Params, Batch, Aux], Scores] = no_scores
+    frozen_policy: Callable[[Batch], Bool[Array, ""]] = never_frozen
+    batch_spec: Callable[[Batch], Batch] = same_batch
+    text: "Objective | None" = None
+    one_pass: Callable[[Params, Batch, Array | None, Aux], tuple[Array, Metrics]] | None = None
+    facts: Facts = Facts()
+    report: Report = Report()
+
+    def __call__(
+        self, params: Params, batch: Batch, key: Array | None, aux: Aux
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return (loss, metrics) of a batch."""
+        if self.one_pass is not None:
+            return self.one_pass(params, batch, key, aux)
+        return self.loss(self.forward(params, batch, key, aux), aux)
