@@ -5,13 +5,15 @@ G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.tree import Aux, OptState, Params, static, struct
+
+T = TypeVar("T", "Pairs", "Rollout")
 
 
 @struct
@@ -108,6 +110,12 @@ class TrainState:
     opt_state: OptState
     aux: Aux
     bad: Int[Any, "2"]
+
+
+def without_fields(batch: T, names: tuple[str, ...]) -> T:
+    """The batch with None in place of some of its fields."""
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    return replace(batch, **nothing)
 
 
 def widened(batch: Any, like: Any) -> Any:

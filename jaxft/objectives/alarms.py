@@ -206,7 +206,7 @@ def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, be
     ]  # fmt: skip
 
 
-def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Alarms:
+def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
     """Rollouts, one after the other, of which no completion ends."""
     row = memory.get("row", 0) + 1 if n.get("completions/clipped_ratio") == 1 else 0
     if "completions/clipped_ratio" not in n:

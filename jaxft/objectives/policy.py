@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.batch import Rollout
+from jaxft.batch import Rollout, without_fields
 from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch_rollouts
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, Penalty, k3
@@ -102,7 +102,7 @@ def policy(
         h = model.hidden(params, batch, None)
         lp = read_logps(tempered, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
         values = None if critic_ is None else critic_.values(params, batch, h).astype(lp.logp.dtype)
-        return Outputs(lp.logp, lp.entropy, values, replace(batch, **dict.fromkeys(UNUSED)))
+        return Outputs(lp.logp, lp.entropy, values, without_fields(batch, UNUSED))
 
     def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value, metrics = _policy_part(loss, penalty, entropy, outputs, aux)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.batch import Pairs
+from jaxft.batch import Pairs, without_fields
 from jaxft.nn import fused_update
 from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch, words
@@ -120,7 +120,7 @@ def preference(
         elif reference is not None:
             known = _without_padding(batch, reference_logps(params, batch, aux))
         constants = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
-        return Outputs(lp.logp, *constants, replace(batch, **dict.fromkeys(UNUSED)))
+        return Outputs(lp.logp, *constants, without_fields(batch, UNUSED))
 
     def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         pair = scored(outputs.batch, outputs.logp, outputs.square, outputs.reference)

@@ -1,14 +1,13 @@
 """Reward models: a scalar head is taught to score the better of two answers higher (Bradley & Terry 1952)."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.batch import Pairs
+from jaxft.batch import Pairs, without_fields
 from jaxft.nn.param import Model
 from jaxft.objectives.alarms import Alarms, by_length, change, skipped
 from jaxft.objectives.metrics import Correlation, Max, Min, Sum
@@ -68,7 +67,7 @@ def reward(
         h = model.hidden(params, batch, key)
         r_BPA = read_scores(model, params, h, batch.last.reshape(B, P * A)).reshape(B, P, A)
         chosen, rejected = (r_BPA[..., batch.kinds.index(kind)] for kind in ("chosen", "rejected"))
-        return Outputs(chosen, rejected, replace(batch, **dict.fromkeys(UNUSED)))
+        return Outputs(chosen, rejected, without_fields(batch, UNUSED))
 
     def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         chosen, rejected, dtype = outputs.chosen, outputs.rejected, outputs.chosen.dtype
