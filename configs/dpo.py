@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.quant import Quant
-from jaxft.objectives.check.traits import reads_reference
+from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import EMAReference, implicit, per_token, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
@@ -65,7 +65,7 @@ def config(
         raise ValueError(f"rank={rank} is an adapter's, and full=true has none; leave one of them out")
     known: Any = EMAReference(*moving) if moving else reference
     if known == "auto":
-        known = None if not reads_reference(loss) else "precomputed" if full else "start"
+        known = None if not declaration(loss).reads_reference else "precomputed" if full else "start"
     reward = per_token if known is None else implicit
     return Run(
         name=name,

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxft.data.prompts import Prompts
 from jaxft.models.heads import Scorer
 from jaxft.nn.quant import Quant
-from jaxft.objectives.kl import FixedKL, InRewards, k1
+from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, plain
 from jaxft.optim.optimizer import Optim
@@ -111,7 +111,7 @@ def config(
     shape = partial(
         bounded, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong)
     )
-    penalty = InRewards(FixedKL(beta, k1)) if kl_in == "rewards" else beta
+    penalty = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     return Run(
         name=name,
         weights=model,

@@ -29,7 +29,7 @@ from jaxft.models.heads import Scorer, scores, view
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives import policy as objectives
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
 from jaxft.objectives.policy import Critic, policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim.optimizer import Optim
@@ -46,7 +46,7 @@ SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.js
 
 
 def objective(
-    model: Any, loss: Callable, penalty: InRewards, temperature: float, critic: tuple[float, float | None], entropy: float,
+    model: Any, loss: Callable, penalty: KLInReward, temperature: float, critic: tuple[float, float | None], entropy: float,
     shared: bool,
 ) -> Any:  # fmt: skip
     """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head that reads
@@ -138,7 +138,7 @@ def config(
         weights=model,
         model=llm,
         objective=partial(
-            objective, loss=loss if eps is None else partial(loss, eps_low=eps, eps_high=eps), penalty=InRewards(penalty),
+            objective, loss=loss if eps is None else partial(loss, eps_low=eps, eps_high=eps), penalty=KLInReward(penalty),
             temperature=temperature, critic=(value_coef, value_clip), entropy=entropy, shared=critic == "shared",
         ),
         data=asked,

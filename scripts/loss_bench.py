@@ -33,7 +33,7 @@ from rich.text import Text  # noqa: E402
 from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E402
 from jaxft.objectives.check.laws import CLAIMS, check  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
-from jaxft.objectives.pair import Coupled, unwrap  # noqa: E402
+from jaxft.objectives.pair import declaration, loss_signature  # noqa: E402
 from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
 from jaxft.runs.record import describe, differences  # noqa: E402
@@ -107,7 +107,7 @@ def function(name: str) -> tuple[Callable, Path]:
 
 def takes_pairs(fn: Any, module: str) -> bool:
     """Whether it is a loss of that module."""
-    fn = fn.fn if isinstance(fn, Coupled) else fn
+    fn = declaration(fn).fn if callable(fn) else fn
     if not inspect.isfunction(fn) or fn.__module__ != module or fn.__name__.startswith("_"):
         return False
     return next(iter(inspect.signature(fn).parameters), "") == "pair"
@@ -115,13 +115,9 @@ def takes_pairs(fn: Any, module: str) -> bool:
 
 def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
     """Knob -> (annotation, default), without the pair and the state."""
-    inner = unwrap(loss)
-    fn, given = (inner.fn, 2) if isinstance(inner, Coupled) else (inner, 1)
-    named = list(inspect.signature(fn).parameters.values())[given:]
-    while isinstance(fn, partial):
-        fn = fn.func
+    named = list(loss_signature(loss).parameters.values())[1:]
     try:
-        hints = typing.get_type_hints(inspect.unwrap(fn))
+        hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
     except (NameError, TypeError):  # an annotation that can't be read says as much as none
         hints = {}
     return {

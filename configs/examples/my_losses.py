@@ -4,13 +4,13 @@
     python scripts/train.py --config configs/dpo.py loss=configs/examples/my_losses.py:mine beta=0.2
 
 A loss takes the pairs of a batch and gives one value a pair, never a mean: the pairs' weights and the microbatches are added up
-outside. What a pair has is in jaxft/objectives/scored.py.
+outside. What a pair has is in jaxft/objectives/pair.py.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.objectives.pair import Coupled
+from jaxft.objectives.pair import coupled
 
 
 def mine(pair, beta: float = 0.1, length: float = 0.01):
@@ -26,11 +26,11 @@ def clipped_tokens(pair, beta: float = 0.1, most: float = 2.0):
     return -jax.nn.log_sigmoid(beta * (total["chosen"] - total["rejected"]))
 
 
-@Coupled
+@coupled
 def centred(pair, state, beta: float = 0.1):
     """DPO of margins less their mean over the step's pairs, which has no gradient: what counts is to be better than usual.
 
-    A loss that looks at other pairs is Coupled, so that it sees all microbatches at once; a pair without weight counts nowhere.
+    A loss that looks at other pairs is declared with @coupled, so that it sees all microbatches at once; a pair without weight counts nowhere.
     """
     margin = pair.chosen.ratio - pair.rejected.ratio
     used = (pair.weight > 0).astype(margin.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.objectives.preference_losses import capped, require, square
+from jaxft.objectives.numerics import capped, require, square
 
 Estimator = Callable[[Array, Array], Array]
 
@@ -82,7 +82,7 @@ class AdaptiveKL:
 
 
 @dataclass(frozen=True)
-class InRewards:
+class KLInReward:
     """A penalty that the rewards have, as in PPO: the loss has none of it. Its coefficient is aux["kl_coef"].
 
     An adaptive one counts the completions of each optimizer step, so that each pass over a rollout counts.
@@ -105,4 +105,4 @@ class InRewards:
         return self.penalty.update(coef, kl, count)
 
 
-Penalty = FixedKL | AdaptiveKL | InRewards
+Penalty = FixedKL | AdaptiveKL | KLInReward

@@ -23,14 +23,14 @@ class LogProbs:
     """What losses and metrics read of each target, [B, M] in float32 or wider.
 
     logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is the target the
-    most likely token), square (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
+    most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
     """
 
     logp: Array
     lse: Array
     entropy: Array
     top1: Array
-    square: Array
+    log_sum_p2: Array
     mean_logit: Array
 
 

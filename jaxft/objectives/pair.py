@@ -1,8 +1,8 @@
-"""What a preference loss sees: log-probs of answers by policy and reference, summed and per token."""
+"""What a preference loss reads and declares: log-probs of the responses, and whether it couples pairs or reads a reference."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,25 +11,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Pairs
-from jaxft.tree import struct
+from jaxft.tree import Metrics, struct
+
+LossState = Mapping[
+    str, Array
+]  # scalars that a loss carries from step to step, such as BCO's running mean reward
 
 
 @struct
-class Answer:
-    """One kind of answer, an array element a pair. `present` is 0 in empty slots and where a row lacks this answer."""
+class Response:
+    """One kind of response of each pair. `present` is 0 in empty slots and where a row lacks this response."""
 
-    logp: Float[Array, "B P"]  # log pi(answer | prompt), summed over its tokens
-    reference: Float[Array, "B P"] | None  # the same of the reference; None in a run without one
-    length: Float[Array, "B P"]  # tokens; 1 where the answer is not present
-    mean_length: Float[Array, "B P"]  # mean over the optimizer batch's answers of this kind
+    logp: Float[Array, "B P"]  # log pi(response | prompt), summed over its tokens
+    reference: Float[Array, "B P"] | None  # the same of the reference policy; None in a run without one
+    length: Float[Array, "B P"]  # tokens; 1 where the response is missing
+    mean_length: Float[Array, "B P"]  # mean over the optimizer batch's responses of this kind
     present: Float[Array, "B P"]
 
     @property
     def ratio(self) -> Float[Array, "B P"]:
-        """log pi(answer) - log pi_ref(answer). Raises ValueError in a run without a reference."""
+        """log pi(response) - log pi_ref(response). Raises ValueError in a run without a reference."""
         if self.reference is None:
             raise ValueError(
-                "this loss compares with a reference and the objective has none; give preference(...) a reference"
+                "this loss reads the reference's log-probs and the objective has no reference. "
+                "Set preference(reference='start')"
             )
         return self.logp - self.reference
 
@@ -40,127 +45,184 @@ class Answer:
 
 
 @struct
-class PerToken:
-    """The read positions of the rows, in no layout that a loss may rely on but `answer` and `place`."""
+class PairTokens:
+    """The responses' tokens in the order of the batch. A loss may rely on `response` and `position` alone, never on the order."""
 
     logp: Float[Array, "B M"]
     reference: Float[Array, "B M"] | None
-    square: Float[Array, "B M"]  # log sum_v p_v^2, no gradient
-    answer: Int[Array, "B M"]  # slot * A + kind; P * A marks padding
-    place: Int[Array, "B M"]  # 0, 1, ... within the answer
+    log_sum_p2: Float[Array, "B M"]  # log sum_v p_v^2, without gradient
+    response: Int[Array, "B M"]  # slot * A + kind; P * A marks padding
+    position: Int[Array, "B M"]  # 0, 1, ... within the response
 
 
 @struct
-class Scored:
-    """The pairs of a batch. A loss is `(pair: Scored, ...) -> [B, P]`, one value a pair, and never a mean over pairs.
+class PairBatch:
+    """Log-probs of a batch of preference pairs. A loss is `(pair: PairBatch, ...) -> [B, P]`: a value per pair, never a mean.
 
-    What it gives for slots whose `weight` is 0 is ignored but must be finite, and so must be its gradient there.
+    Its values in slots of weight 0 are ignored, but they and their gradients must be finite.
     """
 
-    answers: dict[str, Answer]
-    tokens: PerToken
+    responses: dict[str, Response]
+    tokens: PairTokens
     columns: dict[str, Float[Array, "B P"]]
     weight: Float[Array, "B P"]
 
     @property
-    def chosen(self) -> Answer:
-        """The preferred answer."""
-        return self.answers["chosen"]
+    def chosen(self) -> Response:
+        """The preferred response."""
+        return self.responses["chosen"]
 
     @property
-    def rejected(self) -> Answer:
-        """The other one."""
-        return self.answers["rejected"]
+    def rejected(self) -> Response:
+        """The rejected response."""
+        return self.responses["rejected"]
 
     def total(self, x: Float[Array, "B M"]) -> dict[str, Float[Array, "B P"]]:
-        """Sums of a per-token quantity over each answer."""
-        return by_answer(x, self.tokens.answer, tuple(self.answers), self.weight.shape[1])
+        """Sum a per-token quantity over each response."""
+        return response_sums(x, self.tokens.response, tuple(self.responses), self.weight.shape[1])
 
     def spread(self, x: dict[str, Float[Array, "B P"]]) -> Float[Array, "B M"]:
-        """A value of each answer at each of its tokens (0 at padding)."""
-        stacked = jnp.stack([x[kind] for kind in self.answers], -1)
+        """Repeat a value per response at each of its tokens (0 at padding)."""
+        stacked = jnp.stack([x[kind] for kind in self.responses], -1)
         flat = stacked.reshape(stacked.shape[0], stacked.shape[1] * stacked.shape[2])
         padded = jnp.pad(flat, ((0, 0), (0, 1)))
-        return jnp.take_along_axis(padded, self.tokens.answer, axis=1)
+        return jnp.take_along_axis(padded, self.tokens.response, axis=1)
 
 
-def by_answer(
-    x: Float[Array, "B M"], answer: Int[Array, "B M"], kinds: tuple[str, ...], slots: int
+def response_sums(
+    x: Float[Array, "B M"], response: Int[Array, "B M"], kinds: tuple[str, ...], slots: int
 ) -> dict[str, Float[Array, "B P"]]:
-    """Sums of x over the tokens of each answer of each slot."""
+    """Sum x over the tokens of each response of each slot."""
     count = slots * len(kinds)
-    member = (answer[:, :, None] == jnp.arange(count, dtype=answer.dtype)).astype(x.dtype)
+    member = (response[:, :, None] == jnp.arange(count, dtype=response.dtype)).astype(x.dtype)
     sums = jnp.einsum("bm,bma->ba", x, member, precision=jax.lax.Precision.HIGHEST)
     sums = sums.reshape(x.shape[0], slots, len(kinds))
     return {kind: sums[..., i] for i, kind in enumerate(kinds)}
 
 
-def scored(batch: Pairs, logp: Any, square: Any, reference: Any) -> Scored:
-    """Log-probs at the read positions, put in order by pair."""
+def pair_batch(
+    batch: Pairs,
+    logp: Float[Array, "B M"],
+    log_sum_p2: Float[Array, "B M"],
+    reference: Float[Array, "B M"] | None,
+) -> PairBatch:
+    """Arrange log-probs at the read positions by pair and response."""
     slots, dtype = batch.pair_weights.shape[1], logp.dtype
-    sums = by_answer(logp, batch.answers, batch.kinds, slots)
-    known = {} if reference is None else by_answer(reference, batch.answers, batch.kinds, slots)
-    answers = {
-        kind: Answer(
+    sums = response_sums(logp, batch.answers, batch.kinds, slots)
+    reference_sums: dict[str, Array] = {}
+    if reference is not None:
+        reference_sums = response_sums(reference, batch.answers, batch.kinds, slots)
+    responses = {
+        kind: Response(
             logp=sums[kind],
-            reference=known.get(kind),
+            reference=reference_sums.get(kind),
             length=jnp.maximum(batch.lengths[..., i], 1).astype(dtype),
             mean_length=jnp.maximum(batch.mean_lengths[..., i], 1.0).astype(dtype),
             present=(batch.lengths[..., i] > 0).astype(dtype),
         )
         for i, kind in enumerate(batch.kinds)
     }
-    tokens = PerToken(logp, reference, square, batch.answers, batch.places)
-    return Scored(answers, tokens, batch.columns, batch.pair_weights.astype(dtype))
+    tokens = PairTokens(logp, reference, log_sum_p2, batch.answers, batch.places)
+    return PairBatch(responses, tokens, batch.columns, batch.pair_weights.astype(dtype))
+
+
+def same_state(state: LossState, metrics: Metrics) -> LossState:
+    """Return the state unchanged."""
+    return state
 
 
 @dataclass(frozen=True)
-class Coupled:
-    """A loss whose value for a pair depends on the batch's other pairs: sorts, batch means, running statistics.
+class PreferenceLoss:
+    """A preference loss with its declared facts. A plain function counts as one with the defaults.
 
-    fn(pair, state) -> [B, P], called once an optimizer step with the pairs of all microbatches and mesh parts together, so
-    that it is exact under accumulation. Slots of weight 0 must have a neutral place in it. state: the running numbers,
-    `start` at first; `update(state, metrics) -> state` moves them after a step (metrics: this step's, of the whole batch).
-
-    It is a type, not a flag on a function, so that no partial hides it: `partial(loss, beta=...)` of one is undone by
-    `unwrap`, and a call from inside another function is refused, because that one would not be known to couple.
+    fn(pair, ...) -> [B, P]. coupled: the value of a pair depends on the batch's other pairs (sorts, batch means, running
+    statistics). Such a loss is fn(pair, state, ...); it is called once per optimizer step with the pairs of all microbatches and
+    mesh parts together, so that accumulation is exact, and slots of weight 0 must not influence it. state starts as `init`, and
+    `update(state, metrics)` returns the next one after a step, from the metrics of the whole batch.
+    reads_reference: the loss reads `ratio` or `reference`, so that the objective needs a reference policy.
     """
 
     fn: Callable[..., Array]
-    start: dict[str, float] = field(default_factory=dict)
-    update: Callable[[Any, Any], Any] | None = None
+    coupled: bool = False
+    reads_reference: bool = True
+    init: dict[str, float] = field(default_factory=dict)
+    update: Callable[[Any, Metrics], LossState] = same_state
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        """Refused: see above."""
-        name = getattr(self.fn, "__name__", repr(self.fn))
-        raise ValueError(
-            f"{name} couples the pairs of a batch; give it to preference(...) itself, or wrap its caller in Coupled"
+    def __call__(self, pair: PairBatch, *args: Any, state: LossState | None = None, **knobs: Any) -> Array:
+        """Return a value per pair. Raises ValueError for a coupled loss without state, so that no caller hides the coupling."""
+        if not self.coupled:
+            return self.fn(pair, *args, **knobs)
+        if state is None:
+            raise ValueError(
+                f"{loss_name(self)} couples the pairs of a batch. "
+                "Pass it to preference(...) itself, or declare its caller with @coupled"
+            )
+        return self.fn(pair, *args, state=state, **knobs)
+
+
+def coupled(
+    fn: Callable[..., Array] | None = None,
+    *,
+    init: dict[str, float] | None = None,
+    update: Callable[[Any, Metrics], LossState] = same_state,
+) -> Any:
+    """Declare a loss `fn(pair, state, ...)` whose value for a pair depends on the batch's other pairs; see PreferenceLoss.
+
+    A decorator, plain or with arguments: `@coupled` or `@coupled(init={"mean": 0.0}, update=next_mean)`.
+    """
+    if fn is None:
+        return partial(coupled, init=init, update=update)
+    return PreferenceLoss(fn, coupled=True, init=init or {}, update=update)
+
+
+def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:
+    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that the objective needs none."""
+    return PreferenceLoss(fn, reads_reference=False)
+
+
+def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
+    """The declared facts of a loss: of the PreferenceLoss inside of partials, or the defaults for a plain function."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
+
+
+def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
+    """Call a loss with the pairs and, if it couples them, its state."""
+    return loss(pair, state=state) if declaration(loss).coupled else loss(pair)
+
+
+def loss_name(loss: Callable[..., Array]) -> str:
+    """The name of a loss's function."""
+    fn = declaration(loss).fn
+    return loss_name(fn) if isinstance(fn, partial | PreferenceLoss) else getattr(fn, "__name__", repr(fn))
+
+
+def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
+    """The signature of a loss as its caller sees it, without `state` and with the knobs that partials have set as defaults.
+
+    Raises TypeError if a partial sets a knob that the loss does not have.
+    """
+    if isinstance(loss, PreferenceLoss):
+        signature = loss_signature(loss.fn)
+        return signature.replace(
+            parameters=[p for name, p in signature.parameters.items() if name != "state"]
         )
+    if not isinstance(loss, partial):
+        return inspect.signature(loss)
+    signature = loss_signature(loss.func)
+    given = signature.bind_partial(*loss.args, **loss.keywords).arguments
+    free = [
+        p.replace(default=given[p.name], kind=p.KEYWORD_ONLY) if p.name in given and p.kind != p.VAR_KEYWORD else p
+        for p in list(signature.parameters.values())[len(loss.args) :]
+    ]  # fmt: skip
+    return signature.replace(parameters=sorted(free, key=lambda p: p.kind))
 
 
-def check_knobs(loss: Callable) -> None:
-    """Raise ValueError where a loss can't be called with the pairs alone: a knob that it doesn't have, or one without a value."""
-    inner = unwrap(loss)
-    fn, given = (inner.fn, ("pair", "state")) if isinstance(inner, Coupled) else (inner, ("pair",))
-    name, set_ = fn, dict[str, Any]()
-    while isinstance(name, partial):
-        set_ = {**name.keywords, **set_}
-        name = name.func
-    knobs = ", ".join(f"{key}={value}" for key, value in set_.items())
+def check_knobs(loss: Callable[..., Array]) -> None:
+    """Raise ValueError if a loss cannot be called with the pairs alone: an unknown knob is set, or one has no value."""
     try:
-        inspect.signature(fn).bind(*given)
+        loss_signature(loss).bind("pair")
     except (TypeError, ValueError) as error:
-        found = ", ".join(list(inspect.signature(name).parameters)[len(given) :]) or "none"
-        told = f"the loss {getattr(name, '__name__', name)} has the knobs: {found}; it is called with ({', '.join(given)})"
-        raise ValueError(
-            told + (f" and {knobs}; give it those, or leave them out of the config" if knobs else "")
-        ) from error
-
-
-def unwrap(loss: Callable) -> Callable:
-    """The loss with a Coupled inside partials brought to the outside."""
-    if isinstance(loss, partial):
-        inner = unwrap(loss.func)
-        if isinstance(inner, Coupled):
-            return replace(inner, fn=partial(inner.fn, *loss.args, **loss.keywords))
-    return loss
+        knobs = ", ".join(list(loss_signature(declaration(loss)).parameters)[1:]) or "none"
+        raise ValueError(f"loss {loss_name(loss)}: {error}. Its knobs: {knobs}") from error

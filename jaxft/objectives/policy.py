@@ -16,20 +16,20 @@ from jaxtyping import Array, Float
 from jaxft.batch import Rollout, without_fields
 from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch_rollouts
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, Penalty, k3
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded
 from jaxft.objectives.metrics import Correlation, Max, Min, Sum
+from jaxft.objectives.numerics import require
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.policy_losses import Drawn, PolicyLoss
 from jaxft.objectives.preference import reference_params
-from jaxft.objectives.preference_losses import require
 from jaxft.objectives.read_positions import read_logps, read_numbers
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, Metrics, Params, struct
 
 Values = Callable[[Any, Rollout, Array], Array]
 UNUSED = ("ids", "segments", "positions", "read", "targets", "branches")  # by a loss
-KEPT = (AdaptiveKL, InRewards)  # penalties whose coefficient is in aux
+KEPT = (AdaptiveKL, KLInReward)  # penalties whose coefficient is in aux
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def policy(
     """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t` with the batch's policy weights w and value weights v.
 
     loss: one of policy_losses.py's or your own. beta: 0 is no penalty and no reference, another number FixedKL(beta). A penalty
-    needs the reference's log-probs in the batch; InRewards(...) is for a run whose rewards contain the KL. Its coefficient, like
+    needs the reference's log-probs in the batch; KLInReward(...) is for a run whose rewards contain the KL. Its coefficient, like
     that of AdaptiveKL, is aux["kl_coef"]. entropy: the coefficient of a bonus, 0 for none. temperature: the sampling temperature
     of the completions: logits are divided by it, of the policy and of the reference. value: the critic, None for none.
 
@@ -138,7 +138,7 @@ def policy(
         reference="none" if penalty is None else "start",
         dropout=False,
         temperature=temperature,
-        kl_in_rewards=isinstance(penalty, InRewards),
+        kl_in_rewards=isinstance(penalty, KLInReward),
         critic=critic_ is not None,
         freezes_policy=True,
     )
@@ -216,7 +216,7 @@ def _policy_part(
             raise ValueError(
                 "a KL penalty needs the reference's log-probs in the batch; let the rollout give them or set beta=0"
             )
-        if not isinstance(penalty, InRewards):
+        if not isinstance(penalty, KLInReward):
             coef = aux["kl_coef"].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
             value = value + coef * add(kl)
     if bonus:

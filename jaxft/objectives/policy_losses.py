@@ -19,8 +19,8 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from jaxft.objectives.kl import Estimator, k3
-from jaxft.objectives.pair import by_answer
-from jaxft.objectives.preference_losses import require
+from jaxft.objectives.numerics import require
+from jaxft.objectives.pair import response_sums
 from jaxft.tree import struct
 
 TokenLoss = Float[Array, "B M"]
@@ -55,7 +55,7 @@ class Drawn:
 
     def total(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
         """Sums of a per-token quantity over each completion."""
-        return by_answer(x * self.real, self.answer, ("one",), self.tokens.shape[1])["one"]
+        return response_sums(x * self.real, self.answer, ("one",), self.tokens.shape[1])["one"]
 
     def mean(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
         """Means of a per-token quantity over each completion, 0 where it has no tokens."""

@@ -21,7 +21,16 @@ from jaxft.objectives.alarms import watch, words
 from jaxft.objectives.logprobs import LogProbs
 from jaxft.objectives.metrics import Correlation, Disagreement, Sum
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
-from jaxft.objectives.pair import Answer, Coupled, Scored, check_knobs, scored, unwrap
+from jaxft.objectives.pair import (
+    LossState,
+    PairBatch,
+    Response,
+    check_knobs,
+    declaration,
+    loss_name,
+    loss_values,
+    pair_batch,
+)
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, Metrics, Params, struct
@@ -54,29 +63,29 @@ class Outputs:
 
     logp: Float[Array, "B M"]
     reference: Float[Array, "B M"] | None
-    square: Float[Array, "B M"]
+    log_sum_p2: Float[Array, "B M"]
     entropy: Float[Array, "B M"]
     top1: Float[Array, "B M"]
     mean_logit: Float[Array, "B M"]
     batch: Pairs
 
 
-def implicit(answer: Answer) -> Array:
+def implicit(answer: Response) -> Array:
     """log pi(answer) - log pi_ref(answer): DPO's implicit reward over beta."""
     return answer.ratio
 
 
-def summed(answer: Answer) -> Array:
+def summed(answer: Response) -> Array:
     """log pi(answer)."""
     return answer.logp
 
 
-def per_token(answer: Answer) -> Array:
+def per_token(answer: Response) -> Array:
     """log pi(answer) / tokens, which SimPO and ORPO compare."""
     return answer.mean
 
 
-def nothing(pair: Scored) -> dict[str, Array]:
+def nothing(pair: PairBatch) -> dict[str, Array]:
     """No further metrics."""
     return {}
 
@@ -86,10 +95,10 @@ def preference(
     loss: Callable[..., Array],
     reference: Reference = "start",
     beta: float = 0.1,
-    reward: Callable[[Answer], Array] = implicit,
-    extra: Callable[[Scored], dict[str, Array]] = nothing,
+    reward: Callable[[Response], Array] = implicit,
+    extra: Callable[[PairBatch], dict[str, Array]] = nothing,
 ) -> Objective:
-    """An objective of `loss(pair: Scored) -> [B, P]`, one of preference_losses.py's or your own: `sum_p w_p loss_p`.
+    """An objective of `loss(pair: PairBatch) -> [B, P]`, one of preference_losses.py's or your own: `sum_p w_p loss_p`.
 
     reference: "start" is the model at step 0, free where that is the base without a fresh adapter, else a frozen copy of the
     trainable leaves; "precomputed" reads log-probs that were computed once before the run; EMAReference follows the policy;
@@ -97,12 +106,11 @@ def preference(
     further metrics, one value per pair [B, P] each, whose means over the pairs are logged.
     """
     check_knobs(loss)
-    loss = unwrap(loss)
+    declared = declaration(loss)
     if reference is None and reward is implicit:
         raise ValueError(
             "without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token"
         )
-    is_coupled = isinstance(loss, Coupled)
     ema = reference if isinstance(reference, EMAReference) else None
 
     def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
@@ -119,17 +127,13 @@ def preference(
             known = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
         elif reference is not None:
             known = _without_padding(batch, reference_logps(params, batch, aux))
-        constants = jax.lax.stop_gradient((known, lp.square, lp.entropy, lp.top1, lp.mean_logit))
+        constants = jax.lax.stop_gradient((known, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit))
         return Outputs(lp.logp, *constants, without_fields(batch, UNUSED))
 
     def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        pair = scored(outputs.batch, outputs.logp, outputs.square, outputs.reference)
+        pair = pair_batch(outputs.batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
         state = aux.get("loss", {})
-
-        def values_of(pair: Scored) -> Array:
-            return loss.fn(pair, state) if isinstance(loss, Coupled) else loss(pair)
-
-        values = _values(loss, values_of, pair)
+        values = _checked_values(loss, pair, state)
         used = pair.weight > 0
         value = jnp.sum(jnp.where(used, pair.weight * values, 0))
         metrics = {
@@ -139,7 +143,7 @@ def preference(
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
         if outputs.reference is not None:
-            start = jnp.where(used, pair.weight * values_of(_at_reference(pair)), 0)
+            start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
         return value, jax.lax.stop_gradient(metrics)
 
@@ -149,14 +153,14 @@ def preference(
             aux["reference"] = jax.tree.map(jnp.copy, trainable)
         if ema:
             aux["steps"] = jnp.zeros((), jnp.int32)
-        if isinstance(loss, Coupled) and loss.start:
-            aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in loss.start.items()}
+        if declared.init:
+            aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}
         return aux
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         out = dict(aux)
-        if isinstance(loss, Coupled) and loss.update is not None:
-            out["loss"] = loss.update(aux["loss"], metrics)
+        if declared.init:
+            out["loss"] = declared.update(aux["loss"], metrics)
         return out | _moved(ema, aux, trainable) if ema else out
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
@@ -173,7 +177,7 @@ def preference(
         update,
         score,
         text=sft(model),
-        facts=Facts(coupled=is_coupled, reference=kind),
+        facts=Facts(coupled=declared.coupled, reference=kind),
         report=Report(partial(watch, beta if reference is not None and reward is implicit else None), words),
     )
 
@@ -197,41 +201,40 @@ def _precomputed(batch: Pairs) -> Array:
     return batch.reference
 
 
-def _values(loss: Any, one: Callable, pair: Scored) -> Array:
-    """What the loss gives, a value a pair. Raises ValueError where a loss of the user's fails."""
-    inner = loss.fn if isinstance(loss, Coupled) else loss
-    while isinstance(inner, partial):
-        inner = inner.func
-    name = getattr(inner, "__name__", repr(inner))
+def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Array:
+    """The loss's values [B, P]. Raises ValueError that names the loss if it fails or returns another shape."""
+    name = loss_name(loss)
     try:
-        values = one(pair)
+        values = loss_values(loss, pair, state)
     except KeyError as error:
-        known = ", ".join([*pair.answers, *pair.columns])
-        told = f"the loss {name} looks for {error}, and the pairs have {known}; a column of the rows is given by data.extras"
-        raise ValueError(told) from error
+        known = ", ".join([*pair.responses, *pair.columns])
+        raise ValueError(
+            f"loss {name}: the pairs have no field {error} (available: {known}). "
+            f"Add a column of the rows with data.extras"
+        ) from error
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"the loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     found = getattr(values, "shape", type(values).__name__)
     if found != pair.weight.shape:
-        raise ValueError(f"the loss {name} gives one value a pair, {pair.weight.shape}; found {found}")
+        raise ValueError(f"loss {name} returns one value per pair, {pair.weight.shape}; got {found}")
     return values
 
 
-def _at_reference(pair: Scored) -> Scored:
+def _at_reference(pair: PairBatch) -> PairBatch:
     """The pairs as they would be scored by a policy that is the reference."""
     same = lambda x: replace(x, logp=x.reference)  # noqa: E731
     return replace(
-        pair, answers={kind: same(a) for kind, a in pair.answers.items()}, tokens=same(pair.tokens)
+        pair, responses={kind: same(a) for kind, a in pair.responses.items()}, tokens=same(pair.tokens)
     )
 
 
-def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
+def _metrics(pair: PairBatch, reward: Callable) -> dict[str, Any]:
     """TRL's numbers, every pair the same weight, and how margins go with length."""
     chosen, rejected = pair.chosen, pair.rejected
     used = pair.weight > 0
-    has = {kind: used & (pair.answers[kind].present > 0) for kind in ("chosen", "rejected")}
+    has = {kind: used & (pair.responses[kind].present > 0) for kind in ("chosen", "rejected")}
     both = has["chosen"] & has["rejected"]
     rewards = {"chosen": reward(chosen), "rejected": reward(rejected)}
     margin = rewards["chosen"] - rewards["rejected"]
@@ -259,15 +262,15 @@ def _metrics(pair: Scored, reward: Callable) -> dict[str, Any]:
     return out
 
 
-def _token_metrics(outputs: Outputs, pair: Scored) -> dict[str, Any]:
+def _token_metrics(outputs: Outputs, pair: PairBatch) -> dict[str, Any]:
     """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
 
     kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen answers' tokens (Schulman 2020's k3): exact in
     expectation for tokens that the policy draws, an indication on these, which it is taught to draw. Rejected ones, which it is
     taught to avoid, would make it explode.
     """
-    kinds = tuple(pair.answers)
-    used = {kind: jnp.where(pair.weight > 0, pair.answers[kind].present, 0) for kind in kinds}
+    kinds = tuple(pair.responses)
+    used = {kind: jnp.where(pair.weight > 0, pair.responses[kind].present, 0) for kind in kinds}
     of = lambda *wanted: pair.spread({k: used[k] if k in wanted else jnp.zeros_like(used[k]) for k in kinds})  # noqa: E731
     chosen, rejected, both = of("chosen"), of("rejected"), of("chosen", "rejected")
     out: dict[str, Any] = {

@@ -20,36 +20,21 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from jaxft.objectives.pair import Answer, Coupled, Scored, unwrap
+from jaxft.objectives.numerics import capped, logistic, require, square
+from jaxft.objectives.pair import (
+    LossState,
+    PairBatch,
+    PreferenceLoss,
+    Response,
+    coupled,
+    declaration,
+    loss_values,
+    reference_free,
+)
+from jaxft.tree import Metrics
 
 PairLoss = Float[Array, "B P"]
 Score = Callable[[Array], Array]
-
-
-def require(ok: Any, message: str) -> None:
-    """Raise ValueError(message) where a knob is out of range. A traced knob (of a sweep) can't be looked at and passes."""
-    if not isinstance(ok, jax.core.Tracer) and not ok:
-        raise ValueError(message)
-
-
-def capped(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An exponent held where exp stays finite: at most 80, in float16 at most 11 (TRL's caps). No gradient beyond."""
-    return jnp.minimum(x, 11.0 if x.dtype == jnp.float16 else 80.0)
-
-
-def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x^2, with |x| held where the square stays finite (half the root of the dtype's largest number)."""
-    most = float(jnp.finfo(x.dtype).max) ** 0.5 / 2
-    return jnp.square(jnp.clip(x, -most, most))
-
-
-def logistic(x: Float[Array, "..."], label_smoothing: float = 0.0) -> Float[Array, "..."]:
-    """-(1 - eps) LS(x) - eps LS(-x): the cross-entropy of a label that is wrong with probability eps."""
-    require(
-        (label_smoothing >= 0) & (label_smoothing <= 0.5),
-        f"label_smoothing is in [0, 0.5], found {label_smoothing}",
-    )
-    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
 
 def reverse_kl(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -75,33 +60,33 @@ def alpha_divergence(ratio: Float[Array, "..."], alpha: float = 0.5) -> Float[Ar
     return jnp.where(limit, ratio, jnp.expm1(capped(safe * ratio)) / safe)
 
 
-def _scores(pair: Scored, score: Score) -> tuple[Array, Array]:
+def _scores(pair: PairBatch, score: Score) -> tuple[Array, Array]:
     return score(pair.chosen.ratio), score(pair.rejected.ratio)
 
 
-def _difference(pair: Scored, score: Score) -> Array:
+def _difference(pair: PairBatch, score: Score) -> Array:
     chosen, rejected = _scores(pair, score)
     return chosen - rejected
 
 
-def _mean_difference(pair: Scored, score: Score) -> Array:
+def _mean_difference(pair: PairBatch, score: Score) -> Array:
     chosen, rejected = _scores(pair, score)
     return chosen / pair.chosen.length - rejected / pair.rejected.length
 
 
-def dpo(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 where the policy is the reference."""
     return logistic(beta * _difference(pair, score))
 
 
 def cdpo(
-    pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
+    pair: PairBatch, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
 ) -> PairLoss:
     """`-(1 - eps) LS(beta D) - eps LS(-beta D)`: labels are wrong with probability eps (Mitchell 2023). Not in TRL 1.16."""
     return logistic(beta * _difference(pair, score), label_smoothing)
 
 
-def dpo_margin(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def dpo_margin(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`-LS(beta D - m)` with m the rows' `margin`: DPO with an offset (Amini et al. 2024, arXiv:2402.10571). Not in TRL's DPO.
 
     Raises ValueError where the rows have no such column.
@@ -115,39 +100,39 @@ def dpo_margin(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> Pa
     return logistic(x - pair.columns["margin"].astype(x.dtype))
 
 
-def dpop(pair: Scored, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
+def dpop(pair: PairBatch, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
     """`-LS(beta (c - r - penalty relu(-c)))`: the chosen answer may not lose log-prob (Pal et al. 2024, arXiv:2402.13228)."""
     c, r = _scores(pair, reverse_kl)
     return logistic(beta * (c - r - penalty * jax.nn.relu(-c)))
 
 
-def rdpo(pair: Scored, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl) -> PairLoss:
+def rdpo(pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl) -> PairLoss:
     """`-LS(beta D - alpha (|c| - |r|))`: no reward for mere length (Park et al. 2024, arXiv:2403.19159)."""
     return logistic(beta * _difference(pair, score) - alpha * (pair.chosen.length - pair.rejected.length))
 
 
-def hinge(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`relu(1 - beta D)` (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1 - beta * _difference(pair, score))
 
 
-def squared_hinge(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def squared_hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`relu(1 - beta D)^2`: SLiC-HF's margin (arXiv:2305.10425) with a smooth edge. Not in TRL."""
     return square(hinge(pair, beta, score))
 
 
-def ipo(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def ipo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`(s_c / |c| - s_r / |r| - 1 / (2 beta))^2`, per token as its authors use it (Azar et al. 2023, arXiv:2310.12036)."""
     return square(_mean_difference(pair, score) - 1 / (2 * beta))
 
 
-def sigmoid_norm(pair: Scored, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def sigmoid_norm(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
     """`-LS(beta (s_c / |c| - s_r / |r|))`: DPO of mean log-ratios (Tulu 3, arXiv:2411.15124)."""
     return logistic(beta * _mean_difference(pair, score))
 
 
 def exo_pair(
-    pair: Scored, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl
+    pair: PairBatch, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl
 ) -> PairLoss:
     """`q (log q - log(1 - eps)) + (1 - q) (log(1 - q) - log eps)`, q = sigmoid(beta D) (Ji et al. 2024, arXiv:2402.00856).
 
@@ -161,7 +146,7 @@ def exo_pair(
 
 
 def robust(
-    pair: Scored, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
+    pair: PairBatch, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
 ) -> PairLoss:
     """`[-(1 - eps) LS(beta D) + eps LS(-beta D)] / (1 - 2 eps)` (Chowdhury et al. 2024, arXiv:2403.00409).
 
@@ -178,7 +163,7 @@ def robust(
     )
 
 
-def discopop(pair: Scored, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
+def discopop(pair: PairBatch, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
     """`-LS(x) (1 - m) + exp(-x) m`, x = beta D, m = sigmoid(x / tau) (Lu et al. 2024, arXiv:2406.08414).
 
     It isn't convex: near D = 0 it pushes the margin down. The second term is written exp(LS(x / tau) - x): TRL's is infinity
@@ -189,35 +174,36 @@ def discopop(pair: Scored, beta: float = 0.1, tau: float = 0.05, score: Score = 
     return -log_sigmoid(x) * sigmoid(-x / tau) + jnp.exp(capped(log_sigmoid(x / tau) - x))
 
 
-def nca_pair(pair: Scored, beta: float = 0.1) -> PairLoss:
+def nca_pair(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`-LS(beta c) - LS(-beta c) / 2 - LS(-beta r) / 2` (Chen et al. 2024, arXiv:2402.05369)."""
     c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
     return -log_sigmoid(c) - 0.5 * log_sigmoid(-c) - 0.5 * log_sigmoid(-r)
 
 
-def bco_pair(pair: Scored, beta: float = 0.1) -> PairLoss:
+def bco_pair(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`-LS(beta c) - LS(-beta r)`: BCO (Jung et al. 2024, arXiv:2404.04656) without its shift, which reference_free.bco has."""
     return -log_sigmoid(beta * pair.chosen.ratio) - log_sigmoid(-beta * pair.rejected.ratio)
 
 
-def sppo_hard(pair: Scored, beta: float = 0.1) -> PairLoss:
+def sppo_hard(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2`: SPPO, the chosen one wins for sure (Wu et al. 2024, arXiv:2405.00675)."""
     return square(pair.chosen.ratio - 0.5 / beta) + square(pair.rejected.ratio + 0.5 / beta)
 
 
-def apo_zero(pair: Scored, beta: float = 0.1) -> PairLoss:
+def apo_zero(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`sigmoid(-beta c) + sigmoid(beta r)`: for chosen answers better than the model's (D'Oosterlinck et al. 2024,
     arXiv:2408.06266, eq. 7)."""
     return sigmoid(-beta * pair.chosen.ratio) + sigmoid(beta * pair.rejected.ratio)
 
 
-def apo_down(pair: Scored, beta: float = 0.1) -> PairLoss:
+def apo_down(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen answers worse than the model's (arXiv:2408.06266, eq. 8)."""
     c, r = pair.chosen.ratio, pair.rejected.ratio
     return sigmoid(beta * c) + sigmoid(-beta * (c - r))
 
 
-def sft(pair: Scored) -> PairLoss:
+@reference_free
+def sft(pair: PairBatch) -> PairLoss:
     """`-log pi(chosen) / mean |c|`: summed with the pairs' weights, minus the mean log-prob of the step's chosen tokens.
 
     The mean is over the whole optimizer batch; TRL's is over a microbatch, so that it depends on how the batch is split.
@@ -225,7 +211,7 @@ def sft(pair: Scored) -> PairLoss:
     return -pair.chosen.logp / pair.chosen.mean_length
 
 
-def _reference(answer: Answer) -> Array:
+def _reference(answer: Response) -> Array:
     if answer.reference is None:
         raise ValueError(
             "aot sorts the reference's log-probs and the objective has none; give preference(...) a reference"
@@ -247,8 +233,8 @@ def _against_same_rank(
     return (flat_x - flat_y[_order(flat_y, used)][rank]).reshape(x.shape)
 
 
-@Coupled
-def aot(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
+@coupled
+def aot(pair: PairBatch, state: LossState, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(beta d) - eps LS(-beta d)`, d = sort(log pi(chosen) - log pi(rejected)) - sort(the same of the reference):
     dominance of the whole distribution of margins (Melnyk et al. 2024, arXiv:2406.05882).
 
@@ -260,8 +246,10 @@ def aot(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: float = 0.
     return logistic(beta * _against_same_rank(policy, reference, pair.weight), label_smoothing)
 
 
-@Coupled
-def aot_unpaired(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
+@coupled
+def aot_unpaired(
+    pair: PairBatch, state: LossState, beta: float = 0.1, label_smoothing: float = 0.0
+) -> PairLoss:
     """As aot with d = sort(c) - sort(r): chosen and rejected answers needn't belong together (arXiv:2406.05882).
 
     The loss of a rank stands at the pair whose chosen answer has it.
@@ -270,70 +258,71 @@ def aot_unpaired(pair: Scored, state: Any, beta: float = 0.1, label_smoothing: f
     return logistic(beta * d, label_smoothing)
 
 
-def mix(*parts: tuple[Callable[..., Array], float]) -> Callable[..., Array]:
-    """`sum_k w_k loss_k(pair)`, Coupled if one of them is, each with its own running numbers.
+def mix(*parts: tuple[Callable[..., Array], float]) -> PreferenceLoss:
+    """`sum_k w_k loss_k(pair)`, coupled if one of them is, each with its own state.
 
     MPO (Wang et al. 2024, arXiv:2411.10442) is `mix((dpo, 0.8), (bco_pair, 0.2), (sft, 1.0))`, RPO (Pang et al. 2024,
     arXiv:2404.19733) `mix((dpo, 1.0), (sft, 1.0))`.
     """
-    require(len(parts) > 0, "mix has no losses; give it (loss, weight) pairs")
-    losses = [(unwrap(loss), weight) for loss, weight in parts]
+    require(len(parts) > 0, "mix has no losses; pass (loss, weight) pairs")
+    declared = [declaration(loss) for loss, _ in parts]
 
-    def own(i: int, loss: Coupled, state: Any) -> dict[str, Any]:
-        return {name: state[f"{name}.{i}"] for name in loss.start}
+    def state_of(i: int, state: LossState) -> dict[str, Any]:
+        return {name: state[f"{name}.{i}"] for name in declared[i].init}
 
-    def value(i: int, loss: Any, pair: Scored, state: Any) -> Array:
-        return loss.fn(pair, own(i, loss, state)) if isinstance(loss, Coupled) else loss(pair)
-
-    def mixed(pair: Scored, state: Any = None) -> Array:
-        first, *rest = (weight * value(i, loss, pair, state) for i, (loss, weight) in enumerate(losses))
+    def mixed(pair: PairBatch, state: LossState | None = None) -> Array:
+        first, *rest = (
+            weight * loss_values(loss, pair, state_of(i, state or {}))
+            for i, (loss, weight) in enumerate(parts)
+        )
         return sum(rest, first)
 
-    coupled = [(i, loss) for i, (loss, _) in enumerate(losses) if isinstance(loss, Coupled)]
-    if not coupled:
-        return lambda pair: mixed(pair)
-
-    def update(state: Any, metrics: Any) -> dict[str, Any]:
+    def update(state: LossState, metrics: Metrics) -> dict[str, Any]:
         out = dict(state)
-        for i, loss in coupled:
-            if loss.update is not None:
-                out |= {f"{name}.{i}": x for name, x in loss.update(own(i, loss, state), metrics).items()}
+        for i, loss in enumerate(declared):
+            out |= {f"{name}.{i}": x for name, x in loss.update(state_of(i, state), metrics).items()}
         return out
 
-    start = {f"{name}.{i}": x for i, loss in coupled for name, x in loss.start.items()}
-    return Coupled(mixed, start, update)
+    return PreferenceLoss(
+        mixed,
+        coupled=any(loss.coupled for loss in declared),
+        reads_reference=any(loss.reads_reference for loss in declared),
+        init={f"{name}.{i}": x for i, loss in enumerate(declared) for name, x in loss.init.items()},
+        update=update,
+    )
 
 
-def wpo(loss: Callable[..., Array]) -> Callable[..., Array]:
+def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
     """`w_c w_r loss`, w = exp(mean over tokens of log pi(y_t) - log sum_v pi(v)^2), without gradient (WPO, Zhou et al. 2024,
-    arXiv:2406.11827, eq. 2): answers that the policy would give count for more.
+    arXiv:2406.11827, eq. 2): responses that the policy is likely to sample count for more.
 
-    Raises ValueError for a Coupled loss, whose value for a pair isn't that pair's alone. TRL's weighted `sft` weighs the batch's
+    Raises ValueError for a coupled loss, whose value for a pair isn't that pair's alone. TRL's weighted `sft` weighs the batch's
     mean log-prob; here each pair's own is weighted.
     """
-    if isinstance(unwrap(loss), Coupled):
+    declared = declaration(loss)
+    if declared.coupled:
         raise ValueError(
             "wpo weighs pairs one by one and this loss couples them; mix((wpo(other), w), ...) leaves it unweighted"
         )
 
-    @wraps(loss)
-    def weighted(pair: Scored, *args: Any, **knobs: Any) -> Array:
-        aligned = pair.total(pair.tokens.logp - pair.tokens.square)
+    @wraps(loss, updated=())
+    def weighted(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
+        aligned = pair.total(pair.tokens.logp - pair.tokens.log_sum_p2)
         each = (aligned["chosen"] / pair.chosen.length, aligned["rejected"] / pair.rejected.length)
         weight = jnp.exp(each[0]) * jnp.exp(each[1])
         return jax.lax.stop_gradient(weight) * loss(pair, *args, **knobs)
 
-    return weighted
+    return replace(declared, fn=weighted)
 
 
-def _length_desensitised(pair: Scored, alpha: float) -> Scored:
+def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
     """The pair with log-probs past the shorter answer's length times alpha; where one is missing, the other stays whole."""
     c, r = pair.chosen, pair.rejected
     shared = jnp.where(
         (c.present > 0) & (r.present > 0), jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length)
     )
-    place = pair.tokens.place.astype(pair.tokens.logp.dtype)
-    near = place < pair.spread({kind: shared for kind in pair.answers})
+    place = pair.tokens.position.astype(pair.tokens.logp.dtype)
+    near = place < pair.spread({kind: shared for kind in pair.responses})
 
     def shortened(x: Array) -> dict[str, Array]:
         return pair.total(jnp.where(near, x, alpha * x))
@@ -341,23 +330,21 @@ def _length_desensitised(pair: Scored, alpha: float) -> Scored:
     logp = shortened(pair.tokens.logp)
     known = None if pair.tokens.reference is None else shortened(pair.tokens.reference)
     own = {
-        kind: replace(pair.answers[kind], logp=logp[kind], reference=None if known is None else known[kind])
+        kind: replace(pair.responses[kind], logp=logp[kind], reference=None if known is None else known[kind])
         for kind in ("chosen", "rejected")
     }
-    return replace(pair, answers={**pair.answers, **own})
+    return replace(pair, responses={**pair.responses, **own})
 
 
-def length_desensitised(loss: Callable[..., Array], alpha: float = 0.5) -> Callable[..., Array]:
+def length_desensitised(loss: Callable[..., Array], alpha: float = 0.5) -> PreferenceLoss:
     """The loss of `sum_{t <= n} log pi(y_t) + alpha sum_{t > n} log pi(y_t)`, n = min(|c|, |r|), for policy and reference:
     LD-DPO (Liu et al. 2024, arXiv:2409.06411), for any loss, with its lengths as they are.
 
     TRL leaves `sft` out of this: `mix((length_desensitised(dpo), 1.0), (sft, 1.0))`.
     """
-    inner = unwrap(loss)
-    fn = inner.fn if isinstance(inner, Coupled) else inner
 
-    @wraps(fn)
-    def changed(pair: Scored, *args: Any, **knobs: Any) -> Array:
-        return fn(_length_desensitised(pair, alpha), *args, **knobs)
+    @wraps(loss, updated=())
+    def desensitised(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
+        return loss(_length_desensitised(pair, alpha), *args, **knobs)
 
-    return replace(inner, fn=changed) if isinstance(inner, Coupled) else changed
+    return replace(declaration(loss), fn=desensitised)

@@ -5,19 +5,19 @@ answer; nll = -lp_c / mean |c|, summed with the pairs' weights the mean over the
 TRL 1.16's trainers of the same name unless a docstring says what differs; their NLL is a mean over a microbatch.
 """
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxft.objectives.pair import Answer, Coupled, Scored
-from jaxft.objectives.preference_losses import PairLoss, capped, logistic, require, sft, square
+from jaxft.objectives.numerics import capped, log1mexp, logistic, require, square
+from jaxft.objectives.pair import LossState, PairBatch, Response, coupled, reference_free
+from jaxft.objectives.preference_losses import PairLoss, sft
+from jaxft.tree import Metrics
 
 
-def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+@reference_free
+def simpo(pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
     beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll unless told not to.
@@ -25,8 +25,9 @@ def simpo(pair: Scored, beta: float = 2.0, gamma: float = 1.0, label_smoothing: 
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
 
+@reference_free
 def alphapo(
-    pair: Scored, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0
+    pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, label_smoothing: float = 0.0
 ) -> PairLoss:
     """simpo of the rewards `(1 - exp(-alpha a)) / alpha` instead of a (Gupta et al. 2025, arXiv:2501.03884).
 
@@ -37,7 +38,8 @@ def alphapo(
     return logistic(beta * (c - r) - gamma, label_smoothing)
 
 
-def cpo(pair: Scored, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+@reference_free
+def cpo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll`, x = beta (lp_c - lp_r) (Xu et al. 2024, arXiv:2401.08417).
 
     CPO-SimPO is `mix((simpo, 1.0), (sft, alpha))`.
@@ -45,35 +47,26 @@ def cpo(pair: Scored, beta: float = 0.1, alpha: float = 1.0, label_smoothing: fl
     return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * sft(pair)
 
 
-def cpo_hinge(pair: Scored, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+@reference_free
+def cpo_hinge(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`relu(1 - beta (lp_c - lp_r)) + alpha nll`: TRL's CPO with loss_type hinge."""
     return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * sft(pair)
 
 
-def cpo_ipo(pair: Scored, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+@reference_free
+def cpo_ipo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`(a_c - a_r - 1 / (2 beta))^2 + alpha nll`: TRL's CPO with loss_type ipo."""
     return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * sft(pair)
 
 
-def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(1 - exp(x)) for x <= 0; from -1e-12 upwards it keeps that value, where the true one goes to minus infinity.
-
-    expm1 near 0 and log1p far below lose no digits, with the change at -log 2; each side sees only numbers that it can take.
-    """
-    x = jnp.minimum(x, -max(1e-12, float(jnp.finfo(x.dtype).tiny)))
-    near = x > -0.6931471805599453
-    by_expm1 = jnp.log(-jnp.expm1(jnp.where(near, x, -0.5)))
-    by_log1p = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
-    return jnp.where(near, by_expm1, by_log1p)
-
-
-def log_odds(pair: Scored) -> PairLoss:
+def log_odds(pair: PairBatch) -> PairLoss:
     """log [odds(chosen) / odds(rejected)] with odds = p / (1 - p), p = exp(a): what ORPO compares."""
     c, r = pair.chosen.mean, pair.rejected.mean
     return (c - r) - (log1mexp(c) - log1mexp(r))
 
 
-def orpo(pair: Scored, beta: float = 0.1) -> PairLoss:
+@reference_free
+def orpo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`nll - beta LS(log_odds)` (Hong et al. 2024, arXiv:2403.07691).
 
     nll is of the answer's tokens, as in the paper; TRL's is of prompt and answer.
@@ -81,54 +74,58 @@ def orpo(pair: Scored, beta: float = 0.1) -> PairLoss:
     return sft(pair) - beta * log_sigmoid(log_odds(pair))
 
 
-def orpo_metrics(pair: Scored) -> dict[str, Array]:
+def orpo_metrics(pair: PairBatch) -> dict[str, Array]:
     """TRL's further numbers of ORPO, as preference(extra=...) takes them: nll_loss, log_odds_ratio, log_odds_chosen."""
     odds = log_odds(pair)
     return {"nll_loss": sft(pair), "log_odds_ratio": log_sigmoid(odds), "log_odds_chosen": odds}
 
 
-def kto_metrics(pair: Scored) -> dict[str, Array]:
+def kto_metrics(pair: PairBatch) -> dict[str, Array]:
     """kl_mismatched: the mean log-ratio of the mismatched answers, whose positive part is KTO's reference point (TRL's `kl`)."""
     return {
-        "kl_mismatched": _answer(
+        "kl_mismatched": _response(
             pair, "kto", "mismatched", "another row's answer, added by the data side"
         ).ratio
     }
 
 
-def _answer(pair: Scored, loss: str, kind: str, source: str) -> Answer:
-    if kind not in pair.answers:
-        found = ", ".join(pair.answers)
+def _response(pair: PairBatch, loss: str, kind: str, source: str) -> Response:
+    if kind not in pair.responses:
+        found = ", ".join(pair.responses)
         raise ValueError(
             f"{loss} needs a third answer `{kind}` ({source}), found {found}; set the data up for {loss}"
         )
-    return pair.answers[kind]
+    return pair.responses[kind]
 
 
-def _gold_nll(pair: Scored) -> Array:
-    gold = _answer(pair, "tpo", "gold", "a column of the rows, TRL's `reference`")
+def _gold_nll(pair: PairBatch) -> Array:
+    gold = _response(pair, "tpo", "gold", "a column of the rows, TRL's `reference`")
     return -gold.logp / gold.mean_length
 
 
-def tpo(pair: Scored, beta: float = 0.01, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+@reference_free
+def tpo(pair: PairBatch, beta: float = 0.01, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (lp_c - lp_r): triple preferences, with a third answer `gold`
     to imitate (Saeidi et al. 2024, arXiv:2405.16681). Without one, use `partial(cpo, alpha=0.0)`.
     """
     return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * _gold_nll(pair)
 
 
-def tpo_hinge(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
+@reference_free
+def tpo_hinge(pair: PairBatch, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
     """`relu(1 - beta (lp_c - lp_r)) + alpha nll_gold`: TRL's TPO with loss_type hinge."""
     return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * _gold_nll(pair)
 
 
-def tpo_ipo(pair: Scored, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
+@reference_free
+def tpo_ipo(pair: PairBatch, beta: float = 0.01, alpha: float = 1.0) -> PairLoss:
     """`(a_c - a_r - 1 / (2 beta))^2 + alpha nll_gold`: TRL's TPO with loss_type ipo."""
     return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * _gold_nll(pair)
 
 
+@reference_free
 def tpo_l(
-    pair: Scored, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
+    pair: PairBatch, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
 ) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L (arXiv:2405.16681)."""
     return logistic(
@@ -136,21 +133,21 @@ def tpo_l(
     ) + alpha * _gold_nll(pair)
 
 
-def _over_answers(pair: Scored, chosen: Array, rejected: Array) -> PairLoss:
+def _over_responses(pair: PairBatch, chosen: Array, rejected: Array) -> PairLoss:
     """Mean over the answers that a slot has: one in unpaired rows, two in a pair (so that a pair is worth one row)."""
     total = pair.chosen.present * chosen + pair.rejected.present * rejected
     return total / jnp.maximum(pair.chosen.present + pair.rejected.present, 1.0)
 
 
 def apo_zero_unpaired(
-    pair: Scored, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    pair: PairBatch, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> PairLoss:
     """`desirable sigmoid(-beta c)` of a chosen answer, `undesirable sigmoid(beta r)` of a rejected one (arXiv:2408.06266).
 
     TRL's KTOTrainer with loss_type apo_zero_unpaired. A slot with both answers gives their mean.
     """
     chosen = desirable_weight * sigmoid(-beta * pair.chosen.ratio)
-    return _over_answers(pair, chosen, undesirable_weight * sigmoid(beta * pair.rejected.ratio))
+    return _over_responses(pair, chosen, undesirable_weight * sigmoid(beta * pair.rejected.ratio))
 
 
 def _weighted_mean(x: Array, weight: Array) -> Array:
@@ -159,10 +156,10 @@ def _weighted_mean(x: Array, weight: Array) -> Array:
     return jnp.sum(jnp.where(weight > 0, weight * x, 0)) / jnp.where(total > 0, total, 1)
 
 
-@Coupled
+@coupled
 def kto(
-    pair: Scored,
-    state: Any,
+    pair: PairBatch,
+    state: LossState,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -173,29 +170,29 @@ def kto(
     A mismatched answer is another row's answer to this row's prompt. The mean is over the whole optimizer batch, where TRL's is
     over a microbatch. A slot with both answers gives the mean of the two.
     """
-    other = _answer(pair, "kto", "mismatched", "another row's answer, added by the data side")
+    other = _response(pair, "kto", "mismatched", "another row's answer, added by the data side")
     kl = jnp.maximum(_weighted_mean(other.ratio, pair.weight * other.present), 0)
     kl = jax.lax.stop_gradient(kl)
     chosen = desirable_weight * sigmoid(-beta * (pair.chosen.ratio - kl))
-    return _over_answers(pair, chosen, undesirable_weight * sigmoid(-beta * (kl - pair.rejected.ratio)))
+    return _over_responses(pair, chosen, undesirable_weight * sigmoid(-beta * (kl - pair.rejected.ratio)))
 
 
-def _merged(state: Any, mean: Array, count: Array) -> dict[str, Array]:
+def _merged(state: LossState, mean: Array, count: Array) -> dict[str, Array]:
     """The running mean reward and its count with `count` more rewards of the given mean."""
     total = state["count"].astype(mean.dtype) + count
     old = state["delta"].astype(mean.dtype)
     return {"delta": old + (mean - old) * (count / jnp.maximum(total, 1)), "count": total}
 
 
-def _bco_update(state: Any, metrics: Any) -> dict[str, Array]:
+def _bco_update(state: LossState, metrics: Metrics) -> dict[str, Array]:
     chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
     count = chosen.weight + rejected.weight
     moved = _merged(state, (chosen.total + rejected.total) / jnp.maximum(count, 1), count)
     return {name: x.astype(state[name].dtype) for name, x in moved.items()}
 
 
-@partial(Coupled, start={"delta": 0.0, "count": 0.0}, update=_bco_update)
-def bco(pair: Scored, state: Any, beta: float = 0.1) -> PairLoss:
+@coupled(init={"delta": 0.0, "count": 0.0}, update=_bco_update)
+def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
     """`-LS(beta c - delta)` of a chosen answer, `-LS(delta - beta r)` of a rejected one; delta is the mean of all rewards so far,
     beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656; TRL 1.13's BCOTrainer).
 
@@ -208,4 +205,4 @@ def bco(pair: Scored, state: Any, beta: float = 0.1) -> PairLoss:
     here = jnp.concatenate([used * pair.chosen.present, used * pair.rejected.present])
     mean = _weighted_mean(jnp.concatenate([c, r]), here)
     delta = jax.lax.stop_gradient(_merged(state, mean, jnp.sum(here))["delta"])
-    return _over_answers(pair, -log_sigmoid(c - delta), -log_sigmoid(delta - r))
+    return _over_responses(pair, -log_sigmoid(c - delta), -log_sigmoid(delta - r))

@@ -15,7 +15,7 @@ from jaxft.rl import advantages as adv
 class Sampled:
     """A rollout as numbers: G prompts, N completions of each, n = G N of them in order; per-token arrays [n, S], 0 beyond the
     length. scores: NaN where there is none; each: of every reward alone, as it was given, with its weight in `weights`. aux: has
-    the kl_coef of a penalty that belongs in the rewards (kl.InRewards), else nothing."""
+    the kl_coef of a penalty that belongs in the rewards (kl.KLInReward), else nothing."""
 
     scores: Float[np.ndarray, "G N"]
     lengths: Int[np.ndarray, "G N"]
@@ -91,7 +91,7 @@ def actor_critic(
 ) -> Estimate:  # fmt: skip
     """PPO's: generalised advantages of `-kl_coef KL_t` and the score at the end, whitened; returns are made before whitening.
 
-    kl_coef: None takes that of the objective's penalty where it is InRewards(...), else 0. kl(logp, reference) -> per token, k1
+    kl_coef: None takes that of the objective's penalty where it is KLInReward(...), else 0. kl(logp, reference) -> per token, k1
     by default.
     """
     if sampled.values is None:
@@ -141,7 +141,7 @@ def _rewards(
     here, scores = sampled.inside, sampled.scores.ravel()
     if coef and sampled.reference is None:
         raise ValueError(
-            f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=InRewards(...)"
+            f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=KLInReward(...)"
         )
     away = np.zeros(here.shape)
     if sampled.reference is not None:

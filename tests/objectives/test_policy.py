@@ -21,7 +21,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives import metrics
 from jaxft.objectives import policy_losses as P
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards, k1, k2
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.policy import Critic, Outputs, critic, policy, value_loss
 from jaxft.optim.optimizer import Optim, make_optimizer
@@ -371,7 +371,7 @@ def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_b
     """And the loss has none of it."""
     batch = micro(laid(rows_of(random_groups())), 1)
     inner = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
-    objective, plain = by_table(beta=InRewards(inner)), by_table(beta=0.0)
+    objective, plain = by_table(beta=KLInReward(inner)), by_table(beta=0.0)
     aux = objective.init({}, True)
     assert float(aux["kl_coef"]) == pytest.approx(0.3)
     value, slope, found = judged(objective, TABLE, ALL, batch, aux)
@@ -379,7 +379,7 @@ def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_b
     assert value == wanted
     assert_close(slope, slope_too, 1e-15)
     assert (
-        0.3 != float(by_table(beta=InRewards(FixedKL(0.1))).init({}, True)["kl_coef"]) == pytest.approx(0.1)
+        0.3 != float(by_table(beta=KLInReward(FixedKL(0.1))).init({}, True)["kl_coef"]) == pytest.approx(0.1)
     )
 
 

@@ -152,15 +152,15 @@ def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
     [
         (
             partial(P.sft, beta=0.1),
-            "the loss sft has the knobs: none; it is called with .pair. and beta=0.1; give it those",
+            "loss sft: got an unexpected keyword argument 'beta'. Its knobs: none",
         ),
         (
             partial(F.kto, betta=0.1),
-            "the loss kto has the knobs: beta, desirable_weight, undesirable_weight; it is called with",
+            "loss kto: got an unexpected keyword argument 'betta'. Its knobs: beta, desirable_weight, undesirable_weight",
         ),
         (
             lambda pair, scale: pair.chosen.ratio,
-            "the loss <lambda> has the knobs: scale; it is called with .pair.",
+            "loss <lambda>: missing a required argument: 'scale'. Its knobs: scale",
         ),
     ],
 )

@@ -33,7 +33,7 @@ from preference_rows import (
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.metrics import Sum
-from jaxft.objectives.pair import Coupled, unwrap
+from jaxft.objectives.pair import declaration, loss_values
 
 
 @pytest.fixture(autouse=True)
@@ -93,21 +93,21 @@ def test_the_kl_of_kto_is_never_negative_and_has_no_gradient(sign):
 
 def summed(kind, laid, beta):
     pair = seen(laid)
-    answer = pair.answers[kind]
+    answer = pair.responses[kind]
     where = (pair.weight > 0) * answer.present
     return Sum(jnp.sum(where * beta * answer.ratio), jnp.sum(where))
 
 
 def test_the_shift_of_bco_is_the_mean_of_all_rewards_so_far():
     beta, before = 0.4, []
-    loss = unwrap(partial(F.bco, beta=beta))
-    state = {name: jnp.asarray(x, jnp.float32) for name, x in loss.start.items()}
+    loss, declared = partial(F.bco, beta=beta), F.bco
+    state = {name: jnp.asarray(x, jnp.float32) for name, x in declared.init.items()}
     state = {name: x.astype(jnp.float64) for name, x in state.items()}
     for step, count in enumerate((5, 2, 7)):
         rows = random_rows(count, seed=20 + step, only_one=step == 1)
         check_against_torch(loss, partial(T.bco, beta=beta, before=tuple(before)), rows, state)
         laid = lay(rows)
-        state = loss.update(state, {f"rewards/{kind}": summed(kind, laid, beta) for kind in PAIR})
+        state = declared.update(state, {f"rewards/{kind}": summed(kind, laid, beta) for kind in PAIR})
         p = in_torch(rows)
         before += [beta * x for x in (*p.c[p.has("chosen")].tolist(), *p.r[p.has("rejected")].tolist())]
     np.testing.assert_allclose(state["delta"], np.mean(before), rtol=1e-12)
@@ -118,21 +118,21 @@ def test_losses_of_a_mix_keep_their_running_numbers_apart():
     betas, rows = (0.1, 0.7), random_rows(6, seed=4)
     laid = lay(rows)
     loss = P.mix((partial(F.bco, beta=betas[0]), 0.25), (P.dpo, 2.0), (partial(F.bco, beta=betas[1]), 0.5))
-    state = {name: jnp.asarray(x, jnp.float64) for name, x in loss.start.items()}
+    state = {name: jnp.asarray(x, jnp.float64) for name, x in loss.init.items()}
     assert len(state) == 4
     metrics = {f"rewards/{kind}": summed(kind, laid, 0.1) for kind in PAIR}
     state = loss.update({**state, "delta.0": jnp.asarray(3.0), "count.0": jnp.asarray(9.0)}, metrics)
-    parts = [unwrap(partial(F.bco, beta=beta)) for beta in betas]
+    parts = [partial(F.bco, beta=beta) for beta in betas]
     own = [
         {"delta": jnp.asarray(3.0), "count": jnp.asarray(9.0)},
         {"delta": jnp.asarray(0.0), "count": jnp.asarray(0.0)},
     ]
-    own = [part.update(x, metrics) for part, x in zip(parts, own)]
+    own = [F.bco.update(x, metrics) for x in own]
     assert own[0]["delta"] != own[1]["delta"]
     wanted = 2.0 * P.dpo(seen(laid)) + sum(
-        w * p.fn(seen(laid), x) for w, p, x in zip((0.25, 0.5), parts, own)
+        w * loss_values(p, seen(laid), x) for w, p, x in zip((0.25, 0.5), parts, own)
     )
-    np.testing.assert_allclose(loss.fn(seen(laid), state), wanted, rtol=1e-12)
+    np.testing.assert_allclose(loss_values(loss, seen(laid), state), wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -231,7 +231,7 @@ def test_swapping_chosen_and_rejected_turns_the_gradient(name):
 
 def test_robust_is_dpo_on_average_over_flips():
     pair = seen(lay(random_rows(5, seed=1)))
-    flipped = replace(pair, answers={"chosen": pair.rejected, "rejected": pair.chosen})
+    flipped = replace(pair, responses={"chosen": pair.rejected, "rejected": pair.chosen})
     eps = 0.3
     loss = partial(P.robust, label_smoothing=eps)
     np.testing.assert_allclose((1 - eps) * loss(pair) + eps * loss(flipped), P.dpo(pair), rtol=1e-12)
@@ -281,7 +281,7 @@ def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
     assert pair.weight.dtype == dtype
 
     def total(answers, tokens):
-        values = value_of(loss, replace(pair, answers=answers, tokens=replace(pair.tokens, logp=tokens)))
+        values = value_of(loss, replace(pair, responses=answers, tokens=replace(pair.tokens, logp=tokens)))
         assert values.dtype == dtype
         return jnp.sum(pair.weight * values), values
 
@@ -290,7 +290,7 @@ def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
         fill = lambda logps: {kind: replace(a, logp=logps[kind]) for kind, a in answers.items()}  # noqa: E731
         return jax.grad(lambda logps, tokens: total(fill(logps), tokens), (0, 1), has_aux=True)(logps, tokens)
 
-    found = both(pair.answers, pair.tokens.logp)
+    found = both(pair.responses, pair.tokens.logp)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
@@ -302,8 +302,7 @@ KNOBS = [
 
 
 def takes(loss, knob):
-    fn = unwrap(loss)
-    code = getattr(fn.fn if isinstance(fn, Coupled) else fn, "__code__", None)
+    code = getattr(declaration(loss).fn, "__code__", None)
     return code is not None and knob in code.co_varnames[: code.co_argcount]
 
 

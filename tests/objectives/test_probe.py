@@ -20,7 +20,7 @@ from jaxft.objectives.check.laws import check, empty_slots, own_pair, weightless
 from jaxft.objectives.check.probe import PAIR, alone, call, curve, judged, probe, span, together
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
 from jaxft.objectives.check.traits import antisymmetric, difference
-from jaxft.objectives.pair import Coupled
+from jaxft.objectives.pair import coupled
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
@@ -103,19 +103,19 @@ def margin_of(pair):
     return pair.chosen.ratio - pair.rejected.ratio
 
 
-@Coupled
+@coupled
 def counts_all(pair, state):
     return P.logistic(0.1 * (margin_of(pair) - stop_gradient(margin_of(pair).mean())))
 
 
-@Coupled
+@coupled
 def by_order(pair, state):
     x = margin_of(pair)
     before = jnp.cumsum(stop_gradient(x).reshape(x.size)).reshape(x.shape) - stop_gradient(x)
     return P.logistic(0.1 * (x - before))
 
 
-@Coupled
+@coupled
 def divides_by_nothing(pair, state):
     total = jnp.sum(pair.weight)
     return P.dpo(pair) + stop_gradient(jnp.sum(pair.weight * margin_of(pair)) / total)
@@ -136,7 +136,7 @@ BROKEN = {
     "a hidden mean": (
         lambda pair: P.dpo(pair) + P.dpo(pair).mean(),
         {"own pair"},
-        "alone and .* among six .*Coupled",
+        "alone and .* among six .*@coupled",
     ),
     "wrong sign": (lambda pair: P.logistic(-0.1 * margin_of(pair)), {"direction"}, "turn its sign"),
     "overflow": (
@@ -190,7 +190,7 @@ def test_a_broken_loss_fails_its_check_and_no_other(name):
             "the gradient on chosen is not finite where one answer",
         ),
         (
-            Coupled(lambda pair, state: P.dpo(pair) + P.dpo(pair).sum() - P.dpo(pair)),
+            coupled(lambda pair, state: P.dpo(pair) + P.dpo(pair).sum() - P.dpo(pair)),
             weightless,
             "beside five slots of weight 0",
         ),
@@ -259,19 +259,19 @@ def test_columns_that_a_loss_asks_for_in_its_own_way_are_set_by_hand():
 
 def test_a_loss_that_fails_with_all_that_it_is_given_says_why():
     def mine(pair):
-        return pair.answers["gold"].logp + pair.chosen.rtaio
+        return pair.responses["gold"].logp + pair.chosen.rtaio
 
     with pytest.raises(ValueError) as e:
         probe("mine", mine)
     assert (
-        "mine fails: KeyError: 'gold'; with a third answer `gold`: AttributeError: 'Answer' object has no"
+        "mine fails: KeyError: 'gold'; with a third answer `gold`: AttributeError: 'Response' object has no"
         in str(e.value)
     )
 
 
 def test_a_coupled_loss_inside_a_function_is_refused_in_words():
     with pytest.raises(
-        ValueError, match="mine fails: ValueError: aot couples the pairs .* wrap its caller in Coupled"
+        ValueError, match="mine fails: ValueError: aot couples the pairs .* declare its caller with @coupled"
     ):
         probe("mine", lambda pair: 2.0 * P.aot(pair))
 
@@ -298,9 +298,9 @@ def test_tokens_add_up_to_answers_in_any_layout():
     for pair in (one, in_rows(one, 2), in_rows(one, 3)):
         for values, name in ((pair.tokens.logp, "logp"), (pair.tokens.reference, "reference")):
             for kind, total in pair.total(values).items():
-                np.testing.assert_allclose(total, getattr(pair.answers[kind], name), rtol=1e-5)
+                np.testing.assert_allclose(total, getattr(pair.responses[kind], name), rtol=1e-5)
     for kind in kinds:
-        answer = one.answers[kind]
+        answer = one.responses[kind]
         there = given["length"][kind] > 0
         np.testing.assert_array_equal(answer.present[:, 0], there)
         np.testing.assert_array_equal(answer.length[:, 0], np.maximum(given["length"][kind], 1))
@@ -380,7 +380,7 @@ LOSSES = """
 import jax
 from functools import partial
 from jaxft.objectives.preference_losses import dpo
-from jaxft.objectives.pair import Coupled
+from jaxft.objectives.pair import coupled
 
 def mine(pair, beta=0.1, steps: int = 1, power=1):
     margin = beta * steps * power * (pair.chosen.ratio - pair.rejected.ratio)
@@ -395,7 +395,7 @@ def wrong(pair):
 def typo(pair):
     return mine(pair) + pair.chosen.rtaio
 
-@Coupled
+@coupled
 def both(pair, state, beta=0.1):
     return mine(pair, beta)
 
@@ -448,7 +448,7 @@ def test_several_losses_with_knobs_each_have_a_picture_and_the_others_may_fail(b
         code == 0
         and "= -0.2 times" in out
         and "= -0.01 times" in out
-        and "it is Coupled" in out
+        and "it is coupled" in out
         and "FAIL  shape" in out
     )
     for name in ("mine-beta=0.2-steps=2-power=0.5", "both-beta=1e-2"):
@@ -481,7 +481,7 @@ def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, text",
     [
-        (("my.py:typo",), "typo fails: AttributeError: 'Answer' object has no attribute 'rtaio' (line 18)"),
+        (("my.py:typo",), "typo fails: AttributeError: 'Response' object has no attribute 'rtaio' (line 18)"),
         (("none.py:mine",), "none.py: no such file in"),
         (("my.py:mime",), "my.py has no 'mime'; it has: mine"),
         (("my.py:number",), "my.py:number is a int, not a function"),

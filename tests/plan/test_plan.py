@@ -31,7 +31,7 @@ from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives import policy
-from jaxft.objectives.kl import FixedKL, InRewards
+from jaxft.objectives.kl import FixedKL, KLInReward
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
@@ -209,7 +209,7 @@ def tiny_ppo(critic=None, rewards=None, group=2):
     def objective(model):
         hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)  # noqa: E731
         value = policy.critic(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
-        return policy.policy(model, clipped, InRewards(FixedKL(0.1)), value=policy.Critic(value))
+        return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), value=policy.Critic(value))
 
     asked = Prompts("none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2)
     source = partial(

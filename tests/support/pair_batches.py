@@ -14,13 +14,13 @@ from jaxft.data.pairs import layout as pair_layout
 from jaxft.data.pairs.batches import Room
 from jaxft.data.pairs.tokens import TokenisedPairs
 from jaxft.objectives import metrics
-from jaxft.objectives.pair import Coupled, unwrap
+from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Outputs, preference
 from jaxft.train.step import accumulate_gradients
 from jaxft.tree import partition
 
 PAIR = ("chosen", "rejected")
-COUPLED = [name for name, (loss, *_) in EVERY.items() if isinstance(unwrap(loss), Coupled)]
+COUPLED = [name for name, (loss, *_) in EVERY.items() if declaration(loss).coupled]
 ONLY_W = {"w": True, "known": False, "other": False}  # what is trained of a table
 
 

@@ -13,7 +13,7 @@ import torch_losses as T
 from jaxft.batch import Pairs
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.pair import Coupled, scored, unwrap
+from jaxft.objectives.pair import declaration, loss_values, pair_batch
 
 PAIR = ("chosen", "rejected")
 
@@ -97,15 +97,12 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
 
 def seen(laid, logp=None, reference=True):
     policy, known, square = (jnp.asarray(laid.values[..., i]) for i in range(3))
-    return scored(laid.batch, policy if logp is None else logp, square, known if reference else None)
+    return pair_batch(laid.batch, policy if logp is None else logp, square, known if reference else None)
 
 
 def value_of(loss, pair, state=None):
-    loss = unwrap(loss)
-    if not isinstance(loss, Coupled):
-        return loss(pair)
-    start = {name: jnp.asarray(x, pair.weight.dtype) for name, x in loss.start.items()}
-    return loss.fn(pair, start if state is None else state)
+    start = {name: jnp.asarray(x, pair.weight.dtype) for name, x in declaration(loss).init.items()}
+    return loss_values(loss, pair, start if state is None else state)
 
 
 def judged(loss, laid, state=None, reference=True):

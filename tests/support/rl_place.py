@@ -19,7 +19,7 @@ from jaxft.data.prompts import Prompts, Ranked
 from jaxft.rl.estimators import actor_critic, by_group
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, InRewards
+from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.preference import preference
 from jaxft.objectives.policy import Critic, critic, policy
 from jaxft.objectives.policy_losses import clipped
@@ -50,7 +50,7 @@ def with_critic(model, temperature, beta, shared=False):
     hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
     value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
     penalty = AdaptiveKL(beta, target=0.1, horizon=50) if beta else FixedKL(0.0)
-    return policy(model, clipped, InRewards(penalty), 0.01, temperature, Critic(value, coef=0.5))
+    return policy(model, clipped, KLInReward(penalty), 0.01, temperature, Critic(value, coef=0.5))
 
 
 def config(

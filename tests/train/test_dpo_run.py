@@ -156,20 +156,20 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["loss=mine.py:mean_of_pairs"], "gives one value a pair"),
+        (["loss=mine.py:mean_of_pairs"], "returns one value per pair"),
         (
             ["loss=mine.py:pairs_of_values"],
-            "the loss pairs_of_values gives one value a pair, (1, 4); found tuple",
+            "loss pairs_of_values returns one value per pair, (1, 4); got tuple",
         ),
         (
             ["loss=mine.py:column"],
-            "the loss column looks for 'hardness', and the pairs have chosen, rejected; a column",
+            "loss column: the pairs have no field 'hardness' (available: chosen, rejected",
         ),
         (
             ["loss=mine.py:typo"],
-            "the loss typo fails: AttributeError: 'Answer' object has no attribute 'rtaio'",
+            "loss typo fails: AttributeError: 'Response' object has no attribute 'rtaio'",
         ),
-        (["loss=mine.py:hidden"], "aot couples the pairs of a batch; give it to preference(...) itself"),
+        (["loss=mine.py:hidden"], "aot couples the pairs of a batch. Pass it to preference(...) itself"),
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
         (
             ["reference=none"],
@@ -177,7 +177,7 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
         ),
         (
             ["reference=none", "reward=jaxft.objectives.preference:summed"],
-            "this loss compares with a reference",
+            "this loss reads the reference's log-probs",
         ),
         ([f"loss={F}:kto"], "kto needs a third answer `mismatched`"),
         ([f"loss={F}:tpo"], "tpo needs a third answer `gold`"),

@@ -30,14 +30,12 @@ from jaxft.objectives.check.probe import (
 )
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
 from jaxft.objectives.check.traits import antisymmetric, difference, lengths, needs, reference
-from jaxft.objectives.pair import Coupled, Scored
+from jaxft.objectives.pair import PairBatch
 from jaxft.tree import nearest
 
 CLAIMS = ("antisymmetric", "difference")
 LONG = 4096  # tokens of a long answer
-ALONE = (
-    "drop the mean or sum over pairs (the objective weighs and adds them), or wrap the loss in scored.Coupled"
-)
+ALONE = "drop the mean or sum over pairs (the objective weighs and adds them), or wrap the loss in @coupled of pair.py"
 
 
 def check(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
@@ -57,7 +55,7 @@ def check(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
     usual = ordinary(probe, seen)
     if not usual.ok:
         return (*first, usual)
-    batches = (weightless(probe), order(probe)) if isinstance(probe.loss, Coupled) else (own_pair(probe),)
+    batches = (weightless(probe), order(probe)) if probe.declared.coupled else (own_pair(probe),)
     return (
         needs(probe),
         *first,
@@ -97,7 +95,7 @@ def one_value_a_pair(probe: Probe) -> Check:
     return Check("shape", True, f"{found.dtype} {list(found.shape)} of a batch {list(wanted)}")
 
 
-def extremes(probe: Probe, dtype: Any) -> Scored:
+def extremes(probe: Probe, dtype: Any) -> PairBatch:
     """Pairs [72, 1]: policy and reference at log-probs from 0 to -1e5, alike and apart, in answers of 1 and of LONG tokens."""
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, known = (x.ravel() for x in np.meshgrid(sums, sums))
@@ -141,8 +139,8 @@ def finite(probe: Probe, dtype: Any) -> Check:
     )
 
 
-def _fields(pair: Scored, name: str) -> list[np.ndarray]:
-    return [getattr(pair.answers[kind], name) for kind in PAIR]
+def _fields(pair: PairBatch, name: str) -> list[np.ndarray]:
+    return [getattr(pair.responses[kind], name) for kind in PAIR]
 
 
 def empty_slots(probe: Probe) -> Check:
@@ -193,7 +191,7 @@ def _flat(found: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.size), found)
 
 
-def _some(probe: Probe) -> Scored:
+def _some(probe: Probe) -> PairBatch:
     return pairs(**varied(probe.kinds, 6), columns=probe.columns)
 
 

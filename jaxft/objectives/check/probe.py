@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs
-from jaxft.objectives.pair import Coupled, Scored, unwrap
+from jaxft.objectives.pair import PairBatch, PreferenceLoss, declaration, loss_values
 from jaxft.tree import struct
 
 PAIR = ("chosen", "rejected")
@@ -49,11 +49,12 @@ class Probe:
     """A loss, the kinds of answers and the columns that it is given, and its two compiled forms."""
 
     name: str
-    loss: Callable[..., Array] | Coupled
+    loss: Callable[..., Array]
+    declared: PreferenceLoss
     kinds: tuple[str, ...]
     columns: tuple[str, ...]
-    each: Callable[[Scored], Judged]
-    batch: Callable[[Scored], Judged]
+    each: Callable[[PairBatch], Judged]
+    batch: Callable[[PairBatch], Judged]
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,10 @@ class Curve:
 # A loss and what it needs
 
 
-def call(loss: Callable, pair: Scored) -> Array:
-    """The loss's values; a Coupled one sees its start state."""
-    if isinstance(loss, Coupled):
-        return loss.fn(pair, {name: jnp.asarray(x, jnp.float32) for name, x in loss.start.items()})
-    return loss(pair)
+def call(loss: Callable, pair: PairBatch) -> Array:
+    """The loss's values, with its state at step 0."""
+    init = declaration(loss).init
+    return loss_values(loss, pair, {name: jnp.asarray(x, jnp.float32) for name, x in init.items()})
 
 
 def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
@@ -80,7 +80,7 @@ def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
 
     columns: further ones. Raises ValueError with the loss's own message, `from` its error, where it fails whatever it is given.
     """
-    loss, failed = unwrap(loss), dict[str, tuple[str, Exception]]()
+    failed = dict[str, tuple[str, Exception]]()
     for kinds in (PAIR, *((*PAIR, third) for third in THIRDS)):
         try:
             known = _columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns))))
@@ -89,7 +89,7 @@ def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
             continue
         judge = partial(_judge, loss)
         each, batch = (jax.jit(fn, compiler_options=QUICK) for fn in (jax.vmap(judge), judge))
-        return Probe(name, loss, kinds, known, each, batch)
+        return Probe(name, loss, declaration(loss), kinds, known, each, batch)
     texts = [
         f"with a third answer `{kind}`: {text}" if kind in THIRDS else text
         for text, (kind, _) in failed.items()
@@ -124,25 +124,27 @@ def said(error: Exception) -> str:
 # Values and slopes
 
 
-def _moved(pair: Scored, nats: dict[str, Array]) -> Scored:
+def _moved(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
     """The pairs with `nats` more log-prob of each kind of answer, spread evenly over its tokens."""
-    answers = {kind: replace(a, logp=a.logp + nats[kind]) for kind, a in pair.answers.items()}
-    each = pair.spread({kind: nats[kind] / a.length for kind, a in pair.answers.items()})
-    return replace(pair, answers=answers, tokens=replace(pair.tokens, logp=pair.tokens.logp + each))
+    answers = {kind: replace(a, logp=a.logp + nats[kind]) for kind, a in pair.responses.items()}
+    each = pair.spread({kind: nats[kind] / a.length for kind, a in pair.responses.items()})
+    return replace(pair, responses=answers, tokens=replace(pair.tokens, logp=pair.tokens.logp + each))
 
 
-def _judge(loss: Callable, pair: Scored) -> Judged:
+def _judge(loss: Callable, pair: PairBatch) -> Judged:
     """As the objective does it: slots without weight are left out of the sum, not out of the computation."""
 
     def total(nats: dict[str, Array]) -> tuple[Array, Array]:
         values = call(loss, _moved(pair, nats))
         return jnp.sum(jnp.where(pair.weight > 0, values, jnp.zeros((), values.dtype))), values
 
-    slope, value = jax.grad(total, has_aux=True)({kind: jnp.zeros_like(pair.weight) for kind in pair.answers})
+    slope, value = jax.grad(total, has_aux=True)(
+        {kind: jnp.zeros_like(pair.weight) for kind in pair.responses}
+    )
     return Judged(value, slope)
 
 
-def _run(probe: Probe, fn: Callable[[Scored], Judged], pair: Scored) -> Judged:
+def _run(probe: Probe, fn: Callable[[PairBatch], Judged], pair: PairBatch) -> Judged:
     try:
         return jax.tree.map(np.asarray, fn(pair))
     except Exception as error:  # a user's function is traced here, forward and backward
@@ -150,12 +152,12 @@ def _run(probe: Probe, fn: Callable[[Scored], Judged], pair: Scored) -> Judged:
         raise ValueError(f"{probe.name} fails {where}: {said(error)}") from error
 
 
-def together(probe: Probe, pair: Scored) -> Judged:
+def together(probe: Probe, pair: PairBatch) -> Judged:
     """Values and slopes [B, P] of pairs that are one batch. Raises ValueError where the loss fails."""
     return _run(probe, probe.batch, pair)
 
 
-def alone(probe: Probe, pair: Scored) -> Judged:
+def alone(probe: Probe, pair: PairBatch) -> Judged:
     """Values and slopes [N] of pairs [N, 1], each in a batch of its own. Raises ValueError where the loss fails."""
     N = pair.weight.shape[0]
     parts = []

@@ -1,4 +1,4 @@
-"""Pairs that no model scored: a Scored of given log-ratios, lengths and log-probs, to look at losses with."""
+"""Pairs that no model scored: a PairBatch of given log-ratios, lengths and log-probs, to look at losses with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.objectives.pair import Answer, PerToken, Scored
+from jaxft.objectives.pair import PairBatch, PairTokens, Response
 
 TOKENS = 16  # of an answer, where nothing else is said
 PER_TOKEN = -1.5  # the reference's log-prob of a token
@@ -21,7 +21,7 @@ def pairs(
     columns: Iterable[str] = ("margin",),
     room: int = ROOM,
     dtype: Any = np.float32,
-) -> Scored:
+) -> PairBatch:
     """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs; a number or an array [N] a kind.
 
     The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns 1, `margin` 0. Length 0: no answer;
@@ -46,7 +46,7 @@ def pairs(
     cast: Any = lambda x: x[:, None].astype(dtype)  # noqa: E731
     mean = [long[there[:, k], k].mean() if there[:, k].any() else 1.0 for k in range(len(kinds))]
     answers = {
-        kind: Answer(
+        kind: Response(
             logp=cast(logp[:, k]),
             reference=cast(known[:, k]),
             length=cast(long[:, k]),
@@ -56,7 +56,7 @@ def pairs(
         for k, kind in enumerate(kinds)
     }
     zeros: Any = {name: np.full((len(logp), 1), float(name != "margin"), np.float32) for name in columns}
-    return Scored(
+    return PairBatch(
         answers,
         _tokens(logp / long, known / long, lengths.astype(int), room, dtype),
         zeros,
@@ -64,7 +64,7 @@ def pairs(
     )
 
 
-def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, room: int, dtype: Any) -> PerToken:
+def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, room: int, dtype: Any) -> PairTokens:
     """Read positions of rows with one slot each, from log-probs a token and lengths [N, A]."""
     N, A = lengths.shape
     answer, place = np.full((N, room), A, np.int32), np.zeros((N, room), np.int32)
@@ -78,21 +78,21 @@ def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, room: int,
 
     owner: Any = answer
     where: Any = place
-    return PerToken(
-        logp=at(logp), reference=at(known), square=at(np.full((N, A), -1.0)), answer=owner, place=where
-    )
+    return PairTokens(at(logp), at(known), at(np.full((N, A), -1.0)), owner, where)
 
 
-def in_rows(pair: Scored, slots: int) -> Scored:
+def in_rows(pair: PairBatch, slots: int) -> PairBatch:
     """Pairs [N, 1] as a batch [N / slots, slots]. Raises ValueError where N isn't a multiple of slots."""
-    N, A = pair.weight.shape[0], len(pair.answers)
+    N, A = pair.weight.shape[0], len(pair.responses)
     if N % slots:
         raise ValueError(
             f"{N} pairs don't fill rows of {slots}; give in_rows(...) a multiple of {slots} pairs"
         )
     slot = (np.arange(N, dtype=np.int32) % slots)[:, None]
-    owner: Any = np.where(pair.tokens.answer < A, pair.tokens.answer + slot * A, slots * A).astype(np.int32)
-    whole = replace(pair, tokens=replace(pair.tokens, answer=owner))
+    owner: Any = np.where(pair.tokens.response < A, pair.tokens.response + slot * A, slots * A).astype(
+        np.int32
+    )
+    whole = replace(pair, tokens=replace(pair.tokens, response=owner))
     return jax.tree.map(lambda x: x.reshape(N // slots, slots * x.shape[1]), whole)
 
 

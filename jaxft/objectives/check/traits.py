@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.objectives.check.probe import PAIR, Check, Probe, alike, alone, call, judged, number, probe, same
+from jaxft.objectives.check.probe import PAIR, Check, Probe, alike, alone, call, judged, number, same
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pairs, varied
-from jaxft.objectives.pair import Coupled, Scored
+from jaxft.objectives.pair import PairBatch
 
 BRIEF, LONG = 8, 64  # tokens of answers that are compared by length
 
@@ -36,9 +36,11 @@ def needs(probe: Probe) -> Check:
         if reads(name)
     ]
     words = f"reads chosen and rejected answers{''.join(', ' + what for what in found)}"
-    if isinstance(probe.loss, Coupled):
-        state = f" with the state {', '.join(probe.loss.start)} at its start" if probe.loss.start else ""
-        words += f"; it is Coupled: where nothing else is said, what follows is of a batch of one pair{state}"
+    if probe.declared.coupled:
+        state = (
+            f" with the state {', '.join(probe.declared.init)} at its start" if probe.declared.init else ""
+        )
+        words += f"; it is coupled: where nothing else is said, what follows is of a batch of one pair{state}"
     return Check("needs", None, words)
 
 
@@ -62,14 +64,6 @@ def reference(probe: Probe) -> Check:
     return Check("reference", None, "asks for it, and nothing depends on it")
 
 
-def reads_reference(loss: Callable) -> bool:
-    """Whether a loss asks for the reference's log-probs. One that fails whatever it is given is taken to."""
-    try:
-        return not runs_without_reference(probe("loss", loss))
-    except ValueError:
-        return True
-
-
 def runs_without_reference(probe: Probe) -> bool:
     """Whether the loss gives values where there is no reference."""
     pair = pairs(dict.fromkeys(probe.kinds, np.zeros(6)), columns=probe.columns)
@@ -80,9 +74,9 @@ def runs_without_reference(probe: Probe) -> bool:
     return True
 
 
-def _without_reference(pair: Scored) -> Scored:
-    answers = {kind: replace(a, reference=None) for kind, a in pair.answers.items()}
-    return replace(pair, answers=answers, tokens=replace(pair.tokens, reference=None))
+def _without_reference(pair: PairBatch) -> PairBatch:
+    answers = {kind: replace(a, reference=None) for kind, a in pair.responses.items()}
+    return replace(pair, responses=answers, tokens=replace(pair.tokens, reference=None))
 
 
 # Symmetries
