@@ -434,7 +434,7 @@ def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
             {},
             r"the policy loss <lambda> gives one value a token, \(2, 54\); found \(2, 9\)",
         ),
-        ({"temperature": 0.0}, {}, "the temperature that completions are drawn at is above 0, found 0.0"),
+        ({"temperature": 0.0}, {}, "the sampling temperature is above 0, got 0.0"),
         ({"value": Critic}, {"coef": -1.0}, "a critic's coef is above 0, found -1.0"),
     ],
 )

@@ -247,7 +247,7 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
         ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"
     ):
         reward(None, "ahead").loss(Outputs(zero, zero, batch), {})
-    with pytest.raises(ValueError, match="center=-1; wanted a number from 0 up"):
+    with pytest.raises(ValueError, match="center=-1; expected a number from 0 up"):
         reward(None, center=-1)
     with pytest.raises(ValueError, match="no scalar head"):
         model, whole = tiny(jnp.float32)
