@@ -4,12 +4,15 @@ A config is a Python file with a function `config(knob=default, ...)` that retur
 `knob=value` sets a parameter of that function, `section.field=value` a field of the value it returns. Knobs come first: `config`
 is called once, with them, and then the fields are replaced. A field therefore overrides whatever a knob put there; `Resolved` has
 both, and they are printed and recorded with the run.
+
+A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the knobs.
 """
 
 import ast
 import dataclasses
 import inspect
 import io
+import textwrap
 import tokenize
 import types
 import typing
@@ -74,32 +77,36 @@ def resolve(path: str, overrides: list[str], expected: type = object) -> Resolve
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that `config` must return.
     """
     fn, _ = _config_function(path)
-    signature = _signature(fn)
+    knobs = _knobs(fn)
     texts = _split(overrides)
-    given = {key: _parse_as(key, text, *signature[key]) for key, text in texts.items() if key in signature}
-    for name, (kind, default) in signature.items():
-        if default is UNANNOTATED and name not in given:
-            value = "..." if kind is UNANNOTATED else f"<{describe_kind(kind)}>"
+    given = {
+        key: _parse_as(key, text, knobs[key].kind, knobs[key].default)
+        for key, text in texts.items()
+        if key in knobs
+    }
+    for name, knob in knobs.items():
+        if knob.default is UNANNOTATED and name not in given:
+            value = "..." if knob.kind is UNANNOTATED else f"<{describe_kind(knob.kind)}>"
             raise ValueError(f"{path}: {name} has no default; give {name}={value}")
-    root = _call(fn, given, path)
+    root = _call(fn, knobs, given, path)
     if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned a {type(root).__name__}; expected a {name}")
     fields: dict[Steps, tuple[str, str]] = {}
     for key, text in texts.items():
-        if key not in signature:
-            steps = _steps(root, key, list(signature))
+        if key not in knobs:
+            steps = _steps(root, key, list(knobs))
             if steps in fields:
                 raise ValueError(f"{key} and {fields[steps][0]} are the same field")
             fields[steps] = (key, text)
     value = _replace(root, fields)
-    defaults = {name: default for name, (_, default) in signature.items()}
+    defaults = {name: knob.default for name, knob in knobs.items()}
     return Resolved(value, defaults | given, {".".join(steps): _get(value, steps) for steps in fields})
 
 
 def knob_names(path: str) -> list[str]:
     """The knobs of a config file, in order."""
-    return list(_signature(_config_function(path)[0]))
+    return list(_knobs(_config_function(path)[0]))
 
 
 # Knobs
@@ -115,14 +122,35 @@ def _config_function(path: str) -> tuple[Callable, types.ModuleType]:
     return fn, module
 
 
-def _signature(fn: Callable) -> dict[str, tuple[Any, Any]]:
-    """Knob -> (annotation, default)."""
-    hints = _hints(fn)
-    return {
-        name: (hints.get(name, UNANNOTATED), p.default)
-        for name, p in inspect.signature(fn).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+@dataclasses.dataclass(frozen=True)
+class _Knob:
+    """A parameter of `config`, or a field of its parameter `group`."""
+
+    kind: Any
+    default: Any
+    group: str | None = None
+    comment: str = ""
+
+
+def _knobs(fn: Callable) -> dict[str, _Knob]:
+    hints, comments = _hints(fn), _comments(fn)
+    found: dict[str, _Knob] = {}
+    for name, p in inspect.signature(fn).parameters.items():
+        default, members = (
+            p.default,
+            {name: _Knob(hints.get(name, UNANNOTATED), p.default, None, comments.get(name, ""))},
+        )
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            kinds, notes = _hints(type(default)), _comments(type(default))
+            members = {
+                f.name: _Knob(kinds[f.name], getattr(default, f.name), name, notes.get(f.name, ""))
+                for f in dataclasses.fields(default)
+            }
+        twice = sorted(members.keys() & found.keys())
+        if twice:
+            raise ValueError(f"{fn.__qualname__} has two knobs called {twice[0]}; rename one")
+        found |= members
+    return found
 
 
 def _hints(thing: Any) -> dict[str, Any]:
@@ -144,9 +172,14 @@ def _split(overrides: list[str]) -> dict[str, str]:
     return texts
 
 
-def _call(fn: Callable, knobs: dict[str, Any], path: str) -> Any:
+def _call(fn: Callable, knobs: dict[str, _Knob], given: dict[str, Any], path: str) -> Any:
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
+    for group in dict.fromkeys(knobs[name].group for name in given):
+        if group is not None:
+            fields = {name: value for name, value in given.items() if knobs[name].group == group}
+            arguments[group] = dataclasses.replace(inspect.signature(fn).parameters[group].default, **fields)
     try:
-        return fn(**knobs)
+        return fn(**arguments)
     except (ValueError, OSError):
         raise
     except Exception as error:
@@ -263,30 +296,43 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 def help_text(path: str) -> str:
     """The docstring of a config file and its knobs with their defaults, types and comments."""
     fn, module = _config_function(path)
-    file = Path(module.__file__ or path)
-    comments = _knob_comments(file.read_text(encoding="utf-8"))
     rows = []
-    for name, (kind, default) in _signature(fn).items():
-        knob = name if default is UNANNOTATED else f"{name}={_as_written(default)}"
-        what = describe_kind(type(default) if kind in (UNANNOTATED, Any) else kind)
-        rows.append((knob, what + ", required" * (default is UNANNOTATED), comments.get(name, "")))
+    for name, knob in _knobs(fn).items():
+        required = knob.default is UNANNOTATED
+        kind = type(knob.default) if knob.kind in (UNANNOTATED, Any) else knob.kind
+        setting = name if required else f"{name}={_as_written(knob.default)}"
+        rows.append((setting, describe_kind(kind) + ", required" * required, knob.comment))
     width = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
-    doc = inspect.cleandoc(module.__doc__ or short_path(file))
+    doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
     return "\n".join([doc, "", "Knobs (knob=value; other settings as section.field=value):", *table])
 
 
-def _knob_comments(source: str) -> dict[str, str]:
-    """Knob -> its comment: the one that ends the line of its default, where another knob doesn't follow on that line."""
-    tree = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "config")
-    knobs = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+def _comments(definition: Any) -> dict[str, str]:
+    """Parameter of a function, or field of a class and its bases -> the comment that ends its line.
+
+    Where a line has several, the comment belongs to the last.
+    """
     found: dict[str, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line = token.start[0]
-        if token.type == tokenize.COMMENT and tree.lineno <= line < tree.body[0].lineno:
-            above = [knob.arg for knob in knobs if knob.lineno <= line]
-            if above:
-                found[above[-1]] = token.string.lstrip("# ").strip()
+    for cls in reversed(inspect.getmro(definition)) if isinstance(definition, type) else [definition]:
+        try:
+            source = textwrap.dedent("".join(inspect.getsourcelines(cls)[0]))
+        except (OSError, TypeError):  # a builtin, or a class without a file
+            continue
+        node: Any = ast.parse(source).body[0]
+        if isinstance(node, ast.FunctionDef):
+            starts = {
+                a.lineno: a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            }
+            end = node.body[0].lineno
+        else:
+            starts = {n.lineno: n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+            end = max((n.end_lineno + 1 for n in node.body if isinstance(n, ast.AnnAssign)), default=0)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            line = token.start[0]
+            above = [start for start in starts if start <= line < end]
+            if token.type == tokenize.COMMENT and above:
+                found[starts[max(above)]] = token.string.lstrip("# ").strip()
     return found
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.runs import config
-from jaxft.runs.config import RENAMED, describe, differences, help_text, load, resolve
+from jaxft.runs.config import RENAMED, describe, differences, help_text, knob_names, load, resolve
 from jaxft.runs.parse import parse
 
 TOY = '''
@@ -299,6 +299,62 @@ def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
     assert rows["loss=toy.py:plain"].startswith("package.module:name")
     assert rows["kind=adamw"] == "one of adamw, adafactor"
     assert rows["shape=1,2"] == "a list a,b of int"
+
+
+GROUPS = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Base:
+    model: str = "org/tiny"  # a folder, or a name on the hub
+    rank: int | None = None
+
+@dataclass(frozen=True)
+class Wide(Base):
+    width: int = 4  # of a layer
+    height: int = 5
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    base: Base
+
+def config(
+    base: Base = Base(rank=8),
+    name: str = "run",  # of the folder
+    %s
+) -> Run:
+    return Run(name, base)
+"""
+
+
+def test_the_fields_of_a_group_are_knobs(tmp_path):
+    path = write(tmp_path, GROUPS % "")
+    settings = resolve(path, ["model=mine", "name=x"])
+    assert (settings.value.base.model, settings.value.base.rank, settings.value.name) == ("mine", 8, "x")
+    assert settings.knobs == {"model": "mine", "rank": 8, "name": "x"} and knob_names(path) == [
+        "model",
+        "rank",
+        "name",
+    ]
+    assert load(path, []).base.model == "org/tiny"
+    with pytest.raises(ValueError, match="rank=x: expected int or none"):
+        load(path, ["rank=x"])
+    with pytest.raises(ValueError, match="unknown key 'rnk'; near: .*rank"):
+        load(path, ["rnk=1"])
+    rows = {
+        line.split()[0]: line.split()[1:] for line in help_text(path).splitlines() if line.startswith("  ")
+    }
+    assert " ".join(rows["model=org/tiny"]) == "str a folder, or a name on the hub"
+    assert rows["rank=8"] == ["int", "or", "none"] and rows["name=run"] == ["str", "of", "the", "folder"]
+
+
+def test_a_group_may_add_to_another_one_and_their_knobs_differ(tmp_path):
+    path = write(tmp_path, GROUPS.replace("Base = Base(", "Wide = Wide(") % "")
+    assert load(path, ["width=7", "model=mine"]).base.width == 7
+    assert ["width=4", "int", "of", "a", "layer"] in [line.split() for line in help_text(path).splitlines()]
+    with pytest.raises(ValueError, match="config has two knobs called rank; rename one"):
+        load(write(tmp_path, GROUPS % "rank: int = 3,"), [])
 
 
 def test_what_help_shows_can_be_given_back(toy):
