@@ -5,7 +5,7 @@ G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row
 """
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ class Tokens:
     targets: Int[Any, "B M"]
     token_weights: Float[Any, "B M"]
     branches: Int[Any, "B T"] | None = None  # 0 a shared prompt, 1, 2, ... answers that don't see one another
+    packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
 
 
 @struct
@@ -69,6 +70,7 @@ class Pairs:
     )
     branches: Int[Any, "B T"] | None = None
     kinds: tuple[str, ...] = static(default=("chosen", "rejected"))
+    packed: ClassVar[bool] = True  # as in Tokens
 
 
 @struct
@@ -99,6 +101,7 @@ class Rollout:
     returns: Float[Any, "B M"] | None = None  # what the critic should learn
     value_weights: Float[Any, "B M"] | None = None
     branches: Int[Any, "B T"] | None = None
+    packed: ClassVar[bool] = True  # as in Tokens
 
 
 @struct

@@ -121,7 +121,7 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
 
     from jaxft.distributed import sharding
     from jaxft.inference import generate
-    from jaxft.nn import attention, lora
+    from jaxft.models.adapted import adapted
     from jaxft.weights import adapters, pretrained
 
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
@@ -137,12 +137,11 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
             raise ValueError(
                 f"a prompt of {longest} tokens and --max-new {args.max_new} are more than the model's {room} positions"
             )
-        model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
         whole, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
             whole["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
         stop = generate.stop_tokens(model.config.eos, tokenizer)
-        run = generate.make_generate(lora.adapted(model, settings), sampling, stop)
+        run = generate.make_generate(adapted(model, settings), sampling, stop)
         begin = time.perf_counter()
         found = generate.generate(run, whole, ids, jax.random.key(args.seed), args.batch)
     count, seconds = sum(map(len, found)), time.perf_counter() - begin

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ def abstract_tokens(
         return jax.ShapeDtypeStruct((rows.micro, size, last), dtype)
 
     ids, read = shape(length, np.int32), shape(reads or length, np.int32)
-    return Tokens(ids, ids, ids, read, read, shape(reads or length, np.float32))
+    weights = shape(reads or length, np.float32)
+    return Tokens(ids, ids, ids, read, read, weights, packed=rows.packing)
 
 
 def sft_source(
@@ -130,6 +131,7 @@ def sft_source(
     def batch(step: int, state: Any = None) -> Tokens:
         part = cut(step)
         flat = _fill(pool, part, shape, _weights(pool, part.members, rows.weighting))
+        flat = replace(flat, packed=rows.packing)
         grid = jax.tree.map(lambda x: x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1]), flat)
         return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), grid)
 
@@ -143,7 +145,9 @@ def sft_source(
         fingerprint=_fingerprint(rows, pool, (plan(0), held_plan), shape),
         abstract=abstract_tokens(rows, size, reads, shards),
         batch=batch,
-        held_out=_held_out(pool, held_plan, (each, size, reads)),
+        held_out=tuple(
+            replace(b, packed=rows.packing) for b in _held_out(pool, held_plan, (each, size, reads))
+        ),
         names=names,
         preview=tokenizer.decode(
             pool.ids[slice(*pool.offsets[train.min() :][:2])], skip_special_tokens=False

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -107,7 +107,7 @@ def completed(
         return token, jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
     h, cache = model.prefill(params, prompts, size + s.max_new)
-    cache = model.copies(cache, group)
+    cache = model.repeat_cache(cache, group)
     last, empty, h_BD = (
         jnp.repeat(x[:, -1], group, 0) for x in (prompts.positions, prompts.segments == 0, h)
     )
@@ -122,7 +122,7 @@ def completed(
 
     def body(carry):
         i, token, cache, done, out, logps = carry
-        h, cache = model.step(params, cache, token, last + i, size + i - 1)
+        h, cache = model.decode(params, cache, token, last + i, size + i - 1)
         token, logp = choose(h, i)
         out, logps = (
             out.at[:, i].set(jnp.where(done, -1, token)),

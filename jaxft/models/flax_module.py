@@ -7,7 +7,7 @@
     state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-Loaded weights take the place of the initial ones: `{"params": weights.load_base(...)}`. With `lora.adapted(model, settings)`
+Loaded weights take the place of the initial ones: `{"params": weights.load_base(...)}`. With `adapted(model, settings)`
 the parameters are {"base", "adapter"}; give optax only what is trained (`optax.partition`, or `tree.partition` before the
 gradient): an adapter's `scale` and a packed base have no update. `rngs={"dropout": key}` turns the adapter's dropout on.
 """
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
+from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.param import Model
 
 
 class LlamaModule(nn.Module):

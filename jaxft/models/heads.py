@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxft.models.model import Model
 from jaxft.nn.layers import accumulator
 from jaxft.nn.lora import Adapter, adapter_specs
-from jaxft.nn.param import Model, ParamSpec, normal
+from jaxft.nn.param import ParamSpec, normal
 
 SCORE = ("score.weight", True)  # its name in a checkpoint
 START = normal(0.02)  # as transformers starts a new head
@@ -69,13 +70,15 @@ def scorer(model: Model) -> Model:
         logits=_speechless,
         head=_speechless,
         prefill=_speechless,
-        step=_speechless,
-        names={path: name for path, name in model.names.items() if path != "head"} | {"score": SCORE},
-        flops=lambda tokens, context: model.flops(tokens, context) - 2.0 * tokens * width * vocab,
-        with_attention=lambda attention: scorer(model.with_attention(attention)),
-        beside={**model.beside, "score": head_spec(model)},
+        decode=_speechless,
+        weight_names={path: name for path, name in model.weight_names.items() if path != "head"}
+        | {"score": SCORE},
+        forward_flops=lambda tokens, context: (
+            model.forward_flops(tokens, context) - 2.0 * tokens * width * vocab
+        ),
+        heads={**model.heads, "score": head_spec(model)},
         scores=scores,
-        speaks=False,
+        generates=False,
     )
 
 
@@ -95,7 +98,7 @@ def with_scorers(model: Model, scorers: Mapping[str, Scorer]) -> Model:
     """
     if not scorers:
         return model
-    taken = {"base", "adapter", *model.beside} & scorers.keys()
+    taken = {"base", "adapter", *model.heads} & scorers.keys()
     if taken:
         raise ValueError(
             f"a scorer is named {min(taken)}, which the run's own parameters are; choose another name"
@@ -103,9 +106,8 @@ def with_scorers(model: Model, scorers: Mapping[str, Scorer]) -> Model:
     beside = {name: _specs(model, one) for name, one in scorers.items()}
     return replace(
         model,
-        beside={**model.beside, **beside},
+        heads={**model.heads, **beside},
         scores=scores,
-        with_attention=lambda attention: with_scorers(model.with_attention(attention), scorers),
     )
 
 
@@ -128,5 +130,5 @@ def view(whole: Any, name: str) -> Any:
 def in_files(model: Model) -> Model:
     """A scorer as a checkpoint holds it: base and head in one tree of specs."""
     return replace(
-        model, specs={**model.specs.get("base", model.specs), "score": model.beside["score"]}, beside={}
+        model, specs={**model.specs.get("base", model.specs), "score": model.heads["score"]}, heads={}
     )

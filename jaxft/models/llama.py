@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from jaxft.batch import Tokens
 from jaxft.distributed.sharding import constrain, refuse_uncut
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
-from jaxft.nn import attention as attn
+from jaxft.models.model import Model
 from jaxft.nn import fused_update
+from jaxft.nn.attention import attention, cached_attention
 from jaxft.nn.layers import (
     accumulator,
     embed,
@@ -27,7 +28,7 @@ from jaxft.nn.layers import (
     swiglu,
     to_bits,
 )
-from jaxft.nn.param import Model, ParamSpec, constant, fan_in, is_spec, normal
+from jaxft.nn.param import ParamSpec, constant, fan_in, is_spec, normal
 
 __all__ = ["PRESETS", "REMAT", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
 
@@ -59,14 +60,12 @@ REMAT = {
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass is told beside parameters and tokens: sizes, compute dtype, the residual stream's dtype, remat policy,
-    attention kernel."""
+    """What a forward pass is told beside parameters and tokens: sizes, compute dtype, the residual stream's dtype, remat policy."""
 
     config: LlamaConfig
     dtype: Any
     residual: Any
     remat: str
-    attention: Any
 
 
 def llama_specs(c: LlamaConfig) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def hidden(run: Forward, params: Any, tokens: Tokens, key: Array | None = None) 
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)
-        return run.attention(q, k, v, tokens.segments, tokens.branches), None
+        return attention(q, k, v, tokens.segments, tokens.branches, tokens.packed), None
 
     remat = REMAT[run.remat]
 
@@ -255,7 +254,8 @@ def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array
 
     def mix(p, x, keys):
         q, k, v = project_qkv(c, p, x, angles, keys)
-        return run.attention(q, k, v, tokens.segments, tokens.branches), (as_cached_k(k), as_cached_v(v))
+        o = attention(q, k, v, tokens.segments, tokens.branches, tokens.packed)
+        return o, (as_cached_k(k), as_cached_v(v))
 
     start = embed_tokens(run, params, tokens.ids)
     h, (k, v) = jax.lax.scan(lambda h, p: block(c, p, h, mix, dtype, None), start, params["layers"])
@@ -265,14 +265,14 @@ def prefill(run: Forward, params: Any, tokens: Tokens, size: int) -> tuple[Array
     return rms_norm(h, params["final_norm"], c.norm_eps, dtype), cache
 
 
-def copies(cache: dict[str, Array], count: int) -> dict[str, Array]:
+def repeat_cache(cache: dict[str, Array], count: int) -> dict[str, Array]:
     """A cache with each row `count` times, for as many completions of each prompt."""
     if count == 1:
         return cache
     return {name: jnp.repeat(x, count, axis=0 if name == "visible" else 1) for name, x in cache.items()}
 
 
-def step(
+def decode(
     run: Forward, params: Any, cache: Any, ids: Int[Array, "B"], positions: Int[Array, "B"], at: Array
 ) -> tuple[Float[Array, "B D"], dict[str, Array]]:
     """Decode one token a row into slot `at`: hidden [B, D] and the cache, which is carried and updated in place."""
@@ -292,7 +292,7 @@ def step(
             k_BKES, v_BKSE = (
                 from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), dtype) for x in (k_new, v_new)
             )
-            return attn.decode(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
+            return cached_attention(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
 
         h, (k_all, v_all) = block(c, p, h, mix, dtype, None)
         return (h, k_all, v_all), None
@@ -313,19 +313,17 @@ def llama(
     config: LlamaConfig,
     dtype: Any = jnp.bfloat16,
     remat: str = "projections",
-    attention: Any = None,
     residual: Any = None,
 ) -> Model:
     """The Model of a Llama config.
 
-    remat: what a layer keeps for its backward pass, a key of REMAT. attention: a kernel from attention.choose; the
-    portable blockwise one by default. residual: the dtype of the residual stream between layers, float32 or wider by default;
+    remat: what a layer keeps for its backward pass, a key of REMAT. residual: the dtype of the residual stream between layers, float32 or wider by default;
     bfloat16 halves what is kept of it, and rounds once a layer.
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT)}")
     residual = accumulator(dtype) if residual is None else jnp.dtype(residual)
-    forward = Forward(config, dtype, residual, remat, attention or attn.flash)
+    forward = Forward(config, dtype, residual, remat)
     return Model(
         config=config,
         specs=llama_specs(config),
@@ -333,11 +331,10 @@ def llama(
         logits=lambda head, h: lm_head(h, head),
         head=head,
         prefill=partial(prefill, forward),
-        copies=copies,
-        step=partial(step, forward),
-        names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
-        flops=partial(forward_flops, config),
+        repeat_cache=repeat_cache,
+        decode=partial(decode, forward),
+        weight_names={path: NAMES[path] for path in NAMES if path != "head" or not config.tied},
+        forward_flops=partial(forward_flops, config),
         dtype=dtype,
         residual=residual,
-        with_attention=lambda attention: llama(config, dtype, remat, attention, residual),
     )

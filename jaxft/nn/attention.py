@@ -5,6 +5,7 @@ prompt) or t's. Segment 0 is padding: its queries see nothing and get zeros (the
 G = H / K query heads share a key head; nothing here repeats keys or values but the Triton kernel, which can't do without.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.distributed.sharding import constrain, first, parts, per_device
 from jaxft.nn.flash_attention import HIDDEN, Seen, dot, flash, flash_part, padded, visible
 
-Attention = Callable[..., jax.Array]
+Kernel = Callable[..., jax.Array]
 
 
 def dense(
@@ -38,7 +39,7 @@ def dense(
     return o.reshape(B, T, H, E).astype(q_BTHE.dtype)
 
 
-def decode(
+def cached_attention(
     q_BHE: Float[Array, "B H E"],
     k_BKES: Float[Array, "B K E S"],
     v_BKSE: Float[Array, "B K S E"],
@@ -92,19 +93,20 @@ def cudnn(q_BTHE, k_BTKE, v_BTKE, segments_BT, implementation: Literal["cudnn", 
     )  # fmt: skip
 
 
-def _kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> Attention:
-    """The fastest kernel known to work there; `flash` works everywhere."""
+# NVIDIA GPUs below compute capability 8.0, which an abstract device doesn't have, by the names of their drivers.
+BEFORE_AMPERE = re.compile(
+    r"GeForce (GTX|MX[1-4]\d\d|RTX 20[678]0)|TITAN|Quadro|Tesla|NVIDIA T\d|Xavier|Tegra"
+)
+
+
+def kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> Kernel:
+    """Return the fastest kernel that is known to work on a jax.sharding.AbstractDevice; `flash` works everywhere."""
     dtype = jnp.dtype(dtype)
     if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash
-    if (
-        device.platform in ("gpu", "cuda")
-        and "NVIDIA" in device.device_kind
-        and dtype.itemsize == 2
-        and head_dim <= 128
-    ):
-        fast = triton if packed or head_dim % 8 else cudnn
-        return fast if float(getattr(device, "compute_capability", 0)) >= 8 else flash
+    nvidia = device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind
+    if nvidia and not BEFORE_AMPERE.search(device.device_kind) and dtype.itemsize == 2 and head_dim <= 128:
+        return triton if packed or head_dim % 8 else cudnn
     return flash
 
 
@@ -116,42 +118,38 @@ SPREAD, KEYS = (
 WHOLE = ("rows", "whole_time")
 
 
-def choose(mesh: Any, head_dim: int, dtype: Any, packed: bool = True) -> Attention:
-    """The attention function (q, k, v, segments, branches=None) -> o for a mesh's devices, present or only described.
+def attention(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    segments_BT: Int[Array, "B T"],
+    branches_BT: Int[Array, "B T"] | None = None,
+    packed: bool = True,
+) -> Float[Array, "B T H E"]:
+    """Attention by the kernel that suits the ambient mesh's devices, present or only described; without a mesh `flash`.
 
-    packed: rows may hold several examples, or padding before the first token. Rows with branches go to `flash` everywhere.
-    On a mesh each device works on its own rows and heads (sharding.py). Where the mesh cuts time, heads are cut instead for as
-    long as attention takes (Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and where they don't divide, each device's queries
-    see all keys.
+    packed: rows may hold several examples, or padding before the first token. Rows with branches take `flash` everywhere.
+    Each device computes its own rows and heads (sharding.py). Where the mesh shards time, heads are sharded instead during
+    attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); where they don't divide, each device's queries see all keys.
     """
-    fast = _kernel_for(mesh.devices.flat[0], head_dim, dtype, packed)
+    mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
+    fast = flash if mesh.empty else kernel_for(mesh.abstract_device, q_BTHE.shape[3], q_BTHE.dtype, packed)
     context, ways = sizes.get("context", 1), sizes.get("context", 1) * sizes.get("tensor", 1)
-
-    def attention(
-        q_BTHE: Float[Array, "B T H E"],
-        k_BTKE: Float[Array, "B T K E"],
-        v_BTKE: Float[Array, "B T K E"],
-        segments_BT: Int[Array, "B T"],
-        branches_BT: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T H E"]:
-        kernel = fast if branches_BT is None else flash
-        rows = (segments_BT,) if branches_BT is None else (segments_BT, branches_BT)
-        heads, kv_heads = q_BTHE.shape[2], k_BTKE.shape[2]
-        if context == 1 or parts(("time",), q_BTHE.shape[1:2]) == 1:
-            axes = (Q, K, K, *(ROW,) * len(rows))
-            return per_device(kernel, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows)
-        if heads % ways or (kv_heads % ways and ways % kv_heads):
-            return _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
-        keys, fn = (
-            (SPREAD, kernel)
-            if kv_heads % ways == 0
-            else (KEYS, _own_head(kernel, heads // ways, heads // kv_heads))
-        )
-        axes = (SPREAD, keys, keys, *(WHOLE,) * len(rows))
-        return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows), *Q)
-
-    return attention
+    kernel = fast if branches_BT is None else flash
+    rows = (segments_BT,) if branches_BT is None else (segments_BT, branches_BT)
+    heads, kv_heads = q_BTHE.shape[2], k_BTKE.shape[2]
+    if context == 1 or parts(("time",), q_BTHE.shape[1:2]) == 1:
+        axes = (Q, K, K, *(ROW,) * len(rows))
+        return per_device(kernel, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows)
+    if heads % ways or (kv_heads % ways and ways % kv_heads):
+        return _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
+    if kv_heads % ways == 0:
+        keys, fn = SPREAD, kernel
+    else:
+        keys, fn = KEYS, _own_head(kernel, heads // ways, heads // kv_heads)
+    axes = (SPREAD, keys, keys, *(WHOLE,) * len(rows))
+    return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows), *Q)
 
 
 def _own_head(kernel, queries: int, shared: int):

@@ -5,14 +5,14 @@ An adapter mirrors the base's paths; each adapted kernel [L, I, O] has `a` [L, I
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxft import tree
-from jaxft.nn.param import Model, ParamSpec, constant, kaiming_uniform, spec_paths
+from jaxft.nn.param import ParamSpec, constant, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import static, struct
 
@@ -146,34 +146,6 @@ def stacked(adapters: Sequence[Any]) -> Any:
 def member(stack: Any, number: int, like: Any) -> Any:
     """Adapter `number` of a stack, of the rank that `like` has."""
     return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
-
-
-def adapted(model: Model, settings: Adapter | None) -> Model:
-    """The model over the whole tree {"base", "adapter", **beside}; with no "adapter" in the tree it is the base model."""
-    dropout = settings.dropout if settings else 0.0
-
-    def tied(fn):
-        return lambda params, *rest, **kw: fn(
-            attach(params["base"], params.get("adapter"), dropout), *rest, **kw
-        )
-
-    specs = {"base": model.specs}
-    if settings:
-        specs["adapter"] = adapter_specs(model.specs, settings)
-        if not model.speaks and "head" in specs["adapter"]:
-            raise ValueError(
-                "adapter.targets names the head, and this model gives scores, no text; leave it out"
-            )
-    specs |= model.beside
-    return replace(
-        model,
-        specs=specs,
-        hidden=tied(model.hidden),
-        head=tied(model.head),
-        prefill=tied(model.prefill),
-        step=tied(model.step),
-        with_attention=lambda attention: adapted(model.with_attention(attention), settings),
-    )
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -97,42 +97,3 @@ def hash_of(path: str) -> int:
     for byte in path.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
     return h
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a file in models/ exports. No code outside models/ and weights/ names an architecture.
-
-    config: the architecture's own frozen dataclass.
-    specs: ParamSpec tree of the base weights.
-    hidden(params, tokens, key=None) -> [B, T, D] after the final norm; key=None is deterministic.
-    head(params) -> the subtree that logits reads.
-    logits(head, h) -> [..., V] in float32 or wider.
-    prefill(params, tokens, size) -> (h [B, T, D], cache with room for `size` tokens).
-    copies(cache, count) -> the cache with each row `count` times, one after the other.
-    step(params, cache, ids [B], positions [B], at) -> (h [B, D], cache); `at` is the storage slot, the same for all rows.
-    names: path -> (tensor name with {i} for the layer, transpose?), the Hugging Face layout.
-    flops: (tokens, context length) -> floating point operations of one forward pass over the weights and attention.
-    dtype: the compute dtype. residual: the residual stream's between layers.
-    with_attention(kernel) -> the same model with another attention kernel (see attention.choose).
-    beside: ParamSpecs of what the whole tree has beside base and adapter: heads, and further adapters with theirs.
-    scores(params, h) -> [...] in float32 or wider, by the scalar head of the tree; None where no model here has one.
-    speaks: whether there are logits, for text.
-    """
-
-    config: Any
-    specs: Any
-    hidden: Callable
-    logits: Callable
-    head: Callable
-    prefill: Callable
-    copies: Callable
-    step: Callable
-    names: dict[str, tuple[str, bool]]
-    flops: Callable[[int, int], float]
-    dtype: Any
-    residual: Any
-    with_attention: Callable
-    beside: dict[str, Any] = field(default_factory=dict)
-    scores: Callable | None = None
-    speaks: bool = True

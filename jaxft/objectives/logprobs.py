@@ -1,7 +1,8 @@
 """Log-probs of target tokens without ever holding the logits of all of them."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,36 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, gathered, is_spread, parts
-from jaxft.nn.param import Model, is_spec
+from jaxft.nn.param import is_spec
 from jaxft.tree import struct
 
 Graded = tuple[Literal["logp", "entropy"], ...]
 
 CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in float32
+
+
+class LanguageModel(Protocol):
+    """What an objective uses of a model; models.model.Model has it, and documents it."""
+
+    @property
+    def specs(self) -> Any:
+        """ParamSpec tree of all parameters."""
+
+    @property
+    def hidden(self) -> Callable[..., Array]:
+        """`hidden(params, tokens, key=None) -> [B, T, D]`, after the final norm."""
+
+    @property
+    def head(self) -> Callable[[Any], Any]:
+        """`head(params)`: the subtree that `logits` reads."""
+
+    @property
+    def logits(self) -> Callable[[Any, Array], Array]:
+        """`logits(head, h [..., D]) -> [..., V]` in float32 or wider."""
+
+    @property
+    def scores(self) -> Callable[[Any, Array], Array]:
+        """`scores(params, h [..., D]) -> [...]`, by a scalar head."""
 
 
 @struct
@@ -35,7 +60,7 @@ class LogProbs:
 
 
 def token_logps(
-    model: Model,
+    model: LanguageModel,
     params: Any,
     h_BMD: Float[Array, "B M D"],
     targets: Int[Array, "B M"],
@@ -55,7 +80,7 @@ def token_logps(
 
 
 def weighted_logp(
-    model: Model,
+    model: LanguageModel,
     params: Any,
     h_BMD: Float[Array, "B M D"],
     targets: Int[Array, "B M"],
@@ -71,7 +96,7 @@ def weighted_logp(
     return total, jax.lax.stop_gradient(jax.tree.map(lambda x: x[:, : targets.shape[1]], out))
 
 
-def _plan(model: Model, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
+def _plan(model: LanguageModel, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
     """(head, the axes of its leaves, number of chunks, positions to add so that they are even)."""
     B, M, _ = h_BMD.shape
     head = model.head(params)

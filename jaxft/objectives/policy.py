@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Rollout, without_fields
-from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch_rollouts
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
-from jaxft.objectives.logprobs import Graded
+from jaxft.objectives.logprobs import Graded, LanguageModel
 from jaxft.objectives.metrics import Correlation, Max, Min, Sum
 from jaxft.objectives.numerics import require
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
@@ -73,7 +72,7 @@ class Outputs:
 
 
 def policy(
-    model: Model,
+    model: LanguageModel,
     loss: PolicyLoss,
     beta: float | Penalty = 0.0,
     entropy: float = 0.0,
@@ -162,14 +161,14 @@ def _no_policy_weight(batch: Rollout) -> Array:
     return jnp.all(batch.policy_weights == 0)
 
 
-def at_temperature(model: Model, temperature: float) -> Model:
+def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
     """The model with its logits divided by the temperature."""
     if temperature == 1:
         return model
     return replace(model, logits=lambda head, h: model.logits(head, h) / temperature)
 
 
-def _logps(model: Model, params: Params, batch: Rollout) -> Array:
+def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Array:
     h = model.hidden(params, batch, None)
     return read_logps(model, params, h, batch.read, batch.targets, answers=batch.lengths.shape[1]).logp
 

@@ -16,9 +16,8 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.batch import Pairs, without_fields
 from jaxft.nn import fused_update
-from jaxft.nn.param import Model
 from jaxft.objectives.alarms import watch, words
-from jaxft.objectives.logprobs import LogProbs
+from jaxft.objectives.logprobs import LanguageModel, LogProbs
 from jaxft.objectives.metrics import Correlation, Disagreement, Sum
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import (
@@ -91,7 +90,7 @@ def nothing(pair: PairBatch) -> dict[str, Array]:
 
 
 def preference(
-    model: Model,
+    model: LanguageModel,
     loss: Callable[..., Array],
     reference: Reference = "start",
     beta: float = 0.1,

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, parts
-from jaxft.nn.param import Model
-from jaxft.objectives.logprobs import Graded, LogProbs, token_logps, weighted_logp
+from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_logp
 from jaxft.tree import static, struct
 
 
@@ -92,11 +91,9 @@ def _in_order(x: Float[Array, "CB m"], places: Places) -> Float[Array, "B M"]:
 
 
 def read_scores(
-    model: Model, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
+    model: LanguageModel, params: Any, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
 ) -> Float[Array, "B M"]:
     """The scalar head's value at read positions, in float32 or wider."""
-    if model.scores is None:
-        raise ValueError("this model has no scalar head; make it one with models.heads.scorer")
     places = placed(read, h_BTD.shape[1])
     if places is not None and params["score"].ndim > 2:
         raise ValueError("several heads in one forward pass don't go with mesh.context; train one at a time")
@@ -108,7 +105,7 @@ Reads = tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]
 
 
 def read_logps(
-    model: Model,
+    model: LanguageModel,
     params: Any,
     h_BTD: Float[Array, "B T D"],
     read: Int[Array, "B M"],
@@ -135,7 +132,7 @@ def read_numbers(
 
 
 def weighted_read_logp(
-    model: Model, params: Any, h_BTD: Float[Array, "B T D"], reads: Reads
+    model: LanguageModel, params: Any, h_BTD: Float[Array, "B T D"], reads: Reads
 ) -> tuple[Float[Array, ""], LogProbs]:
     """weighted_logp at read positions; reads: positions, targets, weights."""
     places = placed(reads[0], h_BTD.shape[1])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs, without_fields
-from jaxft.nn.param import Model
 from jaxft.objectives.alarms import Alarms, by_length, change, skipped
+from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import Correlation, Max, Min, Sum
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.read_positions import read_scores
@@ -46,7 +46,7 @@ class Outputs:
 
 
 def reward(
-    model: Model,
+    model: LanguageModel,
     margin: str | None = None,
     center: float = 0.0,
     loss: Callable[[Values, Values, Values], Values] = bradley_terry,

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
-from jaxft.nn.param import Model
-from jaxft.objectives.logprobs import LogProbs
+from jaxft.objectives.logprobs import LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_logp
@@ -23,7 +22,7 @@ class Outputs:
     weight: Float[Array, "B M"]
 
 
-def sft(model: Model) -> Objective:
+def sft(model: LanguageModel) -> Objective:
     """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1 over a step.
 
     Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight.

@@ -51,7 +51,10 @@ def flops(run: Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     forward = micro * products(
         jax.make_jaxpr(lambda whole, one: p.objective(whole, one, None, p.state.aux)[0])(whole, one).jaxpr
     )
-    plain, attention = model.flops(places, 0), model.flops(places, length) - model.flops(places, 0)
+    plain, attention = (
+        model.forward_flops(places, 0),
+        model.forward_flops(places, length) - model.forward_flops(places, 0),
+    )
     forwards = max(1, round(forward / plain))  # 2 with a live reference
     passes = forwards + (2 if any(jax.tree.leaves(p.trained.mask["base"])) else 1)
     useful = min(plain, forward / forwards) * passes  # less where not every position has a loss

@@ -14,7 +14,6 @@ from jaxft.data.pairs.source import PairRows, abstract_pairs
 from jaxft.data.prompts import Prompts, Ranked, Room, rounded, shapes
 from jaxft.distributed import sharding
 from jaxft.inference import generate
-from jaxft.nn import attention
 from jaxft.rl import sampler as player
 from jaxft.rl.completions import ByScorer, rewards_of
 from jaxft.train import evaluate
@@ -70,7 +69,7 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     data: Any = run.data
     rows = _prompts(p, data.batch, rounded(data.max_prompt))
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    sampler: Any = generate.make_sampler(_unpacked(run, p), s, tuple(run.model.config.eos), data.group)
+    sampler: Any = generate.make_sampler(p.trained.model, s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
     if not isinstance(data, Ranked):
         judge = jax.jit(partial(player.judged, p.objective))
@@ -92,12 +91,6 @@ def _prompts(p: Programs, rows: int, size: int) -> Tokens:
     return Tokens(at(size), at(size), at(size), at(1), at(1), at(1, np.float32))
 
 
-def _unpacked(run: Run, p: Programs) -> Any:
-    return p.trained.model.with_attention(
-        attention.choose(p.mesh, run.model.config.head_dim, run.model.dtype)
-    )
-
-
 def _key(p: Programs) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(p.mesh))
@@ -110,5 +103,5 @@ def _precomputed(run: Run, p: Programs) -> bool:
 def _answers(run: Run, p: Programs, whole: Any) -> Any:
     """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
     size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
-    answer: Any = generate.make_generate(_unpacked(run, p), run.sampling, tuple(run.model.config.eos))
+    answer: Any = generate.make_generate(p.trained.model, run.sampling, tuple(run.model.config.eos))
     return answer.trace(whole, _prompts(p, run.samples, size), _key(p))

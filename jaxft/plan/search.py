@@ -171,7 +171,9 @@ def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
         weights * bytes_each / shard
         + (KEEPS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
     )
-    flops = run.model.flops(micro * rows * length, length) * ((3 if trained else 2) + RERUNS[choice.remat])
+    flops = run.model.forward_flops(micro * rows * length, length) * (
+        (3 if trained else 2) + RERUNS[choice.remat]
+    )
     passes = micro * (3 if trained else 2)
     gathers = (
         passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0

@@ -16,8 +16,7 @@ from jaxft.data.formats import Chat, Completion, Example
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.models import heads
-from jaxft.nn import attention
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
 from jaxft.nn.quant import Quant
 from jaxft.rl.completions import ByScorer
 from jaxft.runs import folder as runfolder
@@ -51,7 +50,6 @@ def load(
     """
     with jax.set_mesh(mesh):
         model = _bare(ref, dtype)
-        model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
         if adapter is None:
             check(ref)
             start = heads.Scorer(trained=False)

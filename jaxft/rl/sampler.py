@@ -18,7 +18,6 @@ from jaxft.data.prompts import Asked, Room
 from jaxft.distributed import processes, sharding
 from jaxft.inference import generate
 from jaxft.models.heads import view
-from jaxft.nn import attention
 from jaxft.objectives.metrics import Max, Min, Sum
 from jaxft.objectives.objective import Objective
 from jaxft.rl import advantages as adv
@@ -47,20 +46,15 @@ class Player:
                 f"{found}; log-probs must be those that completions are drawn with, make them equal"
             )
         whole = tree.combine(p.state.trainable, p.frozen)
-        config = p.trained.model.config
-        kernel = attention.choose(
-            p.mesh, config.head_dim, p.trained.model.dtype
-        )  # prompts are padded in front
-        model = p.trained.model.with_attention(kernel)
         sampling = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
         key, empty = jax.random.key(0), generate.left_pad([[0] * self.source.prompt_size], data.batch)
         self.sample = {}
         for group in {data.eval_group, data.group}:
-            sampler: Any = generate.make_sampler(model, sampling, stop, group)
+            sampler: Any = generate.make_sampler(p.trained.model, sampling, stop, group)
             self.sample[group] = sampler.lower(whole, empty, key).compile()
         self.judge = self._compiled(partial(judged, p.objective), whole) if source.judged else {}
         scorers = [reward for reward in source.rules.rewards if isinstance(reward, ByScorer)]
-        missing = [one.name for one in scorers if one.name not in p.trained.model.beside]
+        missing = [one.name for one in scorers if one.name not in p.trained.model.heads]
         if missing:
             raise ValueError(
                 f"rewards name the scorer {missing[0]}, and the run has none of that name; put it into Run.beside"

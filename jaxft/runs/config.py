@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
 from jaxft.runs.parse import (
     UNANNOTATED,
     describe_kind,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
 
 JaxDType = type(jnp.float32)
 
@@ -59,7 +59,7 @@ def describe(value: Any) -> Any:
 def _describe_model(model: Model) -> dict[str, Any]:
     dtype, residual = np.dtype(model.dtype), np.dtype(model.residual)
     record = {"type": _name(type(model.config)), "config": describe(model.config), "dtype": dtype.name}
-    record |= {"beside": sorted(model.beside)} if model.beside else {}
+    record |= {"beside": sorted(model.heads)} if model.heads else {}
     return record if residual.itemsize >= max(4, dtype.itemsize) else {**record, "residual": residual.name}
 
 

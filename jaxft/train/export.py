@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sync
+from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.param import Model
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
 from jaxft.train import partition
 from jaxft.train.settings import Run
@@ -60,7 +60,7 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     tensors, cast, packing = pretrained.open_tensors(ref), Rounding(), Rounding()
     tensors = pretrained.with_storage_rounding(tensors, model, whole.held, ref) if whole.held else tensors
     base = merged(tensors, model, whole.adapter, jnp.float32)
-    if not model.speaks:
+    if not model.generates:
         score = tensors.read(SCORE).T if whole.score is None else np.asarray(whole.score)
         base["score"] = Lazy(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
     form = packing_of(model, pack, packing) if pack else None
@@ -94,7 +94,7 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     for path in storage.quantised_paths(model.specs, quant):
         *_, size_in, size_out = specs[path].shape
         forms[path] = form_of((size_in, size_out), quant)
-    tables = [path for path in forms if not model.names[path][1]]
+    tables = [path for path in forms if not model.weight_names[path][1]]
     if tables:
         raise ValueError(
             f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets"
@@ -108,7 +108,10 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
         lost.add(layer, expanded(found))
         return found
 
-    matrices = {**{path: name for path, (name, matrix) in model.names.items() if matrix}, "head": hf.HEAD[0]}
+    matrices = {
+        **{path: name for path, (name, matrix) in model.weight_names.items() if matrix},
+        "head": hf.HEAD[0],
+    }
     plain = {
         name.removesuffix(".weight").rpartition(".")[2]
         for path, name in matrices.items()

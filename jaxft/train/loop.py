@@ -17,7 +17,6 @@ from jaxft.data.sft import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.inference.generate import stop_tokens
-from jaxft.nn import attention
 from jaxft.rl import rewards
 from jaxft.rl.completions import rewards_of
 from jaxft.runs import folder as runfolder
@@ -216,9 +215,7 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
-    kernel = attention.choose(p.mesh, r.model.config.head_dim, r.model.dtype)  # prompts are padded in front
-    model = p.trained.model.with_attention(kernel)
-    answer = samples.answerer(model, r.sampling, whole, source, job.tokenizer, r.samples)
+    answer = samples.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
     train_step = compile_step(p, *getattr(source, "shapes", (source.abstract,)))
     processes.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
@@ -326,7 +323,7 @@ def _finish(ready: Ready, out: Path, before: Evaluation, after: Evaluation) -> N
         runfolder.write_json(job.folder / "summary.json", summary)
     processes.meet()  # the run is finished for all or for none
     notes = [*words, *log.alarms]
-    for line in report.result_lines(job.folder, out, before, after, notes, r.model.speaks):
+    for line in report.result_lines(job.folder, out, before, after, notes, r.model.generates):
         log.message(line)
 
 
@@ -382,7 +379,7 @@ def write_card(job: Job, out: Path, before: Evaluation, after: Evaluation, notes
         after=after,
         notes=[*notes, *job.log.alarms],
         completions=report.completions_section(job.folder),
-        pad=None if run.model.speaks else hf.padded_apart(job.tokenizer).pad_token_id,
+        pad=None if run.model.generates else hf.padded_apart(job.tokenizer).pad_token_id,
     )
     (job.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
 

@@ -107,7 +107,10 @@ class Meter:
         perf = {
             "seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
-            "mfu": self._passes * self._model.flops(self._tokens, self._length) / seconds / self._peak,
+            "mfu": self._passes
+            * self._model.forward_flops(self._tokens, self._length)
+            / seconds
+            / self._peak,
             "memory_gib": devices.memory_gib(self._device),
         }
         self._tokens = 0

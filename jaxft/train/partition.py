@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.models.adapted import adapted
 from jaxft.models.heads import Scorer
+from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter, adapted
-from jaxft.nn.param import Model
+from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, bits
 from jaxft.weights import pretrained
 from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, leaf_sharding
@@ -92,7 +93,7 @@ def trainable_patterns(
     on the base, of which those with `trained` are added in either case.
     """
     scorers = scorers or {}
-    heads = [re.escape(name) for name in model.beside if name not in scorers]
+    heads = [re.escape(name) for name in model.heads if name not in scorers]
     usual = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
     return (
         *((pattern,) if pattern else usual),

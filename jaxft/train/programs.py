@@ -13,8 +13,8 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows, Source
 from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
-from jaxft.nn import attention, param
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
+from jaxft.nn import param
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import make_optimizer
 from jaxft.runs.report import ModelSummary, StepRows
@@ -48,11 +48,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
             f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it"
         )
     mesh = sharding.make_mesh(run.mesh, devices_)
-    packed = getattr(run.data, "packing", True)
-    model = run.model.with_attention(
-        attention.choose(mesh, run.model.config.head_dim, run.model.dtype, packed)
-    )
-    model, dtype = with_scorers(model, run.beside), None if run.params == "float32" else jnp.bfloat16
+    model, dtype = with_scorers(run.model, run.beside), None if run.params == "float32" else jnp.bfloat16
     what = partition.trainable_patterns(model, run.adapter, run.train, run.beside)
     t = partition.partition_params(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
@@ -199,4 +195,4 @@ def model_summary(p: Programs) -> ModelSummary:
     """Parameter counts and quantisation, for reports."""
     t = p.trained
     counts = param.count(t.trainable_specs), param.count(t.specs)
-    return ModelSummary(*counts, storage.quantisation_summary(t.stored), t.model.speaks)
+    return ModelSummary(*counts, storage.quantisation_summary(t.stored), t.model.generates)

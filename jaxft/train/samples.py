@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.batch import Pairs
 from jaxft.data.sft import Source
 from jaxft.inference.generate import Sampling, left_pad, make_generate, stop_tokens
-from jaxft.nn.param import Model
+from jaxft.models.model import Model
 
 
 def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:

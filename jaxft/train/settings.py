@@ -10,8 +10,8 @@ from jaxft.data.sft import Rows, sft_source
 from jaxft.distributed import processes, sharding
 from jaxft.inference.generate import Sampling
 from jaxft.models.heads import Scorer
+from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Model
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
@@ -83,7 +83,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise ValueError(f"samples is from 0 up, found {self.samples}")
-        if not self.model.speaks and (self.samples or self.general):
+        if not self.model.generates and (self.samples or self.general):
             found = f"samples={self.samples}, general={self.general}"
             raise ValueError(
                 f"this run's model gives scores, no text: set samples=0 and general=none, found {found}"

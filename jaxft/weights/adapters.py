@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.heads import Scorer
+from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter, adapter_specs
-from jaxft.nn.param import Model
 from jaxft.nn.quant import Quant
 from jaxft.weights import peft, place
 

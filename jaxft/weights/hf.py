@@ -16,7 +16,8 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sharding, sync
 from jaxft.models.llama_config import LlamaConfig, to_hf
-from jaxft.nn.param import Model, spec_paths
+from jaxft.models.model import Model
+from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.weights import quantised, quantised_write
 from jaxft.weights.hub import Located, locate
@@ -104,7 +105,7 @@ def open_folder(folder: Path) -> Tensors:
 
 def form_in(tensors: Tensors, model: Model, path: str) -> QTensor | None:
     """The form in which the files hold every layer of a parameter; None where it is not packed, or not the same in all."""
-    name, transpose = model.names[path]
+    name, transpose = model.weight_names[path]
     count = spec_paths(model.specs.get("base", model.specs))[path].shape[0] if "{i}" in name else 1
     held = [tensors.packed.get(name.format(i=i)) for i in range(count)]
     first = held[0].form if held[0] is not None else None
@@ -126,12 +127,12 @@ def check(tensors: Tensors, model: Model) -> None:
             "is the download complete, and does its config.json belong to it?"
         )
     for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
-        name, transpose = model.names[path]
+        name, transpose = model.weight_names[path]
         layered = "{i}" in name
         shape = spec.shape[1:] if layered else spec.shape
         for i in range(spec.shape[0] if layered else 1):
             wanted[name.format(i=i)] = shape[::-1] if transpose else shape
-    if SCORE in tensors.shapes and "score" not in model.names:
+    if SCORE in tensors.shapes and "score" not in model.weight_names:
         raise ValueError(
             f"{tensors.where}: a sequence classifier, which gives scores and no text; take a language model"
         )
@@ -141,8 +142,8 @@ def check(tensors: Tensors, model: Model) -> None:
             f"{tensors.where}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}; "
             "is the download complete, and does its config.json belong to it?"
         )
-    allowed = {HEAD[0]} if "head" not in model.names else set()  # some files repeat a tied head
-    allowed |= {SCORE} if "score" in model.names else set()
+    allowed = {HEAD[0]} if "head" not in model.weight_names else set()  # some files repeat a tied head
+    allowed |= {SCORE} if "score" in model.weight_names else set()
     extra = [n for n in tensors.shapes if n not in wanted and n not in allowed and not n.endswith(IGNORED)]
     if extra:
         raise ValueError(
@@ -239,7 +240,7 @@ def save_folder(
     """
     folder = Path(folder)
     sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
-    tensors = outgoing(base, model.names, packing)
+    tensors = outgoing(base, model.weight_names, packing)
     shards: list[list[Outgoing]] = [[]]
     for t in tensors:
         if shards[-1] and sum(s.size for s in shards[-1]) + t.size > max_shard:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxft import tree
 from jaxft.models.heads import SCORE, Scorer, in_files
+from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Model
 from jaxft.weights import parameters, peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
 
@@ -70,7 +70,7 @@ def _parts(
             raise ValueError(
                 f"{how.start}: holds a reward model's adapter, which this run can't begin with; take another one"
             )
-    elif "score" in specs and ref is not None and model.beside.keys() == {"score"}:
+    elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         loaded = _score_in(ref, model)
     if not how.trained and "score" not in loaded:
         raise ValueError(
@@ -96,8 +96,8 @@ def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: A
     """A base of a scorer's own on the mesh, in `dtype`, and the head where the files hold one."""
     tensors = pretrained.open_tensors(ref)
     known = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in tensors.shapes else {})}
-    names = {path: name for path, name in model.names.items() if path != "head"} | {"score": SCORE}
-    found = parameters.leaves(tensors, replace(model, specs=known, names=names, beside={}))
+    names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
+    found = parameters.leaves(tensors, replace(model, specs=known, weight_names=names, heads={}))
 
     def load(path: str, spec: Any) -> Any:
         return place.load(

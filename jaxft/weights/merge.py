@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxft import tree
+from jaxft.models.model import Model
 from jaxft.nn import lora
-from jaxft.nn.param import Model, spec_paths
+from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor
 from jaxft.weights.hf import check, layer_array
 from jaxft.weights.safetensors import Tensors
@@ -70,7 +71,7 @@ def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str
         shapes["head"] = shapes["embed"][::-1]
     out: dict[str, Any] = {}
     for path, shape in shapes.items():
-        name, transpose = model.names.get(path, (model.names["embed"][0], True))
+        name, transpose = model.weight_names.get(path, (model.weight_names["embed"][0], True))
         *above, last = path.split("/")
         node = out
         for key in above:

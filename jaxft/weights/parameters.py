@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.param import Model, spec_paths
+from jaxft.models.model import Model
+from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
 from jaxft.weights import hf
 from jaxft.weights.safetensors import Index, Tensors, spans
@@ -45,7 +46,7 @@ def leaves(tensors: Tensors, model: Model) -> dict[str, Leaf]:
     hf.check(tensors, model)
     found = {}
     for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
-        name, turned = model.names[path]
+        name, turned = model.weight_names[path]
         stacked = "{i}" in name
         names = tuple(name.format(i=i) for i in range(spec.shape[0])) if stacked else (name,)
         dtypes = {tensors.dtypes[each] for each in names}

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sync
+from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import Model, spec_paths
+from jaxft.nn.param import spec_paths
 from jaxft.weights.hf import HEAD, layer_array
 from jaxft.weights.safetensors import (
     Entry,
@@ -116,7 +117,7 @@ def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:
 
 
 def _name(model: Model, path: str) -> tuple[str, bool]:
-    name, transpose = {"head": HEAD, **model.names}.get(path, (None, False))
+    name, transpose = {"head": HEAD, **model.weight_names}.get(path, (None, False))
     if name is None or not transpose:
         raise ValueError(
             f"adapter at {path}: no linear layer of this model; they are {', '.join(_linear_paths(model))}"
@@ -127,7 +128,7 @@ def _name(model: Model, path: str) -> tuple[str, bool]:
 def _linear_paths(model: Model) -> list[str]:
     return [
         path
-        for path, (_, transpose) in {"head": HEAD, **model.names}.items()
+        for path, (_, transpose) in {"head": HEAD, **model.weight_names}.items()
         if transpose and path != "score"
     ]
 

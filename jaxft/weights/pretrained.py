@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import PRESETS, from_hf
+from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter, adapted
-from jaxft.nn.param import Model, ParamSpec
+from jaxft.nn.lora import Adapter
+from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import KEPT, QTensor, Quant, dequantize
 from jaxft.weights import gguf, gguf_tokenizer, hf, hub, parameters, place
 from jaxft.weights.safetensors import Index, Tensors, read_json
@@ -168,7 +170,7 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     tensors = open_tensors(ref)
     groups: dict[str, list[str]] = {}
     for path in param.spec_paths(stored.specs["base"]):
-        name = stored.model.names[path][0].format(i=0)
+        name = stored.model.weight_names[path][0].format(i=0)
         if name not in tensors.packed:
             continue
         layout, p = hf.form_in(tensors, stored.model, path), tensors.packed[name]
@@ -192,7 +194,7 @@ def with_storage_rounding(tensors: Tensors, model: Model, quant: Quant, ref: str
     stored = frozen_model(model, quant, ref)
     known = {}
     for path, spec in param.spec_paths(model.specs).items():
-        name, transpose = model.names[path]
+        name, transpose = model.weight_names[path]
         storage = stored.storage[f"base/{path}"]
         if storage.quantised:
             layout = hf.form_in(tensors, model, path)

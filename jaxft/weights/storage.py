@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import target_paths
-from jaxft.nn.param import Model, ParamSpec
+from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import KEPT, QTensor, Quant, bits, is_paired, quantize
 from jaxft.weights.quant_layout import same_form
 

@@ -71,16 +71,15 @@ def ours(a: argparse.Namespace) -> float:
 
     from jaxft.distributed import sharding
     from jaxft.inference import generate
-    from jaxft.nn import attention, lora
+    from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained
 
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[a.dtype]
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=dtype)
-        model = model.with_attention(attention.choose(mesh, model.config.head_dim, dtype))
         whole = {"base": pretrained.load_frozen(a.model, model, mesh)}
-        run = generate.make_generate(lora.adapted(model, None), generate.Sampling(a.new), ())
+        run = generate.make_generate(adapted(model, None), generate.Sampling(a.new), ())
         rows, key = generate.left_pad(prompts(a.batch), a.batch), jax.random.key(0)
         jax.block_until_ready(run(whole, rows, key))
         begin = time.perf_counter()

@@ -229,7 +229,6 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
 
     from jaxft.distributed import devices, sharding
     from jaxft.inference import generate
-    from jaxft.nn import attention
     from jaxft.train import programs
 
     (folder / "rows.jsonl").write_text("")
@@ -239,8 +238,7 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         p = programs.build(run, 1)
         base = random_base(p)
-        model = run.model.with_attention(attention.choose(mesh, run.model.config.head_dim, run.model.dtype))
-        program = generate.make_generate(model, generate.Sampling(max_new=fresh), ())
+        program = generate.make_generate(run.model, generate.Sampling(max_new=fresh), ())
         prompts = generate.left_pad(
             np.random.default_rng(0).integers(3, 300, (case.rows, prompt)).tolist(), case.rows
         )

@@ -70,7 +70,6 @@ def gradient_of(task, parts, batch, mesh=None):
     """(gradients, metrics) of a whole optimizer batch; a mesh has it laid out as a run lays it."""
     model, whole, trained = parts
     if mesh is not None:
-        model = model.with_attention(attention.choose(mesh, 8, jnp.float64))
         specs = spec_paths(model.specs)
 
         def lay(path, x):
@@ -134,9 +133,7 @@ def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, k
     axes = ("heads", "kv_heads", "kv_heads", "heads")
     cut = [lay(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)]
     with jax.set_mesh(laid_out):
-        assert_close(
-            value_and_gradients(attention.choose(laid_out, 8, jnp.float64), *cut, segments, branches), wanted
-        )
+        assert_close(value_and_gradients(attention.attention, *cut, segments, branches), wanted)
 
 
 def test_reads_of_parts_of_the_time_have_places_of_their_own():

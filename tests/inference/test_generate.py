@@ -19,6 +19,7 @@ from jaxft.inference.generate import (
     make_generate,
     sample,
 )
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
@@ -49,7 +50,7 @@ def greedy(world):
 
 def program(model, sampling, stop=()):
     """make_generate, once for all tests."""
-    return PROGRAMS.setdefault((model.step, sampling, stop), make_generate(model, sampling, stop))
+    return PROGRAMS.setdefault((model.decode, sampling, stop), make_generate(model, sampling, stop))
 
 
 def answers(world, sampling=GREEDY, stop=(), prompts=PROMPTS, key=KEY, batch=5):
@@ -226,7 +227,10 @@ def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, 
         )
         ids, at = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         memory = (
-            jax.jit(model.step, donate_argnums=1).lower(base, cache, ids, ids, at).compile().memory_analysis()
+            jax.jit(model.decode, donate_argnums=1)
+            .lower(base, cache, ids, ids, at)
+            .compile()
+            .memory_analysis()
         )
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.temp_size_in_bytes < 0.1 * held and memory.alias_size_in_bytes == held
@@ -247,7 +251,7 @@ def test_an_adapter_changes_the_answers_and_without_it_the_base_is_back(world, g
 def test_merged_is_unmerged(tied):
     settings = Adapter(rank=4, alpha=8.0, targets=("q", "v", "o", "gate", "down", "head"))
     model, whole = tiny(jnp.float32, adapter=settings, tied=tied)
-    plain = lora.adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": False}), jnp.float32), None)
+    plain = adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": False}), jnp.float32), None)
     merged = {"base": lora.merge(whole["base"], whole["adapter"], jnp.float32)}
     tokens = left_pad(PROMPTS, 5)
     real = np.asarray(tokens.segments > 0)

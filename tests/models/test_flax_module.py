@@ -10,9 +10,10 @@ from flax.training.train_state import TrainState
 from tiny_llama import some_tokens
 
 from jaxft import tree
+from jaxft.models.adapted import adapted
 from jaxft.models.flax_module import LlamaModule
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import lora, param
+from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import quantize
 
@@ -38,7 +39,7 @@ def logits_of(model, whole, tokens=TOKENS):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_init_and_apply_equal_ours(tied, adapter):
     model = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.float32)
-    model = model if adapter is None else lora.adapted(model, adapter)
+    model = model if adapter is None else adapted(model, adapter)
     module = LlamaModule(model)
     variables = module.init(KEY, TOKENS)
     assert set(variables) == {"params"}
@@ -103,7 +104,7 @@ def test_a_step_through_a_train_state_is_our_gradient_step():
 
 
 def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
-    model = lora.adapted(MODEL, Adapter(rank=2, alpha=4.0, dropout=0.5))
+    model = adapted(MODEL, Adapter(rank=2, alpha=4.0, dropout=0.5))
     module = LlamaModule(model)
     whole = module.init(KEY, TOKENS)["params"]
     mask = tree.mask_by_path(whole, "adapter/.*/[ab]")

@@ -55,7 +55,7 @@ def base_of(hf, model, dtype=jnp.float32):
     """Our parameter tree of a torch model, by the model's own name table."""
     state = {k: v.detach().numpy() for k, v in hf.state_dict().items()}
     out = {}
-    for path, (name, transpose) in model.names.items():
+    for path, (name, transpose) in model.weight_names.items():
         layers = range(model.config.layers) if "{i}" in name else [None]
         parts = [state[name.format(i=i)] for i in layers]
         parts = [p.T if transpose else p for p in parts]
@@ -106,5 +106,5 @@ def test_decode_with_a_cache_equals_the_whole_forward():
     h, cache = model.prefill(params, start, 12)
     np.testing.assert_allclose(np.asarray(h)[0], whole[0, :8], atol=1e-5)
     for at in range(8, 12):
-        h, cache = model.step(params, cache, batch.ids[:, at], batch.positions[:, at], jnp.int32(at))
+        h, cache = model.decode(params, cache, batch.ids[:, at], batch.positions[:, at], jnp.int32(at))
         np.testing.assert_allclose(np.asarray(h), whole[:, at], atol=1e-5)

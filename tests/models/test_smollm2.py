@@ -10,7 +10,7 @@ from test_llama import tokens_of
 from jaxft.data.chat import prompt_ids
 from jaxft.distributed import sharding
 from jaxft.inference import generate
-from jaxft.nn import attention, lora
+from jaxft.models.adapted import adapted
 from jaxft.weights import pretrained
 
 torch = pytest.importorskip("torch")
@@ -40,9 +40,8 @@ def both():
     """(transformers' model, ours, our weights, tokenizer)."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
     model = pretrained.model_for(REF, dtype=jnp.float32)
-    model = model.with_attention(attention.choose(mesh, model.config.head_dim, model.dtype))
     whole = {"base": pretrained.load_frozen(REF, model, mesh)}
-    return reference(), lora.adapted(model, None), whole, pretrained.load_tokenizer(REF)
+    return reference(), adapted(model, None), whole, pretrained.load_tokenizer(REF)
 
 
 def test_logits_on_real_text(both):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, make_mesh, named
 from jaxft.nn import attention, flash_attention
@@ -225,7 +226,7 @@ def test_decode_is_the_last_row_of_dense():
         visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
         k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
         cache = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.swapaxes(1, 2)
-        found = attention.decode(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
+        found = attention.cached_attention(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
         np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 
@@ -243,9 +244,8 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
         placed = [
             jax.device_put(a, named(mesh, names, a.shape)) for a, names in zip((*x, *rest), axes, strict=True)
         ]
-        attend = attention.choose(mesh, 8, jnp.float64)
         with jax.set_mesh(mesh):
-            compiled = value_and_gradients.lower(attend, *placed).compile()
+            compiled = value_and_gradients.lower(attention.attention, *placed).compile()
             assert_close(compiled(*placed), wanted, 1e-10)
     between_devices = (
         r"replica_groups=(\{\{\d+,|\[\d+,(?!1\])\d+\])|collective-permute"  # a group of one moves nothing
@@ -296,37 +296,61 @@ def test_no_program_holds_a_t_by_t_matrix():
     assert large < 2.2 * small
 
 
-class Described:
-    """A device as `choose` sees it."""
-
-    def __init__(self, platform, device_kind="", compute_capability=0):
-        self.platform, self.device_kind, self.compute_capability = platform, device_kind, compute_capability
+def described(platform, device_kind):
+    """A device as a mesh of devices that need not be here describes it."""
+    return AbstractDevice(device_kind, None, platform)
 
 
-H100 = Described("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+H100 = described("gpu", "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize(
     ("device", "head_dim", "dtype", "wanted"),
     [
-        (Described("cpu", "cpu"), 64, jnp.bfloat16, attention.flash),
+        (described("cpu", "cpu"), 64, jnp.bfloat16, attention.flash),
         (H100, 128, jnp.bfloat16, attention.triton),
         (H100, 256, jnp.bfloat16, attention.flash),
         (H100, 64, jnp.float32, attention.flash),
-        (Described("gpu", "Tesla V100-SXM2-16GB", "7.0"), 64, jnp.float16, attention.flash),
-        (Described("gpu", "AMD Instinct MI300X", "gfx942"), 64, jnp.bfloat16, attention.flash),
-        (Described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),
-        (Described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
+        (described("gpu", "Tesla V100-SXM2-16GB"), 64, jnp.float16, attention.flash),
+        (described("gpu", "NVIDIA GeForce RTX 2080 Ti"), 64, jnp.float16, attention.flash),
+        (described("gpu", "NVIDIA GeForce RTX 4090"), 64, jnp.float16, attention.triton),
+        (described("cuda", "NVIDIA A100-SXM4-40GB"), 64, jnp.bfloat16, attention.triton),
+        (described("gpu", "AMD Instinct MI300X"), 64, jnp.bfloat16, attention.flash),
+        (described("tpu", "TPU v5 lite"), 64, jnp.bfloat16, attention.splash),
+        (described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
     ],
 )
 def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype, wanted):
-    assert attention._kernel_for(device, head_dim, dtype) is wanted
+    assert attention.kernel_for(device, head_dim, dtype) is wanted
+
+
+@pytest.mark.parametrize(("packed", "wanted"), [(True, "triton"), (False, "cudnn")])
+def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, packed, wanted):
+    used = []
+
+    def spy(name):
+        def kernel(q, *rest):
+            used.append(name)
+            return q
+
+        return kernel
+
+    for name in ("triton", "cudnn", "splash", "flash"):
+        monkeypatch.setattr(attention, name, spy(name))
+    shapes = [jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    args = *shapes, jax.ShapeDtypeStruct((2, 40), jnp.int32)
+    fn = jax.jit(partial(attention.attention, packed=packed))
+    fn.trace(*args)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=H100)):
+        fn.trace(*args)
+        fn.trace(*args[:4], branches_BT=args[3])
+    assert used == ["flash", wanted, "flash"]
 
 
 def test_rows_of_one_example_go_to_cudnn_on_nvidia_and_nowhere_else():
-    assert attention._kernel_for(H100, 128, jnp.bfloat16, packed=False) is attention.cudnn
-    assert attention._kernel_for(H100, 64, jnp.float32, packed=False) is attention.flash
-    assert attention._kernel_for(Described("cpu", "cpu"), 64, jnp.bfloat16, packed=False) is attention.flash
+    assert attention.kernel_for(H100, 128, jnp.bfloat16, packed=False) is attention.cudnn
+    assert attention.kernel_for(H100, 64, jnp.float32, packed=False) is attention.flash
+    assert attention.kernel_for(described("cpu", "cpu"), 64, jnp.bfloat16, packed=False) is attention.flash
 
 
 def test_lengths_stand_for_segments_where_a_row_holds_one_example():

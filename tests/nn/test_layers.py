@@ -285,7 +285,7 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
         (loss, found), grads = jax.eval_shape(gradient, trainable, frozen, key)
         prefill = jax.eval_shape(lambda p: t.model.prefill(p, batch, T + 4), some)
         ids, at = batch.ids[:, 0], jnp.int32(T)
-        step = jax.eval_shape(lambda p, cache: t.model.step(p, cache, ids, ids, at), some, prefill[1])
+        step = jax.eval_shape(lambda p, cache: t.model.decode(p, cache, ids, ids, at), some, prefill[1])
     assert h.dtype == prefill[0].dtype == step[0].dtype == dtype and logits.dtype == loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves((grads, found))} == {jnp.dtype(jnp.float32)}
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)

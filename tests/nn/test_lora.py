@@ -9,10 +9,11 @@ import pytest
 from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
 from jaxft import tree
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import lora, param
+from jaxft.nn import param
 from jaxft.nn.layers import dropout, linear, lora_matmul
-from jaxft.nn.lora import Adapted, Adapter, adapted, adapter_specs, attach, merge, target_paths
+from jaxft.nn.lora import Adapted, Adapter, adapter_specs, attach, merge, target_paths
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 
@@ -293,4 +294,4 @@ def test_each_layer_and_projection_drops_its_own():
 
 def test_adapted_without_settings_is_the_model_over_a_base_alone():
     model = adapted(llama(CONFIG, jnp.float32), None)
-    assert set(model.specs) == {"base"} and lora.adapted(llama(CONFIG), SOME).specs["base"] is not None
+    assert set(model.specs) == {"base"} and adapted(llama(CONFIG), SOME).specs["base"] is not None

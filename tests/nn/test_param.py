@@ -43,9 +43,11 @@ def test_flops_are_two_a_weight_and_token_and_causal_attention():
     products = (
         param.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width
     )  # no table, no norms
-    per_token = llama(c).flops(1, 0)
+    per_token = llama(c).forward_flops(1, 0)
     assert per_token == 2 * products
-    assert llama(c).flops(10, 2048) == 10 * (per_token + 2 * c.layers * 2 * c.heads * c.head_dim * 2048 / 2)
+    assert llama(c).forward_flops(10, 2048) == 10 * (
+        per_token + 2 * c.layers * 2 * c.heads * c.head_dim * 2048 / 2
+    )
 
 
 def test_a_leaf_depends_on_the_key_and_its_path_only():

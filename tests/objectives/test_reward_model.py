@@ -15,9 +15,10 @@ from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models import heads
+from jaxft.models.adapted import adapted
 from jaxft.models.heads import Scorer
 from jaxft.models.llama import llama
-from jaxft.nn import lora, param
+from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
@@ -69,7 +70,7 @@ def scorer_model(adapter=SETTINGS, dtype=jnp.float64, **options):
     """The tiny Llama with a scalar head and an adapter that matters, and a random tree for it."""
     with jax.numpy_dtype_promotion("standard"):
         _, whole = tiny(dtype, adapter, **options)
-    model = lora.adapted(heads.scorer(llama(CONFIG, dtype)), adapter)
+    model = adapted(heads.scorer(llama(CONFIG, dtype)), adapter)
     score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), whole["base"]["final_norm"].dtype)
     base = {name: x for name, x in whole["base"].items() if name != "head"}
     return model, {**whole, "base": base, "score": score}
@@ -293,7 +294,7 @@ def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
 
 def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
     base = llama(CONFIG, jnp.float64)
-    model = lora.adapted(heads.with_scorers(base, {"critic": Scorer(SETTINGS)}), SETTINGS)
+    model = adapted(heads.with_scorers(base, {"critic": Scorer(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()
     with jax.numpy_dtype_promotion("standard"):
         language, policy = tiny(jnp.float64, SETTINGS)
@@ -318,7 +319,7 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
     with pytest.raises(ValueError, match="names the head, and it gives scores"):
         heads.with_scorers(model, {"critic": Scorer(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.targets names the head"):
-        lora.adapted(heads.scorer(model), Adapter(targets=("q", "head")))
+        adapted(heads.scorer(model), Adapter(targets=("q", "head")))
     with pytest.raises(ValueError, match="gives scores, no text"):
         heads.scorer(model).logits({}, None)
 

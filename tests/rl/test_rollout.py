@@ -24,8 +24,9 @@ from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.data.rows import Row
 from jaxft.inference import generate
 from jaxft.models import heads
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
-from jaxft.nn import lora, param
+from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
@@ -368,9 +369,7 @@ def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
 
 def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
     beside = {"reward": heads.Scorer(Adapter(rank=2))}
-    whole_model = lora.adapted(
-        heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2)
-    )
+    whole_model = adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
     random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
     whole = tree.map_with_path(random, param.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)

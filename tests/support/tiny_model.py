@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.batch import Tokens
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import lora, param
+from jaxft.nn import param
 from jaxft.tree import map_with_path
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
@@ -23,7 +24,7 @@ def tiny(dtype=jnp.float64, adapter=None, tied=False, **options):
 @functools.cache
 def _tiny(dtype, adapter, tied, options):
     config = LlamaConfig(**{**CONFIG.__dict__, "tied": tied})
-    model = lora.adapted(llama(config, dtype, **dict(options)), adapter)
+    model = adapted(llama(config, dtype, **dict(options)), adapter)
 
     def shake(path, x):
         if not path.endswith("/b"):

@@ -15,6 +15,7 @@ import pytest
 from host_weights import load_on_host
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
+from jaxft.models.adapted import adapted
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
@@ -91,7 +92,7 @@ def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, worl
         "base": load_on_host(str(root / "base"), model, lambda _, x: jnp.asarray(x)),
         "adapter": adapter,
     }
-    full = lora.adapted(model, SETTINGS)
+    full = adapted(model, SETTINGS)
     wanted = np.asarray(full.logits(full.head(whole), full.hidden(whole, some_tokens())))
     theirs = load(tmp_path / "m")
     assert theirs.dtype == torch.float32 and not theirs.config.tie_word_embeddings
@@ -150,11 +151,11 @@ def prompts_of(out):
 def test_a_run_answers_as_its_adapter_and_as_the_merged_model(script, tmp_path):
     ask = ("--prompt", "ab", "--prompt", "What is rope?", "--max-new", "6", "--json")
     _, base, _ = script("generate", "--model", "base", "--dtype", "float32", *ask)
-    _, adapted, _ = script("generate", "--model", "base", "--adapter", "adapter", "--dtype", "float32", *ask)
-    assert script("generate", "--run", "runs/r", *ask)[:2] == (0, adapted)
-    assert prompts_of(adapted)[0]["prompt"] == "ab" and len(prompts_of(adapted)) == 2 and adapted != base
+    _, answers, _ = script("generate", "--model", "base", "--adapter", "adapter", "--dtype", "float32", *ask)
+    assert script("generate", "--run", "runs/r", *ask)[:2] == (0, answers)
+    assert prompts_of(answers)[0]["prompt"] == "ab" and len(prompts_of(answers)) == 2 and answers != base
     assert script("export", "--run", "runs/r", "--out", tmp_path / "m", "--dtype", "float32")[0] == 0
-    assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, adapted)
+    assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, answers)
 
 
 def test_answers_are_transformers_own_through_the_template_and_raw(script, world, tmp_path):

@@ -13,7 +13,8 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import Place, write_place
 
 from jaxft.distributed import sharding
-from jaxft.nn import lora, param
+from jaxft.models.adapted import adapted
+from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
@@ -137,7 +138,7 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     merged = {"base": pretrained.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
-        for full, params in ((lora.adapted(model, settings), whole), (lora.adapted(model, None), merged))
+        for full, params in ((adapted(model, settings), whole), (adapted(model, None), merged))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-4)
 

@@ -13,6 +13,7 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 from jaxft.nn import layers, lora, param
 from jaxft.nn.lora import Adapted, Adapter
@@ -97,7 +98,7 @@ def fresh(model, rank, seed):
 def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_ranks():
     base = llama(CONFIG, jnp.float64)
     model, weights = (
-        lora.adapted(base, Adapter()),
+        adapted(base, Adapter()),
         param.init_params(base.specs, jax.random.key(9), jnp.float64),
     )
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]

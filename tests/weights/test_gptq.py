@@ -150,7 +150,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     theirs(torch.tensor(np.asarray(tokens.ids), dtype=torch.long))
     assert set(found) == set(paths) and len(seen) == 7 * 3
     for path in paths:
-        name = model.names[path][0].removesuffix(".weight")
+        name = model.weight_names[path][0].removesuffix(".weight")
         # Nothing depends on the first token's query, which sees one key: its gradient is zero, or as small as rounding.
         for first in (0, 1) if path.endswith("/q") else (0,):
             rows = [seen[name.format(i=i)][:, first:] for i in range(3)]

@@ -129,7 +129,7 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     t = held_as(folders["plain"], form)
     base = tree.paths(pretrained.load_base(str(folders["plain"]), t.stored, one_device()), is_qtensor)
     for path, spec in param.spec_paths(t.model.specs["base"]).items():
-        name, turned = t.model.names[path]
+        name, turned = t.model.weight_names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
         value = (
             np.stack([x.T if turned else x for x in layers])

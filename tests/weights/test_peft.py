@@ -12,7 +12,8 @@ from host_weights import load_on_host
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.nn.lora import Adapter, adapted, adapter_specs, merge
+from jaxft.models.adapted import adapted
+from jaxft.nn.lora import Adapter, adapter_specs, merge
 from jaxft.nn.param import init_params
 from jaxft.weights import hf, pretrained
 from jaxft.weights import peft as peft_layout

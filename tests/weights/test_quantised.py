@@ -93,7 +93,7 @@ def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind
     model, t, base = kept(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
         assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
-        name = model.names[path][0]
+        name = model.weight_names[path][0]
         for i in range(model.config.layers):
             same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
             same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])

@@ -66,7 +66,7 @@ def load(folder, **options):
 
 def assert_equals_state(base, model, state):
     """Every leaf is the state dict's tensors, transposed and stacked, bit for bit."""
-    written = {t.name: t.fetch() for t in hf.outgoing(base, model.names)}
+    written = {t.name: t.fetch() for t in hf.outgoing(base, model.weight_names)}
     assert set(written) == {n for n in state if n != "lm_head.weight" or not model.config.tied}
     for name, value in written.items():
         assert value.dtype == state[name].dtype and np.array_equal(value, state[name]), name
@@ -93,7 +93,7 @@ def test_every_float_dtype_loads_as_torch_wrote_it(source, broken, dtype):
     state = {name: p.detach().to(dtype).clone() for name, p in source[0].state_dict().items()}
     save_file(state, broken / "model.safetensors")
     model, base = load(broken)
-    for out in hf.outgoing(base, model.names):
+    for out in hf.outgoing(base, model.weight_names):
         assert out.dtype.name == str(dtype).removeprefix("torch.")
         np.testing.assert_array_equal(
             out.fetch().astype(np.float64), state[out.name].to(torch.float64).numpy()
@@ -227,7 +227,7 @@ def test_each_leaf_is_stored_once_under_its_path(source):
     seen = []
     base = load_on_host(str(source[1]), model, lambda path, array: seen.append(path) or path)
     assert sorted(seen) == sorted(tree.paths(base)) and tree.paths(base) == {p: p for p in tree.paths(base)}
-    assert set(seen) == set(model.names) and len(seen) == len(set(seen))
+    assert set(seen) == set(model.weight_names) and len(seen) == len(set(seen))
 
 
 def check_refuses(folder, *words, error=ValueError):

@@ -1,0 +1,39 @@
+"""A model over the whole parameter tree {"base", "adapter", **heads}, with the adapter attached at trace time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from jaxft.models.model import Model
+from jaxft.nn.lora import Adapter, adapter_specs, attach
+
+
+def adapted(model: Model, settings: Adapter | None) -> Model:
+    """Return the model over {"base", "adapter", **heads}. Where the tree has no "adapter" it is the base model.
+
+    Raises ValueError where the adapter targets the head of a model that has none.
+    """
+    dropout = settings.dropout if settings else 0.0
+
+    def on_whole(fn: Callable) -> Callable:
+        def call(params: Any, *rest: Any, **kw: Any) -> Any:
+            return fn(attach(params["base"], params.get("adapter"), dropout), *rest, **kw)
+
+        return call
+
+    specs = {"base": model.specs}
+    if settings:
+        specs["adapter"] = adapter_specs(model.specs, settings)
+        if not model.generates and "head" in specs["adapter"]:
+            raise ValueError(
+                "adapter.targets names the head, and this model gives scores, no text; leave it out"
+            )
+    specs |= model.heads
+    return replace(
+        model,
+        specs=specs,
+        hidden=on_whole(model.hidden),
+        head=on_whole(model.head),
+        prefill=on_whole(model.prefill),
+        decode=on_whole(model.decode),
+    )
