@@ -42,13 +42,14 @@ def looks(entries: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, fl
 
 def main() -> int:
     """Read, print, draw."""
-    from jaxft.runs import compare, log
+    from jaxft.runs import compare
+    from jaxft.runs.trackers.jsonl import read_entries
 
     args = arguments()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
     if missing:
         raise ValueError(f"{missing}: holds no metrics.jsonl; name the folder of a run, such as runs/sft")
-    entries = {run.name: log.read(run / "metrics.jsonl") for run in args.runs}
+    entries = {run.name: read_entries(run / "metrics.jsonl") for run in args.runs}
     if len(entries) < len(args.runs):
         raise ValueError(
             f"two of the runs have the same name, found {', '.join(run.name for run in args.runs)}; rename one"

@@ -320,14 +320,15 @@ def _comments(definition: Any) -> dict[str, str]:
         except (OSError, TypeError):  # a builtin, or a class without a file
             continue
         node: Any = ast.parse(source).body[0]
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(definition, type):
+            fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+            starts = {n.lineno: ast.unparse(n.target) for n in fields}
+            end = max((n.end_lineno or n.lineno for n in fields), default=0) + 1
+        else:
             starts = {
                 a.lineno: a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             }
             end = node.body[0].lineno
-        else:
-            starts = {n.lineno: n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
-            end = max((n.end_lineno + 1 for n in node.body if isinstance(n, ast.AnnAssign)), default=0)
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             line = token.start[0]
             above = [start for start in starts if start <= line < end]

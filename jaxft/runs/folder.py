@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 import jax
 
-from jaxft.runs.log import finite
 from jaxft.runs.record import differences
+from jaxft.runs.trackers.jsonl import finite
 from jaxft.weights import hf, hub
 
 # Settings that may change when a run is resumed; any other change would make it a different run.

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from jaxft.nn.lora import Adapter
-from jaxft.runs import compare, log
+from jaxft.runs import compare
+from jaxft.runs.trackers.jsonl import read_entries
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 HEADLINES = {  # metrics that the result lines show, in this order
@@ -286,10 +287,10 @@ def completions_section(folder: Path, count: int = 5) -> str:
 
     Reads completions.jsonl and metrics.jsonl in `folder` and draws curves.png there.
     """
-    entries = log.read(folder / "completions.jsonl")
+    entries = read_entries(folder / "completions.jsonl")
     if not entries:
         return ""
-    compare.draw_one(folder / "curves.png", folder.name, log.read(folder / "metrics.jsonl"))
+    compare.draw_one(folder / "curves.png", folder.name, read_entries(folder / "metrics.jsonl"))
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
     shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
     names = list(shown[0]["rewards"])

@@ -23,9 +23,10 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.log import Log, Mute, cut
+from jaxft.runs.log import Log, NullLog
 from jaxft.runs.record import describe, differences
 from jaxft.runs.report import Evaluation
+from jaxft.runs.trackers.jsonl import truncate
 from jaxft.train import evaluate, export, programs, reference, samples
 from jaxft.train.meter import Meter, Trace
 from jaxft.train.programs import Programs, build, compile_eval, compile_step, placed, reference_step, start
@@ -44,7 +45,7 @@ class Job:
     source: Source
     general: tuple[Any, ...]
     saved: Checkpoints
-    log: Log | Mute
+    log: Log | NullLog
     folder: Path
     record: dict[str, Any]
 
@@ -103,7 +104,7 @@ def _checked(
             print("to go on with it, raise loop.steps or data.epochs; to start anew, choose another name=...")
         return None, changes
     held_out = () if general is None else general.held_out
-    return Job(r, steps, p, tokenizer, source, held_out, saved, Mute(), folder, record), changes
+    return Job(r, steps, p, tokenizer, source, held_out, saved, NullLog(), folder, record), changes
 
 
 def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[str]) -> Job:
@@ -124,7 +125,7 @@ def _begun(stack: contextlib.ExitStack, job: Job, restored: Any, changes: list[s
     if not processes.is_first():
         return job
     runfolder.write_record(folder, record)
-    cut(folder / "completions.jsonl", first)
+    truncate(folder / "completions.jsonl", first)
     log = stack.enter_context(contextlib.closing(Log(folder, job.steps, first, trackers=r.trackers)))
     how_held = pretrained.storage_changes(r.weights, p.trained.stored)
     for origin in dict.fromkeys((r.start, *(one.start for one in r.beside.values()))):

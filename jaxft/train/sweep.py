@@ -20,9 +20,10 @@ from jaxft.runs import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.log import Log, read
+from jaxft.runs.log import Log
 from jaxft.runs.record import describe, differences
 from jaxft.runs.report import Evaluation
+from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import evaluate, export, multi_adapter, programs
 from jaxft.train import loop as train
 from jaxft.train.loop import Job
@@ -251,7 +252,7 @@ def _go(s: Shared, restored: Any) -> int:
 
 def _trained(job: Job) -> dict[str, float]:
     """What the table takes from a member's training steps: how many were skipped, and the last one's numbers."""
-    entries = read(job.folder / "metrics.jsonl")
+    entries = read_entries(job.folder / "metrics.jsonl")
     last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
     return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}
 
@@ -275,7 +276,9 @@ def _write(
         train.write_card(job, out, start, end, words)
         summary = {"steps": job.steps, "before": start, "after": end, "alarms": job.log.alarms}
         runfolder.write_json(job.folder / "summary.json", summary)
-    curves = {label: read(job.folder / "metrics.jsonl") for label, job in zip(s.labels, s.jobs, strict=True)}
+    curves = {
+        label: read_entries(job.folder / "metrics.jsonl") for label, job in zip(s.labels, s.jobs, strict=True)
+    }
     table = compare.Table.of(s.labels, *looks)
     compare.write(s.folder, s.name, table, curves)
     runfolder.write_json(s.folder / "summary.json", {"steps": s.lead.steps, "members": table.as_json()})

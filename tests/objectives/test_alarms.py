@@ -10,7 +10,8 @@ from dpo_place import write_pair_place
 from tiny_run import Place
 
 from jaxft.objectives.alarms import FALLS, WINDOW, watch, watch_rollouts, words
-from jaxft.runs.log import Log, read
+from jaxft.runs.log import Log
+from jaxft.runs.trackers.jsonl import read_entries
 
 BETA = 0.1
 
@@ -206,7 +207,7 @@ def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path
             and late == alone[sum(int(re.search(r"step (\d+)", text)[1]) <= cut for text in alone) :]
         )
         assert early == alone[: len(early)]
-        assert read(folder / "metrics.jsonl") == read(tmp_path / "alone" / "metrics.jsonl")
+        assert read_entries(folder / "metrics.jsonl") == read_entries(tmp_path / "alone" / "metrics.jsonl")
 
 
 # Whole runs

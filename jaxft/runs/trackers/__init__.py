@@ -1,0 +1,1 @@
+"""Where a run's metrics go, one file per tracker. To add one, write a file here with `open_tracker` and run `trackers=its_name`."""

@@ -1,0 +1,97 @@
+"""metrics.jsonl: one JSON object per logged step, `{"step": 3, "loss": 1.25, ..., "perf": {...}}`.
+
+Timings and memory are under "perf"; everything else is the same to the bit in a run that is repeated or resumed. Floats are
+written in full (the shortest text that reads back as the same float64). JSON has no NaN or infinity: both are written as null.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON has it: NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
+    """One line of metrics.jsonl, without the newline. Raises ValueError for a metric called "step" or "perf"."""
+    reserved = sorted({"step", "perf"} & metrics.keys())
+    if reserved:
+        raise ValueError(
+            f"a metric cannot be called {reserved[0]!r}; rename it where the objective returns it"
+        )
+    entry = {"step": int(step), **finite(metrics), **({"perf": finite(perf)} if perf else {})}
+    return json.dumps(entry, allow_nan=False)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is skipped."""
+    return [entry for _, entry in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[bytes, Entry]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and text.endswith(b"\n"):
+            lines.append((text, entry))
+    return lines
+
+
+def truncate(path: Path, step: int) -> list[Entry]:
+    """Remove the entries after `step`, atomically; return those of that step itself.
+
+    Step 0 is a fresh start and keeps nothing: its evaluation runs again.
+    """
+    lines = [(text, entry) for text, entry in _lines(path) if step > 0 and entry["step"] <= step]
+    content = b"".join(text for text, _ in lines)
+    if path.exists() and path.read_bytes() != content:
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    return [entry for _, entry in lines if entry["step"] == step]
+
+
+class Jsonl:
+    """Appends to a metrics.jsonl that was truncated at `start_step`."""
+
+    def __init__(self, path: Path, start_step: int = 0):
+        self._repeated = [_without_perf(entry) for entry in truncate(path, start_step)]
+        self._file = path.open("a", encoding="utf-8")
+
+    def has(self, entry: Entry) -> bool:
+        """Whether the file had this entry before the restart."""
+        return entry in self._repeated
+
+    def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
+        """Append a line and flush it."""
+        self._file.write(format_line(step, metrics, perf) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _without_perf(entry: Entry) -> Entry:
+    return {name: value for name, value in entry.items() if name != "perf"}
