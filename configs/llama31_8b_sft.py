@@ -4,7 +4,7 @@ r"""Llama-3.1-8B-Instruct, LoRA or in full, on one GPU or sharded over several.
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4 micro=16 remat=full   # 8.2 GiB
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true params=bfloat16 \
-        in_backward=true batch=1 micro=1 remat=full   # 19 GiB
+        fused_backward=true batch=1 micro=1 remat=full   # 19 GiB
 
 A step has 16 packed rows of 4096 tokens, `micro` says in how many parts. Needs access to the model on the hub (HF_TOKEN).
 """
@@ -38,7 +38,7 @@ def config(
     micro: int = 2,
     max_length: int = 4096,
     params: Literal["float32", "bfloat16"] = "float32",  # of what full=true trains
-    in_backward: bool = False,  # of full=true: no gradient outlives its update, no clipping; takes micro=1 and remat=full
+    fused_backward: bool = False,  # of full=true: no gradient outlives its update, no clipping; takes micro=1 and remat=full
     optimizer: Literal[
         "auto", "adamw", "adamw_8bit", "adamw_bf16", "adafactor"
     ] = "auto",  # auto: adamw, in full adafactor
@@ -65,9 +65,9 @@ def config(
         optim=Optim(
             lr=lr if lr is not None else 1e-5 if full else 2e-4,
             optimizer=OPTIMIZERS[optimizer],
-            clip=None if in_backward else 1.0,
-            in_turn=full,
-            in_backward=in_backward,
+            clip=None if fused_backward else 1.0,
+            layerwise=full,
+            fused_backward=fused_backward,
         ),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=10, eval_every=100, save_every=100),

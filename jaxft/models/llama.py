@@ -188,7 +188,7 @@ def hidden(run: Forward, params: Any, tokens: Tokens, key: Array | None = None) 
     if isinstance(params["layers"], fused_update.Consumed):
         if run.remat != "full":
             raise ValueError(
-                f"optim.in_backward runs each layer again from its input: use remat=full, found remat={run.remat}"
+                f"optim.fused_backward runs each layer again from its input: use remat=full, found remat={run.remat}"
             )
         h = fused_update.scan(body, embed_tokens(run, params, tokens.ids), params["layers"], keys)
         return rms_norm(h, params["final_norm"], c.norm_eps, dtype)

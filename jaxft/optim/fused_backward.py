@@ -1,87 +1,102 @@
-"""One step of training in which the stacked layers are updated inside the backward pass (optim.in_backward)."""
+"""A training step that updates each stacked layer inside the backward pass (optim.fused_backward)."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.nn.fused_update import Consumed, Uses, disguised, undisguised
 from jaxft.objectives.objective import Objective
-from jaxft.optim.optimizer import InTurn, guarded_update, wide
+from jaxft.optim.optimizer import Optimizer
+from jaxft.optim.update import StepInfo, Updated, to_float32
+from jaxft.tree import Batch, Grads, Metrics, OptState, Params
 
 LAYERS = "base/layers/"
-OFF = "optim.in_backward=false"
+OFF = "optim.fused_backward=false"
 
 
-def updated(
+class FusedStep(NamedTuple):
+    """What a fused backward pass returns: the new parameters and optimizer state, facts about the step, metrics."""
+
+    trainable: Params
+    opt_state: OptState
+    info: StepInfo
+    metrics: Metrics
+
+
+def fused_step(
     objective: Objective,
-    tx: InTurn,
-    now: tuple[Any, Any],
-    frozen: Any,
-    batch: Any,
-    keys: tuple[Array, Array],
-    aux: Any,
-) -> tuple[Any, Any, Array, Array, dict[str, Any]]:
-    """(trainable, optimizer state, gradients' global norm, whether all was finite, metrics) after a step.
+    optimizer: Optimizer,
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    keys: tuple[Key[Array, ""], Key[Array, ""]],
+) -> FusedStep:
+    """Compute the loss of a batch [1, rows, ...] and update every parameter on the way back.
 
-    now: (trainable, optimizer state). batch: [1, rows, ...]. keys: the objective's and the rounding's. A loss that is not
-    finite changes nothing. Where only a layer's gradient is not, that layer and the leaves without layers stay as they were, and
-    the layers above it have moved already. Raises ValueError for what can't be had in this way: layers that aren't
-    trained, several microbatches, an objective that runs the model twice.
+    keys: for the objective and for stochastic rounding. A non-finite loss changes nothing. If only the gradient of a layer is
+    non-finite, that layer and the leaves without layers stay unchanged; the layers above it have been updated already.
+    Raises ValueError where no layers of the base are trained, for several microbatches, and for an objective that runs the
+    model more than once.
     """
-    refuse(tx, now[0], jax.tree.leaves(batch)[0].shape[0])
-    layered, rest, state = tx.layers(now[0]), tree.partition(now[0], tx.stacked)[1], now[1][0]
-    key, uses = tx.layers_key(keys[1]), Uses()
+    parts = optimizer.parts
+    check_fused(optimizer, state.trainable, jax.tree.leaves(batch)[0].shape[0])
+    (layers, rest), layers_state = parts.split(state.trainable), state.opt_state.layers
+    rounding, uses = parts.layers_key(keys[1]), Uses()
 
-    def update(grads: Any, norm: Array, before: tuple[Any, Any], i: Array) -> tuple[Any, Any]:
-        layer, own = before
-        own = jax.tree.map(undisguised, own, state)
-        rounding = None if key is None else jax.random.fold_in(key, i)
-        layer, own = guarded_update(tx.tx, grads, norm, jnp.isfinite(norm), (layer, own), rounding)
-        return layer, jax.tree.map(disguised, own)
+    def update_layer(grads: Grads, norm: Float[Array, ""], before: Updated, i: Array) -> Updated:
+        layer, own_state = before
+        own_state = jax.tree.map(undisguised, own_state, layers_state)
+        key = None if rounding is None else jax.random.fold_in(rounding, i)
+        info = StepInfo(norm, jnp.isfinite(norm), key)
+        layer, own_state = parts.update_layer(grads, own_state, layer, info)
+        return layer, jax.tree.map(disguised, own_state)
 
-    def loss(rest: Any, layered: Any, state: Any, squares: Array) -> tuple[Array, dict[str, Any]]:
-        whole = tree.combine(rest, frozen)
-        base = whole["base"]
-        layers = Consumed(
-            layered, frozen["base"]["layers"], state, squares, lambda x: x["base"]["layers"], update, uses
+    def loss(rest: Params, layers: Params, layers_state: OptState, squares: Array) -> tuple[Array, Metrics]:
+        params = tree.combine(rest, frozen)
+        fused = Consumed(
+            layers,
+            frozen["base"]["layers"],
+            layers_state,
+            squares,
+            lambda x: x["base"]["layers"],
+            update_layer,
+            uses,
         )
-        return objective(
-            {**whole, "base": {**base, "layers": layers}}, jax.tree.map(lambda x: x[0], batch), keys[0], aux
-        )
+        params = {**params, "base": {**params["base"], "layers": fused}}
+        return objective(params, jax.tree.map(lambda x: x[0], batch), keys[0], state.aux)
 
-    zero = jnp.zeros((), jax.tree.leaves(wide(layered))[0].dtype)
-    told: Any = jax.vjp(loss, rest, layered, jax.tree.map(disguised, state), zero, has_aux=True)
-    total, pull, found = told
+    zero = jnp.zeros((), jax.tree.leaves(to_float32(layers))[0].dtype)
+    total, pull, metrics = jax.vjp(
+        loss, rest, layers, jax.tree.map(disguised, layers_state), zero, has_aux=True
+    )
     if uses.count != 1:
         raise ValueError(
-            f"optim.in_backward wants an objective that runs the model once a step, found {uses.count}; set {OFF}"
+            f"optim.fused_backward needs an objective that runs the model once a step, got {uses.count} times; set {OFF}"
         )
-    fine = jnp.isfinite(found["loss"].total)
-    grads, layered, state_after, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
-    norm = jnp.sqrt(squares + optax.tree.norm(wide(grads), squared=True))
-    ok = jnp.isfinite(norm) & fine
-    others, (_, *other_states) = tx.apply_others(grads, norm, ok, now, keys[1])
-    return (
-        tree.combine(layered, others),
-        (jax.tree.map(undisguised, state_after, state), *other_states),
-        norm,
-        ok,
-        found,
-    )
+    fine = jnp.isfinite(metrics["loss"].total)
+    grads, new_layers, new_layers_state, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
+    norm = jnp.sqrt(squares + optax.tree.norm(to_float32(grads), squared=True))
+    info = StepInfo(norm, jnp.isfinite(norm) & fine, keys[1])
+    new_rest, opt_state = parts.update_rest(grads, state.opt_state, state.trainable, info)
+    opt_state = opt_state._replace(layers=jax.tree.map(undisguised, new_layers_state, layers_state))
+    return FusedStep(tree.combine(new_layers, new_rest), opt_state, info, metrics)
 
 
-def refuse(tx: InTurn, trainable: Any, parts: int) -> None:
-    """Raise ValueError for several microbatches, and where what is trained has no layers or isn't the base's."""
-    if parts != 1:
-        raise ValueError(f"optim.in_backward updates a layer by its first gradient, and a step has {parts} microbatches; "
-                         f"set data.micro=1, or {OFF}")  # fmt: skip
-    paths = list(tree.paths(tx.layers(trainable)))
+def check_fused(optimizer: Optimizer, trainable: Params, microbatches: int) -> None:
+    """Raise ValueError for several microbatches, and unless the trainable stacked leaves are the base's layers."""
+    if microbatches != 1:
+        raise ValueError(
+            f"optim.fused_backward updates a layer by its first gradient, and a step has {microbatches} microbatches; "
+            f"set data.micro=1, or {OFF}"
+        )
+    paths = list(tree.paths(optimizer.parts.split(trainable)[0]))
     wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
     if wrong:
         raise ValueError(
-            f"optim.in_backward updates the base's layers, and what is trained of layers is {wrong}; set {OFF}"
+            f"optim.fused_backward updates layers of the base, and the trainable stacked parameters are {wrong}; set {OFF}"
         )

@@ -4,7 +4,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
 from jaxft.distributed.sharding import is_spread
-from jaxft.nn.param import is_spec
+from jaxft.nn.param import spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
-from jaxft.optim.optimizer import Optim, decayed, stochastically_rounded
-from jaxft.tree import struct
+from jaxft.optim.optimizer import Specs, UpdateRule, check_adam, with_decay
+from jaxft.optim.update import stochastically_rounded
+from jaxft.tree import OptState, Params, struct
 
 BLOCK = 256  # values that share a scale
 AT_ONCE = 1 << 22  # values that are encoded at a time
@@ -83,100 +84,125 @@ def decode(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
     return values * each.reshape(c.codes.shape)
 
 
-def _adam(o: Optim, updates: Any, count: Array, moments: tuple[Any, Any]) -> tuple[Any, Array, Any, Any]:
-    """(direction, count, mu, nu) of a step of Adam (Kingma & Ba 2015, arXiv:1412.6980), in float32."""
-    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    mu = jax.tree.map(lambda m, g: o.b1 * wide(m) + (1 - o.b1) * wide(g), moments[0], updates)
-    nu = jax.tree.map(lambda v, g: o.b2 * wide(v) + (1 - o.b2) * wide(g) * wide(g), moments[1], updates)
+class Adam(NamedTuple):
+    """Hyper-parameters of Adam (Kingma & Ba 2015, arXiv:1412.6980)."""
+
+    b1: float
+    b2: float
+    eps: float
+
+
+def _adam(
+    hyper: Adam, updates: Params, count: Array, moments: tuple[Params, Params]
+) -> tuple[Any, Array, Any, Any]:
+    """(direction, count, mu, nu) of a step of Adam in float32."""
+    b1, b2, eps = hyper
+
+    def wide(x: Array) -> Array:
+        return x.astype(jnp.float32)
+
+    mu = jax.tree.map(lambda m, g: b1 * wide(m) + (1 - b1) * wide(g), moments[0], updates)
+    nu = jax.tree.map(lambda v, g: b2 * wide(v) + (1 - b2) * wide(g) * wide(g), moments[1], updates)
     count = optax.safe_increment(count)
     at = count.astype(jnp.float32)
-    direction = jax.tree.map(lambda m, v: m / (1 - o.b1**at) / (jnp.sqrt(v / (1 - o.b2**at)) + o.eps), mu, nu)
+    direction = jax.tree.map(lambda m, v: m / (1 - b1**at) / (jnp.sqrt(v / (1 - b2**at)) + eps), mu, nu)
     return direction, count, mu, nu
 
 
-def scale_by_adam_8bit(o: Optim, specs: Any) -> optax.GradientTransformation:
-    """optax.scale_by_adam whose moments are held as Codes between the steps (arXiv:2110.02861), except small leaves'.
+def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
+    """optax.scale_by_adam with moments stored as Codes between steps (arXiv:2110.02861), except those of small leaves.
 
-    Each layer of a stacked leaf has blocks of its own. The moments of a step are exact; what is rounded is what is kept.
+    Each layer of a stacked leaf has blocks of its own. A step computes with exact moments; only what is stored is rounded.
     """
-    stacked = {
-        path: "layers" in s.axes for path, s in tree.paths(specs, is_leaf=is_spec).items() if s is not None
-    }
+    stacked = {path: "layers" in s.axes for path, s in spec_paths(specs).items()}
 
-    def packed(path: str, x: Array) -> bool:
+    def is_packed(path: str, x: Array) -> bool:
         return x.size // (x.shape[0] if stacked[path] else 1) >= SMALL
 
-    def keep(path: str, x: Array, signed: bool) -> Any:
-        return encode(x, stacked[path], signed) if packed(path, x) else x
+    def zeros(params: Params, signed: bool) -> Params:
+        def leaf(path: str, p: Array) -> Any:
+            if is_packed(path, p):
+                return encoded_zeros(p.shape, stacked[path], signed)
+            return jnp.zeros(p.shape, jnp.float32)
 
-    def start(params: Any, signed: bool) -> Any:
-        def zeros(path: str, p: Array) -> Any:
-            return (
-                encoded_zeros(p.shape, stacked[path], signed)
-                if packed(path, p)
-                else jnp.zeros(p.shape, jnp.float32)
-            )
+        return tree.map_with_path(leaf, params)
 
-        return tree.map_with_path(zeros, params)
+    def unpack(moment: Params, like: Params, signed: bool) -> Params:
+        def leaf(path: str, _: Array, m: Any) -> Array:
+            return decode(m, stacked[path], signed) if isinstance(m, Codes) else m
 
-    def wide(moment: Any, like: Any, signed: bool) -> Any:
-        known = lambda path, _, m: decode(m, stacked[path], signed) if isinstance(m, Codes) else m  # noqa: E731
-        return tree.map_with_path(known, like, moment)
+        return tree.map_with_path(leaf, like, moment)
 
-    def init(params):
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), start(params, True), start(params, False))
+    def pack(moment: Params, signed: bool) -> Params:
+        def leaf(path: str, x: Array) -> Any:
+            return encode(x, stacked[path], signed) if is_packed(path, x) else x
 
-    def update(updates, state, params=None):
-        moments = wide(state.mu, updates, True), wide(state.nu, updates, False)
-        direction, count, mu, nu = _adam(o, updates, state.count, moments)
-        kept = [
-            tree.map_with_path(lambda path, x, s=s: keep(path, x, s), moment)
-            for moment, s in ((mu, True), (nu, False))
-        ]
-        return direction, optax.ScaleByAdamState(count, *kept)
+        return tree.map_with_path(leaf, moment)
+
+    def init(params: Params) -> OptState:
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(params, True), zeros(params, False))
+
+    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        moments = unpack(state.mu, updates, True), unpack(state.nu, updates, False)
+        direction, count, mu, nu = _adam(hyper, updates, state.count, moments)
+        return direction, optax.ScaleByAdamState(count, pack(mu, True), pack(nu, False))
 
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_adam_bf16(o: Optim, specs: Any) -> optax.GradientTransformation:
-    """optax.scale_by_adam whose moments are held in bfloat16, rounded stochastically, so that small changes are not lost.
+def scale_by_adam_bf16(hyper: Adam) -> optax.GradientTransformation:
+    """optax.scale_by_adam with moments stored in bfloat16, rounded stochastically, so that small changes are not lost.
 
-    The random bits follow from the step, the leaf and its first number (layers in turn look alike otherwise), so a run that is
-    resumed is the same.
+    The random bits follow from the step, the leaf and its first value (the layers of a layerwise update have the same step and
+    leaf), so a resumed run draws the same ones.
     """
 
-    def rounded(moment: Any, count: Array, salt: int) -> Any:
+    def rounded(moment: Params, count: Array, salt: int) -> Params:
         key = jax.random.fold_in(jax.random.key(salt), count)
-        leaves, shape = jax.tree.flatten(moment)
-        first = lambda x: jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)  # noqa: E731
-        keys = [jax.random.fold_in(jax.random.fold_in(key, i), first(x)) for i, x in enumerate(leaves)]
-        return jax.tree.unflatten(shape, list(map(stochastically_rounded, leaves, keys)))
+        leaves, structure = jax.tree.flatten(moment)
 
-    def init(params):
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)  # noqa: E731
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(), zeros())
+        def first_bits(x: Array) -> Array:
+            return jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)
 
-    def update(updates, state, params=None):
-        direction, count, mu, nu = _adam(o, updates, state.count, (state.mu, state.nu))
+        keys = [jax.random.fold_in(jax.random.fold_in(key, i), first_bits(x)) for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(structure, list(map(stochastically_rounded, leaves, keys)))
+
+    def init(params: Params) -> OptState:
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        direction, count, mu, nu = _adam(hyper, updates, state.count, (state.mu, state.nu))
         return direction, optax.ScaleByAdamState(count, rounded(mu, count, 1), rounded(nu, count, 2))
 
     return optax.GradientTransformation(init, update)
 
 
-def adamw_8bit(o: Optim, schedule: optax.Schedule, specs: Any) -> optax.GradientTransformation:
+def adamw_8bit(
+    schedule: optax.Schedule,
+    specs: Specs,
+    weight_decay: float,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> UpdateRule:
     """AdamW with moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861)."""
-    return _adamw(scale_by_adam_8bit(o, specs), o, schedule, specs)
+    check_adam(b1, b2, eps)
+    adam = scale_by_adam_8bit(Adam(b1, b2, eps), specs)
+    return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True, replicated=("absmax",))
 
 
-def adamw_bf16(o: Optim, schedule: optax.Schedule, specs: Any) -> optax.GradientTransformation:
+def adamw_bf16(
+    schedule: optax.Schedule,
+    specs: Specs,
+    weight_decay: float,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> UpdateRule:
     """AdamW with moments in bfloat16 that are rounded stochastically."""
-    return _adamw(scale_by_adam_bf16(o, specs), o, schedule, specs)
-
-
-def _adamw(
-    adam: optax.GradientTransformation, o: Optim, schedule: Any, specs: Any
-) -> optax.GradientTransformation:
-    return optax.chain(adam, decayed(o, specs), optax.scale_by_learning_rate(schedule))
-
-
-adamw_8bit.by_row = adamw_bf16.by_row = True  # type: ignore[attr-defined]
+    check_adam(b1, b2, eps)
+    adam = scale_by_adam_bf16(Adam(b1, b2, eps))
+    return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True)

@@ -116,7 +116,7 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
 
     A mesh keeps tensor within a host and all but data within a TPU's slice; it cuts time where all heads can be swapped for it.
     """
-    batch, config, backward = run.data.batch, run.model.config, run.optim.in_backward
+    batch, config, backward = run.data.batch, run.model.config, run.optim.fused_backward
     hosts, slices = len(set(machine.places())), _slices(run, machine)
     count = len(machine.devices) // slices
     together = len(machine.devices) // max(hosts, slices)  # devices of a host, or of a slice

@@ -95,9 +95,9 @@ class Rollouts:
         """
         found, objective, rules = self._as_it_was(kept), programs.objective, self.rules
         rests = rules.warm_up or rules.target_kl is not None or rules.keep is not None or not rules.cut_off
-        if getattr(programs.tx, "in_backward", False) and rests:
+        if programs.optimizer.fused_backward and rests:
             found = "as warm_up, target_kl, keep and cut_off may ask"
-            raise ValueError(f"optim.in_backward can't let a policy rest, {found}; set it to false")
+            raise ValueError(f"optim.fused_backward can't let a policy rest, {found}; set it to false")
         if objective.facts.kl_in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
             found = estimators.plain(rules.estimate).__name__
             raise ValueError(

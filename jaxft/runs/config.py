@@ -38,6 +38,9 @@ __all__ = ["RENAMED", "Resolved", "describe", "differences", "help_text", "knob_
 # Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
 # (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
 RENAMED: dict[str, str] = {
+    "in_backward": "fused_backward",
+    "optim.in_turn": "optim.layerwise",
+    "optim.in_backward": "optim.fused_backward",
     "jaxft.advantages": "jaxft.rl.advantages",
     "jaxft.estimates": "jaxft.rl.estimators",
     "jaxft.rewards": "jaxft.rl.rewards",

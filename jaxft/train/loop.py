@@ -245,7 +245,7 @@ def _trained(
     """(the state, steps done, a signal that asked to stop or 0); begun: steps done before, and what its checkpoint keeps."""
     job, source, (done, kept) = ready.job, ready.source, begun
     r, p, log, stop = job.run, job.programs, job.log, 0
-    rates = np.asarray(jax.jit(jax.vmap(p.schedule))(jnp.arange(job.steps)))
+    rates = np.asarray(jax.jit(jax.vmap(p.optimizer.schedule))(jnp.arange(job.steps)))
     meter = Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = processes.Votes(p.mesh)
     numbers: Callable = getattr(source, "numbers", lambda step, found: {})
@@ -370,7 +370,7 @@ def write_card(job: Job, out: Path, before: Evaluation, after: Evaluation, notes
         examples=job.source.stats["examples"],
         steps=job.steps,
         batch=run.data.batch,
-        optimizer=run.optim.optimizer.__name__,
+        optimizer=job.programs.optimizer.name,
         lr=run.optim.lr,
         seed=run.seed,
         model=programs.model_summary(job.programs),

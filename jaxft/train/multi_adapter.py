@@ -19,7 +19,8 @@ from jaxft.batch import TrainState
 from jaxft.nn import lora
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Facts, Objective
-from jaxft.optim.optimizer import guarded_update
+from jaxft.optim.optimizer import Optimizer
+from jaxft.optim.update import StepInfo
 from jaxft.train.step import accumulate_gradients
 
 Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
@@ -96,7 +97,7 @@ def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, au
     return _by_block(t, block, _stack(trainable, frozen), _own_references(t, aux))
 
 
-def make_update(objective: Objective, tx: optax.GradientTransformation) -> Callable:
+def make_update(objective: Objective, optimizer: Optimizer) -> Callable:
     """`(state, number, gradients [K], metrics [K]) -> (state, metrics)` of one adapter: the second half of a run's train step.
 
     Where its loss or gradient isn't finite the adapter, its optimizer and aux stay as they are, and the others go on.
@@ -107,7 +108,7 @@ def make_update(objective: Objective, tx: optax.GradientTransformation) -> Calla
         mine = jax.tree.map(lambda x: x[number], found)
         norm = optax.tree.norm(grad)
         ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
-        trainable, opt_state = guarded_update(tx, grad, norm, ok, (state.trainable, state.opt_state))
+        trainable, opt_state = optimizer.update(grad, state.opt_state, state.trainable, StepInfo(norm, ok))
         aux = objective.update(state.aux, trainable, mine)
         aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
         bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)

@@ -123,26 +123,6 @@ def split(partition: Partition, params: Any) -> tuple[Any, Any]:
     )
 
 
-def like_params(shapes: Any, trainable: Any, mesh: Any) -> Any:
-    """Shardings for a tree that mirrors the parameters (optimizer state).
-
-    A leaf that ends in a parameter's path, or is part of what does, and has its shape lies as the parameter does, any other one
-    on every device.
-    """
-    known = {path: x for path, x in tree.paths(trainable).items()}
-
-    def place(path, x):
-        parts = path.split("/")
-        for end in (len(parts), len(parts) - 1):
-            for i in range(end):
-                found = known.get("/".join(parts[i:end]))
-                if found is not None and found.shape == x.shape:
-                    return found.sharding
-        return sharding.replicated(mesh)
-
-    return tree.map_with_path(place, shapes)
-
-
 def parameter_table(partition: Partition, mesh: Any = None) -> str:
     """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then the counts."""
     mask, rows = tree.paths(partition.mask), []

@@ -16,11 +16,13 @@ from jaxft.models.heads import Scorer, with_scorers
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.objectives.objective import Objective
-from jaxft.optim.optimizer import make_optimizer
+from jaxft.optim.optimizer import Optimizer, make_optimizer
+from jaxft.optim.state_sharding import state_shardings
 from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, partition
 from jaxft.train.settings import Run
 from jaxft.train.step import make_train_step
+from jaxft.tree import Aux, Params
 from jaxft.weights import init, pretrained, storage
 
 
@@ -31,8 +33,7 @@ class Programs:
     trained: partition.Partition
     mesh: Any
     objective: Objective
-    tx: Any  # an optax.GradientTransformation or an optim.InTurn
-    schedule: Callable
+    optimizer: Optimizer
     state: TrainState  # shapes and shardings
     frozen: Any  # shapes and shardings
     train_step: jax.stages.Wrapped
@@ -58,38 +59,48 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
     if dropout and not objective.facts.dropout:
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
-    tx, schedule = make_optimizer(run.optim, t.trainable_specs, steps)
+    optimizer = make_optimizer(run.optim, t.trainable_specs, steps)
     trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
-    opt_state = jax.eval_shape(tx.init, trainable)
-    places = partition.like_params(opt_state, trainable, mesh)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    places = state_shardings(optimizer, opt_state, trainable, mesh)
     opt_state = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), opt_state, places
     )
     everywhere = sharding.replicated(mesh)
     small = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)  # noqa: E731
     aux = jax.eval_shape(start_aux(run, t, objective), trainable)
-    places = partition.like_params(aux, trainable, mesh)
+    places = aux_shardings(aux, trainable, mesh)
     aux = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), aux, places)
     state = TrainState(small(()), trainable, opt_state, aux, small((2,)))
     step = jax.jit(
-        make_train_step(objective, tx, run.seed),
+        make_train_step(objective, optimizer, run.seed),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
     )
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
     text = objective.text or objective
     text_step = jax.jit(evaluate.make_eval_step(text), out_shardings=everywhere)
-    if getattr(tx, "in_backward", False) and (
+    if optimizer.fused_backward and (
         objective.facts.reference != "precomputed"
     ):  # refused before anything is loaded
         jax.eval_shape(step, state, frozen, run.data.abstract(sharding.row_shards(mesh)))
-    return Programs(t, mesh, objective, tx, schedule, state, frozen, step, eval_step, text_step)
+    return Programs(t, mesh, objective, optimizer, state, frozen, step, eval_step, text_step)
 
 
 def start_aux(run: Run, t: partition.Partition, objective: Objective) -> Callable:
     """`aux of (trainable at step 0)`: what the objective keeps beside the parameters."""
     at_base = run.adapter is not None and run.start is None and not partition.trains_base(t)
     return lambda trainable: objective.init(trainable, at_base)
+
+
+def aux_shardings(aux: Aux, trainable: Params, mesh: Any) -> Any:
+    """Shardings of aux: its "reference" is a copy of some or all trainable parameters, everything else is replicated."""
+    everywhere = sharding.replicated(mesh)
+    places = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
+    if "reference" in aux:
+        same = lambda x, like: None if x is None else like.sharding  # noqa: E731
+        places["reference"] = jax.tree.map(same, aux["reference"], trainable, is_leaf=lambda x: x is None)
+    return places
 
 
 def abstract(run: Run, devices_: list[Any] | None = None) -> tuple[Programs, Any]:
@@ -117,7 +128,7 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
         return restored, frozen
     places = jax.tree.map(lambda s: s.sharding, p.state)
     aux = start_aux(run, p.trained, p.objective)
-    fresh = lambda t: TrainState(jnp.int32(0), t, p.tx.init(t), aux(t), jnp.zeros(2, jnp.int32))  # noqa: E731
+    fresh = lambda t: TrainState(jnp.int32(0), t, p.optimizer.init(t), aux(t), jnp.zeros(2, jnp.int32))  # noqa: E731
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(trainable), frozen
 
 

@@ -13,17 +13,18 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Objective
-from jaxft.optim.fused_backward import updated
-from jaxft.optim.optimizer import guarded_update, wide
+from jaxft.optim.fused_backward import fused_step
+from jaxft.optim.optimizer import Optimizer
+from jaxft.optim.update import StepInfo, to_float32
 
 Found = tuple[Any, dict[str, Any]]  # gradients like the trainable leaves, metrics
 
 
-def make_train_step(objective: Objective, tx: Any, seed: int) -> Callable:
+def make_train_step(objective: Objective, optimizer: Optimizer, seed: int) -> Callable:
     """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
 
     The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
-    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.in_backward, see in_backward.py.)
+    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.fused_backward, see fused_backward.py.)
     Where `objective.frozen_policy(batch)` the model's own parameters rest: they and the optimizer's state
     of them stay as they were, which a gradient of 0 alone wouldn't do to Adam, while models beside it go on.
     """
@@ -31,15 +32,16 @@ def make_train_step(objective: Objective, tx: Any, seed: int) -> Callable:
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
         now = state.trainable, state.opt_state
-        if getattr(tx, "in_backward", False):
-            trainable, opt_state, norm, ok, found = updated(
-                objective, tx, now, frozen, batch, (key, rounding), state.aux
+        if optimizer.fused_backward:
+            trainable, opt_state, (norm, ok, _), found = fused_step(
+                objective, optimizer, state, frozen, batch, (key, rounding)
             )
         else:
             grads, found = accumulate_gradients(objective, (state.trainable, frozen), batch, key, state.aux)
-            norm = optax.tree.norm(wide(grads))
+            norm = optax.tree.norm(to_float32(grads))
             ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-            trainable, opt_state = guarded_update(tx, grads, norm, ok, now, rounding)
+            info = StepInfo(norm, ok, rounding)
+            trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, info)
             if objective.facts.freezes_policy:
                 still = objective.frozen_policy(batch)
                 trainable, opt_state = (

@@ -52,7 +52,7 @@ class Programs:
 
 def make_step(t: Together, jobs: Sequence[Job]) -> Callable:
     """`(states, frozen, batch) -> (states, metrics [K])`: every member's own step."""
-    updates = [make_update(job.programs.objective, job.programs.tx) for job in jobs]
+    updates = [make_update(job.programs.objective, job.programs.optimizer) for job in jobs]
 
     def step(
         states: tuple[TrainState, ...], frozen: Any, batch: Any
@@ -120,7 +120,8 @@ class Meters:
     def __init__(self, s: Shared, kept: list[Any] | None):
         self._jobs = s.jobs
         rates = [
-            np.asarray(jax.jit(jax.vmap(job.programs.schedule))(jnp.arange(job.steps))) for job in s.jobs
+            np.asarray(jax.jit(jax.vmap(job.programs.optimizer.schedule))(jnp.arange(job.steps)))
+            for job in s.jobs
         ]
         never = s.lead.steps + 1  # a member that is not finite stays as it is, and the others go on
         self.each = [

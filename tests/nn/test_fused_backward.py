@@ -37,20 +37,20 @@ def case(
     objective=sft,
     groups=((".*/q", 2.0),),
 ):
-    """step(in_backward) -> (compiled step, state at the start, frozen) of a tiny model in full."""
+    """step(fused) -> (compiled step, state at the start, frozen) of a tiny model in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
     t = partition.partition_params(llama(model.config, dtype, "full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
     trainable, frozen = partition.split(t, whole)
 
-    def build(in_backward):
-        o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, in_turn=True, in_backward=in_backward,
+    def build(fused):
+        o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True, fused_backward=fused,
                   lr_groups=groups)  # fmt: skip
-        tx = make_optimizer(o, t.trainable_specs, 10)[0]
-        step = jax.jit(make_train_step(objective(t.model), tx, 0), donate_argnums=())
+        made = make_optimizer(o, t.trainable_specs, 10)
+        step = jax.jit(make_train_step(objective(t.model), made, 0), donate_argnums=())
         return (
             step,
-            TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32)),
+            TrainState(jnp.int32(0), trainable, made.init(trainable), {}, jnp.zeros(2, jnp.int32)),
             frozen,
         )
 
@@ -62,12 +62,12 @@ def case(
 )
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_three_steps_are_those_of_layers_in_turn(optimizer, pattern, tied):
+def test_three_steps_are_those_of_layerwise_updates(optimizer, pattern, tied):
     with jax.enable_x64(True):
         build = case(optimizer, pattern, jnp.float64, tied=tied)
         found = []
-        for in_backward in (False, True):
-            step, state, frozen = build(in_backward)
+        for fused in (False, True):
+            step, state, frozen = build(fused)
             told = []
             for n in range(3):
                 state, m = step(state, frozen, batch(4 + n))
@@ -80,8 +80,8 @@ def test_three_steps_are_those_of_layers_in_turn(optimizer, pattern, tied):
 def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
     build, found = case(optimizer), []
-    for in_backward in (False, True):
-        step, state, frozen = build(in_backward)
+    for fused in (False, True):
+        step, state, frozen = build(fused)
         for n in range(2):
             state, _ = step(state, frozen, batch(4 + n))
         found.append(state)
@@ -98,10 +98,10 @@ def test_disguises_keep_every_bit():
     assert disguised(jnp.ones(3)).dtype == jnp.float32
 
 
-def test_bfloat16_parameters_are_rounded_as_in_turn():
+def test_bfloat16_parameters_are_rounded_as_layerwise():
     build, found = case(optim.adafactor, held=jnp.bfloat16), []
-    for in_backward in (False, True):
-        step, state, frozen = build(in_backward)
+    for fused in (False, True):
+        step, state, frozen = build(fused)
         found.append(step(state, frozen, batch())[0].trainable)
     same = [
         np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, found), strict=True)
@@ -141,22 +141,22 @@ def test_no_gradient_of_all_layers_is_held():
     t = partition.partition_params(llama(config, jnp.float32, "full"), None, None)
     whole = param.abstract_params(t.specs)
     layers, taken = param.count(t.specs["base"]["layers"]) * 4, {}
-    for in_backward in (False, True):
-        o = Optim(optimizer=optim.adafactor, clip=None, in_turn=True, in_backward=in_backward)
-        tx = make_optimizer(o, t.trainable_specs, 10)[0]
+    for fused in (False, True):
+        o = Optim(optimizer=optim.adafactor, clip=None, layerwise=True, fused_backward=fused)
+        optimizer = make_optimizer(o, t.trainable_specs, 10)
         shape = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-        state = TrainState(shape(()), whole, jax.eval_shape(tx.init, whole), {}, shape((2,)))
-        step = jax.jit(make_train_step(sft(t.model), tx, 0), donate_argnums=0)
+        state = TrainState(shape(()), whole, jax.eval_shape(optimizer.init, whole), {}, shape((2,)))
+        step = jax.jit(make_train_step(sft(t.model), optimizer, 0), donate_argnums=0)
         memory = step.lower(state, jax.tree.map(lambda _: None, whole), batch()).compile().memory_analysis()
-        taken[in_backward] = memory.temp_size_in_bytes
+        taken[fused] = memory.temp_size_in_bytes
     assert taken[False] - taken[True] > 0.75 * layers, (taken, layers)
 
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(
-        ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.in_backward=false"
+        ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.fused_backward=false"
     ):
-        Optim(in_backward=True)
+        Optim(fused_backward=True)
     step, state, frozen = case()(True)
     with pytest.raises(ValueError, match="a step has 2 microbatches; set data.micro=1"):
         step(state, frozen, batch(4, 2))
@@ -170,21 +170,21 @@ def test_what_does_not_go_together_is_refused():
         return Objective(forward, lambda outputs, aux: outputs)
 
     step, state, frozen = case(objective=twice)(True)
-    with pytest.raises(ValueError, match="runs the model once a step, found 2;"):
+    with pytest.raises(ValueError, match="runs the model once a step, got 2 times;"):
         step(state, frozen, batch())
     step, state, frozen = case(pattern="base/embed", groups=())(True)
-    with pytest.raises(ValueError, match="what is trained of layers is none"):
+    with pytest.raises(ValueError, match="the trainable stacked parameters are none"):
         step(state, frozen, batch())
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("in_backward")
+    folder = tmp_path_factory.mktemp("fused_backward")
     write_place(folder)
     return Place(folder)
 
 
-ARGV = ("lr=0.003", "samples=0", "remat=full", "optim.in_backward=true", "optim.clip=none")
+ARGV = ("lr=0.003", "samples=0", "remat=full", "optim.fused_backward=true", "optim.clip=none")
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -204,12 +204,12 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(place):
 
 
 @pytest.mark.parametrize("reference", ["start", "precomputed"])
-def test_preferences_are_learned_as_in_turn(tmp_path, reference):
+def test_preferences_are_learned_as_layerwise(tmp_path, reference):
     write_pair_place(tmp_path)
     place = Place(tmp_path)
     argv = ("full=true", "remat=full", f"reference={reference}", "optim.clip=none", "lr=0.003")
     losses = []
-    for name in ("in_turn", "in_backward"):
+    for name in ("layerwise", "fused_backward"):
         code = place.run(
             *argv, f"optim.{name}=true", f"name={name}-{reference}", JAXFT_CACHE=str(tmp_path / "cache")
         )
@@ -221,7 +221,7 @@ def test_preferences_are_learned_as_in_turn(tmp_path, reference):
 
 def test_a_run_that_cannot_have_it_says_so_before_it_loads(place):
     for more, words in (
-        ([], "what is trained of layers is adapter"),
+        ([], "the trainable stacked parameters are adapter"),
         (["full=true", "micro=2"], "has 2 microbatches"),
     ):
         assert place.run(*ARGV, *more, "name=refused") == 1

@@ -283,8 +283,8 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
     assert "loss/policy_avg" not in found and "entropy" in found
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
-def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(layerwise):
     """Whatever momentum the optimizer has, and although the critic reads the policy's own hidden states."""
     model, whole, mask = setting()
     objective = policy(model, LOSS, value=own_critic(model))
@@ -294,10 +294,10 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(in_turn):
     specs = tree.map_with_path(
         lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param.is_spec
     )
-    tx, _ = make_optimizer(Optim(lr=1e-2, in_turn=in_turn), specs, 10)
-    step = make_train_step(objective, tx, 0)
+    optimizer = make_optimizer(Optim(lr=1e-2, layerwise=layerwise), specs, 10)
+    step = make_train_step(objective, optimizer, 0)
     batch = micro(laid(rows_of(random_groups())), 1)
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32))
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable), {}, jnp.zeros(2, jnp.int32))
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules
         for _ in range(3):
             state, _ = step(state, frozen, batch)

@@ -16,6 +16,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import EMAReference, preference, reference_params
+from jaxft.optim.optimizer import from_optax
 from jaxft.train import evaluate
 from jaxft.train.step import make_train_step
 
@@ -68,10 +69,10 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_
     moving = EMAReference(alpha=0.25, every=2)
     objective = preference(None, F.bco, reference=moving, beta=0.1)._replace(forward=moving_see)
     trainable, frozen = tree.partition(table, ONLY_W)
-    tx = optax.sgd(5.0)
+    optimizer = from_optax(optax.sgd(5.0), optax.constant_schedule(5.0), "sgd")
     aux = start_aux(objective, trainable, False)
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32))
-    step = jax.jit(make_train_step(objective, tx, 0))
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable), aux, jnp.zeros(2, jnp.int32))
+    step = jax.jit(make_train_step(objective, optimizer, 0))
     rewards, reference, bad = [], np.asarray(table["w"]), []
     for number in range(6):
         pool = random_pairs(7, seed=number)

@@ -22,9 +22,9 @@ from jaxft.optim.low_precision import (
     decode,
     encode,
     encoded_zeros,
-    stochastically_rounded,
 )
-from jaxft.optim.optimizer import Optim, adamw, guarded_update, make_optimizer
+from jaxft.optim.optimizer import Optim, adamw, make_optimizer
+from jaxft.optim.update import StepInfo, stochastically_rounded
 
 SPECS = {
     "kernel": ParamSpec((3, 64, 300), ("layers", "width", "mlp"), constant(0.0)),
@@ -94,15 +94,17 @@ def test_a_block_is_256_values_of_one_layer():
 def trained(optimizer, steps=6, **knobs):
     """(parameters, state) after some steps of random gradients."""
     settings = Optim(optimizer=optimizer, lr=0.01, clip=None, warmup=0.0, **knobs)
-    tx, _ = make_optimizer(settings, SPECS, steps)
+    optimizer = make_optimizer(settings, SPECS, steps)
     start = {path: random(path, 99) for path in SPECS}
-    step = jax.jit(
-        lambda grads, before: guarded_update(tx, grads, optax.tree.norm(grads), jnp.array(True), before)
-    )
-    now = (start, tx.init(start))
+
+    @jax.jit
+    def step(grads, params, state):
+        return optimizer.update(grads, state, params, StepInfo(optax.tree.norm(grads), jnp.array(True)))
+
+    params, state = start, optimizer.init(start)
     for i in range(steps):
-        now = step(gradients(i), now)
-    return now
+        params, state = step(gradients(i), params, state)
+    return params, state
 
 
 @pytest.mark.parametrize("optimizer, most", [(adamw_8bit, 0.05), (adamw_bf16, 0.01)])
@@ -130,7 +132,7 @@ def test_the_first_step_is_adamws_to_rounding():
 def test_moments_take_a_quarter_or_half_of_float32s_bytes():
     big = {"kernel": ParamSpec((2, 512, 1024), ("layers", "width", "mlp"), constant(0.0))}
     whole = param.init_params(big, jax.random.key(0))
-    state = lambda o: make_optimizer(Optim(optimizer=o), big, 9)[0].init(whole)  # noqa: E731
+    state = lambda o: make_optimizer(Optim(optimizer=o), big, 9).init(whole)  # noqa: E731
     plain, small, half = map(size, map(state, (adamw, adamw_8bit, adamw_bf16)))
     assert small < 0.26 * plain and half < 0.51 * plain
 
@@ -147,9 +149,9 @@ def test_stochastic_rounding_is_right_in_expectation_and_leaves_what_bfloat16_ho
 def test_small_changes_of_a_bfloat16_moment_are_not_lost():
     """With b2 = 0.999 a moment changes by a thousandth of itself at most, less than half of bfloat16's spacing."""
     state = {"w": ParamSpec((4096,), ("width",), constant(0.0))}
-    tx = make_optimizer(Optim(optimizer=adamw_bf16, clip=None), state, 400)[0]
-    now = tx.init({"w": jnp.zeros(4096)})
-    step = jax.jit(lambda s: tx.update({"w": jnp.ones(4096)}, s, {"w": jnp.zeros(4096)})[1])
+    optimizer = make_optimizer(Optim(optimizer=adamw_bf16, clip=None), state, 400)
+    now, info = optimizer.init({"w": jnp.zeros(4096)}), StepInfo(jnp.float32(64), jnp.array(True))
+    step = jax.jit(lambda s: optimizer.update({"w": jnp.ones(4096)}, s, {"w": jnp.zeros(4096)}, info)[1])
     for _ in range(400):
         now = step(now)
     nu = next(
@@ -170,13 +172,15 @@ def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
     )
 
 
-def test_layers_in_turn_draw_their_own_bits():
+def test_layers_of_a_layerwise_update_draw_their_own_bits():
     """Two layers that are alike but for their first number are rounded differently."""
     specs = {"layers": ParamSpec((2, 64, 64), ("layers", "width", "mlp"), constant(0.0))}
-    tx = make_optimizer(Optim(optimizer=adamw_bf16, clip=None, in_turn=True, warmup=0.0), specs, 10)[0]
+    settings = Optim(optimizer=adamw_bf16, clip=None, layerwise=True, warmup=0.0)
+    optimizer = make_optimizer(settings, specs, 10)
     params = {"layers": jnp.ones((2, 64, 64))}
     grads = {"layers": jnp.full((2, 64, 64), 0.3).at[1, 0, 0].set(0.4)}
-    now = guarded_update(tx, grads, jnp.float32(1), jnp.array(True), (params, tx.init(params)))
+    info = StepInfo(jnp.float32(1), jnp.array(True))
+    now = optimizer.update(grads, optimizer.init(params), params, info)
     first, second = next(
         x for x in jax.tree.leaves(now[1]) if x.dtype == jnp.bfloat16 and x.ndim == 3
     ).reshape(2, -1)[:, 1:]
@@ -191,7 +195,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.in_turn=true"]), ("adamw_bf16", [])]
+    "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]), ("adamw_bf16", [])]
 )
 def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
     argv = ["full=true", f"optim.optimizer=jaxft.optim.low_precision:{name}", "lr=0.003", "samples=0", *more]

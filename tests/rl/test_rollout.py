@@ -186,8 +186,10 @@ def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked)
     source = Rollouts(
         Prompts("x", group=2, passes=2), Rules((rewards.number,), **asked), tokenizer, one, one, 1
     )
-    with pytest.raises(ValueError, match="optim.in_backward can't let a policy rest"):
-        source.attached(SimpleNamespace(objective=None, tx=SimpleNamespace(in_backward=True)), None, (), None)
+    with pytest.raises(ValueError, match="optim.fused_backward can't let a policy rest"):
+        source.attached(
+            SimpleNamespace(objective=None, optimizer=SimpleNamespace(fused_backward=True)), None, (), None
+        )
 
 
 def test_a_policy_learns_what_is_rewarded(place):

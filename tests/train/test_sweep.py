@@ -185,13 +185,13 @@ def begin(one, weights):
     )
     trainable, frozen = partition.split(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
-    tx, _ = make_optimizer(one.optim, t.trainable_specs, STEPS)
+    optimizer = make_optimizer(one.optim, t.trainable_specs, STEPS)
     aux = start_aux(objective, trainable, not one.kept)
     return (
         t,
         objective,
-        tx,
-        TrainState(jnp.int32(0), trainable, tx.init(trainable), aux, jnp.zeros(2, jnp.int32)),
+        optimizer,
+        TrainState(jnp.int32(0), trainable, optimizer.init(trainable), aux, jnp.zeros(2, jnp.int32)),
         frozen,
     )
 
@@ -202,8 +202,8 @@ def numbers(found):
 
 def alone(one, weights, batches):
     """(state after the last step, metrics of every step)"""
-    _, objective, tx, state, frozen = begin(one, weights)
-    step, told = jit(make_train_step(objective, tx, 0)), []
+    _, objective, optimizer, state, frozen = begin(one, weights)
+    step, told = jit(make_train_step(objective, optimizer, 0)), []
     for batch in batches:
         state, found = step(state, frozen, batch)
         told.append(numbers(found))

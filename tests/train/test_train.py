@@ -18,8 +18,10 @@ from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim import optimizer as optim
+from jaxft.optim import update
 from jaxft.optim.low_precision import adamw_8bit
-from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
+from jaxft.optim.update import StepInfo
 from jaxft.runs.record import describe
 from jaxft.train import evaluate, partition
 from jaxft.train.step import make_train_step
@@ -36,15 +38,19 @@ def loss_and_grads(model, whole, batch):
     return jax.value_and_grad(lambda p: objective(p, batch, None, {})[0])(whole)
 
 
-def state_of(trainable, tx):
-    return TrainState(jnp.int32(0), trainable, tx.init(trainable), {}, jnp.zeros(2, jnp.int32))
+def sgd(rate):
+    return from_optax(optax.sgd(rate), optax.constant_schedule(rate), "sgd")
+
+
+def state_of(trainable, optimizer):
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), {}, jnp.zeros(2, jnp.int32))
 
 
 def gradient_of(model, whole, batch):
     """Loss and summed gradients as the train step makes them: SGD with rate 1 moves by exactly the gradient."""
-    tx = optax.sgd(1.0)
-    step = jax.jit(make_train_step(sft(model), tx, 0))
-    state, found = step(state_of(whole, tx), jax.tree.map(lambda _: None, whole), batch)
+    optimizer = sgd(1.0)
+    step = jax.jit(make_train_step(sft(model), optimizer, 0))
+    state, found = step(state_of(whole, optimizer), jax.tree.map(lambda _: None, whole), batch)
     return metrics.read(found)["loss"], jax.tree.map(jnp.subtract, whole, state.trainable)
 
 
@@ -98,11 +104,11 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size():
             assert other[name] == pytest.approx(found[0][name], rel=1e-12)
 
 
-def lora_run(tx, dropout=0.0):
+def lora_run(optimizer, dropout=0.0):
     model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
     plain, _ = tiny()
     t = partition.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
-    return (*partition.split(t, whole), jax.jit(make_train_step(sft(t.model), tx, 0)))
+    return (*partition.split(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
 
 
 def plain_model():
@@ -114,10 +120,10 @@ def plain_model():
 
 
 def test_only_the_adapter_moves():
-    tx, _ = make_optimizer(Optim(weight_decay=0.1), lora_specs(), 10)
-    trainable, frozen, step = lora_run(tx)
+    optimizer = make_optimizer(Optim(weight_decay=0.1), lora_specs(), 10)
+    trainable, frozen, step = lora_run(optimizer)
     before = jax.tree.map(np.array, frozen)
-    state = state_of(trainable, tx)
+    state = state_of(trainable, optimizer)
     batch = micro(one_by_one(examples(4)), 2)
     for _ in range(3):
         state, _ = step(state, frozen, batch)
@@ -133,9 +139,9 @@ def lora_specs():
 
 
 def test_a_nonfinite_step_changes_nothing_but_is_counted():
-    tx, _ = make_optimizer(Optim(), lora_specs(), 10)
-    trainable, frozen, step = lora_run(tx)
-    state = state_of(trainable, tx)
+    optimizer = make_optimizer(Optim(), lora_specs(), 10)
+    trainable, frozen, step = lora_run(optimizer)
+    state = state_of(trainable, optimizer)
     good = micro(one_by_one(examples(4)), 2)
     bad = good.replace(token_weights=good.token_weights.at[1, 0, 0].set(jnp.nan))
     state, _ = step(state, frozen, good)
@@ -148,13 +154,13 @@ def test_a_nonfinite_step_changes_nothing_but_is_counted():
 
 
 def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
-    tx = optax.sgd(0.0)
-    trainable, frozen, step = lora_run(tx, dropout=0.5)
+    optimizer = sgd(0.0)
+    trainable, frozen, step = lora_run(optimizer, dropout=0.5)
     batch = micro(one_by_one(examples(4)), 1)
-    state = state_of(trainable, tx)
+    state = state_of(trainable, optimizer)
     state, first = step(state, frozen, batch)
     _, second = step(state, frozen, batch)
-    _, first_again = step(state_of(trainable, tx), frozen, batch)
+    _, first_again = step(state_of(trainable, optimizer), frozen, batch)
     losses = [metrics.read(m)["loss"] for m in (first, second, first_again)]
     assert losses[0] == losses[2] and losses[0] != losses[1]
 
@@ -206,11 +212,11 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     ]
 
     def run(specs, start, grads):
-        tx, _ = make_optimizer(settings, specs, 10)
-        state = tx.init(start)
+        optimizer = make_optimizer(settings, specs, 10)
+        state = optimizer.init(start)
         for g in grads:
-            updates, state = tx.update(g, state, start)
-            start = optax.apply_updates(start, updates)
+            info = StepInfo(optax.tree.norm(g), jnp.array(True))
+            start, state = optimizer.update(g, state, start, info)
         return start
 
     whole = run(specs, stacked, grads)
@@ -226,54 +232,55 @@ def update_case(optimizer, clip):
     specs = plain_model().specs
     start = param.init_params(specs, jax.random.key(0))
     grads = jax.tree.map(lambda p: jnp.cos(50 * p).astype(p.dtype), start)
-    tx, _ = make_optimizer(Optim(optimizer=optimizer, clip=clip, weight_decay=0.1, warmup=0.0), specs, 10)
-    return tx, grads, start
+    settings = Optim(optimizer=optimizer, clip=clip, weight_decay=0.1, warmup=0.0)
+    return make_optimizer(settings, specs, 10), grads, start
 
 
 @pytest.mark.parametrize(
     "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
 )
 def test_a_guarded_update_is_optaxs_update_or_none_at_all(optimizer, clip):
-    tx, grads, start = update_case(optimizer, clip)
+    made, grads, start = update_case(optimizer, clip)
     plain = [optax.clip_by_global_norm(clip)] if clip else []
-    reference = optax.chain(*plain, make_optimizer(Optim(optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0),
-                                                   plain_model().specs, 10)[0])  # fmt: skip
-    norm, step = optax.tree.norm(grads), jax.jit(optim.guarded_update, static_argnums=0)
-    found, wanted, state = (start, tx.init(start)), start, reference.init(start)
+    rule = optimizer(made.schedule, plain_model().specs, 0.1).transform
+    reference = optax.chain(*plain, rule)
+    norm, step = optax.tree.norm(grads), jax.jit(made.update)
+    params, state, wanted, wanted_state = start, made.init(start), start, reference.init(start)
     for _ in range(3):
-        found = step(tx, grads, norm, jnp.array(True), found)
-        updates, state = reference.update(grads, state, wanted)
+        params, state = step(grads, state, params, StepInfo(norm, jnp.array(True)))
+        updates, wanted_state = reference.update(grads, wanted_state, wanted)
         wanted = optax.apply_updates(wanted, updates)
-    assert_close(found[0], wanted, 1e-6)
-    jax.tree.map(np.testing.assert_array_equal, step(tx, grads, norm, jnp.array(False), found), found)
+    assert_close(params, wanted, 1e-6)
+    skipped = step(grads, state, params, StepInfo(norm, jnp.array(False)))
+    jax.tree.map(np.testing.assert_array_equal, skipped, (params, state))
 
 
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor, adamw_8bit])
-def test_layers_in_turn_are_updated_as_all_at_once(optimizer, monkeypatch):
-    monkeypatch.setattr(optim, "LARGE", 1000)  # the table and the head, in pieces of rows
-    monkeypatch.setattr(optim, "PIECE", 300)
+def test_a_layerwise_update_is_one_of_all_leaves_at_once(optimizer, monkeypatch):
+    monkeypatch.setattr(update, "LARGE", 1000)  # the table and the head, in pieces of rows
+    monkeypatch.setattr(update, "PIECE", 300)
     specs = plain_model().specs
     start = param.init_params(specs, jax.random.key(0))
     gradients = [jax.tree.map(lambda p, k=k: jnp.cos((50 + k) * p).astype(p.dtype), start) for k in range(3)]
     found = []
-    for in_turn in (False, True):
+    for layerwise in (False, True):
         settings = Optim(
             optimizer=optimizer,
             clip=0.3,
             weight_decay=0.1,
             warmup=0.0,
-            in_turn=in_turn,
+            layerwise=layerwise,
             lr_groups=((".*/q", 2.0),),
         )
-        tx, _ = make_optimizer(settings, specs, 10)
-        step = jax.jit(lambda g, ok, now, tx=tx: optim.guarded_update(tx, g, optax.tree.norm(g), ok, now))
-        now = start, tx.init(start)
+        made = make_optimizer(settings, specs, 10)
+        step, params, state = jax.jit(made.update), start, made.init(start)
         for g in gradients:
-            now = step(g, jnp.array(True), now)
-        jax.tree.map(np.testing.assert_array_equal, step(gradients[0], jnp.array(False), now), now)
-        found.append(now[0])
+            params, state = step(g, state, params, StepInfo(optax.tree.norm(g), jnp.array(True)))
+        skipped = step(g, state, params, StepInfo(optax.tree.norm(g), jnp.array(False)))
+        jax.tree.map(np.testing.assert_array_equal, skipped, (params, state))
+        found.append(params)
     assert_close(found[1], found[0], 1e-5)
-    assert len(jax.eval_shape(tx.init, start)[2]) == (
+    assert len(jax.eval_shape(made.init, start).large) == (
         0 if optimizer is optim.adafactor else 1 + ("head" in start)
     )
 
@@ -283,24 +290,24 @@ def test_bfloat16_parameters_move_by_what_they_cannot_hold():
     specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.constant(1.0))}
     start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
     settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant)
-    tx, _ = make_optimizer(settings, specs, 10)
-    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(tx.init(start)))
+    optimizer = make_optimizer(settings, specs, 10)
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(optimizer.init(start)))
     g = {"w": jnp.ones((64, 512), jnp.bfloat16)}
-    step = jax.jit(lambda now, key: optim.guarded_update(tx, g, jnp.float32(1), jnp.array(True), now, key))
-    now = start, tx.init(start)
+    step, info = jax.jit(optimizer.update), StepInfo(jnp.float32(1), jnp.array(True))
+    params, state = start, optimizer.init(start)
     for i in range(20):
-        now = step(now, jax.random.key(i))
-    assert now[0]["w"].dtype == jnp.bfloat16
-    assert float(now[0]["w"].astype(jnp.float32).mean()) == pytest.approx(1 - 20e-3, abs=1e-3)
-    with pytest.raises(ValueError, match="which takes a key"):
-        optim.guarded_update(tx, g, jnp.float32(1), jnp.array(True), now)
+        params, state = step(g, state, params, info._replace(key=jax.random.key(i)))
+    assert params["w"].dtype == jnp.bfloat16
+    assert float(params["w"].astype(jnp.float32).mean()) == pytest.approx(1 - 20e-3, abs=1e-3)
+    with pytest.raises(ValueError, match="which needs StepInfo.key"):
+        optimizer.update(g, state, params, info)
 
 
 def test_a_step_copies_neither_parameters_nor_moments():
     model, whole = tiny(jnp.float32)
-    tx, _ = make_optimizer(Optim(), model.specs, 10)
-    state, nothing = state_of(whole, tx), jax.tree.map(lambda _: None, whole)
-    step = jax.jit(make_train_step(sft(model), tx, 0), donate_argnums=0)
+    optimizer = make_optimizer(Optim(), model.specs, 10)
+    state, nothing = state_of(whole, optimizer), jax.tree.map(lambda _: None, whole)
+    step = jax.jit(make_train_step(sft(model), optimizer, 0), donate_argnums=0)
     text = step.lower(state, nothing, micro(one_by_one(examples(4)), 1)).compile().as_text()
     copies = re.findall(r"= (\S+)\[.+?\]\S* copy\(\S*%?state_(?:opt_state|trainable)", text)
     assert "state_opt_state" in text and "f32" not in copies
@@ -313,12 +320,14 @@ def test_weight_decay_reaches_matrices_only():
 
 def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
     specs = lora_specs()
-    trainable = param.init_params(specs, jax.random.key(0))
+    trainable = jax.tree.map(lambda s: jnp.zeros(s.shape), specs, is_leaf=param.is_spec)
     grads = jax.tree.map(jnp.ones_like, trainable)
 
     def updates(groups):
-        tx, _ = make_optimizer(Optim(lr_groups=groups, warmup=0.0), specs, 10)
-        return tree.paths(tx.update(grads, tx.init(trainable), trainable)[0])
+        optimizer = make_optimizer(Optim(lr_groups=groups, warmup=0.0), specs, 10)
+        info = StepInfo(optax.tree.norm(grads), jnp.array(True))
+        new, _ = optimizer.update(grads, optimizer.init(trainable), trainable, info)
+        return tree.paths(new)  # from 0
 
     plain, plus = updates(()), updates((("adapter/.*/b", 16.0),))
     for path in plain:
