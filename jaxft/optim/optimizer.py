@@ -157,7 +157,7 @@ class Optim:
             )
         try:
             inspect.signature(self.optimizer).bind(self.schedule, None, self.weight_decay, **self.hyper)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # of bind, and of a partial that the function doesn't take
             given = ", ".join(f"optim.{name}={value}" for name, value in self.hyper.items())
             raise ValueError(
                 f"optim.optimizer={name_of(self.optimizer)} can't be called as (schedule, specs, weight_decay"

@@ -1,0 +1,118 @@
+"""The Optimizer type: hyper-parameters of functions and partials, what is refused, and a run with one to its end."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import Place, write_place
+
+from jaxft.nn.param import ParamSpec, constant
+from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
+from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_optimizer
+from jaxft.optim.update import StepInfo
+
+SPECS = {"w": ParamSpec((4, 6), ("width", "mlp"), constant(0.0))}
+
+
+def momentum(schedule, specs, weight_decay, *, decay=0.9, nesterov=False):
+    """An optimizer of one's own: a plain optax transformation."""
+    return optax.sgd(schedule, decay, nesterov)
+
+
+def after(settings, steps=3):
+    """Parameters after some steps of gradients that change."""
+    optimizer = make_optimizer(settings, SPECS, 10)
+    params = {"w": jnp.zeros((4, 6))}
+    state, info = optimizer.init(params), StepInfo(jnp.float32(1), jnp.array(True))
+    for i in range(steps):
+        grads = {"w": jnp.sin(jnp.arange(24.0).reshape(4, 6) + i)}
+        params, state = optimizer.update(grads, state, params, info)
+    return np.asarray(params["w"])
+
+
+@pytest.mark.parametrize("optimizer", [adamw, adamw_8bit, adamw_bf16])
+def test_hyper_parameters_are_set_by_optim_or_bound_to_the_function(optimizer):
+    settings = Optim(optimizer=optimizer, b1=0.5, eps=1e-3)
+    bound = Optim(optimizer=partial(optimizer, b1=0.5, eps=1e-3))
+    np.testing.assert_array_equal(after(settings), after(bound))
+    assert np.abs(after(bound) - after(Optim(optimizer=optimizer))).max() > 1e-6
+
+
+def test_settings_win_over_what_is_bound():
+    assert make_optimizer(Optim(optimizer=partial(adamw, b1=0.5)), SPECS, 10).name == "adamw"
+    np.testing.assert_array_equal(
+        after(Optim(optimizer=partial(adamw, b1=0.5), b1=0.9)), after(Optim(optimizer=adamw))
+    )
+
+
+def test_a_plain_optax_transformation_is_an_optimizer_with_its_own_hyper_parameters():
+    plain = after(Optim(optimizer=momentum, warmup=0.0, clip=None))
+    nesterov = after(Optim(optimizer=partial(momentum, nesterov=True), warmup=0.0, clip=None))
+    assert np.abs(plain).max() > 0 and np.abs(plain - nesterov).max() > 0
+    assert make_optimizer(Optim(optimizer=partial(momentum, nesterov=True)), SPECS, 10).name == "momentum"
+
+
+def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
+    optimizer = make_optimizer(Optim(), SPECS, 10)
+    params = {"w": jnp.ones((4, 6))}
+    layers, rest = optimizer.parts.split(params)
+    assert not (optimizer.layerwise or optimizer.fused_backward) and jax.tree.leaves(layers) == []
+    assert rest is params and optimizer.parts.update_rest is optimizer.update
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"optimizer": adafactor, "b1": 0.8},
+            "optim.optimizer=adafactor can't be called .*leave out optim.b1=0.8",
+        ),
+        ({"optimizer": partial(adamw, nesterov=True)}, "optim.optimizer=adamw can't be called .*nesterov"),
+        ({"optimizer": lambda specs: None}, "can't be called as \\(schedule, specs, weight_decay\\)"),
+        ({"b1": 1.0}, "optim.b1=1.0 is out of range; use 0 <= b1 < 1"),
+        ({"b2": -0.1}, "optim.b2=-0.1 is out of range"),
+        ({"eps": 0.0}, "optim.eps=0.0 is not above 0"),
+        ({"warmup": 2.0}, "optim.warmup=2.0 is a fraction of the steps"),
+    ],
+)
+def test_hyper_parameters_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Optim(**settings)
+
+
+def test_what_a_function_returns_is_checked():
+    with pytest.raises(ValueError, match="wrong returned a tuple, expected an optax.GradientTransformation"):
+        make_optimizer(Optim(optimizer=wrong), SPECS, 10)
+    with pytest.raises(ValueError, match="optim.b2=2.0 is out of range"):
+        make_optimizer(Optim(optimizer=partial(adamw, b2=2.0)), SPECS, 10)
+    with pytest.raises(ValueError, match="optim.schedule=wrong does not take"):
+        make_optimizer(Optim(schedule=wrong), SPECS, 10)
+
+
+def wrong(schedule, specs, weight_decay):
+    return (1, 2)
+
+
+def test_a_rule_may_be_updated_by_rows_only_if_it_says_so(monkeypatch):
+    monkeypatch.setattr("jaxft.optim.update.LARGE", 8)
+
+    def by_rows(rule):
+        made = make_optimizer(Optim(optimizer=rule, layerwise=True), SPECS, 10)
+        return len(jax.eval_shape(made.init, {"w": jnp.zeros((4, 6))}).large)
+
+    assert by_rows(adamw) == by_rows(partial(adamw, b1=0.8)) == 1
+    assert by_rows(momentum) == by_rows(adafactor) == 0
+    assert by_rows(lambda *args: UpdateRule(momentum(*args), rowwise=True)) == 1
+
+
+def test_a_run_with_a_partial_ends_with_its_model_card(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from functools import partial\nfrom jaxft.optim.optimizer import adamw\nslow = partial(adamw, b1=0.8)\n"
+    )
+    place = Place(tmp_path)
+    assert place.run("optim.optimizer=mine.py:slow", "samples=0", "name=partial") == 0, place.err()
+    assert "parameters trained, adamw with lr" in (place.runs("partial") / "README.md").read_text()
