@@ -15,7 +15,7 @@ from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_opti
 from jaxft.optim.state_sharding import state_shardings
 
 SPECS = {
-    "embed": ParamSpec((512, 256), ("vocab", "width"), constant(0.0)),
+    "embed": ParamSpec((512, 256), ("vocab", "table_width"), constant(0.0)),
     "layers": {
         "q": ParamSpec((3, 256, 128), ("layers", "width", "heads"), constant(0.0)),
         "norm": ParamSpec((3, 256), ("layers", "norm"), constant(0.0)),
@@ -34,13 +34,13 @@ def setting(mesh):
 
 
 def sharded(optimizer, shape=MESH, **settings):
-    """(state as shapes, its shardings, parameters) by path."""
+    """(state as shapes, its shardings, parameters) by path, and the mesh."""
     mesh, params = setting(shape)
     made = make_optimizer(Optim(optimizer=optimizer, **settings), SPECS, 10)
     state = jax.eval_shape(made.init, params)
     places = state_shardings(made, state, params, mesh)
     assert jax.tree.structure(places) == jax.tree.structure(state)
-    return tree.paths(state), tree.paths(places), tree.paths(params)
+    return tree.paths(state), tree.paths(places), tree.paths(params), mesh
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -50,12 +50,12 @@ def test_state_of_a_parameters_shape_is_sharded_as_it_is_and_all_else_is_on_ever
 ):
     monkeypatch.setattr("jaxft.optim.update.LARGE", 1000)
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 256)
-    state, places, params = sharded(optimizer, layerwise=layerwise, lr_groups=((".*/q", 2.0),))
+    state, places, params, mesh = sharded(optimizer, layerwise=layerwise, lr_groups=((".*/q", 2.0),))
     matched = set()
     for path, x in state.items():
         owner = next((p for p in params if f"/{p}/" in f"/{path}/" and params[p].shape == x.shape), None)
         matched.add(owner)
-        assert places[path].spec == (params[owner].sharding.spec if owner else ()), path
+        assert places[path] == (params[owner].sharding if owner else sharding.replicated(mesh)), path
     assert matched >= {None, "layers/norm"} and ("embed" in matched or optimizer is adafactor)
 
 
@@ -73,8 +73,8 @@ def test_state_whose_sharding_does_not_follow_is_refused_with_the_remedy():
     def declared(*args):
         return UpdateRule(factored(*args), replicated=("v_row", "v_col", "v"))
 
-    state, places, _ = sharded(declared)
-    assert all(place.spec == () for path, place in places.items() if "v_row" in path)
+    _, places, _, mesh = sharded(declared)
+    assert {place for path, place in places.items() if "v_row" in path} == {sharding.replicated(mesh)}
 
     def flat(schedule, specs, weight_decay):  # a state of no parameter that is no count
         return optax.GradientTransformation(
@@ -86,5 +86,5 @@ def test_state_whose_sharding_does_not_follow_is_refused_with_the_remedy():
 
 
 def test_on_one_device_nothing_is_refused():
-    _, places, _ = sharded(factored, MeshShape(data=1, fsdp=1, tensor=1))
+    _, places, *_ = sharded(factored, MeshShape(data=1, fsdp=1, tensor=1))
     assert {place.mesh.size for place in places.values()} == {1}
