@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.quant import Quant
 from jaxft.objectives.pair import declaration
-from jaxft.objectives.preference import EMAReference, implicit, per_token, preference
+from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.settings import Loop, Run
@@ -66,7 +66,7 @@ def config(
     known: Any = EMAReference(*moving) if moving else reference
     if known == "auto":
         known = None if not declaration(loss).reads_reference else "precomputed" if full else "start"
-    reward = per_token if known is None else implicit
+    reward = mean_logp if known is None else implicit_reward
     return Run(
         name=name,
         weights=model,

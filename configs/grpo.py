@@ -12,7 +12,7 @@ combine freely:
     Dr. GRPO     advantage=jaxft.rl.advantages:centred weigh=jaxft.rl.advantages:constant_length
     DAPO         keep=jaxft.rl.advantages:varied eps_high=0.28 overlong=2
     GSPO         loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.rl.advantages:sequence_mean
-    RLOO         advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:plain weigh=jaxft.rl.advantages:sequence_sum
+    RLOO         advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:policy_gradient weigh=jaxft.rl.advantages:sequence_sum
                  beta=0.05 kl_in=rewards
     REINFORCE++  estimate=jaxft.rl.estimators:reinforce beta=0.01 kl_in=rewards
     with a group's baseline  estimate=jaxft.rl.estimators:group_whitened
@@ -29,7 +29,7 @@ from jaxft.models.heads import Scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped, plain
+from jaxft.objectives.policy_losses import clipped, policy_gradient
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import grpo, token_mean, weighted_sum
 from jaxft.rl.completions import Rules, bounded
@@ -101,9 +101,9 @@ def config(
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     if advantage and estimate:
         raise ValueError("estimate= stands in the place of advantage=; leave one of them out")
-    if loss is plain and asked.steps > 1:
+    if loss is policy_gradient and asked.steps > 1:
         raise ValueError(
-            f"plain is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped"
+            f"policy_gradient is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped"
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards takes a beta above 0")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.quant import Quant
-from jaxft.objectives.preference import per_token, preference
+from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
 from jaxft.optim.optimizer import Optim
 from jaxft.train.settings import Loop, Run
@@ -55,7 +55,7 @@ def config(
             loss=partial(orpo, beta=beta),
             reference=None,
             beta=beta,
-            reward=per_token,
+            reward=mean_logp,
             extra=orpo_metrics,
         ),
         data=rows,

@@ -28,9 +28,9 @@ from jaxft.data.prompts import Prompts
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
-from jaxft.objectives import policy as objectives
+from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
-from jaxft.objectives.policy import Critic, policy
+from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import scaled, token_mean
@@ -53,7 +53,7 @@ def objective(
     the policy's hidden states and leaves them as they are: its gradient would move the policy more than the rewards do."""
     still = jax.lax.stop_gradient
     hidden = lambda params, batch, h: still(h) if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
-    value = objectives.critic(hidden, lambda params, h: scores(view(params, "critic"), h))
+    value = value_function(hidden, lambda params, h: scores(view(params, "critic"), h))
     return policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.nn.quant import Quant
-from jaxft.objectives.preference import per_token, preference
+from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import simpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.settings import Loop, Run
@@ -57,7 +57,7 @@ def config(
             loss=partial(simpo, beta=beta, gamma=gamma),
             reference=None,
             beta=beta,
-            reward=per_token,
+            reward=mean_logp,
         ),
         data=rows,
         source=pair_source,

@@ -1,7 +1,7 @@
 """The batch types that sources build and objectives read, and the state that a train step carries.
 
-Legend of array suffixes used all over jaxft: B batch rows, T time, S source time, D width, H query heads, K kv heads,
-G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row.
+Legend of array suffixes used all over jaxft: B batch rows, T time, S source time, D width, H query heads, K
+kv heads, G = H/K, E head dim, F mlp, V vocab, R rank, L layers, M read positions of a row.
 """
 
 from dataclasses import replace
@@ -20,10 +20,11 @@ T = TypeVar("T", "Pairs", "Rollout")
 class Tokens:
     """Rows of tokens and the positions that have a loss.
 
-    In a train step the arrays carry a leading microbatch axis and are sharded over rows; an objective sees one microbatch.
-    They are NumPy arrays where a source makes them, jax arrays in a program, ShapeDtypeStructs where only shapes matter.
-    The shift by one lives here: `read[b, m]` is where the model is read, `targets[b, m]` the token that should follow.
-    `token_weights` sums to 1 over the whole optimizer batch (0 marks padding), so an objective adds and never averages.
+    In a train step the arrays carry a leading microbatch axis and are sharded over rows; an objective sees
+    one microbatch. They are NumPy arrays where a source makes them, jax arrays in a program,
+    ShapeDtypeStructs where only shapes matter. The shift by one lives here: `read[b, m]` is where the model
+    is read, `targets[b, m]` the token that should follow. `token_weights` sums to 1 over the whole optimizer
+    batch (0 marks padding), so an objective adds and never averages.
     """
 
     ids: Int[Any, "B T"]
@@ -40,10 +41,11 @@ class Tokens:
 class Pairs:
     """Answers to prompts that are compared, packed into rows; a pair never spans two rows.
 
-    A row has P slots, a slot one prompt and A answers, named by `kinds`: ("chosen", "rejected") and sometimes a third. Laid
-    out by branches the prompt is stored once and the answers don't see one another; plain, each answer is a segment with
-    the prompt in front. Everything an objective needs is told by answer id, so that it never looks at the layout.
-    `pair_weights` sums to 1 over the whole optimizer batch; 0 marks an empty slot. A missing answer has length 0.
+    A row has P slots, a slot one prompt and A answers, named by `kinds`: ("chosen", "rejected") and sometimes
+    a third. Laid out by branches the prompt is stored once and the answers don't see one another; plain, each
+    answer is a segment with the prompt in front. Everything an objective needs is told by answer id, so that
+    it never looks at the layout. `pair_weights` sums to 1 over the whole optimizer batch; 0 marks an empty
+    slot. A missing answer has length 0.
     """
 
     ids: Int[Any, "B T"]
@@ -77,9 +79,10 @@ class Pairs:
 class Rollout:
     """Completions of prompts, packed into rows: a prompt is stored once for its group.
 
-    A row has A places for completions, of one prompt or of several. Each weight array sums to 1 over the whole optimizer batch
-    (except where advantages.py says otherwise) and is 0 for what has no such loss, though it may be a completion's token.
-    What a completion holds and the model didn't draw, such as a tool's answer, has no read position.
+    A row has A places for completions, of one prompt or of several. Each weight array sums to 1 over the
+    whole optimizer batch (except where advantages.py says otherwise) and is 0 for what has no such loss,
+    though it may be a completion's token. What a completion holds and the model didn't draw, such as a tool's
+    answer, has no read position.
     """
 
     ids: Int[Any, "B T"]
@@ -122,7 +125,7 @@ def without_fields(batch: T, names: tuple[str, ...]) -> T:
 
 
 def widened(batch: Any, like: Any) -> Any:
-    """A batch of NumPy arrays with empty tokens, read positions and slots added up to the shapes of `like`."""
+    """Pad a batch of NumPy arrays with empty tokens, read positions and slots to the shapes of `like`."""
     wide = jax.tree.map(
         lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
     )

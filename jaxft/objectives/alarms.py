@@ -1,127 +1,164 @@
-"""What to tell the user of a preference objective while it trains and at its end, from the logged numbers alone.
+"""Alarms and summaries of a run, computed from its logged metrics alone.
 
-`watch` is a fold over the entries of metrics.jsonl, so a run that was killed and goes on says what it would have said.
+An alarm function is a fold over the entries of metrics.jsonl, so that a run that was killed and resumed
+raises the same alarms.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED
+from jaxft.objectives.preference_metrics import (
+    ACCURACY,
+    ACCURACY_BY_LENGTH,
+    CHOSEN_LOGP,
+    CHOSEN_REWARD,
+    LABEL_NOISE,
+    LONGER_WINS,
+    LOSS_AT_REFERENCE,
+    MARGIN,
+    MARGIN_LENGTH_CORRELATION,
+)
+
+Memory: TypeAlias = dict[str, Any]
+Entry: TypeAlias = dict[str, Any]  # of metrics.jsonl; null stands for a value that was not finite
+Numbers: TypeAlias = dict[str, float]  # the finite values of an entry
 
 
 class Alarms(NamedTuple):
-    """What an entry of metrics.jsonl means: the memory for the next entry, messages, and alarms that a run's summary lists."""
+    """What an entry means: the memory for the next entry ({} before the first), messages, and alarms."""
 
-    memory: dict[str, Any]
+    memory: Memory
     messages: list[str]
     alarms: list[str]
 
 
-Check = tuple[dict[str, Any], list[str], list[str]]  # the fields of Alarms, of one check
+Check: TypeAlias = Callable[[Memory, Numbers, bool], Alarms]
 
 WINDOW = 5  # logged steps whose mean is one point of a curve
-FALLS = 3  # points in a row, each below the one before
-NATS, SHARE = (
-    2.0,
-    0.03,
-)  # a fall that matters: at least so many nats an answer, and this share of its log-prob at step 0
-ERRORS = 5  # standard errors that a fall is above the noise of small batches
-WORSE = 2  # times as far down, and it is said again
-LOST = 0.07  # of accuracy: a fall that matters
-LABELS, GUESSING = (
-    0.1,
-    0.4,
-)  # shares of labels that look flipped: worth an advice, and too many to be believed
-IDLE = 5  # logged steps in a row without anything to learn
+FALLS = 3  # consecutive points, each below the one before
+# A fall in log-prob that matters: this many nats per response, and this fraction of its log-prob at step 0.
+FALL_NATS, FALL_FRACTION = 2.0, 0.03
+STANDARD_ERRORS = 5  # by which a fall exceeds the noise of small batches
+REPEAT = 2  # an alarm is repeated when its quantity has grown by this factor
+ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
+# Fractions of labels that look flipped: from the first on a robust loss is suggested, from the second on they
+# are not believed.
+NOISY_LABELS, UNTRAINED = 0.1, 0.4
+IDLE_STEPS = 5  # consecutive logged steps without anything to learn
 LOSSES = "jaxft.objectives.preference_losses"
-SIDES = "eval_rewards/accuracies_chosen_"
+
+# Rollout metrics that the alarms read, computed in rl/.
+FRAC_LEARNED, REWARD_STD, CLIPPED_RATIO = "frac_learned", "reward_std", "completions/clipped_ratio"
+FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_a_number"
 
 
-def watch(beta: float | None, memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
-    """One entry of metrics.jsonl: (memory for the next one, lines, alarms). memory is {} at first; last: of the finished run.
+def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bool) -> Alarms:
+    """Alarms of a preference run.
 
-    beta: of a reward that is beta times the log-ratio to a reference, None for another one.
+    beta: of rewards that are beta times the log-ratio to a reference, None for other rewards. last: whether
+    the entry is the finished run's.
     """
-    return _all(memory, entry, last, beta, (_first_loss, _falling, _overfitting, _only_length, skipped))
+    checks: dict[str, Check] = {
+        "first loss": check_first_loss,
+        "falling": partial(check_falling_logp, beta),
+        "overfitting": check_overfitting,
+        "length": partial(check_more_than_length, ACCURACY),
+        "skipped": check_skipped_steps,
+    }
+    return run_alarms(checks, memory, entry, last)
 
 
-def watch_rollouts(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
-    """As watch, of an objective that learns from rollouts."""
-    return _all(memory, entry, last, None, (_faults, _nothing_learned, _all_cut_off, skipped))
+def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
+    """Alarms of a run that learns from rollouts."""
+    checks = {
+        "faults": check_reward_faults,
+        "idle": check_idle_steps,
+        "truncated": check_all_truncated,
+        "skipped": check_skipped_steps,
+    }
+    return run_alarms(checks, memory, entry, last)
 
 
-def _all(
-    memory: dict[str, Any], entry: dict[str, Any], last: bool, beta: float | None, checks: tuple[Any, ...]
-) -> Alarms:
-    """What several checks say, each with a memory of its own."""
-    number = {
-        name: value for name, value in entry.items() if isinstance(value, int | float)
-    }  # null was not finite
-    memory, lines, alarms = {**memory}, [], []
-    for check in checks:
-        now, said, alarm = check(memory.get(check.__name__, {}), number, last, beta)
-        memory[check.__name__] = now
-        lines += said
-        alarms += alarm
-    return Alarms(memory, lines, alarms)
+def run_alarms(checks: Mapping[str, Check], memory: Memory, entry: Entry, last: bool) -> Alarms:
+    """Run several checks, each with a memory of its own."""
+    numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+    memory, messages, alarms = {**memory}, [], []
+    for name, check in checks.items():
+        found = check(memory.get(name, {}), numbers, last)
+        memory[name] = found.memory
+        messages += found.messages
+        alarms += found.alarms
+    return Alarms(memory, messages, alarms)
 
 
-def _first_loss(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Before the first update policy and reference are the same model, and every loss has a value that is known then."""
-    own = "eval_" if n["step"] == 0 else ""
-    found, theory = n.get(f"{own}loss"), n.get(f"{own}loss_at_reference")
-    if n["step"] > 1 or found is None or theory is None:
-        return memory, [], []
-    told = f"the {'held-out loss before training' if own else 'first loss'} is {found:.4f}, theory says {theory:.4f}"
-    if abs(found - theory) <= 0.01 + 0.05 * abs(
-        theory
-    ):  # in bfloat16 two programs are apart by as much as a percent
-        return (
-            {"told": True},
-            [] if memory else [f"{told}: policy and reference begin as the same model, as they should"],
-            [],
-        )
-    return memory, [], [
-        f"{told}: policy and reference should begin as the same model and don't. It may be dropout (set it to 0), reference "
-        "log-probs that were computed with other weights (JAXFT_CACHE holds them; empty it), or a loss of your own that looks at "
-        "more than log-probs"
-    ]  # fmt: skip
+def check_first_loss(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Compare the loss before the first update, when the policy equals the reference, with its theoretical
+    value.
+    """
+    prefix = HELD_OUT if n["step"] == 0 else ""
+    loss, theory = n.get(prefix + LOSS), n.get(prefix + LOSS_AT_REFERENCE)
+    if n["step"] > 1 or loss is None or theory is None:
+        return Alarms(memory, [], [])
+    name = "held-out loss before training" if prefix else "first loss"
+    text = f"the {name} is {loss:.4f}, in theory {theory:.4f}"
+    # In bfloat16 two programs differ by as much as a percent.
+    if abs(loss - theory) <= 0.01 + 0.05 * abs(theory):
+        messages = [] if memory else [f"{text}: policy and reference start as the same model, as expected"]
+        return Alarms({"reported": True}, messages, [])
+    causes = (
+        f"{text}: policy and reference should start as the same model but do not. Possible causes: dropout "
+        "(set it to 0), reference log-probs computed with other weights (empty JAXFT_CACHE), or a custom "
+        "loss "
+        "that reads more than log-probs"
+    )
+    return Alarms(memory, [], [causes])
 
 
-def _falling(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """The chosen answers' log-prob keeps falling: on held-out pairs from step 0 on, in training against the reference."""
-    memory, depths = {"said": 0.0, **memory}, []
-    if "eval_logps/chosen" in n:
-        curve = [*memory.get("held_out", []), n["eval_logps/chosen"]][-3:]
+def check_falling_logp(beta: float | None, memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Detect a falling log-prob of chosen responses: held-out since step 0, in training relative to the
+    reference.
+    """
+    memory, depths = {"reported": 0.0, **memory}, []
+    held_out = HELD_OUT + CHOSEN_LOGP
+    if held_out in n:
+        curve = [*memory.get("held_out", []), n[held_out]][-3:]
         memory.update(held_out=curve, start=memory.get("start", curve[0]))
         depth = memory["start"] - curve[-1]
-        down = _down(curve, 3) or (last and len(curve) == 2)  # of a short run there are no more
-        if down and depth > max(NATS, SHARE * abs(memory["start"])):
+        falling = _falls(curve, 3) or (last and len(curve) == 2)  # a short run has no third point
+        if falling and depth > max(FALL_NATS, FALL_FRACTION * abs(memory["start"])):
             depths.append((depth, "below step 0 on the held-out pairs"))
-    if beta and "rewards/chosen" in n and "logps/chosen" in n:
-        ratio = n["rewards/chosen"] / beta
-        memory, depth = _window(memory, ratio)
-        if depth > max(NATS, SHARE * abs(n["logps/chosen"] - ratio)):
+    if beta and CHOSEN_REWARD in n and CHOSEN_LOGP in n:
+        ratio = n[CHOSEN_REWARD] / beta
+        memory, depth = _add_to_window(memory, ratio)
+        if depth > max(FALL_NATS, FALL_FRACTION * abs(n[CHOSEN_LOGP] - ratio)):
             depths.append((depth, f"below the reference, falling for {FALLS * WINDOW} logged steps"))
     alarms = []
     for depth, where in depths:
-        if depth > WORSE * memory["said"]:
-            memory["said"] = depth
+        if depth > REPEAT * memory["reported"]:
+            memory["reported"] = depth
             alarms.append(
-                f"the chosen answers keep losing log-prob: {depth:.1f} nats an answer {where}. What takes their place "
-                "may be neither answer (likelihood displacement, Razin et al. 2024, arXiv:2410.08847). Lower optim.lr, raise "
-                f"beta, or hold the chosen answer up: {LOSSES}:dpop, or mix((dpo, 1.0), (sft, 1.0)) of that file"
+                f"the chosen responses keep losing log-prob: {depth:.1f} nats per response {where}. What "
+                "gains it "
+                "may be neither response (likelihood displacement, Razin et al. 2024, arXiv:2410.08847). "
+                "Lower "
+                f"optim.lr, raise beta, or support the chosen response with {LOSSES}:dpop or "
+                "mix((dpo, 1.0), (nll, 1.0)) of that file"
             )
-    return memory, [], alarms
+    return Alarms(memory, [], alarms)
 
 
-def _down(curve: list[float], points: int) -> bool:
-    """Whether the last points of a curve fall one after the other."""
+def _falls(curve: list[float], points: int) -> bool:
+    """Whether each of the last points of a curve is below the one before."""
     return len(curve) >= points and all(a > b for a, b in pairwise(curve[-points:]))
 
 
-def _window(memory: dict[str, Any], value: float) -> tuple[dict[str, Any], float]:
-    """Add a logged value. The depth below 0 where windows keep falling and it is beyond the noise, else 0.
+def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
+    """Add a logged value. Return the depth below 0 if windows keep falling and it exceeds the noise, else 0.
 
-    The noise is the scatter inside of windows, the newest ones counting most.
+    The noise is the scatter inside of windows, with the newest ones weighted most.
     """
     values = [*memory.get("window", []), value]
     if len(values) < WINDOW:
@@ -131,149 +168,193 @@ def _window(memory: dict[str, Any], value: float) -> tuple[dict[str, Any], float
     square, count = 0.7 * square + sum((x - mean) ** 2 for x in values), 0.7 * count + WINDOW - 1
     curve = [*memory.get("curve", [0.0]), mean][-FALLS - 1 :]
     error = (square / count / WINDOW) ** 0.5
-    sure = _down(curve, FALLS + 1) and -mean > ERRORS * error
-    return {**memory, "window": [], "noise": (square, count), "curve": curve}, -mean if sure else 0.0
+    certain = _falls(curve, FALLS + 1) and -mean > STANDARD_ERRORS * error
+    return {**memory, "window": [], "noise": (square, count), "curve": curve}, -mean if certain else 0.0
 
 
-def _overfitting(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Held-out accuracy is below its best at two measurements in a row while the margin is above what it was then."""
-    found, margin = n.get("eval_rewards/accuracies"), n.get("eval_rewards/margins")
-    if found is None or margin is None:
-        return memory, [], []
-    if found >= memory.get("best", 0.0):
-        return {"best": found, "margin": margin, "lost": memory.get("lost", LOST), "worse": False}, [], []
-    lost, worse = (
-        memory["best"] - found,
-        margin > memory["margin"] and memory["best"] - found >= memory["lost"],
-    )
+def check_overfitting(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Detect held-out accuracy below its best at two evaluations in a row while the margin is above what it
+    was then.
+    """
+    accuracy, margin = n.get(HELD_OUT + ACCURACY), n.get(HELD_OUT + MARGIN)
+    if accuracy is None or margin is None:
+        return Alarms(memory, [], [])
+    if accuracy >= memory.get("best", 0.0):
+        drop = memory.get("drop", ACCURACY_DROP)
+        return Alarms({"best": accuracy, "margin": margin, "drop": drop, "worse": False}, [], [])
+    drop = memory["best"] - accuracy
+    worse = margin > memory["margin"] and drop >= memory["drop"]
     if not (worse and memory["worse"]):
-        return {**memory, "worse": worse}, [], []
-    return {**memory, "lost": WORSE * lost}, [], [
-        f"the margin grows and held-out accuracy falls: {memory['best']:.2f} at its best, {found:.2f} now. The model learns the "
-        "pairs by heart: fewer data.epochs, a larger beta, a lower optim.lr, or weights of an earlier step"
-    ]  # fmt: skip
-
-
-def _only_length(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """At the end the model should know more about held-out pairs than which answer is longer."""
-    found, guess = n.get("eval_rewards/accuracies"), by_length(n)
-    if not last or found is None or guess is None or found > guess[0]:
-        return memory, [], []
-    return memory, [], [
-        f"held-out accuracy is {found:.2f} and always taking the {guess[1]} answer gives {guess[0]:.2f}: nothing was learned but "
-        "length, if that. Train longer or with a higher optim.lr, look at the pairs for flipped labels, or take length out of "
-        f"the loss: {LOSSES}:rdpo, or length_desensitised(dpo) of that file"
-    ]  # fmt: skip
-
-
-def skipped(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Steps whose loss or gradient was not finite; told at the first one and whenever there are twice as many."""
-    total, said = memory.get("total", 0) + n.get("skipped", 0), memory.get("said", 0)
-    if total < max(1, WORSE * said):
-        return {"total": total, "said": said}, [], []
-    return {"total": total, "said": total}, [], [
-        f"{total:g} steps so far had a loss or gradient that is not finite; they changed nothing. Lower optim.lr, or look at the "
-        "loss and at the rows of that step"
-    ]  # fmt: skip
-
-
-def _faults(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Rewards that raised or gave no number, at the first rollout that has some and whenever their share is twice as large."""
-    share, said = (
-        n.get("reward_faults/raised", 0) + n.get("reward_faults/not_a_number", 0),
-        memory.get("said", 0),
+        return Alarms({**memory, "worse": worse}, [], [])
+    alarm = (
+        f"the margin grows while held-out accuracy falls: {memory['best']:.2f} at its best, {accuracy:.2f} "
+        "now. "
+        "The model memorises the pairs. Lower data.epochs or optim.lr, raise beta, or use the weights of an "
+        "earlier step"
     )
-    if not share or share < WORSE * said:
-        return memory, [], []
-    return {"said": share}, [], [
-        f"{100 * share:.0f} % of the rewards raised or gave no finite number; those have no score. "
-        "The first of them is told above; mend the reward"
-    ]  # fmt: skip
+    return Alarms({**memory, "drop": REPEAT * drop}, [], [alarm])
 
 
-def _nothing_learned(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Steps, one after the other, whose rollout has equal scores throughout or nothing that counts, or that have no gradient, as
-    with advantages within groups where each group's scores are equal."""
-    if "frac_learned" not in n:
-        return memory, [], []
-    still = 0 in (n["frac_learned"], n.get("reward_std"), n.get("grad_norm"))
-    row = memory.get("row", 0) + 1 if still else 0
-    if row != memory.get("next", IDLE):
-        return {**memory, "row": row}, [], []
-    return {"row": row, "next": WORSE * row}, [], [
-        f"{row} logged steps in a row had nothing to learn from: scores are all equal, or nothing counts. "
-        "Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the reward"
-    ]  # fmt: skip
+def check_more_than_length(accuracy: str, memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Compare held-out accuracy at the end with that of always preferring one length. accuracy: the metric's
+    name.
+    """
+    found, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
+    if not last or found is None or guess is None or found > guess[0]:
+        return Alarms(memory, [], [])
+    alarm = (
+        f"held-out accuracy is {found:.2f}, and always preferring the {guess[1]} response gives "
+        f"{guess[0]:.2f}: "
+        "the model has learned at most length. Train longer or with a higher optim.lr, or check the pairs "
+        "for "
+        "flipped labels"
+    )
+    if accuracy == ACCURACY:
+        alarm += f". {LOSSES}:rdpo or length_desensitised(dpo) of that file removes length from the loss"
+    return Alarms(memory, [], [alarm])
 
 
-def _all_cut_off(memory: dict[str, Any], n: dict[str, float], last: bool, beta: float | None) -> Check:
-    """Rollouts, one after the other, of which no completion ends."""
-    row = memory.get("row", 0) + 1 if n.get("completions/clipped_ratio") == 1 else 0
-    if "completions/clipped_ratio" not in n:
-        return memory, [], []
-    if row != memory.get("next", IDLE):
-        return {**memory, "row": row}, [], []
-    return {"row": row, "next": WORSE * row}, [], [
-        f"no completion of the last {row} logged steps ended before the limit: raise data.max_new, or see whether the model "
-        "knows an end token"
-    ]  # fmt: skip
+def check_skipped_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Report steps whose loss or gradient was not finite: the first, and each doubling of their number."""
+    total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
+    if total < max(1, REPEAT * reported):
+        return Alarms({"total": total, "reported": reported}, [], [])
+    alarm = (
+        f"{total:g} steps so far had a loss or gradient that was not finite and changed nothing. "
+        "Lower optim.lr, or look at the loss and at the rows of that step"
+    )
+    return Alarms({"total": total, "reported": total}, [], [alarm])
 
 
-def by_length(n: dict[str, float]) -> tuple[float, str] | None:
-    """(accuracy, which) of the better guess that looks at nothing but length, on held-out pairs."""
-    longer = n.get("eval_length/accuracy_if_longer_wins")
+def check_reward_faults(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Report rewards that raised or returned no number: the first, and each doubling of their fraction."""
+    fraction, reported = n.get(FAULTS_RAISED, 0) + n.get(FAULTS_NOT_A_NUMBER, 0), memory.get("reported", 0)
+    if not fraction or fraction < REPEAT * reported:
+        return Alarms(memory, [], [])
+    alarm = (
+        f"{100 * fraction:.0f} % of the rewards raised or returned no finite number; their completions have "
+        "no score. "
+        "Fix the reward; the first failure is printed above"
+    )
+    return Alarms({"reported": fraction}, [], [alarm])
+
+
+def check_idle_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Report consecutive steps that taught nothing.
+
+    Their rollout has equal scores throughout or no completion that counts, or they have no gradient, as with
+    advantages within groups whose scores are all equal.
+    """
+    if FRAC_LEARNED not in n:
+        return Alarms(memory, [], [])
+    idle = 0 in (n[FRAC_LEARNED], n.get(REWARD_STD), n.get(GRAD_NORM))
+    return _report_streak(
+        memory,
+        idle,
+        "the last {streak} logged steps had nothing to learn from: all scores are equal, or no completion "
+        "counts. Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the "
+        "reward",
+    )
+
+
+def check_all_truncated(memory: Memory, n: Numbers, last: bool) -> Alarms:
+    """Report consecutive rollouts of which no completion ended."""
+    if CLIPPED_RATIO not in n:
+        return Alarms(memory, [], [])
+    return _report_streak(
+        memory,
+        n[CLIPPED_RATIO] == 1,
+        "no completion of the last {streak} logged steps ended before the limit. "
+        "Raise data.max_new, or check that the model has an end token",
+    )
+
+
+def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
+    """Raise an alarm after IDLE_STEPS bad steps in a row, and each time that the streak has doubled."""
+    streak = memory.get("streak", 0) + 1 if bad else 0
+    if streak != memory.get("next", IDLE_STEPS):
+        return Alarms({**memory, "streak": streak}, [], [])
+    return Alarms({"streak": streak, "next": REPEAT * streak}, [], [text.format(streak=streak)])
+
+
+def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
+    """(held-out accuracy, "longer" or "shorter") of the better rule that looks at nothing but length."""
+    longer = n.get(HELD_OUT + LONGER_WINS)
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
 
 
-def words(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    """How the run went, in plain lines. first, last: of every name in metrics.jsonl the first value and the newest."""
+def preference_summary(first: Entry, last: Entry) -> list[str]:
+    """How a preference run went, in lines of text. first, last: each metric's first and newest value."""
     lines = []
-    known = lambda *names: all(isinstance(last.get(name), int | float) for name in names)  # noqa: E731
-    if known("eval_rewards/accuracies"):
-        guess = by_length(last)
-        beside = f"; always taking the {guess[1]} answer gives {guess[0]:.2f}" if guess else ""
-        found = change("eval_rewards/accuracies", first, last, 2)
-        if known("eval_kl"):  # before training the policy is the reference, and no answer wins
-            found = f"all ties before, {last['eval_rewards/accuracies']:.2f} after"
-        lines.append(f"held-out accuracy: {found}{beside}")
-    if known("eval_rewards/margins"):
-        lines.append(f"held-out margin of the rewards: {change('eval_rewards/margins', first, last, 3)}")
-    if known("eval_logps/chosen"):
+    accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
+    if has_numbers(last, accuracy):
+        found = change(accuracy, first, last, 2)
+        if has_numbers(
+            last, HELD_OUT + KL
+        ):  # before training the policy is the reference, and no response wins
+            found = f"all ties before, {last[accuracy]:.2f} after"
+        lines.append(f"held-out accuracy: {found}{length_note(last)}")
+    if has_numbers(last, margin):
+        lines.append(f"held-out margin of the rewards: {change(margin, first, last, 3)}")
+    if has_numbers(last, logp):
+        lines.append(f"log-prob of the held-out chosen responses: {change(logp, first, last, 1)}")
+    if has_numbers(last, HELD_OUT + KL):
         lines.append(
-            f"log-prob of the chosen held-out answers: {change('eval_logps/chosen', first, last, 1)}"
+            f"KL to the reference: {last[HELD_OUT + KL]:.4f} nats per token, "
+            "estimated at the tokens of the held-out chosen responses"
         )
-    if known("eval_kl"):
-        lines.append(
-            f"KL to the reference: {last['eval_kl']:.4f} nats a token, estimated at the chosen held-out answers' tokens"
-        )
-    if known("eval_length/margin_correlation"):
-        sides = {
-            "longer": "the chosen answer is longer",
-            "alike": "lengths are alike",
-            "shorter": "it is shorter",
-        }
-        each = [
-            f"{last[SIDES + name]:.2f} where {told}" for name, told in sides.items() if known(SIDES + name)
-        ]
-        told = f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}"
-        lines.append("; accuracy ".join([told, ", ".join(each)] if each else [told]))
-    if known("label_noise"):
-        lines.append(_labels(last["label_noise"], last.get("label_noise_error") or 0.0))
+    lines += _length_lines(last)
+    if has_numbers(last, LABEL_NOISE):
+        lines.append(_label_line(last[LABEL_NOISE], last.get(f"{LABEL_NOISE}_error") or 0.0))
     return lines
 
 
-def _labels(share: float, error: float) -> str:
-    """What the estimate of flipped labels says. A model that has learned nothing disagrees with half of the labels."""
-    percent = f"{100 * share:.0f} %"
-    if share >= GUESSING:
-        return f"labels: the model disagrees with {percent} of those it is surest of; it has learned too little to judge them"
-    advice = (
-        f"; {LOSSES}:robust or cdpo with that label_smoothing is made for them" if share >= LABELS else ""
+def has_numbers(entry: Mapping[str, Any], *names: str) -> bool:
+    """Whether an entry has a finite value for every name."""
+    return all(isinstance(entry.get(name), int | float) for name in names)
+
+
+def length_note(last: Mapping[str, Any]) -> str:
+    """The accuracy of the better rule by length, as the end of a line; empty if it is unknown."""
+    guess = length_baseline(last)
+    return f"; always preferring the {guess[1]} response gives {guess[0]:.2f}" if guess else ""
+
+
+def _length_lines(last: Entry) -> list[str]:
+    correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION
+    if not has_numbers(last, correlation):
+        return []
+    groups = {
+        "longer": "where the chosen response is longer",
+        "alike": "where lengths are alike",
+        "shorter": "where it is shorter",
+    }
+    accuracies = [
+        f"{last[HELD_OUT + ACCURACY_BY_LENGTH[name]]:.2f} {where}"
+        for name, where in groups.items()
+        if has_numbers(last, HELD_OUT + ACCURACY_BY_LENGTH[name])
+    ]
+    line = f"margin and length: correlation {last[correlation]:.2f}"
+    return [f"{line}; accuracy {', '.join(accuracies)}" if accuracies else line]
+
+
+def _label_line(fraction: float, error: float) -> str:
+    """The estimate of flipped labels. A model that has learned nothing disagrees with half of the labels."""
+    percent = f"{100 * fraction:.0f} %"
+    if fraction >= UNTRAINED:
+        return (
+            f"labels: the model disagrees with {percent} of those it is most certain of; "
+            "it has learned too little to estimate label noise"
+        )
+    advice = f"; use {LOSSES}:robust or cdpo with that label_smoothing" if fraction >= NOISY_LABELS else ""
+    two_errors = f"{200 * error:.0f}"
+    return (
+        f"labels: about {percent} look flipped, +- {two_errors} (pairs of which the model, "
+        f"before training on them, was certain of the opposite){advice}"
     )
-    told = f"about {percent} look flipped, give or take {200 * error:.0f}"  # two standard errors
-    return f"labels: {told} (pairs that the model, before it learned from them, was sure of the other way round){advice}"
 
 
-def change(name: str, first: dict[str, Any], last: dict[str, Any], digits: int) -> str:
+def change(name: str, first: Entry, last: Entry, digits: int) -> str:
+    """A metric before and after training, as text."""
     before, after = first.get(name), f"{last[name]:.{digits}f}"
     return f"{before:.{digits}f} before, {after} after" if isinstance(before, float) else after

@@ -47,8 +47,9 @@ class LanguageModel(Protocol):
 class LogProbs:
     """What losses and metrics read of each target, [B, M] in float32 or wider.
 
-    logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is the target the
-    most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary) have none.
+    logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is
+    the target the most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary) have
+    none.
     """
 
     logp: Array
@@ -68,11 +69,12 @@ def token_logps(
 ) -> LogProbs:
     """Log-probs of `targets` under the model's head, in chunks along M.
 
-    The gradient of a token's log-prob by its hidden state, `W[target] - sum_v p_v W[v]`, doesn't depend on the loss, so it
-    is made in the forward pass while the chunk's logits are at hand, and the backward pass runs no product for it. The
-    head's own gradient, where it is trained, recomputes each chunk once. On a mesh the head is gathered along fsdp once a
-    pass, and each block of rows adds up a gradient of its own, so that the head's gradient is reduced once.
-    graded: what of LogProbs has a gradient; each costs the forward pass one more product with the head.
+    The gradient of a token's log-prob by its hidden state, `W[target] - sum_v p_v W[v]`, doesn't depend on
+    the loss, so it is made in the forward pass while the chunk's logits are at hand, and the backward pass
+    runs no product for it. The head's own gradient, where it is trained, recomputes each chunk once. On a
+    mesh the head is gathered along fsdp once a pass, and each block of rows adds up a gradient of its own, so
+    that the head's gradient is reduced once. graded: what of LogProbs has a gradient; each costs the forward
+    pass one more product with the head.
     """
     head, axes, count, pad = _plan(model, params, h_BMD)
     out = _chunked(model.logits, count, (axes, graded), head, _padded(h_BMD, pad), _padded(targets, pad))
@@ -86,9 +88,11 @@ def weighted_logp(
     targets: Int[Array, "B M"],
     weights: Float[Array, "B M"],
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """(sum of weights * log-prob, LogProbs without any gradient): token_logps where the weights are known beforehand.
+    """(sum of weights * log-prob, LogProbs without any gradient): token_logps where the weights are known
+    beforehand.
 
-    Then the head's gradient too is made while a chunk's logits are at hand, and where it is trained nothing runs twice.
+    Then the head's gradient too is made while a chunk's logits are at hand, and where it is trained nothing
+    runs twice.
     """
     head, axes, count, pad = _plan(model, params, h_BMD)
     rest = (_padded(x, pad) for x in (h_BMD, targets, weights))
@@ -113,7 +117,9 @@ def _padded(x: Array, pad: int) -> Array:
 
 
 def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
-    """The logical axes of each leaf of the head; of a packed one's leaves those that have the weight's dimensions."""
+    """The logical axes of each leaf of the head; of a packed one's leaves those that have the weight's
+    dimensions.
+    """
     node = lambda s, leaf: [s.axes if x.ndim == len(s.axes) else () for x in jax.tree.leaves(leaf)]  # noqa: E731
     known = jax.tree.map(node, specs, head, is_leaf=is_spec)
     return tuple(
@@ -122,7 +128,9 @@ def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
 
 
 def _lay(head: Any, axes: tuple[tuple[str, ...], ...], dtype: Any) -> Any:
-    """The head as products in `dtype` use it, rounded to that where it lies and then gathered, in its own dtype again."""
+    """The head as products in `dtype` use it, rounded to that where it lies and then gathered, in its own
+    dtype again.
+    """
     leaves, structure = jax.tree.flatten(head)
 
     def lay(x: Array, a: tuple[str, ...]) -> Array:
@@ -212,8 +220,9 @@ def _chunked_bwd(logits_fn, count, how, residuals, g):
 
 
 def _accumulators(head, axes, h, wanted):
-    """(leaves of the head as products use it, its structure, those that are floats and `wanted`, zeros for their gradients,
-    one for each block of rows on a mesh)."""
+    """(leaves of the head as products use it, its structure, those that are floats and `wanted`, zeros for
+    their gradients, one for each block of rows on a mesh).
+    """
     leaves, structure = jax.tree.flatten(_lay(head, axes, h.dtype))
     floats = [
         w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)

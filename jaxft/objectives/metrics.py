@@ -1,58 +1,66 @@
-"""Metrics that add: steps, microbatches and evaluation combine them, and only log.py's caller divides."""
+"""Metrics that add: steps, microbatches and evaluation batches are summed, and only the log divides."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxft.tree import struct
+from jaxft.tree import Metrics, struct
 
-UNSURE = 0.4  # the share of the pairs, by the size of their margins, of which a model's opinion is not taken
+LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
+GRAD_NORM, SKIPPED = "grad_norm", "skipped"
+HELD_OUT = "eval_"  # prefix of metrics of held-out rows
+IGNORED = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
+
+Stored: TypeAlias = (
+    Any  # jax arrays in a program, NumPy arrays on the host, or their shapes; stacked in a sweep
+)
 
 
 @struct
 class Sum:
-    """A weighted mean still in two parts; `total / weight` is read once, at the end."""
+    """A weighted mean as its two sums; `total / weight` is computed once, by the log."""
 
-    total: Any
-    weight: Any
+    total: Stored
+    weight: Stored
 
     @staticmethod
-    def of(values: Any, weight: Any) -> "Sum":
-        """Return the mean of `values` with weights, or of the elements where a mask is True."""
+    def of(values: Float[Array, "..."], weight: Shaped[Array, "..."]) -> "Sum":
+        """Return the mean of `values` under weights, or over the elements where a mask is True."""
         w = weight.astype(values.dtype)
         return Sum(jnp.sum(w * values), jnp.sum(w))
 
 
 @struct
 class Max:
-    """The largest value seen."""
+    """The largest value."""
 
-    value: Any
+    value: Stored
 
 
 @struct
 class Min:
-    """The smallest value seen."""
+    """The smallest value."""
 
-    value: Any
+    value: Stored
 
 
 @struct
 class Correlation:
-    """Pearson's correlation of two quantities, still in sums: [n, x, y, xx, yy, xy]."""
+    """Pearson's correlation of two quantities, as sums [n, x, y, xx, yy, xy]."""
 
-    sums: Any
+    sums: Stored
 
     @staticmethod
-    def of(x: Any, y: Any, where: Any) -> "Correlation":
-        """Of the elements of two arrays where a mask is True."""
+    def of(x: Float[Array, "..."], y: Float[Array, "..."], where: Bool[Array, "..."]) -> "Correlation":
+        """Return the correlation of two arrays over the elements where a mask is True."""
         w = where.astype(x.dtype)
         return Correlation(jnp.stack([jnp.sum(w * z) for z in (jnp.ones_like(x), x, y, x * x, y * y, x * y)]))
 
     def value(self) -> float | None:
-        """None for fewer than three pairs of values, or where one quantity doesn't vary."""
+        """The correlation; None for fewer than three elements or if one quantity is constant."""
         n, x, y, xx, yy, xy = (float(s) for s in self.sums)
         if n < 3:
             return None
@@ -61,113 +69,117 @@ class Correlation:
 
 
 @struct
-class Disagreement:
-    """The share of labels that are wrong, estimated from margins: counts [won or lost, size of the margin] of pairs.
+class LabelNoise:
+    """The fraction of wrong labels, estimated from margins: counts of pairs by [won or lost, size of the
+    margin].
 
-    Among the pairs that a model is most sure of, the ones it holds the other way round are mostly wrong labels. The estimate is
-    the share of lost pairs, where the smallest margins don't count and the largest count most: with r the rank by size
-    from 0 to 1 and w = max(r - UNSURE, 0), sum_lost w / sum w. It wants pairs that the model was not trained on, and is too high
-    for a model that is sure and wrong.
+    Among the pairs that a model is most certain of, those with a negative margin mostly have wrong labels.
+    With r the rank of a pair by |margin|, from 0 to 1, and w = max(r - IGNORED, 0), the estimate is sum_lost
+    w / sum w. It needs pairs that the model was not trained on, and is too high for a model that is certain
+    and wrong.
     """
 
-    counts: Any
+    counts: Stored
 
     @staticmethod
-    def of(margin: Any, where: Any) -> "Disagreement":
-        """Of margins where a mask is True; a margin of 0 takes no side."""
+    def of(margin: Float[Array, "..."], where: Bool[Array, "..."]) -> "LabelNoise":
+        """Count the margins where a mask is True. A margin of 0 counts as neither won nor lost."""
         where = where & (margin != 0)
-        size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127).astype(
-            jnp.int32
-        )
+        size = jnp.clip(jnp.floor(4 * jnp.log2(jnp.maximum(jnp.abs(margin), 1e-12)) + 64), 0, 127)
         lost = (margin <= 0).astype(jnp.int32)
-        flat = jnp.where(where, lost * 128 + size, 256).ravel()
-        return Disagreement(jnp.bincount(flat, length=257)[:256].reshape(2, 128).astype(margin.dtype))
+        flat = jnp.where(where, lost * 128 + size.astype(jnp.int32), 256).ravel()
+        return LabelNoise(jnp.bincount(flat, length=257)[:256].reshape(2, 128).astype(margin.dtype))
 
     def value(self) -> float | None:
-        """None for fewer than 24 pairs."""
-        lost, weight = self._weighed()
+        """The estimate; None for fewer than 24 pairs."""
+        lost, weight = self._lost_and_weight()
         return float((lost * weight).sum() / weight.sum()) if self.counts.sum() >= 24 else None
 
     def error(self) -> float | None:
-        """The standard error of value() as an estimate of these n pairs' share p: sqrt(p (1 - p) (1 / k - 1 / n)).
+        """The standard error of value() as an estimate of these n pairs' fraction p: sqrt(p (1 - p) (1 / k -
+        1 / n)).
 
-        k = (sum w)^2 / sum w^2 is how many pairs were as good as asked; p is (p k + 1) / (k + 2), so that it is above 0.
+        k = (sum w)^2 / sum w^2 is the effective number of pairs. p is taken as (p k + 1) / (k + 2), so that
+        it is above 0.
         """
-        share, (_, weight), n = self.value(), self._weighed(), self.counts.sum()
-        if share is None:
+        fraction, (_, weight), n = self.value(), self._lost_and_weight(), self.counts.sum()
+        if fraction is None:
             return None
         k = weight.sum() ** 2 / (weight**2 / np.maximum(self.counts.sum(0), 1)).sum()
-        p = (share * k + 1) / (k + 2)
+        p = (fraction * k + 1) / (k + 2)
         return float(np.sqrt(p * (1 - p) * (1 / k - 1 / n)))
 
-    def _weighed(self) -> tuple[Any, Any]:
-        """(share of lost pairs, weight of all pairs) of each size of the margin."""
+    def _lost_and_weight(self) -> tuple[Stored, Stored]:
+        """(fraction of lost pairs, weight of all pairs) for each size of the margin."""
         total = self.counts.sum(0)
         rank = (total.cumsum() - total / 2) / max(total.sum(), 1)
-        return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - UNSURE, 0)
+        return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - IGNORED, 0)
 
 
-SUMS = (Sum, Correlation, Disagreement)  # added element by element
+SUMS = (Sum, Correlation, LabelNoise)  # added element by element
+Metric = Sum | Max | Min | Correlation | LabelNoise
 
 
 def is_metric(x: Any) -> bool:
-    """For tree functions: stop at a metric."""
-    return isinstance(x, (*SUMS, Max, Min))
+    """Whether x is a metric; for tree functions that stop there."""
+    return isinstance(x, Metric)
 
 
-def _add(a: Any, b: Any) -> Any:
+def add(a: Metrics, b: Metrics) -> Metrics:
+    """Combine the metrics of two parts of a batch."""
+    return {name: _add(a[name], b[name]) for name in a}
+
+
+def _add(a: Any, b: Any) -> Metric:
     if isinstance(a, SUMS):
         return jax.tree.map(lambda x, y: x + y, a, b)
-    on_host = not isinstance(a.value, jax.Array)  # where nothing may be compiled
+    on_host = not isinstance(a.value, jax.Array)  # numpy on the host, where nothing may be compiled
     if isinstance(a, Max):
         return Max((np if on_host else jnp).maximum(a.value, b.value))
     return Min((np if on_host else jnp).minimum(a.value, b.value))
 
 
-def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of two parts of a batch as those of the whole."""
-    return {name: _add(a[name], b[name]) for name in a}
+def neutral(like: Metrics) -> Metrics:
+    """Return the metrics of no rows, with the shapes and dtypes of `like` (arrays or abstract ones)."""
 
-
-def neutral(like: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of no rows at all, in the shape and dtype of `like` (arrays or abstract ones)."""
-
-    def start(m):
+    def neutral_of(m: Any) -> Metric:
         if isinstance(m, SUMS):
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), m)
         fill = -jnp.inf if isinstance(m, Max) else jnp.inf
         return type(m)(jnp.full(m.value.shape, fill, m.value.dtype))
 
-    return {name: start(m) for name, m in like.items()}
+    return {name: neutral_of(m) for name, m in like.items()}
 
 
-def read(metrics: dict[str, Any]) -> dict[str, float]:
-    """Plain numbers, of an estimate its standard error too (`name_error`). A mean over nothing is left out, never NaN."""
-    host = jax.device_get(metrics)
+def as_floats(metrics: Metrics) -> dict[str, float]:
+    """Divide: return each metric as a number, and an estimate's standard error as `name_error`.
+
+    A mean over nothing is left out.
+    """
     out = {}
-    for name, m in host.items():
+    for name, m in jax.device_get(metrics).items():
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
-        elif isinstance(m, Correlation | Disagreement):
-            found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, Disagreement) else {})
+        elif isinstance(m, Correlation | LabelNoise):
+            found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, LabelNoise) else {})
             out.update({key: value for key, value in found.items() if value is not None})
         else:
             out[name] = float(m.value)
     return out
 
 
-def kept(metrics: dict[str, Any]) -> dict[str, list[Any]]:
-    """Metrics as JSON; loaded() gives them back."""
+def to_json(metrics: Metrics) -> dict[str, list[Any]]:
+    """Return metrics as JSON; from_json is the inverse."""
     return {
         name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in metrics.items()
     }
 
 
-def loaded(kept: dict[str, list[Any]]) -> dict[str, Any]:
-    """Metrics from JSON, on the host in float64."""
+def from_json(stored: dict[str, list[Any]]) -> Metrics:
+    """Return metrics from JSON, as float64 arrays on the host."""
     kinds = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
     return {
-        name: kinds[kind](*(np.asarray(x, np.float64) for x in numbers))
-        for name, (kind, *numbers) in kept.items()
+        name: kinds[kind](*(np.asarray(x, np.float64) for x in arrays))
+        for name, (kind, *arrays) in stored.items()
     }

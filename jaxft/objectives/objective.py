@@ -1,8 +1,9 @@
 """The Objective type: what a run optimises, as one immutable value of pure functions.
 
-An objective is a function `(model, ...) -> Objective` in a file of this folder. The train step, evaluation, rollouts and sweeps
-know nothing else of it. Every member has a neutral default but the two halves: `forward` runs the model over a batch, `loss` turns
-its outputs into a loss and metrics. An objective is linear in the batch's weights and takes no mean over the batch.
+An objective is a function `(model, ...) -> Objective` in a file of this folder. The train step, evaluation,
+rollouts and sweeps know nothing else of it. Every member has a neutral default but the two halves: `forward`
+runs the model over a batch, `loss` turns its outputs into a loss and metrics. An objective is linear in the
+batch's weights and takes no mean over the batch.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ Outputs = Any  # of one objective's forward pass: a struct of arrays with leadin
 
 
 class Scores(NamedTuple):
-    """Values per read position [B, M] that a rollout records before its batches are trained on; None where there is none."""
+    """Values per read position [B, M] that a rollout records before its batches are trained on; None where
+    there is none.
+    """
 
     logps: Float[Array, "B M"] | None = None  # of the policy
     reference: Float[Array, "B M"] | None = None  # log-probs of the reference policy
@@ -30,10 +33,10 @@ class Scores(NamedTuple):
 class Facts:
     """Static properties of an objective, read when a run's programs are built.
 
-    coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes first, and the
-        outputs must have a field `logp`, the only one with a gradient.
-    reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the policy,
-        "precomputed" the policy at step 0 with its log-probs in the batch.
+    coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes
+        first, and the outputs must have a field `logp`, the only one with a gradient.
+    reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
+        policy, "precomputed" the policy at step 0 with its log-probs in the batch.
     dropout: whether the policy may be trained with dropout.
     temperature: the sampling temperature that its log-probs assume, None for any.
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
@@ -63,8 +66,9 @@ def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 class Report(NamedTuple):
     """What the log and the model card print about a run, computed on the host from logged metrics alone.
 
-    alarms(memory, entry, last) -> Alarms folds over the entries of metrics.jsonl; last: whether the entry is the finished run's.
-    summary(first, last) -> lines about the whole run, from each metric's first and newest value.
+    alarms(memory, entry, last) -> Alarms folds over the entries of metrics.jsonl; last: whether the entry is
+    the finished run's. summary(first, last) -> lines about the whole run, from each metric's first and newest
+    value.
     """
 
     alarms: Callable[[dict[str, Any], dict[str, Any], bool], Alarms] = no_alarms
@@ -99,15 +103,16 @@ def same_batch(batch: Batch) -> Batch:
 class Objective(NamedTuple):
     """A training objective; calling it returns (loss, metrics) of a batch.
 
-    forward(params, batch, key, aux) -> outputs, everything that loss and metrics need of the forward passes; key: of dropout, or
-        None. loss(outputs, aux) -> (loss, metrics).
-    init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the base without its
-        adapter, so that a reference needs no copy. update(aux, trainable, metrics) -> aux after an optimizer step.
-    score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own parameters and their
-        optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the batch, of arrays or shapes, with every field
-        that a training batch has.
-    text: the objective that evaluates general text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics), a
-        cheaper way to the same as loss(forward(...)), None for none.
+    forward(params, batch, key, aux) -> outputs, everything that loss and metrics need of the forward passes;
+        key: of dropout, or None. loss(outputs, aux) -> (loss, metrics).
+    init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the
+        base without its adapter, so that a reference needs no copy. update(aux, trainable, metrics) -> aux
+        after an optimizer step.
+    score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own
+        parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
+        batch, of arrays or shapes, with every field that a training batch has.
+    text: the objective that evaluates general text, None for this one. one_pass(params, batch, key, aux) ->
+        (loss, metrics), a cheaper way to the same as loss(forward(...)), None for none.
     """
 
     forward: Callable[[Params, Batch, Array | None, Aux], Outputs]

@@ -1,4 +1,6 @@
-"""What a preference loss reads and declares: log-probs of the responses, and whether it couples pairs or reads a reference."""
+"""What a preference loss reads and declares: log-probs of the responses, and whether it couples pairs or
+reads a reference.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ LossState = Mapping[
 
 @struct
 class Response:
-    """One kind of response of each pair. `present` is 0 in empty slots and where a row lacks this response."""
+    """One kind of response of each pair. `present` is 0 in empty slots and where a row lacks the response."""
 
     logp: Float[Array, "B P"]  # log pi(response | prompt), summed over its tokens
     reference: Float[Array, "B P"] | None  # the same of the reference policy; None in a run without one
@@ -46,7 +48,9 @@ class Response:
 
 @struct
 class PairTokens:
-    """The responses' tokens in the order of the batch. A loss may rely on `response` and `position` alone, never on the order."""
+    """The responses' tokens in the order of the batch. A loss may rely on `response` and `position` alone,
+    never on the order.
+    """
 
     logp: Float[Array, "B M"]
     reference: Float[Array, "B M"] | None
@@ -57,7 +61,8 @@ class PairTokens:
 
 @struct
 class PairBatch:
-    """Log-probs of a batch of preference pairs. A loss is `(pair: PairBatch, ...) -> [B, P]`: a value per pair, never a mean.
+    """Log-probs of a batch of preference pairs. A loss is `(pair: PairBatch, ...) -> [B, P]`: a value per
+    pair, never a mean.
 
     Its values in slots of weight 0 are ignored, but they and their gradients must be finite.
     """
@@ -135,11 +140,12 @@ def same_state(state: LossState, metrics: Metrics) -> LossState:
 class PreferenceLoss:
     """A preference loss with its declared facts. A plain function counts as one with the defaults.
 
-    fn(pair, ...) -> [B, P]. coupled: the value of a pair depends on the batch's other pairs (sorts, batch means, running
-    statistics). Such a loss is fn(pair, state, ...); it is called once per optimizer step with the pairs of all microbatches and
-    mesh parts together, so that accumulation is exact, and slots of weight 0 must not influence it. state starts as `init`, and
-    `update(state, metrics)` returns the next one after a step, from the metrics of the whole batch.
-    reads_reference: the loss reads `ratio` or `reference`, so that the objective needs a reference policy.
+    fn(pair, ...) -> [B, P]. coupled: the value of a pair depends on the batch's other pairs (sorts, batch
+    means, running statistics). Such a loss is fn(pair, state, ...); it is called once per optimizer step with
+    the pairs of all microbatches and mesh parts together, so that accumulation is exact, and slots of weight
+    0 must not influence it. state starts as `init`, and `update(state, metrics)` returns the next one after a
+    step, from the metrics of the whole batch. reads_reference: the loss reads `ratio` or `reference`, so that
+    the objective needs a reference policy.
     """
 
     fn: Callable[..., Array]
@@ -149,7 +155,9 @@ class PreferenceLoss:
     update: Callable[[Any, Metrics], LossState] = same_state
 
     def __call__(self, pair: PairBatch, *args: Any, state: LossState | None = None, **knobs: Any) -> Array:
-        """Return a value per pair. Raises ValueError for a coupled loss without state, so that no caller hides the coupling."""
+        """Return a value per pair. Raises ValueError for a coupled loss without state, so that no caller
+        hides the coupling.
+        """
         if not self.coupled:
             return self.fn(pair, *args, **knobs)
         if state is None:
@@ -166,7 +174,8 @@ def coupled(
     init: dict[str, float] | None = None,
     update: Callable[[Any, Metrics], LossState] = same_state,
 ) -> Any:
-    """Declare a loss `fn(pair, state, ...)` whose value for a pair depends on the batch's other pairs; see PreferenceLoss.
+    """Declare a loss `fn(pair, state, ...)` whose value for a pair depends on the batch's other pairs; see
+    PreferenceLoss.
 
     A decorator, plain or with arguments: `@coupled` or `@coupled(init={"mean": 0.0}, update=next_mean)`.
     """
@@ -176,12 +185,16 @@ def coupled(
 
 
 def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:
-    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that the objective needs none."""
+    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that the objective needs
+    none.
+    """
     return PreferenceLoss(fn, reads_reference=False)
 
 
 def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
-    """The declared facts of a loss: of the PreferenceLoss inside of partials, or the defaults for a plain function."""
+    """The declared facts of a loss: of the PreferenceLoss inside of partials, or the defaults for a plain
+    function.
+    """
     while isinstance(loss, partial):
         loss = loss.func
     return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
@@ -199,7 +212,8 @@ def loss_name(loss: Callable[..., Array]) -> str:
 
 
 def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
-    """The signature of a loss as its caller sees it, without `state` and with the knobs that partials have set as defaults.
+    """The signature of a loss as its caller sees it, without `state` and with the knobs that partials have
+    set as defaults.
 
     Raises TypeError if a partial sets a knob that the loss does not have.
     """
@@ -212,15 +226,17 @@ def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
         return inspect.signature(loss)
     signature = loss_signature(loss.func)
     given = signature.bind_partial(*loss.args, **loss.keywords).arguments
-    free = [
-        p.replace(default=given[p.name], kind=p.KEYWORD_ONLY) if p.name in given and p.kind != p.VAR_KEYWORD else p
-        for p in list(signature.parameters.values())[len(loss.args) :]
-    ]  # fmt: skip
+    free = list(signature.parameters.values())[len(loss.args) :]
+    for i, p in enumerate(free):
+        if p.name in given and p.kind != p.VAR_KEYWORD:
+            free[i] = p.replace(default=given[p.name], kind=p.KEYWORD_ONLY)
     return signature.replace(parameters=sorted(free, key=lambda p: p.kind))
 
 
 def check_knobs(loss: Callable[..., Array]) -> None:
-    """Raise ValueError if a loss cannot be called with the pairs alone: an unknown knob is set, or one has no value."""
+    """Raise ValueError if a loss cannot be called with the pairs alone: an unknown knob is set, or one has no
+    value.
+    """
     try:
         loss_signature(loss).bind("pair")
     except (TypeError, ValueError) as error:

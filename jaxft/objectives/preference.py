@@ -1,7 +1,8 @@
-"""The objective around a preference loss: one forward pass over the pairs, one over the reference, the metrics.
+"""The preference objective: a loss over pairs of responses, its reference policy and its metrics.
 
-`preference(model, loss=partial(dpo, beta=0.1))` is linear in the batch's pair weights, unless the loss is Coupled: then
-train.py judges all microbatches' log-probs together and is exact all the same.
+`preference(model, loss=partial(dpo, beta=0.1))` is linear in the batch's pair weights. A coupled loss is not;
+the train step then computes it once from the log-probs of all microbatches, so that accumulation is exact all
+the same.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import Pairs, without_fields
 from jaxft.nn import fused_update
-from jaxft.objectives.alarms import watch, words
+from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
-from jaxft.objectives.metrics import Correlation, Disagreement, Sum
+from jaxft.objectives.metrics import LOSS, Sum
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
@@ -30,17 +32,28 @@ from jaxft.objectives.pair import (
     loss_values,
     pair_batch,
 )
+from jaxft.objectives.preference_metrics import LOSS_AT_REFERENCE, pair_metrics, pair_token_metrics
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, Metrics, Params, struct
 
-UNUSED = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")  # by a loss
-SHORT = 0.9  # an answer is the shorter one below this share of the other's length
+UNUSED = (
+    "ids",
+    "segments",
+    "positions",
+    "read",
+    "targets",
+    "last",
+    "reference",
+    "branches",
+)  # fields of Pairs
 
 
 @dataclass(frozen=True)
 class EMAReference:
-    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 - alpha) ref."""
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 -
+    alpha) ref.
+    """
 
     alpha: float = 0.6
     every: int = 512
@@ -55,9 +68,8 @@ Reference = Literal["start", "precomputed"] | EMAReference | None
 
 @struct
 class Outputs:
-    """The forward passes of a batch, [B, M] and small: all that a loss and the metrics need. Only `logp` has a gradient.
-
-    batch: the pairs without their tokens.
+    """The forward passes of a batch: what a loss and the metrics need, without the tokens. Only `logp` has a
+    gradient.
     """
 
     logp: Float[Array, "B M"]
@@ -69,23 +81,23 @@ class Outputs:
     batch: Pairs
 
 
-def implicit(answer: Response) -> Array:
-    """log pi(answer) - log pi_ref(answer): DPO's implicit reward over beta."""
-    return answer.ratio
+def implicit_reward(response: Response) -> Float[Array, "B P"]:
+    """log pi(response) - log pi_ref(response): DPO's implicit reward, divided by beta."""
+    return response.ratio
 
 
-def summed(answer: Response) -> Array:
-    """log pi(answer)."""
-    return answer.logp
+def summed_logp(response: Response) -> Float[Array, "B P"]:
+    """log pi(response)."""
+    return response.logp
 
 
-def per_token(answer: Response) -> Array:
-    """log pi(answer) / tokens, which SimPO and ORPO compare."""
-    return answer.mean
+def mean_logp(response: Response) -> Float[Array, "B P"]:
+    """log pi(response) / tokens, which SimPO and ORPO compare."""
+    return response.mean
 
 
-def nothing(pair: PairBatch) -> dict[str, Array]:
-    """No further metrics."""
+def no_extra_metrics(pair: PairBatch) -> dict[str, Float[Array, "B P"]]:
+    """Return no metrics."""
     return {}
 
 
@@ -94,23 +106,28 @@ def preference(
     loss: Callable[..., Array],
     reference: Reference = "start",
     beta: float = 0.1,
-    reward: Callable[[Response], Array] = implicit,
-    extra: Callable[[PairBatch], dict[str, Array]] = nothing,
+    reward: Callable[[Response], Array] = implicit_reward,
+    extra: Callable[[PairBatch], dict[str, Array]] = no_extra_metrics,
 ) -> Objective:
-    """An objective of `loss(pair: PairBatch) -> [B, P]`, one of preference_losses.py's or your own: `sum_p w_p loss_p`.
+    """`sum_p w_p loss_p` over pairs, of any loss `(pair: PairBatch) -> [B, P]`: one of preference_losses.py's
+    or your own.
 
-    reference: "start" is the model at step 0, free where that is the base without a fresh adapter, else a frozen copy of the
-    trainable leaves; "precomputed" reads log-probs that were computed once before the run; EMAReference follows the policy;
-    None runs no reference. beta, reward: of the metrics rewards/*, beta * reward(answer). The loss has its own beta. extra(pair):
-    further metrics, one value per pair [B, P] each, whose means over the pairs are logged.
+    reference: "start" is the policy at step 0. It costs nothing if that is the base without a fresh adapter,
+        else aux keeps a copy of the trainable leaves. "precomputed" reads log-probs that were computed once
+        before the run; EMAReference follows the policy; None runs no reference.
+    beta, reward: of the metrics rewards/*, which are beta * reward(response). The loss has its own beta.
+    extra(pair): further metrics, a value per pair [B, P] each, logged as means over the pairs.
     """
     check_knobs(loss)
     declared = declaration(loss)
-    if reference is None and reward is implicit:
+    if reference is None and reward is implicit_reward:
         raise ValueError(
-            "without a reference the implicit reward is unknown; give preference(...) reward=summed or per_token"
+            "without a reference there is no implicit reward. Set preference(reward=summed_logp) or mean_logp"
         )
     ema = reference if isinstance(reference, EMAReference) else None
+    kind: Literal["none", "start", "moving", "precomputed"] = (
+        "moving" if isinstance(reference, EMAReference) else reference or "none"
+    )
 
     def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
         return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
@@ -121,36 +138,36 @@ def preference(
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
         lp = _without_padding(batch, logprobs(params, batch, key))
-        known = None
-        if reference == "precomputed":
-            known = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
-        elif reference is not None:
-            known = _without_padding(batch, reference_logps(params, batch, aux))
-        constants = jax.lax.stop_gradient((known, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit))
-        return Outputs(lp.logp, *constants, without_fields(batch, UNUSED))
+        reference_logp = None
+        if kind == "precomputed":
+            reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
+        elif kind != "none":
+            reference_logp = _without_padding(batch, reference_logps(params, batch, aux))
+        constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
+        return Outputs(lp.logp, *jax.lax.stop_gradient(constants), without_fields(batch, UNUSED))
 
-    def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+    def pair_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         pair = pair_batch(outputs.batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
         state = aux.get("loss", {})
         values = _checked_values(loss, pair, state)
         used = pair.weight > 0
         value = jnp.sum(jnp.where(used, pair.weight * values, 0))
         metrics = {
-            "loss": Sum(value, jnp.sum(pair.weight)),
-            **_metrics(pair, lambda answer: beta * reward(answer)),
-            **_token_metrics(outputs, pair),
+            LOSS: Sum(value, jnp.sum(pair.weight)),
+            **pair_metrics(pair, lambda response: beta * reward(response)),
+            **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
         if outputs.reference is not None:
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
-            metrics["loss_at_reference"] = Sum(jnp.sum(start), jnp.sum(pair.weight))
+            metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
         return value, jax.lax.stop_gradient(metrics)
 
     def init(trainable: Params, at_base: bool) -> Aux:
         aux: dict[str, Any] = {}
-        if ema or (reference == "start" and not at_base):
+        if kind == "moving" or (kind == "start" and not at_base):
             aux["reference"] = jax.tree.map(jnp.copy, trainable)
-        if ema:
+        if kind == "moving":
             aux["steps"] = jnp.zeros((), jnp.int32)
         if declared.init:
             aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}
@@ -160,136 +177,80 @@ def preference(
         out = dict(aux)
         if declared.init:
             out["loss"] = declared.update(aux["loss"], metrics)
-        return out | _moved(ema, aux, trainable) if ema else out
+        return out if ema is None else out | _update_reference(ema, aux, trainable)
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
-        known = None
-        if reference not in (None, "precomputed"):
-            known = reference_logps(params, batch, aux)
+        known = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
         return Scores(logprobs(params, batch, None).logp, known)
 
-    kind: Any = "moving" if ema else reference or "none"
+    implicit_beta = beta if reference is not None and reward is implicit_reward else None
     return Objective(
         forward,
-        objective_loss,
+        pair_loss,
         init,
         update,
         score,
         text=sft(model),
         facts=Facts(coupled=declared.coupled, reference=kind),
-        report=Report(partial(watch, beta if reference is not None and reward is implicit else None), words),
+        report=Report(partial(preference_alarms, implicit_beta), preference_summary),
     )
 
 
-def reference_params(params: Any, aux: Any) -> Any:
-    """The reference's parameters: the copy that aux keeps, or the base without the adapter."""
+def reference_params(params: Params, aux: Aux) -> Params:
+    """The reference's parameters: the copy in aux, or the base without the adapter."""
     if "reference" in aux:
         return tree.combine(aux["reference"], fused_update.plain(params))
     return {"base": params["base"]}
 
 
-def _without_padding(batch: Pairs, tree: Any) -> Any:
-    """Arrays [B, M] with 0 where a read position belongs to no answer."""
+def _without_padding(batch: Pairs, arrays: Any) -> Any:
+    """Arrays [B, M] with 0 where a read position belongs to no response."""
     real = batch.answers < batch.lengths.shape[1] * batch.lengths.shape[2]
-    return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros((), x.dtype)), tree)
+    return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros((), x.dtype)), arrays)
 
 
-def _precomputed(batch: Pairs) -> Array:
+def _precomputed(batch: Pairs) -> Float[Array, "B M"]:
     if batch.reference is None:
-        raise ValueError("the batch has no reference log-probs; compute them first or set reference=start")
+        raise ValueError("the batch has no reference log-probs. Compute them first or set reference=start")
     return batch.reference
 
 
-def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Array:
-    """The loss's values [B, P]. Raises ValueError that names the loss if it fails or returns another shape."""
+def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
+    """The loss's values. Raises ValueError that names the loss if it fails or returns another shape."""
     name = loss_name(loss)
     try:
         values = loss_values(loss, pair, state)
     except KeyError as error:
-        known = ", ".join([*pair.responses, *pair.columns])
+        available = ", ".join([*pair.responses, *pair.columns])
         raise ValueError(
-            f"loss {name}: the pairs have no field {error} (available: {known}). "
+            f"loss {name}: the pairs have no field {error} (available: {available}). "
             f"Add a column of the rows with data.extras"
         ) from error
     except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"loss {name} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    found = getattr(values, "shape", type(values).__name__)
-    if found != pair.weight.shape:
-        raise ValueError(f"loss {name} returns one value per pair, {pair.weight.shape}; got {found}")
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"loss {name} fails: {type(error).__name__}: {message}") from error
+    got = values.shape if isinstance(values, jax.Array | np.ndarray) else type(values).__name__
+    if got != pair.weight.shape:
+        raise ValueError(f"loss {name} must return one value per pair, {pair.weight.shape}; got {got}")
     return values
 
 
 def _at_reference(pair: PairBatch) -> PairBatch:
-    """The pairs as they would be scored by a policy that is the reference."""
-    same = lambda x: replace(x, logp=x.reference)  # noqa: E731
-    return replace(
-        pair, responses={kind: same(a) for kind, a in pair.responses.items()}, tokens=same(pair.tokens)
-    )
+    """The pairs as scored by a policy that equals the reference."""
+
+    def at_reference(x: Any) -> Any:
+        return replace(x, logp=x.reference)
+
+    responses = {kind: at_reference(x) for kind, x in pair.responses.items()}
+    return replace(pair, responses=responses, tokens=at_reference(pair.tokens))
 
 
-def _metrics(pair: PairBatch, reward: Callable) -> dict[str, Any]:
-    """TRL's numbers, every pair the same weight, and how margins go with length."""
-    chosen, rejected = pair.chosen, pair.rejected
-    used = pair.weight > 0
-    has = {kind: used & (pair.responses[kind].present > 0) for kind in ("chosen", "rejected")}
-    both = has["chosen"] & has["rejected"]
-    rewards = {"chosen": reward(chosen), "rejected": reward(rejected)}
-    margin = rewards["chosen"] - rewards["rejected"]
-    won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
-    longer = chosen.length - rejected.length
-    sides = {
-        "longer": rejected.length < SHORT * chosen.length,
-        "shorter": chosen.length < SHORT * rejected.length,
-    }
-    sides["alike"] = ~(sides["longer"] | sides["shorter"])
-    out: dict[str, Any] = {
-        "rewards/accuracies": Sum.of(won, both),
-        "rewards/margins": Sum.of(margin, both),
-        "length/margin_correlation": Correlation.of(longer, margin, both),
-        "length/accuracy_if_longer_wins": Sum.of(
-            (longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2, both
-        ),
-        "label_noise": Disagreement.of(margin, both),
-    }
-    for name, where in sides.items():
-        out[f"rewards/accuracies_chosen_{name}"] = Sum.of(won, both & where)
-    for kind, answer in (("chosen", chosen), ("rejected", rejected)):
-        out[f"rewards/{kind}"] = Sum.of(rewards[kind], has[kind])
-        out[f"logps/{kind}"] = Sum.of(answer.logp, has[kind])
-    return out
-
-
-def _token_metrics(outputs: Outputs, pair: PairBatch) -> dict[str, Any]:
-    """Means over tokens, TRL's: logits by kind, entropy of both answers, top-1 accuracy of the chosen one; and a KL estimate.
-
-    kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen answers' tokens (Schulman 2020's k3): exact in
-    expectation for tokens that the policy draws, an indication on these, which it is taught to draw. Rejected ones, which it is
-    taught to avoid, would make it explode.
-    """
-    kinds = tuple(pair.responses)
-    used = {kind: jnp.where(pair.weight > 0, pair.responses[kind].present, 0) for kind in kinds}
-    of = lambda *wanted: pair.spread({k: used[k] if k in wanted else jnp.zeros_like(used[k]) for k in kinds})  # noqa: E731
-    chosen, rejected, both = of("chosen"), of("rejected"), of("chosen", "rejected")
-    out: dict[str, Any] = {
-        "logits/chosen": Sum.of(outputs.mean_logit, chosen),
-        "logits/rejected": Sum.of(outputs.mean_logit, rejected),
-        "entropy": Sum.of(outputs.entropy, both),
-        "mean_token_accuracy": Sum.of(outputs.top1, chosen),
-    }
-    if outputs.reference is not None:
-        d = outputs.reference - outputs.logp
-        out["kl"] = Sum.of(jnp.expm1(d) - d, chosen)
-    return out
-
-
-def _moved(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
-    """The reference after a step, and its count of steps."""
+def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
+    """The moving reference after a step, and its count of steps."""
     steps = aux["steps"] + 1
     due = steps % ema.every == 0
 
-    def blend(p: Array, r: Array) -> Array:
-        return jnp.where(due, ema.alpha * p + (1 - ema.alpha) * r, r)
+    def blend(policy: Array, reference: Array) -> Array:
+        return jnp.where(due, ema.alpha * policy + (1 - ema.alpha) * reference, reference)
 
     return {"steps": steps, "reference": jax.tree.map(blend, trainable, aux["reference"])}

@@ -1,6 +1,7 @@
 """Log-probs and scores at the positions that are read, also on a mesh that cuts the time of rows into parts.
 
-There every part of a row has its own reads beside its own hidden states: only numbers, one a read, move between devices.
+There every part of a row has its own reads beside its own hidden states: only numbers, one a read, move
+between devices.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from jaxft.tree import static, struct
 
 @struct
 class Places:
-    """Where the read positions of B rows are on a mesh that cuts their time into C parts, in parts of m places each.
+    """Where the read positions of B rows are on a mesh that cuts their time into C parts, in parts of m
+    places each.
 
     of: for each place the number of its read, -1 for none. at: the other way round.
     """

@@ -1,8 +1,10 @@
-"""Preference losses without a reference (SimPO, CPO, ORPO, AlphaPO, TPO), and losses of single answers (KTO, BCO, APO).
+"""Preference losses without a reference (SimPO, CPO, ORPO, AlphaPO, TPO), and losses of single responses
+(KTO, BCO, APO).
 
-Names as in preference.py; further, lp = log pi(y|x) summed over tokens and a = lp / |y|, _c of the chosen and _r of the rejected
-answer; nll = -lp_c / mean |c|, summed with the pairs' weights the mean over the step's chosen tokens. The formulas are those of
-TRL 1.16's trainers of the same name unless a docstring says what differs; their NLL is a mean over a microbatch.
+Notation as in preference_losses.py; further, lp = log pi(y|x) summed over tokens and a = lp / |y|, _c of the
+chosen and _r of the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the mean over the step's
+chosen tokens. The formulas are those of TRL 1.16's trainers of the same name unless a docstring says what
+differs; their NLL is a mean over a microbatch.
 """
 
 import jax
@@ -12,7 +14,8 @@ from jaxtyping import Array
 
 from jaxft.objectives.numerics import capped, log1mexp, logistic, require, square
 from jaxft.objectives.pair import LossState, PairBatch, Response, coupled, reference_free
-from jaxft.objectives.preference_losses import PairLoss, sft
+from jaxft.objectives.preference_losses import PairLoss, nll
+from jaxft.objectives.preference_metrics import CHOSEN_REWARD, REJECTED_REWARD
 from jaxft.tree import Metrics
 
 
@@ -20,7 +23,8 @@ from jaxft.tree import Metrics
 def simpo(pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
-    beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll unless told not to.
+    beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll
+    unless told not to.
     """
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
@@ -42,21 +46,21 @@ def alphapo(
 def cpo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll`, x = beta (lp_c - lp_r) (Xu et al. 2024, arXiv:2401.08417).
 
-    CPO-SimPO is `mix((simpo, 1.0), (sft, alpha))`.
+    CPO-SimPO is `mix((simpo, 1.0), (nll, alpha))`.
     """
-    return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * sft(pair)
+    return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * nll(pair)
 
 
 @reference_free
 def cpo_hinge(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`relu(1 - beta (lp_c - lp_r)) + alpha nll`: TRL's CPO with loss_type hinge."""
-    return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * sft(pair)
+    return jax.nn.relu(1 - beta * (pair.chosen.logp - pair.rejected.logp)) + alpha * nll(pair)
 
 
 @reference_free
 def cpo_ipo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`(a_c - a_r - 1 / (2 beta))^2 + alpha nll`: TRL's CPO with loss_type ipo."""
-    return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * sft(pair)
+    return square(pair.chosen.mean - pair.rejected.mean - 1 / (2 * beta)) + alpha * nll(pair)
 
 
 def log_odds(pair: PairBatch) -> PairLoss:
@@ -71,42 +75,45 @@ def orpo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
 
     nll is of the answer's tokens, as in the paper; TRL's is of prompt and answer.
     """
-    return sft(pair) - beta * log_sigmoid(log_odds(pair))
+    return nll(pair) - beta * log_sigmoid(log_odds(pair))
 
 
 def orpo_metrics(pair: PairBatch) -> dict[str, Array]:
-    """TRL's further numbers of ORPO, as preference(extra=...) takes them: nll_loss, log_odds_ratio, log_odds_chosen."""
+    """TRL's further metrics of ORPO, for preference(extra=...): nll_loss, log_odds_ratio, log_odds_chosen."""
     odds = log_odds(pair)
-    return {"nll_loss": sft(pair), "log_odds_ratio": log_sigmoid(odds), "log_odds_chosen": odds}
+    return {"nll_loss": nll(pair), "log_odds_ratio": log_sigmoid(odds), "log_odds_chosen": odds}
 
 
 def kto_metrics(pair: PairBatch) -> dict[str, Array]:
-    """kl_mismatched: the mean log-ratio of the mismatched answers, whose positive part is KTO's reference point (TRL's `kl`)."""
+    """kl_mismatched: the log-ratio of the mismatched responses, whose mean's positive part is KTO's reference
+    point.
+
+    For preference(extra=...); TRL calls it `kl`.
+    """
     return {
         "kl_mismatched": _response(
-            pair, "kto", "mismatched", "another row's answer, added by the data side"
+            pair, "kto", "mismatched", "another row's response: set data.third=mismatched"
         ).ratio
     }
 
 
 def _response(pair: PairBatch, loss: str, kind: str, source: str) -> Response:
     if kind not in pair.responses:
-        found = ", ".join(pair.responses)
-        raise ValueError(
-            f"{loss} needs a third answer `{kind}` ({source}), found {found}; set the data up for {loss}"
-        )
+        available = ", ".join(pair.responses)
+        raise ValueError(f"{loss} needs a third response `{kind}` (available: {available}). It is {source}")
     return pair.responses[kind]
 
 
 def _gold_nll(pair: PairBatch) -> Array:
-    gold = _response(pair, "tpo", "gold", "a column of the rows, TRL's `reference`")
+    gold = _response(pair, "tpo", "gold", "a column of the rows, TRL's `reference`: set data.third=gold")
     return -gold.logp / gold.mean_length
 
 
 @reference_free
 def tpo(pair: PairBatch, beta: float = 0.01, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
-    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (lp_c - lp_r): triple preferences, with a third answer `gold`
-    to imitate (Saeidi et al. 2024, arXiv:2405.16681). Without one, use `partial(cpo, alpha=0.0)`.
+    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (lp_c - lp_r): triple preferences, with a
+    third response `gold` to imitate (Saeidi et al. 2024, arXiv:2405.16681). Without one, use `partial(cpo,
+    alpha=0.0)`.
     """
     return logistic(beta * (pair.chosen.logp - pair.rejected.logp), label_smoothing) + alpha * _gold_nll(pair)
 
@@ -127,14 +134,18 @@ def tpo_ipo(pair: PairBatch, beta: float = 0.01, alpha: float = 1.0) -> PairLoss
 def tpo_l(
     pair: PairBatch, beta: float = 0.01, gamma: float = 0.5, alpha: float = 1.0, label_smoothing: float = 0.0
 ) -> PairLoss:
-    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L (arXiv:2405.16681)."""
+    """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L
+    (arXiv:2405.16681).
+    """
     return logistic(
         beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing
     ) + alpha * _gold_nll(pair)
 
 
 def _over_responses(pair: PairBatch, chosen: Array, rejected: Array) -> PairLoss:
-    """Mean over the answers that a slot has: one in unpaired rows, two in a pair (so that a pair is worth one row)."""
+    """Mean over the responses that a slot has: one in unpaired rows, two in a pair, so that a pair counts as
+    one row.
+    """
     total = pair.chosen.present * chosen + pair.rejected.present * rejected
     return total / jnp.maximum(pair.chosen.present + pair.rejected.present, 1.0)
 
@@ -142,9 +153,10 @@ def _over_responses(pair: PairBatch, chosen: Array, rejected: Array) -> PairLoss
 def apo_zero_unpaired(
     pair: PairBatch, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> PairLoss:
-    """`desirable sigmoid(-beta c)` of a chosen answer, `undesirable sigmoid(beta r)` of a rejected one (arXiv:2408.06266).
+    """`desirable sigmoid(-beta c)` of a chosen response, `undesirable sigmoid(beta r)` of a rejected one.
 
-    TRL's KTOTrainer with loss_type apo_zero_unpaired. A slot with both answers gives their mean.
+    arXiv:2408.06266; TRL's KTOTrainer with loss_type apo_zero_unpaired. A slot with both responses has their
+    mean.
     """
     chosen = desirable_weight * sigmoid(-beta * pair.chosen.ratio)
     return _over_responses(pair, chosen, undesirable_weight * sigmoid(beta * pair.rejected.ratio))
@@ -164,14 +176,16 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> PairLoss:
-    """`desirable sigmoid(-beta (c - kl))` of a chosen answer, `undesirable sigmoid(-beta (kl - r))` of a rejected one, with kl =
-    max(0, mean log-ratio of the step's `mismatched` answers), which has no gradient (Ethayarajh et al. 2024, arXiv:2402.01306).
+    """`desirable sigmoid(-beta (c - kl))` of a chosen response, `undesirable sigmoid(-beta (kl - r))` of a
+    rejected one.
 
-    A mismatched answer is another row's answer to this row's prompt. The mean is over the whole optimizer batch, where TRL's is
-    over a microbatch. A slot with both answers gives the mean of the two.
+    kl = max(0, mean log-ratio of the step's `mismatched` responses), without gradient (Ethayarajh et al.
+    2024, arXiv:2402.01306). A mismatched response is another row's response to this row's prompt. The mean is
+    over the whole optimizer batch, where TRL's is over a microbatch. A slot with both responses has the mean
+    of the two.
     """
-    other = _response(pair, "kto", "mismatched", "another row's answer, added by the data side")
-    kl = jnp.maximum(_weighted_mean(other.ratio, pair.weight * other.present), 0)
+    mismatched = _response(pair, "kto", "mismatched", "another row's response: set data.third=mismatched")
+    kl = jnp.maximum(_weighted_mean(mismatched.ratio, pair.weight * mismatched.present), 0)
     kl = jax.lax.stop_gradient(kl)
     chosen = desirable_weight * sigmoid(-beta * (pair.chosen.ratio - kl))
     return _over_responses(pair, chosen, undesirable_weight * sigmoid(-beta * (kl - pair.rejected.ratio)))
@@ -185,20 +199,22 @@ def _merged(state: LossState, mean: Array, count: Array) -> dict[str, Array]:
 
 
 def _bco_update(state: LossState, metrics: Metrics) -> dict[str, Array]:
-    chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    chosen, rejected = metrics[CHOSEN_REWARD], metrics[REJECTED_REWARD]
     count = chosen.weight + rejected.weight
-    moved = _merged(state, (chosen.total + rejected.total) / jnp.maximum(count, 1), count)
-    return {name: x.astype(state[name].dtype) for name, x in moved.items()}
+    merged = _merged(state, (chosen.total + rejected.total) / jnp.maximum(count, 1), count)
+    return {name: x.astype(state[name].dtype) for name, x in merged.items()}
 
 
 @coupled(init={"delta": 0.0, "count": 0.0}, update=_bco_update)
 def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
-    """`-LS(beta c - delta)` of a chosen answer, `-LS(delta - beta r)` of a rejected one; delta is the mean of all rewards so far,
-    beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656; TRL 1.13's BCOTrainer).
+    """`-LS(beta c - delta)` of a chosen response, `-LS(delta - beta r)` of a rejected one, delta the mean of
+    all rewards so far.
 
-    After a step delta moves by the metrics rewards/chosen and rewards/rejected, so the objective's beta must be this one. Every
-    answer counts the same in delta whatever its row's weight. A slot with both answers gives the mean of the two. TRL's density
-    ratio weights (UDM) are not here.
+    Rewards are beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656;
+    TRL 1.13's BCOTrainer). After a step delta is updated from the metrics rewards/chosen and
+    rewards/rejected, so the objective's beta must equal this one. Every response counts the same in delta
+    whatever its row's weight. A slot with both responses has the mean of the two. TRL's density ratio weights
+    (UDM) are not implemented.
     """
     c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
     used = (pair.weight > 0).astype(c.dtype)

@@ -1,38 +1,49 @@
-"""Reward models: a scalar head is taught to score the better of two answers higher (Bradley & Terry 1952)."""
+"""Reward models: a scalar head learns to score the better of two responses higher (Bradley & Terry 1952)."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs, without_fields
-from jaxft.objectives.alarms import Alarms, by_length, change, skipped
+from jaxft.objectives.alarms import (
+    Alarms,
+    Check,
+    Entry,
+    Memory,
+    change,
+    check_more_than_length,
+    check_skipped_steps,
+    has_numbers,
+    length_note,
+    run_alarms,
+)
 from jaxft.objectives.logprobs import LanguageModel
-from jaxft.objectives.metrics import Correlation, Max, Min, Sum
+from jaxft.objectives.metrics import HELD_OUT, LOSS, Correlation, Max, Min, Sum
 from jaxft.objectives.objective import Objective, Report
+from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, Metrics, Params, struct
 
-Values = Float[Array, "B P"]
+Rewards = Float[Array, "B P"]  # one per pair
+
+ACCURACY, MARGIN = "accuracy", "margin"
+MEAN_REWARD, MIN_REWARD, MAX_REWARD = "mean_reward", "min_reward", "max_reward"
+# fmt: off
 UNUSED = (
-    "ids",
-    "segments",
-    "positions",
-    "read",
-    "targets",
-    "answers",
-    "places",
-    "last",
-    "reference",
-    "branches",
+    "ids", "segments", "positions", "read", "targets", "answers", "places", "last", "reference", "branches",
 )  # fields of Pairs that the loss does not read
+# fmt: on
 
 
-def bradley_terry(chosen: Values, rejected: Values, margin: Values) -> Values:
-    """-log sigmoid(r_chosen - r_rejected - margin), a value a pair (Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin of
-    Touvron et al. 2023, arXiv:2307.09288, eq. 2)."""
+def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Rewards:
+    """-log sigmoid(r_chosen - r_rejected - margin), a value per pair.
+
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin is that of Touvron et al. 2023, arXiv:2307.09288,
+    eq. 2.
+    """
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
@@ -40,8 +51,8 @@ def bradley_terry(chosen: Values, rejected: Values, margin: Values) -> Values:
 class Outputs:
     """The forward pass of a batch: a reward per response. batch: the pairs without their tokens."""
 
-    chosen: Values
-    rejected: Values
+    chosen: Rewards
+    rejected: Rewards
     batch: Pairs
 
 
@@ -49,17 +60,19 @@ def reward(
     model: LanguageModel,
     margin: str | None = None,
     center: float = 0.0,
-    loss: Callable[[Values, Values, Values], Values] = bradley_terry,
+    loss: Callable[[Rewards, Rewards, Rewards], Rewards] = bradley_terry,
 ) -> Objective:
-    """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the pairs' weights.
+    """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the
+    pairs' weights.
 
-    model: with a scalar head, models.heads.scorer's. margin: a column of the pairs, by how much the chosen response should be
-    ahead; None for 0. center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), since the rest of the loss
-    depends on differences alone; 0.01 is usual. Metrics, TRL's names: loss, accuracy, margin and the smallest, mean and largest
-    reward.
+    model: with a scalar head, models.heads.scorer's.
+    margin: a column of the pairs, by how much the chosen response should be ahead; None for 0.
+    center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), as the rest of the loss depends
+        on differences alone; 0.01 is usual.
+    Metrics, TRL's names: loss, accuracy, margin and the smallest, mean and largest reward.
     """
     if not 0 <= center < float("inf"):
-        raise ValueError(f"center={center}; expected a number from 0 up")
+        raise ValueError(f"center={center}: expected a finite number of at least 0")
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
         # All responses go through the model together; each is scored at its last token.
@@ -69,82 +82,73 @@ def reward(
         chosen, rejected = (r_BPA[..., batch.kinds.index(kind)] for kind in ("chosen", "rejected"))
         return Outputs(chosen, rejected, without_fields(batch, UNUSED))
 
-    def objective_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+    def reward_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         chosen, rejected, dtype = outputs.chosen, outputs.rejected, outputs.chosen.dtype
         weight = outputs.batch.pair_weights.astype(dtype)
         ahead = jnp.zeros((), dtype) if margin is None else _column(outputs.batch, margin).astype(dtype)
         values = loss(chosen, rejected, ahead) + center * jnp.square(chosen + rejected)
         value = jnp.sum(jnp.where(weight > 0, weight * values, 0))
-        return value, jax.lax.stop_gradient({"loss": Sum(value, jnp.sum(weight)), **_metrics(outputs)})
+        return value, jax.lax.stop_gradient({LOSS: Sum(value, jnp.sum(weight)), **_metrics(outputs)})
 
-    return Objective(forward, objective_loss, report=Report(alarms, summary))
+    return Objective(forward, reward_loss, report=Report(reward_alarms, reward_summary))
 
 
-def _column(batch: Pairs, name: str) -> Values:
+def _column(batch: Pairs, name: str) -> Rewards:
     if name not in batch.columns:
-        found = ", ".join(batch.columns) or "none"
+        available = ", ".join(batch.columns) or "none"
         raise ValueError(
-            f"margin={name} is no column of the pairs, which have {found}; name it in data.extras too"
+            f"margin={name}: the pairs have no such column (available: {available}). Add data.extras={name}"
         )
     return batch.columns[name]
 
 
-def alarms(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
-    """Whether more than length was learned, and steps that were not finite; see watch.py."""
-    number = {
-        name: value for name, value in entry.items() if isinstance(value, int | float)
-    }  # null was not finite
-    memory, lines, found_alarms = skipped(memory, number, last, None)
-    found, guess = number.get("eval_accuracy"), by_length(number)
-    if last and found is not None and guess is not None and found <= guess[0]:
-        told = (
-            f"held-out accuracy is {found:.2f} and always taking the {guess[1]} answer gives {guess[0]:.2f}"
-        )
-        found_alarms = [
-            *found_alarms,
-            f"{told}: nothing was learned but length, if that. Train longer, or with a higher optim.lr",
-        ]
-    return Alarms(memory, lines, found_alarms)
-
-
-def summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    """How the run went, in plain lines. first, last: of every name in metrics.jsonl the first value and the newest."""
-    there = lambda *names: all(isinstance(last.get(name), int | float) for name in names)  # noqa: E731
-    lines = []
-    if there("eval_accuracy"):
-        guess = by_length(last)
-        beside = f"; always taking the {guess[1]} answer gives {guess[0]:.2f}" if guess else ""
-        lines.append(f"held-out accuracy: {change('eval_accuracy', first, last, 2)}{beside}")
-    if there("eval_margin"):
-        lines.append(f"held-out margin of the rewards: {change('eval_margin', first, last, 3)}")
-    if there("eval_mean_reward", "eval_min_reward", "eval_max_reward"):
-        mean, low, high = (last[f"eval_{name}_reward"] for name in ("mean", "min", "max"))
-        lines.append(f"rewards of held-out answers: {mean:.2f} in the mean, {low:.2f} to {high:.2f}")
-    if there("eval_length/margin_correlation"):
-        lines.append(f"margin and length: correlation {last['eval_length/margin_correlation']:.2f}")
-    return lines
-
-
-def _metrics(outputs: Outputs) -> dict[str, Any]:
-    """Every pair the same weight; a tie is no win."""
+def _metrics(outputs: Outputs) -> Metrics:
+    """Means over pairs of equal weight; a tie is not won."""
     chosen, rejected, batch = outputs.chosen, outputs.rejected, outputs.batch
     used = batch.pair_weights > 0
     margin = chosen - rejected
     won = jnp.where(jnp.isnan(margin), margin, (margin > 0).astype(margin.dtype))
-    count = lambda kind: batch.lengths[..., batch.kinds.index(kind)].astype(margin.dtype)  # noqa: E731
-    longer = count("chosen") - count("rejected")
-    by_length = (longer > 0).astype(margin.dtype) + (longer == 0).astype(margin.dtype) / 2
+    lengths = [
+        batch.lengths[..., batch.kinds.index(kind)].astype(margin.dtype) for kind in ("chosen", "rejected")
+    ]
+    longer = lengths[0] - lengths[1]
+
+    def mean(values: Rewards) -> Sum:
+        return Sum.of(jnp.where(used, values, 0), used)
+
     return {
-        "accuracy": _mean(won, used),
-        "margin": _mean(margin, used),
-        "mean_reward": _mean((chosen + rejected) / 2, used),
-        "min_reward": Min(jnp.min(jnp.where(used, jnp.minimum(chosen, rejected), jnp.inf))),
-        "max_reward": Max(jnp.max(jnp.where(used, jnp.maximum(chosen, rejected), -jnp.inf))),
-        "length/margin_correlation": Correlation.of(longer, margin, used),
-        "length/accuracy_if_longer_wins": _mean(by_length, used),
+        ACCURACY: mean(won),
+        MARGIN: mean(margin),
+        MEAN_REWARD: mean((chosen + rejected) / 2),
+        MIN_REWARD: Min(jnp.min(jnp.where(used, jnp.minimum(chosen, rejected), jnp.inf))),
+        MAX_REWARD: Max(jnp.max(jnp.where(used, jnp.maximum(chosen, rejected), -jnp.inf))),
+        MARGIN_LENGTH_CORRELATION: Correlation.of(longer, margin, used),
+        LONGER_WINS: mean(longer_wins(longer, margin.dtype)),
     }
 
 
-def _mean(values: Values, where: Array) -> Sum:
-    w = where.astype(values.dtype)
-    return Sum(jnp.sum(jnp.where(where, values, 0)), jnp.sum(w))
+def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
+    """Alarms of a reward run: steps that were not finite, and a model that has learned at most length."""
+    checks: dict[str, Check] = {
+        "skipped": check_skipped_steps,
+        "length": partial(check_more_than_length, ACCURACY),
+    }
+    return run_alarms(checks, memory, entry, last)
+
+
+def reward_summary(first: Entry, last: Entry) -> list[str]:
+    """How a reward run went, in lines of text. first, last: each metric's first and newest value."""
+    lines = []
+    mean, low, high = (HELD_OUT + name for name in (MEAN_REWARD, MIN_REWARD, MAX_REWARD))
+    correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION
+    if has_numbers(last, HELD_OUT + ACCURACY):
+        lines.append(f"held-out accuracy: {change(HELD_OUT + ACCURACY, first, last, 2)}{length_note(last)}")
+    if has_numbers(last, HELD_OUT + MARGIN):
+        lines.append(f"held-out margin of the rewards: {change(HELD_OUT + MARGIN, first, last, 3)}")
+    if has_numbers(last, mean, low, high):
+        lines.append(
+            f"rewards of held-out responses: mean {last[mean]:.2f}, from {last[low]:.2f} to {last[high]:.2f}"
+        )
+    if has_numbers(last, correlation):
+        lines.append(f"margin and length: correlation {last[correlation]:.2f}")
+    return lines

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
-from jaxft.objectives.metrics import Sum
+from jaxft.objectives.metrics import ENTROPY, LOSS, TOKEN_ACCURACY, Sum
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_logp
 from jaxft.tree import Aux, Metrics, Params, struct
@@ -23,7 +23,8 @@ class Outputs:
 
 
 def sft(model: LanguageModel) -> Objective:
-    """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1 over a step.
+    """`loss = -sum_t w_t log p(target_t | tokens before)`, with the batch's token weights, which sum to 1
+    over a step.
 
     Metrics, TRL's names: loss, entropy and mean_token_accuracy as means over the tokens with a weight.
     """
@@ -59,8 +60,8 @@ def _metrics(loss: Array, outputs: Outputs) -> Metrics:
     trained = (outputs.weight > 0).astype(outputs.weight.dtype)
     count = jnp.sum(trained)
     metrics = {
-        "loss": Sum(loss, jnp.sum(outputs.weight)),
-        "entropy": Sum(jnp.sum(trained * outputs.entropy), count),
-        "mean_token_accuracy": Sum(jnp.sum(trained * outputs.top1), count),
+        LOSS: Sum(loss, jnp.sum(outputs.weight)),
+        ENTROPY: Sum(jnp.sum(trained * outputs.entropy), count),
+        TOKEN_ACCURACY: Sum(jnp.sum(trained * outputs.top1), count),
     }
     return jax.lax.stop_gradient(metrics)

@@ -28,7 +28,7 @@ def make_eval_step(objective: Objective) -> Callable:
 
 def evaluate(step: Callable, batches: Iterable[Any]) -> dict[str, float]:
     """Add the metrics of every batch on the host and divide once. `step(batch) -> metrics`."""
-    return m.read(added(step, batches))
+    return m.as_floats(added(step, batches))
 
 
 def added(step: Callable, batches: Iterable[Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def added(step: Callable, batches: Iterable[Any]) -> dict[str, Any]:
 
 def evaluate_together(see: Callable, judge: Callable, batches: Iterable[Any]) -> dict[str, float]:
     """Numbers of an objective that couples rows: `judge(seen)` of what `see(batch)` gives for all batches, row by row."""
-    return m.read(judge(stacked([jax.device_get(see(batch)) for batch in batches])))
+    return m.as_floats(judge(stacked([jax.device_get(see(batch)) for batch in batches])))
 
 
 def stacked(seen: list[Any]) -> Any:

@@ -20,7 +20,7 @@ class Meter:
     """Adds up the steps between two logged ones on the host, one step behind the device, and counts the bad ones.
 
     counters: what a checkpoint keeps, so that a run that goes on logs the same numbers. A step that was not finite adds
-    nothing but its tokens; only a window without another one shows its numbers. A Disagreement wants pairs that the model hasn't
+    nothing but its tokens; only a window without another one shows its numbers. A LabelNoise wants pairs that the model hasn't
     learned from: it is that of the first epoch so far, in which every pair is scored before its own update.
     """
 
@@ -36,8 +36,8 @@ class Meter:
         self._counters = {**start, **(counters or {})}
         self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
         self._sums, self._epoch = (
-            metrics.loaded(self._counters["window"]),
-            metrics.loaded(self._counters["epoch"]),
+            metrics.from_json(self._counters["window"]),
+            metrics.from_json(self._counters["epoch"]),
         )
         trains_base = any(jax.tree.leaves(t.mask["base"]))
         self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
@@ -63,7 +63,7 @@ class Meter:
             step, tokens, found = self._waiting.popleft()
             now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
             bad = bool(now.pop("skipped").total > 0)
-            fresh = {name: now.pop(name) for name in list(now) if isinstance(now[name], metrics.Disagreement)}
+            fresh = {name: now.pop(name) for name in list(now) if isinstance(now[name], metrics.LabelNoise)}
             if not bad and step < self._source.steps_per_epoch:
                 self._epoch = metrics.add(self._epoch, fresh) if self._epoch else fresh
             self._last = step
@@ -90,7 +90,7 @@ class Meter:
         """What a checkpoint after the newest step keeps. Waits for the device."""
         self._take(0)
         good = self._sums if self._counters["good"] else {}
-        return {**self._counters, "window": metrics.kept(good), "epoch": metrics.kept(self._epoch)}
+        return {**self._counters, "window": metrics.to_json(good), "epoch": metrics.to_json(self._epoch)}
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, perf) of the steps since the last reading. Waits for the device."""
@@ -98,7 +98,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         out = {
-            **metrics.read({name: m for name, m in sorted({**self._sums, **self._epoch}.items())}),
+            **metrics.as_floats({name: m for name, m in sorted({**self._sums, **self._epoch}.items())}),
             "skipped": self._counters["skipped"],
             "learning_rate": float(self._rates[self._last]),
             "epoch": (self._last + 1) / self._source.steps_per_epoch,

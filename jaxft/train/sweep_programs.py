@@ -96,7 +96,7 @@ def compile_eval(
         return see([x.trainable for x in states], frozen, place(batch), [x.aux for x in states])  # noqa: E731
 
     def read(total: Any) -> list[dict[str, float]]:
-        return [metrics.read(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
+        return [metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
 
     if not t.coupled:
         return lambda states: read(evaluate.added(partial(on, states), batches))

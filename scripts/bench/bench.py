@@ -206,7 +206,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - since)
             tokens.append(useful(batch, tokenizer.eos_token_id))
-            losses.append(metrics.read(found)["loss"])
+            losses.append(metrics.as_floats(found)["loss"])
             say(
                 f"step {len(losses)}/{len(numbers)}: loss {losses[-1]:.4f}, {tokens[-1] / seconds[-1]:.0f} tokens/s"
             )

@@ -20,7 +20,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor, quantize
 from jaxft.objectives import preference_losses as P
-from jaxft.objectives.policy import critic, policy
+from jaxft.objectives.critic import value_function
+from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import EXTRA, placed
@@ -164,7 +165,7 @@ def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_th
     rows = laid_out_completions(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
     rows = jax.tree.map(jnp.asarray, rows)
     values, h = (
-        critic(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),
+        value_function(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),
         jnp.arange(float(length))[None, :, None],
     )
     model, whole, _ = kind_of("full")

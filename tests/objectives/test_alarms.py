@@ -1,4 +1,4 @@
-"""What a preference run tells its user: alarms that fire where they should and nowhere else, and closing words."""
+"""Alarms that fire where they should and nowhere else, and the summary of a preference run."""
 
 import json
 import re
@@ -9,33 +9,41 @@ import pytest
 from dpo_place import write_pair_place
 from tiny_run import Place
 
-from jaxft.objectives.alarms import FALLS, WINDOW, watch, watch_rollouts, words
+from jaxft.objectives.alarms import (
+    FALLS,
+    WINDOW,
+    preference_alarms,
+    preference_summary,
+    rollout_alarms,
+)
 from jaxft.runs.log import Log
 from jaxft.runs.trackers.jsonl import read_entries
 
 BETA = 0.1
 
 
-def heard(entries, beta=BETA, total=None):
-    """(lines, [(step, alarm)]) of a run's entries."""
-    memory, lines, alarms = {}, [], []
+def report_of(entries, beta=BETA, total=None):
+    """(messages, [(step, alarm)]) of a run's entries."""
+    memory, messages, alarms = {}, [], []
     for entry in entries:
-        memory, said, found = watch(beta, memory, entry, entry["step"] == total and "loss" not in entry)
-        lines += said
+        memory, new, found = preference_alarms(
+            beta, memory, entry, entry["step"] == total and "loss" not in entry
+        )
+        messages += new
         alarms += [(entry["step"], text) for text in found]
-    return lines, alarms
+    return messages, alarms
 
 
-def trained(ratios, logp=-100.0):
-    """Entries of training steps whose chosen answers are at these log-ratios to the reference, in nats."""
+def train_entries(ratios, logp=-100.0):
+    """Entries of training steps whose chosen responses are at these log-ratios to the reference, in nats."""
     numbers = enumerate(np.asarray(ratios, float), 1)
     return [
         {"step": i, "loss": 0.6, "rewards/chosen": BETA * x, "logps/chosen": logp + x} for i, x in numbers
     ]
 
 
-def measured(curve, every=10, **more):
-    """Entries of held-out measurements of the chosen answers' log-prob."""
+def held_out_entries(curve, every=10, **more):
+    """Entries of evaluations of the held-out chosen responses' log-prob."""
     return [
         {"step": every * i, "eval_logps/chosen": x, **{k: v[i] for k, v in more.items()}}
         for i, x in enumerate(curve)
@@ -46,23 +54,25 @@ def noise(seed, steps, size=4.0):
     return np.random.default_rng(seed).normal(0, size, steps)
 
 
-def test_a_log_prob_that_keeps_falling_is_told_once_and_again_where_it_is_much_worse():
-    _, alarms = heard(trained(-0.3 * np.arange(200) + noise(0, 200, 1.5)))
+def test_a_falling_log_prob_raises_an_alarm_once_and_again_when_it_has_doubled():
+    _, alarms = report_of(train_entries(-0.3 * np.arange(200) + noise(0, 200, 1.5)))
     assert alarms[0][0] <= 40 and 3 <= len(alarms) <= 5
-    depths = [float(re.search(r"([\d.]+) nats an answer below the reference", text)[1]) for _, text in alarms]
+    depths = [
+        float(re.search(r"([\d.]+) nats per response below the reference", text)[1]) for _, text in alarms
+    ]
     assert depths[0] > 3 and all(b > 2 * a for a, b in zip(depths, depths[1:], strict=False))
     for word in ("optim.lr", "beta", "dpop", "mix", "arXiv:2410.08847"):
         assert word in alarms[0][1]
 
 
-def test_the_first_three_windows_can_be_enough_and_a_slow_fall_in_much_noise_is_found():
-    assert heard(trained(-1.0 * np.arange(15)))[1][0][0] == FALLS * WINDOW == 15
+def test_three_windows_can_suffice_and_a_slow_fall_in_noise_is_detected():
+    assert report_of(train_entries(-1.0 * np.arange(15)))[1][0][0] == FALLS * WINDOW == 15
     for seed in range(20):
-        assert heard(trained(-0.02 * np.arange(1500) + noise(seed, 1500)))[1]
+        assert report_of(train_entries(-0.02 * np.arange(1500) + noise(seed, 1500)))[1]
 
 
 @pytest.mark.parametrize("curve", ["noise", "rise", "fall and back", "a little below"])
-def test_what_does_not_keep_falling_raises_no_alarm(curve):
+def test_a_log_prob_that_does_not_keep_falling_raises_no_alarm(curve):
     for seed in range(20):
         x, t = noise(seed, 400), np.arange(400)
         shape = {
@@ -71,20 +81,26 @@ def test_what_does_not_keep_falling_raises_no_alarm(curve):
             "fall and back": np.where(t < 10, -t, 0.1 * t),
             "a little below": np.maximum(-0.01 * t, -1.5),
         }[curve]
-        assert heard(trained(shape + x))[1] == []
+        assert report_of(train_entries(shape + x))[1] == []
 
 
-def test_long_answers_may_lose_more():
+def test_long_responses_may_lose_more():
     falling = -0.25 * np.arange(60)
-    assert heard(trained(falling, logp=-100))[1] and not heard(trained(falling, logp=-1000))[1]
-    assert heard(measured([-100, -104, -108]))[1] and not heard(measured([-1000, -1004, -1008]))[1]
+    assert (
+        report_of(train_entries(falling, logp=-100))[1]
+        and not report_of(train_entries(falling, logp=-1000))[1]
+    )
+    assert (
+        report_of(held_out_entries([-100, -104, -108]))[1]
+        and not report_of(held_out_entries([-1000, -1004, -1008]))[1]
+    )
 
 
 def test_held_out_log_probs_are_compared_with_step_0():
-    assert [step for step, _ in heard(measured([-100, -102, -105, -104, -106]))[1]] == [20]
+    assert [step for step, _ in report_of(held_out_entries([-100, -102, -105, -104, -106]))[1]] == [20]
     assert (
-        "5.0 nats an answer below step 0 on the held-out pairs"
-        in heard(measured([-100, -102, -105]))[1][0][1]
+        "5.0 nats per response below step 0 on the held-out pairs"
+        in report_of(held_out_entries([-100, -102, -105]))[1][0][1]
     )
     for curve in (
         [-100, -105, -104, -106, -105],
@@ -92,74 +108,81 @@ def test_held_out_log_probs_are_compared_with_step_0():
         [-100, -90, -95, -99],
         [-100, -100, -100],
     ):
-        assert heard(measured(curve))[1] == [], curve
-    assert [step for step, _ in heard(measured([-100, -110]), total=10)[1]] == [
+        assert report_of(held_out_entries(curve))[1] == [], curve
+    assert [step for step, _ in report_of(held_out_entries([-100, -110]), total=10)[1]] == [
         10
-    ]  # at the end two measurements have to do
+    ]  # at the end two evaluations suffice
 
 
-def test_without_a_reference_only_held_out_pairs_tell():
-    assert heard(trained(-1.0 * np.arange(100)), beta=None)[1] == []
-    assert heard(measured([-100, -105, -110]), beta=None)[1]
+def test_without_a_reference_only_held_out_pairs_raise_the_alarm():
+    assert report_of(train_entries(-1.0 * np.arange(100)), beta=None)[1] == []
+    assert report_of(held_out_entries([-100, -105, -110]), beta=None)[1]
 
 
-def test_what_is_not_a_number_is_passed_over():
+def test_values_that_are_not_finite_are_ignored():
     entries = [
-        {name: None if name != "step" else x for name, x in entry.items()} for entry in trained(np.zeros(20))
+        {name: None if name != "step" else x for name, x in entry.items()}
+        for entry in train_entries(np.zeros(20))
     ]
-    assert heard([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries]) == ([], [])
-    assert words({"eval_rewards/margins": None}, {"eval_rewards/margins": None}) == []
+    assert report_of([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries]) == ([], [])
+    assert preference_summary({"eval_rewards/margins": None}, {"eval_rewards/margins": None}) == []
 
 
 @pytest.mark.parametrize("step, name", [(0, "eval_"), (1, "")])
-def test_the_first_loss_is_checked_against_theory(step, name):
+def test_the_first_loss_is_compared_with_its_theoretical_value(step, name):
     def say(found, theory):
-        return heard([{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}])  # noqa: E731
+        return report_of([{"step": step, f"{name}loss": found, f"{name}loss_at_reference": theory}])  # noqa: E731
 
     for found, theory in ((0.6931, 0.6931), (0.6985, 0.6931), (25.7, 25.0), (0.0, 0.0)):
         lines, alarms = say(found, theory)
-        assert len(lines) == 1 and f"{found:.4f}, theory says {theory:.4f}" in lines[0] and alarms == []
+        assert len(lines) == 1 and f"{found:.4f}, in theory {theory:.4f}" in lines[0] and alarms == []
     for found, theory in ((0.76, 0.6931), (0.62, 0.6931), (27.0, 25.0)):
         lines, alarms = say(found, theory)
-        assert lines == [] and "should begin as the same model and don't" in alarms[0][1]
+        assert lines == [] and "should start as the same model but do not" in alarms[0][1]
 
 
-def test_that_it_agrees_is_said_once_and_later_losses_are_not_first_ones():
+def test_agreement_is_reported_once_and_later_losses_are_not_compared():
     first = [
         {"step": 0, "eval_loss": 0.7, "eval_loss_at_reference": 0.7},
         {"step": 1, "loss": 0.7, "loss_at_reference": 0.7},
     ]
-    lines, alarms = heard([*first, {"step": 2, "loss": 0.1, "loss_at_reference": 0.7}])
+    lines, alarms = report_of([*first, {"step": 2, "loss": 0.1, "loss_at_reference": 0.7}])
     assert len(lines) == 1 and alarms == []
-    assert heard([{"step": 5, "loss": 0.4, "loss_at_reference": 0.7}]) == ([], [])  # a mean over five steps
+    assert report_of([{"step": 5, "loss": 0.4, "loss_at_reference": 0.7}]) == (
+        [],
+        [],
+    )  # a mean over five steps
 
 
-def test_a_margin_that_grows_while_held_out_accuracy_falls_is_told_once():
+def test_a_growing_margin_with_falling_held_out_accuracy_raises_one_alarm():
     acc, margin = [0.5, 0.8, 0.7, 0.7, 0.68, 0.66], [0.0, 0.5, 0.6, 0.7, 0.9, 1.2]
     entries = [
         {"step": i, "eval_rewards/accuracies": a, "eval_rewards/margins": m}
         for i, (a, m) in enumerate(zip(acc, margin))
     ]
-    (told,) = heard(entries)[1]
+    (told,) = report_of(entries)[1]
     assert told[0] == 3 and "0.80 at its best, 0.70 now" in told[1]
     for changed in ([0.5, 0.8, 0.7, 0.8, 0.7, 0.8], [0.5, 0.8, 0.78, 0.77, 0.78, 0.8]):
         assert (
-            heard(
+            report_of(
                 [{**entry, "eval_rewards/accuracies": a} for entry, a in zip(entries, changed, strict=True)]
             )[1]
             == []
         )
-    assert heard([{**entry, "eval_rewards/margins": 0.4} for entry in entries])[1] == []
+    assert report_of([{**entry, "eval_rewards/margins": 0.4} for entry in entries])[1] == []
 
 
-def test_a_model_that_knows_no_more_than_length_is_told_of_at_the_end():
+def test_a_model_no_better_than_a_rule_by_length_raises_an_alarm_at_the_end():
     entry = {"step": 9, "eval_rewards/accuracies": 0.6, "eval_length/accuracy_if_longer_wins": 0.4}
-    (told,) = heard([entry], total=9)[1]
-    assert "always taking the shorter answer gives 0.60" in told[1] and heard([entry], total=20)[1] == []
-    assert heard([{**entry, "eval_rewards/accuracies": 0.61}], total=9)[1] == []
+    (told,) = report_of([entry], total=9)[1]
+    assert (
+        "always preferring the shorter response gives 0.60" in told[1]
+        and report_of([entry], total=20)[1] == []
+    )
+    assert report_of([{**entry, "eval_rewards/accuracies": 0.61}], total=9)[1] == []
 
 
-def test_the_closing_words_name_what_was_reached():
+def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
     first = {"eval_rewards/accuracies": 0.4, "eval_rewards/margins": 0.0, "eval_logps/chosen": -80.0}
     last = {
         "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0, "eval_kl": 0.0123,
@@ -167,37 +190,37 @@ def test_the_closing_words_name_what_was_reached():
         "label_noise_error": 0.033,
         "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
     }  # fmt: skip
-    told = "\n".join(words(first, last))
+    told = "\n".join(preference_summary(first, last))
     for part in (
-        "all ties before, 0.90 after; always taking the longer answer gives 0.55", "0.000 before, 0.800 after",
-        "-80.0 before, -79.0 after", "0.0123 nats a token", "correlation 0.25", "0.95 where the chosen answer is longer",
-        "0.85 where it is shorter", "about 21 % look flipped, give or take 7 ", "robust",
+        "all ties before, 0.90 after; always preferring the longer response gives 0.55", "0.000 before, 0.800 after",
+        "-80.0 before, -79.0 after", "0.0123 nats per token", "correlation 0.25", "0.95 where the chosen response is longer",
+        "0.85 where it is shorter", "about 21 % look flipped, +- 7 ", "robust",
     ):  # fmt: skip
         assert part in told
-    assert "alike" not in told and words({}, {}) == []
+    assert "alike" not in told and preference_summary({}, {}) == []
     alone = {name: value for name, value in last.items() if name != "eval_kl"}
-    assert words(first, alone)[0].startswith(
+    assert preference_summary(first, alone)[0].startswith(
         "held-out accuracy: 0.40 before, 0.90 after"
     )  # without a reference
     assert (
-        "robust" not in words({}, {"label_noise": 0.02})[0]
-        and "too little" in words({}, {"label_noise": 0.45})[0]
+        "robust" not in preference_summary({}, {"label_noise": 0.02})[0]
+        and "too little" in preference_summary({}, {"label_noise": 0.45})[0]
     )
 
 
-def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path, capsys):
-    entries = trained(-1.0 * np.arange(80))
+def test_a_resumed_log_prints_only_new_alarms_and_lists_all(tmp_path, capsys):
+    entries = train_entries(-1.0 * np.arange(80))
 
     def write(folder, start, stop):
         log = Log(folder, 80, start)
-        log.listen(lambda memory, entry, last: watch(BETA, memory, entry, last))
+        log.listen(lambda memory, entry, last: preference_alarms(BETA, memory, entry, last))
         for entry in entries[start:stop]:
             log.step(entry["step"], {k: v for k, v in entry.items() if k != "step"}, {})
         log.close()
         return log.alarms, [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm")]
 
     alone, said = write(tmp_path / "alone", 0, 80)
-    assert said == alone and len(alone) == 3 and [step for step, _ in heard(entries)[1]] == [15, 30, 60]
+    assert said == alone and len(alone) == 3 and [step for step, _ in report_of(entries)[1]] == [15, 30, 60]
     for cut in (10, 15, 37):
         folder = tmp_path / f"cut{cut}"
         _, early = write(folder, 0, cut + 1)  # killed a step after its checkpoint
@@ -212,7 +235,7 @@ def test_a_log_that_goes_on_says_only_what_is_new_and_keeps_every_alarm(tmp_path
 
 # Whole runs
 
-DOWN = '''"""A loss that wants what nobody should."""
+DOWN = '''"""A loss that lowers the chosen response."""
 
 
 def chosen_down(pair, beta=0.1):
@@ -238,18 +261,18 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-def test_a_run_that_unlearns_its_chosen_answers_says_so_everywhere_and_the_same_after_a_restart(place):
+def test_falling_chosen_responses_are_reported_in_log_card_and_summary_also_after_a_restart(place):
     argv = ["loss=down.py:chosen_down", "steps=16", "loop.eval_every=4"]
     assert place.run(*argv, "name=alone") == 0, place.err()
     told = place.out()
     alarms = json.loads((place.runs("alone") / "summary.json").read_text())["alarms"]
     card = (place.runs("alone") / "README.md").read_text()
     assert alarms and all(text in told and f"- {text}" in card for text in alarms)
-    assert "the chosen answers keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index(
+    assert "the chosen responses keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index(
         "step 16/16"
     )
     assert (
-        "theory says 0.0000: policy and reference begin as the same model" in told
+        "in theory 0.0000: policy and reference start as the same model" in told
         and "held-out accuracy: " in card
     )
 
@@ -259,20 +282,18 @@ def test_a_run_that_unlearns_its_chosen_answers_says_so_everywhere_and_the_same_
     assert json.loads((place.runs("stopped") / "summary.json").read_text())["alarms"] == alarms
 
 
-def test_a_run_that_goes_well_has_no_alarms(place):
+def test_a_healthy_run_has_no_alarms(place):
     assert place.run("steps=8", "name=well") == 0, place.err()
     assert json.loads((place.runs("well") / "summary.json").read_text())["alarms"] == []
     assert "alarm" not in place.out() + (place.runs("well") / "README.md").read_text()
-    assert (
-        "theory says 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
-    )
+    assert "in theory 0.6931" in place.out() and "held-out margin of the rewards: 0.000 before" in place.out()
 
 
-def rollouts_told(entries):
-    """What is said about each entry of a run that learns from rollouts."""
+def rollout_alarms_of(entries):
+    """The alarms of each entry of a run that learns from rollouts."""
     memory, out = {}, []
     for i, entry in enumerate(entries):
-        memory, lines, alarms = watch_rollouts(
+        memory, lines, alarms = rollout_alarms(
             memory, {"step": i + 1, "reward": 0.5, **entry}, i + 1 == len(entries)
         )
         out.append(alarms)
@@ -280,9 +301,9 @@ def rollouts_told(entries):
     return out
 
 
-def test_rewards_that_fail_are_told_at_once_and_when_they_are_twice_as_many():
+def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doubled():
     faults = [0.0, 0.1, 0.1, 0.15, 0.2]
-    said = rollouts_told([{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults])
+    said = rollout_alarms_of([{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults])
     assert [len(alarms) for alarms in said] == [0, 1, 0, 0, 1] and said[1][0].startswith(
         "10 % of the rewards raised"
     )
@@ -297,9 +318,9 @@ def test_rewards_that_fail_are_told_at_once_and_when_they_are_twice_as_many():
         ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
     ],
 )
-def test_rollouts_that_teach_nothing_raise_an_alarm_after_some_in_a_row(entry, words):
+def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, words):
     fine = {"frac_reward_zero_std": 1.0, "reward_std": 0.1, "grad_norm": 2.0, "frac_learned": 1.0}
     fine["completions/clipped_ratio"] = 0.5
-    said = rollouts_told([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
+    said = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
     assert [i for i, alarms in enumerate(said) if alarms] == [5, 10]
     assert all(words in said[i][0] for i in (5, 10))

@@ -11,14 +11,14 @@ from meters import make_meter
 from test_metrics import counts, first_sight
 from tiny_run import ROOT, Place, write_rows
 
-from jaxft.objectives.metrics import Disagreement, Sum
+from jaxft.objectives.metrics import LabelNoise, Sum
 
 PER_EPOCH = 10  # of meters.make_meter's source
 
 
 def feed(m, step, margin, bad=False):
     one = np.float64(1)
-    noise = Disagreement(counts(margin))
+    noise = LabelNoise(counts(margin))
     found = {"loss": Sum(one, one), "label_noise": noise, "skipped": Sum(np.float64(bad), one)}
     m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
 
@@ -33,7 +33,7 @@ def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
         told.append(m.read()[0].get("label_noise"))
     assert told[0] is None and told[2] is not None
     for step in range(3, PER_EPOCH):
-        assert told[step] == Disagreement(counts(np.concatenate(epoch[: step + 1]))).value()
+        assert told[step] == LabelNoise(counts(np.concatenate(epoch[: step + 1]))).value()
     assert set(told[PER_EPOCH:]) == {told[PER_EPOCH - 1]}
 
 
@@ -49,7 +49,7 @@ def test_the_estimate_goes_on_after_a_restart_and_a_bad_step_has_no_part_in_it()
         feed(second, step, margin)
     found = second.read()[0]["label_noise"]
     assert found == whole.read()[0]["label_noise"]
-    assert found == Disagreement(counts(np.concatenate(epoch[:2] + epoch[3:]))).value()
+    assert found == LabelNoise(counts(np.concatenate(epoch[:2] + epoch[3:]))).value()
 
 
 def flipped(share, seed):
@@ -72,5 +72,5 @@ def test_the_shipped_recipe_finds_a_fifth_of_flipped_labels_within_five_points(t
     assert place.run(*argv) == 0, place.err()
     last = [line for line in place.metrics("flipped") if "loss" in line][-1]
     assert last["step"] == 27 and abs(last["label_noise"] - 0.2) <= 0.05
-    told = re.search(r"about (\d+) % look flipped, give or take (\d+)", place.out())
+    told = re.search(r"about (\d+) % look flipped, \+- (\d+)", place.out())
     assert int(told[1]) == round(100 * last["label_noise"]) and 4 <= int(told[2]) <= 8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft.objectives import metrics
-from jaxft.objectives.metrics import Correlation, Disagreement, Max, Min, Sum
+from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, Sum
 
 RNG = np.random.default_rng(0)
 PARTS = [
@@ -42,7 +42,7 @@ def test_neutral_changes_nothing():
         same(metrics.add(part, zero), part)
         abstract = jax.eval_shape(lambda part=part: part)
         same(metrics.neutral(abstract), zero)
-    assert metrics.read(zero) == {"longest": -np.inf, "shortest": np.inf}
+    assert metrics.as_floats(zero) == {"longest": -np.inf, "shortest": np.inf}
 
 
 def test_a_weighted_mean_is_that_of_all_rows_at_once():
@@ -50,19 +50,19 @@ def test_a_weighted_mean_is_that_of_all_rows_at_once():
     for sizes in ([12], [5, 7], [1] * 12):
         parts = np.split(np.arange(12), np.cumsum(sizes)[:-1])
         found = [{"m": Sum((values[i] * weights[i]).sum(), weights[i].sum())} for i in parts]
-        assert metrics.read(functools.reduce(metrics.add, found))["m"] == pytest.approx(
+        assert metrics.as_floats(functools.reduce(metrics.add, found))["m"] == pytest.approx(
             np.average(values, weights=weights)
         )
 
 
 def test_the_largest_and_smallest_are_those_of_all_rows():
-    found = metrics.read(functools.reduce(metrics.add, PARTS))
+    found = metrics.as_floats(functools.reduce(metrics.add, PARTS))
     assert found["longest"] == max(float(p["longest"].value) for p in PARTS)
     assert found["shortest"] == min(float(p["shortest"].value) for p in PARTS)
 
 
 def test_a_mean_over_nothing_is_left_out_and_never_nan():
-    found = metrics.read(
+    found = metrics.as_floats(
         {"empty": Sum(jnp.float32(0), jnp.float32(0)), "one": Sum(jnp.float32(3), jnp.float32(2))}
     )
     assert found == {"one": 1.5}
@@ -70,8 +70,8 @@ def test_a_mean_over_nothing_is_left_out_and_never_nan():
 
 def test_a_loss_that_is_not_finite_is_shown_as_such():
     parts = [{"loss": Sum(jnp.float32(x), jnp.float32(1))} for x in (1.0, np.nan)]
-    assert np.isnan(metrics.read(metrics.add(*parts))["loss"])
-    assert np.isinf(metrics.read({"loss": Sum(jnp.float32(np.inf), jnp.float32(1))})["loss"])
+    assert np.isnan(metrics.as_floats(metrics.add(*parts))["loss"])
+    assert np.isinf(metrics.as_floats({"loss": Sum(jnp.float32(np.inf), jnp.float32(1))})["loss"])
 
 
 def test_adding_is_the_same_on_the_host_and_in_a_program():
@@ -83,7 +83,7 @@ def test_adding_is_the_same_on_the_host_and_in_a_program():
 
 
 def test_reading_gives_plain_floats():
-    found = metrics.read(PARTS[0])
+    found = metrics.as_floats(PARTS[0])
     assert all(type(x) is float for x in found.values()) and set(found) == {"loss", "longest", "shortest"}
 
 
@@ -93,8 +93,8 @@ def test_each_kind_is_told_from_a_leaf():
 
 
 def test_json_gives_metrics_back():
-    whole = {**PARTS[0], "noise": Disagreement.of(jnp.linspace(-1, 2, 40), jnp.ones(40, bool))}
-    back = metrics.loaded(json.loads(json.dumps(metrics.kept(jax.device_get(whole)))))
+    whole = {**PARTS[0], "noise": LabelNoise.of(jnp.linspace(-1, 2, 40), jnp.ones(40, bool))}
+    back = metrics.from_json(json.loads(json.dumps(metrics.to_json(jax.device_get(whole)))))
     same(back, whole)
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype(np.float64)}
 
@@ -118,7 +118,7 @@ def first_sight(seed, pairs, wrong=0.0, hard=0.27):
 
 
 def counts(margin):
-    """Disagreement.of's, in NumPy."""
+    """LabelNoise.of's, in NumPy."""
     margin = np.asarray(margin)
     size = np.clip(np.floor(4 * np.log2(np.maximum(np.abs(margin), 1e-12)) + 64), 0, 127).astype(int)
     return np.stack([np.bincount(size[side], minlength=128) for side in (margin > 0, margin < 0)]).astype(
@@ -127,19 +127,19 @@ def counts(margin):
 
 
 def estimates(pairs, wrong, seeds=200):
-    return np.array([Disagreement(counts(first_sight(seed, pairs, wrong))).value() for seed in range(seeds)])
+    return np.array([LabelNoise(counts(first_sight(seed, pairs, wrong))).value() for seed in range(seeds)])
 
 
 def test_the_counts_are_those_of_the_program_and_add():
     margin = first_sight(0, 300, 0.2)
     where = np.arange(300) % 7 > 0
-    found = Disagreement.of(jnp.asarray(margin, jnp.float32), jnp.asarray(where))
+    found = LabelNoise.of(jnp.asarray(margin, jnp.float32), jnp.asarray(where))
     np.testing.assert_array_equal(found.counts, counts(margin.astype(np.float32)[where]))
     parts = [
-        {"x": Disagreement.of(jnp.asarray(part, jnp.float32), jnp.ones(100, bool))}
+        {"x": LabelNoise.of(jnp.asarray(part, jnp.float32), jnp.ones(100, bool))}
         for part in np.split(margin, 3)
     ]
-    whole = Disagreement.of(jnp.asarray(margin, jnp.float32), jnp.ones(300, bool))
+    whole = LabelNoise.of(jnp.asarray(margin, jnp.float32), jnp.ones(300, bool))
     same(functools.reduce(metrics.add, parts), {"x": whole})
 
 
@@ -156,9 +156,9 @@ def test_wrong_labels_are_estimated_within_five_points(wrong):
 @pytest.mark.parametrize("pairs", [64, 216, 1000])
 def test_the_standard_error_is_the_scatter(pairs):
     for wrong in (0.1, 0.2, 0.3):
-        each = [Disagreement(counts(first_sight(seed, pairs, wrong))) for seed in range(300)]
+        each = [LabelNoise(counts(first_sight(seed, pairs, wrong))) for seed in range(300)]
         assert np.mean([d.error() for d in each]) == pytest.approx(np.std([d.value() for d in each]), rel=0.2)
-    told = metrics.read({"label_noise": each[0]})
+    told = metrics.as_floats({"label_noise": each[0]})
     assert told == {"label_noise": each[0].value(), "label_noise_error": each[0].error()}
 
 
@@ -171,15 +171,13 @@ def test_a_model_that_is_always_right_where_it_is_sure_finds_the_share_itself():
     size = np.geomspace(0.01, 10, 2000)
     for share in (0.0, 0.2, 0.4):
         lost = np.arange(2000) % 5 < round(5 * share)
-        assert Disagreement(counts(np.where(lost, -size, size))).value() == pytest.approx(share, abs=0.01)
+        assert LabelNoise(counts(np.where(lost, -size, size))).value() == pytest.approx(share, abs=0.01)
 
 
 def test_fewer_than_24_pairs_give_no_estimate_and_a_tie_is_no_pair():
-    assert (
-        Disagreement(counts(np.ones(23))).value() is None and Disagreement(counts(np.ones(24))).value() == 0
-    )
-    found = Disagreement.of(jnp.array([0.0, 1.0, -1.0]), jnp.ones(3, bool))
-    assert found.counts.sum() == 2 and Disagreement(counts(-np.ones(30))).value() == 1
+    assert LabelNoise(counts(np.ones(23))).value() is None and LabelNoise(counts(np.ones(24))).value() == 0
+    found = LabelNoise.of(jnp.array([0.0, 1.0, -1.0]), jnp.ones(3, bool))
+    assert found.counts.sum() == 2 and LabelNoise(counts(-np.ones(30))).value() == 1
 
 
 def test_the_correlation_is_pearsons_of_all_rows_at_once():
@@ -187,6 +185,8 @@ def test_the_correlation_is_pearsons_of_all_rows_at_once():
     y = y + x
     thirds = zip(np.split(x, 3), np.split(y, 3), strict=True)
     parts = [{"c": Correlation.of(jnp.asarray(a), jnp.asarray(b), jnp.ones(20, bool))} for a, b in thirds]
-    found = metrics.read(functools.reduce(metrics.add, parts))["c"]
+    found = metrics.as_floats(functools.reduce(metrics.add, parts))["c"]
     assert found == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
-    assert "c" not in metrics.read({"c": Correlation.of(jnp.ones(5), jnp.arange(5.0), jnp.ones(5, bool))})
+    assert "c" not in metrics.as_floats(
+        {"c": Correlation.of(jnp.ones(5), jnp.arange(5.0), jnp.ones(5, bool))}
+    )

@@ -21,9 +21,10 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives import metrics
 from jaxft.objectives import policy_losses as P
+from jaxft.objectives.critic import Critic, value_function, value_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.logprobs import token_logps
-from jaxft.objectives.policy import Critic, Outputs, critic, policy, value_loss
+from jaxft.objectives.policy import Outputs, policy
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step
 
@@ -71,14 +72,14 @@ def table_see(table, batch, key, aux):
 
 def by_table(loss=LOSS, **options):
     """An objective of the table's numbers, with all of its terms unless options say otherwise."""
-    terms = {"beta": 0.2, "entropy": 0.1, "value": Critic(lambda *x: x, coef=0.5)} | options
+    terms = {"beta": 0.2, "entropy": 0.1, "critic": Critic(lambda *x: x, coef=0.5)} | options
     return policy(None, loss, **terms)._replace(forward=table_see)
 
 
 def own_critic(model, **knobs):
     """Values read from the policy's hidden states."""
     head = lambda whole, h: h.astype(whole["critic"]["w"].dtype) @ whole["critic"]["w"]  # noqa: E731
-    return Critic(critic(lambda whole, batch, h: h, head), **knobs)
+    return Critic(value_function(lambda whole, batch, h: h, head), **knobs)
 
 
 def rows_of(groups, count=2):
@@ -108,7 +109,7 @@ def by_hand(model, whole, batch, temperature=1.0, beta=0.2, bonus=0.1, coef=0.5)
 def full(model, temperature=1.0, loss=LOSS, beta=0.2, coef=0.5):
     """An objective with all of its terms."""
     return policy(
-        model, loss, beta=beta, entropy=0.1, temperature=temperature, value=own_critic(model, coef=coef)
+        model, loss, beta=beta, entropy=0.1, temperature=temperature, critic=own_critic(model, coef=coef)
     )
 
 
@@ -272,7 +273,9 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
     def second(whole, batch, h):
         return model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)  # noqa: E731
 
-    objective = policy(model, LOSS, value=critic(second, lambda whole, h: h @ whole["critic"]["w"]))
+    objective = policy(
+        model, LOSS, critic=Critic(value_function(second, lambda whole, h: h @ whole["critic"]["w"]))
+    )
     batch = laid(rows_of(random_groups()))
     assert judged(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0
     waiting = batch.replace(policy_weights=0 * batch.policy_weights)
@@ -287,7 +290,7 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
 def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(layerwise):
     """Whatever momentum the optimizer has, and although the critic reads the policy's own hidden states."""
     model, whole, mask = setting()
-    objective = policy(model, LOSS, value=own_critic(model))
+    objective = policy(model, LOSS, critic=own_critic(model))
     trainable, frozen = tree.partition(whole, mask)
     head = {"w": ParamSpec((model.config.width,), (None,), param.normal(1.0))}
     specs = {**jax.tree.map(lambda _: None, whole), "adapter": model.specs["adapter"], "critic": head}
@@ -425,17 +428,17 @@ def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
     [
         ({"beta": 0.1}, {"reference": None}, "a KL penalty needs the reference's log-probs in the batch"),
         (
-            {"value": lambda *x: x[1].values},
+            {"critic": Critic(lambda *x: x[1].values)},
             {"returns": None},
             "a critic needs values, returns and value_weights in the batch",
         ),
         (
             {"loss": lambda d: d.mean(d.logp)},
             {},
-            r"the policy loss <lambda> gives one value a token, \(2, 54\); found \(2, 9\)",
+            r"policy loss <lambda> must return one value per token, \(2, 54\); got \(2, 9\)",
         ),
         ({"temperature": 0.0}, {}, "the sampling temperature is above 0, got 0.0"),
-        ({"value": Critic}, {"coef": -1.0}, "a critic's coef is above 0, found -1.0"),
+        ({"critic": None}, {"coef": -1.0}, "Critic: coef is above 0, got -1.0"),
     ],
 )
 def test_what_cannot_go_on_is_one_line(one_by_one, given, batch, words):
@@ -443,7 +446,7 @@ def test_what_cannot_go_on_is_one_line(one_by_one, given, batch, words):
     with pytest.raises(ValueError, match=words):
         if "coef" in batch:
             Critic(lambda *x: x, **batch)
-        by_table(**({"beta": 0.0, "value": None} | given))(TABLE, drawn.replace(**batch), None, {})
+        by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, drawn.replace(**batch), None, {})
 
 
 def test_every_number_of_a_rollout_is_read(one_by_one):

@@ -30,21 +30,24 @@ def drawn(seed=0, spread=0.6, **given):
     sequence = np.pad(rng.normal(0, 1, (SHAPE[0], A)), ((0, 0), (0, 1)))
     numbers = {
         "logp": old + normal(spread),
-        "old": old,
+        "old_logp": old,
         "advantages": real * np.take_along_axis(sequence, answer, 1),
         "entropy": np.abs(normal(1.0)),
         "reference": old + normal(0.5),
     } | given
     tokens = np.maximum([[(row == a).sum() for a in range(A)] for row in answer], 1.0)
     arrays = {name: jnp.asarray(x) for name, x in numbers.items()}
-    return P.Drawn(
-        **arrays, answer=jnp.asarray(answer, jnp.int32), real=jnp.asarray(real), tokens=jnp.asarray(tokens)
+    return P.PolicyBatch(
+        **arrays,
+        completion=jnp.asarray(answer, jnp.int32),
+        mask=jnp.asarray(real),
+        lengths=jnp.asarray(tokens),
     )
 
 
 def dense(d, *names):
     """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and where each element stands in [B, M]."""
-    at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.answer)]
+    at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.completion)]
     rows = [(b, places) for b, each in enumerate(at) for places in each if len(places)]
     width = max(len(places) for _, places in rows)
     index = np.array(
@@ -116,20 +119,20 @@ def t_near(p, old, adv, mask, most):
 
 
 LOSSES = {
-    "plain": (P.plain, lambda p, old, adv, mask: -adv * p),
+    "plain": (P.policy_gradient, lambda p, old, adv, mask: -adv * p),
     "unclipped": (P.unclipped, lambda p, old, adv, mask: -adv * torch.exp(p - old)),
     "clipped": (P.clipped, t_clipped),
     "clip-higher": (partial(P.clipped, eps_low=0.1, eps_high=0.5), partial(t_clipped, low=0.1, high=0.5)),
-    "dual": (partial(P.dual_clip, eps_low=0.3, eps_high=0.1, most=1.4), partial(t_dual, low=0.3, high=0.1, c=1.4)),
-    "two-sided": (partial(P.dual_clip, most=1.3), partial(t_clipped, delta=1.3)),
+    "dual": (partial(P.dual_clip, eps_low=0.3, eps_high=0.1, max_ratio=1.4), partial(t_dual, low=0.3, high=0.1, c=1.4)),
+    "two-sided": (partial(P.dual_clip, max_ratio=1.3), partial(t_clipped, delta=1.3)),
     "gspo": (partial(P.gspo, eps_low=0.1, eps_high=0.2), partial(t_clipped, low=0.1, high=0.2, level="sequence")),
     "gspo-narrow": (P.gspo, partial(t_clipped, low=3e-4, high=4e-4, level="sequence")),
     "gspo-token": (partial(P.gspo_token, eps_low=0.1, eps_high=0.2), partial(t_gspo_token, low=0.1, high=0.2)),
-    "cispo": (partial(P.cispo, most=1.2), partial(t_cispo, most=1.2)),
+    "cispo": (partial(P.cispo, max_ratio=1.2), partial(t_cispo, most=1.2)),
     "sapo": (P.sapo, partial(t_sapo, pos=1.0, neg=1.05)),
     "geo-mean": (partial(P.geo_mean, eps_low=0.3), partial(t_geo_mean, low=0.3, high=0.4)),
     "vespo": (P.vespo, partial(t_vespo, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0)),
-    "near": (partial(P.near_policy, most=0.1), partial(t_near, most=0.1)),
+    "near": (partial(P.near_policy, max_nats=0.1), partial(t_near, most=0.1)),
 }  # fmt: skip
 losses = pytest.mark.parametrize("name", LOSSES)
 SEQUENCE = (
@@ -157,18 +160,18 @@ def cotangents(seed=9):
 def test_a_loss_is_its_formula_in_torch_in_value_and_gradient(name):
     loss, other = LOSSES[name]
     d, weights = drawn(), cotangents()
-    mask, (p, old, adv), index = dense(d, "logp", "old", "advantages")
+    mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
     p.requires_grad_()
     values = other(p, old, adv, mask).expand_as(mask)
     w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
     (w * values).sum().backward()
-    found, slope = both(loss, d, weights * d.real)
+    found, slope = both(loss, d, weights * d.mask)
     there = index >= 0
     np.testing.assert_allclose(
         found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10, atol=1e-13
     )
     np.testing.assert_allclose(slope.ravel()[index[there]], p.grad.numpy()[there], rtol=1e-10, atol=1e-13)
-    assert np.abs(slope).max() > 1e-3 and not slope[np.asarray(d.real) == 0].any()
+    assert np.abs(slope).max() > 1e-3 and not slope[np.asarray(d.mask) == 0].any()
 
 
 def test_the_examples_reach_every_bound():
@@ -185,7 +188,7 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
     """Of a completion's tokens together where the ratio is the completion's."""
     d = drawn(spread=0.0)
     level = d.spread(d.mean(cotangents()))  # the same weight for all tokens of a completion
-    slope = both(LOSSES[name][0], d, level * d.real)[1]
+    slope = both(LOSSES[name][0], d, level * d.mask)[1]
     np.testing.assert_allclose(slope, -d.advantages * level, rtol=1e-10, atol=1e-13)
 
 
@@ -193,13 +196,17 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
 def test_padding_and_empty_places_change_nothing(name):
     d, weights = drawn(), cotangents()
     pad = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)  # noqa: E731
-    numbers = {n: pad(getattr(d, n)) for n in ("logp", "old", "advantages", "entropy", "reference", "real")}
-    answer = pad(jnp.where(d.answer == A, A + 2, d.answer), A + 2)
-    wide = P.Drawn(**numbers, answer=answer, tokens=jnp.pad(d.tokens, ((0, 0), (0, 2)), constant_values=1))
+    numbers = {
+        n: pad(getattr(d, n)) for n in ("logp", "old_logp", "advantages", "entropy", "reference", "mask")
+    }
+    answer = pad(jnp.where(d.completion == A, A + 2, d.completion), A + 2)
+    wide = P.PolicyBatch(
+        **numbers, completion=answer, lengths=jnp.pad(d.lengths, ((0, 0), (0, 2)), constant_values=1)
+    )
     for found, wanted in zip(
         both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True
     ):
-        real = np.asarray(d.real) > 0
+        real = np.asarray(d.mask) > 0
         np.testing.assert_allclose(found[:, :11][real], wanted[real], rtol=1e-12)
         assert np.isfinite(found).all()
 
@@ -207,9 +214,9 @@ def test_padding_and_empty_places_change_nothing(name):
 @losses
 def test_a_token_loss_looks_at_its_own_token_and_a_sequence_loss_at_its_completion(name):
     d = drawn()
-    moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.answer[0] == 0)[0])].add(-0.8))
+    moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.completion[0] == 0)[0])].add(-0.8))
     changed = np.asarray(LOSSES[name][0](moved) != LOSSES[name][0](d))
-    assert not changed[1:].any() and not changed[0][np.asarray(d.answer[0]) != 0].any()
+    assert not changed[1:].any() and not changed[0][np.asarray(d.completion[0]) != 0].any()
     assert changed.sum() <= (4 if name in SEQUENCE else 1)
 
 
@@ -218,7 +225,7 @@ def test_far_away_policies_give_finite_losses_and_gradients(name):
     for away in (-500.0, 500.0):
         d = drawn()
         d = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, d)
-        d = d.replace(logp=d.old + d.real * jnp.float32(away))
+        d = d.replace(logp=d.old_logp + d.mask * jnp.float32(away))
         for x in both(LOSSES[name][0], d, cotangents().astype(jnp.float32)):
             assert np.isfinite(x).all() and x.dtype == np.float32
 
@@ -236,7 +243,7 @@ def test_the_kl_estimators_are_their_formulas():
     for estimate, form in forms.items():
         q = p.clone().requires_grad_()
         (w * form(q)).sum().backward()
-        slope = jax.grad(lambda x, estimate=estimate: jnp.sum(weights * d.real * estimate(x, d.reference)))(
+        slope = jax.grad(lambda x, estimate=estimate: jnp.sum(weights * d.mask * estimate(x, d.reference)))(
             d.logp
         )
         there = index >= 0
@@ -271,13 +278,13 @@ def test_k1_and_k3_are_the_kl_in_expectation_and_only_k2s_slope_is_the_kls():
 
 def test_the_corrected_kl_is_weighted_by_the_ratio():
     d, weights = drawn(), cotangents()
-    mask, (p, old, adv, ref), index = dense(d, "logp", "old", "advantages", "reference")
+    mask, (p, old, adv, ref), index = dense(d, "logp", "old_logp", "advantages", "reference")
     p.requires_grad_()
     k3 = torch.exp(ref - p) - (ref - p) - 1
     values = t_clipped(p, old, adv, mask) + 0.3 * k3 * torch.exp(p - old)
     w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
     (w * values).sum().backward()
-    found, slope = both(partial(P.with_corrected_kl, coef=0.3), d, weights * d.real)
+    found, slope = both(partial(P.with_corrected_kl, coef=0.3), d, weights * d.mask)
     there = index >= 0
     np.testing.assert_allclose(found.ravel()[index[there]], values.detach().numpy()[there], rtol=1e-10)
     np.testing.assert_allclose(slope.ravel()[index[there]], p.grad.numpy()[there], rtol=1e-10, atol=1e-13)
@@ -288,14 +295,14 @@ def test_the_corrected_kl_is_weighted_by_the_ratio():
 def test_trl_gives_the_weights_of_vespo_and_masks_what_is_far():
     trainer = pytest.importorskip("trl").GRPOTrainer
     d = drawn(seed=3)
-    mask, (p, old, adv), index = dense(d, "logp", "old", "advantages")
+    mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
     phi = trainer.get_gamma_weights(adv[:, :1], p - old, mask, None)
     near = trainer.get_off_policy_mask(adv[:, :1], p, old, mask, 0.1)
     assert 0 < near.sum() < len(near)
     there = index >= 0
     for loss, wanted in (
         (P.vespo, -phi * adv * p),
-        (partial(P.near_policy, most=0.1), near * t_clipped(p, old, adv, mask)),
+        (partial(P.near_policy, max_nats=0.1), near * t_clipped(p, old, adv, mask)),
     ):
         found = np.asarray(loss(d)).ravel()[index[there]]
         np.testing.assert_allclose(found, wanted.numpy()[there], rtol=1e-10, atol=1e-13)
@@ -313,13 +320,16 @@ def test_a_controller_moves_the_coefficient_towards_its_target():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda d: P.clipped(d, eps_low=1.5), r"eps_low is in \[0, 1\], found 1.5"),
-        (lambda d: P.gspo(d, eps_high=-1), "eps_high is from 0 up, found -1"),
-        (lambda d: P.dual_clip(d, eps_high=2.5, most=3.0), "most is above 1 . eps_high, found 3.0 and 2.5"),
-        (lambda d: P.sapo(d, tau_neg=0), "tau_neg are above 0, found 1.0 and 0"),
-        (lambda d: kl.FixedKL(-0.1), "coef is from 0 up, found -0.1"),
-        (lambda d: kl.AdaptiveKL(0.0), "begins with a coef above 0, found 0.0"),
-        (lambda d: kl.AdaptiveKL(target=0), "target and horizon are above 0, found 0 and"),
+        (lambda d: P.clipped(d, eps_low=1.5), r"eps_low is in \[0, 1\], got 1.5"),
+        (lambda d: P.gspo(d, eps_high=-1), "eps_high is at least 0, got -1"),
+        (
+            lambda d: P.dual_clip(d, eps_high=2.5, max_ratio=3.0),
+            "max_ratio is above 1 . eps_high, got 3.0 and 2.5",
+        ),
+        (lambda d: P.sapo(d, tau_neg=0), "tau_neg are above 0, got 1.0 and 0"),
+        (lambda d: kl.FixedKL(-0.1), "FixedKL: coef is at least 0, got -0.1"),
+        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL: coef is above 0, got 0.0"),
+        (lambda d: kl.AdaptiveKL(target=0), "target and horizon are above 0, got 0 and"),
     ],
 )
 def test_knobs_out_of_range_are_refused(call, words):

@@ -28,7 +28,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.preference import per_token, preference
+from jaxft.objectives.preference import mean_logp, preference
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_a_mesh_gives_the_numbers_of_one_device_where_rows_are_coupled():
 
 @pytest.mark.parametrize("loss", (P.dpo, F.orpo), ids=("dpo", "orpo"))
 def test_a_shared_prompt_is_the_prompt_in_front_of_each_answer(loss):
-    options = {} if loss is P.dpo else {"reference": None, "reward": per_token}
+    options = {} if loss is P.dpo else {"reference": None, "reward": mean_logp}
     objective, whole, mask, _ = with_model(loss, **options)
     pool = random_pairs(9)
     plain = laid(pool, branches=False)
@@ -151,8 +151,8 @@ def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
     "loss, words",
     [
         (
-            partial(P.sft, beta=0.1),
-            "loss sft: got an unexpected keyword argument 'beta'. Its knobs: none",
+            partial(P.nll, beta=0.1),
+            "loss nll: got an unexpected keyword argument 'beta'. Its knobs: none",
         ),
         (
             partial(F.kto, betta=0.1),

@@ -371,7 +371,7 @@ def test_the_span_of_dpo_follows_beta(beta, reach):
 
 
 def test_a_straight_line_has_a_span_too():
-    assert span(probe("sft", P.sft)) == span(probe("even", lambda pair: jnp.square(margin_of(pair)))) == 30.0
+    assert span(probe("sft", P.nll)) == span(probe("even", lambda pair: jnp.square(margin_of(pair)))) == 30.0
 
 
 # The script

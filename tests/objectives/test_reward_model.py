@@ -159,7 +159,7 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(st
     np.testing.assert_allclose(value, total.item(), rtol=1e-12)
     for ours_, theirs in zip(grads, (c.grad, r.grad), strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=1e-10, atol=1e-15)
-    used, told = weight > 0, metrics.read(found)
+    used, told = weight > 0, metrics.as_floats(found)
     both = np.concatenate([chosen[used], rejected[used]])
     assert told["accuracy"] == pytest.approx((chosen > rejected)[used].mean())
     assert told["margin"] == pytest.approx((chosen - rejected)[used].mean())
@@ -178,7 +178,7 @@ def test_a_tie_is_log_2_and_no_win():
     batch = laid(random_pairs(4))
     same = jnp.ones(batch.pair_weights.shape)
     value, found = reward(None).loss(Outputs(same, same, batch), {})
-    assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.read(found)["accuracy"] == 0
+    assert float(value) == pytest.approx(np.log(2), rel=1e-6) and metrics.as_floats(found)["accuracy"] == 0
 
 
 # ---- laws
@@ -221,7 +221,7 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(strict):
     assert_same(judged(objective, whole, mask, padded, {}), wanted)
     ones = jnp.ones(nothing.pair_weights.shape)
     value, found = objective.loss(Outputs(ones, 2 * ones, nothing), {})
-    assert value == 0 and "accuracy" not in metrics.read(found)
+    assert value == 0 and "accuracy" not in metrics.as_floats(found)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +245,11 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
     batch = laid(random_pairs(4))
     zero = jnp.zeros(batch.pair_weights.shape)
     with pytest.raises(
-        ValueError, match="margin=ahead is no column of the pairs, which have margin; name it in data.extras"
+        ValueError,
+        match="margin=ahead: the pairs have no such column .available: margin.. Add data.extras=ahead",
     ):
         reward(None, "ahead").loss(Outputs(zero, zero, batch), {})
-    with pytest.raises(ValueError, match="center=-1; expected a number from 0 up"):
+    with pytest.raises(ValueError, match="center=-1: expected a finite number of at least 0"):
         reward(None, center=-1)
     with pytest.raises(ValueError, match="no scalar head"):
         model, whole = tiny(jnp.float32)

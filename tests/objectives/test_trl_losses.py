@@ -48,7 +48,7 @@ TRL_DPO = {  # TRL's attributes, ours; a third entry where TRL computes in float
     "apo_zero": (["apo_zero"], {}, P.apo_zero),
     "apo_down": (["apo_down"], {}, P.apo_down),
     "discopop": (["discopop"], {}, P.discopop),
-    "sft": (["sft"], {}, P.sft),
+    "sft": (["sft"], {}, P.nll),
     "sigmoid_norm": (["sigmoid_norm"], {}, P.sigmoid_norm),
     "forward_kl": (["sigmoid"], {"f_divergence_type": "forward_kl"}, partial(P.dpo, score=P.forward_kl)),
     "js": (["ipo"], {"f_divergence_type": "js_divergence"}, partial(P.ipo, score=P.js_divergence)),
@@ -62,15 +62,15 @@ TRL_DPO = {  # TRL's attributes, ours; a third entry where TRL computes in float
     "ld and sft": (
         ["ipo", "sft"],
         {"ld_alpha": 0.3},
-        P.mix((P.length_desensitised(P.ipo, alpha=0.3), 1.0), (P.sft, 1.0)),
+        P.mix((P.length_desensitised(P.ipo, alpha=0.3), 1.0), (P.nll, 1.0)),
     ),
     "wpo": (["sigmoid"], {"use_weighting": True}, P.wpo(P.dpo)),
     "mpo": (
         ["sigmoid", "bco_pair", "sft"],
         {"loss_weights": [0.8, 0.2, 1.0]},
-        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.sft, 1.0)),
+        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.nll, 1.0)),
     ),
-    "rpo": (["sigmoid", "sft"], {}, P.mix((P.dpo, 1.0), (P.sft, 1.0))),
+    "rpo": (["sigmoid", "sft"], {}, P.mix((P.dpo, 1.0), (P.nll, 1.0))),
     "wpo of a mix": (
         ["sigmoid", "ipo"],
         {"loss_weights": [0.5, 2.0], "use_weighting": True},
@@ -108,7 +108,7 @@ TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
         0.0,
     ),
     "alphapo": ("simpo", {"alpha": 0.3}, partial(F.alphapo, beta=0.1, gamma=0.5, alpha=0.3), 0.0),
-    "cpo-simpo": ("simpo", {}, P.mix((partial(F.simpo, beta=0.1, gamma=0.5), 1.0), (P.sft, 0.6)), 0.6),
+    "cpo-simpo": ("simpo", {}, P.mix((partial(F.simpo, beta=0.1, gamma=0.5), 1.0), (P.nll, 0.6)), 0.6),
 }
 
 

@@ -31,6 +31,7 @@ from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives import policy
+from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import FixedKL, KLInReward
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
@@ -208,8 +209,8 @@ def test_programs_share_what_is_resident_and_each_has_its_own_beside():
 def tiny_ppo(critic=None, rewards=None, group=2):
     def objective(model):
         hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)  # noqa: E731
-        value = policy.critic(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
-        return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), value=policy.Critic(value))
+        value = value_function(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
+        return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), critic=Critic(value))
 
     asked = Prompts("none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2)
     source = partial(

@@ -30,7 +30,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
-from jaxft.objectives.preference import preference, summed
+from jaxft.objectives.preference import preference, summed_logp
 from jaxft.rl import advantages, reward_models, rewards, sampler
 from jaxft.rl.completions import ByScorer, Rules, by_read, by_token, fits, laid
 from jaxft.rl.estimators import by_group
@@ -351,7 +351,7 @@ def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
     pairs = pairs_of(laid(asked, tokens, lengths, Room(32, 16)))
     pairs = replace(pairs, pair_weights=np.full((2, 1), 0.5), mean_lengths=np.ones((2, 1, 2)))
     objective = preference(
-        model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed
+        model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed_logp
     )
     value, found = objective(whole, pairs, None, {})
     wanted = []

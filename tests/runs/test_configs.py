@@ -139,7 +139,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
             "estimate= stands in the place of advantage=",
         ),
         (
-            ["loss=jaxft.objectives.policy_losses:plain", "passes=2"],
+            ["loss=jaxft.objectives.policy_losses:policy_gradient", "passes=2"],
             "a rollout gives 2 steps; take unclipped",
         ),
         (["kl_in=rewards"], "kl_in=rewards takes a beta above 0"),
@@ -152,7 +152,9 @@ def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
 
 
 def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
-    run = config.load("configs/grpo.py", ["loss=jaxft.objectives.policy_losses:plain", "eps_high=0.3"])
+    run = config.load(
+        "configs/grpo.py", ["loss=jaxft.objectives.policy_losses:policy_gradient", "eps_high=0.3"]
+    )
     programs, batch = abstract(run, jax.devices()[:1])
     with (
         jax.set_mesh(programs.mesh),

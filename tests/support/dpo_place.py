@@ -14,7 +14,7 @@ from jaxft.optim import optimizer
 from jaxft.data.pairs.source import PairRows, pair_source
 from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
-from jaxft.objectives.preference import EMAReference, implicit, preference
+from jaxft.objectives.preference import EMAReference, implicit_reward, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.weights.adapters import read_adapter_settings
 from jaxft.nn.quant import Quant
@@ -27,7 +27,7 @@ REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": EMARefer
 def config(
     model: str = "base", data: str = "pairs.jsonl", held_out: str | float | None = 0.2, name: str = "tiny", lr: float = 1e-2,
     loss: Callable = dpo, beta: float = 0.1, reference: Literal["start", "precomputed", "moving", "none"] = "start",
-    reward: Callable = implicit, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
+    reward: Callable = implicit_reward, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
     micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0, quant: str = "none",
     remat: str = "projections",
 ) -> Run:

@@ -93,7 +93,7 @@ def judged(objective, whole, mask, batch, aux):
 
     grads, found = run(trainable, frozen, jax.tree.map(jnp.asarray, batch), aux)
     assert np.isfinite(optax.tree.norm(grads))
-    return metrics.read(found)["loss"], grads, metrics.read(found)
+    return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 
 
 def assert_same(found, wanted, rtol=1e-10):

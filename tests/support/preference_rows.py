@@ -181,7 +181,7 @@ PAIRED = {
     "apo_down": (P.apo_down, T.apo_down, {"beta": 0.4}),
     "aot": (P.aot, T.aot, {"beta": 0.4, "label_smoothing": 0.1}),
     "aot_unpaired": (P.aot_unpaired, T.aot_unpaired, {"beta": 0.4, "label_smoothing": 0.1}),
-    "sft": (P.sft, T.nll, {}),
+    "sft": (P.nll, T.nll, {}),
     "simpo": (F.simpo, T.simpo, {"label_smoothing": 0.1, "gamma": 0.7}),
     "alphapo": (F.alphapo, T.alphapo, {"alpha": 0.4, "label_smoothing": 0.1}),
     "alphapo below": (F.alphapo, T.alphapo, {"alpha": -0.4}),
@@ -207,7 +207,7 @@ PAIRED = {
         {"beta": 0.5},
     ),
     "mpo": (
-        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.sft, 1.0)),
+        P.mix((P.dpo, 0.8), (P.bco_pair, 0.2), (P.nll, 1.0)),
         T.mix((T.dpo, 0.8), (T.bco_pair, 0.2), (T.nll, 1.0)),
         {},
     ),

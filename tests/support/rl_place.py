@@ -21,7 +21,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.preference import preference
-from jaxft.objectives.policy import Critic, critic, policy
+from jaxft.objectives.critic import Critic, value_function
+from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
@@ -48,7 +49,7 @@ def even(prompt, completion, row):
 def with_critic(model, temperature, beta, shared=False):
     """A critic beside the policy, an entropy bonus, and the KL in the rewards, its coefficient by a controller."""
     hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
-    value = critic(hidden, lambda params, h: scores(view(params, "critic"), h))
+    value = value_function(hidden, lambda params, h: scores(view(params, "critic"), h))
     penalty = AdaptiveKL(beta, target=0.1, horizon=50) if beta else FixedKL(0.0)
     return policy(model, clipped, KLInReward(penalty), 0.01, temperature, Critic(value, coef=0.5))
 

@@ -156,10 +156,10 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["loss=mine.py:mean_of_pairs"], "returns one value per pair"),
+        (["loss=mine.py:mean_of_pairs"], "must return one value per pair"),
         (
             ["loss=mine.py:pairs_of_values"],
-            "loss pairs_of_values returns one value per pair, (1, 4); got tuple",
+            "loss pairs_of_values must return one value per pair, (1, 4); got tuple",
         ),
         (
             ["loss=mine.py:column"],
@@ -173,14 +173,14 @@ def test_a_loss_in_a_file_of_the_users_trains(place):
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
         (
             ["reference=none"],
-            "without a reference the implicit reward is unknown; give preference(...) reward=summed",
+            "without a reference there is no implicit reward. Set preference(reward=summed_logp)",
         ),
         (
-            ["reference=none", "reward=jaxft.objectives.preference:summed"],
+            ["reference=none", "reward=jaxft.objectives.preference:summed_logp"],
             "this loss reads the reference's log-probs",
         ),
-        ([f"loss={F}:kto"], "kto needs a third answer `mismatched`"),
-        ([f"loss={F}:tpo"], "tpo needs a third answer `gold`"),
+        ([f"loss={F}:kto"], "kto needs a third response `mismatched`"),
+        ([f"loss={F}:tpo"], "tpo needs a third response `gold`"),
         (["reference=sometimes"], "one of start, precomputed, moving, none"),
     ],
 )

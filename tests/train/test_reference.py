@@ -115,7 +115,7 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
         losses = []
         for _ in range(3):
             state, found = p.train_step(state, frozen, batch)
-            losses.append(metrics.read(found)["loss"])
+            losses.append(metrics.as_floats(found)["loss"])
         after, moved = jax.device_get(look(state.trainable, frozen, state.aux))
     assert losses[0] == pytest.approx(math.log(2), rel=1e-12) and losses[2] < losses[0] - 0.01
     np.testing.assert_array_equal(after, known)
@@ -144,7 +144,7 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
         grads, found = jax.jit(lambda *args: accumulate_gradients(objective, *args, jax.random.key(0), {}))(
             (moved, frozen), batch
         )
-        return metrics.read(found)["loss"], grads, metrics.read(found)
+        return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 
     batch, given = source.batch(0), told.batch(0)
     exact = compute([batch])[0]

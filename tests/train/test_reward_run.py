@@ -92,7 +92,7 @@ def test_a_run_learns_says_what_it_learned_and_its_card_fits(place):
     assert wanted <= last.keys() and last["eval_accuracy"] == 1 and last["eval_margin"] > 0.5
     assert (
         "held-out accuracy: " in out
-        and "always taking the" in out
+        and "always preferring the" in out
         and "scripts/score.py" in out
         and "--prompt" not in out
     )

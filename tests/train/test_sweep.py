@@ -21,7 +21,7 @@ from jaxft.nn.quant import quantize
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.preference import EMAReference, per_token, preference
+from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, linear, make_optimizer
 from jaxft.train import partition
@@ -149,7 +149,7 @@ class One:
 
 
 def pairwise(loss, reference="start", **knobs):
-    knobs |= {"reward": per_token} if reference is None else {}
+    knobs |= {"reward": mean_logp} if reference is None else {}
     return partial(preference, loss=loss, reference=reference, **knobs)
 
 
@@ -327,8 +327,8 @@ def test_evaluation_together_is_each_ones_own(weights):
             wanted = jit(lambda *x, o=objective: o(*x))(
                 tree.combine(state.trainable, own), whole, None, state.aux
             )[1]
-            mine = metrics.read(jax.tree.map(lambda x, k=k: x[k], found))
-            for name, value in metrics.read(wanted).items():
+            mine = metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], found))
+            for name, value in metrics.as_floats(wanted).items():
                 np.testing.assert_allclose(
                     mine[name], value, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}"
                 )

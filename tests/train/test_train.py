@@ -51,7 +51,7 @@ def gradient_of(model, whole, batch):
     optimizer = sgd(1.0)
     step = jax.jit(make_train_step(sft(model), optimizer, 0))
     state, found = step(state_of(whole, optimizer), jax.tree.map(lambda _: None, whole), batch)
-    return metrics.read(found)["loss"], jax.tree.map(jnp.subtract, whole, state.trainable)
+    return metrics.as_floats(found)["loss"], jax.tree.map(jnp.subtract, whole, state.trainable)
 
 
 def test_accumulation_is_the_big_batch_for_rows_of_unequal_length():
@@ -146,11 +146,11 @@ def test_a_nonfinite_step_changes_nothing_but_is_counted():
     bad = good.replace(token_weights=good.token_weights.at[1, 0, 0].set(jnp.nan))
     state, _ = step(state, frozen, good)
     after, found = step(state, frozen, bad)
-    assert metrics.read(found)["skipped"] == 1 and after.bad.tolist() == [1, 1] and after.step == 2
+    assert metrics.as_floats(found)["skipped"] == 1 and after.bad.tolist() == [1, 1] and after.step == 2
     same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # noqa: E731
     jax.tree.map(same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
     again, found = step(after, frozen, good)
-    assert again.bad.tolist() == [1, 0] and metrics.read(found)["skipped"] == 0
+    assert again.bad.tolist() == [1, 0] and metrics.as_floats(found)["skipped"] == 0
 
 
 def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
@@ -161,7 +161,7 @@ def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
     state, first = step(state, frozen, batch)
     _, second = step(state, frozen, batch)
     _, first_again = step(state_of(trainable, optimizer), frozen, batch)
-    losses = [metrics.read(m)["loss"] for m in (first, second, first_again)]
+    losses = [metrics.as_floats(m)["loss"] for m in (first, second, first_again)]
     assert losses[0] == losses[2] and losses[0] != losses[1]
 
 

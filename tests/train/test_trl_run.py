@@ -55,7 +55,7 @@ def ours(folder, rows, loss):
             batch = source.batch(step)
             order += [int(i) for i in batch.index.ravel() if i >= 0]
             state, numbers = p.train_step(state, frozen, batch)
-            found.append(metrics.read(numbers))
+            found.append(metrics.as_floats(numbers))
     return found, order
 
 

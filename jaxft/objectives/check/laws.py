@@ -1,7 +1,8 @@
-"""What a preference loss has to obey, on the synthetic pairs of probe.py; `check(probe)` looks at it all, traits.py included.
+"""What a preference loss has to obey, on the synthetic pairs of probe.py; `check(probe)` looks at it all,
+traits.py included.
 
-A check fails where training would go wrong: not one finite value a pair, a value that leans on other pairs, no push or the wrong
-one, a claim that doesn't hold.
+A check fails where training would go wrong: not one finite value a pair, a value that leans on other pairs,
+no push or the wrong one, a claim that doesn't hold.
 """
 
 import math
@@ -96,7 +97,9 @@ def one_value_a_pair(probe: Probe) -> Check:
 
 
 def extremes(probe: Probe, dtype: Any) -> PairBatch:
-    """Pairs [72, 1]: policy and reference at log-probs from 0 to -1e5, alike and apart, in answers of 1 and of LONG tokens."""
+    """Pairs [72, 1]: policy and reference at log-probs from 0 to -1e5, alike and apart, in answers of 1 and
+    of LONG tokens.
+    """
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, known = (x.ravel() for x in np.meshgrid(sums, sums))
 

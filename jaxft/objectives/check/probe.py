@@ -1,8 +1,9 @@
-"""A preference loss on synthetic pairs, without a model: its values, its gradients, its curve over the margin.
+"""A preference loss on synthetic pairs, without a model: its values, its gradients, its curve over the
+margin.
 
-`probe(name, loss)` finds out what a loss has to be given and compiles it; `alone` and `together` call it; `check` of laws.py says
-what to make of it. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y) of the chosen answer minus that of the
-rejected one.
+`probe(name, loss)` finds out what a loss has to be given and compiles it; `alone` and `together` call it;
+`check` of laws.py says what to make of it. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y)
+of the chosen answer minus that of the rejected one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,8 +29,9 @@ SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 @struct
 class Judged:
-    """Values of pairs, and of each kind of answer the slope d value / d log pi(answer): what a nat more does to the loss, spread
-    evenly over the answer's tokens. A negative slope pushes the answer up."""
+    """Values of pairs, and of each kind of answer the slope d value / d log pi(answer): what a nat more does
+    to the loss, spread evenly over the answer's tokens. A negative slope pushes the answer up.
+    """
 
     value: Float[Any, "..."]
     slope: dict[str, Float[Any, "..."]]
@@ -76,9 +78,11 @@ def call(loss: Callable, pair: PairBatch) -> Array:
 
 
 def probe(name: str, loss: Callable, columns: Iterable[str] = ()) -> Probe:
-    """The loss with what it needs: the third answer with which it works, columns that it looks up (1 in all pairs, `margin` 0).
+    """The loss with what it needs: the third answer with which it works, columns that it looks up (1 in all
+    pairs, `margin` 0).
 
-    columns: further ones. Raises ValueError with the loss's own message, `from` its error, where it fails whatever it is given.
+    columns: further ones. Raises ValueError with the loss's own message, `from` its error, where it fails
+    whatever it is given.
     """
     failed = dict[str, tuple[str, Exception]]()
     for kinds in (PAIR, *((*PAIR, third) for third in THIRDS)):
@@ -158,7 +162,9 @@ def together(probe: Probe, pair: PairBatch) -> Judged:
 
 
 def alone(probe: Probe, pair: PairBatch) -> Judged:
-    """Values and slopes [N] of pairs [N, 1], each in a batch of its own. Raises ValueError where the loss fails."""
+    """Values and slopes [N] of pairs [N, 1], each in a batch of its own. Raises ValueError where the loss
+    fails.
+    """
     N = pair.weight.shape[0]
     parts = []
     for begin in range(0, N, ROWS):
@@ -191,7 +197,8 @@ def alike(*found: Judged) -> bool:
 
 
 def at_margin(probe: Probe, margin: np.ndarray, length: Mapping[str, Any] | int = TOKENS) -> Judged:
-    """Pairs [N] of which half the margin is the chosen answer's gain and half the rejected one's loss, each a batch of its own.
+    """Pairs [N] of which half the margin is the chosen answer's gain and half the rejected one's loss, each a
+    batch of its own.
 
     The reference's log-probs are low enough for the policy's to stay below 0, and the same for all margins.
     """
@@ -201,8 +208,9 @@ def at_margin(probe: Probe, margin: np.ndarray, length: Mapping[str, Any] | int 
 
 
 def span(probe: Probe) -> float:
-    """How far in nats the margin has to go for the curve to show its bends: the least of SPANS within which the slope over the
-    margin changes by most of what it is at 0. For DPO that is 3 / beta."""
+    """How far in nats the margin has to go for the curve to show its bends: the least of SPANS within which
+    the slope over the margin changes by most of what it is at 0. For DPO that is 3 / beta.
+    """
     for reach in SPANS:
         found = at_margin(probe, np.linspace(-reach, reach, 25))
         slope = found.slope["chosen"] - found.slope["rejected"]

@@ -22,10 +22,12 @@ def pairs(
     room: int = ROOM,
     dtype: Any = np.float32,
 ) -> PairBatch:
-    """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs; a number or an array [N] a kind.
+    """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs; a number or an array
+    [N] a kind.
 
-    The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns 1, `margin` 0. Length 0: no answer;
-    a mean length is that of the N pairs. The arrays are NumPy's. Raises ValueError where a pair doesn't fit into `room`.
+    The log-prob of an answer is spread evenly over its tokens, log sum_v p_v^2 is -1, columns 1, `margin` 0.
+    Length 0: no answer; a mean length is that of the N pairs. The arrays are NumPy's. Raises ValueError where
+    a pair doesn't fit into `room`.
     """
     kinds = tuple(
         sorted(ratio)
@@ -97,7 +99,9 @@ def in_rows(pair: PairBatch, slots: int) -> PairBatch:
 
 
 def varied(kinds: tuple[str, ...], count: int, reach: float = 8.0) -> dict[str, Any]:
-    """`ratio`, `length` and `reference` for pairs(): no two pairs alike, log-ratios within reach, no log-prob above 0."""
+    """`ratio`, `length` and `reference` for pairs(): no two pairs alike, log-ratios within reach, no log-prob
+    above 0.
+    """
     rng = np.random.default_rng(0)
     ratio = {kind: rng.uniform(-reach, reach, count) for kind in kinds}
     length = {kind: rng.permutation(np.linspace(4, 48, count)).astype(int) for kind in kinds}

@@ -1,4 +1,5 @@
-"""What a preference loss is like, on the synthetic pairs of probe.py: what it needs, its symmetries, what lengths do to it.
+"""What a preference loss is like, on the synthetic pairs of probe.py: what it needs, its symmetries, what
+lengths do to it.
 
 None of it is right or wrong, unless the author of a loss claims it.
 """
@@ -83,7 +84,9 @@ def _without_reference(pair: PairBatch) -> PairBatch:
 
 
 def antisymmetric(probe: Probe, claimed: bool = False) -> Check:
-    """loss(pair) - loss(swapped pair) = -k margin for one k, as in DPO; the margin of sums or means, log-ratios or log-probs."""
+    """loss(pair) - loss(swapped pair) = -k margin for one k, as in DPO; the margin of sums or means,
+    log-ratios or log-probs.
+    """
     given = varied(probe.kinds, 24)
     turned = {what: {**x, "chosen": x["rejected"], "rejected": x["chosen"]} for what, x in given.items()}
     here, there = judged(probe, **given).value, judged(probe, **turned).value
@@ -147,7 +150,9 @@ def difference(probe: Probe, claimed: bool = False) -> Check:
 
 
 def lengths(probe: Probe) -> tuple[Check, Check, Check]:
-    """What the lengths of answers do, at equal sums of log-probs and at equal means; and how hard a token is pushed."""
+    """What the lengths of answers do, at equal sums of log-probs and at equal means; and how hard a token is
+    pushed.
+    """
 
     def sums(n: Any, x: float) -> tuple[Any, Any]:
         return 0 * n + x, 0 * n + TOKENS * PER_TOKEN
