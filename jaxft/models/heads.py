@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.models.model import Model
-from jaxft.nn.layers import accumulator
 from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, normal
 
 SCORE = ("score.weight", True)  # its name in a checkpoint
@@ -49,7 +49,7 @@ def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
 
     A head [D, K, 1] is K of them, the rows of h in as many equal groups, as nn.linear takes several adapters.
     """
-    wide, highest = accumulator(h.dtype), jax.lax.Precision.HIGHEST
+    wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
     w, h = params["score"][..., 0].astype(wide), h.astype(wide)
     if w.ndim == 1:
         return jnp.einsum("...d,d->...", h, w, precision=highest)

@@ -6,10 +6,16 @@ is `dataclasses.replace` of the fields that differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from math import prod
+from typing import Any, Generic, Protocol, TypeVar
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxft.nn.matmul import accumulation_dtype
+from jaxft.nn.param import is_spec, spec_paths
+from jaxft.nn.scan import RematPolicy, check_remat
 from jaxft.tree import Params
 
 WeightNames = dict[str, tuple[str, bool]]
@@ -94,3 +100,44 @@ class Model:
     heads: dict[str, Any] = field(default_factory=dict)
     scores: Callable[[Params, Array], Array] = no_scalar_head
     generates: bool = True
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+@dataclass(frozen=True)
+class ForwardOptions(Generic[Config]):
+    """How a family's functions compute a forward pass.
+
+    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of nn.scan.REMAT.
+    """
+
+    config: Config
+    dtype: Any
+    residual: Any
+    remat: RematPolicy
+
+
+def forward_options(
+    config: Config, dtype: Any, remat: RematPolicy, residual: Any = None
+) -> ForwardOptions[Config]:
+    """Check the options of a family's builder. Raises ValueError for an unknown remat policy.
+
+    residual: None is float32 or wider; bfloat16 halves what a layer stores of it, and rounds once a layer.
+    """
+    check_remat(remat)
+    residual = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)
+    return ForwardOptions(config, dtype, residual, remat)
+
+
+def layer_axes(specs: Any) -> Any:
+    """Return the logical axes of one layer's parameters, without the stacked axis, for nn.matmul.gather_layer."""
+    return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
+
+
+def dense_flops(config: ModelConfig, specs: Any, tokens: int, context: int) -> float:
+    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention, the head."""
+    matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
+    per_layer = sum(prod(shape[1:]) for shape in matrices)
+    scores = 2 * config.heads * config.head_dim * context / 2
+    return 2.0 * tokens * (config.layers * (per_layer + scores) + config.width * config.vocab)

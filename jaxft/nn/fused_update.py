@@ -15,25 +15,25 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.tree import static, struct
 
-DISGUISES: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes an element
+FLOATS_OF_SIZE: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes an element
 
 
-class Uses:
-    """How often a Consumed was run through: its cotangents mean something after exactly one time."""
+class CallCount:
+    """Counts the uses of FusedLayers in a forward pass: their cotangents are right after exactly one."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 @struct
-class Consumed:
+class FusedLayers:
     """The layers of a model in a step that updates each of them as soon as its gradient is there.
 
-    The backward pass of `scan` gives results in the place of cotangents: for `layers` and `state` what they are after the
+    The backward pass of `fused_scan` gives results in the place of cotangents: for `layers` and `state` what they are after the
     update, for `squares` (zero) the gradients' sum of squares.
 
     layers: a tree with the trained leaves [L, ...], in which `pick` finds the layers. frozen: the layers' other leaves, None
-    where one is trained. state: the optimizer's, [L, ...], integers `disguised`, since only floats have cotangents.
+    where one is trained. state: the optimizer's, [L, ...], integers as `float_bits`, since only floats have cotangents.
     update: (gradients like a layer of `layers`, their norm, (that layer, its state), i) -> (layer, state).
     """
 
@@ -43,50 +43,50 @@ class Consumed:
     squares: Float[Array, ""]
     pick: Callable = static()
     update: Callable = static()
-    uses: Uses = static()
+    calls: CallCount = static()
 
 
-def plain(params: Any) -> Any:
-    """A tree with the layers of a Consumed as they are outside such a step, for what doesn't train them."""
+def unfused(params: Any) -> Any:
+    """A tree with the layers of FusedLayers as they are outside such a step, for what doesn't train them."""
 
     def node(x: Any) -> Any:
-        return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, Consumed) else x
+        return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, FusedLayers) else x
 
-    return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, Consumed))
+    return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, FusedLayers))
 
 
-def disguised(x: Array) -> Array:
+def float_bits(x: Array) -> Array:
     """An integer array's bits as floats of the same size, on which nobody computes; a float array as it is."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return jax.lax.bitcast_convert_type(x, DISGUISES[x.dtype.itemsize])
+    return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])
 
 
-def undisguised(x: Array, like: Any) -> Array:
-    """Undo disguised; like: an array of the original dtype."""
+def from_float_bits(x: Array, like: Any) -> Array:
+    """Undo float_bits; like: an array of the original dtype."""
     return x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
 
 
-def at(x: Any, i: Array) -> Any:
+def layer_at(x: Any, i: Array) -> Any:
     """Layer i of stacked leaves."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x)
 
 
-def put(x: Any, layer: Any, i: Array) -> Any:
+def put_layer(x: Any, layer: Any, i: Array) -> Any:
     """Stacked leaves with `layer` as their layer i, written in place."""
     return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
 
 
-def scan(body: Callable, h: Float[Array, "..."], c: Consumed, more: Any) -> Float[Array, "..."]:
+def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> Float[Array, "..."]:
     """`jax.lax.scan(body, h, (layers, more))[0]`, whose backward pass runs each layer again and updates it.
 
     The pass keeps the layers' inputs. Parameters and state are carried through it and written in place.
     """
-    c.uses.count += 1
+    c.calls.count += 1
     count = jax.tree.leaves(c.layers)[0].shape[0]
 
     def one(h: Array, layer: Any, i: Array) -> Array:
-        return body(h, (tree.combine(c.pick(layer), at(c.frozen, i)), at(more, i)))[0]
+        return body(h, (tree.combine(c.pick(layer), layer_at(c.frozen, i)), layer_at(more, i)))[0]
 
     @jax.custom_vjp
     def through(h, layers, state, squares):
@@ -94,7 +94,7 @@ def scan(body: Callable, h: Float[Array, "..."], c: Consumed, more: Any) -> Floa
 
     def forward(h, layers, state, squares):
         def step(h, i):
-            return one(h, at(layers, i), i), h
+            return one(h, layer_at(layers, i), i), h
 
         h, inputs = jax.lax.scan(step, h, jnp.arange(count))
         return h, (layers, state, squares, inputs)
@@ -105,12 +105,12 @@ def scan(body: Callable, h: Float[Array, "..."], c: Consumed, more: Any) -> Floa
         def step(n, now):
             i = count - 1 - n
             dh, layers, state, squares = now
-            layer = at(layers, i)
-            _, pull = jax.vjp(partial(one, i=i), at(inputs, i), layer)
+            layer = layer_at(layers, i)
+            _, pull = jax.vjp(partial(one, i=i), layer_at(inputs, i), layer)
             dh, grads = pull(dh)
             norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
-            layer, own = c.update(grads, norm, (layer, at(state, i)), i)
-            return dh, put(layers, layer, i), put(state, own, i), squares + norm * norm
+            layer, own = c.update(grads, norm, (layer, layer_at(state, i)), i)
+            return dh, put_layer(layers, layer, i), put_layer(state, own, i), squares + norm * norm
 
         return jax.lax.fori_loop(0, count, step, (dh, layers, state, squares))
 

@@ -1,7 +1,5 @@
-"""The layers that models are made of: linear, embedding, rms_norm, rope, swiglu, and what a remat policy may keep."""
+"""The layers that families are made of: embedding, norm, rope, gated MLP, and names for remat policies."""
 
-import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,301 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
-from jaxft.nn.lora import Adapted
-from jaxft.nn.quant import QTensor, dequantize, rows
-from jaxft.tree import struct
-
-Weight = Any  # Array | QTensor | Adapted | Observed
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype that contractions of `dtype` accumulate in."""
-    return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
-
-
-def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
-    """Contract one axis of each, accumulated in float32 or wider, cast to `out`.
-
-    On a mesh that cuts products, what its devices add up is of `out` already: half the bytes where that is a 16-bit float.
-    """
-    dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
-    wide = out if sharding.has("tensor") else accumulator(x.dtype)
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=wide).astype(out)
-
-
-def expand(w: Weight, dtype: Any) -> Array:
-    """A weight as a plain array of the compute dtype."""
-    return (dequantize(w) if isinstance(w, QTensor) else w).astype(dtype)
-
-
-def expand_after(w: Weight, x: Array) -> Array:
-    """expand, to x's dtype and not before x is there: else a schedule expands many weights at once, long before their turn."""
-    if isinstance(w, QTensor) and w.kind != "bits":
-        w, _ = jax.lax.optimization_barrier((w, x))
-    return expand(w, x.dtype)
-
-
-def gathered(layer: Any, axes: Any) -> Any:
-    """A layer's weights [I, O], each with these axes, as products use them: what is packed and adapters whole along fsdp.
-
-    Without this, what the mesh gathers of a packed weight is the expanded one. Plain weights are left to the partitioner.
-    """
-    return jax.tree.map(_gathered, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | Observed))
-
-
-def _gathered(w: Weight, axes: tuple[str, ...]) -> Weight:
-    if isinstance(w, Adapted):
-        ins, outs = sharding.gathered(axes)
-        each = ("layers",) * (w.a.ndim - 2)  # several adapters
-        a, b = sharding.constrain(w.a, *each, ins, "rank"), sharding.constrain(w.b, *each, "rank", outs)
-        return replace(w, weight=_gathered(w.weight, axes), a=a, b=b)
-    if isinstance(w, Observed):
-        return replace(w, weight=_gathered(w.weight, axes))
-    if not isinstance(w, QTensor):
-        return w
-    place = sharding.whole_along_fsdp(axes, w.shape)
-    if place is None:
-        return w
-    scales = place if w.index is None else sharding.uncut(place, -2)
-    places = replace(
-        jax.tree.map(lambda x: sharding.fitted(scales, x.shape), w),
-        codes=sharding.fitted(place, w.codes.shape),
-    )
-    return jax.tree.map(jax.lax.with_sharding_constraint, w, places)
-
-
-def _flat(x: Array) -> Array:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return x.reshape(rows, x.shape[-1])
-
-
-def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[Array, "I O"]:
-    """`x^T g`, a weight's gradient: the sum over N of outer products, accumulated as in dot.
-
-    XLA's CPU compiler runs a 16-bit product over the first axis of both operands at about half its rate. There the smaller
-    of x and (g and the result) is transposed beforehand, in blocks of rows: a plain transpose would be folded into the product.
-    """
-    lead = tuple(range(x.ndim - 1))
-    if sharding.is_spread():  # as they lie: to flatten axes that are cut moves them
-        return jax.lax.dot_general(
-            x, g, ((lead, lead), ((), ())), preferred_element_type=accumulator(x.dtype)
-        ).astype(out)
-
-    def plain(x, g):
-        return dot(x, g, (0, 0), out)
-
-    def transposed(x, g):
-        (rows, ins), outs = x.shape, g.shape[1]
-        if rows * ins <= rows * outs + 2 * ins * outs:
-            return dot(_transpose(x), g, (1, 0), out)
-        return _transpose(dot(_transpose(g), x, (1, 0), out))
-
-    x, g = _flat(x), _flat(g)
-    if x.dtype.itemsize != 2 or x.shape[0] % 4 or g.shape[1] % 4:
-        return plain(x, g)
-    return jax.lax.platform_dependent(x, g, cpu=transposed, default=plain)
-
-
-def _transpose(x: Float[Array, "N M"]) -> Float[Array, "M N"]:
-    rows, columns = x.shape
-    block = math.gcd(rows // 2, 64)
-    return x.reshape(rows // block, block, columns).transpose(2, 0, 1).reshape(columns, rows)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(
-    x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False
-) -> Float[Array, "... O"]:
-    """`x @ w` in x's dtype with a wide accumulator; `wide` keeps the accumulator's dtype in the result.
-
-    w is [I, O], or [O, I] if `transposed`; a QTensor is expanded here and again in the backward pass, so that no expanded
-    copy is a residual. The cotangent is cast to x's dtype before both products (the fast path of every backend), and a
-    weight's gradient comes out in the accumulator's precision.
-    """
-    out = accumulator(x.dtype) if wide else x.dtype
-    return dot(x, expand_after(w, x), (-1, 1 if transposed else 0), out)
-
-
-def _matmul_fwd(x, w, transposed, wide):
-    return matmul(x, w, transposed, wide), (x, w)
-
-
-def _matmul_bwd(transposed, wide, residuals, g):
-    x, w = residuals
-    g = g.astype(x.dtype)
-    dx = dot(g, expand_after(w, g), (-1, 0 if transposed else 1), x.dtype)
-    if isinstance(w, QTensor):
-        return dx, None
-    return dx, outer(*((g, x) if transposed else (x, g)), w.dtype)
-
-
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-def join(x: Array, y: Array, axis: int) -> Array:
-    """Concatenate two arrays of one dtype; 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
-    return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
-
-
-@jax.custom_vjp
-def lora_matmul(
-    x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array
-):
-    """`x @ w + scale * (dropped @ a) @ b` as one product `[x, s dropped a] @ [w; b]` (Hu et al. 2021, arXiv:2106.09685).
-
-    x, dropped: [..., I], the same array without dropout. w: [I, O] or a QTensor. scale is frozen: it gets no gradient.
-    """
-    return _lora_fwd(x, dropped, w, a, b, scale)[0]
-
-
-def _lora_fwd(x, dropped, w, a, b, scale):
-    s = scale.astype(x.dtype)
-    xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    if sharding.has("tensor"):  # to join what is cut moves it
-        y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
-    else:
-        y = dot(join(x, xa, -1), join(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype)
-    return y, (x, dropped, w, a, b, s)
-
-
-def _lora_bwd(residuals, g):
-    x, dropped, w, a, b, s = residuals
-    g = g.astype(x.dtype)
-    joined = _input_gradients if sharding.has("tensor") else _input_gradients_joined
-    dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=joined, default=_input_gradients)
-    dxa = _low(dxa * s)
-    xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    db = outer(xa, g, b.dtype)
-    da = outer(dropped, dxa, a.dtype)
-    dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
-    return dx, dot(dxa, a.astype(x.dtype), (-1, 1), x.dtype), dw, da, db, None
-
-
-def _low(x: Float[Array, "... R"]) -> Array:
-    """x with its rank whole on every device: it is so short that to cut it moves more than it saves."""
-    return sharding.constrain(x, *(None,) * (x.ndim - 1), "rank")
-
-
-def _input_gradients_joined(g, w, b):
-    """`g w^T` and `g b^T` as one product."""
-    both = dot(g, join(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
-    return tuple(jnp.split(both, [both.shape[-1] - b.shape[0]], -1))
-
-
-def _input_gradients(g, w, b):
-    """The same as two products: where they run at full rate, joining and splitting cost time and memory."""
-    return dot(g, expand_after(w, g), (-1, 1), g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
-
-
-lora_matmul.defvjp(_lora_fwd, _lora_bwd)
-
-
-def dot_each(
-    x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any
-) -> Array:
-    """`dot` of each of K matrices with its own partner; the axes are counted without K."""
-    dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x.dtype)).astype(out)
-
-
-@jax.custom_vjp
-def loras_matmul(
-    x: Float[Array, "KB ... I"], dropped: Float[Array, "KB ... I"], w: Weight,
-    a: Float[Array, "K I R"], b: Float[Array, "K R O"], scale: Float[Array, " K"],
-) -> Float[Array, "KB ... O"]:  # fmt: skip
-    """lora_matmul with K adapters: the first KB / K rows belong to the first one, the next to the second, and so on.
-
-    The base's product is one for all rows; the low-rank parts are added to it in the accumulator's precision.
-    """
-    return _loras_fwd(x, dropped, w, a, b, scale)[0]
-
-
-def _grouped(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
-    return x.reshape(count, x.size // (count * x.shape[-1]), x.shape[-1])
-
-
-def _loras_fwd(x, dropped, w, a, b, scale):
-    wide, s = accumulator(x.dtype), scale.astype(x.dtype)
-    xa = dot_each(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
-    low = dot_each(xa, b.astype(x.dtype), (1, 0), wide)
-    y = dot(x, expand_after(w, x), (-1, 0), wide)
-    return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
-
-
-def _loras_bwd(residuals, g):
-    x, dropped, w, a, b, s = residuals
-    g = g.astype(x.dtype)
-    each_g, each_x = _grouped(g, len(a)), _grouped(dropped, len(a))
-    dxa = dot_each(each_g, b.astype(x.dtype), (1, 1), x.dtype) * s[:, None, None]
-    xa = dot_each(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
-    db = dot_each(xa, each_g, (0, 0), b.dtype)
-    da = dot_each(each_x, dxa, (0, 0), a.dtype)
-    dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
-    ddropped = dot_each(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
-    return dot(g, expand_after(w, g), (-1, 1), x.dtype), ddropped, dw, da, db, None
-
-
-loras_matmul.defvjp(_loras_fwd, _loras_bwd)
-
-
-@struct
-class Observed:
-    """A weight [I, O] whose inputs are looked at: the gradient of `moment` is the sum of x x^T over the inputs that matter."""
-
-    weight: Any
-    moment: Float[Array, "I I"]
-
-
-@jax.custom_vjp
-def observed_matmul(
-    x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]
-) -> Float[Array, "... O"]:
-    """`x @ w`; moment's cotangent is `x^T x`, without the x whose product the result doesn't depend on (padding)."""
-    return matmul(x, w, False, False)
-
-
-def _observed_bwd(residuals, g):
-    x, w, moment = residuals
-    dx, dw = _matmul_bwd(False, False, (x, w), g)
-    seen = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype))
-    return dx, dw, outer(seen, seen, moment.dtype)
-
-
-observed_matmul.defvjp(lambda x, w, moment: (observed_matmul(x, w, moment), (x, w, moment)), _observed_bwd)
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; nothing is dropped without a key or with rate 0."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
-    """`x @ w` for a plain, packed or LoRA-adapted weight [I, O]. `key` drops out the adapter's input.
-
-    An adapter with `a` [K, I, R] is K of them, the rows of x in as many equal groups.
-    """
-    if isinstance(w, Observed):
-        return observed_matmul(x, w.weight, w.moment)
-    if not isinstance(w, Adapted):
-        return matmul(x, w, False, False)
-    product = loras_matmul if w.a.ndim == 3 else lora_matmul
-    return product(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
-
-
-def lm_head(h: Float[Array, "... D"], params: dict[str, Weight]) -> Float[Array, "... V"]:
-    """Logits, float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D]; an adapter on a tied head has no weight."""
-    head = params.get("head")
-    w = head.weight if isinstance(head, Adapted) else head
-    logits = matmul(h, params["embed"], True, True) if w is None else matmul(h, w, False, True)
-    if isinstance(head, Adapted):
-        low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
-        logits = logits + matmul(low, head.b, False, True)
-    return logits
+from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, to_bits
+from jaxft.nn.quant import QTensor, rows
+from jaxft.tree import Params
 
 
 def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
@@ -319,7 +25,7 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B 
             dtype
         )
     if isinstance(table, QTensor):
-        return rows(_gathered(table, TABLE), ids).astype(dtype)
+        return rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
 
 
@@ -354,13 +60,28 @@ def _embed_bwd(dtype, residuals, g):
 _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
+def embed_tokens(table: Weight, ids: Int[Array, "B T"], dtype: Any, residual: Any) -> Float[Array, "B T D"]:
+    """Start the residual stream: embeddings rounded to the compute dtype as every matmul's output is, as `residual`."""
+    h = embed(table, sharding.constrain(ids, "rows", "time"), dtype).astype(residual)
+    return sharding.constrain(h, "rows", "time", "act_width")
+
+
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any
 ) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), cast to `out`."""
-    wide = x.astype(accumulator(x.dtype))
+    wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
     return (wide * scale * weight.astype(wide.dtype)).astype(out)
+
+
+def rope_angles(
+    frequencies: np.ndarray, positions: Int[Array, "B T"], dtype: Any
+) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
+    """Return cos and sin of every position times the frequencies [E/2], in float32 or wider."""
+    wide = accumulation_dtype(dtype)
+    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rope(
@@ -374,28 +95,30 @@ def rope(
 
 def swiglu(gate: Array, up: Array) -> Array:
     """`silu(gate) * up`, in float32 or wider inside."""
-    wide = accumulator(gate.dtype)
+    wide = accumulation_dtype(gate.dtype)
     return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
 
 
-def to_bits(x: Array) -> Array:
-    """A 16-bit float as uint16, anything else as it is: XLA's CPU compiler widens stacked bfloat16 arrays, not integers."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+def gated_mlp(p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> Float[Array, "B T D"]:
+    """`down(silu(gate(x)) * up(x))`; keys: three dropout keys, or None for each."""
+    gate = saveable(sharding.constrain(linear(x_BTD, p["gate"], keys[0]), "rows", "time", "mlp"), "gate")
+    up = saveable(sharding.constrain(linear(x_BTD, p["up"], keys[1]), "rows", "time", "mlp"), "up")
+    return linear(swiglu(gate, up), p["down"], keys[2])
 
 
-def from_bits(x: Array, dtype: Any) -> Array:
-    """Undo to_bits."""
-    return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
+def split_keys(key: Array | None, count: int) -> Any:
+    """Split a random key into `count`, or return as many Nones."""
+    return (None,) * count if key is None else jax.random.split(key, count)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def remember(x: Array, name: str) -> Array:
-    """The identity; a remat policy that saves `name` keeps this value, as raw bits."""
+def saveable(x: Array, name: str) -> Array:
+    """Return x unchanged; a remat policy that saves `name` stores it, as raw bits."""
     return x
 
 
-def _remember_fwd(x, name):
+def _saveable_fwd(x, name):
     return from_bits(checkpoint_name(to_bits(x), name), x.dtype), None
 
 
-remember.defvjp(_remember_fwd, lambda name, _, g: (g,))
+saveable.defvjp(_saveable_fwd, lambda name, _, g: (g,))

@@ -199,7 +199,7 @@ def preference(
 def reference_params(params: Params, aux: Aux) -> Params:
     """The reference's parameters: the copy in aux, or the base without the adapter."""
     if "reference" in aux:
-        return tree.combine(aux["reference"], fused_update.plain(params))
+        return tree.combine(aux["reference"], fused_update.unfused(params))
     return {"base": params["base"]}
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.nn.fused_update import Consumed, Uses, disguised, undisguised
+from jaxft.nn.fused_update import CallCount, FusedLayers, float_bits, from_float_bits
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optimizer
 from jaxft.optim.update import StepInfo, Updated, to_float32
@@ -46,19 +46,19 @@ def fused_step(
     parts = optimizer.parts
     check_fused(optimizer, state.trainable, jax.tree.leaves(batch)[0].shape[0])
     (layers, rest), layers_state = parts.split(state.trainable), state.opt_state.layers
-    rounding, uses = parts.layers_key(keys[1]), Uses()
+    rounding, uses = parts.layers_key(keys[1]), CallCount()
 
     def update_layer(grads: Grads, norm: Float[Array, ""], before: Updated, i: Array) -> Updated:
         layer, own_state = before
-        own_state = jax.tree.map(undisguised, own_state, layers_state)
+        own_state = jax.tree.map(from_float_bits, own_state, layers_state)
         key = None if rounding is None else jax.random.fold_in(rounding, i)
         info = StepInfo(norm, jnp.isfinite(norm), key)
         layer, own_state = parts.update_layer(grads, own_state, layer, info)
-        return layer, jax.tree.map(disguised, own_state)
+        return layer, jax.tree.map(float_bits, own_state)
 
     def loss(rest: Params, layers: Params, layers_state: OptState, squares: Array) -> tuple[Array, Metrics]:
         params = tree.combine(rest, frozen)
-        fused = Consumed(
+        fused = FusedLayers(
             layers,
             frozen["base"]["layers"],
             layers_state,
@@ -72,7 +72,7 @@ def fused_step(
 
     zero = jnp.zeros((), jax.tree.leaves(to_float32(layers))[0].dtype)
     total, pull, metrics = jax.vjp(
-        loss, rest, layers, jax.tree.map(disguised, layers_state), zero, has_aux=True
+        loss, rest, layers, jax.tree.map(float_bits, layers_state), zero, has_aux=True
     )
     if uses.count != 1:
         raise ValueError(
@@ -83,7 +83,7 @@ def fused_step(
     norm = jnp.sqrt(squares + optax.tree.norm(to_float32(grads), squared=True))
     info = StepInfo(norm, jnp.isfinite(norm) & fine, keys[1])
     new_rest, opt_state = parts.update_rest(grads, state.opt_state, state.trainable, info)
-    opt_state = opt_state._replace(layers=jax.tree.map(undisguised, new_layers_state, layers_state))
+    opt_state = opt_state._replace(layers=jax.tree.map(from_float_bits, new_layers_state, layers_state))
     return FusedStep(tree.combine(new_layers, new_rest), opt_state, info, metrics)
 
 

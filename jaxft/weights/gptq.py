@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.nn import quant_formats as qf
-from jaxft.nn.layers import Observed
+from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
@@ -39,7 +39,7 @@ def moments(
 
     def watched(base: Any, sums: dict[str, Array]) -> Any:
         return tree.map_with_path(
-            lambda path, w: Observed(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
+            lambda path, w: GramProbe(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
         )
 
     @partial(jax.jit, donate_argnums=1)

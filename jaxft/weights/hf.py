@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sharding, sync
-from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.models import families
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor
@@ -36,7 +36,6 @@ from jaxft.weights.safetensors import (
 )
 
 MAX_SHARD = 5_000_000_000
-TO_CONFIG = {LlamaConfig: to_hf}
 SCORE = "score.weight"  # of a sequence classifier
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, for which a Model has no name
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers that old files carry
@@ -322,7 +321,7 @@ def padded_apart(tokenizer: Any) -> Any:
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json in the source's own style, without what no longer holds, and generation_config.json."""
-    config, generation = TO_CONFIG[type(model.config)](model.config), {}
+    config, generation = families.to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
     if located is not None and located.kind == "folder":
         config = read_json(located.path / "config.json")

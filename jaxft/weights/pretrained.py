@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
+from jaxft.models import families
 from jaxft.models.adapted import adapted
-from jaxft.models.llama import llama
-from jaxft.models.llama_config import PRESETS, from_hf
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -28,8 +27,6 @@ from jaxft.weights.storage import (
     quantised_paths,
 )
 
-MODELS = {"llama": (from_hf, llama)}
-
 
 def read_config(located: hub.Located) -> dict[str, Any]:
     """The model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
@@ -39,28 +36,26 @@ def read_config(located: hub.Located) -> dict[str, Any]:
 
 
 def model_for(ref: str, **options: Any) -> Model:
-    """The Model that `ref` names; options go to the architecture (dtype, remat, attention).
+    """The Model that `ref` names; options go to the architecture (dtype, remat, residual).
 
     A ref among the presets touches neither disk nor network, a local one the network not, another one only the hub's
     config.json. Raises ValueError for an architecture that isn't implemented.
     """
-    if ref in PRESETS and not Path(ref).is_dir():
-        return llama(PRESETS[ref], **options)
+    known = None if Path(ref).is_dir() else families.preset(ref, **options)
+    if known is not None:
+        return known
     located = hub.locate(ref, config_only=True)
     try:
         config = read_config(located)
-        kind = config.get("model_type")
-        if kind not in MODELS:
-            raise ValueError(f"model_type {kind!r} is not implemented; jaxft has {', '.join(MODELS)}")
-        parse, build = MODELS[kind]
-        parsed = parse(config)
+        family = families.family_of(config)
+        parsed = family.from_hf(config)
     except ValueError as e:
         raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
             f"{located.path}: its configuration has a missing or malformed value ({hub.one_line(e)})"
         ) from e
-    return build(parsed, **options)
+    return family.build(parsed, **options)
 
 
 def open_leaves(ref: str, model: Model) -> dict[str, parameters.Leaf]:

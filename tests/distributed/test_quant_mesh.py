@@ -14,7 +14,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MESH_AXES, MeshShape, make_mesh
 from jaxft.models.llama import PRESETS, LlamaConfig, llama
-from jaxft.nn import layers, param
+from jaxft.nn import matmul, param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition
@@ -148,7 +148,7 @@ def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     def loss(x, q):
         def body(h, w):
             return (
-                sharding.constrain(jnp.tanh(layers.linear(h, w)), "rows", "time", "act_width"),
+                sharding.constrain(jnp.tanh(matmul.linear(h, w)), "rows", "time", "act_width"),
                 None,
             )  # noqa: E731
 

@@ -13,7 +13,7 @@ from tiny_run import Place, write_place
 from jaxft.batch import TrainState
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.fused_update import disguised, undisguised
+from jaxft.nn.fused_update import float_bits, from_float_bits
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.sft import sft
@@ -92,10 +92,10 @@ def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
 def test_disguises_keep_every_bit():
     for dtype in (np.uint8, np.int8, np.uint16, np.int32, np.uint32):
         x = np.frombuffer(np.random.default_rng(0).bytes(1 << 16), dtype)
-        worn = jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, x), 0, disguised(x))[1])(x)
+        worn = jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, x), 0, float_bits(x))[1])(x)
         assert jnp.issubdtype(worn.dtype, jnp.floating)
-        np.testing.assert_array_equal(jax.jit(partial(undisguised, like=x))(worn), x)
-    assert disguised(jnp.ones(3)).dtype == jnp.float32
+        np.testing.assert_array_equal(jax.jit(partial(from_float_bits, like=x))(worn), x)
+    assert float_bits(jnp.ones(3)).dtype == jnp.float32
 
 
 def test_bfloat16_parameters_are_rounded_as_layerwise():

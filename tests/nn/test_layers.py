@@ -13,7 +13,8 @@ from tiny_model import assert_close, examples, one_by_one, tiny
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import layers
+from jaxft.models.llama_config import inverse_frequencies
+from jaxft.nn import layers, matmul
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
@@ -63,16 +64,16 @@ def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transp
             x, w
         )
 
-    assert_close(both(lambda x, w: layers.matmul(x, w, transposed, True)), both(plain))
-    assert_close(both(lambda x, w: layers.matmul(x, w, transposed, False)), both(plain))
+    assert_close(both(lambda x, w: matmul.matmul(x, w, transposed, True)), both(plain))
+    assert_close(both(lambda x, w: matmul.matmul(x, w, transposed, False)), both(plain))
 
 
 def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
     x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.float32)
     for wide_result, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
-        y = layers.matmul(x, w, False, wide_result)
+        y = matmul.matmul(x, w, False, wide_result)
         assert y.dtype == dtype and float(y[0, 0]) == 4096  # in bfloat16 a sum of ones stops at 256
-    dx, dw = jax.grad(lambda x, w: jnp.sum(layers.linear(x, w)).astype(jnp.float32), (0, 1))(
+    dx, dw = jax.grad(lambda x, w: jnp.sum(matmul.linear(x, w)).astype(jnp.float32), (0, 1))(
         jnp.ones((4096, 1), jnp.bfloat16), w[:1]
     )
     assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0]) == 4096
@@ -80,7 +81,7 @@ def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
 
 def test_a_weights_gradient_keeps_the_accumulators_precision():
     x, g = random(512, 8, dtype=jnp.bfloat16), random(512, 4, dtype=jnp.bfloat16)
-    dw = jax.vjp(layers.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
+    dw = jax.vjp(matmul.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
     exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
     assert np.abs(dw - exact).max() < 1e-5 * np.abs(exact).max()
 
@@ -92,8 +93,8 @@ def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
     x, g = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in (ins, outs))
     wanted = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
     for f in (
-        layers.outer,
-        lambda x, g, out: jax.vmap(lambda x, g: layers.outer(x, g, out))(x[None], g[None])[0],
+        matmul.outer,
+        lambda x, g, out: jax.vmap(lambda x, g: matmul.outer(x, g, out))(x[None], g[None])[0],
     ):
         found = jax.jit(f, static_argnums=2)(x, g, jnp.float32)
         assert found.dtype == jnp.float32
@@ -108,7 +109,7 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
     if rank:
         w = Adapted(w, jnp.ones((6, rank)), jnp.ones((rank, 5)), jnp.ones(()))
     kept = jax.tree.leaves(
-        jax.eval_shape(lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16))
+        jax.eval_shape(lambda x: jax.vjp(lambda x: matmul.linear(x, w), x)[1], jnp.ones((3, 6), jnp.bfloat16))
     )
     assert (6, 5) in {x.shape for x in kept} and {x.dtype for x in kept if x.shape == (6, 5)} == {
         jnp.dtype(jnp.uint16)
@@ -140,7 +141,7 @@ def test_rope_is_transformers(scaling):
     from transformers import LlamaConfig as TheirConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    from jaxft.models.llama import from_hf, rope_angles
+    from jaxft.models.llama import from_hf
 
     factors = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
     parameters = (
@@ -153,7 +154,9 @@ def test_rope_is_transformers(scaling):
     )
     q, k = random(2, 9, 4, 24, dtype=jnp.float32), random(2, 9, 2, 24, dtype=jnp.float32)
     positions = np.array([np.arange(9), np.r_[0:4, 500:505]])
-    angles = rope_angles(from_hf(config.to_dict()), jnp.asarray(positions), jnp.float32)
+    angles = layers.rope_angles(
+        inverse_frequencies(from_hf(config.to_dict())), jnp.asarray(positions), jnp.float32
+    )
     heads_first = lambda x: torch.tensor(np.asarray(x)).transpose(1, 2)  # noqa: E731
     cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
     wanted = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
@@ -162,10 +165,9 @@ def test_rope_is_transformers(scaling):
 
 
 def test_rope_keeps_lengths_and_depends_on_distance_only():
-    from jaxft.models.llama import rope_angles
-
+    frequencies = inverse_frequencies(DEEP)
     q, k = random(1, 1, 1, 10, dtype=jnp.float32), random(1, 1, 1, 10, dtype=jnp.float32)
-    turn = lambda x, at: layers.rope(x, *rope_angles(DEEP, jnp.array([[at]]), jnp.float32))  # noqa: E731
+    turn = lambda x, at: layers.rope(x, *layers.rope_angles(frequencies, jnp.array([[at]]), jnp.float32))  # noqa: E731
     np.testing.assert_allclose(jnp.linalg.norm(turn(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
     near, far = jnp.vdot(turn(q, 7), turn(k, 4)), jnp.vdot(turn(q, 53), turn(k, 50))
     np.testing.assert_allclose(near, far, rtol=1e-4, atol=1e-5)
@@ -198,7 +200,7 @@ def test_embedding_a_packed_table_is_embedding_the_plain_one():
 )
 def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys, dtype, kept):
     def layer(x):
-        return jnp.sum(jnp.sin(layers.remember(jnp.sin(x), "here")).astype(jnp.float32))
+        return jnp.sum(jnp.sin(layers.saveable(jnp.sin(x), "here")).astype(jnp.float32))
 
     x = random(3, 5, dtype=dtype)
     for names, expected in ((("here",), True), (("elsewhere",), False)):
@@ -210,7 +212,7 @@ def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys
         )
     plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))  # noqa: E731
     np.testing.assert_array_equal(jax.grad(layer)(x), jax.grad(plain)(x))
-    np.testing.assert_array_equal(layers.remember(x, "here"), x)
+    np.testing.assert_array_equal(layers.saveable(x, "here"), x)
 
 
 SIZES = {  # of what a layer may keep, in DEEP

@@ -12,8 +12,8 @@ from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.layers import dropout, linear, lora_matmul
 from jaxft.nn.lora import Adapted, Adapter, adapter_specs, attach, merge, target_paths
+from jaxft.nn.matmul import dropout, linear, lora_matmul
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 

@@ -14,7 +14,7 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import layers, lora
+from jaxft.nn import layers, lora, matmul
 from jaxft.nn.lora import Adapted, Adapter
 from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
@@ -66,17 +66,17 @@ def same(fn, w, *args):
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
 def test_a_product(wide, form, transposed):
     w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
-    same(lambda w, x: layers.matmul(x, w, transposed, False), w, x)
-    same(lambda w, x: layers.matmul(x, w, transposed, True), w, x)
+    same(lambda w, x: matmul.matmul(x, w, transposed, False), w, x)
+    same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
 
 
 @every_form
 def test_products_with_one_and_several_adapters(wide, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
-    same(lambda w, x, a, b: layers.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
     a, b, scale = random(3, 42, 2, seed=2), random(3, 2, 6, seed=3), random(3, seed=4)
-    same(lambda w, x, a, b: layers.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
 
 
 @every_form
@@ -88,7 +88,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
     def deep(w, x, a, b):
         def body(h, layer):
             w, a, b, scale = layer
-            return h + jnp.tanh(layers.linear(h, Adapted(w, a, b, scale))), None
+            return h + jnp.tanh(matmul.linear(h, Adapted(w, a, b, scale))), None
 
         return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (w, a, b, scale))[
             0
@@ -107,10 +107,10 @@ def test_embedding_and_head_from_packed_tables(wide, form):
     )
     found = jax.jit(layers.embed, static_argnums=2)(table, ids, table.dtype)
     np.testing.assert_array_equal(found, np.asarray(jit(dequantize)(table))[np.asarray(ids)])
-    same(lambda w, h: layers.lm_head(h, w), {"embed": table}, h)
-    same(lambda w, h: layers.lm_head(h, w), {"head": head}, h)
+    same(matmul.lm_head, {"embed": table}, h)
+    same(matmul.lm_head, {"head": head}, h)
     pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))
-    same(lambda w, h: layers.lm_head(h, {**w, "head": Adapted(None, *pair)}), {"embed": table}, h)
+    same(lambda w, h: matmul.lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
 
 
 @every_form
@@ -130,12 +130,12 @@ def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
     w = quantize(np.asarray(random(42, 6, dtype=jnp.bfloat16)), *form)
     x = random(5, 42, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
-        y = jax.eval_shape(lambda w, x: layers.linear(x, w), w, x)
+        y = jax.eval_shape(lambda w, x: matmul.linear(x, w), w, x)
         back = jax.eval_shape(
-            lambda w, x: jax.vjp(lambda x: layers.linear(x, w), x)[1](layers.linear(x, w))[0], w, x
+            lambda w, x: jax.vjp(lambda x: matmul.linear(x, w), x)[1](matmul.linear(x, w))[0], w, x
         )
         row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([1]))
-        logits = jax.eval_shape(lambda h, w: layers.lm_head(h, {"embed": w}), x[:, :6], w)
+        logits = jax.eval_shape(lambda h, w: matmul.lm_head({"embed": w}, h), x[:, :6], w)
     assert y.dtype == back.dtype == row.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
@@ -186,7 +186,7 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
         w = Adapted(w, jnp.ones((*each, 42, 2)), jnp.ones((*each, 2, 6)), jnp.ones(each))
     kept = jax.tree.leaves(
         jax.eval_shape(
-            lambda x: jax.vjp(lambda x: layers.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)
+            lambda x: jax.vjp(lambda x: matmul.linear(x, w), x)[1], jnp.ones((3, 42), jnp.bfloat16)
         )
     )
     assert not [x for x in kept if x.shape[-2:] == (42, 6) and jnp.issubdtype(x.dtype, jnp.floating)]

@@ -15,7 +15,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
-from jaxft.nn import layers, lora, param
+from jaxft.nn import lora, matmul, param
 from jaxft.nn.lora import Adapted, Adapter
 from jaxft.nn.quant import quantize
 from jaxft.objectives import metrics
@@ -56,11 +56,11 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
 
     def together(x, a, b, w):
-        return layers.linear(x, Adapted(w, a, b, scale))
+        return matmul.linear(x, Adapted(w, a, b, scale))
 
     def apart(x, a, b, w):
         rows = x.reshape(K, B, T, size)
-        return jnp.concatenate([layers.linear(rows[k], Adapted(w, a[k], b[k], scale[k])) for k in range(K)])
+        return jnp.concatenate([matmul.linear(rows[k], Adapted(w, a[k], b[k], scale[k])) for k in range(K)])
 
     def both(fn):
         def loss(x, a, b, w_):
@@ -76,7 +76,7 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
 def test_a_16_bit_product_with_several_adapters_keeps_no_expanded_weight_and_full_gradients():
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     a, b = random(4, 6, 2, dtype=jnp.float32), random(4, 2, 5, dtype=jnp.float32)
-    product = lambda x, a, b: layers.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
+    product = lambda x, a, b: matmul.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
     x = random(8, 3, 6, dtype=jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(product, x, a, b)[1], x))
     assert {leaf.dtype for leaf in kept if leaf.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}

@@ -12,9 +12,10 @@ from tiny_model import assert_close, batch_of, examples, micro, one_by_one, tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.models.llama import REMAT, llama
+from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
+from jaxft.nn.scan import REMAT
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim import optimizer as optim

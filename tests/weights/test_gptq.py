@@ -15,7 +15,7 @@ from tiny_run import write_rows
 
 from jaxft.distributed import sharding
 from jaxft.nn import quant
-from jaxft.nn.layers import Observed, linear
+from jaxft.nn.matmul import GramProbe, linear
 from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
 from jaxft.objectives.sft import sft
@@ -163,7 +163,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
 
 def test_a_watched_product_is_the_product():
     x, w = jnp.asarray(inputs(20)), jnp.asarray(weight())
-    watched = Observed(w, jnp.zeros((48, 48)))
+    watched = GramProbe(w, jnp.zeros((48, 48)))
     both = [jax.value_and_grad(lambda x, w=w: jnp.sum(jnp.sin(linear(x, w))))(x) for w in (w, watched)]
     jax.tree.map(np.testing.assert_array_equal, *both)
 

@@ -16,7 +16,7 @@ from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_l
 from tiny_run import Place, write_place
 
 from jaxft.distributed import sharding
-from jaxft.nn import layers
+from jaxft.nn import matmul
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, rows
 from jaxft.train import partition
@@ -245,7 +245,7 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
     x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
     ids = jnp.array([3, 60, 3])
     same(rows(q, ids), whole[ids])
-    for fn in (layers.linear, jax.grad(lambda x, w: layers.linear(x, w).sum())):
+    for fn in (matmul.linear, jax.grad(lambda x, w: matmul.linear(x, w).sum())):
         np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
     wanted = our_logits(model, base, some_tokens(8))
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))

@@ -1,0 +1,59 @@
+"""Model families: the model_type of a config.json to its config, builder and presets.
+
+To add a family, write its file beside llama.py and add a row to FAMILIES.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.models import llama, llama_config
+from jaxft.models.model import Model, ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's functions and data.
+
+    config: the class of its configs. from_hf, to_hf: between the dict of a config.json and a config; from_hf raises ValueError
+    for what is not implemented. build(config, dtype=, remat=, residual=) -> Model. presets: configs by checkpoint name.
+    """
+
+    config: type
+    from_hf: Callable[[dict[str, Any]], ModelConfig]
+    to_hf: Callable[[Any], dict[str, Any]]
+    build: Callable[..., Model]
+    presets: Mapping[str, ModelConfig]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        llama_config.LlamaConfig,
+        llama_config.from_hf,
+        llama_config.to_hf,
+        llama.llama,
+        llama_config.PRESETS,
+    ),
+}
+
+
+def preset(ref: str, **options: Any) -> Model | None:
+    """Build the model of a preset checkpoint name; None for another name. options: see Family.build."""
+    for family in FAMILIES.values():
+        if ref in family.presets:
+            return family.build(family.presets[ref], **options)
+    return None
+
+
+def family_of(hf_config: dict[str, Any]) -> Family:
+    """Return the family of a config.json. Raises ValueError for a model_type that is not implemented."""
+    kind = hf_config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not implemented; jaxft has {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Return a config as the dict of a config.json."""
+    family = next(family for family in FAMILIES.values() if type(config) is family.config)
+    return family.to_hf(config)
