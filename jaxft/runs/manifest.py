@@ -1,7 +1,7 @@
-"""A checkpoint's manifest: what its leaves and files must be, and whether they are.
+"""The manifest of a checkpoint: what its leaves and files must be, and whether they are.
 
-manifest.json holds of every leaf its shape, its dtype and the hash of each distinct shard as it was in memory, under the shard's
-place ("0:4,0:8"); of every file its size and hash; and a hash of itself.
+manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by the shard's index
+("0:4,0:8"); each file's size and hash; and a hash of itself.
 """
 
 import json
@@ -17,17 +17,99 @@ import xxhash
 
 from jaxft import tree
 
+NAME = "manifest.json"
 LAYOUT = 2
 SLAB_BYTES = 256 << 20  # a shard is read back in slabs of about this size
 
 
-class Bad(Exception):
-    """A checkpoint that is not what its manifest says."""
+class Corrupt(Exception):
+    """A checkpoint that does not match its manifest."""
+
+
+# Leaves and their shards
+
+
+def named_leaves(state: Any) -> dict[str, Any]:
+    """Leaves by their names on disk: the paths with dots, Orbax's separator."""
+    leaves = {path.replace("/", "."): leaf for path, leaf in tree.paths(state).items()}
+    if len(leaves) != len(jax.tree.leaves(state)):
+        raise ValueError("two leaves of the state have the same path; its names must not contain '.' or '/'")
+    for name, leaf in leaves.items():
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{name} is a typed PRNG key, which cannot be saved; store its jax.random.key_data"
+            )
+    return leaves
+
+
+def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str, Any]:
+    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are not on devices."""
+    if isinstance(leaf, jax.Array):
+        shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    else:
+        shards = [((slice(None),) * leaf.ndim, leaf)] if owns_host_arrays else []
+    hashes = {format_index(i, leaf.shape): hash_array(np.asarray(data)) for i, data in shards if leaf.size}
+    return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "shards": hashes}
+
+
+def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entries of all processes as one."""
+    return {
+        name: {**entry, "shards": {k: v for part in parts for k, v in part[name]["shards"].items()}}
+        for name, entry in parts[0].items()
+    }
+
+
+def format_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+    """A shard's index as text, "0:4,0:8"."""
+    ranges = (s.indices(n) for s, n in zip(index, shape, strict=True))
+    return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
+
+
+def parse_index(text: str) -> tuple[slice, ...]:
+    """The inverse of `format_index`."""
+    return tuple(slice(*map(int, part.split(":"))) for part in text.split(",") if part)
 
 
 def hash_array(array: np.ndarray) -> str:
     """xxh3-128 of the bytes in C order."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return xxhash.xxh3_128_hexdigest(_bytes_of(array))
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+# The file
+
+
+def format_manifest(body: dict[str, Any]) -> str:
+    """The text of manifest.json, with a hash of itself."""
+    text = json.dumps(body, sort_keys=True)
+    return json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), **body}, indent=1)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest. Raises Corrupt if it is missing or damaged, ValueError if its layout is another one."""
+    try:
+        body = json.loads((folder / NAME).read_bytes())
+        digest = body.pop("xxh3")
+    except FileNotFoundError as error:
+        raise Corrupt(f"{NAME} is missing") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Corrupt(f"{NAME} is damaged") from error
+    if digest != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
+        raise Corrupt(f"{NAME} is damaged")
+    if body.get("layout") != LAYOUT:
+        raise ValueError(
+            f"{folder} was written by another version of jaxft; use that one, or another name=..."
+        )
+    return body
+
+
+def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
+    """[size, hash] of files in a checkpoint."""
+    return {name: [(folder / name).stat().st_size, hash_file(folder / name)] for name in names}
 
 
 def hash_file(path: Path) -> str:
@@ -39,148 +121,82 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def place_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
-    """A shard's index as text."""
-    ranges = (s.indices(n) for s, n in zip(index, shape, strict=True))
-    return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
+# Checks
 
 
-def index_of(place: str) -> tuple[slice, ...]:
-    """The index that a place names."""
-    return tuple(slice(*map(int, part.split(":"))) for part in place.split(",") if part)
-
-
-def leaves(state: Any) -> dict[str, Any]:
-    """Leaf by the name it has on disk: its path with dots, the separator that Orbax uses."""
-    flat = tree.paths(state)
-    named = {path.replace("/", "."): leaf for path, leaf in flat.items()}
-    if len(named) != len(jax.tree.leaves(state)):
+def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the leaves (by name) do not have the manifest's names, shapes and dtypes."""
+    wanted = {n: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for n, leaf in expected.items()}
+    stored = {n: f"{entry['dtype']}{entry['shape']}" for n, entry in entries.items()}
+    wrong = [n for n in {**wanted, **stored} if wanted.get(n) != stored.get(n)]
+    if wrong:
+        lines = [
+            f"{n}: got {stored.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in wrong[:3]
+        ]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            "two leaves of the state have the same path; names in it must not contain '.' or '/'"
+            f"{folder} has other leaves than these settings give ({'; '.join(lines)}{more}); restore the settings, "
+            "or use another name=..."
         )
-    for name, leaf in named.items():
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
-            raise ValueError(
-                f"{name} is a typed PRNG key, which has no bytes to save; keep jax.random.key_data of it"
-            )
-    return named
-
-
-def entry(leaf: jax.Array | np.ndarray, own: bool) -> dict[str, Any]:
-    """A leaf's entry, with the shards of this process. own: whether an array that is on the host is this process's to tell."""
-    if isinstance(leaf, jax.Array):
-        mine = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    else:
-        mine = [((slice(None),) * leaf.ndim, leaf)] if own else []
-    shards = {place_of(index, leaf.shape): hash_array(np.asarray(data)) for index, data in mine if leaf.size}
-    return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "shards": shards}
-
-
-def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all processes as one."""
-    return {
-        name: {**one, "shards": {k: v for part in parts for k, v in part[name]["shards"].items()}}
-        for name, one in parts[0].items()
-    }
-
-
-def sealed(body: dict[str, Any]) -> str:
-    """The manifest's text, with a hash of itself."""
-    text = json.dumps(body, sort_keys=True)
-    return json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), **body}, indent=1)
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises Bad where it is missing or not whole, ValueError for another layout."""
-    try:
-        body = json.loads((folder / "manifest.json").read_bytes())
-        seal = body.pop("xxh3")
-    except FileNotFoundError as error:
-        raise Bad("manifest.json is missing") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Bad("manifest.json is damaged") from error
-    if seal != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
-        raise Bad("manifest.json is damaged")
-    if body.get("layout") != LAYOUT:
-        raise ValueError(
-            f"{folder} was written by another version of jaxft; go on with that one, or use another name"
-        )
-    return body
-
-
-def hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """[size, hash] of files in a checkpoint."""
-    return {name: [(folder / name).stat().st_size, hash_file(folder / name)] for name in names}
 
 
 def check_files(folder: Path, files: dict[str, Any]) -> None:
-    """Raise Bad where a file is not what it was."""
+    """Raise Corrupt if a file is not what the manifest says."""
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            raise Bad(f"{name} is missing")
+            raise Corrupt(f"{name} is missing")
         if path.stat().st_size != size:
-            raise Bad(f"{name} has {path.stat().st_size} bytes, the manifest says {size}")
+            raise Corrupt(f"{name} has {path.stat().st_size} bytes, expected {size}")
         if hash_file(path) != digest:
-            raise Bad(f"{name} is not what was written")
+            raise Corrupt(f"{name} has changed since it was written")
 
 
-def check_shards(folder: Path, entries: dict[str, Any], wanted: list[tuple[str, str]]) -> None:
-    """Read back shards, each by its leaf's name and place, on the host. Raises Bad where one differs."""
-    for name, place in wanted:
+def check_leaf(name: str, shape: tuple[int, ...], dtype: np.dtype, entry: dict[str, Any]) -> None:
+    """Raise Corrupt if a stored array has another shape or dtype than its entry."""
+    for key, value in (("shape", list(shape)), ("dtype", dtype.name)):
+        if value != entry[key]:
+            raise Corrupt(f"leaf {name}: {key} is {value}, expected {entry[key]}")
+
+
+def check_hash(name: str, entry: dict[str, Any], index: str, digest: str) -> None:
+    """Raise Corrupt if a shard's hash is not the manifest's."""
+    if digest != entry["shards"][index]:
+        raise Corrupt(f"leaf {name}: xxh3 of [{index}] is {digest}, expected {entry['shards'][index]}")
+
+
+def check_shards(folder: Path, entries: dict[str, Any], shards: list[tuple[str, str]]) -> None:
+    """Read back shards, given by leaf and index, on the host. Raises Corrupt if one differs."""
+    for name, index in shards:
         digest = xxhash.xxh3_128()
-        for slab in _slabs(folder, name, entries[name], place):
-            digest.update(np.ascontiguousarray(slab).reshape(-1).view(np.uint8).data)
-        check(name, entries[name], place, digest.hexdigest())
+        for slab in _read_slabs(folder, name, entries[name], parse_index(index)):
+            digest.update(_bytes_of(slab))
+        check_hash(name, entries[name], index, digest.hexdigest())
 
 
-def check(name: str, entry: dict[str, Any], place: str, found: str) -> None:
-    """Raise Bad where a shard's hash is not the manifest's."""
-    if found != entry["shards"][place]:
-        raise Bad(f"leaf {name}: xxh3 of [{place}] is {found}, the manifest says {entry['shards'][place]}")
-
-
-def _slabs(folder: Path, name: str, entry: dict[str, Any], place: str) -> Iterator[np.ndarray]:
+def _read_slabs(
+    folder: Path, name: str, entry: dict[str, Any], index: tuple[slice, ...]
+) -> Iterator[np.ndarray]:
     files = {"driver": "file", "path": f"{folder / 'state'}/"}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}}
     try:
         array = tensorstore.open(spec, open=True, read=True, context=tensorstore.Context()).result()
-        found = {"shape": list(array.shape), "dtype": array.dtype.numpy_dtype.name}
-        for key, value in found.items():
-            if value != entry[key]:
-                raise Bad(f"leaf {name}: {key} is {value}, the manifest says {entry[key]}")
-        index = index_of(place)
+        check_leaf(name, array.shape, array.dtype.numpy_dtype, entry)
         if not index:
             yield np.asarray(array.read().result())
             return
         first, rest = index[0], index[1:]
-        row = math.prod(s.stop - s.start for s in rest) * array.dtype.numpy_dtype.itemsize
-        rows = max(1, SLAB_BYTES // max(1, row))
+        row_bytes = math.prod(s.stop - s.start for s in rest) * array.dtype.numpy_dtype.itemsize
+        rows = max(1, SLAB_BYTES // max(1, row_bytes))
         for start in range(first.start, first.stop, rows):
-            yield np.asarray(array[(slice(start, min(start + rows, first.stop)), *rest)].read().result())
-    except (Bad, MemoryError, PermissionError):
+            slab = (slice(start, min(start + rows, first.stop)), *rest)
+            yield np.asarray(array[slab].read().result())
+    except (Corrupt, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise Bad(f"leaf {name} can't be read: {first_line(error)}") from error
+        raise Corrupt(f"leaf {name} cannot be read: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message, shortened to one line."""
+    """The first line of an error's message, shortened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def check_tree(wanted: dict[str, Any], entries: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError where leaves (by name) are not of the manifest's names, shapes and dtypes."""
-    asked = {n: (list(leaf.shape), np.dtype(leaf.dtype).name) for n, leaf in wanted.items()}
-    found = {n: (e["shape"], e["dtype"]) for n, e in entries.items()}
-    wrong = [n for n in {**asked, **found} if asked.get(n) != found.get(n)]
-    if wrong:
-        told = [f"{n}: found {_shown(found.get(n))}, wanted {_shown(asked.get(n))}" for n in wrong[:3]]
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{folder} is of other settings: {'; '.join(told)}{more}; go back to them or use another name"
-        )
-
-
-def _shown(entry: tuple[list[int], str] | None) -> str:
-    return "nothing" if entry is None else f"{entry[1]}{entry[0]}"

@@ -1,6 +1,6 @@
-"""A checkpoint read: what is on the disk compared with its manifest, and the arrays put where they belong.
+"""Read a checkpoint: compare the files with the manifest, and put the arrays onto the mesh.
 
-Every process has a part of it, and none holds more of a leaf than its own shards or one slab.
+The work is divided over the processes, and none has more of a leaf in memory than its own shards or one slab.
 """
 
 import math
@@ -14,74 +14,68 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxft.runs import manifest
-from jaxft.runs.manifest import Bad, first_line
+from jaxft.runs.manifest import Corrupt, first_line
 
 GROUP_BYTES = 256 << 20  # leaves are restored in groups of about this size on each process
 
 
-def _divided(work: list[Any]) -> list[Any]:
-    """This process's part of some work."""
+def _my_part(work: list[Any]) -> list[Any]:
     return work[jax.process_index() :: jax.process_count()]
 
 
-def compare(folder: Path) -> None:
-    """Compare what is on the disk with what was in memory, each process a part of the shards."""
-    entries = manifest.read(folder)["leaves"]
-    manifest.check_shards(
-        folder, entries, _divided([(n, place) for n, e in entries.items() for place in e["shards"]])
-    )
+def verify(folder: Path) -> None:
+    """Compare the arrays on disk with those that were in memory, each process a part of the shards. Raises Corrupt."""
+    entries = manifest.read_manifest(folder)["leaves"]
+    shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
+    manifest.check_shards(folder, entries, _my_part(shards))
 
 
-def take(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
-    """Put a checkpoint's state and meta into `found`. Returns what is wrong with it where it isn't what its manifest says."""
+def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
+    """Put a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it does."""
     try:
-        body, wanted = manifest.read(folder), manifest.leaves(abstract_state)
-        manifest.check_tree(wanted, body["leaves"], folder)
-        manifest.check_files(folder, dict(_divided(list(body["files"].items()))))
-        placed = _restored(folder, wanted, body["leaves"])
-    except Bad as error:
+        body, expected = manifest.read_manifest(folder), manifest.named_leaves(abstract_state)
+        manifest.check_tree(expected, body["leaves"], folder)
+        manifest.check_files(folder, dict(_my_part(list(body["files"].items()))))
+        arrays = _read_leaves(folder, expected, body["leaves"])
+    except Corrupt as error:
         return str(error)
-    found["state"] = jax.tree.unflatten(jax.tree.structure(abstract_state), [placed[name] for name in wanted])
+    leaves = [arrays[name] for name in expected]
+    found["state"] = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
     found["meta"] = body["meta"]
     return None
 
 
-def _restored(folder: Path, wanted: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
-    """This process's shards of all leaves, where they belong.
+def _read_leaves(folder: Path, expected: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
+    """Read this process's shards of all leaves.
 
-    A shard is compared with its hash as it arrives; those that were cut otherwise when they were saved are read back for that,
-    each by one of the processes.
+    A shard that was saved with the same index is compared with its hash as it arrives. Shards that were sharded differently are
+    read back for that, each by one of the processes.
     """
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = {name: getattr(leaf, "sharding", None) or alone for name, leaf in wanted.items()}
-    cuts = {
-        n: {manifest.place_of(i, leaf.shape) for i in places[n].devices_indices_map(leaf.shape).values()}
-        for n, leaf in wanted.items()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = {name: leaf.sharding or here for name, leaf in expected.items()}
+    arriving = {
+        (name, manifest.format_index(index, leaf.shape))
+        for name, leaf in expected.items()
+        for index in shardings[name].devices_indices_map(leaf.shape).values()
     }
-    others = [
-        (name, place)
-        for name, entry in entries.items()
-        for place in entry["shards"]
-        if place not in cuts[name]
-    ]
-    manifest.check_shards(folder, entries, _divided(others))
-    sizes = {
-        n: math.prod(places[n].shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for n, leaf in wanted.items()
-    }
-    here = {name: len(place.addressable_devices) for name, place in places.items()}
-    placed = {}
-    for names in _groups(list(wanted), lambda n: sizes[n] * here[n]):
-        group = _read_group(folder, {n: places[n] for n in names if math.prod(wanted[n].shape)})
+    shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
+    manifest.check_shards(folder, entries, _my_part([shard for shard in shards if shard not in arriving]))
+
+    def local_bytes(name: str) -> int:
+        leaf, sharding = expected[name], shardings[name]
+        shard = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        return shard * len(sharding.addressable_devices)
+
+    arrays: dict[str, jax.Array] = {}
+    for names in _groups(list(expected), local_bytes):
+        group = _read_group(folder, {n: shardings[n] for n in names if math.prod(expected[n].shape)})
         for name, array in group.items():
             _check_arrived(name, array, entries[name])
-        placed.update(group)
-    for name in wanted.keys() - placed.keys():
-        zeros = np.zeros(wanted[name].shape, wanted[name].dtype)
-        placed[name] = jax.make_array_from_callback(
-            zeros.shape, places[name], zeros.__getitem__
-        )  # device_put is a collective
-    return placed
+        arrays.update(group)
+    for name in expected.keys() - arrays.keys():  # empty ones; device_put would be a collective
+        zeros = np.zeros(expected[name].shape, expected[name].dtype)
+        arrays[name] = jax.make_array_from_callback(zeros.shape, shardings[name], zeros.__getitem__)
+    return arrays
 
 
 def _groups(names: list[str], bytes_of: Callable[[str], int]) -> Iterator[list[str]]:
@@ -95,12 +89,12 @@ def _groups(names: list[str], bytes_of: Callable[[str], int]) -> Iterator[list[s
         yield group
 
 
-def _read_group(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-    if not places:
+def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    if not shardings:
         return {}
     args = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(places, 0),
-        restore_args={name: ocp.ArrayRestoreArgs(sharding=place) for name, place in places.items()},
+        item=dict.fromkeys(shardings, 0),
+        restore_args={name: ocp.ArrayRestoreArgs(sharding=each) for name, each in shardings.items()},
         partial_restore=True,
     )
     reader = ocp.PyTreeCheckpointHandler()
@@ -109,18 +103,17 @@ def _read_group(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[
     except (MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise Bad(f"Orbax can't read it: {first_line(error)}") from error
+        raise Corrupt(f"Orbax cannot read it: {first_line(error)}") from error
     finally:
         reader.close()
 
 
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
-    """Compare the shards on this process's devices with their hashes, as far as they were saved as they are now."""
-    found = {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
-    for key, value in found.items():
-        if value != entry[key]:
-            raise Bad(f"leaf {name}: {key} is {value}, the manifest says {entry[key]}")
-    distinct = {manifest.place_of(shard.index, array.shape): shard.data for shard in array.addressable_shards}
-    for place, data in distinct.items():
-        if place in entry["shards"]:
-            manifest.check(name, entry, place, manifest.hash_array(np.asarray(data)))
+    """Compare the shards on this process's devices with their hashes, as far as the manifest has shards of that index."""
+    manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
+    shards = {
+        manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards
+    }
+    for index, data in shards.items():
+        if index in entry["shards"]:
+            manifest.check_hash(name, entry, index, manifest.hash_array(np.asarray(data)))

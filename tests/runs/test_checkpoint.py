@@ -135,14 +135,14 @@ def test_damage_to_any_file_is_found_and_the_older_checkpoint_taken(two, tmp_pat
         folder = shutil.copytree(two, tmp_path / str(i))
         damage(folder / "2" / name, generator)
         said: list[str] = []
-        saved = Checkpoints(folder, say=said.append)
+        saved = Checkpoints(folder, report=said.append)
         restored = saved.restore(abstract(make_state(0)))
         assert restored is not None and restored[2] == 1, name
         assert is_exactly(restored[0], make_state(1)), name
         if name == "manifest.json" and damage is damage_gone:
             continue  # without a manifest it never was a checkpoint
         assert (folder / "2.bad").is_dir() and not (folder / "2").exists(), name
-        assert len(said) == 1 and "step 2 is bad" in said[0] and "going back to step 1" in said[0]
+        assert len(said) == 1 and "step 2 is corrupt" in said[0] and "going back to step 1" in said[0]
 
 
 def test_every_bit_of_the_manifest_counts(two, tmp_path):
@@ -153,8 +153,8 @@ def test_every_bit_of_the_manifest_counts(two, tmp_path):
         data = bytearray(whole)
         data[i // 8] ^= 1 << int(i % 8)
         (folder / "manifest.json").write_bytes(bytes(data))
-        with pytest.raises(manifest.Bad, match="damaged"):
-            manifest.read(folder)
+        with pytest.raises(manifest.Corrupt, match="damaged"):
+            manifest.read_manifest(folder)
 
 
 def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, tmp_path):
@@ -165,9 +165,9 @@ def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, 
     name = "trainable.adapter.layers.q.a"
     shards = body["leaves"][name]["shards"]
     shards["0:2,0:12,0:3"] = shards["0:2,0:12,0:3"][::-1]
-    path.write_text(manifest.sealed(body))
+    path.write_text(manifest.format_manifest(body))
     said: list[str] = []
-    restored = Checkpoints(folder, say=said.append).restore(abstract(make_state(0)))
+    restored = Checkpoints(folder, report=said.append).restore(abstract(make_state(0)))
     assert restored is not None and restored[2] == 1 and f"leaf {name}: xxh3" in said[0]
 
 
@@ -176,8 +176,8 @@ def test_where_all_are_bad_none_is_taken_and_each_is_named(two, tmp_path):
     for step in "12":
         damage_bit(folder / step / "manifest.json", np.random.default_rng(0))
     said: list[str] = []
-    assert Checkpoints(folder, say=said.append).restore(abstract(make_state(0))) is None
-    assert len(said) == 2 and "no older one is left" in said[1]
+    assert Checkpoints(folder, report=said.append).restore(abstract(make_state(0))) is None
+    assert len(said) == 2 and "there is no older one" in said[1]
     assert sorted(p.name for p in folder.iterdir()) == ["1.bad", "2.bad"]
 
 
@@ -187,7 +187,7 @@ def test_a_step_asked_for_by_number_has_no_substitute(two, tmp_path):
         Checkpoints(folder).restore(abstract(make_state(0)), step=7)
     damage_half(folder / "2" / "manifest.json", np.random.default_rng(0))
     with pytest.raises(ValueError, match="manifest.json is damaged"):
-        Checkpoints(folder, say=lambda text: None).restore(abstract(make_state(0)), step=2)
+        Checkpoints(folder, report=lambda text: None).restore(abstract(make_state(0)), step=2)
 
 
 def test_another_tree_is_refused_by_name_and_nothing_is_renamed(two):
@@ -195,10 +195,10 @@ def test_another_tree_is_refused_by_name_and_nothing_is_renamed(two):
     other = make_state(0)
     other.trainable["adapter"]["layers"]["q"]["a"] = jnp.zeros((2, 12, 8), jnp.bfloat16)
     with pytest.raises(
-        ValueError, match=r"adapter.layers.q.a: found bfloat16\[2, 12, 3\], wanted bfloat16\[2, 12, 8\]"
+        ValueError, match=r"adapter.layers.q.a: got bfloat16\[2, 12, 3\], expected bfloat16\[2, 12, 8\]"
     ):
         Checkpoints(two).restore(abstract(other))
-    with pytest.raises(ValueError, match="aux.extra: found nothing, wanted float32"):
+    with pytest.raises(ValueError, match="aux.extra: got nothing, expected float32"):
         Checkpoints(two).restore(
             abstract(make_state(0).replace(aux={**make_state(0).aux, "extra": jnp.zeros(3)}))
         )
@@ -262,7 +262,7 @@ def test_a_step_saved_again_replaces_itself(tmp_path):
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="keep_last is at least 1"):
+    with pytest.raises(ValueError, match="expected keep_last from 1 up"):
         Checkpoints(tmp_path, keep_last=0)
     saved = Checkpoints(tmp_path)
     with pytest.raises(TypeError):
@@ -367,7 +367,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_can_still_be_read(two):
             if user == 0:
                 os.seteuid(65534)  # root may write anywhere
             with pytest.raises(
-                OSError, match=r"step 3 was not written: the folder can't be written.*steps 1, 2 are intact"
+                OSError, match=r"step 3 was not written: the folder cannot be written.*steps 1, 2 are intact"
             ):
                 saved.save(3, make_state(3), {})
             restored = saved.restore(abstract(make_state(0)))
@@ -409,7 +409,7 @@ def test_kill_9_while_saving_leaves_the_last_complete_checkpoint(tmp_path):
         told = [int(text) for text in [*lines[1:], *process.stdout.read().splitlines()]]
         process.wait()
         like = {"x": jax.ShapeDtypeStruct((300, 1000), jnp.float32), "n": jax.ShapeDtypeStruct((), jnp.int32)}
-        found = Checkpoints(folder, say=pytest.fail).restore(like)
+        found = Checkpoints(folder, report=pytest.fail).restore(like)
         assert found is not None
         state, meta, reached = found
         assert reached >= told[-1] - 1 and meta == {"step": reached} and int(state["n"]) == reached

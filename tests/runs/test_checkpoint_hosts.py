@@ -52,7 +52,7 @@ RESTORE = """
 from pathlib import Path
 import sharded_state as s
 from jaxft.runs.checkpoint import Checkpoints
-saved = Checkpoints(Path(sys.argv[4]), say=lambda line: tell(line))
+saved = Checkpoints(Path(sys.argv[4]), report=lambda line: tell(line))
 shape = tuple(map(int, sys.argv[5].split("x")))
 found, meta, step = saved.restore(s.like(*shape))
 tell({"step": step, "meta": meta, "wrong": s.differs(found, step, *shape)})
@@ -63,11 +63,11 @@ def test_what_two_processes_saved_comes_back_on_one_and_on_other_meshes(two):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices")
     for shape in ((8, 1), (1, 8), (2, 4), (2, 2, 2)):
-        found, meta, step = Checkpoints(two, say=pytest.fail).restore(sharded_state.like(*shape))
+        found, meta, step = Checkpoints(two, report=pytest.fail).restore(sharded_state.like(*shape))
         assert step == 2 and meta == {"step": 2}
         assert sharded_state.differs(found, 2, *shape) == []
     alone = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), sharded_state.values(0))
-    found, _, _ = Checkpoints(two, say=pytest.fail).restore(alone)
+    found, _, _ = Checkpoints(two, report=pytest.fail).restore(alone)
     wanted = sharded_state.values(2)
     assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found)] == [
         x.tobytes() for x in jax.tree.leaves(wanted)
@@ -108,13 +108,13 @@ def test_a_shard_that_differs_from_memory_is_found_on_any_mesh_though_the_files_
 
     for number, shape in enumerate(((2, 4), (1, 8), (8, 1))):
         folder = shutil.copytree(two, tmp_path / str(number))
-        body = manifest.read(folder / "2")
+        body = manifest.read_manifest(folder / "2")
         shards = body["leaves"]["w"]["shards"]
         assert len(shards) == 8
         shards["8:16,6:12"] = shards["8:16,6:12"][::-1]
-        (folder / "2" / "manifest.json").write_text(manifest.sealed(body))
+        (folder / "2" / "manifest.json").write_text(manifest.format_manifest(body))
         said: list[str] = []
-        found = Checkpoints(folder, say=said.append).restore(sharded_state.like(*shape))
+        found = Checkpoints(folder, report=said.append).restore(sharded_state.like(*shape))
         assert found is not None and found[2] == 1 and "leaf w: xxh3 of [8:16,6:12]" in said[0]
 
 
@@ -158,10 +158,10 @@ if me == 1:
 heard("file", lambda: (saved.save(3, {"w": large}, {}), saved.wait()))
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 with_one_failing("begin", checkpoint.Checkpoints, "_begin", PermissionError(13, "Permission denied"), process=0)
-with_one_failing("hand over", checkpoint.Checkpoints, "_written", OSError(28, "No space left on device"))
-with_one_failing("hash", manifest, "hashes", OSError(5, "Input/output error"))
+with_one_failing("hand over", checkpoint.Checkpoints, "_start_writing", OSError(28, "No space left on device"))
+with_one_failing("hash", manifest, "file_hashes", OSError(5, "Input/output error"))
 with_one_failing("manifest", checkpoint, "_write_durably", OSError(28, "No space left on device"), process=0)
-with_one_failing("compare", readback, "compare", manifest.Bad("leaf w is other"))
+with_one_failing("compare", restore, "verify", manifest.Corrupt("leaf w is other"))
 with_one_failing("rename", checkpoint.Checkpoints, "_publish", OSError(30, "Read-only file system"), process=0)
 real = Path.write_text
 if me == 1:  # not even its report can be written
@@ -208,10 +208,8 @@ def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_
             "step 2 was not written: no space left on the disk; checkpoints of steps 1 are"
             in found.pop("full")[1]
         )
-    assert found.pop("not shared")[1].startswith(
-        "checkpoint of step 1 was not written: process 1: what process 0 made in "
-    )
-    space, nothing = "no space left on the disk", "the folder can't be written"
+    assert found.pop("not shared")[1].startswith("checkpoint of step 1 was not written: process 1: ")
+    space, nothing = "no space left on the disk", "the folder cannot be written"
     wanted = {
         "begin": nothing,
         "hand over": space,
@@ -268,7 +266,7 @@ def test_kill_9_of_one_process_while_saving_ends_the_other_and_leaves_the_earlie
     said = "".join(texts[1 - victim])
     assert left.returncode != 0
     assert "a process is gone" in said or "another task died" in said, said[-2000:]
-    state = Checkpoints(folder, say=pytest.fail).restore(sharded_state.like(2, 4))
+    state = Checkpoints(folder, report=pytest.fail).restore(sharded_state.like(2, 4))
     assert state is not None and state[2] == 2 and sharded_state.differs(state[0], 2, 2, 4) == []
     saved = Checkpoints(folder, keep_last=1, keep_best=0)
     saved.save(4, sharded_state.state(4, 2, 4), {})
