@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.nn.quant import Quant
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
@@ -75,7 +75,6 @@ def config(
             preference, loss=partial(loss, beta=beta), beta=beta, reference=known, reward=reward
         ),
         data=PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed),
-        source=pair_source,
         adapter=None if full else adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.prompts import Prompts
 from jaxft.models.heads import Scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
@@ -36,7 +35,7 @@ from jaxft.rl.completions import Rules, bounded
 from jaxft.rl.estimators import by_group
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rewards import exact
-from jaxft.rl.rollout import rollouts
+from jaxft.rl.rollout import Rollouts
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
@@ -87,23 +86,20 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    asked = Prompts(
-        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, temperature=temperature,
-        passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
-    )  # fmt: skip
     beside: dict[str, Scorer] = {}
     given: tuple[Any, ...] = rewards
     if judge is not None:
         beside, model_of = as_reward(
-            judge, llm, None if quant in ("none", "kept") else Quant(quant), asked.max_length
+            judge, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new
         )
         given = (*rewards, model_of)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     if advantage and estimate:
         raise ValueError("estimate= stands in the place of advantage=; leave one of them out")
-    if loss is policy_gradient and asked.steps > 1:
+    if loss is policy_gradient and passes * minibatches > 1:
         raise ValueError(
-            f"policy_gradient is for completions of this very policy, and a rollout gives {asked.steps} steps; take unclipped"
+            f"policy_gradient is for completions of this very policy, and a rollout gives {passes * minibatches} steps; "
+            "take unclipped"
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards takes a beta above 0")
@@ -119,9 +115,10 @@ def config(
         objective=partial(
             policy, loss=partial(loss, **bounds) if bounds else loss, beta=penalty, temperature=temperature
         ),
-        data=asked,
-        source=partial(
-            rollouts, rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off)
+        data=Rollouts(
+            data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group,
+            temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
+            rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off),
         ),
         adapter=adapter_settings(start, rank, llm),
         start=start,
@@ -131,4 +128,4 @@ def config(
         loop=Loop(eval_every=6, save_every=6),
         general="configs/data/general.jsonl",
         seed=seed,
-    )
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
@@ -52,7 +52,6 @@ def config(
         data=PairRows(
             data, held_out=0.05, batch=batch, micro=micro, max_length=max_length, epochs=epochs, seed=seed
         ),
-        source=pair_source,
         adapter=adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),

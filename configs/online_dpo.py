@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.prompts import Ranked
 from jaxft.models.heads import Scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.completions import Rules
-from jaxft.rl.online_pairs import ranked
+from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import as_reward
 from jaxft.rl.rewards import exact
 from jaxft.train.settings import Loop, Run
@@ -71,11 +70,10 @@ def config(
         weights=model,
         model=llm,
         objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference="start"),
-        data=Ranked(
+        data=OnlinePairs(
             data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group,
-            temperature=temperature, micro=micro, epochs=epochs, seed=seed,
+            temperature=temperature, micro=micro, epochs=epochs, seed=seed, rules=Rules((judge,)),
         ),
-        source=partial(ranked, rules=Rules((judge,))),
         adapter=adapter_settings(start, rank, llm),
         start=start,
         beside=beside,

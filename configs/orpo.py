@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
@@ -59,7 +59,6 @@ def config(
             extra=orpo_metrics,
         ),
         data=rows,
-        source=pair_source,
         adapter=adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),

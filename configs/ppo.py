@@ -24,7 +24,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxft.data.prompts import Prompts
 from jaxft.models.heads import Scorer, scores, view
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
@@ -37,7 +36,7 @@ from jaxft.rl.advantages import scaled, token_mean
 from jaxft.rl.completions import Rules, bounded
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.reward_models import as_reward
-from jaxft.rl.rollout import rollouts
+from jaxft.rl.rollout import Rollouts
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
@@ -114,15 +113,11 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    asked = Prompts(
-        data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, eval_group=group,
-        temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
-    )  # fmt: skip
     beside: dict[str, Scorer] = {}
     judge: Any = reward
     packed = None if quant in ("none", "kept") else Quant(quant)
     if isinstance(reward, str):
-        beside, judge = as_reward(reward, llm, packed, asked.max_length)
+        beside, judge = as_reward(reward, llm, packed, max_prompt + max_new)
     if critic == "auto":
         critic = "reward" if "reward" in beside else "shared"
     penalty: Any = (
@@ -141,8 +136,11 @@ def config(
             objective, loss=loss if eps is None else partial(loss, eps_low=eps, eps_high=eps), penalty=KLInReward(penalty),
             temperature=temperature, critic=(value_coef, value_clip), entropy=entropy, shared=critic == "shared",
         ),
-        data=asked,
-        source=partial(rollouts, rules=rules),
+        data=Rollouts(
+            data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, eval_group=group,
+            temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
+            rules=rules,
+        ),
         adapter=adapter_settings(start, rank, llm),
         start=start,
         beside={"critic": critic_of(critic, beside.get("reward"), Adapter(rank=rank or 16), model), **beside},

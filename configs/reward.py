@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.models.heads import scorer
 from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
@@ -66,7 +66,6 @@ def config(
         model=llm,
         objective=partial(reward, margin=margin, center=center),
         data=rows,
-        source=pair_source,
         adapter=None if full else adapter_settings(start, rank, llm),
         start=start,
         quant=None if quant == "none" else Quant(quant),

@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.data.sft import Rows, Source, sft_source  # noqa: E402
+from jaxft.data.sft import Rows, RowSource  # noqa: E402
 from jaxft.runs import config  # noqa: E402
 from jaxft.runs.parse import parse  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
@@ -74,10 +74,11 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
     return dataclasses.replace(rows, **values)
 
 
-def table(source: Source) -> Table:
+def table(source: RowSource) -> Table:
     """The statistics of a source, one a line."""
     result = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in source.stats.items():
+    stats = dataclasses.asdict(source.info.stats)
+    for name, value in stats.items():
         if isinstance(value, dict):
             shown = "  ".join(f"{k} {v:g}" for k, v in value.items())
         else:
@@ -89,19 +90,19 @@ def table(source: Source) -> Table:
                 else str(value)
             )
         result.add_row(name.replace("_", " "), shown)
-    result.add_row("steps", f"{source.steps:,}")
-    result.add_row("fingerprint", source.fingerprint)
+    result.add_row("steps", f"{source.info.steps:,}")
+    result.add_row("fingerprint", source.info.fingerprint)
     return result
 
 
-def examples(source: Source, step: int):
+def examples(source: RowSource, step: int):
     """(name, token ids, weight of each as a target) of every example in a batch."""
-    batch = source.batch(step)
+    batch, _ = source.batch(step)
     flat = [
         np.asarray(x).reshape(-1, x.shape[-1])
         for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
     ]
-    for ids, segments, read, token_weights, names in zip(*flat, source.names(step), strict=False):
+    for ids, segments, read, token_weights, names in zip(*flat, source.row_names(step), strict=False):
         weight = np.zeros(len(ids) + 1)
         np.add.at(weight, read + 1, token_weights)
         for number, name in enumerate(names.split(", "), 1):
@@ -146,7 +147,7 @@ def main() -> None:
     args = arguments()
     rows, ref = settings(args)
     tokenizer = pretrained.load_tokenizer(ref)
-    source = sft_source(rows, tokenizer)
+    source = rows.open(tokenizer)
     console = Console(highlight=False)
     console.print(table(source))
     for shown, (name, ids, weight) in enumerate(examples(source, args.step)):

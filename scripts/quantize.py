@@ -66,7 +66,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     import jax
     import jax.numpy as jnp
 
-    from jaxft.data.sft import Rows, sft_source
+    from jaxft.data.sft import Rows
     from jaxft.distributed import sharding
     from jaxft.objectives.sft import sft
     from jaxft.weights import gptq, pretrained, storage
@@ -82,16 +82,16 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
         rows = Rows(
             args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4
         )
-        source = sft_source(rows, tokenizer, shards=shards)
+        source = rows.open(tokenizer, shards)
         base = pretrained.load_frozen(args.model, model, mesh)
         paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
-        steps = min(source.steps, -(-args.tokens // (rows.batch * rows.max_length)))
+        steps = min(source.info.steps, -(-args.tokens // (rows.batch * rows.max_length)))
         objective = sft(model)
 
         def batches() -> Any:
             for step in range(steps):
                 say(f"looking at batch {step + 1} of {steps}")
-                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None))
+                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step)[0])
 
         return gptq.moments(
             model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]

@@ -56,7 +56,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.data.pairs.source import PairRows
     from jaxft.distributed import sharding
     from jaxft.nn import quant
     from jaxft.objectives.reward_model import reward
@@ -69,7 +69,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     tokenizer = pretrained.load_tokenizer(str(adapter) if own else ref)
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
-    source = pair_source(rows, tokenizer, shards=sharding.row_shards(mesh))
+    source = rows.open(tokenizer, sharding.row_shards(mesh))
     loaded = reward_models.load(
         ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype)
     )
@@ -79,7 +79,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         see = jax.jit(
             lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
         )
-        for batch in source.cover(range(source.pairs)):
+        for batch in source.cover(range(len(source.keys))):
             batch = batch if loaded.pad is None else reward_models.read_before(batch, loaded.pad)
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):

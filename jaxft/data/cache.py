@@ -9,10 +9,10 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -20,15 +20,24 @@ from jaxtyping import Bool, Int
 from jaxft.data import chat, formats
 from jaxft.data.rows import Row, read_rows
 
-if TYPE_CHECKING:
-    from jaxft.data.sft import Rows
-
 VERSION = 2  # counts changes to what rows become
 BROKEN = (  # what zipfile and numpy raise at flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError, TypeError,
     zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 _ARRAYS = {"ids": np.int32, "learned": np.bool_, "offsets": np.int64, "kept": np.int64, "cut": np.bool_}
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """The settings that decide the tokens and the loss mask of a row, and with them the key of the cache."""
+
+    columns: tuple[str, ...]
+    format: str
+    loss_on: str
+    max_length: int
+    too_long: str
+    date: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Tokenised:
         return np.diff(np.concatenate([[0], np.cumsum(self.learned)])[self.offsets])
 
 
-def tokenised(ref: str, rows: "Rows", tokenizer: Any, cache: Path | None = None) -> Tokenised:
+def tokenised(ref: str, rows: TokenSettings, tokenizer: Any, cache: Path | None = None) -> Tokenised:
     """The rows of `ref` as tokens, from the cache if it has them; a cache that can't be read is made anew."""
     found = read_rows(ref)
     path = cache_folder(cache) / f"{content_key(found, rows, tokenizer)}.npz"
@@ -94,10 +103,9 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(root).expanduser() / "rows"
 
 
-def content_key(found: Sequence[Row], rows: "Rows", tokenizer: Any) -> str:
+def content_key(found: Sequence[Row], rows: TokenSettings, tokenizer: Any) -> str:
     """A hash of all that decides the tokens: rows, tokenizer, template, settings, and this code's version."""
-    settings = (rows.columns, rows.format, rows.loss_on, rows.max_length, rows.too_long, rows.date)
-    return key_of(found, tokenizer, VERSION, settings)
+    return key_of(found, tokenizer, VERSION, astuple(rows))
 
 
 def key_of(found: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) -> str:
@@ -116,7 +124,7 @@ def key_of(found: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) 
     return digest.hexdigest()[:40]
 
 
-def _tokenise(found: Sequence[Row], rows: "Rows", tokenizer: Any) -> dict[str, np.ndarray]:
+def _tokenise(found: Sequence[Row], rows: TokenSettings, tokenizer: Any) -> dict[str, np.ndarray]:
     examples = formats.normalise(found, rows.format, rows.columns)
     pieces, masks, kept, cut = [], [], [], []
     for number, (ids, learned) in enumerate(chat.tokenise(examples, tokenizer, rows.loss_on, rows.date)):
@@ -139,7 +147,7 @@ def _tokenise(found: Sequence[Row], rows: "Rows", tokenizer: Any) -> dict[str, n
     return {name: np.asarray(values[name], dtype) for name, dtype in _ARRAYS.items()}
 
 
-def _check(name: str, learned: np.ndarray, rows: "Rows") -> None:
+def _check(name: str, learned: np.ndarray, rows: TokenSettings) -> None:
     if not learned.any():
         raise ValueError(
             f"{name}: empty loss mask, no token to learn with data.loss_on={rows.loss_on}; fix or remove the row"

@@ -5,15 +5,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jinja2
 import numpy as np
 
-from jaxft.batch import Pairs, Rollout
+from jaxft.batch import Rollout
 from jaxft.data import chat, formats, pack
 from jaxft.data.rows import Row, read_rows
+from jaxft.data.settings import DataSettings
 
 TOO_LONG = ("drop", "error")
 STEP = 64  # prompts and rows are as long as a multiple of this, so that similar data share a program
@@ -21,21 +22,16 @@ ANSWERS = ("response", "output", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What is asked, how it is answered, and how a rollout becomes optimizer steps.
+class Prompts(DataSettings):
+    """Prompts of a run that trains on its own completions, how they are sampled, and how they become optimizer steps.
 
-    train: file, folder or hub dataset; held_out: a share of the rows, or a place of its own, or "none". columns: "ours=theirs"
-    renames. format: "chat" takes a string as the user's turn, "plain" as text to go on from.
-    max_prompt, max_new: tokens of a prompt and of a completion; too_long: "drop" leaves longer prompts out, "error" stops.
-    batch: prompts a rollout; group: completions of each; eval_group: of each held-out prompt. temperature, top_k, top_p: how
-    they are drawn.
-    passes: how often a rollout's completions are learned from (PPO's epochs, GRPO's iterations), each time in `minibatches`
-    optimizer steps, in `micro` microbatches. epochs: passes over the prompts; seed: of the split, the order and the draws.
+    format: "chat" uses a string as the user's turn, "plain" as text to continue. max_prompt, max_new: tokens of a
+    prompt and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts of a rollout.
+    group: completions of each. eval_group: completions of each held-out prompt. temperature, top_k, top_p: of the
+    sampler. passes: how often the policy is trained on a rollout (PPO's epochs, GRPO's iterations), each time in
+    `minibatches` optimizer steps, each of these in `micro` microbatches. Other fields: see DataSettings.
     """
 
-    train: str
-    held_out: str | float | None = 0.05
-    columns: tuple[str, ...] = ()
     format: str = "chat"
     max_prompt: int = 256
     max_new: int = 128
@@ -48,50 +44,34 @@ class Prompts:
     top_p: float | None = None
     passes: int = 1
     minibatches: int = 1
-    micro: int = 1
-    epochs: float = 1.0
-    seed: int = 0
-    date: str = chat.DATE
+    unit: ClassVar[str] = "prompts"
+    packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, choices in (("format", ("chat", "plain")), ("too_long", TOO_LONG)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(choices)}")
-        for name in (
-            "max_prompt",
-            "max_new",
-            "batch",
-            "group",
-            "eval_group",
-            "passes",
-            "minibatches",
-            "micro",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least 1")
+        super().__post_init__()
+        self.require_choice("format", ("chat", "plain"))
+        self.require_choice("too_long", TOO_LONG)
+        self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
-                f"data.batch={self.batch} prompts do not divide into data.minibatches={self.minibatches} of "
-                f"data.micro={self.micro} microbatches; make it a multiple of {self.minibatches * self.micro}"
+                f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} of "
+                f"data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
             )
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"data.temperature={self.temperature}; wanted a number from 0 (greedy) up")
+            raise ValueError(f"data.temperature={self.temperature}; use a number of at least 0 (greedy)")
         if self.group > 1 and self.temperature == 0:
             raise ValueError(
-                f"data.temperature=0 draws the same completion {self.group} times; raise it, or set data.group=1"
+                f"data.temperature=0 samples the same completion {self.group} times; raise it, or set data.group=1"
             )
         if self.eval_group > self.group:
             raise ValueError(
-                f"data.eval_group={self.eval_group}; rows have room for data.group={self.group}, lower it"
+                f"data.eval_group={self.eval_group} is more than data.group={self.group}, which rows have room for; "
+                "lower it"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"data.top_k={self.top_k}; wanted at least 1, or none")
+            raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"data.top_p={self.top_p}; wanted a number above 0 up to 1, or none")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
-        if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
+            raise ValueError(f"data.top_p={self.top_p}; use a number above 0 and at most 1, or none")
 
     @property
     def max_length(self) -> int:
@@ -99,13 +79,14 @@ class Prompts:
         return self.max_prompt + self.max_new
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps that a rollout gives."""
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that use the same rollout."""
         return self.passes * self.minibatches
 
-    def abstract(self, shards: int = 1) -> Rollout:
-        """Shapes of the largest batch that the settings allow, without the rows at hand."""
-        return shapes(self, Room.most(self, self.max_prompt), shards)
+    @property
+    def units_per_step(self) -> int:
+        """Prompts of one optimizer step."""
+        return self.batch // self.minibatches
 
 
 @dataclass(frozen=True)
@@ -141,39 +122,6 @@ def shapes(data: Prompts, room: Room, shards: int = 1) -> Rollout:
     return Rollout(
         ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number, advantages=number,
         policy_weights=number, lengths=shape(data.group, np.int32), branches=token,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ranked(Prompts):
-    """Prompts whose best and worst completion make a pair, for a preference loss."""
-
-    group: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 2:
-            raise ValueError(f"data.group={self.group}; a pair takes at least 2 completions of a prompt")
-
-    def abstract(self, shards: int = 1) -> Pairs:  # type: ignore[override]
-        """Shapes of the largest batch that the settings allow."""
-        return pair_shapes(self, self.pair_room(self.max_prompt), shards)
-
-    def pair_room(self, longest: int) -> Room:
-        """What the longest prompt with two of the longest completions takes."""
-        return Room(rounded(longest + 2 * self.max_new), rounded(2 * self.max_new))
-
-
-def pair_shapes(data: Ranked, room: Room, shards: int = 1) -> Pairs:
-    """Shapes of one optimizer step's batch of pairs, one a row."""
-    like = shapes(data, room, shards)
-    micro, rows = like.ids.shape[:2]
-    at = lambda *last, dtype=np.int32: jax.ShapeDtypeStruct((micro, rows, *last), dtype)  # noqa: E731
-    number = at(1, dtype=np.float32)
-    return Pairs(
-        ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read, answers=like.read,
-        places=like.read, lengths=at(1, 2), last=at(1, 2), mean_lengths=at(1, 2, dtype=np.float32), pair_weights=number,
-        index=at(1), columns={}, branches=like.ids,
     )  # fmt: skip
 
 
@@ -288,7 +236,7 @@ def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
 def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
     """(prompts to learn from, prompts held out); of a share all rows with the same prompt are on one side."""
     asked = read(data.train, data, tokenizer)
-    if data.held_out in (None, "none", 0):
+    if not data.holds_out:
         return asked, asked.at(())
     if isinstance(data.held_out, str):
         return asked, read(data.held_out, data, tokenizer)
@@ -297,7 +245,7 @@ def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
         raise ValueError(
             f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none"
         )
-    share = min(max(1, round(data.held_out * len(apart))), len(apart) - 1)
+    share = data.held_out_count(len(apart))
     held = {apart[i] for i in pack.permutation(len(apart), data.seed, 0)[:share]}
     here = np.array([ids in held for ids in asked.ids])
     return replace(asked.at(np.flatnonzero(~here)), dropped=asked.dropped), asked.at(np.flatnonzero(here))

@@ -1,190 +1,193 @@
-"""A source of batches from rows: batch k is a pure function of (rows, tokenizer, settings, k), so one integer resumes it."""
+"""SFT rows as batches: batch k is a pure function of (rows, tokenizer, settings, k), so one integer resumes it."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from jaxft.batch import Tokens
+from jaxft.batch import Tokens, TrainState
 from jaxft.data import cache as store
 from jaxft.data import chat, pack
-from jaxft.data.cache import Tokenised
+from jaxft.data.cache import Tokenised, TokenSettings
+from jaxft.data.settings import DataSettings
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, joined_names, length_percentiles
+from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("token", "sequence")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What to learn from and how it becomes batches.
+class Rows(DataSettings):
+    """Documents, prompts with completions, or conversations for next-token prediction: the data of an SFT run.
 
-    train: file, folder or hub dataset (see rows.py); held_out: a share of the rows, or a place of its own, or "none".
-    columns: "ours=theirs" renames; format: "auto" or a name of formats.FORMATS.
-    loss_on: "completion" (the last answer), "assistant" (every assistant turn) or "all"; text rows are learned whole.
-    max_length: tokens a row; too_long: "truncate" keeps the start, "drop" leaves the example out, "error" stops.
-    packing: several examples share a row of max_length tokens and don't see one another.
-    batch: rows an optimizer step (packed rows, or examples without packing); micro: microbatches it is computed in.
-    weighting: "token" gives every learned token of the optimizer batch the same weight, "sequence" every example.
-    epochs: passes over the rows, fractions allowed; seed: of the split and the order.
-    date: what a chat template that prints today's date prints.
+    format: "auto" or a name of formats.FORMATS. loss_on: "completion" (the last response), "assistant" (every
+    assistant turn) or "all"; text rows are learned whole. max_length: tokens of a row. too_long: "truncate" keeps the
+    start, "drop" leaves the example out, "error" stops. packing: several examples share a row of max_length tokens
+    and do not attend to one another. weighting: "token" gives every learned token of the optimizer batch the same
+    weight, "sequence" every example. Other fields: see DataSettings; batch counts packed rows, or examples without
+    packing.
     """
 
-    train: str
-    held_out: str | float | None = 0.05
-    columns: tuple[str, ...] = ()
     format: str = "auto"
     loss_on: str = "completion"
     max_length: int = 1024
     too_long: str = "truncate"
     packing: bool = True
-    batch: int = 8
-    micro: int = 1
     weighting: str = "token"
-    seed: int = 0
-    epochs: float = 1.0
-    date: str = chat.DATE
+    unit: ClassVar[str] = "rows"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("loss_on", chat.LOSS_ON), ("too_long", TOO_LONG), ("weighting", WEIGHTING)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(choices)}")
-        for name, least in (("max_length", 2), ("batch", 1), ("micro", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least {least}")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
-        if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
+            self.require_choice(name, choices)
+        self.require_at_least(2, "max_length")
+
+    @property
+    def token_settings(self) -> TokenSettings:
+        """The settings that decide the tokens of a row."""
+        return TokenSettings(
+            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.date
+        )
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RowSource":
+        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
+
+        Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
+        """
+        row_count = _rows_per_microbatch(self, shards)
+        pool, train, held = _split(self, tokenizer, cache)
+        longest = max(pool.lengths[train].max(), pool.lengths[held].max(initial=0))
+        size = self.max_length if self.packing else min(self.max_length, -(-int(longest) // 64) * 64)
+        plan = lru_cache(maxsize=2)(lambda epoch: _plan(self, pool, train, size, epoch))
+        held_plan = _plan(self, pool, held, size, 0)
+        reads = _read_length(pool, (plan(0), held_plan), size)
+        per_epoch = -(-plan(0).rows // self.batch)
+        first = pool.ids[slice(*pool.offsets[train.min() :][:2])]
+        info = SourceInfo(
+            steps=self.total_steps(per_epoch),
+            steps_per_epoch=per_epoch,
+            fingerprint=_fingerprint(self, pool, (plan(0), held_plan), (self.batch, size, reads)),
+            preview=tokenizer.decode(first, skip_special_tokens=False),
+            stats=_stats(pool, (train, held), plan(0), (size, reads)),
+        )
+        shapes = _shapes(self, (row_count, size, reads))
+        held_out = _held_out(pool, held_plan, (row_count, size, reads))
+        held_out = tuple(replace(batch, packed=self.packing) for batch in held_out)
+        return RowSource(info, (shapes,), held_out, self, pool, plan)
 
     def abstract(self, shards: int = 1) -> Tokens:
-        """Shapes of the largest batch that the settings allow, without the rows at hand."""
-        return abstract_tokens(self, shards=shards)
+        """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
+        return _shapes(self, (_rows_per_microbatch(self, shards), self.max_length, self.max_length))
 
 
 @dataclass(frozen=True)
-class Source:
-    """Batches by number. Arrays of a batch are [micro, rows, T] and [micro, rows, M], those held out [1, rows, ...].
+class RowStats(SourceStats):
+    """Counts of tokenised rows: rows of an epoch's batches, their size, and the lengths of the training examples."""
 
-    batch(step, state=None) is pure; names(step) names the examples of each row of that batch. The token_weights of one batch
-    sum to 1, and those of all held-out batches together sum to 1 as a token mean.
-    """
-
-    steps: int
-    steps_per_epoch: int
-    fingerprint: str
-    abstract: Tokens
-    batch: Callable[..., Tokens]
-    held_out: tuple[Tokens, ...]
-    names: Callable[[int], list[str]]
-    preview: str
-    stats: dict[str, Any]
+    truncated: int
+    tokens: int
+    learned_tokens: int
+    lengths: dict[str, float]
+    rows: int
+    fill: float
+    row_length: int
+    read_length: int
+    cache: str
 
 
-def abstract_tokens(
-    rows: Rows, length: int | None = None, reads: int | None = None, shards: int = 1
-) -> Tokens:
-    """Shapes of a batch. Without the rows at hand: the largest that the settings allow, T = M = max_length."""
-    _check_micro(rows)
-    size = _micro_rows(rows, shards)
-    length = length or rows.max_length
+@dataclass(frozen=True)
+class RowSource(FixedSource[Tokens]):
+    """Batches of Tokens; see Source. plan: which examples share a row, by epoch."""
 
-    def shape(last, dtype):
-        return jax.ShapeDtypeStruct((rows.micro, size, last), dtype)
+    settings: Rows
+    pool: Tokenised
+    plan: Callable[[int], pack.Plan]
 
-    ids, read = shape(length, np.int32), shape(reads or length, np.int32)
-    weights = shape(reads or length, np.float32)
-    return Tokens(ids, ids, ids, read, read, weights, packed=rows.packing)
-
-
-def sft_source(
-    rows: Rows, tokenizer: Any, cache: Path | None = None, process: tuple[int, int] = (0, 1), shards: int = 1
-) -> Source:
-    """Read, tokenise (or find in the cache) and plan; see Rows and Source.
-
-    Every process builds the same global batch, so `process` (index, count) changes nothing yet. shards: into how many parts the
-    mesh cuts the rows of a microbatch; where they don't divide, empty rows are added, which changes no number.
-    Raises ValueError or FileNotFoundError in one line that names the row where a row is at fault.
-    """
-    _check_micro(rows)
-    if not 0 <= process[0] < process[1]:
-        raise ValueError(f"process {process[0]} of {process[1]}: wanted 0 <= index < count")
-    pool, train, held = _split(rows, tokenizer, cache)
-    longest = max(pool.lengths[train].max(), pool.lengths[held].max(initial=0))
-    size = rows.max_length if rows.packing else min(rows.max_length, -(-int(longest) // 64) * 64)
-    plan = lru_cache(maxsize=2)(lambda epoch: _plan(rows, pool, train, size, epoch))
-    held_plan = _plan(rows, pool, held, size, 0)
-    reads = _read_length(pool, (plan(0), held_plan), size)
-    per_epoch = -(-plan(0).rows // rows.batch)
-    shape = (rows.batch, size, reads)
-    each = _micro_rows(rows, shards)
-
-    def cut(step: int) -> pack.Plan:
-        epoch, k = divmod(step, per_epoch)
-        return plan(epoch).slice(k * rows.batch, (k + 1) * rows.batch)
-
-    def batch(step: int, state: Any = None) -> Tokens:
-        part = cut(step)
-        flat = _fill(pool, part, shape, _weights(pool, part.members, rows.weighting))
+    def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
+        """Return the batch of a step and no metrics."""
+        rows, part = self.settings, self._rows_of(step)
+        _, row_count, size = self.shapes[0].ids.shape
+        shape = (rows.batch, size, self.shapes[0].read.shape[-1])
+        flat = _fill(self.pool, part, shape, _weights(self.pool, part.members, rows.weighting))
         flat = replace(flat, packed=rows.packing)
-        grid = jax.tree.map(lambda x: x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1]), flat)
-        return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - x.shape[1]), (0, 0))), grid)
 
-    def names(step: int) -> list[str]:
-        part = cut(step)
-        return [", ".join(pool.names[i] for i in part.slice(r, r + 1).members) for r in range(part.rows)]
+        def split(x: np.ndarray) -> np.ndarray:
+            grid = x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1])
+            return np.pad(grid, ((0, 0), (0, row_count - grid.shape[1]), (0, 0)))
 
-    return Source(
-        steps=max(1, math.ceil(rows.epochs * per_epoch - 1e-9)),
-        steps_per_epoch=per_epoch,
-        fingerprint=_fingerprint(rows, pool, (plan(0), held_plan), shape),
-        abstract=abstract_tokens(rows, size, reads, shards),
-        batch=batch,
-        held_out=tuple(
-            replace(b, packed=rows.packing) for b in _held_out(pool, held_plan, (each, size, reads))
-        ),
-        names=names,
-        preview=tokenizer.decode(
-            pool.ids[slice(*pool.offsets[train.min() :][:2])], skip_special_tokens=False
-        ),
-        stats=_stats(rows, pool, (train, held), plan(0), (size, reads, per_epoch)),
-    )
+        return jax.tree.map(split, flat), {}
+
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the examples in each row of a batch."""
+        part = self._rows_of(step)
+        return [joined_names(self.pool.names, part.slice(r, r + 1).members) for r in range(part.rows)]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts; a response begins at its first token with a loss."""
+        found: list[Prompt] = []
+        for batch in self.held_out:
+            for row in range(batch.ids.shape[1]):
+                ids, segments = batch.ids[0, row], batch.segments[0, row]
+                reads = batch.read[0, row][batch.token_weights[0, row] > 0]
+                for segment in range(1, int(segments.max(initial=0)) + 1):
+                    inside = np.flatnonzero(segments == segment)
+                    first = reads[segments[reads] == segment].min() + 1
+                    if len(found) < count and first > inside[0]:
+                        response = ids[first : inside[-1] + 1].tolist()
+                        found.append(Prompt(ids[inside[0] : first].tolist(), response))
+        return found
+
+    def _rows_of(self, step: int) -> pack.Plan:
+        """Return the plan of the rows of one step."""
+        epoch, k = divmod(step, int(self.info.steps_per_epoch))
+        return self.plan(epoch).slice(k * self.settings.batch, (k + 1) * self.settings.batch)
 
 
-def _check_micro(rows: Rows) -> None:
+def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
+    """Return the shapes of a batch. shape: rows of a microbatch, T, M."""
+    row_count, length, reads = shape
+
+    def array(last: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows.micro, row_count, last), dtype)
+
+    ids, read = array(length, np.int32), array(reads, np.int32)
+    return Tokens(ids, ids, ids, read, read, array(reads, np.float32), packed=rows.packing)
+
+
+def _rows_per_microbatch(rows: Rows, shards: int) -> int:
+    """Return the rows of a microbatch, with the empty ones that are added for the mesh."""
     if rows.batch % rows.micro:
         fits = ", ".join(str(m) for m in range(1, rows.batch + 1) if rows.batch % m == 0)
         raise ValueError(
-            f"data.batch={rows.batch} does not divide into data.micro={rows.micro} microbatches; use micro of {fits}"
+            f"data.batch={rows.batch} is not divisible by data.micro={rows.micro} microbatches; "
+            f"use a data.micro of {fits}"
         )
-
-
-def _micro_rows(rows: Rows, shards: int) -> int:
-    """Rows of a microbatch with those that are added for the mesh."""
     return -(-rows.batch // (rows.micro * shards)) * shards
 
 
 def _split(rows: Rows, tokenizer: Any, cache: Path | None) -> tuple[Tokenised, np.ndarray, np.ndarray]:
-    pool = store.tokenised(rows.train, rows, tokenizer, cache)
+    """Return all examples and the indices of the training and the held-out ones."""
+    pool = store.tokenised(rows.train, rows.token_settings, tokenizer, cache)
     count = len(pool.names)
     everything = np.arange(count)
-    if rows.held_out in (None, "none", 0):
+    if not rows.holds_out:
         return pool, everything, everything[:0]
     if isinstance(rows.held_out, str):
-        held = store.tokenised(rows.held_out, rows, tokenizer, cache)
+        held = store.tokenised(rows.held_out, rows.token_settings, tokenizer, cache)
         return store.join(pool, held), everything, count + np.arange(len(held.names))
     if count < 2:
         raise ValueError(
-            f"{rows.train}: one row can't be split by data.held_out={rows.held_out}; set data.held_out=none"
+            f"{rows.train}: data.held_out={rows.held_out} cannot split a single row; set data.held_out=none"
         )
-    share = min(max(1, round(rows.held_out * count)), count - 1)
+    held_count = rows.held_out_count(count)
     order = pack.permutation(count, rows.seed, 0)
-    return pool, np.sort(order[share:]), np.sort(order[:share])
+    return pool, np.sort(order[held_count:]), np.sort(order[:held_count])
 
 
 def _plan(rows: Rows, pool: Tokenised, chosen: np.ndarray, size: int, epoch: int) -> pack.Plan:
@@ -198,7 +201,7 @@ def _plan(rows: Rows, pool: Tokenised, chosen: np.ndarray, size: int, epoch: int
 
 
 def _read_length(pool: Tokenised, plans: tuple[pack.Plan, ...], size: int) -> int:
-    """The most read positions of a row, rounded up to an eighth of the row so that similar data share a program."""
+    """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a program."""
     most = max(int(np.add.reduceat(pool.reads[p.members], p.offsets[:-1]).max()) for p in plans if p.rows)
     step = max(1, size // 8)
     return min(-(-most // step) * step, size)
@@ -264,31 +267,28 @@ def _fingerprint(
 
 
 def _stats(
-    rows: Rows, pool: Tokenised, split: tuple, plan: pack.Plan, sizes: tuple[int, int, int]
-) -> dict[str, Any]:
+    pool: Tokenised, split: tuple[np.ndarray, np.ndarray], plan: pack.Plan, shape: tuple[int, int]
+) -> RowStats:
+    """Count rows and tokens. split: indices of the training and the held-out examples. shape: T, M."""
     train, held = split
-    size, reads, per_epoch = sizes
+    size, reads = shape
     lengths = pool.lengths[train]
-    tokens, learned = int(lengths.sum()), int(pool.reads[train].sum())
-    percentiles = zip(
-        ("min", "p10", "p50", "p90", "p99", "max"),
-        np.percentile(lengths, (0, 10, 50, 90, 99, 100)),
-        strict=True,
+    tokens, truncated = int(lengths.sum()), int(pool.cut.sum())
+    fill = tokens / (plan.rows * size)
+    return RowStats(
+        examples=len(train),
+        held_out=len(held),
+        dropped=pool.dropped,
+        largest_id=int(pool.ids.max()),
+        summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
+        f"{len(held)} held out, {pool.dropped} dropped, {truncated} truncated",
+        truncated=truncated,
+        tokens=tokens,
+        learned_tokens=int(pool.reads[train].sum()),
+        lengths=length_percentiles(lengths),
+        rows=plan.rows,
+        fill=fill,
+        row_length=size,
+        read_length=reads,
+        cache=pool.cache,
     )
-    return {
-        "examples": len(train),
-        "held_out": len(held),
-        "dropped": pool.dropped,
-        "truncated": int(pool.cut.sum()),
-        "tokens": tokens,
-        "learned_tokens": learned,
-        "learned_share": learned / tokens,
-        "lengths": {name: round(float(value), 1) for name, value in percentiles},
-        "rows": plan.rows,
-        "fill": tokens / (plan.rows * size),
-        "row_length": size,
-        "read_length": reads,
-        "steps_per_epoch": per_epoch,
-        "largest_id": int(pool.ids.max()),
-        "cache": pool.cache,
-    }

@@ -18,7 +18,7 @@ from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
 from jaxft.plan.programs import Program, every, steps
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
-from jaxft.rl.completions import rewards_of
+from jaxft.rl.rollout import Rollouts
 from jaxft.runs.report import empty_slot_lines
 from jaxft.train.programs import Programs, abstract, step_rows
 from jaxft.train.settings import Run
@@ -190,7 +190,8 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
                 packed if storage.in_base(path) or "/base/" in path else "adapters"
             )  # a critic may have a base of its own
             sizes[name] += _held(leaf)
-    judges = [reward for reward in rewards_of(run and run.source) if hasattr(reward, "abstract")]
+    rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
+    judges = [reward for reward in rewards if hasattr(reward, "abstract")]
     sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.batch import Tokens
-from jaxft.data.pairs.source import PairRows, abstract_pairs
-from jaxft.data.prompts import Prompts, Ranked, Room, rounded, shapes
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import Room, rounded, shapes
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.rl import sampler as player
-from jaxft.rl.completions import ByScorer, rewards_of
+from jaxft.rl.completions import ByScorer
+from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.rollout import Rollouts
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, placed, reference_step
 from jaxft.train.settings import Run
@@ -34,7 +36,7 @@ def steps(run: Run, p: Programs) -> list[Program]:
     """What trains. The weights and the optimizer's state are there in each of a run's programs."""
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
-        batch = abstract_pairs(run.data, sharding.row_shards(p.mesh), reference=True)
+        batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
     batch = placed(p, p.objective.batch_spec(batch))
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
@@ -46,9 +48,9 @@ def every(run: Run, p: Programs) -> list[Program]:
     (first,) = found = steps(run, p)
     held = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
     at = (p.state.trainable, p.frozen)
-    if isinstance(run.data, Prompts):
+    if isinstance(run.data, Rollouts):
         found += _drawing(run, p, whole, first.batch)
-    elif run.data.held_out not in (None, "none", 0):
+    elif run.data.holds_out:
         found.append(Program("evaluation", lambda: p.eval_step.trace(*at, placed(p, held), p.state.aux)))
         if run.samples:
             found.append(Program("answers", lambda: _answers(run, p, whole)))
@@ -71,12 +73,12 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     sampler: Any = generate.make_sampler(p.trained.model, s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
-    if not isinstance(data, Ranked):
+    if not isinstance(data, OnlinePairs):
         judge = jax.jit(partial(player.judged, p.objective))
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
         batch = placed(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
-    for reward in rewards_of(run.source):
+    for reward in data.rules.rewards:
         if isinstance(reward, ByScorer):
             score: Any = jax.jit(partial(player.scored, p.trained.model, reward))
             found.append(

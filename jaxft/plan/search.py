@@ -160,7 +160,8 @@ def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None
     trained, shard = run.adapter is None, mesh.fsdp * mesh.context * mesh.tensor
-    rows, length = replace(run.data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
+    data: Any = run.data
+    rows, length = replace(data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
     weights = (
         c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp)

@@ -104,12 +104,6 @@ class Rules:
         return self.weigh(lengths, keep, **more)
 
 
-def rewards_of(source: Any) -> tuple[Any, ...]:
-    """The rewards of a Run's source, none where it draws nothing."""
-    rules = getattr(source, "keywords", {}).get("rules")
-    return rules.rewards if rules else ()
-
-
 def bounded(
     scores: np.ndarray, lengths: np.ndarray, ended: np.ndarray, missing_eos: float = 0.0, limit: float | None = None,
     overlong: tuple[int, int] | None = None,

@@ -10,49 +10,89 @@ import numpy as np
 
 from jaxft.batch import Pairs, Rollout
 from jaxft.data import prompts
+from jaxft.data.prompts import Room
 from jaxft.rl import advantages as adv
 from jaxft.rl.completions import Completions, Learned, Rules, laid
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout import BoundRun, Rollouts, RolloutSource, source_info
 from jaxft.rl.sampler import Player, told
 
 
-def ranked(data: prompts.Ranked, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "RankedRollouts":
-    """The source of a run that learns from pairs of its own completions.
+@dataclass(frozen=True, kw_only=True)
+class OnlinePairs(Rollouts):
+    """Prompts whose best and worst completion make a pair: the data of a preference loss on the policy's own completions.
 
-    Of the rules it takes rewards, weights, combine, shape and cut_off, and refuses others.
+    Of the rules it uses rewards, weights, combine, shape and cut_off, and refuses others.
     """
-    known = Rules(
-        rules.rewards, weights=rules.weights, combine=rules.combine, shape=rules.shape, cut_off=rules.cut_off
-    )
-    if rules != known:
-        raise ValueError(
-            "pairs are made of rewards, weights, combine, shape and cut_off; leave the other rules as they are"
+
+    group: int = 2
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise ValueError(f"data.group={self.group}; a pair takes at least 2 completions of a prompt")
+        super().__post_init__()
+        rules = self.rules
+        known = Rules(
+            rules.rewards,
+            weights=rules.weights,
+            combine=rules.combine,
+            shape=rules.shape,
+            cut_off=rules.cut_off,
         )
-    train, held = prompts.split(data, tokenizer)
-    return RankedRollouts(data, rules, tokenizer, train, held, shards)
+        if rules != known:
+            raise ValueError(
+                "pairs are made of rewards, weights, combine, shape and cut_off; leave the other rules as they are"
+            )
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "OnlinePairSource":
+        """Read and tokenise the prompts; see Dataset.open."""
+        train, held = prompts.split(self, tokenizer)
+        return OnlinePairSource(
+            source_info(self, tokenizer, train, held), self, tokenizer, train, held, shards
+        )
+
+    def abstract(self, shards: int = 1) -> Pairs:
+        """Return the shapes of the largest batch that the settings allow."""
+        return pair_shapes(self, self.pair_room(self.max_prompt), shards)
+
+    def pair_room(self, longest: int) -> Room:
+        """Return the size of a row that holds the longest prompt and two of the longest completions."""
+        return Room(prompts.rounded(longest + 2 * self.max_new), prompts.rounded(2 * self.max_new))
+
+
+def pair_shapes(data: OnlinePairs, room: Room, shards: int = 1) -> Pairs:
+    """Return the shapes of one optimizer step's batch of pairs, one a row."""
+    like = prompts.shapes(data, room, shards)
+    micro, rows = like.ids.shape[:2]
+
+    def array(*last: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((micro, rows, *last), dtype)
+
+    number = array(1, dtype=np.float32)
+    return Pairs(
+        ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read, answers=like.read,
+        places=like.read, lengths=array(1, 2), last=array(1, 2), mean_lengths=array(1, 2, dtype=np.float32),
+        pair_weights=number, index=array(1), columns={}, branches=like.ids,
+    )  # fmt: skip
 
 
 @dataclass
-class RankedRollouts(Rollouts):
+class OnlinePairSource(RolloutSource):
     """Rollouts whose batches are Pairs."""
 
-    data: prompts.Ranked
+    data: OnlinePairs
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.judged = False
         self.complete = lambda batch: replace(batch, logps=None)
         self.room = self.data.pair_room(max(map(len, (*self.train.ids, *self.held.ids))))
-        self.drawn = [self.complete(shape) for shape in self.drawn]
-        self.abstract = prompts.pair_shapes(self.data, self.room, self.shards)
-        self.shapes = [self.abstract]
+        self.drawn = tuple(self.complete(shape) for shape in self.drawn)
+        self.shapes = (pair_shapes(self.data, self.room, self.shards),)
 
-    def attached(
-        self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None
-    ) -> "RankedRollouts":
-        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure."""
-        found = self._as_it_was(kept)
-        found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
+    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "OnlinePairSource":
+        """Return the source with the run's compiled programs and frozen parameters, which can sample and evaluate."""
+        found = self._as_it_was(saved)
+        found.player = Player(found, run.programs, run.frozen, run.stop, run.folder / "completions.jsonl")
         return found
 
     def _learned(self, number: int, done: Completions, state: Any) -> Learned:

@@ -1,6 +1,6 @@
 """Rollouts: prompts are answered by the policy as it is, the answers are scored, and batches for a policy objective are made.
 
-Rollout number k is drawn when the run comes to step k * data.steps, from the state it has then, and gives that many optimizer
+Rollout number k is drawn when the run comes to step k * data.steps_per_rollout, from the state it has then, and gives that many optimizer
 steps. So a run is saved between rollouts only, and one that was interrupted draws the same completions again.
 """
 
@@ -11,33 +11,101 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.batch import TrainState
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
+from jaxft.data.source import Prompt, SourceInfo, SourceStats
 from jaxft.rl import advantages as adv
-from jaxft.rl import estimators
+from jaxft.rl import estimators, rewards
 from jaxft.rl.completions import Completions, Learned, Rules, by_read
 from jaxft.rl.sampler import Player, means, told
+from jaxft.tree import Metrics
 
 SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
 
 
-def rollouts(data: Prompts, tokenizer: Any, shards: int = 1, *, rules: Rules) -> "Rollouts":
-    """The source of a run: reads and tokenises the prompts. It draws once it is `attached` to the run's programs."""
-    train, held = prompts.split(data, tokenizer)
-    return Rollouts(data, rules, tokenizer, train, held, shards)
+@dataclass(frozen=True)
+class BoundRun:
+    """The compiled run that a source samples completions with.
+
+    stop: tokens that end a completion. folder: where completions.jsonl is written.
+    """
+
+    programs: Any
+    frozen: Any
+    stop: tuple[int, ...]
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Prompts):
+    """Prompts and the rules by which completions of them are scored and trained on: the data of a run with a policy loss."""
+
+    rules: Rules
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rules.target_kl is not None and self.steps_per_rollout == 1:
+            raise ValueError(
+                "target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out"
+            )
+        if self.group == 1 and estimators.needs_a_group(self.rules.estimate):
+            raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
+        """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        train, held = prompts.split(self, tokenizer)
+        return RolloutSource(source_info(self, tokenizer, train, held), self, tokenizer, train, held, shards)
+
+    def abstract(self, shards: int = 1) -> Any:
+        """Return the shapes of the largest batch that the settings allow."""
+        return prompts.shapes(self, Room.most(self, self.max_prompt), shards)
+
+
+def source_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> SourceInfo:
+    """Return what a source of completions says about itself."""
+    longest = max(map(len, (*train.ids, *held.ids)))
+    rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
+    summary = (
+        f"{len(train)} prompts of at most {longest} tokens, {len(held)} held out, {train.dropped} dropped; "
+    )
+    summary += f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is "
+    summary += f"{data.steps_per_rollout} steps"
+    if tokenizer.eos_token_id is None:
+        summary += "; the tokenizer names no end token: without one in the model's config completions end at "
+        summary += "data.max_new only"
+    return SourceInfo(
+        steps=rollouts * data.steps_per_rollout,
+        steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
+        steps_per_rollout=data.steps_per_rollout,
+        fingerprint=prompts.fingerprint(data, train, held),
+        preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
+        stats=SourceStats(
+            examples=len(train),
+            held_out=len(held),
+            dropped=train.dropped,
+            largest_id=max(max(ids) for ids in (*train.ids, *held.ids)),
+            summary=summary,
+        ),
+        dependencies={
+            f"reward_{rewards.name_of(reward)}_fingerprint": reward.identity()
+            for reward in data.rules.rewards
+            if hasattr(reward, "identity")
+        },
+    )
 
 
 @dataclass
-class Rollouts:
-    """Batches by number, as data.source.Source has them; held_out stays empty, as `measure` asks the held-out prompts.
+class RolloutSource:
+    """Batches of Rollout, see data.source.Source; held_out stays empty, as `evaluate` samples the held-out prompts.
 
     complete(batch) has the fields that the run's steps need. judged: whether the trainer's log-probs are taken when completions
     are drawn. Where each is learned from once, by the policy that drew it, and no reference or critic is asked, a batch has none
     and the ratio is 1. shapes: of batches; drawn: of the rows that the player works on, a shape for each of `rooms`.
     """
 
-    data: Prompts
-    rules: Rules
+    info: SourceInfo
+    data: Rollouts
     tokenizer: Any
     train: Asked
     held: Asked
@@ -55,47 +123,21 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         data, longest = self.data, max(map(len, (*self.train.ids, *self.held.ids)))
+        self.rules = data.rules
         rounded, reads = prompts.rounded, [int(share * data.group * data.max_new) for share in SHARES]
         self.rooms = list(dict.fromkeys(Room(rounded(longest + count), rounded(count)) for count in reads))
-        whole, self.prompt_size = self.rooms[-1], rounded(longest)
-        self.abstract: Any = prompts.shapes(data, whole, self.shards)
-        self.shapes: list[Any] = [prompts.shapes(data, room, self.shards) for room in self.rooms]
+        self.prompt_size = rounded(longest)
+        self.shapes: tuple[Any, ...] = tuple(prompts.shapes(data, room, self.shards) for room in self.rooms)
         self.drawn = self.shapes
-        self.boundary = data.steps
-        self.steps_per_epoch = len(self.train) / data.batch * data.steps
-        if self.rules.target_kl is not None and data.steps == 1:
-            raise ValueError(
-                "target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out"
-            )
-        if data.group == 1 and estimators.needs_a_group(self.rules.estimate):
-            raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
-        self.steps = (
-            max(1, -(-int(1e9 * data.epochs * len(self.train)) // int(1e9 * data.batch))) * data.steps
-        )
-        self.fingerprint = prompts.fingerprint(data, self.train, self.held)
-        self.preview = self.tokenizer.decode(self.train.ids[0], skip_special_tokens=False)
-        words = f"{len(self.train)} prompts of at most {longest} tokens, {len(self.held)} held out, {self.train.dropped} dropped"
-        words += f"; a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is {data.steps} steps"
-        if self.tokenizer.eos_token_id is None:
-            words += "; the tokenizer names no end token: without one in the model's config completions end at data.max_new only"
-        largest = max(max(ids) for ids in (*self.train.ids, *self.held.ids))
-        self.stats = {
-            "examples": len(self.train),
-            "held_out": len(self.held),
-            "largest_id": largest,
-            "told": words,
-        }
 
-    def attached(
-        self, programs: Any, frozen: Any, stop: tuple[int, ...], folder: Path, kept: Any = None
-    ) -> "Rollouts":
-        """The source with a run's programs, compiled, and its frozen parameters, so that it can draw and measure.
+    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "RolloutSource":
+        """Return the source with the run's compiled programs and frozen parameters, which can sample and evaluate.
 
-        kept: what a checkpoint has of a source, see `kept`.
+        saved: `state_dict` of the checkpoint to resume from.
         """
-        found, objective, rules = self._as_it_was(kept), programs.objective, self.rules
+        found, objective, rules = self._as_it_was(saved), run.programs.objective, self.rules
         rests = rules.warm_up or rules.target_kl is not None or rules.keep is not None or not rules.cut_off
-        if programs.optimizer.fused_backward and rests:
+        if run.programs.optimizer.fused_backward and rests:
             found = "as warm_up, target_kl, keep and cut_off may ask"
             raise ValueError(f"optim.fused_backward can't let a policy rest, {found}; set it to false")
         if objective.facts.kl_in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
@@ -103,38 +145,37 @@ class Rollouts:
             raise ValueError(
                 f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta"
             )
-        found.judged = self.boundary > 1 or objective.facts.reference != "none" or objective.facts.critic
+        found.judged = (
+            self.info.steps_per_rollout > 1 or objective.facts.reference != "none" or objective.facts.critic
+        )
         found.complete = lambda batch: (
             objective.batch_spec(batch) if found.judged else replace(batch, logps=None)
         )
-        found.abstract, found.shapes = (
-            found.complete(self.abstract),
-            [found.complete(shape) for shape in self.shapes],
-        )
+        found.shapes = tuple(found.complete(shape) for shape in self.shapes)
         found.drawn = found.shapes
-        found.player = Player(found, programs, frozen, stop, folder / "completions.jsonl")
+        found.player = Player(found, run.programs, run.frozen, run.stop, run.folder / "completions.jsonl")
         return found
 
-    def _as_it_was(self, kept: Any) -> Any:
-        return replace(self, moments=np.array(kept["moments"])) if kept else replace(self)
+    def _as_it_was(self, saved: Any) -> Any:
+        return replace(self, moments=np.array(saved["moments"])) if saved else replace(self)
 
-    def kept(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the source between two rollouts."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments of all scores so far."""
         return {"moments": self.moments.tolist()}
 
-    def asked(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, no answer) of the first `count` held-out prompts."""
-        return [(list(ids), []) for ids in self.held.ids[:count]]
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts."""
+        return [Prompt(list(ids), []) for ids in self.held.ids[:count]]
 
-    def names(self, step: int) -> list[str]:
+    def row_names(self, step: int) -> list[str]:
         """The rows of an optimizer step's prompts."""
-        number, part = divmod(step, self.boundary)
+        number, part = divmod(step, self.info.steps_per_rollout)
         chosen = prompts.drawn(self.data, len(self.train), number)[prompts.dealt(self.data, number, part)]
         return [self.train.names[i] for i in chosen]
 
-    def batch(self, step: int, state: Any) -> Any:
-        """Draws where a rollout begins; [micro, rows, ...]."""
-        number, part = divmod(step, self.boundary)
+    def batch(self, step: int, state: TrainState) -> tuple[Any, Metrics]:
+        """Return the batch of a step and its rollout's metrics. Samples the rollout at its first step."""
+        number, part = divmod(step, self.info.steps_per_rollout)
         if self.learned is None or self.learned.number != number:
             if part:
                 raise ValueError(
@@ -142,7 +183,7 @@ class Rollouts:
                 )
             self.learned = self._learned(number, self.player.draw(number, state), state)
             self.far, self.stopped = None, False
-        return self._part(self.learned, prompts.dealt(self.data, number, part))
+        return self._part(self.learned, prompts.dealt(self.data, number, part)), self.learned.told
 
     def _learned(self, number: int, done: Completions, state: Any) -> Learned:
         """What is learned from a rollout."""
@@ -162,10 +203,9 @@ class Rollouts:
         numbers = told(rules, done, sampled, kept, self.judged) | means(found.told, kept.size)
         return Learned(number, rows, done.lengths, kept, known, numbers)
 
-    def numbers(self, step: int, found: dict[str, Any]) -> dict[str, Any]:
-        """Metrics of the rollout that a step belongs to; found: the step's own."""
-        self.far = found.get("policy/approxkl_avg")
-        return {} if self.learned is None else self.learned.told
+    def observe(self, metrics: Metrics) -> None:
+        """Note the metrics of the newest step, for target_kl."""
+        self.far = metrics.get("policy/approxkl_avg")
 
     def _is_far(self) -> bool:
         """Whether the policy has gone as far from the one that drew as it may. Waits for the step before."""
@@ -188,12 +228,12 @@ class Rollouts:
 
     def _grid(self, part: Any, none: int) -> Any:
         """Rows [n, ...] as [micro, rows, ...], with empty rows where the mesh wants more; none: the answer that marks padding."""
-        micro, each = self.abstract.ids.shape[:2]
+        micro, each = self.shapes[-1].ids.shape[:2]
         grid = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), part)
         own = grid.ids.shape[1]
         grid = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - own), *((0, 0),) * (x.ndim - 2))), grid)
         return replace(grid, answers=np.where((np.arange(each) >= own)[:, None], none, grid.answers))
 
-    def measure(self, state: Any) -> dict[str, float]:
-        """The held-out prompts, each answered data.eval_group times, from the same random numbers every time."""
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Score data.eval_group completions of each held-out prompt, sampled with the same random numbers every time."""
         return self.player.measure(state) if len(self.held) else {}

@@ -26,7 +26,7 @@ from jaxft.rl.completions import ByScorer, Completions, Rules, by_token, fits, l
 from jaxft.rl.estimators import Sampled
 
 if TYPE_CHECKING:
-    from jaxft.rl.rollout import Rollouts
+    from jaxft.rl.rollout import RolloutSource
 
 SHOWN, EACH = 8, 2  # completions of each rollout that are kept in completions.jsonl, of each prompt at most
 HELD_OUT = 2**31 - 1  # the number of the draw that measures
@@ -35,7 +35,9 @@ HELD_OUT = 2**31 - 1  # the number of the draw that measures
 class Player:
     """Every program that a rollout needs, compiled before the first step, and the frozen parameters."""
 
-    def __init__(self, source: "Rollouts", programs: Any, frozen: Any, stop: tuple[int, ...], path: Path):
+    def __init__(
+        self, source: "RolloutSource", programs: Any, frozen: Any, stop: tuple[int, ...], path: Path
+    ):
         self.source, self.programs, self.frozen, self.stop, self.path = source, programs, frozen, stop, path
         self.warned = False
         p, data = programs, source.data
@@ -96,7 +98,7 @@ class Player:
                 flush=True,
             )
             self.warned = True
-        self._keep(number * source.boundary, done)
+        self._keep(number * source.info.steps_per_rollout, done)
         return done
 
     def sampled(self, done: Completions, state: Any) -> Sampled:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxft import tree
-from jaxft.data.sft import Rows, Source, sft_source
+from jaxft.data.sft import Rows, RowSource
+from jaxft.data.source import Dataset
 from jaxft.objectives import metrics as m
 from jaxft.objectives.objective import Objective
 
@@ -50,16 +51,17 @@ def stacked(seen: list[Any]) -> Any:
     return jax.tree.map(lambda *x: np.concatenate(x), *seen)
 
 
-def general_rows(data: Any, general: str) -> Rows:
+def general_rows(data: Dataset, general: str) -> Rows:
     """Settings of the general text `general`: rows of the same shape as those of `data`, all of them held out."""
-    shape = {"max_length": data.max_length, "batch": data.batch, "micro": data.micro}
-    shape["packing"] = getattr(data, "packing", True)  # the attention kernel is chosen by it
-    return Rows(general, held_out=general, format="text", loss_on="all", too_long="truncate", **shape)
+    return Rows(
+        general, held_out=general, format="text", loss_on="all", too_long="truncate", max_length=data.max_length,
+        batch=data.batch, micro=data.micro, packing=data.packing,
+    )  # fmt: skip
 
 
-def general_source(data: Any, general: str | None, tokenizer: Any, shards: int = 1) -> Source | None:
+def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: int = 1) -> RowSource | None:
     """Batches of the general text; None without one."""
-    return None if general is None else sft_source(general_rows(data, general), tokenizer, shards=shards)
+    return None if general is None else general_rows(data, general).open(tokenizer, shards)
 
 
 def selection_score(metrics: dict[str, float]) -> float | None:

@@ -13,12 +13,11 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.sft import Source
+from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.inference.generate import stop_tokens
-from jaxft.rl import rewards
-from jaxft.rl.completions import rewards_of
+from jaxft.rl.rollout import BoundRun, RolloutSource
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
@@ -42,7 +41,7 @@ class Job:
     steps: int
     programs: Programs
     tokenizer: Any
-    source: Source
+    source: Source[Any]
     general: tuple[Any, ...]
     saved: Checkpoints
     log: Log | NullLog
@@ -76,12 +75,12 @@ def _checked(
     stack.enter_context(jax.set_mesh(sharding.make_mesh(r.mesh)))
     tokenizer = pretrained.load_tokenizer(r.weights)
     shards = sharding.row_shards(sharding.make_mesh(r.mesh))
-    source = processes.first_then_others(lambda: r.source(r.data, tokenizer, shards=shards))
+    source = processes.first_then_others(lambda: r.data.open(tokenizer, shards))
     general = evaluate.general_source(r.data, r.general, tokenizer, shards)
     for each in (source, general):
         programs.check_token_ids(each, r.model, r.weights)
-    steps = r.loop.steps or source.steps
-    whole = getattr(source, "boundary", 1)
+    steps = r.loop.steps or source.info.steps
+    whole = source.info.steps_per_rollout
     if steps % whole:
         near = f"{steps - steps % whole} or " if steps > whole else ""
         raise ValueError(
@@ -89,8 +88,8 @@ def _checked(
             f"set {near}{steps + whole - steps % whole}"
         )
     p = build(r, steps)
-    placed(p, source.abstract)  # rows that don't divide over the mesh are refused before anything is loaded
-    record = {**record, "data_fingerprint": source.fingerprint, **identity(r)}
+    placed(p, source.shapes[-1])  # rows that don't divide over the mesh are refused before anything is loaded
+    record = {**record, **data_fingerprints(source), **identity(r)}
     processes.check_same(runfolder.process_independent(record), differences)
     saved = stack.enter_context(
         contextlib.closing(Checkpoints(folder / "checkpoints", r.loop.keep_last, r.loop.keep_best))
@@ -150,10 +149,12 @@ def identity(r: Run) -> dict[str, Any]:
             known[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapters.adapter_folder(one.start))
         if one.weights:
             known[f"{name}_fingerprint"] = runfolder.weights_fingerprint(one.weights)
-    for reward in rewards_of(r.source):
-        if hasattr(reward, "identity"):
-            known[f"reward_{rewards.name_of(reward)}_fingerprint"] = reward.identity()
     return known
+
+
+def data_fingerprints(source: Source[Any]) -> dict[str, str]:
+    """Return what a run's record stores of its data: a hash of the batches, and of the models that they depend on."""
+    return {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Ready:
     """
 
     job: Job
-    source: Source
+    source: Source[Any]
     frozen: Any
     train_step: Callable
     measure: Callable[[TrainState], dict[str, float]]
@@ -210,14 +211,13 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
         source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
-    if hasattr(source, "attached"):
-        stop = stop_tokens(r.model.config.eos, job.tokenizer)
-        source = source.attached(p, frozen, stop, job.folder, restored[1].get("source") if restored else None)
+    bound = BoundRun(p, frozen, stop_tokens(r.model.config.eos, job.tokenizer), job.folder)
+    source = source.bind(bound, restored[1].get("source") if restored else None)
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
     whole = tree.combine(p.state.trainable, p.frozen)
     answer = samples.answerer(p.trained.model, r.sampling, whole, source, job.tokenizer, r.samples)
-    train_step = compile_step(p, *getattr(source, "shapes", (source.abstract,)))
+    train_step = compile_step(p, *source.shapes)
     processes.meet()  # the first collectives give up where another process still compiles
     asked = f" and {r.samples} held-out prompts are answered" if source.held_out and r.samples else ""
     log.message(
@@ -226,7 +226,8 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
     )
 
     def measure(state: TrainState) -> dict[str, float]:
-        found = source.measure(state) if hasattr(source, "measure") else evaluated(state)
+        found = source.evaluate(state)
+        found = evaluated(state) if found is None else found
         return {f"eval_{name}": value for name, value in found.items()}
 
     def look(state: TrainState) -> dict[str, Any]:
@@ -248,8 +249,7 @@ def _trained(
     rates = np.asarray(jax.jit(jax.vmap(p.optimizer.schedule))(jnp.arange(job.steps)))
     meter = Meter(p.trained, rates, source, r.loop.max_bad, kept["counters"])
     votes = processes.Votes(p.mesh)
-    numbers: Callable = getattr(source, "numbers", lambda step, found: {})
-    boundary, memory = getattr(source, "boundary", 1), getattr(source, "kept", dict)
+    boundary = source.info.steps_per_rollout
     profile = r.loop.profile if processes.is_first() else None
     with (
         Interrupt() as interrupt,
@@ -260,16 +260,18 @@ def _trained(
             watchdog.step(done)
             trace.before(done)
             stopping = votes.cast(lambda: interrupt.signal)
-            if step % boundary == 0 and hasattr(source, "player"):
+            if step % boundary == 0 and isinstance(source, RolloutSource):
                 watchdog.at(
                     f"the rollout before step {done}"
                 )  # its bound is that of a phase: rewards may be slow functions
-                batch = source.batch(step, state)
+                batch, numbers = source.batch(step, state)
                 watchdog.step(done)
             else:
-                batch = source.batch(step, state)
+                batch, numbers = source.batch(step, state)
             state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
-            meter.add(step, batch, {**found, **numbers(step, found)})
+            if isinstance(source, RolloutSource):
+                source.observe(found)
+            meter.add(step, batch, {**found, **numbers})
             trace.after(done, state)
             if done % r.loop.log_every == 0 or done == job.steps:
                 log.step(done, *meter.read())
@@ -278,7 +280,7 @@ def _trained(
                 done % boundary and done < job.steps
             ):  # inside a rollout nothing is saved, so nothing else is done
                 continue
-            if due(r.loop.eval_every, done, boundary) and done < job.steps and source.stats["held_out"]:
+            if due(r.loop.eval_every, done, boundary) and done < job.steps and source.info.stats.held_out:
                 watchdog.at(f"the evaluation after step {done}")
                 with meter.aside():
                     measured = ready.measure(state)
@@ -289,7 +291,7 @@ def _trained(
                     "record": job.record,
                     "counters": meter.counters(),
                     "before": kept["before"],
-                    "source": memory(),
+                    "source": source.state_dict(),
                 }
                 watchdog.at(f"saving after step {done}")
                 job.saved.save(done, state, meta, score)
@@ -330,24 +332,16 @@ def _finish(ready: Ready, out: Path, before: Evaluation, after: Evaluation) -> N
 
 def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     """What is about to happen, for the start of a run that has done `first` steps."""
-    stats, shards = job.source.stats, sharding.row_shards(job.programs.mesh)
+    shards = sharding.row_shards(job.programs.mesh)
     return report.startup_lines(
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         programs.model_summary(job.programs),
         [
-            (stats["told"] if "told" in stats else packed(stats)) + f"; {job.steps} steps",
+            f"{job.source.info.stats.summary}; {job.steps} steps",
             *report.empty_slot_lines(programs.step_rows(job.run.data, shards)),
         ],
-        job.source.preview,
+        job.source.info.preview,
         report.resumed_lines(first, changes) if first else [],
-    )
-
-
-def packed(s: dict[str, Any]) -> str:
-    """How examples fill rows, from a source's stats."""
-    return (
-        f"{s['examples']} examples in {s['rows']} rows of {s['row_length']} tokens ({100 * s['fill']:.0f} % full), "
-        f"{s['held_out']} held out, {s['dropped']} dropped, {s['truncated']} truncated"
     )
 
 
@@ -367,7 +361,7 @@ def write_card(job: Job, out: Path, before: Evaluation, after: Evaluation, notes
         base=run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name,
         hosted=hosted,
         data=Path(run.data.train).name,
-        examples=job.source.stats["examples"],
+        examples=job.source.info.stats.examples,
         steps=job.steps,
         batch=run.data.batch,
         optimizer=job.programs.optimizer.name,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.sft import Source
+from jaxft.data.source import Source
 from jaxft.distributed import devices
 from jaxft.objectives import metrics
 from jaxft.train import partition
@@ -28,7 +28,7 @@ class Meter:
         self,
         t: partition.Partition,
         rates: np.ndarray,
-        source: Source,
+        source: Source[Any],
         most_bad: int,
         counters: dict[str, Any] | None,
     ):
@@ -64,7 +64,7 @@ class Meter:
             now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
             bad = bool(now.pop("skipped").total > 0)
             fresh = {name: now.pop(name) for name in list(now) if isinstance(now[name], metrics.LabelNoise)}
-            if not bad and step < self._source.steps_per_epoch:
+            if not bad and step < self._source.info.steps_per_epoch:
                 self._epoch = metrics.add(self._epoch, fresh) if self._epoch else fresh
             self._last = step
             c["num_tokens"] += tokens
@@ -79,7 +79,7 @@ class Meter:
                 self._give_up(range(step + 1 - self._most_bad, step + 1))
 
     def _give_up(self, steps: range) -> None:
-        rows = [name for step in steps for row in self._source.names(step) for name in row.split(", ")]
+        rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
             f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}); the "
@@ -101,7 +101,7 @@ class Meter:
             **metrics.as_floats({name: m for name, m in sorted({**self._sums, **self._epoch}.items())}),
             "skipped": self._counters["skipped"],
             "learning_rate": float(self._rates[self._last]),
-            "epoch": (self._last + 1) / self._source.steps_per_epoch,
+            "epoch": (self._last + 1) / self._source.info.steps_per_epoch,
             "num_tokens": self._counters["num_tokens"],
         }
         perf = {

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.batch import TrainState
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts
-from jaxft.data.sft import Rows, Source
+from jaxft.data.source import Dataset, Source
 from jaxft.distributed import devices, sharding
 from jaxft.models.heads import Scorer, with_scorers
 from jaxft.models.model import Model
@@ -185,16 +183,14 @@ def placed(p: Programs, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), batch)
 
 
-def step_rows(data: Rows | PairRows | Prompts, shards: int) -> StepRows:
+def step_rows(data: Dataset, shards: int) -> StepRows:
     """The rows of an optimizer step by the settings `data`, of which each microbatch is sharded over `shards` devices."""
-    if isinstance(data, Prompts):
-        return StepRows("prompts", data.batch, data.micro, shards, data.minibatches)
-    return StepRows("pairs" if isinstance(data, PairRows) else "rows", data.batch, data.micro, shards)
+    return StepRows(data.unit, data.batch, data.micro, shards, data.batch // data.units_per_step)
 
 
-def check_token_ids(source: Source | None, model: Model, ref: str) -> None:
+def check_token_ids(source: Source[Any] | None, model: Model, ref: str) -> None:
     """Raise ValueError if the rows contain a token id beyond the model's embeddings: a gather would read another row."""
-    largest = source.stats.get("largest_id", 0) if source else 0
+    largest = source.info.stats.largest_id if source else 0
     if largest >= model.config.vocab:
         raise ValueError(
             f"{ref}: the tokenizer produces token id {largest}, and the model has embeddings for 0 to "

@@ -79,7 +79,7 @@ def attach(
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]
     say(
-        f"reference log-probs: {source.pairs - len(missing)} of {source.pairs} pairs found, {len(missing)} to compute"
+        f"reference log-probs: {len(source.keys) - len(missing)} of {len(source.keys)} pairs found, {len(missing)} to compute"
     )
     if missing:
         batches = source.cover(missing)

@@ -7,46 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.batch import Pairs
-from jaxft.data.sft import Source
+from jaxft.data.source import Source
 from jaxft.inference.generate import Sampling, left_pad, make_generate, stop_tokens
 from jaxft.models.model import Model
-
-
-def held_out_prompts(source: Source, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) of the first `count` held-out examples: the answer begins at the first token with a loss."""
-    found: list[tuple[list[int], list[int]]] = []
-    if hasattr(source, "asked"):
-        return source.asked(count)
-    for batch in source.held_out:
-        for row in range(batch.ids.shape[1]):
-            ids, segments = batch.ids[0, row], batch.segments[0, row]
-            if isinstance(batch, Pairs):
-                found += _pair_prompts(batch, row, count - len(found))
-                continue
-            reads = batch.read[0, row][batch.token_weights[0, row] > 0]
-            for segment in range(1, int(segments.max(initial=0)) + 1):
-                inside = np.flatnonzero(segments == segment)
-                first = reads[segments[reads] == segment].min() + 1
-                if len(found) < count and first > inside[0]:
-                    found.append((ids[inside[0] : first].tolist(), ids[first : inside[-1] + 1].tolist()))
-    return found
-
-
-def _pair_prompts(batch: Pairs, row: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, ids of the preferred answer) of up to `count` pairs of a row."""
-    found = []
-    kinds = len(batch.kinds)
-    for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
-        where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
-        if not len(where):
-            continue
-        last = batch.read[0, row, where[0]]
-        inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
-        found.append(
-            (batch.ids[0, row, inside[0] : last + 1].tolist(), batch.targets[0, row, where].tolist())
-        )
-    return found
 
 
 def last_question(tokenizer: Any) -> Callable[[str], str | None]:
@@ -73,12 +36,14 @@ def last_question(tokenizer: Any) -> Callable[[str], str | None]:
     return pick
 
 
-def answerer(model: Model, s: Sampling, whole: Any, source: Source, tokenizer: Any, count: int) -> Callable:
+def answerer(
+    model: Model, s: Sampling, whole: Any, source: Source[Any], tokenizer: Any, count: int
+) -> Callable:
     """`answer(params)`: the first `count` held-out prompts with the model's completion and the row's own answer, as text.
 
     Compiled here for `whole`, the shapes of the parameters.
     """
-    pairs = held_out_prompts(source, count)
+    pairs = source.prompts(count)
     if not pairs:
         return lambda params: []
     prompts, key = left_pad([prompt for prompt, _ in pairs], len(pairs)), jax.random.key(0)

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts
-from jaxft.data.sft import Rows, sft_source
+from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
 from jaxft.inference.generate import Sampling
 from jaxft.models.heads import Scorer
@@ -48,7 +46,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Run:
-    """All of a run. `objective(model)` gives the objective, `source(data, tokenizer)` the batches.
+    """All of a run. `objective(model)` gives the objective, `data.open(tokenizer)` the source of batches.
 
     weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
     whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
@@ -62,8 +60,7 @@ class Run:
     weights: str
     model: Model
     objective: Callable[[Model], Objective]
-    data: Rows | PairRows | Prompts
-    source: Callable[..., Any] = sft_source
+    data: Dataset
     adapter: Adapter | None = field(default_factory=Adapter)
     start: str | None = None
     train: str | None = None

@@ -92,15 +92,13 @@ def run(runs: Mapping[str, Run], name: str, root: Path = Path("runs"), at_once: 
         tokenizer = pretrained.load_tokenizer(lead.weights)
         shards = sharding.row_shards(sharding.make_mesh(lead.mesh))
         apart = len({r.data.seed for r in runs.values()}) > 1
-        sources = [r.source(r.data, tokenizer, shards=shards) for r in (runs.values() if apart else [lead])]
+        sources = [r.data.open(tokenizer, shards) for r in (runs.values() if apart else [lead])]
         general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
-        for each in (*sources, general):
-            programs.check_token_ids(each, lead.model, lead.weights)
-        steps = lead.loop.steps or min(source.steps for source in sources)
+        for source in (*sources, general):
+            programs.check_token_ids(source, lead.model, lead.weights)
+        steps = lead.loop.steps or min(s.info.steps for s in sources)
         same = train.identity(lead)
-        fingerprints = [{"data_fingerprint": s.fingerprint, **same} for s in sources] * (
-            1 if apart else len(runs)
-        )
+        fingerprints = [{**train.data_fingerprints(s), **same} for s in sources] * (1 if apart else len(runs))
         records = {
             label: {**describe(r), **known}
             for (label, r), known in zip(runs.items(), fingerprints, strict=True)

@@ -161,15 +161,15 @@ class Meters:
 def batches(s: Shared, sources: list[Any], step: int, shapes: Any) -> tuple[list[Any], Any]:
     """(the batch of each member that has its own, the batch that the step takes)."""
     if not s.apart:
-        batch = sources[0].batch(step)
+        batch, _ = sources[0].batch(step, None)
         return [batch], batch
-    each = [source.batch(step) for source in sources]
+    each = [source.batch(step, None)[0] for source in sources]
     return each, jax.tree.map(lambda *x: np.concatenate(x), *[widened(batch, shapes) for batch in each])
 
 
 def largest(sources: list[Any]) -> Any:
     """Shapes that hold every member's batches."""
-    shapes = [source.abstract for source in sources]
+    shapes = [source.shapes[-1] for source in sources]
     return jax.tree.map(
         lambda *x: jax.ShapeDtypeStruct(tuple(map(max, zip(*(s.shape for s in x)))), x[0].dtype), *shapes
     )

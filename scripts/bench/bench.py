@@ -104,7 +104,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     """The settings of the baseline: AdamW at 1e-4 falling to 0, no warm-up, clipping at 1."""
     import jax.numpy as jnp
 
-    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.data.pairs.source import PairRows
     from jaxft.data.sft import Rows
     from jaxft.nn.lora import Adapter
     from jaxft.nn.quant import Quant
@@ -123,7 +123,6 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         kind = {
             "objective": partial(preference, loss=dpo, reference=reference),
             "data": data_rows,
-            "source": pair_source,
         }
     else:
         kind = {
@@ -148,16 +147,15 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     )
 
 
-def batches(source: Any, batch: int) -> list[int]:
+def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
     """Numbers of the batches to run: whole epochs without their last, partly filled batch, enough to time LEAST steps."""
-    rows = source.stats["examples" if hasattr(source, "pairs") else "rows"]
     full = rows // batch
     if not full:
         raise ValueError(
             f"{rows} rows do not fill a batch of {batch}; use a larger --rows or a smaller --batch"
         )
     epochs = -(-(WARM + LEAST) // full)
-    return [epoch * source.steps_per_epoch + k for epoch in range(epochs) for k in range(full)]
+    return [epoch * per_epoch + k for epoch in range(epochs) for k in range(full)]
 
 
 def useful(batch: Any, eos: int) -> int:
@@ -181,10 +179,10 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         tokenizer = pretrained.load_tokenizer(run.weights)
-        source = run.source(
-            run.data, tokenizer, cache=Path(run.data.train).parent, shards=sharding.row_shards(mesh)
-        )
-        numbers = batches(source, run.data.batch)
+        source = run.data.open(tokenizer, sharding.row_shards(mesh), Path(run.data.train).parent)
+        stats = source.info.stats
+        count = stats.examples if run.data.unit == "pairs" else stats.rows
+        numbers = batches(count, source.info.steps_per_epoch, run.data.batch)
         p = programs.build(run, len(numbers))
         state, frozen = programs.start(run, p, None)
         jax.block_until_ready((state, frozen))
@@ -194,14 +192,14 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             source = loop.with_reference(run, p, source, {"weights_fingerprint": str(time.time())}, say)
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
-        step = programs.compile_step(p, source.abstract)
+        step = programs.compile_step(p, source.shapes[-1])
         compiled = time.perf_counter() - begin
         say(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
         seconds, tokens, losses = [], [], []
         begin = time.perf_counter()
         for number in numbers:
             since = time.perf_counter()
-            batch = source.batch(number, state)
+            batch, _ = source.batch(number, state)
             state, found = step(state, frozen, sharding.place_batch(p.mesh, batch))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - since)

@@ -92,7 +92,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     """The Run of a case."""
     import jax.numpy as jnp
 
-    from jaxft.data.pairs.source import PairRows, pair_source
+    from jaxft.data.pairs.source import PairRows
     from jaxft.data.sft import Rows
     from jaxft.models.llama import PRESETS, llama
     from jaxft.nn.lora import Adapter
@@ -111,7 +111,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     if case.objective == "dpo":
         pairs = PairRows(str(data), format="plain", max_length=length // 2, **rows)
         goal = partial(preference, loss=dpo, reference="start")
-        kind: dict[str, Any] = {"objective": goal, "data": pairs, "source": pair_source}
+        kind: dict[str, Any] = {"objective": goal, "data": pairs}
     else:
         kind = {
             "objective": sft,
@@ -189,12 +189,12 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     run = make_run(case, tiny, data)
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        source = run.source(run.data, byte_tokenizer(), cache=folder, shards=sharding.row_shards(mesh))
+        source = run.data.open(byte_tokenizer(), sharding.row_shards(mesh), folder)
         p = programs.build(run, WARM + TIMED + 1)
-        step = programs.compile_step(p, source.abstract)
+        step = programs.compile_step(p, source.shapes[-1])
         memory: Any = step.memory_analysis()
         state, frozen = programs.start(run, p, None, random_base(p))
-        batch = source.batch(0, state)
+        batch, _ = source.batch(0, state)
         placed, seconds = sharding.place_batch(p.mesh, batch), []
         for _ in range(WARM + TIMED):
             begin = time.perf_counter()

@@ -49,7 +49,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from jaxft.data.sft import Rows, sft_source
+    from jaxft.data.sft import Rows
     from jaxft.distributed import sharding
     from jaxft.nn import quant
     from jaxft.objectives.sft import sft
@@ -67,7 +67,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             max_length=a.max_length,
             batch=4,
         )
-        batches = sft_source(rows, pretrained.load_tokenizer(a.model), cache=data.parent).held_out
+        batches = rows.open(pretrained.load_tokenizer(a.model), cache=data.parent).held_out
         one = sft(model)
         step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
         plain: Any = None

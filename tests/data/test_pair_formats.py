@@ -8,7 +8,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.formats import Chat, Completion
 from jaxft.data.pairs.formats import normalise_pairs
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.rows import Row, read_rows
 
 
@@ -25,7 +25,7 @@ def answer(text):
 
 
 def pair(fields, name="r:1", **options):
-    (found,) = normalise_pairs([Row(name, fields)], PairRows("r", **options))
+    (found,) = normalise_pairs([Row(name, fields)], PairRows("r", **options).token_settings)
     return found
 
 
@@ -247,7 +247,7 @@ def test_a_bad_row_is_one_line_that_names_it(fields, options, error):
 def test_a_bad_row_is_found_behind_good_ones():
     rows = [Row("r:1", GOOD), Row("r:2", {**GOOD, "rejected": "a"})]
     with pytest.raises(ValueError, match="^r:2: chosen and rejected are identical"):
-        normalise_pairs(rows, PairRows("r"))
+        normalise_pairs(rows, PairRows("r").token_settings)
 
 
 def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
@@ -262,7 +262,10 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        [p.answers["chosen"].messages for p in normalise_pairs(read_rows(str(f)), PairRows("r"))]
+        [
+            p.answers["chosen"].messages
+            for p in normalise_pairs(read_rows(str(f)), PairRows("r").token_settings)
+        ]
         for f in tmp_path.iterdir()
     ]
     assert len(found) == 3 and found[0] == found[1] == found[2]
@@ -271,10 +274,11 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
 def test_conversations_need_a_template_and_strings_do_not(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(GOOD))
-    source = pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)
+    source = PairRows(str(path), held_out="none", batch=1).open(tiny("none"), cache=tmp_path)
     assert (
-        source.preview == "prompt: <s>### Instruction:\nq\n\n### Response:\n\nchosen: a</s>\nrejected: b</s>"
+        source.info.preview
+        == "prompt: <s>### Instruction:\nq\n\n### Response:\n\nchosen: a</s>\nrejected: b</s>"
     )
     path.write_text(json.dumps({"chosen": [Q, A], "rejected": [Q, B]}))
     with pytest.raises(ValueError, match="r.jsonl:1: a conversation needs a chat template"):
-        pair_source(PairRows(str(path), held_out="none", batch=1), tiny("none"), tmp_path)
+        PairRows(str(path), held_out="none", batch=1).open(tiny("none"), cache=tmp_path)

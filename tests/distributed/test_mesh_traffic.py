@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from partitioned import moved
 
-from jaxft.data.pairs.source import PairRows, pair_source
-from jaxft.data.sft import Rows, sft_source
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn.lora import Adapter
@@ -46,7 +46,6 @@ def lowered(kind, task, mesh):
         model=llama(CONFIG, jnp.bfloat16, remat="full"),
         objective=sft if task == "sft" else lambda model: preference(model, dpo),
         data=rows,
-        source=sft_source if task == "sft" else pair_source,
         adapter=None if kind == "full" else Adapter(rank=RANK),
         quant=Quant("nf4") if kind == "qlora" else None,
         mesh=mesh,

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.data.pairs.source import PairRows, pair_source
-from jaxft.data.prompts import Prompts
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import devices, sharding
 from jaxft.inference.generate import Sampling
@@ -44,7 +43,7 @@ from jaxft.plan.flops import Flops, flops, products
 from jaxft.rl import reward_models
 from jaxft.rl.completions import ByScorer, Rules
 from jaxft.rl.estimators import actor_critic
-from jaxft.rl.rollout import rollouts
+from jaxft.rl.rollout import Rollouts
 from jaxft.train import programs
 from jaxft.train.settings import Run
 
@@ -159,9 +158,7 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
 def tiny_pairs(**kwargs):
     rows = PairRows("none", batch=4, micro=2, max_length=32)
     objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1, reference="precomputed")
-    return Run(
-        "tiny", "tiny", llama(TINY, jnp.float32), objective, rows, pair_source, Adapter(rank=4), **kwargs
-    )
+    return Run("tiny", "tiny", llama(TINY, jnp.float32), objective, rows, Adapter(rank=4), **kwargs)
 
 
 def test_a_run_has_a_program_for_all_that_it_does():
@@ -212,16 +209,16 @@ def tiny_ppo(critic=None, rewards=None, group=2):
         value = value_function(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
         return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), critic=Critic(value))
 
-    asked = Prompts("none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2)
-    source = partial(
-        rollouts, rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None))
-    )
+    asked = Rollouts(
+        "none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2,
+        rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)),
+    )  # fmt: skip
     beside = {
         "critic": critic or Scorer(Adapter(rank=4)),
         "reward": Scorer(Adapter(rank=4), "none", trained=False),
     }
     llm = llama(TINY, jnp.float32)
-    return Run("tiny", "tiny", llm, objective, asked, source, Adapter(rank=4), beside=beside, samples=0)
+    return Run("tiny", "tiny", llm, objective, asked, Adapter(rank=4), beside=beside, samples=0)
 
 
 def test_rollouts_are_planned_with_all_of_their_programs():

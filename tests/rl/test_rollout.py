@@ -35,7 +35,7 @@ from jaxft.rl import advantages, reward_models, rewards, sampler
 from jaxft.rl.completions import ByScorer, Rules, by_read, by_token, fits, laid
 from jaxft.rl.estimators import by_group
 from jaxft.rl.online_pairs import pairs_of
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout import BoundRun, Rollouts, RolloutSource, source_info
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +112,10 @@ def test_the_trainer_sees_what_the_sampler_drew_in_every_bucket(dtype, most_away
     """Rows of all the lengths that a run compiles. In bfloat16 the two programs round apart: by 0.014 nats a token in the mean of
     this model of random weights, once by 0.34."""
     model, whole = tiny_model.tiny(dtype, adapter=Adapter(rank=2))
-    data = Prompts("x", max_new=48, group=4, batch=3)
+    data = Rollouts("x", max_new=48, group=4, batch=3, rules=Rules((rewards.number,)))
     asked, _ = some(np.ones((3, 4), int))
     tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    source = Rollouts(data, Rules((rewards.number,)), tokenizer, asked, asked, 1)
+    source = RolloutSource(source_info(data, tokenizer, asked, asked), data, tokenizer, asked, asked, 1)
     assert len(source.rooms) == 3
     run = generate.make_sampler(model, generate.Sampling(48, 1.0), (), 4)
     out, drawn = map(np.asarray, run(whole, generate.left_pad(asked.ids, 3), jax.random.key(3)))
@@ -183,13 +183,11 @@ def test_weights_of_tokens_may_ask_for_the_limit():
 def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked):
     one = some(np.ones((1, 1), int))[0]
     tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    source = Rollouts(
-        Prompts("x", group=2, passes=2), Rules((rewards.number,), **asked), tokenizer, one, one, 1
-    )
+    data = Rollouts("x", group=2, passes=2, rules=Rules((rewards.number,), **asked))
+    source = RolloutSource(source_info(data, tokenizer, one, one), data, tokenizer, one, one, 1)
+    programs = SimpleNamespace(objective=None, optimizer=SimpleNamespace(fused_backward=True))
     with pytest.raises(ValueError, match="optim.fused_backward can't let a policy rest"):
-        source.attached(
-            SimpleNamespace(objective=None, optimizer=SimpleNamespace(fused_backward=True)), None, (), None
-        )
+        source.bind(BoundRun(programs, None, (), None), None)
 
 
 def test_a_policy_learns_what_is_rewarded(place):
@@ -581,10 +579,10 @@ def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
             "adapter.dropout=0.3, and this objective compares log-probs with those at drawing",
         ),
         (("warm_up=-1",), "warm_up is a number of rollouts from 0 up, found -1"),
-        (("data.eval_group=5",), "data.eval_group=5; rows have room for data.group=4"),
-        (("data.top_p=7.0",), "data.top_p=7.0; wanted a number above 0 up to 1"),
-        (("data.temperature=-1.0",), "data.temperature=-1.0; wanted a number from 0 (greedy) up"),
-        (("online=true", "data.temperature=0.0"), "data.temperature=0 draws the same completion 4 times"),
+        (("data.eval_group=5",), "data.eval_group=5 is more than data.group=4"),
+        (("data.top_p=7.0",), "data.top_p=7.0; use a number above 0 and at most 1"),
+        (("data.temperature=-1.0",), "data.temperature=-1.0; use a number of at least 0 (greedy)"),
+        (("online=true", "data.temperature=0.0"), "data.temperature=0 samples the same completion 4 times"),
         (("online=true", "scale=true"), "pairs are made of rewards, weights, combine, shape and cut_off"),
     ],
 )
@@ -626,7 +624,7 @@ def test_held_out_prompts_are_answered_eval_group_times(place):
 def test_rows_with_the_same_prompt_are_on_one_side(monkeypatch):
     asked = Asked(tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20)
     monkeypatch.setattr(prompts, "read", lambda ref, data, tokenizer: asked)
-    train, held = prompts.split(SimpleNamespace(train="rows", held_out=0.4, seed=3), None)
+    train, held = prompts.split(Prompts("rows", held_out=0.4, seed=3), None)
     assert len(train) + len(held) == 20 and len(held) == 8 and not set(train.ids) & set(held.ids)
 
 

@@ -5,14 +5,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft.data.pairs.source import PairRows, pair_source
-from jaxft.data.sft import Rows, sft_source
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "bench" / "bench.py")
 PEER = {  # what the TRL baseline prints
@@ -83,9 +82,10 @@ def test_a_prompt_counts_with_each_of_its_answers(tmp_path, layout):
         str(tmp_path / "pairs.jsonl"), held_out=None, format="plain", max_length=32, batch=4, layout=layout
     )
     tokenizer = tiny_tokenizer()
-    source = pair_source(settings, tokenizer, cache=tmp_path)
+    source = settings.open(tokenizer, cache=tmp_path)
     counted = sum(
-        names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch)
+        names["useful"](source.batch(k)[0], tokenizer.eos_token_id)
+        for k in range(source.info.steps_per_epoch)
     )
     assert counted == sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in PAIRS)
 
@@ -101,18 +101,17 @@ def test_every_token_of_prompt_and_completion_counts_once_and_eos_does_not(tmp_p
         str(data), held_out=None, format="prompt-completion", max_length=32, batch=2, packing=packing
     )
     tokenizer = tiny_tokenizer()
-    source = sft_source(settings, tokenizer, cache=tmp_path)
+    source = settings.open(tokenizer, cache=tmp_path)
     counted = sum(
-        names["useful"](source.batch(k), tokenizer.eos_token_id) for k in range(source.steps_per_epoch)
+        names["useful"](source.batch(k)[0], tokenizer.eos_token_id)
+        for k in range(source.info.steps_per_epoch)
     )
     assert counted == sum(min(len(r["prompt"] + r["completion"]), 32) for r in rows)
 
 
 @pytest.mark.parametrize("rows, per_epoch", [(9, 3), (8, 2), (64, 16)])
 def test_only_full_batches_are_timed_and_epochs_repeat_until_there_are_enough(rows, per_epoch):
-    numbers = runpy.run_path(SCRIPT)["batches"](
-        SimpleNamespace(stats={"rows": rows}, steps_per_epoch=per_epoch), 4
-    )
+    numbers = runpy.run_path(SCRIPT)["batches"](rows, per_epoch, 4)
     assert len(numbers) >= 8 and len(set(numbers)) == len(numbers)
     assert all((n % per_epoch + 1) * 4 <= rows for n in numbers)
 

@@ -11,7 +11,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.optim import optimizer
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.inference.generate import Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.preference import EMAReference, implicit_reward, preference
@@ -38,7 +38,6 @@ def config(
         model=llm,
         objective=partial(preference, loss=loss, reference=REFERENCES[reference], beta=beta, reward=reward),
         data=PairRows(data, held_out=held_out, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs, third=third),
-        source=pair_source,
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant),

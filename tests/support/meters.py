@@ -10,7 +10,7 @@ from jaxft.train.meter import Meter
 
 def make_meter(max_bad, counters=None):
     """A meter of a source with 10 steps an epoch whose rows are called `row <step>`."""
-    source = SimpleNamespace(steps_per_epoch=10, names=lambda step: [f"row {step}"])
+    source = SimpleNamespace(info=SimpleNamespace(steps_per_epoch=10), row_names=lambda step: [f"row {step}"])
     model = SimpleNamespace(flops=lambda tokens, length: 1.0)
     trained = SimpleNamespace(model=model, mask={"base": {}})
     return Meter(trained, np.zeros(100), source, max_bad, counters)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jaxft.rl.advantages import scaled
 from jaxft.rl.completions import Rules
-from jaxft.data.prompts import Prompts, Ranked
 from jaxft.rl.estimators import actor_critic, by_group
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import Scorer, scores, view
@@ -26,8 +25,8 @@ from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.online_pairs import ranked
-from jaxft.rl.rollout import rollouts
+from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.rollout import Rollouts
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
@@ -70,12 +69,9 @@ def config(
         weights=base,
         model=model_for(base, dtype=jnp.float32),
         objective=pairs if online else partial(with_critic, temperature=temperature, beta=beta, shared=shared) if ppo else actor,
-        data=(Ranked if online else Prompts)(
+        data=(OnlinePairs if online else Rollouts)(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed,
-        ),
-        source=partial(
-            ranked if online else rollouts,
             rules=Rules(
                 rewards, estimate, scale=scaled if scale else None, cut_off=cut_off, warm_up=warm_up, target_kl=target_kl
             ),

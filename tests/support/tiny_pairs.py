@@ -8,7 +8,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import chat
 from jaxft.data.pack import permutation
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 
@@ -44,9 +44,7 @@ def write(path, rows):
 
 def source(folder, kind="llama3", shards=1, **options):
     options = {"batch": 4, "unpaired": True} | options
-    return pair_source(
-        PairRows(str(folder / "r.jsonl"), **options), tiny(kind), folder / "cache", shards=shards
-    )
+    return PairRows(str(folder / "r.jsonl"), **options).open(tiny(kind), shards, folder / "cache")
 
 
 def flat(batch):
@@ -102,7 +100,7 @@ def answer_of(batch, r, branches, answer):
 
 
 def epoch(s, number=0):
-    parts = [seen(s.batch(number * s.steps_per_epoch + k)) for k in range(s.steps_per_epoch)]
+    parts = [seen(s.batch(number * s.info.steps_per_epoch + k)[0]) for k in range(s.info.steps_per_epoch)]
     return {pair: value for part in parts for pair, value in part.items()}
 
 

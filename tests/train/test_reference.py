@@ -14,7 +14,7 @@ from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
@@ -61,7 +61,6 @@ def run_of(folder, **changes):
     given = {
         "objective": partial(preference, loss=dpo),
         "data": PairRows(str(folder / "rows.jsonl"), held_out=0.2, batch=4, max_length=64),
-        "source": pair_source,
         "adapter": Adapter(rank=4),
         "optim": Optim(lr=0.03, warmup=0.0),
     }
@@ -70,7 +69,7 @@ def run_of(folder, **changes):
 
 def started(run, folder):
     """(programs, state at step 0, frozen leaves, source)."""
-    source = run.source(run.data, pretrained.load_tokenizer(run.weights), folder / "cache")
+    source = run.data.open(pretrained.load_tokenizer(run.weights), cache=folder / "cache")
     programs = build(run, 10, jax.devices()[:1])
     with jax.set_mesh(programs.mesh):
         return programs, *start(run, programs, None), source
@@ -101,7 +100,7 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
     run = dataclasses.replace(run, **STARTS[kind](folder, run.model))
     p, state, frozen, source = started(run, folder)
     assert bool(jax.tree.leaves(state.aux)) == COPIES[kind]
-    batch = source.batch(0)
+    batch = source.batch(0)[0]
     rows = jax.tree.map(lambda x: x[0], batch)
 
     @jax.jit
@@ -146,7 +145,7 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
         )
         return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 
-    batch, given = source.batch(0), told.batch(0)
+    batch, given = source.batch(0)[0], told.batch(0)[0]
     exact = compute([batch])[0]
     real = batch.answers < batch.lengths.shape[2] * 2
     np.testing.assert_allclose(given.reference[real], exact[real], rtol=2e-7)
@@ -171,13 +170,12 @@ def attached(folder, rows, name="kept"):
     """(pairs that were computed, what was said, the source with them) for these rows."""
     write(folder / "r.jsonl", rows)
     asked, said = [], []
-    source = pair_source(
-        PairRows(str(folder / "r.jsonl"), batch=4), tiny_tokenizer("chatml"), folder / "cache"
-    )
+    rows = PairRows(str(folder / "r.jsonl"), batch=4)
+    source = rows.open(tiny_tokenizer("chatml"), cache=folder / "cache")
     found = reference.attach(
         source, reference.place(name, folder), lambda batches: marks(batches, asked), said.append
     )
-    for batch in (*map(found.batch, range(found.steps)), *found.held_out):
+    for batch in (*[found.batch(k)[0] for k in range(found.info.steps)], *found.held_out):
         real = batch.answers < batch.lengths.shape[2] * 2
         np.testing.assert_array_equal(batch.reference[real], next(marks([batch]))[real].astype(np.float32))
     return sorted(asked), said, found

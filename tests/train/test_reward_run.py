@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from functools import partial
 
 from jaxft.optim import optimizer
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import scorer
 from jaxft.objectives.reward_model import reward
@@ -40,7 +40,6 @@ def config(
         model=llm,
         objective=partial(reward, margin=margin, center=center),
         data=PairRows(data, held_out=0.2, batch=4, micro=micro, max_length=64, seed=seed, epochs=10.0, extras=extras),
-        source=pair_source,
         adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant, 16),

@@ -89,11 +89,11 @@ SETTINGS = {
     "adapter matches nothing": (["adapter.targets=layers/attn/z"], r"matches no kernel.*layers/attn/q"),
     "adapter name": (["adapter.targets=q_porj,v"], r"'q_porj' is no linear layer; near: .*q_proj"),
     "trained pattern": (["train=adapter/nothing"], r"adapter/nothing"),
-    "micro": (["batch=6", "micro=4"], r"data\.batch=6 does not divide into data\.micro=4"),
+    "micro": (["batch=6", "micro=4"], r"data\.batch=6 is not divisible by data\.micro=4"),
     "name": (["name=../out"], r"name='\.\./out' is no name of a folder"),
     "tracker": (["trackers=nothing,"], r"trackers has 'nothing'"),
     "samples": (["samples=-1"], r"samples is from 0 up, found -1"),
-    "epochs": (["epochs=inf"], r"data\.epochs=inf; wanted a number above 0"),
+    "epochs": (["epochs=inf"], r"data\.epochs=inf; use a number above 0"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
     "heads on a mesh": (
         ["mesh.tensor=4", "mesh.data=1"],

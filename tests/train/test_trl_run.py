@@ -9,7 +9,7 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 
-from jaxft.data.pairs.source import PairRows, pair_source
+from jaxft.data.pairs.source import PairRows
 from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo, ipo
@@ -43,16 +43,16 @@ def ours(folder, rows, loss):
     base = str(folder / "base")
     run = Run(
         "trl", base, pretrained.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
-        PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), pair_source, adapter=None,
+        PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), adapter=None,
         optim=Optim(lr=LR, schedule=optimizer.constant, warmup=0.0, eps=EPS),
     )  # fmt: skip
-    source = pair_source(run.data, pretrained.load_tokenizer(base), folder / "cache")
+    source = run.data.open(pretrained.load_tokenizer(base), cache=folder / "cache")
     p = programs.build(run, STEPS, jax.devices()[:1])
     found, order = [], []
     with jax.set_mesh(p.mesh):
         state, frozen = programs.start(run, p, None)
         for step in range(STEPS):
-            batch = source.batch(step)
+            batch = source.batch(step)[0]
             order += [int(i) for i in batch.index.ravel() if i >= 0]
             state, numbers = p.train_step(state, frozen, batch)
             found.append(metrics.as_floats(numbers))

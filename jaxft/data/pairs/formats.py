@@ -18,14 +18,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from jaxft.data import formats
+from jaxft.data.chat import DATE
 from jaxft.data.formats import Chat, Completion, Forms, Message
 from jaxft.data.rows import Row
-
-if TYPE_CHECKING:
-    from jaxft.data.pairs.source import PairRows
 
 FORMS = Forms(
     needed={
@@ -52,6 +49,23 @@ Turns = list[Message]
 Columns = dict[str, str]  # kind of answer -> the column it stands in
 
 
+@dataclass(frozen=True)
+class PairTokenSettings:
+    """The settings that decide the tokens of a pair, and with them the key of the cache.
+
+    extras: columns of numbers. kinds: the kinds of answers that a row has, "gold" among them or not.
+    """
+
+    columns: tuple[str, ...] = ()
+    format: str = "auto"
+    max_length: int = 1024
+    too_long: str = "truncate"
+    date: str = DATE
+    extras: tuple[str, ...] = ()
+    weight_column: str | None = None
+    kinds: tuple[str, ...] = ("chosen", "rejected")
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Answers by kind, all with the same prompt; None where the row has none. numbers: of the extra columns."""
@@ -62,12 +76,7 @@ class Pair:
     weight: float
 
 
-def kinds_of(settings: "PairRows") -> tuple[str, ...]:
-    """The answers that rows hold."""
-    return ("chosen", "rejected", "gold") if settings.third == "gold" else ("chosen", "rejected")
-
-
-def normalise_pairs(rows: Sequence[Row], settings: "PairRows") -> list[Pair]:
+def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[Pair]:
     """Every row as a Pair; the format is decided once, from the first row. Raises ValueError that names the row."""
     plain = settings.format == PLAIN
     if settings.format not in ("auto", PLAIN, *FORMS.needed):
@@ -84,7 +93,7 @@ def normalise_pairs(rows: Sequence[Row], settings: "PairRows") -> list[Pair]:
     return [_pair(row, format, settings) for row in renamed]
 
 
-def _pair(row: Row, format: str, settings: "PairRows") -> Pair:
+def _pair(row: Row, format: str, settings: PairTokenSettings) -> Pair:
     columns = _columns(row, format, settings)
     answers: dict[str, Chat | Completion]
     if settings.format == PLAIN:
@@ -102,11 +111,11 @@ def _pair(row: Row, format: str, settings: "PairRows") -> Pair:
             f"{row.name}: the weight in column {settings.weight_column!r} is {weight:g}; wanted 0 or more"
         )
     numbers = tuple(_number(row, column, "data.extras") for column in settings.extras)
-    return Pair(row.name, {kind: answers.get(kind) for kind in kinds_of(settings)}, numbers, weight)
+    return Pair(row.name, {kind: answers.get(kind) for kind in settings.kinds}, numbers, weight)
 
 
-def _columns(row: Row, format: str, settings: "PairRows") -> Columns:
-    gold = {"gold": "reference"} if settings.third == "gold" else {}
+def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
+    gold = {"gold": "reference"} if "gold" in settings.kinds else {}
     if gold and row.fields.get("reference") is None:
         found = ", ".join(map(str, row.fields))
         raise ValueError(

@@ -4,23 +4,27 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from jaxft.batch import Pairs
-from jaxft.data import chat, pack
+from jaxft.batch import Pairs, TrainState
+from jaxft.data import pack
 from jaxft.data.pairs import batches as pair_plan
 from jaxft.data.pairs import layout as pair_layout
 from jaxft.data.pairs import tokens as pair_store
 from jaxft.data.pairs.batches import Room
-from jaxft.data.pairs.formats import kinds_of
+from jaxft.data.pairs.formats import PairTokenSettings
 from jaxft.data.pairs.layout import Layout
 from jaxft.data.pairs.tokens import TokenisedPairs
+from jaxft.data.settings import DataSettings
+from jaxft.data.sft import RowStats
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, joined_names, length_percentiles
+from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("pair", "token")
@@ -30,192 +34,213 @@ PAYS = 0.02  # the share of the tokens that branches must save to be chosen
 
 
 @dataclass(frozen=True)
-class PairRows:
-    """Which answers to compare and how they become batches.
+class PairRows(DataSettings):
+    """Responses to compare: the data of a run with a preference loss or a reward model.
 
-    train: file, folder or hub dataset (see rows.py); held_out: a share of the rows, or a place of its own, or "none". All pairs
-    of one prompt stay on one side of the split.
-    columns: "ours=theirs" renames; format: "auto", "plain" or a name of pair_formats.FORMS.
-    max_length: tokens of a prompt and one answer; too_long: "truncate" keeps the start, "drop" leaves the pair out, or "error".
-    batch: pairs an optimizer step; micro: microbatches it is computed in.
-    weighting: "pair" gives every pair of the optimizer batch the same weight, "token" every token of its answers.
-    weight_column: a column of numbers that multiply the weights. extras: columns of numbers that the loss gets to see.
-    layout: "branches" stores a prompt once for all its answers, "plain" before each; "auto" takes branches where they save 2 %.
-    unpaired: rows of one answer and a label are taken too, for losses of single answers (KTO, BCO).
-    third: a further answer, "mismatched" (another pair's, for KTO's KL) or "gold" (column reference, for TPO).
-    epochs: passes over the pairs, fractions allowed; seed: of the split and the order.
-    date: what a chat template that prints today's date prints.
+    All pairs of one prompt stay on one side of the split into training and held-out rows.
+    format: "auto", "plain" or a name of pairs/formats.py. max_length: tokens of a prompt and one response.
+    too_long: "truncate" keeps the start, "drop" leaves the pair out, "error" stops. weighting: "pair" gives every pair
+    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of numbers
+    that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches" stores a prompt
+    once for all its responses, "plain" before each; "auto" uses branches where they save 2 % of the tokens.
+    unpaired: also accept rows of one response and a label, for losses of single responses (KTO, BCO). third: a third
+    response, "mismatched" (another pair's, for KTO's KL) or "gold" (column reference, for TPO). Other fields: see
+    DataSettings; batch counts pairs.
     """
 
-    train: str
-    held_out: str | float | None = 0.05
-    columns: tuple[str, ...] = ()
     format: str = "auto"
     max_length: int = 1024
     too_long: str = "truncate"
-    batch: int = 8
-    micro: int = 1
     weighting: str = "pair"
     weight_column: str | None = None
     extras: tuple[str, ...] = ()
     layout: str = "auto"
     unpaired: bool = False
     third: str | None = None
-    seed: int = 0
-    epochs: float = 1.0
-    date: str = chat.DATE
+    unit: ClassVar[str] = "pairs"
+    packing: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         choices: tuple[tuple[str, tuple], ...] = (
             ("too_long", TOO_LONG), ("weighting", WEIGHTING), ("layout", LAYOUTS), ("third", THIRD),
         )  # fmt: skip
-        for name, wanted in choices:
-            if getattr(self, name) not in wanted:
-                raise ValueError(
-                    f"data.{name}={getattr(self, name)!r}; wanted one of {', '.join(map(str, wanted)).lower()}"
-                )
-        for name, least in (("max_length", 2), ("batch", 1), ("micro", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}; wanted at least {least}")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"data.epochs={self.epochs}; wanted a number above 0")
-        if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out={self.held_out}; wanted a share from 0 up to 1, a file or none")
+        for name, known in choices:
+            self.require_choice(name, known)
+        self.require_at_least(2, "max_length")
         if len(set(self.extras)) < len(self.extras):
-            raise ValueError(f"data.extras={','.join(self.extras)} names a column twice")
+            raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
 
-    def abstract(self, shards: int = 1) -> Pairs:
-        """Shapes of the largest batch that the settings allow, without the rows at hand."""
-        return abstract_pairs(self, shards)
+    @property
+    def token_settings(self) -> PairTokenSettings:
+        """The settings that decide the tokens of a pair."""
+        kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
+        return PairTokenSettings(
+            self.columns, self.format, self.max_length, self.too_long, self.date, self.extras,
+            self.weight_column, kinds,
+        )  # fmt: skip
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of responses in a pair."""
+        read = self.token_settings.kinds
+        return (*read, "mismatched") if self.third == "mismatched" else read
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
+        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
+
+        A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step sees nor the
+        fingerprint.
+        """
+        count = _row_count(self, shards)
+        pool, train, held = _split(self, tokenizer, cache)
+        _check_both(self, pool)
+        if self.third == "mismatched":
+            pool = _mismatched(self, pool, (train, held))
+        joined = pair_layout.tokens_of(
+            pool, True
+        )  # also with a plain layout: the order must not depend on it
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return _filled(train, pair_plan.batches(joined[train], self.batch, self.seed, epoch))
+
+        apart = pair_layout.tokens_of(pool, False)
+        saved = float(1 - joined[train].sum() / apart[train].sum())
+        branches = self.layout == "branches" or (self.layout == "auto" and saved >= PAYS)
+        tokens = joined if branches else apart
+        epochs = range(math.ceil(self.epochs))
+        room = _room(pool, tokens, [pair_plan.deal(order(epoch), tokens, count) for epoch in epochs], count)
+        layout = Layout(shards, room, branches, self.extras)
+        pairs = PreparedPairs(self, pool, train, held, count, layout, order)
+        info = SourceInfo(
+            steps=self.total_steps(len(order(0))),
+            steps_per_epoch=len(order(0)),
+            fingerprint=_fingerprint(pairs),
+            preview=_preview(pool, int(train.min()), tokenizer),
+            stats=_stats(pairs, saved),
+        )
+        return _source(info, pairs)
+
+    def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
+        """Return the shapes of the largest batch that the settings allow: equally full rows, all responses max_length long.
+
+        reference: with the reference's log-probs.
+        """
+        count = _row_count(self, shards)
+        length = _rounded(-(-self.batch // count) * len(self.kinds) * self.max_length, 64)
+        room = Room(length, length, self.batch - count + 1)
+        layout = Layout(shards, room, self.layout != "plain", self.extras)
+        return pair_layout.abstract(layout, self.kinds, self.micro, reference)
 
 
 @dataclass(frozen=True)
-class PairSource:
-    """Batches by number. Arrays of a batch are [micro, rows, ...], those held out [1, rows, ...], rows one of each shard.
+class PairStats(RowStats):
+    """Counts of tokenised pairs.
 
-    batch(step, state=None) is pure; names(step) names the pairs of each row of that batch, rows of all microbatches one after
-    the other. pair_weights of one batch sum to 1, and those of all held-out batches together.
-
-    pairs: how many there are, trained on or held out; keys: a hash of each one's tokens. cover(indices): evaluation batches of
-    those pairs, shaped as the held-out ones, whose weights sum to 1. values(batch, x): numbers at the read positions by pair, in
-    order of kind and place. with_reference(values): this source with the reference's log-probs, one such array for every pair.
+    prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs whose chosen
+    response is the longer one. shared_prompts_save: fraction of the tokens that the layout "branches" saves.
     """
 
-    steps: int
-    steps_per_epoch: int
-    fingerprint: str
-    abstract: Pairs
-    batch: Callable[..., Pairs]
-    held_out: tuple[Pairs, ...]
-    names: Callable[[int], list[str]]
-    preview: str
-    stats: dict[str, Any]
-    pairs: int
-    keys: tuple[str, ...]
-    cover: Callable[[Sequence[int]], tuple[Pairs, ...]]
-    values: Callable[[Pairs, Any], dict[int, Float[np.ndarray, " tokens"]]]
-    with_reference: Callable[[dict[int, Any]], "PairSource"]
+    layout: str
+    pairs_per_row: int
+    prompt_end_moved: int
+    chosen_longer: float
+    shared_prompts_save: float
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a source is made of: the pairs, which are trained on and which held out, the rows and their shape."""
+class PreparedPairs:
+    """The pairs, which are trained on and which held out, their rows, and the order of the batches.
 
-    rows: PairRows
+    row_count: rows of all microbatches together. order: the pairs of each batch of an epoch.
+    """
+
+    settings: PairRows
     pool: TokenisedPairs
     train: np.ndarray
     held: np.ndarray
-    count: int  # rows of all microbatches
+    row_count: int
     layout: Layout
-    order: Callable[[int], np.ndarray]  # the batches of an epoch
+    order: Callable[[int], np.ndarray]
+
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, " pairs"]:
+        """Tokens that each pair takes in a row."""
+        return pair_layout.tokens_of(self.pool, self.layout.branches)
 
 
-def abstract_pairs(rows: PairRows, shards: int = 1, reference: bool = False) -> Pairs:
-    """Shapes of the largest batch that the settings allow: every answer as long as max_length, the rows equally full."""
-    count = _row_count(rows, shards)
-    kinds = (*kinds_of(rows), "mismatched") if rows.third == "mismatched" else kinds_of(rows)
-    length = _rounded(-(-rows.batch // count) * len(kinds) * rows.max_length, 64)
-    layout = Layout(shards, Room(length, length, rows.batch - count + 1), rows.layout != "plain", rows.extras)
-    return pair_layout.abstract(layout, kinds, rows.micro, reference)
+@dataclass(frozen=True)
+class PairSource(FixedSource[Pairs]):
+    """Batches of Pairs; see Source. keys: a hash of each pair's tokens, trained on or held out."""
 
+    pairs: PreparedPairs
+    keys: tuple[str, ...]
 
-def pair_source(
-    rows: PairRows,
-    tokenizer: Any,
-    cache: Path | None = None,
-    process: tuple[int, int] = (0, 1),
-    shards: int = 1,
-) -> PairSource:
-    """Read, tokenise (or find in the cache) and plan; see PairRows and PairSource.
-
-    shards: rows of a microbatch, as many as the mesh cuts it into. They, data.micro and data.layout change neither which pairs a
-    step sees nor the fingerprint. Every process builds the same global batch, so `process` (index, count) changes nothing yet.
-    Raises ValueError or FileNotFoundError in one line that names the row where a row is at fault.
-    """
-    count = _row_count(rows, shards)
-    if not 0 <= process[0] < process[1]:
-        raise ValueError(f"process {process[0]} of {process[1]}: wanted 0 <= index < count")
-    pool, train, held = _split(rows, tokenizer, cache)
-    _check_both(rows, pool)
-    if rows.third == "mismatched":
-        pool = _mismatched(rows, pool, (train, held))
-    joined = pair_layout.tokens_of(
-        pool, True
-    )  # of both layouts the same, so that the layout doesn't change the order
-    order = lru_cache(maxsize=2)(
-        lambda epoch: _filled(train, pair_plan.batches(joined[train], rows.batch, rows.seed, epoch))
-    )
-    apart = pair_layout.tokens_of(pool, False)
-    saved = 1 - joined[train].sum() / apart[train].sum()
-    branches = rows.layout == "branches" or (rows.layout == "auto" and saved >= PAYS)
-    tokens = joined if branches else apart
-    epochs = range(math.ceil(rows.epochs))
-    room = _room(pool, tokens, [pair_plan.deal(order(epoch), tokens, count) for epoch in epochs], count)
-    work = _Work(rows, pool, train, held, count, Layout(shards, room, branches, rows.extras), order)
-    return _source(work, {"shared_prompts_save": float(saved)}, tokenizer)
-
-
-def _source(work: _Work, told: dict[str, Any], tokenizer: Any) -> PairSource:
-    rows, pool, layout = work.rows, work.pool, work.layout
-    tokens = pair_layout.tokens_of(pool, layout.branches)
-    per_epoch = len(work.order(0))
-
-    def cut(step: int) -> pack.Plan:
-        epoch, k = divmod(step, per_epoch)
-        (members,), (row,) = pair_plan.deal(work.order(epoch)[k : k + 1], tokens, work.count)
-        return pair_plan.row_plan(members, row, work.count)
-
-    def batch(step: int, state: Any = None) -> Pairs:
-        part = cut(step)
+    def batch(self, step: int, state: TrainState | None = None) -> tuple[Pairs, Metrics]:
+        """Return the batch of a step and no metrics."""
+        rows, pool, layout = self.pairs.settings, self.pairs.pool, self.pairs.layout
+        part = self._rows_of(step)
         weights, means = _shares(rows, pool, part.members)
-        flat = pair_layout.fill(pool, part, replace(layout, rows=work.count), weights[part.members], means)
-        return jax.tree.map(lambda x: x.reshape(rows.micro, layout.rows, *x.shape[1:]), flat)
+        whole = replace(layout, rows=self.pairs.row_count)
+        flat = pair_layout.fill(pool, part, whole, weights[part.members], means)
+        return jax.tree.map(lambda x: x.reshape(rows.micro, layout.rows, *x.shape[1:]), flat), {}
 
-    def names(step: int) -> list[str]:
-        part = cut(step)
-        each = [", ".join(pool.names[i] for i in part.slice(r, r + 1).members) for r in range(part.rows)]
-        return each[
-            : len(each) - next(i for i, name in enumerate(reversed(each)) if name)
-        ]  # a short batch's rows at the end
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the other."""
+        part = self._rows_of(step)
+        names = [joined_names(self.pairs.pool.names, part.slice(r, r + 1).members) for r in range(part.rows)]
+        while not names[-1]:  # the last rows of a batch with fewer pairs
+            names.pop()
+        return names
 
-    return PairSource(
-        steps=max(1, math.ceil(rows.epochs * per_epoch - 1e-9)),
-        steps_per_epoch=per_epoch,
-        fingerprint=_fingerprint(work),
-        abstract=pair_layout.abstract(layout, pool.kinds, rows.micro, pool.reference is not None),
-        batch=batch,
-        held_out=_cover(work, work.held),
-        names=names,
-        preview=_preview(pool, int(work.train.min()), tokenizer),
-        stats={**_stats(work, tokens), **told},
-        pairs=len(pool.names),
-        keys=pool.keys(),
-        cover=lambda indices: _cover(work, np.asarray(indices, np.int64)),
-        values=pair_layout.values,
-        with_reference=lambda found: _source(
-            replace(work, pool=_with_reference(pool, found)), told, tokenizer
-        ),
-    )
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts with their chosen response."""
+        found: list[Prompt] = []
+        for batch in self.held_out:
+            for row in range(batch.ids.shape[1]):
+                found += _prompts(batch, row, count - len(found))
+        return found
+
+    def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
+        """Return evaluation batches of these pairs in the shape of the held-out ones. Their weights sum to 1."""
+        return _cover(self.pairs, np.asarray(indices, np.int64))
+
+    def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
+        """Return numbers at the read positions of a batch by pair, in order of kind and place."""
+        return pair_layout.values(batch, x)
+
+    def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
+        """Return this source with the reference's log-probs in its batches, one array for every pair."""
+        return _source(self.info, replace(self.pairs, pool=_with_reference(self.pairs.pool, logps)))
+
+    def _rows_of(self, step: int) -> pack.Plan:
+        """Return the plan of the rows of one step."""
+        pairs = self.pairs
+        epoch, k = divmod(step, int(self.info.steps_per_epoch))
+        (members,), (row,) = pair_plan.deal(pairs.order(epoch)[k : k + 1], pairs.tokens, pairs.row_count)
+        return pair_plan.row_plan(members, row, pairs.row_count)
+
+
+def _source(info: SourceInfo, pairs: PreparedPairs) -> PairSource:
+    pool, micro = pairs.pool, pairs.settings.micro
+    shapes = pair_layout.abstract(pairs.layout, pool.kinds, micro, pool.reference is not None)
+    return PairSource(info, (shapes,), _cover(pairs, pairs.held), pairs, pool.keys())
+
+
+def _prompts(batch: Pairs, row: int, count: int) -> list[Prompt]:
+    """Return up to `count` prompts of a row with their chosen response."""
+    found = []
+    kinds = len(batch.kinds)
+    for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
+        where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
+        if not len(where):
+            continue
+        last = batch.read[0, row, where[0]]
+        inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
+        prompt = batch.ids[0, row, inside[0] : last + 1].tolist()
+        found.append(Prompt(prompt, batch.targets[0, row, where].tolist()))
+    return found
 
 
 def _check_both(rows: PairRows, pool: TokenisedPairs) -> None:
@@ -248,13 +273,13 @@ def _rounded(value: int, step: int) -> int:
 def _split(
     rows: PairRows, tokenizer: Any, cache: Path | None
 ) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
-    pool = pair_store.tokenised_pairs(rows.train, rows, tokenizer, cache)
+    pool = pair_store.tokenised_pairs(rows.train, rows.token_settings, tokenizer, cache)
     count = len(pool.names)
     everything = np.arange(count)
-    if rows.held_out in (None, "none", 0):
+    if not rows.holds_out:
         return pool, everything, everything[:0]
     if isinstance(rows.held_out, str):
-        held = pair_store.tokenised_pairs(rows.held_out, rows, tokenizer, cache)
+        held = pair_store.tokenised_pairs(rows.held_out, rows.token_settings, tokenizer, cache)
         return pair_store.join(pool, held), everything, count + np.arange(len(held.names))
     if count < 2:
         raise ValueError(
@@ -264,7 +289,7 @@ def _split(
     if not prompts.any():  # all pairs have one prompt
         prompts = everything
     least = 2 if rows.third == "mismatched" else 1
-    share = min(max(least, round(rows.held_out * count)), count - 1)
+    share = rows.held_out_count(count, least)
     shuffled = prompts[pack.permutation(count, rows.seed, 0)]
     distinct = shuffled[np.sort(np.unique(shuffled, return_index=True)[1])]
     sizes = np.bincount(prompts)[distinct]
@@ -321,16 +346,15 @@ def _shares(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> tuple[
     return weights / max(weights.sum(), np.finfo(np.float64).tiny), means
 
 
-def _cover(work: _Work, members: np.ndarray) -> tuple[Pairs, ...]:
-    pool, layout = work.pool, work.layout
+def _cover(pairs: PreparedPairs, members: np.ndarray) -> tuple[Pairs, ...]:
+    pool, layout = pairs.pool, pairs.layout
     if len(members) and (members.min() < 0 or members.max() >= len(pool.names)):
         raise ValueError(
-            f"pairs {members.min()} to {members.max()} asked for; the source has 0 to {len(pool.names) - 1}"
+            f"got pairs {members.min()} to {members.max()}, the source has 0 to {len(pool.names) - 1}; "
+            "pass indices of this source"
         )
-    plan = pair_plan.fit(
-        members, pair_layout.tokens_of(pool, layout.branches), pool.reads.sum(1), layout.room
-    )
-    weights, means = _shares(work.rows, pool, members)
+    plan = pair_plan.fit(members, pairs.tokens, pool.reads.sum(1), layout.room)
+    weights, means = _shares(pairs.settings, pool, members)
     parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
     filled = (pair_layout.fill(pool, part, layout, weights[part.members], means) for part in parts)
     return tuple(jax.tree.map(lambda x: x[None], batch) for batch in filled)
@@ -353,67 +377,61 @@ def _with_reference(pool: TokenisedPairs, found: dict[int, Any]) -> TokenisedPai
     return replace(pool, reference=reference)
 
 
-# ---- what is told of it
+# ---- fingerprint, preview and statistics
 
 
-def _fingerprint(work: _Work) -> str:
-    """A hash of all that decides the sum over a batch; not of how that sum is cut into microbatches, rows and segments."""
-    rows, pool = work.rows, work.pool
+def _fingerprint(pairs: PreparedPairs) -> str:
+    """Hash all that decides the sum over a batch; not how it is divided into microbatches, rows and segments."""
+    rows, pool = pairs.settings, pairs.pool
     digest = hashlib.sha256(repr((rows.batch, rows.seed, rows.weighting, pool.kinds, rows.extras)).encode())
-    for array in (
-        pool.ids,
-        pool.learned,
-        pool.offsets,
-        pool.numbers,
-        pool.weights,
-        work.train,
-        work.held,
-        work.order(0),
-    ):
+    tokens = (pool.ids, pool.learned, pool.offsets, pool.numbers, pool.weights)
+    for array in (*tokens, pairs.train, pairs.held, pairs.order(0)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
 
 
 def _preview(pool: TokenisedPairs, pair: int, tokenizer: Any) -> str:
     names = ("prompt", *pool.kinds)
-    shown = [
+    lines = [
         f"{name}: {tokenizer.decode(pool.piece(pair, number), skip_special_tokens=False)}"
         for number, name in enumerate(names)
         if name == "prompt" or pool.counts[pair, number]
     ]
     moved = int(pool.moved.sum())
-    note = f"in {moved} of {len(pool.moved)} pairs the answer begins elsewhere than the prompt ends; a token spans the border"
-    return "\n".join([*shown, *([note] if moved else [])])
+    if moved:
+        lines.append(
+            f"in {moved} of {len(pool.moved)} pairs the response does not begin where the prompt ends: "
+            "a token spans the border"
+        )
+    return "\n".join(lines)
 
 
-def _stats(work: _Work, tokens: np.ndarray) -> dict[str, Any]:
-    pool, room, per_epoch = work.pool, work.layout.room, len(work.order(0))
-    lengths, reads = tokens[work.train], pool.reads[work.train]
-    total, learned, rows = int(lengths.sum()), int(reads.sum()), per_epoch * work.count
-    percentiles = zip(
-        ("min", "p10", "p50", "p90", "p99", "max"),
-        np.percentile(lengths, (0, 10, 50, 90, 99, 100)),
-        strict=True,
-    )
+def _stats(pairs: PreparedPairs, saved: float) -> PairStats:
+    """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
+    pool, room = pairs.pool, pairs.layout.room
+    lengths, reads = pairs.tokens[pairs.train], pool.reads[pairs.train]
+    total, rows, truncated = int(lengths.sum()), len(pairs.order(0)) * pairs.row_count, int(pool.cut.sum())
+    fill = total / (rows * room.length)
     paired = reads[(reads[:, :2] > 0).all(1)]
-    return {
-        "examples": len(work.train),
-        "held_out": len(work.held),
-        "dropped": pool.dropped,
-        "truncated": int(pool.cut.sum()),
-        "tokens": total,
-        "learned_tokens": learned,
-        "learned_share": learned / total,
-        "lengths": {name: round(float(value), 1) for name, value in percentiles},
-        "rows": rows,
-        "fill": total / (rows * room.length),
-        "row_length": room.length,
-        "read_length": room.reads,
-        "steps_per_epoch": per_epoch,
-        "largest_id": int(pool.ids.max()),
-        "cache": pool.cache,
-        "layout": "branches" if work.layout.branches else "plain",
-        "pairs_a_row": room.slots,
-        "prompt_end_moved": int(pool.moved.sum()),
-        "chosen_longer": float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else 0.0,
-    }
+    return PairStats(
+        examples=len(pairs.train),
+        held_out=len(pairs.held),
+        dropped=pool.dropped,
+        largest_id=int(pool.ids.max()),
+        summary=f"{len(pairs.train)} pairs in {rows} rows of {room.length} tokens ({100 * fill:.0f} % full), "
+        f"{len(pairs.held)} held out, {pool.dropped} dropped, {truncated} truncated",
+        truncated=truncated,
+        tokens=total,
+        learned_tokens=int(reads.sum()),
+        lengths=length_percentiles(lengths),
+        rows=rows,
+        fill=fill,
+        row_length=room.length,
+        read_length=room.reads,
+        cache=pool.cache,
+        layout="branches" if pairs.layout.branches else "plain",
+        pairs_per_row=room.slots,
+        prompt_end_moved=int(pool.moved.sum()),
+        chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else 0.0,
+        shared_prompts_save=saved,
+    )

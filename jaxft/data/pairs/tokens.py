@@ -7,10 +7,10 @@ to the answer, and is counted; where the two part earlier than that, the row is 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,11 +18,8 @@ from jaxtyping import Bool, Float, Int
 from jaxft.data import cache as store
 from jaxft.data import chat
 from jaxft.data.pack import spread
-from jaxft.data.pairs.formats import Pair, kinds_of, normalise_pairs
+from jaxft.data.pairs.formats import Pair, PairTokenSettings, normalise_pairs
 from jaxft.data.rows import Row, read_rows
-
-if TYPE_CHECKING:
-    from jaxft.data.pairs.source import PairRows
 
 VERSION = ("pairs", 1)  # counts changes to what rows become
 _ARRAYS = {
@@ -97,13 +94,12 @@ class TokenisedPairs:
         return tuple(key(i) for i in range(len(self.names)))
 
 
-def tokenised_pairs(ref: str, rows: "PairRows", tokenizer: Any, cache: Path | None = None) -> TokenisedPairs:
+def tokenised_pairs(
+    ref: str, rows: PairTokenSettings, tokenizer: Any, cache: Path | None = None
+) -> TokenisedPairs:
     """The pairs of `ref` as tokens, from the cache if it has them; a cache that can't be read is made anew."""
-    found, kinds = read_rows(ref), kinds_of(rows)
-    settings = (
-        rows.columns, rows.format, rows.max_length, rows.too_long, rows.date, rows.extras, rows.weight_column, kinds,
-    )  # fmt: skip
-    path = store.cache_folder(cache) / f"{store.key_of(found, tokenizer, VERSION, settings)}.npz"
+    found, kinds = read_rows(ref), rows.kinds
+    path = store.cache_folder(cache) / f"{store.key_of(found, tokenizer, VERSION, astuple(rows))}.npz"
     stored, state = store.load(
         path, _ARRAYS, lambda stored: _sound(stored, len(found), (len(kinds), len(rows.extras)))
     )
@@ -153,7 +149,7 @@ def with_mismatched(pool: TokenisedPairs, donors: Int[np.ndarray, " pairs"], lim
 # ---- rows to tokens
 
 
-def _tokenise(found: Sequence[Row], rows: "PairRows", tokenizer: Any) -> dict[str, np.ndarray]:
+def _tokenise(found: Sequence[Row], rows: PairTokenSettings, tokenizer: Any) -> dict[str, np.ndarray]:
     pairs = normalise_pairs(found, rows)
     given = [[answer for answer in pair.answers.values() if answer is not None] for pair in pairs]
     sequences = chat.tokenise(
@@ -231,7 +227,7 @@ def _from_border(name: str, kind: str, border: int, ids: np.ndarray, learned: np
     return ids[:end], learned[:end]
 
 
-def _cut(name: str, border: int, answer: Masked, rows: "PairRows") -> Masked:
+def _cut(name: str, border: int, answer: Masked, rows: PairTokenSettings) -> Masked:
     ids, learned = answer
     if len(ids) <= rows.max_length:
         return answer
@@ -245,7 +241,9 @@ def _cut(name: str, border: int, answer: Masked, rows: "PairRows") -> Masked:
     return ids[: rows.max_length], learned[: rows.max_length]
 
 
-def _refuse_same(name: str, border: int, answers: dict[str, Masked], long: bool, rows: "PairRows") -> None:
+def _refuse_same(
+    name: str, border: int, answers: dict[str, Masked], long: bool, rows: PairTokenSettings
+) -> None:
     bodies = [answers[kind][0][border:] for kind in ("chosen", "rejected") if kind in answers]
     if len(bodies) == 2 and np.array_equal(bodies[0], bodies[1]):
         why = f"cut to data.max_length={rows.max_length} " if long else ""

@@ -1,0 +1,67 @@
+"""The settings that every kind of training data has, and their checks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.data import chat
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where rows come from and how many an optimizer step uses.
+
+    train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or "none".
+    columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro: microbatches
+    that a step is computed in. seed: of the split and the order. epochs: passes over the rows, fractions allowed.
+    date: what a chat template that prints today's date prints.
+    """
+
+    train: str
+    held_out: str | float | None = 0.05
+    columns: tuple[str, ...] = ()
+    batch: int = 8
+    micro: int = 1
+    seed: int = 0
+    epochs: float = 1.0
+    date: str = chat.DATE
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "batch", "micro")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"data.epochs={self.epochs}; use a number above 0")
+        if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"data.held_out={self.held_out}; use a fraction of at least 0 and less than 1, a file or none"
+            )
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Raise ValueError for the first of the named settings that is below `least`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}; use at least {least}")
+
+    def require_choice(self, name: str, choices: Sequence[Any]) -> None:
+        """Raise ValueError if the named setting is none of the choices."""
+        if getattr(self, name) not in choices:
+            known = ", ".join(map(str, choices)).lower()
+            raise ValueError(f"data.{name}={getattr(self, name)!r}; use one of {known}")
+
+    @property
+    def units_per_step(self) -> int:
+        """Rows, pairs or prompts (see `unit`) that one optimizer step learns from."""
+        return self.batch
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any rows are held out."""
+        return self.held_out not in (None, "none", 0)
+
+    def held_out_count(self, count: int, least: int = 1) -> int:
+        """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""
+        return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Optimizer steps of all epochs."""
+        return max(1, math.ceil(self.epochs * per_epoch - 1e-9))

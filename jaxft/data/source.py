@@ -1,0 +1,173 @@
+"""The interface between data and the train loop: settings open a source, and a source returns batches by step."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from jaxft.batch import TrainState
+from jaxft.tree import Batch, Metrics
+
+Run = TypeVar("Run", contravariant=True)  # what a source is bound to: `object` for fixed data, rl's BoundRun
+SomeBatch = TypeVar("SomeBatch")
+
+
+class Prompt(NamedTuple):
+    """Token ids of a held-out prompt and of the row's own response to it, [] if the row has none."""
+
+    ids: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """Counts of a source's rows. largest_id: the largest token id. summary: one line for the start of a run."""
+
+    examples: int
+    held_out: int
+    dropped: int
+    largest_id: int
+    summary: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What a source says about itself before the first batch.
+
+    steps: optimizer steps of all epochs. fingerprint: a hash of all that decides the batches. preview: the first
+    training row as text. steps_per_rollout: optimizer steps between two points where the run may be saved.
+    dependencies: fingerprints of other models that the batches depend on, by their name in the run's record.
+    """
+
+    steps: int
+    steps_per_epoch: float
+    fingerprint: str
+    preview: str
+    stats: SourceStats
+    steps_per_rollout: int = 1
+    dependencies: dict[str, str] = field(default_factory=dict)
+
+
+class Source(Protocol[Run]):
+    """Batches by step.
+
+    Arrays of a training batch are [micro, rows, ...], those of a held-out batch [1, rows, ...]; each kind of weights
+    sums to 1 over a training batch and over all held-out batches together. All are NumPy arrays.
+    """
+
+    @property
+    def info(self) -> SourceInfo:
+        """Counts, fingerprint and the number of steps."""
+
+    @property
+    def shapes(self) -> tuple[Batch, ...]:
+        """The shapes that training batches have, the largest last."""
+
+    @property
+    def held_out(self) -> tuple[Batch, ...]:
+        """Batches for evaluation. Empty if nothing is held out or `evaluate` does it."""
+
+    def bind(self, run: Run, saved: dict[str, Any] | None) -> "Source[Run]":
+        """Return the source that makes batches for this run. saved: `state_dict` of the checkpoint to resume from."""
+
+    def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
+        """Return the batch of an optimizer step and metrics of how it was made: a function of step and state alone."""
+
+    def evaluate(self, state: TrainState) -> dict[str, float] | None:
+        """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
+
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the dataset rows in each row of a batch."""
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts, fewer if there are not as many."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to store in addition to TrainState, as JSON."""
+
+
+class Dataset(Protocol):
+    """Settings of a run's data, the type of `Run.data`. unit: what `batch` counts, "rows", "pairs" or "prompts"."""
+
+    unit: ClassVar[str]
+
+    @property
+    def train(self) -> str:
+        """A file, folder or hub dataset."""
+
+    @property
+    def held_out(self) -> str | float | None:
+        """A fraction of the rows, another file, or "none"."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any rows are held out."""
+
+    @property
+    def batch(self) -> int:
+        """Rows, pairs or prompts (see `unit`) that are read at once."""
+
+    @property
+    def units_per_step(self) -> int:
+        """Rows, pairs or prompts that one optimizer step learns from."""
+
+    @property
+    def micro(self) -> int:
+        """Microbatches of an optimizer step."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that the model sees."""
+
+    @property
+    def packing(self) -> bool:
+        """Whether a row may hold several sequences, which attention has to keep apart."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the split and the order."""
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
+        """Read and tokenise the rows and plan the batches.
+
+        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
+        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
+        """
+
+    def abstract(self, shards: int = 1) -> Batch:
+        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+
+
+@dataclass(frozen=True)
+class FixedSource(Generic[SomeBatch]):
+    """The members of Source that are the same for all rows that are known before the run."""
+
+    info: SourceInfo
+    shapes: tuple[SomeBatch, ...]
+    held_out: tuple[SomeBatch, ...]
+
+    def bind(self, run: object, saved: dict[str, Any] | None) -> Any:
+        """Return the source itself: its batches depend on the step alone."""
+        return self
+
+    def evaluate(self, state: TrainState) -> dict[str, float] | None:
+        """Return None: the train loop evaluates the objective on `held_out`."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: nothing changes during a run."""
+        return {}
+
+
+def length_percentiles(lengths: Int[np.ndarray, " examples"]) -> dict[str, float]:
+    """Return minimum, maximum and some percentiles of token counts."""
+    names = ("min", "p10", "p50", "p90", "p99", "max")
+    found = np.percentile(lengths, (0, 10, 50, 90, 99, 100))
+    return {name: round(float(value), 1) for name, value in zip(names, found, strict=True)}
+
+
+def joined_names(names: tuple[str, ...], members: Shaped[np.ndarray, " n"]) -> str:
+    """Return the names of the dataset rows that share a row of a batch."""
+    return ", ".join(names[i] for i in members)
