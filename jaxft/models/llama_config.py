@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rope's frequencies are changed for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
+    """Change of rope's frequencies for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
 
     kind: str
     factor: float
@@ -19,16 +19,16 @@ class RopeScaling:
 
     def __post_init__(self):
         if not (0 < self.factor < math.inf and self.original_max_positions > 0):
-            raise ValueError(f"config: rope's factor and original length are above 0, found {self}")
+            raise ValueError(f"config: rope's factor and original length must be above 0, got {self}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"config: rope's low_freq_factor is above 0 and below high_freq_factor, found {self}"
+                f"config: rope's low_freq_factor must be above 0 and below high_freq_factor, got {self}"
             )
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama. heads * head_dim need not be width; tied: the embedding table is the head too."""
+    """Sizes of a Llama. heads * head_dim may differ from width; tied: the embedding table is also the head."""
 
     vocab: int
     width: int
@@ -49,11 +49,11 @@ class LlamaConfig:
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
             size = getattr(self, name)
             if not isinstance(size, int) or not 0 < size < 2**24:
-                raise ValueError(f"config: {name} is a positive whole number below 2^24, found {size!r}")
+                raise ValueError(f"config: {name} must be a positive whole number below 2^24, got {size!r}")
         if self.heads % self.kv_heads:
             raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
         if self.head_dim % 2:
-            raise ValueError(f"config: rope rotates pairs, so head_dim is even; found {self.head_dim}")
+            raise ValueError(f"config: rope rotates pairs, so head_dim must be even; got {self.head_dim}")
 
 
 def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
@@ -74,20 +74,19 @@ def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
 ROPE_KEYS = (
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
+SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     if "factor" in rope and not rope.keys() & {"rope_type", "type"}:
         raise ValueError(
-            f"config: rope has a factor ({rope['factor']}) but no rope_type; wanted default, linear or llama3"
+            f"config: rope has a factor ({rope['factor']}) but no rope_type; expected default, linear or llama3"
         )
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(
-            f"config: rope type {kind!r} is not supported; jaxft knows default, linear and llama3"
-        )
+        raise ValueError(f"config: rope type {kind!r} is not supported; jaxft has default, linear and llama3")
     if unknown := rope.keys() - ROPE_KEYS:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"config: rope setting {names} is not supported; jaxft reads {', '.join(ROPE_KEYS)}")
@@ -100,59 +99,45 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original)
 
 
-# What a Llama config may hold that would change the arithmetic, and the only value that is implemented.
-FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0,
-}
+def fields_from_hf(hf: dict[str, Any], model_type: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    """Read the fields of a LlamaConfig from a config.json (transformers 4 or 5 style), for any Llama-like family.
 
-
-def from_hf(hf: dict[str, Any]) -> LlamaConfig:
-    """A config.json's dict (transformers 4 or 5 style). Raises ValueError naming a missing or unsupported value."""
-    if hf.get("model_type", "llama") != "llama":
-        raise ValueError(f"config: model_type {hf['model_type']!r} is not 'llama'")
-    for name, only in FIXED.items():
+    fixed: settings that would change the arithmetic, and the only value that the family implements. Raises ValueError
+    that names a missing or unsupported value.
+    """
+    if hf.get("model_type", model_type) != model_type:
+        raise ValueError(f"config: model_type {hf['model_type']!r} is not {model_type!r}")
+    for name, only in fixed.items():
         if hf.get(name, only) != only:
-            raise ValueError(
-                f"config: {name}={hf[name]!r} is not supported; jaxft's Llama has {name}={only!r}"
-            )
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-    ):
+            raise ValueError(f"config: {name}={hf[name]!r} is not supported; use {name}={only!r}")
+    for name in SIZE_KEYS:
         if name not in hf:
             raise ValueError(f"config: {name} is missing")
     theta, scaling = _rope_from_hf(hf)
     heads, eos = hf["num_attention_heads"], hf.get("eos_token_id", 2)
-    return LlamaConfig(
-        vocab=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        mlp=hf["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        max_positions=hf.get("max_position_embeddings", 2048),
-        bos=hf.get("bos_token_id", 1),
-        eos=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
-    )
+    return {
+        "vocab": hf["vocab_size"],
+        "width": hf["hidden_size"],
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "mlp": hf["intermediate_size"],
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+        "tied": bool(hf.get("tie_word_embeddings", False)),
+        "max_positions": hf.get("max_position_embeddings", 2048),
+        "bos": hf.get("bos_token_id", 1),
+        "eos": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
+    }
 
 
-def to_hf(c: LlamaConfig) -> dict[str, Any]:
-    """The config.json of a LlamaConfig, with rope in the form that transformers 4 and 5 both read."""
+def fields_to_hf(c: LlamaConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """Return the config.json of a Llama-like family, with rope in the form that transformers 4 and 5 both read."""
     out: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": model_type,
         "vocab_size": c.vocab,
         "hidden_size": c.width,
         "num_hidden_layers": c.layers,
@@ -185,6 +170,25 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
     return out
 
 
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+}
+
+
+def from_hf(hf: dict[str, Any]) -> LlamaConfig:
+    """Parse the dict of a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
+    return LlamaConfig(**fields_from_hf(hf, "llama", FIXED))
+
+
+def to_hf(c: LlamaConfig) -> dict[str, Any]:
+    """Return the dict of a Llama's config.json."""
+    return fields_to_hf(c, "llama", "LlamaForCausalLM")
+
+
 _LLAMA3: dict[str, Any] = {
     "vocab": 128256,
     "rope_theta": 500000.0,
@@ -201,8 +205,8 @@ _SMOLLM2_135M = LlamaConfig(
 )  # fmt: skip
 
 
-def _family(name: str, config: LlamaConfig) -> dict[str, LlamaConfig]:
-    """A base model and its instruction-tuned form, which differ in their end tokens."""
+def _base_and_instruct(name: str, config: LlamaConfig) -> dict[str, LlamaConfig]:
+    """Presets of a base model and its instruction-tuned form, which differ in their end tokens."""
     chat = LlamaConfig(**{**config.__dict__, "eos": _CHAT})
     return {f"meta-llama/{name}": config, f"meta-llama/{name}-Instruct": chat}
 
@@ -215,14 +219,14 @@ PRESETS: dict[str, LlamaConfig] = {
         vocab=49152, width=2048, layers=24, heads=32, kv_heads=32, head_dim=64, mlp=8192,
         rope_theta=130000.0, tied=True, max_positions=8192, bos=1, eos=(2,),
     ),
-    **_family("Llama-3.2-1B", LlamaConfig(
+    **_base_and_instruct("Llama-3.2-1B", LlamaConfig(
         width=2048, layers=16, heads=32, head_dim=64, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
-    **_family("Llama-3.2-3B", LlamaConfig(
+    **_base_and_instruct("Llama-3.2-3B", LlamaConfig(
         width=3072, layers=28, heads=24, head_dim=128, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
-    **_family("Llama-3.1-8B", LlamaConfig(
+    **_base_and_instruct("Llama-3.1-8B", LlamaConfig(
         width=4096, layers=32, heads=32, head_dim=128, mlp=14336, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
     "meta-llama/Llama-3.3-70B-Instruct": LlamaConfig(
         width=8192, layers=80, heads=64, head_dim=128, mlp=28672, rope_scaling=_SCALED8, eos=_CHAT, **_LLAMA3),
-    **_family("Llama-3.1-405B", LlamaConfig(
+    **_base_and_instruct("Llama-3.1-405B", LlamaConfig(
         width=16384, layers=126, heads=128, head_dim=128, mlp=53248, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
 }  # fmt: skip
