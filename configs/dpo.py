@@ -35,7 +35,9 @@ def config(
 ) -> Run:
     """Direct preference optimisation."""
     if moving and reference != "auto":
-        raise ValueError(f"reference={reference} and moving={moving} contradict each other; set one of them only")
+        raise ValueError(
+            f"reference={reference} and moving={moving} contradict each other; set one of them only"
+        )
     source: Any = EMAReference(*moving) if moving else reference
     if source == "auto":
         source = None if not declaration(loss).reads_reference else "precomputed" if base.full else "start"

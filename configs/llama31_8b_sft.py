@@ -24,7 +24,8 @@ def config(
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
     name: str = "llama31_8b_sft",
     lr: float | None = None,  # 2e-4 for LoRA, 1e-5 in full
-    optimizer: Callable | None = None,  # adamw for LoRA, adafactor in full; others are in jaxft.optim.low_precision
+    optimizer: Callable
+    | None = None,  # adamw for LoRA, adafactor in full; others are in jaxft.optim.low_precision
     params: DType = "float32",  # in full: how the weights are stored
     fused_backward: bool = False,  # in full: no gradient outlives its update, no clipping; takes micro=1 and remat=full
 ) -> Run:

@@ -25,7 +25,8 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "reward",
     lr: float = 2e-4,
-    margin: str | None = None,  # a column of the rows: by how much the chosen reward should exceed the rejected one
+    margin: str
+    | None = None,  # a column of the rows: by how much the chosen reward should exceed the rejected one
     center: float = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""

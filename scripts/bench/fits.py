@@ -43,7 +43,7 @@ HARDWARE = {
     "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
 }
 SETTINGS = {
-    ("full", "sft"): ["full=true", "params=bfloat16", "fused_backward=true", "optimizer=adafactor", "remat=full"],
+    ("full", "sft"): ["full=true", "params=bfloat16", "fused_backward=true", "optimizer=jaxft.optim.optimizer:adafactor", "remat=full"],
     ("full", "dpo"): [
         "adapter=none", "params=bfloat16", "optim.fused_backward=true", "optim.clip=none",
         "optim.optimizer=jaxft.optim.optimizer:adafactor", "reference=precomputed", "remat=full",

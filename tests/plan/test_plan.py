@@ -617,7 +617,7 @@ def test_without_libtpu_it_says_what_to_install():
         machines.machine("v5e:4x4")
 
 
-def planned(*argv, config="configs/llama32_1b_sft.py"):
+def planned(*argv, config="configs/llama32_sft.py"):
     command = [sys.executable, "scripts/plan.py", "--config", config, "--json", "--train-only", *argv]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}

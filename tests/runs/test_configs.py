@@ -84,7 +84,7 @@ def test_the_shipped_questions_judge_the_shipped_rows_only(name):
     "argv, words",
     [
         (["rank=4", "start=runs/sft"], "rank=4 is for a fresh adapter"),
-        (["rank=4", "full=true"], "rank=4 is an adapter's, and full=true has none"),
+        (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains without one"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
     ],
 )
