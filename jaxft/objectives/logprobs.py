@@ -1,4 +1,4 @@
-"""Log-probs of target tokens without ever holding the logits of all of them."""
+"""Log-probs of target tokens, computed in chunks so that the logits of all tokens never exist at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, gathered, is_spread, parts
 from jaxft.nn.param import is_spec
-from jaxft.tree import struct
+from jaxft.tree import Params, struct
 
-Graded = tuple[Literal["logp", "entropy"], ...]
+Graded = tuple[Literal["logp", "entropy"], ...]  # fields of LogProbs with a gradient
+Axes = tuple[tuple[str, ...], ...]  # logical axes of each leaf
 
-CHUNK_LOGITS = 2**23  # elements of one chunk's logits on a device: 32 MiB in float32
+CHUNK_LOGITS = 2**23  # elements of a chunk's logits per device: 32 MiB in float32
 
 
 class LanguageModel(Protocol):
@@ -45,36 +46,36 @@ class LanguageModel(Protocol):
 
 @struct
 class LogProbs:
-    """What losses and metrics read of each target, [B, M] in float32 or wider.
+    """Log-prob and related values of each target token, in float32 or wider.
 
     logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is
     the target the most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary) have
     none.
     """
 
-    logp: Array
-    lse: Array
-    entropy: Array
-    top1: Array
-    log_sum_p2: Array
-    mean_logit: Array
+    logp: Float[Array, "B M"]
+    lse: Float[Array, "B M"]
+    entropy: Float[Array, "B M"]
+    top1: Float[Array, "B M"]
+    log_sum_p2: Float[Array, "B M"]
+    mean_logit: Float[Array, "B M"]
 
 
 def token_logps(
     model: LanguageModel,
-    params: Any,
+    params: Params,
     h_BMD: Float[Array, "B M D"],
     targets: Int[Array, "B M"],
     graded: Graded = ("logp",),
 ) -> LogProbs:
     """Log-probs of `targets` under the model's head, in chunks along M.
 
-    The gradient of a token's log-prob by its hidden state, `W[target] - sum_v p_v W[v]`, doesn't depend on
-    the loss, so it is made in the forward pass while the chunk's logits are at hand, and the backward pass
-    runs no product for it. The head's own gradient, where it is trained, recomputes each chunk once. On a
-    mesh the head is gathered along fsdp once a pass, and each block of rows adds up a gradient of its own, so
-    that the head's gradient is reduced once. graded: what of LogProbs has a gradient; each costs the forward
-    pass one more product with the head.
+    The gradient of a token's log-prob with respect to its hidden state, `W[target] - sum_v p_v W[v]`, does
+    not depend on the loss, so it is computed in the forward pass while the chunk's logits exist, and the
+    backward pass has no matmul for it. The gradient of the head, where it is trained, recomputes each chunk
+    once. On a mesh the head is gathered along fsdp once per pass, and each block of rows accumulates its own
+    gradient, so that the head's gradient is reduced once. graded: the fields of LogProbs with a gradient;
+    each costs the forward pass one more matmul with the head.
     """
     head, axes, count, pad = _plan(model, params, h_BMD)
     out = _chunked(model.logits, count, (axes, graded), head, _padded(h_BMD, pad), _padded(targets, pad))
@@ -83,16 +84,15 @@ def token_logps(
 
 def weighted_logp(
     model: LanguageModel,
-    params: Any,
+    params: Params,
     h_BMD: Float[Array, "B M D"],
     targets: Int[Array, "B M"],
     weights: Float[Array, "B M"],
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """(sum of weights * log-prob, LogProbs without any gradient): token_logps where the weights are known
+    """(sum of weights * log-prob, LogProbs without gradient): token_logps for weights that are known
     beforehand.
 
-    Then the head's gradient too is made while a chunk's logits are at hand, and where it is trained nothing
-    runs twice.
+    The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
     """
     head, axes, count, pad = _plan(model, params, h_BMD)
     rest = (_padded(x, pad) for x in (h_BMD, targets, weights))
@@ -100,14 +100,14 @@ def weighted_logp(
     return total, jax.lax.stop_gradient(jax.tree.map(lambda x: x[:, : targets.shape[1]], out))
 
 
-def _plan(model: LanguageModel, params: Any, h_BMD: Array) -> tuple[Any, Any, int, int]:
-    """(head, the axes of its leaves, number of chunks, positions to add so that they are even)."""
+def _plan(model: LanguageModel, params: Params, h_BMD: Array) -> tuple[Params, Axes, int, int]:
+    """(head, the logical axes of its leaves, number of chunks, positions to pad so that chunks are equal)."""
     B, M, _ = h_BMD.shape
     head = model.head(params)
     axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
-    own = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))
-    size = max(1, min(M, CHUNK_LOGITS // own))
+    per_position = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))  # logits on a device
+    size = max(1, min(M, CHUNK_LOGITS // per_position))
     count = -(-M // size)
     return head, axes, count, -M % count
 
@@ -116,29 +116,27 @@ def _padded(x: Array, pad: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _axes(specs: Any, head: Any) -> tuple[tuple[str, ...], ...]:
-    """The logical axes of each leaf of the head; of a packed one's leaves those that have the weight's
-    dimensions.
-    """
-    node = lambda s, leaf: [s.axes if x.ndim == len(s.axes) else () for x in jax.tree.leaves(leaf)]  # noqa: E731
-    known = jax.tree.map(node, specs, head, is_leaf=is_spec)
-    return tuple(
-        axes for found in jax.tree.leaves(known, is_leaf=lambda x: isinstance(x, list)) for axes in found
-    )
+def _axes(specs: Any, head: Params) -> Axes:
+    """The logical axes of each leaf of the head; () for leaves of a packed weight with other dimensions."""
+
+    def axes_of(spec: Any, leaf: Any) -> list[tuple[str, ...]]:
+        return [spec.axes if x.ndim == len(spec.axes) else () for x in jax.tree.leaves(leaf)]
+
+    found = jax.tree.map(axes_of, specs, head, is_leaf=is_spec)
+    lists = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, list))
+    return tuple(axes for leaf_axes in lists for axes in leaf_axes)
 
 
-def _lay(head: Any, axes: tuple[tuple[str, ...], ...], dtype: Any) -> Any:
-    """The head as products in `dtype` use it, rounded to that where it lies and then gathered, in its own
-    dtype again.
-    """
+def _gather(head: Params, axes: Axes, dtype: Any) -> Params:
+    """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own dtype."""
     leaves, structure = jax.tree.flatten(head)
 
-    def lay(x: Array, a: tuple[str, ...]) -> Array:
+    def gather(x: Array, a: tuple[str, ...]) -> Array:
         if not is_spread() or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
             return constrain(x, *gathered(a))
         return constrain(constrain(x.astype(dtype), *a), *gathered(a)).astype(x.dtype)
 
-    return jax.tree.unflatten(structure, [lay(x, a) for x, a in zip(leaves, axes, strict=True)])
+    return jax.tree.unflatten(structure, [gather(x, a) for x, a in zip(leaves, axes, strict=True)])
 
 
 def _chunks(x: Array, count: int) -> Array:
@@ -163,7 +161,7 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked(logits_fn, count, how, head, h, targets):
-    head = _lay(head, how[0], h.dtype)
+    head = _gather(head, how[0], h.dtype)
 
     def body(_, chunk):
         return None, _read(logits_fn(head, chunk[0]), chunk[1])[0]
@@ -188,11 +186,11 @@ _SLOPES = {"logp": _slope, "entropy": _entropy_slope}
 
 
 def _chunked_fwd(logits_fn, count, how, head, h, targets):
-    whole = _lay(head, how[0], h.dtype)
+    gathered_head = _gather(head, how[0], h.dtype)
 
     def body(_, chunk):
         x, t = chunk
-        logits, pull = jax.vjp(partial(logits_fn, whole), x)
+        logits, pull = jax.vjp(partial(logits_fn, gathered_head), x)
         out, p = _read(logits, t)
         return None, (out, [pull(_SLOPES[name](p, t))[0] for name in how[1]])
 
@@ -219,22 +217,20 @@ def _chunked_bwd(logits_fn, count, how, residuals, g):
     return _reduced(structure, axes, total), dh, None
 
 
-def _accumulators(head, axes, h, wanted):
-    """(leaves of the head as products use it, its structure, those that are floats and `wanted`, zeros for
-    their gradients, one for each block of rows on a mesh).
+def _accumulators(head, axes, h, trained):
+    """(leaves of the gathered head, its structure, the float leaves that are `trained`, zeros for their
+    gradients).
+
+    The gradients have a leading axis, one entry per block of rows on a mesh.
     """
-    leaves, structure = jax.tree.flatten(_lay(head, axes, h.dtype))
-    floats = [
-        w if want and jnp.issubdtype(w.dtype, jnp.floating) else None for w, want in zip(leaves, wanted)
-    ]
+    leaves, structure = jax.tree.flatten(_gather(head, axes, h.dtype))
+    floats = [w if t and jnp.issubdtype(w.dtype, jnp.floating) else None for w, t in zip(leaves, trained)]
     blocks = parts(("read_rows",), h.shape[:1])
 
     def start(w, a):
-        return (
-            None
-            if w is None
-            else constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
-        )
+        if w is None:
+            return None
+        return constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -244,9 +240,9 @@ def _filled(structure, leaves, floats):
 
 
 def _by_block(fn, *chunk):
-    """fn over [blocks, rows of a block], so that each part of a mesh adds up a gradient of its own."""
+    """Map fn over [blocks, rows of a block], so that each part of a mesh accumulates its own gradient."""
     blocks = parts(("read_rows",), chunk[0].shape[:1])
-    if blocks == 1:  # not by vmap: XLA's CPU compiler sums over [1, rows, M, V] at a twentieth of the speed
+    if blocks == 1:  # without vmap: XLA's CPU compiler sums over [1, rows, M, V] at 5 % of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))
     return jax.vmap(fn)(*(x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:]) for x in chunk))
 
@@ -266,12 +262,15 @@ def _weighted(logits_fn, count, axes, head, h, targets, weights):
 
 
 def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
-    is_primal = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
+    def is_primal(x):
+        return isinstance(x, CustomVJPPrimal)
+
     trained = [p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal)]
     head, h, targets, weights = jax.tree.map(
         lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal
     )
-    weights = weights.astype(np.promote_types(h.dtype, np.float32))  # jnp's own raises under strict promotion
+    # numpy's promote_types, as jnp's raises under strict promotion
+    weights = weights.astype(np.promote_types(h.dtype, np.float32))
     leaves, structure, floats, start = _accumulators(head, axes, h, trained)
 
     def body(total, chunk):

@@ -78,7 +78,8 @@ def policy(
     def forward(params: Params, batch: Rollout, key: Array | None, aux: Aux) -> Outputs:
         # Without dropout, so that log-probs are comparable with those at sampling (TRL's disable_dropout).
         h = model.hidden(params, batch, None)
-        lp = read_logps(tempered, params, h, batch.read, batch.targets, graded, batch.lengths.shape[1])
+        reads = batch.read, batch.targets
+        lp = read_logps(tempered, params, h, reads, graded, batch.lengths.shape[1])
         values = None if critic is None else critic.values(params, batch, h).astype(lp.logp.dtype)
         return Outputs(lp.logp, lp.entropy, values, without_fields(batch, UNUSED))
 
@@ -143,12 +144,17 @@ def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
     """The model with its logits divided by the temperature."""
     if temperature == 1:
         return model
-    return replace(model, logits=lambda head, h: model.logits(head, h) / temperature)
+
+    def logits(head: Params, h: Array) -> Array:
+        return model.logits(head, h) / temperature
+
+    changed: Any = model  # a dataclass
+    return replace(changed, logits=logits)
 
 
 def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Float[Array, "B M"]:
     h = model.hidden(params, batch, None)
-    return read_logps(model, params, h, batch.read, batch.targets, answers=batch.lengths.shape[1]).logp
+    return read_logps(model, params, h, (batch.read, batch.targets), answers=batch.lengths.shape[1]).logp
 
 
 def policy_batch(outputs: Outputs) -> PolicyBatch:

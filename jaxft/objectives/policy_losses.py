@@ -134,7 +134,7 @@ def gspo(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> T
 
 
 def gspo_token(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
-    """gspo for advantages that vary within a completion: its ratio is sg(s) pi / sg(pi) (arXiv:2507.18071)."""
+    """gspo for advantages that vary in a completion: its ratio is sg(s) pi / sg(pi) (arXiv:2507.18071)."""
     level = batch.spread(stop_gradient(jnp.exp(batch.mean(batch.log_ratio))))
     ratio = level * jnp.exp(batch.logp - stop_gradient(batch.logp))
     return _clipped(ratio, batch.advantages, eps_low, eps_high)

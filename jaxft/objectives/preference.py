@@ -130,7 +130,8 @@ def preference(
     )
 
     def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
-        return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
+        h = model.hidden(params, batch, key)
+        return read_logps(model, params, h, (batch.read, batch.targets))
 
     def reference_logps(params: Params, batch: Pairs, aux: Aux) -> Array:
         frozen = jax.lax.stop_gradient(reference_params(params, aux))

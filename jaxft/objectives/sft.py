@@ -30,7 +30,8 @@ def sft(model: LanguageModel) -> Objective:
     """
 
     def logprobs(params: Params, batch: Tokens, key: Array | None) -> LogProbs:
-        return read_logps(model, params, model.hidden(params, batch, key), batch.read, batch.targets)
+        h = model.hidden(params, batch, key)
+        return read_logps(model, params, h, (batch.read, batch.targets))
 
     def forward(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> Outputs:
         return _outputs(logprobs(params, batch, key), batch)

@@ -24,7 +24,7 @@ from jaxft.objectives.critic import value_function
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
-from jaxft.objectives.read_positions import EXTRA, placed
+from jaxft.objectives.read_positions import SPARE_SLOTS, read_sharding
 from jaxft.objectives.sft import sft
 from jaxft.rl.completions import laid as laid_out_completions
 from jaxft.train.step import accumulate_gradients
@@ -140,19 +140,21 @@ def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, k
 def test_reads_of_parts_of_the_time_have_places_of_their_own():
     with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
         read = jnp.asarray([[0, 1, 2, 2, 15, 16, 63, 0, 0], [62, 63, 0, 0, 0, 0, 0, 0, 0]], jnp.int32)
-        places = placed(read, 64)
-        assert places.parts == 8 and places.of.shape == (2, 8 * 9)
-        found = jnp.take_along_axis(places.of, places.at, 1)
+        places = read_sharding(read, 64)
+        assert places.parts == 8 and places.read_of.shape == (2, 8 * 9)
+        found = jnp.take_along_axis(places.read_of, places.slot_of, 1)
         assert found.tolist() == [list(range(9))] * 2  # there and back
-        part = places.at // 9
+        part = places.slot_of // 9
         assert (part == read // 8).all()
-        crowded = placed(
+        crowded = read_sharding(
             jnp.zeros((1, 40), jnp.int32), 64
         )  # padding beyond what a part has room for: the first ones stay
-        assert crowded.of.shape == (1, 8 * (8 + EXTRA)) and crowded.of[0, : 8 + EXTRA].tolist() == list(
-            range(8 + EXTRA)
-        )
-        assert (crowded.of[0, 8 + EXTRA :] == -1).all() and (crowded.at < crowded.of.shape[1]).all()
+        assert crowded.read_of.shape == (1, 8 * (8 + SPARE_SLOTS)) and crowded.read_of[
+            0, : 8 + SPARE_SLOTS
+        ].tolist() == list(range(8 + SPARE_SLOTS))
+        assert (crowded.read_of[0, 8 + SPARE_SLOTS :] == -1).all() and (
+            crowded.slot_of < crowded.read_of.shape[1]
+        ).all()
 
 
 @pytest.mark.parametrize("prompt", [7, 8, 9, 12])
