@@ -128,7 +128,7 @@ def _axes(specs: Any, head: Params) -> Axes:
 
 
 def _gather(head: Params, axes: Axes, dtype: Any) -> Params:
-    """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own dtype."""
+    """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own."""
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:
