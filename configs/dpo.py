@@ -12,14 +12,12 @@ declared reference-free runs no reference.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import GENERAL, PAIRS, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, ReferenceKind, RowKnobs, choose_reference
 from jaxft.train.settings import Loop, Run
 
 
@@ -30,17 +28,15 @@ def config(
     lr: float = 1e-4,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: Literal["auto", "start", "precomputed"] = "auto",  # auto: start, or precomputed with full=true
+    reference: ReferenceKind | None = None,  # start, or precomputed with full=true
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
 ) -> Run:
     """Direct preference optimisation."""
-    if moving and reference != "auto":
+    if moving and reference:
         raise ValueError(
             f"reference={reference} and moving={moving} contradict each other; set one of them only"
         )
-    source: Any = EMAReference(*moving) if moving else reference
-    if source == "auto":
-        source = None if not declaration(loss).reads_reference else "precomputed" if base.full else "start"
+    source = EMAReference(*moving) if moving else choose_reference(reference, loss, base.full)
     return Run(
         name=name,
         **base.sections(),
@@ -54,6 +50,5 @@ def config(
         data=PairRows(**rows.settings()),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
-        general=GENERAL,
         seed=rows.seed,
     )

@@ -9,34 +9,32 @@ first tenth of the run.
 """
 
 from functools import partial
-from typing import Literal
 
 from jaxft.data.pairs.source import PairRows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import GENERAL, LLAMA_8B, PAIRS, LoraKnobs, RowKnobs
+from jaxft.train.recipes import LLAMA_8B, PAIRS, LlamaKnobs, ReferenceKind, RowKnobs, choose_reference
 from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: LoraKnobs = LoraKnobs(LLAMA_8B, residual=None, remat="attention"),
+    base: LlamaKnobs = LlamaKnobs(LLAMA_8B, lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
-    lr: float = 5e-6,
     beta: float = 0.1,
-    reference: Literal["start", "precomputed"] = "start",
+    reference: ReferenceKind | None = None,  # start, or precomputed with full=true
 ) -> Run:
     """DPO of an 8B model."""
+    source = choose_reference(reference, dpo, base.full)
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=reference),
+        objective=partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=source),
         data=PairRows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=Optim(lr=base.learning_rate),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=5, eval_every=50, save_every=50),
-        general=GENERAL,
         seed=rows.seed,
     )

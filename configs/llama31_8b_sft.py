@@ -15,23 +15,20 @@ from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, adafactor, adamw
-from jaxft.train.recipes import FINETUNING, GENERAL, LLAMA_8B, DType, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, LLAMA_8B, DType, LlamaKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: LoraOrFullKnobs = LoraOrFullKnobs(LLAMA_8B, residual=None, remat="attention"),
+    base: LlamaKnobs = LlamaKnobs(LLAMA_8B),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=2, epochs=2.0, max_length=4096),
     name: str = "llama31_8b_sft",
-    lr: float | None = None,  # 2e-4 for LoRA, 1e-5 in full
     optimizer: Callable
     | None = None,  # adamw for LoRA, adafactor in full; others are in jaxft.optim.low_precision
     params: DType = "float32",  # in full: how the weights are stored
     fused_backward: bool = False,  # in full: no gradient outlives its update, no clipping; takes micro=1 and remat=full
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
-    if lr is None:
-        lr = 1e-5 if base.full else 2e-4
     return Run(
         name=name,
         **base.sections(),
@@ -39,7 +36,7 @@ def config(
         data=Rows(**rows.settings()),
         params=params,
         optim=Optim(
-            lr=lr,
+            lr=base.learning_rate,
             optimizer=optimizer or (adafactor if base.full else adamw),
             clip=None if fused_backward else 1.0,
             layerwise=base.full,
@@ -47,6 +44,5 @@ def config(
         ),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=10, eval_every=100, save_every=100),
-        general=GENERAL,
         seed=rows.seed,
     )

@@ -12,29 +12,23 @@ from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, GENERAL, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, LlamaKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: LoraOrFullKnobs = LoraOrFullKnobs(
-        "meta-llama/Llama-3.2-1B-Instruct", residual=None, remat="attention"
-    ),
+    base: LlamaKnobs = LlamaKnobs("meta-llama/Llama-3.2-1B-Instruct"),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=16, micro=4, epochs=2.0, max_length=2048),
     name: str = "llama32_sft",
-    lr: float | None = None,  # 2e-4 for LoRA, 1e-5 in full
 ) -> Run:
     """SFT of a 1B or 3B model."""
-    if lr is None:
-        lr = 1e-5 if base.full else 2e-4
     return Run(
         name=name,
         **base.sections(),
         objective=sft,
         data=Rows(**rows.settings()),
-        optim=Optim(lr=lr),
+        optim=Optim(lr=base.learning_rate),
         mesh=MeshShape(data=1, fsdp=-1),
         loop=Loop(log_every=10, eval_every=100, save_every=100),
-        general=GENERAL,
         seed=rows.seed,
     )

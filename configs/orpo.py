@@ -14,7 +14,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import GENERAL, PAIRS, LoraKnobs, RowKnobs
+from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -36,6 +36,5 @@ def config(
         data=PairRows(**rows.settings()),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
-        general=GENERAL,
         seed=rows.seed,
     )

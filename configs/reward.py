@@ -21,7 +21,7 @@ from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: LoraOrFullKnobs = LoraOrFullKnobs(),
+    base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "reward",
     lr: float = 2e-4,

@@ -10,7 +10,7 @@ a 2-core CPU. Expect the loss on held-out questions to fall from 4.49 to about 3
 from jaxft.data.sft import Rows
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, GENERAL, LoraKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -28,6 +28,5 @@ def config(
         data=Rows(**rows.settings()),
         optim=Optim(lr=lr),
         loop=Loop(eval_every=40, save_every=40),
-        general=GENERAL,
         seed=rows.seed,
     )

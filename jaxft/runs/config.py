@@ -39,6 +39,8 @@ __all__ = ["RENAMED", "Resolved", "describe", "differences", "help_text", "knob_
 # (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
 RENAMED: dict[str, str] = {
     "in_backward": "fused_backward",
+    "reference=auto": "reference=none",
+    "critic=auto": "critic=none",
     "optim.in_turn": "optim.layerwise",
     "optim.in_backward": "optim.fused_backward",
     "jaxft.advantages": "jaxft.rl.advantages",

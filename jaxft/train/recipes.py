@@ -9,9 +9,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxft.models.heads import Scorer
 from jaxft.models.model import Model
-from jaxft.nn.quant import KEPT, Quant, chosen
+from jaxft.nn.quant import KEPT, chosen
 from jaxft.nn.scan import RematPolicy
+from jaxft.objectives.pair import declaration
+from jaxft.rl.reward_models import as_reward
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
@@ -25,6 +28,7 @@ GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it
 OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
+ReferenceKind = Literal["start", "precomputed"]
 QuantKind = Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"]
 
 
@@ -53,6 +57,7 @@ class LoraKnobs(ModelKnobs):
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
     rank: int | None = None  # of a fresh adapter, 16 by default; its alpha is twice that
+    general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
         """The fields of a Run that follow. head: adds a head to the model."""
@@ -63,12 +68,22 @@ class LoraKnobs(ModelKnobs):
             "adapter": adapter_settings(self.start, self.rank, model),
             "start": self.start,
             "quant": chosen(self.quant, None),
+            "general": self.general,
         }
 
-    @property
-    def reward_quant(self) -> Quant | None:
-        """How a reward model of its own is stored: quantised as the base, but never as its files have it."""
-        return None if self.quant == KEPT else chosen(self.quant, None)
+    def reward_model(
+        self, reward: str | Callable | None, max_length: int
+    ) -> tuple[dict[str, Scorer], tuple[Any, ...]]:
+        """(heads on the base, rewards) for a reward function, or for the name of a reward model; none for None.
+
+        max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is quantised as that is,
+        but never stored as its files have it.
+        """
+        if reward is None or callable(reward):
+            return {}, () if reward is None else (reward,)
+        own = None if self.quant == KEPT else chosen(self.quant, None)
+        heads, model = as_reward(reward, self.build(), own, max_length)
+        return heads, (model,)
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,33 @@ class LoraOrFullKnobs(LoraKnobs):
                     f"{name}={value} is for an adapter, and full=true trains without one; set one of them only"
                 )
         model = self.build() if head is None else head(self.build())
-        return {"weights": self.model, "model": model, "adapter": None, "quant": chosen(self.quant, None)}
+        stored = {"quant": chosen(self.quant, None), "general": self.general}
+        return {"weights": self.model, "model": model, "adapter": None, **stored}
+
+
+@dataclass(frozen=True)
+class LlamaKnobs(LoraOrFullKnobs):
+    """The same for a model of billions of parameters on a GPU: less is stored for the backward pass."""
+
+    residual: DType | None = None
+    remat: RematPolicy = "attention"
+    lr: float | None = None  # 2e-4 for LoRA, 1e-5 in full
+
+    @property
+    def learning_rate(self) -> float:
+        """lr, or the usual one."""
+        return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
+
+
+def choose_reference(asked: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
+    """The reference that is asked for; else none for a reference-free loss, the base without its adapter where there is one,
+    and log-probs that are computed once where all weights are trained.
+    """
+    if asked is not None:
+        return asked
+    if not declaration(loss).reads_reference:
+        return None
+    return "precomputed" if full else "start"
 
 
 # The rows

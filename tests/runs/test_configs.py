@@ -158,6 +158,6 @@ def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
     programs, batch = abstract(run, jax.devices()[:1])
     with (
         jax.set_mesh(programs.mesh),
-        pytest.raises(ValueError, match="the policy loss plain fails: TypeError: .*eps_high"),
+        pytest.raises(ValueError, match="policy loss policy_gradient fails: TypeError: .*eps_high"),
     ):
         jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
