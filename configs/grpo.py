@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.quant import Quant
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
@@ -77,7 +77,7 @@ def config(
     lr: float = 5e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 0.6,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -86,11 +86,11 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    beside: dict[str, Scorer] = {}
+    beside: dict[str, HeadSettings] = {}
     given: tuple[Any, ...] = rewards
     if judge is not None:
         beside, model_of = as_reward(
-            judge, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new
+            judge, llm, None if quant in ("none", "checkpoint") else Quant(quant), max_prompt + max_new
         )
         given = (*rewards, model_of)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}

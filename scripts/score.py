@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "kept")
+KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 
 def arguments() -> argparse.Namespace:
@@ -71,7 +71,11 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = rows.open(tokenizer, sharding.row_shards(mesh))
     loaded = reward_models.load(
-        ref, mesh, adapter, quant.chosen(args.quant, record if adapter else None), jnp.dtype(args.dtype)
+        ref,
+        mesh,
+        adapter,
+        quant.quant_setting(args.quant, record if adapter else None),
+        jnp.dtype(args.dtype),
     )
     found: dict[int, tuple[float, float]] = {}
     with jax.set_mesh(mesh):

@@ -1,9 +1,9 @@
-"""Scalar heads: one number for a text, `hidden @ score` at its last token, as in a reward model or a critic.
+"""Scalar heads: one number per text, `hidden @ score` at its last token, as in a reward model or a critic.
 
-A head is a leaf "score" [D, 1] beside the base, without a bias: the score.weight [1, D] of Hugging Face's classifiers with
-one label. A model of its own has the whole tree {"base", "adapter", "score"}. Further ones share a policy's base, each by a name
-under which it has an adapter and a head: {"base", "adapter", "critic": {"adapter", "score"}}. Then
-`{"base": whole["base"], **whole["critic"]}` are the parameters of that model (see `view`).
+A head is a leaf "score" [D, 1] without a bias, the score.weight [1, D] of Hugging Face's classifiers with one label. A reward
+model that is trained has the whole tree {"base", "adapter", "score"}. Further models share the base of a policy; each has a
+name, under which its adapter and its head are stored: {"base", "adapter", "critic": {"adapter", "score"}}. Then
+`{"base": params["base"], **params["critic"]}` are the parameters of that model (see `view`).
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,19 @@ from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, normal
+from jaxft.tree import Params
 
 SCORE = ("score.weight", True)  # its name in a checkpoint
-START = normal(0.02)  # as transformers starts a new head
+INIT = normal(0.02)  # transformers' initialisation of a new head
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """A model with a scalar head on a run's base: a critic, or a reward model.
+class HeadSettings:
+    """A model with a scalar head on the base of a run: a critic, or a reward model.
 
-    adapter: its own, None for the head alone. start: a PEFT folder, or a run's, whose adapter and head it begins with; without
-    one both are fresh. trained: False freezes both. weights: where a whole base of its own comes from, all of which is trained;
-    then it has no adapter, and its head begins as those files hold it, or fresh.
+    adapter: its own LoRA settings, None for a head without an adapter. start: a PEFT folder, or a run's, that adapter and head
+    are loaded from; None initialises both. trained: False freezes both. weights: a checkpoint for a base of its own, which is
+    trained in full; then it has no adapter, and its head is loaded from there too if the checkpoint has one.
     """
 
     adapter: Adapter | None = None
@@ -40,14 +41,14 @@ class Scorer:
     def __post_init__(self) -> None:
         if self.weights is not None and (self.adapter or self.start or not self.trained):
             raise ValueError(
-                f"a scorer with weights={self.weights} trains them all: leave out adapter, start and trained"
+                f"a head with weights={self.weights} trains a whole model; leave out adapter, start and trained"
             )
 
 
-def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """`h @ params["score"]`, computed in float32 or wider whatever the dtype of h.
+def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """Return `h @ params["score"]`, computed in float32 or wider whatever the dtype of h.
 
-    A head [D, K, 1] is K of them, the rows of h in as many equal groups, as nn.linear takes several adapters.
+    A head [D, K, 1] is K heads; the rows of h are K equal groups, one for each, as nn.matmul.linear takes several adapters.
     """
     wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
     w, h = params["score"][..., 0].astype(wide), h.astype(wide)
@@ -57,78 +58,75 @@ def scores(params: Any, h: Float[Array, "... D"]) -> Float[Array, "..."]:
     return jnp.einsum("k...d,dk->k...", groups, w, precision=highest).reshape(h.shape[:-1])
 
 
-def scorer(model: Model) -> Model:
-    """The model with a head that gives scores in place of the one that gives logits: the base has no "head" then.
+def with_scalar_head(model: Model) -> Model:
+    """Return the model with a scalar head in place of its language model head.
 
-    Raises ValueError, when called, in what writes text.
+    Its head, logits, prefill and decode raise ValueError.
     """
     specs = {name: spec for name, spec in model.specs.items() if name != "head"}
+    names = {path: name for path, name in model.weight_names.items() if path != "head"}
     width, vocab = model.config.width, model.config.vocab
+
+    def forward_flops(tokens: int, context: int) -> float:
+        return model.forward_flops(tokens, context) - 2.0 * tokens * width * vocab
+
     return replace(
         model,
         specs=specs,
-        logits=_speechless,
-        head=_speechless,
-        prefill=_speechless,
-        decode=_speechless,
-        weight_names={path: name for path, name in model.weight_names.items() if path != "head"}
-        | {"score": SCORE},
-        forward_flops=lambda tokens, context: (
-            model.forward_flops(tokens, context) - 2.0 * tokens * width * vocab
-        ),
+        logits=_no_text,
+        head=_no_text,
+        prefill=_no_text,
+        decode=_no_text,
+        weight_names={**names, "score": SCORE},
+        forward_flops=forward_flops,
         heads={**model.heads, "score": head_spec(model)},
         scores=scores,
         generates=False,
     )
 
 
-def _speechless(*_: Any, **__: Any) -> Any:
+def _no_text(*_: Any, **__: Any) -> Any:
     raise ValueError("this model gives scores, no text; use the language model that it was made from")
 
 
 def head_spec(model: Model) -> ParamSpec:
-    """The head of a model of this width."""
-    return ParamSpec((model.config.width, 1), ("table_width", "score"), START)
+    """Declare a scalar head for a model of this width."""
+    return ParamSpec((model.config.width, 1), ("table_width", "score"), INIT)
 
 
-def with_scorers(model: Model, scorers: Mapping[str, Scorer]) -> Model:
-    """The model with room in its whole tree for further ones on the same base, each under its name.
+def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
+    """Return the model with further models on the same base, each under its name in the tree of parameters.
 
-    Raises ValueError for a name that the tree has already.
+    Raises ValueError for a name that the tree already has.
     """
-    if not scorers:
+    if not heads:
         return model
-    taken = {"base", "adapter", *model.heads} & scorers.keys()
+    taken = {"base", "adapter", *model.heads} & heads.keys()
     if taken:
+        raise ValueError(f"a head is named {min(taken)}, like the run's own parameters; choose another name")
+    specs = {name: _specs(model, settings) for name, settings in heads.items()}
+    return replace(model, heads={**model.heads, **specs}, scores=scores)
+
+
+def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
+    specs: dict[str, Any] = {}
+    if settings.adapter:
+        specs["adapter"] = adapter_specs(model.specs, settings.adapter)
+    if settings.weights is not None:
+        specs["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
+    if "head" in specs.get("adapter", ()):
         raise ValueError(
-            f"a scorer is named {min(taken)}, which the run's own parameters are; choose another name"
+            "the adapter of a model with a scalar head targets the language model head; leave it out of its targets"
         )
-    beside = {name: _specs(model, one) for name, one in scorers.items()}
-    return replace(
-        model,
-        heads={**model.heads, **beside},
-        scores=scores,
-    )
+    return {**specs, "score": head_spec(model)}
 
 
-def _specs(model: Model, one: Scorer) -> dict[str, Any]:
-    own: dict[str, Any] = {"adapter": adapter_specs(model.specs, one.adapter)} if one.adapter else {}
-    if one.weights is not None:
-        own["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
-    if "head" in own.get("adapter", ()):
-        raise ValueError(
-            "a scorer's adapter names the head, and it gives scores, no text; leave it out of its targets"
-        )
-    return {**own, "score": head_spec(model)}
+def view(params: Params, name: str) -> Params:
+    """Return the parameters of one of the further models: its own, and the shared base unless it has one."""
+    return {"base": params["base"], **params[name]}
 
 
-def view(whole: Any, name: str) -> Any:
-    """The parameters of one of the models on the whole tree's base, or on its own."""
-    return {"base": whole["base"], **whole[name]}
-
-
-def in_files(model: Model) -> Model:
-    """A scorer as a checkpoint holds it: base and head in one tree of specs."""
-    return replace(
-        model, specs={**model.specs.get("base", model.specs), "score": model.heads["score"]}, heads={}
-    )
+def as_checkpoint(model: Model) -> Model:
+    """Return a model with a scalar head as a checkpoint stores it: base and head in one tree of specs."""
+    specs = {**model.specs.get("base", model.specs), "score": model.heads["score"]}
+    return replace(model, specs=specs, heads={})

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jaxft.nn.quant_formats import FORMATS
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)
-KEPT = "kept"
+CHECKPOINT = "checkpoint"
+QuantKind = Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint"]  # of settings
 HOST_CHUNK = 1 << 18  # elements
 
 
@@ -38,25 +39,30 @@ class Quant:
     def __post_init__(self) -> None:
         usual(self.kind, self.block, self.double)
 
+    @classmethod
+    def parse(cls, kind: QuantKind) -> "Quant | None":
+        """Return the settings of a kind with its usual block and scales; None for "none"."""
+        return None if kind == "none" else cls(kind)
 
-def chosen(kind: str | None, record: dict[str, Any] | None) -> Quant | None:
-    """The settings that a name ("none", "nf4", ...) asks for, or without one those in a run's record."""
+
+def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
+    """Return the settings of a kind, or without one those in the record of a run."""
     if kind is not None:
-        return None if kind == "none" else Quant(kind)
+        return Quant.parse(kind)
     settings = (record or {}).get("quant")
     return Quant(**settings) if settings else None
 
 
 def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
     """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
-    if kind == KEPT:
+    if kind == CHECKPOINT:
         if block is not None or double is not None:
             raise ValueError(
-                "quant=kept takes blocks and scales from the files; leave quant.block and quant.double at none"
+                "quant=checkpoint takes blocks and scales from the files; leave quant.block and quant.double at none"
             )
         return None, False
     if kind not in FORMATS:
-        raise ValueError(f"quantisation {kind!r} is not known; use one of {', '.join((*KINDS, KEPT))}")
+        raise ValueError(f"quantisation {kind!r} is not known; use one of {', '.join((*KINDS, CHECKPOINT))}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
         raise ValueError(

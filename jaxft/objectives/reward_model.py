@@ -65,7 +65,7 @@ def reward(
     """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the
     pairs' weights.
 
-    model: with a scalar head, models.heads.scorer's.
+    model: with a scalar head, models.heads.with_scalar_head's.
     margin: a column of the pairs, by how much the chosen response should be ahead; None for 0.
     center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), as the rest of the loss depends
         on differences alone; 0.01 is usual.

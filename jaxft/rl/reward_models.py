@@ -52,9 +52,9 @@ def load(
         model = _bare(ref, dtype)
         if adapter is None:
             check(ref)
-            start = heads.Scorer(trained=False)
+            start = heads.HeadSettings(trained=False)
         else:
-            start = heads.Scorer(
+            start = heads.HeadSettings(
                 adapters.read_adapter_settings(str(adapter), model), str(adapter), trained=False
             )
         stored = pretrained.frozen_model(model, quant, ref, start.adapter)
@@ -67,7 +67,7 @@ def load(
 
 
 def _bare(ref: str, dtype: Any) -> Model:
-    return heads.scorer(pretrained.model_for(ref, dtype=dtype))
+    return heads.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
 
 
 def score(model: Model, params: Any, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -224,7 +224,7 @@ def examples(asked: Sequence[Any], completions: Sequence[str], tokenizer: Any) -
 
 def as_reward(
     ref: str, model: Model, quant: Quant | None = None, longest: int = 0
-) -> tuple[dict[str, heads.Scorer], ByScorer | ByModel]:
+) -> tuple[dict[str, heads.HeadSettings], ByScorer | ByModel]:
     """(what stands beside a run's base, the reward) for the reward model that `ref` names.
 
     An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model` and is read at a completion's last

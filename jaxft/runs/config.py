@@ -36,8 +36,10 @@ from jaxft.tree import nearest
 __all__ = ["RENAMED", "Resolved", "describe", "differences", "help_text", "knob_names", "load", "resolve"]
 
 # Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
-# (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
+# (`quant=checkpoint`), a function that a setting may name (`package.module:name`) or the module of such functions.
 RENAMED: dict[str, str] = {
+    "quant=checkpoint": "quant=checkpoint",
+    "quant.kind=kept": "quant.kind=checkpoint",
     "in_backward": "fused_backward",
     "reference=auto": "reference=none",
     "critic=auto": "critic=none",

@@ -14,7 +14,7 @@ from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.quant import KEPT, QTensor, Quant, bits, quantize, usual
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits, quantize, usual
 from jaxft.train import partition
 from jaxft.train.settings import Run
 from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write, storage
@@ -85,8 +85,8 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
 def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     """What hf.save_folder is told of a model's weights that are packed; what that loses is added to `lost`."""
     quant, seen = how.quant, how.seen
-    if quant.kind == KEPT:
-        raise ValueError("quant=kept names no form to write; use int8, int4, nf4, fp4 or affine4")
+    if quant.kind == CHECKPOINT:
+        raise ValueError("quant=checkpoint names no form to write; use int8, int4, nf4, fp4 or affine4")
     block, double = usual(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -58,7 +58,7 @@ def partition_params(
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
     pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's `scale` is always
-    frozen. ref: where the weights come from; quant=kept reads the headers of its files. dtype: of trainable base parameters,
+    frozen. ref: where the weights come from; quant=checkpoint reads the headers of its files. dtype: of trainable base parameters,
     by default float32 or wider. Raises ValueError for a pattern that matches nothing, and where `quant` selects a trainable
     parameter.
     """
@@ -85,7 +85,7 @@ def trainable_patterns(
     model: Model,
     adapter: Adapter | None,
     pattern: str | None = None,
-    scorers: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, HeadSettings] | None = None,
 ) -> tuple[str, ...]:
     """Return path patterns of the trainable parameters.
 

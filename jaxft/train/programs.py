@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxft.batch import TrainState
 from jaxft.data.source import Dataset, Source
 from jaxft.distributed import devices, sharding
-from jaxft.models.heads import Scorer, with_scorers
+from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.objectives.objective import Objective
@@ -47,7 +47,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
             f"data.max_length={run.data.max_length} is beyond the model's {longest} positions; lower it"
         )
     mesh = sharding.make_mesh(run.mesh, devices_)
-    model, dtype = with_scorers(run.model, run.beside), None if run.params == "float32" else jnp.bfloat16
+    model, dtype = with_heads(run.model, run.beside), None if run.params == "float32" else jnp.bfloat16
     what = partition.trainable_patterns(model, run.adapter, run.train, run.beside)
     t = partition.partition_params(model, run.adapter, what, run.quant, run.weights, dtype)
     objective = run.objective(t.model)
@@ -116,7 +116,7 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
     if base is None:
         skip = partition.trainable_paths(p.trained) if restored is not None else ()
         base = pretrained.load_base(run.weights, p.trained.stored, p.mesh, skip)
-    own = Scorer(run.adapter, run.start)
+    own = HeadSettings(run.adapter, run.start)
     whole = {
         "base": base,
         **init.init_all_but_base(p.trained.model, p.mesh, run.seed, own, run.weights, run.beside),

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
-from jaxft.nn.quant import KEPT, chosen
+from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.pair import declaration
 from jaxft.rl.reward_models import as_reward
@@ -29,7 +29,6 @@ OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
 ReferenceKind = Literal["start", "precomputed"]
-QuantKind = Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "kept"]
 
 
 # The model
@@ -67,13 +66,13 @@ class LoraKnobs(ModelKnobs):
             "model": model,
             "adapter": adapter_settings(self.start, self.rank, model),
             "start": self.start,
-            "quant": chosen(self.quant, None),
+            "quant": Quant.parse(self.quant),
             "general": self.general,
         }
 
     def reward_model(
         self, reward: str | Callable | None, max_length: int
-    ) -> tuple[dict[str, Scorer], tuple[Any, ...]]:
+    ) -> tuple[dict[str, HeadSettings], tuple[Any, ...]]:
         """(heads on the base, rewards) for a reward function, or for the name of a reward model; none for None.
 
         max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is quantised as that is,
@@ -81,7 +80,7 @@ class LoraKnobs(ModelKnobs):
         """
         if reward is None or callable(reward):
             return {}, () if reward is None else (reward,)
-        own = None if self.quant == KEPT else chosen(self.quant, None)
+        own = None if self.quant == CHECKPOINT else Quant.parse(self.quant)
         heads, model = as_reward(reward, self.build(), own, max_length)
         return heads, (model,)
 
@@ -102,7 +101,7 @@ class LoraOrFullKnobs(LoraKnobs):
                     f"{name}={value} is for an adapter, and full=true trains without one; set one of them only"
                 )
         model = self.build() if head is None else head(self.build())
-        stored = {"quant": chosen(self.quant, None), "general": self.general}
+        stored = {"quant": Quant.parse(self.quant), "general": self.general}
         return {"weights": self.model, "model": model, "adapter": None, **stored}
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
 from jaxft.inference.generate import Sampling
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
@@ -75,7 +75,7 @@ class Run:
     samples: int = 3
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
-    beside: dict[str, Scorer] = field(default_factory=dict)
+    beside: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.samples < 0:

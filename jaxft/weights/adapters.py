@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter, adapter_specs
@@ -38,7 +38,7 @@ def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapt
     return read_adapter_settings(start, model)
 
 
-def reward_head_settings(start: str, model: Model) -> Scorer:
+def reward_head_settings(start: str, model: Model) -> HeadSettings:
     """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder with a head.
 
     Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run without it ends
@@ -47,7 +47,7 @@ def reward_head_settings(start: str, model: Model) -> Scorer:
     settings = (
         read_adapter_settings(start, model) if Path(start).exists() else adapter_settings(None, None, model)
     )
-    return Scorer(settings, start, trained=False)
+    return HeadSettings(settings, start, trained=False)
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import tree
-from jaxft.models.heads import SCORE, Scorer, in_files
+from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -22,16 +22,16 @@ def init_adapter(
 ) -> Any:
     """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with equal settings."""
     only = {"adapter": model.specs["adapter"]}
-    return _parts(only, model, mesh, jax.random.key(seed), Scorer(settings, start))["adapter"]
+    return _parts(only, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
 
 
 def init_all_but_base(
     model: Model,
     mesh: Any,
     seed: int,
-    own: Scorer,
+    own: HeadSettings,
     ref: str | None = None,
-    scorers: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, HeadSettings] | None = None,
 ) -> dict[str, Any]:
     """Initialise or load all parameters outside the base of a model over the whole tree.
 
@@ -49,7 +49,7 @@ def init_all_but_base(
 
 
 def _parts(
-    specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: Scorer, ref: str | None = None
+    specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: HeadSettings, ref: str | None = None
 ) -> dict[str, Any]:
     """An adapter, a head, or both; or a base of its own with a head."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
@@ -113,4 +113,4 @@ def _score_in(ref: str, model: Model) -> dict[str, Any]:
     tensors = pretrained.open_tensors(ref)
     if SCORE[0] not in tensors.shapes:
         return {}
-    return {"score": parameters.whole(parameters.leaves(tensors, in_files(model))["score"])}
+    return {"score": parameters.whole(parameters.leaves(tensors, as_checkpoint(model))["score"])}

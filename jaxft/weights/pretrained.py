@@ -15,7 +15,7 @@ from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import KEPT, QTensor, Quant, dequantize
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.weights import gguf, gguf_tokenizer, hf, hub, parameters, place
 from jaxft.weights.safetensors import Index, Tensors, read_json
 from jaxft.weights.storage import (
@@ -103,12 +103,12 @@ def stored_model(
     trainable: Collection[str] = (),
     trainable_dtype: Any = None,
 ) -> StoredModel:
-    """Choose how each parameter of `model`, a model over the whole tree, is stored; for quant=kept, as the files of `ref` do.
+    """Choose how each parameter of `model`, a model over the whole tree, is stored; for quant=checkpoint, as the files of `ref` do.
 
-    See storage.choose_storage. Raises ValueError where quant=kept finds no quantised weights.
+    See storage.choose_storage. Raises ValueError where quant=checkpoint finds no quantised weights.
     """
     layouts = {}
-    if quant and quant.kind == KEPT:
+    if quant and quant.kind == CHECKPOINT:
         layouts = _layouts(model, quantised_paths(model.specs["base"], quant), ref)
     return choose_storage(model, trainable, quant, layouts, trainable_dtype)
 
@@ -123,7 +123,7 @@ def frozen_model(
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
     """Return the quantised layouts of those of these base parameters that the files of `ref` hold quantised, from headers."""
     if ref is None:
-        raise ValueError("quant=kept stores the base as its files do, and no files are named")
+        raise ValueError("quant=checkpoint stores the base as its files do, and no files are named")
     tensors = open_tensors(ref)
     hf.check(tensors, model)
     layouts = {path: hf.form_in(tensors, model, path) for path in paths}
@@ -131,7 +131,7 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
     if not found:
         why = next((f"; of {name}, {p.why}" for name, p in tensors.packed.items() if p.why), "")
         raise ValueError(
-            f"{ref}: holds no weights packed as quant=kept would keep them{why}; use another quant, or none"
+            f"{ref}: holds no weights packed as quant=checkpoint would keep them{why}; use another quant, or none"
         )
     return found
 
@@ -174,7 +174,9 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
             how = f"kept as {p.method} holds them: {p.why}" if p.why else ""
         elif storage.quantised and storage.quantize:
             kind = storage.quantize[0]
-            how = f"packed by {p.method} and rounded again to {kind}; quant=kept leaves them as they are"
+            how = (
+                f"packed by {p.method} and rounded again to {kind}; quant=checkpoint leaves them as they are"
+            )
         else:
             why = p.why or (
                 "" if layout is not None else "the layers are not packed alike, or not along their inputs"

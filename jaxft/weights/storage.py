@@ -14,7 +14,7 @@ from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import KEPT, QTensor, Quant, bits, is_paired, quantize
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits, is_paired, quantize
 from jaxft.weights.quant_layout import same_form
 
 
@@ -61,9 +61,9 @@ def choose_storage(
     Trainable parameters and those outside the base are stored in float32 or wider, trainable parameters of the base in
     `trainable_dtype` if it is given. Frozen parameters of the base are stored in the compute dtype (16-bit matrices as raw
     bits), or quantised where `quant.targets` selects them. layouts: the checkpoint's quantised layouts by path in the base,
-    for quant=kept. Raises ValueError where `quant` selects a trainable parameter.
+    for quant=checkpoint. Raises ValueError where `quant` selects a trainable parameter.
     """
-    if quant and quant.kind == KEPT:
+    if quant and quant.kind == CHECKPOINT:
         selected = list(layouts)
     else:
         selected = quantised_paths(model.specs["base"], quant) if quant else []

@@ -16,7 +16,7 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models import heads
 from jaxft.models.adapted import adapted
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -70,7 +70,7 @@ def scorer_model(adapter=SETTINGS, dtype=jnp.float64, **options):
     """The tiny Llama with a scalar head and an adapter that matters, and a random tree for it."""
     with jax.numpy_dtype_promotion("standard"):
         _, whole = tiny(dtype, adapter, **options)
-    model = adapted(heads.scorer(llama(CONFIG, dtype)), adapter)
+    model = adapted(heads.with_scalar_head(llama(CONFIG, dtype)), adapter)
     score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), whole["base"]["final_norm"].dtype)
     base = {name: x for name, x in whole["base"].items() if name != "head"}
     return model, {**whole, "base": base, "score": score}
@@ -260,14 +260,14 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
 
 
 BESIDE = {
-    "critic": Scorer(SETTINGS),
-    "judge": Scorer(Adapter(rank=3, targets=("o",)), trained=False),
-    "value": Scorer(),
+    "critic": HeadSettings(SETTINGS),
+    "judge": HeadSettings(Adapter(rank=3, targets=("o",)), trained=False),
+    "value": HeadSettings(),
 }
 
 
 def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
-    model = heads.with_scorers(llama(CONFIG, jnp.float32), BESIDE)
+    model = heads.with_heads(llama(CONFIG, jnp.float32), BESIDE)
     t = partition.partition_params(
         model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, BESIDE)
     )
@@ -295,7 +295,7 @@ def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
 
 def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
     base = llama(CONFIG, jnp.float64)
-    model = adapted(heads.with_scorers(base, {"critic": Scorer(SETTINGS)}), SETTINGS)
+    model = adapted(heads.with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()
     with jax.numpy_dtype_promotion("standard"):
         language, policy = tiny(jnp.float64, SETTINGS)
@@ -315,30 +315,30 @@ def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
 
 def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
     model = llama(CONFIG, jnp.float32)
-    with pytest.raises(ValueError, match="a scorer is named base, which the run's own parameters are"):
-        heads.with_scorers(model, {"base": Scorer()})
-    with pytest.raises(ValueError, match="names the head, and it gives scores"):
-        heads.with_scorers(model, {"critic": Scorer(Adapter(targets=("head",)))})
+    with pytest.raises(ValueError, match="a head is named base, like the run.s own parameters"):
+        heads.with_heads(model, {"base": HeadSettings()})
+    with pytest.raises(ValueError, match="targets the language model head"):
+        heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.targets names the head"):
-        adapted(heads.scorer(model), Adapter(targets=("q", "head")))
+        adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
     with pytest.raises(ValueError, match="gives scores, no text"):
-        heads.scorer(model).logits({}, None)
+        heads.with_scalar_head(model).logits({}, None)
 
 
 def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
     plain = partition.partition_params(model, SETTINGS, None)
-    beside = {"critic": Scorer(SETTINGS)}
-    with_critic = partition.partition_params(heads.with_scorers(model, beside), SETTINGS, None)
-    alone = init.init_all_but_base(plain.model, mesh, 3, Scorer(SETTINGS))
-    both = init.init_all_but_base(with_critic.model, mesh, 3, Scorer(SETTINGS), scorers=beside)
+    beside = {"critic": HeadSettings(SETTINGS)}
+    with_critic = partition.partition_params(heads.with_heads(model, beside), SETTINGS, None)
+    alone = init.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
+    both = init.init_all_but_base(with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=beside)
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
-    judge = {"judge": Scorer(SETTINGS, trained=False)}
+    judge = {"judge": HeadSettings(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
-        frozen = partition.partition_params(heads.with_scorers(model, judge), SETTINGS, None)
-        init.init_all_but_base(frozen.model, mesh, 3, Scorer(SETTINGS), scorers=judge)
+        frozen = partition.partition_params(heads.with_heads(model, judge), SETTINGS, None)
+        init.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
 
 
 # ---- folders that are no reward model

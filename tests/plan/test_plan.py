@@ -24,7 +24,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import devices, sharding
 from jaxft.inference.generate import Sampling
 from jaxft.models import heads
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.models.llama import llama
 from jaxft.models.llama_config import LlamaConfig, to_hf
 from jaxft.nn.lora import Adapter
@@ -214,8 +214,8 @@ def tiny_ppo(critic=None, rewards=None, group=2):
         rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)),
     )  # fmt: skip
     beside = {
-        "critic": critic or Scorer(Adapter(rank=4)),
-        "reward": Scorer(Adapter(rank=4), "none", trained=False),
+        "critic": critic or HeadSettings(Adapter(rank=4)),
+        "reward": HeadSettings(Adapter(rank=4), "none", trained=False),
     }
     llm = llama(TINY, jnp.float32)
     return Run("tiny", "tiny", llm, objective, asked, Adapter(rank=4), beside=beside, samples=0)
@@ -235,7 +235,7 @@ def test_rollouts_are_planned_with_all_of_their_programs():
 def test_models_of_their_own_are_counted(tmp_path):
     shared, own = (
         plan.resident(programs.abstract(run)[0], run)
-        for run in (tiny_ppo(), tiny_ppo(Scorer(weights="tiny")))
+        for run in (tiny_ppo(), tiny_ppo(HeadSettings(weights="tiny")))
     )
     head = TINY.vocab * TINY.width * 4
     assert own["weights"] == 2 * shared["weights"] - head and own["optimizer"] > 2 * (

@@ -20,7 +20,7 @@ from jaxft.data import chat
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.models import heads
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.rl import advantages as adv
 from jaxft.rl import reward_models, rewards
@@ -193,12 +193,12 @@ def test_a_folder_is_told_apart(place, tmp_path):
         reward_models.as_reward(str(place.folder / "base"), model)
     beside, reward = reward_models.as_reward(str(tmp_path / "to come"), model)
     assert beside.keys() == {"reward"} and not beside["reward"].trained
-    frozen = partition.partition_params(heads.with_scorers(model, beside), Adapter(rank=2), None)
+    frozen = partition.partition_params(heads.with_heads(model, beside), Adapter(rank=2), None)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with pytest.raises(
         FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
     ):
-        init.init_all_but_base(frozen.model, mesh, 0, Scorer(Adapter(rank=2)), scorers=beside)
+        init.init_all_but_base(frozen.model, mesh, 0, HeadSettings(Adapter(rank=2)), scorers=beside)
 
 
 SCORED = """
@@ -245,14 +245,21 @@ def test_a_classifier_scores_alike_on_a_mesh(place):
 def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, kind):
     folder = place.folder / ("base" if kind == "language model" else "judge")
     policy = pretrained.model_for(str(place.folder / "base"), dtype=jnp.float32)
-    model = heads.with_scorers(policy, {"critic": Scorer(weights=str(folder))})
+    model = heads.with_heads(policy, {"critic": HeadSettings(weights=str(folder))})
     t = partition.partition_params(
-        model, None, partition.trainable_patterns(model, None, None, {"critic": Scorer(weights=str(folder))})
+        model,
+        None,
+        partition.trainable_patterns(model, None, None, {"critic": HeadSettings(weights=str(folder))}),
     )
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         beside = init.init_all_but_base(
-            t.model, mesh, 0, Scorer(), str(place.folder / "base"), {"critic": Scorer(weights=str(folder))}
+            t.model,
+            mesh,
+            0,
+            HeadSettings(),
+            str(place.folder / "base"),
+            {"critic": HeadSettings(weights=str(folder))},
         )
     critic = beside["critic"]
     loaded = reward_models.load(str(folder), mesh, dtype=jnp.float32) if kind == "classifier" else None
@@ -270,7 +277,7 @@ def test_a_critic_of_its_own_begins_as_its_files_say_and_shares_nothing(place, k
 
 def test_a_scorer_of_its_own_is_trained_whole():
     with pytest.raises(ValueError, match="weights=base trains them all"):
-        Scorer(weights="base", trained=False)
+        HeadSettings(weights="base", trained=False)
 
 
 def test_ppo_with_a_critic_of_its_own_learns_values_and_resumes(place):

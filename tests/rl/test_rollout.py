@@ -368,8 +368,8 @@ def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
 
 
 def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
-    beside = {"reward": heads.Scorer(Adapter(rank=2))}
-    whole_model = adapted(heads.with_scorers(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
+    beside = {"reward": heads.HeadSettings(Adapter(rank=2))}
+    whole_model = adapted(heads.with_heads(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
     random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
     whole = tree.map_with_path(random, param.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
     asked, tokens = some(LENGTHS)

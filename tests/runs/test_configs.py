@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxft import tree
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs import config, record
@@ -125,7 +125,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     critic = lambda *argv: config.load("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
     judge = config.load("configs/ppo.py", []).beside["reward"]
     assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
-    assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == Scorer()
+    assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
     with pytest.raises(ValueError, match="critic=reward starts from a reward model's adapter"):
         critic("reward=jaxft.rl.rewards:exact", "critic=reward")

@@ -20,7 +20,7 @@ FORMS = {
     "nf4, plain scales": Quant("nf4", 16, False), "fp4": Quant("fp4", 32), "affine4": Quant("affine4", 16),
     "a short block": Quant("nf4", 48, targets="layers/(attn/(q|v)|mlp/gate)"),
     "tables too": Quant("nf4", 16, targets="embed|head|layers/attn/.*"),
-    "tables in int8": Quant("int8", targets="embed|head|layers/mlp/.*"), "kept": Quant("kept"),
+    "tables in int8": Quant("int8", targets="embed|head|layers/mlp/.*"), "checkpoint": Quant("checkpoint"),
 }  # fmt: skip
 MESHES = {
     "1x8": dict(data=1, fsdp=8),

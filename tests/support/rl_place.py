@@ -17,7 +17,7 @@ from jaxft.rl.advantages import scaled
 from jaxft.rl.completions import Rules
 from jaxft.rl.estimators import actor_critic, by_group
 from jaxft.nn.lora import Adapter
-from jaxft.models.heads import Scorer, scores, view
+from jaxft.models.heads import HeadSettings, scores, view
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.preference import preference
 from jaxft.objectives.critic import Critic, value_function
@@ -76,7 +76,7 @@ def config(
                 rewards, estimate, scale=scaled if scale else None, cut_off=cut_off, warm_up=warm_up, target_kl=target_kl
             ),
         ),
-        beside={"critic": Scorer(None if shared or full_critic else Adapter(rank=4), weights="base" if full_critic else None)}
+        beside={"critic": HeadSettings(None if shared or full_critic else Adapter(rank=4), weights="base" if full_critic else None)}
         if ppo
         else {},
         adapter=Adapter(rank=4),

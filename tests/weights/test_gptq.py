@@ -201,7 +201,7 @@ def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quanti
     for name in ("base", "plain", "looked"):
         model = pretrained.model_for(str(place / name), dtype=jnp.float32)
         base = pretrained.load_frozen(
-            str(place / name), model, one_device(), None if name == "base" else Quant("kept")
+            str(place / name), model, one_device(), None if name == "base" else Quant("checkpoint")
         )
         logits[name] = np.asarray(model.logits(model.head(base), model.hidden(base, tokens)))
     off = {name: np.square(logits[name] - logits["base"]).mean() for name in ("plain", "looked")}

@@ -79,8 +79,8 @@ def folders(tmp_path_factory):
     return {"plain": plain, "tied": root / "tied", **{way: write_kept(root / way, way) for way in KEPT}}
 
 
-CASES = [("plain", form) for form in FORMS if form != "kept"] + [("tied", "bits"), ("tied", "nf4")]
-CASES += [(way, "kept") for way in KEPT]
+CASES = [("plain", form) for form in FORMS if form != "checkpoint"] + [("tied", "bits"), ("tied", "nf4")]
+CASES += [(way, "checkpoint") for way in KEPT]
 CASES += [
     ("gptq", "float32"),
     ("own nf4", "bits"),
@@ -99,9 +99,9 @@ TOGETHER += [
     ("plain", "nf4", ["2x2x2"]),
     ("tied", "nf4", ["1x8"]),
 ]
-TOGETHER += [(way, "kept", ["1x8"]) for way in KEPT] + [
+TOGETHER += [(way, "checkpoint", ["1x8"]) for way in KEPT] + [
     ("own nf4", "bits", ["1x8"]),
-    ("gptq, act-order", "kept", ["mixed"]),
+    ("gptq, act-order", "checkpoint", ["mixed"]),
 ]
 
 
@@ -121,7 +121,7 @@ def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
         )
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "kept")])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "checkpoint")])
 def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
     state = {}
     for path in folders["plain"].glob("*.safetensors"):

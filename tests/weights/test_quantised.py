@@ -48,7 +48,7 @@ def one_device():
 def kept(ref, dtype=jnp.float32):
     """(model, Trained, base) of a checkpoint held as its files hold it."""
     model = pretrained.model_for(str(ref), dtype=dtype)
-    t = partition.partition_params(model, Adapter(rank=2), None, Quant("kept"), str(ref))
+    t = partition.partition_params(model, Adapter(rank=2), None, Quant("checkpoint"), str(ref))
     return model, t, pretrained.load_base(str(ref), t.stored, one_device())
 
 
@@ -316,7 +316,8 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
         pretrained.open_tensors(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
     with pytest.raises(
-        ValueError, match="plain: holds no weights packed as quant=kept would keep them; use another quant"
+        ValueError,
+        match="plain: holds no weights packed as quant=checkpoint would keep them; use another quant",
     ):
         kept(plain)
     folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
@@ -328,8 +329,8 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
         with pytest.raises(ValueError, match="is no state of a 4-bit weight"):
             pretrained.open_tensors(str(folder))
     for changes in (dict(block=64), dict(double=True)):
-        with pytest.raises(ValueError, match="quant=kept takes blocks and scales from the files"):
-            Quant("kept", **changes)
+        with pytest.raises(ValueError, match="quant=checkpoint takes blocks and scales from the files"):
+            Quant("checkpoint", **changes)
 
 
 # GGUF
@@ -353,7 +354,7 @@ def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     )
     assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
     head = partition.partition_params(
-        model, Adapter(rank=2), None, Quant("kept", targets="layers/.*|head"), str(path)
+        model, Adapter(rank=2), None, Quant("checkpoint", targets="layers/.*|head"), str(path)
     )
     whole = pretrained.load_base(str(path), head.stored, one_device())
     same(dequantize(whole["head"]), plain["head"])
@@ -424,13 +425,17 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
         if (place.folder / "wide" / name).is_file():
             shutil.copy(place.folder / "wide" / name, base / name)
     argv = ["samples=0", "steps=3"]
-    for name, model, quant in (("loaded", "wide", "nf4"), ("saved", "nf4", "kept"), ("asked", "nf4", "nf4")):
+    for name, model, quant in (
+        ("loaded", "wide", "nf4"),
+        ("saved", "nf4", "checkpoint"),
+        ("asked", "nf4", "nf4"),
+    ):
         assert place.run(*argv, f"model={model}", f"quant={quant}", f"name={name}") == 0, place.err()
     assert place.metrics("loaded") == place.metrics("saved") == place.metrics("asked")
     assert "frozen: " in place.out() and "weights packed" not in place.out()
     assert place.run(*argv, "model=nf4", "quant=int4", "name=again") == 0, place.err()
     assert (
-        "weights packed by bitsandbytes and rounded again to int4; quant=kept leaves them as they are: layers/"
+        "weights packed by bitsandbytes and rounded again to int4; quant=checkpoint leaves them as they are: layers/"
         in place.out()
     )
 

@@ -12,7 +12,7 @@ from test_reward_model import in_torch, one_device
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
 from jaxft.models import heads
-from jaxft.models.heads import Scorer
+from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train import export, partition
@@ -32,12 +32,12 @@ def base(request, tmp_path_factory):
 
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
-    model = heads.scorer(pretrained.model_for(str(folder), dtype=jnp.float32))
+    model = heads.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
     t, mesh = partition.partition_params(model, adapter, None), one_device()
     whole = pretrained.load_base(str(folder), t.stored, mesh)
     whole = {
         "base": whole,
-        **init.init_all_but_base(t.model, mesh, seed, Scorer(adapter, start), str(folder)),
+        **init.init_all_but_base(t.model, mesh, seed, HeadSettings(adapter, start), str(folder)),
     }
     if adapter and start is None:
 
@@ -56,7 +56,7 @@ def saved(t, whole, base, out, adapter=SETTINGS):
     """The folder that a run writes."""
     run = SimpleNamespace(
         adapter=adapter,
-        model=heads.scorer(pretrained.model_for(str(base), dtype=jnp.float32)),
+        model=heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
         weights=str(base),
     )
     return export.export_run(t, whole, run, tiny_tokenizer(), out)
@@ -120,7 +120,10 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     t, whole = begun(base, adapter)
     tokens = some_tokens()
     if adapter:
-        folder, model = tmp_path / "merged", heads.scorer(pretrained.model_for(str(base), dtype=jnp.float32))
+        folder, model = (
+            tmp_path / "merged",
+            heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
+        )
         export.write(
             folder,
             export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))),
@@ -157,11 +160,14 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     )
     assert fresh["score"].std() > 0.01
     folder = saved(t, whole, base, tmp_path)
-    beside = {"critic": Scorer(settings, str(folder)), "judge": Scorer(settings, str(folder), trained=False)}
+    beside = {
+        "critic": HeadSettings(settings, str(folder)),
+        "judge": HeadSettings(settings, str(folder), trained=False),
+    }
     policy = partition.partition_params(
-        heads.with_scorers(language, beside), None, partition.trainable_patterns(language, None, None, beside)
+        heads.with_heads(language, beside), None, partition.trainable_patterns(language, None, None, beside)
     )
-    found = init.init_all_but_base(policy.model, one_device(), 0, Scorer(), str(base), beside)
+    found = init.init_all_but_base(policy.model, one_device(), 0, HeadSettings(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
@@ -169,12 +175,12 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
             partition.partition_params(language, settings, None).model,
             one_device(),
             0,
-            Scorer(settings, str(folder)),
+            HeadSettings(settings, str(folder)),
         )
     with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
-        judge = {"judge": Scorer(settings, str(tmp_path / "sft"), trained=False)}
-        frozen = partition.partition_params(heads.with_scorers(language, judge), None, None)
-        init.init_all_but_base(frozen.model, one_device(), 0, Scorer(), str(base), judge)
+        judge = {"judge": HeadSettings(settings, str(tmp_path / "sft"), trained=False)}
+        frozen = partition.partition_params(heads.with_heads(language, judge), None, None)
+        init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
 
 
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
