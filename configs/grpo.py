@@ -8,12 +8,12 @@ of 8 x 8 short answers and its step take about 9 seconds on two CPU cores withou
 reward is a function of (prompt, completion, row), see jaxft.rl.rewards; several are added. Advantages, weights of tokens and losses
 combine freely:
 
-    GRPO         weigh=jaxft.rl.advantages:sequence_mean, as in the paper; without it every token weighs the same, TRL's default
-    Dr. GRPO     advantage=jaxft.rl.advantages:centred weigh=jaxft.rl.advantages:constant_length
-    DAPO         keep=jaxft.rl.advantages:varied eps_high=0.28 overlong=2
-    GSPO         loss=jaxft.objectives.policy_losses:gspo weigh=jaxft.rl.advantages:sequence_mean
-    RLOO         advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:policy_gradient weigh=jaxft.rl.advantages:sequence_sum
-                 beta=0.05 kl_in=rewards
+    GRPO         token_weights=jaxft.rl.token_weights:sequence_mean, as in the paper; without it every token weighs the same, TRL's default
+    Dr. GRPO     advantage=jaxft.rl.advantages:centred token_weights=jaxft.rl.token_weights:constant_length
+    DAPO         filter=jaxft.rl.advantages:nonconstant_groups eps_high=0.28 overlong=2
+    GSPO         loss=jaxft.objectives.policy_losses:gspo token_weights=jaxft.rl.token_weights:sequence_mean
+    RLOO         advantage=jaxft.rl.advantages:rloo loss=jaxft.objectives.policy_losses:policy_gradient
+                 token_weights=jaxft.rl.token_weights:sequence_sum beta=0.05 kl_in=rewards
     REINFORCE++  estimate=jaxft.rl.estimators:reinforce beta=0.01 kl_in=rewards
     with a group's baseline  estimate=jaxft.rl.estimators:group_whitened
 """
@@ -30,12 +30,13 @@ from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped, policy_gradient
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.advantages import grpo, token_mean, weighted_sum
-from jaxft.rl.completions import Rules, bounded
+from jaxft.rl.advantages import grpo, weighted_sum
 from jaxft.rl.estimators import by_group
-from jaxft.rl.reward_models import as_reward
+from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.token_weights import token_mean
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
@@ -50,7 +51,7 @@ def config(
     name: str = "grpo",
     start: str | None = None,
     rewards: tuple[Callable, ...] = (exact,),
-    weights: tuple[float, ...] = (),  # of the rewards, and of judge after them; 1 each
+    reward_weights: tuple[float, ...] = (),  # of the rewards, and of judge after them; 1 each
     combine: Callable = weighted_sum,  # of several rewards; sum_of_known lets one leave completions to the others
     judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
     missing_eos: float = 0.0,  # is taken from the score of an answer without an end
@@ -58,9 +59,9 @@ def config(
     | None = None,  # so many tokens before the limit a score begins to fall, by 1 at the limit (DAPO)
     advantage: Callable | None = None,  # jaxft.rl.advantages:grpo
     estimate: Callable | None = None,  # in its place
-    weigh: Callable = token_mean,
-    keep: Callable | None = None,
-    cut_off: bool = True,  # whether answers without an end are learned from
+    token_weights: Callable = token_mean,
+    filter: Callable | None = None,
+    train_on_truncated: bool = True,  # whether answers without an end are learned from
     loss: Callable = clipped,
     eps_low: float | None = None,  # the loss's own clipping bounds
     eps_high: float | None = None,
@@ -89,7 +90,7 @@ def config(
     beside: dict[str, HeadSettings] = {}
     given: tuple[Any, ...] = rewards
     if judge is not None:
-        beside, model_of = as_reward(
+        beside, model_of = find_reward_model(
             judge, llm, None if quant in ("none", "checkpoint") else Quant(quant), max_prompt + max_new
         )
         given = (*rewards, model_of)
@@ -105,7 +106,7 @@ def config(
         raise ValueError("kl_in=rewards takes a beta above 0")
     found = estimate or partial(by_group, advantage=advantage or grpo)
     shape = partial(
-        bounded, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong)
+        shape_scores, missing_eos=missing_eos, overlong=None if overlong is None else (max_new, overlong)
     )
     penalty = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     return Run(
@@ -118,7 +119,10 @@ def config(
         data=Rollouts(
             data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group,
             temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, epochs=epochs, seed=seed,
-            rules=Rules(given, found, weigh, weights, combine, shape, keep=keep, cut_off=cut_off),
+            rules=Rules(
+                given, found, token_weights, reward_weights, combine, shape, filter=filter,
+                train_on_truncated=train_on_truncated,
+            ),
         ),
         adapter=adapter_settings(start, rank, llm),
         start=start,

@@ -21,10 +21,10 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.completions import Rules
 from jaxft.rl.online_pairs import OnlinePairs
-from jaxft.rl.reward_models import as_reward
+from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import exact
+from jaxft.rl.rules import Rules
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
@@ -62,7 +62,7 @@ def config(
     beside: dict[str, HeadSettings] = {}
     judge: Any = reward
     if isinstance(reward, str):
-        beside, judge = as_reward(
+        beside, judge = find_reward_model(
             reward, llm, None if quant in ("none", "checkpoint") else Quant(quant), max_prompt + max_new
         )
     return Run(

@@ -29,14 +29,14 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
-from jaxft.objectives.policy import policy
+from jaxft.objectives.policy import policy, with_target_kl
 from jaxft.objectives.policy_losses import clipped
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.advantages import scaled, token_mean
-from jaxft.rl.completions import Rules, bounded
+from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
-from jaxft.rl.reward_models import as_reward
+from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules, shape_scores
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
@@ -46,14 +46,15 @@ SHIPPED, QUESTIONS = "configs/data/pairs.jsonl", "configs/data/pairs_held_out.js
 
 def objective(
     model: Any, loss: Callable, penalty: KLInReward, temperature: float, critic: tuple[float, float | None], entropy: float,
-    shared: bool,
+    shared: bool, target_kl: float | None,
 ) -> Any:  # fmt: skip
     """The KL is in the rewards, so that the loss has none of it; the critic is a pass of its own, or `shared` a head that reads
     the policy's hidden states and leaves them as they are: its gradient would move the policy more than the rewards do."""
     still = jax.lax.stop_gradient
     hidden = lambda params, batch, h: still(h) if shared else model.hidden(view(params, "critic"), batch)  # noqa: E731
     value = value_function(hidden, lambda params, h: scores(view(params, "critic"), h))
-    return policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
+    trained = policy(model, loss, penalty, entropy, temperature, Critic(value, *critic))
+    return trained if target_kl is None else with_target_kl(trained, target_kl)
 
 
 def critic_of(kind: str, judge: HeadSettings | None, fresh: Adapter, model: str) -> HeadSettings:
@@ -117,16 +118,15 @@ def config(
     judge: Any = reward
     packed = None if quant in ("none", "checkpoint") else Quant(quant)
     if isinstance(reward, str):
-        beside, judge = as_reward(reward, llm, packed, max_prompt + max_new)
+        beside, judge = find_reward_model(reward, llm, packed, max_prompt + max_new)
     if critic == "auto":
         critic = "reward" if "reward" in beside else "shared"
     penalty: Any = (
         FixedKL(kl_coef, kl) if kl_target is None else AdaptiveKL(kl_coef, kl_target, 10_000 * passes, kl)
     )
     rules = Rules(
-        (judge,), partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl), token_mean,
-        shape=partial(bounded, missing_eos=missing_eos, limit=limit), scale=scaled if scale else None, warm_up=warm_up,
-        target_kl=target_kl,
+        (judge,), partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl), warm_up=warm_up,
+        shape=partial(shape_scores, missing_eos=missing_eos, limit=limit), scale=scale_scores if scale else None,
     )  # fmt: skip
     return Run(
         name=name,
@@ -135,6 +135,7 @@ def config(
         objective=partial(
             objective, loss=loss if eps is None else partial(loss, eps_low=eps, eps_high=eps), penalty=KLInReward(penalty),
             temperature=temperature, critic=(value_coef, value_clip), entropy=entropy, shared=critic == "shared",
+            target_kl=target_kl,
         ),
         data=Rollouts(
             data, held_out=held_out, max_prompt=max_prompt, max_new=max_new, batch=batch, group=group, eval_group=group,

@@ -70,7 +70,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = rows.open(tokenizer, sharding.row_shards(mesh))
-    loaded = reward_models.load(
+    loaded = reward_models.load_reward_model(
         ref,
         mesh,
         adapter,
@@ -84,7 +84,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
             lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
         )
         for batch in source.cover(range(len(source.keys))):
-            batch = batch if loaded.pad is None else reward_models.read_before(batch, loaded.pad)
+            batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
             seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:

@@ -191,8 +191,8 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
             )  # a critic may have a base of its own
             sizes[name] += _held(leaf)
     rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
-    judges = [reward for reward in rewards if hasattr(reward, "abstract")]
-    sizes |= {"reward models": sum(_held(judge.abstract(p.mesh)) for judge in judges)} if judges else {}
+    reward_models = sum(_held(reward.resident(p.mesh)) for reward in rewards)
+    sizes |= {"reward models": reward_models} if reward_models else {}
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 
 

@@ -14,10 +14,10 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Room, rounded, shapes
 from jaxft.distributed import sharding
 from jaxft.inference import generate
-from jaxft.rl import sampler as player
-from jaxft.rl.completions import ByScorer
 from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
+from jaxft.rl.sampler import score_tokens
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, placed, reference_step
 from jaxft.train.settings import Run
@@ -74,13 +74,13 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     sampler: Any = generate.make_sampler(p.trained.model, s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
     if not isinstance(data, OnlinePairs):
-        judge = jax.jit(partial(player.judged, p.objective))
+        judge = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
         batch = placed(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
-        if isinstance(reward, ByScorer):
-            score: Any = jax.jit(partial(player.scored, p.trained.model, reward))
+        if isinstance(reward, HeadReward):
+            score: Any = jax.jit(partial(head_scores, p.trained.model, reward))
             found.append(
                 Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch))
             )

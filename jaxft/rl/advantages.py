@@ -1,359 +1,287 @@
-"""From scores to advantages and weights, on the host and in float64; a Rollout takes them in float32.
+"""Turn the scores of a rollout into advantages: NumPy in float64, on the host.
 
-scores [G, N] are of G prompts with N completions each, and stay floating point from end to end. NaN is a completion that can't
-be scored: it is in nobody's mean, its advantage is 0, and `scorable` says where its weight must be 0. Where every scored
-completion of a group has the same score the group's advantages are exactly 0. Per-token arrays are [n, T] with `lengths` [n];
-what stands beyond a completion's length is not read, and is 0 in what comes back.
+Scores are [G, N]: N completions of each of G prompts, NaN for a completion without a score. Such a completion
+is in no mean and gets advantage 0; its weight must be 0 (`has_score` is the mask). If all scores of a group
+are equal, its advantages are exactly 0. Per-token arrays are [n, T] with lengths [n]; values beyond a
+completion's length are ignored in arguments and 0 in results.
 
-Advantage functions and weight rules combine freely. A weight rule gives the weight of each token of a completion, over a whole
-optimizer batch: keep [G, N] says which completions have a loss (scorable, not cut off, in a group that varies, ...). The
-weights of all tokens that have one sum to 1, but for constant_length and sequence_sum; where nothing is kept they are all 0.
+An advantage is a function (scores, lengths) -> advantages, both [G, N]; most ignore the lengths. Advantages
+and token weights (token_weights.py) combine freely.
 """
 
-import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
-Scores = Float[np.ndarray, "G N"]
-Flags = Bool[np.ndarray, "G N"]
-GroupLengths = Int[np.ndarray, "G N"]  # tokens of each completion, 0 for one that isn't there
+GroupScores = Float[np.ndarray, "G N"]
+GroupMask = Bool[np.ndarray, "G N"]
+GroupLengths = Int[np.ndarray, "G N"]  # tokens of each completion, 0 for an empty slot
+ScoresPerReward = Float[np.ndarray, "G N K"]  # of K rewards
 Lengths = Int[np.ndarray, " n"]
 PerToken = Float[np.ndarray, "n T"]
+Moments = Float[np.ndarray, "3"]  # count, mean, sum of squares about the mean; zeros at the start
+
+Advantage = Callable[[GroupScores, GroupLengths], GroupScores]
 
 # Scores
 
 
-def scorable(scores: Scores) -> Flags:
-    """Which completions have a score. Raises ValueError for scores that are not floating point, or infinite."""
-    x = np.asarray(scores)
-    if not np.issubdtype(x.dtype, np.floating):
+def has_score(scores: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+    """Return the mask of completions with a score. Raises ValueError for integer and for infinite scores."""
+    scores = np.asarray(scores)
+    if not np.issubdtype(scores.dtype, np.floating):
         raise ValueError(
-            f"scores are floating point with NaN for unscorable, found {x.dtype}; convert them with float()"
+            f"scores have dtype {scores.dtype}. Use floats, with NaN for a completion without a score."
         )
-    if np.isinf(x).any():
+    if np.isinf(scores).any():
+        count = int(np.isinf(scores).sum())
         raise ValueError(
-            f"{int(np.isinf(x).sum())} of {x.size} scores are infinite; give NaN for what can't be scored"
+            f"{count} of {scores.size} scores are infinite. Use NaN for a completion without a score."
         )
-    return ~np.isnan(x)
+    return ~np.isnan(scores)
 
 
-def varied(scores: Scores) -> Flags:
-    """Which completions are in a group whose scores differ: DAPO's dynamic filter (Yu et al. 2025, arXiv:2503.14476, eq. 11)."""
-    return np.broadcast_to(~_equal(scores), np.shape(scores))
+def nonconstant_groups(scores: GroupScores) -> GroupMask:
+    """Return the mask of completions whose group has different scores: DAPO (arXiv:2503.14476, eq. 11)."""
+    return np.broadcast_to(~_all_equal(scores), np.shape(scores))
 
 
-def missing_eos(scores: Scores, ended: Flags, penalty: float) -> Scores:
-    """Scores less `penalty` where a completion has no end-of-turn token (TRL's missing_eos_penalty), which is from 0 up."""
+def missing_eos(scores: GroupScores, ended: GroupMask, penalty: float) -> GroupScores:
+    """Subtract `penalty` (at least 0) from completions without an end token: TRL's missing_eos_penalty."""
     if penalty < 0:
-        raise ValueError(f"a penalty for a missing end is from 0 up, found {penalty}")
-    return _double(scores) - penalty * ~np.asarray(ended, bool)
+        raise ValueError(
+            f"missing_eos={penalty} would reward a missing end token. Use a number of at least 0."
+        )
+    return _float64(scores) - penalty * ~np.asarray(ended, bool)
 
 
-def overlong(lengths: GroupLengths, most: int, soft: int) -> Scores:
-    """What is added to a long completion's score: 0 up to most - soft tokens, from there linearly down to -1 at most.
+def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
+    """Return DAPO's soft overlong punishment, to add to the scores (arXiv:2503.14476, eq. 13).
 
-    DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13). Raises ValueError for a soft that is not in 1 .. most.
+    It is 0 up to max_new - soft tokens and falls linearly from there to -1. Raises ValueError if soft is not
+    in 1 .. max_new.
     """
-    if not 0 < soft <= most:
-        raise ValueError(f"overlong: soft is in 1 .. {most} (the most tokens), found {soft}")
-    return -np.clip((np.asarray(lengths, np.float64) - (most - soft)) / soft, 0, 1)
+    if not 0 < soft <= max_new:
+        raise ValueError(f"overlong={soft} is not between 1 and max_new={max_new} tokens.")
+    return -np.clip((np.asarray(lengths, np.float64) - (max_new - soft)) / soft, 0, 1)
 
 
-def clipped(scores: Scores, low: float, high: float) -> Scores:
-    """Scores held within [low, high]; NaN stays. Raises ValueError for an empty range."""
+def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
+    """Clip scores to [low, high]; NaN stays NaN. Raises ValueError for an empty range."""
     if not low < high:
-        raise ValueError(f"a range of scores has low < high, found {low} and {high}")
-    return np.clip(_double(scores), low, high)
+        raise ValueError(f"scores are clipped to [{low}, {high}], which is empty. Use low < high.")
+    return np.clip(_float64(scores), low, high)
 
 
-Moments = Float[np.ndarray, "3"]  # count, mean, sum of squares about the mean; zeros at the start
-
-
-def seen(moments: Moments, scores: Scores) -> Moments:
-    """The moments with more scores (Chan et al. 1979), NaN left out."""
-    x = _double(scores)[scorable(scores)]
-    n, mean, squares = _double(moments)
+def update_moments(moments: Moments, scores: GroupScores) -> Moments:
+    """Return the moments of all scores so far and these together (Chan et al. 1979). NaN is left out."""
+    x = _float64(scores)[has_score(scores)]
+    count, mean, squares = _float64(moments)
     if not len(x):
-        return np.array([n, mean, squares])
-    away, total = x.mean() - mean, n + len(x)
+        return np.array([count, mean, squares])
+    delta, total = x.mean() - mean, count + len(x)
     return np.array(
         [
             total,
-            mean + away * len(x) / total,
-            squares + np.square(x - x.mean()).sum() + away**2 * n * len(x) / total,
+            mean + delta * len(x) / total,
+            squares + np.square(x - x.mean()).sum() + delta**2 * count * len(x) / total,
         ]
     )
 
 
-def scaled(scores: Scores, moments: Moments) -> Scores:
-    """Scores over the running standard deviation (unbiased), which is 1 before two scores that differ were seen.
+def scale_scores(scores: GroupScores, moments: Moments) -> GroupScores:
+    """Divide scores by the running standard deviation (unbiased; 1 until two scores differ). The mean stays.
 
-    Engstrom et al. 2020 (arXiv:2005.12729), of scores in place of returns; TRL 0.11's use_score_scaling. The mean stays.
+    Engstrom et al. 2020 (arXiv:2005.12729) for scores instead of returns; TRL 0.11's use_score_scaling.
     """
-    n, _, squares = _double(moments)
-    return _double(scores) / (np.sqrt(squares / (n - 1)) if n > 1 and squares > 0 else 1.0)
+    count, _, squares = _float64(moments)
+    return _float64(scores) / (np.sqrt(squares / (count - 1)) if count > 1 and squares > 0 else 1.0)
 
 
-def weighted_sum(rewards: Float[np.ndarray, "G N K"], weights: Any) -> Scores:
-    """Scores of K rewards, `sum_k w_k r_k`: then any advantage function is TRL's sum_then_normalize.
-
-    A completion that one of them can't score has no score.
-    """
-    x, w = _several(rewards, weights)
+def weighted_sum(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupScores:
+    """Return `sum_k w_k r_k`, NaN if one of them is. With any advantage it is TRL's sum_then_normalize."""
+    x, w = _checked_weights(rewards, weights)
     return (w * x).sum(-1)
 
 
-def sum_of_known(rewards: Float[np.ndarray, "G N K"], weights: Any) -> Scores:
-    """weighted_sum over the rewards that give a completion a score: one that gives none counts as 0, as TRL's None does.
+def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupScores:
+    """Return `sum_k w_k r_k` over the rewards that are not NaN, NaN if all are: TRL's sum, where None counts
+    as 0.
 
-    For rewards that are meant for some of the rows only. NaN where all are.
+    For rewards that apply to some of the rows only.
     """
-    x, w = _several(rewards, weights)
+    x, w = _checked_weights(rewards, weights)
     return np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * x, -1))
 
 
-def normalised_sum(rewards: Float[np.ndarray, "G N K"], weights: Any, eps: float = 1e-4) -> Scores:
-    """Advantages of K rewards of which each is made a grpo advantage first, then summed, then standardised over the batch.
+def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: float = 1e-4) -> GroupScores:
+    """Return advantages of K rewards: GRPO's of each reward, their weighted sum, standardised over the batch.
 
-    GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. estimates.by_each makes a run learn from it.
+    GDPO (arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. See estimators.by_each.
     """
-    x, w = _several(rewards, weights)
+    x, w = _checked_weights(rewards, weights)
     each = np.stack(
-        [np.where(np.isnan(x[..., k]), np.nan, grpo(x[..., k], eps)) for k in range(x.shape[-1])], -1
+        [np.where(np.isnan(x[..., k]), np.nan, grpo(x[..., k], eps=eps)) for k in range(x.shape[-1])], -1
     )
     return standardised((w * each).sum(-1), eps)
 
 
-def counts(scores: Scores) -> dict[str, float]:
-    """TRL's reward, reward_std (over the batch) and frac_reward_zero_std (groups that teach nothing), and frac_unscorable."""
-    known = scorable(scores)
-    x = _double(scores)[known]
-    out = {"frac_unscorable": float((~known).mean()), "frac_reward_zero_std": float(_equal(scores).mean())}
-    if len(x):
-        out["reward"] = float(x.mean())
-    if len(x) > 1:
-        out["reward_std"] = float(x.std(ddof=1))
-    return out
+# Advantages of completions
 
 
-def asks(fn: Any, name: str) -> bool:
-    """Whether a function has a parameter of that name which nothing has given a value yet."""
-    parameter = inspect.signature(fn).parameters.get(name)
-    return parameter is not None and parameter.default is inspect.Parameter.empty
+def centred(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
+    """`r - mean of the group`: Dr. GRPO (Liu et al. 2025, arXiv:2503.20783). TRL's scale_rewards=none."""
+    return _zero_without_score(_centred(scores), scores)
 
 
-def check_takes(fn: Any, name: str, first: tuple[str, ...], more: tuple[str, ...]) -> None:
-    """Raise ValueError where `fn` can't be called with `first` in their places and those of `more` that it asks for by name."""
-    try:
-        inspect.signature(fn).bind(*first, **{other: other for other in more if asks(fn, other)})
-    except TypeError as error:
-        told = f"{name}={getattr(fn, '__name__', fn)} can't be called with ({', '.join(first)}): {error}"
-        raise ValueError(f"{told}; it may ask for {', '.join(more)} too" if more else told) from error
+def grpo(scores: GroupScores, lengths: GroupLengths | None = None, eps: float = 1e-4) -> GroupScores:
+    """`(r - mean) / (std + eps)` of the group, std unbiased (Shao et al. 2024, arXiv:2402.03300).
+
+    TRL's scale_rewards=group.
+    """
+    delta = _centred(scores)
+    free = np.maximum(has_score(scores).sum(1, keepdims=True) - 1, 1)
+    return _zero_without_score(delta / (np.sqrt(np.nansum(delta**2, 1, keepdims=True) / free) + eps), scores)
 
 
-# Advantages of groups
-
-
-def centred(scores: Scores) -> Scores:
-    """`r - mean of the group`: Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783). TRL's scale_rewards=none."""
-    return _known(_centred(scores), scores)
-
-
-def grpo(scores: Scores, eps: float = 1e-4) -> Scores:
-    """`(r - mean) / (std + eps)` of the group, std unbiased (Shao et al. 2024, arXiv:2402.03300); TRL's scale_rewards=group."""
-    away = _centred(scores)
-    free = np.maximum(scorable(scores).sum(1, keepdims=True) - 1, 1)
-    return _known(away / (np.sqrt(np.nansum(away**2, 1, keepdims=True) / free) + eps), scores)
-
-
-def grpo_batch(scores: Scores, eps: float = 1e-4) -> Scores:
+def grpo_batch(scores: GroupScores, lengths: GroupLengths | None = None, eps: float = 1e-4) -> GroupScores:
     """`(r - mean of the group) / (std of all scores + eps)` (arXiv:2508.08221); TRL's scale_rewards=batch."""
-    x = _double(scores)[scorable(scores)]
-    return _known(_centred(scores) / ((x.std(ddof=1) if len(x) > 1 else 0.0) + eps), scores)
+    x = _float64(scores)[has_score(scores)]
+    return _zero_without_score(_centred(scores) / ((x.std(ddof=1) if len(x) > 1 else 0.0) + eps), scores)
 
 
-def rloo(scores: Scores) -> Scores:
-    """`r - mean of the group's others` (Ahmadian et al. 2024, arXiv:2402.14740). Alone in its group a completion has 0."""
-    n = scorable(scores).sum(1, keepdims=True)
-    return _known(_centred(scores) * n / np.maximum(n - 1, 1), scores)
+def rloo(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
+    """`r - mean of the others in the group` (Ahmadian et al. 2024, arXiv:2402.14740); 0 in a group of one."""
+    n = has_score(scores).sum(1, keepdims=True)
+    return _zero_without_score(_centred(scores) * n / np.maximum(n - 1, 1), scores)
 
 
-def opo(scores: Scores, lengths: GroupLengths) -> Scores:
-    """`r - sum |y| r / sum |y|` over the group: the baseline of least variance (Hao et al. 2025, arXiv:2505.23585)."""
-    x, n = _double(scores), np.where(scorable(scores), np.asarray(lengths, np.float64), 0)
+def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
+    """`r - sum |y| r / sum |y|` of the group: the optimal baseline (Hao et al. 2025, arXiv:2505.23585)."""
+    x, n = _float64(scores), np.where(has_score(scores), np.asarray(lengths, np.float64), 0)
     base = np.nansum(n * x, 1, keepdims=True) / np.maximum(n.sum(1, keepdims=True), 1)
-    return _known(np.where(_equal(scores), x * 0, x - base), scores)
+    return _zero_without_score(np.where(_all_equal(scores), x * 0, x - base), scores)
 
 
-def remax(scores: Scores, greedy: Float[np.ndarray, " G"]) -> Scores:
-    """`r - score of the greedy completion` (Li et al. 2023, arXiv:2310.10505). 0 where the greedy one has no score."""
-    return _known(_double(scores) - _double(greedy)[:, None], scores)
+def remax(scores: GroupScores, *, greedy: Float[np.ndarray, " G"]) -> GroupScores:
+    """`r - score of the greedy completion`, 0 if that has no score (Li et al. 2023, arXiv:2310.10505)."""
+    return _zero_without_score(_float64(scores) - _float64(greedy)[:, None], scores)
 
 
-OF_GROUPS = (centred, grpo, grpo_batch, rloo, opo)  # those that compare the completions of a group
-
-
-def standardised(advantages: Scores, eps: float = 1e-4) -> Scores:
-    """`(A - mean) / (std + eps)` over the batch, NaN left out; TRL's RLOO normalize_advantages. 0 where all are equal."""
-    x = _double(advantages)
-    known = x[~np.isnan(x)]
-    if not len(known) or known.max() == known.min():
-        return _known(x * 0, x)
-    return _known((x - known.mean()) / (known.std(ddof=1) + eps), x)
+def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
+    """`(A - mean) / (std + eps)` over the batch, 0 if all are equal; TRL's RLOO normalize_advantages."""
+    x = _float64(advantages)
+    valid = x[~np.isnan(x)]
+    if not len(valid) or valid.max() == valid.min():
+        return _zero_without_score(x * 0, x)
+    return _zero_without_score((x - valid.mean()) / (valid.std(ddof=1) + eps), x)
 
 
 # Advantages of tokens
 
 
-def inside(lengths: Lengths, length: int) -> Bool[np.ndarray, "n T"]:
-    """Which of `length` places hold a token of the completion."""
-    return np.arange(length) < np.asarray(lengths)[:, None]
+def token_mask(lengths: Lengths, size: int) -> Bool[np.ndarray, "n T"]:
+    """Return the mask [n, size] of the tokens of each completion."""
+    return np.arange(size) < np.asarray(lengths)[:, None]
 
 
 def token_rewards(
     kl: PerToken, scores: Float[np.ndarray, " n"], lengths: Lengths, kl_coef: float
 ) -> PerToken:
-    """`-kl_coef kl_t`, and the score added at the last token (Ziegler et al. 2019, arXiv:1909.08593, eq. 2).
+    """Return `-kl_coef kl_t` with the score added at the last token (Ziegler et al. 2019, arXiv:1909.08593,
+    eq. 2).
 
-    A completion that can't be scored has no reward at all, so that what is made of it is finite; it must not be kept. TRL puts
-    the score one place later, where padding follows the last token.
+    A completion without a score has reward 0 at every token, so that everything computed from it stays
+    finite; its weight must be 0. TRL adds the score one position later if padding follows the last token.
     """
-    lengths, here = np.asarray(lengths), scorable(scores) & (np.asarray(lengths) > 0)
-    rewards = np.where(inside(lengths * here, kl.shape[1]), -kl_coef * _double(kl), 0)
-    rewards[np.flatnonzero(here), lengths[here] - 1] += _double(scores)[here]
+    lengths, valid = np.asarray(lengths), has_score(scores) & (np.asarray(lengths) > 0)
+    rewards = np.where(token_mask(lengths * valid, kl.shape[1]), -kl_coef * _float64(kl), 0)
+    rewards[np.flatnonzero(valid), lengths[valid] - 1] += _float64(scores)[valid]
     return rewards
 
 
-def gae(rewards: PerToken, values: PerToken, lengths: Lengths, gamma: float = 1.0, lam: float = 0.95) -> Any:
-    """(advantages, returns) [n, T]: `A_t = sum_l (gamma lam)^l d_(t+l)`, `d_t = r_t + gamma V_(t+1) - V_t`, `R_t = A_t + V_t`.
+def gae(
+    rewards: PerToken, values: PerToken, lengths: Lengths, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[PerToken, PerToken]:
+    """Return (advantages, returns): `A_t = sum_l (gamma lam)^l d_(t+l)`, `d_t = r_t + gamma V_(t+1) - V_t`,
+    `R_t = A_t + V_t`.
 
-    Schulman et al. 2015 (arXiv:1506.02438, eq. 16). The value after the last token is 0: a completion that is cut off ends there
-    too. Whiten the advantages afterwards, so that returns stay returns. Raises ValueError for a gamma or lam beyond [0, 1].
+    Schulman et al. 2015 (arXiv:1506.02438, eq. 16). The value after the last token is 0, also for a truncated
+    completion. Whiten the advantages afterwards, so that returns stay returns. Raises ValueError if gamma or
+    lam is not in [0, 1].
     """
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma and lam are in [0, 1], found {gamma} and {lam}")
-    r, v, real = _double(rewards), _double(values), inside(lengths, rewards.shape[1])
-    r, v = np.where(real, r, 0), np.where(real, v, 0)
-    out, later = np.zeros_like(r), np.zeros(len(r))
-    after = np.pad(v[:, 1:], ((0, 0), (0, 1)))
+        raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1].")
+    mask = token_mask(lengths, rewards.shape[1])
+    r, v = np.where(mask, _float64(rewards), 0), np.where(mask, _float64(values), 0)
+    advantages, after = np.zeros_like(r), np.zeros(len(r))
+    next_values = np.pad(v[:, 1:], ((0, 0), (0, 1)))
     for t in reversed(range(r.shape[1])):
-        later = np.where(real[:, t], r[:, t] + gamma * after[:, t] - v[:, t] + gamma * lam * later, 0)
-        out[:, t] = later
-    return out, out + v
+        delta = r[:, t] + gamma * next_values[:, t] - v[:, t]
+        after = np.where(mask[:, t], delta + gamma * lam * after, 0)
+        advantages[:, t] = after
+    return advantages, advantages + v
 
 
 def returns_to_go(rewards: PerToken, lengths: Lengths, gamma: float = 1.0) -> PerToken:
-    """`R_t = r_t + gamma R_(t+1)`: whitened they are the advantages of REINFORCE++ (Hu et al. 2025, arXiv:2501.03262)."""
-    return gae(rewards, np.zeros_like(_double(rewards)), lengths, gamma, 1.0)[0]
+    """Return `R_t = r_t + gamma R_(t+1)`; whitened, it is REINFORCE++ (Hu et al. 2025, arXiv:2501.03262)."""
+    return gae(rewards, np.zeros_like(_float64(rewards)), lengths, gamma, 1.0)[0]
 
 
-def at_tokens(advantages: Scores, lengths: GroupLengths, length: int) -> PerToken:
-    """A number of each completion at each of its tokens, [G N, length].
+def per_token(x: GroupScores, lengths: GroupLengths, size: int) -> PerToken:
+    """Repeat a value of each completion [G, N] at its tokens, [G N, size].
 
-    whiten(at_tokens(centred(scores), ...), ...) is REINFORCE++ with a group's baseline (arXiv:2501.03262).
+    whiten(per_token(centred(scores), ...), ...) is REINFORCE++ with a group baseline (arXiv:2501.03262).
     """
     flat = np.asarray(lengths).ravel()
-    return np.where(inside(flat, length), _double(advantages).reshape(len(flat), 1), 0)
+    return np.where(token_mask(flat, size), _float64(x).reshape(len(flat), 1), 0)
 
 
-def whiten(x: PerToken, where: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
-    """`(x - mean) / sqrt(var + eps)` over the places of `where`, var unbiased as in TRL; 0 elsewhere, and where all are equal."""
-    known = _double(x)[where]
-    if not len(known) or known.max() == known.min():
+def whiten(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
+    """Return `(x - mean) / sqrt(var + eps)` over the mask, var unbiased; 0 elsewhere and if all are equal."""
+    valid = _float64(x)[mask]
+    if not len(valid) or valid.max() == valid.min():
         return np.zeros(x.shape)
-    return np.where(where, (x - known.mean()) / np.sqrt(known.var(ddof=1) + eps), 0)
+    return np.where(mask, (x - valid.mean()) / np.sqrt(valid.var(ddof=1) + eps), 0)
 
 
-def whiten_around_mean(x: PerToken, where: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
-    """whiten, with the mean added again: how TRL whitens rewards (shift_mean=False)."""
-    mean = _double(x)[where].mean() if np.any(where) else 0.0
-    return np.where(where, whiten(x, where, eps) + mean, 0)
+def whiten_around_mean(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
+    """Whiten and add the mean again, as TRL whitens rewards (shift_mean=False)."""
+    mean = _float64(x)[mask].mean() if np.any(mask) else 0.0
+    return np.where(mask, whiten(x, mask, eps) + mean, 0)
 
 
-# Weights of tokens
-
-
-def token_mean(lengths: GroupLengths, keep: Flags) -> Scores:
-    """Every token weighs the same: PPO's and DAPO's (arXiv:2503.14476, eq. 8)."""
-    keep = _kept(lengths, keep)
-    return _weights(keep, max(int((keep * lengths).sum()), 1))
-
-
-def sequence_mean(lengths: GroupLengths, keep: Flags) -> Scores:
-    """Every completion weighs the same, and so do the tokens of each: GRPO's (arXiv:2402.03300, eq. 3)."""
-    keep = _kept(lengths, keep)
-    return _weights(keep, np.maximum(lengths, 1) * max(int(keep.sum()), 1))
-
-
-def prompt_mean(lengths: GroupLengths, keep: Flags) -> Scores:
-    """Every group weighs the same, and so do all tokens of a group (ScaleRL, arXiv:2510.13786)."""
-    keep = _kept(lengths, keep)
-    tokens = (keep * lengths).sum(1, keepdims=True)
-    return _weights(keep, np.maximum(tokens, 1) * max(int((tokens > 0).sum()), 1))
-
-
-def constant_length(lengths: GroupLengths, keep: Flags, most: int) -> Scores:
-    """`1 / (completions * most)` a token: Dr. GRPO's (arXiv:2503.20783), most the length at which completions are cut off.
-
-    All completions count, kept or not, so that the divisor is a constant. So the weights sum to the mean over all completions
-    of (tokens that have a loss) / most, which is 1 only where all are kept and none ends early. Raises ValueError for a
-    completion longer than that.
-    """
-    if np.max(lengths, initial=0) > most:
-        raise ValueError(
-            f"constant_length: completions have at most {most} tokens, found {np.max(lengths)}; give the limit"
-        )
-    return _weights(_kept(lengths, keep), max(int((np.asarray(lengths) > 0).sum()), 1) * most)
-
-
-def sequence_sum(lengths: GroupLengths, keep: Flags) -> Scores:
-    """`1 / completions` a token: a completion weighs by its length, as in RLOO's policy gradient and LUSPO (arXiv:2602.05261).
-
-    The weights sum to the mean length of what is kept, and losses and gradients are as much larger.
-    """
-    keep = _kept(lengths, keep)
-    return _weights(keep, max(int(keep.sum()), 1))
-
-
-def _kept(lengths: Any, keep: Any) -> Any:
-    if np.shape(lengths) != np.shape(keep):
-        raise ValueError(
-            f"keep says of each completion whether it has a loss, {np.shape(lengths)}; found {np.shape(keep)}"
-        )
-    return np.asarray(keep, bool) & (np.asarray(lengths) > 0)
-
-
-def _weights(keep: Any, divisor: Any) -> Scores:
-    return keep / divisor
-
-
-def _double(x: Any) -> Any:
+def _float64(x: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return np.asarray(x, np.float64)
 
 
-def _known(x: Any, scores: Any) -> Scores:
+def _zero_without_score(x: GroupScores, scores: GroupScores) -> GroupScores:
     """0 where there is no score or no baseline for it."""
     return np.where(np.isnan(x) | np.isnan(scores), 0.0, x)
 
 
-def _equal(scores: Any) -> Any:
-    """Groups whose scored completions all have the same score, or that have none, [G, 1]."""
-    known, x = scorable(scores), _double(scores)
-    top, low = (np.where(known, x, fill) for fill in (-np.inf, np.inf))
-    return top.max(1, keepdims=True) <= low.min(1, keepdims=True)
+def _all_equal(scores: GroupScores) -> Bool[np.ndarray, "G 1"]:
+    """Mask of groups whose scores are all equal, or that have none."""
+    valid, x = has_score(scores), _float64(scores)
+    high, low = (np.where(valid, x, fill) for fill in (-np.inf, np.inf))
+    return high.max(1, keepdims=True) <= low.min(1, keepdims=True)
 
 
-def _centred(scores: Any) -> Any:
-    """`r - mean of the group` in float64, exactly 0 where all are equal (a mean of equal numbers may be off by a rounding)."""
-    known, x = scorable(scores), _double(scores)
-    mean = np.nansum(x, 1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
-    return np.where(_equal(scores), x * 0, x - mean)
+def _centred(scores: GroupScores) -> GroupScores:
+    """`r - mean of the group`, exactly 0 if all are equal: their mean may be off by a rounding."""
+    valid, x = has_score(scores), _float64(scores)
+    mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
+    return np.where(_all_equal(scores), x * 0, x - mean)
 
 
-def _several(rewards: Any, weights: Any) -> tuple[Any, Any]:
-    x, w = _double(rewards), _double(weights)
+def _checked_weights(
+    rewards: ScoresPerReward, weights: Sequence[float]
+) -> tuple[ScoresPerReward, Float[np.ndarray, " K"]]:
+    """Both in float64. Raises ValueError unless there is one weight for each reward."""
+    x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
-        raise ValueError(f"{x.shape[-1]} rewards need as many weights, found {w.shape}")
+        raise ValueError(
+            f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set one weight for each reward."
+        )
     return x, w

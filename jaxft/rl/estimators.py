@@ -1,155 +1,197 @@
-"""What a rollout's scores mean for each token: advantages, and returns where there is a critic. Host side, float64."""
+"""Estimate advantages of tokens, and returns for a critic, from the scores of a rollout.
 
+NumPy in float64, on the host.
+
+An estimator is a function RolloutScores -> Estimate; set its options with partial(actor_critic, lam=0.9).
+"""
+
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxft.rl import advantages as adv
+from jaxft.rl.advantages import Advantage, GroupLengths, GroupMask, GroupScores, PerToken, ScoresPerReward
+
+# Metrics, with TRL's names
+NON_SCORE_REWARD, RLHF_REWARD = "objective/non_score_reward", "objective/rlhf_reward"
+MEAN_SCORE, ENTROPY = "objective/scores", "objective/entropy"
+
+KLEstimate = Callable[[PerToken, PerToken], PerToken]  # (log-probs, the reference's) -> KL of each token
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A rollout as numbers: G prompts, N completions of each, n = G N of them in order; per-token arrays [n, S], 0 beyond the
-    length. scores: NaN where there is none; each: of every reward alone, as it was given, with its weight in `weights`. aux: has
-    the kl_coef of a penalty that belongs in the rewards (kl.KLInReward), else nothing."""
+class RolloutScores:
+    """Scores and log-probs of a rollout: N completions of each of G prompts, n = G N.
 
-    scores: Float[np.ndarray, "G N"]
-    lengths: Int[np.ndarray, "G N"]
-    ended: Bool[np.ndarray, "G N"]  # by a stop token, not by the limit
+    Per-token arrays are 0 beyond the length.
+
+    scores: NaN for a completion without a score. ended: by a stop token rather than by the limit. reference,
+    values: None without a reference or a critic. reward_scores: of each reward, before weights and shaping.
+    kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without one.
+    """
+
+    scores: GroupScores
+    lengths: GroupLengths
+    ended: GroupMask
     logps: Float[np.ndarray, "n S"]
     reference: Float[np.ndarray, "n S"] | None
     values: Float[np.ndarray, "n S"] | None
-    aux: dict[str, Any]
-    each: Float[np.ndarray, "G N K"] | None = None
-    weights: tuple[float, ...] = ()
+    reward_scores: ScoresPerReward
+    reward_weights: tuple[float, ...]
+    kl_coef: float | None = None
 
     @property
-    def inside(self) -> Bool[np.ndarray, "n S"]:
-        """Where there is a token of a completion that has a score."""
-        known = adv.scorable(self.scores)
-        return adv.inside((self.lengths * known).ravel(), self.logps.shape[1])
+    def token_mask(self) -> Bool[np.ndarray, "n S"]:
+        """Tokens of completions that have a score."""
+        return adv.token_mask(self.scored_lengths, self.logps.shape[1])
+
+    @property
+    def scored_lengths(self) -> Int[np.ndarray, " n"]:
+        """Tokens of each completion, 0 for one without a score."""
+        return (self.lengths * adv.has_score(self.scores)).ravel()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Advantages and returns [n, S]; numbers for the log, each a mean over the rollout."""
+    """Advantages and returns [n, S]; metrics, each a mean over the completions of the rollout."""
 
     advantages: Float[np.ndarray, "n S"]
     returns: Float[np.ndarray, "n S"] | None
-    told: dict[str, float]
+    metrics: dict[str, float]
+
+
+AdvantageEstimator = Callable[[RolloutScores], Estimate]
 
 
 def by_group(
-    sampled: Sampled, advantage: Callable = adv.grpo, kl_coef: float | None = None, kl: Callable | None = None
+    rollout: RolloutScores,
+    advantage: Advantage = adv.grpo,
+    kl_coef: float | None = None,
+    kl: KLEstimate | None = None,
 ) -> Estimate:
-    """Every token of a completion has the completion's advantage within its group: GRPO, Dr. GRPO, RLOO, OPO.
+    """Give every token its completion's advantage within the group: GRPO, Dr. GRPO, RLOO, OPO.
 
-    advantage(scores [G, N]) -> [G, N]; one that asks for `lengths` gets those of the completions. kl_coef: with a KL in the
-    rewards the scores are less kl_coef times the completion's KL, as in TRL's RLOO; see actor_critic.
+    With a KL penalty in the rewards, kl_coef times the completion's KL is subtracted from its score first, as
+    in TRL's RLOO. kl_coef, kl: as in actor_critic. Raises ValueError for an advantage that can't be called
+    with (scores, lengths).
     """
-    more = {"lengths": sampled.lengths} if adv.asks(advantage, "lengths") else {}
-    coef = _coef(sampled, kl_coef)
-    rewards, told = _rewards(sampled, coef, kl) if coef else (None, {})
-    scores = sampled.scores if rewards is None else _summed(rewards, sampled.scores)
-    return Estimate(
-        adv.at_tokens(advantage(scores, **more), sampled.lengths, sampled.logps.shape[1]), None, told
-    )
+    require_signature(advantage, "advantage", ("scores", "lengths"))
+    coef, scores = _kl_coef(rollout, kl_coef), rollout.scores
+    metrics: dict[str, float] = {}
+    if coef:
+        rewards, metrics = _token_rewards(rollout, coef, kl)
+        total = rewards.sum(1).reshape(scores.shape)
+        scores = np.where(adv.has_score(scores), total, np.nan)
+    return Estimate(_per_token(rollout, advantage(scores, rollout.lengths)), None, metrics)
 
 
-def by_each(sampled: Sampled) -> Estimate:
-    """Each reward is made an advantage within its group alone, then they are added and standardised (GDPO).
-
-    It takes the rewards as they were given, whatever shape and scale made of their sum.
-    """
-    if sampled.each is None:
-        raise ValueError("by_each needs the scores of each reward, and this rollout has their sum alone")
-    found = np.where(adv.scorable(sampled.scores), adv.normalised_sum(sampled.each, sampled.weights), 0)
-    return Estimate(adv.at_tokens(found, sampled.lengths, sampled.logps.shape[1]), None, {})
+def by_each(rollout: RolloutScores) -> Estimate:
+    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO."""
+    _require_no_kl(rollout, "by_each")
+    total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
+    return Estimate(_per_token(rollout, np.where(adv.has_score(rollout.scores), total, 0)), None, {})
 
 
-def group_whitened(sampled: Sampled) -> Estimate:
-    """REINFORCE++ with a group's baseline: the score less its group's mean, whitened over all tokens."""
-    spread = adv.at_tokens(adv.centred(sampled.scores), sampled.lengths, sampled.logps.shape[1])
-    return Estimate(adv.whiten(spread, sampled.inside), None, {})
+def group_whitened(rollout: RolloutScores) -> Estimate:
+    """Whiten the scores minus the group's mean over all tokens: REINFORCE++ with a group baseline."""
+    _require_no_kl(rollout, "group_whitened")
+    centred = _per_token(rollout, adv.centred(rollout.scores))
+    return Estimate(adv.whiten(centred, rollout.token_mask), None, {})
 
 
 def reinforce(
-    sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, kl: Callable | None = None
+    rollout: RolloutScores, kl_coef: float | None = None, gamma: float = 1.0, kl: KLEstimate | None = None
 ) -> Estimate:
-    """REINFORCE++ (arXiv:2501.03262): what is to come of score and -kl_coef KL, whitened over all tokens; see actor_critic."""
-    rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
-    return Estimate(adv.whiten(adv.returns_to_go(rewards, _flat(sampled), gamma), sampled.inside), None, told)
+    """Whiten the returns of score and KL penalty over all tokens: REINFORCE++ (arXiv:2501.03262).
+
+    Options: see actor_critic.
+    """
+    rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
+    returns = adv.returns_to_go(rewards, rollout.scored_lengths, gamma)
+    return Estimate(adv.whiten(returns, rollout.token_mask), None, metrics)
 
 
 def actor_critic(
-    sampled: Sampled, kl_coef: float | None = None, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
-    kl: Callable | None = None,
-) -> Estimate:  # fmt: skip
-    """PPO's: generalised advantages of `-kl_coef KL_t` and the score at the end, whitened; returns are made before whitening.
+    rollout: RolloutScores,
+    kl_coef: float | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten_rewards: bool = False,
+    kl: KLEstimate | None = None,
+) -> Estimate:
+    """Whiten generalised advantages of `-kl_coef KL_t` and the score at the last token: PPO.
 
-    kl_coef: None takes that of the objective's penalty where it is KLInReward(...), else 0. kl(logp, reference) -> per token, k1
-    by default.
+    Returns are computed before whitening.
+
+    kl_coef: None for the coefficient of the objective's KLInReward(...), 0 without one. kl: None for k1.
     """
-    if sampled.values is None:
+    if rollout.values is None:
         raise ValueError(
-            "actor_critic needs a critic's values; give policy(...) a value, or take an estimate without a critic"
+            "actor_critic needs a critic's values. Give policy(...) a `value`, or use another estimator."
         )
-    rewards, told = _rewards(sampled, _coef(sampled, kl_coef), kl)
+    rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
     if whiten_rewards:
-        rewards = adv.whiten_around_mean(rewards, sampled.inside)
-    found, returns = adv.gae(rewards, sampled.values, _flat(sampled), gamma, lam)
-    return Estimate(adv.whiten(found, sampled.inside), returns, told)
+        rewards = adv.whiten_around_mean(rewards, rollout.token_mask)
+    advantages, returns = adv.gae(rewards, rollout.values, rollout.scored_lengths, gamma, lam)
+    return Estimate(adv.whiten(advantages, rollout.token_mask), returns, metrics)
 
 
-KNOW_NO_KL = (by_each, group_whitened)
-
-
-def plain(fn: Any) -> Any:
-    """The function below partial(...)."""
-    while isinstance(fn, partial):
-        fn = fn.func
-    return fn
-
-
-def needs_a_group(estimate: Any) -> bool:
-    """Whether all advantages are 0 with one completion of each prompt."""
-    of = estimate.keywords.get("advantage", adv.grpo) if isinstance(estimate, partial) else adv.grpo
-    return plain(estimate) in KNOW_NO_KL or (plain(estimate) is by_group and plain(of) in adv.OF_GROUPS)
-
-
-def _coef(sampled: Sampled, given: float | None) -> float:
-    return float(sampled.aux.get("kl_coef", 0.0)) if given is None else given
-
-
-def _summed(rewards: Float[np.ndarray, "n S"], scores: Float[np.ndarray, "G N"]) -> Float[np.ndarray, "G N"]:
-    """What a completion's tokens have together, NaN where it has no score."""
-    return np.where(adv.scorable(scores), rewards.sum(1).reshape(scores.shape), np.nan)
-
-
-def _flat(sampled: Sampled) -> Int[np.ndarray, " n"]:
-    return (sampled.lengths * adv.scorable(sampled.scores)).ravel()
-
-
-def _rewards(
-    sampled: Sampled, coef: float, kl: Callable | None
-) -> tuple[Float[np.ndarray, "n S"], dict[str, float]]:
-    """Rewards of each token, and TRL's numbers about them."""
-    here, scores = sampled.inside, sampled.scores.ravel()
-    if coef and sampled.reference is None:
+def require_signature(fn: Callable, setting: str, arguments: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the setting, if `fn` can't be called with these positional arguments."""
+    try:
+        inspect.signature(fn).bind(*arguments)
+    except TypeError as error:
+        name = fn.__name__ if inspect.isfunction(fn) else repr(fn)
         raise ValueError(
-            f"a KL of {coef} in the rewards needs the reference's log-probs; give policy(...) beta=KLInReward(...)"
+            f"{setting}={name} can't be called with ({', '.join(arguments)}): {error}. Use these parameters."
+        ) from error
+
+
+def _kl_coef(rollout: RolloutScores, given: float | None) -> float:
+    if given is not None:
+        return given
+    return 0.0 if rollout.kl_coef is None else rollout.kl_coef
+
+
+def _require_no_kl(rollout: RolloutScores, name: str) -> None:
+    if rollout.kl_coef is not None:
+        raise ValueError(
+            f"{name} ignores the KL penalty that this objective leaves to the rewards. "
+            "Use a number as beta, or another estimate."
         )
-    away = np.zeros(here.shape)
-    if sampled.reference is not None:
-        away = np.asarray(kl(sampled.logps, sampled.reference)) if kl else sampled.logps - sampled.reference
-    away = np.where(here, away, 0)
-    count = max(int(adv.scorable(scores).sum()), 1)
-    penalty = -coef * away.sum() / count
-    mean, entropy = float(np.nansum(scores)) / count, -float(np.where(here, sampled.logps, 0).sum()) / count
-    told = {"objective/non_score_reward": penalty, "objective/rlhf_reward": penalty + mean}
-    told |= {"objective/scores": mean, "objective/entropy": entropy}
-    return adv.token_rewards(away, scores, _flat(sampled), coef), told
+
+
+def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
+    return adv.per_token(x, rollout.lengths, rollout.logps.shape[1])
+
+
+def _token_rewards(
+    rollout: RolloutScores, coef: float, kl: KLEstimate | None
+) -> tuple[PerToken, dict[str, float]]:
+    """(reward of each token, metrics of rewards and entropy)."""
+    mask, scores = rollout.token_mask, rollout.scores.ravel()
+    if coef and rollout.reference is None:
+        raise ValueError(
+            f"a KL penalty of {coef} in the rewards needs the reference's log-probs. Give policy(...) "
+            "beta=KLInReward(...)."
+        )
+    kl_values = np.zeros(mask.shape)
+    if rollout.reference is not None:
+        kl_values = (
+            np.asarray(kl(rollout.logps, rollout.reference)) if kl else rollout.logps - rollout.reference
+        )
+    kl_values = np.where(mask, kl_values, 0)
+    count = max(int(adv.has_score(scores).sum()), 1)
+    penalty = -coef * kl_values.sum() / count
+    mean = float(np.nansum(scores)) / count
+    entropy = -float(np.where(mask, rollout.logps, 0).sum()) / count
+    metrics = {
+        NON_SCORE_REWARD: penalty,
+        RLHF_REWARD: penalty + mean,
+        MEAN_SCORE: mean,
+        ENTROPY: entropy,
+    }
+    return adv.token_rewards(kl_values, scores, rollout.scored_lengths, coef), metrics

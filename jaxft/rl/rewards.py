@@ -1,145 +1,211 @@
-"""Rewards as plain functions of (prompt, completion, row), some that can be verified, and how a rollout is scored by them.
+"""The Reward type, plain functions as rewards, and functions that check an answer.
 
-A reward is a number; what raises, or gives None, NaN or no number is counted and leaves the completion without a score: it is
-learned from by nobody, and never silently worth 0.
+A reward function takes (prompt, completion, row) and returns a number. If it raises, or returns None, NaN or
+no number, the completion has no score: it is counted, excluded from training and from all means, and never
+silently worth 0.
 """
 
 import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
-Reward = Callable[[Any, str, dict[str, Any]], float]
+from jaxft.batch import TrainState
+from jaxft.distributed import processes
+from jaxft.rl.completions import Completions, Faults
+from jaxft.rl.programs import RolloutPrograms
+from jaxft.tree import Params
 
 SIGN, EXPONENT = r"(?:(?<![\w)])[-+])?", r"(?:[eE][-+]?\d+)?"  # 10-7 ends with a 7
 NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+){EXPONENT}")
 
 
-def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """1 where the completion is the row's answer but for white space and case, else 0."""
-    plain = lambda text: " ".join(str(text).split()).casefold()  # noqa: E731
-    return float(plain(completion) == plain(row[column]))
+class RewardScores(NamedTuple):
+    """The score of each of n completions by one reward, NaN for none, and what went wrong."""
+
+    scores: Float[np.ndarray, " n"]
+    faults: Faults = Faults()
 
 
-def last_number(text: Any) -> float | None:
-    """The last number in a text (after #### where GSM8K's mark stands), thousands separators allowed; None without one."""
-    found = NUMBER.findall(str(text).rpartition("####")[2].replace("\u2212", "-"))  # a typeset minus
-    return float(found[-1].replace(",", "")) if found else None
+ScoreCompletions = Callable[[Completions, TrainState], RewardScores]
 
 
-def number(
-    prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
-) -> float:
-    """1 where the last number in the completion is that of the row's answer, relatively within `tolerance`, else 0.
+@runtime_checkable
+class Reward(Protocol):
+    """A reward of completions. Rules wraps plain functions of (prompt, completion, row)."""
 
-    Raises ValueError for a row whose answer has no number.
+    @property
+    def name(self) -> str:
+        """The name in metrics and in completions.jsonl."""
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+        """Load and compile what the reward needs and return the function that scores."""
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the weights of a reward model of its own, None without one."""
+        return None
+
+    def resident(self, mesh: jax.sharding.Mesh) -> Params:
+        """Return shapes and shardings of what the reward stores on the devices in addition to the run."""
+        return {}
+
+
+@dataclass(frozen=True)
+class FunctionReward(Reward):
+    """A plain function of (prompt, completion, row) as a reward, called on the first process.
+
+    prompt: a string or a list of messages. row: the columns of the dataset row.
     """
-    wanted, found = last_number(row[column]), last_number(completion)
-    if wanted is None:
-        raise ValueError(f"column {column!r} holds no number: {row[column]!r}")
-    return float(found is not None and math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance))
+
+    fn: Callable[[Any, str, dict[str, Any]], float]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise ValueError(
+                f"reward {self.fn!r} is neither a function of (prompt, completion, row) nor a Reward. "
+                "Set rewards=module:function."
+            )
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        fn: Any = self.fn
+        while isinstance(fn, partial):
+            fn = fn.func
+        return str(getattr(fn, "__name__", type(fn).__name__))
+
+    def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
+        """Return the function that scores."""
+
+        def score(completions: Completions, state: TrainState) -> RewardScores:
+            prompts = completions.prompts
+
+            def on_first() -> list[Any]:
+                scores, faults = call_reward(
+                    self,
+                    [prompts.prompts[i] for i in completions.prompt_index],
+                    completions.texts,
+                    [(prompts.names[i], prompts.fields[i]) for i in completions.prompt_index],
+                )
+                return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
+
+            scores, *faults = processes.by_first(on_first)
+            return RewardScores(np.array(scores), Faults(*faults))
+
+        return score
 
 
-def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> float:
-    """1 where the whole completion, without white space around it, matches a regular expression, else 0."""
-    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)
-
-
-@dataclass
-class Faults:
-    """What went wrong while scoring: how often each kind, and the first one in words."""
-
-    counts: dict[str, int] = field(default_factory=lambda: {"raised": 0, "not_a_number": 0})
-    first: str = ""
-
-    def note(self, kind: str, text: str) -> float:
-        """Count one; the score that stands for it."""
-        self.counts[kind] += 1
-        self.first = self.first or text
-        return math.nan
-
-
-def name_of(reward: Any) -> str:
-    """What a reward is called in the log: the function's name, or a scorer's."""
-    while isinstance(reward, partial):
-        reward = reward.func
-    return str(getattr(reward, "__name__", None) or getattr(reward, "name", type(reward).__name__))
-
-
-def names_of(given: Sequence[Any]) -> list[str]:
-    """What several are called: one more of a name that was there before has its number behind it."""
-    names = [name_of(reward) for reward in given]
+def unique_names(rewards: Sequence[Reward]) -> list[str]:
+    """Return the names of rewards; the second reward of the same name gets the suffix _2, the third _3."""
+    names = [reward.name for reward in rewards]
     return [
         name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}"
         for i, name in enumerate(names)
     ]
 
 
-def scored(
-    rewards: Sequence[Reward],
-    asked: Sequence[Any],
+def call_reward(
+    reward: FunctionReward,
+    prompts: Sequence[Any],
     completions: Sequence[str],
     rows: Sequence[tuple[str, dict[str, Any]]],
-) -> tuple[Float[np.ndarray, "n K"], Faults]:
-    """The score of each completion by each reward, NaN where there is none, and what went wrong.
-
-    asked: each completion's prompt; rows: the name and the fields of its row. A reward gets copies, which it may change.
-    """
-    faults = Faults()
-    out = np.full((len(completions), len(rewards)), np.nan)
-    for k, reward in enumerate(rewards):
-        name = name_of(reward)
-        for i, (prompt, completion, (row, fields)) in enumerate(zip(asked, completions, rows, strict=True)):
-            try:
-                value = reward(copy.deepcopy(prompt), completion, copy.deepcopy(fields))
-            except (Exception, SystemExit) as error:  # a user's function may raise anything
-                told = " ".join(str(error).split())[:200]
-                out[i, k] = faults.note(
-                    "raised", f"reward {name} raised {type(error).__name__}: {told} ({row})"
-                )
-                continue
-            out[i, k] = _number(value, name, row, faults)
-    return out, faults
-
-
-def checked(
-    scores: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]], faults: Faults
-) -> Float[np.ndarray, " n"]:
-    """What a reward gave for all completions at once; what isn't finite is counted as elsewhere. Raises ValueError for another
-    number of scores than there are completions."""
-    found = np.asarray(scores)
-    if found.shape != (len(rows),):
-        raise ValueError(
-            f"reward {name} gave scores of shape {found.shape} for {len(rows)} completions; wanted one each"
-        )
-    return np.array([_number(value, name, row, faults) for value, (row, _) in zip(found, rows, strict=True)])
-
-
-def _number(value: Any, name: str, row: str, faults: Faults) -> float:
-    """A score, of whatever type has a real value; text has none, nor has an array of several."""
-    if (
-        not isinstance(value, str | bytes | complex | np.complexfloating)
-        and hasattr(value, "__float__")
-        and np.ndim(value) == 0
-    ):
+) -> RewardScores:
+    """Call a reward function for each completion, with copies that it may change. rows: names and columns."""
+    scores, faults = np.full(len(completions), np.nan), Faults()
+    for i, (prompt, completion, (row, columns)) in enumerate(zip(prompts, completions, rows, strict=True)):
         try:
-            score = float(value)
+            value = reward.fn(copy.deepcopy(prompt), completion, copy.deepcopy(columns))
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
+            text = " ".join(str(error).split())[:200]
+            message = f"reward {reward.name} raised {type(error).__name__}: {text} ({row})"
+            faults += Faults(raised=1, first=message)
+            continue
+        scores[i], fault = _finite_number(value, reward.name, row)
+        faults += fault
+    return RewardScores(scores, faults)
+
+
+def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
+    """Count the scores of a reward that are not finite and set them to NaN.
+
+    Raises ValueError for a wrong number of scores.
+    """
+    scores = np.asarray(scores)
+    if scores.shape != (len(row_names),):
+        raise ValueError(
+            f"reward {name} returned scores of shape {scores.shape} for {len(row_names)} completions. "
+            "Return one for each."
+        )
+    numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
+    return RewardScores(
+        np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())
+    )
+
+
+def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
+    """The score that a value is; NaN and a fault if it is no real number, such as a text or an array."""
+    score = math.nan
+    if not isinstance(value, str | bytes | complex | np.complexfloating):
+        try:
+            score = float(value) if np.ndim(value) == 0 else math.nan
         except (TypeError, ValueError, OverflowError):
             score = math.nan
-        if math.isfinite(score):
-            return score
-    return faults.note("not_a_number", f"reward {name} gave {_shown(value)}, wanted a finite number ({row})")
+    if math.isfinite(score):
+        return score, Faults()
+    message = f"reward {name} returned {_short_repr(value)}, expected a finite number ({row})"
+    return math.nan, Faults(not_a_number=1, first=message)
 
 
-def _shown(value: Any) -> str:
-    """A value in words, of whatever type: its own words may fail."""
+def _short_repr(value: Any) -> str:
+    """The type and repr of a value of any type, whose own repr may raise."""
     try:
         return f"{type(value).__name__} {value!r}"[:80]
     except Exception:
         return f"a {type(value).__name__}"
+
+
+# Reward functions
+
+
+def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
+    """Return 1 if the completion equals the row's answer up to white space and case, else 0."""
+    return float(_normalised(completion) == _normalised(row[column]))
+
+
+def number(
+    prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
+) -> float:
+    """Return 1 if the last number of the completion equals that of the row's answer within a relative
+    `tolerance`, else 0.
+
+    Raises ValueError for a row whose answer has no number.
+    """
+    expected, got = last_number(row[column]), last_number(completion)
+    if expected is None:
+        raise ValueError(f"column {column!r} has no number: {row[column]!r}")
+    return float(got is not None and math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance))
+
+
+def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> float:
+    """Return 1 if the whole completion, stripped of white space, matches a regular expression, else 0."""
+    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)
+
+
+def last_number(text: Any) -> float | None:
+    """Return the last number of a text, after GSM8K's #### if it has one; None without a number.
+
+    Thousands separators are allowed.
+    """
+    numbers = NUMBER.findall(str(text).rpartition("####")[2].replace("\u2212", "-"))  # a typeset minus
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _normalised(text: Any) -> str:
+    return " ".join(str(text).split()).casefold()

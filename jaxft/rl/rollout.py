@@ -1,239 +1,366 @@
-"""Rollouts: prompts are answered by the policy as it is, the answers are scored, and batches for a policy objective are made.
+"""Rollouts: sample completions with the current policy, score them, and make batches for a policy objective.
 
-Rollout number k is drawn when the run comes to step k * data.steps_per_rollout, from the state it has then, and gives that many optimizer
-steps. So a run is saved between rollouts only, and one that was interrupted draws the same completions again.
+Rollout k is sampled at step k * steps_per_rollout, with the state of that step, and used for that many steps.
+A run is therefore saved between rollouts only, and one that was interrupted samples the same completions
+again.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
-from jaxft.batch import TrainState
+from jaxft.batch import Rollout, TrainState
 from jaxft.data import prompts
 from jaxft.data.prompts import Asked, Prompts, Room
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
-from jaxft.rl import advantages as adv
-from jaxft.rl import estimators, rewards
-from jaxft.rl.completions import Completions, Learned, Rules, by_read
-from jaxft.rl.sampler import Player, means, told
-from jaxft.tree import Metrics
+from jaxft.distributed import processes
+from jaxft.objectives.objective import Objective
+from jaxft.rl.advantages import GroupScores, Moments, PerToken, has_score, per_token, update_moments
+from jaxft.rl.completions import ScoredCompletions, TrainingRollout, append_table
+from jaxft.rl.layout import RolloutShapes, rollout_shapes, to_microbatches, to_rows
+from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
+from jaxft.rl.programs import BoundRun, RolloutPrograms
+from jaxft.rl.rules import Rules
+from jaxft.rl.sampler import RolloutScorer, Sampler, compile_sampler, compile_scorer
+from jaxft.rl.token_weights import token_mean
+from jaxft.tree import Batch, Metrics
 
-SHARES = (0.25, 0.5, 1.0)  # rows are as long as such a share of the longest completions needs
-
-
-@dataclass(frozen=True)
-class BoundRun:
-    """The compiled run that a source samples completions with.
-
-    stop: tokens that end a completion. folder: where completions.jsonl is written.
-    """
-
-    programs: Any
-    frozen: Any
-    stop: tuple[int, ...]
-    folder: Path
+EVALUATION = 2**31 - 1  # the number of the rollout of held-out prompts, for its random key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Prompts):
-    """Prompts and the rules by which completions of them are scored and trained on: the data of a run with a policy loss."""
+    """Data of a run with a policy objective: prompts, and the rules for their completions."""
 
     rules: Rules
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rules.target_kl is not None and self.steps_per_rollout == 1:
-            raise ValueError(
-                "target_kl ends a rollout's passes, and here that is one step; raise data.passes, or leave it out"
-            )
-        if self.group == 1 and estimators.needs_a_group(self.rules.estimate):
-            raise ValueError("data.group=1: advantages within a group of one are all 0; wanted at least 2")
-
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        train, held = prompts.split(self, tokenizer)
-        return RolloutSource(source_info(self, tokenizer, train, held), self, tokenizer, train, held, shards)
+        return RolloutSource(self, tokenizer, *prompts.split(self, tokenizer), shards)
 
-    def abstract(self, shards: int = 1) -> Any:
-        """Return the shapes of the largest batch that the settings allow."""
+    def abstract(self, shards: int = 1) -> Batch:
+        """Return the shapes of the largest batch that the settings allow, without reading any row."""
         return prompts.shapes(self, Room.most(self, self.max_prompt), shards)
 
 
-def source_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> SourceInfo:
-    """Return what a source of completions says about itself."""
+@dataclass(frozen=True)
+class RolloutSource:
+    """The tokenised prompts of a run; see data.source.Source. `bind` compiles what sampling needs."""
+
+    data: Rollouts
+    tokenizer: Any
+    train: Asked
+    held: Asked
+    shards: int
+    held_out: tuple[()] = ()
+
+    @cached_property
+    def info(self) -> SourceInfo:
+        """Counts, fingerprint and the number of steps."""
+        return rollout_info(self.data, self.tokenizer, self.train, self.held)
+
+    @cached_property
+    def rollout_shapes(self) -> RolloutShapes:
+        """Shapes of the rows of a rollout."""
+        longest = max(map(len, (*self.train.ids, *self.held.ids)))
+        return rollout_shapes(self.data, longest, self.shards)
+
+    @property
+    def shapes(self) -> tuple[Batch, ...]:
+        """The shapes that training batches have, the largest last."""
+        return self.rollout_shapes.batches
+
+    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundRollouts":
+        """Compile what rollouts need and return the source that samples with this run.
+
+        saved: `state_dict` of the checkpoint to resume from. Raises ValueError for an objective or an
+        optimizer that the settings don't go together with.
+        """
+        check_policy_run(self.data, run)
+        recompute = needs_recomputed_logps(self.data, run.objective)
+        complete = run.objective.batch_spec if recompute else without_logps
+        programs = self.programs(run, complete)
+        return BoundRollouts(
+            source=self,
+            run=run,
+            sampler=compile_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
+            scorer=compile_scorer(self.data.rules, programs, recompute),
+            shapes=tuple(programs.shapes.values()),
+            moments=saved_moments(saved),
+        )
+
+    def programs(self, run: BoundRun, complete: Any) -> RolloutPrograms:
+        """Return the compiler of passes over rows. complete: adds the fields of a training batch to rows."""
+        sizes = self.rollout_shapes
+        shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
+        return RolloutPrograms(run, shapes, self.data.units_per_step, complete)
+
+    def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
+        """Raise ValueError: completions are sampled by a run."""
+        raise ValueError(
+            "this source has prompts and no run to sample completions with. Call bind(run, saved) first."
+        )
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Raise ValueError: completions are sampled by a run."""
+        raise ValueError(
+            "this source has prompts and no run to sample completions with. Call bind(run, saved) first."
+        )
+
+    def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
+        """Return which prompts a rollout uses."""
+        return prompts.drawn(self.data, len(self.train), number)
+
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the dataset rows whose prompts an optimizer step uses."""
+        number, part = divmod(step, self.data.steps_per_rollout)
+        chosen = self.prompt_numbers(number)[prompts.dealt(self.data, number, part)]
+        return [self.train.names[i] for i in chosen]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts."""
+        return [Prompt(list(ids), []) for ids in self.held.ids[:count]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: nothing is sampled yet."""
+        return {}
+
+
+@dataclass
+class BoundRollouts:
+    """The rollouts of a compiled run; see data.source.Source.
+
+    shapes: of batches. moments: of all scores so far, which Rules.scale uses. A batch is a function of the
+    step, the state and the moments; the current rollout is kept until the next one begins.
+    """
+
+    source: RolloutSource
+    run: BoundRun
+    sampler: Sampler
+    scorer: RolloutScorer
+    shapes: tuple[Batch, ...]
+    moments: Moments
+    held_out: tuple[()] = ()
+    _current: TrainingRollout | None = field(default=None, repr=False)
+    _warned: bool = False
+
+    @property
+    def info(self) -> SourceInfo:
+        """Counts, fingerprint and the number of steps."""
+        return self.source.info
+
+    @property
+    def data(self) -> Rollouts:
+        """The settings."""
+        return self.source.data
+
+    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundRollouts":
+        """Return the source bound to another run."""
+        return self.source.bind(run, saved)
+
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the dataset rows whose prompts an optimizer step uses."""
+        return self.source.row_names(step)
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts."""
+        return self.source.prompts(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments of all scores so far."""
+        return {"moments": self.moments.tolist()}
+
+    def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
+        """Return the batch of a step and the metrics of its rollout, which is sampled at its first step."""
+        number, part = divmod(step, self.data.steps_per_rollout)
+        if self._current is None or self._current.number != number:
+            if part:
+                raise ValueError(
+                    f"step {step} is inside rollout {number}. A run resumes at the first step of a rollout."
+                )
+            self._current = self._new_rollout(number, state)
+        chosen = prompts.dealt(self.data, number, part)
+        trains_policy = number >= self.data.rules.warm_up and not self._beyond_target_kl(
+            self._current, part, state
+        )
+        return self._training_batch(self._current, chosen, trains_policy), self._current.metrics
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
+        held, size, parts = self.source.held, self.data.batch, []
+        for start in range(0, len(held), size):
+            part = held.at(range(start, min(start + size, len(held))))
+            completions = self.sampler.sample(part, self.data.eval_group, EVALUATION - start, state)
+            parts.append(self.scorer.score(completions, state))
+        if not parts:
+            return {}
+        has_reference = self.run.objective.facts.reference != "none" and self.scorer.token_scores is not None
+        rollouts = [self.scorer.rollout_scores(part, state) for part in parts] if has_reference else []
+        return evaluation_metrics(self.data.rules.reward_names, parts, rollouts)
+
+    def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
+        """Sample and score rollout `number`. Raises ValueError if none of its completions has a score."""
+        source, rules = self.source, self.data.rules
+        chosen = source.train.at(source.prompt_numbers(number))
+        scored = self.scorer.score(self.sampler.sample(chosen, self.data.group, number, state), state)
+        fault = scored.faults.first
+        if not has_score(scored.scores).any():
+            reason = fault or "none has all of its rewards"
+            raise ValueError(f"no completion of rollout {number + 1} has a score: {reason}.")
+        if processes.is_first():
+            if fault and not self._warned:
+                print(
+                    f"rollout {number + 1}: {fault}; it has no score. Further faults are only counted.",
+                    flush=True,
+                )
+                self._warned = True
+            first_step = number * self.data.steps_per_rollout + 1
+            append_table(self.run.folder / "completions.jsonl", first_step, scored, rules.reward_names)
+        self.moments = update_moments(self.moments, scored.scores)
+        return self._training_rollout(number, scored, state)
+
+    def _training_rollout(self, number: int, scored: ScoredCompletions, state: TrainState) -> TrainingRollout:
+        """Estimate advantages and lay the per-token values out as rows."""
+        rules, completions, rollout = (
+            self.data.rules,
+            scored.completions,
+            self.scorer.rollout_scores(scored, state),
+        )
+        if rules.scale is not None:
+            rollout = replace(rollout, scores=rules.scale(scored.scores, self.moments))
+        estimate = rules.estimate(rollout)
+        self._check_advantages(scored.scores, estimate.advantages)
+        policy_mask = rules.policy_mask(scored)
+
+        def rows_of(x: PerToken | None) -> Any:
+            return None if x is None else to_rows(x, completions.lengths, completions.row_shape.reads)
+
+        recomputed = self.scorer.token_scores is not None
+        rows = replace(
+            completions.rows,
+            logps=rows_of(rollout.logps) if recomputed else None,
+            reference=rows_of(rollout.reference),
+            values=rows_of(rollout.values),
+            advantages=rows_of(estimate.advantages),
+            returns=rows_of(estimate.returns),
+        )
+        metrics = rollout_metrics(rules.reward_names, scored, rollout, policy_mask, recomputed)
+        metrics |= as_sums(estimate.metrics, policy_mask.size)
+        return TrainingRollout(
+            number, rows, completions.lengths, policy_mask, has_score(scored.scores), metrics
+        )
+
+    def _check_advantages(self, scores: GroupScores, advantages: PerToken) -> None:
+        """Raise ValueError if advantages are relative to a group of one, and so 0 whatever the scores are."""
+        valid = scores[has_score(scores)]
+        if self.data.group == 1 and valid.max() > valid.min() and not advantages.any():
+            raise ValueError(
+                "data.group=1: advantages relative to a group of one are all 0. "
+                "Use data.group of at least 2, or another estimate."
+            )
+
+    def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
+        """Whether the policy is further than target_kl from the one that sampled. Waits for the step before.
+
+        aux has the approximate KL of the newest step that trained the policy. It is this rollout's if an
+        earlier part of it did.
+        """
+        target = self.run.objective.facts.target_kl
+        if target is None or rollout.number < self.data.rules.warm_up:
+            return False
+        earlier = (prompts.dealt(self.data, rollout.number, i) for i in range(part))
+        if not any(rollout.policy_mask[chosen].any() for chosen in earlier):
+            return False
+        (total, weight), bad = jax.device_get((state.aux["approx_kl"], state.bad))
+        return bool(bad[1] < part and total > target * weight)
+
+    def _training_batch(
+        self, rollout: TrainingRollout, chosen: Int[np.ndarray, " rows"], trains_policy: bool
+    ) -> Batch:
+        """Return the batch of some prompts, with weights that sum to 1 over it."""
+        data, lengths = self.data, rollout.lengths[chosen]
+        rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
+
+        def rows_of(weights: GroupScores) -> Any:
+            return to_rows(per_token(weights, lengths, data.max_new), lengths, rows.read.shape[1])
+
+        mask = rollout.policy_mask[chosen] & trains_policy
+        weights = {"policy_weights": rows_of(data.rules.token_weights(lengths, mask, data.max_new))}
+        if rows.values is not None:
+            scored = rollout.scored[chosen]
+            weights["value_weights"] = rows_of(token_mean(lengths, scored, data.max_new))
+        return to_microbatches(replace(rows, **weights), self.shapes[-1], data.group)
+
+
+def rollout_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> SourceInfo:
+    """Return steps, counts and fingerprints of a source of rollouts."""
     longest = max(map(len, (*train.ids, *held.ids)))
     rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(held)} held out, {train.dropped} dropped; "
+        f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is used for "
+        f"{data.steps_per_rollout} steps"
     )
-    summary += f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is "
-    summary += f"{data.steps_per_rollout} steps"
     if tokenizer.eos_token_id is None:
-        summary += "; the tokenizer names no end token: without one in the model's config completions end at "
-        summary += "data.max_new only"
+        summary += "; the tokenizer has no end token: unless the model's config has one, completions end at "
+        summary += "data.max_new"
+    fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
+    stats = SourceStats(
+        examples=len(train),
+        held_out=len(held),
+        dropped=train.dropped,
+        largest_id=max(max(ids) for ids in (*train.ids, *held.ids)),
+        summary=summary,
+    )
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
         steps_per_rollout=data.steps_per_rollout,
         fingerprint=prompts.fingerprint(data, train, held),
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
-        stats=SourceStats(
-            examples=len(train),
-            held_out=len(held),
-            dropped=train.dropped,
-            largest_id=max(max(ids) for ids in (*train.ids, *held.ids)),
-            summary=summary,
-        ),
-        dependencies={
-            f"reward_{rewards.name_of(reward)}_fingerprint": reward.identity()
-            for reward in data.rules.rewards
-            if hasattr(reward, "identity")
-        },
+        stats=stats,
+        dependencies={f"reward_{name}_identity": x for name, x in fingerprints.items() if x is not None},
     )
 
 
-@dataclass
-class RolloutSource:
-    """Batches of Rollout, see data.source.Source; held_out stays empty, as `evaluate` samples the held-out prompts.
+def check_policy_run(data: Rollouts, run: BoundRun) -> None:
+    """Raise ValueError if a run's objective or optimizer contradicts the settings of its rollouts."""
+    facts, target_kl = run.objective.facts, run.objective.facts.target_kl
+    if run.fused_backward and (data.rules.freezes_policy or target_kl is not None):
+        raise ValueError(
+            "optim.fused_backward=true always updates the policy, but warm_up, target_kl, filter and "
+            "train_on_truncated=false may freeze it for a step. Set optim.fused_backward=false."
+        )
+    if facts.temperature not in (None, data.temperature):
+        raise ValueError(
+            f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
+            "log-probs must be those of the sampling distribution. Make them equal."
+        )
+    if target_kl is not None and data.steps_per_rollout == 1:
+        raise ValueError(
+            "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
+            "leave target_kl out."
+        )
 
-    complete(batch) has the fields that the run's steps need. judged: whether the trainer's log-probs are taken when completions
-    are drawn. Where each is learned from once, by the policy that drew it, and no reference or critic is asked, a batch has none
-    and the ratio is 1. shapes: of batches; drawn: of the rows that the player works on, a shape for each of `rooms`.
+
+def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
+    """Whether log-probs are recomputed with the training program after sampling.
+
+    They aren't for one on-policy update without reference or critic, where the ratio is 1.
     """
+    return data.steps_per_rollout > 1 or objective.facts.reference != "none" or objective.facts.critic
 
-    info: SourceInfo
-    data: Rollouts
-    tokenizer: Any
-    train: Asked
-    held: Asked
-    shards: int
-    player: Any = None
-    learned: Learned | None = field(default=None, repr=False)
-    far: Any = field(default=None, repr=False)  # the step before's distance from the policy that drew
-    stopped: bool = False  # whether the rest of the rollout teaches only the critic
-    moments: Any = field(
-        default_factory=lambda: np.zeros(3), repr=False
-    )  # of all scores so far, see advantages.seen
-    held_out: tuple[()] = ()
-    judged: bool = True
-    complete: Any = None
 
-    def __post_init__(self) -> None:
-        data, longest = self.data, max(map(len, (*self.train.ids, *self.held.ids)))
-        self.rules = data.rules
-        rounded, reads = prompts.rounded, [int(share * data.group * data.max_new) for share in SHARES]
-        self.rooms = list(dict.fromkeys(Room(rounded(longest + count), rounded(count)) for count in reads))
-        self.prompt_size = rounded(longest)
-        self.shapes: tuple[Any, ...] = tuple(prompts.shapes(data, room, self.shards) for room in self.rooms)
-        self.drawn = self.shapes
+def without_logps(batch: Rollout) -> Rollout:
+    """Return the batch (arrays or shapes) of one on-policy update: without log-probs the ratio is 1."""
+    return replace(batch, logps=None)
 
-    def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "RolloutSource":
-        """Return the source with the run's compiled programs and frozen parameters, which can sample and evaluate.
 
-        saved: `state_dict` of the checkpoint to resume from.
-        """
-        found, objective, rules = self._as_it_was(saved), run.programs.objective, self.rules
-        rests = rules.warm_up or rules.target_kl is not None or rules.keep is not None or not rules.cut_off
-        if run.programs.optimizer.fused_backward and rests:
-            found = "as warm_up, target_kl, keep and cut_off may ask"
-            raise ValueError(f"optim.fused_backward can't let a policy rest, {found}; set it to false")
-        if objective.facts.kl_in_rewards and estimators.plain(rules.estimate) in estimators.KNOW_NO_KL:
-            found = estimators.plain(rules.estimate).__name__
-            raise ValueError(
-                f"the objective leaves its KL to the rewards, and {found} knows none; give a number as beta"
-            )
-        found.judged = (
-            self.info.steps_per_rollout > 1 or objective.facts.reference != "none" or objective.facts.critic
-        )
-        found.complete = lambda batch: (
-            objective.batch_spec(batch) if found.judged else replace(batch, logps=None)
-        )
-        found.shapes = tuple(found.complete(shape) for shape in self.shapes)
-        found.drawn = found.shapes
-        found.player = Player(found, run.programs, run.frozen, run.stop, run.folder / "completions.jsonl")
-        return found
-
-    def _as_it_was(self, saved: Any) -> Any:
-        return replace(self, moments=np.array(saved["moments"])) if saved else replace(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the moments of all scores so far."""
-        return {"moments": self.moments.tolist()}
-
-    def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts."""
-        return [Prompt(list(ids), []) for ids in self.held.ids[:count]]
-
-    def row_names(self, step: int) -> list[str]:
-        """The rows of an optimizer step's prompts."""
-        number, part = divmod(step, self.info.steps_per_rollout)
-        chosen = prompts.drawn(self.data, len(self.train), number)[prompts.dealt(self.data, number, part)]
-        return [self.train.names[i] for i in chosen]
-
-    def batch(self, step: int, state: TrainState) -> tuple[Any, Metrics]:
-        """Return the batch of a step and its rollout's metrics. Samples the rollout at its first step."""
-        number, part = divmod(step, self.info.steps_per_rollout)
-        if self.learned is None or self.learned.number != number:
-            if part:
-                raise ValueError(
-                    f"step {step} is inside rollout {number}, and a run goes on between rollouts only"
-                )
-            self.learned = self._learned(number, self.player.draw(number, state), state)
-            self.far, self.stopped = None, False
-        return self._part(self.learned, prompts.dealt(self.data, number, part)), self.learned.told
-
-    def _learned(self, number: int, done: Completions, state: Any) -> Learned:
-        """What is learned from a rollout."""
-        rules, sampled = self.rules, self.player.sampled(done, state)
-        self.moments = adv.seen(self.moments, done.scores)
-        if rules.scale is not None:
-            sampled = replace(sampled, scores=rules.scale(done.scores, self.moments))
-        found, known = rules.estimate(sampled), adv.scorable(done.scores)
-        kept = (
-            known & (done.ended | rules.cut_off) & (True if rules.keep is None else rules.keep(done.scores))
-        )
-        spread = lambda x: None if x is None else by_read(x, done.lengths, done.room.reads)  # noqa: E731
-        known_then = (sampled.logps, sampled.reference, sampled.values, found.advantages, found.returns)
-        logps, reference, values, advantages, returns = map(spread, known_then)
-        rows = replace(done.rows, reference=reference, values=values, advantages=advantages, returns=returns)
-        rows = replace(rows, logps=logps if self.judged else None)
-        numbers = told(rules, done, sampled, kept, self.judged) | means(found.told, kept.size)
-        return Learned(number, rows, done.lengths, kept, known, numbers)
-
-    def observe(self, metrics: Metrics) -> None:
-        """Note the metrics of the newest step, for target_kl."""
-        self.far = metrics.get("policy/approxkl_avg")
-
-    def _is_far(self) -> bool:
-        """Whether the policy has gone as far from the one that drew as it may. Waits for the step before."""
-        if self.rules.target_kl is not None and self.far is not None and not self.stopped:
-            far = jax.device_get(self.far)
-            self.stopped = bool(far.total > self.rules.target_kl * far.weight)
-        return self.stopped
-
-    def _part(self, learned: Learned, rows: np.ndarray) -> Any:
-        """The batch of some prompts, with weights that hold over all of it."""
-        data, lengths = self.data, learned.lengths[rows]
-        reads = learned.rows.read.shape[1]
-        spread = lambda w: by_read(adv.at_tokens(w, lengths, data.max_new), lengths, reads)  # noqa: E731
-        part = jax.tree.map(lambda x: x[rows], learned.rows)
-        taught = learned.kept[rows] & (learned.number >= self.rules.warm_up) & (not self._is_far())
-        part = replace(part, policy_weights=spread(self.rules.weighed(lengths, taught, data.max_new)))
-        if part.values is not None:
-            part = replace(part, value_weights=spread(adv.token_mean(lengths, learned.known[rows])))
-        return self._grid(part, data.group)
-
-    def _grid(self, part: Any, none: int) -> Any:
-        """Rows [n, ...] as [micro, rows, ...], with empty rows where the mesh wants more; none: the answer that marks padding."""
-        micro, each = self.shapes[-1].ids.shape[:2]
-        grid = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), part)
-        own = grid.ids.shape[1]
-        grid = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, each - own), *((0, 0),) * (x.ndim - 2))), grid)
-        return replace(grid, answers=np.where((np.arange(each) >= own)[:, None], none, grid.answers))
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Score data.eval_group completions of each held-out prompt, sampled with the same random numbers every time."""
-        return self.player.measure(state) if len(self.held) else {}
+def saved_moments(saved: dict[str, Any] | None) -> Moments:
+    """Return the moments of a checkpoint, zeros without one."""
+    return np.array(saved["moments"]) if saved else np.zeros(3)

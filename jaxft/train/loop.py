@@ -17,7 +17,8 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.inference.generate import stop_tokens
-from jaxft.rl.rollout import BoundRun, RolloutSource
+from jaxft.rl.programs import BoundRun
+from jaxft.rl.rollout import BoundRollouts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
@@ -211,7 +212,17 @@ def _ready(job: Job, restored: Any, watchdog: Watchdog) -> tuple[Ready, TrainSta
         source = with_reference(r, p, source, job.record, say)
     state, frozen = start(r, p, restored[0] if restored else None)
     begin = time.perf_counter()
-    bound = BoundRun(p, frozen, stop_tokens(r.model.config.eos, job.tokenizer), job.folder)
+    bound = BoundRun(
+        mesh=p.mesh,
+        model=p.trained.model,
+        objective=p.objective,
+        state=p.state,
+        frozen_shapes=p.frozen,
+        frozen=frozen,
+        stop=stop_tokens(r.model.config.eos, job.tokenizer),
+        folder=job.folder,
+        fused_backward=p.optimizer.fused_backward,
+    )
     source = source.bind(bound, restored[1].get("source") if restored else None)
     evaluated = compile_eval(p, p.eval_step, frozen, source.held_out)
     on_general = compile_eval(p, p.text_step, frozen, job.general)
@@ -260,7 +271,7 @@ def _trained(
             watchdog.step(done)
             trace.before(done)
             stopping = votes.cast(lambda: interrupt.signal)
-            if step % boundary == 0 and isinstance(source, RolloutSource):
+            if step % boundary == 0 and isinstance(source, BoundRollouts):
                 watchdog.at(
                     f"the rollout before step {done}"
                 )  # its bound is that of a phase: rewards may be slow functions
@@ -269,8 +280,6 @@ def _trained(
             else:
                 batch, numbers = source.batch(step, state)
             state, found = ready.train_step(state, ready.frozen, sharding.place_batch(p.mesh, batch))
-            if isinstance(source, RolloutSource):
-                source.observe(found)
             meter.add(step, batch, {**found, **numbers})
             trace.after(done, state)
             if done % r.loop.log_every == 0 or done == job.steps:

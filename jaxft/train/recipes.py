@@ -14,7 +14,7 @@ from jaxft.models.model import Model
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.pair import declaration
-from jaxft.rl.reward_models import as_reward
+from jaxft.rl.reward_models import find_reward_model
 from jaxft.weights.adapters import adapter_settings
 from jaxft.weights.pretrained import model_for
 
@@ -81,7 +81,7 @@ class LoraKnobs(ModelKnobs):
         if reward is None or callable(reward):
             return {}, () if reward is None else (reward,)
         own = None if self.quant == CHECKPOINT else Quant.parse(self.quant)
-        heads, model = as_reward(reward, self.build(), own, max_length)
+        heads, model = find_reward_model(reward, self.build(), own, max_length)
         return heads, (model,)
 
 

@@ -10,7 +10,7 @@ import time
 import dpo_place
 import numpy as np
 import pytest
-import rl_place
+import rl_workdir
 import tiny_run
 from several import Several, free_port
 from tiny_run import Place, rows, write_place, write_rows
@@ -176,7 +176,7 @@ def test_two_processes_train_as_one_does_in_float64(precise, kind):
 
 def test_two_processes_draw_and_learn_as_one_does_in_float64(tmp_path):
     """PPO, greedy, with a critic and a function as its reward: process 0 scores, and all learn from the same completions."""
-    precise_place(tmp_path, rl_place.write_place, rl_place.CONFIG)
+    precise_place(tmp_path, rl_workdir.write_workdir, rl_workdir.CONFIG)
     two, one = Several(tmp_path), Place(tmp_path)
     argv = [
         "steps=4",

@@ -26,7 +26,7 @@ from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import SPARE_SLOTS, read_sharding
 from jaxft.objectives.sft import sft
-from jaxft.rl.completions import laid as laid_out_completions
+from jaxft.rl.layout import pack_rollout
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import storage
 
@@ -164,7 +164,7 @@ def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_th
     asked = Asked((tuple(range(1, prompt + 1)),), ("row",), ("",), ({},))
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10
-    rows = laid_out_completions(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
+    rows = pack_rollout(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
     rows = jax.tree.map(jnp.asarray, rows)
     values, h = (
         value_function(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),

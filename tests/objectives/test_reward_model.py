@@ -92,7 +92,7 @@ def strict():
 @pytest.mark.parametrize("branches", [True, False], ids=["branches", "plain"])
 def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier, branches):
     torch_model, folder = classifier
-    loaded = reward_models.load(str(folder), one_device(), dtype=jnp.float32)
+    loaded = reward_models.load_reward_model(str(folder), one_device(), dtype=jnp.float32)
     pool = random_pairs(9, longest=4)  # answers of one token too
     batch = laid(pool, branches=branches)
     assert 1 in batch.lengths and (batch.branches is not None) == branches
@@ -106,7 +106,7 @@ def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier,
 @pytest.mark.parametrize("side", ["front", "behind"])
 def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(classifier, side):
     torch_model, folder = classifier
-    loaded = reward_models.load(str(folder), one_device(), dtype=jnp.float32)
+    loaded = reward_models.load_reward_model(str(folder), one_device(), dtype=jnp.float32)
     rng = np.random.default_rng(3)
     texts = [rng.integers(0, 256, n) for n in (12, 1, 7)]
     ids, segments, positions = (np.zeros((3, 12), np.int32) for _ in range(3))
@@ -121,7 +121,9 @@ def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(c
 
 def test_a_classifier_in_four_bits_scores_as_what_its_codes_stand_for(classifier):
     torch_model, folder = classifier
-    loaded = reward_models.load(str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32)
+    loaded = reward_models.load_reward_model(
+        str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32
+    )
     assert (
         loaded.params["base"]["layers"]["attn"]["q"].kind == "nf4"
         and loaded.params["score"].dtype == jnp.float32
@@ -351,15 +353,15 @@ def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, 
     ):
         pretrained.open_leaves(str(folder), pretrained.model_for(str(folder)))
     language = write_folder(tmp_path / "language", tiny_torch())
-    with pytest.raises(ValueError, match="found LlamaForCausalLM, wanted a sequence classifier"):
-        reward_models.load(str(language), one_device())
+    with pytest.raises(ValueError, match="got LlamaForCausalLM, expected a sequence classifier"):
+        reward_models.load_reward_model(str(language), one_device())
     three = write_folder(tmp_path / "three", tiny_classifier(num_labels=3))
-    with pytest.raises(ValueError, match="a classifier of 3 labels, and a reward model has one"):
-        reward_models.load(str(three), one_device())
+    with pytest.raises(ValueError, match="the classifier has 3 labels"):
+        reward_models.load_reward_model(str(three), one_device())
     two = write_folder(tmp_path / "two", tiny_classifier(num_labels=2))
-    with pytest.raises(ValueError, match="a classifier of 2 labels"):
-        reward_models.load(str(two), one_device())
+    with pytest.raises(ValueError, match="the classifier has 2 labels"):
+        reward_models.load_reward_model(str(two), one_device())
     headless = write_folder(tmp_path / "headless", tiny_torch())
     (headless / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="score.weight is missing"):
-        reward_models.load(str(headless), one_device())
+        reward_models.load_reward_model(str(headless), one_device())

@@ -40,10 +40,10 @@ from jaxft.plan import hlo, machines, plan, roofline, search, traffic
 from jaxft.plan import programs as plan_programs
 from jaxft.plan import text as plan_text
 from jaxft.plan.flops import Flops, flops, products
-from jaxft.rl import reward_models
-from jaxft.rl.completions import ByScorer, Rules
 from jaxft.rl.estimators import actor_critic
+from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rules import Rules
 from jaxft.train import programs
 from jaxft.train.settings import Run
 
@@ -211,7 +211,7 @@ def tiny_ppo(critic=None, rewards=None, group=2):
 
     asked = Rollouts(
         "none", held_out=None, max_prompt=32, max_new=16, batch=4, group=group, micro=2,
-        rules=Rules(rewards or (ByScorer("reward"),), partial(actor_critic, kl_coef=None)),
+        rules=Rules(rewards or (HeadReward("reward"),), actor_critic),
     )  # fmt: skip
     beside = {
         "critic": critic or HeadSettings(Adapter(rank=4)),
@@ -242,7 +242,7 @@ def test_models_of_their_own_are_counted(tmp_path):
         own["weights"] - shared["weights"]
     )
     write_config(tmp_path / "judge", TINY)
-    run = tiny_ppo(rewards=(reward_models.ByModel(str(tmp_path / "judge"), dtype=jnp.float32),))
+    run = tiny_ppo(rewards=(ModelReward(str(tmp_path / "judge"), dtype=jnp.float32),))
     found = plan.resident(programs.abstract(run)[0], run)
     assert (
         found["reward models"] == shared["weights"] - head + TINY.width * 4

@@ -1,19 +1,17 @@
-"""What scores mean for each token, against the sums written out."""
-
-from functools import partial
+"""Advantage estimators against their sums, written out."""
 
 import numpy as np
 import pytest
 
 from jaxft.rl import advantages, estimators
-from jaxft.rl.estimators import Sampled
+from jaxft.rl.estimators import RolloutScores
 
 LENGTHS = np.array([[2, 3], [1, 2]])
 SCORES = np.array([[1.0, 3.0], [2.0, np.nan]])
 
 
-def sampled(**changes):
-    """Two prompts with two completions each, the last one without a score."""
+def rollout(**changes):
+    """Scores of two prompts with two completions each, the last one without a score."""
     rng = np.random.default_rng(0)
     inside = np.arange(4) < LENGTHS.reshape(4, 1)
     logps, reference, values = (np.where(inside, rng.normal(size=(4, 4)), 0) for _ in range(3))
@@ -25,11 +23,12 @@ def sampled(**changes):
         "reference": reference,
         "values": values,
     }
-    return Sampled(**{**parts, "aux": {"kl_coef": np.float32(0.25)}, **changes})
+    parts |= {"reward_scores": SCORES[..., None], "reward_weights": (1.0,), "kl_coef": 0.25}
+    return RolloutScores(**{**parts, **changes})
 
 
 def whitened(rows):
-    """Rows of numbers, all of them whitened together, as the trained completions' rows [4, 4]."""
+    """Values of the first three completions, whitened together, as [4, 4]."""
     flat = np.concatenate(rows)
     out, at = np.zeros((4, 4)), 0
     for i, row in enumerate(rows):
@@ -38,8 +37,8 @@ def whitened(rows):
     return out
 
 
-def to_go(s, coef):
-    """What is still to come of each completion that has a score: its score less the KL of its tokens from here on."""
+def returns(s, coef):
+    """The returns of each completion with a score: its score minus the KL of its tokens from here on."""
     rows = []
     for i, count in enumerate(LENGTHS.ravel()[:3]):
         kl = (s.logps - s.reference)[i, :count]
@@ -47,91 +46,82 @@ def to_go(s, coef):
     return rows
 
 
-def test_every_token_has_its_completions_advantage():
-    found = estimators.by_group(sampled(aux={}), advantage=advantages.centred)
-    assert (
-        found.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-        and found.returns is None
-    )
+def test_by_group_gives_every_token_its_completions_advantage():
+    estimate = estimators.by_group(rollout(kl_coef=None), advantage=advantages.centred)
+    assert estimate.advantages.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert estimate.returns is None
 
 
-def test_an_advantage_that_asks_for_lengths_gets_them():
-    found = estimators.by_group(sampled(aux={}), advantage=advantages.opo)
-    wanted = advantages.opo(SCORES, LENGTHS)
-    np.testing.assert_allclose(found.advantages[:, 0], wanted.ravel(), rtol=1e-12)
-    assert wanted.any()
+def test_by_group_passes_lengths_to_the_advantage():
+    estimate = estimators.by_group(rollout(kl_coef=None), advantage=advantages.opo)
+    expected = advantages.opo(SCORES, LENGTHS)
+    np.testing.assert_allclose(estimate.advantages[:, 0], expected.ravel(), rtol=1e-12)
+    assert expected.any()
+
+
+def test_by_group_refuses_a_function_that_is_no_advantage():
+    with pytest.raises(ValueError, match=r"advantage=remax can't be called with \(scores, lengths\)"):
+        estimators.by_group(rollout(kl_coef=None), advantage=advantages.remax)
 
 
 @pytest.mark.parametrize("given", [{}, {"kl_coef": 0.25}], ids=["the objective's", "given"])
-def test_a_kl_in_the_rewards_of_a_group_is_taken_from_its_scores(given):
+def test_by_group_subtracts_the_kl_in_the_rewards_from_the_scores(given):
     """As in TRL's RLOO, before the group's baseline."""
-    s = sampled(aux={} if given else {"kl_coef": np.float32(0.25)})
+    s = rollout(kl_coef=None if given else 0.25)
     kl = (s.logps - s.reference).sum(1).reshape(2, 2)
-    found = estimators.by_group(s, advantage=advantages.rloo, **given)
-    wanted = advantages.rloo(SCORES - 0.25 * kl)
-    np.testing.assert_allclose(found.advantages[:, 0], wanted.ravel(), rtol=1e-10)
-    assert wanted[0, 0] == pytest.approx(-wanted[0, 1]) != -2 and not found.advantages[3].any()
-    assert found.told["objective/non_score_reward"] == pytest.approx(-0.25 * kl.ravel()[:3].mean())
+    estimate = estimators.by_group(s, advantage=advantages.rloo, **given)
+    expected = advantages.rloo(SCORES - 0.25 * kl)
+    np.testing.assert_allclose(estimate.advantages[:, 0], expected.ravel(), rtol=1e-10)
+    assert expected[0, 0] == pytest.approx(-expected[0, 1]) != -2 and not estimate.advantages[3].any()
+    penalty = estimate.metrics["objective/non_score_reward"]
+    assert penalty == pytest.approx(-0.25 * kl.ravel()[:3].mean())
 
 
-def test_which_estimates_need_several_completions_of_a_prompt():
-    of = lambda fn: partial(estimators.by_group, advantage=fn)  # noqa: E731
-    assert all(
-        map(
-            estimators.needs_a_group,
-            (estimators.by_group, estimators.by_each, of(advantages.rloo), of(advantages.grpo)),
-        )
-    )
-    free = (
-        estimators.actor_critic,
-        partial(estimators.reinforce, kl_coef=0.1),
-        of(lambda scores: scores - 0.5),
-    )
-    assert not any(map(estimators.needs_a_group, free))
+def test_by_each_normalises_each_reward_alone():
+    reward_scores = np.random.default_rng(1).normal(size=(2, 2, 3))
+    several = {"reward_scores": reward_scores, "reward_weights": (1.0, 0.5, 2.0), "kl_coef": None}
+    estimate = estimators.by_each(rollout(**several))
+    expected = advantages.normalised_sum(reward_scores, (1.0, 0.5, 2.0)).ravel()
+    np.testing.assert_allclose(estimate.advantages[:3, 0], expected[:3], rtol=1e-12)
+    assert not estimate.advantages[3].any()  # it has no score
 
 
-def test_each_reward_is_normalised_alone():
-    each = np.random.default_rng(1).normal(size=(2, 2, 3))
-    found = estimators.by_each(sampled(each=each, weights=(1.0, 0.5, 2.0)))
-    wanted = advantages.normalised_sum(each, (1.0, 0.5, 2.0)).ravel()
-    np.testing.assert_allclose(found.advantages[:3, 0], wanted[:3], rtol=1e-12)
-    assert not found.advantages[3].any()  # it has no score
-    with pytest.raises(ValueError, match="needs the scores of each reward"):
-        estimators.by_each(sampled())
+@pytest.mark.parametrize("estimator", [estimators.by_each, estimators.group_whitened])
+def test_an_estimator_without_a_kl_refuses_an_objective_that_leaves_it_to_the_rewards(estimator):
+    with pytest.raises(ValueError, match="ignores the KL penalty that this objective leaves to the rewards"):
+        estimator(rollout(kl_coef=0.0))
 
 
-def test_reinforce_whitens_what_is_to_come():
-    s = sampled()
-    found = estimators.reinforce(s, kl_coef=0.5)
-    np.testing.assert_allclose(found.advantages, whitened(to_go(s, 0.5)), rtol=1e-10, atol=1e-12)
-    kl = sum((s.logps - s.reference)[i].sum() for i in range(3))
-    assert found.told["objective/non_score_reward"] == pytest.approx(-0.5 * kl / 3)
-    assert found.told["objective/rlhf_reward"] == pytest.approx((6 - 0.5 * kl) / 3)
-    assert found.told["objective/scores"] == pytest.approx(2)
-    assert found.told["objective/entropy"] == pytest.approx(-s.logps[:3].sum() / 3)
+def test_reinforce_whitens_returns():
+    s = rollout()
+    estimate = estimators.reinforce(s, kl_coef=0.5)
+    np.testing.assert_allclose(estimate.advantages, whitened(returns(s, 0.5)), rtol=1e-10, atol=1e-12)
+    kl, metrics = sum((s.logps - s.reference)[i].sum() for i in range(3)), estimate.metrics
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.5 * kl / 3)
+    assert metrics["objective/rlhf_reward"] == pytest.approx((6 - 0.5 * kl) / 3)
+    assert metrics["objective/scores"] == pytest.approx(2)
+    assert metrics["objective/entropy"] == pytest.approx(-s.logps[:3].sum() / 3)
 
 
-def test_a_critics_advantage_without_bootstrapping_is_what_is_to_come_less_its_value():
-    """And returns stay returns, though the advantages are whitened; the coefficient is the controller's."""
-    s = sampled()
-    found, goal = estimators.actor_critic(s, kl_coef=None, lam=1.0), to_go(s, 0.25)
-    np.testing.assert_allclose(
-        found.advantages, whitened([g - s.values[i, : len(g)] for i, g in enumerate(goal)]), atol=1e-12
-    )
-    for row, wanted in zip(found.returns, goal):
-        np.testing.assert_allclose(row[: len(wanted)], wanted, rtol=1e-10)
-    assert not found.returns[3].any()
+def test_actor_critic_with_lambda_1_is_whitened_return_minus_value():
+    """Returns are not whitened, and the KL's coefficient is the objective's."""
+    s = rollout()
+    estimate, expected = estimators.actor_critic(s, lam=1.0), returns(s, 0.25)
+    advantage = whitened([r - s.values[i, : len(r)] for i, r in enumerate(expected)])
+    np.testing.assert_allclose(estimate.advantages, advantage, atol=1e-12)
+    for row, expected_row in zip(estimate.returns, expected):
+        np.testing.assert_allclose(row[: len(expected_row)], expected_row, rtol=1e-10)
+    assert not estimate.returns[3].any()
 
 
-def test_a_groups_baseline_is_taken_before_whitening():
-    wanted = whitened([[-1.0, -1.0], [1.0, 1.0, 1.0], [0.0]])
-    np.testing.assert_allclose(
-        estimators.group_whitened(sampled()).advantages, wanted, rtol=1e-10, atol=1e-12
-    )
+def test_group_whitened_subtracts_the_group_mean_before_whitening():
+    estimate = estimators.group_whitened(rollout(kl_coef=None))
+    expected = whitened([[-1.0, -1.0], [1.0, 1.0, 1.0], [0.0]])
+    np.testing.assert_allclose(estimate.advantages, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_what_an_estimate_lacks_is_told():
+def test_an_estimator_names_what_a_rollout_lacks():
     with pytest.raises(ValueError, match="needs a critic's values"):
-        estimators.actor_critic(sampled(values=None))
+        estimators.actor_critic(rollout(values=None))
     with pytest.raises(ValueError, match="needs the reference's log-probs"):
-        estimators.reinforce(sampled(reference=None))
+        estimators.reinforce(rollout(reference=None))

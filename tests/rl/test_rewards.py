@@ -1,6 +1,7 @@
-"""Reward functions: what is a score, what isn't and is counted, and the verifiable ones that ship."""
+"""Reward functions: what counts as a score, what is counted as a fault, and the functions that check an answer."""
 
 import math
+import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -10,56 +11,74 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.rl import rewards
-from jaxft.rl.completions import Rules, bounded
+from jaxft.rl import advantages, rewards
+from jaxft.rl.completions import Faults
+from jaxft.rl.rewards import FunctionReward
+from jaxft.rl.rules import Rules, shape_scores
+
+
+def call(fn, prompts=("q",), completions=("a",), rows=(("row:1", {}),)):
+    """The scores of completions by one function, and the faults."""
+    return rewards.call_reward(FunctionReward(fn), prompts, completions, rows)
 
 
 @pytest.mark.parametrize(
-    ("gives", "kind", "words"),
+    ("returned", "kind", "message"),
     [
         (lambda p, c, r: 1 / 0, "raised", "raised ZeroDivisionError"),
         (lambda p, c, r: r["nothing"], "raised", "raised KeyError"),
-        (lambda p, c, r: None, "not_a_number", "gave NoneType None"),
-        (lambda p, c, r: "0.5", "not_a_number", "gave str '0.5'"),
-        (lambda p, c, r: math.nan, "not_a_number", "gave float nan"),
-        (lambda p, c, r: [1.0], "not_a_number", "gave list [1.0]"),
-        (lambda p, c, r: np.array("a"), "not_a_number", "gave ndarray"),
-        (lambda p, c, r: np.array(None), "not_a_number", "gave ndarray"),
-        (lambda p, c, r: np.ones(1), "not_a_number", "gave ndarray"),
-        (lambda p, c, r: 10**400, "not_a_number", "gave int 1000"),
-        (lambda p, c, r: np.complex64(1 + 2j), "not_a_number", "gave complex64"),
+        (lambda p, c, r: None, "not_a_number", "returned NoneType None"),
+        (lambda p, c, r: "0.5", "not_a_number", "returned str '0.5'"),
+        (lambda p, c, r: math.nan, "not_a_number", "returned float nan"),
+        (lambda p, c, r: [1.0], "not_a_number", "returned list [1.0]"),
+        (lambda p, c, r: [[1], [2, 3]], "not_a_number", "returned list [[1], [2, 3]]"),
+        (lambda p, c, r: np.array("a"), "not_a_number", "returned ndarray"),
+        (lambda p, c, r: np.array(None), "not_a_number", "returned ndarray"),
+        (lambda p, c, r: np.ones(1), "not_a_number", "returned ndarray"),
+        (lambda p, c, r: 10**400, "not_a_number", "returned int 1000"),
+        (lambda p, c, r: np.complex64(1 + 2j), "not_a_number", "returned complex64"),
     ],
 )
-def test_what_is_no_score_is_counted_and_never_zero(gives, kind, words):
-    good = lambda prompt, completion, row: 0.25  # noqa: E731
-    scores, faults = rewards.scored([good, gives], ["q"] * 2, ["a", "b"], [("rows:1", {}), ("rows:2", {})])
-    np.testing.assert_array_equal(scores, [[0.25, np.nan]] * 2)
-    assert faults.counts[kind] == 2 and words in faults.first and "rows:1" in faults.first
+def test_no_finite_number_is_a_fault_and_never_zero(returned, kind, message):
+    scores, faults = call(returned, ["q"] * 2, ["a", "b"], [("rows:1", {}), ("rows:2", {})])
+    assert np.isnan(scores).all()
+    assert faults.raised + faults.not_a_number == 2
+    assert (faults.raised == 2) == (kind == "raised")
+    assert message in faults.first and "rows:1" in faults.first
 
 
-def test_two_rewards_of_one_name_are_told_apart():
-    one, other = (partial(rewards.matches, pattern=p) for p in ("a", "b"))
-    assert rewards.names_of([one, rewards.number, other, one]) == [
-        "matches",
-        "number",
-        "matches_2",
-        "matches_3",
-    ]
+def test_faults_add_and_keep_the_first_message():
+    total = Faults(raised=1, first="a") + Faults(not_a_number=2, first="b")
+    assert total == Faults(1, 2, "a") == Faults() + total
+
+
+def test_names_of_rewards_are_unique():
+    a, b = (FunctionReward(partial(rewards.matches, pattern=p)) for p in ("a", "b"))
+    names = rewards.unique_names([a, FunctionReward(rewards.number), b, a])
+    assert names == ["matches", "number", "matches_2", "matches_3"]
 
 
 @pytest.mark.parametrize(
     "value", [jnp.float32(0.5), Decimal("0.5"), Fraction(1, 2), np.float16(0.5), np.array(0.5)]
 )
-def test_what_has_a_real_value_is_a_score(value):
-    scores, faults = rewards.scored([lambda p, c, r: value], [""], [""], [("", {})])
-    assert scores[0, 0] == 0.5 and not any(faults.counts.values())
+def test_every_real_number_is_a_score(value):
+    scores, faults = call(lambda p, c, r: value)
+    assert scores[0] == 0.5 and faults == Faults()
 
 
 def test_scores_stay_floating_point():
-    scores, _ = rewards.scored(
-        [lambda p, c, r: np.float32(0.3), lambda p, c, r: True], [""], [""], [("", {})]
-    )
-    assert scores.dtype == np.float64 and scores[0].tolist() == [float(np.float32(0.3)), 1.0]
+    for value, score in ((np.float32(0.3), float(np.float32(0.3))), (True, 1.0)):
+        scores, _ = call(lambda p, c, r, value=value: value)
+        assert scores.dtype == np.float64 and scores[0] == score
+
+
+def test_scores_of_a_reward_model_are_checked():
+    rows = [f"rows:{i}" for i in range(3)]
+    scores, faults = rewards.check_scores(np.array([1.0, np.nan, np.inf]), "judge", rows)
+    assert scores[0] == 1 and np.isnan(scores[1:]).all()
+    assert faults.not_a_number == 2 and "rows:1" in faults.first
+    with pytest.raises(ValueError, match=r"reward judge returned scores of shape \(2,\) for 3 completions"):
+        rewards.check_scores(np.ones(2), "judge", rows)
 
 
 @pytest.mark.parametrize(
@@ -79,76 +98,90 @@ def test_scores_stay_floating_point():
         ("1,234,567.5", 1234567.5, 1),
     ],  # fmt: skip
 )
-def test_number_compares_the_last_one(completion, answer, score):
+def test_number_compares_the_last_numbers(completion, answer, score):
     assert rewards.number("", completion, {"answer": answer}) == score
 
 
 @pytest.mark.parametrize(("completion", "score"), [(" Paris\n", 1), ("paris", 1), ("Paris.", 0), ("", 0)])
-def test_exact_forgives_white_space_and_case_only(completion, score):
+def test_exact_ignores_white_space_and_case_only(completion, score):
     assert rewards.exact("", completion, {"answer": "Paris"}) == score
 
 
 @pytest.mark.parametrize(
     ("completion", "score"), [("<a>7</a>", 1), (" <a>1\n2</a> ", 1), ("so <a>7</a>", 0), ("", 0)]
 )
-def test_matches_wants_the_whole_completion(completion, score):
+def test_matches_needs_the_whole_completion(completion, score):
     assert rewards.matches("", completion, {}, pattern="<a>.*</a>") == score
 
 
-def test_an_answer_without_a_number_is_the_rows_fault():
-    _, faults = rewards.scored([rewards.number], ["q"], ["7"], [("rows:3", {"answer": "seven"})])
-    assert (
-        faults.counts["raised"] == 1 and "column 'answer' holds no number: 'seven' (rows:3)" in faults.first
-    )
+def test_an_answer_without_a_number_is_a_fault_of_the_row():
+    _, faults = call(rewards.number, ["q"], ["7"], [("rows:3", {"answer": "seven"})])
+    assert faults.raised == 1 and "column 'answer' has no number: 'seven' (rows:3)" in faults.first
 
 
-def test_scores_are_bounded_before_a_missing_end_is_fined():
+def test_scores_are_clipped_before_missing_eos_is_subtracted():
     scores, ended = np.array([[9.0, -0.5, np.nan]]), np.array([[True, False, False]])
-    np.testing.assert_array_equal(
-        bounded(scores, np.ones((1, 3)), ended, missing_eos=1.0, limit=2.0), [[2.0, -1.5, np.nan]]
-    )
+    shaped = shape_scores(scores, np.ones((1, 3), int), ended, missing_eos=1.0, limit=2.0)
+    np.testing.assert_array_equal(shaped, [[2.0, -1.5, np.nan]])
 
 
-def test_a_reward_must_be_given():
+def test_rules_need_a_reward_and_one_weight_for_each():
     with pytest.raises(ValueError, match="needs a reward"):
         Rules(())
-    with pytest.raises(ValueError, match="2 rewards .number, exact. need as many weights, found 1"):
-        Rules((rewards.number, rewards.exact), weights=(1.0,))
+    with pytest.raises(ValueError, match=r"reward_weights has 1 entries for 2 rewards \(number, exact\)"):
+        Rules((rewards.number, rewards.exact), reward_weights=(1.0,))
+    with pytest.raises(ValueError, match="neither a function of .prompt, completion, row. nor a Reward"):
+        Rules(("exact",))
 
 
-def test_a_reward_may_change_what_it_is_given():
+def test_rules_wrap_plain_functions_once():
+    rules = Rules((rewards.number, FunctionReward(rewards.exact)))
+    assert rules.rewards == (FunctionReward(rewards.number), FunctionReward(rewards.exact))
+    assert rules.reward_weights == (1.0, 1.0)
+    assert all(r.fingerprint() is None and r.resident(None) == {} for r in rules.rewards)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"token_weights": advantages.centred}, "token_weights=centred can't be called with (lengths, mask"),
+        ({"filter": advantages.opo}, "filter=opo can't be called with (scores)"),
+        ({"reward_weights": (math.nan,)}, "reward_weights=(nan,) must be finite"),
+        ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards (exact)"),
+        ({"warm_up": -1}, "warm_up=-1 rollouts"),
+    ],
+)
+def test_rules_refuse_functions_and_numbers_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Rules((rewards.exact,), **settings)
+
+
+def test_a_reward_may_change_its_arguments():
     def greedy(prompt, completion, row):
         prompt.append("mine")
         row["list"].append(1)
         return len(prompt) + len(row["list"])
 
-    prompt, fields = ["yours"], {"list": []}
-    found, faults = rewards.scored([greedy], [prompt] * 3, ["a"] * 3, [("row", fields)] * 3)
-    assert (
-        found.ravel().tolist() == [3, 3, 3]
-        and prompt == ["yours"]
-        and fields == {"list": []}
-        and not faults.first
-    )
+    prompt, columns = ["yours"], {"list": []}
+    scores, faults = call(greedy, [prompt] * 3, ["a"] * 3, [("row", columns)] * 3)
+    assert scores.tolist() == [3, 3, 3] and not faults.first
+    assert prompt == ["yours"] and columns == {"list": []}
 
 
-class Unspeakable:
-    """A value whose own words fail."""
+class WithoutRepr:
+    """A value whose repr raises."""
 
     def __repr__(self):
-        raise RuntimeError("no words")
+        raise RuntimeError("no repr")
 
 
-@pytest.mark.parametrize("value", [10**5000, Unspeakable()], ids=["too long a number", "no words"])
-def test_what_cant_be_told_is_counted_too(value):
-    found, faults = rewards.scored([lambda *_: value], ["a"], ["b"], [("row:1", {})])
-    assert (
-        np.isnan(found).all()
-        and faults.counts["not_a_number"] == 1
-        and "wanted a finite number (row:1)" in faults.first
-    )
+@pytest.mark.parametrize("value", [10**5000, WithoutRepr()], ids=["too long a number", "no repr"])
+def test_a_value_that_cannot_be_printed_is_a_fault(value):
+    scores, faults = call(lambda *_: value)
+    assert np.isnan(scores).all() and faults.not_a_number == 1
+    assert "expected a finite number (row:1)" in faults.first
 
 
 def test_a_reward_that_exits_is_a_fault():
-    found, faults = rewards.scored([lambda *_: sys.exit(3)], ["a"], ["b"], [("row:1", {})])
-    assert np.isnan(found).all() and faults.first.startswith("reward <lambda> raised SystemExit: 3")
+    scores, faults = call(lambda *_: sys.exit(3))
+    assert np.isnan(scores).all() and faults.first.startswith("reward <lambda> raised SystemExit: 3")

@@ -1,7 +1,5 @@
-"""Rollouts: what rows hold, that the sampler and the trainer are one model, and whole runs that are taught by rewards."""
+"""Rollouts: batches as a function of step and state, and whole runs that learn from rewards."""
 
-import json
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,194 +11,284 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rl_place
-import tiny_model
+import rl_workdir
+from rl_completions import TOKENIZER, random_prompts
 from safetensors.numpy import load_file
 from tiny_run import Place
 
-from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.data import prompts
-from jaxft.data.prompts import Asked, Prompts, Room
-from jaxft.data.rows import Row
-from jaxft.inference import generate
-from jaxft.models import heads
-from jaxft.models.adapted import adapted
-from jaxft.models.llama import llama
-from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
-from jaxft.objectives.preference import preference, summed_logp
-from jaxft.rl import advantages, reward_models, rewards, sampler
-from jaxft.rl.completions import ByScorer, Rules, by_read, by_token, fits, laid
-from jaxft.rl.estimators import by_group
-from jaxft.rl.online_pairs import pairs_of
-from jaxft.rl.rollout import BoundRun, Rollouts, RolloutSource, source_info
+from jaxft.objectives.objective import Facts
+from jaxft.rl import rollout as rollouts
+from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
+from jaxft.rl.completions import Completions
+from jaxft.rl.estimators import by_each, by_group, reinforce
+from jaxft.rl.layout import fits, pack_rollout
+from jaxft.rl.programs import BoundRun
+from jaxft.rl.rewards import number
+from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
+from jaxft.rl.rules import Rules
+from jaxft.rl.sampler import RolloutScorer
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rl")
-    rl_place.write_place(folder)
+    rl_workdir.write_workdir(folder)
     return Place(folder)
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
+# Batches, without a model
 
 
-def some(lengths, seed=0, size=7):
-    """(prompts, tokens [G, N, S]) of a tiny vocabulary; prompts of 2, 3, 4, ... tokens."""
-    rng = np.random.default_rng(seed)
-    ids = tuple(tuple(rng.integers(0, 40, 2 + i).tolist()) for i in range(len(lengths)))
-    tokens = rng.integers(0, 40, (*lengths.shape, size))
-    tokens[np.arange(size) >= lengths[..., None]] = -1
-    nothing = ("",) * len(ids)
-    return Asked(ids, nothing, nothing, ({},) * len(ids)), tokens
+def word_length(prompt, completion, row):
+    return float(len(completion))
 
 
-LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
+def bound_run(folder=None, fused_backward=False, **facts):
+    """A run with an objective of these facts and without programs."""
+    objective = SimpleNamespace(facts=Facts(**facts))
+    return BoundRun(None, None, objective, None, None, None, (), folder, fused_backward)
 
 
-def test_numbers_of_tokens_come_back_from_the_rows():
-    x = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
-    inside = np.arange(7) < LENGTHS.reshape(6, 1)
-    rows = by_read(x, LENGTHS, 16)
-    assert (rows[:, 10:] == 0).all() and (rows != 0).sum() == LENGTHS.sum()
-    np.testing.assert_array_equal(by_token(rows, LENGTHS, 7), np.where(inside, x, 0))
+def state_at(step, approx_kl=(0.0, 0.0), bad=(0, 0)):
+    """A TrainState in which only step, the approximate KL and the count of non-finite steps matter."""
+    aux = {"approx_kl": jnp.asarray(approx_kl, jnp.float32)}
+    return TrainState(jnp.int32(step), {}, {}, aux, jnp.asarray(bad, jnp.int32))
 
 
-def test_a_row_of_many_completions_has_the_log_probs_of_each_alone(wide):
-    model, whole = tiny_model.tiny(adapter=Adapter(rank=2))
-    asked, tokens = some(LENGTHS)
-    objective = policy(model, clipped, temperature=0.7)
-    rows = laid(asked, tokens, LENGTHS, Room(32, 16))
-    found = by_token(np.asarray(objective.score(whole, rows, {}).logps), LENGTHS, 7)
-    for g, prompt in enumerate(asked.ids):
-        for n, count in enumerate(LENGTHS[g]):
-            if not count:
-                continue
-            text = np.array([*prompt, *tokens[g, n, :count]])
-            alone = tiny_model.batch_of([[(text, len(prompt))]], 16, 8, 1.0)
-            logits = model.logits(model.head(whole), model.hidden(whole, alone))[0] / 0.7
-            logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
-            np.testing.assert_allclose(found[g * 3 + n][:count], logp, rtol=1e-10)
+class FakeSampler:
+    """Completions of random lengths that depend on the rollout's number and the state's step."""
+
+    def __init__(self, source):
+        self.source, self.calls = source, []
+
+    def sample(self, asked, group, number, state):
+        data, shapes = self.source.data, self.source.rollout_shapes
+        self.calls.append((number, int(state.step)))
+        rng = np.random.default_rng((number, int(state.step)))
+        lengths = rng.integers(1, data.max_new + 1, (len(asked), group))
+        tokens = rng.integers(1, 40, (*lengths.shape, data.max_new))
+        tokens[np.arange(data.max_new) >= lengths[..., None]] = -1
+        shape = next(shape for shape in shapes.rows if fits(asked, lengths, shape))
+        rows = pack_rollout(asked, tokens, lengths, shape, (data.batch, data.group))
+        texts = tuple("x" * int(n) for n in lengths.ravel())
+        logps = np.where(tokens >= 0, -1.0, 0.0).reshape(lengths.size, -1)
+        return Completions(asked, tokens, logps, lengths, lengths < data.max_new, texts, shape, rows)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (0.7, 5), (0.0, None)])
-def test_the_sampler_has_the_trainers_log_probs(group, temperature, top_k):
-    model, whole = tiny_model.tiny(jnp.float32, adapter=Adapter(rank=2))
-    asked, _ = some(np.ones((3, group), int))
-    stop = (7, 11)
-    run = generate.make_sampler(model, generate.Sampling(12, temperature, top_k), stop, group)
-    out, drawn = map(np.asarray, run(whole, generate.left_pad(asked.ids, 3), jax.random.key(3)))
-    lengths = (out >= 0).sum(1).reshape(3, group)
-    ended = np.isin(out[np.arange(len(out)), lengths.ravel() - 1], stop)
-    assert (ended | (lengths.ravel() == 12)).all() and ((out >= 0) == (drawn != 0)).all()
-    rows = laid(asked, out.reshape(3, group, 12), lengths, Room(64, 64))
-    logps = policy(model, clipped, temperature=temperature or 1.0).logps(whole, rows).logp
-    np.testing.assert_allclose(by_token(np.asarray(logps), lengths, 12), drawn, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "most_away", "mean_away"), [(jnp.float32, 1e-4, 2e-5), (jnp.bfloat16, 0.5, 0.03)]
-)
-def test_the_trainer_sees_what_the_sampler_drew_in_every_bucket(dtype, most_away, mean_away):
-    """Rows of all the lengths that a run compiles. In bfloat16 the two programs round apart: by 0.014 nats a token in the mean of
-    this model of random weights, once by 0.34."""
-    model, whole = tiny_model.tiny(dtype, adapter=Adapter(rank=2))
-    data = Rollouts("x", max_new=48, group=4, batch=3, rules=Rules((rewards.number,)))
-    asked, _ = some(np.ones((3, 4), int))
-    tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    source = RolloutSource(source_info(data, tokenizer, asked, asked), data, tokenizer, asked, asked, 1)
-    assert len(source.rooms) == 3
-    run = generate.make_sampler(model, generate.Sampling(48, 1.0), (), 4)
-    out, drawn = map(np.asarray, run(whole, generate.left_pad(asked.ids, 3), jax.random.key(3)))
-    logps = jax.jit(policy(model, clipped).logps)
-    for room, most in zip(source.rooms, (12, 24, 48), strict=True):
-        lengths = np.minimum(np.random.default_rng(most).integers(1, most + 1, (3, 4)), most)
-        lengths[0] = most
-        tokens = np.where(np.arange(48) < lengths[..., None], out.reshape(3, 4, 48), -1)
-        assert fits(asked, lengths, room) and (
-            room is source.rooms[0] or not fits(asked, lengths, source.rooms[0])
-        )
-        found = by_token(np.asarray(logps(whole, laid(asked, tokens, lengths, room)).logp), lengths, 48)
-        away = np.abs(found - drawn)[np.arange(48) < lengths.reshape(12, 1)]
-        assert away.max() < most_away and away.mean() < mean_away, (room, away.max(), away.mean())
-
-
-def test_completions_of_a_prompt_differ_and_are_those_of_the_prompt_alone():
-    model, whole = tiny_model.tiny(jnp.float32)
-    asked, _ = some(np.ones((2, 2), int))
-    greedy = generate.Sampling(6, 0.0)
-    many = np.asarray(
-        generate.make_sampler(model, greedy, (), 2)(
-            whole, generate.left_pad(asked.ids, 2), jax.random.key(0)
-        )[0]
-    )
-    one = np.asarray(
-        generate.make_generate(model, greedy, ())(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))
-    )
-    np.testing.assert_array_equal(many, np.repeat(one, 2, 0))
-    warm = generate.make_sampler(model, generate.Sampling(6, 1.0), (), 2)
-    drawn = np.asarray(warm(whole, generate.left_pad(asked.ids, 2), jax.random.key(0))[0])
-    assert (drawn[0] != drawn[1]).any() and (drawn[2] != drawn[3]).any()
-
-
-def test_prompts_come_in_an_order_of_seed_and_rollout_and_all_come():
-    data = Prompts("x", batch=6, minibatches=3, passes=2)
-    seen = np.concatenate([prompts.drawn(data, 10, k) for k in range(5)])
-    assert [sorted(seen[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
-    assert seen[:10].tolist() != seen[10:20].tolist()
-    for turn in (0, 3):
-        parts = np.concatenate([prompts.dealt(data, 4, turn + k) for k in range(3)])
-        assert sorted(parts.tolist()) == list(range(6))
-
-
-def test_weights_of_tokens_may_ask_for_the_limit():
-    rules = Rules((rewards.number,), weigh=advantages.constant_length)
-    lengths, keep = np.array([[3, 0, 7]]), np.ones((1, 3), bool)
-    np.testing.assert_array_equal(
-        rules.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 8)
-    )
-    own = Rules(
-        (rewards.number,), weigh=partial(advantages.constant_length, most=20)
-    )  # a value that is given stays
-    np.testing.assert_array_equal(
-        own.weighed(lengths, keep, 8), advantages.constant_length(lengths, keep, 20)
-    )
-    np.testing.assert_array_equal(
-        Rules((rewards.number,)).weighed(lengths, keep, 8), advantages.token_mean(lengths, keep)
+def bound_source(folder, rules=None, moments=None, **settings):
+    """Rollouts of 8 prompts, sampled by FakeSampler and scored by the length of each completion."""
+    rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
+    data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
+    asked = random_prompts(8)
+    source = RolloutSource(data, TOKENIZER, asked, asked.at(()), 1)
+    scorer = RolloutScorer(rules, tuple(reward.prepare(None) for reward in rules.rewards), None, False)
+    moments = np.zeros(3) if moments is None else moments
+    return BoundRollouts(
+        source, bound_run(folder, **facts), FakeSampler(source), scorer, source.shapes, moments
     )
 
 
-@pytest.mark.parametrize(
-    "asked", [{"warm_up": 1}, {"target_kl": 0.1}, {"keep": advantages.varied}, {"cut_off": False}]
-)
-def test_a_policy_that_is_to_rest_is_not_updated_inside_the_backward_pass(asked):
-    one = some(np.ones((1, 1), int))[0]
-    tokenizer = SimpleNamespace(decode=lambda *a, **k: "", eos_token_id=0)
-    data = Rollouts("x", group=2, passes=2, rules=Rules((rewards.number,), **asked))
-    source = RolloutSource(source_info(data, tokenizer, one, one), data, tokenizer, one, one, 1)
-    programs = SimpleNamespace(objective=None, optimizer=SimpleNamespace(fused_backward=True))
-    with pytest.raises(ValueError, match="optim.fused_backward can't let a policy rest"):
-        source.bind(BoundRun(programs, None, (), None), None)
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_policy_learns_what_is_rewarded(place):
+def test_a_batch_depends_on_step_and_state_alone(tmp_path):
+    source, again = bound_source(tmp_path), bound_source(tmp_path)
+    batches = [source.batch(step, state_at(step)) for step in range(4)]
+    assert source.sampler.calls == [(0, 0), (1, 2)]  # sampled at a rollout's first step, with its state
+    for step in (2, 3, 3):  # without the rollout before, and twice
+        same(again.batch(step, state_at(step)), batches[step])
+    assert batches[0][1] == batches[1][1] and batches[2][1] != batches[0][1]  # metrics are the rollout's
+
+
+def test_policy_weights_of_a_batch_sum_to_1(tmp_path):
+    batch, _ = bound_source(tmp_path, minibatches=2).batch(0, state_at(0))
     assert (
-        place.run("name=learns", "steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2") == 0
-    ), place.err()
-    lines = place.metrics("learns")
-    got = [line["reward"] for line in lines if "reward" in line]
-    assert len(got) == 16 and np.mean(got[-3:]) > 2 * np.mean(got[:3])
-    assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
-    table = [
-        json.loads(line) for line in (place.runs("learns") / "completions.jsonl").read_text().splitlines()
+        batch.policy_weights.sum() == pytest.approx(1, abs=1e-6) and batch.policy_weights.dtype == np.float32
+    )
+
+
+def test_a_run_cannot_resume_inside_a_rollout(tmp_path):
+    with pytest.raises(ValueError, match="step 3 is inside rollout 1"):
+        bound_source(tmp_path).batch(3, state_at(3))
+
+
+def test_moments_of_scores_are_in_the_state_dict_and_come_back(tmp_path):
+    source = bound_source(tmp_path)
+    for step in range(4):
+        source.batch(step, state_at(step))
+    lengths = [
+        source.sampler.sample(random_prompts(4), 2, number, state_at(2 * number)).lengths for number in (0, 1)
     ]
+    expected = np.zeros(3)
+    for part in lengths:
+        expected = update_moments(expected, part.astype(float))
+    assert source.state_dict() == {"moments": expected.tolist()}
+    np.testing.assert_array_equal(rollouts.saved_moments(source.state_dict()), expected)
+    assert not rollouts.saved_moments(None).any()
+
+
+def test_an_unbound_source_has_no_batches():
+    source = RolloutSource(
+        Rollouts("x", rules=Rules((number,))), TOKENIZER, random_prompts(2), random_prompts(2), 1
+    )
+    for call in (partial(source.batch, 0), source.evaluate):
+        with pytest.raises(ValueError, match="no run to sample completions with"):
+            call(state_at(0))
+    assert source.state_dict() == {} and len(source.prompts(1)) == 1 and source.held_out == ()
+
+
+def test_the_policy_waits_for_the_next_rollout_beyond_target_kl(tmp_path):
+    settings = {"facts": {"target_kl": 0.5}, "passes": 4}
+
+    def trains(step, **state):
+        source = bound_source(tmp_path, **settings)
+        source.batch(step - step % 4, state_at(step - step % 4))
+        return bool(source.batch(step, state_at(step, **state))[0].policy_weights.any())
+
+    far, near = {"approx_kl": (6.0, 10.0)}, {"approx_kl": (4.0, 10.0)}
+    assert trains(1, **near) and not trains(1, **far) and not trains(3, **far)
+    assert trains(4, **far)  # a new rollout; the KL is that of the rollout before
+    assert trains(1, **far, bad=(1, 1)) and not trains(
+        2, **far, bad=(1, 1)
+    )  # no finite step has trained it yet
+
+
+def test_a_kl_from_before_the_rollout_does_not_count(tmp_path):
+    """The first minibatch has no completion to train on, so the KL in aux is that of the rollout before."""
+    rules = Rules(
+        (word_length,), filter=lambda scores: np.arange(4)[:, None] + np.zeros(2) >= first_minibatch
+    )
+    source = bound_source(tmp_path, rules, facts={"target_kl": 0.5}, passes=1, minibatches=4)
+    order = [int(prompts.dealt(source.data, 0, part)[0]) for part in range(4)]
+    first_minibatch = order[0] + 1
+    trained = [p for p in order if p >= first_minibatch]
+    if not trained:
+        pytest.skip("the first minibatch has the last prompt")
+    weights = [
+        source.batch(step, state_at(step, approx_kl=(9.0, 1.0)))[0].policy_weights.any() for step in range(4)
+    ]
+    assert weights == [p == trained[0] for p in order]  # after it, the KL is this rollout's
+
+
+@pytest.mark.parametrize("advantage", [grpo, rloo, centred])
+def test_advantages_relative_to_a_group_of_one_are_refused(tmp_path, advantage):
+    rules = Rules((word_length,), partial(by_group, advantage=advantage))
+    with pytest.raises(ValueError, match="data.group=1: advantages relative to a group of one are all 0"):
+        bound_source(tmp_path, rules, group=1).batch(0, state_at(0))
+
+
+@pytest.mark.parametrize(
+    "estimate", [reinforce, partial(by_group, advantage=lambda scores, lengths: scores - 0.5)]
+)
+def test_a_group_of_one_trains_with_other_estimators(tmp_path, estimate):
+    batch, _ = bound_source(tmp_path, Rules((word_length,), estimate), group=1).batch(0, state_at(0))
+    assert batch.advantages.any()
+
+
+def test_by_each_in_a_group_of_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.group=1"):
+        bound_source(tmp_path, Rules((word_length,), by_each), group=1).batch(0, state_at(0))
+
+
+def test_completions_outside_of_the_policy_mask_have_no_weight(tmp_path):
+    rules = Rules((word_length,), train_on_truncated=False, filter=nonconstant_groups)
+    batch, metrics = bound_source(tmp_path, rules).batch(0, state_at(0))
+    weights, lengths = batch.policy_weights[0], batch.lengths[0]
+    for row in range(len(weights)):
+        for slot, length in enumerate(lengths[row]):
+            own = weights[row][batch.answers[0, row] == slot]
+            assert own.any() == (length < 6 and lengths[row, 0] != lengths[row, 1])
+    assert 0 < metrics["frac_learned"].total < metrics["frac_learned"].weight
+
+
+def test_a_policy_is_frozen_in_the_warm_up(tmp_path):
+    source = bound_source(tmp_path, Rules((word_length,), warm_up=1))
+    trains = [bool(source.batch(s, state_at(s))[0].policy_weights.any()) for s in range(4)]
+    assert trains == [False, False, True, True]
+
+
+def test_a_rollout_without_scores_is_an_error_that_names_the_fault(tmp_path):
+    def fails(prompt, completion, row):
+        return row["missing"]
+
+    message = "no completion of rollout 1 has a score: reward fails raised KeyError: 'missing' (rows:"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bound_source(tmp_path, Rules((fails,))).batch(0, state_at(0))
+
+
+def test_a_fault_is_printed_once(tmp_path, capsys):
+    def short_only(prompt, completion, row):
+        return 1 / (6 - len(completion))
+
+    source = bound_source(tmp_path, Rules((short_only,)), batch=8, group=4)
+    for step in range(4):
+        source.batch(step, state_at(step))
+    assert capsys.readouterr().out.count("reward short_only raised ZeroDivisionError") == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "facts"),
+    [
+        ({"warm_up": 1}, {}),
+        ({}, {"target_kl": 0.1}),
+        ({"filter": nonconstant_groups}, {}),
+        ({"train_on_truncated": False}, {}),
+    ],
+)
+def test_fused_backward_is_refused_if_the_policy_may_be_frozen(rules, facts):
+    data = Rollouts("x", group=2, passes=2, rules=Rules((number,), **rules))
+    with pytest.raises(ValueError, match="optim.fused_backward=true always updates the policy"):
+        rollouts.check_policy_run(data, bound_run(fused_backward=True, **facts))
+    rollouts.check_policy_run(data, bound_run(**facts))
+    rollouts.check_policy_run(Rollouts("x", rules=Rules((number,))), bound_run(fused_backward=True))
+
+
+def test_a_run_that_does_not_fit_its_rollouts_is_refused():
+    data = Rollouts("x", temperature=0.5, rules=Rules((number,)))
+    with pytest.raises(ValueError, match="data.temperature=0.5 differs from the objective's 0.9"):
+        rollouts.check_policy_run(data, bound_run(temperature=0.9))
+    with pytest.raises(ValueError, match="target_kl ends a rollout's passes early, but here"):
+        rollouts.check_policy_run(data, bound_run(temperature=0.5, target_kl=0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts", "recompute"),
+    [
+        ({}, {}, False),
+        ({"passes": 2}, {}, True),
+        ({"minibatches": 2}, {}, True),
+        ({}, {"reference": "start"}, True),
+        ({}, {"critic": True}, True),
+    ],
+)
+def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompute):
+    data = Rollouts("x", rules=Rules((number,)), **settings)
+    assert rollouts.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
+
+
+def test_the_fingerprint_of_a_reward_model_is_a_dependency():
+    reward = SimpleNamespace(name="judge", fingerprint=lambda: "abc")
+    data = replace(Rollouts("x", rules=Rules((number,))), rules=SimpleNamespace(rewards=(reward,)))
+    info = rollouts.rollout_info(data, TOKENIZER, random_prompts(2), random_prompts(2))
+    assert info.dependencies == {"reward_judge_identity": "abc"}
+    plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[random_prompts(2)] * 2)
+    assert plain.dependencies == {}
+
+
+# Runs
+
+
+def test_a_policy_learns_what_is_rewarded(workdir):
+    argv = ["steps=16", "passes=1", "beta=0.0", "batch=8", "group=8", "lr=3e-2"]
+    assert workdir.run("name=learns", *argv) == 0, workdir.err()
+    lines = workdir.metrics("learns")
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    assert len(rewards) == 16 and np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
+    assert lines[-1]["eval_reward"] > 2 * lines[0]["eval_reward"]
+    table = rl_workdir.table(workdir, "learns")
     assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
 
 
@@ -222,417 +310,170 @@ def test_the_docstring_of_grpo_names_methods():
 
 
 @pytest.mark.parametrize("name, settings", methods(), ids=[name for name, _ in methods()])
-def test_every_method_that_has_a_name_runs(place, name, settings):
-    argv = (
-        "model=base",
-        "data=asked.jsonl",
-        "held_out=0.2",
-        "rewards=config.py:ascii",
-        "general=none",
-        "batch=4",
-        "group=4",
-    )
+def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
-    more = (
-        f"name={folder}",
-        "rank=4",
-        "dtype=float32",
-        "loop.steps=2",
-        "loop.eval_every=none",
-        "samples=0",
-        "lr=1e-2",
-    )
-    assert place.run("--config", "configs/grpo.py", *argv, *more, *settings) == 0, place.err()
-    lines = [line for line in place.metrics(folder) if "reward" in line]
+    argv = ["model=base", "data=asked.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
+    argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
+    argv += ["samples=0", "lr=1e-2", f"name={folder}"]
+    assert workdir.run("--config", "configs/grpo.py", *argv, *settings) == 0, workdir.err()
+    lines = [line for line in workdir.metrics(folder) if "reward" in line]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)
 
 
-def test_a_run_killed_inside_a_rollout_ends_as_one_left_alone(place):
-    """PPO, with a critic and a KL controller: killed between two minibatches, and between drawing and learning."""
-    argv = ("steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8")
-    assert place.run(*argv, "name=whole") == 0, place.err()
-    assert len({line["kl_coef"] for line in place.metrics("whole") if "kl_coef" in line}) > 4
-    for hook, name in ((KILL.format(step=6), "inside"), (KILL_DRAWING, "drawing")):
-        process = place.start(*argv, f"name={name}", hook=hook)
+def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
+    """PPO with a critic and an adaptive KL: killed between two minibatches, and between sampling and training."""
+    argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8"]
+    assert workdir.run(*argv, "name=whole") == 0, workdir.err()
+    assert len({line["kl_coef"] for line in workdir.metrics("whole") if "kl_coef" in line}) > 4
+    hooks = {
+        "inside": rl_workdir.kill_at(6, "inside", checkpoint=4),
+        "sampled": rl_workdir.kill_after_sampling("sampled", checkpoint=4),
+    }
+    for name, hook in hooks.items():
+        process = workdir.start(*argv, f"name={name}", hook=hook)
         process.join()
-        assert process.exitcode == -9 and place.checkpoints(name) == [4], place.err()
-        assert place.run(*argv, f"name={name}") == 0, place.err()
-        assert place.results(name, 8) == place.results("whole", 8)
-        table = [(place.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
-        assert table[0] == table[1]
+        assert process.exitcode == -9 and workdir.checkpoints(name) == [4], workdir.err()
+        assert workdir.run(*argv, f"name={name}") == 0, workdir.err()
+        assert workdir.results(name, 8) == workdir.results("whole", 8)
+        tables = [(workdir.runs(run) / "completions.jsonl").read_text() for run in (name, "whole")]
+        assert tables[0] == tables[1]
 
 
-def test_ppo_teaches_the_policy_and_its_critic(place):
-    """And before the critic's warm-up is over the policy stands still."""
-    argv = ("passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12")
-    argv = (*argv, "rewards=config.py:ascii")
-    assert place.run("name=ppo", "steps=32", *argv) == 0, place.err()
-    lines = [line for line in place.metrics("ppo") if "reward" in line]
-    assert np.mean([line["reward"] for line in lines[-4:]]) > 1.2 * np.mean(
-        [line["reward"] for line in lines[:4]]
-    )
+def test_ppo_trains_the_policy_and_its_critic_and_warm_up_the_critic_alone(workdir):
+    argv = ["passes=2", "beta=0.0", "batch=64", "group=1", "lr=2e-2", "ppo=true", "save=100", "max_new=12"]
+    argv += ["rewards=config.py:ascii"]
+    assert workdir.run("name=ppo", "steps=32", *argv) == 0, workdir.err()
+    lines = [line for line in workdir.metrics("ppo") if "reward" in line]
+    rewards = [line["reward"] for line in lines]
+    assert np.mean(rewards[-4:]) > 1.2 * np.mean(rewards[:4])
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"] / 2
     assert max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-4
-    ratios = [
-        abs(line["val/ratio"] - 1) for line in lines
-    ]  # the first of two passes is over what this very policy drew
+    ratios = [abs(line["val/ratio"] - 1) for line in lines]  # the first of two passes is on-policy
     assert max(ratios[::2]) < 1e-6 < np.median(ratios[1::2])
-    assert place.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, place.err()
-    warm = [line for line in place.metrics("warm") if "reward" in line]
+    assert workdir.run("name=warm", "steps=4", *argv, "warm_up=100") == 0, workdir.err()
+    warm = [line for line in workdir.metrics("warm") if "reward" in line]
     assert len(warm) == 4 and all(line["objective/kl"] == 0 and abs(line["kl"]) < 1e-6 for line in warm)
 
 
-def test_a_mesh_draws_and_learns_as_one_device_does(place):
-    """Greedy, so that rounding changes no token: rows, weights and products are cut."""
-    argv = (
-        "steps=2",
-        "passes=2",
-        "batch=8",
-        "group=2",
-        "ppo=true",
-        "save=100",
-        "data.top_k=1",
-        "rewards=config.py:ascii",
-    )
-    assert place.run("name=one", *argv) == 0, place.err()
-    cut = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    assert place.run("name=many", *argv, *cut, devices=8) == 0, place.err()
-    tables = [(place.runs(name) / "completions.jsonl").read_text() for name in ("one", "many")]
+def test_a_mesh_samples_and_trains_as_one_device_does(workdir):
+    """Greedy, so that rounding changes no token: rows, weights and matmuls are sharded."""
+    argv = ["steps=2", "passes=2", "batch=8", "group=2", "ppo=true", "save=100", "data.top_k=1"]
+    argv += ["rewards=config.py:ascii"]
+    assert workdir.run("name=one", *argv) == 0, workdir.err()
+    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    assert workdir.run("name=many", *argv, *mesh, devices=8) == 0, workdir.err()
+    tables = [(workdir.runs(name) / "completions.jsonl").read_text() for name in ("one", "many")]
     assert tables[0] == tables[1] and tables[0]
-    for one, many in zip(*(place.metrics(name) for name in ("one", "many")), strict=True):
+    for one, many in zip(*(workdir.metrics(name) for name in ("one", "many")), strict=True):
         assert one.keys() == many.keys()
         for name in ("loss", "loss/value_avg", "grad_norm", "objective/kl", "eval_reward", "entropy"):
             if name in one:
                 np.testing.assert_allclose(one[name], many[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-def test_a_policy_that_has_gone_far_enough_waits_for_the_next_rollout(place):
-    argv = ("steps=8", "passes=4", "batch=8", "group=1", "ppo=true", "save=100", "target_kl=1e-6", "lr=2e-2")
-    assert place.run("name=far", *argv) == 0, place.err()
-    lines = {line["step"]: line for line in place.metrics("far") if "reward" in line}
-    taught = [lines[step].get("policy/approxkl_avg") for step in (5, 6, 7, 8)]
-    assert taught[0] < 1e-6 < taught[1] and taught[2:] == [None, None]
+def test_target_kl_ends_the_passes_over_a_rollout_and_trains_the_critic_on(workdir):
+    argv = ["steps=8", "passes=4", "batch=8", "group=1", "ppo=true", "save=100", "target_kl=1e-6", "lr=2e-2"]
+    assert workdir.run("name=far", *argv) == 0, workdir.err()
+    lines = {line["step"]: line for line in workdir.metrics("far") if "reward" in line}
+    approx_kl = [lines[step].get("policy/approxkl_avg") for step in (5, 6, 7, 8)]
+    assert approx_kl[0] < 1e-6 < approx_kl[1] and approx_kl[2:] == [None, None]
     assert all("loss/value_avg" in lines[step] for step in (7, 8))
 
 
-def test_online_dpo_teaches_what_is_rewarded_and_resumes(place):
-    argv = (
-        "batch=16",
-        "group=4",
-        "passes=1",
-        "lr=1e-2",
-        "online=true",
-        "max_new=12",
-        "rewards=config.py:ascii",
-        "save=6",
-    )
-    assert place.run("name=online", "steps=18", *argv) == 0, place.err()
-    lines = [line for line in place.metrics("online") if "reward" in line]
-    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    assert np.mean([line["reward"] for line in lines[-3:]]) > 1.2 * np.mean(
-        [line["reward"] for line in lines[:3]]
-    )
-    process = place.start(
-        "name=again", "steps=18", *argv, hook=KILL.format(step=8).replace("runs/inside", "runs/again")
-    )
+def test_sigterm_inside_a_rollout_saves_at_its_end(workdir):
+    hook = rl_workdir.kill_at(5, "asked_to_stop", checkpoint="", signal=15)
+    argv = ["steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop"]
+    process = workdir.start(*argv, hook=hook)
     process.join()
-    assert process.exitcode == -9
-    assert place.run("name=again", "steps=18", *argv) == 0, place.err()
-    assert place.results("again", 18) == place.results("online", 18)
-
-
-def test_pairs_of_a_rollout_score_each_answer_as_it_is_alone(wide):
-    model, whole = tiny_model.tiny(adapter=Adapter(rank=2))
-    lengths = np.array([[3, 7], [5, 2]])
-    asked, tokens = some(lengths)
-    pairs = pairs_of(laid(asked, tokens, lengths, Room(32, 16)))
-    pairs = replace(pairs, pair_weights=np.full((2, 1), 0.5), mean_lengths=np.ones((2, 1, 2)))
-    objective = preference(
-        model, lambda pair: pair.chosen.logp - 2 * pair.rejected.logp, reference=None, reward=summed_logp
-    )
-    value, found = objective(whole, pairs, None, {})
-    wanted = []
-    for g, prompt in enumerate(asked.ids):
-        for n, count in enumerate(lengths[g]):
-            text = np.array([*prompt, *tokens[g, n, :count]])
-            alone = tiny_model.batch_of([[(text, len(prompt))]], 16, 8, 1.0)
-            logits = model.logits(model.head(whole), model.hidden(whole, alone))[0]
-            logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
-            wanted.append(float(logp.sum()))
-            assert pairs.last[g, 0, n] == len(prompt) + lengths[g, : n + 1].sum() - 1
-    np.testing.assert_allclose(
-        value, 0.5 * (wanted[0] - 2 * wanted[1] + wanted[2] - 2 * wanted[3]), rtol=1e-10
-    )
-    assert pairs.places[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_scorer_beside_the_policy_reads_each_completion_at_its_end(wide):
-    beside = {"reward": heads.HeadSettings(Adapter(rank=2))}
-    whole_model = adapted(heads.with_heads(llama(tiny_model.CONFIG, jnp.float64), beside), Adapter(rank=2))
-    random = lambda path, x: 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)  # noqa: E731
-    whole = tree.map_with_path(random, param.init_params(whole_model.specs, jax.random.key(0), jnp.float64))
-    asked, tokens = some(LENGTHS)
-    rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
-    found = np.asarray(sampler.scored(whole_model, ByScorer("reward"), whole, {}, rows))[0]
-    for g, prompt in enumerate(asked.ids):
-        for n in np.flatnonzero(LENGTHS[g]):
-            text = np.array([*prompt, *tokens[g, n, : LENGTHS[g, n]]])
-            alone = tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0)
-            h = whole_model.hidden(heads.view(whole, "reward"), alone)[0, len(text) - 1]
-            np.testing.assert_allclose(found[g, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
-    for n in (0, 1):  # a completion of that token alone is read at its prompt, whatever stands beside it
-        short = np.where(np.arange(2) == n, 1, [[2, 3], [5, 5]])
-        rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, short, Room(32, 16)))
-        only = int(tokens[0, n, 0])
-        apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", only), whole, {}, rows))[0]
-        text = np.array(asked.ids[0])
-        h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[
-            0, len(text) - 1
-        ]
-        np.testing.assert_allclose(apart[0, n], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
-    rows = jax.tree.map(lambda x: x[None], laid(asked, tokens, LENGTHS, Room(32, 16)))
-    end = int(tokens[1, 1, 4])  # the last token of one of them
-    apart = np.asarray(sampler.scored(whole_model, ByScorer("reward", end), whole, {}, rows))[0]
-    text = np.array([*asked.ids[1], *tokens[1, 1, :4]])
-    h = whole_model.hidden(heads.view(whole, "reward"), tiny_model.batch_of([[(text, 1)]], 16, 16, 1.0))[
-        0, len(text) - 1
-    ]
-    np.testing.assert_allclose(apart[1, 1], h @ whole["reward"]["score"][:, 0], rtol=1e-10)
-
-
-def test_an_answer_that_is_padding_alone_is_read_at_its_prompt():
-    asked, tokens = some(np.array([[1, 3], [3, 1]]))
-    tokens[0, 0, 0] = tokens[1, 1, 0] = tokens[0, 1, 2] = 45  # which no prompt holds
-    pairs = pairs_of(laid(asked, tokens, np.array([[1, 3], [3, 1]]), Room(32, 16)))
-    found = reward_models.read_before(jax.tree.map(lambda x: x[None], pairs), 45).last[0, :, 0]
-    first, second = (len(ids) - 1 for ids in asked.ids)
-    assert found.tolist() == [[first, first + 3], [second + 3, second]]
-    apart = replace(
-        pairs, branches=None, last=pairs.last + 2
-    )  # where each answer has the prompt in front of it
-    ids = np.zeros_like(pairs.ids)
-    ids[0, pairs.last[0, 0, 1] + 2] = 45
-    found = reward_models.read_before(jax.tree.map(lambda x: x[None], replace(apart, ids=ids)), 45).last[
-        0, :, 0
-    ]
-    assert (found - apart.last[:, 0]).tolist() == [[0, -1], [0, 0]]
-
-
-KILL = """
-import glob, os, time
-from jaxft.train import meter
-add = meter.Meter.add
-def killed(self, step, batch, found):
-    add(self, step, batch, found)
-    if step + 1 == {step}:
-        until = time.monotonic() + 60  # what was saved before is written in the background
-        while not glob.glob("runs/inside/checkpoints/4") and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(os.getpid(), 9)
-meter.Meter.add = killed
-"""
-KILL_DRAWING = """
-import glob, os, time
-from jaxft.rl import sampler
-draw = sampler.Player.draw
-def killed(self, number, state):
-    done = draw(self, number, state)  # its completions are in the table, and nothing is learned from them yet
-    if number == 1:
-        until = time.monotonic() + 60  # what was saved before is written in the background
-        while not glob.glob("runs/drawing/checkpoints/4") and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(os.getpid(), 9)
-    return done
-sampler.Player.draw = killed
-"""
-
-
-def test_sigterm_inside_a_rollout_saves_at_its_end(place):
-    hook = KILL.format(step=5).replace("9)", "15)").replace("glob.glob", "str")
-    process = place.start(
-        "steps=12", "passes=4", "save=100", "loop.eval_every=none", "name=asked_to_stop", hook=hook
-    )
-    process.join()
-    assert process.exitcode == 143 and place.checkpoints("asked_to_stop") == [8]
+    assert process.exitcode == 143 and workdir.checkpoints("asked_to_stop") == [8]
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "expected"),
     [
-        (("rewards=config.py:even",), {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0}),
         (
-            ("max_new=2", "cut_off=false", "base=endless"),
+            ("rewards=config.py:constant",),
+            {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "frac_learned": 1.0},
+        ),
+        (
+            ("max_new=2", "truncated=false", "base=endless"),
             {"completions/clipped_ratio": 1.0, "frac_learned": 0.0},
         ),
     ],
-    ids=["equal rewards", "all cut off"],
+    ids=["equal rewards", "all truncated"],
 )
-def test_what_teaches_nothing_changes_nothing_and_is_counted(place, argv, told):
-    if not (place.folder / "endless").exists():
-        rl_place.write_endless(place.folder)
-    name = f"name=nothing-{argv[0].partition('=')[0]}"
-    assert place.run(name, *argv, "steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100") == 0, (
-        place.err()
-    )
-    for line in (line for line in place.metrics(name[5:]) if "reward" in line):
-        assert line["grad_norm"] == 0 == line.get("loss", 0) and {key: line[key] for key in told} == told
+def test_rollouts_without_signal_change_nothing_and_are_counted(workdir, argv, expected):
+    if not (workdir.folder / "endless").exists():
+        rl_workdir.write_without_eos(workdir.folder)
+    name = f"nothing-{argv[0].partition('=')[0]}"
+    more = ["steps=2", "passes=1", "beta=0.0", "batch=4", "group=2", "save=100"]
+    assert workdir.run(f"name={name}", *argv, *more) == 0, workdir.err()
+    for line in (line for line in workdir.metrics(name) if "reward" in line):
+        assert line["grad_norm"] == 0 == line.get("loss", 0)
+        assert {key: line[key] for key in expected} == expected
 
 
-def test_a_tokenizer_without_an_end_token_is_told_and_nothing_ends(place):
-    if not (place.folder / "endless").exists():
-        rl_place.write_endless(place.folder)
-    assert (
-        place.run("name=endless", "base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100")
-        == 0
-    ), place.err()
-    assert "the tokenizer names no end token" in place.out()
-    (line,) = [line for line in place.metrics("endless") if "reward" in line]
+def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
+    if not (workdir.folder / "endless").exists():
+        rl_workdir.write_without_eos(workdir.folder)
+    argv = ["base=endless", "steps=1", "passes=1", "max_new=4", "batch=4", "save=100"]
+    assert workdir.run("name=endless", *argv) == 0, workdir.err()
+    assert "the tokenizer has no end token" in workdir.out()
+    (line,) = [line for line in workdir.metrics("endless") if "reward" in line]
     assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (
-            {"estimate": partial(by_group, advantage=advantages.remax)},
-            "advantage=remax can't be called with (scores)",
-        ),
-        ({"weigh": advantages.centred}, "weigh=centred can't be called with (lengths, keep)"),
-        ({"weights": (math.nan,)}, "weights of rewards are finite"),
-        ({"weights": (1.0, 2.0)}, "1 rewards (exact) need as many weights, found 2"),
-    ],
-)
-def test_rules_that_cant_be_followed_are_refused_at_once(settings, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        Rules((rewards.exact,), **settings)
+def test_a_run_ends_with_a_whole_rollout(workdir):
+    assert workdir.run("name=half", "steps=5", "passes=2") == 1
+    last = workdir.err().strip().splitlines()[-1]
+    assert last.startswith("error: loop.steps=5") and last.rstrip(".").endswith("set 4 or 6")
 
 
-def test_rewards_that_all_fail_end_the_run_in_one_line(place):
-    (place.folder / "bad.py").write_text("def bad(prompt, completion, row):\n    return row['missing']\n")
-    assert place.run("name=bad", "rewards=bad.py:bad", "held_out=0.0") == 1
-    last = place.err().strip().splitlines()[-1]
-    assert last.startswith("error: no completion of rollout 1 could be scored: reward bad raised KeyError")
-    assert "asked.jsonl:" in last
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"prompt": ""}, "bad.jsonl:1: the row is empty"),
-        ({"prompt": " ", "answer": 1}, "bad.jsonl:1: column 'prompt' is empty"),
-        ({"question": "why?"}, "bad.jsonl:1: found columns question; wanted prompt, messages or instruction"),
-        ({"prompt": 7}, "bad.jsonl:1: "),
-        ({"messages": [{"role": "user", "content": " "}]}, "bad.jsonl:1: "),
-        ({"messages": [{"role": "assistant", "content": "so"}]}, "bad.jsonl:1: "),
-        (
-            {"prompt": "why " * 99},
-            "bad.jsonl: all 1 prompts have more tokens than data.max_prompt=64; raise it",
-        ),
-    ],
-)
-def test_prompts_that_cant_be_asked_are_named(place, row, words):
-    (place.folder / "bad.jsonl").write_text(json.dumps(row) + "\n")
-    assert place.run("name=asks", "data=bad.jsonl", "held_out=0.0") == 1
-    last = place.err().strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last
-
-
-@pytest.mark.parametrize("text", ["[1, 2, 3] sort this list", "[INST] hi [/INST]", "[1, 2]"])
-def test_a_prompt_that_begins_with_a_bracket_is_a_text(text):
-    assert prompts.prompt_of(Row("rows:1", {"prompt": text})) == text
-    turns = [{"role": "user", "content": "why?"}]
-    assert prompts.prompt_of(Row("rows:1", {"prompt": json.dumps(turns)})) == turns
-
-
-def test_a_run_ends_with_a_whole_rollout(place):
-    assert place.run("name=half", "steps=5", "passes=2") == 1
-    wanted = "error: loop.steps=5 ends inside a rollout, of which each is 2 steps (data.passes x data.minibatches); set 4 or 6"
-    assert place.err().strip().splitlines()[-1] == wanted
-
-
-def test_a_policy_waits_for_a_critic_on_its_own_hidden_states(place):
-    argv = (
-        "steps=4",
-        "passes=2",
-        "batch=8",
-        "group=1",
-        "ppo=true",
-        "shared=true",
-        "warm_up=100",
-        "rewards=config.py:ascii",
-    )
-    assert place.run("name=waits", *argv, "save=100", "lr=1e-2") == 0, place.err()
-    adapter = load_file(place.runs("waits") / "adapter" / "adapter_model.safetensors")
-    assert not any(x.any() for name, x in adapter.items() if "lora_B" in name)  # as a fresh adapter begins
-    lines = [line for line in place.metrics("waits") if "loss/value_avg" in line]
+def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workdir):
+    argv = ["steps=4", "passes=2", "batch=8", "group=1", "ppo=true", "shared=true", "warm_up=100"]
+    argv += ["rewards=config.py:ascii", "save=100", "lr=1e-2"]
+    assert workdir.run("name=waits", *argv) == 0, workdir.err()
+    adapter = load_file(workdir.runs("waits") / "adapter" / "adapter_model.safetensors")
+    assert not any(x.any() for name, x in adapter.items() if "lora_B" in name)  # as a fresh adapter starts
+    lines = [line for line in workdir.metrics("waits") if "loss/value_avg" in line]
     assert lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"]
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (("group=1",), "data.group=1: advantages within a group of one are all 0; wanted at least 2"),
-        (("target_kl=0.1", "passes=1"), "target_kl ends a rollout's passes, and here that is one step"),
-        (
-            ("adapter.dropout=0.3",),
-            "adapter.dropout=0.3, and this objective compares log-probs with those at drawing",
-        ),
-        (("warm_up=-1",), "warm_up is a number of rollouts from 0 up, found -1"),
-        (("data.eval_group=5",), "data.eval_group=5 is more than data.group=4"),
-        (("data.top_p=7.0",), "data.top_p=7.0; use a number above 0 and at most 1"),
-        (("data.temperature=-1.0",), "data.temperature=-1.0; use a number of at least 0 (greedy)"),
-        (("online=true", "data.temperature=0.0"), "data.temperature=0 samples the same completion 4 times"),
-        (("online=true", "scale=true"), "pairs are made of rewards, weights, combine, shape and cut_off"),
-    ],
-)
-def test_settings_that_would_teach_nothing_or_be_ignored_are_refused(place, argv, words):
-    assert place.run("name=refused", *argv) == 1
-    assert place.err().strip().splitlines()[-1].startswith(f"error: {words}")
+def test_dropout_of_a_policy_is_refused(workdir):
+    assert workdir.run("name=refused", "adapter.dropout=0.3") == 1
+    assert "adapter.dropout=0.3" in workdir.err().strip().splitlines()[-1]
 
 
-def test_a_reward_that_fails_at_times_is_named_and_an_alarm_is_raised(place):
-    odd = "def odd(prompt, completion, row):\n    return 1 / (row['answer'] % 3)\n"
-    (place.folder / "odd.py").write_text(odd)
-    assert place.run("name=odd", "rewards=odd.py:odd", "steps=2", "passes=1", "beta=0.0", "save=100") == 0, (
-        place.err()
-    )
-    said = place.out()
-    assert (
-        "reward odd raised ZeroDivisionError" in said
-        and "of the rewards raised or gave no finite number" in said
-    )
-    measured = [line for line in place.metrics("odd") if "eval_reward" in line]
-    assert measured and all(0 < line["eval_reward_faults/raised"] < 1 for line in measured)
+def test_a_reward_that_fails_at_times_is_named_and_raises_an_alarm(workdir):
+    text = "def odd(prompt, completion, row):\n    return 1 / (row['answer'] % 3)\n"
+    (workdir.folder / "odd.py").write_text(text)
+    argv = ["rewards=odd.py:odd", "steps=2", "passes=1", "beta=0.0", "save=100"]
+    assert workdir.run("name=odd", *argv) == 0, workdir.err()
+    out = workdir.out()
+    assert "reward odd raised ZeroDivisionError" in out
+    assert "of the rewards raised or" in out  # the alarm
+    evaluated = [line for line in workdir.metrics("odd") if "eval_reward" in line]
+    assert evaluated and all(0 < line["eval_reward_faults/raised"] < 1 for line in evaluated)
 
 
-def test_held_out_prompts_are_answered_eval_group_times(place):
-    seen = place.folder / "seen.txt"
-    lines = f"    open({str(seen)!r}, 'a').write(prompt + '\\n')\n    return len(completion)\n"
-    (place.folder / "told.py").write_text(f"def told(prompt, completion, row):\n{lines}")
-    argv = ("rewards=told.py:told", "steps=1", "passes=1", "beta=0.1", "save=100", "data.eval_group=3")
-    assert place.run("name=thrice", *argv) == 0, place.err()
-    looks = [line for line in place.metrics("thrice") if "eval_reward" in line]
-    times = sorted(Counter(seen.read_text().splitlines()).values())
-    assert (
-        times == [4] * 4 + [3 * len(looks)] * 4
-    )  # a group each of what is learned from, then the held-out prompts
-    assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in looks)
-    assert looks[0]["eval_objective/kl"] == 0
+def test_held_out_prompts_are_sampled_eval_group_times(workdir):
+    calls = workdir.folder / "calls.txt"
+    text = f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n    return len(completion)\n"
+    (workdir.folder / "logged.py").write_text(f"def logged(prompt, completion, row):\n{text}")
+    argv = ["rewards=logged.py:logged", "steps=1", "passes=1", "beta=0.1", "save=100", "data.eval_group=3"]
+    assert workdir.run("name=thrice", *argv) == 0, workdir.err()
+    evaluated = [line for line in workdir.metrics("thrice") if "eval_reward" in line]
+    counts = sorted(Counter(calls.read_text().splitlines()).values())
+    assert counts == [4] * 4 + [3 * len(evaluated)] * 4  # a group of each training prompt, then the held-out
+    assert all(line["eval_reward_std"] > 0 and np.isfinite(line["eval_objective/kl"]) for line in evaluated)
+    assert evaluated[0]["eval_objective/kl"] == 0
 
 
-def test_rows_with_the_same_prompt_are_on_one_side(monkeypatch):
-    asked = Asked(tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20)
-    monkeypatch.setattr(prompts, "read", lambda ref, data, tokenizer: asked)
-    train, held = prompts.split(Prompts("rows", held_out=0.4, seed=3), None)
-    assert len(train) + len(held) == 20 and len(held) == 8 and not set(train.ids) & set(held.ids)
-
-
-def test_the_table_shows_two_completions_of_each_prompt():
-    assert sampler.shown(32, 8) == [0, 1, 8, 9, 16, 17, 24, 25]
-    assert sampler.shown(6, 1) == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_temperature_that_differs_is_refused(place):
-    assert place.run("name=warm", "data.temperature=0.5") == 1
-    assert "temperature" in place.err().strip().splitlines()[-1]
+def test_a_run_whose_settings_do_not_go_together_ends_with_one_line(workdir):
+    for argv, message in (
+        (["data.temperature=0.5"], "error: data.temperature=0.5 differs"),
+        (["group=1"], "error: data.group=1: advantages relative to a group of one are all 0"),
+    ):
+        assert workdir.run("name=refused", *argv) == 1
+        assert workdir.err().strip().splitlines()[-1].startswith(message)

@@ -67,7 +67,7 @@ def parts(whole):
 
 
 def scored(t, whole, tokens):
-    return np.asarray(reward_models.score(t.model, whole, tokens))
+    return np.asarray(reward_models.score_rows(t.model, whole, tokens))
 
 
 def by_torch(model, tokens):
@@ -91,7 +91,7 @@ def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(ba
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
     again, whole_again = begun(base, adapters.read_adapter_settings(str(folder), t.model), str(folder))
     jax.tree.map(np.testing.assert_array_equal, parts(whole_again), parts(whole))
-    loaded = reward_models.load(str(base), one_device(), folder, dtype=jnp.float32)
+    loaded = reward_models.load_reward_model(str(base), one_device(), folder, dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
             torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(str(tmp_path))
     tokens = some_tokens()
-    loaded = reward_models.load(str(base), one_device(), tmp_path, dtype=jnp.float32)
+    loaded = reward_models.load_reward_model(str(base), one_device(), tmp_path, dtype=jnp.float32)
     np.testing.assert_allclose(
         loaded.score(loaded.params, tokens), by_torch(model, tokens), rtol=1e-5, atol=1e-4
     )

@@ -1,0 +1,135 @@
+"""Metrics of a rollout, with TRL's names where TRL has them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
+from jaxft.rl.completions import Completions, Faults, ScoredCompletions
+from jaxft.rl.estimators import RolloutScores
+from jaxft.tree import Metrics
+
+REWARD, REWARD_STD, ZERO_STD = "reward", "reward_std", "frac_reward_zero_std"
+NO_SCORE, TRAINED_ON = "frac_unscorable", "frac_learned"  # fractions of the completions
+MEAN_LENGTH, MIN_LENGTH, MAX_LENGTH = (f"completions/{name}_length" for name in ("mean", "min", "max"))
+CLIPPED = "completions/clipped_ratio"
+TERMINATED_LENGTHS = {name: f"completions/{name}_terminated_length" for name in ("mean", "min", "max")}
+EOS_TOKENS = "val/num_eos_tokens"
+KL = "objective/kl"
+LOGP_DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
+LOGP_DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
+REWARD_FAULTS = {kind: f"reward_faults/{kind}" for kind in ("raised", "not_a_number")}
+
+MaybeMeans = dict[str, float | None]  # None for a mean over nothing
+
+
+def reward_mean(name: str) -> str:
+    """Return the name of the mean of one reward."""
+    return f"rewards/{name}/mean"
+
+
+def reward_deviation(name: str) -> str:
+    """Return the name of the standard deviation of one reward."""
+    return f"rewards/{name}/std"
+
+
+def score_metrics(scores: GroupScores) -> dict[str, float]:
+    """Return mean and deviation of the scores, and the fractions without a score and of constant groups."""
+    valid = has_score(scores)
+    x = np.asarray(scores, np.float64)[valid]
+    constant = ~nonconstant_groups(scores)[:, :1]
+    metrics = {NO_SCORE: float((~valid).mean()), ZERO_STD: float(constant.mean())}
+    if len(x):
+        metrics[REWARD] = float(x.mean())
+    if len(x) > 1:
+        metrics[REWARD_STD] = float(x.std(ddof=1))
+    return metrics
+
+
+def reward_metrics(names: Sequence[str], reward_scores: Float[np.ndarray, "G N K"]) -> MaybeMeans:
+    """Return mean and standard deviation of each reward, None if too few completions have a score."""
+    metrics: MaybeMeans = {}
+    for name, x in zip(names, reward_scores.reshape(-1, len(names)).T, strict=True):
+        valid = x[~np.isnan(x)]
+        metrics[reward_mean(name)] = float(valid.mean()) if len(valid) else None
+        metrics[reward_deviation(name)] = float(valid.std(ddof=1)) if len(valid) > 1 else None
+    return metrics
+
+
+def fault_metrics(faults: Faults, count: int) -> dict[str, float]:
+    """Return the fraction of `count` calls of rewards that raised, and that returned no finite number."""
+    counts = {"raised": faults.raised, "not_a_number": faults.not_a_number}
+    return {REWARD_FAULTS[kind]: x / count for kind, x in counts.items()}
+
+
+def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
+    """Return means over `count` completions as sums that add over steps; None is not logged."""
+
+    def as_sum(mean: float | None) -> Sum:
+        if mean is None:
+            return Sum(np.float64(0), np.float64(0))
+        return Sum(np.float64(mean * count), np.float64(count))
+
+    return {name: as_sum(mean) for name, mean in means.items()}
+
+
+def rollout_metrics(
+    names: Sequence[str],
+    scored: ScoredCompletions,
+    rollout: RolloutScores,
+    trained_on: Bool[np.ndarray, "..."],
+    recomputed: bool,
+) -> Metrics:
+    """Return the metrics of a rollout, the same names every time.
+
+    names: of the rewards. trained_on: completions that the policy is trained on. recomputed: whether the
+    log-probs of `rollout` are the training program's rather than the sampler's.
+    """
+    completions = scored.completions
+    lengths, ended, count = completions.lengths.ravel(), completions.ended.ravel(), completions.lengths.size
+    means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
+    if completions.lengths.shape[1] == 1:
+        means.pop(ZERO_STD)  # it is about groups
+    means |= _length_metrics([completions])
+    means |= {TRAINED_ON: float(trained_on.mean())}
+    means |= fault_metrics(scored.faults, scored.reward_scores.size)
+    means[EOS_TOKENS] = float(ended.sum())
+    terminated = lengths[ended]
+    for name, reduce in (("mean", np.mean), ("min", np.min), ("max", np.max)):
+        means[TERMINATED_LENGTHS[name]] = float(reduce(terminated)) if len(terminated) else None
+    means |= reward_metrics(names, scored.reward_scores)
+    if rollout.reference is not None:
+        means[KL] = float((rollout.logps - rollout.reference).sum() / count)
+    metrics = as_sums(means, count)
+    if recomputed:
+        mask = token_mask(lengths, rollout.logps.shape[1])
+        difference = np.abs(completions.sampler_logps - rollout.logps)[mask]  # two programs, one model
+        metrics[LOGP_DIFFERENCE_MEAN] = Sum(np.float64(difference.sum()), np.float64(difference.size))
+        metrics[LOGP_DIFFERENCE_MAX] = Max(np.float64(difference.max()))
+    metrics[MIN_LENGTH] = Min(np.float64(lengths.min()))
+    metrics[MAX_LENGTH] = Max(np.float64(lengths.max()))
+    return metrics
+
+
+def evaluation_metrics(
+    names: Sequence[str], parts: Sequence[ScoredCompletions], rollouts: Sequence[RolloutScores]
+) -> dict[str, float]:
+    """Return the metrics of held-out prompts. rollouts: the parts with a reference's log-probs, or none."""
+    scores = np.concatenate([part.scores for part in parts])
+    reward_scores = np.concatenate([part.reward_scores for part in parts])
+    metrics = _length_metrics([part.completions for part in parts])
+    metrics |= {name: x for name, x in score_metrics(scores).items() if name != ZERO_STD}
+    metrics |= {name: x for name, x in reward_metrics(names, reward_scores).items() if x is not None}
+    metrics |= fault_metrics(sum((part.faults for part in parts), Faults()), reward_scores.size)
+    if rollouts:
+        kl = sum((rollout.logps - rollout.reference).sum() for rollout in rollouts)
+        metrics[KL] = float(kl / scores.size)
+    return metrics
+
+
+def _length_metrics(parts: Sequence[Completions]) -> dict[str, float]:
+    lengths = np.concatenate([part.lengths for part in parts])
+    ended = np.concatenate([part.ended for part in parts])
+    return {MEAN_LENGTH: float(lengths.mean()), CLIPPED: float((~ended).mean())}

@@ -1,0 +1,110 @@
+"""Rules: how completions are scored, and which of them are trained on with which advantages and weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxft.rl import advantages as adv
+from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
+from jaxft.rl.completions import Completions, Faults, ScoredCompletions
+from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
+from jaxft.rl.rewards import FunctionReward, Reward, RewardScores, unique_names
+from jaxft.rl.token_weights import TokenWeights, token_mean
+
+Combine = Callable[[ScoresPerReward, Sequence[float]], GroupScores]
+Shape = Callable[[GroupScores, GroupLengths, GroupMask], GroupScores]
+Scale = Callable[[GroupScores, Moments], GroupScores]
+Filter = Callable[[GroupScores], GroupMask]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a rollout is scored and trained on.
+
+    rewards: plain functions of (prompt, completion, row) or Rewards such as reward_models.ModelReward, a
+        function becomes a FunctionReward. reward_weights: one for each, 1 by default. combine(scores [G, N,
+        K], weights) -> scores [G, N].
+    shape(scores, lengths, ended) -> scores: penalties and bounds. scale(scores, moments of all scores so far)
+        -> scores, such as advantages.scale_scores; metrics have the scores before it. None leaves them as
+        they are.
+    estimate: the advantage estimator, see estimators.py. token_weights(lengths, mask, max_new) -> the weight
+        of a token of each completion over an optimizer batch, see token_weights.py.
+    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups; None for all.
+        train_on_truncated: whether completions that the limit ended are trained on. warm_up: number of first
+        rollouts that train the critic alone.
+    """
+
+    rewards: tuple[Reward, ...]
+    estimate: AdvantageEstimator = by_group
+    token_weights: TokenWeights = token_mean
+    reward_weights: tuple[float, ...] = ()
+    combine: Combine = adv.weighted_sum
+    shape: Shape | None = None
+    scale: Scale | None = None
+    filter: Filter | None = None
+    train_on_truncated: bool = True
+    warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("a rollout needs a reward. Set rewards=module:function.")
+        rewards = tuple(r if isinstance(r, Reward) else FunctionReward(r) for r in self.rewards)
+        object.__setattr__(self, "rewards", rewards)
+        count, names = len(rewards), ", ".join(self.reward_names)
+        if self.reward_weights and len(self.reward_weights) != count:
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries for {count} rewards ({names}). "
+                "Set one for each."
+            )
+        if not np.isfinite(self.reward_weights).all():
+            raise ValueError(f"reward_weights={self.reward_weights} must be finite.")
+        if not self.reward_weights:
+            object.__setattr__(self, "reward_weights", (1.0,) * count)
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up={self.warm_up} rollouts. Use a number of at least 0.")
+        require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
+        if self.filter is not None:
+            require_signature(self.filter, "filter", ("scores",))
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the rewards in metrics, each of them once."""
+        return unique_names(self.rewards)
+
+    @property
+    def freezes_policy(self) -> bool:
+        """Whether an optimizer step may have no completion that the policy is trained on."""
+        return bool(self.warm_up) or self.filter is not None or not self.train_on_truncated
+
+    def score(self, completions: Completions, by_reward: Sequence[RewardScores]) -> ScoredCompletions:
+        """Combine and shape the scores of each reward."""
+        lengths = completions.lengths
+        each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
+        each = each.reshape(*lengths.shape, len(by_reward))
+        scores = self.combine(each, self.reward_weights)
+        if self.shape is not None:
+            scores = self.shape(scores, lengths, completions.ended)
+        return ScoredCompletions(completions, each, scores, sum((one.faults for one in by_reward), Faults()))
+
+    def policy_mask(self, scored: ScoredCompletions) -> GroupMask:
+        """Return the mask of completions that the policy is trained on."""
+        mask = adv.has_score(scored.scores) & (scored.completions.ended | self.train_on_truncated)
+        return mask & (True if self.filter is None else self.filter(scored.scores))
+
+
+def shape_scores(
+    scores: GroupScores,
+    lengths: GroupLengths,
+    ended: GroupMask,
+    missing_eos: float = 0.0,
+    limit: float | None = None,
+    overlong: tuple[int, int] | None = None,
+) -> GroupScores:
+    """Clip scores to +-limit, add the overlong penalty and subtract missing_eos from truncated completions.
+
+    Set its options with partial to use it as Rules.shape. overlong: (max_new, soft) of advantages.overlong.
+    """
+    scores = scores if limit is None else adv.clip_scores(scores, -limit, limit)
+    scores = scores if overlong is None else scores + adv.overlong(lengths, *overlong)
+    return adv.missing_eos(scores, ended, missing_eos)
