@@ -21,7 +21,7 @@ class Family:
 
     config: type
     from_hf: Callable[[dict[str, Any]], ModelConfig]
-    to_hf: Callable[[Any], dict[str, Any]]
+    config_to_hf: Callable[[Any], dict[str, Any]]
     build: Callable[..., Model]
     presets: Mapping[str, ModelConfig]
 
@@ -53,7 +53,7 @@ def family_of(hf_config: dict[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return a config as the dict of a config.json."""
     family = next(family for family in FAMILIES.values() if type(config) is family.config)
     return family.to_hf(config)

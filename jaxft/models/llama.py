@@ -12,7 +12,7 @@ from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.layers import embed_tokens, gated_mlp, rms_norm, rope, rope_angles, saveable, split_keys
 from jaxft.nn.matmul import accumulation_dtype, gather_layer, head_params, linear, lm_head
-from jaxft.nn.param import ParamSpec, constant, fan_in, normal
+from jaxft.nn.param import ParamSpec, fan_in, full, normal
 from jaxft.nn.scan import (
     Attend,
     Cache,
@@ -34,21 +34,21 @@ def llama_specs(c: LlamaConfig) -> dict[str, Any]:
     specs = {
         "embed": ParamSpec((V, D), ("vocab", "table_width"), normal(0.02)),
         "layers": {
-            "attn_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
+            "attn_norm": ParamSpec((L, D), ("layers", "norm"), full(1.0)),
             "attn": {
                 "q": ParamSpec((L, D, Q), ("layers", "width", "heads"), fan_in(D), c.heads),
                 "k": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
                 "v": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
                 "o": ParamSpec((L, Q, D), ("layers", "from_heads", "out_width"), fan_in(Q), c.heads),
             },
-            "mlp_norm": ParamSpec((L, D), ("layers", "norm"), constant(1.0)),
+            "mlp_norm": ParamSpec((L, D), ("layers", "norm"), full(1.0)),
             "mlp": {
                 "gate": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
                 "up": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
                 "down": ParamSpec((L, F, D), ("layers", "from_mlp", "out_width"), fan_in(F)),
             },
         },
-        "final_norm": ParamSpec((D,), ("norm",), constant(1.0)),
+        "final_norm": ParamSpec((D,), ("norm",), full(1.0)),
     }
     if not c.tied:
         specs["head"] = ParamSpec((D, V), ("table_width", "vocab"), fan_in(D))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.distributed.sharding import constrain, first, parts, per_device
-from jaxft.nn.flash_attention import HIDDEN, Seen, dot, flash, flash_part, padded, visible
+from jaxft.nn.flash_attention import MASKED, Visibility, flash, flash_part, pad_time, visible, wide_einsum
 
 Kernel = Callable[..., jax.Array]
 
@@ -33,9 +33,9 @@ def dense(
     q_BTKGE = q_BTHE.reshape(B, T, K, H // K, E)
     causal_TS = jnp.tril(jnp.ones((T, T), bool))
     seen = visible(segments_BT, segments_BT, branches_BT, branches_BT, causal_TS)[:, None, None]
-    s_BKGTS = jnp.where(seen, dot("btkge,bske->bkgts", q_BTKGE, k_BSKE) * E**-0.5, HIDDEN)
+    s_BKGTS = jnp.where(seen, wide_einsum("btkge,bske->bkgts", q_BTKGE, k_BSKE) * E**-0.5, MASKED)
     p_BKGTS = jnp.where(seen, jax.nn.softmax(s_BKGTS, axis=-1), 0)
-    o = dot("bkgts,bske->btkge", p_BKGTS, v_BSKE.astype(p_BKGTS.dtype))
+    o = wide_einsum("bkgts,bske->btkge", p_BKGTS, v_BSKE.astype(p_BKGTS.dtype))
     return o.reshape(B, T, H, E).astype(q_BTHE.dtype)
 
 
@@ -48,10 +48,14 @@ def cached_attention(
     """One query a row against a cache of S keys, stored as its two products read them: no copy is transposed."""
     B, H, E = q_BHE.shape
     K = k_BKES.shape[1]
-    s_BKGS = dot("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
+    s_BKGS = wide_einsum("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
     seen = visible_BS[:, None, None, :]
-    p_BKGS = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s_BKGS, HIDDEN), axis=-1), 0)
-    return dot("bkgs,bkse->bkge", p_BKGS.astype(v_BKSE.dtype), v_BKSE).reshape(B, H, E).astype(q_BHE.dtype)
+    p_BKGS = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s_BKGS, MASKED), axis=-1), 0)
+    return (
+        wide_einsum("bkgs,bkse->bkge", p_BKGS.astype(v_BKSE.dtype), v_BKSE)
+        .reshape(B, H, E)
+        .astype(q_BHE.dtype)
+    )
 
 
 def triton(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
@@ -59,7 +63,7 @@ def triton(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
     from jax.experimental.pallas.ops.gpu.attention import mha
 
     T, H, E = q_BTHE.shape[1:]
-    q, k, v, segments = (padded(x, -T % 128) for x in (q_BTHE, k_BTKE, v_BTKE, segments_BT))
+    q, k, v, segments = (pad_time(x, -T % 128) for x in (q_BTHE, k_BTKE, v_BTKE, segments_BT))
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     return mha(q, k, v, segments, sm_scale=E**-0.5, causal=True, interpret=interpret)[:, :T]
 
@@ -69,7 +73,7 @@ def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     T, H, E = q_BTHE.shape[1:]
-    q, k, v, segments = (padded(x, -T % 128) for x in (q_BTHE * E**-0.5, k_BTKE, v_BTKE, segments_BT))
+    q, k, v, segments = (pad_time(x, -T % 128) for x in (q_BTHE * E**-0.5, k_BTKE, v_BTKE, segments_BT))
     size_T = q.shape[1]
     size = next(n for n in (512, 384, 256, 128) if size_T % n == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -167,7 +171,7 @@ def _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT):
     """Attention on a mesh that cuts time: each device has some of the queries, and gathers keys and values."""
 
     def part(q_BTHE, k_BSKE, v_BSKE, *rows):
-        queries, keys = Seen(*rows[:2]), Seen(*rows[2:])
+        queries, keys = Visibility(*rows[:2]), Visibility(*rows[2:])
         return flash_part(q_BTHE, k_BSKE, v_BSKE, (queries, keys), first("context", q_BTHE.shape[1]))
 
     rows, axes = (segments_BT, branches_BT), (Q, KEYS, KEYS, ROW, ROW, WHOLE, WHOLE)

@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.tree import struct
 
-HIDDEN = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
+MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
 
 
 def _wide(dtype: Any) -> Any:
     return np.promote_types(dtype, np.float32)  # jnp's raises under jax_numpy_dtype_promotion=strict
 
 
-def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """einsum with an accumulator of float32 or wider."""
     return jnp.einsum(spec, x, y, preferred_element_type=_wide(x.dtype))
 
@@ -37,7 +37,7 @@ def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
 
 
 @struct
-class Seen:
+class Visibility:
     """What decides which keys a query sees, beside the order: segments, and branches or None. [B, T]."""
 
     segments: Int[Array, "B T"]
@@ -57,7 +57,7 @@ def flash(
     Blocks of keys that no query of a block can see are skipped, row by row. The backward pass recomputes the
     probabilities; a remat policy that saves the names "attn_out" and "attn_lse" spares it the forward pass.
     """
-    seen = Seen(segments_BT, branches_BT)
+    seen = Visibility(segments_BT, branches_BT)
     return flash_part(q_BTHE, k_BTKE, v_BTKE, (seen, seen), jnp.int32(0), block)
 
 
@@ -65,7 +65,7 @@ def flash_part(
     q_BTHE: Float[Array, "B T H E"],
     k_BSKE: Float[Array, "B S K E"],
     v_BSKE: Float[Array, "B S K E"],
-    seen: tuple[Seen, Seen],
+    seen: tuple[Visibility, Visibility],
     start: Int[Array, ""],
     block: int = 256,
 ) -> Float[Array, "B T H E"]:
@@ -77,12 +77,12 @@ def flash_part(
     block = (
         -(-T // (count * step)) * step
     )  # the smallest that still makes `count` blocks, so that little is padding
-    queries = jax.tree.map(lambda x: padded(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
-    keys = jax.tree.map(lambda x: padded(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
+    queries = jax.tree.map(lambda x: pad_time(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
+    keys = jax.tree.map(lambda x: pad_time(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
     return _flash(queries, keys, start, block).reshape(B, T + -T % block, H, E)[:, :T]
 
 
-def padded(x_BT: jax.Array, extra: int) -> jax.Array:
+def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
     """More positions at the end of each row; 0 makes them segment 0."""
     return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2)) if extra else x_BT
 
@@ -120,13 +120,13 @@ def _overlap(
     return (low_BC[:, :, None] <= high_BD[:, None]) & (low_BD[:, None] <= high_BC[:, :, None])
 
 
-def _visits(seen: tuple[Seen, Seen], start, block):
+def _visits(seen: tuple[Visibility, Visibility], start, block):
     """The key blocks that each query block must look at (first `count` of a list), as places in the list of all key blocks; and
     each query block's first place in storage, counted as that list does."""
     (B, T), S = seen[0].segments.shape, seen[1].segments.shape[1]
     C, D = T // block, S // block
     cut: Any = lambda x: None if x is None else x.reshape(B, x.shape[1] // block, block)  # noqa: E731
-    queries, keys = (Seen(cut(s.segments), cut(s.branches)) for s in seen)
+    queries, keys = (Visibility(cut(s.segments), cut(s.branches)) for s in seen)
     first_C = start + block * jnp.arange(C, dtype=jnp.int32)
     wanted = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
     wanted &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
@@ -140,7 +140,7 @@ def _visits(seen: tuple[Seen, Seen], start, block):
     return places.reshape(B * C, D), wanted.sum(2, dtype=jnp.int32).reshape(B * C), firsts
 
 
-def _scores(q_KME, k_KNE, seen: tuple[Seen, Seen], first, at: tuple[jax.Array, jax.Array]):
+def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[jax.Array, jax.Array]):
     """Masked scores of query block i, which starts at storage place `first`, against key block j, in float32 or wider."""
     (K, M, E), (i, j) = q_KME.shape, at
     N = k_KNE.shape[1]
@@ -150,8 +150,8 @@ def _scores(q_KME, k_KNE, seen: tuple[Seen, Seen], first, at: tuple[jax.Array, j
         s if s is None else s[n] for s, n in ((seen[0].branches, i), (seen[1].branches, j))
     )
     seen_NN = visible(seen[0].segments[i], seen[1].segments[j], of_queries, of_keys, causal_NN)
-    s_KMN = dot("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
-    return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), HIDDEN).reshape(K, M, N)
+    s_KMN = wide_einsum("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
+    return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
 
 
 def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = False) -> jax.Array:
@@ -187,15 +187,15 @@ def _forward(queries, keys, start, block, dtype):
             top_KM = jnp.maximum(m_KM, s_KMN.max(2))
             p_KMN = jnp.exp(s_KMN - top_KM[:, :, None])
             shrink_KM = jnp.exp(m_KM - top_KM)
-            add_KME = dot("kmn,kne->kme", p_KMN.astype(dtype), _floats(v_DKNE[j], dtype))
+            add_KME = wide_einsum("kmn,kne->kme", p_KMN.astype(dtype), _floats(v_DKNE[j], dtype))
             return o_KME * shrink_KM[:, :, None] + add_KME, top_KM, l_KM * shrink_KM + p_KMN.sum(2)
 
         # The running maximum starts between HIDDEN and any real score: a query that sees nothing sums to 0, not to N.
-        none = jnp.zeros((K, M, E), wide), jnp.full((K, M), HIDDEN / 2, wide), jnp.zeros((K, M), wide)
+        none = jnp.zeros((K, M, E), wide), jnp.full((K, M), MASKED / 2, wide), jnp.zeros((K, M), wide)
         o_KME, m_KM, l_KM = lax.fori_loop(0, counts[i], visit, none)
         empty_KM = l_KM == 0
         l_KM = jnp.where(empty_KM, 1, l_KM)
-        lse_KM = jnp.where(empty_KM, -HIDDEN, m_KM + jnp.log(l_KM))
+        lse_KM = jnp.where(empty_KM, -MASKED, m_KM + jnp.log(l_KM))
         return _storage((o_KME / l_KM[:, :, None]).astype(dtype), block), lse_KM
 
     o_CNKGE, lse_CKM = lax.map(query_block, jnp.arange(places.shape[0], dtype=jnp.int32))
@@ -224,11 +224,11 @@ def _backward(queries, keys, start, results, block, dtype):
             k_KNE = _floats(k_DKNE[j], dtype)
             s_KMN = _scores(q_KME, k_KNE, (seen_CN, seen_DN), firsts[i], (i, j))
             p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
-            dv_DKEN = _add(dv_DKEN, j, dot("kem,kmn->ken", do_KEM, p_KMN))
-            dp_KMN = dot("kme,kne->kmn", do_KME, _floats(v_DKNE[j], dtype))
+            dv_DKEN = _add(dv_DKEN, j, wide_einsum("kem,kmn->ken", do_KEM, p_KMN))
+            dp_KMN = wide_einsum("kme,kne->kmn", do_KME, _floats(v_DKNE[j], dtype))
             ds_KMN = (p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5).astype(dtype)
-            dk_DKEN = _add(dk_DKEN, j, dot("kem,kmn->ken", q_KEM, ds_KMN))
-            return dq_KME + dot("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN
+            dk_DKEN = _add(dk_DKEN, j, wide_einsum("kem,kmn->ken", q_KEM, ds_KMN))
+            return dq_KME + wide_einsum("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN
 
         dq_KME, *carry = lax.fori_loop(0, counts[i], visit, (jnp.zeros((K, M, E), wide), *carry))
         return tuple(carry), _storage(dq_KME.astype(dtype), block)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
 from jaxft.nn.matmul import Weight, accumulation_dtype, from_bits, gather_weight, linear, to_bits
-from jaxft.nn.quant import QTensor, rows
+from jaxft.nn.quant import QTensor, take_rows
 from jaxft.tree import Params
 
 
@@ -21,11 +21,11 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B 
     On a mesh the table is gathered once along what cuts it for its memory, and its gradient is reduced once.
     """
     if not sharding.is_spread():
-        return (rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
+        return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
             dtype
         )
     if isinstance(table, QTensor):
-        return rows(gather_weight(table, TABLE), ids).astype(dtype)
+        return take_rows(gather_weight(table, TABLE), ids).astype(dtype)
     return _embed_spread(table, ids, jnp.dtype(dtype))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, constant, kaiming_uniform, spec_paths
+from jaxft.nn.param import ParamSpec, full, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.tree import static, struct
 
@@ -109,9 +109,9 @@ def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
             (*lead, size_in, settings.rank), (*lead_axes, axis_in, "rank"), start, spec.heads
         )
         node["b"] = ParamSpec(
-            (*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), constant(0.0), spec.heads
+            (*lead, settings.rank, size_out), (*lead_axes, "rank", axis_out), full(0.0), spec.heads
         )
-        node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), constant(settings.scale))
+        node["scale"] = ParamSpec(tuple(lead), tuple(lead_axes), full(settings.scale))
     return out
 
 
@@ -128,7 +128,7 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0) -> Any:
     return {**base, **{name: attach(base.get(name), node, dropout) for name, node in adapter.items()}}
 
 
-def stacked(adapters: Sequence[Any]) -> Any:
+def stack_adapters(adapters: Sequence[Any]) -> Any:
     """Adapters for the same kernels as one tree, each leaf [K, ...]. A smaller rank ends in zero pairs, which add nothing.
 
     `jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stacked(...))` is a tree that nn.linear takes under the scan over layers.
@@ -143,7 +143,7 @@ def stacked(adapters: Sequence[Any]) -> Any:
     return jax.tree.map(stack, *adapters)
 
 
-def member(stack: Any, number: int, like: Any) -> Any:
+def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
     """Adapter `number` of a stack, of the rank that `like` has."""
     return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
 

@@ -156,7 +156,7 @@ def from_bits(x: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
 
 
-def join(x: Array, y: Array, axis: int) -> Array:
+def concat_bits(x: Array, y: Array, axis: int) -> Array:
     """Concatenate two arrays of one dtype; 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
     return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
 
@@ -178,7 +178,9 @@ def _lora_fwd(x, dropped, w, a, b, scale):
     if sharding.has("tensor"):  # to join what is cut moves it
         y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     else:
-        y = dot(join(x, xa, -1), join(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype)
+        y = dot(
+            concat_bits(x, xa, -1), concat_bits(expand_after(w, x), b.astype(x.dtype), 0), (-1, 0), x.dtype
+        )
     return y, (x, dropped, w, a, b, s)
 
 
@@ -202,7 +204,7 @@ def _low(x: Float[Array, "... R"]) -> Array:
 
 def _input_gradients_joined(g, w, b):
     """`g w^T` and `g b^T` as one product."""
-    both = dot(g, join(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
+    both = dot(g, concat_bits(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
     return tuple(jnp.split(both, [both.shape[-1] - b.shape[0]], -1))
 
 
@@ -214,7 +216,7 @@ def _input_gradients(g, w, b):
 lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 
 
-def dot_each(
+def batched_dot(
     x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any
 ) -> Array:
     """`dot` of each of K matrices with its own partner; the axes are counted without K."""
@@ -223,7 +225,7 @@ def dot_each(
 
 
 @jax.custom_vjp
-def loras_matmul(
+def multi_lora_matmul(
     x: Float[Array, "KB ... I"], dropped: Float[Array, "KB ... I"], w: Weight,
     a: Float[Array, "K I R"], b: Float[Array, "K R O"], scale: Float[Array, " K"],
 ) -> Float[Array, "KB ... O"]:  # fmt: skip
@@ -240,8 +242,8 @@ def _grouped(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
 
 def _loras_fwd(x, dropped, w, a, b, scale):
     wide, s = accumulation_dtype(x.dtype), scale.astype(x.dtype)
-    xa = dot_each(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
-    low = dot_each(xa, b.astype(x.dtype), (1, 0), wide)
+    xa = batched_dot(_grouped(dropped, len(a)), a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
+    low = batched_dot(xa, b.astype(x.dtype), (1, 0), wide)
     y = dot(x, expand_after(w, x), (-1, 0), wide)
     return (y + low.reshape(y.shape)).astype(x.dtype), (x, dropped, w, a, b, s)
 
@@ -250,16 +252,16 @@ def _loras_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
     each_g, each_x = _grouped(g, len(a)), _grouped(dropped, len(a))
-    dxa = dot_each(each_g, b.astype(x.dtype), (1, 1), x.dtype) * s[:, None, None]
-    xa = dot_each(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
-    db = dot_each(xa, each_g, (0, 0), b.dtype)
-    da = dot_each(each_x, dxa, (0, 0), a.dtype)
+    dxa = batched_dot(each_g, b.astype(x.dtype), (1, 1), x.dtype) * s[:, None, None]
+    xa = batched_dot(each_x, a.astype(x.dtype), (1, 0), x.dtype) * s[:, None, None]
+    db = batched_dot(xa, each_g, (0, 0), b.dtype)
+    da = batched_dot(each_x, dxa, (0, 0), a.dtype)
     dw = None if isinstance(w, QTensor) else outer(x, g, w.dtype)  # dead code where w is frozen
-    ddropped = dot_each(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
+    ddropped = batched_dot(dxa, a.astype(x.dtype), (1, 1), x.dtype).reshape(x.shape)
     return dot(g, expand_after(w, g), (-1, 1), x.dtype), ddropped, dw, da, db, None
 
 
-loras_matmul.defvjp(_loras_fwd, _loras_bwd)
+multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
 @struct
@@ -303,7 +305,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
         return probed_matmul(x, w.weight, w.moment)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
-    product = loras_matmul if w.a.ndim == 3 else lora_matmul
+    product = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
     return product(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
 
 

@@ -30,7 +30,7 @@ def kaiming_uniform(size: int) -> Init:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
 
-def constant(value: float) -> Init:
+def full(value: float) -> Init:
     """Every element is `value`."""
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
@@ -66,7 +66,7 @@ def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
     """Fresh arrays for a spec tree; the key of a leaf depends on its path only, so one leaf more changes no other."""
 
     def start(path, spec):
-        return spec.init(jax.random.fold_in(key, hash_of(path)), spec.shape, dtype)
+        return spec.init(jax.random.fold_in(key, path_hash(path)), spec.shape, dtype)
 
     return tree.map_with_path(start, specs, is_leaf=is_spec)
 
@@ -76,22 +76,22 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
 
 
-def place(spec: ParamSpec, mesh: Any, path: str) -> Any:
+def sharding_of(spec: ParamSpec, mesh: Any, path: str) -> Any:
     """The NamedSharding of one parameter; `path` names it where it doesn't fit the mesh."""
     return sharding.named(mesh, spec.axes, spec.shape, path, spec.heads)
 
 
 def shardings(specs: Any, mesh: Any) -> Any:
     """The NamedSharding of every leaf."""
-    return tree.map_with_path(lambda path, s: place(s, mesh, path), specs, is_leaf=is_spec)
+    return tree.map_with_path(lambda path, s: sharding_of(s, mesh, path), specs, is_leaf=is_spec)
 
 
-def count(specs: Any) -> int:
+def count_params(specs: Any) -> int:
     """Number of parameters."""
     return sum(math.prod(s.shape) for s in spec_paths(specs).values())
 
 
-def hash_of(path: str) -> int:
+def path_hash(path: str) -> int:
     """32 bits of a name."""
     h = 2166136261  # FNV-1a: stable across processes, unlike hash()
     for byte in path.encode():

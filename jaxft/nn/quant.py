@@ -37,7 +37,7 @@ class Quant:
     targets: str = "all-linear"
 
     def __post_init__(self) -> None:
-        usual(self.kind, self.block, self.double)
+        with_defaults(self.kind, self.block, self.double)
 
     @classmethod
     def parse(cls, kind: QuantKind) -> "Quant | None":
@@ -53,7 +53,7 @@ def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quan
     return Quant(**settings) if settings else None
 
 
-def usual(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
+def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
     """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
     if kind == CHECKPOINT:
         if block is not None or double is not None:
@@ -105,8 +105,8 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that this stands for, derived from the codes so that slices stay right."""
-        *lead, rows, outs = self.codes.shape
-        return (*lead, rows * (2 if is_paired(self.kind) else 1), outs)
+        *lead, take_rows, outs = self.codes.shape
+        return (*lead, take_rows * (2 if is_paired(self.kind) else 1), outs)
 
 
 def is_paired(kind: str) -> bool:
@@ -119,7 +119,7 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def bits(q: Any) -> float:
+def bits_per_param(q: Any) -> float:
     """Bits a parameter, of the arrays that hold it."""
     count = np.prod(q.shape, dtype=np.int64)
     return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
@@ -138,7 +138,7 @@ def quantize(
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
             raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
         return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
-    block, double = usual(kind, block, double)
+    block, double = with_defaults(kind, block, double)
     if weight.ndim < 2 or not weight.size:
         raise ValueError(f"a packed weight has inputs and outputs, found shape {weight.shape}")
     *lead, ins, outs = weight.shape
@@ -148,7 +148,7 @@ def quantize(
         raise ValueError(
             f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it"
         )
-    qf.refuse_unusual(weight)
+    qf.check_range(weight)
     packed, scale, offset = _encoded(weight, kind, block or ins, scale)
     scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)
     return QTensor(packed, kind, jnp.dtype(weight.dtype), block, scale, offset, outer, mean)
@@ -156,10 +156,10 @@ def quantize(
 
 def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.ndarray, "*L N O"]:
     """The scales that quantize gives a weight [..., I, O], as floats. Those of a whole channel are the largest of its parts'."""
-    qf.refuse_unusual(weight)
-    block, step = usual(kind, block, None)[0] or weight.shape[-2], _columns(weight)
+    qf.check_range(weight)
+    block, step = with_defaults(kind, block, None)[0] or weight.shape[-2], _columns(weight)
     some = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
-    found = [FORMATS[kind].scale(qf.blocked(qf.as_zero_or_normal(part), block))[0] for part in some]
+    found = [FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0] for part in some]
     return np.concatenate(found, -1)[..., 0, :].astype(FORMATS[kind].held)
 
 
@@ -176,7 +176,7 @@ def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, 
         cuts = [np.s_[..., at : at + step] for at in range(0, outs, step)]
         parts = [_encoded(weight[cut], kind, block, None if scale is None else scale[cut]) for cut in cuts]
         return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
-    format, blocks = FORMATS[kind], qf.blocked(qf.as_zero_or_normal(weight), block)
+    format, blocks = FORMATS[kind], qf.to_blocks(qf.as_zero_or_normal(weight), block)
     scale, offset = format.scale(blocks) if scale is None else (scale[..., None, :].astype(np.float32), None)
     codes = format.nearest(blocks, scale, offset).reshape(*lead, -1, outs)[..., :ins, :]
     packed = qf.pack(codes) if is_paired(kind) else codes
@@ -195,7 +195,7 @@ def _each_input(q: QTensor, x: Array) -> Array:
     """A number per block for every input."""
     if q.index is not None:
         return jnp.take_along_axis(x, q.index[..., None], axis=-2)
-    return qf.spread(x, q.block or q.shape[-2], q.shape[-2])
+    return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
 
 
 def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
@@ -205,7 +205,7 @@ def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | N
     return _each_input(q, scale.astype(jnp.float32)), offset
 
 
-def rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
+def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
     """`dequantize(q)[ids]` of a table [I, O], expanding no more than those rows."""
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(jnp.take(q.codes, ids, axis=0), q.dtype)

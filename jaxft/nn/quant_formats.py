@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
-LEAST, MOST = (
+SMALLEST, LARGEST = (
     np.float32(2.0**-80),
     np.float32(2.0**80),
 )  # smaller magnitudes are zero, larger ones are refused
@@ -81,7 +81,7 @@ def _above(x: Array, bounds: np.ndarray) -> Array:
     return found
 
 
-def largest(x: Float[Array, "*L N block O"]) -> Scales:
+def scale_largest(x: Float[Array, "*L N block O"]) -> Scales:
     """nf4's and fp4's scale: the largest magnitude of the block."""
     return _largest(x), None
 
@@ -262,8 +262,8 @@ FORMATS = {
     "int4": Format(
         4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)
     ),
-    "nf4": Format(4, 64, True, np.float32, largest, nearest_nf4, lambda codes: level(codes, NF4)),
-    "fp4": Format(4, 64, True, np.float32, largest, nearest_fp4, lambda codes: level(codes, FP4)),
+    "nf4": Format(4, 64, True, np.float32, scale_largest, nearest_nf4, lambda codes: level(codes, NF4)),
+    "fp4": Format(4, 64, True, np.float32, scale_largest, nearest_fp4, lambda codes: level(codes, FP4)),
     "affine4": Format(4, 64, None, jnp.bfloat16, scale_affine4, nearest_affine4, _as_float),
 }
 
@@ -279,7 +279,7 @@ def unpack(packed: UInt8[Array, "*L I2 O"]) -> UInt8[Array, "*L I O"]:
     return jnp.stack([packed >> jnp.uint8(4), packed & jnp.uint8(15)], -2).reshape(*lead, 2 * pairs, outs)
 
 
-def blocked(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
+def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
     """The input axis in blocks; a short last one is filled up with copies of its last row, which change no extreme."""
     xp = x.__array_namespace__()
     *lead, ins, outs = x.shape
@@ -289,7 +289,7 @@ def blocked(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
     return x.reshape(*lead, (ins + room) // block, block, outs)
 
 
-def spread(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
+def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
     """Each block's number for every input in it."""
     *lead, blocks, outs = scale.shape
     wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
@@ -302,20 +302,20 @@ def as_zero_or_normal(x: Any) -> Any:
     """float32 with magnitudes below LEAST at zero."""
     xp = x.__array_namespace__()
     x = x.astype(np.float32)
-    return xp.where(xp.abs(x) < LEAST, np.float32(0), x)
+    return xp.where(xp.abs(x) < SMALLEST, np.float32(0), x)
 
 
-def refuse_unusual(x: Any) -> None:
+def check_range(x: Any) -> None:
     """Raise ValueError for NaN, infinity or a magnitude from MOST up; says how many there are and where the first is."""
     if isinstance(x, jax.core.Tracer):  # no values yet
         return
     host = np.asarray(x)
     usual = [
-        (np.abs(part.astype(np.float32)) < MOST).all()
+        (np.abs(part.astype(np.float32)) < LARGEST).all()
         for part in np.array_split(host, max(1, host.size >> 18), -1)
     ]
     if not all(usual):
-        wrong = ~(np.abs(host.astype(np.float32)) < MOST)
+        wrong = ~(np.abs(host.astype(np.float32)) < LARGEST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
         where = f"the first {float(host[first])} at {first}"
         raise ValueError(f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}")

@@ -14,7 +14,7 @@ from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits, quantize, usual
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quantize, with_defaults
 from jaxft.train import partition
 from jaxft.train.settings import Run
 from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write, storage
@@ -76,7 +76,7 @@ def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
     )
     if form:
         sizes = {path: math.prod(q.shape) for path, q in form.forms.items()}
-        each = sum(bits(q) * sizes[path] for path, q in form.forms.items()) / sum(sizes.values())
+        each = sum(bits_per_param(q) * sizes[path] for path, q in form.forms.items()) / sum(sizes.values())
         change = f"packing changed them by {100 * packing.share:.2f} % (root mean square)"
         words.insert(0, f"{each:.3f} bits a packed parameter, {change}")
     return "; ".join(words)
@@ -87,7 +87,7 @@ def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
     quant, seen = how.quant, how.seen
     if quant.kind == CHECKPOINT:
         raise ValueError("quant=checkpoint names no form to write; use int8, int4, nf4, fp4 or affine4")
-    block, double = usual(quant.kind, quant.block, quant.double)
+    block, double = with_defaults(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)
     forms = {}

@@ -104,7 +104,7 @@ def make_update(objective: Objective, optimizer: Optimizer) -> Callable:
     """
 
     def update(state: TrainState, number: Any, grads: Any, found: Any) -> tuple[TrainState, dict[str, Any]]:
-        grad = {**state.trainable, **lora.member(grads, number, own(state.trainable))}
+        grad = {**state.trainable, **lora.adapter_of_stack(grads, number, own(state.trainable))}
         mine = jax.tree.map(lambda x: x[number], found)
         norm = optax.tree.norm(grad)
         ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
@@ -168,7 +168,7 @@ def own(whole: Any) -> dict[str, Any]:
 
 
 def _stack(trainable: Any, frozen: Any) -> tuple[Any, Any]:
-    return lora.stacked([own(x) for x in trainable]), lora.stacked(frozen[1])
+    return lora.stack_adapters([own(x) for x in trainable]), lora.stack_adapters(frozen[1])
 
 
 def _rows(batch: Any) -> int:
@@ -195,7 +195,7 @@ def _own_references(t: Together, aux: Any) -> Any:
     """The references that adapters keep each for itself, [K, ...]."""
     if t.once or "reference" not in aux[t.lead]:
         return None
-    return lora.stacked(
+    return lora.stack_adapters(
         [own(aux[t.lead if "reference" not in a else k]["reference"]) for k, a in enumerate(aux)]
     )
 

@@ -15,7 +15,7 @@ from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import QTensor, Quant, bits
+from jaxft.nn.quant import QTensor, Quant, bits_per_param
 from jaxft.weights import pretrained
 from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, leaf_sharding
 
@@ -129,7 +129,9 @@ def parameter_table(partition: Partition, mesh: Any = None) -> str:
     for path, spec in param.spec_paths(partition.specs).items():
         storage = partition.storage[path]
         x = leaf_shapes(spec, storage)
-        form = f"{x.kind} {bits(x):.3f} bits" if storage.quantised else jnp.dtype(storage.dtype).name
+        form = (
+            f"{x.kind} {bits_per_param(x):.3f} bits" if storage.quantised else jnp.dtype(storage.dtype).name
+        )
         cut = ""
         if mesh is not None and mesh.size > 1:
             found = leaf_sharding(spec, x, mesh, path)
@@ -138,5 +140,5 @@ def parameter_table(partition: Partition, mesh: Any = None) -> str:
         rows.append(
             f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}"
         )
-    total, some = param.count(partition.specs), param.count(partition.trainable_specs)
+    total, some = param.count_params(partition.specs), param.count_params(partition.trainable_specs)
     return "\n".join([*rows, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

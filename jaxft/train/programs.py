@@ -201,5 +201,5 @@ def check_token_ids(source: Source[Any] | None, model: Model, ref: str) -> None:
 def model_summary(p: Programs) -> ModelSummary:
     """Parameter counts and quantisation, for reports."""
     t = p.trained
-    counts = param.count(t.trainable_specs), param.count(t.specs)
+    counts = param.count_params(t.trainable_specs), param.count_params(t.specs)
     return ModelSummary(*counts, storage.quantisation_summary(t.stored), t.model.generates)

@@ -321,7 +321,7 @@ def padded_apart(tokenizer: Any) -> Any:
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json in the source's own style, without what no longer holds, and generation_config.json."""
-    config, generation = families.to_hf(model.config), {}
+    config, generation = families.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
     if located is not None and located.kind == "folder":
         config = read_json(located.path / "config.json")

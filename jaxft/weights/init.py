@@ -43,7 +43,7 @@ def init_all_but_base(
     mine = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
     out = _parts(mine, model, mesh, key, own, ref)
     for name, one in scorers.items():
-        part_key = jax.random.fold_in(key, param.hash_of(name))
+        part_key = jax.random.fold_in(key, param.path_hash(name))
         out[name] = _parts(model.specs[name], model, mesh, part_key, one)
     return out
 
@@ -101,7 +101,7 @@ def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: A
 
     def load(path: str, spec: Any) -> Any:
         return place.load(
-            found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.place(spec, mesh, path), False
+            found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.sharding_of(spec, mesh, path), False
         )
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)

@@ -14,7 +14,7 @@ from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits, is_paired, quantize
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize
 from jaxft.weights.quant_layout import same_form
 
 
@@ -135,7 +135,7 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each of its arrays."""
-    whole = param.place(spec, mesh, path)
+    whole = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return whole
     if leaf.block or is_paired(leaf.kind):
@@ -171,7 +171,7 @@ def quantisation_summary(stored: StoredModel) -> str:
     if not leaves:
         return ""
     sizes = [math.prod(q.shape) for q in leaves]
-    mean_bits = sum(bits(q) * size for q, size in zip(leaves, sizes, strict=True)) / sum(sizes)
+    mean_bits = sum(bits_per_param(q) * size for q, size in zip(leaves, sizes, strict=True)) / sum(sizes)
     base = sum(math.prod(spec.shape) for path, spec in all_specs.items() if in_base(path))
     return (
         f"{100 * sum(sizes) / base:.0f} % of the base in {leaves[0].kind}, {mean_bits:.3f} bits a parameter"

@@ -205,7 +205,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             jax.block_until_ready(step(state, frozen, placed))
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
     c = run.model.config
-    weights = param.count(run.model.specs) - (0 if c.tied else c.vocab * c.width)
+    weights = param.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
     rate = tokens / middle
     passes = (6 if case.trains == "all" else 4) + (
         2 if case.objective == "dpo" else 0

@@ -81,7 +81,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             error = float(np.sqrt(np.square(values - plain).mean() / np.square(plain).mean()))
             ratio = float(np.exp(loss - (found[0]["loss"] if found else loss)))
             numbers = {
-                "bits": quant.bits(packed),
+                "bits": quant.bits_per_param(packed),
                 "perplexity": float(np.exp(loss)),
                 "ratio": ratio,
                 "error": error,

@@ -82,7 +82,7 @@ def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, 
 
 def test_codes_of_a_whole_channel_are_cut_between_bytes():
     """GPTQ without groups: 136 inputs are 68 bytes, which don't divide over 8 devices; the outputs do."""
-    spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.constant(0.0))
+    spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.full(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
     leaf = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16)
@@ -141,7 +141,7 @@ def on(mesh, specs, whole):
 )
 def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
-    spec = param.ParamSpec((2, 64, 64), axes, param.constant(0.0))
+    spec = param.ParamSpec((2, 64, 64), axes, param.full(0.0))
     q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 

@@ -98,14 +98,14 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
 def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, says):
     spec = param.spec_paths(llama(config).specs)[path]
     with pytest.raises(ValueError) as error:
-        param.place(spec, abstract(tensor=tensor), path)
+        param.sharding_of(spec, abstract(tensor=tensor), path)
     assert one_line(error) == says
 
 
 def test_the_sizes_that_an_error_offers_are_accepted():
     specs = param.spec_paths(llama(EIGHT_B).specs)
     for tensor in (1, 2, 4, 8):
-        found = param.place(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
+        found = param.sharding_of(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
         assert found == P(None, None, "tensor" if tensor > 1 else None)
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
     with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
         storage.sharded_shapes(t.stored, make_mesh(MeshShape(-1, 1, 2)))
     with pytest.raises(ValueError, match="o/a: 9 heads"):
-        param.place(param.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
+        param.sharding_of(param.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
@@ -151,7 +151,8 @@ def test_no_array_is_cut_twice_along_one_mesh_axis():
     t = partition.partition_params(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
     for path, spec in param.spec_paths(t.specs).items():
         entries = [
-            entry if isinstance(entry, tuple) else (entry,) for entry in param.place(spec, mesh, path).spec
+            entry if isinstance(entry, tuple) else (entry,)
+            for entry in param.sharding_of(spec, mesh, path).spec
         ]
         used = [axis for entry in entries for axis in entry if axis]
         assert len(used) == len(set(used)), path

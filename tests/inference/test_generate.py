@@ -11,13 +11,13 @@ from tiny_model import CONFIG, tiny
 from jaxft.distributed import sharding
 from jaxft.inference.generate import (
     Sampling,
-    cut,
-    first_largest,
+    fast_argmax,
     generate,
-    largest_with,
     left_pad,
     make_generate,
     sample,
+    top_mask,
+    truncate_logits,
 )
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import LlamaConfig, llama
@@ -88,7 +88,7 @@ def test_a_cut_is_transformers_own(sampling):
     wanted = torch.tensor(logits)
     for step in chain:
         wanted = step(None, wanted)
-    found = np.asarray(cut(jnp.asarray(logits), sampling))
+    found = np.asarray(truncate_logits(jnp.asarray(logits), sampling))
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted.numpy()))
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
     assert np.isfinite(found).any(1).all()
@@ -99,15 +99,15 @@ def test_the_largest_are_found_as_by_a_sort():
     x[1], x[2, :30], x[3, ::2], x[4] = 1.5, -np.inf, 0.25, -np.abs(x[4]) * 1e-30
     for count in (1, 2, 7, 49, 50):
         least = np.sort(x, -1)[:, -count, None]
-        np.testing.assert_array_equal(largest_with(jnp.asarray(x), jnp.ones(()), count), x >= least)
-    np.testing.assert_array_equal(first_largest(jnp.asarray(x)), x.argmax(-1))
+        np.testing.assert_array_equal(top_mask(jnp.asarray(x), jnp.ones(()), count), x >= least)
+    np.testing.assert_array_equal(fast_argmax(jnp.asarray(x)), x.argmax(-1))
 
 
 def test_samples_follow_the_cut_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
     drawn = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
-    wanted = count * np.asarray(jax.nn.softmax(cut(logits[None], sampling)[0]))
+    wanted = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
     assert (drawn[wanted == 0] == 0).all() and (wanted == 0).any()
     kept = wanted > 0
     chi2 = ((drawn - wanted)[kept] ** 2 / wanted[kept]).sum()

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, make_mesh, named
 from jaxft.nn import attention, flash_attention
-from jaxft.nn.flash_attention import Seen
+from jaxft.nn.flash_attention import Visibility
 
 QUERIES, KEYS, ROW = (
     ("rows", "time", "heads", "head_dim"),
@@ -206,12 +206,12 @@ def test_answers_after_a_shared_prompt_equal_prompt_and_answer_alone():
 
 def test_visits_skip_later_blocks_other_segments_padding_and_other_answers():
     segments = jnp.repeat(jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]], jnp.int32), 4, axis=1)
-    places, counts, _ = flash_attention._visits((Seen(segments, None),) * 2, 0, 4)
+    places, counts, _ = flash_attention._visits((Visibility(segments, None),) * 2, 0, 4)
     assert counts.tolist() == [1, 2, 1, 2, 0, 1, 2, 3, 4, 5]
     assert places[3, :2].tolist() == [2, 3]
     assert places[8, :4].tolist() == [5, 6, 7, 8]
     branches = jnp.repeat(jnp.asarray([[0, 1, 2, 3, 3]] * 2, jnp.int32), 4, axis=1)
-    places, counts, _ = flash_attention._visits((Seen(segments, branches),) * 2, 0, 4)
+    places, counts, _ = flash_attention._visits((Visibility(segments, branches),) * 2, 0, 4)
     assert counts.tolist()[5:] == [1, 2, 2, 2, 3]
     assert places[9, :3].tolist() == [5, 8, 9]
 

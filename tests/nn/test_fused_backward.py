@@ -140,7 +140,7 @@ def test_no_gradient_of_all_layers_is_held():
     config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
     t = partition.partition_params(llama(config, jnp.float32, "full"), None, None)
     whole = param.abstract_params(t.specs)
-    layers, taken = param.count(t.specs["base"]["layers"]) * 4, {}
+    layers, taken = param.count_params(t.specs["base"]["layers"]) * 4, {}
     for fused in (False, True):
         o = Optim(optimizer=optim.adafactor, clip=None, layerwise=True, fused_backward=fused)
         optimizer = make_optimizer(o, t.trainable_specs, 10)

@@ -72,7 +72,7 @@ def test_the_start_and_the_sizes_are_pefts():
         scales = sum(
             s.shape[0] if s.shape else 1 for p, s in param.spec_paths(ours).items() if p.endswith("scale")
         )
-        assert param.count(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
+        assert param.count_params(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
     a = next(p for name, p in wrapped.named_parameters() if "layers.0.mlp.down_proj.lora_A" in name).detach()
     fresh = tree.paths(param.init_params(ours, jax.random.key(0)))
     mine = fresh["layers/mlp/down/a"][0]
@@ -86,7 +86,7 @@ def test_the_parameters_are_rank_times_in_plus_out_a_layer():
             if path in KERNELS:
                 found = adapter_specs(SPECS, Adapter(rank=rank, targets=(path.rsplit("/", 1)[-1],)))
                 size_in, size_out = spec.shape[-2:]
-                assert param.count(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
+                assert param.count_params(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 32.0 / 16), (True, 32.0 / 4)])

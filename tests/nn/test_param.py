@@ -13,7 +13,7 @@ from jaxft.distributed.sharding import AXES, MeshShape, make_mesh
 from jaxft.models.llama import PRESETS, llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.nn.param import ParamSpec, constant, fan_in, kaiming_uniform, normal
+from jaxft.nn.param import ParamSpec, fan_in, full, kaiming_uniform, normal
 from jaxft.train import partition
 
 COUNTS = {  # as Hugging Face's model pages and transformers' num_parameters() give them
@@ -30,18 +30,18 @@ COUNTS = {  # as Hugging Face's model pages and transformers' num_parameters() g
 @pytest.mark.parametrize("name", COUNTS)
 def test_presets_have_the_published_number_of_parameters(name):
     specs = llama(PRESETS[name]).specs
-    assert param.count(specs) == COUNTS[name]
+    assert param.count_params(specs) == COUNTS[name]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(param.abstract_params(specs))) == COUNTS[name]
 
 
 def test_every_preset_is_among_the_counted_sizes():
-    assert {param.count(llama(config).specs) for config in PRESETS.values()} == set(COUNTS.values())
+    assert {param.count_params(llama(config).specs) for config in PRESETS.values()} == set(COUNTS.values())
 
 
 def test_flops_are_two_a_weight_and_token_and_causal_attention():
     c = PRESETS["meta-llama/Llama-3.1-8B"]
     products = (
-        param.count(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width
+        param.count_params(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width
     )  # no table, no norms
     per_token = llama(c).forward_flops(1, 0)
     assert per_token == 2 * products
@@ -70,7 +70,7 @@ def test_no_two_parameters_of_a_model_share_a_key():
         llama(PRESETS["meta-llama/Llama-3.1-8B"]), Adapter(targets=("q", "head")), None
     )
     paths = list(param.spec_paths(t.specs))
-    assert len({param.hash_of(path) for path in paths}) == len(paths)
+    assert len({param.path_hash(path) for path in paths}) == len(paths)
 
 
 def test_layers_of_a_stacked_leaf_differ():
@@ -84,7 +84,7 @@ def test_layers_of_a_stacked_leaf_differ():
         (normal(0.02), 0.02, None),
         (fan_in(400), 0.05, None),
         (kaiming_uniform(400), 0.05 / 3**0.5, 0.05),
-        (constant(3.0), 0.0, 3.0),
+        (full(3.0), 0.0, 3.0),
     ],
     ids=["normal", "fan_in", "kaiming_uniform", "constant"],
 )
@@ -98,7 +98,7 @@ def test_starts_have_their_spread_and_dtype(init, std, largest):
 
 def test_a_spec_names_every_dimension():
     with pytest.raises(ValueError, match="needs 3 axes"):
-        ParamSpec((2, 3, 4), ("width", "mlp"), constant(0.0))
+        ParamSpec((2, 3, 4), ("width", "mlp"), full(0.0))
 
 
 def test_every_axis_of_every_spec_is_in_the_table():

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from jaxft.distributed.sharding import MeshShape, make_mesh, named
 from jaxft.nn import quant, quant_formats
-from jaxft.nn.quant import KINDS, QTensor, Quant, bits, dequantize, is_paired, is_qtensor, quantize, rows
+from jaxft.nn.quant import (
+    KINDS,
+    QTensor,
+    Quant,
+    bits_per_param,
+    dequantize,
+    is_paired,
+    is_qtensor,
+    quantize,
+    take_rows,
+)
 
 EVERY = np.arange(2**16, dtype=np.uint16).reshape(4, 128, 128)
 OTHERS = [("int4", 128, None), ("affine4", 32, None), ("nf4", 64, False), ("fp4", 16, False)]
@@ -266,7 +276,7 @@ def test_bits_a_parameter_of_real_buffers(form, wanted):
     w = random(2048, 1024)
     q = jax.device_put(quantize(w, *form))
     held = sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(q))
-    assert 8 * held / w.size == wanted == bits(q)
+    assert 8 * held / w.size == wanted == bits_per_param(q)
     if form[0] in ("nf4", "fp4") and form[2] is None:
         assert round(wanted, 3) == 4.127  # QLoRA's figure
 
@@ -403,9 +413,13 @@ def test_scan_vmap_and_indexing_slice_it_and_the_shape_follows(form):
 @every_form
 def test_rows_are_those_of_the_whole(form):
     q, ids = quantize(random(130, 12), *form), jnp.array([[0, 1, 129], [64, 63, 1]])
-    np.testing.assert_array_equal(jax.jit(rows)(q, ids), np.asarray(jax.jit(dequantize)(q))[np.asarray(ids)])
+    np.testing.assert_array_equal(
+        jax.jit(take_rows)(q, ids), np.asarray(jax.jit(dequantize)(q))[np.asarray(ids)]
+    )
     plain = quantize(jnp.asarray(random(9, 4), jnp.bfloat16), "bits")
-    np.testing.assert_array_equal(rows(plain, ids % 9), np.asarray(dequantize(plain))[np.asarray(ids % 9)])
+    np.testing.assert_array_equal(
+        take_rows(plain, ids % 9), np.asarray(dequantize(plain))[np.asarray(ids % 9)]
+    )
 
 
 def test_both_ways_to_a_level_are_the_table():

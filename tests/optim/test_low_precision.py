@@ -11,7 +11,7 @@ from tiny_model import assert_close
 from tiny_run import Place, write_place
 
 from jaxft.nn import param
-from jaxft.nn.param import ParamSpec, constant
+from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.quant_formats import DYNAMIC
 from jaxft.optim.low_precision import (
     BLOCK,
@@ -27,10 +27,10 @@ from jaxft.optim.optimizer import Optim, adamw, make_optimizer
 from jaxft.optim.update import StepInfo, stochastically_rounded
 
 SPECS = {
-    "kernel": ParamSpec((3, 64, 300), ("layers", "width", "mlp"), constant(0.0)),
-    "a": ParamSpec((3, 600, 8), ("layers", "width", "rank"), constant(0.0)),
-    "norm": ParamSpec((3, 64), ("layers", "width"), constant(0.0)),
-    "head": ParamSpec((64, 512), ("width", "vocab"), constant(0.0)),
+    "kernel": ParamSpec((3, 64, 300), ("layers", "width", "mlp"), full(0.0)),
+    "a": ParamSpec((3, 600, 8), ("layers", "width", "rank"), full(0.0)),
+    "norm": ParamSpec((3, 64), ("layers", "width"), full(0.0)),
+    "head": ParamSpec((64, 512), ("width", "vocab"), full(0.0)),
 }
 
 
@@ -130,7 +130,7 @@ def test_the_first_step_is_adamws_to_rounding():
 
 
 def test_moments_take_a_quarter_or_half_of_float32s_bytes():
-    big = {"kernel": ParamSpec((2, 512, 1024), ("layers", "width", "mlp"), constant(0.0))}
+    big = {"kernel": ParamSpec((2, 512, 1024), ("layers", "width", "mlp"), full(0.0))}
     whole = param.init_params(big, jax.random.key(0))
     state = lambda o: make_optimizer(Optim(optimizer=o), big, 9).init(whole)  # noqa: E731
     plain, small, half = map(size, map(state, (adamw, adamw_8bit, adamw_bf16)))
@@ -148,7 +148,7 @@ def test_stochastic_rounding_is_right_in_expectation_and_leaves_what_bfloat16_ho
 
 def test_small_changes_of_a_bfloat16_moment_are_not_lost():
     """With b2 = 0.999 a moment changes by a thousandth of itself at most, less than half of bfloat16's spacing."""
-    state = {"w": ParamSpec((4096,), ("width",), constant(0.0))}
+    state = {"w": ParamSpec((4096,), ("width",), full(0.0))}
     optimizer = make_optimizer(Optim(optimizer=adamw_bf16, clip=None), state, 400)
     now, info = optimizer.init({"w": jnp.zeros(4096)}), StepInfo(jnp.float32(64), jnp.array(True))
     step = jax.jit(lambda s: optimizer.update({"w": jnp.ones(4096)}, s, {"w": jnp.zeros(4096)}, info)[1])
@@ -174,7 +174,7 @@ def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
 
 def test_layers_of_a_layerwise_update_draw_their_own_bits():
     """Two layers that are alike but for their first number are rounded differently."""
-    specs = {"layers": ParamSpec((2, 64, 64), ("layers", "width", "mlp"), constant(0.0))}
+    specs = {"layers": ParamSpec((2, 64, 64), ("layers", "width", "mlp"), full(0.0))}
     settings = Optim(optimizer=adamw_bf16, clip=None, layerwise=True, warmup=0.0)
     optimizer = make_optimizer(settings, specs, 10)
     params = {"layers": jnp.ones((2, 64, 64))}

@@ -9,12 +9,12 @@ import optax
 import pytest
 from tiny_run import Place, write_place
 
-from jaxft.nn.param import ParamSpec, constant
+from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_optimizer
 from jaxft.optim.update import StepInfo
 
-SPECS = {"w": ParamSpec((4, 6), ("width", "mlp"), constant(0.0))}
+SPECS = {"w": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 
 
 def momentum(schedule, specs, weight_decay, *, decay=0.9, nesterov=False):

@@ -9,16 +9,16 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn import param
-from jaxft.nn.param import ParamSpec, constant
+from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_optimizer
 from jaxft.optim.state_sharding import state_shardings
 
 SPECS = {
-    "embed": ParamSpec((512, 256), ("vocab", "table_width"), constant(0.0)),
+    "embed": ParamSpec((512, 256), ("vocab", "table_width"), full(0.0)),
     "layers": {
-        "q": ParamSpec((3, 256, 128), ("layers", "width", "heads"), constant(0.0)),
-        "norm": ParamSpec((3, 256), ("layers", "norm"), constant(0.0)),
+        "q": ParamSpec((3, 256, 128), ("layers", "width", "heads"), full(0.0)),
+        "norm": ParamSpec((3, 256), ("layers", "norm"), full(0.0)),
     },
     "frozen": None,
 }

@@ -106,7 +106,7 @@ def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_rank
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * len(RANKS)), batch)
 
     def together(adapters):
-        whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lora.stacked(adapters))
+        whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lora.stack_adapters(adapters))
         return model.hidden({"base": weights, "adapter": whole}, tiled)
 
     def apart(adapters):
@@ -122,12 +122,12 @@ def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_rank
 def test_a_stack_gives_its_members_back():
     base = llama(CONFIG, jnp.float64)
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
-    stack = lora.stacked(adapters)
+    stack = lora.stack_adapters(adapters)
     assert {x.shape[0] for x in jax.tree.leaves(stack)} == {3} and stack["layers"]["attn"]["q"]["a"].shape[
         -1
     ] == max(RANKS)
     for k, one in enumerate(adapters):
-        assert_close(lora.member(stack, k, one), one, 0)
+        assert_close(lora.adapter_of_stack(stack, k, one), one, 0)
 
 
 # Steps

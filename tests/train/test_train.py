@@ -200,8 +200,8 @@ def test_a_narrow_residual_stream_rounds_once_a_layer():
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
 def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
     specs = {
-        "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.constant(0.0))},
-        "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.constant(0.0)),
+        "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.full(0.0))},
+        "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.full(0.0)),
     }
     settings = Optim(optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant, warmup=0.0)
     random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
@@ -288,7 +288,7 @@ def test_a_layerwise_update_is_one_of_all_leaves_at_once(optimizer, monkeypatch)
 
 def test_bfloat16_parameters_move_by_what_they_cannot_hold():
     """An update of a thousandth of a parameter is less than half its spacing: rounded to the nearest it would never move."""
-    specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.constant(1.0))}
+    specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.full(1.0))}
     start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
     settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant)
     optimizer = make_optimizer(settings, specs, 10)

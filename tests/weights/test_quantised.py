@@ -18,7 +18,7 @@ from tiny_run import Place, write_place
 from jaxft.distributed import sharding
 from jaxft.nn import matmul
 from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, rows
+from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
 from jaxft.weights.quantised import expanded
@@ -244,7 +244,7 @@ def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
     q = jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])
     x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
     ids = jnp.array([3, 60, 3])
-    same(rows(q, ids), whole[ids])
+    same(take_rows(q, ids), whole[ids])
     for fn in (matmul.linear, jax.grad(lambda x, w: matmul.linear(x, w).sum())):
         np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
     wanted = our_logits(model, base, some_tokens(8))
