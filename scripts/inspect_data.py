@@ -22,7 +22,7 @@ from rich.text import Text  # noqa: E402
 
 from jaxft.data.sft import Rows, RowSource  # noqa: E402
 from jaxft.runs import config  # noqa: E402
-from jaxft.runs.parse import parse  # noqa: E402
+from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> tuple[Rows, str]:
     """The rows and the reference of the tokenizer that the command line names."""
     if args.config:
-        run = config.load(args.config, args.overrides)
+        run = config.load_config(args.config, args.overrides)
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -68,7 +68,7 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
                 f"found {item!r}, wanted name=value; near: {', '.join(nearest(name, list(kinds)))}"
             )
         try:
-            values[name] = parse(text, kinds[name])
+            values[name] = parse_value(text, kinds[name])
         except ValueError as error:
             raise ValueError(f"{item}: {error}") from error
     return dataclasses.replace(rows, **values)

@@ -34,7 +34,7 @@ from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E
 from jaxft.objectives.check.laws import CLAIMS, check  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
 from jaxft.objectives.pair import declaration, loss_signature  # noqa: E402
-from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse  # noqa: E402
+from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse_value  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
 from jaxft.runs.record import describe, differences  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
@@ -137,7 +137,7 @@ def value(item: str, text: str, kind: Any, default: Any) -> Any:
         kind = Callable if callable(default) else type(default)
         kind = int | float if kind is int else kind  # beta=1 by default is no reason to refuse 0.5
     try:
-        return parse(text, kind)
+        return parse_value(text, kind)
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from error
 
@@ -310,10 +310,10 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     from jaxft.runs import config
     from jaxft.train import sweep
 
-    run = config.load(args.config, args.set)
+    run = config.load_config(args.config, args.set)
     for text in args.set:
         _check_setting(
-            text, describe(run), describe(config.load(args.config, [t for t in args.set if t != text]))
+            text, describe(run), describe(config.load_config(args.config, [t for t in args.set if t != text]))
         )
     run = replace(run, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2)))
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}

@@ -67,7 +67,7 @@ def main() -> int:
         machine = machines.machine(name)
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
-            load = lambda texts: config.load(args.config, texts)  # noqa: E731
+            load = lambda texts: config.load_config(args.config, texts)  # noqa: E731
             command = search.Command(load, given, config.knob_names(args.config))
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             tried = search.search(command, machine, args.most, say)
@@ -78,7 +78,7 @@ def main() -> int:
             code = code if search.found(tried) else 1
             continue
         wanted = programs.steps if args.train_only or len(names) > 1 else programs.every
-        each = plan.plans(config.load(args.config, given), machine, wanted)
+        each = plan.plans(config.load_config(args.config, given), machine, wanted)
         found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
         print(
             json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]),

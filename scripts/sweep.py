@@ -98,7 +98,7 @@ def main() -> int:
     )
     runs = {}
     for row in rows:
-        run = config.load(args.config, [*args.overrides, *row], expected=Run)
+        run = config.load_config(args.config, [*args.overrides, *row], expected=Run)
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
     return sweep.run(runs, name, at_once=args.at_once)

@@ -46,7 +46,7 @@ def main() -> int:
     from jaxft.train import loop
     from jaxft.train.settings import Run
 
-    settings = config.resolve(args.config, args.overrides, expected=Run)
+    settings = config.resolve_config(args.config, args.overrides, expected=Run)
     run, record = settings.value, settings.describe()
     if args.dry_run:
         from jaxft.plan import text

@@ -26,14 +26,23 @@ from jaxft.runs.parse import (
     describe_kind,
     find_file,
     format_error,
-    parse,
+    parse_value,
     run_file,
     short_path,
 )
 from jaxft.runs.record import describe, differences
 from jaxft.tree import nearest
 
-__all__ = ["RENAMED", "Resolved", "describe", "differences", "help_text", "knob_names", "load", "resolve"]
+__all__ = [
+    "RENAMED",
+    "Resolved",
+    "describe",
+    "differences",
+    "help_text",
+    "knob_names",
+    "load_config",
+    "resolve_config",
+]
 
 # Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
 # (`quant=checkpoint`), a function that a setting may name (`package.module:name`) or the module of such functions.
@@ -82,12 +91,12 @@ class Resolved:
         }
 
 
-def load(path: str, overrides: list[str], expected: type = object) -> Any:
-    """Return the value of a config with overrides applied; see `resolve`."""
-    return resolve(path, overrides, expected).value
+def load_config(path: str, overrides: list[str], expected: type = object) -> Any:
+    """Return the value of a config with overrides applied; see `resolve_config`."""
+    return resolve_config(path, overrides, expected).value
 
 
-def resolve(path: str, overrides: list[str], expected: type = object) -> Resolved:
+def resolve_config(path: str, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the knobs among the overrides, then replace the fields that the others name.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that `config` must return.
@@ -212,7 +221,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         item = type(now[0]) if isinstance(now, tuple) and now else str
         kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
     try:
-        return parse(text, kind)
+        return parse_value(text, kind)
     except (ValueError, OSError) as error:
         new = _renamed_value(key, text)
         if new:

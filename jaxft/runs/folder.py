@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 
 from jaxft.runs.record import differences
-from jaxft.runs.trackers.jsonl import finite
+from jaxft.runs.trackers.jsonl import json_value
 from jaxft.weights import hf, hub
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
@@ -64,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
-        file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+        file.write(json.dumps(json_value(value), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -123,7 +123,7 @@ def _is_callable(kind: Any) -> bool:
     return collections.abc.Callable in (kind, typing.get_origin(kind))
 
 
-def parse(text: str, kind: Any) -> Any:
+def parse_value(text: str, kind: Any) -> Any:
     """Parse a value of the annotation `kind`. Raises ValueError that names the expected values."""
     members = union_members(kind)
     if type(None) in members and text.lower() == "none":
@@ -169,7 +169,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
     ]
     for member in [*typed, *(k for k in members if k is str)]:
         try:
-            return parse(text, member)
+            return parse_value(text, member)
         except ValueError:
             if _is_callable(member) and ":" in text:
                 raise
@@ -187,5 +187,5 @@ def _parse_tuple(text: str, args: tuple[Any, ...], separator: str) -> tuple:
     values = []
     for item, kind in zip(items, kinds, strict=True):
         nested = typing.get_origin(kind) is tuple and separator == ","  # a:1,b:2
-        values.append(_parse_tuple(item, typing.get_args(kind), ":") if nested else parse(item, kind))
+        values.append(_parse_tuple(item, typing.get_args(kind), ":") if nested else parse_value(item, kind))
     return tuple(values)

@@ -173,7 +173,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     from jaxft.runs import config
     from jaxft.train import programs
 
-    run = config.load(path, overrides)
+    run = config.load_config(path, overrides)
     machine = here()
     planned = plan.plan(run, machine)
     p, batch = programs.abstract(run)

@@ -138,7 +138,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
         if found is None:
             machine = machines.machine(name)
             path, overrides = settings(model, method, objective, len(machine.devices))
-            run, begin = config.load(str(Path(sys.path[0]) / path), overrides), time.perf_counter()
+            run, begin = config.load_config(str(Path(sys.path[0]) / path), overrides), time.perf_counter()
             found = planned(run, machine)
             found |= {
                 "config": path,

@@ -167,7 +167,7 @@ def accepted(arguments):
     args = parser.parse_intermixed_args(arguments)
     path = ROOT / "configs" / Path(args.config).name
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
-    known = config.load(str(path), [*args.overrides, f"model={tiny_folder()}"])
+    known = config.load_config(str(path), [*args.overrides, f"model={tiny_folder()}"])
     assert isinstance(known, Run)
     rows, left = divmod(known.data.batch, known.data.micro)
     assert left == 0 and rows % known.hosts.devices == 0, "some devices would compute nothing but padding"

@@ -141,7 +141,7 @@ def test_rows_longer_than_the_model_has_positions():
     from jaxft.runs import config
     from jaxft.train import programs
 
-    run = config.load("configs/sft.py", [])
+    run = config.load_config("configs/sft.py", [])
     long = dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=10000))
     with pytest.raises(ValueError, match="max_length=10000 is beyond the model's 8192"):
         programs.build(long, 10)

@@ -18,8 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.runs import config
-from jaxft.runs.config import RENAMED, describe, differences, help_text, knob_names, load, resolve
-from jaxft.runs.parse import parse
+from jaxft.runs.config import (
+    RENAMED,
+    describe,
+    differences,
+    help_text,
+    knob_names,
+    load_config,
+    resolve_config,
+)
+from jaxft.runs.parse import parse_value
 
 TOY = '''
 """A toy recipe.
@@ -101,7 +109,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_without_overrides_it_is_what_the_function_returns(toy):
-    run = load(toy, [])
+    run = load_config(toy, [])
     assert (run.name, run.optim.lr, run.adapter.rank, run.objective.keywords) == (
         "sft-org/tiny",
         5e-6,
@@ -146,10 +154,10 @@ def test_without_overrides_it_is_what_the_function_returns(toy):
     ],
 )
 def test_an_override_sets_its_value_and_nothing_else(toy, override, get, wanted):
-    run = load(toy, [override])
+    run = load_config(toy, [override])
     assert get(run) == wanted and type(get(run)) is type(wanted)
     if "." in override.partition("=")[0]:
-        (changed,) = differences(describe(load(toy, [])), describe(run)) or [""]
+        (changed,) = differences(describe(load_config(toy, [])), describe(run)) or [""]
         assert changed.split(":")[0] in (override.partition("=")[0].removeprefix("run."), "")
 
 
@@ -186,17 +194,17 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, wanted)
 )
 def test_a_wrong_override_is_one_line(toy, overrides, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        load(toy, overrides)
+        load_config(toy, overrides)
     assert "\n" not in str(caught.value)
 
 
 def test_fields_of_a_section_are_checked_together(toy):
-    run = load(toy, ["rows.micro=3", "rows.batch=6"])
+    run = load_config(toy, ["rows.micro=3", "rows.batch=6"])
     assert (run.rows.micro, run.rows.batch) == (3, 6)
 
 
 def test_fields_are_replaced_after_the_knobs_and_both_are_recorded(toy):
-    settings = resolve(toy, ["lr=1", "rank=4", "optim.lr=2", "run.name=mine", "adapter.alpha=3"])
+    settings = resolve_config(toy, ["lr=1", "rank=4", "optim.lr=2", "run.name=mine", "adapter.alpha=3"])
     run = settings.value
     assert (run.optim.lr, run.name, run.adapter.rank, run.adapter.alpha) == (2.0, "mine", 4, 3.0)
     assert settings.fields == {"optim.lr": 2.0, "name": "mine", "adapter.alpha": 3.0}
@@ -208,12 +216,12 @@ def test_fields_are_replaced_after_the_knobs_and_both_are_recorded(toy):
 
 
 def test_a_section_may_be_set_to_none(toy):
-    assert load(toy, ["adapter=none"]).adapter is None
-    assert load(toy, ["adapter=none", "rank=4"]).adapter is None
+    assert load_config(toy, ["adapter=none"]).adapter is None
+    assert load_config(toy, ["adapter=none", "rank=4"]).adapter is None
 
 
 def test_the_config_is_called_once(toy):
-    module = load(toy, ["lr=1", "beta=2", "optim.clip=1", "adapter.rank=2"]).optim.__class__.__module__
+    module = load_config(toy, ["lr=1", "beta=2", "optim.clip=1", "adapter.rank=2"]).optim.__class__.__module__
     assert sys.modules[module].calls == [1]
 
 
@@ -234,7 +242,7 @@ def test_an_old_name_is_an_error_that_gives_the_new_one(toy, monkeypatch, overri
     for old, new in {**names, "toys.py:plain": "toy.py:plain", "old.losses": "new.losses"}.items():
         monkeypatch.setitem(RENAMED, old, new)
     with pytest.raises(ValueError, match=rf"^{message}$"):
-        load(toy, [override])
+        load_config(toy, [override])
 
 
 def write(folder: Path, text: str) -> str:
@@ -262,7 +270,7 @@ def write(folder: Path, text: str) -> str:
 )
 def test_a_broken_config_file_is_one_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path, text), [])
+        load_config(write(tmp_path, text), [])
 
 
 def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
@@ -270,7 +278,7 @@ def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"
     ):
-        load("configs/sfd.py", [])
+        load_config("configs/sfd.py", [])
 
 
 def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_path, monkeypatch):
@@ -283,7 +291,7 @@ def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_
 
 def test_a_knob_without_annotation_or_telling_default_asks_for_one(tmp_path):
     with pytest.raises(ValueError, match="a=1: its type is unknown"):
-        load(write(tmp_path, "def config(a=None): return a"), ["a=1"])
+        load_config(write(tmp_path, "def config(a=None): return a"), ["a=1"])
 
 
 def test_help_shows_docstring_knobs_defaults_types_and_comments(toy):
@@ -330,18 +338,18 @@ def config(
 
 def test_the_fields_of_a_group_are_knobs(tmp_path):
     path = write(tmp_path, GROUPS % "")
-    settings = resolve(path, ["model=mine", "name=x"])
+    settings = resolve_config(path, ["model=mine", "name=x"])
     assert (settings.value.base.model, settings.value.base.rank, settings.value.name) == ("mine", 8, "x")
     assert settings.knobs == {"model": "mine", "rank": 8, "name": "x"} and knob_names(path) == [
         "model",
         "rank",
         "name",
     ]
-    assert load(path, []).base.model == "org/tiny"
+    assert load_config(path, []).base.model == "org/tiny"
     with pytest.raises(ValueError, match="rank=x: expected int or none"):
-        load(path, ["rank=x"])
+        load_config(path, ["rank=x"])
     with pytest.raises(ValueError, match="unknown key 'rnk'; near: .*rank"):
-        load(path, ["rnk=1"])
+        load_config(path, ["rnk=1"])
     rows = {
         line.split()[0]: line.split()[1:] for line in help_text(path).splitlines() if line.startswith("  ")
     }
@@ -351,15 +359,15 @@ def test_the_fields_of_a_group_are_knobs(tmp_path):
 
 def test_a_group_may_add_to_another_one_and_their_knobs_differ(tmp_path):
     path = write(tmp_path, GROUPS.replace("Base = Base(", "Wide = Wide(") % "")
-    assert load(path, ["width=7", "model=mine"]).base.width == 7
+    assert load_config(path, ["width=7", "model=mine"]).base.width == 7
     assert ["width=4", "int", "of", "a", "layer"] in [line.split() for line in help_text(path).splitlines()]
     with pytest.raises(ValueError, match="config has two knobs called rank; rename one"):
-        load(write(tmp_path, GROUPS % "rank: int = 3,"), [])
+        load_config(write(tmp_path, GROUPS % "rank: int = 3,"), [])
 
 
 def test_what_help_shows_can_be_given_back(toy):
     shown = [line.split()[0] for line in help_text(toy).splitlines() if line.startswith("  ")]
-    assert describe(load(toy, shown)) == describe(load(toy, []))
+    assert describe(load_config(toy, shown)) == describe(load_config(toy, []))
 
 
 VALUES = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none())
@@ -367,12 +375,12 @@ VALUES = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.
 
 @given(VALUES)
 def test_a_value_written_as_python_writes_it_is_read_back(value):
-    assert parse(repr(value), type(value) | None) == value
+    assert parse_value(repr(value), type(value) | None) == value
 
 
 @given(st.lists(st.integers()))
 def test_a_tuple_is_read_back(values):
-    assert parse(",".join(map(str, values)), tuple[int, ...]) == tuple(values)
+    assert parse_value(",".join(map(str, values)), tuple[int, ...]) == tuple(values)
 
 
 # Records
@@ -425,7 +433,7 @@ def test_describe(value, wanted):
 
 
 def test_a_record_is_json_and_the_same_each_time(toy):
-    once, twice = describe(load(toy, [])), describe(load(toy, []))
+    once, twice = describe(load_config(toy, [])), describe(load_config(toy, []))
     assert json.loads(json.dumps(once, allow_nan=False)) == once == twice
 
 
@@ -443,9 +451,9 @@ def test_what_a_closure_holds_is_recorded():
 
 
 def test_a_changed_source_is_a_difference(toy, tmp_path):
-    before = describe(load(toy, []))
+    before = describe(load_config(toy, []))
     (tmp_path / "toy.py").write_text(TOY.replace("return x * beta", "return x / beta"))
-    (changed,) = differences(before, describe(load(toy, [])))
+    (changed,) = differences(before, describe(load_config(toy, [])))
     assert changed.startswith("objective.source_sha256: ")
 
 
@@ -486,4 +494,4 @@ def test_differences_name_the_place_and_both_values():
 
 
 def test_the_config_module_names_what_the_contract_promises():
-    assert set(config.__all__) >= {"load", "resolve", "help_text", "knob_names", "RENAMED"}
+    assert set(config.__all__) >= {"load_config", "resolve_config", "help_text", "knob_names", "RENAMED"}

@@ -27,7 +27,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_builds_abstractly(path):
-    run = config.load(str(path), [])
+    run = config.load_config(str(path), [])
     programs, batch = abstract(run, jax.devices()[:1])
     assert param.count_params(programs.trained.trainable_specs) > 0
     with jax.set_mesh(programs.mesh):
@@ -46,12 +46,12 @@ def test_the_docstring_says_how_to_run_it_and_what_it_takes(path):
 @pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "kto"])
 @pytest.mark.parametrize("text, value", [("0.05", 0.05), ("none", None), ("rows.jsonl", "rows.jsonl")])
 def test_held_out_rows_are_a_share_a_file_or_none(name, text, value):
-    assert config.load(f"configs/{name}.py", [f"held_out={text}"]).data.held_out == value
+    assert config.load_config(f"configs/{name}.py", [f"held_out={text}"]).data.held_out == value
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_an_8b_state_is_sharded_over_fsdp(full):
-    run = config.load("configs/llama31_8b_sft.py", [f"full={str(full).lower()}", "mesh.fsdp=8"])
+    run = config.load_config("configs/llama31_8b_sft.py", [f"full={str(full).lower()}", "mesh.fsdp=8"])
     programs, _ = abstract(run)
     leaves = jax.tree.leaves((programs.state.trainable, programs.frozen))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -76,8 +76,8 @@ def _rest(leaf):
 
 @pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "simpo", "orpo", "kto"])
 def test_the_shipped_questions_judge_the_shipped_rows_only(name):
-    assert config.load(f"configs/{name}.py", []).data.held_out.startswith("configs/data/")
-    assert config.load(f"configs/{name}.py", ["data=mine.jsonl"]).data.held_out == 0.05
+    assert config.load_config(f"configs/{name}.py", []).data.held_out.startswith("configs/data/")
+    assert config.load_config(f"configs/{name}.py", ["data=mine.jsonl"]).data.held_out == 0.05
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_the_shipped_questions_judge_the_shipped_rows_only(name):
 )
 def test_knobs_that_contradict_each_other_are_refused(argv, words):
     with pytest.raises(ValueError, match=words):
-        config.load("configs/dpo.py", argv)
+        config.load_config("configs/dpo.py", argv)
 
 
 def test_the_reference_of_dpo_is_as_asked_for():
-    known = lambda *argv: config.load("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
+    known = lambda *argv: config.load_config("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
     assert (
         known() == "start"
         and known("full=true") == "precomputed"
@@ -106,7 +106,7 @@ def test_the_reference_of_dpo_is_as_asked_for():
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
 def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
     knob = f"loss=jaxft.objectives.reference_free_losses:{loss}"
-    objective = lambda *argv: config.load("configs/dpo.py", [knob, *argv]).objective.keywords  # noqa: E731
+    objective = lambda *argv: config.load_config("configs/dpo.py", [knob, *argv]).objective.keywords  # noqa: E731
     assert objective()["reference"] is None and objective("full=true")["reference"] is None
     assert objective("reference=start")["reference"] == "start"
 
@@ -116,14 +116,16 @@ def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
 )
 def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
     assert (
-        config.load("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords["reference"]
+        config.load_config("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords[
+            "reference"
+        ]
         == "start"
     )
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():
-    critic = lambda *argv: config.load("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
-    judge = config.load("configs/ppo.py", []).beside["reward"]
+    critic = lambda *argv: config.load_config("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
+    judge = config.load_config("configs/ppo.py", []).beside["reward"]
     assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
@@ -148,11 +150,11 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
 )
 def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
     with pytest.raises(ValueError, match=words):
-        config.load("configs/grpo.py", argv)
+        config.load_config("configs/grpo.py", argv)
 
 
 def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
-    run = config.load(
+    run = config.load_config(
         "configs/grpo.py", ["loss=jaxft.objectives.policy_losses:policy_gradient", "eps_high=0.3"]
     )
     programs, batch = abstract(run, jax.devices()[:1])

@@ -13,12 +13,12 @@ from typing import Any
 Entry = dict[str, Any]
 
 
-def finite(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON has it: NaN and infinity as null."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [json_value(v) for v in value]
     if isinstance(value, bool | int | str) or value is None:
         return value
     value = float(value)
@@ -32,7 +32,7 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
         raise ValueError(
             f"a metric cannot be called {reserved[0]!r}; rename it where the objective returns it"
         )
-    entry = {"step": int(step), **finite(metrics), **({"perf": finite(perf)} if perf else {})}
+    entry = {"step": int(step), **json_value(metrics), **({"perf": json_value(perf)} if perf else {})}
     return json.dumps(entry, allow_nan=False)
 
 

@@ -35,12 +35,12 @@ def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list
     for name in names:
         if name not in known:
             raise ValueError(f"trackers has {name!r}; known are {', '.join(known)}")
-        require(name)
+        import_package(name)
     modules = [importlib.import_module(f"{trackers.__name__}.{name}") for name in names]
     return [module.open_tracker(folder, start_step) for module in modules]
 
 
-def require(package: str) -> ModuleType:
+def import_package(package: str) -> ModuleType:
     """Import a tracker's package. Raises ValueError that says how to install it."""
     try:
         return importlib.import_module(package)

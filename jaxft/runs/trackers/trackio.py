@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
-from jaxft.runs.trackers.tracker import Tracker, require, with_perf
+from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
 
 
 class Trackio:
@@ -23,6 +23,6 @@ class Trackio:
 
 def open_tracker(folder: Path, start_step: int) -> Tracker:
     """Open the run of project "jaxft" that is named like the folder."""
-    trackio = require("trackio")
+    trackio = import_package("trackio")
     trackio.init(project="jaxft", name=folder.name, resume="allow")
     return Trackio(trackio)

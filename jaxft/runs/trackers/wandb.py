@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from jaxft.runs.trackers.tracker import Tracker, require, with_perf
+from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
 
 
 class WandB:
@@ -28,6 +28,6 @@ def open_tracker(folder: Path, start_step: int) -> Tracker:
     if not path.exists():
         path.write_text(secrets.token_hex(8))
     settings = {"name": folder.name, "id": path.read_text().strip(), "dir": str(folder)}
-    run = require("wandb").init(project="jaxft", resume="allow", **settings)
+    run = import_package("wandb").init(project="jaxft", resume="allow", **settings)
     run.define_metric("*", step_metric="step")  # W&B's own step cannot go back to a checkpoint's
     return WandB(run)
