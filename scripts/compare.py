@@ -1,16 +1,15 @@
-"""Finished or running runs side by side: a table of where each stands, and their curves in one picture.
+"""Finished or running runs side by side: a table of where each one is, and their curves in one picture.
 
     python scripts/compare.py runs/a runs/b runs/c
-    python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"    # grpo.png and grpo.json
+    python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"    # grpo.png, grpo.json
 
-The numbers are those of each run's metrics.jsonl at its first and last look at the held-out rows.
+The numbers are those of each run's metrics.jsonl at its first and its last evaluation of the held-out rows.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -21,63 +20,53 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument(
-        "--out", type=Path, help="where OUT.png and OUT.json go (default: only the table is printed)"
-    )
-    parser.add_argument("--title", default="", help="above the picture")
+    parser.add_argument("--out", type=Path, help="write OUT.png and OUT.json (default: only print the table)")
+    parser.add_argument("--title", default="", help="the title of the picture")
     return parser.parse_args()
 
 
-def looks(entries: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """The held-out numbers of the first and the last look, and the last step's own."""
-    held = [e for e in entries if any(name.startswith("eval_") for name in e)]
-    own = [e for e in entries if "perf" in e and not any(name.startswith("eval_") for name in e)]
-    last = {
-        name: x
-        for name, x in (own[-1] if own else {}).items()
-        if isinstance(x, int | float) and name != "step"
-    }
-    return (held[0] if held else {}), {**last, **(held[-1] if held else {})}
-
-
 def main() -> int:
-    """Read, print, draw."""
+    """Read the metrics of all runs, print the table, draw the curves."""
     from jaxft.runs import compare
-    from jaxft.runs.trackers.jsonl import read_entries
+    from jaxft.runs.metric_names import HELD_OUT
+    from jaxft.runs.trackers.jsonl import Entry, read_entries
+
+    def evaluations(entries: list[Entry]) -> tuple[dict[str, float], dict[str, float]]:
+        """The held-out metrics of the first and the last evaluation, the latter with the metrics of the last step."""
+        held_out = [e for e in entries if any(name.startswith(HELD_OUT) for name in e)]
+        steps = [e for e in entries if "perf" in e and e not in held_out]
+        last = steps[-1] if steps else {}
+        numbers = {k: x for k, x in last.items() if isinstance(x, int | float) and k != "step"}
+        return (held_out[0] if held_out else {}), {**numbers, **(held_out[-1] if held_out else {})}
+
+    def drawn(entry: Entry) -> Entry:
+        """An entry with the metrics that the curves show."""
+        return {
+            name: value
+            for name, value in entry.items()
+            if name == "step" or name.removeprefix(HELD_OUT) in compare.CURVE_METRICS
+        }
 
     args = arguments()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
     if missing:
-        raise ValueError(f"{missing}: holds no metrics.jsonl; name the folder of a run, such as runs/sft")
+        raise ValueError(f"{missing}: has no metrics.jsonl; name the folder of a run, such as runs/sft")
     entries = {run.name: read_entries(run / "metrics.jsonl") for run in args.runs}
     if len(entries) < len(args.runs):
-        raise ValueError(
-            f"two of the runs have the same name, found {', '.join(run.name for run in args.runs)}; rename one"
-        )
+        names = ", ".join(run.name for run in args.runs)
+        raise ValueError(f"two of the runs have the same name ({names}); rename one of the folders")
     empty = next((name for name, lines in entries.items() if not lines), None)
     if empty:
-        raise ValueError(f"{empty}: its metrics.jsonl is empty so far; wait for its first step")
-    sides = [looks(lines) for lines in entries.values()]
+        raise ValueError(f"{empty}: its metrics.jsonl is still empty; wait for its first step")
+    sides = [evaluations(lines) for lines in entries.values()]
     table = compare.Table.of(tuple(entries), [before for before, _ in sides], [after for _, after in sides])
     print(table.text())
     if args.out:
         compare.draw(args.out.with_suffix(".png"), compare.panels(entries), args.title)
-        told = {
-            "runs": table.as_json(),
-            "curves": {name: [_numbers(e) for e in lines] for name, lines in entries.items()},
-        }
-        args.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        curves = {name: [drawn(entry) for entry in lines] for name, lines in entries.items()}
+        text = json.dumps({"runs": table.as_json(), "curves": curves}, indent=1)
+        args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return 0
-
-
-def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with what is drawn of it."""
-    from jaxft.runs import compare
-
-    drawn = {name for _, _, names in compare.CURVES for name in names} | {
-        name for _, _, name in compare.ROLLOUTS
-    }
-    return {name: x for name, x in entry.items() if name == "step" or name.removeprefix("eval_") in drawn}
 
 
 if __name__ == "__main__":

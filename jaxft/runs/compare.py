@@ -1,154 +1,165 @@
-"""Runs side by side: a table of where each one ended, and the curves of all in one picture."""
+"""Runs side by side: a table of where each one ended, and the curves of all of them in one picture."""
 
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from jaxft.runs import metric_names as names
 from jaxft.runs.plots import Curve, Panel, draw
+from jaxft.runs.trackers.jsonl import Entry
 
-Numbers = Mapping[str, float]
+Logged = Mapping[str, float]  # metrics by name
+Column = Callable[
+    [Logged, Logged], float | None
+]  # (metrics at step 0, metrics at the end) -> a number of the table
 
 
-def _last(*names: str) -> Callable[[Numbers, Numbers], float | None]:
-    """The first of the names that is there, at the end."""
-    return lambda before, after: next((after[name] for name in names if name in after), None)
+def held_out(name: str) -> str:
+    """The name of a metric on held-out rows."""
+    return names.HELD_OUT + name
 
 
-def _gained(*names: str) -> Callable[[Numbers, Numbers], float | None]:
-    """How much the first of the names, less the second if there are two, has grown."""
+# The table
 
-    def gained(before: Numbers, after: Numbers) -> float | None:
-        if not all(name in side for name in names for side in (before, after)):
+
+def _last(*choices: str) -> Column:
+    """The value at the end, of the first of these metrics that the run has."""
+
+    def column(before: Logged, after: Logged) -> float | None:
+        return next((after[name] for name in choices if name in after), None)
+
+    return column
+
+
+def _gained(name: str, minus: str | None = None) -> Column:
+    """How much a metric, or its difference to another one, has grown since step 0."""
+    needed = [name] if minus is None else [name, minus]
+
+    def column(before: Logged, after: Logged) -> float | None:
+        if not all(each in side for each in needed for side in (before, after)):
             return None
-        first, *rest = (after[name] - before[name] for name in names)
+        first, *rest = (after[each] - before[each] for each in needed)
         return first - sum(rest)
 
-    return gained
+    return column
 
 
-def _deviations(before: Numbers, after: Numbers) -> float | None:
-    """How much the reward has grown, over its standard deviation at step 0."""
-    return _grown(before, after, "eval_reward", "eval_reward_std")
+def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
+    """The growth of the reward over its standard deviation at step 0."""
+    return _growth(before, after, held_out(names.REWARD), held_out(names.REWARD_STD))
 
 
-def _deviations_alone(before: Numbers, after: Numbers) -> float | None:
-    """The same of the score of the one reward, without the penalties and bounds that it has in the reward."""
-    names = [name for name in after if name.startswith("eval_rewards/") and name.endswith("/mean")]
-    if len(names) != 1 or all(side.get(names[0]) == side.get("eval_reward") for side in (before, after)):
+def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
+    """The same for a single reward's own scores, without penalties and bounds; None where they are the reward."""
+    prefix, suffix = held_out("rewards/"), "/mean"
+    means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
+    reward = held_out(names.REWARD)
+    if len(means) != 1 or all(side.get(means[0]) == side.get(reward) for side in (before, after)):
         return None
-    return _grown(before, after, names[0], names[0].replace("/mean", "/std"))
+    return _growth(before, after, means[0], means[0].removesuffix(suffix) + "/std")
 
 
-def _grown(before: Numbers, after: Numbers, name: str, spread: str) -> float | None:
-    if not before.get(spread) or name not in before or name not in after:
+def _growth(before: Logged, after: Logged, name: str, deviation: str) -> float | None:
+    if not before.get(deviation) or name not in before or name not in after:
         return None
-    return (after[name] - before[name]) / before[spread]
+    return (after[name] - before[name]) / before[deviation]
 
 
-# Title -> number of (metrics at step 0, metrics at the end). Rows of all members are the same, so sums of log-probs compare.
-COLUMNS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
-    "held-out reward": _last("eval_reward"),
-    "reward gained": _gained("eval_reward"),
-    "in deviations": _deviations,
-    "scores alone": _deviations_alone,
-    "KL a completion": _last("eval_objective/kl"),
-    "tokens a completion": _last("eval_completions/mean_length"),
-    "held-out loss": _last("eval_loss"),
-    "accuracy": _last("eval_rewards/accuracies", "eval_accuracy"),
-    "token accuracy": _last("eval_mean_token_accuracy"),
-    "margin": _last("eval_margin"),
-    "margin, nats": _gained("eval_logps/chosen", "eval_logps/rejected"),
-    "chosen, nats": _gained("eval_logps/chosen"),
-    "KL a token": _last("eval_kl"),
-    "general loss": _last("general_loss"),
-    "last step's loss": _last("loss"),
-    "last step's accuracy": _last("rewards/accuracies", "accuracy"),
-    "last step's margin": _last("rewards/margins", "margin"),
-    "skipped steps": _last("skipped"),
+# Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
+COLUMNS: dict[str, Column] = {
+    "held-out reward": _last(held_out(names.REWARD)),
+    "reward gained": _gained(held_out(names.REWARD)),
+    "in deviations": _reward_in_deviations,
+    "scores alone": _scores_in_deviations,
+    "KL per completion": _last(held_out(names.COMPLETION_KL)),
+    "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
+    "held-out loss": _last(held_out(names.LOSS)),
+    "accuracy": _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
+    "token accuracy": _last(held_out(names.TOKEN_ACCURACY)),
+    "margin": _last(held_out(names.REWARD_MARGIN)),
+    "margin, nats": _gained(held_out(names.CHOSEN_LOGP), held_out(names.REJECTED_LOGP)),
+    "chosen, nats": _gained(held_out(names.CHOSEN_LOGP)),
+    "KL per token": _last(held_out(names.KL)),
+    "general loss": _last(names.GENERAL_LOSS),
+    "last step's loss": _last(names.LOSS),
+    "last step's accuracy": _last(names.ACCURACY, names.REWARD_ACCURACY),
+    "last step's margin": _last(names.MARGIN, names.REWARD_MARGIN),
+    "skipped steps": _last(names.SKIPPED),
 }
-TRAINED = (
-    "loss",
-    "rewards/accuracies",
-    "rewards/margins",
-    "accuracy",
-    "margin",
-)  # of the last step, without held-out rows
+# Metrics of the last training step, which the table has where there are no held-out rows.
+TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
 NOTES = {
-    "accuracy": "accuracy: held-out pairs whose chosen answer has the higher reward",
-    "margin": "margin: by how much the chosen answer's reward is above the other's, a held-out pair's mean",
-    "margin, nats": "margin: how much further apart the log-probs of the two answers are than at step 0, a pair's mean",
-    "KL a token": "KL: to the reference, estimated at the chosen answers' tokens",
-    "skipped steps": "skipped: steps whose loss or gradient was not finite; they changed nothing",
-    "held-out reward": "reward: of a completion of each held-out prompt, drawn from the same random numbers every time",
-    "in deviations": "in deviations: the reward gained over the standard deviation of rewards at step 0",
-    "scores alone": "scores alone: the same of the reward's scores without penalties such as the one for a missing end",
-    "KL a completion": "KL a completion: log-prob of what was drawn less the reference's, in nats",
-    "chosen, nats": "chosen: how much log-prob the chosen answers have gained since step 0; below 0 they have lost",
-    "general loss": "general loss: a token's, of text about other things; above the start's the model forgets",
+    "accuracy": "accuracy: fraction of held-out pairs whose chosen completion has the higher reward",
+    "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
+    "margin, nats": "margin: growth of the log-prob difference of the two completions since step 0, mean over pairs",
+    "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
+    "skipped steps": "skipped steps: their loss or gradient was not finite, and they changed nothing",
+    "held-out reward": "held-out reward: of one completion per held-out prompt, sampled with the same keys every time",
+    "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
+    "scores alone": "scores alone: the same for the reward's own scores, without penalties such as missing_eos",
+    "KL per completion": "KL per completion: log-prob of sampled completions minus the reference's, in nats",
+    "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0; negative where they lost some",
+    "general loss": "general loss: per token, on text about other subjects; it rises where the model forgets",
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """A row a run. titles: the columns that at least one run has; rows: None where a run lacks the number."""
+    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks the number."""
 
     labels: tuple[str, ...]
     titles: tuple[str, ...]
     rows: tuple[tuple[float | None, ...], ...]
 
     @staticmethod
-    def of(labels: Sequence[str], before: Sequence[Numbers], after: Sequence[Numbers]) -> "Table":
-        """From the held-out metrics at step 0 and at the end."""
+    def of(labels: Sequence[str], before: Sequence[Logged], after: Sequence[Logged]) -> "Table":
+        """Build the table from the metrics at step 0 and at the end."""
         sides = list(zip(before, after, strict=True))
-        found = {title: [fn(*side) for side in sides] for title, fn in COLUMNS.items()}
-        if any(x is not None for x in found["accuracy"]):
-            del found["token accuracy"]  # pairs are judged by what they prefer
-        if any(x is not None for x in found["held-out loss"]):
-            found = {title: values for title, values in found.items() if not title.startswith("last step")}
-        if not any(found["skipped steps"]):
-            del found["skipped steps"]
-        shown = {title: values for title, values in found.items() if any(x is not None for x in values)}
-        return Table(
-            tuple(labels), tuple(shown), tuple(zip(*shown.values(), strict=True)) or ((),) * len(labels)
-        )
+        columns = {title: [column(*side) for side in sides] for title, column in COLUMNS.items()}
+        if any(x is not None for x in columns["accuracy"]):
+            del columns["token accuracy"]
+        if any(x is not None for x in columns["held-out loss"]):
+            columns = {t: values for t, values in columns.items() if not t.startswith("last step")}
+        if not any(columns["skipped steps"]):
+            del columns["skipped steps"]
+        known = {t: values for t, values in columns.items() if any(x is not None for x in values)}
+        rows = tuple(zip(*known.values(), strict=True)) or ((),) * len(labels)
+        return Table(tuple(labels), tuple(known), rows)
 
     def text(self) -> str:
-        """For a terminal or a log, with what the columns mean."""
+        """The table for a terminal or a log, with the meaning of its columns."""
         table = RichTable("", box=box.SIMPLE, pad_edge=False)
         for title in self.titles:
             table.add_column(title, justify="right")
         for label, row in zip(self.labels, self.rows, strict=True):
             table.add_row(label, *map(_short, row))
-        console = Console(
-            file=io.StringIO(), width=40 + 16 * len(self.titles) + max(map(len, self.labels)), no_color=True
-        )
-        console.print(table)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+        file, width = io.StringIO(), 40 + 16 * len(self.titles) + max(map(len, self.labels))
+        Console(file=file, width=width, no_color=True).print(table)
+        lines = [line.rstrip() for line in file.getvalue().splitlines()]
         return "\n".join([*(line for line in lines if line), *self._notes()])
 
     def markdown(self) -> str:
-        """The same as a Markdown table."""
+        """The same in Markdown."""
         head = [
             "| |" + "".join(f" {title} |" for title in self.titles),
             "|---" * (1 + len(self.titles)) + "|",
         ]
-        each = zip(self.labels, self.rows, strict=True)
-        rows = [f"| {label} |" + "".join(f" {_short(x)} |" for x in row) for label, row in each]
+        rows = [
+            f"| {label} |" + "".join(f" {_short(x)} |" for x in row)
+            for label, row in zip(self.labels, self.rows, strict=True)
+        ]
         return "\n".join([*head, *rows, "", *(f"- {note}" for note in self._notes())])
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
-        """Numbers in full, by label and title."""
-        return {
-            label: dict(zip(self.titles, row, strict=True))
-            for label, row in zip(self.labels, self.rows, strict=True)
-        }
+        """The numbers in full, by label and title."""
+        pairs = zip(self.labels, self.rows, strict=True)
+        return {label: dict(zip(self.titles, row, strict=True)) for label, row in pairs}
 
     def _notes(self) -> list[str]:
         return [NOTES[title] for title in self.titles if title in NOTES]
@@ -160,101 +171,112 @@ def _short(x: float | None) -> str:
     return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
 
 
-# Title, unit, metric; the second name is subtracted from the first. Held-out curves, or where there are none a step's own.
+# The curves
+
+
+@dataclass(frozen=True)
+class CurveKind:
+    """A panel of the picture: the metric, or its difference to `minus`, on held-out rows or else of the training steps."""
+
+    title: str
+    unit: str
+    metric: str
+    minus: str | None = None
+
+
 CURVES = (
-    ("loss", "nats", ("loss",)),
-    ("accuracy", "share of pairs", ("rewards/accuracies",)),
-    ("accuracy", "share of pairs", ("accuracy",)),
-    ("margin of the rewards", "a pair", ("margin",)),
-    ("margin since step 0", "nats a pair", ("logps/chosen", "logps/rejected")),
-    ("chosen log-prob since step 0", "nats an answer", ("logps/chosen",)),
-    ("KL to the reference", "nats a token", ("kl",)),
-    ("token accuracy", "share of tokens", ("mean_token_accuracy",)),
+    CurveKind("loss", "nats", names.LOSS),
+    CurveKind("accuracy", "fraction of pairs", names.ACCURACY),
+    CurveKind("accuracy", "fraction of pairs", names.REWARD_ACCURACY),
+    CurveKind("margin of the rewards", "per pair", names.REWARD_MARGIN),
+    CurveKind("margin since step 0", "nats per pair", names.CHOSEN_LOGP, names.REJECTED_LOGP),
+    CurveKind("chosen log-prob since step 0", "nats per completion", names.CHOSEN_LOGP),
+    CurveKind("KL to the reference", "nats per token", names.KL),
+    CurveKind("token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
 )
-
-
-ROLLOUTS = (  # of runs that draw their own rows; held out, and of what was learned from dashed
-    ("reward", "a completion", "reward"),
-    ("KL to the reference", "nats a completion", "objective/kl"),
-    ("length", "tokens a completion", "completions/mean_length"),
-    ("entropy", "nats a token", "entropy"),
+ROLLOUT_CURVES = (  # of runs that sample completions
+    CurveKind("reward", "per completion", names.REWARD),
+    CurveKind("KL to the reference", "nats per completion", names.COMPLETION_KL),
+    CurveKind("length", "tokens per completion", names.COMPLETION_LENGTH),
+    CurveKind("entropy", "nats per token", names.ENTROPY),
 )
+CURVE_METRICS = {
+    name for kind in (*CURVES, *ROLLOUT_CURVES) for name in (kind.metric, kind.minus) if name is not None
+}
+HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for training rows, which differ by step
 
 
-def _held_out(entries: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> Curve:
-    """Steps and values of a held-out metric; of log-probs the change since the first look, for their level says nothing."""
-    full = [f"eval_{name}" for name in names]
-    there = [e for e in entries if all(e.get(name) is not None for name in full)]
-    values = [e[full[0]] - sum(e[name] for name in full[1:]) for e in there]
-    start = values[0] if values and names[0].startswith("logps/") else 0.0
-    return [e["step"] for e in there], [v - start for v in values]
+def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
+    """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level means nothing."""
+    metrics = [held_out(name) for name in (kind.metric, kind.minus) if name is not None]
+    known = [e for e in entries if all(e.get(name) is not None for name in metrics)]
+    values = [e[metrics[0]] - sum(e[name] for name in metrics[1:]) for e in known]
+    start = values[0] if values and kind.metric == names.CHOSEN_LOGP else 0.0
+    return [e["step"] for e in known], [v - start for v in values]
 
 
-def _trained(entries: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    there = [e for e in entries if e.get(name) is not None]
-    return [e["step"] for e in there], [e[name] for e in there]
+def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
+    known = [e for e in entries if e.get(kind.metric) is not None]
+    return [e["step"] for e in known], [e[kind.metric] for e in known]
 
 
-def _losses(held: dict[str, Curve], own: dict[str, Curve]) -> Panel:
-    """Held-out losses and, dashed, the steps' own; over the value at the start where they are of different kinds."""
+def _loss_panel(held: dict[str, Curve], training: dict[str, Curve]) -> Panel:
+    """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are compared."""
     starts = {label: y[0] for label, (_, y) in held.items()}
-    if min(starts.values()) > 0 and max(starts.values()) > 3 * min(starts.values()):
+    if min(starts.values()) <= 0 or max(starts.values()) <= 3 * min(starts.values()):
+        return Panel("loss, held out", "step", "nats", held, training)
 
-        def over(curves):
-            return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}  # noqa: E731
+    def relative(curves: dict[str, Curve]) -> dict[str, Curve]:
+        return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}
 
-        return Panel("loss over its value at step 0, held out", "step", "ratio", over(held), over(own))
-    return Panel("loss, held out", "step", "nats", held, own)
-
-
-def _of_rollouts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
-    out = []
-    for title, unit, name in ROLLOUTS:
-        held = {label: _held_out(entries, (name,)) for label, entries in curves.items()}
-        own = {label: _trained(entries, name) for label, entries in curves.items()}
-        both = any(x for x, _ in held.values())
-        out.append(
-            Panel(
-                f"{title}, held out" if both else title,
-                "step",
-                unit,
-                held if both else own,
-                own if both else {},
-            )
-        )
-    return out
+    title = "loss over its value at step 0, held out"
+    return Panel(title, "step", "ratio", relative(held), relative(training))
 
 
-def panels(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
-    """A panel a metric that the runs have. curves: lines of metrics.jsonl by label. Dashed: of the steps' own rows."""
-    if any("reward" in entry for entries in curves.values() for entry in entries):
-        return _of_rollouts(curves)
-    out = []
-    for title, unit, names in CURVES:
-        held = {label: _held_out(entries, names) for label, entries in curves.items()}
-        own = {label: _trained(entries, names[0]) for label, entries in curves.items()}
+def _rollout_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    panels = []
+    for kind in ROLLOUT_CURVES:
+        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
+        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
+        if any(x for x, _ in held.values()):
+            panels.append(Panel(f"{kind.title}, held out", "step", kind.unit, held, training))
+        else:
+            panels.append(Panel(kind.title, "step", kind.unit, training))
+    return panels
+
+
+def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training rows."""
+    if any(names.REWARD in entry for entries in curves.values() for entry in entries):
+        return _rollout_panels(curves)
+    found = []
+    for kind in CURVES:
+        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
+        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
         held = {label: curve for label, curve in held.items() if curve[0]}
-        if held and names == ("loss",):
-            out.append(_losses(held, own))
+        if held and kind.metric == names.LOSS:
+            found.append(_loss_panel(held, training))
         elif held:
-            out.append(Panel(f"{title}, held out", "step", unit, held))
-        elif names[0].startswith(("logps/", "mean_token")):
-            continue
-        elif any(x for x, _ in own.values()):
-            out.append(Panel(title, "step", unit, own))
-    if any(panel.title.startswith("accuracy") for panel in out):
-        out = [panel for panel in out if not panel.title.startswith("token accuracy")]
-    return out
+            found.append(Panel(f"{kind.title}, held out", "step", kind.unit, held))
+        elif kind.metric not in HELD_OUT_ONLY and any(x for x, _ in training.values()):
+            found.append(Panel(kind.title, "step", kind.unit, training))
+    if any(panel.title.startswith("accuracy") for panel in found):
+        found = [panel for panel in found if not panel.title.startswith("token accuracy")]
+    return found
 
 
-def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """README.md with the table, and curves.png."""
+# Files
+
+
+def write(folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]]) -> None:
+    """Write README.md with the table, and curves.png."""
     draw(folder / "curves.png", panels(curves), name)
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
-    text = f"# {name}\n\n{table.markdown()}\n\n![Curves of all runs](curves.png)\n\nThe runs, each with its adapter:\n{links}\n"
+    picture = "![Curves of all runs](curves.png)"
+    text = f"# {name}\n\n{table.markdown()}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def draw_one(path: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-    """The curves of one run, from the lines of its metrics.jsonl."""
+def draw_one(path: Path, name: str, entries: Sequence[Entry]) -> None:
+    """Draw the curves of one run from the entries of its metrics.jsonl."""
     draw(path, panels({name: entries}), name, columns=2)

@@ -18,9 +18,9 @@ SUPERVISED = {"eval_loss": 3.0, "eval_mean_token_accuracy": 0.5, "general_loss":
 
 def test_log_probs_are_told_as_what_was_gained_since_step_0():
     table = Table.of(("a", "b"), (BEFORE, BEFORE), (AFTER, BEFORE))
-    assert table.titles == ("held-out loss", "accuracy", "margin, nats", "chosen, nats", "KL a token")
+    assert table.titles == ("held-out loss", "accuracy", "margin, nats", "chosen, nats", "KL per token")
     assert table.as_json()["a"] == {
-        "held-out loss": 0.5, "accuracy": 0.9, "margin, nats": 15.0, "chosen, nats": 3.0, "KL a token": 0.2,
+        "held-out loss": 0.5, "accuracy": 0.9, "margin, nats": 15.0, "chosen, nats": 3.0, "KL per token": 0.2,
     }  # fmt: skip
     assert table.as_json()["b"]["margin, nats"] == 0.0
 
@@ -138,7 +138,7 @@ def test_runs_are_compared_by_a_command(compared):
     told = json.loads(Path("both.json").read_text())
     assert (
         told["runs"]["a"]["reward gained"] == pytest.approx(0.5)
-        and told["runs"]["b"]["KL a completion"] == 0.9
+        and told["runs"]["b"]["KL per completion"] == 0.9
     )
     assert told["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
     assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
@@ -147,7 +147,7 @@ def test_runs_are_compared_by_a_command(compared):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("runs/none",), "runs/none: holds no metrics.jsonl"),
+        (("runs/none",), "runs/none: has no metrics.jsonl"),
         (("runs/a", "runs/a"), "two of the runs have the same name"),
     ],
 )

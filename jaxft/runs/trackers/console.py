@@ -13,34 +13,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.runs import metric_names as names
+
 SHORT_NAMES = {
-    "learning_rate": "lr",
-    "grad_norm": "grad",
-    "mean_token_accuracy": "accuracy",
-    "general_loss": "general loss",
-    "eval_loss": "eval loss",
+    names.LEARNING_RATE: "lr",
+    names.GRAD_NORM: "grad",
+    names.TOKEN_ACCURACY: "accuracy",
+    names.GENERAL_LOSS: "general loss",
+    names.HELD_OUT + names.LOSS: "eval loss",
 }
 # These come first, the others in the order that they are logged in. A held-out metric counts by its name without eval_.
 FIRST = (
-    "loss",
-    "general_loss",
-    "reward",
-    "objective/kl",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-    "logps/chosen",
-    "kl",
-    "learning_rate",
-    "grad_norm",
+    names.LOSS,
+    names.GENERAL_LOSS,
+    names.REWARD,
+    names.COMPLETION_KL,
+    names.ACCURACY,
+    names.MARGIN,
+    names.CHOSEN_REWARD,
+    names.REJECTED_REWARD,
+    names.CHOSEN_LOGP,
+    names.KL,
+    names.LEARNING_RATE,
+    names.GRAD_NORM,
 )
-HIDDEN = (
-    "epoch",
-    "num_tokens",
-    "skipped",
-    "seconds",
-)  # the progress bar shows them, or only unusual values matter
+# The progress bar shows these, or only unusual values matter.
+HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
 BLOCKS = "▁▂▃▄▅▆▇█"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # rows of data are printed, and must not steer the terminal
 
@@ -69,8 +67,8 @@ class ConsoleView:
         self._step = step
         self._metrics = {**self._metrics, **metrics}
         self._perf = perf or self._perf
-        if "loss" in metrics:
-            self._losses.append(float(metrics["loss"]))
+        if names.LOSS in metrics:
+            self._losses.append(float(metrics[names.LOSS]))
         if self._live is None:
             self.message(self._line(step, metrics, perf))
 
@@ -120,25 +118,25 @@ class ConsoleView:
 def format_metric(name: str, value: float) -> str:
     """A metric for people: a short name, few digits."""
     label = SHORT_NAMES.get(name, name)
-    if name == "mfu":
+    if name == names.MFU:
         return f"MFU {100 * value:.1f}%"
-    if name == "tokens_per_second":
+    if name == names.SPEED:
         return f"{value:,.0f} tok/s"
-    if name == "memory_gib":
+    if name == names.MEMORY:
         return f"{value:.2f} GiB"
-    if name == "learning_rate":
+    if name == names.LEARNING_RATE:
         return f"{label} {value:.2e}"
     small = value != 0 and abs(value) < 1e-3
     return f"{label} {value:.2e}" if small or abs(value) >= 1e6 else f"{label} {value:.4g}"
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
-    """The names of at most `most` metrics in display order, and "skipped" where steps were."""
-    trained = {name: name.removeprefix("eval_") for name in metrics}
+    """The names of at most `most` metrics in display order, and the number of skipped steps if any."""
+    trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))
     others = [name for name in metrics if trained[name] not in FIRST and name not in HIDDEN]
-    return (first + others)[:most] + (["skipped"] if metrics.get("skipped") else [])
+    return (first + others)[:most] + ([names.SKIPPED] if metrics.get(names.SKIPPED) else [])
 
 
 def sparkline(values: list[float]) -> str:

@@ -1,0 +1,56 @@
+"""Names of metrics that the log, the tables and the pictures look up: each is spelled here or beside the objective that computes it.
+
+A held-out metric has the prefix HELD_OUT.
+"""
+
+from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
+from jaxft.objectives.preference_metrics import (
+    ACCURACY,
+    CHOSEN_LOGP,
+    CHOSEN_REWARD,
+    MARGIN,
+    REJECTED_LOGP,
+    REJECTED_REWARD,
+)
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
+from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
+
+__all__ = [
+    "ACCURACY",
+    "CHOSEN_LOGP",
+    "CHOSEN_REWARD",
+    "COMPLETION_KL",
+    "COMPLETION_LENGTH",
+    "ENTROPY",
+    "EPOCH",
+    "GENERAL_LOSS",
+    "GRAD_NORM",
+    "HELD_OUT",
+    "KL",
+    "LEARNING_RATE",
+    "LOSS",
+    "MARGIN",
+    "MEMORY",
+    "MFU",
+    "REJECTED_LOGP",
+    "REJECTED_REWARD",
+    "REWARD",
+    "REWARD_ACCURACY",
+    "REWARD_MARGIN",
+    "REWARD_STD",
+    "SECONDS",
+    "SKIPPED",
+    "SPEED",
+    "TOKENS",
+    "TOKEN_ACCURACY",
+]
+
+# Of rollouts (jaxft/rl)
+REWARD, REWARD_STD = "reward", "reward_std"
+COMPLETION_KL = "objective/kl"
+COMPLETION_LENGTH = "completions/mean_length"
+
+# Of the train loop (jaxft/train)
+GENERAL_LOSS = "general_loss"
+LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
+SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"
