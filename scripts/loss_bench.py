@@ -1,13 +1,15 @@
-"""What a preference loss does: its laws checked, its curves drawn beside those of others, and a short real run of them all.
+"""Bench of preference losses: checks on synthetic pairs, curves next to other losses, and a short real run of
+all of them.
 
-    python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric difference]
+    python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric]
     python scripts/loss_bench.py --loss my_losses.py:mine,beta=0.2 --loss my_losses.py:mine,beta=1.0 --steps 20
-    python scripts/loss_bench.py --loss my_losses.py:mine --only-look                     # seconds, no model
+    python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
 
-A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or reference_free; its knobs
-follow after commas. Pictures of the curves are <out>/<name>.png. The exit code is 1 where a check of a --loss fails; then nothing
-is trained. The run trains an adapter a loss, all together on one base, on the config's pairs (those that ship); its table and
-picture lie in <out>/<losses>-<hash of the settings>, so that the same question is answered at once the next time.
+A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
+reference_free_losses; its knobs follow after commas. Pictures of the curves are <out>/<name>.png. The exit
+code is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all
+together on one base, on the config's pairs (by default those that ship). Its table and picture are in
+<out>/<losses>-<hash of the settings>; the same settings are not run again.
 """
 
 import argparse
@@ -31,8 +33,8 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from jaxft.objectives import preference_losses, reference_free_losses  # noqa: E402
-from jaxft.objectives.check.laws import CLAIMS, check  # noqa: E402
-from jaxft.objectives.check.probe import Check, Curve, Probe, curve, probe, span  # noqa: E402
+from jaxft.objectives.check.laws import CLAIMS, check_loss  # noqa: E402
+from jaxft.objectives.check.probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.objectives.pair import declaration, loss_signature  # noqa: E402
 from jaxft.runs.parse import UNANNOTATED, find_file, format_error, load_callable, parse_value  # noqa: E402
 from jaxft.runs.plots import Panel, draw  # noqa: E402
@@ -40,13 +42,13 @@ from jaxft.runs.record import describe, differences  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
-WIDTH = 120  # of a table in a file
-BRIEF, LONG = 16, 64  # tokens of the answers in the panel of lengths
+WIDTH = 120  # columns of a table in a file
+SHORT, LONG = 16, 64  # tokens of the responses in the panel of lengths
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the command line: what it is called in tables, the function, the file that it stands in."""
+    """A loss of the command line: its label in tables, the function, its file."""
 
     label: str
     fn: Callable
@@ -62,21 +64,21 @@ def arguments() -> argparse.Namespace:
         "--loss",
         action="append",
         required=True,
-        help="a loss to look at, with its knobs: file.py:name,beta=0.2",
+        help="a loss to check, with its knobs: file.py:name,beta=0.2",
     )
     parser.add_argument("--against", nargs="*", default=["dpo"], help="losses to compare with (default: dpo)")
     parser.add_argument(
-        "--claims", nargs="*", default=[], help=f"laws that each --loss has to obey: {', '.join(CLAIMS)}"
+        "--claims", nargs="*", default=[], help=f"properties that each --loss must have: {', '.join(CLAIMS)}"
     )
     parser.add_argument(
         "--columns",
         nargs="*",
         default=[],
-        help="further columns of the rows that a loss reads; they are 0 here",
+        help="further columns of the rows that a loss reads",
     )
     parser.add_argument("--only-look", action="store_true", help="checks and curves, no run")
     parser.add_argument(
-        "--config", default="configs/dpo.py", help="the run to try each loss in (default: configs/dpo.py)"
+        "--config", default="configs/dpo.py", help="the run that trains each loss (default: configs/dpo.py)"
     )
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run")
     parser.add_argument(
@@ -90,7 +92,7 @@ def arguments() -> argparse.Namespace:
 
 
 def function(name: str) -> tuple[Callable, Path]:
-    """The loss that `file.py:name`, `package.module:name` or a bare name means, and its file."""
+    """The loss named by `file.py:name`, `package.module:name` or a bare name, and its file."""
     if ":" in name:
         fn = load_callable(name)
         where = name.rpartition(":")[0]
@@ -101,12 +103,12 @@ def function(name: str) -> tuple[Callable, Path]:
     known = {n: (m, fn) for m in modules for n, fn in vars(m).items() if takes_pairs(fn, m.__name__)}
     if name not in known:
         near = ", ".join(nearest(name, list(known), 5))
-        raise ValueError(f"no loss is called {name!r}; near: {near}; write one of your own as file.py:name")
+        raise ValueError(f"no loss is called {name!r}; near: {near}. Name your own as file.py:name")
     return known[name][1], Path(inspect.getfile(known[name][0]))
 
 
 def takes_pairs(fn: Any, module: str) -> bool:
-    """Whether it is a loss of that module."""
+    """Whether fn is a loss defined in that module."""
     fn = declaration(fn).fn if callable(fn) else fn
     if not inspect.isfunction(fn) or fn.__module__ != module or fn.__name__.startswith("_"):
         return False
@@ -118,7 +120,7 @@ def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
     named = list(loss_signature(loss).parameters.values())[1:]
     try:
         hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
-    except (NameError, TypeError):  # an annotation that can't be read says as much as none
+    except (NameError, TypeError):  # an unreadable annotation counts as none
         hints = {}
     return {
         p.name: (hints.get(p.name, UNANNOTATED), p.default)
@@ -128,14 +130,14 @@ def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def value(item: str, text: str, kind: Any, default: Any) -> Any:
-    """A knob's value from text, of the type of its annotation or else of its default."""
+    """Parse a knob's value with the type of its annotation, or else of its default."""
     if kind in (UNANNOTATED, Any):
         if default is UNANNOTATED or default is None:
             raise ValueError(
-                f"{item}: neither an annotation nor a default shows its type; annotate it in the loss"
+                f"{item}: the knob has neither an annotation nor a default. Annotate it in the loss"
             )
         kind = Callable if callable(default) else type(default)
-        kind = int | float if kind is int else kind  # beta=1 by default is no reason to refuse 0.5
+        kind = int | float if kind is int else kind  # a default of 1 does not exclude 0.5
     try:
         return parse_value(text, kind)
     except ValueError as error:
@@ -143,7 +145,7 @@ def value(item: str, text: str, kind: Any, default: Any) -> Any:
 
 
 def loss_of(text: str) -> Loss:
-    """A loss with its knobs set."""
+    """Parse a loss and its knobs."""
     name, *items = re.split(r",(?=\s*[^\W\d]\w*\s*=)", text)
     fn, file = function(name.strip())
     known, values = knobs(fn), dict[str, Any]()
@@ -158,7 +160,7 @@ def loss_of(text: str) -> Loss:
 
 
 def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
-    """The losses of these texts, each once and with a label of its own, without those that are taken."""
+    """Parse losses, each once and with a unique label, without those in `taken`."""
     found = {loss.label: loss for loss in taken}
     known = {(loss.file, loss.label) for loss in taken}
     for text in texts:
@@ -172,11 +174,11 @@ def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
     return list(found.values())[len(taken) :]
 
 
-# What the bench shows
+# Output
 
 
 def line_of(error: ValueError, file: Path) -> str:
-    """The error, and the line of the loss's file that it came from."""
+    """The error with the line of the loss's file that raised it."""
     found = (
         re.search(r" \(line \d+\)$", format_error(error.__cause__, file))
         if isinstance(error.__cause__, Exception)
@@ -186,29 +188,29 @@ def line_of(error: ValueError, file: Path) -> str:
 
 
 def analyse(loss: Loss, claims: Sequence[str], columns: Sequence[str]) -> tuple[Probe, tuple[Check, ...]]:
-    """The loss, ready to be probed, and its checks. Raises ValueError with the line where it fails."""
+    """Probe a loss and run its checks. Raises ValueError with the line that fails."""
     try:
         found = probe(loss.label, loss.fn, columns)
-        return found, check(found, claims)
+        return found, check_loss(found, claims)
     except ValueError as error:
         raise ValueError(line_of(error, loss.file)) from error
 
 
 def table(checks: Sequence[Check]) -> Table:
-    """The checks of a loss, one a row."""
+    """The checks of a loss, one per row."""
     result = Table(show_header=False, box=None, pad_edge=False)
     for column in range(3):
         result.add_column(no_wrap=column < 2)
     for found in checks:
         mark, style = MARKS[found.ok]
-        result.add_row(Text(mark, style), Text(found.name), Text(found.words))
+        result.add_row(Text(mark, style), Text(found.name), Text(found.message))
     return result
 
 
 def show(console: Console, label: str, checks: Sequence[Check]) -> None:
-    """A heading and the table."""
+    """Print a heading and the table."""
     failed = sum(found.ok is False for found in checks)
-    verdict = f"{failed} of {len(checks)} checks fail" if failed else "nothing fails"
+    verdict = f"{failed} of {len(checks)} checks fail" if failed else "no check fails"
     console.print(Text(f"\n{label}: {verdict}", "bold red" if failed else "bold"))
     with console.capture() as shown:
         console.print(table(checks))
@@ -216,7 +218,9 @@ def show(console: Console, label: str, checks: Sequence[Check]) -> None:
 
 
 def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarray]], str]:
-    """Curves that share an axis, and what was done for it: where sizes differ much, each label's are divided by their largest."""
+    """Scale curves to share an axis: if their sizes differ much, each is divided by its largest value.
+    Returns a note for the label.
+    """
     most = {
         label: max(float(np.abs(y[np.isfinite(y)]).max(initial=0)) for y in ys)
         for label, ys in curves.items()
@@ -226,11 +230,11 @@ def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarr
         return curves, ""
     return {
         label: [y / (most[label] or 1) for y in ys] for label, ys in curves.items()
-    }, ", each over its largest"
+    }, ", each divided by its largest"
 
 
 def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]]) -> Panel:
-    """curves: label -> margins, and the solid curve or also the dashed one."""
+    """One panel. curves: label -> (curve over margins, [solid line, perhaps a dashed one])."""
     drawn, note = scaled({label: ys for label, (_, ys) in curves.items()})
     x = {label: seen.margin.tolist() for label, (seen, _) in curves.items()}
     solid = {label: (x[label], ys[0].tolist()) for label, ys in drawn.items()}
@@ -239,26 +243,30 @@ def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]])
 
 
 def picture(path: Path, probes: Sequence[Probe]) -> None:
-    """Values and gradients over the margin, and values where one answer is longer; the first loss says how far margins go."""
-    reach = span(probes[0])
-    reach = min(3 * reach, max(reach, *(span(p) for p in probes)))
-    seen = {p.name: curve(p, reach) for p in probes}
-    rest = {p.name: dict.fromkeys(p.kinds[2:], BRIEF) for p in probes}
+    """Draw values and gradients over the margin, and values with one response longer. The first loss sets the
+    range.
+    """
+    reach = margin_span(probes[0])
+    reach = min(3 * reach, max(reach, *(margin_span(p) for p in probes)))
+    seen = {p.name: margin_curve(p, reach) for p in probes}
+    rest = {p.name: dict.fromkeys(p.kinds[2:], SHORT) for p in probes}
     long = {
-        p.name: curve(p, reach, {"chosen": LONG, "rejected": BRIEF, **rest[p.name]}).value for p in probes
+        p.name: margin_curve(p, reach, {"chosen": LONG, "rejected": SHORT, **rest[p.name]}).value
+        for p in probes
     }
     brief = {
-        p.name: curve(p, reach, {"chosen": BRIEF, "rejected": LONG, **rest[p.name]}).value for p in probes
+        p.name: margin_curve(p, reach, {"chosen": SHORT, "rejected": LONG, **rest[p.name]}).value
+        for p in probes
     }
     panels = [
         panel("value", "loss", {k: (c, [c.value]) for k, c in seen.items()}),
         panel(
             "gradient on log pi(chosen), dashed: on log pi(rejected)",
             "d loss / d nat",
-            {k: (c, [c.slope["chosen"], c.slope["rejected"]]) for k, c in seen.items()},
+            {k: (c, [c.gradient["chosen"], c.gradient["rejected"]]) for k, c in seen.items()},
         ),
         panel(
-            f"value, chosen {LONG // BRIEF} times as long, dashed: rejected",
+            f"value, chosen {LONG // SHORT} times as long, dashed: rejected",
             "loss",
             {k: (c, [long[k], brief[k]]) for k, c in seen.items()},
         ),
@@ -266,16 +274,16 @@ def picture(path: Path, probes: Sequence[Probe]) -> None:
     draw(
         path,
         panels,
-        f"{probes[0].name}: pairs of {BRIEF} tokens, half the margin gained by chosen, half lost by rejected",
+        f"{probes[0].name}: pairs of {SHORT} tokens, half the margin gained by chosen, half lost by rejected",
     )
 
 
 def look(
     mine: Sequence[Loss], others: Sequence[Loss], args: argparse.Namespace
 ) -> tuple[bool, dict[str, Probe]]:
-    """Show the checks of all losses and draw a picture of each of mine beside the others.
+    """Print the checks of all losses and draw a picture of each of `mine` with the others.
 
-    Returns whether no check of mine fails, and the losses that give one value a pair.
+    Returns whether no check of `mine` fails, and the losses that return one value per pair.
     """
     console = Console(
         file=sys.stdout, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH
@@ -285,7 +293,7 @@ def look(
         probes[loss.label], checks = analyse(loss, args.claims if loss in mine else (), args.columns)
         show(console, loss.label, checks)
         failed |= loss in mine and any(found.ok is False for found in checks)
-        if len(checks) == 1:  # not one value a pair: there is no curve
+        if len(checks) == 1:  # not one value per pair: there is no curve
             del probes[loss.label]
     for loss in mine:
         if loss.label in probes:
@@ -299,14 +307,13 @@ def look(
 
 
 def beta_of(loss: Loss) -> float:
-    """The loss's own beta, which scales the rewards in its log; 0.1 where it has none."""
+    """The loss's beta, which scales the logged rewards; 0.1 if it has none."""
     found = knobs(loss.fn).get("beta", (None, None))[1]
     return float(found) if isinstance(found, int | float) else 0.1
 
 
 def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
-    """Train an adapter with each loss, all together, and show where they end. Returns the exit code."""
-    from jaxft.objectives.preference import preference as objective
+    """Train an adapter with each loss, all together, and compare the results. Returns the exit code."""
     from jaxft.runs import config
     from jaxft.train import sweep
 
@@ -319,7 +326,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(
-            f"some losses want a third answer {' and some '.join(sorted(thirds))}; try them in two runs"
+            f"some losses need a third response {' and some '.join(sorted(thirds))}. Use two runs"
         )
     looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
@@ -327,8 +334,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     runs = {}
     for loss in chosen:
         name = file_name(loss.label)
-        goal = partial(objective, loss=loss.fn, beta=beta_of(loss), reference=reference_of(run))
-        runs[name] = replace(run, name=name, objective=goal, data=data)
+        runs[name] = replace(run, name=name, objective=objective_of(run, loss), data=data)
     told = [
         {name: describe(r) for name, r in runs.items()},
         content_of(data.train),
@@ -336,52 +342,58 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     ]
     known = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     print(
-        f"\na run of {run.loop.steps} steps with each loss, together on {run.weights}; it takes a few minutes",
+        f"\ntraining {run.loop.steps} steps with each loss, together on {run.weights}; this takes a few "
+        "minutes",
         flush=True,
     )
     return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
-    """Raise ValueError for a setting of the config's own loss, which the losses at hand replace."""
+    """Raise ValueError for a setting of the config's own loss, which the bench replaces."""
     found = differences(without, with_it)
     if text.startswith(("name=", "run.name=")) or (
         found and all(line.startswith("objective") for line in found)
     ):
         raise ValueError(
-            f"--set {text} would change nothing here: the losses replace the config's; write a knob behind its loss"
+            f"--set {text} has no effect: the bench replaces the config's loss. Set a knob after its loss"
         )
 
 
 def content_of(place: Any) -> str | None:
-    """A hash of a file of rows, None for another place: changed rows are another run."""
+    """A hash of a file of rows, None if it is no file: changed rows make another run."""
     try:
         return hashlib.sha256(find_file(str(place)).read_bytes()).hexdigest()
     except FileNotFoundError:
         return None
 
 
-def reference_of(run: Any) -> Any:
-    """How the config's objective knows its reference; losses that need none are watched by it all the same."""
-    known = run.objective.keywords.get("reference") if isinstance(run.objective, partial) else None
-    return "start" if known is None else known
+def objective_of(run: Any, loss: Loss) -> Any:
+    """The config's preference objective with another loss. One without a reference gets the policy at step 0."""
+    from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
+
+    if run.objective(run.model).facts.reference == "none":
+        return partial(preference, loss=loss.fn, beta=beta_of(loss))
+    return partial(
+        run.objective, loss=loss.fn, beta=beta_of(loss), reward=implicit_reward, extra=no_extra_metrics
+    )
 
 
 def file_name(label: str) -> str:
-    """A label as the name of a file."""
+    """A label as a file name."""
     return re.sub(r"[^\w.=+-]+", "-", label)
 
 
 def main() -> int:
-    """Look at the losses on synthetic pairs, then try them on real ones."""
+    """Check the losses on synthetic pairs, then train with them."""
     args = arguments()
     if args.steps < 1:
-        raise ValueError(f"--steps is at least 1, found {args.steps}; for no run use --only-look")
+        raise ValueError(f"--steps is at least 1, got {args.steps}. Use --only-look to train nothing")
     mine = losses(args.loss)
     others = losses(args.against, mine)
     well, probes = look(mine, others, args)
     if not well:
-        print("\nnothing is trained: mend what fails first, or look at it with --only-look")
+        print("\nnothing is trained: fix the failing checks first, or use --only-look")
         return 1
     return 0 if args.only_look else race([x for x in (*mine, *others) if x.label in probes], probes, args)
 

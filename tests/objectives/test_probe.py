@@ -1,4 +1,4 @@
-"""A loss on synthetic pairs: what ships passes every check, each kind of broken loss fails its own, and the script tells it."""
+"""Checks of losses on synthetic pairs: every shipped loss passes, each kind of broken loss fails its own check; the script."""
 
 import math
 import re
@@ -16,10 +16,19 @@ from preference_rows import EVERY, THIRD, with_knobs
 
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.check.laws import check, empty_slots, own_pair, weightless
-from jaxft.objectives.check.probe import PAIR, alone, call, curve, judged, probe, span, together
-from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, in_rows, pairs, varied
-from jaxft.objectives.check.traits import antisymmetric, difference
+from jaxft.objectives.check.laws import check_empty_slots, check_independence, check_loss, check_zero_weight
+from jaxft.objectives.check.probe import (
+    PAIR,
+    evaluate_batch,
+    evaluate_each,
+    evaluate_pairs,
+    loss_at_start,
+    margin_curve,
+    margin_span,
+    probe,
+)
+from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
+from jaxft.objectives.check.traits import check_antisymmetry, check_difference
 from jaxft.objectives.pair import coupled
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
@@ -35,11 +44,11 @@ def failing(found):
     return {c.name for c in found if c.ok is False}
 
 
-def words(found, name):
-    return next(c.words for c in found if c.name == name)
+def message(found, name):
+    return next(c.message for c in found if c.name == name)
 
 
-# What ships
+# Shipped losses
 
 
 def third_of(name):
@@ -50,53 +59,55 @@ DISTINCT = [name for name in EVERY if not name.endswith((" eps", " tau", " below
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_every_loss_that_ships_passes(strict, name):
+def test_every_shipped_loss_passes_all_checks(strict, name):
     loss, _, knobs = EVERY[name]
     seen = probe(name, with_knobs(loss, knobs))
-    found = check(seen)
+    found = check_loss(seen)
     assert not failing(found), [c for c in found if c.ok is False]
     assert seen.kinds == (*PAIR, third_of(name))[: 3 if third_of(name) else 2]
-    assert (words(found, "needs").find("`margin`") >= 0) == (name == "dpo_margin")
-    assert all(c.words.isascii() and "\n" not in c.words for c in found)
+    assert ("`margin`" in message(found, "inputs")) == (name == "dpo_margin")
+    assert all(c.message.isascii() and "\n" not in c.message for c in found)
 
 
-def test_what_is_told_of_dpo():
-    found = check(probe("dpo", P.dpo), claims=("antisymmetric", "difference"))
+def test_the_description_of_dpo():
+    found = check_loss(probe("dpo", P.dpo), claims=("antisymmetric", "difference"))
     assert all(c.ok for c in found if c.name in ("antisymmetric", "difference"))
-    assert "0.6931 = log 2 where the policy is the reference, whatever" in words(found, "start")
-    assert "-0.05 on chosen, 0.05 on rejected" in words(found, "first step")
-    assert "= -0.1 times the margin of summed log-ratios" in words(found, "antisymmetric")
-    assert "the value is the same" in words(found, "length, sums equal")
-    assert "the longer answer's log-ratio counts for more" in words(found, "length, means equal")
+    assert "0.6931 = log 2 where the policy is the reference, whatever" in message(found, "start")
+    assert "-0.05 on chosen, 0.05 on rejected" in message(found, "first step")
+    assert "= -0.1 times the margin of summed log-ratios" in message(found, "antisymmetric")
+    assert "the value is the same" in message(found, "length, sums equal")
+    assert "the longer response's log-ratio counts for more" in message(found, "length, means equal")
 
 
-def test_what_is_told_of_simpo():
-    found = check(probe("simpo", partial(F.simpo, gamma=0.0)))
-    assert "never looks at it" in words(found, "reference")
-    assert "= -2 times the margin of mean log-probs" in words(found, "antisymmetric")
-    assert "lower where the chosen answer is the longer one" in words(found, "length, sums equal")
-    assert "the value is the same" in words(found, "length, means equal")
+def test_the_description_of_simpo():
+    found = check_loss(probe("simpo", partial(F.simpo, gamma=0.0)))
+    assert message(found, "reference") == "not read"
+    assert "= -2 times the margin of mean log-probs" in message(found, "antisymmetric")
+    assert "lower where the chosen response is the longer one" in message(found, "length, sums equal")
+    assert "the value is the same" in message(found, "length, means equal")
 
 
-def test_where_a_loss_pushes_the_other_way_is_told_and_no_failure():
-    found = check(probe("ipo", P.ipo))
+def test_a_gradient_in_the_other_direction_is_described_and_no_failure():
+    found = check_loss(probe("ipo", P.ipo))
     assert not failing(found)
-    told = words(found, "direction")
-    assert "pushes the margin down and chosen down and rejected up at margins" in told and told.endswith(
+    text = message(found, "direction")
+    assert "lowers the margin and lowers chosen and raises rejected at margins" in text and text.endswith(
         "to 100"
     )
     assert (
-        80 < float(told.split("margins ")[1].split()[0]) < 83
+        80 < float(text.split("margins ")[1].split()[0]) < 83
     )  # its minimum is at 16 tokens times 1 / (2 beta)
-    assert "the margin of mean log-ratios" in words(found, "antisymmetric")
+    assert "the margin of mean log-ratios" in message(found, "antisymmetric")
 
 
-def test_lengths_that_matter_by_their_sum_favour_neither_answer():
-    found = check(probe("both", lambda pair: P.dpo(pair) * (pair.chosen.length + pair.rejected.length) / 32))
-    assert "not which of the two answers" in words(found, "length, sums equal")
+def test_a_dependence_on_the_sum_of_lengths_favours_neither_response():
+    found = check_loss(
+        probe("both", lambda pair: P.dpo(pair) * (pair.chosen.length + pair.rejected.length) / 32)
+    )
+    assert "not which of the two responses" in message(found, "length, sums equal")
 
 
-# What is broken
+# Broken losses
 
 
 def margin_of(pair):
@@ -126,19 +137,19 @@ BROKEN = {
     "a mean": (
         lambda pair: P.dpo(pair).mean(),
         {"shape"},
-        r"wanted one value a pair, \[3, 2\], found \[\]; drop the mean",
+        r"expected one value per pair, \[3, 2\], got \[\]; drop the mean",
     ),
-    "a sum over slots": (lambda pair: P.dpo(pair).sum(1), {"shape"}, r"found \[3\]"),
-    "a number": (lambda pair: 0.5, {"shape"}, r"found \[\]"),
-    "two arrays": (lambda pair: (P.dpo(pair), P.dpo(pair)), {"shape"}, "found a tuple"),
-    "a cast": (lambda pair: P.dpo(pair).astype(jnp.bfloat16), {"shape"}, "found bfloat16; drop the cast"),
-    "who won": (lambda pair: margin_of(pair) > 0, {"shape"}, "found bool"),
+    "a sum over slots": (lambda pair: P.dpo(pair).sum(1), {"shape"}, r"got \[3\]"),
+    "a number": (lambda pair: 0.5, {"shape"}, r"got \[\]"),
+    "two arrays": (lambda pair: (P.dpo(pair), P.dpo(pair)), {"shape"}, "got a tuple"),
+    "a cast": (lambda pair: P.dpo(pair).astype(jnp.bfloat16), {"shape"}, "got bfloat16; drop the cast"),
+    "who won": (lambda pair: margin_of(pair) > 0, {"shape"}, "got bool"),
     "a hidden mean": (
         lambda pair: P.dpo(pair) + P.dpo(pair).mean(),
-        {"own pair"},
+        {"independence"},
         "alone and .* among six .*@coupled",
     ),
-    "wrong sign": (lambda pair: P.logistic(-0.1 * margin_of(pair)), {"direction"}, "turn its sign"),
+    "wrong sign": (lambda pair: P.logistic(-0.1 * margin_of(pair)), {"direction"}, "change the loss's sign"),
     "overflow": (
         lambda pair: jnp.exp(-0.1 * margin_of(pair)),
         FINITE,
@@ -157,15 +168,15 @@ BROKEN = {
     "an empty slot": (
         lambda pair: P.dpo(pair) / pair.chosen.present,
         {"empty slots"},
-        "a value is not finite where one answer",
+        "a value is not finite where one response",
     ),
     "flat at the start": (
         lambda pair: jnp.square(margin_of(pair)),
         {"first step"},
-        "nothing is ever learned; shift",
+        "nothing is learned; move",
     ),
     "no gradient": (lambda pair: stop_gradient(P.dpo(pair)), {"first step"}, "no gradient at any margin"),
-    "slots of weight 0 counted": (counts_all, {"weight 0"}, "alone and .* beside five slots"),
+    "slots of weight 0 counted": (counts_all, {"weight 0"}, "alone and .* with five slots"),
     "the order counted": (by_order, {"order"}, "in one order and .* in another"),
     "a batch of nothing": (divides_by_nothing, {"empty slots"}, "in a batch whose slots all have weight 0"),
 }
@@ -174,31 +185,31 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_loss_fails_its_check_and_no_other(name):
     loss, wanted, text = BROKEN[name]
-    found = check(probe(name, loss))
+    found = check_loss(probe(name, loss))
     assert failing(found) == wanted
-    assert re.search(text, next(c.words for c in found if c.ok is False))
+    assert re.search(text, next(c.message for c in found if c.ok is False))
 
 
 @pytest.mark.parametrize(
     "loss, law, text",
     [
-        (lambda pair: P.dpo(pair) / pair.weight.shape[0], own_pair, "drop the mean"),
-        (lambda pair: P.dpo(pair) * pair.weight, own_pair, "leave pair.weight to the objective"),
+        (lambda pair: P.dpo(pair) / pair.weight.shape[0], check_independence, "drop the mean"),
+        (lambda pair: P.dpo(pair) * pair.weight, check_independence, "leave pair.weight to the objective"),
         (
             lambda pair: jnp.where(pair.chosen.present > 0, P.dpo(pair) / pair.chosen.present, 0.0),
-            empty_slots,
-            "the gradient on chosen is not finite where one answer",
+            check_empty_slots,
+            "the gradient on chosen is not finite where one response",
         ),
         (
             coupled(lambda pair, state: P.dpo(pair) + P.dpo(pair).sum() - P.dpo(pair)),
-            weightless,
-            "beside five slots of weight 0",
+            check_zero_weight,
+            "with five slots of weight 0",
         ),
     ],
 )
 def test_other_ways_to_break_a_law(loss, law, text):
     found = law(probe("it", loss))
-    assert found.ok is False and re.search(text, found.words)
+    assert found.ok is False and re.search(text, found.message)
 
 
 @pytest.mark.parametrize(
@@ -211,41 +222,44 @@ def test_other_ways_to_break_a_law(loss, law, text):
             "antisymmetric",
             "swapped pair\\) = 0",
         ),
-        (P.sppo_hard, "difference", "a rise of both log-ratios by as much changes it$"),
+        (P.sppo_hard, "difference", "adding the same to both log-ratios changes it$"),
         (P.ipo, "difference", "changes it, unless their lengths agree"),
     ],
 )
 def test_a_false_claim_fails(loss, claim, text):
-    seen, law = probe("it", loss), {"antisymmetric": antisymmetric, "difference": difference}[claim]
+    seen, law = (
+        probe("it", loss),
+        {"antisymmetric": check_antisymmetry, "difference": check_difference}[claim],
+    )
     found = law(seen, claimed=True)
-    assert found.ok is False and re.search(text, found.words) and law(seen).ok is None
+    assert found.ok is False and re.search(text, found.message) and law(seen).ok is None
 
 
 def test_claims_are_checked_with_the_rest():
-    assert failing(check(probe("hinge", P.hinge), claims=("antisymmetric", "difference"))) == {
+    assert failing(check_loss(probe("hinge", P.hinge), claims=("antisymmetric", "difference"))) == {
         "antisymmetric"
     }
 
 
 def test_an_unknown_claim_is_one_line():
-    with pytest.raises(ValueError, match="'symmetric' can't be claimed; near: antisymmetric"):
-        check(probe("dpo", P.dpo), claims=("symmetric",))
+    with pytest.raises(ValueError, match="'symmetric' is no claim; near: antisymmetric"):
+        check_loss(probe("dpo", P.dpo), claims=("symmetric",))
 
 
-# What a loss needs
+# Inputs of a loss
 
 
-def test_columns_that_a_loss_looks_up_are_given_and_told():
+def test_columns_that_a_loss_reads_are_provided_and_described():
     def by_quality(pair):
         return P.dpo(pair) * (1 + pair.columns["quality"]) + 0 * pair.columns["other"]
 
     seen = probe("mine", by_quality)
     assert seen.columns == ("margin", "quality", "other")
-    told = words(check(seen), "needs")
-    assert "`quality`" in told and "`other`" not in told and "`margin`" not in told
+    text = message(check_loss(seen), "inputs")
+    assert "`quality`" in text and "`other`" not in text and "`margin`" not in text
 
 
-def test_columns_that_a_loss_asks_for_in_its_own_way_are_set_by_hand():
+def test_columns_that_a_loss_checks_itself_are_set_by_hand():
     def by_quality(pair):
         if "quality" not in pair.columns:
             raise ValueError("I need quality")
@@ -257,45 +271,45 @@ def test_columns_that_a_loss_asks_for_in_its_own_way_are_set_by_hand():
     assert probe("mine", by_quality, columns=("quality",)).columns == ("margin", "quality")
 
 
-def test_a_loss_that_fails_with_all_that_it_is_given_says_why():
+def test_a_loss_that_fails_with_all_inputs_reports_each_error():
     def mine(pair):
         return pair.responses["gold"].logp + pair.chosen.rtaio
 
     with pytest.raises(ValueError) as e:
         probe("mine", mine)
     assert (
-        "mine fails: KeyError: 'gold'; with a third answer `gold`: AttributeError: 'Response' object has no"
+        "mine fails: KeyError: 'gold'; with a third response `gold`: AttributeError: 'Response' object has no"
         in str(e.value)
     )
 
 
-def test_a_coupled_loss_inside_a_function_is_refused_in_words():
+def test_a_coupled_loss_inside_a_plain_function_is_refused():
     with pytest.raises(
         ValueError, match="mine fails: ValueError: aot couples the pairs .* declare its caller with @coupled"
     ):
         probe("mine", lambda pair: 2.0 * P.aot(pair))
 
 
-def test_a_loss_that_has_no_gradient_rule_is_one_line():
+def test_a_loss_without_a_gradient_rule_is_reported_in_one_line():
     def mine(pair):
         return jax.lax.while_loop(lambda x: jnp.all(x < 0), lambda x: x + 1, pair.chosen.logp)
 
     with pytest.raises(
         ValueError, match="mine fails on a batch .* in float32: ValueError: Reverse-mode"
     ) as e:
-        check(probe("mine", mine))
+        check_loss(probe("mine", mine))
     assert "\n" not in str(e.value)
 
 
-# Pairs, values, slopes
+# Pairs, values, gradients
 
 
-def test_tokens_add_up_to_answers_in_any_layout():
+def test_tokens_sum_to_responses_in_any_layout():
     kinds = (*PAIR, "gold")
-    given = varied(kinds, 6)
+    given = varied_pairs(kinds, 6)
     given["length"]["rejected"][2] = 0
-    one = pairs(**given)
-    for pair in (one, in_rows(one, 2), in_rows(one, 3)):
+    one = synthetic_pairs(**given)
+    for pair in (one, pack_rows(one, 2), pack_rows(one, 3)):
         for values, name in ((pair.tokens.logp, "logp"), (pair.tokens.reference, "reference")):
             for kind, total in pair.total(values).items():
                 np.testing.assert_allclose(total, getattr(pair.responses[kind], name), rtol=1e-5)
@@ -309,35 +323,37 @@ def test_tokens_add_up_to_answers_in_any_layout():
         np.testing.assert_allclose(answer.mean_length, given["length"][kind][there].mean(), rtol=1e-6)
 
 
-def test_pairs_that_do_not_fit_are_told():
-    with pytest.raises(ValueError, match="a pair of 180 tokens doesn't fit into room=160; give pairs"):
-        pairs(dict.fromkeys(PAIR, 0.0), 90)
-    with pytest.raises(ValueError, match="3 pairs don't fill rows of 2"):
-        in_rows(pairs(dict.fromkeys(PAIR, np.zeros(3))), 2)
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(
+        ValueError, match="a pair of 180 tokens exceeds reads=160. Use synthetic_pairs.reads=180."
+    ):
+        synthetic_pairs(dict.fromkeys(PAIR, 0.0), 90)
+    with pytest.raises(ValueError, match="3 pairs do not fill rows of 2"):
+        pack_rows(synthetic_pairs(dict.fromkeys(PAIR, np.zeros(3))), 2)
 
 
-def test_a_pair_alone_is_the_pair_in_a_batch():
+def test_a_pair_alone_equals_the_pair_in_a_batch():
     seen = probe("ld", P.length_desensitised(P.ipo, alpha=0.3))
-    pair = pairs(**varied(PAIR, 6))
-    one, many = alone(seen, pair), together(seen, in_rows(pair, 3))
+    pair = synthetic_pairs(**varied_pairs(PAIR, 6))
+    one, many = evaluate_each(seen, pair), evaluate_batch(seen, pack_rows(pair, 3))
     np.testing.assert_allclose(one.value, many.value.reshape(6), rtol=1e-5)
     for kind in PAIR:
-        np.testing.assert_allclose(one.slope[kind], many.slope[kind].reshape(6), rtol=1e-5)
-    np.testing.assert_allclose(one.value, jax.jit(partial(call, seen.loss))(pair)[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(one.gradient[kind], many.gradient[kind].reshape(6), rtol=1e-5)
+    np.testing.assert_allclose(one.value, jax.jit(partial(loss_at_start, seen.loss))(pair)[:, 0], rtol=1e-5)
 
 
-def test_dpo_begins_at_log_2_with_slopes_of_half_beta():
+def test_dpo_is_log_2_with_gradients_of_half_beta_where_policy_is_reference():
     beta = 0.3
-    found = judged(probe("dpo", partial(P.dpo, beta=beta)), ratio=dict.fromkeys(PAIR, np.zeros(100)))
+    found = evaluate_pairs(probe("dpo", partial(P.dpo, beta=beta)), ratio=dict.fromkeys(PAIR, np.zeros(100)))
     assert found.value.shape == (100,)
     np.testing.assert_allclose(found.value, math.log(2), rtol=1e-6)
-    np.testing.assert_allclose(found.slope["chosen"], -beta / 2, rtol=1e-6)
-    np.testing.assert_allclose(found.slope["rejected"], beta / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.gradient["chosen"], -beta / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.gradient["rejected"], beta / 2, rtol=1e-6)
 
 
 def test_the_curve_of_dpo_is_its_formula():
     beta = 0.1
-    found = curve(probe("dpo", P.dpo), 30.0)
+    found = margin_curve(probe("dpo", P.dpo), 30.0)
     x = beta * found.margin
     assert (
         found.margin[[0, -1]].tolist() == [-30, 30]
@@ -345,33 +361,37 @@ def test_the_curve_of_dpo_is_its_formula():
         and (np.diff(found.margin) > 0).all()
     )
     np.testing.assert_allclose(found.value, np.log1p(np.exp(-x)), rtol=1e-4)
-    np.testing.assert_allclose(found.slope["chosen"], -beta / (1 + np.exp(x)), rtol=1e-4)
-    np.testing.assert_allclose(found.slope["rejected"], beta / (1 + np.exp(x)), rtol=1e-4)
+    np.testing.assert_allclose(found.gradient["chosen"], -beta / (1 + np.exp(x)), rtol=1e-4)
+    np.testing.assert_allclose(found.gradient["rejected"], beta / (1 + np.exp(x)), rtol=1e-4)
 
 
-def test_a_nat_more_is_spread_over_the_tokens():
+def test_an_added_nat_is_spread_over_the_tokens():
     """LD-DPO counts 16 of 64 tokens in full and 48 by alpha."""
     loss = P.length_desensitised(P.dpo, alpha=0.3)
-    found = judged(
+    found = evaluate_pairs(
         probe("ld", loss), ratio=dict.fromkeys(PAIR, np.zeros(1)), length={"chosen": 64, "rejected": 16}
     )
-    np.testing.assert_allclose(found.slope["chosen"], -0.05 * (16 + 0.3 * 48) / 64, rtol=1e-5)
-    np.testing.assert_allclose(found.slope["rejected"], 0.05, rtol=1e-5)
+    np.testing.assert_allclose(found.gradient["chosen"], -0.05 * (16 + 0.3 * 48) / 64, rtol=1e-5)
+    np.testing.assert_allclose(found.gradient["rejected"], 0.05, rtol=1e-5)
 
 
-def test_what_a_pair_is_where_nothing_is_said():
-    found = judged(probe("simpo", F.simpo), ratio=dict.fromkeys(PAIR, np.array([0.0, 2.0])))
+def test_the_default_pair():
+    found = evaluate_pairs(probe("simpo", F.simpo), ratio=dict.fromkeys(PAIR, np.array([0.0, 2.0])))
     a = PER_TOKEN + np.array([0.0, 2.0]) / TOKENS
     np.testing.assert_allclose(found.value, np.log1p(np.exp(1.0 - 2.0 * (a - a))), rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta, reach", [(1.0, 3.0), (0.1, 30.0), (0.01, 300.0)])
 def test_the_span_of_dpo_follows_beta(beta, reach):
-    assert span(probe("dpo", partial(P.dpo, beta=beta))) == reach
+    assert margin_span(probe("dpo", partial(P.dpo, beta=beta))) == reach
 
 
 def test_a_straight_line_has_a_span_too():
-    assert span(probe("sft", P.nll)) == span(probe("even", lambda pair: jnp.square(margin_of(pair)))) == 30.0
+    assert (
+        margin_span(probe("nll", P.nll))
+        == margin_span(probe("even", lambda pair: jnp.square(margin_of(pair))))
+        == 30.0
+    )
 
 
 # The script
@@ -406,7 +426,7 @@ number = 3
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch, capsys):
-    """Run the script in this process, in a folder that is not the repository: (exit code, what it prints, what it complains)."""
+    """Run the script in this process, in another folder than the repository: (exit code, stdout, stderr)."""
     (tmp_path / "my.py").write_text(LOSSES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
@@ -421,25 +441,25 @@ def bench(tmp_path, monkeypatch, capsys):
     return run
 
 
-def is_a_picture(path):
+def is_png(path):
     return path.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_bench_shows_checks_and_draws_a_picture(bench, tmp_path):
+def test_the_bench_prints_checks_and_draws_a_picture(bench, tmp_path):
     code, out, error = bench("--loss", "my.py:mine", "--claims", "antisymmetric", "difference", "--only-look")
     assert (code, error) == (0, "")
     assert (
-        out.index("mine: nothing fails")
-        < out.index("dpo: nothing fails")
+        out.index("mine: no check fails")
+        < out.index("dpo: no check fails")
         < out.index("runs/loss_bench/mine.png")
     )
     assert re.search(r"^ok    antisymmetric        yes: .* = -0.1 times the margin", out, re.M)
-    assert re.search(r"^note  antisymmetric        yes", out, re.M)  # of dpo nothing is claimed
+    assert re.search(r"^note  antisymmetric        yes", out, re.M)  # nothing is claimed of dpo
     assert all(len(line) <= 120 and line == line.rstrip() for line in out.splitlines())
-    assert is_a_picture(tmp_path / "runs/loss_bench/mine.png")
+    assert is_png(tmp_path / "runs/loss_bench/mine.png")
 
 
-def test_several_losses_with_knobs_each_have_a_picture_and_the_others_may_fail(bench, tmp_path):
+def test_each_loss_has_a_picture_and_the_losses_compared_with_may_fail(bench, tmp_path):
     first, second = "my.py:mine,beta=0.2,steps=2,power=0.5", "my.py:both,beta=1e-2"
     code, out, _ = bench(
         "--loss", first, "--loss", second, "--against", "my.py:mean", "--out", "here", "--only-look"
@@ -452,19 +472,19 @@ def test_several_losses_with_knobs_each_have_a_picture_and_the_others_may_fail(b
         and "FAIL  shape" in out
     )
     for name in ("mine-beta=0.2-steps=2-power=0.5", "both-beta=1e-2"):
-        assert is_a_picture(tmp_path / "here" / f"{name}.png")
+        assert is_png(tmp_path / "here" / f"{name}.png")
 
 
-def test_a_failed_check_is_the_exit_code_and_without_a_value_a_pair_there_is_no_picture(bench, tmp_path):
+def test_a_failed_check_sets_the_exit_code_and_without_a_value_per_pair_there_is_no_picture(bench, tmp_path):
     code, out, _ = bench("--loss", "my.py:wrong", "--loss", "my.py:mean", "--against")
     assert code == 1 and "wrong: 1 of " in out and "FAIL  direction" in out and "FAIL  shape" in out
     assert (
-        is_a_picture(tmp_path / "runs/loss_bench/wrong.png")
+        is_png(tmp_path / "runs/loss_bench/wrong.png")
         and not (tmp_path / "runs/loss_bench/mean.png").exists()
     )
 
 
-def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
+def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
     (tmp_path / "my.py").write_text(LOSSES + "def ipo(pair): return pair.chosen.logp")
     monkeypatch.chdir(tmp_path)
     losses = runpy.run_path(SCRIPT)["losses"]
@@ -490,14 +510,14 @@ def test_a_loss_has_a_label_of_its_own_and_is_there_once(tmp_path, monkeypatch):
         (("jaxft.objectives.nothing:dpo",), "No module named 'jaxft.objectives.nothing'"),
         (("my.py:mine,bta=0.2",), "my.py:mine has no knob 'bta'; near: beta"),
         (("my.py:both,state=1",), "my.py:both has no knob 'state'; near: beta"),
-        (("sft,beta=0.2",), "sft has no knob 'beta'; near: none, it has no knobs"),
-        (("my.py:mine,beta=much",), "beta=much: wanted float"),
-        (("my.py:mine,steps=0.5",), "steps=0.5: wanted int"),
+        (("nll,beta=0.2",), "nll has no knob 'beta'; near: none, it has no knobs"),
+        (("my.py:mine,beta=much",), "beta=much: expected float"),
+        (("my.py:mine,steps=0.5",), "steps=0.5: expected int"),
         (
             ("robust,label_smoothing=0.5",),
             "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing is in [0, 0.5)",
         ),
-        (("dpo", "--claims", "symmetric"), "'symmetric' can't be claimed; near: antisymmetric"),
+        (("dpo", "--claims", "symmetric"), "'symmetric' is no claim; near: antisymmetric"),
     ],
 )
 def test_a_mistake_is_one_line(bench, args, text):
