@@ -1,8 +1,7 @@
-"""Bench of preference losses: checks on synthetic pairs, curves next to other losses, and a short real run of
-all of them.
+"""Bench of preference losses: checks on synthetic pairs, curves next to other losses, a short run of all.
 
     python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric]
-    python scripts/loss_bench.py --loss my_losses.py:mine,beta=0.2 --loss my_losses.py:mine,beta=1.0 --steps 20
+    python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
 
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
@@ -342,8 +341,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     ]
     known = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     print(
-        f"\ntraining {run.loop.steps} steps with each loss, together on {run.weights}; this takes a few "
-        "minutes",
+        f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,
     )
     return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
@@ -369,7 +367,7 @@ def content_of(place: Any) -> str | None:
 
 
 def objective_of(run: Any, loss: Loss) -> Any:
-    """The config's preference objective with another loss. One without a reference gets the policy at step 0."""
+    """The config's preference objective with another loss; without a reference it gets the policy at step 0."""
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
     if run.objective(run.model).facts.reference == "none":

@@ -23,7 +23,7 @@ def feed(m, step, margin, bad=False):
     m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
 
 
-def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
+def test_training_steps_log_the_estimate_of_the_first_epoch_so_far():
     epoch = np.split(first_sight(3, 160, wrong=0.2), PER_EPOCH)
     m, told = make_meter(5), []
     for step, margin in enumerate(
@@ -37,7 +37,7 @@ def test_training_steps_tell_the_estimate_of_the_first_epoch_so_far():
     assert set(told[PER_EPOCH:]) == {told[PER_EPOCH - 1]}
 
 
-def test_the_estimate_goes_on_after_a_restart_and_a_bad_step_has_no_part_in_it():
+def test_the_estimate_survives_a_restart_and_excludes_non_finite_steps():
     epoch = np.split(first_sight(4, 160, wrong=0.2), PER_EPOCH)
     whole, first = make_meter(5), make_meter(5)
     for step, margin in enumerate(epoch):
@@ -61,7 +61,7 @@ def flipped(share, seed):
 
 
 @pytest.mark.slow
-def test_the_shipped_recipe_finds_a_fifth_of_flipped_labels_within_five_points(tmp_path):
+def test_the_shipped_recipe_estimates_20_percent_flipped_labels_within_5_points(tmp_path):
     place = Place(tmp_path)
     (tmp_path / "config.py").write_text((ROOT / "configs" / "dpo.py").read_text())
     write_rows(tmp_path / "flipped.jsonl", flipped(0.2, seed=0))

@@ -86,7 +86,7 @@ weights_known = pytest.mark.parametrize("known", [False, True], ids=["any-loss",
 
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
-def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
+def test_log_probs_equal_log_softmax_in_value_and_gradient_for_any_chunk(monkeypatch, name, chunk):
     monkeypatch.setattr(
         logprobs, "CHUNK_LOGITS", B * V * chunk
     )  # 7 positions: 3 chunks of which the last is padded, 7, 1
@@ -107,7 +107,7 @@ def test_log_probs_are_log_softmax_in_value_and_gradient_for_any_chunk(monkeypat
 
 
 @pytest.mark.parametrize("name, chunk", [*((name, 3) for name in HEADS), ("untied", 1), ("tied-lora", 100)])
-def test_the_weighted_sum_made_forward_is_the_one_pulled_back(monkeypatch, name, chunk):
+def test_the_gradient_made_in_the_forward_pass_equals_the_pulled_back_one(monkeypatch, name, chunk):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * chunk)
     model, whole, h, targets, weights = setting(*HEADS[name])
 
@@ -120,7 +120,7 @@ def test_the_weighted_sum_made_forward_is_the_one_pulled_back(monkeypatch, name,
 
 
 @weights_known
-def test_the_gradient_of_a_part_is_that_part_of_the_gradient(known):
+def test_the_gradient_of_a_subset_is_that_subset_of_the_gradient(known):
     model, whole, h, targets, weights = setting(False, True)
     loss = loss_of(model, weights, known)
     everything = tree.paths(jax.jit(jax.grad(loss))(whole, h, targets))
@@ -159,14 +159,14 @@ def test_equal_logits_give_the_uniform_distribution_and_huge_ones_stay_finite():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_packed_head_is_the_plain_one_to_the_bit(tied):
+def test_a_packed_head_equals_the_plain_one_bit_for_bit(tied):
     model, whole, h, targets, _ = setting(tied, False, "bfloat16")
     packed = {"base": jax.tree.map(lambda x: quantize(x, "bits"), whole["base"])}
     run = jax.jit(jax.value_and_grad(lambda h, whole: jnp.sum(token_logps(model, whole, h, targets).logp)))
     jax.tree.map(np.testing.assert_array_equal, run(h, packed), run(h, whole))
 
 
-def test_several_adapters_on_one_base_by_vmap_are_each_alone(monkeypatch):
+def test_vmapped_adapters_on_one_base_equal_each_alone(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(True, True)
     pair = whole["adapter"]["head"]
@@ -193,7 +193,7 @@ def products(compiled):
 
 @heads
 @weights_known
-def test_the_backward_pass_of_a_frozen_head_has_no_product_of_the_logits_size(monkeypatch, tied, lora, known):
+def test_the_backward_pass_of_a_frozen_head_has_no_matmul_of_the_logits_size(monkeypatch, tied, lora, known):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, lora)
     by_h = jax.jit(jax.grad(loss_of(model, weights, known), 1)).lower(whole, h, targets).compile()
@@ -254,7 +254,7 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
 
 @weights_known
 @pytest.mark.parametrize("name, shape", [*((name, (2, 2, 2)) for name in HEADS), ("tied", (1, 2, 4))])
-def test_a_head_sharded_over_the_vocabulary_gives_one_devices_numbers(monkeypatch, name, shape, known):
+def test_a_vocabulary_sharded_head_gives_the_values_of_one_device(monkeypatch, name, shape, known):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", V * 3)
     model, whole, h, targets, weights = setting(*HEADS[name])
     one = jax.jit(jax.value_and_grad(loss_of(model, weights), (0, 1)))(whole, h, targets)
@@ -280,7 +280,7 @@ def collectives(text):
 
 @weights_known
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied, known):
+def test_on_a_mesh_the_head_is_gathered_once_per_pass_and_logits_never(monkeypatch, tied, known):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", V * 3)
     some = setting(tied, False)
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
@@ -293,7 +293,7 @@ def test_on_a_mesh_the_head_moves_once_a_pass_and_logits_never(monkeypatch, tied
         assert whole_head.count("all-gather") == 1 and len(whole_head) == (1 if by == 1 else 2)
 
 
-def test_a_chunk_is_measured_on_a_device(monkeypatch):
+def test_the_chunk_size_counts_logits_per_device(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V)  # one position a chunk on one device, all 7 on eight
     model, whole, h, targets, _ = setting(False, False)
 

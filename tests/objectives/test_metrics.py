@@ -45,7 +45,7 @@ def test_neutral_changes_nothing():
     assert metrics.as_floats(zero) == {"longest": -np.inf, "shortest": np.inf}
 
 
-def test_a_weighted_mean_is_that_of_all_rows_at_once():
+def test_a_weighted_mean_equals_that_of_all_rows_at_once():
     values, weights = RNG.normal(size=12), RNG.uniform(size=12)
     for sizes in ([12], [5, 7], [1] * 12):
         parts = np.split(np.arange(12), np.cumsum(sizes)[:-1])
@@ -55,7 +55,7 @@ def test_a_weighted_mean_is_that_of_all_rows_at_once():
         )
 
 
-def test_the_largest_and_smallest_are_those_of_all_rows():
+def test_max_and_min_are_those_of_all_rows():
     found = metrics.as_floats(functools.reduce(metrics.add, PARTS))
     assert found["longest"] == max(float(p["longest"].value) for p in PARTS)
     assert found["shortest"] == min(float(p["shortest"].value) for p in PARTS)
@@ -68,7 +68,7 @@ def test_a_mean_over_nothing_is_left_out_and_never_nan():
     assert found == {"one": 1.5}
 
 
-def test_a_loss_that_is_not_finite_is_shown_as_such():
+def test_a_non_finite_loss_is_reported_as_such():
     parts = [{"loss": Sum(jnp.float32(x), jnp.float32(1))} for x in (1.0, np.nan)]
     assert np.isnan(metrics.as_floats(metrics.add(*parts))["loss"])
     assert np.isinf(metrics.as_floats({"loss": Sum(jnp.float32(np.inf), jnp.float32(1))})["loss"])
@@ -82,17 +82,17 @@ def test_adding_is_the_same_on_the_host_and_in_a_program():
     assert set(jax.tree.leaves(dtypes)) == {jnp.dtype(jnp.float32)}
 
 
-def test_reading_gives_plain_floats():
+def test_as_floats_returns_python_floats():
     found = metrics.as_floats(PARTS[0])
     assert all(type(x) is float for x in found.values()) and set(found) == {"loss", "longest", "shortest"}
 
 
-def test_each_kind_is_told_from_a_leaf():
+def test_is_metric_distinguishes_metrics_from_leaves():
     assert all(metrics.is_metric(m) for m in PARTS[0].values()) and not metrics.is_metric(jnp.ones(()))
     assert len(jax.tree.leaves(PARTS[0], is_leaf=metrics.is_metric)) == 3
 
 
-def test_json_gives_metrics_back():
+def test_from_json_inverts_to_json():
     whole = {**PARTS[0], "noise": LabelNoise.of(jnp.linspace(-1, 2, 40), jnp.ones(40, bool))}
     back = metrics.from_json(json.loads(json.dumps(metrics.to_json(jax.device_get(whole)))))
     same(back, whole)
@@ -130,7 +130,7 @@ def estimates(pairs, wrong, seeds=200):
     return np.array([LabelNoise(counts(first_sight(seed, pairs, wrong))).value() for seed in range(seeds)])
 
 
-def test_the_counts_are_those_of_the_program_and_add():
+def test_label_noise_counts_equal_numpys_and_add():
     margin = first_sight(0, 300, 0.2)
     where = np.arange(300) % 7 > 0
     found = LabelNoise.of(jnp.asarray(margin, jnp.float32), jnp.asarray(where))
@@ -144,7 +144,7 @@ def test_the_counts_are_those_of_the_program_and_add():
 
 
 @pytest.mark.parametrize("wrong", [0.1, 0.2, 0.3])
-def test_wrong_labels_are_estimated_within_five_points(wrong):
+def test_wrong_labels_are_estimated_within_5_points(wrong):
     """Of 216 pairs in four draws of five, whose scatter is that of which labels are wrong; of 1000 nearly always."""
     few, many = estimates(216, wrong), estimates(1000, wrong)
     assert (
@@ -154,7 +154,7 @@ def test_wrong_labels_are_estimated_within_five_points(wrong):
 
 
 @pytest.mark.parametrize("pairs", [64, 216, 1000])
-def test_the_standard_error_is_the_scatter(pairs):
+def test_the_standard_error_is_the_standard_deviation_over_seeds(pairs):
     for wrong in (0.1, 0.2, 0.3):
         each = [LabelNoise(counts(first_sight(seed, pairs, wrong))) for seed in range(300)]
         assert np.mean([d.error() for d in each]) == pytest.approx(np.std([d.value() for d in each]), rel=0.2)
@@ -162,25 +162,25 @@ def test_the_standard_error_is_the_scatter(pairs):
     assert told == {"label_noise": each[0].value(), "label_noise_error": each[0].error()}
 
 
-def test_of_clean_labels_few_look_wrong():
+def test_few_clean_labels_look_wrong():
     assert estimates(216, 0.0).mean() < 0.04 and np.quantile(estimates(216, 0.0), 0.95) < 0.06
     assert estimates(1000, 0.0).max() < 0.06
 
 
-def test_a_model_that_is_always_right_where_it_is_sure_finds_the_share_itself():
+def test_a_model_that_is_right_where_it_is_certain_yields_the_exact_fraction():
     size = np.geomspace(0.01, 10, 2000)
     for share in (0.0, 0.2, 0.4):
         lost = np.arange(2000) % 5 < round(5 * share)
         assert LabelNoise(counts(np.where(lost, -size, size))).value() == pytest.approx(share, abs=0.01)
 
 
-def test_fewer_than_24_pairs_give_no_estimate_and_a_tie_is_no_pair():
+def test_fewer_than_24_pairs_give_no_estimate_and_ties_do_not_count():
     assert LabelNoise(counts(np.ones(23))).value() is None and LabelNoise(counts(np.ones(24))).value() == 0
     found = LabelNoise.of(jnp.array([0.0, 1.0, -1.0]), jnp.ones(3, bool))
     assert found.counts.sum() == 2 and LabelNoise(counts(-np.ones(30))).value() == 1
 
 
-def test_the_correlation_is_pearsons_of_all_rows_at_once():
+def test_the_correlation_equals_pearsons_over_all_rows():
     x, y = RNG.normal(size=60), RNG.normal(size=60)
     y = y + x
     thirds = zip(np.split(x, 3), np.split(y, 3), strict=True)

@@ -118,7 +118,7 @@ def graded(fn, whole, mask):
     return jax.jit(jax.value_and_grad(lambda t: fn(tree.combine(t, frozen))))(trainable)
 
 
-def test_the_objective_is_its_formula_by_a_plain_forward_pass_in_value_and_gradient():
+def test_the_objective_equals_its_formula_in_value_and_gradient():
     temperature = 0.7
     model, whole, mask = setting()
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
@@ -130,7 +130,7 @@ def test_the_objective_is_its_formula_by_a_plain_forward_pass_in_value_and_gradi
     assert optax.tree.norm(slope["adapter"]) > 1e-3 and optax.tree.norm(slope["critic"]) > 1e-3
 
 
-def test_completions_that_share_a_prompt_are_completions_in_rows_of_their_own():
+def test_completions_that_share_a_prompt_equal_completions_in_separate_rows():
     model, whole, mask = setting()
     groups = random_groups(count=5)
     packed = judged(full(model, loss=P.gspo_token), whole, mask, micro(laid(rows_of(groups)), 1), {})
@@ -166,7 +166,7 @@ def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_o
     assert not any(np.any(x) for x in jax.tree.leaves(part(0.0, 0.0)))
 
 
-def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
+def test_tokens_without_weight_and_padding_change_nothing(one_by_one):
     groups = random_groups(count=6)
     batch = laid(rows_of(groups))
     away = np.asarray(batch.answers) == 1
@@ -188,7 +188,7 @@ def test_what_has_no_weight_and_what_is_padding_changes_nothing(one_by_one):
 @pytest.mark.parametrize(
     "dtype", [jnp.float64, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bfloat16"]
 )
-def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_and_exactly_one_without_them(
+def test_before_the_first_step_the_ratio_is_one_within_rounding_and_exactly_one_without_old_log_probs(
     dtype,
 ):
     """Log-probs at drawing come from a program of their own, whose sums the compiler may order otherwise."""
@@ -206,7 +206,7 @@ def test_before_the_first_step_the_ratio_is_one_to_the_last_bits_of_a_log_prob_a
     assert_close(slope, now, 1e-10 if dtype == jnp.float64 else 1e-3)
 
 
-def test_the_logged_numbers_are_what_their_names_say(one_by_one):
+def test_the_metrics_equal_their_definitions(one_by_one):
     batch = laid(rows_of(random_groups(count=6)))
     value, _, found = judged(by_table(), TABLE, ALL, micro(batch, 2), {})
     played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
@@ -247,7 +247,7 @@ def test_the_logged_numbers_are_what_their_names_say(one_by_one):
         np.testing.assert_allclose(found[name], number, rtol=1e-10, atol=1e-13, err_msg=name)
 
 
-def test_the_value_loss_is_torchs_in_value_and_gradient():
+def test_the_value_loss_equals_torchs_in_value_and_gradient():
     rng = np.random.default_rng(0)
     v, old, returns = rng.normal(0, 1, (3, 40))
     for clip in (0.2, None):
@@ -264,7 +264,7 @@ def test_the_value_loss_is_torchs_in_value_and_gradient():
         )
 
 
-def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while_the_policy_waits():
+def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights():
     model, whole, mask = setting()
     other = jax.tree.map(lambda x: x * 1.3, whole["adapter"])
     whole = {**whole, "critic": {**whole["critic"], "adapter": other}}
@@ -287,7 +287,7 @@ def test_a_critic_may_be_another_adapter_on_the_same_base_and_learns_alone_while
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(layerwise):
+def test_a_frozen_policy_is_unchanged_while_its_critic_is_trained(layerwise):
     """Whatever momentum the optimizer has, and although the critic reads the policy's own hidden states."""
     model, whole, mask = setting()
     objective = policy(model, LOSS, critic=own_critic(model))
@@ -319,7 +319,7 @@ def test_a_policy_that_rests_stays_as_it_is_while_its_critic_learns(layerwise):
     assert any("['adapter']" in name for name in kept)
 
 
-def test_the_copy_of_step_0_is_without_models_beside_the_policy():
+def test_the_reference_copy_contains_only_the_policy():
     model, whole, mask = setting()
     kept = policy(model, LOSS, beta=0.1).init(tree.partition(whole, mask)[0], False)["reference"]
     assert jax.tree.leaves(kept["adapter"]) and not jax.tree.leaves(kept["critic"])
@@ -362,7 +362,7 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     assert fixed.update({"a": 1}, None, sums) == {"a": 1}
 
 
-def test_a_penalty_of_zero_measures_the_kl_and_changes_nothing(one_by_one):
+def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing(one_by_one):
     batch = micro(laid(rows_of(random_groups())), 1)
     value, slope, found = judged(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
     wanted, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
@@ -370,7 +370,7 @@ def test_a_penalty_of_zero_measures_the_kl_and_changes_nothing(one_by_one):
     assert_close(slope, slope_too, 1e-15)
 
 
-def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_by_one):
+def test_kl_in_reward_is_logged_and_updates_its_coefficient_only(one_by_one):
     """And the loss has none of it."""
     batch = micro(laid(rows_of(random_groups())), 1)
     inner = AdaptiveKL(coef=0.3, target=0.5, horizon=10, estimate=k2)
@@ -387,7 +387,7 @@ def test_a_penalty_in_the_rewards_is_measured_and_its_coefficient_followed(one_b
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_numbers_of_one_device():
+def test_a_mesh_gives_the_values_of_one_device():
     model, whole, mask = setting()
     whole, mask = ({name: x[name] for name in ("base", "adapter")} for x in (whole, mask))
     objective = policy(model, P.gspo, beta=0.1, entropy=0.05)
@@ -400,7 +400,7 @@ def test_a_mesh_gives_the_numbers_of_one_device():
     assert_same(jax.device_get(many), one)
 
 
-def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
+def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch):
     monkeypatch.setattr("jaxft.objectives.logprobs.CHUNK_LOGITS", 2 * 40 * 5)
     model, whole, _ = setting()
     rng = np.random.default_rng(0)
@@ -441,7 +441,7 @@ def test_the_entropys_gradient_is_autodiffs_for_any_chunk(monkeypatch):
         ({"critic": None}, {"coef": -1.0}, "Critic: coef is above 0, got -1.0"),
     ],
 )
-def test_what_cannot_go_on_is_one_line(one_by_one, given, batch, words):
+def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, words):
     drawn = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     with pytest.raises(ValueError, match=words):
         if "coef" in batch:
@@ -449,7 +449,7 @@ def test_what_cannot_go_on_is_one_line(one_by_one, given, batch, words):
         by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, drawn.replace(**batch), None, {})
 
 
-def test_every_number_of_a_rollout_is_read(one_by_one):
+def test_every_field_of_a_rollout_influences_the_loss(one_by_one):
     """A change of any of them changes the loss: none is carried in vain."""
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     run = lambda b: by_table(partial(P.clipped, eps_high=9.0, eps_low=1.0))(TABLE, b, None, {})[0]  # noqa: E731

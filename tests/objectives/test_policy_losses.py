@@ -157,7 +157,7 @@ def cotangents(seed=9):
 
 
 @losses
-def test_a_loss_is_its_formula_in_torch_in_value_and_gradient(name):
+def test_a_loss_equals_its_torch_formula_in_value_and_gradient(name):
     loss, other = LOSSES[name]
     d, weights = drawn(), cotangents()
     mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
@@ -193,7 +193,7 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
 
 
 @losses
-def test_padding_and_empty_places_change_nothing(name):
+def test_padding_and_empty_slots_change_nothing(name):
     d, weights = drawn(), cotangents()
     pad = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)  # noqa: E731
     numbers = {
@@ -212,7 +212,7 @@ def test_padding_and_empty_places_change_nothing(name):
 
 
 @losses
-def test_a_token_loss_looks_at_its_own_token_and_a_sequence_loss_at_its_completion(name):
+def test_a_token_loss_depends_on_its_token_and_a_sequence_loss_on_its_completion(name):
     d = drawn()
     moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.completion[0] == 0)[0])].add(-0.8))
     changed = np.asarray(LOSSES[name][0](moved) != LOSSES[name][0](d))
@@ -221,7 +221,7 @@ def test_a_token_loss_looks_at_its_own_token_and_a_sequence_loss_at_its_completi
 
 
 @losses
-def test_far_away_policies_give_finite_losses_and_gradients(name):
+def test_distant_policies_give_finite_losses_and_gradients(name):
     for away in (-500.0, 500.0):
         d = drawn()
         d = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, d)
@@ -230,7 +230,7 @@ def test_far_away_policies_give_finite_losses_and_gradients(name):
             assert np.isfinite(x).all() and x.dtype == np.float32
 
 
-def test_the_kl_estimators_are_their_formulas():
+def test_the_kl_estimators_equal_their_formulas():
     d = drawn()
     mask, (p, ref), index = dense(d, "logp", "reference")
     weights = cotangents()
@@ -254,7 +254,7 @@ def test_the_kl_estimators_are_their_formulas():
         )
 
 
-def test_k1_and_k3_are_the_kl_in_expectation_and_only_k2s_slope_is_the_kls():
+def test_k1_and_k3_are_unbiased_and_only_k2_has_the_gradient_of_the_kl():
     """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of drawn tokens' estimates."""
     logits, other = (jnp.asarray(np.random.default_rng(i).normal(0, 1, 7)) for i in range(2))
     log_q = jax.nn.log_softmax(other)
@@ -292,7 +292,7 @@ def test_the_corrected_kl_is_weighted_by_the_ratio():
         P.with_corrected_kl(d.replace(reference=None))
 
 
-def test_trl_gives_the_weights_of_vespo_and_masks_what_is_far():
+def test_vespo_weights_and_the_off_policy_mask_equal_trls():
     trainer = pytest.importorskip("trl").GRPOTrainer
     d = drawn(seed=3)
     mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
@@ -308,7 +308,7 @@ def test_trl_gives_the_weights_of_vespo_and_masks_what_is_far():
         np.testing.assert_allclose(found, wanted.numpy()[there], rtol=1e-10, atol=1e-13)
 
 
-def test_a_controller_moves_the_coefficient_towards_its_target():
+def test_the_adaptive_coefficient_follows_its_target():
     control = kl.AdaptiveKL(coef=0.2, target=6.0, horizon=1000)
     for nats, clip in ((6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)):
         for number in (float, jnp.asarray):
@@ -332,6 +332,6 @@ def test_a_controller_moves_the_coefficient_towards_its_target():
         (lambda d: kl.AdaptiveKL(target=0), "target and horizon are above 0, got 0 and"),
     ],
 )
-def test_knobs_out_of_range_are_refused(call, words):
+def test_parameters_out_of_range_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(drawn())

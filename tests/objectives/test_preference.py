@@ -45,7 +45,7 @@ def one_by_one():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_accumulation_is_the_big_batch_for_every_loss(one_by_one, name):
+def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
     one = judged(objective, table, ONLY_W, micro(batch, 1), aux)
@@ -76,7 +76,7 @@ def with_model(loss, **options):
     return preference(model, loss, **options), whole, tree.mask_by_path(whole, "adapter/.*/[ab]"), model
 
 
-def test_a_mesh_gives_the_numbers_of_one_device_where_rows_are_coupled():
+def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
     objective, whole, mask, model = with_model(P.aot)
     batch = micro(laid(random_pairs(20), rows=16), 2)
     one = jax.device_get(judged(objective, whole, mask, batch, {}))
@@ -89,7 +89,7 @@ def test_a_mesh_gives_the_numbers_of_one_device_where_rows_are_coupled():
 
 
 @pytest.mark.parametrize("loss", (P.dpo, F.orpo), ids=("dpo", "orpo"))
-def test_a_shared_prompt_is_the_prompt_in_front_of_each_answer(loss):
+def test_a_shared_prompt_equals_the_prompt_before_each_response(loss):
     options = {} if loss is P.dpo else {"reference": None, "reward": mean_logp}
     objective, whole, mask, _ = with_model(loss, **options)
     pool = random_pairs(9)
@@ -125,7 +125,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
 
 
 @pytest.mark.parametrize("name", ("dpo", "kto", "aot"))
-def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
+def test_a_widened_batch_gives_the_same_results(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=7)), start_aux(objective)
     more = lambda x, axis: np.empty([n + 3 * (i == axis) for i, n in enumerate(x.shape)], x.dtype)  # noqa: E731
@@ -164,6 +164,6 @@ def test_a_batch_with_room_to_spare_is_the_same_batch(one_by_one, name):
         ),
     ],
 )
-def test_a_loss_that_cannot_be_called_is_refused_at_once(loss, words):
+def test_a_loss_that_cannot_be_called_is_refused_by_preference(loss, words):
     with pytest.raises(ValueError, match=words):
         preference(None, loss)

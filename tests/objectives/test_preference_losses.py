@@ -43,7 +43,7 @@ def strict():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_loss_is_its_formula_in_value_and_gradient(name):
+def test_a_loss_equals_its_formula_in_value_and_gradient(name):
     loss, formula, knobs = EVERY[name]
     for seed in range(3):
         rows = random_rows(count=5 + seed, kinds=kinds_of(name), seed=seed)
@@ -52,7 +52,7 @@ def test_a_loss_is_its_formula_in_value_and_gradient(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_default_knobs_are_those_of_the_formula(name):
+def test_default_parameters_are_those_of_the_formula(name):
     loss, formula, _ = EVERY[name]
     each = name not in TOTALS and name not in THIRD
     check_against_torch(loss, formula, random_rows(kinds=kinds_of(name), seed=7), each=each)
@@ -68,13 +68,13 @@ def test_a_divergence_changes_the_score(name, score):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_rows_with_one_answer_are_judged_alone(name):
+def test_rows_with_one_response_are_scored_alone(name):
     loss, formula, knobs = SINGLE[name]
     rows = random_rows(count=7, kinds=kinds_of(name), seed=5, only_one=True)
     check_against_torch(with_knobs(loss, knobs), with_knobs(formula, knobs), rows)
 
 
-def test_a_mismatched_answer_that_is_missing_is_left_out_of_the_kl():
+def test_a_missing_mismatched_response_is_excluded_from_the_kl():
     rows = random_rows(count=6, kinds=kinds_of("kto"), seed=5)
     rows.answers["mismatched"][2] = np.zeros((0, 3))
     check_against_torch(F.kto, T.kto, rows)
@@ -114,7 +114,7 @@ def test_the_shift_of_bco_is_the_mean_of_all_rewards_so_far():
     assert state["count"] == len(before) == 26
 
 
-def test_losses_of_a_mix_keep_their_running_numbers_apart():
+def test_losses_of_a_mix_have_separate_states():
     betas, rows = (0.1, 0.7), random_rows(6, seed=4)
     laid = lay(rows)
     loss = P.mix((partial(F.bco, beta=betas[0]), 0.25), (P.dpo, 2.0), (partial(F.bco, beta=betas[1]), 0.5))
@@ -158,7 +158,7 @@ def test_pairs_without_weight_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_batch_of_nothing_is_zero_and_has_a_zero_gradient(name):
+def test_an_empty_batch_has_loss_0_and_gradient_0(name):
     loss, _, knobs = EVERY[name]
     kinds = kinds_of(name)
     empty = Rows({kind: [np.zeros((0, 3))] for kind in kinds}, np.zeros(1), np.zeros(1))
@@ -167,7 +167,7 @@ def test_a_batch_of_nothing_is_zero_and_has_a_zero_gradient(name):
 
 
 @pytest.mark.parametrize("name", T.AT_THE_START)
-def test_the_value_at_the_start_is_what_theory_says(name):
+def test_the_value_at_the_reference_is_the_theoretical_one(name):
     rows = random_rows(5, kinds=kinds_of(name), seed=2, lengths=(4, 4))
     for answers in rows.answers.values():
         for x in answers:
@@ -214,7 +214,7 @@ SWAPS = {  # loss(pair) - loss(swapped) = -slope * margin
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_swapping_chosen_and_rejected_turns_the_gradient(name):
+def test_swapping_chosen_and_rejected_mirrors_the_gradient(name):
     loss, slope, margin = SWAPS[name]
     rows = random_rows(6, seed=8)
     swapped = Rows({"chosen": rows.answers["rejected"], "rejected": rows.answers["chosen"]}, rows.margin)
@@ -315,14 +315,14 @@ def test_knobs_may_be_traced(name, knob):
     np.testing.assert_allclose(found, value_of(partial(loss, **{knob: 0.2}), pair), rtol=1e-12)
 
 
-def test_alpha_divergence_goes_over_into_its_limits():
+def test_alpha_divergence_converges_to_its_limits():
     c = jnp.linspace(-3.0, 3.0, 13)
     for alpha in (1.0, 1 + 1e-7, 1 - 1e-5, 1 + 1e-5):
         np.testing.assert_allclose(P.alpha_divergence(c, alpha), c, atol=1e-4)
     np.testing.assert_allclose(P.alpha_divergence(c, 0.0), P.forward_kl(c), rtol=1e-12)
 
 
-def test_length_desensitised_is_the_loss_at_alpha_1_and_where_lengths_agree():
+def test_length_desensitised_equals_the_loss_at_alpha_1_and_for_equal_lengths():
     pair = seen(lay(random_rows(5, seed=1)))
     np.testing.assert_allclose(P.length_desensitised(P.dpo, alpha=1.0)(pair), P.dpo(pair), rtol=1e-12)
     level = seen(lay(random_rows(5, seed=1, lengths=(4, 4))))
@@ -332,7 +332,7 @@ def test_length_desensitised_is_the_loss_at_alpha_1_and_where_lengths_agree():
 @pytest.mark.parametrize(
     "change, loss", [(P.wpo, P.dpo), (P.length_desensitised, P.ipo), (P.length_desensitised, P.aot)]
 )
-def test_knobs_are_set_before_or_after_a_loss_is_changed(change, loss):
+def test_parameters_may_be_set_before_or_after_wrapping_a_loss(change, loss):
     pair = seen(lay(random_rows(5, seed=1)))
     inside, outside = (
         value_of(change(partial(loss, beta=0.7)), pair),
@@ -342,7 +342,7 @@ def test_knobs_are_set_before_or_after_a_loss_is_changed(change, loss):
     assert not np.allclose(inside, value_of(change(loss), pair))
 
 
-def test_an_answer_without_a_partner_keeps_its_length():
+def test_a_single_response_keeps_its_length():
     rows = random_rows(5, kinds=kinds_of("kto"), seed=1, only_one=True, lengths=(2, 9))
     pair = seen(lay(rows))
     for loss in (F.apo_zero_unpaired, F.kto):
@@ -359,7 +359,7 @@ def test_log1mexp_is_exact_on_both_sides():
     np.testing.assert_allclose(slope, -1 / np.expm1(-x), rtol=1e-12)
 
 
-def test_the_smallest_number_that_orpo_sees_is_finite_and_monotone():
+def test_log1mexp_is_finite_and_monotone_near_0():
     x = jnp.asarray([0.0, -1e-15, -1e-12, -1e-9])
     found = F.log1mexp(x)
     assert math.isclose(float(found[0]), math.log(1e-12), rel_tol=1e-3) and (jnp.diff(found) >= 0).all()
@@ -368,37 +368,37 @@ def test_the_smallest_number_that_orpo_sees_is_finite_and_monotone():
 @pytest.mark.parametrize(
     "loss, words",
     [
-        (partial(P.exo_pair, label_smoothing=0.0), "in \\(0, 1\\), found 0.0"),
-        (partial(P.robust, label_smoothing=0.5), "in \\[0, 0.5\\), found 0.5"),
-        (partial(P.robust, label_smoothing=-0.1), "found -0.1"),
-        (partial(P.cdpo, label_smoothing=0.7), "found 0.7"),
-        (partial(P.discopop, tau=0.0), "tau is positive"),
+        (partial(P.exo_pair, label_smoothing=0.0), "in \\(0, 1\\), got 0.0"),
+        (partial(P.robust, label_smoothing=0.5), "in \\[0, 0.5\\), got 0.5"),
+        (partial(P.robust, label_smoothing=-0.1), "got -0.1"),
+        (partial(P.cdpo, label_smoothing=0.7), "got 0.7"),
+        (partial(P.discopop, tau=0.0), "tau is above 0"),
         (partial(F.alphapo, alpha=0.0), "use simpo"),
-        (F.tpo, "third answer `gold`"),
-        (F.kto, "third answer `mismatched`"),
+        (F.tpo, "third response `gold`"),
+        (F.kto, "third response `mismatched`"),
     ],
 )
-def test_a_bad_knob_or_a_missing_answer_is_one_clear_line(loss, words):
+def test_a_knob_out_of_range_or_a_missing_response_is_one_clear_line(loss, words):
     with pytest.raises(ValueError, match=words) as e:
         value_of(loss, seen(lay(random_rows())))
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("loss", (P.dpo, P.aot, P.aot_unpaired, P.sppo_hard, F.bco))
-def test_a_loss_that_compares_with_a_reference_says_that_there_is_none(loss):
-    with pytest.raises(ValueError, match="give preference\\(...\\) a reference"):
+def test_a_loss_that_reads_a_missing_reference_is_refused(loss):
+    with pytest.raises(ValueError, match="Set preference.reference='start'."):
         value_of(loss, seen(lay(random_rows()), reference=False))
 
 
 @pytest.mark.parametrize("name", (*NO_REFERENCE, *THIRD))
-def test_losses_without_a_reference_never_look_at_one(name):
+def test_reference_free_losses_do_not_read_the_reference(name):
     laid = lay(random_rows(kinds=kinds_of(name)))
     assert judged(EVERY[name][0], laid, reference=False)[0] == judged(EVERY[name][0], laid)[0]
 
 
-def test_margins_must_be_there():
+def test_dpo_margin_requires_the_column():
     pair = seen(lay(random_rows()))
-    with pytest.raises(ValueError, match="`margin`.*found the columns: none"):
+    with pytest.raises(ValueError, match="`margin` .available: none."):
         P.dpo_margin(replace(pair, columns={}))
 
 

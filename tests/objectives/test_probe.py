@@ -493,7 +493,7 @@ def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
         "beta": 0.2
     }
     assert [x.label for x in losses(["dpo", "my.py:ipo", "ipo", "dpo,beta=0.2"], mine)] == [
-        "preference:ipo",
+        "preference_losses:ipo",
         "dpo,beta=0.2",
     ]
 

@@ -90,7 +90,7 @@ def strict():
 
 
 @pytest.mark.parametrize("branches", [True, False], ids=["branches", "plain"])
-def test_answers_have_the_scores_of_transformers_at_their_last_token(classifier, branches):
+def test_responses_have_the_scores_of_transformers_at_their_last_token(classifier, branches):
     torch_model, folder = classifier
     loaded = reward_models.load_reward_model(str(folder), one_device(), dtype=jnp.float32)
     pool = random_pairs(9, longest=4)  # answers of one token too
@@ -119,7 +119,7 @@ def test_a_classifiers_folder_gives_the_scores_of_transformers_for_padded_rows(c
     np.testing.assert_allclose(found, [in_torch(torch_model, text) for text in texts], rtol=1e-5, atol=1e-5)
 
 
-def test_a_classifier_in_four_bits_scores_as_what_its_codes_stand_for(classifier):
+def test_a_4_bit_classifier_scores_as_its_dequantised_weights(classifier):
     torch_model, folder = classifier
     loaded = reward_models.load_reward_model(
         str(folder), one_device(), quant=Quant("nf4", 32), dtype=jnp.float32
@@ -176,7 +176,7 @@ def test_far_margins_stay_finite():
     assert value.tolist() == [1e4, 0] and slope.tolist() == [-1, 0]
 
 
-def test_a_tie_is_log_2_and_no_win():
+def test_a_tie_has_loss_log_2_and_is_not_won():
     batch = laid(random_pairs(4))
     same = jnp.ones(batch.pair_weights.shape)
     value, found = reward(None).loss(Outputs(same, same, batch), {})
@@ -268,7 +268,7 @@ BESIDE = {
 }
 
 
-def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
+def test_heads_on_a_base_are_trained_or_frozen_by_name():
     model = heads.with_heads(llama(CONFIG, jnp.float32), BESIDE)
     t = partition.partition_params(
         model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, BESIDE)
@@ -295,7 +295,7 @@ def test_further_models_on_a_base_are_trained_or_frozen_each_by_its_name():
     ) and "value/score" in partition.parameter_table(t)
 
 
-def test_each_model_on_a_base_is_the_one_it_is_alone(strict):
+def test_each_head_on_a_base_equals_the_one_alone(strict):
     base = llama(CONFIG, jnp.float64)
     model = adapted(heads.with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()
@@ -327,7 +327,7 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
         heads.with_scalar_head(model).logits({}, None)
 
 
-def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
+def test_fresh_heads_do_not_change_the_policys_initialisation():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
     plain = partition.partition_params(model, SETTINGS, None)
     beside = {"critic": HeadSettings(SETTINGS)}
@@ -346,7 +346,7 @@ def test_fresh_models_beside_a_policy_leave_its_own_start_as_it_was():
 # ---- folders that are no reward model
 
 
-def test_what_is_no_classifier_with_one_label_and_a_head_is_refused(classifier, tmp_path):
+def test_anything_but_a_classifier_with_one_label_is_refused(classifier, tmp_path):
     _, folder = classifier
     with pytest.raises(
         ValueError, match="a sequence classifier, which gives scores and no text; take a language model"

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, random_pairs, start_aux, table_see
-from preference_rows import EVERY
+from preference_rows import EVERY, THIRD
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import EMAReference, preference, reference_params
 from jaxft.optim.optimizer import from_optax
 from jaxft.train import evaluate
@@ -61,7 +62,7 @@ def moving_see(params, batch, key, aux):
     )
 
 
-def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_stay_at_a_step_that_is_not_finite():
+def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_skip_non_finite_steps():
     _, table = by_table("dpo")
     table = {
         name: x.at[39].set(jnp.inf) if name == "w" else x for name, x in table.items()
@@ -129,6 +130,8 @@ def test_a_moving_reference_starts_as_the_model_and_may_follow_at_once():
             EMAReference(**wrong)
 
 
-def test_every_coupled_loss_is_known_as_one():
+def test_every_loss_declares_its_facts():
     assert {"aot", "aot_unpaired", "ld aot", "mix of coupled", "kto", "bco"} == set(COUPLED)
     assert all(by_table(name)[0].facts.coupled == (name in COUPLED) for name in EVERY)
+    free = {name for name, (loss, *_) in EVERY.items() if not declaration(loss).reads_reference}
+    assert free == {"nll", "simpo", "alphapo", "alphapo below", "cpo", "cpo_hinge", "cpo_ipo", "orpo", *THIRD}

@@ -165,7 +165,7 @@ SCORES = {
 }
 OF_SCORES = ("dpo", "cdpo", "hinge", "squared_hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop")
 
-# A row a loss: ours, its formula in torch, knobs other than the defaults. `sft` is a scalar in TRL: compared as a total.
+# A row a loss: ours, its formula in torch, knobs other than the defaults. `nll` (TRL's sft) is a scalar in TRL: compared as a total.
 PAIRED = {
     **{name: (getattr(P, name), getattr(T, name), {"beta": 0.3}) for name in OF_SCORES},
     "exo_pair eps": (P.exo_pair, T.exo_pair, {"label_smoothing": 0.2}),
@@ -181,7 +181,7 @@ PAIRED = {
     "apo_down": (P.apo_down, T.apo_down, {"beta": 0.4}),
     "aot": (P.aot, T.aot, {"beta": 0.4, "label_smoothing": 0.1}),
     "aot_unpaired": (P.aot_unpaired, T.aot_unpaired, {"beta": 0.4, "label_smoothing": 0.1}),
-    "sft": (P.nll, T.nll, {}),
+    "nll": (P.nll, T.nll, {}),
     "simpo": (F.simpo, T.simpo, {"label_smoothing": 0.1, "gamma": 0.7}),
     "alphapo": (F.alphapo, T.alphapo, {"alpha": 0.4, "label_smoothing": 0.1}),
     "alphapo below": (F.alphapo, T.alphapo, {"alpha": -0.4}),
@@ -213,7 +213,7 @@ PAIRED = {
     ),
     "mix of coupled": (P.mix((P.aot, 0.8), (P.dpo, 0.2)), T.mix((T.aot, 0.8), (T.dpo, 0.2)), {}),
 }
-TOTALS = {"sft", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "mpo"}  # TRL's NLL is one number for the batch
+TOTALS = {"nll", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "mpo"}  # TRL's NLL is one number for the batch
 
 THIRD = {
     "tpo": (

@@ -89,7 +89,7 @@ def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, reads: int
 
 
 def pack_rows(pair: PairBatch, slots: int) -> PairBatch:
-    """Arrange pairs [N, 1] as a batch [N / slots, slots]. Raises ValueError if N is not a multiple of slots."""
+    """Arrange pairs [N, 1] as a batch [N / slots, slots]. Raises ValueError if slots does not divide N."""
     N, A = pair.weight.shape[0], len(pair.responses)
     if N % slots:
         raise ValueError(f"{N} pairs do not fill rows of {slots}. Use a multiple of {slots} pairs")
