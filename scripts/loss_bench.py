@@ -367,7 +367,7 @@ def content_of(place: Any) -> str | None:
 
 
 def objective_of(run: Any, loss: Loss) -> Any:
-    """The config's preference objective with another loss; without a reference it gets the policy at step 0."""
+    """The config's preference objective with another loss, by default against the policy at step 0."""
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
     if run.objective(run.model).facts.reference == "none":
