@@ -13,7 +13,7 @@ trains all weights; model=runs/reward/model continues from what that wrote. scri
 from functools import partial
 
 from jaxft.data.pairs.source import PairRows
-from jaxft.models.heads import scorer
+from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward
 from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, RowKnobs
@@ -32,7 +32,7 @@ def config(
     """Reward modelling."""
     return Run(
         name=name,
-        **base.sections(head=scorer),
+        **base.sections(head=with_scalar_head),
         objective=partial(reward, margin=margin, center=center),
         data=PairRows(**rows.settings(), extras=() if margin is None else (margin,)),
         optim=Optim(lr=lr),

@@ -1,4 +1,4 @@
-"""Completions of a rollout on the host: as sampled, with scores, and as the policy is trained on them."""
+"""The types of a rollout on the host: completions as sampled, with scores, and as batches are made of them."""
 
 import json
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 NumPy in float64, on the host.
 
-An estimator is a function RolloutScores -> Estimate; set its options with partial(actor_critic, lam=0.9).
+An estimator is a function RolloutScores -> AdvantageEstimate; set its options with partial(actor_critic, lam=0.9).
 """
 
 import inspect
@@ -26,10 +26,9 @@ KLEstimate = Callable[[PerToken, PerToken], PerToken]  # (log-probs, the referen
 class RolloutScores:
     """Scores and log-probs of a rollout: N completions of each of G prompts, n = G N.
 
-    Per-token arrays are 0 beyond the length.
-
-    scores: NaN for a completion without a score. ended: by a stop token rather than by the limit. reference,
-    values: None without a reference or a critic. reward_scores: of each reward, before weights and shaping.
+    scores: NaN for a completion without a score. ended: by a stop token rather than by the limit.
+    logps, reference, values: of each token, 0 beyond the length; None without a reference or a critic.
+    reward_scores: of each reward, before weights and shaping.
     kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without one.
     """
 
@@ -55,7 +54,7 @@ class RolloutScores:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class AdvantageEstimate:
     """Advantages and returns [n, S]; metrics, each a mean over the completions of the rollout."""
 
     advantages: Float[np.ndarray, "n S"]
@@ -63,7 +62,7 @@ class Estimate:
     metrics: dict[str, float]
 
 
-AdvantageEstimator = Callable[[RolloutScores], Estimate]
+AdvantageEstimator = Callable[[RolloutScores], AdvantageEstimate]
 
 
 def by_group(
@@ -71,12 +70,12 @@ def by_group(
     advantage: Advantage = adv.grpo,
     kl_coef: float | None = None,
     kl: KLEstimate | None = None,
-) -> Estimate:
+) -> AdvantageEstimate:
     """Give every token its completion's advantage within the group: GRPO, Dr. GRPO, RLOO, OPO.
 
-    With a KL penalty in the rewards, kl_coef times the completion's KL is subtracted from its score first, as
-    in TRL's RLOO. kl_coef, kl: as in actor_critic. Raises ValueError for an advantage that can't be called
-    with (scores, lengths).
+    kl_coef, kl: as in actor_critic. With a KL penalty in the rewards, kl_coef times the completion's KL is
+    subtracted from its score first, as in TRL's RLOO. Raises ValueError if `advantage` can't be called with
+    (scores, lengths).
     """
     require_signature(advantage, "advantage", ("scores", "lengths"))
     coef, scores = _kl_coef(rollout, kl_coef), rollout.scores
@@ -85,33 +84,33 @@ def by_group(
         rewards, metrics = _token_rewards(rollout, coef, kl)
         total = rewards.sum(1).reshape(scores.shape)
         scores = np.where(adv.has_score(scores), total, np.nan)
-    return Estimate(_per_token(rollout, advantage(scores, rollout.lengths)), None, metrics)
+    return AdvantageEstimate(_per_token(rollout, advantage(scores, rollout.lengths)), None, metrics)
 
 
-def by_each(rollout: RolloutScores) -> Estimate:
+def by_each(rollout: RolloutScores) -> AdvantageEstimate:
     """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO."""
     _require_no_kl(rollout, "by_each")
     total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
-    return Estimate(_per_token(rollout, np.where(adv.has_score(rollout.scores), total, 0)), None, {})
+    return AdvantageEstimate(_per_token(rollout, np.where(adv.has_score(rollout.scores), total, 0)), None, {})
 
 
-def group_whitened(rollout: RolloutScores) -> Estimate:
+def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
     """Whiten the scores minus the group's mean over all tokens: REINFORCE++ with a group baseline."""
     _require_no_kl(rollout, "group_whitened")
     centred = _per_token(rollout, adv.centred(rollout.scores))
-    return Estimate(adv.whiten(centred, rollout.token_mask), None, {})
+    return AdvantageEstimate(adv.whiten(centred, rollout.token_mask), None, {})
 
 
 def reinforce(
     rollout: RolloutScores, kl_coef: float | None = None, gamma: float = 1.0, kl: KLEstimate | None = None
-) -> Estimate:
+) -> AdvantageEstimate:
     """Whiten the returns of score and KL penalty over all tokens: REINFORCE++ (arXiv:2501.03262).
 
     Options: see actor_critic.
     """
     rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
     returns = adv.returns_to_go(rewards, rollout.scored_lengths, gamma)
-    return Estimate(adv.whiten(returns, rollout.token_mask), None, metrics)
+    return AdvantageEstimate(adv.whiten(returns, rollout.token_mask), None, metrics)
 
 
 def actor_critic(
@@ -121,7 +120,7 @@ def actor_critic(
     lam: float = 0.95,
     whiten_rewards: bool = False,
     kl: KLEstimate | None = None,
-) -> Estimate:
+) -> AdvantageEstimate:
     """Whiten generalised advantages of `-kl_coef KL_t` and the score at the last token: PPO.
 
     Returns are computed before whitening.
@@ -136,7 +135,7 @@ def actor_critic(
     if whiten_rewards:
         rewards = adv.whiten_around_mean(rewards, rollout.token_mask)
     advantages, returns = adv.gae(rewards, rollout.values, rollout.scored_lengths, gamma, lam)
-    return Estimate(adv.whiten(advantages, rollout.token_mask), returns, metrics)
+    return AdvantageEstimate(adv.whiten(advantages, rollout.token_mask), returns, metrics)
 
 
 def require_signature(fn: Callable, setting: str, arguments: tuple[str, ...]) -> None:

@@ -22,17 +22,17 @@ Filter = Callable[[GroupScores], GroupMask]
 class Rules:
     """How a rollout is scored and trained on.
 
-    rewards: plain functions of (prompt, completion, row) or Rewards such as reward_models.ModelReward, a
-        function becomes a FunctionReward. reward_weights: one for each, 1 by default. combine(scores [G, N,
-        K], weights) -> scores [G, N].
-    shape(scores, lengths, ended) -> scores: penalties and bounds. scale(scores, moments of all scores so far)
-        -> scores, such as advantages.scale_scores; metrics have the scores before it. None leaves them as
-        they are.
-    estimate: the advantage estimator, see estimators.py. token_weights(lengths, mask, max_new) -> the weight
-        of a token of each completion over an optimizer batch, see token_weights.py.
-    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups; None for all.
-        train_on_truncated: whether completions that the limit ended are trained on. warm_up: number of first
-        rollouts that train the critic alone.
+    rewards: plain functions of (prompt, completion, row), which become FunctionRewards, or other Rewards.
+    estimate: the advantage estimator, see estimators.py.
+    token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
+    reward_weights: one for each reward, 1 by default.
+    combine(scores [G, N, K], reward_weights) -> scores [G, N].
+    shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores. None for none.
+    scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores. None for none.
+        Metrics have the scores before it.
+    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups. None for all.
+    train_on_truncated: whether completions that the limit ended are trained on.
+    warm_up: number of first rollouts that train the critic alone.
     """
 
     rewards: tuple[Reward, ...]

@@ -78,7 +78,7 @@ class LoraKnobs(ModelKnobs):
         max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is quantised as that is,
         but never stored as its files have it.
         """
-        if reward is None or callable(reward):
+        if not isinstance(reward, str):
             return {}, () if reward is None else (reward,)
         own = None if self.quant == CHECKPOINT else Quant.parse(self.quant)
         heads, model = find_reward_model(reward, self.build(), own, max_length)

@@ -288,7 +288,7 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
 
 
 def test_a_critic_with_its_own_base_is_trained_whole():
-    with pytest.raises(ValueError, match="weights=base trains them all"):
+    with pytest.raises(ValueError, match="weights=base trains a whole model"):
         HeadSettings(weights="base", trained=False)
 
 
