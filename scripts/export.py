@@ -62,7 +62,7 @@ def main() -> int:
     ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     held = quant.quant_setting(args.quant, record if adapter_folder else None)
-    parts = peft.load_parts(adapter_folder, model)[0] if adapter_folder else {}
+    parts = peft.read_parts(adapter_folder, model)[0] if adapter_folder else {}
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
@@ -70,13 +70,16 @@ def main() -> int:
     tokenizer = pretrained.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is what is being read; choose another folder")
-    pack = export.Pack(quant.Quant(args.pack)) if args.pack else None
-    lost = export.write(
-        args.out, export.Whole(ref, model, tokenizer, adapter, held, parts.get("score")), args.dtype, pack
+    pack = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
+    lost = export.export_model(
+        args.out,
+        export.ExportSource(ref, model, tokenizer, adapter, held, parts.get("score")),
+        args.dtype,
+        pack,
     )
     of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
     print(
-        f"{args.out}: {of} as {args.pack or args.dtype}, {export.size(args.out):.2f} GiB{f'; {lost}' if lost else ''}"
+        f"{args.out}: {of} as {args.pack or args.dtype}, {export.weights_gib(args.out):.2f} GiB{f'; {lost}' if lost else ''}"
     )
     return 0
 

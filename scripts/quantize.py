@@ -93,7 +93,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
                 say(f"looking at batch {step + 1} of {steps}")
                 yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step)[0])
 
-        return gptq.moments(
+        return gptq.second_moments(
             model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]
         )
 
@@ -108,9 +108,9 @@ def main() -> int:
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
     seen = looked_at(args, model, tokenizer, quant) if args.calibrate else {}
-    whole, pack = export.Whole(args.model, model, tokenizer), export.Pack(quant, seen, say)
-    lost = export.write(args.out, whole, "bfloat16", pack)
-    print(f"{args.out}: {args.model} as {args.kind}, {export.size(args.out):.2f} GiB; {lost}")
+    whole, pack = export.ExportSource(args.model, model, tokenizer), export.ExportQuant(quant, seen, say)
+    lost = export.export_model(args.out, whole, "bfloat16", pack)
+    print(f"{args.out}: {args.model} as {args.kind}, {export.weights_gib(args.out):.2f} GiB; {lost}")
     return 0
 
 

@@ -12,7 +12,7 @@ from jaxft import tree
 from jaxft.models.llama import llama
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, quantize
-from jaxft.train.partition import partition_params, split
+from jaxft.train.partition import partition_params, split_params
 from jaxft.tree import combine, mask_by_path, partition, static, struct
 
 TREE = {
@@ -108,7 +108,7 @@ def test_a_packed_leaf_is_split_as_one_and_comes_back():
         lambda s: jnp.ones(s.shape, jnp.bfloat16), t.specs, is_leaf=lambda s: hasattr(s, "axes")
     )
     whole["base"]["layers"]["attn"]["q"] = quantize(whole["base"]["layers"]["attn"]["q"], "bits")
-    trainable, frozen = split(t, whole)
+    trainable, frozen = split_params(t, whole)
     assert isinstance(frozen["base"]["layers"]["attn"]["q"], QTensor)
     assert "base/final_norm" in tree.paths(trainable) and "base/embed" not in tree.paths(trainable)
     assert not any(path.endswith("scale") for path in tree.paths(trainable))

@@ -29,7 +29,7 @@ from jaxft.rl.programs import RolloutPrograms
 from jaxft.rl.rewards import Reward, RewardScores, ScoreCompletions, check_scores
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
-from jaxft.weights import adapters, hf, hub, init, pretrained, storage
+from jaxft.weights import adapters, hf_write, hub, init, pretrained, storage
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -148,7 +148,7 @@ def require_classifier(ref: str) -> None:
 
 def is_classifier(ref: str) -> bool:
     """Whether the files of `ref` have a classifier's head."""
-    return heads.SCORE[0] in pretrained.open_tensors(ref).shapes
+    return heads.SCORE[0] in pretrained.open_files(ref).shapes
 
 
 # Rewards
@@ -244,7 +244,7 @@ class ModelReward(Reward):
         """Load the weights and return `(prompts, completions) -> scores`, NaN for a text that is too long."""
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         tokenizer = pretrained.load_tokenizer(self.ref)
-        ends_at_eos = hf.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
+        ends_at_eos = hf_write.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
         jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
         empty = {size: left_pad([[0] * size], self.batch) for size in text_lengths(self.max_length)}
         programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}

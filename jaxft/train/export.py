@@ -1,4 +1,4 @@
-"""A base as it was held, with an adapter merged into it or not, written as a Hugging Face folder in a float dtype or packed."""
+"""Write a model, with an adapter merged into it or not, as a Hugging Face folder of floats or quantised weights."""
 
 import math
 from collections.abc import Callable
@@ -6,141 +6,153 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sync
+from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quantize, with_defaults
-from jaxft.train import partition
+from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
-from jaxft.weights import gptq, hf, hub, peft, pretrained, quantised_write, storage
-from jaxft.weights.hf import SCORE
-from jaxft.weights.merge import Lazy, Rounding, folded, merged
-from jaxft.weights.quantised import expanded, form_of
+from jaxft.tree import Params
+from jaxft.weights import gptq, hf_write, hub, peft_write, pretrained, quantised_write
+from jaxft.weights.hf import HEAD
+from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
+from jaxft.weights.quant_layout import quantize_layout
+from jaxft.weights.quantised import dequantised
+from jaxft.weights.storage import quantised_paths
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A model to be written. ref: where its weights come from; adapter: arrays that are merged in float32 onto the base as `held`
-    quantises it, None for the base alone. score: the scalar head [D, 1] of a scorer; without one that of the files."""
+class ExportSource:
+    """A model to be written.
+
+    ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the base alone. quant: how
+    the base was stored when the adapter was trained, None in its own precision. score: the scalar head [D, 1] of a scorer, by
+    default the one in the files.
+    """
 
     ref: str
     model: Model
     tokenizer: Any
-    adapter: Any = None
-    held: Quant | None = None
-    score: Any = None
+    adapter: Params | None = None
+    quant: Quant | None = None
+    score: Params | None = None
 
 
 @dataclass(frozen=True)
-class Pack:
-    """How the written weights are quantised, each rounded once from float32.
+class ExportQuant:
+    """How written weights are quantised, each rounded once from float32.
 
-    seen: what calibrate.moments found, for rounding that looks at it, which takes its time and tells `say` where it is.
+    moments: second moments of the inputs by path (see gptq.second_moments); where there are some, GPTQ rounds, which is slow.
+    progress: called with a line for each parameter that GPTQ rounds.
     """
 
     quant: Quant
-    seen: dict[str, Any] = field(default_factory=dict)
-    say: Callable[[str], None] = lambda line: None
+    moments: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[[str], None] = lambda line: None
 
 
-def write(out: Path, whole: Whole, dtype: Any, pack: Pack | None = None) -> str:
-    """Write a model to the folder `out`, tensor by tensor; returns what was lost, in words for the end of a line.
+def export_model(out: Path, source: ExportSource, dtype: Any, how: ExportQuant | None = None) -> str:
+    """Write a model to the folder `out`, tensor by tensor; return a summary of what rounding changed.
 
-    dtype: of what is not packed. Raises ValueError where `out` is the folder that is read.
+    dtype: of the weights that are not quantised. Raises ValueError if `out` is the folder that is read.
     """
-    ref, model = whole.ref, whole.model
+    ref, model = source.ref, source.model
     located = hub.locate(ref)
     if out.resolve() == located.path.resolve():
-        raise ValueError(f"--out {out} is what is being read; choose another folder")
-    tensors, cast, packing = pretrained.open_tensors(ref), Rounding(), Rounding()
-    tensors = pretrained.with_storage_rounding(tensors, model, whole.held, ref) if whole.held else tensors
-    base = merged(tensors, model, whole.adapter, jnp.float32)
+        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+    files, cast, quantisation = pretrained.open_files(ref), RoundingError(), RoundingError()
+    if source.quant:
+        files = pretrained.with_storage_rounding(files, model, source.quant, ref)
+    base = merge_files(files, model, source.adapter, jnp.float32)
     if not model.generates:
-        score = tensors.read(SCORE).T if whole.score is None else np.asarray(whole.score)
-        base["score"] = Lazy(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
-    form = packing_of(model, pack, packing) if pack else None
-    is_packed = form.forms if form else {}
+        score = files.read(SCORE[0]).T if source.score is None else np.asarray(source.score)
+        base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
+    quantizer = layer_quantizer(model, how, quantisation) if how else None
+    layouts = quantizer.layouts if quantizer else {}
 
-    def leaf(path: str, exact: Lazy) -> Lazy:
-        return exact if path in is_packed else cast.to(exact, jnp.dtype(dtype))
+    def leaf(path: str, exact: LazyTensor) -> LazyTensor:
+        return exact if path in layouts else cast.cast(exact, jnp.dtype(dtype))
 
-    base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, Lazy))
-    hf.save_folder(out, model, base, whole.tokenizer, located, packing=form)
-    words = (
-        [f"rounding changed the weights by {100 * cast.share:.3f} % (root mean square)"] if cast.share else []
-    )
-    if form:
-        sizes = {path: math.prod(q.shape) for path, q in form.forms.items()}
-        each = sum(bits_per_param(q) * sizes[path] for path, q in form.forms.items()) / sum(sizes.values())
-        change = f"packing changed them by {100 * packing.share:.2f} % (root mean square)"
-        words.insert(0, f"{each:.3f} bits a packed parameter, {change}")
-    return "; ".join(words)
+    base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, LazyTensor))
+    options = hf_write.WriteOptions(quant=quantizer)
+    hf_write.save_folder(out, model, base, source.tokenizer, located, options)
+    summary = []
+    if layouts:
+        sizes = {path: math.prod(layout.shape) for path, layout in layouts.items()}
+        mean = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items()) / sum(
+            sizes.values()
+        )
+        summary.append(f"{mean:.3f} bits per quantised parameter")
+        summary.append(
+            f"quantisation changed these by {100 * quantisation.fraction:.2f} % (root mean square)"
+        )
+    if cast.fraction:
+        summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
+    return "; ".join(summary)
 
 
-def packing_of(model: Model, how: Pack, lost: Rounding) -> hf.Packing:
-    """What hf.save_folder is told of a model's weights that are packed; what that loses is added to `lost`."""
-    quant, seen = how.quant, how.seen
+def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
+    """Return what hf_write.save_folder quantises a model's layers with. error: the rounding error is added to it."""
+    quant, moments = how.quant, how.moments
     if quant.kind == CHECKPOINT:
-        raise ValueError("quant=checkpoint names no form to write; use int8, int4, nf4, fp4 or affine4")
+        raise ValueError(
+            f"quant={CHECKPOINT} is not a format that can be written; use int8, int4, nf4, fp4 or affine4"
+        )
     block, double = with_defaults(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     specs = param.spec_paths(model.specs)
-    forms = {}
-    for path in storage.quantised_paths(model.specs, quant):
-        *_, size_in, size_out = specs[path].shape
-        forms[path] = form_of((size_in, size_out), quant)
-    tables = [path for path in forms if not model.weight_names[path][1]]
+    layouts = {
+        path: quantize_layout(specs[path].shape[-2:], quant) for path in quantised_paths(model.specs, quant)
+    }
+    tables = [path for path in layouts if not model.weight_names[path][1]]
     if tables:
         raise ValueError(
-            f"{', '.join(tables)} is a table, which is not written packed; leave it out of quant.targets"
+            f"{', '.join(tables)}: an embedding table cannot be written quantised; leave it out of quant.targets"
         )
 
-    def pack(path: str, number: int | None, layer: np.ndarray) -> QTensor:
-        form = quant.kind, block, double
-        if path in seen and number == 0:
-            how.say(f"rounding {path}")
-        found = gptq.compensated(layer, seen[path][number], *form) if path in seen else quantize(layer, *form)
-        lost.add(layer, expanded(found))
-        return found
+    def quantize_layer(path: str, number: int | None, layer: np.ndarray) -> QTensor:
+        format = quant.kind, block, double
+        if path in moments:
+            if number == 0:
+                how.progress(f"rounding {path}")
+            value = gptq.quantize_gptq(layer, moments[path][number], *format)
+        else:
+            value = quantize(layer, *format)
+        error.add(layer, dequantised(value))
+        return value
 
-    matrices = {
-        **{path: name for path, (name, matrix) in model.weight_names.items() if matrix},
-        "head": hf.HEAD[0],
-    }
+    names = {path: name for path, (name, transposed) in model.weight_names.items() if transposed}
+    names["head"] = HEAD[0]
     plain = {
-        name.removesuffix(".weight").rpartition(".")[2]
-        for path, name in matrices.items()
-        if path not in forms
+        name.removesuffix(".weight").rpartition(".")[2] for path, name in names.items() if path not in layouts
     }
-    return hf.Packing(
-        forms,
-        pack,
-        quantised_write.settings(quant, quantised_write.method_for(forms.values()), sorted(plain)),
-    )
+    method = quantised_write.method_for(layouts.values())
+    settings = quantised_write.quantization_config(quant, method, sorted(plain))
+    return hf_write.LayerQuantizer(layouts, quantize_layer, settings)
 
 
-def size(folder: Path) -> float:
-    """GiB of the weights in a folder."""
+def weights_gib(folder: Path) -> float:
+    """Return the size of the weights in a folder in GiB."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2**30
 
 
-def export_run(t: partition.Partition, params: Any, run: Run, tokenizer: Any, folder: Path) -> Path:
-    """Write adapter/ (PEFT layout) if only an adapter was trained, else model/ (Hugging Face layout, merged).
+def export_run(partition: Partition, params: Params, run: Run, tokenizer: Any, folder: Path) -> Path:
+    """Write adapter/ (PEFT layout) if no base weight was trained, else model/ (Hugging Face layout, merged).
 
-    Every process calls it and gathers a layer at a time; process 0 writes.
+    Every process calls this and gathers a layer at a time; process 0 writes.
     """
-    if run.adapter and not any(jax.tree.leaves(t.mask["base"])):
-        score = params.get("score")
-        peft.save_adapter(folder / "adapter", params["adapter"], run.adapter, run.model, run.weights, score)
-        tokenizer = tokenizer if score is None else hf.padded_apart(tokenizer)
-        sync.by_first(sync.gathered, lambda: bool(tokenizer.save_pretrained(folder / "adapter")))
-        return folder / "adapter"
-    base = folded(params["base"], params.get("adapter"), run.model.dtype)
+    if run.adapter and not trains_base(partition):
+        out, score = folder / "adapter", params.get("score")
+        peft_write.save_adapter(out, params["adapter"], run.adapter, run.model, run.weights, score)
+        tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
+        sync.by_first(sync.gathered, lambda: bool(tokenizer.save_pretrained(out)))
+        return out
+    base = merge_params(params["base"], params.get("adapter"), run.model.dtype)
     base |= {"score": params["score"]} if "score" in params else {}
-    hf.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
+    hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
     return folder / "model"

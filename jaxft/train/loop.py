@@ -31,7 +31,7 @@ from jaxft.train import evaluate, export, programs, reference, samples
 from jaxft.train.meter import Meter, Trace
 from jaxft.train.programs import Programs, build, compile_eval, compile_step, placed, reference_step, start
 from jaxft.train.settings import Run
-from jaxft.weights import adapters, hf, hub, pretrained
+from jaxft.weights import adapters, hf_write, hub, pretrained
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ def write_card(job: Job, out: Path, before: Evaluation, after: Evaluation, notes
         after=after,
         notes=[*notes, *job.log.alarms],
         completions=report.completions_section(job.folder),
-        pad=None if run.model.generates else hf.padded_apart(job.tokenizer).pad_token_id,
+        pad=None if run.model.generates else hf_write.with_distinct_pad_token(job.tokenizer).pad_token_id,
     )
     (job.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
 

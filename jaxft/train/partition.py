@@ -94,9 +94,9 @@ def trainable_patterns(
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in scorers]
-    usual = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
+    with_defaults = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
     return (
-        *((pattern,) if pattern else usual),
+        *((pattern,) if pattern else with_defaults),
         *(f"{re.escape(name)}/.*" for name, one in scorers.items() if one.trained),
     )
 
@@ -111,7 +111,7 @@ def trains_base(partition: Partition) -> bool:
     return any(jax.tree.leaves(partition.mask["base"]))
 
 
-def split(partition: Partition, params: Any) -> tuple[Any, Any]:
+def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
     """Return (trainable, frozen) of the whole tree; None stands for the leaves of the other one. A QTensor is one leaf."""
 
     def is_leaf(x: Any) -> bool:

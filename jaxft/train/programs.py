@@ -58,7 +58,7 @@ def build(run: Run, steps: int, devices_: list[Any] | None = None) -> Programs:
         found = f"adapter.dropout={dropout}, and this objective compares log-probs with those at drawing, without it"
         raise ValueError(f"{found}; set adapter.dropout=0")
     optimizer = make_optimizer(run.optim, t.trainable_specs, steps)
-    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
     places = state_shardings(optimizer, opt_state, trainable, mesh)
     opt_state = jax.tree.map(
@@ -121,7 +121,7 @@ def start(run: Run, p: Programs, restored: TrainState | None, base: Any = None) 
         "base": base,
         **init.init_all_but_base(p.trained.model, p.mesh, run.seed, own, run.weights, run.beside),
     }
-    trainable, frozen = partition.split(p.trained, whole)
+    trainable, frozen = partition.split_params(p.trained, whole)
     if restored is not None:
         return restored, frozen
     places = jax.tree.map(lambda s: s.sharding, p.state)

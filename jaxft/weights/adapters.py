@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.quant import Quant
+from jaxft.tree import Params
 from jaxft.weights import peft, place
 
 
@@ -24,7 +25,7 @@ def adapter_folder(start: str) -> Path:
 
 def read_adapter_settings(start: str, model: Model) -> Adapter:
     """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.load_parts(adapter_folder(start), model)[1]
+    return peft.read_parts(adapter_folder(start), model)[1]
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -50,27 +51,29 @@ def reward_head_settings(start: str, model: Model) -> HeadSettings:
     return HeadSettings(settings, start, trained=False)
 
 
-def load_adapter(folder: str | Path, model: Model, mesh: Any) -> tuple[Any, Adapter]:
+def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, Adapter]:
     """Load a PEFT adapter folder onto the mesh; return it and its settings. Raises ValueError if it does not fit the model."""
-    loaded, settings = peft.load_adapter(folder, model)
+    loaded, settings = peft.read_adapter(folder, model)
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings), mesh)
-    params = jax.tree.map(lambda x, sharding: place.cut(x.astype(dtype), sharding), loaded, shardings)
+    params = jax.tree.map(
+        lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
+    )
     return params, settings
 
 
-def base_differences(start: str, identity: str, quant: Quant | None) -> list[str]:
-    """A line for each way in which the base differs from the one that a run trained the adapter of `start` on.
+def base_differences(start: str, fingerprint: str, quant: Quant | None) -> list[str]:
+    """Return a line for each way in which the base differs from the one that the adapter in `start` was trained on.
 
-    identity: folder.weights_fingerprint of this run's weights. Nothing is known of a folder that isn't a run's.
+    fingerprint: runs.folder.weights_fingerprint of this run's weights. Empty for a folder that is not a run's.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
         return []
     record, lines = json.loads(path.read_text()), []
-    if record.get("weights_fingerprint", identity) != identity:
+    if record.get("weights_fingerprint", fingerprint) != fingerprint:
         lines.append(
-            f"the adapter in {start} was trained on {record['weights']}, whose weights are others than this run's"
+            f"the adapter in {start} was trained on {record['weights']}, whose weights differ from this run's"
         )
     before, now = (
         (settings or {}).get("kind", "none")
@@ -78,6 +81,6 @@ def base_differences(start: str, identity: str, quant: Quant | None) -> list[str
     )
     if before != now:
         lines.append(
-            f"the adapter in {start} was trained on a base with quant={before}, and this run's has quant={now}"
+            f"the adapter in {start} was trained on a base with quant={before}, but this run has quant={now}"
         )
     return lines

@@ -1,10 +1,13 @@
-"""The tokenizer that a GGUF file's metadata describes: byte-level BPE, built with `tokenizers`."""
+"""The tokenizer in a GGUF file's metadata: byte-level BPE, built with `tokenizers`.
+
+transformers' AutoTokenizer(gguf_file=...) needs torch, and does not split digits as the published tokenizers do.
+"""
 
 from typing import Any
 
-from jaxft.weights.gguf import Header
+from jaxft.weights.gguf_header import GgufHeader
 
-# How text is cut before merging, by tokenizer.ggml.pre. The pattern is from Llama 3's published tokenizer.json.
+# How text is split before merging, by tokenizer.ggml.pre. The pattern is from Llama 3's published tokenizer.json.
 GPT2 = ("gpt-2", "default")
 DIGITS = ("smollm", "starcoder", "refact")
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -15,25 +18,25 @@ LLAMA3_PATTERN = (
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
-def load_tokenizer(header: Header) -> Any:
-    """A transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
+def build_tokenizer(header: GgufHeader) -> Any:
+    """Build a transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
 
     Raises ValueError for a vocabulary that is not byte-level BPE or an unknown pre-tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    metadata, need = header.metadata, header.need
-    if need("tokenizer.ggml.model") != "gpt2":
+    metadata, required = header.metadata, header.required
+    if required("tokenizer.ggml.model") != "gpt2":
         raise ValueError(
-            f"{header.path}: its tokenizer is of kind {need('tokenizer.ggml.model')!r}; only byte-level BPE ('gpt2') is read "
-            "from GGUF: use the model's Hugging Face folder"
+            f"{header.path}: its tokenizer is of type {required('tokenizer.ggml.model')!r}; only byte-level BPE ('gpt2') is "
+            "read from GGUF. Use the model's Hugging Face folder"
         )
-    pre, tokens = metadata.get("tokenizer.ggml.pre", "gpt-2"), need("tokenizer.ggml.tokens")
+    pre, tokens = metadata.get("tokenizer.ggml.pre", "gpt-2"), required("tokenizer.ggml.tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in need("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in required("tokenizer.ggml.merges")]
     if len(vocab) != len(tokens) or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{header.path}: its vocabulary repeats a token or a merge is not a pair")
+        raise ValueError(f"{header.path}: its vocabulary repeats a token, or a merge is not a pair")
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
     except Exception as e:  # tokenizers raises plain Exception
@@ -51,12 +54,12 @@ def load_tokenizer(header: Header) -> Any:
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=need("llama.context_length"),
+        model_max_length=required("llama.context_length"),
         **special,
     )
 
 
-def _pre_tokenizer(header: Header, pre: str) -> Any:
+def _pre_tokenizer(header: GgufHeader, pre: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     if pre in GPT2:
@@ -77,7 +80,7 @@ def _pre_tokenizer(header: Header, pre: str) -> Any:
     )
 
 
-def _special_tokens(header: Header, tokens: list[str]) -> dict[str, str]:
+def _special_tokens(header: GgufHeader, tokens: list[str]) -> dict[str, str]:
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -90,14 +93,14 @@ def _special_tokens(header: Header, tokens: list[str]) -> dict[str, str]:
     return special
 
 
-def _post_processor(header: Header, pre: str, special: dict[str, str]) -> Any:
+def _post_processor(header: GgufHeader, pre: str, special: dict[str, str]) -> Any:
     from tokenizers import processors
 
     bos = header.metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3) and special.get("bos_token")
     eos = header.metadata.get("tokenizer.ggml.add_eos_token", False) and special.get("eos_token")
     if not bos and not eos:
         return processors.ByteLevel(trim_offsets=False)
-    ids = {name: header.need("tokenizer.ggml.tokens").index(name) for name in {bos, eos} if name}
+    ids = {name: header.required("tokenizer.ggml.tokens").index(name) for name in {bos, eos} if name}
     single = " ".join(part for part in (bos, "$A", eos) if part)
     pair = " ".join(
         part

@@ -1,7 +1,7 @@
-"""Rounding that looks at what a layer is given: GPTQ (Frantar et al. 2023, arXiv:2210.17323) for every form of quant.py.
+"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): rounding that minimises the error of a layer's outputs, for every format of quant.py.
 
-An element that is rounded leaves an error in the layer's outputs; the elements that are rounded after it make up for what they
-can of it, by how their inputs go together. Scales are those of plain rounding, so files and kernels don't know the difference.
+Rounding an element changes the layer's outputs; the elements that are rounded later compensate for that as far as their inputs
+are correlated. Scales are those of plain rounding, so files and kernels are the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,16 +20,16 @@ from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
-AT_ONCE = 128  # inputs whose errors reach the later ones together
+BLOCK = 128  # inputs whose errors are propagated to the later ones together
 
 
-def moments(
+def second_moments(
     model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable
 ) -> dict[str, Array]:
-    """The sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I], on the model of `base`.
+    """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
 
-    batches: of Tokens [rows, ...]. loss(params, batch) -> a number that the inputs which count have a part in. The moments of
-    all layers are in memory together with the weights.
+    batches: of Tokens [rows, ...]. loss(params, batch): a scalar that depends on all inputs that count. Memory holds the moments
+    of all layers together with the weights.
     """
     shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
     zeros = {
@@ -53,12 +53,12 @@ def moments(
     return zeros
 
 
-def compensated(
+def quantize_gptq(
     weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None
 ) -> QTensor:
-    """quant.quantize of one layer's weight [I, O] with codes that answer for one another; numpy leaves.
+    """Quantise one layer's weight [I, O] as nn.quant.quantize does, but with codes that compensate for each other's errors.
 
-    moment: [I, I], the sum of x x^T over the layer's inputs. An input that was always zero is rounded as it would be alone.
+    moment: [I, I], the sum of x x^T over the layer's inputs. The weights of an input that was always zero are rounded to nearest.
     """
     plain = quantize(np.asarray(weight), kind, block, double)
     codes: Any = np.asarray(_codes(jnp.asarray(weight, jnp.float32), jnp.asarray(moment), plain, kind))
@@ -67,7 +67,7 @@ def compensated(
 
 @partial(jax.jit, static_argnames="kind")
 def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
-    """Inputs in the order of how large they are, so that the largest ones are rounded while many can make up for it."""
+    """Round the largest inputs first, while many others can still compensate for them."""
     ins, outs = weight.shape
     own = jnp.diagonal(moment)
     order = jnp.argsort(-own)
@@ -75,7 +75,7 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     moment = (moment + jnp.diag(damp))[order][:, order]
     scale, offset = (None if x is None else x[order] for x in grid(plain))
     upper = _inverse_factor(moment / jnp.mean(jnp.diagonal(moment)))
-    size = next(n for n in range(min(AT_ONCE, ins), 0, -1) if ins % n == 0)
+    size = next(n for n in range(min(BLOCK, ins), 0, -1) if ins % n == 0)
     some = lambda x, at, n=size: jax.lax.dynamic_slice_in_dim(x, at, n, 0)  # noqa: E731
     format = FORMATS[kind]
 

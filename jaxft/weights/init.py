@@ -1,4 +1,4 @@
-"""Initialise parameters outside the base: adapters and heads, fresh or loaded from folders."""
+"""Initialise the parameters outside the base: adapters and heads, fresh or loaded from folders."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,110 +7,127 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxft import tree
 from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
-from jaxft.weights import parameters, peft, place, pretrained
+from jaxft.tree import Params
+from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.param_reader import param_readers, read_whole
 
 
 def init_adapter(
-    model: Model, mesh: Any, seed: int, settings: Adapter | None = None, start: str | None = None
-) -> Any:
+    model: Model, mesh: Mesh, seed: int, settings: Adapter | None = None, start: str | None = None
+) -> Params:
     """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with equal settings."""
-    only = {"adapter": model.specs["adapter"]}
-    return _parts(only, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
+    specs = {"adapter": model.specs["adapter"]}
+    return _init_parts(specs, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
 
 
 def init_all_but_base(
     model: Model,
-    mesh: Any,
+    mesh: Mesh,
     seed: int,
-    own: HeadSettings,
+    policy: HeadSettings,
     ref: str | None = None,
     scorers: Mapping[str, HeadSettings] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Params]:
     """Initialise or load all parameters outside the base of a model over the whole tree.
 
-    own: settings of the policy's adapter and head; without a start, the head is loaded from the base's files, those of `ref`,
-    if they hold one. scorers: of the further models on the base. Raises ValueError where a folder's adapter has other settings,
-    and for a frozen model without a head.
+    policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of `ref`, the base, if
+    they contain one. scorers: settings of the further models on the base. Raises ValueError if the adapter in a folder has other
+    settings, and for a frozen model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
-    mine = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
-    out = _parts(mine, model, mesh, key, own, ref)
-    for name, one in scorers.items():
-        part_key = jax.random.fold_in(key, param.path_hash(name))
-        out[name] = _parts(model.specs[name], model, mesh, part_key, one)
+    specs = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
+    out = _init_parts(specs, model, mesh, key, policy, ref)
+    for name, scorer in scorers.items():
+        scorer_key = jax.random.fold_in(key, param.path_hash(name))
+        out[name] = _init_parts(model.specs[name], model, mesh, scorer_key, scorer)
     return out
 
 
-def _parts(
-    specs: dict[str, Any], model: Model, mesh: Any, key: Any, how: HeadSettings, ref: str | None = None
-) -> dict[str, Any]:
-    """An adapter, a head, or both; or a base of its own with a head."""
+def _init_parts(
+    specs: dict[str, Any],
+    model: Model,
+    mesh: Mesh,
+    key: jax.Array,
+    settings: HeadSettings,
+    ref: str | None = None,
+) -> dict[str, Params]:
+    """Return an adapter, a head, or both; or a whole base with a head. What no folder contains is initialised."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
-    loaded: dict[str, Any] = {}
-    if how.weights is not None:
-        loaded = _whole_in(how.weights, specs, model, mesh, dtype)
-    if how.start is not None:
-        if not adapter_folder(how.start).is_dir():
-            hub = "" if how.trained else "; a classifier on the hub is org/name@revision"
-            raise FileNotFoundError(
-                f"{how.start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hub}"
-            )
-        loaded, found = peft.load_parts(adapter_folder(how.start), model)
-        if how.adapter is None or replace(found, dropout=how.adapter.dropout) != how.adapter:
-            told = f"holds an adapter with {found}, and the run's is {how.adapter}"
-            raise ValueError(f"{how.start}: {told}; take the folder's settings")
-        if "score" in loaded and "score" not in specs:
-            raise ValueError(
-                f"{how.start}: holds a reward model's adapter, which this run can't begin with; take another one"
-            )
+    loaded: dict[str, Params] = {}
+    if settings.weights is not None:
+        loaded = _load_classifier(settings.weights, specs, model, mesh)
+    if settings.start is not None:
+        loaded = _load_start(settings, specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
-        loaded = _score_in(ref, model)
-    if not how.trained and "score" not in loaded:
+        loaded = _load_head(ref, model)
+    if not settings.trained and "score" not in loaded:
         raise ValueError(
-            f"a frozen scorer begins with a reward model's folder, found start={how.start}; give it one"
+            f"a frozen scorer needs the folder of a reward model, got start={settings.start}; set its start"
         )
     out = {}
-    for name, each in specs.items():
-        places = param.shardings(each, mesh)
+    for name, part in specs.items():
+        shardings = param.shardings(part, mesh)
         if name == "base":
             out[name] = loaded[name]
         elif name in loaded:
             out[name] = jax.tree.map(
-                lambda x, sharding: place.cut(x.astype(dtype), sharding), loaded[name], places
+                lambda x, to: place.shard_host_array(x.astype(dtype), to), loaded[name], shardings
             )
         else:
             out[name] = jax.jit(
-                lambda key, each=each: param.init_params(each, key, dtype), out_shardings=places
+                lambda key, part=part: param.init_params(part, key, dtype), out_shardings=shardings
             )(key)
     return out
 
 
-def _whole_in(ref: str, specs: dict[str, Any], model: Model, mesh: Any, dtype: Any) -> dict[str, Any]:
-    """A base of a scorer's own on the mesh, in `dtype`, and the head where the files hold one."""
-    tensors = pretrained.open_tensors(ref)
-    known = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in tensors.shapes else {})}
-    names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
-    found = parameters.leaves(tensors, replace(model, specs=known, weight_names=names, heads={}))
-
-    def load(path: str, spec: Any) -> Any:
-        return place.load(
-            found[path], jax.ShapeDtypeStruct(spec.shape, dtype), param.sharding_of(spec, mesh, path), False
+def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> dict[str, Params]:
+    """Load the adapter, and the head if there is one, that training starts from."""
+    start = str(settings.start)
+    folder = adapter_folder(start)
+    if not folder.is_dir():
+        hint = "" if settings.trained else "; a classifier on the hub is org/name@revision"
+        raise FileNotFoundError(
+            f"{start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hint}"
         )
+    loaded, found = peft.read_parts(folder, model)
+    if settings.adapter is None or replace(found, dropout=settings.adapter.dropout) != settings.adapter:
+        raise ValueError(
+            f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's settings"
+        )
+    if "score" in loaded and "score" not in specs:
+        raise ValueError(
+            f"{start}: a reward model's adapter, but this run has no scalar head; use a language model's adapter"
+        )
+    return loaded
+
+
+def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) -> dict[str, Params]:
+    """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    files = pretrained.open_files(ref)
+    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in files.shapes else {})}
+    names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
+    readers = param_readers(files, replace(model, specs=in_both, weight_names=names, heads={}))
+
+    def load(path: str, spec: param.ParamSpec) -> jax.Array:
+        like = jax.ShapeDtypeStruct(spec.shape, dtype)
+        return place.load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
-    return {"base": base, **({"score": parameters.whole(found["score"])} if "score" in known else {})}
+    return {"base": base, **({"score": read_whole(readers["score"])} if "score" in in_both else {})}
 
 
-def _score_in(ref: str, model: Model) -> dict[str, Any]:
-    """The head that the files of a base have, of a reward model in full; none of a language model."""
-    tensors = pretrained.open_tensors(ref)
-    if SCORE[0] not in tensors.shapes:
+def _load_head(ref: str, model: Model) -> dict[str, Params]:
+    """Load the head in the files of a base: a reward model's; a language model has none."""
+    files = pretrained.open_files(ref)
+    if SCORE[0] not in files.shapes:
         return {}
-    return {"score": parameters.whole(parameters.leaves(tensors, as_checkpoint(model))["score"])}
+    return {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}

@@ -1,7 +1,8 @@
-"""A base and an adapter as one model's weights, each tensor made when it is written: memory holds one tensor, not a model."""
+"""Merge a base and an adapter into one model's weights, each tensor when it is written, so that memory holds one tensor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +13,15 @@ from jaxft.models.model import Model
 from jaxft.nn import lora
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor
-from jaxft.weights.hf import check, layer_array
-from jaxft.weights.safetensors import Tensors
+from jaxft.tree import Params
+from jaxft.weights.gather import layer_on_host
+from jaxft.weights.hf import check_tensors
+from jaxft.weights.model_files import ModelFiles
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A stacked leaf that `make(layer)` gives layer by layer; `make(None)` is the whole of one without layers."""
+class LazyTensor:
+    """A stacked parameter that `make(layer)` computes layer by layer; `make(None)` computes one without layers."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -31,24 +34,24 @@ class Lazy:
         return self.make(None)
 
 
-class Rounding:
-    """Rounds leaves and adds up what that loses."""
+class RoundingError:
+    """Sums up what rounding changes in the weights that were made so far."""
 
     def __init__(self) -> None:
-        self._lost, self._whole = 0.0, 0.0
+        self._error, self._total = 0.0, 0.0
 
     @property
-    def share(self) -> float:
-        """The root mean square of the error over that of the weights, of all that was made so far."""
-        return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
+    def fraction(self) -> float:
+        """Root mean square of the error over that of the weights."""
+        return (self._error / self._total) ** 0.5 if self._total else 0.0
 
-    def add(self, exact: np.ndarray, value: np.ndarray) -> None:
-        """A weight and what became of it."""
-        self._lost += float(np.square(exact - value, dtype=np.float64).sum())
-        self._whole += float(np.square(exact, dtype=np.float64).sum())
+    def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
+        """Add a weight and what it was rounded to."""
+        self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
+        self._total += float(np.square(exact, dtype=np.float64).sum())
 
-    def to(self, leaf: Lazy, dtype: Any) -> Lazy:
-        """The leaf in `dtype`."""
+    def cast(self, leaf: LazyTensor, dtype: Any) -> LazyTensor:
+        """Return the parameter in `dtype`; its error is added when it is made."""
 
         def make(layer: int | None) -> np.ndarray:
             exact = leaf.make(layer)
@@ -56,89 +59,87 @@ class Rounding:
             self.add(exact, value.astype(exact.dtype))
             return value
 
-        return Lazy(leaf.shape, np.dtype(dtype), make)
+        return LazyTensor(leaf.shape, np.dtype(dtype), make)
 
 
-def merged(tensors: Tensors, model: Model, adapter: Any, dtype: Any) -> dict[str, Any]:
-    """The base tree of a checkpoint with `adapter` (arrays, or None) folded in: Lazy leaves in `dtype`, for hf.save_folder.
+def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: Any) -> Params:
+    """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
-    An adapted tied head becomes a head of its own. Raises ValueError where the files don't hold the model's tensors.
+    An adapted tied head becomes a head of its own. Raises ValueError if the files do not contain the model's tensors.
     """
-    check(tensors, model)
+    check_tensors(files, model)
     pairs = _pairs(adapter)
     shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
     if "head" in pairs and "head" not in shapes:
         shapes["head"] = shapes["embed"][::-1]
-    out: dict[str, Any] = {}
+    leaves = {}
     for path, shape in shapes.items():
-        name, transpose = model.weight_names.get(path, (model.weight_names["embed"][0], True))
-        *above, last = path.split("/")
-        node = out
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = Lazy(
-            shape, np.dtype(dtype), _maker(tensors, name, transpose, pairs.get(path), np.dtype(dtype))
+        name, transposed = model.weight_names.get(path, (model.weight_names["embed"][0], True))
+        read = partial(_read_layer, files, name, transposed)
+        leaves[path] = LazyTensor(
+            shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), np.dtype(dtype))
         )
-    return out
+    return _nested(leaves)
 
 
-def folded(base: Any, adapter: Any, dtype: Any) -> dict[str, Any]:
-    """A base tree as it is held, on the devices of one or several processes, with `adapter` (or None) folded in.
+def merge_params(base: Params, adapter: Params | None, dtype: Any) -> Params:
+    """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
-    Its adapted leaves are Lazy ones in `dtype`, for hf.save_folder; a layer of one is gathered and merged when it is fetched. An
-    adapted tied head becomes a head of its own.
+    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. An adapted tied head
+    becomes a head of its own.
     """
     leaves, pairs = tree.paths(base, is_qtensor), _pairs(adapter)
-    shapes = {path: leaves[path].shape for path in pairs if path in leaves}
-    if "head" in pairs and "head" not in leaves:
-        shapes["head"] = leaves["embed"].shape[::-1]
-    made = {
-        path: Lazy(shape, np.dtype(dtype), _folder(leaves, path, pairs[path], dtype))
-        for path, shape in shapes.items()
-    }
+    merged = dict(leaves)
+    for path, pair in pairs.items():
+        if path in leaves:
+            shape, read = leaves[path].shape, partial(layer_on_host, leaves[path], transpose=False)
+        elif path == "head":
+            shape, read = leaves["embed"].shape[::-1], partial(layer_on_host, leaves["embed"], transpose=True)
+        else:
+            continue
+        merged[path] = LazyTensor(shape, np.dtype(dtype), partial(_merge_stored_layer, read, pair, dtype))
+    return _nested(merged)
+
+
+def _read_layer(files: ModelFiles, name: str, transposed: bool, layer: int | None) -> np.ndarray:
+    value = files.read(name.format(i=layer))
+    return value.T if transposed else value
+
+
+def _merge_layer(
+    read: Callable[[int | None], np.ndarray], pair: Params | None, dtype: np.dtype, layer: int | None
+) -> np.ndarray:
+    value = read(layer)
+    if pair is None:
+        return value.astype(dtype)
+    one = pair if layer is None else jax.tree.map(lambda x: x[layer], pair)
+    return np.asarray(lora.merge_leaf(value, one, dtype))
+
+
+def _merge_stored_layer(
+    read: Callable[[int | None], np.ndarray], pair: dict[str, Any], dtype: Any, layer: int | None
+) -> np.ndarray:
+    weight = read(layer)
+    one = {name: layer_on_host(x, layer, False) for name, x in pair.items()}
+    return np.asarray(lora.merge_leaf(weight, one, dtype))
+
+
+def _pairs(adapter: Params | None) -> dict[str, dict[str, Any]]:
+    """Return {"a", "b", "scale"} of each adapted weight by its path."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.paths(adapter or {}).items():
+        above, _, name = path.rpartition("/")
+        pairs.setdefault(above, {})[name] = leaf
+    return pairs
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Return nested dicts of leaves by path."""
     out: dict[str, Any] = {}
-    for path, leaf in {**leaves, **made}.items():
+    for path, leaf in leaves.items():
         *above, last = path.split("/")
         node = out
         for key in above:
             node = node.setdefault(key, {})
         node[last] = leaf
     return out
-
-
-def _folder(
-    leaves: dict[str, Any], path: str, pair: dict[str, Any], dtype: Any
-) -> Callable[[int | None], np.ndarray]:
-    def make(layer: int | None) -> np.ndarray:
-        weight = (
-            layer_array(leaves[path], layer, False)
-            if path in leaves
-            else layer_array(leaves["embed"], layer, True)
-        )
-        return np.asarray(
-            lora.merge_leaf(weight, {name: layer_array(x, layer, False) for name, x in pair.items()}, dtype)
-        )
-
-    return make
-
-
-def _maker(
-    tensors: Tensors, name: str, transpose: bool, pair: Any, dtype: np.dtype
-) -> Callable[[int | None], np.ndarray]:
-    def make(layer: int | None) -> np.ndarray:
-        value = tensors.read(name.format(i=layer))
-        value = value.T if transpose else value
-        if pair is None:
-            return value.astype(dtype)
-        one = pair if layer is None else jax.tree.map(lambda x: x[layer], pair)
-        return np.asarray(lora.merge_leaf(value, one, dtype))
-
-    return make
-
-
-def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.paths(adapter or {}).items():
-        above, _, name = path.rpartition("/")
-        found.setdefault(above, {})[name] = leaf
-    return found

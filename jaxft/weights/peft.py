@@ -1,36 +1,26 @@
-"""LoRA adapters, and heads beside them, in PEFT's layout: adapter_config.json and adapter_model.safetensors, in and out."""
+"""Read LoRA adapters, and heads with them, in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxft import tree
-from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
-from jaxft.weights.hf import HEAD, layer_array
-from jaxft.weights.safetensors import (
-    Entry,
-    Outgoing,
-    read_header,
-    read_json,
-    read_tensor,
-    write_json,
-    write_safetensors,
-)
+from jaxft.tree import Params
+from jaxft.weights.hf import HEAD
+from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_json, read_tensor
 
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
-PEFT_VERSION = "0.17.0"  # whose fields these are; every later one reads them
 
-# What an adapter_config.json may switch on that changes the arithmetic, with the values that leave plain LoRA.
+# Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -42,233 +32,136 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (
-        True,
-        False,
-        "gaussian",
-        "eva",
-        "orthogonal",
-    ),  # the others change the base's weights
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
 }
 
 
-def save_adapter(
-    folder: str | Path, adapter: Any, settings: Adapter, model: Model, base_ref: str, score: Any = None
-) -> None:
-    """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
+class Pair(NamedTuple):
+    """A LoRA pair of one module: a [in, R], b [R, out], scale."""
 
-    score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
-    pair whose shapes don't fit the model. Of several processes all call it, and process 0 writes.
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
+    """Read an adapter folder; return its tree of NumPy arrays and its settings.
+
+    Modules of different ranks and alphas get one rank, padded with zeros, and a scale for each layer; a layer without an
+    adapter gets a zero pair. The copy of the base's weight that peft adds to an adapter on lm_head is not read. Raises
+    ValueError for anything but plain LoRA on this model's linear layers, and for a reward model's adapter.
     """
-    folder = Path(folder)
-    pairs = _pairs(adapter)
-    if not pairs:
-        raise ValueError(f"{folder}: the adapter has no pairs to write")
-    tensors, modules = [], set()
-    for path, pair in pairs.items():
-        name, _ = _name(model, path)
-        module = name.removesuffix(".weight")
-        modules.add(module.rsplit(".", 1)[-1])
-        for i in range(pair["a"].shape[0] if "{i}" in module else 1):
-            tensors += _outgoing(module.format(i=i), pair, i if "{i}" in module else None, settings)
-    if score is not None:
-        tensors.append(
-            Outgoing(SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_array(score, None, True))
-        )
-    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    repo, _, revision = base_ref.partition("@")
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if score is None else SEQ_CLS,
-        "base_model_name_or_path": repo,
-        "revision": revision or None,
-        "r": settings.rank,
-        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None if score is None else ["score"],
-        "use_rslora": settings.rslora,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "peft_version": PEFT_VERSION,
-    }
-    sync.by_first(sync.gathered, lambda: write_json(folder / "adapter_config.json", config, sort=True))
-
-
-def _pairs(adapter: Any) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.paths(adapter).items():
-        above, _, name = path.rpartition("/")
-        found.setdefault(above, {})[name] = leaf
-    for path, pair in found.items():
-        if set(pair) != {"a", "b", "scale"}:
-            raise ValueError(
-                f"adapter at {path or '/'}: found leaves {sorted(pair)}, PEFT's LoRA layout holds a, b and scale"
-            )
-    return found
-
-
-def _name(model: Model, path: str) -> tuple[str, bool]:
-    name, transpose = {"head": HEAD, **model.weight_names}.get(path, (None, False))
-    if name is None or not transpose:
+    parts, settings = read_parts(folder, model)
+    if "score" in parts:
         raise ValueError(
-            f"adapter at {path}: no linear layer of this model; they are {', '.join(_linear_paths(model))}"
+            f"{folder}: a reward model's adapter, which generates no text; use a language model's adapter"
         )
-    return name, transpose
+    return parts["adapter"], settings
 
 
-def _linear_paths(model: Model) -> list[str]:
-    return [
-        path
-        for path, (_, transpose) in {"head": HEAD, **model.weight_names}.items()
-        if transpose and path != "score"
-    ]
+def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Adapter]:
+    """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-
-def _outgoing(module: str, pair: dict[str, Any], layer: int | None, settings: Adapter) -> list[Outgoing]:
-    """lora_A [R, in] and lora_B [out, R] of one module; a scale other than the settings' is folded into B."""
-    a, b = pair["a"], pair["b"]
-    (size_in, rank), size_out = a.shape[-2:], b.shape[-1]
-    if b.shape[-2] != rank or rank != settings.rank:
-        raise ValueError(
-            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, the settings say rank {settings.rank}"
-        )
-
-    def fetch_b() -> np.ndarray:
-        value = layer_array(b, layer, True)
-        scale = float(layer_array(pair["scale"], layer, False))
-        return (
-            value
-            if np.isclose(scale, settings.scale, rtol=1e-6)
-            else (value * (scale / settings.scale)).astype(value.dtype)
-        )
-
-    return [
-        Outgoing(
-            f"{PREFIX}{module}.lora_A.weight",
-            np.dtype(a.dtype),
-            (rank, size_in),
-            lambda: layer_array(a, layer, True),
-        ),
-        Outgoing(f"{PREFIX}{module}.lora_B.weight", np.dtype(b.dtype), (size_out, rank), fetch_b),
-    ]
-
-
-def load_adapter(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapter]:
-    """An adapter folder as (tree of numpy arrays, settings).
-
-    Ranks and alphas that differ between modules become one rank, padded with zeros, and each layer's own scale; a layer
-    without an adapter is a zero pair. The copy of the head's base weight that peft adds to an adapter on lm_head is not
-    read. Raises ValueError for what is not plain LoRA on this model's linear layers, and for a reward model's adapter.
-    """
-    found, settings = load_parts(folder, model)
-    if "score" in found:
-        raise ValueError(
-            f"{folder}: a reward model's adapter, which gives scores and no text; take a language model's adapter"
-        )
-    return found["adapter"], settings
-
-
-def load_parts(folder: str | Path, model: Model) -> tuple[dict[str, Any], Adapter]:
-    """load_adapter for any folder: ({"adapter"} or, of a sequence classification adapter, {"adapter", "score" [D, 1]}, settings).
-
-    Raises ValueError too for a head that is missing, or has another number of labels than one.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Raises ValueError as read_adapter does, and
+    if the head is missing or has several labels.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
-    default, scored = _settings(folder, config), _is_scored(folder, config)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        unsafe = (folder / "adapter_model.bin").is_file()
-        how = (
-            "; adapter_model.bin is a pickle and not read: load it with peft and save_pretrained it again"
-            if unsafe
-            else ""
-        )
-        raise FileNotFoundError(f"{path}: no such file{how}")
-    entries = read_header(path)
-    rank = max(
-        [
-            default.rank,
-            *(e.shape[0] for name, e in entries.items() if name.endswith("lora_A.weight") and e.shape),
-        ]
-    )
-    settings = replace(default, rank=rank, alpha=default.scale * (rank**0.5 if default.rslora else rank))
-    settings = default if rank == default.rank else settings
+    default, has_head = _read_settings(folder, config), _has_head(folder, config)
+    files = _open_tensors(folder)
+    rank = max([default.rank, *_ranks(files)])
+    settings = default
+    if rank != default.rank:
+        settings = replace(default, rank=rank, alpha=default.scale * (rank**0.5 if default.rslora else rank))
     specs = spec_paths(model.specs.get("base", model.specs))
     adapter: dict[str, Any] = {}
     used: set[str] = set()
     targets = []
-    for base_path in _linear_paths(model):
-        name = _name(model, base_path)[0].removesuffix(".weight")
-        shape = specs[base_path].shape if base_path in specs else specs["embed"].shape[::-1]
+    for path, weight_name in linear_weight_names(model).items():
+        name = weight_name.removesuffix(".weight")
+        shape = specs[path].shape if path in specs else specs["embed"].shape[::-1]
         modules = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
-        found = {m for m in modules if f"{PREFIX}{m}.lora_A.weight" in entries}
+        found = [module for module in modules if f"{PREFIX}{module}.lora_A.weight" in files.shapes]
         if not found:
             continue
-        pairs = []
-        for module in modules:
-            if module in found:
-                pairs.append(_read_pair(path, entries, module, shape[-2:], config))
-                used |= {f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"}
-            else:
-                pairs.append(
-                    (
-                        np.zeros((shape[-2], 0), np.float32),
-                        np.zeros((0, shape[-1]), np.float32),
-                        settings.scale,
-                    )
-                )
-        *above, last = base_path.split("/")
+        empty = Pair(
+            np.zeros((shape[-2], 0), np.float32), np.zeros((0, shape[-1]), np.float32), settings.scale
+        )
+        pairs = [
+            _read_pair(files, module, shape[-2:], config) if module in found else empty for module in modules
+        ]
+        used |= {f"{PREFIX}{module}.lora_{letter}.weight" for module in found for letter in "AB"}
+        *above, last = path.split("/")
         node = adapter
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = _stacked(pairs, settings.rank, layered="{i}" in name)
+        node[last] = _stack(pairs, settings.rank, stacked="{i}" in name)
         targets.append(last)
-    parts = {"adapter": adapter} | (
-        {"score": _read_score(path, entries, model.config.width)} if scored else {}
-    )
-    used |= {SCORE} if scored else set()
-    extra = [name for name in entries if name not in used and not (name in BASE_COPIES and "head" in targets)]
-    if extra or not targets:
-        what = f"tensor {extra[0]} is no LoRA pair of a linear layer" if extra else "it holds no LoRA pair"
-        raise ValueError(f"{path}: {what} of this model; is the adapter for another base model?")
+    parts: dict[str, Params] = {"adapter": adapter}
+    if has_head:
+        parts["score"] = _read_score(files, model.config.width)
+        used.add(SCORE)
+    _check_all_used(files, used, targets)
     return parts, replace(settings, targets=tuple(targets))
 
 
-def _is_scored(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether it is an adapter with a head for scores. Raises ValueError for another task, or other modules in full."""
+def linear_weight_names(model: Model) -> dict[str, str]:
+    """Return the Hugging Face names of the weights that an adapter may have, by path; the tied head's too."""
+    names = {"head": HEAD, **model.weight_names}
+    return {path: name for path, (name, transposed) in names.items() if transposed and path != "score"}
+
+
+def _open_tensors(folder: Path) -> SafetensorsFiles:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        advice = "adapter_model.bin is a pickle and not read: load it with peft and save_pretrained it again"
+        raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
+    return open_safetensors(path, [path])
+
+
+def _ranks(files: SafetensorsFiles) -> list[int]:
+    return [shape[0] for name, shape in files.shapes.items() if name.endswith("lora_A.weight") and shape]
+
+
+def _check_all_used(files: SafetensorsFiles, used: set[str], targets: list[str]) -> None:
+    copies = BASE_COPIES if "head" in targets else ()
+    extra = [name for name in files.shapes if name not in used and name not in copies]
+    if extra:
+        raise ValueError(
+            f"{files.where}: tensor {extra[0]} is not part of a LoRA pair of a linear layer of this model; "
+            "is the adapter for another base model?"
+        )
+    if not targets:
+        raise ValueError(f"{files.where}: no LoRA pair of this model; is the adapter for another base model?")
+
+
+def _has_head(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the adapter has a scalar head. Raises ValueError for another task, or if other modules are saved whole."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
-    fits = (
-        task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}
-    )  # peft names both by default
-    if fits or (task in ("CAUSAL_LM", None) and not saved):
-        return fits
+    # peft names both of these modules by default
+    has_head = task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}
+    if has_head or (task in ("CAUSAL_LM", None) and not saved):
+        return has_head
     raise ValueError(
         f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not supported; jaxft reads "
         "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and modules_to_save=['score']"
     )
 
 
-def _read_score(path: Path, entries: dict[str, Entry], width: int) -> np.ndarray:
-    if SCORE not in entries:
-        raise ValueError(f"{path}: tensor {SCORE} is missing, the head of a sequence classification adapter")
-    if entries[SCORE].shape != (1, width):
+def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
+    if SCORE not in files.shapes:
         raise ValueError(
-            f"{path}: {SCORE} has shape {entries[SCORE].shape}, and a reward model's has {(1, width)}: one label"
+            f"{files.where}: tensor {SCORE} is missing, the head of a sequence classification adapter"
         )
-    return read_tensor(path, SCORE, entries[SCORE]).T
+    if files.shapes[SCORE] != (1, width):
+        raise ValueError(
+            f"{files.where}: {SCORE} has shape {files.shapes[SCORE]}, but a reward model has one label: {(1, width)}"
+        )
+    return read_tensor(files, SCORE).T
 
 
-def _settings(folder: Path, config: dict[str, Any]) -> Adapter:
+def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     where = folder / "adapter_config.json"
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:
@@ -278,56 +171,51 @@ def _settings(folder: Path, config: dict[str, Any]) -> Adapter:
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
-    if (
-        type(rank) is not int
-        or not 0 < rank < 2**16
-        or not all(isinstance(x, int | float) for x in (alpha, dropout))
-    ):
+    numbers = all(isinstance(x, int | float) for x in (alpha, dropout))
+    if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
-            f"{where}: wanted numbers r, lora_alpha and lora_dropout, found {rank!r}, {alpha!r} and {dropout!r}"
+            f"{where}: expected numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and {dropout!r}"
         )
     ranks = (config.get("rank_pattern") or {}).values()
     if not all(type(r) is int and 0 < r < 2**16 for r in ranks):
-        raise ValueError(f"{where}: rank_pattern holds something else than ranks")
+        raise ValueError(f"{where}: rank_pattern contains values that are not ranks")
     return Adapter(rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False)))
 
 
-def _read_pair(
-    path: Path, entries: dict[str, Entry], module: str, shape: tuple[int, ...], config: dict[str, Any]
-) -> tuple:
-    """a [in, R], b [R, out] and scale of one module."""
+def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], config: dict[str, Any]) -> Pair:
     arrays = []
     for letter in "AB":
         name = f"{PREFIX}{module}.lora_{letter}.weight"
-        if name not in entries:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        if len(entries[name].shape) != 2:
-            raise ValueError(f"{path}: {name} has shape {entries[name].shape}, wanted two dimensions")
-        arrays.append(read_tensor(path, name, entries[name]).T)
+        if name not in files.shapes:
+            raise ValueError(f"{files.where}: tensor {name} is missing")
+        if len(files.shapes[name]) != 2:
+            raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected two dimensions")
+        arrays.append(read_tensor(files, name).T)
     a, b = arrays
-    rank = _pattern(config, "rank_pattern", module, config["r"])
+    rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (shape[0], rank) or b.shape != (rank, shape[1]):
         raise ValueError(
-            f"{path}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
-            f"rank {rank} on this model wants {(rank, shape[0])} and {(shape[1], rank)}"
+            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
+            f"rank {rank} on this model needs {(rank, shape[0])} and {(shape[1], rank)}"
         )
-    alpha = _pattern(config, "alpha_pattern", module, config["lora_alpha"])
-    return a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    alpha = _matching(config, "alpha_pattern", module, config["lora_alpha"])
+    return Pair(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the whole name."""
+def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
+    """Apply PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the whole name."""
     for pattern, value in (config.get(key) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
-def _stacked(parts: list[tuple], rank: int, layered: bool) -> dict[str, np.ndarray]:
-    """One leaf set of [L, in, R], [L, R, out], [L], zero-padded to `rank`."""
-    dtype = np.result_type(np.float32) if len({a.dtype for a, _, _ in parts}) > 1 else parts[0][0].dtype
-    a = np.stack([np.pad(a, ((0, 0), (0, rank - a.shape[1]))).astype(dtype) for a, _, _ in parts])
-    b = np.stack([np.pad(b, ((0, rank - b.shape[0]), (0, 0))).astype(dtype) for _, b, _ in parts])
-    scale = np.array([s for _, _, s in parts], np.float32)
-    out = {"a": a, "b": b, "scale": scale}
-    return out if layered else jax.tree.map(lambda x: x[0], out)
+def _stack(pairs: list[Pair], rank: int, stacked: bool) -> dict[str, np.ndarray]:
+    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to `rank`; without layers the only pair."""
+    dtypes = {pair.a.dtype for pair in pairs}
+    dtype = np.result_type(np.float32) if len(dtypes) > 1 else pairs[0].a.dtype
+    a = np.stack([np.pad(p.a, ((0, 0), (0, rank - p.a.shape[1]))).astype(dtype) for p in pairs])
+    b = np.stack([np.pad(p.b, ((0, rank - p.b.shape[0]), (0, 0))).astype(dtype) for p in pairs])
+    scale = np.array([p.scale for p in pairs], np.float32)
+    leaves = {"a": a, "b": b, "scale": scale}
+    return leaves if stacked else jax.tree.map(lambda x: x[0], leaves)

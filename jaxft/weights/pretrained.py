@@ -1,4 +1,4 @@
-"""Models in and out: from the hub, folders, GGUF files and packages; to Hugging Face folders and PEFT adapters."""
+"""Pretrained models: architecture, tokenizer and base weights, from the hub, folders, GGUF files and packages."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft import tree
 from jaxft.models import families
@@ -16,9 +17,13 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
-from jaxft.weights import gguf, gguf_tokenizer, hf, hub, parameters, place
-from jaxft.weights.safetensors import Index, Tensors, read_json
+from jaxft.tree import Params
+from jaxft.weights import gguf, gguf_header, gguf_tokenizer, hf, hub, place
+from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
+from jaxft.weights.param_reader import ParamReader, param_readers
+from jaxft.weights.safetensors import read_json
 from jaxft.weights.storage import (
+    Storage,
     StoredModel,
     choose_storage,
     keeps_layout,
@@ -29,21 +34,21 @@ from jaxft.weights.storage import (
 
 
 def read_config(located: hub.Located) -> dict[str, Any]:
-    """The model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
+    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
     if located.kind == "gguf":
-        return gguf.read_config(gguf.read_header(located.path))
+        return gguf.gguf_config(gguf_header.read_gguf_header(located.path))
     return read_json(located.path / "config.json")
 
 
 def model_for(ref: str, **options: Any) -> Model:
-    """The Model that `ref` names; options go to the architecture (dtype, remat, residual).
+    """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual).
 
-    A ref among the presets touches neither disk nor network, a local one the network not, another one only the hub's
-    config.json. Raises ValueError for an architecture that isn't implemented.
+    A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded. Raises ValueError
+    for an architecture that is not implemented.
     """
-    known = None if Path(ref).is_dir() else families.preset(ref, **options)
-    if known is not None:
-        return known
+    preset = None if Path(ref).is_dir() else families.preset(ref, **options)
+    if preset is not None:
+        return preset
     located = hub.locate(ref, config_only=True)
     try:
         config = read_config(located)
@@ -53,31 +58,29 @@ def model_for(ref: str, **options: Any) -> Model:
         raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
-            f"{located.path}: its configuration has a missing or malformed value ({hub.one_line(e)})"
+            f"{located.path}: its configuration has a missing or invalid value ({hub.one_line(e)})"
         ) from e
     return family.build(parsed, **options)
 
 
-def open_leaves(ref: str, model: Model) -> dict[str, parameters.Leaf]:
-    """The base parameters in the files of `ref` by path, each read when and where it is asked for, names and shapes checked."""
-    return parameters.leaves(open_tensors(ref), model)
-
-
-def open_tensors(ref: str) -> Tensors:
-    """The tensors of `ref` under their Hugging Face names, each read when it is asked for."""
+def open_files(ref: str) -> ModelFiles:
+    """Open the tensors of `ref` under their Hugging Face names; downloads the model if necessary."""
     located = hub.locate(ref)
-    return (
-        gguf.open_file(gguf.read_header(located.path))
-        if located.kind == "gguf"
-        else hf.open_folder(located.path)
-    )
+    if located.kind == "gguf":
+        return gguf.open_gguf(gguf_header.read_gguf_header(located.path))
+    return hf.open_folder(located.path)
+
+
+def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
+    """Return a reader for every base parameter in the files of `ref` by path. Raises ValueError if names or shapes differ."""
+    return param_readers(open_files(ref), model)
 
 
 def load_tokenizer(ref: str) -> Any:
-    """The model's tokenizer, a transformers PreTrainedTokenizerFast. Code from the model's folder is never run."""
+    """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never run."""
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
-        return gguf_tokenizer.load_tokenizer(gguf.read_header(located.path))
+        return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
     from transformers import AutoTokenizer
 
     try:
@@ -91,7 +94,7 @@ def load_tokenizer(ref: str) -> Any:
         ) from e
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches need"
+            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches require"
         )
     return tokenizer
 
@@ -103,9 +106,9 @@ def stored_model(
     trainable: Collection[str] = (),
     trainable_dtype: Any = None,
 ) -> StoredModel:
-    """Choose how each parameter of `model`, a model over the whole tree, is stored; for quant=checkpoint, as the files of `ref` do.
+    """Choose how each parameter of `model`, a model over the whole tree, is stored (see storage.choose_storage).
 
-    See storage.choose_storage. Raises ValueError where quant=checkpoint finds no quantised weights.
+    ref: whose files contain the layouts for a quant that stores weights as they do. Raises ValueError if they contain none.
     """
     layouts = {}
     if quant and quant.kind == CHECKPOINT:
@@ -121,94 +124,101 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return the quantised layouts of those of these base parameters that the files of `ref` hold quantised, from headers."""
+    """Return, from headers, the layouts of those of these base parameters that the files of `ref` store quantised."""
     if ref is None:
-        raise ValueError("quant=checkpoint stores the base as its files do, and no files are named")
-    tensors = open_tensors(ref)
-    hf.check(tensors, model)
-    layouts = {path: hf.form_in(tensors, model, path) for path in paths}
-    found = {path: layout for path, layout in layouts.items() if layout is not None}
-    if not found:
-        why = next((f"; of {name}, {p.why}" for name, p in tensors.packed.items() if p.why), "")
         raise ValueError(
-            f"{ref}: holds no weights packed as quant=checkpoint would keep them{why}; use another quant, or none"
+            f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
         )
-    return found
+    files = open_files(ref)
+    hf.check_tensors(files, model)
+    found = {path: hf.common_layout(files, model, path) for path in paths}
+    layouts = {path: layout for path, layout in found.items() if layout is not None}
+    if not layouts:
+        reasons = (f" ({name}: {x.reason})" for name, x in files.quantised.items() if x.reason)
+        raise ValueError(
+            f"{ref}: no quantised weights that quant={CHECKPOINT} could store unchanged{next(reasons, '')}; "
+            "use another quant, or none"
+        )
+    return layouts
 
 
-def load_base(ref: str, stored: StoredModel, mesh: Any, skip: Collection[str] = ()) -> Any:
-    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its devices hold.
+def load_base(ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = ()) -> Params:
+    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its devices store.
 
     skip: paths in the whole tree of parameters that are not read; None stands for them.
     """
-    leaves = open_leaves(ref, stored.model)
+    readers = open_params(ref, stored.model)
 
     def load(path: str, spec: ParamSpec) -> Any:
-        full, leaf = f"base/{path}", leaves[path]
+        full, reader = f"base/{path}", readers[path]
         if full in skip:
             return None
         storage = stored.storage[full]
         like = leaf_shapes(spec, storage)
-        kept = leaf.form is not None and keeps_layout(storage, leaf.form)
-        return place.load(leaf, like, leaf_sharding(spec, like, mesh, full), kept)
+        unchanged = reader.layout is not None and keeps_layout(storage, reader.layout)
+        return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
 
 
-def load_frozen(ref: str, model: Model, mesh: Any, quant: Quant | None = None) -> Any:
+def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) -> Params:
     """Load the base parameters of `ref` onto the mesh for inference: in the compute dtype, or quantised."""
     return load_base(ref, frozen_model(model, quant, ref), mesh)
 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """Return a line for each group of weights that are quantised in the files but stored otherwise, with the reason."""
-    tensors = open_tensors(ref)
+    files = open_files(ref)
     groups: dict[str, list[str]] = {}
     for path in param.spec_paths(stored.specs["base"]):
         name = stored.model.weight_names[path][0].format(i=0)
-        if name not in tensors.packed:
+        if name not in files.quantised:
             continue
-        layout, p = hf.form_in(tensors, stored.model, path), tensors.packed[name]
-        storage = stored.storage[f"base/{path}"]
-        if layout is not None and keeps_layout(storage, layout):
-            how = f"kept as {p.method} holds them: {p.why}" if p.why else ""
-        elif storage.quantised and storage.quantize:
-            kind = storage.quantize[0]
-            how = (
-                f"packed by {p.method} and rounded again to {kind}; quant=checkpoint leaves them as they are"
-            )
-        else:
-            why = p.why or (
-                "" if layout is not None else "the layers are not packed alike, or not along their inputs"
-            )
-            how = f"packed by {p.method} and expanded to {jnp.dtype(storage.dtype).name}{f' ({why})' if why else ''}"
-        groups.setdefault(how, []).append(path)
-    return [f"weights {how}: {', '.join(paths)}" for how, paths in groups.items() if how]
+        layout, tensor = hf.common_layout(files, stored.model, path), files.quantised[name]
+        change = _storage_change(stored.storage[f"base/{path}"], layout, tensor)
+        if change:
+            groups.setdefault(change, []).append(path)
+    return [f"weights {change}: {', '.join(paths)}" for change, paths in groups.items()]
 
 
-def with_storage_rounding(tensors: Tensors, model: Model, quant: Quant, ref: str) -> Tensors:
-    """Return a checkpoint's tensors, those of `ref`, rounded as a run that quantises them computes with them."""
-    stored = frozen_model(model, quant, ref)
-    known = {}
+def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedTensor) -> str:
+    if layout is not None and keeps_layout(storage, layout):
+        return f"stored as {tensor.method} does: {tensor.reason}" if tensor.reason else ""
+    if storage.quantised and storage.quantize:
+        kind = storage.quantize[0]
+        return f"quantised by {tensor.method} and rounded again to {kind}; quant={CHECKPOINT} stores them unchanged"
+    reason = tensor.reason
+    if not reason and layout is None:
+        reason = "the layers are not quantised alike, or not along their inputs"
+    dtype = jnp.dtype(storage.dtype).name
+    return f"quantised by {tensor.method} and dequantised to {dtype}{f' ({reason})' if reason else ''}"
+
+
+def with_storage_rounding(files: ModelFiles, model: Model, quant: Quant, ref: str) -> ModelFiles:
+    """Return the files of `ref` with values rounded as by a run that stores them quantised."""
+    storages = frozen_model(model, quant, ref).storage
+    rounded = {}
     for path, spec in param.spec_paths(model.specs).items():
-        name, transpose = model.weight_names[path]
-        storage = stored.storage[f"base/{path}"]
+        name, transposed = model.weight_names[path]
+        storage = storages[f"base/{path}"]
         if storage.quantised:
-            layout = hf.form_in(tensors, model, path)
-            kept = layout is not None and keeps_layout(storage, layout)
+            layout = hf.common_layout(files, model, path)
+            unchanged = layout is not None and keeps_layout(storage, layout)
             like = leaf_shapes(spec, storage)
             for i in range(spec.shape[0] if "{i}" in name else 1):
-                known[name.format(i=i)] = (like, transpose, kept)
+                rounded[name.format(i=i)] = (like, transposed, unchanged)
 
     def read(name: str, index: Index = ()) -> np.ndarray:
-        if name not in known:
-            return tensors.read(name, index)
-        like, transpose, kept = known[name]
-        value: Any = tensors.packed[name].read() if kept else tensors.read(name)
-        packed: Any = (
-            replace(value, dtype=like.dtype) if kept else place.hold(value.T if transpose else value, like)
-        )
+        if name not in rounded:
+            return files.read(name, index)
+        like, transposed, unchanged = rounded[name]
+        if unchanged:
+            stored: Any = files.quantised[name].read()
+            packed = replace(stored, dtype=like.dtype)
+        else:
+            value = files.read(name)
+            packed = place.store_as(value.T if transposed else value, like)
         value = np.asarray(dequantize(packed))
-        return (value.T if transpose else value)[index]
+        return (value.T if transposed else value)[index]
 
-    return replace(tensors, read=read)
+    return replace(files, read=read)

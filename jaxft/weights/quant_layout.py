@@ -1,6 +1,5 @@
-"""The form of a packed weight: the QTensor that stands for the numbers in the files, and where parts of it are."""
+"""The layout of a quantised weight: a QTensor of ShapeDtypeStructs, and where parts of the weight are in its arrays."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,62 +8,64 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.nn.quant import QTensor, Quant, is_paired, quantize
-from jaxft.weights.safetensors import Index
+from jaxft.weights.model_files import Index
 
 
-def within(form: QTensor, part: str, at: Index) -> Index:
-    """Where in an array of a form the numbers are for a part [in, out] of the weight that is cut between blocks."""
-    ins, outs = at
-    if part == "codes":
-        return (slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(form.kind) else ins, outs)
-    if part in ("outer", "mean", "index"):
+def array_index(layout: QTensor, array: str, index: Index) -> Index:
+    """Return where in one of a layout's arrays the part of the weight [in, out] at `index` is; its limits are limits of blocks."""
+    ins, outs = index
+    if array == "codes":
+        return (slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(layout.kind) else ins, outs)
+    if array in ("outer", "mean", "index"):
         return ()
-    if form.block is None or form.index is not None:
+    if layout.block is None or layout.index is not None:
         return slice(None), outs
-    return slice(ins.start // form.block, -(-ins.stop // form.block)), outs
+    return slice(ins.start // layout.block, -(-ins.stop // layout.block)), outs
 
 
-def form(
-    kind: str, ins: int, outs: int, block: int | None, scale: Any, offset: Any = None, indexed: bool = False
+def block_layout(
+    kind: str,
+    shape: tuple[int, int],
+    block: int | None,
+    scale_dtype: Any,
+    offset_dtype: Any = None,
+    indexed: bool = False,
 ) -> QTensor:
-    """A form whose scales (and offsets) have this dtype."""
+    """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of inputs.
+
+    block: None is one block of all inputs. indexed: whether an array stores the block of each input.
+    """
+    ins, outs = shape
     blocks = -(-ins // block) if block else 1
-    rows, dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
-    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
+    rows, code_dtype = (ins // 2, np.uint8) if is_paired(kind) else (ins, np.int8)
     return QTensor(
-        codes=shaped((rows, outs), dtype),
+        codes=jax.ShapeDtypeStruct((rows, outs), code_dtype),
         kind=kind,
         dtype=jnp.dtype(jnp.float32),
         block=block,
-        scale=shaped((blocks, outs), scale),
-        offset=None if offset is None else shaped((blocks, outs), offset),
-        index=shaped((ins,), np.int32) if indexed else None,
+        scale=jax.ShapeDtypeStruct((blocks, outs), scale_dtype),
+        offset=None if offset_dtype is None else jax.ShapeDtypeStruct((blocks, outs), offset_dtype),
+        index=jax.ShapeDtypeStruct((ins,), np.int32) if indexed else None,
     )
 
 
-def same_form(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same arrays and the same meaning, whatever they are rounded to where they are used."""
-
-    def about(q: QTensor) -> Any:
-        return (
-            q.kind,
-            q.block,
-            {part: (getattr(q, part).shape, np.dtype(getattr(q, part).dtype)) for part in arrays(q)},
-        )
-
-    return about(a) == about(b)
-
-
-def form_of(shape: tuple[int, int], quant: Quant) -> QTensor:
-    """What quant.quantize makes of a weight [in, out]."""
+def quantize_layout(shape: tuple[int, ...], quant: Quant) -> QTensor:
+    """Return the layout that nn.quant.quantize gives a weight [in, out]."""
     pack = partial(quantize, kind=quant.kind, block=quant.block, double=quant.double)
     return jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def arrays(q: QTensor) -> list[str]:
-    """Names of the arrays that a QTensor has."""
-    return [
-        part
-        for part in ("codes", "scale", "offset", "outer", "mean", "index")
-        if getattr(q, part) is not None
-    ]
+def same_layout(a: QTensor, b: QTensor) -> bool:
+    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may differ."""
+
+    def description(q: QTensor) -> tuple[Any, ...]:
+        arrays = {name: getattr(q, name) for name in array_names(q)}
+        return q.kind, q.block, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays.items()}
+
+    return description(a) == description(b)
+
+
+def array_names(q: QTensor) -> list[str]:
+    """Return the names of the arrays that a QTensor has."""
+    names = ("codes", "scale", "offset", "outer", "mean", "index")
+    return [name for name in names if getattr(q, name) is not None]

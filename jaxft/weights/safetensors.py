@@ -1,187 +1,108 @@
-"""Tensors in safetensors files, read and written one at a time; and the JSON files beside them."""
+"""Tensors in safetensors files, read in part and written one at a time; and the JSON files beside them."""
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
-from jaxft.nn.quant import QTensor
+from jaxft.weights.model_files import Index, full_index, lengths
 
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **FLOAT8,
 }
-DTYPES = FLOATS | {
-    code: np.dtype(kind) for code, kind in (("U8", np.uint8), ("I8", np.int8), ("I32", np.int32))
-}
+DTYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
-
-Index = tuple[slice, ...]  # of the first dimensions of an array; those after them are whole
+UNSUPPORTED = np.dtype(np.void)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A weight [in, out] that the files hold in few bits.
+class SafetensorsFiles:
+    """The tensors of one or more safetensors files: for each its file, first byte there, dtype and shape.
 
-    form: the QTensor of ShapeDtypeStructs that stands for the same numbers, and `read()` gives it as NumPy arrays. None where
-    there is no such QTensor; then `read()` gives the numbers in float32. `read(index)`, of a form: part of it, cut between
-    blocks, its arrays cut as forms.within says. why: what is in the way of a form, or of a smaller one.
-    """
-
-    method: str
-    shape: tuple[int, int]
-    form: QTensor | None
-    read: Callable[..., Any]
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a checkpoint under their Hugging Face names.
-
-    `read(name)` gives one in its shape and dtype, a float array; of one that is packed, the numbers it stands for.
-    `read(name, index)` gives part of it and reads that part alone. packed: those that the files hold in few bits.
+    where: the file or folder, for messages. A dtype outside DTYPES is UNSUPPORTED.
     """
 
     where: str
-    shapes: dict[str, tuple[int, ...]]
+    paths: dict[str, Path]
+    offsets: dict[str, int]
     dtypes: dict[str, np.dtype]
-    read: Callable[..., np.ndarray]
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]]
+
+
+def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
+    """Open safetensors files. Raises ValueError for an incomplete file and for a tensor that two files contain."""
+    files = SafetensorsFiles(str(where), {}, {}, {}, {})
+    for path in paths:
+        with _open(path), path.open("rb") as file:  # the library has checked the header
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in files.paths:
+                raise ValueError(f"{path}: tensor {name} is in {files.paths[name].name} too")
+            files.paths[name], files.shapes[name] = path, tuple(entry["shape"])
+            files.offsets[name] = 8 + size + entry["data_offsets"][0]
+            files.dtypes[name] = DTYPES.get(entry["dtype"], UNSUPPORTED)
+    return files
+
+
+def _open(path: Path) -> safe_open:
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: not a complete safetensors file (it is empty); download it again")
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path}: not a complete safetensors file ({reason}); download it again") from e
+
+
+def read_tensor(files: SafetensorsFiles, name: str, index: Index = ()) -> np.ndarray:
+    """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for an unsupported dtype."""
+    path, dtype, shape = files.paths[name], files.dtypes[name], files.shapes[name]
+    if dtype == UNSUPPORTED:
+        raise ValueError(f"{path}: tensor {name} has an unsupported dtype; use one of {', '.join(DTYPES)}")
+    index = full_index(index, shape)
+    if dtype in FLOAT8.values() or not math.prod(lengths(index)) or not shape:
+        return read_view(files, name, dtype, shape, index)  # which get_slice does not return as NumPy arrays
+    with _open(path) as file:
+        return file.get_slice(name)[index]
+
+
+def read_view(
+    files: SafetensorsFiles, name: str, dtype: Any, shape: tuple[int, ...], index: Index = ()
+) -> np.ndarray:
+    """Read part of a tensor whose bytes are interpreted as an array of this dtype and shape."""
+    index = full_index(index, shape)
+    if not math.prod(lengths(index)):
+        return np.empty(lengths(index), dtype)
+    return map_array(files.paths[name], dtype, files.offsets[name], shape, index)
+
+
+def map_array(path: Path, dtype: Any, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    """Copy part of an array that is stored at byte `offset` of a file; only the pages of that part are read."""
+    try:
+        return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
+    except ValueError as e:
+        raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read") from e
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor in a safetensors file: its dtype code, shape and position in the file."""
-
-    code: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, every offset checked against the file's size. Raises ValueError naming the file."""
-
-    def bad(why: str) -> ValueError:
-        return ValueError(f"{path}: not a complete safetensors file: {why}; download it again")
-
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(MAX_HEADER, total - 8):
-            raise bad(f"its header wants {length} bytes, the file has {total}")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise bad("its header is not JSON") from e
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    entries = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        entry = _entry(value, start=8 + length)
-        if entry is None:
-            raise bad(f"the header's entry of {name[:100]!r} is malformed")
-        if entry.offset + entry.size > total:
-            raise bad(f"tensor {name!r} ends at byte {entry.offset + entry.size}, the file has {total}")
-        entries[name] = entry
-    return entries
-
-
-def _entry(value: Any, start: int) -> Entry | None:
-    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
-        return None
-    shape, offsets = _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2 or offsets[1] < offsets[0] or len(shape) > 8:
-        return None
-    size, code = offsets[1] - offsets[0], value["dtype"]
-    if code in DTYPES and size != math.prod(shape) * DTYPES[code].itemsize:
-        return None
-    return Entry(code, shape, start + offsets[0], size)
-
-
-def _sizes(value: Any) -> tuple[int, ...] | None:
-    whole = isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
-    return tuple(value) if whole else None
-
-
-def spans(index: Index, shape: Sequence[int]) -> Index:
-    """The index with a slice(start, stop) for every dimension."""
-    cuts = (*index, *(slice(None),) * (len(shape) - len(index)))
-    return tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(cuts, shape, strict=True))
-
-
-def read_tensor(path: Path, name: str, entry: Entry, index: Index = (), view: Any = None) -> np.ndarray:
-    """A tensor or part of it, in fresh memory (no map of the file stays behind).
-
-    view: another (dtype, shape) in which its bytes are seen.
-    """
-    if entry.code not in DTYPES:
-        raise ValueError(
-            f"{path}: tensor {name} has dtype {entry.code}; weights are one of {', '.join(DTYPES)}"
-        )
-    dtype, shape = view or (DTYPES[entry.code], entry.shape)
-    return read_range(path, f"tensor {name}", Range(np.dtype(dtype), shape, entry.offset), index)
-
-
-@dataclass(frozen=True)
-class Range:
-    """An array that lies in a file in row-major order from byte `offset` on."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-
-def read_range(path: Path, what: str, array: Range, index: Index = ()) -> np.ndarray:
-    """Part of an array in a file; of the bytes between its own none is read. Raises ValueError where the file ends too early."""
-    cuts, size = spans(index, array.shape), array.dtype.itemsize
-    out = np.empty([cut.stop - cut.start for cut in cuts], array.dtype)
-    if not out.size:
-        return out
-    strides = [math.prod(array.shape[i + 1 :]) * size for i in range(len(cuts))]
-    last = max(
-        (i for i, n in enumerate(array.shape) if out.shape[i] != n), default=0
-    )  # from here on a run of bytes
-    run = math.prod(out.shape[last:]) * size
-    start = array.offset + sum(cut.start * stride for cut, stride in zip(cuts, strides, strict=True))
-    rows = itertools.product(*(range(0, n * stride, stride) for n, stride in zip(out.shape[:last], strides)))
-    flat: Any = out.reshape(-1).view(np.uint8)
-    view = memoryview(flat)
-    with path.open("rb", buffering=0) as file:
-        for i, row in enumerate(rows):
-            if not _read_into(file, view[i * run : (i + 1) * run], start + sum(row)):
-                raise ValueError(f"{path}: ends inside {what}; the file changed while it was read")
-    return out
-
-
-def _read_into(file: Any, view: memoryview, start: int) -> bool:
-    """Fill `view` from byte `start` of the file on; False where the file ends before."""
-    file.seek(start)
-    while view and (count := file.readinto(view)):
-        view = view[count:]
-    return not view
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A tensor to be written; `fetch()` makes it when its turn comes."""
+class TensorToWrite:
+    """A tensor of a file to be written; `fetch()` returns its values when they are needed."""
 
     name: str
     dtype: np.dtype
@@ -194,65 +115,77 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: list[Outgoing]) -> None:
-    """A safetensors file, written one tensor at a time and renamed into place when whole.
+def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
+    """Write a safetensors file one tensor at a time, and rename it into place when it is complete.
 
-    Of several processes all call it and fetch the same tensors; process 0 writes, and its error is raised on all.
+    With several processes, all call this and fetch the same tensors; process 0 writes, and its error is raised on all.
     """
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
-    sync.settle(sync.gathered, lambda: _written(path, tensors) if sync.is_first() else _fetched(tensors))
+
+    def write() -> None:
+        if sync.is_first():
+            _write_all(path, tensors)
+        else:
+            _fetch_all(tensors)
+
+    sync.settle(sync.gathered, write)
 
 
-def _fetched(tensors: list[Outgoing]) -> None:
-    for t in tensors:
-        t.fetch()
+def _fetch_all(tensors: list[TensorToWrite]) -> None:
+    for tensor in tensors:
+        tensor.fetch()
 
 
-def _written(path: Path, tensors: list[Outgoing]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
-    offset = 0
-    for t in tensors:
-        header[t.name] = {
-            "dtype": CODES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [offset, offset + t.size],
-        }
-        offset += t.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+def _write_all(path: Path, tensors: list[TensorToWrite]) -> None:
+    header = _header(tensors)
     part = path.with_name(path.name + ".part")
     fetched = 0
     try:
         with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for t in tensors:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for tensor in tensors:
                 fetched += 1
-                value = np.asarray(t.fetch(), order="C")  # ascontiguousarray would give a number an axis
-                if value.shape != t.shape or value.dtype != t.dtype:
+                value = np.asarray(tensor.fetch(), order="C")  # ascontiguousarray would make a scalar 1-D
+                if value.shape != tensor.shape or value.dtype != tensor.dtype:
                     raise ValueError(
-                        f"{t.name}: {value.dtype}{value.shape} came where {t.dtype}{t.shape} was announced"
+                        f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got {value.dtype}{value.shape}"
                     )
                 file.write(
                     value.reshape(-1).view(np.uint8).data
-                )  # tofile's error for a full disk has no number
+                )  # tofile's error for a full disk has no errno
         os.replace(part, path)
     except Exception:
         if jax.process_count() > 1:
-            _fetched(tensors[fetched:])  # the others wait for this process's part of each
+            _fetch_all(tensors[fetched:])  # the other processes wait for this one's part of each
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
+def _header(tensors: list[TensorToWrite]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers require it
+    offset = 0
+    for tensor in tensors:
+        offsets = [offset, offset + tensor.size]
+        header[tensor.name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
 def write_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
-    """A JSON file, indented by 2, renamed into place when whole."""
+    """Write a JSON file, indented by 2, and rename it into place when it is complete."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, sort_keys=sort) + "\n")
     os.replace(part, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError naming it."""
+    """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
@@ -260,5 +193,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""How each parameter is stored: its dtype, its quantisation, and the sharding of the arrays that this makes of it."""
+"""How each parameter is stored on the mesh: dtype, quantisation, and the shardings of its arrays."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import target_paths
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize
-from jaxft.weights.quant_layout import same_form
+from jaxft.weights.quant_layout import same_layout
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def choose_storage(
     clash = next((path for path in selected if f"base/{path}" in trainable), None)
     if quant and clash:
         raise ValueError(
-            f"quant={quant.kind} freezes base/{clash}, which is to be trained; train an adapter, or set quant=none"
+            f"quant={quant.kind} freezes base/{clash}, which is trainable; train an adapter, or set quant=none"
         )
     storage = {}
     wide = max(model.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
@@ -102,14 +102,14 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
     """Return the paths of the base's matrices that `quant.targets` selects. Raises ValueError if there are none."""
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
-    known = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
-    wanted = tree.regex(quant.targets, "quant.targets")
-    found = [path for path in known if wanted.fullmatch(path)]
-    if not found:
+    matrices = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
+    pattern = tree.regex(quant.targets, "quant.targets")
+    selected = [path for path in matrices if pattern.fullmatch(path)]
+    if not selected:
         raise ValueError(
-            f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(known)}"
+            f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(matrices)}"
         )
-    return found
+    return selected
 
 
 def keeps_layout(storage: Storage, layout: QTensor) -> bool:
@@ -117,9 +117,9 @@ def keeps_layout(storage: Storage, layout: QTensor) -> bool:
     if not storage.quantised:
         return False
     if storage.layout is not None:
-        return same_form(layout, storage.layout)
+        return same_layout(layout, storage.layout)
     layer = jax.ShapeDtypeStruct(layout.shape, storage.dtype)
-    return same_form(layout, jax.eval_shape(lambda x: quantize(x, *(storage.quantize or ())), layer))
+    return same_layout(layout, jax.eval_shape(lambda x: quantize(x, *(storage.quantize or ())), layer))
 
 
 def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:

@@ -93,13 +93,13 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.weights import hf, pretrained
+    from jaxft.weights import hf_write, pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=jnp.float32)
         base = pretrained.load_frozen(a.model, model, mesh)
-        hf.save_folder(Path(folder), model, base, pretrained.load_tokenizer(a.model), a.model)
+        hf_write.save_folder(Path(folder), model, base, pretrained.load_tokenizer(a.model), a.model)
 
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What loading a model takes of each of several processes: peak host memory over its own shards, bytes read, seconds.
+"""What loading a model takes of each of several processes: peak host memory over its own shards, seconds.
 
     python scripts/bench/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
 
@@ -45,8 +45,8 @@ def write_model(folder: Path, gb: float) -> None:
     from jaxft import tree
     from jaxft.models.llama import LlamaConfig, llama
     from jaxft.nn import param
-    from jaxft.weights import hf
-    from jaxft.weights.merge import Lazy
+    from jaxft.weights import hf_write
+    from jaxft.weights.merge import LazyTensor
 
     wide = 2048 if gb >= 1 else 256
     config = LlamaConfig(
@@ -56,15 +56,15 @@ def write_model(folder: Path, gb: float) -> None:
     model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (one - tables)))))
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
 
-    def lazy(path: str, spec: Any) -> Lazy:
+    def lazy(path: str, spec: Any) -> LazyTensor:
         def make(layer: int | None) -> np.ndarray:
             shape = spec.shape if layer is None else spec.shape[1:]
             return rng.standard_normal(shape, np.float32).astype(dtype)
 
-        return Lazy(spec.shape, dtype, make)
+        return LazyTensor(spec.shape, dtype, make)
 
     base = tree.map_with_path(lazy, model.specs, is_leaf=param.is_spec)
-    hf.save_folder(folder, model, base, None, None, max_shard=1_000_000_000)
+    hf_write.save_folder(folder, model, base, None, None, hf_write.WriteOptions(1_000_000_000))
 
 
 def status(name: str) -> int:
@@ -74,7 +74,7 @@ def status(name: str) -> int:
 
 
 def load(a: argparse.Namespace) -> dict[str, Any]:
-    """One process's part; what it held, read and took."""
+    """Load as one process; return its memory and time."""
     import time
 
     import jax
@@ -95,7 +95,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     whole = pretrained.model_for(model, dtype=jnp.bfloat16)
     t = partition.partition_params(whole, None if a.full else Adapter(), None, quant)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before, begin, read = status("VmRSS"), time.monotonic(), bytes_read()
+    before, begin = status("VmRSS"), time.monotonic()
     base = jax.block_until_ready(pretrained.load_base(model, t.stored, mesh))
     seconds = time.monotonic() - begin
 
@@ -110,12 +110,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     found |= {"peak": status("VmHWM") - before, "at the end": status("VmRSS") - before}
     if a.processes > 1:
         jax.distributed.shutdown()
-    return {**found, "read": bytes_read() - read, "seconds": seconds}
-
-
-def bytes_read() -> int:
-    """Bytes that this process has read, from files and sockets."""
-    return int(Path("/proc/self/io").read_text().splitlines()[0].split()[1])
+    return {**found, "seconds": seconds}
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.weights import storage
-from jaxft.weights.quant_layout import form
+from jaxft.weights.quant_layout import block_layout
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
@@ -85,7 +85,8 @@ def test_codes_of_a_whole_channel_are_cut_between_bytes():
     spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.full(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
     leaf = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), form("int4", 136, 64, None, np.float16)
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype),
+        block_layout("int4", (136, 64), None, np.float16),
     )
     assert storage.leaf_sharding(spec, leaf, mesh, "w").codes.spec == P(None, None, "fsdp")
 

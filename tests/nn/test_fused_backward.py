@@ -41,7 +41,7 @@ def case(
     model, whole = tiny(dtype, tied=tied, remat="full")
     t = partition.partition_params(llama(model.config, dtype, "full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
-    trainable, frozen = partition.split(t, whole)
+    trainable, frozen = partition.split_params(t, whole)
 
     def build(fused):
         o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True, fused_backward=fused,

@@ -226,7 +226,7 @@ def deep_program(adapter, remat):
     """The compiled gradient of the SFT loss of a deep bfloat16 model, held as a run holds it."""
     t = partition.partition_params(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -274,7 +274,7 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
     config = LlamaConfig(**{**DEEP.__dict__, "tied": tied, "layers": 2})
     t = partition.partition_params(llama(config, dtype), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
     some, batch, key = tree.combine(trainable, frozen), batch32(), jax.random.key(0)
 
     def gradient(trainable, frozen, key):

@@ -199,7 +199,7 @@ def program(kind, config, remat="projections"):
         llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None
     )
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)

@@ -338,7 +338,7 @@ def test_fresh_heads_do_not_change_the_policys_initialisation():
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": HeadSettings(SETTINGS, trained=False)}
-    with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
+    with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
         frozen = partition.partition_params(heads.with_heads(model, judge), SETTINGS, None)
         init.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
 
@@ -349,9 +349,9 @@ def test_fresh_heads_do_not_change_the_policys_initialisation():
 def test_anything_but_a_classifier_with_one_label_is_refused(classifier, tmp_path):
     _, folder = classifier
     with pytest.raises(
-        ValueError, match="a sequence classifier, which gives scores and no text; take a language model"
+        ValueError, match="a sequence classifier, which generates no text; use a language model"
     ):
-        pretrained.open_leaves(str(folder), pretrained.model_for(str(folder)))
+        pretrained.open_params(str(folder), pretrained.model_for(str(folder)))
     language = write_folder(tmp_path / "language", tiny_torch())
     with pytest.raises(ValueError, match="got LlamaForCausalLM, expected a sequence classifier"):
         reward_models.load_reward_model(str(language), one_device())

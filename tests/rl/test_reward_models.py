@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import rl_workdir
 import tiny_model
+from reward_folders import begun, saved
 from rl_completions import LENGTHS, random_completions
-from test_reward_files import begun, saved
 from tiny_run import Place
 
 from jaxft import tree

@@ -2,13 +2,13 @@
 
 from jaxft import tree
 from jaxft.nn.param import is_spec
-from jaxft.weights import parameters, pretrained
+from jaxft.weights import param_reader, pretrained
 
 
 def load_on_host(ref, model, store=lambda path, array: array):
     """Load every base parameter as a stacked NumPy array in the files' dtype; the tree gets `store(path, array)`."""
-    leaves = pretrained.open_leaves(str(ref), model)
+    leaves = pretrained.open_params(str(ref), model)
     specs = model.specs.get("base", model.specs)
     return tree.map_with_path(
-        lambda path, _: store(path, parameters.whole(leaves[path])), specs, is_leaf=is_spec
+        lambda path, _: store(path, param_reader.read_whole(leaves[path])), specs, is_leaf=is_spec
     )

@@ -1,32 +1,29 @@
 """scripts/generate.py and scripts/export.py: a base, its adapter and a run, asked, merged, and read again by transformers."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
+from scripts_in_process import SCRIPTS, call
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.models.adapted import adapted
 from jaxft.nn import lora
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
-from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
-from jaxft.weights import hf, peft, pretrained
-from jaxft.weights.merge import merged
+from jaxft.weights import hf_write, peft_write, pretrained
+from jaxft.weights.merge import merge_files
 
 torch = pytest.importorskip("torch")
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SETTINGS = Adapter(rank=4, alpha=8.0, targets=("q", "o", "up", "head"))
 
 
@@ -48,25 +45,10 @@ def world(request, tmp_path_factory):
     model = pretrained.model_for(str(base), dtype=jnp.float32)
     adapter = random_adapter(model, SETTINGS)
     for folder in (root / "adapter", root / "runs" / "r" / "adapter"):
-        peft.save_adapter(folder, adapter, SETTINGS, model, str(base))
+        peft_write.save_adapter(folder, adapter, SETTINGS, model, str(base))
     record = {"weights": str(base), "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
     (root / "runs" / "r" / "config.json").write_text(json.dumps(record))
     return root, model, adapter
-
-
-def call(monkeypatch, capsys, name, *args):
-    """(exit code, stdout, stderr) of a script in this process, as its last lines run it."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    capsys.readouterr()
-    try:
-        code = cli.one_line_errors(module.main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -135,9 +117,9 @@ def test_merging_holds_a_tensor_and_not_a_model(world, tmp_path):
     write_folder(tmp_path / "base", wide)
     model = pretrained.model_for(str(tmp_path / "base"))
     total = sum(p.numel() * 4 for p in wide.parameters())
-    base = merged(pretrained.open_tensors(str(tmp_path / "base")), model, None, np.float32)
+    base = merge_files(pretrained.open_files(str(tmp_path / "base")), model, None, np.float32)
     tracemalloc.start()
-    hf.save_folder(tmp_path / "out", model, base, None)
+    hf_write.save_folder(tmp_path / "out", model, base, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < total / 8

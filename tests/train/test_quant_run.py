@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import write_pair_place
-from test_export import call
+from scripts_in_process import call
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import Place, write_place
 
@@ -20,7 +20,7 @@ from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
 from jaxft.weights import adapters, pretrained, storage
-from jaxft.weights import place as shards
+from jaxft.weights.place import load_param
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
         model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q")
     )
     base = pretrained.load_base(folder, t.stored, mesh)
-    wanted = partition.split(t, storage.sharded_shapes(t.stored, mesh))[1]["base"]
+    wanted = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))[1]["base"]
     shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
     for name in ("embed", "head"):
         assert (
@@ -169,7 +169,7 @@ def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
     assert adapters.base_differences(start, identity, Quant()) == []
     lines = adapters.base_differences(start, {"files": "two"}, None)
     assert [line.split(" was trained on ")[1] for line in lines] == [
-        "there, whose weights are others than this run's", "a base with quant=nf4, and this run's has quant=none",
+        "there, whose weights differ from this run's", "a base with quant=nf4, but this run has quant=none",
     ]  # fmt: skip
     assert adapters.base_differences(f"{start}/adapter", identity, None) == []
 
@@ -193,12 +193,12 @@ def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
     )
     model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     t = partition.partition_params(model, Adapter(rank=2), None, Quant())
-    path, leaf = "base/layers/mlp/up", pretrained.open_leaves(folder, model)["layers/mlp/up"]
+    path, leaf = "base/layers/mlp/up", pretrained.open_params(folder, model)["layers/mlp/up"]
     like = storage.leaf_shapes(param.spec_paths(t.specs)[path], t.storage[path])
     places = storage.leaf_sharding(param.spec_paths(t.specs)[path], like, mesh, path)
-    shards.load(leaf, like, places, False)  # what jax keeps of it is there before the measurement
+    load_param(leaf, like, places, False)  # what jax keeps of it is there before the measurement
     tracemalloc.start()
-    found = shards.load(leaf, like, places, False)
+    found = load_param(leaf, like, places, False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     layer = 128 * 512 * 4

@@ -25,7 +25,7 @@ from jaxft.train import partition, reference
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
-from jaxft.weights import adapters, init, peft, pretrained
+from jaxft.weights import adapters, init, peft_write, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
         matters = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
         )
-        peft.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
+        peft_write.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
     return folder
 
 

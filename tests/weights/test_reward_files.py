@@ -1,65 +1,30 @@
 """Reward models in files: adapters with a head in peft and torch, classifiers in full, what begins with them, what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading_process import one_device
+from reward_folders import SETTINGS, begun, saved, torch_score
 from safetensors.numpy import load_file, save_file
-from test_reward_model import in_torch, one_device
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train import export, partition
-from jaxft.weights import adapters, init, pretrained
+from jaxft.weights import adapters, init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-SETTINGS = Adapter(rank=3, alpha=6.0, targets=("q", "down"))
-
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head of its own", "tied"])
 def base(request, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=request.param))
-
-
-def begun(folder, adapter=SETTINGS, start=None, seed=1):
-    """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
-    model = heads.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
-    t, mesh = partition.partition_params(model, adapter, None), one_device()
-    whole = pretrained.load_base(str(folder), t.stored, mesh)
-    whole = {
-        "base": whole,
-        **init.init_all_but_base(t.model, mesh, seed, HeadSettings(adapter, start), str(folder)),
-    }
-    if adapter and start is None:
-
-        def shake(path, x):
-            return (
-                x
-                if path[-1].key == "scale"
-                else x + 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
-            )  # noqa: E731
-
-        whole["adapter"] = jax.tree_util.tree_map_with_path(shake, whole["adapter"])
-    return t, whole
-
-
-def saved(t, whole, base, out, adapter=SETTINGS):
-    """The folder that a run writes."""
-    run = SimpleNamespace(
-        adapter=adapter,
-        model=heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
-        weights=str(base),
-    )
-    return export.export_run(t, whole, run, tiny_tokenizer(), out)
 
 
 def parts(whole):
@@ -71,7 +36,7 @@ def scored(t, whole, tokens):
 
 
 def by_torch(model, tokens):
-    return [in_torch(model, ids) for ids in np.asarray(tokens.ids)]
+    return [torch_score(model, ids) for ids in np.asarray(tokens.ids)]
 
 
 def in_full(folder):
@@ -124,9 +89,9 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
             tmp_path / "merged",
             heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
         )
-        export.write(
+        export.export_model(
             folder,
-            export.Whole(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))),
+            export.ExportSource(str(base), model, tiny_tokenizer(), **jax.device_get(parts(whole))),
             "float32",
         )
     else:
@@ -152,7 +117,7 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
 ):
     t, whole = begun(base)
     language = pretrained.model_for(str(base), dtype=jnp.float32)
-    peft_layout.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
+    peft_write.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
     settings = adapters.read_adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
     np.testing.assert_array_equal(
@@ -170,14 +135,14 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
     found = init.init_all_but_base(policy.model, one_device(), 0, HeadSettings(), str(base), beside)
     for name in beside:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
-    with pytest.raises(ValueError, match="holds a reward model's adapter, which this run can't begin with"):
+    with pytest.raises(ValueError, match="a reward model's adapter, but this run has no scalar head"):
         init.init_all_but_base(
             partition.partition_params(language, settings, None).model,
             one_device(),
             0,
             HeadSettings(settings, str(folder)),
         )
-    with pytest.raises(ValueError, match="a frozen scorer begins with a reward model's folder"):
+    with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
         judge = {"judge": HeadSettings(settings, str(tmp_path / "sft"), trained=False)}
         frozen = partition.partition_params(heads.with_heads(language, judge), None, None)
         init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
@@ -186,19 +151,19 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
 def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
     t, whole = begun(base)
     folder, language = saved(t, whole, base, tmp_path), pretrained.model_for(str(base), dtype=jnp.float32)
-    with pytest.raises(ValueError, match="a reward model's adapter, which gives scores and no text"):
-        peft_layout.load_adapter(folder, language)
+    with pytest.raises(ValueError, match="a reward model's adapter, which generates no text"):
+        peft_layout.read_adapter(folder, language)
     path, name = folder / "adapter_model.safetensors", "base_model.model.score.weight"
     good = load_file(path)
     assert good[name].shape == (1, 64)
     save_file({**good, name: np.zeros((2, 64), np.float32)}, path)
     with pytest.raises(
-        ValueError, match=r"score.weight has shape \(2, 64\), and a reward model's has \(1, 64\)"
+        ValueError, match=r"score.weight has shape \(2, 64\), but a reward model has one label: \(1, 64\)"
     ):
-        peft_layout.load_parts(folder, language)
+        peft_layout.read_parts(folder, language)
     save_file({k: v for k, v in good.items() if k != name}, path)
     with pytest.raises(ValueError, match="score.weight is missing"):
-        peft_layout.load_parts(folder, language)
+        peft_layout.read_parts(folder, language)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change in (
         {"task_type": "TOKEN_CLS"},
@@ -210,4 +175,4 @@ def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
             ValueError,
             match="is not supported; jaxft reads plain LoRA with task_type='CAUSAL_LM', and reward",
         ):
-            peft_layout.load_parts(folder, language)
+            peft_layout.read_parts(folder, language)

@@ -1,0 +1,154 @@
+"""GPTQ and AWQ checkpoints: 4-bit codes, eight in an int32, with a scale and a zero per group of inputs."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant import QTensor
+from jaxft.weights.model_files import Index, QuantisedTensor, full_index
+from jaxft.weights.quant_layout import array_index, block_layout
+from jaxft.weights.quantised_tensors import Found, read_part
+from jaxft.weights.safetensors import SafetensorsFiles
+
+IN_ORDER = tuple(range(8))
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output channel of each 4 bits of an int32, lowest first
+
+
+def find_gptq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
+    """Find GPTQ weights: eight inputs per int32, scales and zeros per group, with desc_act a group index for each input.
+
+    Zeros are stored less 1, except in checkpoint_format gptq_v2. With sym=true all zeros are 8, which is int4; others are affine4.
+    """
+    group, sym = _group_size(settings, files.where), settings.get("sym", True)
+    indexed = bool(settings.get("desc_act", False) and group)
+    zero_shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    found, consumed = {}, set()
+    for name, shape in files.shapes.items():
+        stem, mark, _ = name.partition(".qweight")
+        if not mark:
+            continue
+        size = 8 * shape[0], shape[1]
+        kind, offset_dtype = ("int4", None) if sym else ("affine4", np.float32)
+        layout = block_layout(kind, size, group, np.float16, offset_dtype, indexed)
+        read = partial(_read_gptq, files, stem, layout, zero_shift)
+        found[f"{stem}.weight"] = QuantisedTensor("gptq", size, layout, read)
+        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+    return found, consumed
+
+
+def _read_gptq(
+    files: SafetensorsFiles, stem: str, layout: QTensor, zero_shift: int, index: Index = ()
+) -> QTensor:
+    ins, outs = layout.shape
+    blocks, index = layout.scale.shape[0], full_index(index, layout.shape)
+    rows = array_index(layout, "scale", index)
+    scale = read_part(files, f"{stem}.scales", (blocks, outs), rows)
+    zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(zero_shift) & np.uint8(
+        15
+    )
+    _check_no_bias(files, stem)
+    in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
+    groups = read_part(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else in_order
+    if groups.min() < 0 or groups.max() >= blocks:
+        raise ValueError(
+            f"{files.where}: {stem}.g_idx has groups {groups.min()} to {groups.max()}, but there are {blocks}"
+        )
+    if layout.index is None and not np.array_equal(groups, in_order):
+        raise ValueError(
+            f"{files.where}: {stem}.g_idx is not in order, which requires desc_act=true in quantization_config"
+        )
+    if layout.kind == "int4" and not (zeros == 8).all():
+        raise ValueError(
+            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config"
+        )
+    codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 0, index)
+    return _affine(layout, codes, scale, zeros, groups)
+
+
+def find_awq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
+    """Find AWQ weights: eight output channels per int32 in AWQ's order, scales and zeros per group of inputs; affine4."""
+    group, version = _group_size(settings, files.where), str(settings.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise ValueError(f"{files.where}: AWQ weights of version {version!r}, but jaxft reads version 'gemm'")
+    found, consumed = {}, set()
+    for name, shape in files.shapes.items():
+        stem, mark, _ = name.partition(".qweight")
+        if not mark:
+            continue
+        size = shape[0], 8 * shape[1]
+        layout = block_layout("affine4", size, group, np.float16, np.float32)
+        found[f"{stem}.weight"] = QuantisedTensor(
+            "awq", size, layout, partial(_read_awq, files, stem, layout)
+        )
+        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "bias")}
+    return found, consumed
+
+
+def _read_awq(files: SafetensorsFiles, stem: str, layout: QTensor, index: Index = ()) -> QTensor:
+    (ins, outs), index = layout.shape, full_index(index, layout.shape)
+    blocks, rows = layout.scale.shape[0], array_index(layout, "scale", index)
+    _check_no_bias(files, stem)
+    codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 1, index, AWQ_ORDER)
+    zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
+    return _affine(layout, codes, read_part(files, f"{stem}.scales", (blocks, outs), rows), zeros)
+
+
+def _group_size(settings: dict[str, Any], where: str) -> int | None:
+    bits = settings.get("bits", settings.get("w_bit"))
+    group = settings.get("group_size", settings.get("q_group_size", -1))
+    if bits != 4:
+        raise ValueError(
+            f"{where}: {settings['quant_method']} weights of {bits} bits, but jaxft reads those of 4 bits"
+        )
+    if type(group) is not int or group == 0 or group < -1:
+        raise ValueError(
+            f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1"
+        )
+    return None if group == -1 else group
+
+
+def _read_eights(
+    files: SafetensorsFiles,
+    name: str,
+    shape: tuple[int, int],
+    axis: int,
+    index: Index,
+    order: Iterable[int] = IN_ORDER,
+) -> np.ndarray:
+    """Read the part at `index` of 4-bit numbers of this shape, which are stored eight to an int32 along `axis`."""
+    wanted = full_index(index, shape)[axis]
+    words = tuple(
+        slice(wanted.start // 8, -(-wanted.stop // 8)) if i == axis else s for i, s in enumerate(index)
+    )
+    stored = tuple(n // 8 if i == axis else n for i, n in enumerate(shape))
+    inside = slice(wanted.start % 8, wanted.start % 8 + wanted.stop - wanted.start)
+    return _unpack_eights(read_part(files, name, stored, words), axis, order)[
+        (slice(None),) * axis + (inside,)
+    ]
+
+
+def _unpack_eights(words: np.ndarray, axis: int, order: Iterable[int]) -> np.ndarray:
+    """Unpack the eight 4-bit numbers of each int32 along `axis`; order[i]: the position of the i-th lowest four bits."""
+    words = np.moveaxis(words.view(np.uint32), axis, -1)
+    out = np.empty((*words.shape, 8), np.uint8)
+    for i, position in enumerate(order):
+        out[..., position] = words >> np.uint32(4 * i) & np.uint32(15)
+    return np.moveaxis(out.reshape(*words.shape[:-1], -1), -1, axis)
+
+
+def _affine(
+    layout: QTensor, codes: Any, scale: np.ndarray, zeros: np.ndarray, groups: np.ndarray | None = None
+) -> QTensor:
+    """Return `(code - zero) * scale` with an offset of -zero * scale, which float32 represents exactly."""
+    offset = None if layout.offset is None else -zeros.astype(np.float32) * scale.astype(np.float32)
+    index = None if layout.index is None else groups
+    return replace(layout, codes=qf.pack(codes), scale=scale, offset=offset, index=index)
+
+
+def _check_no_bias(files: SafetensorsFiles, stem: str) -> None:
+    if f"{stem}.bias" in files.shapes and read_part(files, f"{stem}.bias").any():
+        raise ValueError(f"{files.where}: {stem} has a bias, but jaxft's Llama has none")

@@ -1,0 +1,195 @@
+"""Write a model as a Hugging Face folder that transformers and vLLM load, one tensor at a time."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import tree
+from jaxft.distributed import sync
+from jaxft.models import families
+from jaxft.models.model import Model, WeightNames
+from jaxft.nn.quant import QTensor, is_qtensor
+from jaxft.tree import Params
+from jaxft.weights import quantised_write
+from jaxft.weights.gather import layer_on_host
+from jaxft.weights.hf import HEAD
+from jaxft.weights.hub import Located, locate
+from jaxft.weights.safetensors import TensorToWrite, read_json, write_json, write_safetensors
+
+MAX_SHARD = 5_000_000_000  # bytes
+READ_AT = "reward_read_at"  # in config.json: our classifiers are read at the end token, not at what a template adds to it
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """Quantises the weights that `save_folder` writes.
+
+    layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer): returns a QTensor of
+    that layout. settings: config.json's quantization_config.
+    """
+
+    layouts: Mapping[str, QTensor]
+    quantize: Callable[[str, int | None, np.ndarray], QTensor]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How the weights are stored in the folder. max_shard: bytes of a file. quant: None writes floats only."""
+
+    max_shard: int = MAX_SHARD
+    quant: LayerQuantizer | None = None
+
+
+def save_folder(
+    folder: str | Path,
+    model: Model,
+    base: Params,
+    tokenizer: Any,
+    ref: str | Located | None = None,
+    options: WriteOptions = WriteOptions(),  # noqa: B008
+) -> None:
+    """Write a merged model.
+
+    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or quantised. If it
+    has a "score", the scalar head of `model`, the folder is a sequence classifier with one label. tokenizer: None writes none.
+    ref: the model that it came from, whose config.json and generation_config.json are carried over; without one they are
+    written from model.config. With several processes, all call this; process 0 writes, and its error is raised on all.
+    """
+    folder = Path(folder)
+    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
+    tensors = tensors_to_write(base, model.weight_names, options.quant)
+    shards: list[list[TensorToWrite]] = [[]]
+    for t in tensors:
+        if shards[-1] and sum(s.size for s in shards[-1]) + t.size > options.max_shard:
+            shards.append([])
+        shards[-1].append(t)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard)
+    weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+    parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
+    totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
+
+    def write_others() -> None:
+        _write_index(folder, weight_map, totals)
+        config, generation = _source_configs(model, ref)
+        _write_configs(folder, config, generation, tokenizer, base, options.quant)
+
+    sync.by_first(sync.gathered, write_others)
+
+
+def tensors_to_write(
+    base: Params, names: WeightNames, quant: LayerQuantizer | None = None
+) -> list[TensorToWrite]:
+    """Return the tensors of a base tree under their Hugging Face names."""
+    tensors = []
+    for path, leaf in tree.paths(base, is_qtensor).items():
+        name, transpose = {"head": HEAD, **names}[path]
+        stacked = "{i}" in name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for i in range(leaf.shape[0] if stacked else 1):
+            layer = i if stacked else None
+            if quant and path in quant.layouts:
+                make = partial(_quantised_layer, quant, path, leaf, layer)
+                method = quant.settings["quant_method"]
+                tensors += quantised_write.tensors_of(name.format(i=i), quant.layouts[path], make, method)
+                continue
+            fetch = partial(layer_on_host, leaf, layer, transpose)
+            shape_out = tuple(shape[::-1] if transpose else shape)
+            tensors.append(TensorToWrite(name.format(i=i), np.dtype(leaf.dtype), shape_out, fetch))
+    return tensors
+
+
+def _quantised_layer(quant: LayerQuantizer, path: str, leaf: Any, layer: int | None) -> QTensor:
+    return quant.quantize(path, layer, layer_on_host(leaf, layer, False))
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
+    """Write the index of several files; remove files of an earlier model that was split otherwise."""
+    index, files = folder / "model.safetensors.index.json", set(weight_map.values())
+    for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
+        stale.unlink(missing_ok=True)
+    if len(files) > 1:
+        write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
+
+
+def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json in the source's own style, without what no longer applies, and generation_config.json."""
+    config, generation = families.config_to_hf(model.config), {}
+    located = locate(ref, config_only=True) if isinstance(ref, str) else ref
+    if located is not None and located.kind == "folder":
+        config = read_json(located.path / "config.json")
+        if (located.path / "generation_config.json").is_file():
+            generation = read_json(located.path / "generation_config.json")
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+    for name in ("bos_token_id", "eos_token_id"):
+        generation.setdefault(name, config.get(name))
+    return config, generation
+
+
+def _write_configs(
+    folder: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer: Any,
+    base: Params,
+    quant: LayerQuantizer | None,
+) -> None:
+    """Write config.json for what is in `base`, generation_config.json and the tokenizer's files."""
+    if "score" in base:
+        tokenizer = with_distinct_pad_token(tokenizer)
+        _make_classifier(config, tokenizer)
+    else:
+        config["tie_word_embeddings"] = "head" not in base
+    dtypes = [
+        np.dtype(leaf.dtype)
+        for path, leaf in tree.paths(base, is_qtensor).items()
+        if not quant or path not in quant.layouts
+    ]
+    if quant:
+        config["quantization_config"] = quant.settings
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
+    write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+        generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
+def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
+    """Turn a language model's config into that of transformers' sequence classifier with one label."""
+    kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
+    config["architectures"] = [kind[0].replace("ForCausalLM", "ForSequenceClassification")]
+    config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, READ_AT: "end token"}
+    if tokenizer is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+
+
+def with_distinct_pad_token(tokenizer: Any) -> Any:
+    """Return the tokenizer with a padding token that ends no text.
+
+    transformers' classifier reads the last token that is not padding, and many chat models pad with their end token. These get
+    another special token, the start token only if there is no other.
+    """
+    if tokenizer is None:
+        return None
+    ends = {tokenizer.eos_token_id, None}
+    start, added = tokenizer.bos_token_id, tokenizer.added_tokens_decoder
+    special = sorted(number for number, token in added.items() if token.special and number != start)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *special, start)
+    pad = next((number for number in candidates if number not in ends), None)
+    if pad is None or pad == tokenizer.pad_token_id:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.pad_token = changed.convert_ids_to_tokens(pad)
+    return changed

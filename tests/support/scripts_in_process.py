@@ -1,0 +1,24 @@
+"""Run a script in the test's process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from jaxft.runs import cli
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def call(monkeypatch, capsys, name, *args):
+    """(exit code, stdout, stderr) of a script in this process, as its last lines run it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    capsys.readouterr()
+    try:
+        code = cli.one_line_errors(module.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
