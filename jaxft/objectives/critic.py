@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -74,6 +75,7 @@ def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollo
         raise ValueError(
             "a critic needs values, returns and value_weights in the batch. Let the rollout compute them"
         )
+    chex.assert_equal_shape([values, batch.values, batch.returns, batch.value_weights])
     weights = batch.value_weights.astype(values.dtype)
     used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
 

@@ -1,6 +1,7 @@
 """Log-probs of target tokens, computed in chunks so that the logits of all tokens never exist at once."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -77,8 +78,8 @@ def token_logps(
     gradient, so that the head's gradient is reduced once. graded: the fields of LogProbs with a gradient;
     each costs the forward pass one more matmul with the head.
     """
-    head, axes, count, pad = _plan(model, params, h_BMD)
-    out = _chunked(model.logits, count, (axes, graded), head, _padded(h_BMD, pad), _padded(targets, pad))
+    head, plan, pad = _plan(model, params, h_BMD, graded)
+    out = _chunked(plan, head, _padded(h_BMD, pad), _padded(targets, pad))
     return jax.tree.map(lambda x: x[:, : targets.shape[1]], out)
 
 
@@ -94,14 +95,27 @@ def weighted_logp(
 
     The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
     """
-    head, axes, count, pad = _plan(model, params, h_BMD)
-    rest = (_padded(x, pad) for x in (h_BMD, targets, weights))
-    total, out = _weighted(model.logits, count, axes, head, *rest)
+    head, plan, pad = _plan(model, params, h_BMD, ("logp",))
+    total, out = _weighted(plan, head, *(_padded(x, pad) for x in (h_BMD, targets, weights)))
     return total, jax.lax.stop_gradient(jax.tree.map(lambda x: x[:, : targets.shape[1]], out))
 
 
-def _plan(model: LanguageModel, params: Params, h_BMD: Array) -> tuple[Params, Axes, int, int]:
-    """(head, the logical axes of its leaves, number of chunks, positions to pad so that chunks are equal)."""
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The static arguments of a pass over the head: its logits function, the number of chunks, its leaves'
+    logical axes.
+    """
+
+    logits: Callable[[Params, Array], Array]
+    count: int
+    axes: Axes
+    graded: Graded
+
+
+def _plan(
+    model: LanguageModel, params: Params, h_BMD: Array, graded: Graded
+) -> tuple[Params, ChunkPlan, int]:
+    """(head, plan, positions to pad so that all chunks are equal)."""
     B, M, _ = h_BMD.shape
     head = model.head(params)
     axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
@@ -109,7 +123,7 @@ def _plan(model: LanguageModel, params: Params, h_BMD: Array) -> tuple[Params, A
     per_position = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))  # logits on a device
     size = max(1, min(M, CHUNK_LOGITS // per_position))
     count = -(-M // size)
-    return head, axes, count, -M % count
+    return head, ChunkPlan(model.logits, count, axes, graded), -M % count
 
 
 def _padded(x: Array, pad: int) -> Array:
@@ -159,14 +173,15 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
     return LogProbs(at - lse, lse, entropy, top1, jnp.log(jnp.sum(p * p, -1)), jnp.mean(logits, -1)), p
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(logits_fn, count, how, head, h, targets):
-    head = _gather(head, how[0], h.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(plan: ChunkPlan, head: Params, h: Array, targets: Array) -> LogProbs:
+    head = _gather(head, plan.axes, h.dtype)
 
     def body(_, chunk):
-        return None, _read(logits_fn(head, chunk[0]), chunk[1])[0]
+        return None, _read(plan.logits(head, chunk[0]), chunk[1])[0]
 
-    return jax.tree.map(_rows, jax.lax.scan(body, None, (_chunks(h, count), _chunks(targets, count)))[1])
+    chunks = _chunks(h, plan.count), _chunks(targets, plan.count)
+    return jax.tree.map(_rows, jax.lax.scan(body, None, chunks)[1])
 
 
 def _slope(p: Array, targets: Array) -> Array:
@@ -185,36 +200,37 @@ def _entropy_slope(p: Array, targets: Array) -> Array:
 _SLOPES = {"logp": _slope, "entropy": _entropy_slope}
 
 
-def _chunked_fwd(logits_fn, count, how, head, h, targets):
-    gathered_head = _gather(head, how[0], h.dtype)
+def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, targets: Array):
+    gathered_head = _gather(head, plan.axes, h.dtype)
 
     def body(_, chunk):
         x, t = chunk
-        logits, pull = jax.vjp(partial(logits_fn, gathered_head), x)
+        logits, pull = jax.vjp(partial(plan.logits, gathered_head), x)
         out, p = _read(logits, t)
-        return None, (out, [pull(_SLOPES[name](p, t))[0] for name in how[1]])
+        return None, (out, [pull(_SLOPES[name](p, t))[0] for name in plan.graded])
 
-    out, slopes = jax.lax.scan(body, None, (_chunks(h, count), _chunks(targets, count)))[1]
+    chunks = _chunks(h, plan.count), _chunks(targets, plan.count)
+    out, slopes = jax.lax.scan(body, None, chunks)[1]
     return jax.tree.map(_rows, out), (head, h, targets, [_rows(slope) for slope in slopes])
 
 
-def _chunked_bwd(logits_fn, count, how, residuals, g):
-    (axes, graded), (head, h, targets, slopes) = how, residuals
-    weights = [getattr(g, name) for name in graded]
+def _chunked_bwd(plan: ChunkPlan, residuals, g):
+    head, h, targets, slopes = residuals
+    weights = [getattr(g, name) for name in plan.graded]
     dh = sum(slope.astype(w.dtype) * w[..., None] for slope, w in zip(slopes, weights)).astype(h.dtype)
-    every = [True] * len(axes)
-    leaves, structure, floats, start = _accumulators(head, axes, h, every)
+    trained = [True] * len(plan.axes)
+    leaves, structure, floats, start = _accumulators(head, plan.axes, h, trained)
 
     def body(total, chunk):
         def block(x, t, *weights):
-            logits, pull = jax.vjp(lambda f: logits_fn(_filled(structure, leaves, f), x), floats)
+            logits, pull = jax.vjp(lambda f: plan.logits(_filled(structure, leaves, f), x), floats)
             p = jax.nn.softmax(logits, -1)
-            return pull(sum(_SLOPES[name](p, t) * w[..., None] for name, w in zip(graded, weights)))[0]
+            return pull(sum(_SLOPES[name](p, t) * w[..., None] for name, w in zip(plan.graded, weights)))[0]
 
         return jax.tree.map(jnp.add, total, _by_block(block, *chunk)), None
 
-    total, _ = jax.lax.scan(body, start, tuple(_chunks(x, count) for x in (h, targets, *weights)))
-    return _reduced(structure, axes, total), dh, None
+    total, _ = jax.lax.scan(body, start, tuple(_chunks(x, plan.count) for x in (h, targets, *weights)))
+    return _reduced(structure, plan.axes, total), dh, None
 
 
 def _accumulators(head, axes, h, trained):
@@ -255,13 +271,13 @@ def _reduced(structure, axes, total):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _weighted(logits_fn, count, axes, head, h, targets, weights):
-    out = _chunked(logits_fn, count, (axes, ("logp",)), head, h, targets)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(plan: ChunkPlan, head: Params, h: Array, targets: Array, weights: Array):
+    out = _chunked(plan, head, h, targets)
     return jnp.sum(weights.astype(out.logp.dtype) * out.logp), out
 
 
-def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
+def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
     def is_primal(x):
         return isinstance(x, CustomVJPPrimal)
 
@@ -271,11 +287,11 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
     )
     # numpy's promote_types, as jnp's raises under strict promotion
     weights = weights.astype(np.promote_types(h.dtype, np.float32))
-    leaves, structure, floats, start = _accumulators(head, axes, h, trained)
+    leaves, structure, floats, start = _accumulators(head, plan.axes, h, trained)
 
     def body(total, chunk):
         def block(x, t, weight):
-            logits, pull = jax.vjp(lambda f, x: logits_fn(_filled(structure, leaves, f), x), floats, x)
+            logits, pull = jax.vjp(lambda f, x: plan.logits(_filled(structure, leaves, f), x), floats, x)
             out, p = _read(logits, t)
             return out, pull(_slope(p, t) * weight[..., None])
 
@@ -283,14 +299,13 @@ def _weighted_fwd(logits_fn, count, axes, head, h, targets, weights):
         rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), (out, dx))
         return jax.tree.map(jnp.add, total, dw), rows
 
-    total, (out, dh) = jax.lax.scan(
-        body, start, (_chunks(h, count), _chunks(targets, count), _chunks(weights, count))
-    )
+    chunks = tuple(_chunks(x, plan.count) for x in (h, targets, weights))
+    total, (out, dh) = jax.lax.scan(body, start, chunks)
     out = jax.tree.map(_rows, out)
-    return (jnp.sum(weights * out.logp), out), (_reduced(structure, axes, total), _rows(dh), out.logp)
+    return (jnp.sum(weights * out.logp), out), (_reduced(structure, plan.axes, total), _rows(dh), out.logp)
 
 
-def _weighted_bwd(logits_fn, count, axes, residuals, g):
+def _weighted_bwd(plan: ChunkPlan, residuals, g):
     dhead, dh, logp = residuals
     scale = g[0]
     return (

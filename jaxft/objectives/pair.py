@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -112,6 +113,7 @@ def pair_batch(
     reference: Float[Array, "B M"] | None,
 ) -> PairBatch:
     """Arrange log-probs at the read positions by pair and response."""
+    chex.assert_equal_shape([logp, log_sum_p2, batch.answers])
     slots, dtype = batch.pair_weights.shape[1], logp.dtype
     sums = response_sums(logp, batch.answers, batch.kinds, slots)
     reference_sums: dict[str, Array] = {}

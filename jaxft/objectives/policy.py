@@ -8,6 +8,7 @@ weights of rl/.
 from dataclasses import replace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -183,6 +184,7 @@ def policy_batch(outputs: Outputs) -> PolicyBatch:
     1.
     """
     batch, dtype = outputs.batch, outputs.logp.dtype
+    chex.assert_equal_shape([outputs.logp, batch.answers, batch.advantages, batch.policy_weights])
     count = batch.lengths.shape[1]
     real = batch.answers < count
 

@@ -5,22 +5,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxft.objectives.alarms import (
+    CLIPPED_RATIO,
+    FAULTS_NOT_A_NUMBER,
+    FAULTS_RAISED,
+    FRAC_LEARNED,
+    REWARD_STD,
+)
 from jaxft.objectives.metrics import Max, Min, Sum
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.completions import Completions, Faults, ScoredCompletions
 from jaxft.rl.estimators import RolloutScores
 from jaxft.tree import Metrics
 
-REWARD, REWARD_STD, ZERO_STD = "reward", "reward_std", "frac_reward_zero_std"
-NO_SCORE, TRAINED_ON = "frac_unscorable", "frac_learned"  # fractions of the completions
+REWARD, ZERO_STD = "reward", "frac_reward_zero_std"
+NO_SCORE = "frac_unscorable"  # a fraction of the completions
 MEAN_LENGTH, MIN_LENGTH, MAX_LENGTH = (f"completions/{name}_length" for name in ("mean", "min", "max"))
-CLIPPED = "completions/clipped_ratio"
 TERMINATED_LENGTHS = {name: f"completions/{name}_terminated_length" for name in ("mean", "min", "max")}
 EOS_TOKENS = "val/num_eos_tokens"
 KL = "objective/kl"
 LOGP_DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
 LOGP_DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
-REWARD_FAULTS = {kind: f"reward_faults/{kind}" for kind in ("raised", "not_a_number")}
+REWARD_FAULTS = {"raised": FAULTS_RAISED, "not_a_number": FAULTS_NOT_A_NUMBER}
 
 MaybeMeans = dict[str, float | None]  # None for a mean over nothing
 
@@ -93,7 +99,7 @@ def rollout_metrics(
     if completions.lengths.shape[1] == 1:
         means.pop(ZERO_STD)  # it is about groups
     means |= _length_metrics([completions])
-    means |= {TRAINED_ON: float(trained_on.mean())}
+    means |= {FRAC_LEARNED: float(trained_on.mean())}
     means |= fault_metrics(scored.faults, scored.reward_scores.size)
     means[EOS_TOKENS] = float(ended.sum())
     terminated = lengths[ended]
@@ -132,4 +138,4 @@ def evaluation_metrics(
 def _length_metrics(parts: Sequence[Completions]) -> dict[str, float]:
     lengths = np.concatenate([part.lengths for part in parts])
     ended = np.concatenate([part.ended for part in parts])
-    return {MEAN_LENGTH: float(lengths.mean()), CLIPPED: float((~ended).mean())}
+    return {MEAN_LENGTH: float(lengths.mean()), CLIPPED_RATIO: float((~ended).mean())}

@@ -3,6 +3,7 @@
 A held-out metric has the prefix HELD_OUT.
 """
 
+from jaxft.objectives.alarms import REWARD_STD
 from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 # Of rollouts (jaxft/rl)
-REWARD, REWARD_STD = "reward", "reward_std"
+REWARD = "reward"
 COMPLETION_KL = "objective/kl"
 COMPLETION_LENGTH = "completions/mean_length"
 
