@@ -45,9 +45,9 @@ __all__ = [
 ]
 
 # Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
-# (`quant=checkpoint`), a function that a setting may name (`package.module:name`) or the module of such functions.
+# (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
 RENAMED: dict[str, str] = {
-    "quant=checkpoint": "quant=checkpoint",
+    "quant=kept": "quant=checkpoint",
     "quant.kind=kept": "quant.kind=checkpoint",
     "in_backward": "fused_backward",
     "reference=auto": "reference=none",
@@ -64,6 +64,10 @@ RENAMED: dict[str, str] = {
     "jaxft.advantages:sequence_sum": "jaxft.rl.token_weights:sequence_sum",
     "jaxft.rewards": "jaxft.rl.rewards",
     "weigh": "token_weights",
+    "optimizer=adamw_8bit": "optimizer=jaxft.optim.low_precision:adamw_8bit",
+    "optimizer=adamw_bf16": "optimizer=jaxft.optim.low_precision:adamw_bf16",
+    "optimizer=adafactor": "optimizer=jaxft.optim.optimizer:adafactor",
+    "jaxft.objectives.policy_losses:plain": "jaxft.objectives.policy_losses:policy_gradient",
     "keep": "filter",
     "cut_off": "train_on_truncated",
     "jaxft.optim": "jaxft.optim.optimizer",

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -29,6 +28,8 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
 from jaxft.rl.rules import Rules
 from jaxft.rl.sampler import RolloutScorer
+from jaxft.runs.config import help_text
+from jaxft.runs.parse import find_file, run_file
 
 
 @pytest.fixture(scope="module")
@@ -292,30 +293,24 @@ def test_a_policy_learns_what_is_rewarded(workdir):
     assert len(table) == 16 * 8 and {"step", "prompt", "completion", "reward", "rewards"} <= table[0].keys()
 
 
-def methods():
-    """(name, settings) of each method that the docstring of configs/grpo.py lists."""
-    text = (
-        (Path(__file__).resolve().parents[2] / "configs" / "grpo.py")
-        .read_text()
-        .split('"""')[1]
-        .split("combine freely:\n")[1]
+METHODS = run_file(find_file("configs/grpo.py")).METHODS
+
+
+def test_the_help_of_grpo_lists_every_method_with_its_settings():
+    text = help_text("configs/grpo.py")
+    assert (
+        all(f"{name}:\n        {settings}\n" in text for name, settings in METHODS.items())
+        and len(METHODS) == 7
     )
-    rows = re.split(r"\n    (?=\S)", text)[1:]
-    return [(re.split("  +", row)[0], re.findall(r"(?<!\S)\w+=[\w.:]+", row)) for row in rows]
 
 
-def test_the_docstring_of_grpo_names_methods():
-    assert [name for name, _ in methods()][:6] == ["GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO", "REINFORCE++"]
-    assert dict(methods())["RLOO"][-2:] == ["beta=0.05", "kl_in=rewards"]
-
-
-@pytest.mark.parametrize("name, settings", methods(), ids=[name for name, _ in methods()])
+@pytest.mark.parametrize("name, settings", METHODS.items(), ids=METHODS.keys())
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
     argv = ["model=base", "data=asked.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
     argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
-    assert workdir.run("--config", "configs/grpo.py", *argv, *settings) == 0, workdir.err()
+    assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()
     lines = [line for line in workdir.metrics(folder) if "reward" in line]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
     assert ("objective/kl" in lines[0]) == ("kl_in=rewards" in settings)

@@ -138,14 +138,17 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     [
         (
             ["advantage=jaxft.rl.advantages:rloo", "estimate=jaxft.rl.estimators:by_each"],
-            "estimate= stands in the place of advantage=",
+            "estimate and advantage exclude each other",
         ),
         (
             ["loss=jaxft.objectives.policy_losses:policy_gradient", "passes=2"],
-            "a rollout gives 2 steps; take unclipped",
+            "2 steps change it; use loss=jaxft.objectives.policy_losses:unclipped",
         ),
-        (["kl_in=rewards"], "kl_in=rewards takes a beta above 0"),
-        (["weights=0.5", "judge=runs/reward"], r"2 rewards \(exact, reward\) need as many weights, found 1"),
+        (["kl_in=rewards"], "kl_in=rewards needs a beta above 0"),
+        (
+            ["reward_weights=0.5", "judge=runs/reward"],
+            r"reward_weights has 1 entries for 2 rewards \(exact, reward\)",
+        ),
     ],
 )
 def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
