@@ -87,10 +87,10 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
     if not args.file:
         return args.prompt
     from jaxft.data.prompts import prompt_of
-    from jaxft.data.rows import read_rows, resolve
+    from jaxft.data.rows import find_data, read_rows
 
     if args.file.endswith(".txt"):
-        path = resolve(args.file)
+        path = find_data(args.file)
         if path is None:
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
         return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,13 +1,13 @@
-"""Examples to token ids and an exact loss mask.
+"""Tokenise examples with an exact loss mask.
 
-Conversations and instruction rows go through the tokenizer's chat template and are tokenised without adding special tokens
-again, so there is one BOS. Plain prompt and completion, and text, get the special tokens that the tokenizer adds, and EOS.
-The mask is found on the rendered text, as ranges of characters, and carried to tokens by their offsets: a token is learned
-if it shows any character of an answer. An assistant turn is what the template's {% generation %} markers enclose or, where it
-has none, everything after the prompt that generation would start from; its end-of-turn token belongs to it, because that
-is how the model learns to stop. Text rows have no prompt and are learned whole.
+Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding special
+tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that the tokenizer adds, and
+EOS. The loss mask is computed on the rendered text, as ranges of characters, and mapped to tokens by their offsets: a token
+is a target if it contains any character of a response. An assistant turn is what the template's {% generation %} markers
+enclose or, without markers, everything after the prompt that generation would start from. It includes the end-of-turn
+token, from which the model learns to stop. Text rows have no prompt and are learned whole.
 
-A tokenizer without a template gets FALLBACK for instruction rows; conversations need a template.
+Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
 
 import json
@@ -35,7 +35,10 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template, its date pinned. `opening` starts an answer; `closing` matches an end-of-turn token."""
+    """A tokenizer's chat template with a pinned date.
+
+    marked: it has {% generation %} markers. opening: the generation prompt. closing: matches an end-of-turn token.
+    """
 
     tokenizer: Any
     source: str
@@ -47,7 +50,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text as the model will see it, the character ranges that are learned, and which special tokens are to be added."""
+    """A rendered example. learned: the character ranges that are targets. begin, end: whether to add BOS and EOS."""
 
     name: str
     text: str
@@ -57,13 +60,13 @@ class Rendered:
 
 
 def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
-    """The tokenizer's template with today's date replaced by `date` ("26 Jul 2024"); None if it has none."""
-    if not getattr(tokenizer, "chat_template", None):
+    """Return the tokenizer's template with today's date replaced by `date` ("26 Jul 2024"), None if it has none."""
+    if not tokenizer.chat_template:
         return None
     try:
         day = datetime.strptime(date, "%d %b %Y")
     except ValueError as error:
-        raise ValueError(f"data.date={date!r}; wanted a day like {DATE!r}") from error
+        raise ValueError(f"data.date={date!r}; use a day like {DATE!r}") from error
     source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
     bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)), "", None)
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
@@ -72,7 +75,11 @@ def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
     try:
         opening = _opening(bare)
         ends = special - _openers(bare, special, opening)
-    except (jinja2.TemplateError, TypeError, LookupError):  # it refuses or hides so plain a conversation
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        LookupError,
+    ):  # the template rejects or omits parts of a plain conversation
         opening, ends = "", special
     closing = re.compile(rf"\s*(?:{_any_of(ends)})+") if ends else None
     return Template(tokenizer, source, date, bare.marked, opening, closing)
@@ -83,15 +90,18 @@ def _any_of(tokens: set[str]) -> str:
 
 
 def _opening(bare: Template) -> str:
-    """The generation prompt, empty if the template has none."""
+    """Return the generation prompt, "" if the template has none."""
     user = [{"role": "user", "content": "x"}]
     without, opened = _render(bare, user), _render(bare, user, generation=True)
     return opened[len(commonprefix([without, opened])) :]
 
 
 def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
-    """Special tokens that open a turn: those of the generation prompt, and those between an answer and the next question
-    that don't stand behind a last answer too."""
+    """Return the special tokens that open a turn.
+
+    These are the tokens of the generation prompt, and those between a response and the next question that do not follow a
+    last response as well.
+    """
     turns = [
         {"role": role, "content": text}
         for role, text in (("user", "Qx7w"), ("assistant", "Zk9y"), ("user", "Jv5u"))
@@ -104,7 +114,7 @@ def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """The text of an example and the parts of it that are learned; raises ValueError naming the row."""
+    """Render an example and mark the parts of it that are targets. Raises ValueError that names the row."""
     match example:
         case Text(name, text):
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
@@ -115,23 +125,23 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             )
         case Chat() if template is not None:
             return _render_chat(example, template, loss_on)
-        case Chat(name, messages, answer, plain=True):
-            prompt = fallback_prompt(messages[:answer])
-            return render(Completion(name, prompt, messages[answer]["content"]), None, loss_on)
+        case Chat(name, messages, response, plain=True):
+            prompt = fallback_prompt(messages[:response])
+            return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
         case _:
             raise ValueError(
-                f"{example.name}: a conversation needs a chat template and the tokenizer has none; take an instruct model's "
-                "tokenizer, put chat_template.jinja into the model's folder, or give prompt and completion as plain strings"
+                f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an instruct model's "
+                "tokenizer, put chat_template.jinja into the model's folder, or use plain strings as prompt and completion"
             )
 
 
-def tokenise(
+def tokenise_examples(
     examples: Sequence[Example], tokenizer: Any, loss_on: str = "completion", date: str = DATE
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
-    """(token ids, learned?) of each example in order, untruncated."""
-    if not getattr(tokenizer, "is_fast", False):
+    """Yield (token ids, loss mask) of each example in order, untruncated."""
+    if not tokenizer.is_fast:
         raise ValueError(
-            "loss masks need character offsets: found a slow tokenizer, wanted a fast one (tokenizer.json)"
+            "loss masks need character offsets, which a slow tokenizer does not have; use a fast one (tokenizer.json)"
         )
     template = template_of(tokenizer, date)
     for at in range(0, len(examples), 1024):
@@ -148,25 +158,28 @@ def tokenise(
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE) -> list[int]:
-    """Token ids to generate from, exactly as training saw them: messages through the template, a string as plain text."""
+    """Return the token ids that generation starts from, the same as in training. A string is plain text."""
     if isinstance(prompt, str):
         return _plain_ids(prompt, tokenizer)
     return _chat_ids(prompt, None, tokenizer, template_of(tokenizer, date))
 
 
-def prompts(examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE) -> Iterator[list[int]]:
-    """Token ids that generation of each example's answer would start from; raises ValueError naming the row."""
+def example_prompt_ids(
+    examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
+) -> Iterator[list[int]]:
+    """Yield the token ids that generation of each example's response starts from. Raises ValueError that names the row."""
     template = template_of(tokenizer, date)
     for example in examples:
         if isinstance(example, Completion):
             yield _plain_ids(example.prompt, tokenizer)
             continue
         try:
-            yield _chat_ids(example.messages[: example.answer], example.tools, tokenizer, template)
+            yield _chat_ids(example.messages[: example.response], example.tools, tokenizer, template)
         except (jinja2.TemplateError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{example.name}: the chat template refuses the prompt without an answer: {reason}"
+                f"{example.name}: the chat template rejects the prompt without a response: {reason}; fix the row or set "
+                "data.format=plain"
             ) from error
 
 
@@ -185,7 +198,7 @@ def _chat_ids(
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
-    """The plain prompt of an instruction for a tokenizer without a template; a system text goes in front."""
+    """Return an instruction as plain text for a tokenizer without a chat template, the system message in front."""
     *system, user = [m["content"] for m in messages]
     return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
 
@@ -217,7 +230,7 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
     if r.end:
         if eos is None:
             raise ValueError(
-                f"{r.name}: plain text ends with EOS and the tokenizer has none; set its eos_token"
+                f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
             )
         if not (
             r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
@@ -238,10 +251,11 @@ def _render(
 
 def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-    wanted = [i for i in turns if loss_on != "completion" or i >= chat.answer]
-    if not wanted and loss_on != "all":
+    targets = [i for i in turns if loss_on != "completion" or i >= chat.response]
+    if not targets and loss_on != "all":
         raise ValueError(
-            f"{chat.name}: empty loss mask, no assistant turn to learn; add one, remove the row or set data.loss_on=all"
+            f"{chat.name}: the loss mask is empty because there is no assistant turn; add one, remove the row or set "
+            "data.loss_on=all"
         )
     try:
         if loss_on == "all":
@@ -249,15 +263,15 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
             learned = [(0, len(text))]
         elif template.marked:
             text, spans = _render_marked(template, chat)
-            others = _exchanged(template, chat, wanted[0]) if loss_on == "completion" else [""]
+            others = _exchanged(template, chat, targets[0]) if loss_on == "completion" else [""]
             at = min(len(commonprefix([text, other])) for other in others)
             learned = [(start, _extended(template, text, start, end)) for start, end in spans if end > at]
         else:
             text = _render(template, chat.messages, chat.tools)
-            learned = [_turn(template, chat, text, i) for i in wanted]
+            learned = [_turn(template, chat, text, i) for i in targets]
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(
-            f"{chat.name}: the chat template refuses the row: {str(error).splitlines()[0]}"
+            f"{chat.name}: the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove the row"
         ) from error
     bare = [
         template.closing.sub("", text[start:end]) if template.closing else text[start:end]
@@ -265,7 +279,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     ]
     if not any(map(str.strip, bare)):
         raise ValueError(
-            f"{chat.name}: empty loss mask, the chat template shows nothing of the answer; use another model's tokenizer"
+            f"{chat.name}: the loss mask is empty because the chat template omits the response; use another tokenizer or "
+            "chat template"
         )
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not _closed(template, text)
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
@@ -282,10 +297,10 @@ def _render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
 
 
 def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
-    """Where assistant turn `index` stands in the rendered conversation, its end-of-turn token included.
+    """Return the range of assistant turn `index` in the rendered conversation, including its end-of-turn token.
 
-    The content is looked for after the messages before it; where the template rewrites earlier turns or the answer itself, its
-    place shows when it is exchanged for another.
+    The content is searched after the rendered messages before it. If the template rewrites earlier turns or the response
+    itself, the range is found by rendering the conversation with another response in its place.
     """
     message = chat.messages[index]
     start = _start(template, chat, text, index)
@@ -306,7 +321,7 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
-    """Where generation would begin: after the messages before the turn and, if the template has one, its generation prompt."""
+    """Return where generation would start: after the previous messages and the generation prompt, if there is one."""
     if index == 0:
         return None
     prefix = _render(template, chat.messages[:index], chat.tools, generation=True)
@@ -315,7 +330,7 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
     content = chat.messages[index]["content"].strip()
     if template.opening or (content and text.startswith(content, len(prefix) + _space(text, len(prefix)))):
         return len(prefix)
-    return None  # what stands between is a header, which is not learned
+    return None  # the text between is a header, which is no target
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
@@ -323,19 +338,19 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
     first = min(len(commonprefix([text, other])) for other in others)
     last = len(text) - min(len(commonprefix([text[::-1], other[::-1]])) for other in others)
     if first >= last:
-        raise TypeError(f"it does not show message {index}, an assistant turn")
+        raise TypeError(f"it omits message {index}, an assistant turn")
     return first, last
 
 
 def _exchanged(template: Template, chat: Chat, index: int) -> list[str]:
-    """The conversation with another answer in turn `index`; the two share no first or last character."""
+    """Render the conversation with two other responses in turn `index` that share no first or last character."""
     before, after = chat.messages[:index], chat.messages[index + 1 :]
-    answers = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
-    return [_render(template, [*before, answer, *after], chat.tools) for answer in answers]
+    others = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
+    return [_render(template, [*before, other, *after], chat.tools) for other in others]
 
 
 def _extended(template: Template, text: str, start: int, end: int) -> int:
-    """The end of a marked turn: markers that leave out the end-of-turn token would teach the model never to stop."""
+    """Return the end of a marked turn including its end-of-turn token: without it the model would not learn to stop."""
     return end if _closed(template, text[start:end]) else _close(template, text, end) or end
 
 

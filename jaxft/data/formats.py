@@ -1,6 +1,6 @@
-"""Bring a row's columns into one of three shapes: text, prompt and completion, or a conversation.
+"""Normalise rows of several formats to one of three types: Text, Completion (of a prompt) or Chat.
 
-Accepted formats (`format="auto"` takes the one whose columns are there):
+Accepted formats (`format="auto"` uses the one whose columns are present):
 
     text               {"text"}
     messages           {"messages": [{"role", "content"}, ...]} and optionally "system"
@@ -8,7 +8,8 @@ Accepted formats (`format="auto"` takes the one whose columns are there):
     instruction        {"instruction", "response" or "output"} and optionally "input" and "system" (Alpaca)
     conversations      {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
 
-`columns=("prompt=question", "completion=answer")` renames: ours on the left. Conversations may carry "tools" (JSON schemas).
+`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's. Conversations may
+have a column "tools" (JSON schemas).
 """
 
 import json
@@ -19,22 +20,6 @@ from typing import Any
 from jaxft.data.rows import Row
 from jaxft.tree import nearest
 
-FORMATS: dict[
-    str, tuple[tuple[str, ...], ...]
-] = {  # format -> its columns; a tuple lists spellings of one column
-    "text": (("text",),),
-    "messages": (("messages",),),
-    "prompt-completion": (("prompt",), ("completion",)),
-    "instruction": (("instruction",), ("response", "output")),
-    "conversations": (("conversations",),),
-}
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "messages": ("system", "tools"),
-    "prompt-completion": ("tools",),
-    "instruction": ("input", "system"),
-    "conversations": ("system", "tools"),
-}
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -48,20 +33,40 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Forms:
-    """The formats of one kind of rows by name: columns each needs, columns each may have, and a mapping as an example."""
+class Schemas:
+    """The formats of one kind of rows.
 
-    needed: dict[str, tuple[tuple[str, ...], ...]]
+    required: the columns of each format; a tuple lists the accepted names of one column. optional: further columns that
+    a format may have. example: a value of data.columns for error messages.
+    """
+
+    required: dict[str, tuple[tuple[str, ...], ...]]
     optional: dict[str, tuple[str, ...]]
     example: str
 
 
-SFT = Forms(FORMATS, OPTIONAL, "prompt=...,completion=...")
+SFT_SCHEMAS = Schemas(
+    required={
+        "text": (("text",),),
+        "messages": (("messages",),),
+        "prompt-completion": (("prompt",), ("completion",)),
+        "instruction": (("instruction",), ("response", "output")),
+        "conversations": (("conversations",),),
+    },
+    optional={
+        "text": (),
+        "messages": ("system", "tools"),
+        "prompt-completion": ("tools",),
+        "instruction": ("input", "system"),
+        "conversations": ("system", "tools"),
+    },
+    example="prompt=...,completion=...",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document; all of it is learned."""
+    """A document; every token is a target."""
 
     name: str
     text: str
@@ -69,7 +74,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Plain text that goes on with `completion` after `prompt`."""
+    """A plain-text prompt and its completion."""
 
     name: str
     prompt: str
@@ -78,11 +83,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation; the answer is every assistant turn from message `answer` on. `plain`: it came from an instruction row."""
+    """A conversation whose response is every assistant turn from message `response` on.
+
+    plain: it was an instruction row, which needs no chat template. tools: JSON schemas.
+    """
 
     name: str
     messages: tuple[Message, ...]
-    answer: int
+    response: int
     plain: bool = False
     tools: list | None = None
 
@@ -90,102 +98,111 @@ class Chat:
 Example = Text | Completion | Chat
 
 
-def normalise(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()) -> list[Example]:
-    """Every row as an Example; the format is decided once, from the first row.
+def normalise_rows(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()) -> list[Example]:
+    """Return every row as an Example. The first row decides the format of all.
 
-    Raises ValueError that lists the found columns and the accepted formats where the format is unclear, and names the row
-    where a later one does not fit.
+    Raises ValueError, naming the row, if the format is ambiguous or a later row does not have it.
     """
-    chosen, renamed = decided(rows, format, columns, SFT)
+    chosen, renamed = detect_format(rows, format, columns, SFT_SCHEMAS)
     return [_example(row, chosen) for row in renamed]
 
 
-def decided(
-    rows: Sequence[Row], format: str, columns: Sequence[str], forms: Forms
+def detect_format(
+    rows: Sequence[Row], format: str, columns: Sequence[str], schemas: Schemas
 ) -> tuple[str, Iterator[Row]]:
-    """The name of the format, and the rows under our names of columns, each with all that the format needs."""
-    mapping = _mapping(columns, forms)
-    first = _rename(rows[0], mapping, forms)
-    chosen = _detect(first, set(mapping), forms) if format == "auto" else format
-    if chosen not in forms.needed:
-        raise ValueError(f"data.format={format!r}; wanted auto or one of {', '.join(forms.needed)}")
-    return chosen, (_complete(_rename(row, mapping, forms), chosen, forms) for row in rows)
+    """Return the name of the format, and the rows with renamed columns and all columns that the format requires."""
+    mapping = _column_mapping(columns, schemas)
+    first = _rename(rows[0], mapping, schemas)
+    chosen = _detect(first, set(mapping), schemas) if format == "auto" else format
+    if chosen not in schemas.required:
+        raise ValueError(f"data.format={format!r}; use auto or one of {', '.join(schemas.required)}")
+    return chosen, (_require_columns(_rename(row, mapping, schemas), chosen, schemas) for row in rows)
 
 
-def accepted(forms: Forms = SFT) -> str:
-    """The formats and their columns in one line, for messages."""
+def describe_schemas(schemas: Schemas) -> str:
+    """Return the formats and their columns in one line."""
     return "; ".join(
-        f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in forms.needed.items()
+        f"{name} ({' + '.join(' or '.join(c) for c in columns)})"
+        for name, columns in schemas.required.items()
     )
 
 
-def _mapping(columns: Sequence[str], forms: Forms) -> dict[str, str]:
+def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
     known = sorted(
-        {c for group in forms.needed.values() for names in group for c in names}
-        | {c for o in forms.optional.values() for c in o}
+        {c for group in schemas.required.values() for names in group for c in names}
+        | {c for o in schemas.optional.values() for c in o}
     )
     mapping: dict[str, str] = {}
     for item in columns:
         ours, equals, theirs = (part.strip() for part in item.partition("="))
         if not (ours and equals and theirs):
-            raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
+            raise ValueError(
+                f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
+            )
         if ours not in known:
             raise ValueError(
-                f"data.columns: {item!r} maps to unknown column {ours!r}; near: {', '.join(nearest(ours, known))}"
+                f"data.columns: {item!r} maps to unknown column {ours!r}; use one of {', '.join(nearest(ours, known))}"
             )
         if ours in mapping:
-            raise ValueError(f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}")
+            raise ValueError(
+                f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}; keep one"
+            )
         mapping[ours] = theirs
     return mapping
 
 
-def _rename(row: Row, mapping: dict[str, str], forms: Forms) -> Row:
+def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:
     if not mapping:
         return row
     for ours, theirs in mapping.items():
-        if theirs not in row.fields and not any(ours in extra for extra in forms.optional.values()):
-            found = ", ".join(map(str, row.fields))
+        if theirs not in row.fields and not any(ours in extra for extra in schemas.optional.values()):
             raise ValueError(
-                f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}"
+                f"{row.name}: no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}"
             )
     spellings = {
-        c for group in forms.needed.values() for names in group if set(names) & set(mapping) for c in names
+        c
+        for group in schemas.required.values()
+        for names in group
+        if set(names) & set(mapping)
+        for c in names
     }
-    kept = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
-    return Row(row.name, kept | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
+    others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in spellings}
+    return Row(row.name, others | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
 
 def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
     return all(any(c in fields for c in names) for names in columns)
 
 
-def _detect(row: Row, mapped: set[str], forms: Forms) -> str:
-    needed = forms.needed
+def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
+    needed = schemas.required
 
-    def uses_mapped(name):  # a mapping says which format is meant
-        return mapped <= {c for names in needed[name] for c in names} | set(forms.optional[name])
+    def uses_mapped(name: str) -> bool:  # a format without a column of data.columns is not meant
+        return mapped <= {c for names in needed[name] for c in names} | set(schemas.optional[name])
 
     fits = [name for name, columns in needed.items() if _has(row.fields, columns) and uses_mapped(name)]
     fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
     if len(fits) == 1:
         return fits[0]
-    found = ", ".join(map(str, row.fields))
+    columns = ", ".join(map(str, row.fields))
     if fits:
         raise ValueError(
-            f"{row.name}: columns fit {' and '.join(fits)}; set data.format to one of them; found columns: {found}"
+            f"{row.name}: the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them"
         )
     raise ValueError(
-        f"{row.name}: found columns: {found}; wanted {accepted(forms)}; map them with data.columns={forms.example}"
+        f"{row.name}: the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename columns with "
+        f"data.columns={schemas.example}"
     )
 
 
-def _complete(row: Row, format: str, forms: Forms) -> Row:
-    fields, needed = row.fields, forms.needed[format]
-    if not _has(fields, needed):
-        missing = next(names for names in needed if not any(c in fields for c in names))
-        found = ", ".join(map(str, fields))
+def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
+    fields, required = row.fields, schemas.required[format]
+    if not _has(fields, required):
+        missing = next(names for names in required if not any(c in fields for c in names))
         raise ValueError(
-            f"{row.name}: no column {' or '.join(missing)} (format {format}); found columns: {found}; wanted {accepted(forms)}"
+            f"{row.name}: no column {' or '.join(missing)}, which format {format} requires; the row has "
+            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}"
         )
     return row
 
@@ -193,7 +210,7 @@ def _complete(row: Row, format: str, forms: Forms) -> Row:
 def _example(row: Row, format: str) -> Example:
     match format:
         case "text":
-            return Text(row.name, string(row, "text"))
+            return Text(row.name, text_of(row, "text"))
         case "messages":
             return _chat(row, system_of(row) + messages_of(row, "messages"))
         case "conversations":
@@ -204,11 +221,11 @@ def _example(row: Row, format: str) -> Example:
             return _instruction(row)
 
 
-def string(row: Row, column: str, empty: bool = False) -> str:
-    """The column's text. Raises ValueError that names the row where it isn't one, or is blank though not `empty`."""
+def text_of(row: Row, column: str, empty: bool = False) -> str:
+    """Return the column's text. Raises ValueError, naming the row, if it is no string, or blank and not `empty`."""
     value = row.fields[column]
     if not isinstance(value, str):
-        raise ValueError(f"{row.name}: column {column!r} is {type(value).__name__}, wanted a string")
+        raise ValueError(f"{row.name}: column {column!r} has type {type(value).__name__}; use a string")
     _encodable(row, column, value)
     if not empty and not value.strip():
         raise ValueError(f"{row.name}: column {column!r} is empty; fill it or remove the row")
@@ -220,12 +237,12 @@ def _encodable(row: Row, column: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{row.name}: column {column!r} holds half a character ({error.reason}); repair the text"
+            f"{row.name}: column {column!r} has half a surrogate pair ({error.reason}); fix the text"
         ) from error
 
 
-def parsed(row: Row, column: str) -> Any:
-    """The column, read as JSON if a table format stored a list of objects as a string; other text stays text."""
+def json_of(row: Row, column: str) -> Any:
+    """Return the column, parsed if a table format has stored a list of objects as a JSON string."""
     value = row.fields[column]
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
@@ -243,7 +260,7 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(
-            f"{row.name}: {column}[{index}] has content of type {type(content).__name__}, wanted a string"
+            f"{row.name}: {column}[{index}] has content of type {type(content).__name__}; use a string"
         )
     if content:
         _encodable(row, column, content)
@@ -251,12 +268,12 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
 
 
 def messages_of(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
-    """The column's messages under our names of roles. Raises ValueError that names the row and the message."""
-    value = parsed(row, column)
+    """Return the column's messages with the roles user, assistant, system and tool. Errors name the row and the message."""
+    value = json_of(row, column)
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
         raise ValueError(
-            f"{row.name}: column {column!r} is {what}, wanted a list of {{{role!r}, {content!r}}} objects"
+            f"{row.name}: column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects"
         )
     messages = []
     for index, item in enumerate(value):
@@ -266,19 +283,19 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
             or not (content in item or "tool_calls" in item)
         ):
             keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
-            raise ValueError(f"{row.name}: {column}[{index}] has {keys}; wanted {role!r} and {content!r}")
+            raise ValueError(f"{row.name}: {column}[{index}] has {keys}; it needs {role!r} and {content!r}")
         unlearned = next(
             (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
         )
         if unlearned:
             raise ValueError(
-                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which isn't supported; data.loss_on decides "
-                "what is learned: drop the key, or the turn's row"
+                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; remove the key or "
+                "the row, and set data.loss_on"
             )
         rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
         text = _content(row, column, index, item.get(content))
         if text is None and "tool_calls" not in rest:
-            raise ValueError(f"{row.name}: {column}[{index}] has no content; wanted a string")
+            raise ValueError(f"{row.name}: {column}[{index}] has no content; use a string")
         name = ROLES.get(item[role], item[role])
         if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
             raise ValueError(
@@ -289,19 +306,19 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
 
 
 def system_of(row: Row) -> list[Message]:
-    """The column `system` as a message, if it is there."""
+    """Return the column `system` as a message, [] without one."""
     text = row.fields.get("system")
-    return [{"role": "system", "content": string(row, "system")}] if text else []
+    return [{"role": "system", "content": text_of(row, "system")}] if text else []
 
 
 def tools_of(row: Row) -> list | None:
-    """The column `tools`, if it is there."""
+    """Return the column `tools`, None without one."""
     if not row.fields.get("tools"):
         return None
-    tools = parsed(row, "tools")
+    tools = json_of(row, "tools")
     if not isinstance(tools, list):
         raise ValueError(
-            f"{row.name}: column 'tools' is {type(tools).__name__}, wanted a list of JSON schemas"
+            f"{row.name}: column 'tools' has type {type(tools).__name__}; use a list of JSON schemas"
         )
     return tools
 
@@ -312,30 +329,30 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
 
 
 def _prompt_completion(row: Row) -> Example:
-    lists = [isinstance(parsed(row, c), list | tuple) for c in ("prompt", "completion")]
+    lists = [isinstance(json_of(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
         raise ValueError(
-            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; wanted both the same"
+            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; use two strings or two lists"
         )
     if not lists[0]:
-        return Completion(row.name, string(row, "prompt", empty=True), string(row, "completion"))
+        return Completion(row.name, text_of(row, "prompt", empty=True), text_of(row, "completion"))
     prompt = messages_of(row, "prompt")
     return Chat(row.name, (*prompt, *messages_of(row, "completion")), len(prompt), tools=tools_of(row))
 
 
 def _instruction(row: Row) -> Chat:
-    answers = [c for c in ("response", "output") if c in row.fields]
-    if len(answers) > 1:
+    names = [c for c in ("response", "output") if c in row.fields]
+    if len(names) > 1:
         raise ValueError(
-            f"{row.name}: found both 'response' and 'output'; say which with data.columns=response=..."
+            f"{row.name}: the row has both 'response' and 'output'; choose one with data.columns=response=..."
         )
-    messages = [*instruction_of(row), {"role": "assistant", "content": string(row, answers[0])}]
+    messages = [*instruction_of(row), {"role": "assistant", "content": text_of(row, names[0])}]
     return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)
 
 
 def instruction_of(row: Row) -> list[Message]:
-    """The columns `instruction`, `input` and `system` as the messages before an answer."""
-    user = string(row, "instruction")
+    """Return the columns `instruction`, `input` and `system` as the messages before a response."""
+    user = text_of(row, "instruction")
     if row.fields.get("input"):
-        user = f"{user}\n\n{string(row, 'input')}"
+        user = f"{user}\n\n{text_of(row, 'input')}"
     return [*system_of(row), {"role": "user", "content": user}]

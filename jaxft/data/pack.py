@@ -1,8 +1,8 @@
-"""Which examples share a row, and in what order the rows come: a pure function of (lengths, seed, epoch).
+"""Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
 
-First-fit decreasing within windows of WINDOW examples. Which window an example falls in depends on the seed alone, and examples
-change places from epoch to epoch only with examples of the same length and count of read positions; so every epoch has the
-same number of rows and the same largest row, and one compiled program serves all of them.
+First-fit decreasing within windows of WINDOW examples. The seed alone decides which window an example falls in. From epoch
+to epoch examples change places only with examples of the same length and the same number of read positions, so every epoch
+has the same number of rows and the same largest row, and one compiled program serves all of them.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,39 @@ WINDOW = 2**16
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Row r holds the examples members[offsets[r]:offsets[r + 1]], in that order."""
+class RowShape:
+    """What one row holds at most: tokens, read positions, and slots for pairs."""
+
+    length: int
+    reads: int
+    slots: int = 1
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The examples of each row: row r holds members[offsets[r]:offsets[r + 1]], in that order."""
 
     members: Int[np.ndarray, " examples"]
     offsets: Int[np.ndarray, " rows_plus_1"]
 
     @property
     def rows(self) -> int:
-        """How many rows an epoch has."""
+        """Number of rows."""
         return len(self.offsets) - 1
 
-    def slice(self, start: int, stop: int) -> "Plan":
-        """Rows start to stop (fewer at the end of the epoch)."""
+    def slice(self, start: int, stop: int) -> "RowPlan":
+        """Return rows `start` to `stop`, fewer at the end of the epoch."""
         offsets = self.offsets[start : min(stop, self.rows) + 1]
-        return Plan(self.members[offsets[0] : offsets[-1]], offsets - offsets[0])
+        return RowPlan(self.members[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def names(self, names: tuple[str, ...]) -> list[str]:
+        """Return the names of each row's examples, separated by commas."""
+        bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        return [", ".join(names[i] for i in self.members[start:stop]) for start, stop in bounds]
 
 
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
-    """A shuffle of range(count) that depends on the integers in `key` alone, the same in every version of numpy."""
+    """Return a shuffle of range(count) that depends on the integers in `key` alone, in every version of numpy."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _mix(state + np.uint64(part % 2**64))
@@ -47,13 +61,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """The row of each example if each in turn goes into the first row that has room for it; lengths must not increase.
+    """Return the row of each example if each in turn goes into the first row with enough room; lengths must not increase.
 
-    Examples of one length are placed together: a row takes room // length of them before the next row gets any.
+    Examples of one length are placed together: a row receives room // length of them before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
-            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; wanted 1 to {size}"
+            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; use lengths of 1 to {size}"
         )
     rows = np.empty(len(lengths), np.int64)
     values, counts = np.unique(-lengths, return_counts=True)
@@ -63,11 +77,11 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
     for length, count in zip(-values, counts, strict=True):
         fits = room // length
         taken = np.clip(count - (np.cumsum(fits) - fits), 0, fits)
-        rest, each = count - taken.sum(), size // length
-        new = -(-rest // each)
-        opened = np.full(new, each)
+        rest, per_row = count - taken.sum(), size // length
+        new = -(-rest // per_row)
+        opened = np.full(new, per_row)
         if new:
-            opened[-1] = rest - each * (new - 1)
+            opened[-1] = rest - per_row * (new - 1)
         open_rows = np.concatenate([open_rows, np.arange(used, used + new)])
         taken = np.concatenate([taken, opened])
         room = np.concatenate([room, np.full(new, size)]) - taken * length
@@ -77,10 +91,10 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
     return rows
 
 
-def packed(
+def pack_rows(
     lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
-) -> Plan:
-    """Rows of at most `size` tokens, each example in exactly one of them."""
+) -> RowPlan:
+    """Pack the examples into rows of at most `size` tokens, each example into exactly one row, and shuffle the rows."""
     rank = np.empty(len(lengths), np.int64)
     rank[permutation(len(lengths), seed, 1, epoch)] = np.arange(len(lengths))
     windows = permutation(len(lengths), seed, 2)
@@ -91,22 +105,27 @@ def packed(
         rows = first_fit(lengths[window], size)
         members.append(window[np.argsort(rows, kind="stable")])
         sizes.append(np.bincount(rows))
-    return _shuffled(np.concatenate(members), np.concatenate(sizes), seed, epoch)
+    return _shuffle_rows(np.concatenate(members), np.concatenate(sizes), seed, epoch)
 
 
-def unpacked(count: int, seed: int, epoch: int) -> Plan:
-    """One example a row, shuffled."""
-    return Plan(permutation(count, seed, 1, epoch), np.arange(count + 1))
+def one_per_row(count: int, seed: int, epoch: int) -> RowPlan:
+    """Put each example into a row of its own and shuffle the rows."""
+    return RowPlan(permutation(count, seed, 1, epoch), np.arange(count + 1))
 
 
-def _shuffled(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> Plan:
+def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> RowPlan:
     order = permutation(len(sizes), seed, 3, epoch)
     starts = (np.cumsum(sizes) - sizes)[order]
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
-    return Plan(members[spread(starts, sizes[order])], offsets)
+    return RowPlan(members[ranges(starts, sizes[order])], offsets)
 
 
-def spread(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
-    """The ranges start, start + 1, ... start + count - 1 one after the other."""
+def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+    """Return the ranges start, start + 1, ..., start + count - 1 one after the other."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the next multiple of `multiple`."""
+    return -(-value // multiple) * multiple

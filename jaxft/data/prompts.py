@@ -148,7 +148,7 @@ def prompt_of(row: Row) -> Any:
     """A row's prompt: a string, or the messages up to the answer. Raises ValueError, naming the row, where there is none."""
     fields = {name: value for name, value in row.fields.items() if name not in ANSWERS}
     if isinstance(fields.get("prompt"), str) and not _is_messages(fields["prompt"]):
-        return formats.string(row, "prompt")
+        return formats.text_of(row, "prompt")
     if "prompt" in fields:
         fields["messages"] = fields.pop("prompt")
     if "instruction" in fields:
@@ -157,11 +157,12 @@ def prompt_of(row: Row) -> Any:
         raise ValueError(
             f"{row.name}: found columns {', '.join(row.fields)}; wanted prompt, messages or instruction"
         )
-    messages = list(getattr(formats.normalise([row._replace(fields=fields)])[0], "messages", ()))
-    if not messages:
+    (example,) = formats.normalise_rows([row._replace(fields=fields)])
+    if not isinstance(example, formats.Chat):
         raise ValueError(
-            f"{row.name}: found columns {', '.join(row.fields)}; wanted messages, prompt or instruction"
+            f"{row.name}: the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction"
         )
+    messages = list(example.messages)
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not asked or not str(asked[-1]["content"]).strip():
         raise ValueError(

@@ -1,7 +1,7 @@
 """Read rows from JSONL, JSON, CSV, Parquet, a folder of those, or a dataset of the Hugging Face hub.
 
-Local text files need nothing but the standard library; pyarrow and datasets are imported where they are used. Every row keeps
-the name of its place, `file.jsonl:17`, for messages, for the inspector and for the list of rows of a bad step.
+Local text files need nothing but the standard library; pyarrow and datasets are imported where they are used. Every row has
+a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step print.
 """
 
 import csv
@@ -16,14 +16,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Row(NamedTuple):
-    """One row: where it stands and its columns."""
+    """A row of a dataset: its name, FILE:LINE, and its columns."""
 
     name: str
     fields: dict[str, Any]
 
 
-def resolve(ref: str) -> Path | None:
-    """The file or folder that `ref` names: under the working directory, else under the repository; None if neither has it."""
+def find_data(ref: str) -> Path | None:
+    """Return the file or folder `ref` under the working directory, else under the repository, None if neither has it."""
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(REPOSITORY / ref)
@@ -31,11 +31,11 @@ def resolve(ref: str) -> Path | None:
 
 
 def read_rows(ref: str) -> list[Row]:
-    """All rows of `ref`: a file, a folder (its files in order of name) or `org/name[/config][:split]` on the hub.
+    """Return all rows of a file, a folder (its files by name) or `org/name[/config][:split]` on the hub.
 
-    Raises FileNotFoundError where nothing is found and ValueError, naming file and line, where a row can't be read.
+    Raises FileNotFoundError if `ref` is none of these, and ValueError, naming file and line, if a row cannot be read.
     """
-    path = resolve(ref)
+    path = find_data(ref)
     if path is not None:
         rows = [row for file in _files(path) for row in _read_file(file)]
     elif Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
@@ -43,10 +43,10 @@ def read_rows(ref: str) -> list[Row]:
     else:
         raise FileNotFoundError(
             f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; "
-            f"give a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub dataset as org/name[/config][:split]"
+            f"use a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub dataset org/name[/config][:split]"
         )
     if not rows:
-        raise ValueError(f"{ref}: found no rows; wanted at least one")
+        raise ValueError(f"{ref}: the dataset has no rows; add at least one")
     return rows
 
 
@@ -58,7 +58,7 @@ def _files(path: Path) -> list[Path]:
     )
     if not files:
         raise FileNotFoundError(
-            f"{path}: the folder has no data files; wanted {', '.join('*' + s for s in SUFFIXES)}"
+            f"{path}: the folder has no data files; add {' or '.join('*' + s for s in SUFFIXES)}"
         )
     return files
 
@@ -75,13 +75,9 @@ def _read_file(path: Path) -> Iterator[Row]:
             case ".parquet":
                 yield from _read_parquet(path)
             case suffix:
-                raise ValueError(
-                    f"{path}: unknown kind of file {suffix!r}; wanted one of {', '.join(SUFFIXES)}"
-                )
+                raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
     except PermissionError as error:
-        raise PermissionError(
-            f"{path}: may not be read ({error.strerror}); change its permissions"
-        ) from error
+        raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
 
 
 def _parse(text: bytes, name: str, line: int = 1) -> Any:
@@ -89,12 +85,12 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
-        shown = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
+        near = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
         raise ValueError(
-            f"{where}: malformed JSON, {error.msg} at column {error.colno}, near {shown!r}; fix or remove it"
+            f"{where}: malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it"
         ) from error
     except RecursionError as error:
-        raise ValueError(f"{name}: malformed JSON, nested too deeply to be read; fix or remove it") from error
+        raise ValueError(f"{name}: malformed JSON, nested too deeply; fix or remove it") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
@@ -103,16 +99,16 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
         raise ValueError(f"{name}: malformed JSON, {error}; fix or remove it") from error
 
 
-def _row(value: Any, place: str, name: str) -> Row:
+def _row(value: Any, where: str, name: str) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: found a {type(value).__name__}, wanted an object with named columns")
+        raise ValueError(f"{where}: the row is a {type(value).__name__}; use an object with named columns")
     if not any(v not in (None, "", [], {}) for v in value.values()):
-        raise ValueError(f"{place}: the row is empty; fill or remove it")
+        raise ValueError(f"{where}: the row is empty; fill or remove it")
     return Row(name, value)
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
-    blank = 0  # blank lines are fine at the end only, where an editor leaves them
+    blank = 0  # editors leave blank lines at the end; elsewhere they are errors
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -127,7 +123,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if text.lstrip()[:1] == b"{":  # JSON lines under the name .json, as the hub has many
+    if text.lstrip()[:1] == b"{":  # JSON lines in a .json file, as in many hub datasets
         try:
             value = json.loads(text)
         except ValueError:
@@ -147,12 +143,13 @@ def _read_csv(path: Path) -> Iterator[Row]:
         try:
             header = next(reader, [])
             if not header or len(set(header)) < len(header):
-                raise ValueError(f"{path}:1: found the header {header}, wanted distinct column names")
+                raise ValueError(f"{path}:1: the header {header} has no distinct column names; rename them")
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
                     raise ValueError(
-                        f"{path}:{line}: found {len(values)} fields, wanted {len(header)} ({', '.join(header)})"
+                        f"{path}:{line}: {len(values)} fields do not fit the {len(header)} columns "
+                        f"({', '.join(header)}); fix the row"
                     )
                 yield _row(dict(zip(header, values, strict=False)), f"{path}:{line}", f"{path.name}:{line}")
                 line = reader.line_num + 1
@@ -168,12 +165,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: Parquet needs pyarrow; `pip install datasets` brings it") from error
+        raise ValueError(f"{path}: reading Parquet needs pyarrow; run `pip install datasets`") from error
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise ValueError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
         ) from error
     for number, item in enumerate(table.to_pylist(), 1):
         yield _row(item, f"{path}:{number}", f"{path.name}:{number}")
@@ -184,17 +181,18 @@ def _read_hub(ref: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"data {ref!r} is no local file; a hub dataset needs `pip install datasets`"
+            f"data {ref!r} is no local file, and hub datasets need the package datasets; run `pip install datasets`"
         ) from error
-    place, _, split = ref.partition(":")
-    org, name, *config = place.split("/")
+    dataset, _, split = ref.partition(":")
+    org, name, *config = dataset.split("/")
     split = split or "train"
     try:
         data = datasets.load_dataset(f"{org}/{name}", *config, split=split)
     except Exception as error:  # its errors have no common type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data {ref!r} is no local file, and the hub did not give it ({reason}); wanted org/name[/config][:split]"
+            f"data {ref!r} is no local file and cannot be loaded from the hub ({reason}); use "
+            "org/name[/config][:split]"
         ) from error
     for number, item in enumerate(data, 1):
-        yield _row(item, f"{place}:{split}:{number}", f"{name}:{split}:{number}")
+        yield _row(item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from jaxft.batch import Tokens, TrainState
-from jaxft.data import cache as store
 from jaxft.data import chat, pack
-from jaxft.data.cache import Tokenised, TokenSettings
+from jaxft.data.pack import RowPlan
 from jaxft.data.settings import DataSettings
-from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, joined_names, length_percentiles
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, length_percentiles
+from jaxft.data.tokens import TokenisedRows, TokenSettings, split_rows, tokenise_rows
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -61,25 +61,38 @@ class Rows(DataSettings):
         Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
         """
         row_count = _rows_per_microbatch(self, shards)
-        pool, train, held = _split(self, tokenizer, cache)
-        longest = max(pool.lengths[train].max(), pool.lengths[held].max(initial=0))
-        size = self.max_length if self.packing else min(self.max_length, -(-int(longest) // 64) * 64)
-        plan = lru_cache(maxsize=2)(lambda epoch: _plan(self, pool, train, size, epoch))
-        held_plan = _plan(self, pool, held, size, 0)
-        reads = _read_length(pool, (plan(0), held_plan), size)
+
+        def tokenise(ref: str) -> TokenisedRows:
+            return tokenise_rows(ref, self.token_settings, tokenizer, cache)
+
+        examples, train, held = split_rows(self, tokenise, self._held_out_mask)
+        longest = max(examples.lengths[train].max(), examples.lengths[held].max(initial=0))
+        size = self.max_length if self.packing else min(self.max_length, pack.round_up(int(longest), 64))
+
+        @lru_cache(maxsize=2)
+        def plan(epoch: int) -> RowPlan:
+            return _plan(self, examples, train, size, epoch)
+
+        held_plan = _plan(self, examples, held, size, 0)
+        reads = _read_length(examples, (plan(0), held_plan), size)
         per_epoch = -(-plan(0).rows // self.batch)
-        first = pool.ids[slice(*pool.offsets[train.min() :][:2])]
+        first = examples.ids[slice(*examples.offsets[train.min() :][:2])]
         info = SourceInfo(
             steps=self.total_steps(per_epoch),
             steps_per_epoch=per_epoch,
-            fingerprint=_fingerprint(self, pool, (plan(0), held_plan), (self.batch, size, reads)),
+            fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
             preview=tokenizer.decode(first, skip_special_tokens=False),
-            stats=_stats(pool, (train, held), plan(0), (size, reads)),
+            stats=_stats(examples, (train, held), plan(0), (size, reads)),
         )
         shapes = _shapes(self, (row_count, size, reads))
-        held_out = _held_out(pool, held_plan, (row_count, size, reads))
+        held_out = _held_out_batches(examples, held_plan, (row_count, size, reads))
         held_out = tuple(replace(batch, packed=self.packing) for batch in held_out)
-        return RowSource(info, (shapes,), held_out, self, pool, plan)
+        return RowSource(info, (shapes,), held_out, self, examples, plan)
+
+    def _held_out_mask(self, examples: TokenisedRows) -> np.ndarray:
+        mask = np.zeros(len(examples), bool)
+        mask[pack.permutation(len(examples), self.seed, 0)[: self.held_out_count(len(examples))]] = True
+        return mask
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
@@ -106,15 +119,15 @@ class RowSource(FixedSource[Tokens]):
     """Batches of Tokens; see Source. plan: which examples share a row, by epoch."""
 
     settings: Rows
-    pool: Tokenised
-    plan: Callable[[int], pack.Plan]
+    examples: TokenisedRows
+    plan: Callable[[int], RowPlan]
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
         """Return the batch of a step and no metrics."""
         rows, part = self.settings, self._rows_of(step)
         _, row_count, size = self.shapes[0].ids.shape
         shape = (rows.batch, size, self.shapes[0].read.shape[-1])
-        flat = _fill(self.pool, part, shape, _weights(self.pool, part.members, rows.weighting))
+        flat = _fill(self.examples, part, shape, _weights(self.examples, part.members, rows.weighting))
         flat = replace(flat, packed=rows.packing)
 
         def split(x: np.ndarray) -> np.ndarray:
@@ -125,8 +138,7 @@ class RowSource(FixedSource[Tokens]):
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the examples in each row of a batch."""
-        part = self._rows_of(step)
-        return [joined_names(self.pool.names, part.slice(r, r + 1).members) for r in range(part.rows)]
+        return self._rows_of(step).names(self.examples.names)
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts; a response begins at its first token with a loss."""
@@ -143,7 +155,7 @@ class RowSource(FixedSource[Tokens]):
                         found.append(Prompt(ids[inside[0] : first].tolist(), response))
         return found
 
-    def _rows_of(self, step: int) -> pack.Plan:
+    def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
         epoch, k = divmod(step, int(self.info.steps_per_epoch))
         return self.plan(epoch).slice(k * self.settings.batch, (k + 1) * self.settings.batch)
@@ -168,97 +180,80 @@ def _rows_per_microbatch(rows: Rows, shards: int) -> int:
             f"data.batch={rows.batch} is not divisible by data.micro={rows.micro} microbatches; "
             f"use a data.micro of {fits}"
         )
-    return -(-rows.batch // (rows.micro * shards)) * shards
+    return pack.round_up(rows.batch // rows.micro, shards)
 
 
-def _split(rows: Rows, tokenizer: Any, cache: Path | None) -> tuple[Tokenised, np.ndarray, np.ndarray]:
-    """Return all examples and the indices of the training and the held-out ones."""
-    pool = store.tokenised(rows.train, rows.token_settings, tokenizer, cache)
-    count = len(pool.names)
-    everything = np.arange(count)
-    if not rows.holds_out:
-        return pool, everything, everything[:0]
-    if isinstance(rows.held_out, str):
-        held = store.tokenised(rows.held_out, rows.token_settings, tokenizer, cache)
-        return store.join(pool, held), everything, count + np.arange(len(held.names))
-    if count < 2:
-        raise ValueError(
-            f"{rows.train}: data.held_out={rows.held_out} cannot split a single row; set data.held_out=none"
-        )
-    held_count = rows.held_out_count(count)
-    order = pack.permutation(count, rows.seed, 0)
-    return pool, np.sort(order[held_count:]), np.sort(order[:held_count])
-
-
-def _plan(rows: Rows, pool: Tokenised, chosen: np.ndarray, size: int, epoch: int) -> pack.Plan:
+def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, epoch: int) -> RowPlan:
     if not len(chosen):
-        return pack.Plan(chosen, np.zeros(1, np.int64))
+        return RowPlan(chosen, np.zeros(1, np.int64))
     if rows.packing:
-        plan = pack.packed(pool.lengths[chosen], pool.reads[chosen], size, rows.seed, epoch)
+        plan = pack.pack_rows(examples.lengths[chosen], examples.reads[chosen], size, rows.seed, epoch)
     else:
-        plan = pack.unpacked(len(chosen), rows.seed, epoch)
-    return pack.Plan(chosen[plan.members], plan.offsets)
+        plan = pack.one_per_row(len(chosen), rows.seed, epoch)
+    return RowPlan(chosen[plan.members], plan.offsets)
 
 
-def _read_length(pool: Tokenised, plans: tuple[pack.Plan, ...], size: int) -> int:
+def _read_length(examples: TokenisedRows, plans: tuple[RowPlan, ...], size: int) -> int:
     """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a program."""
-    most = max(int(np.add.reduceat(pool.reads[p.members], p.offsets[:-1]).max()) for p in plans if p.rows)
+    most = max(int(np.add.reduceat(examples.reads[p.members], p.offsets[:-1]).max()) for p in plans if p.rows)
     step = max(1, size // 8)
-    return min(-(-most // step) * step, size)
+    return min(pack.round_up(most, step), size)
 
 
-def _weights(pool: Tokenised, members: np.ndarray, weighting: str) -> np.ndarray:
-    """The weight of a learned token of each example."""
-    reads = pool.reads[members]
+def _weights(examples: TokenisedRows, members: np.ndarray, weighting: str) -> np.ndarray:
+    """Return the weight of one learned token of each example."""
+    reads = examples.reads[members]
     if weighting == "token":
         return np.full(len(members), 1 / reads.sum())
     return 1 / (len(members) * reads)
 
 
-def _fill(pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int], weights: np.ndarray) -> Tokens:
-    """Tokens of `shape` (rows, T, M); rows that the plan doesn't have stay empty."""
+def _fill(examples: TokenisedRows, plan: RowPlan, shape: tuple[int, int, int], weights: np.ndarray) -> Tokens:
+    """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty."""
     rows, length, reads = shape
-    counts = pool.lengths[plan.members]
+    counts = examples.lengths[plan.members]
     per_row = np.diff(plan.offsets)
     row = np.repeat(np.arange(plan.rows), per_row)  # of each example
     before = np.cumsum(counts) - counts
     column = before - np.repeat(before[plan.offsets[:-1]], per_row)
     number = np.arange(len(row)) - np.repeat(plan.offsets[:-1], per_row) + 1
 
-    where = pack.spread(pool.offsets[plan.members], counts)  # of each token, in the pool
-    at = (np.repeat(row, counts), pack.spread(column, counts))
+    where = pack.ranges(examples.offsets[plan.members], counts)  # index of each token in examples.ids
+    at = (np.repeat(row, counts), pack.ranges(column, counts))
     ids, segments, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
-    ids[at] = pool.ids[where]
+    ids[at] = examples.ids[where]
     segments[at] = np.repeat(number, counts)
-    positions[at] = pack.spread(np.zeros_like(counts), counts)
+    positions[at] = pack.ranges(np.zeros_like(counts), counts)
 
-    learned = pool.learned[where].nonzero()[0]
+    learned = examples.learned[where].nonzero()[0]
     target_row = at[0][learned]
     slot = (target_row, np.arange(len(learned)) - np.searchsorted(target_row, target_row))
     read, targets = (np.zeros((rows, reads), np.int32) for _ in range(2))
     token_weights = np.zeros((rows, reads), np.float32)
     read[slot] = at[1][learned] - 1
-    targets[slot] = pool.ids[where[learned]]
+    targets[slot] = examples.ids[where[learned]]
     token_weights[slot] = np.repeat(weights, counts)[learned]
     return Tokens(ids, segments, positions, read, targets, token_weights)
 
 
-def _held_out(pool: Tokenised, plan: pack.Plan, shape: tuple[int, int, int]) -> tuple[Tokens, ...]:
+def _held_out_batches(
+    examples: TokenisedRows, plan: RowPlan, shape: tuple[int, int, int]
+) -> tuple[Tokens, ...]:
     count = shape[0]
-    weight = 1 / max(1, pool.reads[plan.members].sum())
+    weight = 1 / max(1, examples.reads[plan.members].sum())
     batches = []
     for start in range(0, plan.rows, count):
         part = plan.slice(start, start + count)
-        flat = _fill(pool, part, shape, np.full(len(part.members), weight))
+        flat = _fill(examples, part, shape, np.full(len(part.members), weight))
         batches.append(jax.tree.map(lambda x: x[None], flat))
     return tuple(batches)
 
 
 def _fingerprint(
-    rows: Rows, pool: Tokenised, plans: tuple[pack.Plan, ...], shape: tuple[int, int, int]
+    rows: Rows, examples: TokenisedRows, plans: tuple[RowPlan, ...], shape: tuple[int, int, int]
 ) -> str:
     digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting)).encode())
-    arrays = [pool.ids, pool.learned, pool.offsets] + [
+    arrays = [examples.ids, examples.learned, examples.offsets] + [
         a for plan in plans for a in (plan.members, plan.offsets)
     ]
     for array in arrays:
@@ -267,28 +262,28 @@ def _fingerprint(
 
 
 def _stats(
-    pool: Tokenised, split: tuple[np.ndarray, np.ndarray], plan: pack.Plan, shape: tuple[int, int]
+    examples: TokenisedRows, split: tuple[np.ndarray, np.ndarray], plan: RowPlan, shape: tuple[int, int]
 ) -> RowStats:
     """Count rows and tokens. split: indices of the training and the held-out examples. shape: T, M."""
     train, held = split
     size, reads = shape
-    lengths = pool.lengths[train]
-    tokens, truncated = int(lengths.sum()), int(pool.cut.sum())
+    lengths = examples.lengths[train]
+    tokens, truncated = int(lengths.sum()), int(examples.cut.sum())
     fill = tokens / (plan.rows * size)
     return RowStats(
         examples=len(train),
         held_out=len(held),
-        dropped=pool.dropped,
-        largest_id=int(pool.ids.max()),
+        dropped=examples.dropped,
+        largest_id=int(examples.ids.max()),
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
-        f"{len(held)} held out, {pool.dropped} dropped, {truncated} truncated",
+        f"{len(held)} held out, {examples.dropped} dropped, {truncated} truncated",
         truncated=truncated,
         tokens=tokens,
-        learned_tokens=int(pool.reads[train].sum()),
+        learned_tokens=int(examples.reads[train].sum()),
         lengths=length_percentiles(lengths),
         rows=plan.rows,
         fill=fill,
         row_length=size,
         read_length=reads,
-        cache=pool.cache,
+        cache=examples.cache,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.tree import Batch, Metrics
@@ -166,8 +166,3 @@ def length_percentiles(lengths: Int[np.ndarray, " examples"]) -> dict[str, float
     names = ("min", "p10", "p50", "p90", "p99", "max")
     found = np.percentile(lengths, (0, 10, 50, 90, 99, 100))
     return {name: round(float(value), 1) for name, value in zip(names, found, strict=True)}
-
-
-def joined_names(names: tuple[str, ...], members: Shaped[np.ndarray, " n"]) -> str:
-    """Return the names of the dataset rows that share a row of a batch."""
-    return ", ".join(names[i] for i in members)

@@ -251,7 +251,7 @@ class ModelReward(Reward):
 
         def score_texts(prompts: Sequence[Any], completions: Sequence[str]) -> Float[np.ndarray, " n"]:
             examples = to_examples(prompts, completions, tokenizer)
-            texts = [ids.tolist() for ids, _ in chat.tokenise(examples, tokenizer, "all")]
+            texts = [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, "all")]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)
             fitting = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]

@@ -28,7 +28,7 @@ def identity(weights: str, adapter: str | None, settings: Any) -> str:
 
 def place(name: str, cache: Path | None = None) -> Path:
     """The file of a reference's log-probs."""
-    return store.cache_folder(cache).parent / "reference" / f"{name}.npz"
+    return store.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
             return {}
         return dict(zip(keys.tolist(), np.split(values, offsets[1:-1]), strict=True))
-    except store.BROKEN:
+    except store.CORRUPT_FILE:
         return {}
 
 

@@ -25,7 +25,7 @@ def conversation(texts, name="rows.jsonl:1"):
 
 
 def tokenise(example, kind, loss_on="completion"):
-    ((ids, learned),) = chat.tokenise([example], tiny(kind), loss_on)
+    ((ids, learned),) = chat.tokenise_examples([example], tiny(kind), loss_on)
     return ids, learned
 
 
@@ -97,7 +97,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "+ '<|im_end|>' }}{% endgen", "}}{% endgen"
     ).replace("{% endgeneration %}{{ '\n'", "{% endgeneration %}{{ '<|im_end|>\n'")
-    ((ids, learned),) = chat.tokenise([conversation(["a", "bc"])], tokenizer)
+    ((ids, learned),) = chat.tokenise_examples([conversation(["a", "bc"])], tokenizer)
     assert tokenizer.decode(ids[learned].tolist()) == "bc<|im_end|>"
 
 
@@ -106,7 +106,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
 def test_eos_is_learned_whatever_pad_is(kind, pad_is_eos):
     tokenizer = tiny(kind, pad_is_eos)
     for example in (Completion("r:1", "the rank", " of a matrix"), Text("r:1", "the rank")):
-        ((ids, learned),) = chat.tokenise([example], tokenizer)
+        ((ids, learned),) = chat.tokenise_examples([example], tokenizer)
         assert ids[-1] == tokenizer.eos_token_id and learned[-1]
         assert ids.tolist().count(tokenizer.eos_token_id) == 1
 
@@ -143,7 +143,7 @@ def test_eos_that_the_tokenizer_adds_is_not_doubled():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", eos)]
     )
-    ((ids, learned),) = chat.tokenise([Completion("r:1", "the", " rank")], tokenizer)
+    ((ids, learned),) = chat.tokenise_examples([Completion("r:1", "the", " rank")], tokenizer)
     assert ids.tolist().count(eos) == 1 and learned[-1]
 
 
@@ -190,7 +190,7 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
 
 def test_a_template_that_hides_the_answer_is_refused():
     with pytest.raises(
-        ValueError, match="rows.jsonl:1: the chat template refuses the row: it does not show message 1"
+        ValueError, match="rows.jsonl:1: the chat template rejects the row: it omits message 1"
     ):
         chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
 
@@ -203,7 +203,7 @@ def test_date_is_pinned_for_string_and_for_function():
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
     text = chat.render(conversation(["a", "b"]), chat.template_of(tokenizer, "03 Feb 2025")).text
     assert text.startswith("2025-02-03") and "Today Date: 03 Feb 2025" in text
-    with pytest.raises(ValueError, match=r"data.date='2025'; wanted a day like"):
+    with pytest.raises(ValueError, match=r"data.date='2025'; use a day like"):
         chat.template_of(tokenizer, "2025")
 
 
@@ -222,12 +222,12 @@ def test_a_row_that_the_template_refuses_is_named():
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     )
-    with pytest.raises(ValueError, match="r:7: the chat template refuses the row: System role not supported"):
+    with pytest.raises(ValueError, match="r:7: the chat template rejects the row: System role not supported"):
         tokenise(Chat("r:7", messages, 2), "gemma")
 
 
 def test_a_conversation_without_answer_is_named():
-    with pytest.raises(ValueError, match="r:9: empty loss mask, no assistant turn"):
+    with pytest.raises(ValueError, match="r:9: the loss mask is empty because there is no assistant turn"):
         tokenise(Chat("r:9", ({"role": "user", "content": "a"},), 1), "chatml", "assistant")
 
 
@@ -243,7 +243,7 @@ def test_tool_calls_are_learned():
         {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]},
     ]
     turns += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "so 3"}]
-    ((ids, learned),) = chat.tokenise([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
+    ((ids, learned),) = chat.tokenise_examples([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
     assert tokenizer.decode(ids[learned].tolist()) == "<call>sum</call><|im_end|>so 3<|im_end|>"
 
 
@@ -260,6 +260,6 @@ def test_order_of_examples_is_kept_among_kinds_and_chunks():
         for i in permutation(2100, 1)
     ]
     texts = [chat.render(e, chat.template_of(tiny("chatml"))).text for e in examples]
-    got = [tiny("chatml").decode(ids.tolist()) for ids, _ in chat.tokenise(examples, tiny("chatml"))]
+    got = [tiny("chatml").decode(ids.tolist()) for ids, _ in chat.tokenise_examples(examples, tiny("chatml"))]
     assert all(g.startswith(t) for g, t in zip(got, texts, strict=True))
     assert len(got) == len(examples) and isinstance(got[0], str) and np.unique(got).size == 2100

@@ -74,19 +74,19 @@ def test_formats_are_recognised(fields, prompt, plain):
     wanted = {
         kind: Chat("r:1", (*prompt, last), len(prompt), plain) for kind, last in (("chosen", A), ("rejected", B))
     }  # fmt: skip
-    assert pair(fields).answers == wanted
+    assert pair(fields).responses == wanted
 
 
 def test_answers_may_have_several_turns_after_the_common_ones():
     longer = [Q, A, user("r"), answer("c")]
-    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).answers
+    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).responses
     assert found["chosen"] == Chat("r:1", tuple(longer), 1) and found["rejected"].messages[1] == B
 
 
 def test_plain_format_keeps_text_as_it_is():
-    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").answers
+    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").responses
     assert found == {"chosen": Completion("r:1", "q ", "a"), "rejected": Completion("r:1", "q ", "b")}
-    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").answers
+    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").responses
     assert found == {"chosen": Completion("r:1", "", "a"), "rejected": None}
 
 
@@ -96,19 +96,19 @@ def test_an_unpaired_row_has_only_the_answer_that_its_label_says(label):
         ({"prompt": "q", "completion": "a"}, True),
         ({"prompt": [Q], "completion": [A]}, False),
     ):
-        found = pair({**fields, "label": label}).answers
+        found = pair({**fields, "label": label}).responses
         there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
         assert found[missing] is None and found[there] == Chat("r:1", (Q, A), 1, plain)
-    whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).answers
+    whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).responses
     assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
 
 
 def test_the_third_answer_is_the_column_reference():
     fields = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "a"}
-    assert list(pair(fields).answers) == ["chosen", "rejected"]
-    assert pair(fields, third="gold").answers["gold"] == Chat("r:1", (Q, A), 1, True)
+    assert list(pair(fields).responses) == ["chosen", "rejected"]
+    assert pair(fields, third="gold").responses["gold"] == Chat("r:1", (Q, A), 1, True)
     fields = {"chosen": [*LONG, A], "rejected": [*LONG, B], "reference": [*LONG, answer("c")]}
-    assert pair(fields, third="gold").answers["gold"] == Chat("r:1", (*LONG, answer("c")), len(LONG))
+    assert pair(fields, third="gold").responses["gold"] == Chat("r:1", (*LONG, answer("c")), len(LONG))
 
 
 def test_columns_are_renamed_and_numbers_are_read():
@@ -118,14 +118,14 @@ def test_columns_are_renamed_and_numbers_are_read():
         "extras": ("gap", "margin"),
     }
     found = pair(fields, weight_column="weight", **options)
-    assert found.answers == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).answers
-    assert found.numbers == (2.0, 0.5) and found.weight == 3.0
+    assert found.responses == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).responses
+    assert found.extras == (2.0, 0.5) and found.weight == 3.0
 
 
 def test_tools_reach_the_template():
     tools = [{"type": "function", "function": {"name": "sum"}}]
     found = pair({"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps(tools)})
-    assert found.answers["chosen"].tools == found.answers["rejected"].tools == tools
+    assert found.responses["chosen"].tools == found.responses["rejected"].tools == tools
 
 
 GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -136,15 +136,15 @@ SAD = [
     ({"chosen": HUMAN + " a", "rejected": HUMAN + " a"}, {}, "chosen and rejected are identical"),
     ({**GOOD, "chosen": " \n"}, {}, "column 'chosen' is empty; fill it or remove the row"),
     ({**GOOD, "rejected": [answer(" ")]}, {}, r"rejected\[0\], an assistant turn, is empty"),
-    ({"chosen": HUMAN + " a", "rejected": HUMAN}, {}, "the answer in column 'rejected' is empty"),
-    ({**GOOD, "rejected": None}, {}, "column 'rejected' is NoneType, wanted a list"),
-    ({**GOOD, "rejected": 3}, {}, "column 'rejected' is int, wanted a list"),
+    ({"chosen": HUMAN + " a", "rejected": HUMAN}, {}, "the response in column 'rejected' is empty"),
+    ({**GOOD, "rejected": None}, {}, "column 'rejected' is NoneType; use a list"),
+    ({**GOOD, "rejected": 3}, {}, "column 'rejected' is int; use a list"),
     ({**GOOD, "prompt": " "}, {}, "column 'prompt' is empty"),
     ({**GOOD, "prompt": []}, {}, "column 'prompt' is an empty list"),
     (
         {"prompt": [Q], "chosen": [user("x"), A], "rejected": [Q, B]},
         {},
-        r"column 'chosen' begins with a turn of user .* 0 differs",
+        r"column 'chosen' begins with a user turn, and its message 0 differs",
     ),
     (
         {"prompt": list(LONG), "chosen": [*LONG[:3], user("x"), A], "rejected": [B]},
@@ -154,9 +154,9 @@ SAD = [
     (
         {"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]},
         {},
-        "conversations in chosen and rejected do not begin alike",
+        "common beginning of the conversations in chosen and rejected does not end with the prompt",
     ),
-    ({"prompt": "q", "chosen": [user("x"), A], "rejected": [Q, B]}, {}, "do not begin alike"),
+    ({"prompt": "q", "chosen": [user("x"), A], "rejected": [Q, B]}, {}, "does not end with the prompt"),
     (
         {"prompt": [Q, A], "chosen": [B], "rejected": [answer("c")]},
         {},
@@ -165,16 +165,16 @@ SAD = [
     (
         {"prompt": [Q], "chosen": [A, user("x")], "rejected": [B]},
         {},
-        "answer in column 'chosen' ends with a user turn",
+        "response in column 'chosen' ends with a user turn",
     ),
-    ({"chosen": [A], "rejected": [B]}, {}, "chosen and rejected share no first message"),
-    ({"chosen": [Q, A], "rejected": [user("x"), B]}, {}, "chosen and rejected share no first message"),
+    ({"chosen": [A], "rejected": [B]}, {}, "chosen and rejected have no common first message"),
+    ({"chosen": [Q, A], "rejected": [user("x"), B]}, {}, "chosen and rejected have no common first message"),
     (
         {"chosen": [*SAID, A], "rejected": [*SAID[:2], user("x"), B]},
         {},
-        "differ in message 2, which is no answer",
+        "differ in message 2, which is not an assistant turn",
     ),
-    ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, {}, "differ in message 2, which is no answer"),
+    ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, {}, "differ in message 2, which is not an assistant turn"),
     ({"chosen": [Q, A], "rejected": "b"}, {}, "of 'chosen' and 'rejected' one is a string"),
     ({"chosen": "a", "rejected": "b"}, {}, "column 'chosen' is a string that does not begin with 'Human:'"),
     (
@@ -185,42 +185,46 @@ SAD = [
     (
         {"chosen": HUMAN + " a", "rejected": HUMAN.replace(" o", " x") + " b"},
         {},
-        r"the dialogues differ before their last turn \(in turn 2\)",
+        r"the dialogues differ in turn 2, before their last turn",
     ),
     (
         {"chosen": HUMAN + " a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
         {},
-        r"differ before their last turn \(in turn 2\)",
+        r"differ in turn 2, before their last turn",
     ),
     ({"chosen": "Human: a", "rejected": "Human: b"}, {}, "a dialogue of one turn has no prompt"),
     (
         {"chosen": HUMAN + " a\n\nHuman: x", "rejected": HUMAN + " a\n\nHuman: y"},
         {},
-        "column 'chosen' begins with a user turn, wanted assistant",
+        "column 'chosen' begins with a user turn",
     ),
-    ({"prompt": "q", "chosen": "a"}, {}, "found columns: prompt, chosen; wanted preference"),
-    ({"prompt": "q", "chosen": "a"}, {"format": "preference"}, r"no column rejected \(format preference\)"),
-    ({"prompt": "q", "completion": "a", "label": "yes"}, {}, "label is 'yes', wanted true or false"),
-    ({"prompt": "q", "completion": "a", "label": 2}, {}, "label is 2, wanted true or false"),
-    ({"prompt": "q", "completion": "a", "label": None}, {}, "label is None, wanted true or false"),
-    ({"prompt": "q", "completion": "a", "label": 1.0}, {}, r"label is 1\.0, wanted true or false"),
-    ({**GOOD, "conversations": GPT}, {}, "columns fit preference and ranking; set data.format"),
-    (GOOD, {"third": "gold"}, "no column 'reference', which data.third=gold"),
+    ({"prompt": "q", "chosen": "a"}, {}, "the columns prompt, chosen fit no format; accepted are preference"),
+    (
+        {"prompt": "q", "chosen": "a"},
+        {"format": "preference"},
+        r"no column rejected, which format preference requires",
+    ),
+    ({"prompt": "q", "completion": "a", "label": "yes"}, {}, "label is 'yes'; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": 2}, {}, "label is 2; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": None}, {}, "label is None; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": 1.0}, {}, r"label is 1\.0; use true or false"),
+    ({**GOOD, "conversations": GPT}, {}, "fit the formats preference and ranking; set data.format"),
+    (GOOD, {"third": "gold"}, "no column 'reference', from which data.third=gold"),
     (
         GOOD,
         {"extras": ("margin",)},
-        r"no number in column 'margin' \(data\.extras\); found columns: prompt, chosen, rejected",
+        r"no number in column 'margin', which data.extras names; the row has prompt, chosen, rejected",
     ),
-    ({**GOOD, "margin": "1"}, {"extras": ("margin",)}, "column 'margin' .* is '1', wanted a finite number"),
-    ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True, wanted a finite number"),
+    ({**GOOD, "margin": "1"}, {"extras": ("margin",)}, "column 'margin' .* is '1'; use a finite number"),
+    ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True; use a finite number"),
     (
         {**GOOD, "margin": float("nan")},
         {"extras": ("margin",)},
-        "column 'margin' .* is nan, wanted a finite number",
+        "column 'margin' .* is nan; use a finite number",
     ),
-    ({**GOOD, "w": -1}, {"weight_column": "w"}, "the weight in column 'w' is -1; wanted 0 or more"),
-    (GOOD, {"weight_column": "w"}, r"no number in column 'w' \(data\.weight_column\)"),
-    (GOOD, {"format": "dpo"}, "data.format='dpo'; wanted auto, plain or one of preference"),
+    ({**GOOD, "w": -1}, {"weight_column": "w"}, "the weight in column 'w' is -1; use 0 or more"),
+    (GOOD, {"weight_column": "w"}, r"no number in column 'w', which data.weight_column names"),
+    (GOOD, {"format": "dpo"}, "data.format='dpo'; use auto, plain or one of preference"),
     (
         {"chosen": [Q, A], "rejected": [Q, B]},
         {"format": "plain"},
@@ -229,7 +233,7 @@ SAD = [
     (
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
         {"format": "plain"},
-        "column 'prompt' is list, wanted a string",
+        "column 'prompt' has type list; use a string",
     ),
     (GOOD, {"columns": ("prompt=question",)}, "no column 'question'"),
     (GOOD, {"columns": ("ask=prompt",)}, "maps to unknown column 'ask'"),
@@ -263,7 +267,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         writer.writerows(rows)
     found = [
         [
-            p.answers["chosen"].messages
+            p.responses["chosen"].messages
             for p in normalise_pairs(read_rows(str(f)), PairRows("r").token_settings)
         ]
         for f in tmp_path.iterdir()

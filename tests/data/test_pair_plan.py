@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data.pack import permutation
+from jaxft.data.pack import RowShape, permutation
 from jaxft.data.pairs import batches
 
 
@@ -15,27 +15,27 @@ from jaxft.data.pairs import batches
     size=st.integers(1, 9),
     epoch=st.integers(0, 3),
 )
-def test_a_plan_holds_every_pair_once(tokens, size, epoch):
+def test_an_epoch_has_every_pair_once(tokens, size, epoch):
     tokens = np.array(tokens)
-    found = batches.batches(tokens, size, 7, epoch)
+    found = batches.order_batches(tokens, size, 7, epoch)
     assert sorted(found[found >= 0].tolist()) == list(range(len(tokens))) and found.shape == (
         -(-len(tokens) // size),
         size,
     )
     assert (found[:-1] >= 0).all()
-    members, row = batches.deal(found, tokens, 3)
+    members, row = batches.assign_rows(found, tokens, 3)
     assert np.array_equal(np.sort(members, 1), np.sort(found, 1)) and ((row < 0) == (members < 0)).all()
     for some, where in zip(members, row, strict=True):
         load = np.zeros(3, int)
         for i, r in zip(some[some >= 0], where[some >= 0], strict=True):
             assert load[r] == load.min()
             load[r] += tokens[i]
-    assert np.array_equal(found, batches.batches(tokens, size, 7, epoch))
+    assert np.array_equal(found, batches.order_batches(tokens, size, 7, epoch))
 
 
 def test_batches_have_nearly_equal_token_counts_and_change_with_the_epoch():
     tokens = np.round(100 * np.exp(np.random.default_rng(0).normal(0, 0.6, 640))).astype(int)
-    found = [batches.batches(tokens, 8, 0, epoch) for epoch in range(4)]
+    found = [batches.order_batches(tokens, 8, 0, epoch) for epoch in range(4)]
     loads = [tokens[f].sum(1) for f in found]
     loose = tokens[permutation(640, 1).reshape(80, 8)].sum(1)
     assert all(load.std() < 0.4 * loose.std() and load.max() < loose.max() for load in loads)
@@ -43,17 +43,17 @@ def test_batches_have_nearly_equal_token_counts_and_change_with_the_epoch():
     assert len(together[0] & together[1]) < 0.1 * len(together[0])
 
 
-def test_fit_keeps_to_the_room():
+def test_rows_hold_no_more_than_the_row_shape():
     rng = np.random.default_rng(1)
     tokens, reads = rng.integers(1, 90, 200), rng.integers(1, 30, 200)
-    room = batches.Room(128, 40, 3)
-    plan = batches.fit(np.arange(200), tokens, reads, room)
+    room = RowShape(128, 40, 3)
+    plan = batches.fit_rows(np.arange(200), tokens, reads, room)
     assert sorted(plan.members) == list(range(200))
     for r in range(plan.rows):
         some = plan.slice(r, r + 1).members
         assert 0 < len(some) <= 3 and tokens[some].sum() <= 128 and reads[some].sum() <= 40
     with pytest.raises(ValueError, match="does not fit a row"):
-        batches.fit(np.arange(1), np.array([129]), np.array([1]), room)
+        batches.fit_rows(np.arange(1), np.array([129]), np.array([1]), room)
 
 
 @settings(max_examples=50, deadline=None)

@@ -193,7 +193,7 @@ def test_a_mismatched_answer_has_another_prompt_where_there_are_enough(folder):
     )
     write(folder / "r.jsonl", rows[:1] * 3)
     with pytest.raises(
-        ValueError, match="data.third=mismatched takes each pair's third answer from another pair"
+        ValueError, match="data.third=mismatched takes each pair's third response from another pair"
     ):
         source(folder, third="mismatched", held_out="none")
 
@@ -235,7 +235,7 @@ def covered(tmp_path_factory):
 def test_cover_of_nothing_is_nothing_and_of_strangers_an_error(folder):
     s = source(folder)
     assert s.cover([]) == ()
-    with pytest.raises(ValueError, match="the source has 0 to 36"):
+    with pytest.raises(ValueError, match="the source, which has 0 to 36"):
         s.cover([3, 37])
 
 
@@ -288,7 +288,7 @@ def test_a_reference_that_is_not_whole_is_refused(folder):
         s.with_reference({i: v for i, v in values.items() if i != 5})
     for wrong in (values[5][1:], np.append(values[5][1:], np.nan)):
         with pytest.raises(
-            ValueError, match=rf"of r.jsonl:6: found {len(wrong)}, wanted {len(values[5])} finite numbers"
+            ValueError, match=rf"of r.jsonl:6: got {len(wrong)} numbers, expected {len(values[5])} finite"
         ):
             s.with_reference({**values, 5: wrong})
 
@@ -320,7 +320,7 @@ def test_keys_are_of_the_tokens(folder):
         ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 3, "micro": 4},
-            "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a batch of at least 4",
+            "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a data.batch of at least 4",
         ),
         ({"held_out": "no/file.jsonl"}, "data 'no/file.jsonl' not found"),
     ],
@@ -385,7 +385,8 @@ def test_stats_count_what_happened(folder):
 def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_path):
     write(tmp_path / "r.jsonl", unpaired(4))
     with pytest.raises(
-        ValueError, match="r.jsonl:1: one answer with a label .4 such rows., and this run compares two; use"
+        ValueError,
+        match="r.jsonl:1: the row has one response and a label .4 such rows., and this loss compares two responses; use",
     ):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))

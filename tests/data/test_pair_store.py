@@ -14,10 +14,11 @@ from tiny_pairs import epoch, flat, make_rows, same, seen, source, text, trl, un
 from tiny_tokenizers import KINDS, tiny
 
 from jaxft.batch import Tokens
-from jaxft.data import cache, chat
+from jaxft.data import chat
 from jaxft.data.formats import Chat
-from jaxft.data.pairs import tokens as pair_store
 from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs.tokens import tokenise_pairs
+from jaxft.data.rows import Row
 from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.objectives.preference import preference
@@ -50,13 +51,13 @@ def test_prompt_and_answers_are_cut_where_trl_cuts_them(folder, kind):
 
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_border_is_where_sft_begins_to_learn(folder, kind):
-    rows = [cache.Row("r:1", row) for row in make_rows(12)]
+    rows = [Row("r:1", row) for row in make_rows(12)]
     for fields in (r.fields for r in rows):
         turns = (
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["chosen"]},
         )
-        ((ids, learned),) = chat.tokenise([Chat("r:1", turns, 1)], tiny(kind))
+        ((ids, learned),) = chat.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
         assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())
@@ -93,9 +94,7 @@ def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
         folder / "r.jsonl",
         [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
     )
-    pool = pair_store.tokenised_pairs(
-        str(folder / "r.jsonl"), PairRows("r").token_settings, tiny("chatml"), folder
-    )
+    pool = tokenise_pairs(str(folder / "r.jsonl"), PairRows("r").token_settings, tiny("chatml"), folder)
     body = pool.piece(0, 1)
     learned = pool.learned[pool.starts[0, 1] :][: len(body)]
     assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny(
@@ -134,7 +133,7 @@ def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, floa
     config = dataclasses.replace(CONFIG, vocab=400, max_positions=512)
     model = llama(config, jnp.float64)
     weights = jax.jit(lambda key: param.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
-    logps = jax.jit(lambda batch: preference(model, dpo).score(weights, flat(batch), {}).logps)
+    logps = jax.jit(lambda batch: preference(model, dpo, "precomputed").score(weights, flat(batch), {}).logps)
     whole = jax.jit(
         lambda tokens: jax.nn.log_softmax(
             model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1
@@ -209,7 +208,9 @@ def long_rows(folder, **change):
 def test_too_long_pairs_are_dropped_and_counted(folder):
     s = long_rows(folder)(20, "drop")
     assert s.info.stats.dropped == 2 and s.info.stats.examples == 1 and s.row_names(0) == ["r.jsonl:3"]
-    with pytest.raises(ValueError, match="all 3 rows were dropped, longer than data.max_length=2; raise it"):
+    with pytest.raises(
+        ValueError, match="all 3 rows were dropped because they are longer than data.max_length=2; raise it"
+    ):
         long_rows(folder)(2, "drop")
 
 
@@ -217,12 +218,12 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
     make = long_rows(folder)
     with pytest.raises(
         ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=20 leaves no answer",
+        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for a response",
     ):
         make(20, "truncate")
     with pytest.raises(
         ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens and data.max_length=51 leaves no answer",
+        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=51 leaves no room for a response",
     ):
         make(51, "truncate")
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
@@ -234,7 +235,7 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
 
 def test_too_long_error_names_row_and_answer(folder):
     with pytest.raises(
-        ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt, more than data.max_length=20"
+        ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt are more than data.max_length=20"
     ):
         long_rows(folder)(20, "error")
 
@@ -242,13 +243,12 @@ def test_too_long_error_names_row_and_answer(folder):
 def test_answers_that_truncation_makes_equal_are_refused(folder):
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}])
     with pytest.raises(
-        ValueError, match="r.jsonl:1: chosen and rejected cut to data.max_length=20 are the same"
+        ValueError,
+        match="r.jsonl:1: chosen and rejected are the same tokens when truncated to data.max_length=20",
     ):
         source(folder, "none", format="plain", max_length=20, held_out="none", batch=1)
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b", "rejected": " b "}])
-    with pytest.raises(
-        ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; a pair needs two"
-    ):
+    with pytest.raises(ValueError, match="r.jsonl:1: chosen and rejected are the same tokens; change one"):
         source(folder, "llama3", held_out="none", batch=1)  # its template strips
 
 
@@ -273,7 +273,7 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
     assert s.info.stats.prompt_end_moved == 0 and "pairs" not in s.info.preview
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens stay the same when an answer follows, ' mod' not",
+        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are unchanged when a response follows, ' mod' is not",
     ):
         one("of mod", "el", " is")
 

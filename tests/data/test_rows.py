@@ -83,17 +83,17 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         ("r.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', r"r\.jsonl:2: the row is empty"),
         ("r.jsonl", '{"text": "a"}\n{}\n', r"r\.jsonl:2: the row is empty"),
         ("r.jsonl", '{"text": ""}\n', r"r\.jsonl:1: the row is empty"),
-        ("r.jsonl", '{"text": "a"}\n["b"]\n', r"r\.jsonl:2: found a list, wanted an object"),
+        ("r.jsonl", '{"text": "a"}\n["b"]\n', r"r\.jsonl:2: the row is a list; use an object"),
         ("r.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"r\.jsonl:2: not UTF-8"),
-        ("r.jsonl", "", r"found no rows"),
+        ("r.jsonl", "", r"the dataset has no rows"),
         ("r.json", '[{"text": "a"},\n {"text": }]', r"r\.json:2: malformed JSON"),
         ("r.json", '{"text": "a"}\n{"text": }', r"r\.json:2: malformed JSON"),
-        ("r.csv", "text,label\na,b\nc\n", r"r\.csv:3: found 1 fields, wanted 2 \(text, label\)"),
-        ("r.csv", "text,text\na,b\n", r"r\.csv:1: found the header"),
+        ("r.csv", "text,label\na,b\nc\n", r"r\.csv:3: 1 fields do not fit the 2 columns \(text, label\)"),
+        ("r.csv", "text,text\na,b\n", r"r\.csv:1: the header"),
         ("r.csv", 'text\n"a\n', r"r\.csv:2: malformed CSV"),
         ("r.csv", b"text\na\n\xff\n", r"r\.csv:\d: not UTF-8"),
         ("r.parquet", "PAR1 not really", r"r\.parquet: not a readable Parquet file"),
-        ("r.txt", "hello", r"r\.txt: unknown kind of file"),
+        ("r.txt", "hello", r"r\.txt: unknown file type"),
     ],
 )
 def test_what_can_not_be_read_is_one_line_with_file_and_line(tmp_path, name, text, error):
@@ -105,7 +105,7 @@ def test_what_can_not_be_read_is_one_line_with_file_and_line(tmp_path, name, tex
 def test_missing_places_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for ref in ("no/such/rows.jsonl", "rows.parquet", "rows"):
-        with pytest.raises(FileNotFoundError, match=f"data '{ref}' not found in .*; give a file"):
+        with pytest.raises(FileNotFoundError, match=f"data '{ref}' not found in .*; use a file"):
             read_rows(ref)
     with pytest.raises(FileNotFoundError, match="the folder has no data files"):
         read_rows(str(tmp_path))
@@ -129,7 +129,7 @@ def test_a_hub_dataset_is_asked_for_by_name_config_and_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        ValueError, match=r"'org/set' is no local file, and the hub did not give it \(no route\)"
+        ValueError, match=r"'org/set' is no local file and cannot be loaded from the hub \(no route\)"
     ):
         read_rows("org/set")
 
@@ -174,20 +174,20 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
     ],
 )
 def test_formats_are_recognised(fields, wanted):
-    assert formats.normalise([Row("r:1", fields)]) == [wanted]
+    assert formats.normalise_rows([Row("r:1", fields)]) == [wanted]
 
 
 def test_columns_rename_and_say_which_format_is_meant():
     row = Row("r:1", {"question": "q", "answer": "a", "text": "other"})
-    assert formats.normalise([row], columns=("prompt=question", "completion=answer")) == [
+    assert formats.normalise_rows([row], columns=("prompt=question", "completion=answer")) == [
         Completion("r:1", "q", "a")
     ]
-    assert formats.normalise([row], columns=("instruction=question", "response=answer")) == [
+    assert formats.normalise_rows([row], columns=("instruction=question", "response=answer")) == [
         Chat("r:1", ASKED, 1, plain=True)
     ]
-    assert formats.normalise([row], columns=("text=answer",)) == [Text("r:1", "a")]
+    assert formats.normalise_rows([row], columns=("text=answer",)) == [Text("r:1", "a")]
     both = Row("r:1", {"instruction": "q", "response": "a", "output": "b"})
-    assert formats.normalise([both], columns=("response=response",)) != formats.normalise(
+    assert formats.normalise_rows([both], columns=("response=response",)) != formats.normalise_rows(
         [both], columns=("response=output",)
     )
 
@@ -198,39 +198,43 @@ def test_columns_rename_and_say_which_format_is_meant():
         (
             {"question": "q", "answer": "a"},
             {},
-            r"r:1: found columns: question, answer; wanted text \(text\); messages",
+            r"r:1: the columns question, answer fit no format; accepted are text \(text\); messages",
         ),
-        ({"prompt": "q"}, {}, "r:1: found columns: prompt; wanted"),
+        ({"prompt": "q"}, {}, "r:1: the columns prompt fit no format; accepted are"),
         (
             {"text": "t", "prompt": "q", "completion": "a"},
             {},
-            "columns fit text and prompt-completion; set data.format",
+            "fit the formats text and prompt-completion; set data.format",
         ),
         (
             {"text": "t"},
             {"format": "instruction"},
-            r"r:1: no column instruction \(format instruction\); found columns: text",
+            r"r:1: no column instruction, which format instruction requires; the row has text",
         ),
-        ({"text": "t"}, {"format": "alpaca"}, "data.format='alpaca'; wanted auto or one of text, messages"),
+        ({"text": "t"}, {"format": "alpaca"}, "data.format='alpaca'; use auto or one of text, messages"),
         (
             {"text": "t"},
             {"columns": ("prompt=question",)},
-            r"r:1: no column 'question' \(data.columns maps prompt=question\)",
+            r"r:1: no column 'question', which data.columns=prompt=question names",
         ),
-        ({"text": "t"}, {"columns": ("promt=text",)}, "unknown column 'promt'; near: prompt"),
-        ({"text": "t"}, {"columns": ("text",)}, "found 'text', wanted ours=theirs"),
+        ({"text": "t"}, {"columns": ("promt=text",)}, "unknown column 'promt'; use one of prompt"),
+        ({"text": "t"}, {"columns": ("text",)}, "'text' is not of the form ours=theirs"),
         ({"text": "t"}, {"columns": ("text=a", "text=b")}, "'text' is mapped twice"),
-        ({"text": 3}, {}, "r:1: column 'text' is int, wanted a string"),
+        ({"text": 3}, {}, "r:1: column 'text' has type int; use a string"),
         ({"text": " \n"}, {}, "r:1: column 'text' is empty"),
         ({"prompt": "q", "completion": ""}, {}, "r:1: column 'completion' is empty"),
-        ({"instruction": "q", "response": "a", "output": "b"}, {}, "r:1: found both 'response' and 'output'"),
+        (
+            {"instruction": "q", "response": "a", "output": "b"},
+            {},
+            "r:1: the row has both 'response' and 'output'",
+        ),
         ({"prompt": "q", "completion": [ASKED[1]]}, {}, "one is a string and one a list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
-        ({"messages": "[{]"}, {}, "r:1: column 'messages' is str, wanted a list of"),
+        ({"messages": "[{]"}, {}, "r:1: column 'messages' is str; use a list of"),
         (
             {"messages": [{"content": "x"}]},
             {},
-            r"r:1: messages\[0\] has content; wanted 'role' and 'content'",
+            r"r:1: messages\[0\] has content; it needs 'role' and 'content'",
         ),
         (
             {"messages": [ASKED[0], turn("assistant", "")]},
@@ -241,17 +245,17 @@ def test_columns_rename_and_say_which_format_is_meant():
         (
             {"conversations": [turn("user", "x")]},
             {},
-            r"conversations\[0\] has role, content; wanted 'from' and 'value'",
+            r"conversations\[0\] has role, content; it needs 'from' and 'value'",
         ),
     ],
 )
 def test_columns_that_do_not_fit_are_one_line(fields, options, error):
     with pytest.raises(ValueError, match=error) as raised:
-        formats.normalise([Row("r:1", fields)], **options)
+        formats.normalise_rows([Row("r:1", fields)], **options)
     assert "\n" not in str(raised.value)
 
 
 def test_a_later_row_that_lacks_a_column_is_named():
     rows = [Row("r:1", {"prompt": "q", "completion": "a"}), Row("r:2", {"prompt": "q", "chosen": "a"})]
-    with pytest.raises(ValueError, match="r:2: no column completion .*found columns: prompt, chosen"):
-        formats.normalise(rows)
+    with pytest.raises(ValueError, match="r:2: no column completion.*the row has prompt, chosen"):
+        formats.normalise_rows(rows)

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
 from jaxft.data import cache, chat
+from jaxft.data.formats import normalise_rows
 from jaxft.data.pack import permutation
+from jaxft.data.rows import read_rows
 from jaxft.data.sft import Rows
+from jaxft.data.tokens import VERSION
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 
@@ -60,9 +63,9 @@ def segments_of(tokens):
 
 def expected_examples(folder, kind="llama3"):
     """{ids: [(target, place)]} straight from tokenise."""
-    examples = cache.formats.normalise(cache.read_rows(str(folder / "r.jsonl")))
+    examples = normalise_rows(read_rows(str(folder / "r.jsonl")))
     result = {}
-    for ids, learned in chat.tokenise(examples, tiny(kind)):
+    for ids, learned in chat.tokenise_examples(examples, tiny(kind)):
         result[tuple(ids.tolist())] = [(int(ids[i]), i - 1) for i in range(1, len(ids)) if learned[i]]
     return result
 
@@ -221,14 +224,16 @@ def limits(folder, too_long, max_length=20):
 def test_too_long_drop_counts_what_it_drops(folder):
     s = limits(folder, "drop")
     assert s.info.stats.dropped == 2 and s.info.stats.examples == 1 and s.row_names(0) == ["r.jsonl:3"]
-    with pytest.raises(ValueError, match="all 3 rows were dropped, longer than data.max_length=2"):
+    with pytest.raises(
+        ValueError, match="all 3 rows were dropped because they are longer than data.max_length=2"
+    ):
         limits(folder, "drop", 2)
 
 
 def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_answer(folder):
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:2: the prompt has \d+ tokens and data.max_length=20 leaves no answer; raise",
+        match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room for a response; raise",
     ):
         limits(folder, "truncate")
     (folder / "r.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))
@@ -238,7 +243,7 @@ def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_a
 
 
 def test_too_long_error_names_the_row(folder):
-    with pytest.raises(ValueError, match=r"r.jsonl:1: \d+ tokens, more than data.max_length=20; raise"):
+    with pytest.raises(ValueError, match=r"r.jsonl:1: \d+ tokens are more than data.max_length=20; raise"):
         limits(folder, "error")
     with pytest.raises(ValueError, match=r"r.jsonl:2: the prompt has"):
         limits(folder, "error", 40)
@@ -250,7 +255,7 @@ def test_an_empty_loss_mask_names_the_row(folder):
         [{"role": "user", "content": "a"}],
     ]
     (folder / "r.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in lines))
-    with pytest.raises(ValueError, match="r.jsonl:2: empty loss mask"):
+    with pytest.raises(ValueError, match="r.jsonl:2: the loss mask is empty"):
         source(folder, held_out="none")
     assert source(folder, held_out="none", loss_on="all").info.stats.examples == 2
 
@@ -320,8 +325,12 @@ def sound_cache(tmp_path_factory):
 
 
 def test_whatever_changes_the_tokens_changes_the_key(folder):
-    rows, found = Rows("r"), cache.read_rows(str(folder / "r.jsonl"))
-    keys = {cache.content_key(found, rows.token_settings, tiny("llama3"))}
+    settings, rows = Rows("r"), read_rows(str(folder / "r.jsonl"))
+
+    def key(rows=rows, kind="llama3", **change):
+        tokens = dataclasses.replace(settings, **change).token_settings
+        return cache.content_key(rows, tiny(kind), VERSION, dataclasses.astuple(tokens))
+
     changes = (
         {"loss_on": "all"},
         {"max_length": 9},
@@ -329,26 +338,15 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
         {"columns": ("text=prompt",)},
         {"date": "01 Jan 2025"},
     )
+    keys = {key(), *(key(**change) for change in changes)}
+    keys |= {key(kind=kind) for kind in ("chatml", "none", "gemma")}
     keys |= {
-        cache.content_key(found, dataclasses.replace(rows, **change).token_settings, tiny("llama3"))
-        for change in changes
+        key(rows[1:]),
+        key([rows[0]._replace(fields={"prompt": "x", "completion": "y"}), *rows[1:]]),
     }
-    keys |= {
-        cache.content_key(found, rows.token_settings, tiny(kind)) for kind in ("chatml", "none", "gemma")
-    }
-    keys.add(cache.content_key(found[1:], rows.token_settings, tiny("llama3")))
-    keys.add(
-        cache.content_key(
-            [found[0]._replace(fields={"prompt": "x", "completion": "y"}), *found[1:]],
-            rows.token_settings,
-            tiny("llama3"),
-        )
-    )
     assert len(keys) == 1 + len(changes) + 3 + 2
-    same = ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
     assert {
-        cache.content_key(found, dataclasses.replace(rows, **change).token_settings, tiny("llama3"))
-        for change in same
+        key(**change) for change in ({"batch": 2}, {"seed": 3}, {"packing": False}, {"epochs": 2.0})
     } <= keys
 
 
@@ -359,7 +357,9 @@ def test_a_cache_that_can_not_be_written_is_only_slower(folder):
 
 def test_cache_folder_is_the_argument_then_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / "rows" and cache.cache_folder(Path("/x")) == Path("/x/rows")
+    assert cache.row_cache_folder() == tmp_path / "rows" and cache.row_cache_folder(Path("/x")) == Path(
+        "/x/rows"
+    )
 
 
 # ---- a real tokenizer

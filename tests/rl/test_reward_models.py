@@ -71,7 +71,7 @@ def score_texts(folder, prompts, completions, mesh=None, **options):
 def token_ids(prompts, completions, tokenizer):
     """The texts that a reward model reads, as lists of ids."""
     examples = reward_models.to_examples(prompts, completions, tokenizer)
-    return [ids.tolist() for ids, _ in chat.tokenise(examples, tokenizer, "all")]
+    return [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, "all")]
 
 
 def by_transformers(folder, texts):

@@ -71,8 +71,8 @@ def test_a_config_is_shown_with_its_own_tokenizer(inspect):
         (["--data", "bad.jsonl"], "bad.jsonl:1: malformed JSON"),
         (["--data", "none.jsonl"], "data 'none.jsonl' not found"),
         (["--data", "r.jsonl", "max_lenth=3"], "near: max_length"),
-        (["--data", "r.jsonl", "max_length=x"], "max_length=x: wanted int"),
-        (["--data", "r.jsonl", "max_length=4"], "leaves no answer"),
+        (["--data", "r.jsonl", "max_length=x"], "max_length=x: expected int"),
+        (["--data", "r.jsonl", "max_length=4"], "leaves no room for a response"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_a_traceback_when_asked_for(inspect, monkeypatch, args, error):

@@ -9,9 +9,9 @@ import optax
 from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
+from jaxft.data.pack import RowShape
 from jaxft.data.pairs import batches
-from jaxft.data.pairs import layout as pair_layout
-from jaxft.data.pairs.batches import Room
+from jaxft.data.pairs.layout import BatchMeans, PairLayout, fill_pairs, tokens_per_pair
 from jaxft.data.pairs.tokens import TokenisedPairs
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import declaration
@@ -40,22 +40,21 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
     offsets, none = np.cumsum([0, *lengths]), np.zeros(count, bool)
     numbers = rng.normal(0, 1, (count, 1))
     return TokenisedPairs(
-        kinds, np.concatenate(pieces), np.concatenate(learned), offsets, np.arange(count), none, none, numbers,
-        rng.integers(1, 4, count).astype(float), tuple(f"pair {i}" for i in range(count)),
+        kinds=kinds, ids=np.concatenate(pieces), learned=np.concatenate(learned), offsets=offsets,
+        kept=np.arange(count), cut=none, moved=none, numbers=numbers,
+        weights=rng.integers(1, 4, count).astype(float), names=tuple(f"pair {i}" for i in range(count)),
     )  # fmt: skip
 
 
 def swapped(pool):
     """The same pairs with chosen and rejected exchanged."""
     order = np.arange(len(pool.names) * 3).reshape(-1, 3)[:, [0, 2, 1]].ravel()
-    cut = lambda x: np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])  # noqa: E731
+
+    def reordered(x):
+        return np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])
+
     offsets = np.cumsum([0, *np.diff(pool.offsets)[order]])
-    return TokenisedPairs(
-        pool.kinds, cut(pool.ids), cut(pool.learned), offsets, *[getattr(pool, n) for n in REST]
-    )
-
-
-REST = ("kept", "cut", "moved", "numbers", "weights", "names")
+    return replace(pool, ids=reordered(pool.ids), learned=reordered(pool.learned), offsets=offsets)
 
 
 def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
@@ -69,13 +68,13 @@ def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
     each[members] = weights[members]
     counted = pool.reads[each > 0]
     means = counted.sum(0) / np.maximum((counted > 0).sum(0), 1)
-    dealt, row = batches.deal(members[None], pair_layout.tokens_of(pool, branches), rows)
+    dealt, row = batches.assign_rows(members[None], tokens_per_pair(pool, branches), rows)
     slots = int(np.bincount(row[0]).max(initial=0)) + 1
     room = room or (24 * slots, 16 * slots, slots)
-    layout = pair_layout.Layout(rows, Room(*room), branches, ("margin",))
-    plan = batches.row_plan(dealt[0], row[0], rows)
+    layout = PairLayout(rows, RowShape(*room), branches, ("margin",))
+    plan = batches.plan_rows(dealt[0], row[0], rows)
     total = each.sum() or 1.0
-    return pair_layout.fill(pool, plan, layout, each[plan.members] / total, means)
+    return fill_pairs(pool, plan, layout, BatchMeans(each / total, means))
 
 
 def micro(batch, count):

@@ -153,7 +153,7 @@ def broken(place, name, **change):
         (
             {},
             ["margin=ahead"],
-            "no number in column 'ahead' (data.extras); found columns: prompt, chosen, rejected",
+            "no number in column 'ahead', which data.extras names; the row has prompt, chosen, rejected",
         ),
         ({"ahead": "much"}, ["margin=ahead"], "no number in column 'ahead'"),
         (
@@ -174,7 +174,7 @@ def test_a_mistake_is_one_clear_line(place, change, argv, words):
 def test_a_margin_that_is_no_number_is_one_clear_line(place):
     run(place, "margin=grade", "name=wrong", code=1)
     assert (
-        "column 'grade' (data.extras) is 'good', wanted a finite number" in place.err()
+        "column 'grade' (data.extras) is 'good'; use a finite number" in place.err()
         and place.err().count("\n") == 1
     )
 

@@ -43,7 +43,7 @@ DATA = {
     "columns": (
         '{"question": "a", "answer": "b"}\n',
         [],
-        r"bad\.jsonl:1: found columns: question, answer; wanted",
+        r"bad\.jsonl:1: the columns question, answer fit no format; accepted are",
     ),
     "empty row": ('{"prompt": "a", "completion": "b"}\n{}\n', [], r"bad\.jsonl:2: the row is empty"),
     "empty column": (
@@ -64,9 +64,9 @@ DATA = {
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
         [],
-        r"bad\.jsonl:1: empty loss mask",
+        r"bad\.jsonl:1: the loss mask is empty",
     ),
-    "no rows": ("", [], r"bad\.jsonl: found no rows"),
+    "no rows": ("", [], r"bad\.jsonl: the dataset has no rows"),
 }
 
 

@@ -1,46 +1,40 @@
-"""Which pairs share a batch and a row: pure functions of (token counts, seed, epoch).
+"""Decide which pairs share a batch and a row: pure functions of (token counts, seed, epoch).
 
-A batch is a number of pairs, not of rows, and all batches run in one shape, so their token counts should be alike: pairs are
-sorted into strata of like length, and every batch gets one of each. Which one is shuffled, but for the stratum whose lengths
-are spread widest: there the long ones go to the batches that the other strata left short.
+A batch is a number of pairs, not of rows, and all batches have one shape, so their token counts should be similar: pairs
+are sorted into strata of similar length, and every batch gets one pair of each stratum. The choice within a stratum is
+random, except for the stratum with the widest spread of lengths: its long pairs go to the batches that the other strata
+left short.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.pack import WINDOW, Plan, permutation
+from jaxft.data.pack import WINDOW, RowPlan, RowShape, permutation, round_up
+
+Assigned = tuple[
+    Int[np.ndarray, "batches size"], Int[np.ndarray, "batches size"]
+]  # pairs, and the row of each
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a row holds at most: tokens, read positions and pairs."""
-
-    length: int
-    reads: int
-    slots: int
-
-
-def batches(
+def order_batches(
     tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
 ) -> Int[np.ndarray, "batches size"]:
-    """Every pair once, `size` a batch; -1 fills the last batch where there are fewer left."""
+    """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded with -1."""
     order = permutation(len(tokens), seed, 1, epoch)
     whole = len(tokens) // size * size
     window = max(1, WINDOW // size) * size
-    found = [
-        _dealt(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i))
+    parts = [
+        _stratified(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i))
         for i in range(0, whole, window)
     ]
-    full = np.concatenate(found) if found else np.empty((0, size), np.int64)
+    full = np.concatenate(parts) if parts else np.empty((0, size), np.int64)
     full = full[permutation(len(full), seed, 3, epoch)]
     rest = order[whole:]
     last = np.append(rest, np.full(size - len(rest), -1))[None]
     return np.concatenate([full, last]) if len(rest) else full
 
 
-def _dealt(
+def _stratified(
     pairs: np.ndarray, tokens: np.ndarray, size: int, key: tuple[int, ...]
 ) -> Int[np.ndarray, "batches size"]:
     count = len(pairs) // size
@@ -50,54 +44,75 @@ def _dealt(
     lengths = tokens[strata]
     widest = int(np.ptp(lengths, axis=1).argmax())
     others = lengths.sum(0) - lengths[widest]
-    ranked = strata[widest][np.argsort(-lengths[widest], kind="stable")]
-    strata[widest, np.argsort(others, kind="stable")] = ranked
+    by_length = strata[widest][np.argsort(-lengths[widest], kind="stable")]
+    strata[widest, np.argsort(others, kind="stable")] = by_length
     return strata.T
 
 
-def deal(
+def assign_rows(
     members: Int[np.ndarray, "batches size"], tokens: Int[np.ndarray, " n"], rows: int
-) -> tuple[Int[np.ndarray, "batches size"], Int[np.ndarray, "batches size"]]:
-    """(the pairs of each batch from long to short, the row of each): each in turn goes to the row with the fewest tokens.
+) -> Assigned:
+    """Return the pairs of each batch from long to short and the row of each: each in turn goes to the row with fewest tokens.
 
-    Empty places (-1) come last and get row -1.
+    Padding (-1) comes last and gets row -1.
     """
     counts = np.where(members < 0, -1, tokens[members])
     order = np.argsort(-counts, axis=1, kind="stable")
     members, counts = np.take_along_axis(members, order, 1), np.take_along_axis(counts, order, 1)
     load = np.zeros((len(members), rows), np.int64)
     row = np.full(members.shape, -1)
-    every = np.arange(len(members))
-    for place in range(members.shape[1]):
-        at, there = load.argmin(1), members[:, place] >= 0
-        row[there, place] = at[there]
-        load[every[there], at[there]] += counts[there, place]
+    batches = np.arange(len(members))
+    for column in range(members.shape[1]):
+        shortest, present = load.argmin(1), members[:, column] >= 0
+        row[present, column] = shortest[present]
+        load[batches[present], shortest[present]] += counts[present, column]
     return members, row
 
 
-def row_plan(members: Int[np.ndarray, " size"], row: Int[np.ndarray, " size"], rows: int) -> Plan:
-    """The pairs of one batch row by row."""
-    there = members >= 0
-    members, row = members[there], row[there]
+def plan_rows(members: Int[np.ndarray, " size"], row: Int[np.ndarray, " size"], rows: int) -> RowPlan:
+    """Return the plan of one batch whose pairs are assigned to `row`."""
+    present = members >= 0
+    members, row = members[present], row[present]
     order = np.argsort(row, kind="stable")
-    return Plan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
+    return RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
 
 
-def most(row: Int[np.ndarray, "batches size"], counts: Int[np.ndarray, "batches size"], rows: int) -> int:
-    """The largest sum of counts over the pairs of a row."""
+def max_row_total(
+    row: Int[np.ndarray, "batches size"], counts: Int[np.ndarray, "batches size"], rows: int
+) -> int:
+    """Return the largest sum of counts over the pairs of one row."""
     total = np.zeros((len(row), rows), np.int64)
-    batch, place = np.nonzero(row >= 0)
-    np.add.at(total, (batch, row[batch, place]), counts[batch, place])
+    batch, column = np.nonzero(row >= 0)
+    np.add.at(total, (batch, row[batch, column]), counts[batch, column])
     return int(total.max(initial=0))
 
 
-def fit(
-    pairs: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " all"], reads: Int[np.ndarray, " all"], room: Room
-) -> Plan:
-    """Rows for pairs whose batches don't matter: from long to short, each into the first row that has room for it."""
+def row_shape(
+    tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], epochs: list[Assigned], rows: int
+) -> RowShape:
+    """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a program.
+
+    epochs: what `assign_rows` returns for the batches of each epoch. Any pair alone fits as well.
+    """
+
+    def most(counts: np.ndarray) -> int:
+        return max(max_row_total(row, counts[members], rows) for members, row in epochs)
+
+    length = round_up(max(most(tokens), int(tokens.max())), 64)
+    read_length = min(round_up(max(most(reads), int(reads.max())), length // 8), length)
+    return RowShape(length, read_length, most(np.ones_like(reads)))
+
+
+def fit_rows(
+    pairs: Int[np.ndarray, " n"],
+    tokens: Int[np.ndarray, " all"],
+    reads: Int[np.ndarray, " all"],
+    shape: RowShape,
+) -> RowPlan:
+    """Pack pairs whose batch does not matter: from long to short, each into the first row with enough room."""
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
-    left[:] = (room.length, room.reads, room.slots)
+    left[:] = (shape.length, shape.reads, shape.slots)
     row = np.empty(len(pairs), np.int64)
     used = 0
     for number, pair in enumerate(pairs):
@@ -105,27 +120,28 @@ def fit(
         fits = np.flatnonzero((left[: used + 1] >= need).all(1))
         if not len(fits):
             raise ValueError(
-                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of {room}"
+                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of {shape.length} tokens, "
+                f"{shape.reads} read positions and {shape.slots} pairs; use rows that are planned for these pairs"
             )
         row[number] = fits[0]
         left[fits[0]] -= need
         used = max(used, int(fits[0]) + 1)
-    return row_plan(pairs, row, used)
+    return plan_rows(pairs, row, used)
 
 
 def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"] | None:
-    """A partner for each, every one once and never of the same group; None where one group is more than half.
+    """Return a partner of another group for each member, every member once; None if one group is more than half.
 
-    Members of a group stand together, so a shift by the largest group's size leads out of every group.
+    Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """
     order = permutation(len(groups), seed, 4)
     sizes = np.bincount(groups)
     step = int(sizes.max())
     if 2 * step > len(groups):
         return None
-    place = np.full(len(sizes), len(groups))
-    np.minimum.at(place, groups[order], np.arange(len(groups)))  # a group stands where its first member comes
-    order = order[np.argsort(place[groups[order]], kind="stable")]
+    first = np.full(len(sizes), len(groups))
+    np.minimum.at(first, groups[order], np.arange(len(groups)))  # groups are in order of their first members
+    order = order[np.argsort(first[groups[order]], kind="stable")]
     partner = np.empty(len(groups), np.int64)
     partner[order] = np.roll(order, -step)
     return partner

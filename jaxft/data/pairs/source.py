@@ -1,4 +1,4 @@
-"""A source of pairs to compare: batch k is a pure function of (rows, tokenizer, settings, k), as source.py's is for SFT."""
+"""Pairs as batches: batch k is a pure function of (rows, tokenizer, settings, k), as it is for SFT rows."""
 
 import hashlib
 import math
@@ -13,24 +13,30 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
-from jaxft.data import pack
-from jaxft.data.pairs import batches as pair_plan
-from jaxft.data.pairs import layout as pair_layout
-from jaxft.data.pairs import tokens as pair_store
-from jaxft.data.pairs.batches import Room
+from jaxft.data.pack import RowPlan, RowShape, round_up
+from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
-from jaxft.data.pairs.layout import Layout
-from jaxft.data.pairs.tokens import TokenisedPairs
+from jaxft.data.pairs.layout import (
+    BatchMeans,
+    PairLayout,
+    fill_pairs,
+    pair_batch_shapes,
+    tokens_per_pair,
+    values_by_pair,
+)
+from jaxft.data.pairs.split import held_out_pairs, mismatch_responses
+from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
-from jaxft.data.source import FixedSource, Prompt, SourceInfo, joined_names, length_percentiles
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, length_percentiles
+from jaxft.data.tokens import split_rows
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("pair", "token")
 LAYOUTS = ("auto", "branches", "plain")
 THIRD = (None, "mismatched", "gold")
-PAYS = 0.02  # the share of the tokens that branches must save to be chosen
+MIN_SAVING = 0.02  # fraction of the tokens that branches must save for layout "auto" to choose them
 
 
 @dataclass(frozen=True)
@@ -92,46 +98,59 @@ class PairRows(DataSettings):
         A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step sees nor the
         fingerprint.
         """
-        count = _row_count(self, shards)
-        pool, train, held = _split(self, tokenizer, cache)
-        _check_both(self, pool)
-        if self.third == "mismatched":
-            pool = _mismatched(self, pool, (train, held))
-        joined = pair_layout.tokens_of(
-            pool, True
-        )  # also with a plain layout: the order must not depend on it
+        row_count = _row_count(self, shards)
+        tokenised, train, held = self._read(tokenizer, cache)
+        branched, plain = (tokens_per_pair(tokenised, branches) for branches in (True, False))
 
         @lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return _filled(train, pair_plan.batches(joined[train], self.batch, self.seed, epoch))
+        def order(epoch: int) -> np.ndarray:  # the same for both layouts
+            batches = planning.order_batches(branched[train], self.batch, self.seed, epoch)
+            return np.where(batches < 0, -1, train[batches])
 
-        apart = pair_layout.tokens_of(pool, False)
-        saved = float(1 - joined[train].sum() / apart[train].sum())
-        branches = self.layout == "branches" or (self.layout == "auto" and saved >= PAYS)
-        tokens = joined if branches else apart
-        epochs = range(math.ceil(self.epochs))
-        room = _room(pool, tokens, [pair_plan.deal(order(epoch), tokens, count) for epoch in epochs], count)
-        layout = Layout(shards, room, branches, self.extras)
-        pairs = PreparedPairs(self, pool, train, held, count, layout, order)
+        saved = float(1 - branched[train].sum() / plain[train].sum())
+        branches = self.layout == "branches" or (self.layout == "auto" and saved >= MIN_SAVING)
+        tokens = branched if branches else plain
+        epochs = [order(epoch) for epoch in range(math.ceil(self.epochs))]
+        assigned = [planning.assign_rows(batches, tokens, row_count) for batches in epochs]
+        shape = planning.row_shape(tokens, tokenised.reads.sum(1), assigned, row_count)
+        layout = PairLayout(shards, shape, branches, self.extras)
+        pairs = PlannedPairs(self, tokenised, train, held, row_count, layout, order)
         info = SourceInfo(
             steps=self.total_steps(len(order(0))),
             steps_per_epoch=len(order(0)),
             fingerprint=_fingerprint(pairs),
-            preview=_preview(pool, int(train.min()), tokenizer),
+            preview=_preview(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
         )
         return _source(info, pairs)
 
+    def _read(self, tokenizer: Any, cache: Path | None) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
+        """Return all pairs, and the indices of the training and of the held-out ones."""
+
+        def tokenise(ref: str) -> TokenisedPairs:
+            return tokenise_pairs(ref, self.token_settings, tokenizer, cache)
+
+        def held_out(pairs: TokenisedPairs) -> np.ndarray:
+            least = 2 if self.third == "mismatched" else 1
+            return held_out_pairs(pairs, self.seed, self.held_out_count(len(pairs), least))
+
+        pairs, train, held = split_rows(self, tokenise, held_out)
+        if not self.unpaired:
+            _require_both_responses(pairs)
+        if self.third == "mismatched":
+            pairs = mismatch_responses(pairs, (train, held), self.seed, self.max_length)
+        return pairs, train, held
+
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
-        """Return the shapes of the largest batch that the settings allow: equally full rows, all responses max_length long.
+        """Return the shapes of the largest batch that the settings allow: responses of max_length in equally full rows.
 
         reference: with the reference's log-probs.
         """
-        count = _row_count(self, shards)
-        length = _rounded(-(-self.batch // count) * len(self.kinds) * self.max_length, 64)
-        room = Room(length, length, self.batch - count + 1)
-        layout = Layout(shards, room, self.layout != "plain", self.extras)
-        return pair_layout.abstract(layout, self.kinds, self.micro, reference)
+        row_count = _row_count(self, shards)
+        length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
+        shape = RowShape(length, length, self.batch - row_count + 1)
+        layout = PairLayout(shards, shape, self.layout != "plain", self.extras)
+        return pair_batch_shapes(layout, self.kinds, self.micro, reference)
 
 
 @dataclass(frozen=True)
@@ -150,87 +169,88 @@ class PairStats(RowStats):
 
 
 @dataclass(frozen=True)
-class PreparedPairs:
-    """The pairs, which are trained on and which held out, their rows, and the order of the batches.
+class PlannedPairs:
+    """All pairs, which are for training and which are held out, the layout of their rows, and the order of the batches.
 
     row_count: rows of all microbatches together. order: the pairs of each batch of an epoch.
     """
 
     settings: PairRows
-    pool: TokenisedPairs
-    train: np.ndarray
-    held: np.ndarray
+    tokenised: TokenisedPairs
+    train: Int[np.ndarray, " train"]
+    held: Int[np.ndarray, " held"]
     row_count: int
-    layout: Layout
-    order: Callable[[int], np.ndarray]
+    layout: PairLayout
+    order: Callable[[int], Int[np.ndarray, "batches size"]]
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " pairs"]:
         """Tokens that each pair takes in a row."""
-        return pair_layout.tokens_of(self.pool, self.layout.branches)
+        return tokens_per_pair(self.tokenised, self.layout.branches)
 
 
 @dataclass(frozen=True)
 class PairSource(FixedSource[Pairs]):
-    """Batches of Pairs; see Source. keys: a hash of each pair's tokens, trained on or held out."""
+    """Batches of Pairs; see Source. keys: a hash of each pair's tokens, of training and held-out pairs."""
 
-    pairs: PreparedPairs
+    pairs: PlannedPairs
     keys: tuple[str, ...]
 
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Pairs, Metrics]:
         """Return the batch of a step and no metrics."""
-        rows, pool, layout = self.pairs.settings, self.pairs.pool, self.pairs.layout
-        part = self._rows_of(step)
-        weights, means = _shares(rows, pool, part.members)
-        whole = replace(layout, rows=self.pairs.row_count)
-        flat = pair_layout.fill(pool, part, whole, weights[part.members], means)
-        return jax.tree.map(lambda x: x.reshape(rows.micro, layout.rows, *x.shape[1:]), flat), {}
+        pairs, layout, plan = self.pairs, self.pairs.layout, self._rows_of(step)
+        means = _batch_means(pairs.tokenised, plan.members, pairs.settings.weighting)
+        flat = fill_pairs(pairs.tokenised, plan, replace(layout, rows=pairs.row_count), means)
+        micro = pairs.settings.micro
+        return jax.tree.map(lambda x: x.reshape(micro, layout.rows, *x.shape[1:]), flat), {}
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the other."""
-        part = self._rows_of(step)
-        names = [joined_names(self.pairs.pool.names, part.slice(r, r + 1).members) for r in range(part.rows)]
+        names = self._rows_of(step).names(self.pairs.tokenised.names)
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
         return names
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts with their chosen response."""
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
-                found += _prompts(batch, row, count - len(found))
-        return found
+                prompts += _prompts_of_row(batch, row, count - len(prompts))
+        return prompts
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
         """Return evaluation batches of these pairs in the shape of the held-out ones. Their weights sum to 1."""
-        return _cover(self.pairs, np.asarray(indices, np.int64))
+        return _evaluation_batches(self.pairs, np.asarray(indices, np.int64))
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return numbers at the read positions of a batch by pair, in order of kind and place."""
-        return pair_layout.values(batch, x)
+        """Return values at the read positions of a batch by pair, in order of kind and place within the response."""
+        return values_by_pair(batch, x)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
-        """Return this source with the reference's log-probs in its batches, one array for every pair."""
-        return _source(self.info, replace(self.pairs, pool=_with_reference(self.pairs.pool, logps)))
+        """Return this source with the reference's log-probs in its batches. logps: of every pair, as `values` has them."""
+        return _source(self.info, replace(self.pairs, tokenised=_with_reference(self.pairs.tokenised, logps)))
 
-    def _rows_of(self, step: int) -> pack.Plan:
+    def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
         pairs = self.pairs
         epoch, k = divmod(step, int(self.info.steps_per_epoch))
-        (members,), (row,) = pair_plan.deal(pairs.order(epoch)[k : k + 1], pairs.tokens, pairs.row_count)
-        return pair_plan.row_plan(members, row, pairs.row_count)
+        batch = pairs.order(epoch)[k : k + 1]
+        (members,), (row,) = planning.assign_rows(batch, pairs.tokens, pairs.row_count)
+        return planning.plan_rows(members, row, pairs.row_count)
 
 
-def _source(info: SourceInfo, pairs: PreparedPairs) -> PairSource:
-    pool, micro = pairs.pool, pairs.settings.micro
-    shapes = pair_layout.abstract(pairs.layout, pool.kinds, micro, pool.reference is not None)
-    return PairSource(info, (shapes,), _cover(pairs, pairs.held), pairs, pool.keys())
+def _source(info: SourceInfo, pairs: PlannedPairs) -> PairSource:
+    tokenised = pairs.tokenised
+    shapes = pair_batch_shapes(
+        pairs.layout, tokenised.kinds, pairs.settings.micro, tokenised.reference is not None
+    )
+    return PairSource(info, (shapes,), _evaluation_batches(pairs, pairs.held), pairs, tokenised.keys())
 
 
-def _prompts(batch: Pairs, row: int, count: int) -> list[Prompt]:
+def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
     """Return up to `count` prompts of a row with their chosen response."""
-    found = []
+    prompts = []
     kinds = len(batch.kinds)
     for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
         where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
@@ -238,200 +258,135 @@ def _prompts(batch: Pairs, row: int, count: int) -> list[Prompt]:
             continue
         last = batch.read[0, row, where[0]]
         inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
-        prompt = batch.ids[0, row, inside[0] : last + 1].tolist()
-        found.append(Prompt(prompt, batch.targets[0, row, where].tolist()))
-    return found
+        ids = batch.ids[0, row, inside[0] : last + 1].tolist()
+        prompts.append(Prompt(ids, batch.targets[0, row, where].tolist()))
+    return prompts
 
 
-def _check_both(rows: PairRows, pool: TokenisedPairs) -> None:
-    """Raise ValueError, naming the first, for answers without another one to compare with, unless they are asked for."""
-    alone = np.flatnonzero((pool.reads[:, :2] == 0).any(1))
-    if len(alone) and not rows.unpaired:
+def _require_both_responses(pairs: TokenisedPairs) -> None:
+    alone = np.flatnonzero((pairs.reads[:, :2] == 0).any(1))
+    if len(alone):
         raise ValueError(
-            f"{pool.names[alone[0]]}: one answer with a label ({len(alone)} such rows), and this run compares two; use "
-            "configs/kto.py, or data.unpaired=true with another loss of single answers"
+            f"{pairs.names[alone[0]]}: the row has one response and a label ({len(alone)} such rows), and this loss compares "
+            "two responses; use configs/kto.py, or data.unpaired=true with another loss of single responses"
         )
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
+    """Return the rows of all microbatches of a step."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(
             f"data.batch={rows.batch} pairs do not fill data.micro={rows.micro} microbatches of {shards} rows; "
-            f"use a batch of at least {count} or a smaller micro"
+            f"use a data.batch of at least {count} or a smaller data.micro"
         )
     return count
-
-
-def _rounded(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-# ---- who is trained on
-
-
-def _split(
-    rows: PairRows, tokenizer: Any, cache: Path | None
-) -> tuple[TokenisedPairs, np.ndarray, np.ndarray]:
-    pool = pair_store.tokenised_pairs(rows.train, rows.token_settings, tokenizer, cache)
-    count = len(pool.names)
-    everything = np.arange(count)
-    if not rows.holds_out:
-        return pool, everything, everything[:0]
-    if isinstance(rows.held_out, str):
-        held = pair_store.tokenised_pairs(rows.held_out, rows.token_settings, tokenizer, cache)
-        return pair_store.join(pool, held), everything, count + np.arange(len(held.names))
-    if count < 2:
-        raise ValueError(
-            f"{rows.train}: one pair can't be split by data.held_out={rows.held_out}; set data.held_out=none"
-        )
-    prompts = pool.same(0)
-    if not prompts.any():  # all pairs have one prompt
-        prompts = everything
-    least = 2 if rows.third == "mismatched" else 1
-    share = rows.held_out_count(count, least)
-    shuffled = prompts[pack.permutation(count, rows.seed, 0)]
-    distinct = shuffled[np.sort(np.unique(shuffled, return_index=True)[1])]
-    sizes = np.bincount(prompts)[distinct]
-    some = distinct[:-1][(np.cumsum(sizes) - sizes < share)[:-1]]
-    chosen = np.isin(prompts, some)
-    return pool, everything[~chosen], everything[chosen]
-
-
-def _mismatched(rows: PairRows, pool: TokenisedPairs, split: tuple[np.ndarray, ...]) -> TokenisedPairs:
-    """Every pair with an answer of another one of its side of the split: of another prompt, or of another answer at least."""
-    donors = np.arange(len(pool.names))
-    prompts, both = pool.same(0), pool.same(*range(1 + len(pool.kinds)))
-    for members in filter(len, split):
-        partner = pair_plan.derangement(prompts[members], rows.seed)
-        partner = pair_plan.derangement(both[members], rows.seed) if partner is None else partner
-        if partner is None:
-            raise ValueError(
-                f"{pool.names[members[0]]}: data.third=mismatched takes each pair's third answer from another pair, and more "
-                f"than half of {len(members)} are the same; add rows, or change data.held_out"
-            )
-        donors[members] = members[partner]
-    return pair_store.with_mismatched(pool, donors, rows.max_length)
-
-
-def _filled(train: np.ndarray, batches: np.ndarray) -> np.ndarray:
-    return np.where(batches < 0, -1, train[batches])
-
-
-def _room(
-    pool: TokenisedPairs, tokens: np.ndarray, dealt: list[tuple[np.ndarray, np.ndarray]], rows: int
-) -> Room:
-    """What the fullest row of any batch holds, rounded up so that similar data share a program; any pair alone fits too."""
-    reads = pool.reads.sum(1)
-    ones = np.ones_like(reads)
-    most = lambda x: max(pair_plan.most(row, x[members], rows) for members, row in dealt)  # noqa: E731
-    length = _rounded(max(most(tokens), int(tokens.max())), 64)
-    return Room(length, min(_rounded(max(most(reads), int(reads.max())), length // 8), length), most(ones))
 
 
 # ---- batches
 
 
-def _shares(rows: PairRows, pool: TokenisedPairs, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(weight of each pair of the pool in a batch of these members, mean length of each kind of answer among them).
+def _batch_means(pairs: TokenisedPairs, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
+    """Return the weights of the pairs in a batch of these members and the mean length of each kind of response.
 
-    Weights sum to 1, or are all 0 where the column's are. A pair of weight 0 doesn't count for the mean lengths either.
+    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the means.
     """
-    weights = np.zeros(len(pool.names))
-    weights[members] = pool.weights[members] * (
-        pool.reads[members].sum(1) if rows.weighting == "token" else 1
-    )
-    lengths = pool.reads[weights > 0]
+    weights = np.zeros(len(pairs))
+    weights[members] = pairs.weights[members] * (pairs.reads[members].sum(1) if weighting == "token" else 1)
+    lengths = pairs.reads[weights > 0]
     means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
-    return weights / max(weights.sum(), np.finfo(np.float64).tiny), means
+    return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
 
 
-def _cover(pairs: PreparedPairs, members: np.ndarray) -> tuple[Pairs, ...]:
-    pool, layout = pairs.pool, pairs.layout
-    if len(members) and (members.min() < 0 or members.max() >= len(pool.names)):
+def _evaluation_batches(pairs: PlannedPairs, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
+    tokenised, layout = pairs.tokenised, pairs.layout
+    if len(members) and (members.min() < 0 or members.max() >= len(tokenised)):
         raise ValueError(
-            f"got pairs {members.min()} to {members.max()}, the source has 0 to {len(pool.names) - 1}; "
+            f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to {len(tokenised) - 1}; "
             "pass indices of this source"
         )
-    plan = pair_plan.fit(members, pairs.tokens, pool.reads.sum(1), layout.room)
-    weights, means = _shares(pairs.settings, pool, members)
+    plan = planning.fit_rows(members, pairs.tokens, tokenised.reads.sum(1), layout.shape)
+    means = _batch_means(tokenised, members, pairs.settings.weighting)
     parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
-    filled = (pair_layout.fill(pool, part, layout, weights[part.members], means) for part in parts)
-    return tuple(jax.tree.map(lambda x: x[None], batch) for batch in filled)
+    batches = (fill_pairs(tokenised, part, layout, means) for part in parts)
+    return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
 
-def _with_reference(pool: TokenisedPairs, found: dict[int, Any]) -> TokenisedPairs:
-    count, wanted = len(pool.names), pool.reads.sum(1)
-    missing = [pool.names[i] for i in range(count) if i not in found]
+def _with_reference(pairs: TokenisedPairs, logps: dict[int, Any]) -> TokenisedPairs:
+    count, expected = len(pairs), pairs.reads.sum(1)
+    missing = [pairs.names[i] for i in range(count) if i not in logps]
     if missing:
         raise ValueError(
             f"reference log-probs: {len(missing)} of {count} pairs lack them, first {missing[0]}; compute all"
         )
-    for i, name in enumerate(pool.names):
-        if len(found[i]) != wanted[i] or not np.isfinite(found[i]).all():
+    for i, name in enumerate(pairs.names):
+        if len(logps[i]) != expected[i] or not np.isfinite(logps[i]).all():
             raise ValueError(
-                f"reference log-probs of {name}: found {len(found[i])}, wanted {wanted[i]} finite numbers"
+                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected[i]} finite ones; compute "
+                "them again"
             )
-    reference = np.zeros(len(pool.ids), np.float32)
-    reference[pool.learned] = np.concatenate([found[i] for i in range(count)])
-    return replace(pool, reference=reference)
+    reference = np.zeros(len(pairs.ids), np.float32)
+    reference[pairs.learned] = np.concatenate([logps[i] for i in range(count)])
+    return replace(pairs, reference=reference)
 
 
 # ---- fingerprint, preview and statistics
 
 
-def _fingerprint(pairs: PreparedPairs) -> str:
+def _fingerprint(pairs: PlannedPairs) -> str:
     """Hash all that decides the sum over a batch; not how it is divided into microbatches, rows and segments."""
-    rows, pool = pairs.settings, pairs.pool
-    digest = hashlib.sha256(repr((rows.batch, rows.seed, rows.weighting, pool.kinds, rows.extras)).encode())
-    tokens = (pool.ids, pool.learned, pool.offsets, pool.numbers, pool.weights)
+    rows, tokenised = pairs.settings, pairs.tokenised
+    settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras)
+    digest = hashlib.sha256(repr(settings).encode())
+    tokens = (tokenised.ids, tokenised.learned, tokenised.offsets, tokenised.numbers, tokenised.weights)
     for array in (*tokens, pairs.train, pairs.held, pairs.order(0)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _preview(pool: TokenisedPairs, pair: int, tokenizer: Any) -> str:
-    names = ("prompt", *pool.kinds)
+def _preview(pairs: TokenisedPairs, pair: int, tokenizer: Any) -> str:
+    names = ("prompt", *pairs.kinds)
     lines = [
-        f"{name}: {tokenizer.decode(pool.piece(pair, number), skip_special_tokens=False)}"
+        f"{name}: {tokenizer.decode(pairs.piece(pair, number), skip_special_tokens=False)}"
         for number, name in enumerate(names)
-        if name == "prompt" or pool.counts[pair, number]
+        if name == "prompt" or pairs.counts[pair, number]
     ]
-    moved = int(pool.moved.sum())
+    moved = int(pairs.moved.sum())
     if moved:
         lines.append(
-            f"in {moved} of {len(pool.moved)} pairs the response does not begin where the prompt ends: "
+            f"in {moved} of {len(pairs.moved)} pairs the response does not begin where the prompt ends: "
             "a token spans the border"
         )
     return "\n".join(lines)
 
 
-def _stats(pairs: PreparedPairs, saved: float) -> PairStats:
+def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
     """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
-    pool, room = pairs.pool, pairs.layout.room
-    lengths, reads = pairs.tokens[pairs.train], pool.reads[pairs.train]
-    total, rows, truncated = int(lengths.sum()), len(pairs.order(0)) * pairs.row_count, int(pool.cut.sum())
-    fill = total / (rows * room.length)
+    tokenised, shape = pairs.tokenised, pairs.layout.shape
+    lengths, reads = pairs.tokens[pairs.train], tokenised.reads[pairs.train]
+    total, rows = int(lengths.sum()), len(pairs.order(0)) * pairs.row_count
+    truncated = int(tokenised.cut.sum())
+    fill = total / (rows * shape.length)
     paired = reads[(reads[:, :2] > 0).all(1)]
     return PairStats(
         examples=len(pairs.train),
         held_out=len(pairs.held),
-        dropped=pool.dropped,
-        largest_id=int(pool.ids.max()),
-        summary=f"{len(pairs.train)} pairs in {rows} rows of {room.length} tokens ({100 * fill:.0f} % full), "
-        f"{len(pairs.held)} held out, {pool.dropped} dropped, {truncated} truncated",
+        dropped=tokenised.dropped,
+        largest_id=int(tokenised.ids.max()),
+        summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens ({100 * fill:.0f} % full), "
+        f"{len(pairs.held)} held out, {tokenised.dropped} dropped, {truncated} truncated",
         truncated=truncated,
         tokens=total,
         learned_tokens=int(reads.sum()),
         lengths=length_percentiles(lengths),
         rows=rows,
         fill=fill,
-        row_length=room.length,
-        read_length=room.reads,
-        cache=pool.cache,
+        row_length=shape.length,
+        read_length=shape.reads,
+        cache=tokenised.cache,
         layout="branches" if pairs.layout.branches else "plain",
-        pairs_per_row=room.slots,
-        prompt_end_moved=int(pool.moved.sum()),
+        pairs_per_row=shape.slots,
+        prompt_end_moved=int(tokenised.moved.sum()),
         chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else 0.0,
         shared_prompts_save=saved,
     )

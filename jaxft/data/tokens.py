@@ -1,0 +1,181 @@
+"""SFT rows as token ids with a loss mask, and the split into training and held-out rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxft.data import cache as files
+from jaxft.data import chat, formats
+from jaxft.data.cache import Arrays
+from jaxft.data.rows import Row, read_rows
+from jaxft.data.settings import DataSettings
+
+VERSION = 2  # increase it when the same rows become other tokens
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """The settings that decide the tokens and the loss mask of a row, and with them the key of the cache."""
+
+    columns: tuple[str, ...]
+    format: str
+    loss_on: str
+    max_length: int
+    too_long: str
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedRows:
+    """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
+
+    learned: marks the tokens that are targets; the first token of an example never is. kept: the dataset row of each
+    example. cut: marks truncated examples. names: of the dataset rows. cache: how the arrays came about, see
+    cache.load_or_make.
+    """
+
+    DTYPES: ClassVar[dict[str, Any]] = {
+        "ids": np.int32, "learned": np.bool_, "offsets": np.int64, "kept": np.int64, "cut": np.bool_,
+    }  # fmt: skip
+
+    ids: Int[np.ndarray, " tokens"]
+    learned: Bool[np.ndarray, " tokens"]
+    offsets: Int[np.ndarray, " examples_plus_1"]
+    kept: Int[np.ndarray, " examples"]
+    cut: Bool[np.ndarray, " examples"]
+    names: tuple[str, ...]
+    dropped: int = 0
+    cache: str = field(default="off", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " examples"]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def reads(self) -> Int[np.ndarray, " examples"]:
+        """Learned tokens of each example."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.learned)])[self.offsets])
+
+    def concatenate(self, other: Self) -> Self:
+        """Return the examples of both, the other's last."""
+        arrays = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)])
+            for name in self.DTYPES
+            if name != "offsets"
+        }
+        offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
+        names, dropped = self.names + other.names, self.dropped + other.dropped
+        return replace(self, **arrays, offsets=offsets, names=names, dropped=dropped)
+
+
+SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
+
+
+def tokenise_rows(
+    ref: str, settings: TokenSettings, tokenizer: Any, cache: Path | None = None
+) -> TokenisedRows:
+    """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
+    rows = read_rows(ref)
+    key = files.content_key(rows, tokenizer, VERSION, astuple(settings))
+    arrays, state = files.load_or_make(
+        files.row_cache_folder(cache) / f"{key}.npz",
+        TokenisedRows.DTYPES,
+        lambda arrays: _is_sound(arrays, len(rows)),
+        lambda: _tokenise(rows, settings, tokenizer),
+    )
+    names = row_names(ref, rows, arrays, settings.max_length)
+    return TokenisedRows(**arrays, names=names, dropped=len(rows) - len(names), cache=state)
+
+
+def row_names(ref: str, rows: Sequence[Row], arrays: Arrays, max_length: int) -> tuple[str, ...]:
+    """Return the names of the rows that were not dropped. Raises ValueError if none is left."""
+    if not len(arrays["kept"]):
+        raise ValueError(
+            f"{ref}: all {len(rows)} rows were dropped because they are longer than data.max_length={max_length}; "
+            "raise it"
+        )
+    return tuple(rows[i].name for i in arrays["kept"])
+
+
+def split_rows(
+    settings: DataSettings, tokenise: Callable[[str], SomeRows], held_out: Callable[[SomeRows], np.ndarray]
+) -> tuple[SomeRows, Int[np.ndarray, " train"], Int[np.ndarray, " held"]]:
+    """Return all examples, and the indices of the training and of the held-out ones.
+
+    tokenise(ref): reads a dataset. held_out(examples): a mask of those to hold out if data.held_out is a fraction.
+    """
+    examples = tokenise(settings.train)
+    everything = np.arange(len(examples))
+    if not settings.holds_out:
+        return examples, everything, everything[:0]
+    if isinstance(settings.held_out, str):
+        held = tokenise(settings.held_out)
+        return examples.concatenate(held), everything, len(examples) + np.arange(len(held))
+    if len(examples) < 2:
+        raise ValueError(
+            f"{settings.train}: data.held_out={settings.held_out} cannot split a single row; set data.held_out=none"
+        )
+    mask = held_out(examples)
+    return examples, everything[~mask], everything[mask]
+
+
+def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> Arrays:
+    examples = formats.normalise_rows(rows, settings.format, settings.columns)
+    pieces, masks, kept, cut = [], [], [], []
+    tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.date)
+    for number, (ids, learned) in enumerate(tokenised):
+        long = len(ids) > settings.max_length
+        if long and settings.too_long == "drop":
+            continue
+        learned[0] = False
+        _check_mask(rows[number].name, learned, settings)
+        pieces.append(ids[: settings.max_length])
+        masks.append(learned[: settings.max_length])
+        kept.append(number)
+        cut.append(long)
+    values = {
+        "ids": np.concatenate(pieces) if pieces else [],
+        "learned": np.concatenate(masks) if masks else [],
+        "offsets": np.cumsum([0, *map(len, pieces)]),
+        "kept": kept,
+        "cut": cut,
+    }
+    return {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
+
+
+def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
+    if not learned.any():
+        raise ValueError(
+            f"{name}: the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or set another "
+            "data.loss_on"
+        )
+    limit = settings.max_length
+    if len(learned) <= limit:
+        return
+    remedy = "raise data.max_length or set data.too_long=drop"
+    if not learned[:limit].any():
+        raise ValueError(
+            f"{name}: the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no room for a "
+            f"response; {remedy}"
+        )
+    if settings.too_long == "error":
+        raise ValueError(
+            f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy} or truncate"
+        )
+
+
+def _is_sound(arrays: Arrays, row_count: int) -> bool:
+    """Whether the sizes of loaded arrays agree with one another and with the number of rows."""
+    sizes = [len(arrays[name]) for name in ("ids", "learned", "offsets", "kept", "cut")]
+    tokens, examples = sizes[0], sizes[3]
+    fits = sizes == [tokens, tokens, examples + 1, examples, examples] and arrays["offsets"][-1] == tokens
+    return bool(fits and (arrays["kept"] < row_count).all())
