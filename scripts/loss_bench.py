@@ -334,12 +334,12 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
     for loss in chosen:
         name = file_name(loss.label)
         runs[name] = replace(run, name=name, objective=objective_of(run, loss), data=data)
-    told = [
+    settings = [
         {name: describe(r) for name, r in runs.items()},
         content_of(data.train),
         content_of(data.held_out),
     ]
-    known = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    known = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     print(
         f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,

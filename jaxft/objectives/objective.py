@@ -42,7 +42,8 @@ class Facts:
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
     critic: `score` returns values, and a batch carries returns and value weights.
     freezes_policy: some batches leave the policy unchanged; `frozen_policy` says which.
-    target_kl: approximate KL beyond which rollouts stop training the policy until the next one (see policy.with_target_kl).
+    target_kl: approximate KL beyond which rollouts stop training the policy until the next one (see
+        policy.with_target_kl).
     """
 
     coupled: bool = False

@@ -137,10 +137,10 @@ def policy(
 
 
 def with_target_kl(objective: Objective, target_kl: float) -> Objective:
-    """Return a policy objective that stores the approximate KL of the newest step that trained the policy, as aux["approx_kl"].
+    """Add aux["approx_kl"]: the approximate KL of the newest step that trained the policy.
 
-    Once it is above target_kl nats a token, a rollout source trains only the critic on the rest of the rollout. The entry is
-    [sum, weight] of policy/approxkl_avg.
+    Once it is above target_kl nats per token, a rollout source trains only the critic on the rest of the
+    rollout. The entry is [sum, weight] of policy/approxkl_avg.
     """
     require(target_kl > 0, f"target_kl={target_kl} nats. Use a number above 0, or none.")
 
@@ -148,10 +148,10 @@ def with_target_kl(objective: Objective, target_kl: float) -> Objective:
         return {**objective.init(trainable, at_base), "approx_kl": jnp.zeros(2, jnp.float32)}
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
-        kl = metrics["policy/approxkl_avg"]
+        kl = metrics[APPROX_KL]
         newest = jnp.stack([kl.total, kl.weight]).astype(jnp.float32)
-        kept = jnp.where(kl.weight > 0, newest, aux["approx_kl"])
-        return {**objective.update(aux, trainable, metrics), "approx_kl": kept}
+        approx_kl = jnp.where(kl.weight > 0, newest, aux["approx_kl"])
+        return {**objective.update(aux, trainable, metrics), "approx_kl": approx_kl}
 
     facts = replace(objective.facts, target_kl=target_kl)
     return objective._replace(init=init, update=update, facts=facts)

@@ -24,7 +24,7 @@ def simpo(pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothin
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
     beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll
-    unless told not to.
+    by default.
     """
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
@@ -38,7 +38,7 @@ def alphapo(
     The exponent is capped at 80, where TRL overflows. Raises ValueError at alpha = 0, which is simpo.
     """
     require(alpha != 0, "alphapo: alpha is 0, where it is simpo; use simpo or another alpha")
-    c, r = (-jnp.expm1(capped(-alpha * answer.mean)) / alpha for answer in (pair.chosen, pair.rejected))
+    c, r = (-jnp.expm1(capped(-alpha * x.mean)) / alpha for x in (pair.chosen, pair.rejected))
     return logistic(beta * (c - r) - gamma, label_smoothing)
 
 
@@ -73,7 +73,7 @@ def log_odds(pair: PairBatch) -> PairLoss:
 def orpo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`nll - beta LS(log_odds)` (Hong et al. 2024, arXiv:2403.07691).
 
-    nll is of the answer's tokens, as in the paper; TRL's is of prompt and answer.
+    nll covers the response's tokens, as in the paper; TRL's covers prompt and response.
     """
     return nll(pair) - beta * log_sigmoid(log_odds(pair))
 
