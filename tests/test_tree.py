@@ -77,7 +77,7 @@ def test_the_near_paths_are_the_likely_ones():
 
 
 def test_a_pattern_that_is_no_regular_expression_is_named():
-    with pytest.raises(ValueError, match=r"pattern: 'base/\(head' is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern: 'base/\(head' is not a valid regular expression"):
         mask_by_path(TREE, "base/(head")
 
 

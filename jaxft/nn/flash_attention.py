@@ -1,4 +1,4 @@
-"""Blockwise attention in plain XLA, exact for packed rows: what works on every backend (see attention.py for its meaning)."""
+"""Blockwise attention in plain XLA for packed rows, on every backend (attention.py defines visibility)."""
 
 import math
 from functools import partial
@@ -21,12 +21,12 @@ def _wide(dtype: Any) -> Any:
 
 
 def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum with an accumulator of float32 or wider."""
+    """einsum that accumulates in float32 or wider."""
     return jnp.einsum(spec, x, y, preferred_element_type=_wide(x.dtype))
 
 
 def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
-    """Which keys S each query T sees; causal_TS: those that are not after it."""
+    """Return which keys S are visible to each query T; causal_TS: keys that are not after the query."""
     visible_TS = (
         causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
     )
@@ -38,7 +38,7 @@ def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
 
 @struct
 class Visibility:
-    """What decides which keys a query sees, beside the order: segments, and branches or None. [B, T]."""
+    """What decides with storage order which keys are visible: segments, and branches or None, both [B, T]."""
 
     segments: Int[Array, "B T"]
     branches: Int[Array, "B T"] | None
@@ -52,10 +52,12 @@ def flash(
     branches_BT: Int[Array, "B T"] | None = None,
     block: int = 256,
 ) -> Float[Array, "B T H E"]:
-    """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with T x T.
+    """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with T
+    x T.
 
-    Blocks of keys that no query of a block can see are skipped, row by row. The backward pass recomputes the
-    probabilities; a remat policy that saves the names "attn_out" and "attn_lse" spares it the forward pass.
+    Blocks of keys that are visible to no query of a block are skipped, row by row. The backward pass
+    recomputes the probabilities; with a remat policy that saves "attn_out" and "attn_lse" it skips the
+    forward pass.
     """
     seen = Visibility(segments_BT, branches_BT)
     return flash_part(q_BTHE, k_BTKE, v_BTKE, (seen, seen), jnp.int32(0), block)
@@ -69,29 +71,30 @@ def flash_part(
     start: Int[Array, ""],
     block: int = 256,
 ) -> Float[Array, "B T H E"]:
-    """flash for T successive queries of longer rows, of which the first is at storage place `start`; seen: theirs, the keys'."""
+    """flash for T successive queries of longer rows, the first at storage position `start`.
+
+    seen: visibility of the queries and of the keys.
+    """
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]
     count = -(-T // block)
     step = math.gcd(block, 16)
-    block = (
-        -(-T // (count * step)) * step
-    )  # the smallest that still makes `count` blocks, so that little is padding
+    block = -(-T // (count * step)) * step  # the smallest size that makes `count` blocks: least padding
     queries = jax.tree.map(lambda x: pad_time(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
     keys = jax.tree.map(lambda x: pad_time(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
     return _flash(queries, keys, start, block).reshape(B, T + -T % block, H, E)[:, :T]
 
 
 def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
-    """More positions at the end of each row; 0 makes them segment 0."""
+    """Append positions of zeros to each row; a segment of 0 is padding."""
     return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2)) if extra else x_BT
 
 
-# Below, a block is N storage positions of one row, and all blocks of all rows stand in one list, C = B * T / N of queries
-# and D = B * S / N of keys. Query heads that share a key head are folded into the products' rows, M = G * N. What XLA:CPU
-# makes of this decides its shape. It takes 16-bit products on its fast path only from operands that no transpose can be
-# folded into, so keys are transposed once outside the loops; and it widens every other 16-bit operation to float32, whole
-# loop-carried buffers included, so loops hold 16-bit floats as uint16.
+# Below, a block is N storage positions of a row. All blocks of all rows form one list: C = B * T / N of
+# queries, D = B * S / N of keys. Query heads that share a key head are folded into the rows of a matmul, M =
+# G * N. The shapes follow from XLA:CPU: it runs 16-bit matmuls on its fast path only if no transpose can be
+# folded into their operands, so keys are transposed once outside the loops; and it widens every other 16-bit
+# operation to float32, whole loop-carried buffers included, so loops carry 16-bit floats as uint16.
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -110,7 +113,9 @@ def _blocks(x_BT: jax.Array, block: int) -> jax.Array:
 def _overlap(
     x_BCN: jax.Array, y_BDN: jax.Array, ignored: tuple[jax.Array, jax.Array]
 ) -> Bool[Array, "B C D"]:
-    """Whether the ranges of values of two blocks of a row meet; a block with all values ignored meets none."""
+    """Whether the value ranges of two blocks of a row overlap; a block whose values are all ignored overlaps
+    none.
+    """
     info = jnp.iinfo(x_BCN.dtype)
     ranges = [
         (jnp.where(out, info.max, z).min(2), jnp.where(out, info.min, z).max(2))
@@ -121,27 +126,29 @@ def _overlap(
 
 
 def _visits(seen: tuple[Visibility, Visibility], start, block):
-    """The key blocks that each query block must look at (first `count` of a list), as places in the list of all key blocks; and
-    each query block's first place in storage, counted as that list does."""
+    """Return per query block the key blocks that it must visit, as indices into all key blocks (the first
+    `count` entries), `count`, and the storage position of its first query, on the scale of that list.
+    """
     (B, T), S = seen[0].segments.shape, seen[1].segments.shape[1]
     C, D = T // block, S // block
-    cut: Any = lambda x: None if x is None else x.reshape(B, x.shape[1] // block, block)  # noqa: E731
-    queries, keys = (Visibility(cut(s.segments), cut(s.branches)) for s in seen)
+    queries, keys = (jax.tree.map(lambda x: x.reshape(B, x.shape[1] // block, block), s) for s in seen)
     first_C = start + block * jnp.arange(C, dtype=jnp.int32)
-    wanted = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
-    wanted &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
+    overlapping = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
+    overlapping &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
     if queries.branches is not None and keys.branches is not None:
         shared = (keys.branches == 0).any(2)[:, None]
         none = jnp.zeros(queries.branches.shape, bool), jnp.zeros(keys.branches.shape, bool)
-        wanted &= shared | _overlap(queries.branches, keys.branches, none)
+        overlapping &= shared | _overlap(queries.branches, keys.branches, none)
     row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * D
-    places = row + jnp.argsort(~wanted, axis=2, stable=True).astype(jnp.int32)
+    key_blocks = row + jnp.argsort(~overlapping, axis=2, stable=True).astype(jnp.int32)
     firsts = (row[:, :, 0] * block + first_C).reshape(B * C)
-    return places.reshape(B * C, D), wanted.sum(2, dtype=jnp.int32).reshape(B * C), firsts
+    return key_blocks.reshape(B * C, D), overlapping.sum(2, dtype=jnp.int32).reshape(B * C), firsts
 
 
 def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[jax.Array, jax.Array]):
-    """Masked scores of query block i, which starts at storage place `first`, against key block j, in float32 or wider."""
+    """Masked scores of query block i, which starts at storage position `first`, and key block j, in float32
+    or wider.
+    """
     (K, M, E), (i, j) = q_KME.shape, at
     N = k_KNE.shape[1]
     steps = jnp.arange(N, dtype=jnp.int32)
@@ -155,7 +162,7 @@ def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[
 
 
 def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = False) -> jax.Array:
-    """Block i as [K, M, E], or [K, E, M]."""
+    """Return query block i as [K, M, E], or transposed as [K, E, M]."""
     N, K, G, E = x_CNKGE.shape[1:]
     x_NKGE = x_CNKGE[i]
     if transposed:
@@ -164,16 +171,16 @@ def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = Fa
 
 
 def _storage(x_KME: jax.Array, N: int) -> jax.Array:
-    """The inverse of _queries: [N, K, G, E], as bits."""
+    """Invert _queries: [N, K, G, E], as bits."""
     K, M, E = x_KME.shape
     return _bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 
 
 def _forward(queries, keys, start, block, dtype):
-    """(o [B, T, K, G, E] as bits, log-sum-exp of the scores [C, K, M])."""
+    """Return o [B, T, K, G, E] as bits and the log-sum-exp of the scores [C, K, M]."""
     B, T, K, G, E = queries[0].shape
     M, wide = G * block, _wide(dtype)
-    places, counts, firsts = _visits((queries[1], keys[2]), start, block)
+    key_blocks, counts, firsts = _visits((queries[1], keys[2]), start, block)
     (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = jax.tree.map(lambda x: _blocks(x, block), (queries, keys))
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
 
@@ -182,7 +189,7 @@ def _forward(queries, keys, start, block, dtype):
 
         def visit(n, carry):
             o_KME, m_KM, l_KM = carry
-            j = places[i, n]
+            j = key_blocks[i, n]
             s_KMN = _scores(q_KME, _floats(k_DKNE[j], dtype), (seen_CN, seen_DN), firsts[i], (i, j))
             top_KM = jnp.maximum(m_KM, s_KMN.max(2))
             p_KMN = jnp.exp(s_KMN - top_KM[:, :, None])
@@ -190,7 +197,8 @@ def _forward(queries, keys, start, block, dtype):
             add_KME = wide_einsum("kmn,kne->kme", p_KMN.astype(dtype), _floats(v_DKNE[j], dtype))
             return o_KME * shrink_KM[:, :, None] + add_KME, top_KM, l_KM * shrink_KM + p_KMN.sum(2)
 
-        # The running maximum starts between HIDDEN and any real score: a query that sees nothing sums to 0, not to N.
+        # The running maximum starts between HIDDEN and any real score: a query without visible keys sums to
+        # 0, not to N.
         none = jnp.zeros((K, M, E), wide), jnp.full((K, M), MASKED / 2, wide), jnp.zeros((K, M), wide)
         o_KME, m_KM, l_KM = lax.fori_loop(0, counts[i], visit, none)
         empty_KM = l_KM == 0
@@ -198,16 +206,18 @@ def _forward(queries, keys, start, block, dtype):
         lse_KM = jnp.where(empty_KM, -MASKED, m_KM + jnp.log(l_KM))
         return _storage((o_KME / l_KM[:, :, None]).astype(dtype), block), lse_KM
 
-    o_CNKGE, lse_CKM = lax.map(query_block, jnp.arange(places.shape[0], dtype=jnp.int32))
+    o_CNKGE, lse_CKM = lax.map(query_block, jnp.arange(key_blocks.shape[0], dtype=jnp.int32))
     return o_CNKGE.reshape(B, T, K, G, E), lse_CKM
 
 
 def _backward(queries, keys, start, results, block, dtype):
-    """Gradients of q, k and v; results: o, its log-sum-exp and its cotangent. Transposed copies of q and do keep all five
-    products on the fast path."""
+    """Return the gradients of q, k and v; results: o, its log-sum-exp and its cotangent.
+
+    Transposed copies of q and do keep all five matmuls on the fast path.
+    """
     (B, T, K, G, E), S = queries[0].shape, keys[0].shape[1]
     (o, lse_CKM, do), M, wide = results, G * block, _wide(dtype)
-    places, counts, firsts = _visits((queries[1], keys[2]), start, block)
+    key_blocks, counts, firsts = _visits((queries[1], keys[2]), start, block)
     (queries, keys), o, do = jax.tree.map(lambda x: _blocks(x, block), ((queries, keys), o, do))
     (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = queries, keys
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
@@ -220,7 +230,7 @@ def _backward(queries, keys, start, results, block, dtype):
 
         def visit(n, carry):
             dq_KME, dk_DKEN, dv_DKEN = carry
-            j = places[i, n]
+            j = key_blocks[i, n]
             k_KNE = _floats(k_DKNE[j], dtype)
             s_KMN = _scores(q_KME, k_KNE, (seen_CN, seen_DN), firsts[i], (i, j))
             p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
@@ -234,7 +244,7 @@ def _backward(queries, keys, start, results, block, dtype):
         return tuple(carry), _storage(dq_KME.astype(dtype), block)
 
     zeros = jnp.zeros((B * S // block, K, E, block), wide)
-    (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(places.shape[0], dtype=jnp.int32))
+    (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(key_blocks.shape[0], dtype=jnp.int32))
     dk, dv = (_bits(x.astype(dtype)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
     return tuple(_floats(x, dtype) for x in (dq.reshape(B, T, K, G, E), dk, dv))
 

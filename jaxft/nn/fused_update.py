@@ -1,4 +1,4 @@
-"""Stacked layers that are updated inside the backward pass: a layer's gradient is used up before the next one is made.
+"""Update stacked layers inside the backward pass, so that only one layer's gradient exists at a time.
 
 Fused updates as in LOMO (Lv et al. 2023, arXiv:2306.09782), for any optimizer that takes each layer alone.
 """
@@ -27,14 +27,17 @@ class CallCount:
 
 @struct
 class FusedLayers:
-    """The layers of a model in a step that updates each of them as soon as its gradient is there.
+    """The layers of a model in a train step that updates each layer as soon as its gradient is known.
 
-    The backward pass of `fused_scan` gives results in the place of cotangents: for `layers` and `state` what they are after the
-    update, for `squares` (zero) the gradients' sum of squares.
+    The backward pass of `fused_scan` returns results in place of cotangents: for `layers` and `state` their
+    updated values, for `squares` (zero) the gradients' sum of squares.
 
-    layers: a tree with the trained leaves [L, ...], in which `pick` finds the layers. frozen: the layers' other leaves, None
-    where one is trained. state: the optimizer's, [L, ...], integers as `float_bits`, since only floats have cotangents.
-    update: (gradients like a layer of `layers`, their norm, (that layer, its state), i) -> (layer, state).
+    layers: a tree with the trainable leaves [L, ...], in which `pick` finds the layers. frozen: the other
+    leaves of the layers, None for a trainable one. state: the optimizer state, [L, ...], integers as
+    `float_bits`, since
+    only floats have cotangents. update: (gradients of a layer of `layers`, their norm, (that layer, its
+    state), i)
+    -> (layer, state). calls: counts the uses of these layers.
     """
 
     layers: Any
@@ -47,7 +50,7 @@ class FusedLayers:
 
 
 def unfused(params: Any) -> Any:
-    """A tree with the layers of FusedLayers as they are outside such a step, for what doesn't train them."""
+    """Replace FusedLayers by plain layers, for a forward pass that doesn't train them."""
 
     def node(x: Any) -> Any:
         return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, FusedLayers) else x
@@ -56,31 +59,34 @@ def unfused(params: Any) -> Any:
 
 
 def float_bits(x: Array) -> Array:
-    """An integer array's bits as floats of the same size, on which nobody computes; a float array as it is."""
+    """Return the bits of an integer array as floats of the same size, never computed with; floats unchanged.
+    """
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])
 
 
 def from_float_bits(x: Array, like: Any) -> Array:
-    """Undo float_bits; like: an array of the original dtype."""
+    """Invert float_bits; like: an array of the original dtype."""
     return x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
 
 
 def layer_at(x: Any, i: Array) -> Any:
-    """Layer i of stacked leaves."""
+    """Return layer i of stacked leaves."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x)
 
 
 def put_layer(x: Any, layer: Any, i: Array) -> Any:
-    """Stacked leaves with `layer` as their layer i, written in place."""
+    """Return stacked leaves with layer i replaced, in place where possible."""
     return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
 
 
 def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> Float[Array, "..."]:
-    """`jax.lax.scan(body, h, (layers, more))[0]`, whose backward pass runs each layer again and updates it.
+    """Return `jax.lax.scan(body, h, (layers, more))[0]`; its backward pass recomputes each layer and updates
+    it.
 
-    The pass keeps the layers' inputs. Parameters and state are carried through it and written in place.
+    The forward pass stores the layers' inputs. The backward pass carries parameters and state and updates
+    them in place.
     """
     c.calls.count += 1
     count = jax.tree.leaves(c.layers)[0].shape[0]

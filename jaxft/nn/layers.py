@@ -16,9 +16,10 @@ from jaxft.tree import Params
 
 
 def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Rows of the table [V, D], rounded to `dtype`; a packed table is expanded after the look-up.
+    """Return rows of the table [V, D], rounded to `dtype`; a quantised table is dequantised after the
+    look-up.
 
-    On a mesh the table is gathered once along what cuts it for its memory, and its gradient is reduced once.
+    On a mesh the table is gathered once along fsdp and context, and its gradient is reduced once.
     """
     if not sharding.is_spread():
         return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
@@ -34,8 +35,8 @@ TABLE = ("vocab", "table_width")
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _embed_spread(table, ids, dtype):
-    held = sharding.constrain(table.astype(dtype), *TABLE)  # rounded where it lies, then gathered
-    return jnp.take(sharding.constrain(held, *sharding.gathered(TABLE)), ids, axis=0)
+    sharded = sharding.constrain(table.astype(dtype), *TABLE)  # rounded before it is gathered
+    return jnp.take(sharding.constrain(sharded, *sharding.gathered(TABLE)), ids, axis=0)
 
 
 def _embed_bwd(dtype, residuals, g):
@@ -45,23 +46,20 @@ def _embed_bwd(dtype, residuals, g):
 
     def add(ids, g):
         at = ids - (sharding.first("tensor", height) if sharding.has("tensor") else 0)
-        at = jnp.where(
-            at < 0, height, at
-        )  # of another part of the table: dropped, as what is beyond this one
-        return (
-            jnp.zeros((1, height, g.shape[-1]), table.dtype).at[0, at].add(g.astype(table.dtype), mode="drop")
-        )
+        at = jnp.where(at < 0, height, at)  # rows of other parts of the table are out of range and dropped
+        zeros = jnp.zeros((1, height, g.shape[-1]), table.dtype)
+        return zeros.at[0, at].add(g.astype(table.dtype), mode="drop")
 
     axes, shape = ("read_rows", *sharding.gathered(TABLE)), (blocks, *table.shape)
-    some = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
-    return sharding.constrain(jnp.sum(some, 0), *TABLE), None
+    parts = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
+    return sharding.constrain(jnp.sum(parts, 0), *TABLE), None
 
 
 _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
 def embed_tokens(table: Weight, ids: Int[Array, "B T"], dtype: Any, residual: Any) -> Float[Array, "B T D"]:
-    """Start the residual stream: embeddings rounded to the compute dtype as every matmul's output is, as `residual`."""
+    """Return the start of the residual stream: embeddings, rounded to the compute dtype, as `residual`."""
     h = embed(table, sharding.constrain(ids, "rows", "time"), dtype).astype(residual)
     return sharding.constrain(h, "rows", "time", "act_width")
 
@@ -69,7 +67,7 @@ def embed_tokens(table: Weight, ids: Int[Array, "B T"], dtype: Any, residual: An
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any
 ) -> Float[Array, "... D"]:
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), cast to `out`."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), as `out`."""
     wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
     return (wide * scale * weight.astype(wide.dtype)).astype(out)
@@ -87,14 +85,14 @@ def rope_angles(
 def rope(
     x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"]
 ) -> Float[Array, "B T N E"]:
-    """Rotate the two halves of each head (Su et al. 2021; Hugging Face's layout of the pairs)."""
+    """Rotate the two halves of each head (Su et al. 2021, arXiv:2104.09864; pairs as in Hugging Face)."""
     x1, x2 = jnp.split(x.astype(cos.dtype), 2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """`silu(gate) * up`, in float32 or wider inside."""
+    """Return `silu(gate) * up`, computed in float32 or wider."""
     wide = accumulation_dtype(gate.dtype)
     return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
 

@@ -1,4 +1,5 @@
-"""Matmuls over plain, packed and LoRA-adapted weights, each with its own backward pass, and the language model head."""
+"""Matmuls with plain, quantised and LoRA-adapted weights, their backward passes, and the language model head.
+"""
 
 import math
 from dataclasses import replace
@@ -19,14 +20,15 @@ Weight = Any  # Array | QTensor | Adapted | GramProbe
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype that contractions of `dtype` accumulate in."""
+    """Return the dtype that contractions of `dtype` accumulate in: float32 or wider."""
     return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
-    """Contract one axis of each, accumulated in float32 or wider, cast to `out`.
+    """Contract one axis of each, accumulated in float32 or wider, and cast to `out`.
 
-    On a mesh that cuts products, what its devices add up is of `out` already: half the bytes where that is a 16-bit float.
+    With tensor parallelism the cast comes before the reduction over devices, which halves its bytes for
+    16-bit floats.
     """
     dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
     wide = out if sharding.has("tensor") else accumulation_dtype(x.dtype)
@@ -34,21 +36,23 @@ def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
 
 
 def expand(w: Weight, dtype: Any) -> Array:
-    """A weight as a plain array of the compute dtype."""
+    """Return a weight as a plain array in the compute dtype."""
     return (dequantize(w) if isinstance(w, QTensor) else w).astype(dtype)
 
 
 def expand_after(w: Weight, x: Array) -> Array:
-    """expand, to x's dtype and not before x is there: else a schedule expands many weights at once, long before their turn."""
+    """expand in the dtype of x, and not before x is computed: XLA would else dequantise many weights at once.
+    """
     if isinstance(w, QTensor) and w.kind != "bits":
         w, _ = jax.lax.optimization_barrier((w, x))
     return expand(w, x.dtype)
 
 
 def gather_layer(layer: Any, axes: Any) -> Any:
-    """A layer's weights [I, O], each with these axes, as products use them: what is packed and adapters whole along fsdp.
+    """Gather the quantised weights and adapters of a layer along fsdp and context; axes: of each weight [I,
+    O].
 
-    Without this, what the mesh gathers of a packed weight is the expanded one. Plain weights are left to the partitioner.
+    Without this the partitioner gathers quantised weights after dequantising them. It handles plain weights.
     """
     return jax.tree.map(
         gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | GramProbe)
@@ -58,8 +62,8 @@ def gather_layer(layer: Any, axes: Any) -> Any:
 def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
     if isinstance(w, Adapted):
         ins, outs = sharding.gathered(axes)
-        each = ("layers",) * (w.a.ndim - 2)  # several adapters
-        a, b = sharding.constrain(w.a, *each, ins, "rank"), sharding.constrain(w.b, *each, "rank", outs)
+        lead = ("layers",) * (w.a.ndim - 2)  # several adapters
+        a, b = sharding.constrain(w.a, *lead, ins, "rank"), sharding.constrain(w.b, *lead, "rank", outs)
         return replace(w, weight=gather_weight(w.weight, axes), a=a, b=b)
     if isinstance(w, GramProbe):
         return replace(w, weight=gather_weight(w.weight, axes))
@@ -84,13 +88,14 @@ def _flat(x: Array) -> Array:
 
 
 def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[Array, "I O"]:
-    """`x^T g`, a weight's gradient: the sum over N of outer products, accumulated as in dot.
+    """Return `x^T g`, the gradient of a weight: the sum over N of outer products, accumulated as in dot.
 
-    XLA's CPU compiler runs a 16-bit product over the first axis of both operands at about half its rate. There the smaller
-    of x and (g and the result) is transposed beforehand, in blocks of rows: a plain transpose would be folded into the product.
+    XLA's CPU compiler runs a 16-bit matmul that contracts the first axis of both operands at about half its
+    rate. There the smaller of x and (g and the result) is transposed first, in blocks of rows: a plain
+    transpose would be folded into the matmul.
     """
     lead = tuple(range(x.ndim - 1))
-    if sharding.is_spread():  # as they lie: to flatten axes that are cut moves them
+    if sharding.is_spread():  # flattening sharded axes would move data between devices
         return jax.lax.dot_general(
             x, g, ((lead, lead), ((), ())), preferred_element_type=accumulation_dtype(x.dtype)
         ).astype(out)
@@ -120,11 +125,12 @@ def _transpose(x: Float[Array, "N M"]) -> Float[Array, "M N"]:
 def matmul(
     x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False
 ) -> Float[Array, "... O"]:
-    """`x @ w` in x's dtype with a wide accumulator; `wide` keeps the accumulator's dtype in the result.
+    """Return `x @ w` in the dtype of x, accumulated in float32 or wider; `wide` returns the accumulation
+    dtype.
 
-    w is [I, O], or [O, I] if `transposed`; a QTensor is expanded here and again in the backward pass, so that no expanded
-    copy is a residual. The cotangent is cast to x's dtype before both products (the fast path of every backend), and a
-    weight's gradient comes out in the accumulator's precision.
+    w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
+    that no dequantised copy is a residual. The cotangent is cast to x's dtype before both matmuls (the fast
+    path of every backend), and the gradient of a weight has the precision of the accumulator.
     """
     out = accumulation_dtype(x.dtype) if wide else x.dtype
     return dot(x, expand_after(w, x), (-1, 1 if transposed else 0), out)
@@ -147,17 +153,18 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def to_bits(x: Array) -> Array:
-    """A 16-bit float as uint16, anything else as it is: XLA's CPU compiler widens stacked bfloat16 arrays, not integers."""
+    """Return 16-bit floats as uint16, others unchanged: XLA's CPU compiler widens stacked bfloat16 arrays."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def from_bits(x: Array, dtype: Any) -> Array:
-    """Undo to_bits."""
+    """Invert to_bits."""
     return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
 
 
 def concat_bits(x: Array, y: Array, axis: int) -> Array:
-    """Concatenate two arrays of one dtype; 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
+    """Concatenate two arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen.
+    """
     return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
 
 
@@ -165,9 +172,10 @@ def concat_bits(x: Array, y: Array, axis: int) -> Array:
 def lora_matmul(
     x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array
 ):
-    """`x @ w + scale * (dropped @ a) @ b` as one product `[x, s dropped a] @ [w; b]` (Hu et al. 2021, arXiv:2106.09685).
+    """`x @ w + scale * (dropped @ a) @ b` as one matmul `[x, s dropped a] @ [w; b]` (Hu et al. 2021,
+    2106.09685).
 
-    x, dropped: [..., I], the same array without dropout. w: [I, O] or a QTensor. scale is frozen: it gets no gradient.
+    dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -175,7 +183,7 @@ def lora_matmul(
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    if sharding.has("tensor"):  # to join what is cut moves it
+    if sharding.has("tensor"):  # concatenating sharded arrays would move them
         y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     else:
         y = dot(
@@ -198,18 +206,20 @@ def _lora_bwd(residuals, g):
 
 
 def _low(x: Float[Array, "... R"]) -> Array:
-    """x with its rank whole on every device: it is so short that to cut it moves more than it saves."""
+    """Keep the rank axis unsharded: it is so short that sharding it moves more than it saves."""
     return sharding.constrain(x, *(None,) * (x.ndim - 1), "rank")
 
 
 def _input_gradients_joined(g, w, b):
-    """`g w^T` and `g b^T` as one product."""
+    """Return `g w^T` and `g b^T` by one matmul."""
     both = dot(g, concat_bits(expand_after(w, g), b.astype(g.dtype), 0), (-1, 1), g.dtype)
     return tuple(jnp.split(both, [both.shape[-1] - b.shape[0]], -1))
 
 
 def _input_gradients(g, w, b):
-    """The same as two products: where they run at full rate, joining and splitting cost time and memory."""
+    """The same by two matmuls: where these run at full rate, concatenating and splitting cost time and
+    memory.
+    """
     return dot(g, expand_after(w, g), (-1, 1), g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
 
@@ -219,7 +229,7 @@ lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 def batched_dot(
     x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any
 ) -> Array:
-    """`dot` of each of K matrices with its own partner; the axes are counted without K."""
+    """`dot` of K pairs of matrices; axes are counted without K."""
     dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
     return jax.lax.dot_general(x, w, dims, preferred_element_type=accumulation_dtype(x.dtype)).astype(out)
 
@@ -229,9 +239,9 @@ def multi_lora_matmul(
     x: Float[Array, "KB ... I"], dropped: Float[Array, "KB ... I"], w: Weight,
     a: Float[Array, "K I R"], b: Float[Array, "K R O"], scale: Float[Array, " K"],
 ) -> Float[Array, "KB ... O"]:  # fmt: skip
-    """lora_matmul with K adapters: the first KB / K rows belong to the first one, the next to the second, and so on.
+    """lora_matmul with K adapters: the rows of x are K equal groups, one for each adapter.
 
-    The base's product is one for all rows; the low-rank parts are added to it in the accumulator's precision.
+    All rows share one matmul with the base; low-rank parts are added in the precision of the accumulator.
     """
     return _loras_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -266,7 +276,9 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 @struct
 class GramProbe:
-    """A weight [I, O] whose inputs are looked at: the gradient of `moment` is the sum of x x^T over the inputs that matter."""
+    """A weight [I, O] that records its inputs: the gradient of `moment` is the Gram matrix sum x x^T of its
+    inputs.
+    """
 
     weight: Any
     moment: Float[Array, "I I"]
@@ -274,22 +286,22 @@ class GramProbe:
 
 @jax.custom_vjp
 def probed_matmul(x: Float[Array, "... I"], w: Weight, moment: Float[Array, "I I"]) -> Float[Array, "... O"]:
-    """`x @ w`; moment's cotangent is `x^T x`, without the x whose product the result doesn't depend on (padding)."""
+    """`x @ w`; the cotangent of `moment` is `x^T x`, over the x that the result depends on (no padding)."""
     return matmul(x, w, False, False)
 
 
 def _probed_bwd(residuals, g):
     x, w, moment = residuals
     dx, dw = _matmul_bwd(False, False, (x, w), g)
-    seen = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype))
-    return dx, dw, outer(seen, seen, moment.dtype)
+    used = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype))
+    return dx, dw, outer(used, used, moment.dtype)
 
 
 probed_matmul.defvjp(lambda x, w, moment: (probed_matmul(x, w, moment), (x, w, moment)), _probed_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; nothing is dropped without a key or with rate 0."""
+    """Inverted dropout; the identity without a key or with rate 0."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -297,20 +309,24 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
-    """`x @ w` for a plain, packed or LoRA-adapted weight [I, O]. `key` drops out the adapter's input.
+    """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O]; key: for dropout of the adapter's
+    input.
 
-    An adapter with `a` [K, I, R] is K of them, the rows of x in as many equal groups.
+    An adapter with `a` [K, I, R] is K adapters; the rows of x are K equal groups, one for each.
     """
     if isinstance(w, GramProbe):
         return probed_matmul(x, w.weight, w.moment)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
-    product = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
-    return product(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
+    fn = multi_lora_matmul if w.a.ndim == 3 else lora_matmul
+    return fn(x, dropout(x, w.dropout, key), w.weight, w.a, w.b, w.scale)
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits, float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D]; an adapter on a tied head has no weight."""
+    """Return logits in float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D].
+
+    The adapter of a tied head is an Adapted `head` without a weight.
+    """
     head = params.get("head")
     w = head.weight if isinstance(head, Adapted) else head
     logits = matmul(h, params["embed"], True, True) if w is None else matmul(h, w, False, True)

@@ -1,4 +1,4 @@
-"""Parameters declared once: init, abstract shapes, shardings and the count table derive from a tree of ParamSpec."""
+"""Parameters, declared once: initial values, shapes, shardings and counts derive from a tree of ParamSpec."""
 
 import math
 from collections.abc import Callable
@@ -15,31 +15,39 @@ Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def normal(std: float) -> Init:
-    """Gaussian with the given standard deviation."""
-    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    """Return an initialiser: Gaussian with the given standard deviation."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return init
 
 
 def fan_in(size: int) -> Init:
-    """Gaussian with variance 1 / size."""
+    """Return an initialiser: Gaussian with variance 1 / size."""
     return normal(size**-0.5)
 
 
 def kaiming_uniform(size: int) -> Init:
-    """Uniform in +-sqrt(1 / size): torch's kaiming_uniform_(a=sqrt(5)), which PEFT uses for LoRA's A."""
+    """Return an initialiser: uniform in +-sqrt(1 / size), as torch's kaiming_uniform_(a=sqrt(5))."""
     bound = size**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+    return init
 
 
 def full(value: float) -> Init:
-    """Every element is `value`."""
+    """Return an initialiser that sets every element to `value`."""
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, a logical axis name for each dimension (see sharding.AXES) and how it starts.
+    """One parameter: its shape, a logical axis for each dimension (see sharding.AXES) and its initialiser.
 
-    heads: how many heads its "heads" or "kv_heads" axis holds, so that a mesh cuts between heads only.
+    heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
     """
 
     shape: tuple[int, ...]
@@ -49,21 +57,21 @@ class ParamSpec:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"a spec of shape {self.shape} needs {len(self.shape)} axes, found {self.axes}")
+            raise ValueError(f"a spec of shape {self.shape} needs {len(self.shape)} axes, got {self.axes}")
 
 
 def is_spec(x: Any) -> bool:
-    """For tree functions: stop at a ParamSpec."""
+    """Whether a node is a ParamSpec: the `is_leaf` of tree functions over specs."""
     return isinstance(x, ParamSpec)
 
 
 def spec_paths(specs: Any) -> dict[str, ParamSpec]:
-    """Every spec under its path."""
+    """Return every spec by its path."""
     return tree.paths(specs, is_spec)
 
 
 def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
-    """Fresh arrays for a spec tree; the key of a leaf depends on its path only, so one leaf more changes no other."""
+    """Initialise all parameters. The key of a leaf depends on its path only: adding one changes no other."""
 
     def start(path, spec):
         return spec.init(jax.random.fold_in(key, path_hash(path)), spec.shape, dtype)
@@ -72,27 +80,29 @@ def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
 
 
 def abstract_params(specs: Any, dtype: Any = jnp.float32) -> Any:
-    """The tree of ShapeDtypeStruct that init_params would fill."""
+    """Return the tree of ShapeDtypeStructs that init_params would fill."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
 
 
 def sharding_of(spec: ParamSpec, mesh: Any, path: str) -> Any:
-    """The NamedSharding of one parameter; `path` names it where it doesn't fit the mesh."""
+    """Return the NamedSharding of a parameter. Raises ValueError that names `path` if it doesn't fit the
+    mesh.
+    """
     return sharding.named(mesh, spec.axes, spec.shape, path, spec.heads)
 
 
 def shardings(specs: Any, mesh: Any) -> Any:
-    """The NamedSharding of every leaf."""
+    """Return the NamedSharding of every parameter."""
     return tree.map_with_path(lambda path, s: sharding_of(s, mesh, path), specs, is_leaf=is_spec)
 
 
 def count_params(specs: Any) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(math.prod(s.shape) for s in spec_paths(specs).values())
 
 
 def path_hash(path: str) -> int:
-    """32 bits of a name."""
+    """Return a 32-bit hash of a path."""
     h = 2166136261  # FNV-1a: stable across processes, unlike hash()
     for byte in path.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF

@@ -1,6 +1,7 @@
-"""Weights in a packed form. A QTensor is a leaf like any other: scan, vmap and sharding may slice it."""
+"""Quantised weights. A QTensor is a pytree node that scan, vmap and sharding may slice."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,13 +23,15 @@ HOST_CHUNK = 1 << 18  # elements
 
 @dataclass(frozen=True)
 class Quant:
-    """How the frozen base is held: QLoRA's settings (Dettmers et al. 2023, arXiv:2305.14314).
+    """How the frozen base is stored: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-    kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset, per `block`
-    inputs). double: the scales of nf4 and fp4 are quantised to 8 bits too. None is the kind's usual value. targets:
-    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may name embed and
-    head too; norms stay as they are. kind "kept": as the files hold what they have packed (bitsandbytes, GPTQ, AWQ, GGUF or
-    scripts/quantize.py), without rounding again.
+    kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset,
+    per
+    `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ, GGUF or
+    scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits too.
+    block and double default to the usual values of the kind. targets: "all-linear" (every linear layer of the
+    blocks) or a regular expression over parameter paths, which may match embed and head too; norms are never
+    quantised.
     """
 
     kind: str = "nf4"
@@ -54,42 +57,42 @@ def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quan
 
 
 def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
-    """(block, double) with the kind's usual values for None. Raises ValueError for what the kind doesn't have."""
+    """Return (block, double) with the usual values of the kind for None.
+
+    Raises ValueError for an unknown kind, and for a setting that the kind doesn't have.
+    """
     if kind == CHECKPOINT:
         if block is not None or double is not None:
             raise ValueError(
-                "quant=checkpoint takes blocks and scales from the files; leave quant.block and quant.double at none"
+                "quant=checkpoint takes blocks and scales from the files; leave out quant.block and quant.double"
             )
         return None, False
     if kind not in FORMATS:
-        raise ValueError(f"quantisation {kind!r} is not known; use one of {', '.join((*KINDS, CHECKPOINT))}")
+        kinds = ", ".join((*KINDS, CHECKPOINT))
+        raise ValueError(f"quantisation {kind!r} is not implemented; use one of {kinds}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
-        raise ValueError(
-            f"{kind} has one scale for all inputs of a channel, found block={block}; leave it none"
-        )
+        raise ValueError(f"{kind} has one scale per channel, got block={block}; set it to none")
     if block is not None and (block < 2 or block % 2):
-        raise ValueError(
-            f"two codes share a byte, so a block is an even number of inputs from 2 up; found block={block}"
-        )
+        raise ValueError(f"two codes share a byte, so a block must be even and at least 2; got block={block}")
     if double and format.double is None:
-        raise ValueError(f"the scales of {kind} are not quantised; use double=false, or one of nf4, fp4")
+        raise ValueError(f"the scales of {kind} cannot be quantised; use double=false, nf4 or fp4")
     return (format.block if block is None else block), bool(format.double if double is None else double)
 
 
 @struct
 class QTensor:
-    """A frozen weight [..., I, O] that is expanded where it is used.
+    """A frozen weight [..., I, O] that is dequantised where it is used.
 
-    kind "bits": the 16-bit float kept as raw uint16. It costs nothing to expand, and it keeps XLA's CPU compiler from
-    converting a whole scan-stacked bfloat16 weight to float32 (measured: 3.8 GB for SmolLM2-135M).
-    The others are FORMATS: I is cut into N blocks of `block` inputs (the last one may be short; None: one block), and the
-    weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
+    kind "bits": a 16-bit float stored as raw uint16. Dequantising it is free, and XLA's CPU compiler would
+    convert a whole scan-stacked bfloat16 weight to float32 (measured: 3.8 GB for SmolLM2-135M). The other
+    kinds are FORMATS: the I inputs form N blocks of `block` (the last may be shorter; None: one block), and
+    the weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
 
-    codes: uint8 [..., I/2, O], two a byte with the first in the high bits, or int8 [..., I, O].
-    scale: [..., N, O], float or, where outer and mean are there, uint8 (see quant_formats.encode_scales).
-    offset: [..., N, O] of affine4. outer: [..., S], mean: [...], of scales that are quantised. index: int32 [..., I], the block
-    of each input where blocks are no runs of inputs (GPTQ's act-order).
+    codes: uint8 [..., I/2, O], two per byte with the first in the high bits, or int8 [..., I, O].
+    scale: [..., N, O], float, or uint8 if outer and mean are given (see quant_formats.encode_scales).
+    offset: [..., N, O], for affine4. outer: [..., S] and mean: [...], of quantised scales. index: int32
+    [..., I], the block of each input if blocks are not runs of inputs (GPTQ's act-order).
     """
 
     codes: Any
@@ -104,7 +107,7 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that this stands for, derived from the codes so that slices stay right."""
+        """Shape of the dequantised weight, derived from the codes so that it holds for slices too."""
         *lead, take_rows, outs = self.codes.shape
         return (*lead, take_rows * (2 if is_paired(self.kind) else 1), outs)
 
@@ -115,12 +118,12 @@ def is_paired(kind: str) -> bool:
 
 
 def is_qtensor(x: Any) -> bool:
-    """For tree functions: stop at a QTensor."""
+    """Whether a node is a QTensor: the `is_leaf` of tree functions over weights."""
     return isinstance(x, QTensor)
 
 
 def bits_per_param(q: Any) -> float:
-    """Bits a parameter, of the arrays that hold it."""
+    """Return the stored bits per parameter, scales included."""
     count = np.prod(q.shape, dtype=np.int64)
     return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
 
@@ -128,25 +131,25 @@ def bits_per_param(q: Any) -> float:
 def quantize(
     weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
 ) -> QTensor:
-    """Pack a weight [..., I, O]; a numpy array gives numpy leaves, with the bits that a jax array gives.
+    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to those of a jax array.
 
-    block, double: see Quant. scale: what `scales` says of a whole weight of which this is a part. Raises ValueError for a kind
-    that isn't known or doesn't hold the dtype exactly, an odd I with 4-bit codes, and for NaN, infinities and magnitudes from
-    2^80 up (not under jit, which has no values to look at).
+    block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
+    Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and
+    (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
     """
     if kind == "bits":
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
-            raise ValueError(f"kind 'bits' holds 16-bit floats, found {weight.dtype}; cast the weight first")
+            raise ValueError(f"kind 'bits' stores 16-bit floats, got {weight.dtype}; cast the weight first")
         return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
     block, double = with_defaults(kind, block, double)
     if weight.ndim < 2 or not weight.size:
-        raise ValueError(f"a packed weight has inputs and outputs, found shape {weight.shape}")
+        raise ValueError(f"a quantised weight needs an input and an output axis, got shape {weight.shape}")
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise ValueError(f"{kind} holds floats, found {weight.dtype}")
+        raise ValueError(f"{kind} stores floats, got {weight.dtype}")
     if is_paired(kind) and ins % 2:
         raise ValueError(
-            f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8 for it"
+            f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8"
         )
     qf.check_range(weight)
     packed, scale, offset = _encoded(weight, kind, block or ins, scale)
@@ -155,21 +158,21 @@ def quantize(
 
 
 def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.ndarray, "*L N O"]:
-    """The scales that quantize gives a weight [..., I, O], as floats. Those of a whole channel are the largest of its parts'."""
+    """Return the scales that `quantize` gives a weight [..., I, O] with one block per channel, as floats."""
     qf.check_range(weight)
     block, step = with_defaults(kind, block, None)[0] or weight.shape[-2], _columns(weight)
-    some = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
-    found = [FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0] for part in some]
-    return np.concatenate(found, -1)[..., 0, :].astype(FORMATS[kind].held)
+    parts = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
+    scale = [FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0] for part in parts]
+    return np.concatenate(scale, -1)[..., 0, :].astype(FORMATS[kind].scale_dtype)
 
 
 def _columns(weight: Any) -> int:
-    """How many output channels the host takes at a time, so that their floats stay in cache."""
+    """Return how many output channels the host processes at a time, so that their floats fit in cache."""
     return max(1, HOST_CHUNK // math.prod(weight.shape[:-1]))
 
 
 def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, Any]:
-    """(packed codes, scales, offsets) of a weight; `scale` where it is known already."""
+    """Return (packed codes, scales, offsets) of a weight; scale: already known scales, or None."""
     *lead, ins, outs = weight.shape
     step = _columns(weight)
     if isinstance(weight, np.ndarray) and step < outs:
@@ -180,46 +183,49 @@ def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, 
     scale, offset = format.scale(blocks) if scale is None else (scale[..., None, :].astype(np.float32), None)
     codes = format.nearest(blocks, scale, offset).reshape(*lead, -1, outs)[..., :ins, :]
     packed = qf.pack(codes) if is_paired(kind) else codes
-    one = lambda x: None if x is None else x[..., 0, :].astype(format.held)  # noqa: E731
-    return packed, one(scale), one(offset)
+    return packed, _stored_scale(scale, format), _stored_scale(offset, format)
+
+
+def _stored_scale(x: Any, format: qf.Format) -> Any:
+    return None if x is None else x[..., 0, :].astype(format.scale_dtype)
 
 
 def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
-    """The weight in its own dtype."""
+    """Return the weight in its own dtype."""
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(q.codes, q.dtype)
-    return _expanded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, partial(_each_input, q))
+    return _decoded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, partial(_per_input, q))
 
 
-def _each_input(q: QTensor, x: Array) -> Array:
-    """A number per block for every input."""
+def _per_input(q: QTensor, x: Array) -> Array:
+    """Repeat a number per block for each of its inputs."""
     if q.index is not None:
         return jnp.take_along_axis(x, q.index[..., None], axis=-2)
     return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
 
 
 def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
-    """(scale, offset or None) of every element in float32: what codes are multiplied by, and what is added."""
+    """Return the scale and the offset (or None) of every element in float32."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
-    offset = None if q.offset is None else _each_input(q, q.offset.astype(jnp.float32))
-    return _each_input(q, scale.astype(jnp.float32)), offset
+    offset = None if q.offset is None else _per_input(q, q.offset.astype(jnp.float32))
+    return _per_input(q, scale.astype(jnp.float32)), offset
 
 
 def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
-    """`dequantize(q)[ids]` of a table [I, O], expanding no more than those rows."""
+    """Return `dequantize(q)[ids]` of a table [I, O]; only these rows are dequantised."""
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(jnp.take(q.codes, ids, axis=0), q.dtype)
     codes = jnp.take(q.codes, ids // 2 if is_paired(q.kind) else ids, axis=0)
     if is_paired(q.kind):
         codes = jnp.where((ids % 2 == 0)[..., None], codes >> jnp.uint8(4), codes & jnp.uint8(15))
     block = ids // (q.block or q.shape[-2]) if q.index is None else jnp.take(q.index, ids)
-    return _expanded(q, codes, lambda x: jnp.take(x, block, axis=0))
+    return _decoded(q, codes, lambda x: jnp.take(x, block, axis=0))
 
 
-def _expanded(q: QTensor, codes: Array, each: Any) -> Array:
-    """The weight of unpacked codes; `each` brings a number per block to their shape."""
+def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
+    """Return the weight of unpacked codes; per_input repeats a number per block to their shape."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
-    value = FORMATS[q.kind].decode(codes) * each(scale.astype(jnp.float32))
+    value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
     if q.offset is not None:
-        value = value + each(q.offset.astype(jnp.float32))
+        value = value + per_input(q.offset.astype(jnp.float32))
     return value.astype(q.dtype)

@@ -1,7 +1,7 @@
-"""Number formats of packed weights: blocks of float32 to codes and scales, and back.
+"""Number formats of quantised weights: blocks of float32 to codes and scales, and back.
 
-What encodes takes numpy and jax arrays and gives the same bits for both: sums in a fixed order, no division by a constant,
-and nothing that is subnormal, which XLA takes for zero.
+Encoding functions accept numpy and jax arrays and return the same bits for both: sums run in a fixed order,
+no constant is divided by, and subnormal numbers, which XLA treats as zero, do not occur.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,15 @@ Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 SMALLEST, LARGEST = (
     np.float32(2.0**-80),
     np.float32(2.0**80),
-)  # smaller magnitudes are zero, larger ones are refused
-GROUP = 256  # scales that share a scale of their own where they are quantised too
+)  # smaller magnitudes become zero, larger ones are an error
+GROUP = 256  # quantised scales that share a scale
 
-# bitsandbytes' tables (Dettmers et al. 2023, arXiv:2305.14314): NF4's levels are quantiles of the normal distribution.
+# bitsandbytes' tables (Dettmers et al. 2023, arXiv:2305.14314). The levels of NF4 are quantiles of the normal
+# distribution.
 NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+     0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
 )  # fmt: skip
 FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(
     12.0
@@ -39,10 +40,11 @@ FP4_BOUNDS = np.array(
 
 
 def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
-    """bitsandbytes' 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending. Unsigned, it has a bit more.
+    """Return bitsandbytes' 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending.
 
-    For each power of ten 10^-6 .. 1 twice as many values as for the one below it: the means of neighbours among equally
-    spaced points from 0.1 to 1, which torch.linspace makes from both ends with fused multiply-adds in float32.
+    Each power of ten 10^-6 .. 1 has twice as many values as the one below it: the means of neighbours among
+    equally spaced points from 0.1 to 1, which torch.linspace computes from both ends with fused multiply-adds
+    in float32. Without a sign there is one bit more.
     """
     low, values = np.float32(0.1), [0.0, 1.0]
     for i in range(7):
@@ -62,7 +64,7 @@ DYNAMIC_BOUNDS = (DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5)
 
 
 def _inverse(scale: Array) -> Array:
-    """1 / scale; where a block has no extent any number will do."""
+    """Return 1 / scale, finite where a block is all zeros."""
     xp = scale.__array_namespace__()
     return np.float32(1.0) / xp.maximum(scale, np.float32(2.0**-120))
 
@@ -73,26 +75,26 @@ def _largest(x: Array) -> Array:
 
 
 def _above(x: Array, bounds: np.ndarray) -> Array:
-    """How many of the bounds x is above, as uint8."""
+    """Count the bounds that x is above, as uint8."""
     xp = x.__array_namespace__()
-    found = xp.zeros_like(x, dtype=np.uint8)
+    count = xp.zeros_like(x, dtype=np.uint8)
     for bound in bounds:
-        found = found + (x > bound).view(np.uint8)
-    return found
+        count = count + (x > bound).view(np.uint8)
+    return count
 
 
 def scale_largest(x: Float[Array, "*L N block O"]) -> Scales:
-    """nf4's and fp4's scale: the largest magnitude of the block."""
+    """Scale of nf4 and fp4: the largest magnitude of the block."""
     return _largest(x), None
 
 
 def nearest_nf4(x: Array, scale: Array, offset: None) -> Array:
-    """The nearest of NF4's levels times the scale."""
+    """Code of the nearest NF4 level times the scale."""
     return _above(x * _inverse(scale), NF4_BOUNDS)
 
 
 def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
-    """The nearest of FP4's levels (a sign, two bits of exponent, one of fraction) times the scale."""
+    """Code of the nearest FP4 level (a sign, two exponent bits, one fraction bit) times the scale."""
     xp, scaled = x.__array_namespace__(), x * _inverse(scale)
     nth = _above(xp.abs(scaled), FP4_BOUNDS)
     code = nth ^ ((nth & np.uint8(2)) << np.uint8(1))  # ascending 0 .. 7 are the codes 0, 1, 6, 7, 4, 5, 2, 3
@@ -100,62 +102,63 @@ def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
 
 
 def scale_int8(x: Float[Array, "*L N block O"]) -> Scales:
-    """The largest magnitude / 127."""
+    """Scale of int8: the largest magnitude / 127."""
     return _largest(x) * np.float32(1 / 127), None
 
 
 def nearest_int8(x: Array, scale: Array, offset: None) -> Array:
-    """`x / scale` rounded to -127 .. 127."""
+    """Code of int8: `x / scale` rounded to -127 .. 127."""
     xp = x.__array_namespace__()
     return xp.clip(xp.rint(x * _inverse(scale)), -127, 127).astype(np.int8)
 
 
 def scale_int4(x: Float[Array, "*L N block O"]) -> Scales:
-    """The largest magnitude / 7, rounded up to bfloat16."""
+    """Scale of int4: the largest magnitude / 7, rounded up to bfloat16."""
     return _rounded_up(_largest(x) * np.float32(1 / 7)), None
 
 
 def nearest_int4(x: Array, scale: Array, offset: None) -> Array:
-    """`x / scale` rounded to -7 .. 7, stored plus 8."""
+    """Code of int4: `x / scale` rounded to -7 .. 7, plus 8."""
     xp = x.__array_namespace__()
     return (xp.clip(xp.rint(x * _inverse(scale)), -7, 7) + np.float32(8)).astype(np.uint8)
 
 
 def scale_affine4(x: Float[Array, "*L N block O"]) -> Scales:
-    """The offset is the least value, rounded down to bfloat16, the scale a fifteenth of what is above it, rounded up."""
+    """Scale and offset of affine4: (max - offset) / 15 rounded up, and the minimum rounded down, in bfloat16.
+    """
     xp = x.__array_namespace__()
     offset = _rounded_down(xp.min(x, axis=-2, keepdims=True))
     return _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15)), offset
 
 
 def nearest_affine4(x: Array, scale: Array, offset: Array) -> Array:
-    """`(x - offset) / scale` rounded to 0 .. 15."""
+    """Code of affine4: `(x - offset) / scale` rounded to 0 .. 15."""
     xp = x.__array_namespace__()
     return xp.clip(xp.rint((x - offset) * _inverse(scale)), 0, 15).astype(np.uint8)
 
 
 def _rounded_up(x: Array) -> Array:
-    """Float32 values from 0 up that bfloat16 holds, none below x."""
+    """Round non-negative float32 values up to bfloat16, in float32."""
     return ((x.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _rounded_down(x: Array) -> Array:
-    """Float32 values of any sign that bfloat16 holds, none above x."""
+    """Round float32 values of any sign down to bfloat16, in float32."""
     xp = x.__array_namespace__()
     toward_zero = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return xp.where(x < 0, -_rounded_up(xp.abs(x)), toward_zero)
 
 
 def look_up(codes: Int[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """`table[codes]` for codes that are in range."""
+    """Return `table[codes]`; codes must be in range."""
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """`table[codes]` by choosing between halves of the table, bit by bit.
+    """Return `table[codes]` by selecting halves of the table, bit by bit.
 
-    The last choice is made by integer operations with scalars: `jnp.where` of two scalars makes arrays of them, which scan
-    takes out of its loop and keeps, 16 of a weight's size in float32 (compiled for an H100).
+    The last selection uses integer operations with scalars: `jnp.where` of two scalars makes arrays of them,
+    which XLA hoists out of a scan and stores, 16 of a weight's size in float32 (compiled for an H100).
     """
     levels = table.view(np.int32)
     lowest = -(codes & np.uint8(1)).astype(jnp.int32)  # all bits or none
@@ -171,10 +174,10 @@ def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."
 
 
 def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """`table[codes]` of 16 levels.
+    """Return `table[codes]` for a table of 16 levels.
 
-    On a CPU the look-up is faster, and selections are fused into small products. Elsewhere they let the codes become a
-    weight in one kernel, where a look-up has the unpacked codes written out (compiled for an H100).
+    A look-up is faster on a CPU. On other backends selections dequantise in one kernel, whereas a look-up
+    writes the unpacked codes to memory (compiled for an H100).
     """
     return jax.lax.platform_dependent(
         codes, cpu=partial(look_up, table=table), default=partial(by_bits, table=table)
@@ -184,16 +187,17 @@ def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
 def encode_scales(
     absmax: Float[Array, "*L N O"],
 ) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Float[Array, "*L"]]:
-    """Scales in the dynamic code after their mean is subtracted, in groups of 256 with a scale each.
+    """Quantise scales: subtract their mean, then the dynamic code in groups of 256 with a scale each.
 
-    bitsandbytes' nested quantisation: the groups run over its order, all blocks of an output channel and then the next's.
+    This is bitsandbytes' nested quantisation. Groups follow its order: all blocks of an output channel, then
+    those of the next. Returns (codes, group scales, mean).
     """
     xp = absmax.__array_namespace__()
     flat = absmax.swapaxes(-1, -2).reshape(*absmax.shape[:-2], -1)
     mean = _mean(flat)
-    away = flat - mean[..., None]
-    room = -away.shape[-1] % GROUP
-    groups = xp.pad(away, [(0, 0)] * (away.ndim - 1) + [(0, room)]).reshape(*away.shape[:-1], -1, GROUP)
+    centred = flat - mean[..., None]
+    padding = [(0, 0)] * (centred.ndim - 1) + [(0, -centred.shape[-1] % GROUP)]
+    groups = xp.pad(centred, padding).reshape(*centred.shape[:-1], -1, GROUP)
     outer = xp.max(xp.abs(groups), axis=-1)
     codes = xp.searchsorted(DYNAMIC_BOUNDS, (groups * _inverse(outer)[..., None]).reshape(-1)).astype(
         np.uint8
@@ -203,7 +207,8 @@ def encode_scales(
 
 
 def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
-    """The mean of the last axis of numbers from 0 up, by halves: numpy's and XLA's own sums differ in their order."""
+    """Mean of non-negative numbers over the last axis, by halves: the sums of numpy and XLA differ in order.
+    """
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
     x = xp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, half - count)])
@@ -214,9 +219,9 @@ def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
 
 
 def _rounded_alone(product: Array, positive: Array) -> Array:
-    """The float32 product, and no sum that follows is contracted with it into one rounding, as XLA's CPU compiler does.
+    """Return the float32 product, rounded before any following sum: XLA's CPU compiler would fuse the two.
 
-    It can't look through integer operations, and doesn't know that the sign bit of `positive` is 0.
+    It cannot look through integer operations, and doesn't know that the sign bit of `positive` is 0.
     """
     return (product.view(np.uint32) | positive.view(np.uint32) & np.uint32(1 << 31)).view(np.float32)
 
@@ -224,7 +229,7 @@ def _rounded_alone(product: Array, positive: Array) -> Array:
 def decode_scales(
     codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Float[Array, "*L"]
 ) -> Float[Array, "*L N O"]:
-    """Undo encode_scales."""
+    """Invert encode_scales."""
     blocks, outs = codes.shape[
         -2:
     ]  # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
@@ -236,18 +241,19 @@ def decode_scales(
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of packed weight.
+    """A number format of quantised weights.
 
-    bits: of a code; two of 4 bits share a byte. block: inputs that usually share a scale, None for all of a channel.
-    double: whether scales are usually quantised too, None where they can't be.
-    scale: blocks of finite float32 -> scales, offsets, which `held` holds exactly. nearest: float32 values with their
-    scales and offsets -> codes. decode: codes -> float32 multiples of the scale.
+    bits: of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale, None
+    for
+    all of a channel. double: whether scales are quantised too by default, None if they cannot be.
+    scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
+    nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
     """
 
     bits: int
     block: int | None
     double: bool | None
-    held: Any
+    scale_dtype: Any
     scale: Callable[[Any], Scales]
     nearest: Callable[[Any, Any, Any], Any]
     decode: Callable[[Array], Array]
@@ -269,28 +275,30 @@ FORMATS = {
 
 
 def pack(codes: UInt8[Array, "*L I O"]) -> UInt8[Array, "*L I2 O"]:
-    """Two 4-bit codes a byte along the input axis, the first in the high bits."""
+    """Pack two 4-bit codes into a byte along the input axis, the first in the high bits."""
     return codes[..., 0::2, :] << np.uint8(4) | codes[..., 1::2, :]
 
 
 def unpack(packed: UInt8[Array, "*L I2 O"]) -> UInt8[Array, "*L I O"]:
-    """Undo pack."""
+    """Invert pack."""
     *lead, pairs, outs = packed.shape
     return jnp.stack([packed >> jnp.uint8(4), packed & jnp.uint8(15)], -2).reshape(*lead, 2 * pairs, outs)
 
 
 def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
-    """The input axis in blocks; a short last one is filled up with copies of its last row, which change no extreme."""
+    """Split the input axis into blocks; a short last block is padded with its last row, which changes no
+    extreme.
+    """
     xp = x.__array_namespace__()
     *lead, ins, outs = x.shape
-    room = -ins % block
-    if room:
-        x = xp.pad(x, [(0, 0)] * len(lead) + [(0, room), (0, 0)], mode="edge")
-    return x.reshape(*lead, (ins + room) // block, block, outs)
+    padding = -ins % block
+    if padding:
+        x = xp.pad(x, [(0, 0)] * len(lead) + [(0, padding), (0, 0)], mode="edge")
+    return x.reshape(*lead, (ins + padding) // block, block, outs)
 
 
 def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
-    """Each block's number for every input in it."""
+    """Repeat the number of each block for its inputs."""
     *lead, blocks, outs = scale.shape
     wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
         *lead, blocks * block, outs
@@ -299,22 +307,24 @@ def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[
 
 
 def as_zero_or_normal(x: Any) -> Any:
-    """float32 with magnitudes below LEAST at zero."""
+    """Return float32 with magnitudes below SMALLEST set to zero."""
     xp = x.__array_namespace__()
     x = x.astype(np.float32)
     return xp.where(xp.abs(x) < SMALLEST, np.float32(0), x)
 
 
 def check_range(x: Any) -> None:
-    """Raise ValueError for NaN, infinity or a magnitude from MOST up; says how many there are and where the first is."""
+    """Raise ValueError for NaN, infinity and magnitudes from LARGEST up, with their number and the first
+    position.
+    """
     if isinstance(x, jax.core.Tracer):  # no values yet
         return
     host = np.asarray(x)
-    usual = [
+    in_range = [
         (np.abs(part.astype(np.float32)) < LARGEST).all()
         for part in np.array_split(host, max(1, host.size >> 18), -1)
     ]
-    if not all(usual):
+    if not all(in_range):
         wrong = ~(np.abs(host.astype(np.float32)) < LARGEST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
         where = f"the first {float(host[first])} at {first}"

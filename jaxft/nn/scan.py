@@ -1,7 +1,10 @@
-"""Run a model's stacked layers: one `lax.scan` in training, at prefill and in decoding with a key/value cache.
+"""Run a model's stacked layers: one `lax.scan` in training, at prefill and in decoding with a key/value
+cache.
 
-A family gives one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream [B, T, D]. It calls
-`attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope, and returns the `extra` that it got.
+A family gives one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream [B,
+T, D]. It calls
+`attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope, and returns the
+`extra` that it got.
 """
 
 from collections.abc import Callable
@@ -29,8 +32,9 @@ RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "n
 class Remat:
     """What a layer stores for its backward pass.
 
-    saved: checkpoint names that are stored in addition to the layer's input; None stores everything. layers: number of
-    successive layers that form one block, of which only the input is stored. offload: inputs go to the host's pinned memory.
+    saved: checkpoint names that are stored in addition to the layer's input; None stores everything. layers:
+    number of successive layers that form one block, of which only the input is stored. offload: inputs go to
+    the host's pinned memory.
     """
 
     saved: tuple[str, ...] | None
@@ -65,7 +69,8 @@ def scan_layers(
 ) -> Float[Array, "B T D"]:
     """Return the residual stream after all layers, differentiable under the remat policy.
 
-    layers: the stacked parameters, or FusedLayers, which the backward pass updates. tokens: Tokens, Pairs or Rollout.
+    layers: the stacked parameters, or FusedLayers, which the backward pass updates. tokens: Tokens, Pairs or
+    Rollout.
     keys: a random key per layer for dropout, or None.
     """
     policy = REMAT[remat]
@@ -81,7 +86,7 @@ def scan_layers(
     if isinstance(layers, fused_update.FusedLayers):
         if remat != "full":
             raise ValueError(
-                f"optim.fused_backward runs each layer again from its input: use remat=full, got remat={remat}"
+                f"optim.fused_backward recomputes each layer from its input: use remat=full, got remat={remat}"
             )
         return fused_update.fused_scan(body, h_BTD, layers, keys)
     xs = layers, keys
@@ -146,9 +151,11 @@ def _pad_axis(x: Array, axis: int, count: int) -> Array:
 def decode_layers(
     layer: Layer, h_B1D: Float[Array, "B 1 D"], layers: Params, cache: Cache, slot: Int[Array, ""]
 ) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Return the residual stream of one token a row after all layers; its keys and values go to `slot` of the cache.
+    """Return the residual stream of one token a row after all layers; its keys and values go to `slot` of the
+    cache.
 
-    The cache is carried through the scan and updated in place: through xs and ys it would be copied whole for each token.
+    The cache is carried through the scan and updated in place: through xs and ys it would be copied whole for
+    each token.
     """
     visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1]) == slot)[None]
     zero = jnp.zeros_like(slot)  # of one integer type, whatever literals would have

@@ -105,7 +105,7 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_dropout_that_would_not_reach_the_head_is_refused():
     with pytest.raises(
-        ValueError, match="adapter.dropout=0.1 doesn't reach an adapter on the head; set it to 0"
+        ValueError, match="adapter.dropout=0.1 has no effect on an adapter of the head; set it to 0"
     ):
         adapted(llama(CONFIG), Adapter(dropout=0.1, targets=("q", "head")))
 
@@ -136,10 +136,10 @@ def test_targets(targets, paths, specs):
 @pytest.mark.parametrize(
     "targets, says",
     [
-        (("q_prj",), "adapter.targets: 'q_prj' is no linear layer; near: q_proj"),
-        (("q", "gat"), "adapter.targets: 'gat' is no linear layer; near: gate"),
-        (("embed",), "adapter.targets: 'embed' is no linear layer; near: "),
-        (("attn_norm",), "adapter.targets: 'attn_norm' is no linear layer; near: "),
+        (("q_prj",), "adapter.targets: 'q_prj' is not a linear layer; near: q_proj"),
+        (("q", "gat"), "adapter.targets: 'gat' is not a linear layer; near: gate"),
+        (("embed",), "adapter.targets: 'embed' is not a linear layer; near: "),
+        (("attn_norm",), "adapter.targets: 'attn_norm' is not a linear layer; near: "),
         (
             "layers/mixer/.*",
             "adapter.targets='layers/mixer/.*' matches no kernel; the paths are layers/attn/",

@@ -467,36 +467,39 @@ def test_it_has_no_gradient_of_its_own():
     [
         (
             partial(quantize, np.ones((2, 2)), "int3"),
-            "quantisation 'int3' is not known; use one of int8, int4, nf4, ",
+            "quantisation 'int3' is not implemented; use one of int8, int4, nf4, ",
         ),
         (
             partial(quantize, np.ones((2, 2), np.float32), "bits"),
-            "kind 'bits' holds 16-bit floats, found float32; cast",
+            "kind 'bits' stores 16-bit floats, got float32; cast",
         ),
         (
             partial(quantize, np.ones((2, 2), np.uint16), "bits"),
-            "kind 'bits' holds 16-bit floats, found uint16",
+            "kind 'bits' stores 16-bit floats, got uint16",
         ),
-        (partial(quantize, np.ones((2, 2), np.int32), "nf4"), "nf4 holds floats, found int32"),
+        (partial(quantize, np.ones((2, 2), np.int32), "nf4"), "nf4 stores floats, got int32"),
         (
             partial(quantize, np.ones((0, 8)), "nf4"),
-            "a packed weight has inputs and outputs, found shape (0, 8)",
+            "a quantised weight needs an input and an output axis, got shape (0, 8)",
         ),
-        (partial(quantize, np.ones(8), "nf4"), "a packed weight has inputs and outputs, found shape (8,)"),
+        (
+            partial(quantize, np.ones(8), "nf4"),
+            "a quantised weight needs an input and an output axis, got shape (8,)",
+        ),
         (
             partial(quantize, np.ones((3, 2)), "nf4"),
             "two codes of nf4 share a byte along the input axis, whose size 3 is odd",
         ),
-        (partial(Quant, "nf3"), "quantisation 'nf3' is not known; use one of int8"),
+        (partial(Quant, "nf3"), "quantisation 'nf3' is not implemented; use one of int8"),
         (
             partial(Quant, "int8", 64),
-            "int8 has one scale for all inputs of a channel, found block=64; leave it none",
+            "int8 has one scale per channel, got block=64; set it to none",
         ),
-        (partial(Quant, "nf4", 63), "a block is an even number of inputs from 2 up; found block=63"),
-        (partial(Quant, "int4", 0), "a block is an even number of inputs from 2 up; found block=0"),
+        (partial(Quant, "nf4", 63), "a block must be even and at least 2; got block=63"),
+        (partial(Quant, "int4", 0), "a block must be even and at least 2; got block=0"),
         (
             partial(Quant, "int4", None, True),
-            "the scales of int4 are not quantised; use double=false, or one of nf4, fp4",
+            "the scales of int4 cannot be quantised; use double=false, nf4 or fp4",
         ),
     ],
     ids=lambda x: x[:20] if isinstance(x, str) else "",

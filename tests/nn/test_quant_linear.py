@@ -258,7 +258,7 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
         (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up, which"),
         (Adapter(), None, Quant(targets="layers/up"), "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),
         (Adapter(), None, Quant(targets=".*norm"), "quant.targets='.*norm' matches no matrix; the paths are embed, head, "),
-        (Adapter(), None, Quant(targets="("), "quant.targets: '(' is no regular expression"),
+        (Adapter(), None, Quant(targets="("), "quant.targets: '(' is not a valid regular expression"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant, says):

@@ -87,7 +87,7 @@ SETTINGS = {
     "no model": (["model=missing/"], r"missing"),
     "no data": (["data=missing.jsonl"], r"missing\.jsonl.* not found"),
     "adapter matches nothing": (["adapter.targets=layers/attn/z"], r"matches no kernel.*layers/attn/q"),
-    "adapter name": (["adapter.targets=q_porj,v"], r"'q_porj' is no linear layer; near: .*q_proj"),
+    "adapter name": (["adapter.targets=q_porj,v"], r"'q_porj' is not a linear layer; near: .*q_proj"),
     "trained pattern": (["train=adapter/nothing"], r"adapter/nothing"),
     "micro": (["batch=6", "micro=4"], r"data\.batch=6 is not divisible by data\.micro=4"),
     "name": (["name=../out"], r"name='\.\./out' is no name of a folder"),
