@@ -82,8 +82,7 @@ def mask_by_path(tree: Any, pattern: str) -> Any:
 
 
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """Split a tree into the leaves where the mask is True and those where it is False; the others are None.
-    """
+    """Split a tree into the leaves where the mask is True and those where it is False; the others are None."""
     return (
         jax.tree.map(lambda m, x: x if m else None, mask, tree),
         jax.tree.map(lambda m, x: None if m else x, mask, tree),

@@ -59,8 +59,7 @@ def unfused(params: Any) -> Any:
 
 
 def float_bits(x: Array) -> Array:
-    """Return the bits of an integer array as floats of the same size, never computed with; floats unchanged.
-    """
+    """Return the bits of an integer array as floats of the same size, never computed with; floats unchanged."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])

@@ -124,8 +124,7 @@ def nearest_int4(x: Array, scale: Array, offset: None) -> Array:
 
 
 def scale_affine4(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale and offset of affine4: (max - offset) / 15 rounded up, and the minimum rounded down, in bfloat16.
-    """
+    """Scale and offset of affine4: (max - offset) / 15 rounded up, and the minimum rounded down, in bfloat16."""
     xp = x.__array_namespace__()
     offset = _rounded_down(xp.min(x, axis=-2, keepdims=True))
     return _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15)), offset
@@ -207,8 +206,7 @@ def encode_scales(
 
 
 def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
-    """Mean of non-negative numbers over the last axis, by halves: the sums of numpy and XLA differ in order.
-    """
+    """Mean of non-negative numbers over the last axis, by halves: the sums of numpy and XLA differ in order."""
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
     x = xp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, half - count)])
