@@ -314,7 +314,8 @@ def beta_of(loss: Loss) -> float:
 def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
     """Train an adapter with each loss, all together, and compare the results. Returns the exit code."""
     from jaxft.runs import config
-    from jaxft.train import sweep
+    from jaxft.train import loop
+    from jaxft.train.sweep import Sweep
 
     run = config.load_config(args.config, args.set)
     for text in args.set:
@@ -344,7 +345,7 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
         f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,
     )
-    return sweep.run(runs, f"{'-'.join(runs)[:60]}-{known}", root=args.out)
+    return loop.run(Sweep(f"{'-'.join(runs)[:60]}-{known}", runs), root=args.out)
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:

@@ -84,8 +84,9 @@ def main() -> int:
 
     from jaxft.distributed import processes
     from jaxft.runs import config
-    from jaxft.train import sweep
+    from jaxft.train import loop
     from jaxft.train.settings import Run
+    from jaxft.train.sweep import Sweep
 
     processes.refuse_several("a sweep")
     rows = values(args.over, args.together)
@@ -101,7 +102,7 @@ def main() -> int:
         run = config.load_config(args.config, [*args.overrides, *row], expected=Run)
         label = ",".join(row)
         runs[label] = replace(run, name=f"{name}/{label}")
-    return sweep.run(runs, name, at_once=args.at_once)
+    return loop.run(Sweep(name, runs, args.at_once))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class SourceInfo:
 
     steps: optimizer steps of all epochs. fingerprint: a hash of all that decides the batches. preview: the first
     training row as text. steps_per_rollout: optimizer steps between two points where the run may be saved.
+    samples: whether batches are sampled from the model, which takes as long as an evaluation.
     dependencies: fingerprints of other models that the batches depend on, by their name in the run's record.
     """
 
@@ -47,6 +48,7 @@ class SourceInfo:
     preview: str
     stats: SourceStats
     steps_per_rollout: int = 1
+    samples: bool = False
     dependencies: dict[str, str] = field(default_factory=dict)
 
 

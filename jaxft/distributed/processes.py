@@ -227,17 +227,24 @@ def agreed(work: Callable[[], Any]) -> Any:
 
     The others hear of it at their next exchange, be it inside of `work`; so nothing in it may wait for the others otherwise.
     """
-    if not several():
+    with agreement():
         return work()
+
+
+@contextlib.contextmanager
+def agreement() -> Iterator[None]:
+    """Around what every process does: an error of a user on one of them ends all, as in `agreed`."""
+    if not several():
+        yield
+        return
     try:
-        result = work()
+        yield
     except Refused:
         raise
     except (ValueError, OSError, ImportError) as error:
         told = ValueError(one_line_of(error))
         _said(lambda: _raise(told))
     meet()
-    return result
 
 
 def meet() -> None:

@@ -43,7 +43,7 @@ class Flops:
 def flops(run: Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
     """Counts of a train step, traced for the batch [micro, rows, ...], under its mesh."""
     micro, count, length = batch.ids.shape
-    places, model = micro * count * length, p.trained.model
+    places, model = micro * count * length, p.partition.model
     rows = programs.step_rows(run.data, sharding.row_shards(p.mesh))
     filled = rows.filled / rows.slots
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
@@ -56,7 +56,7 @@ def flops(run: Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
         model.forward_flops(places, length) - model.forward_flops(places, 0),
     )
     forwards = max(1, round(forward / plain))  # 2 with a live reference
-    passes = forwards + (2 if any(jax.tree.leaves(p.trained.mask["base"])) else 1)
+    passes = forwards + (2 if any(jax.tree.leaves(p.partition.mask["base"])) else 1)
     useful = min(plain, forward / forwards) * passes  # less where not every position has a loss
     done = max(useful, products(traced.jaxpr.jaxpr))
     needed, run_ = useful + passes * attention, done + passes * attention * done / useful

@@ -185,7 +185,7 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
-            packed = "quantised base" if p.trained.storage[path].quantised else "weights"
+            packed = "quantised base" if p.partition.storage[path].quantised else "weights"
             name = (
                 packed if storage.in_base(path) or "/base/" in path else "adapters"
             )  # a critic may have a base of its own

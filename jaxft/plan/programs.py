@@ -19,7 +19,7 @@ from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.sampler import score_tokens
 from jaxft.train import evaluate
-from jaxft.train.programs import Programs, placed, reference_step
+from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run
 
 
@@ -37,7 +37,7 @@ def steps(run: Run, p: Programs) -> list[Program]:
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
         batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
-    batch = placed(p, p.objective.batch_spec(batch))
+    batch = sharded_batch(p, p.objective.batch_spec(batch))
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
@@ -51,18 +51,22 @@ def every(run: Run, p: Programs) -> list[Program]:
     if isinstance(run.data, Rollouts):
         found += _drawing(run, p, whole, first.batch)
     elif run.data.holds_out:
-        found.append(Program("evaluation", lambda: p.eval_step.trace(*at, placed(p, held), p.state.aux)))
+        found.append(
+            Program("evaluation", lambda: p.eval_step.trace(*at, sharded_batch(p, held), p.state.aux))
+        )
         if run.samples:
             found.append(Program("answers", lambda: _answers(run, p, whole)))
     if run.general is not None and p.objective.text is not None:  # else it is evaluation's program
         text = evaluate.general_rows(run.data, run.general).abstract(shards)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
-        found.append(Program("general text", lambda: p.text_step.trace(*at, placed(p, one), p.state.aux)))
+        found.append(
+            Program("general text", lambda: p.text_step.trace(*at, sharded_batch(p, one), p.state.aux))
+        )
     if _precomputed(run, p):
         plain = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
         )
-        found.append(Program("reference", lambda: reference_step(p).trace(whole, placed(p, plain))))
+        found.append(Program("reference", lambda: reference_step(p).trace(whole, sharded_batch(p, plain))))
     return found
 
 
@@ -71,16 +75,16 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     data: Any = run.data
     rows = _prompts(p, data.batch, rounded(data.max_prompt))
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
-    sampler: Any = generate.make_sampler(p.trained.model, s, tuple(run.model.config.eos), data.group)
+    sampler: Any = generate.make_sampler(p.partition.model, s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
     if not isinstance(data, OnlinePairs):
         judge = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
-        batch = placed(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
+        batch = sharded_batch(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
-            score: Any = jax.jit(partial(head_scores, p.trained.model, reward))
+            score: Any = jax.jit(partial(head_scores, p.partition.model, reward))
             found.append(
                 Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch))
             )
@@ -105,5 +109,5 @@ def _precomputed(run: Run, p: Programs) -> bool:
 def _answers(run: Run, p: Programs, whole: Any) -> Any:
     """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
     size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
-    answer: Any = generate.make_generate(p.trained.model, run.sampling, tuple(run.model.config.eos))
+    answer: Any = generate.make_generate(p.partition.model, run.sampling, tuple(run.model.config.eos))
     return answer.trace(whole, _prompts(p, run.samples, size), _key(p))

@@ -95,7 +95,7 @@ def dry_run(run: Run, record: dict[str, Any]) -> str:
     """The resolved settings, the parameter table, and the plan for this machine's devices."""
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        table = partition.parameter_table(programs.abstract(run)[0].trained, mesh)
+        table = partition.parameter_table(programs.abstract(run)[0].partition, mesh)
     return "\n".join([json.dumps(record, indent=2), table, words(plan(run, machines.local()))])
 
 

@@ -321,6 +321,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> S
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
         steps_per_rollout=data.steps_per_rollout,
+        samples=True,
         fingerprint=prompts.fingerprint(data, train, held),
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,

@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,34 +74,38 @@ class Checkpoints:
         """The step of the newest complete checkpoint; it is verified when it is restored."""
         return max(self.steps(), default=None)
 
-    def best(self) -> tuple[int, float] | None:
-        """(step, score) of the checkpoint with the lowest score, None if none has one. Called by every process."""
-        return sync.by_first(sync.gathered, lambda: next(iter(self._best_first()), None))
+    def best(self, member: int = 0) -> tuple[int, float] | None:
+        """(step, score) of the checkpoint with a member's lowest score, None if none has one. Called by every process."""
+        ranked = sync.by_first(sync.gathered, self._best_first)
+        return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
-    def _best_first(self) -> list[tuple[int, float]]:
-        """(step, score) of the checkpoints that have a score, the best first; of equal ones the newer."""
-        scores = []
+    def _best_first(self) -> list[list[tuple[int, float]]]:
+        """(step, score) of the checkpoints that have a score, for each member, the best first; of equal ones the newer."""
+        ranked: list[list[tuple[int, float]]] = []
         for step in self.steps():
             with contextlib.suppress(Corrupt, ValueError, OSError):
-                score = manifest.read_manifest(self.folder / str(step)).get("score")
-                if score is not None and math.isfinite(score):
-                    scores.append((step, score))
-        return sorted(scores, key=lambda item: (item[1], -item[0]))
+                scores = manifest.read_manifest(self.folder / str(step)).get("scores", [])
+                ranked += [[] for _ in scores[len(ranked) :]]
+                for own, score in zip(ranked, scores, strict=False):
+                    if score is not None and math.isfinite(score):
+                        own.append((step, score))
+        return [sorted(own, key=lambda item: (item[1], -item[0])) for own in ranked]
 
     # Saving
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], score: float | None = None) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. score: the lower the better, for keep_best. Raises OSError if this save cannot begin or
-        an earlier one failed; the checkpoints before it are then unchanged.
+        meta: JSON that `restore` returns. scores: for keep_best, of each member of a sweep, or one of a run alone; the lower the
+        better, None for one that was not evaluated. Raises OSError if this save cannot begin or an earlier one failed; the
+        checkpoints before it are then unchanged.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
         body = {
             "layout": manifest.LAYOUT,
             "step": step,
-            "score": None if score is None else float(score),
+            "scores": [None if score is None else float(score) for score in scores],
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "meta": meta,
         }
@@ -202,7 +206,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        best = [step for step, _ in self._best_first()[: self.keep_best]]
+        best = [step for own in self._best_first() for step, _ in own[: self.keep_best]]
         keep = {*steps[-self.keep_last :], *best}
         try:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:

@@ -1,4 +1,4 @@
-"""An objective over held-out rows: the same numbers for any batch size."""
+"""Evaluation of an objective on held-out rows and on general text: the same metrics for any batch size."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,63 +9,70 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.sft import Rows, RowSource
 from jaxft.data.source import Dataset
-from jaxft.objectives import metrics as m
-from jaxft.objectives.objective import Objective
+from jaxft.objectives import metrics as metric
+from jaxft.objectives.objective import Objective, Outputs
+from jaxft.tree import Aux, Batch, Metrics, Params
 
 
-def make_eval_step(objective: Objective) -> Callable:
-    """`(trainable, frozen, batch, aux) -> metrics` of one microbatch-shaped batch [1, rows, ...], without dropout.
+def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux], Any]:
+    """Return `(trainable, frozen, batch, aux) -> metrics` of a batch [1, rows, ...], without dropout.
 
-    An objective that couples rows gives what it has seen of the batch instead, to be judged with the others'.
+    For an objective that couples rows it returns the outputs of the batch; the loss is computed once from those of all batches.
     """
-    one = objective.forward if objective.facts.coupled else lambda *args: objective(*args)[1]
 
-    def step(trainable: Any, frozen: Any, batch: Any, aux: Any) -> Any:
-        rows = jax.tree.map(lambda x: x[0], batch)
-        return one(tree.combine(trainable, frozen), rows, None, aux)
+    def step(trainable: Params, frozen: Params, batch: Batch, aux: Aux) -> Any:
+        rows, params = jax.tree.map(lambda x: x[0], batch), tree.combine(trainable, frozen)
+        if objective.facts.coupled:
+            return objective.forward(params, rows, None, aux)
+        return objective(params, rows, None, aux)[1]
 
     return step
 
 
-def evaluate(step: Callable, batches: Iterable[Any]) -> dict[str, float]:
-    """Add the metrics of every batch on the host and divide once. `step(batch) -> metrics`."""
-    return m.as_floats(added(step, batches))
+def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the metrics of all batches: summed on the host and divided once."""
+    return metric.as_floats(sum_metrics(step, batches))
 
 
-def added(step: Callable, batches: Iterable[Any]) -> dict[str, Any]:
-    """The metrics of all batches, on the host and not yet divided."""
-    total: dict[str, Any] | None = None
+def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
+    """Return the metrics of all batches on the host, not yet divided."""
+    total: Metrics | None = None
     for batch in batches:
         found = jax.device_get(step(batch))
-        total = found if total is None else m.add(total, found)
+        total = found if total is None else metric.add(total, found)
     return total or {}
 
 
-def evaluate_together(see: Callable, judge: Callable, batches: Iterable[Any]) -> dict[str, float]:
-    """Numbers of an objective that couples rows: `judge(seen)` of what `see(batch)` gives for all batches, row by row."""
-    return m.as_floats(judge(stacked([jax.device_get(see(batch)) for batch in batches])))
-
-
-def stacked(seen: list[Any]) -> Any:
-    """The rows of several batches one after the other."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *seen)
+def evaluate_coupled(
+    forward: Callable[[Batch], Outputs], loss_metrics: Callable[[Outputs], Metrics], batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Return the metrics of an objective that couples rows: `loss_metrics` of the outputs of all batches, row after row."""
+    outputs = [jax.device_get(forward(batch)) for batch in batches]
+    return metric.as_floats(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
 
 def general_rows(data: Dataset, general: str) -> Rows:
-    """Settings of the general text `general`: rows of the same shape as those of `data`, all of them held out."""
+    """Settings that read the general text as held-out rows of the same shape as those of `data`."""
     return Rows(
-        general, held_out=general, format="text", loss_on="all", too_long="truncate", max_length=data.max_length,
-        batch=data.batch, micro=data.micro, packing=data.packing,
-    )  # fmt: skip
+        general,
+        held_out=general,
+        format="text",
+        loss_on="all",
+        too_long="truncate",
+        max_length=data.max_length,
+        batch=data.batch,
+        micro=data.micro,
+        packing=data.packing,
+    )
 
 
 def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: int = 1) -> RowSource | None:
-    """Batches of the general text; None without one."""
+    """Return the source of the general text, None without one."""
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
 
 
 def selection_score(metrics: dict[str, float]) -> float | None:
-    """What the best checkpoint has least of: held-out loss, or minus the held-out reward; None without held-out rows."""
+    """Return what the best checkpoint has least of: held-out loss or minus the held-out reward; None without held-out rows."""
     if "eval_loss" in metrics:
         return metrics["eval_loss"]
     return -metrics["eval_reward"] if "eval_reward" in metrics else None

@@ -3,102 +3,117 @@
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data.source import Source
-from jaxft.distributed import devices
-from jaxft.objectives import metrics
-from jaxft.train import partition
+from jaxft.distributed import devices, processes
+from jaxft.objectives import metrics as metric
+from jaxft.train.members import Job, Member
+from jaxft.train.partition import trains_base
+from jaxft.tree import Batch, Metrics
+
+Numbers = dict[str, float]
 
 
 class Meter:
-    """Adds up the steps between two logged ones on the host, one step behind the device, and counts the bad ones.
+    """Adds up one member's metrics between two log entries, on the host and one step behind the device.
 
-    counters: what a checkpoint keeps, so that a run that goes on logs the same numbers. A step that was not finite adds
-    nothing but its tokens; only a window without another one shows its numbers. A LabelNoise wants pairs that the model hasn't
-    learned from: it is that of the first epoch so far, in which every pair is scored before its own update.
+    A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are non-finite. LabelNoise
+    is summed over the whole first epoch, in which every pair is evaluated before the model trains on it.
+
+    rates: the learning rate of each step. max_bad: non-finite steps in a row that end the run, None for any number.
+    counters: what `counters()` returned when the checkpoint was saved. index: the member's place in metrics of a sweep, which
+    have a leading members axis; None for a run alone.
     """
 
     def __init__(
         self,
-        t: partition.Partition,
+        member: Member,
         rates: np.ndarray,
         source: Source[Any],
-        most_bad: int,
+        max_bad: int | None,
         counters: dict[str, Any] | None,
+        index: int | None = None,
     ):
         start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}, "epoch": {}}
         self._counters = {**start, **(counters or {})}
-        self._rates, self._source, self._model, self._most_bad = rates, source, t.model, most_bad
-        self._sums, self._epoch = (
-            metrics.from_json(self._counters["window"]),
-            metrics.from_json(self._counters["epoch"]),
-        )
-        trains_base = any(jax.tree.leaves(t.mask["base"]))
-        self._passes = 3 if trains_base else 2  # forward, gradient by inputs, gradient by weights
+        self._rates, self._source, self._max_bad, self._index = rates, source, max_bad, index
+        self._sums = metric.from_json(self._counters["window"])
+        self._epoch = metric.from_json(self._counters["epoch"])
+        partition = member.programs.partition
+        self._model = partition.model
+        self._passes = (
+            3 if trains_base(partition) else 2
+        )  # forward, gradient of the inputs, gradient of the weights
         self._device = jax.local_devices()[0]
         self._peak = devices.peak_flops(self._device) * len(jax.devices())
-        self._waiting: collections.deque[tuple[int, int, dict[str, Any]]] = collections.deque()
+        self._pending: collections.deque[tuple[int, int, Metrics]] = collections.deque()
         self._tokens, self._length, self._last = 0, 0, 0
         self._since = time.perf_counter()
 
-    def add(self, step: int, batch: Any, found: dict[str, Any]) -> None:
-        """Note one step and wait for the one before it.
+    def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
+        """Queue the metrics of a step and add those of the step before, for which this waits.
 
-        Raises ValueError, naming the rows, when too many steps in a row had a loss or gradient that is not finite.
+        Raises ValueError that names the rows if too many steps in a row had a non-finite loss or gradient.
         """
         tokens, self._length = int((batch.segments > 0).sum()), batch.segments.shape[-1]
         self._tokens += tokens
-        self._waiting.append((step, tokens, found))
-        self._take(1)
+        self._pending.append((step, tokens, metrics))
+        self._add_pending(1)
 
-    def _take(self, leave: int) -> None:
-        c = self._counters
-        while len(self._waiting) > leave:
-            step, tokens, found = self._waiting.popleft()
-            now = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
-            bad = bool(now.pop("skipped").total > 0)
-            fresh = {name: now.pop(name) for name in list(now) if isinstance(now[name], metrics.LabelNoise)}
-            if not bad and step < self._source.info.steps_per_epoch:
-                self._epoch = metrics.add(self._epoch, fresh) if self._epoch else fresh
+    def _add_pending(self, leave: int) -> None:
+        counters = self._counters
+        while len(self._pending) > leave:
+            step, tokens, metrics = self._pending.popleft()
+            now = self._on_host(metrics)
+            is_bad = bool(now.pop("skipped").total > 0)
+            names = [name for name, value in now.items() if isinstance(value, metric.LabelNoise)]
+            by_epoch = {name: now.pop(name) for name in names}
+            if not is_bad and step < self._source.info.steps_per_epoch:
+                self._epoch = metric.add(self._epoch, by_epoch) if self._epoch else by_epoch
             self._last = step
-            c["num_tokens"] += tokens
-            c["bad_in_a_row"] = c["bad_in_a_row"] + 1 if bad else 0
-            c["skipped"] += bad
-            if c["good"] == 0:
+            counters["num_tokens"] += tokens
+            counters["bad_in_a_row"] = counters["bad_in_a_row"] + 1 if is_bad else 0
+            counters["skipped"] += is_bad
+            if counters["good"] == 0:
                 self._sums = now
-            elif not bad:
-                self._sums = metrics.add(self._sums, now)
-            c["good"] += not bad
-            if c["bad_in_a_row"] >= self._most_bad:
-                self._give_up(range(step + 1 - self._most_bad, step + 1))
+            elif not is_bad:
+                self._sums = metric.add(self._sums, now)
+            counters["good"] += not is_bad
+            if self._max_bad is not None and counters["bad_in_a_row"] >= self._max_bad:
+                self._give_up(range(step + 1 - self._max_bad, step + 1))
+
+    def _on_host(self, metrics: Metrics) -> Metrics:
+        host = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
+        return host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
 
     def _give_up(self, steps: range) -> None:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
-            f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}); the "
-            f"parameters are as before them; look at the rows {shown}, or lower optim.lr with another name=..."
+            f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}). "
+            f"The parameters are as before them. Check the rows {shown}, or lower optim.lr with another name=..."
         )
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint after the newest step keeps. Waits for the device."""
-        self._take(0)
+        """Return what a checkpoint after the newest step stores. Waits for the device."""
+        self._add_pending(0)
         good = self._sums if self._counters["good"] else {}
-        return {**self._counters, "window": metrics.to_json(good), "epoch": metrics.to_json(self._epoch)}
+        return {**self._counters, "window": metric.to_json(good), "epoch": metric.to_json(self._epoch)}
 
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics, perf) of the steps since the last reading. Waits for the device."""
-        self._take(0)
+    def read(self) -> tuple[Numbers, Numbers]:
+        """Return (metrics, speed and memory) of the steps since the last call. Waits for the device."""
+        self._add_pending(0)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         out = {
-            **metrics.as_floats({name: m for name, m in sorted({**self._sums, **self._epoch}.items())}),
+            **metric.as_floats(dict(sorted({**self._sums, **self._epoch}.items()))),
             "skipped": self._counters["skipped"],
             "learning_rate": float(self._rates[self._last]),
             "epoch": (self._last + 1) / self._source.info.steps_per_epoch,
@@ -119,34 +134,70 @@ class Meter:
         return out, perf
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leave out of the next reading the time that is spent inside."""
-        self._take(0)
+    def paused(self) -> Iterator[None]:
+        """Leave the time that is spent inside out of the speed."""
+        self._add_pending(0)
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
 
+class Meters:
+    """A Meter for each member of a job. counters: what `counters()` returned when the checkpoint was saved."""
+
+    def __init__(self, job: Job, counters: Sequence[dict[str, Any]] | None):
+        self._each = []
+        for number, member in enumerate(job.members):
+            rates = np.asarray(jax.jit(jax.vmap(member.programs.optimizer.schedule))(jnp.arange(job.steps)))
+            # a sweep's member that becomes non-finite stays as it is, and the others continue
+            max_bad, index = (member.run.loop.max_bad, None) if job.sweep is None else (None, number)
+            own = None if counters is None else counters[number]
+            self._each.append(Meter(member, rates, job.source_of(number), max_bad, own, index))
+
+    def add(self, step: int, batches: Sequence[Batch], metrics: Metrics) -> None:
+        """Add a step. batches: one for all members, or one of each."""
+        for number, meter in enumerate(self._each):
+            meter.add(step, batches[min(number, len(batches) - 1)], metrics)
+
+    def read(self) -> tuple[list[Numbers], list[Numbers]]:
+        """Return (metrics, speed and memory) of each member since the last call."""
+        found = [meter.read() for meter in self._each]
+        return [metrics for metrics, _ in found], [perf for _, perf in found]
+
+    def counters(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint stores of each member."""
+        return [meter.counters() for meter in self._each]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time that is spent inside out of all members' speed."""
+        with contextlib.ExitStack() as stack:
+            for meter in self._each:
+                stack.enter_context(meter.paused())
+            yield
+
+
 class Trace:
-    """A profiler trace of the steps from first to last (as the log counts them, from 1) in `folder`; of none with None."""
+    """A profiler trace by process 0 of the steps from first to last, counted from 1 as in the log; None for no trace."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._steps, self._folder, self._on = steps, folder, False
+        self._steps = steps if processes.is_first() else None
+        self._folder, self._is_on = folder, False
 
     def before(self, step: int) -> None:
-        """Start before the first of them; a run that goes on inside the range starts where it is."""
-        if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
+        """Start the trace before its first step, or at once if the run resumes within the range."""
+        if self._steps and not self._is_on and self._steps[0] <= step <= self._steps[1]:
             jax.profiler.start_trace(str(self._folder))
-            self._on = True
+            self._is_on = True
 
     def after(self, step: int, result: Any) -> None:
-        """Stop once the last of them is through."""
-        if self._on and self._steps and step >= self._steps[1]:
+        """Stop the trace when its last step is complete."""
+        if self._is_on and self._steps and step >= self._steps[1]:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Write what there is."""
-        if self._on:
-            self._on = False
+        """Write the trace, if one was started."""
+        if self._is_on:
+            self._is_on = False
             jax.profiler.stop_trace()

@@ -1,268 +1,292 @@
-"""Several adapters on one base in one program: each has its own loss, learning rate, clipping and skips.
+"""Several adapters on one base in one program, each with its own loss, learning rate, clipping and skipped steps.
 
-The adapters take turns: `lax.map` over blocks of `at_once` adapters, so that activations are those of one block whatever their
-number. Within a block the rows go through the model together. The reference runs once for all of them.
+`lax.map` runs over blocks of `at_once` adapters, so that activations are those of one block however many adapters there are.
+Within a block the rows go through the model together. The reference policy runs once for all of them.
+
+Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.nn import lora
-from jaxft.objectives import metrics
-from jaxft.objectives.objective import Facts, Objective
+from jaxft.objectives.metrics import neutral
+from jaxft.objectives.objective import Facts, Objective, Outputs
 from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.update import StepInfo
-from jaxft.train.step import accumulate_gradients
+from jaxft.train.step import accumulate_gradients, apply_gradients
+from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
-Found = tuple[Any, dict[str, Any]]  # gradients of the stacked adapters, metrics; every leaf [K, ...]
+
+class SharedFrozen(NamedTuple):
+    """Frozen parameters: the base, and of each adapter what else is frozen (its scales)."""
+
+    base: Params
+    own: tuple[Params, ...]
+
+
+class Block(NamedTuple):
+    """A block of adapters: its number, and the rows that each adapter has in a microbatch."""
+
+    number: int | Int[Array, ""]
+    rows: int
 
 
 @dataclass(frozen=True)
-class Together:
-    """K objectives over one base, an adapter each.
+class MultiAdapter:
+    """K objectives over one base, with an adapter each.
 
-    lead: the objective whose forward pass is used for all. reference: its kind, see objective.Facts.
-    apart: each adapter learns from rows of its own, [K * micro, rows, ...], and not all from the same. at_once: adapters that
-    go through the model in one forward pass; it divides K.
+    lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see Facts.
+    separate_rows: each adapter has batches of its own, [K * micro, rows, ...], instead of the same for all. at_once: adapters
+    that go through the model in one forward pass; a divisor of K.
     """
 
     objectives: tuple[Objective, ...]
     lead: int
     reference: str
-    apart: bool = False
+    separate_rows: bool = False
     at_once: int = 1
 
     @property
     def coupled(self) -> bool:
-        """Whether one of the losses couples rows: then microbatches are judged together."""
+        """Whether a loss of one of them couples rows, so that all are computed from whole batches."""
         return any(o.facts.coupled for o in self.objectives)
 
     @property
-    def once(self) -> bool:
-        """Whether the reference is the same for all and is run once."""
-        return self.reference == "start" and not self.apart
+    def shares_reference(self) -> bool:
+        """Whether the reference policy is the same for all adapters and runs once."""
+        return self.reference == "start" and not self.separate_rows
 
 
-def together(objectives: Sequence[Objective], apart: bool = False, at_once: int = 1) -> Together:
-    """Put objectives together. Raises ValueError where they don't go together."""
+def combine_objectives(
+    objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
+) -> MultiAdapter:
+    """Return the objectives as one. Raises ValueError for a wrong `at_once` and for several kinds of reference."""
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
     kinds = [o.facts.reference for o in objectives]
-    known = {kind for kind in kinds if kind != "none"}
-    if len(known) > 1:
+    used = sorted({kind for kind in kinds if kind != "none"})
+    if len(used) > 1:
         raise ValueError(
-            f"the runs know their reference in different ways ({', '.join(sorted(known))}); choose one for all"
+            f"the objectives have different kinds of reference ({', '.join(used)}); use one kind for all"
         )
     lead = next((i for i, kind in enumerate(kinds) if kind != "none"), 0)
-    return Together(tuple(objectives), lead, kinds[lead], apart, at_once)
+    return MultiAdapter(tuple(objectives), lead, kinds[lead], separate_rows, at_once)
 
 
-def gradients(t: Together, trainable: Sequence[Any], frozen: Any, batch: Any, aux: Sequence[Any]) -> Found:
-    """Gradients of each adapter's own loss, and its metrics.
+def gradients(
+    adapters: MultiAdapter,
+    trainable: Sequence[Params],
+    frozen: SharedFrozen,
+    batch: Batch,
+    aux: Sequence[Aux],
+) -> tuple[Grads, Metrics]:
+    """Return the gradients of each adapter's own loss, stacked, and its metrics; every leaf [K, ...].
 
-    trainable, aux: K, as a run alone has them. frozen: (the base tree, K trees of the others' frozen leaves).
-    batch: [micro, rows, ...].
+    trainable, aux: one per adapter. batch: [micro, rows, ...].
     """
-    key = jax.random.key(0)  # nothing is drawn: adapters with dropout train alone
-    nothing, size = trainable[0]["base"], _rows(batch)
-    batch = _with_reference(t, (trainable, frozen), batch, aux)
-    if t.apart:
-        K = len(t.objectives)
+    key = jax.random.key(0)  # unused: adapters with dropout are trained alone
+    no_base, rows, K = trainable[0]["base"], _row_count(batch), len(adapters.objectives)
+    batch = _with_reference(adapters, trainable, frozen, batch, aux)
+    if adapters.separate_rows:
         batch = jax.tree.map(lambda x: x.reshape(K, x.shape[0] // K, *x.shape[1:]), batch)
 
-    def block(number, adapters, kept):
-        trained, fixed = adapters
-        rows = batch
-        if t.apart:
-            mine = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, number * t.at_once, t.at_once), batch
-            )
-            rows = jax.tree.map(
-                lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]),
-                mine,
-            )
-        params = ({"base": nothing, **trained}, {"base": frozen[0], **fixed})
-        grads, found = accumulate_gradients(_block(t, (number, size), kept), params, rows, key, aux)
-        return own(grads), found
+    def block_rows(x: Array, number: Int[Array, ""]) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(x, number * adapters.at_once, adapters.at_once)
+        return jnp.moveaxis(own, 0, 1).reshape(own.shape[1], own.shape[0] * own.shape[2], *own.shape[3:])
 
-    return _by_block(t, block, _stack(trainable, frozen), _own_references(t, aux))
+    def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> tuple[Grads, Metrics]:
+        own_batch = (
+            jax.tree.map(partial(block_rows, number=number), batch) if adapters.separate_rows else batch
+        )
+        params = ({"base": no_base, **stacks[0]}, {"base": frozen.base, **stacks[1]})
+        objective = _block_objective(adapters, Block(number, rows), references)
+        grads, metrics = accumulate_gradients(objective, params, own_batch, key, aux)
+        return own_params(grads), metrics
+
+    return _map_blocks(adapters, block, _stacks(trainable, frozen), _own_references(adapters, aux))
 
 
 def make_update(objective: Objective, optimizer: Optimizer) -> Callable:
-    """`(state, number, gradients [K], metrics [K]) -> (state, metrics)` of one adapter: the second half of a run's train step.
+    """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)`: the second half of adapter k's train step.
 
-    Where its loss or gradient isn't finite the adapter, its optimizer and aux stay as they are, and the others go on.
+    An adapter whose loss or gradient is not finite stays unchanged; the others continue.
     """
+    no_rounding = jax.random.key(0)  # adapters are float32
 
-    def update(state: TrainState, number: Any, grads: Any, found: Any) -> tuple[TrainState, dict[str, Any]]:
-        grad = {**state.trainable, **lora.adapter_of_stack(grads, number, own(state.trainable))}
-        mine = jax.tree.map(lambda x: x[number], found)
-        norm = optax.tree.norm(grad)
-        ok = jnp.isfinite(norm) & jnp.isfinite(mine["loss"].total)
-        trainable, opt_state = optimizer.update(grad, state.opt_state, state.trainable, StepInfo(norm, ok))
-        aux = objective.update(state.aux, trainable, mine)
-        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0]), state.bad + 1)
-        one = jnp.ones((), norm.dtype)
-        told = {"grad_norm": metrics.Sum(norm, one), "skipped": metrics.Sum((~ok).astype(norm.dtype), one)}
-        return TrainState(state.step + 1, trainable, opt_state, aux, bad), told
+    def update(
+        state: TrainState, k: int, grads: Grads, metrics: Metrics, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        own = {**state.trainable, **lora.adapter_of_stack(grads, k, own_params(state.trainable))}
+        summed = own, jax.tree.map(lambda x: x[k], metrics)
+        return apply_gradients(objective, optimizer, state, batch, summed, no_rounding)
 
     return update
 
 
-def make_eval_step(t: Together) -> Callable:
-    """`(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows, the same for all adapters.
+def make_eval_step(adapters: MultiAdapter) -> Callable:
+    """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows, the same for all adapters.
 
-    If a loss couples rows it gives what was seen instead, [K, rows, ...], to be judged with the other batches' by judge_each.
+    If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of all batches together.
     """
-    same = replace(t, apart=False)
+    same_rows = replace(adapters, separate_rows=False)
 
-    def step(trainable: Any, frozen: Any, batch: Any, aux: Any) -> Any:
-        stack = _stack(trainable, frozen)
-        size, batch = _rows(batch), _part(_with_reference(same, (trainable, frozen), batch, aux), 0)
+    def step(trainable: Sequence[Params], frozen: SharedFrozen, batch: Batch, aux: Sequence[Aux]) -> Any:
+        stacks, rows = _stacks(trainable, frozen), _row_count(batch)
+        batch = _first_microbatch(_with_reference(same_rows, trainable, frozen, batch, aux))
 
-        def block(number, adapters, kept):
-            params = {"base": frozen[0], **tree.combine(*adapters)}
-            seen = _see(same, params, batch, kept)
-            if t.coupled:
-                return jax.tree.map(
-                    lambda x: x.reshape(t.at_once, x.shape[0] // t.at_once, *x.shape[1:]), seen
-                )
-            return _judge(same, (number, size), seen, aux)[1]
+        def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> Any:
+            params = {"base": frozen.base, **tree.combine(*stacks)}
+            outputs = _forward(same_rows, params, batch, references)
+            if adapters.coupled:
+                G = adapters.at_once
+                return jax.tree.map(lambda x: x.reshape(G, x.shape[0] // G, *x.shape[1:]), outputs)
+            return _loss(same_rows, Block(number, rows), outputs, aux)[1]
 
-        return _by_block(same, block, stack, _own_references(same, aux))
+        return _map_blocks(same_rows, block, stacks, _own_references(same_rows, aux))
 
     return step
 
 
-def judge_each(t: Together, seen: Any, aux: Any) -> dict[str, Any]:
-    """Metrics [K] of all held-out rows, [K, rows, ...], as make_eval_step gives them of a batch."""
-    found = [o.loss(jax.tree.map(lambda x, k=k: x[k], seen), aux[k])[1] for k, o in enumerate(t.objectives)]
-    return _metrics_stacked(found, _names(found))
+def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
+    """Return metrics [K] of outputs [K, rows, ...] of all held-out batches."""
+    found = [
+        objective.loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
+        for k, objective in enumerate(adapters.objectives)
+    ]
+    return _stack_metrics(found, _union(found))
 
 
-def _block(t: Together, which: tuple[Any, int], kept: Any) -> Objective:
-    """The objective of a block of adapters: the sum of their losses. which: the block's number, an adapter's rows of a microbatch."""
-
-    def forward(params: Any, batch: Any, key: Any, aux: Any) -> Any:
-        return _see(t, params, batch, kept)
-
-    def loss(outputs: Any, aux: Any) -> tuple[Array, dict[str, Any]]:
-        return _judge(t, which, outputs, aux)
-
-    return Objective(forward, loss, facts=Facts(coupled=t.coupled))
+def own_params(params: Params) -> Params:
+    """Return what belongs to one adapter of several: all parameters but the base."""
+    return {name: x for name, x in params.items() if name != "base"}
 
 
-def own(whole: Any) -> dict[str, Any]:
-    """What a run has for itself: all but the base, its adapter and a head if it has one."""
-    return {name: x for name, x in whole.items() if name != "base"}
+def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
+    """The objective of a block of adapters: the sum of their losses."""
+
+    def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
+        return _forward(adapters, params, batch, references)
+
+    def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        return _loss(adapters, block, outputs, aux)
+
+    return Objective(forward, loss, facts=Facts(coupled=adapters.coupled))
 
 
-def _stack(trainable: Any, frozen: Any) -> tuple[Any, Any]:
-    return lora.stack_adapters([own(x) for x in trainable]), lora.stack_adapters(frozen[1])
+def _stacks(trainable: Sequence[Params], frozen: SharedFrozen) -> tuple[Params, Params]:
+    """(trainable, frozen) parameters of the adapters, each leaf [K, ...]."""
+    return lora.stack_adapters([own_params(x) for x in trainable]), lora.stack_adapters(frozen.own)
 
 
-def _rows(batch: Any) -> int:
+def _row_count(batch: Batch) -> int:
     """Rows of a microbatch."""
     return jax.tree.leaves(batch)[0].shape[1]
 
 
-def _part(batch: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], batch)
+def _first_microbatch(batch: Batch) -> Batch:
+    return jax.tree.map(lambda x: x[0], batch)
 
 
-def _by_block(t: Together, fn: Callable, stack: Any, kept: Any) -> Any:
-    """fn(block's number, its adapters, its references) for every block; results [K, ...]."""
-    count = len(t.objectives) // t.at_once
-    split = lambda x: x.reshape(count, t.at_once, *x.shape[1:])  # noqa: E731
-    blocks = jax.tree.map(split, (stack, kept))
+def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
+    """fn(number, stacks of the block, its references) for every block; results [K, ...]."""
+    count = len(adapters.objectives) // adapters.at_once
+    blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
-        return fn(0, *_part(blocks, 0))
+        return fn(0, *_first_microbatch(blocks))
     found = jax.lax.map(lambda args: fn(args[0], *args[1]), (jnp.arange(count), blocks))
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
-def _own_references(t: Together, aux: Any) -> Any:
-    """The references that adapters keep each for itself, [K, ...]."""
-    if t.once or "reference" not in aux[t.lead]:
+def _own_references(adapters: MultiAdapter, aux: Sequence[Aux]) -> Params | None:
+    """The reference policies in the adapters' aux, [K, ...]; None if they share one or have none there."""
+    lead = aux[adapters.lead]
+    if adapters.shares_reference or "reference" not in lead:
         return None
-    return lora.stack_adapters(
-        [own(aux[t.lead if "reference" not in a else k]["reference"]) for k, a in enumerate(aux)]
-    )
+    return lora.stack_adapters([own_params((a if "reference" in a else lead)["reference"]) for a in aux])
 
 
-def _with_reference(t: Together, params: tuple[Any, Any], batch: Any, aux: Any) -> Any:
-    """The batch with the reference's log-probs, run here once for all adapters."""
-    if not t.once:
+def _with_reference(
+    adapters: MultiAdapter,
+    trainable: Sequence[Params],
+    frozen: SharedFrozen,
+    batch: Batch,
+    aux: Sequence[Aux],
+) -> Batch:
+    """The batch with log-probs of a reference policy that is the same for all adapters."""
+    if not adapters.shares_reference:
         return batch
-    trainable, frozen = params
-    whole = {"base": frozen[0]}
-    if "reference" in aux[t.lead]:
-        whole = tree.combine(
-            aux[t.lead]["reference"], {**whole, **tree.combine(own(trainable[t.lead]), frozen[1][t.lead])}
-        )
+    lead, params = adapters.lead, {"base": frozen.base}
+    if "reference" in aux[lead]:
+        own = tree.combine(own_params(trainable[lead]), frozen.own[lead])
+        params = tree.combine(aux[lead]["reference"], {**params, **own})
+
+    def logp(rows: Batch) -> Array:
+        return adapters.objectives[lead].forward(params, rows, None, {}).logp
+
     count = jax.tree.leaves(batch)[0].shape[0]
-    see = lambda part: t.objectives[t.lead].forward(whole, part, None, {}).logp  # noqa: E731
-    known = see(_part(batch, 0))[None] if count == 1 else jax.lax.map(see, batch)
+    known = logp(_first_microbatch(batch))[None] if count == 1 else jax.lax.map(logp, batch)
     return replace(batch, reference=jax.lax.stop_gradient(known))
 
 
-def _see(t: Together, params: Any, batch: Any, kept: Any) -> Any:
-    """What a block's adapters see, [at_once * rows, ...]; adapters in params: [at_once, ...]."""
-    view = lambda x: x[0] if t.at_once == 1 else jnp.moveaxis(x, 0, 1)  # noqa: E731  # layers first
-    whole = {"base": params["base"], **jax.tree.map(view, own(params))}
-    if not t.apart:
-        batch = jax.tree.map(lambda x: jnp.concatenate([x] * t.at_once), batch)
-    nothing = jax.tree.map(lambda x: None, params["base"])
-    aux = {} if kept is None else {"reference": {"base": nothing, **jax.tree.map(view, kept)}}
-    seen = t.objectives[t.lead].forward(whole, batch, None, aux)
-    # the lead's own run of the reference, if it has one, is then dead code and no part of the program
-    return replace(seen, reference=batch.reference) if t.once else seen
+def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
+    """Outputs of a block's adapters, [at_once * rows, ...]; the adapters in params are [at_once, ...]."""
+
+    def layers_first(x: Array) -> Array:
+        return x[0] if adapters.at_once == 1 else jnp.moveaxis(x, 0, 1)
+
+    block = {"base": params["base"], **jax.tree.map(layers_first, own_params(params))}
+    if not adapters.separate_rows:
+        batch = jax.tree.map(lambda x: jnp.concatenate([x] * adapters.at_once), batch)
+    no_base = jax.tree.map(lambda x: None, params["base"])
+    aux = {}
+    if references is not None:
+        aux = {"reference": {"base": no_base, **jax.tree.map(layers_first, references)}}
+    outputs = adapters.objectives[adapters.lead].forward(block, batch, None, aux)
+    # the lead's own forward pass of the reference, if it has one, is then dead code and no part of the program
+    return replace(outputs, reference=batch.reference) if adapters.shares_reference else outputs
 
 
-def _judge(t: Together, which: tuple[Any, int], seen: Any, aux: Any) -> tuple[Array, dict[str, Any]]:
-    """(sum of the losses, metrics [at_once]) of a block, of which rows of several microbatches come one after the other."""
-    (number, rows), G = which, t.at_once
+def _loss(
+    adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
+) -> tuple[Array, Metrics]:
+    """(sum of the losses, metrics [at_once]) of a block's outputs, in which the rows of several microbatches follow one another."""
+    G, objectives = adapters.at_once, adapters.objectives
 
-    def part(g, x):
-        parts = x.shape[0] // (G * rows)
-        return x.reshape(parts, G, rows, *x.shape[1:])[:, g].reshape(parts * rows, *x.shape[1:])
+    def of_adapter(g: int, x: Array) -> Array:
+        micro = x.shape[0] // (G * block.rows)
+        rows = x.reshape(micro, G, block.rows, *x.shape[1:])[:, g]
+        return rows.reshape(micro * block.rows, *x.shape[1:])
 
-    parts = [jax.tree.map(partial(part, g), seen) for g in range(G)]
-    shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(t.objectives, aux, strict=True)]
-    names = _names(shapes)
+    parts = [jax.tree.map(partial(of_adapter, g), outputs) for g in range(G)]
+    shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(objectives, aux, strict=True)]
+    names = _union(shapes)
 
-    def branch(first):
-        def judged(parts):
-            found = [t.objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
-            return sum((loss for loss, _ in found[1:]), found[0][0]), _metrics_stacked(
-                [m for _, m in found], names
-            )
+    def block_loss(first: int, parts: list[Outputs]) -> tuple[Array, Metrics]:
+        found = [objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
+        total = sum((loss for loss, _ in found[1:]), found[0][0])
+        return total, _stack_metrics([metrics for _, metrics in found], names)
 
-        return judged
-
-    branches = [branch(first) for first in range(0, len(t.objectives), G)]
-    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(number, branches, parts)
-
-
-def _names(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All names, each with a metric of its shape."""
-    return {name: m for each in found for name, m in each.items()}
+    branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
+    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
 
 
-def _metrics_stacked(found: Sequence[dict[str, Any]], names: dict[str, Any]) -> dict[str, Any]:
-    """Metrics [K]; one that an objective doesn't give is neutral."""
+def _union(found: Sequence[Metrics]) -> Metrics:
+    """A metric of every name."""
+    return {name: metric for metrics in found for name, metric in metrics.items()}
+
+
+def _stack_metrics(found: Sequence[Metrics], names: Metrics) -> Metrics:
+    """Metrics [K] with these names; one that an objective does not have is neutral."""
     whole = [
-        {name: m.get(name) or metrics.neutral({name: like})[name] for name, like in names.items()}
-        for m in found
+        {name: metrics.get(name) or neutral({name: like})[name] for name, like in names.items()}
+        for metrics in found
     ]
     return jax.tree.map(lambda *x: jnp.stack(x), *whole)

@@ -1,4 +1,4 @@
-"""Held-out prompts that a run answers before and after, as text."""
+"""Completions of held-out prompts before and after training, as text."""
 
 import os
 from collections.abc import Callable
@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.source import Source
+from jaxft.data.source import Prompt
 from jaxft.inference.generate import Sampling, left_pad, make_generate, stop_tokens
 from jaxft.models.model import Model
+from jaxft.runs.report import Sample
+from jaxft.tree import Params
 
 
-def last_question(tokenizer: Any) -> Callable[[str], str | None]:
-    """Picks the user's last words out of a prompt that the chat template has rendered; None where they can't be told apart."""
+def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
+    """Return `last_turn(prompt)`: the user's last message in a prompt rendered by the chat template, None if it is not found."""
 
     def render(*texts: str) -> str:
         turns = [
@@ -26,41 +28,45 @@ def last_question(tokenizer: Any) -> Callable[[str], str | None]:
         before, _, tail = render("Qx7w").partition("Qx7w")
         between = render("Qx7w", "Zk9y", "Jv5u").partition("Zk9y")[2].partition("Jv5u")[0]
     except Exception:  # no template, or one that refuses so plain a conversation
-        return lambda text: None
+        return lambda prompt: None
     header = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
 
-    def pick(text: str) -> str | None:
-        _, found, rest = text.removesuffix(tail).rpartition(header)
-        return rest.strip() if header and found and text.endswith(tail) else None
+    def last_turn(prompt: str) -> str | None:
+        _, found, rest = prompt.removesuffix(tail).rpartition(header)
+        return rest.strip() if header and found and prompt.endswith(tail) else None
 
-    return pick
+    return last_turn
 
 
-def answerer(
-    model: Model, s: Sampling, whole: Any, source: Source[Any], tokenizer: Any, count: int
-) -> Callable:
-    """`answer(params)`: the first `count` held-out prompts with the model's completion and the row's own answer, as text.
+def compile_sampler(
+    model: Model, sampling: Sampling, prompts: list[Prompt], tokenizer: Any, params: Params
+) -> Callable[[Params], list[Sample]]:
+    """Return `sample(params)`: each prompt with the model's completion and the row's own, as text.
 
-    Compiled here for `whole`, the shapes of the parameters.
+    Compiled for `params`, the shapes of the parameters.
     """
-    pairs = source.prompts(count)
-    if not pairs:
+    if not prompts:
         return lambda params: []
-    prompts, key = left_pad([prompt for prompt, _ in pairs], len(pairs)), jax.random.key(0)
+    ids, key = left_pad([prompt.ids for prompt in prompts], len(prompts)), jax.random.key(0)
     stop = stop_tokens(model.config.eos, tokenizer)
-    generate: Any = make_generate(model, s, stop)
-    run = generate.lower(whole, prompts, key).compile()
-    question = last_question(tokenizer)
-    plain = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
-    asked = [question(tokenizer.decode(prompt)) or plain(prompt) for prompt, _ in pairs]
-    whole_answer = lambda row: row[-1] < 0 or int(row[-1]) in stop  # noqa: E731
+    generate: Any = make_generate(model, sampling, stop)
+    compiled = generate.lower(params, ids, key).compile()
+    last_turn = make_last_turn(tokenizer)
 
-    def answer(params: Any) -> list[dict[str, str]]:
-        found = np.asarray(run(params, prompts, key))
-        texts = [plain(row[row >= 0].tolist()) + ("" if whole_answer(row) else " [...]") for row in found]
+    def decode(tokens: Any) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def completion(row: np.ndarray) -> str:
+        is_complete = row[-1] < 0 or int(row[-1]) in stop
+        return decode(row[row >= 0].tolist()) + ("" if is_complete else " [...]")
+
+    texts = [last_turn(tokenizer.decode(prompt.ids)) or decode(prompt.ids) for prompt in prompts]
+
+    def sample(params: Params) -> list[Sample]:
+        rows = np.asarray(compiled(params, ids, key))
         return [
-            {"prompt": prompt, "completion": text, "reference": plain(wanted)}
-            for prompt, text, (_, wanted) in zip(asked, texts, pairs, strict=True)
+            Sample(prompt=text, completion=completion(row), reference=decode(prompt.response))
+            for text, row, prompt in zip(texts, rows, prompts, strict=True)
         ]
 
-    return answer
+    return sample

@@ -7,135 +7,160 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.objectives import metrics
+from jaxft.objectives.metrics import Sum, add, neutral
 from jaxft.objectives.objective import Objective
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
 from jaxft.optim.update import StepInfo, to_float32
+from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
-Found = tuple[Any, dict[str, Any]]  # gradients like the trainable leaves, metrics
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(objective: Objective, optimizer: Optimizer, seed: int) -> Callable:
-    """`(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`: the microbatches' gradients are added, then one update.
+def make_train_step(objective: Objective, optimizer: Optimizer, seed: int) -> TrainStep:
+    """Return `train_step(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`.
 
-    The batch's weights sum to 1 over all microbatches, so nothing is averaged here. A step whose loss or gradient norm is
-    not finite changes neither parameters, optimizer state nor aux; it is counted. (With optim.fused_backward, see fused_backward.py.)
-    Where `objective.frozen_policy(batch)` the model's own parameters rest: they and the optimizer's state
-    of them stay as they were, which a gradient of 0 alone wouldn't do to Adam, while models beside it go on.
+    The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step whose loss or
+    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted.
     """
 
-    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key, rounding = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
-        now = state.trainable, state.opt_state
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key, rounding_key = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
         if optimizer.fused_backward:
-            trainable, opt_state, (norm, ok, _), found = fused_step(
-                objective, optimizer, state, frozen, batch, (key, rounding)
-            )
+            keys = (key, rounding_key)
+            trainable, opt_state, info, metrics = fused_step(objective, optimizer, state, frozen, batch, keys)
+            new, counts = next_state(objective, state, (trainable, opt_state), info, metrics)
         else:
-            grads, found = accumulate_gradients(objective, (state.trainable, frozen), batch, key, state.aux)
-            norm = optax.tree.norm(to_float32(grads))
-            ok = jnp.isfinite(norm) & jnp.isfinite(found["loss"].total)
-            info = StepInfo(norm, ok, rounding)
-            trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, info)
-            if objective.facts.freezes_policy:
-                still = objective.frozen_policy(batch)
-                trainable, opt_state = (
-                    stayed(still, *pair, state.trainable) for pair in zip((trainable, opt_state), now)
-                )
-        aux = objective.update(state.aux, trainable, found)
-        aux = jax.tree.map(lambda new, old: jnp.where(ok, new, old), aux, state.aux)
-        bad = jnp.where(ok, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
-        one = jnp.ones((), norm.dtype)
-        found = {
-            **found,
-            "grad_norm": metrics.Sum(norm, one),
-            "skipped": metrics.Sum((~ok).astype(norm.dtype), one),
-        }
-        return TrainState(state.step + 1, trainable, opt_state, aux, bad), found
+            grads, metrics = accumulate_gradients(objective, (state.trainable, frozen), batch, key, state.aux)
+            new, counts = apply_gradients(objective, optimizer, state, batch, (grads, metrics), rounding_key)
+        return new, {**metrics, **counts}
 
     return train_step
 
 
-def stayed(still: Any, new: Any, old: Any, trainable: Any) -> Any:
-    """`new`, or where `still` the old values of what belongs to the model's own adapter and base: of parameters, or of an
-    optimizer's state, whose leaves lie below the names that they have in `trainable`."""
+def apply_gradients(
+    objective: Objective,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Batch,
+    summed: tuple[Grads, Metrics],
+    rounding_key: Key[Array, ""],
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one optimizer update by summed gradients, with the metrics grad_norm and skipped.
 
-    def leaf(path: Any, new: Any, old: Any) -> Any:
+    If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged (with a gradient of 0
+    Adam would still move them); a critic is updated as usual.
+    """
+    grads, metrics = summed
+    norm = optax.tree.norm(to_float32(grads))
+    info = StepInfo(norm, jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total), rounding_key)
+    updated = optimizer.update(grads, state.opt_state, state.trainable, info)
+    if objective.facts.freezes_policy:
+        is_frozen, before = objective.frozen_policy(batch), (state.trainable, state.opt_state)
+        updated = keep_policy(is_frozen, updated, before, state.trainable)
+    return next_state(objective, state, updated, info, metrics)
+
+
+def keep_policy(is_frozen: Bool[Array, ""], new: Any, old: Any, trainable: Params) -> Any:
+    """Return `new`, or `old` if `is_frozen` for the leaves that belong to the policy: its adapter and base.
+
+    new, old: trees of parameters, or of optimizer state, whose leaves lie below the names that they have in `trainable`.
+    """
+
+    def leaf(path: tuple[Any, ...], new: Array, old: Array) -> Array:
         name = next((key.key for key in path if getattr(key, "key", None) in trainable), None)
-        return jnp.where(still, old, new) if name in ("adapter", "base") else new
+        return jnp.where(is_frozen, old, new) if name in ("adapter", "base") else new
 
     return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
-def accumulate_gradients(
-    objective: Objective, params: tuple[Any, Any], batch: Any, key: Array, aux: Any
-) -> Found:
-    """(gradients, metrics) of `objective` over a batch [micro, rows, ...]; params: (trainable, frozen).
+def next_state(
+    objective: Objective,
+    state: TrainState,
+    updated: tuple[Params, OptState],
+    info: StepInfo,
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
+    """Return the state of the next step and the metrics grad_norm and skipped. updated: parameters and optimizer state."""
+    trainable, opt_state = updated
+    aux = objective.update(state.aux, trainable, metrics)
+    aux = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), aux, state.aux)
+    bad = jnp.where(info.finite, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
+    one = jnp.ones((), info.norm.dtype)
+    counts = {"grad_norm": Sum(info.norm, one), "skipped": Sum((~info.finite).astype(info.norm.dtype), one)}
+    return TrainState(state.step + 1, trainable, opt_state, aux, bad), counts
 
-    The batch's weights sum to 1 over all microbatches, so parts are added and nothing is averaged.
+
+def accumulate_gradients(
+    objective: Objective, params: tuple[Params, Params], batch: Batch, key: Key[Array, ""], aux: Aux
+) -> tuple[Grads, Metrics]:
+    """Return the gradients of the trainable parameters over a batch [micro, rows, ...], summed over microbatches, and metrics.
+
+    params: (trainable, frozen). An objective that couples rows runs twice: see _coupled_gradients.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     if objective.facts.coupled and count > 1:
-        return _coupled(objective, params, batch, key, aux)
+        return _coupled_gradients(objective, params, batch, key, aux)
     trainable, frozen = params
 
-    def one(i):
-        def loss(trainable):
-            return objective(
-                tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux
-            )
+    def microbatch(i: int | Int[Array, ""]) -> tuple[Grads, Metrics]:
+        def loss(trainable: Params) -> tuple[Float[Array, ""], Metrics]:
+            rows, own_key = _microbatch(batch, i), jax.random.fold_in(key, i)
+            return objective(tree.combine(trainable, frozen), rows, own_key, aux)
 
-        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return grads, found
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return grads, metrics
 
-    return one(0) if count == 1 else _added(one, count)
+    return microbatch(0) if count == 1 else _sum_over(microbatch, count)
 
 
-def _part(batch: Any, i: Any) -> Any:
+def _microbatch(batch: Batch, i: int | Int[Array, ""]) -> Batch:
     return jax.tree.map(lambda x: x[i], batch)
 
 
-def _added(one: Callable, count: int) -> Found:
-    """Sum of one(0), one(1), ... in float32 or wider: a scan, so that the program doesn't grow with the microbatches."""
+def _sum_over(microbatch: Callable[[Any], tuple[Grads, Metrics]], count: int) -> tuple[Grads, Metrics]:
+    """Return microbatch(0) + microbatch(1) + ... in float32 or wider: a scan, so that the program's size doesn't depend on count."""
 
-    def body(total, i):
-        grads, found = one(i)
-        return (
-            jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[0], grads),
-            metrics.add(total[1], found),
-        ), None
+    def body(total: tuple[Grads, Metrics], i: Int[Array, ""]) -> tuple[tuple[Grads, Metrics], None]:
+        grads, metrics = microbatch(i)
+        summed = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[0], grads)
+        return (summed, add(total[1], metrics)), None
 
-    grads, found = jax.eval_shape(one, 0)
+    grads, metrics = jax.eval_shape(microbatch, 0)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype.itemsize == 2 else s.dtype), grads
     )
-    return jax.lax.scan(body, (zeros, metrics.neutral(found)), jnp.arange(count))[0]
+    return jax.lax.scan(body, (zeros, neutral(metrics)), jnp.arange(count))[0]
 
 
-def _coupled(objective: Objective, params: tuple[Any, Any], batch: Any, key: Array, aux: Any) -> Found:
-    """All microbatches' log-probs first; loss and cotangents from the whole; then each pulls its cotangents back."""
+def _coupled_gradients(
+    objective: Objective, params: tuple[Params, Params], batch: Batch, key: Key[Array, ""], aux: Aux
+) -> tuple[Grads, Metrics]:
+    """Gradients of a loss that couples rows, exact under accumulation.
+
+    First all microbatches' log-probs; then loss and cotangents from the whole arrays; then each microbatch pulls its
+    cotangents back.
+    """
     trainable, frozen = params
     count = jax.tree.leaves(batch)[0].shape[0]
 
-    def see(trainable, i):
-        return objective.forward(
-            tree.combine(trainable, frozen), _part(batch, i), jax.random.fold_in(key, i), aux
-        )
+    def forward(trainable: Params, i: int | Int[Array, ""]) -> Any:
+        rows, own_key = _microbatch(batch, i), jax.random.fold_in(key, i)
+        return objective.forward(tree.combine(trainable, frozen), rows, own_key, aux)
 
-    seen = jax.lax.map(lambda i: see(trainable, i), jnp.arange(count))
-    rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), seen)
-    slope, found = jax.grad(lambda logp: objective.loss(replace(rows, logp=logp), aux), has_aux=True)(
+    outputs = jax.lax.map(lambda i: forward(trainable, i), jnp.arange(count))
+    rows = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), outputs)
+    slope, metrics = jax.grad(lambda logp: objective.loss(replace(rows, logp=logp), aux), has_aux=True)(
         rows.logp
     )
-    slope = slope.reshape(seen.logp.shape)
+    slope = slope.reshape(outputs.logp.shape)
 
-    def one(i):
-        _, pull = jax.vjp(lambda t: see(t, i).logp, trainable)
+    def microbatch(i: Int[Array, ""]) -> tuple[Grads, Metrics]:
+        _, pull = jax.vjp(lambda t: forward(t, i).logp, trainable)
         return pull(slope[i])[0], {}
 
-    return _added(one, count)[0], found
+    return _sum_over(microbatch, count)[0], metrics

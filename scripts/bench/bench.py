@@ -173,7 +173,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
 
     from jaxft.distributed import sharding
     from jaxft.objectives import metrics
-    from jaxft.train import loop, programs
+    from jaxft.train import programs, reference
     from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(run.mesh)
@@ -189,7 +189,9 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         say(f"loaded, peak {peak_gib():.2f} GiB")
         if p.objective.facts.reference == "precomputed":
             since = time.perf_counter()
-            source = loop.with_reference(run, p, source, {"weights_fingerprint": str(time.time())}, say)
+            source = reference.add_reference_logps(
+                run, p, source, {"weights_fingerprint": str(time.time())}, say
+            )
             say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
         step = programs.compile_step(p, source.shapes[-1])

@@ -191,8 +191,8 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         source = run.data.open(byte_tokenizer(), sharding.row_shards(mesh), folder)
         p = programs.build(run, WARM + TIMED + 1)
-        step = programs.compile_step(p, source.shapes[-1])
-        memory: Any = step.memory_analysis()
+        step: Any = programs.compile_step(p, source.shapes[-1])
+        memory = step.memory_analysis()
         state, frozen = programs.start(run, p, None, random_base(p))
         batch, _ = source.batch(0, state)
         placed, seconds = sharding.place_batch(p.mesh, batch), []

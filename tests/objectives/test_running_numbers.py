@@ -45,7 +45,7 @@ def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
         together = lambda seen: objective.loss(jax.tree.map(jnp.asarray, seen), aux)[1]  # noqa: E731
         with jax.disable_jit():
             found.append(
-                evaluate.evaluate_together(see, together, batches)
+                evaluate.evaluate_coupled(see, together, batches)
                 if objective.facts.coupled
                 else evaluate.evaluate(see, batches)
             )

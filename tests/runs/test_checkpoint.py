@@ -242,7 +242,7 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
 def test_the_last_and_the_best_are_kept(tmp_path, scores, keep_last, keep_best, wanted):
     saved = Checkpoints(tmp_path, keep_last, keep_best)
     for step, score in enumerate(scores, 1):
-        saved.save(step, {"x": jnp.float32(step)}, {}, score)
+        saved.save(step, {"x": jnp.float32(step)}, {}, [score])
     saved.close()
     assert saved.steps() == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, wanted))

@@ -42,7 +42,7 @@ overwrite = jax.jit(lambda x: jax.tree.map(lambda a: a * 0, x), donate_argnums=0
 saved = Checkpoints(Path(sys.argv[4]), keep_best=1)
 for step, score in ((1, 0.5), (2, 1.0)):
     state = s.state(step, 2, 4)
-    saved.save(step, state, {"step": step}, score)
+    saved.save(step, state, {"step": step}, [score])
     jax.block_until_ready(overwrite(state))
 saved.close()
 tell({"steps": saved.steps(), "best": saved.best(), "largest": max(largest)})

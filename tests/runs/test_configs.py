@@ -29,7 +29,7 @@ def offline(monkeypatch):
 def test_builds_abstractly(path):
     run = config.load_config(str(path), [])
     programs, batch = abstract(run, jax.devices()[:1])
-    assert param.count_params(programs.trained.trainable_specs) > 0
+    assert param.count_params(programs.partition.trainable_specs) > 0
     with jax.set_mesh(programs.mesh):
         state, found = jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
     assert jax.tree.structure(state) == jax.tree.structure(programs.state)

@@ -38,7 +38,7 @@ def config(
         model=llm,
         objective=partial(preference, loss=loss, reference=REFERENCES[reference], beta=beta, reward=reward),
         data=PairRows(data, held_out=held_out, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs, third=third),
-        adapter=None if full else adapter_settings(start, llm) if start else Adapter(rank=4),
+        adapter=None if full else read_adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,
         quant=None if quant == "none" else Quant(quant),
         optim=optimizer.Optim(lr=lr, schedule=optimizer.constant, warmup=0.0),

@@ -10,10 +10,12 @@ from jaxft.train.meter import Meter
 
 def make_meter(max_bad, counters=None):
     """A meter of a source with 10 steps an epoch whose rows are called `row <step>`."""
-    source = SimpleNamespace(info=SimpleNamespace(steps_per_epoch=10), row_names=lambda step: [f"row {step}"])
-    model = SimpleNamespace(flops=lambda tokens, length: 1.0)
-    trained = SimpleNamespace(model=model, mask={"base": {}})
-    return Meter(trained, np.zeros(100), source, max_bad, counters)
+    info = SimpleNamespace(steps_per_epoch=10)
+    source = SimpleNamespace(info=info, row_names=lambda step: [f"row {step}"])
+    model = SimpleNamespace(forward_flops=lambda tokens, length: 1.0)
+    partition = SimpleNamespace(model=model, mask={"base": {}})
+    member = SimpleNamespace(programs=SimpleNamespace(partition=partition))
+    return Meter(member, np.zeros(100), source, max_bad, counters)
 
 
 def feed(meter, step, loss, bad=False):

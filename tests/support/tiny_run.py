@@ -89,6 +89,55 @@ interrupt.Interrupt.__enter__ = told
 """
 
 
+SLOW_STEPS = """
+import time
+from jaxft.train import meter
+add = meter.Meter.add
+def slow(self, *args):
+    time.sleep(0.3)
+    return add(self, *args)
+meter.Meter.add = slow
+"""
+COUNT_COMPILES = """
+import jax, traceback
+from jaxft.runs import interrupt
+from jaxft.train import export
+seen = []
+def listen(name, *_, **__):
+    by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_stack())  # the first save cuts replicated arrays
+    if "compile" in name and not by_orbax:
+        seen.append(name)
+jax.monitoring.register_event_duration_secs_listener(listen)
+enter, export_run = interrupt.Interrupt.__enter__, export.export_run
+def begin(self):
+    print("compiled before the loop:", len(seen) > 0)
+    seen.clear()
+    return enter(self)
+def end(*args):
+    print("compiled since:", seen)
+    return export_run(*args)
+interrupt.Interrupt.__enter__, export.export_run = begin, end
+"""
+
+
+def kill_hook(name, step, saved, number=signal.SIGKILL):
+    """Code that ends the run `name` in its optimizer step `step`, once its checkpoint of step `saved` is complete."""
+    return f"""
+import os, time
+from pathlib import Path
+from jaxft.train import meter
+add = meter.Meter.add
+def add_or_die(self, step, *args):
+    if step + 1 == {step}:
+        until = time.monotonic() + 60  # checkpoints are written in the background
+        while {saved} and not Path("runs/{name}/checkpoints/{saved}").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), {int(number)})
+    return add(self, step, *args)
+meter.Meter.add = add_or_die
+"""
+
+
 def serve():
     """Start the server; Python 3.11's does not get this process's sys.path by itself."""
     wanted = {
@@ -183,15 +232,21 @@ class Place:
 
     def results(self, name, step):
         """All that must be the same, however often a run was stopped."""
+        return {"leaves": self.leaves(name, step), **self.outputs(name, name)}
+
+    def outputs(self, name, hidden):
+        """Metrics, weights, card and summary of a run, in whose texts the name `hidden` is NAME."""
         folder = self.runs(name)
         out = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
-        files = {p.name: p.read_bytes() for p in out.iterdir()}
-        card = (folder / "README.md").read_text().replace(name, "NAME")
+        texts = ("README.md", "summary.json", "completions.jsonl")
         return {
             "metrics": self.metrics(name),
-            "leaves": self.leaves(name, step),
-            "files": files,
-            "card": card,
+            "files": {p.name: p.read_bytes() for p in out.iterdir()},
+            **{
+                text: (folder / text).read_text().replace(hidden, "NAME")
+                for text in texts
+                if (folder / text).exists()
+            },
         }
 
     def wait_for(self, process, condition, seconds=60):

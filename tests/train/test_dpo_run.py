@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from dpo_place import write_pair_place
-from test_run import WATCH
-from tiny_run import Place
+from tiny_run import COUNT_COMPILES, Place
 
 F = "jaxft.objectives.reference_free_losses"
 P = "jaxft.objectives.preference_losses"
@@ -53,7 +52,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
 def test_a_reference_on_disk_serves_every_run_of_that_model_and_no_other(place):
     argv, told = (
         ["full=true", "reference=precomputed", "steps=1"],
-        "reference log-probs: {} of 24 pairs found, {} to compute",
+        "reference log-probs: {} of 24 pairs are cached, {} to compute",
     )
     shutil.rmtree(place.folder / "cache", ignore_errors=True)
     assert told.format(0, 24) in run(place, *argv, "name=first")
@@ -106,7 +105,7 @@ def test_held_out_numbers_do_not_depend_on_the_batch_and_a_mesh_has_those_of_one
 
 def test_nothing_is_compiled_once_the_loop_has_begun(place):
     for kind in ("bco", "full"):
-        out = run(place, *KINDS[kind], f"name=watch-{kind}", "loop.eval_every=1", hook=WATCH)
+        out = run(place, *KINDS[kind], f"name=watch-{kind}", "loop.eval_every=1", hook=COUNT_COMPILES)
         assert "compiled before the loop: True" in out and "compiled since: []" in out
 
 

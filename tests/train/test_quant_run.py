@@ -175,7 +175,7 @@ def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
 
 
 def test_the_reference_of_a_quantised_run_is_its_own(pairs):
-    told = "reference log-probs: {} of 24 pairs found, {} to compute"
+    told = "reference log-probs: {} of 24 pairs are cached, {} to compute"
     seen = {}
     for kind, found in (("nf4", 0), ("none", 0), ("nf4", 24)):
         argv = ["reference=precomputed", "steps=1", f"quant={kind}", f"name={kind}-{found}"]

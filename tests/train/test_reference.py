@@ -134,7 +134,7 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
     def compute(batches):
         return [np.asarray(logps(tree.combine(state.trainable, frozen), batch))[None] for batch in batches]
 
-    told = reference.attach(source, tmp_path / "r.npz", compute, lambda text: None)
+    told = reference.add_cached_logps(source, tmp_path / "r.npz", compute, lambda text: None)
     moved = jax.tree.map(
         lambda x: x + 0.05 * jnp.cos(50 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.trainable
     )
@@ -172,8 +172,8 @@ def attached(folder, rows, name="kept"):
     asked, said = [], []
     rows = PairRows(str(folder / "r.jsonl"), batch=4)
     source = rows.open(tiny_tokenizer("chatml"), cache=folder / "cache")
-    found = reference.attach(
-        source, reference.place(name, folder), lambda batches: marks(batches, asked), said.append
+    found = reference.add_cached_logps(
+        source, reference.cache_file(name, folder), lambda batches: marks(batches, asked), said.append
     )
     for batch in (*[found.batch(k)[0] for k in range(found.info.steps)], *found.held_out):
         real = batch.answers < batch.lengths.shape[2] * 2
@@ -200,7 +200,7 @@ def test_what_is_on_disk_is_not_computed_again_and_what_is_not_there_is(tmp_path
 def test_a_damaged_file_is_made_anew(tmp_path, damage):
     rows = make_rows(6)
     attached(tmp_path, rows)
-    path = reference.place("kept", tmp_path)
+    path = reference.cache_file("kept", tmp_path)
     data = path.read_bytes()
     at = data.index(b"values.npy") + 200
     flipped = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
@@ -222,13 +222,14 @@ def test_log_probs_that_can_not_be_kept_are_said_once_and_used(tmp_path, monkeyp
 def test_a_reference_is_known_by_weights_adapter_and_settings():
     settings = {"config": {"layers": 2}, "dtype": "float32"}
     same, others = (
-        reference.identity("w", None, settings),
+        reference.reference_fingerprint("w", None, settings),
         [
-            reference.identity("v", None, settings),
-            reference.identity("w", "adapter", settings),
-            reference.identity("w", None, {**settings, "dtype": "bfloat16"}),
+            reference.reference_fingerprint("v", None, settings),
+            reference.reference_fingerprint("w", "adapter", settings),
+            reference.reference_fingerprint("w", None, {**settings, "dtype": "bfloat16"}),
         ],
     )
     assert (
-        reference.identity("w", None, dict(reversed(settings.items()))) == same and len({same, *others}) == 4
+        reference.reference_fingerprint("w", None, dict(reversed(settings.items()))) == same
+        and len({same, *others}) == 4
     )

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_run import Place, rows, write_place, write_rows
+from tiny_run import COUNT_COMPILES, SLOW_STEPS, Place, rows, write_place, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,6 @@ def test_a_run_that_is_killed_ends_as_the_one_that_was_left_alone(place, alone, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_survives_many_kills(place, alone, kind, seed):
     survives(place, alone, kind, kills=8, seed=seed)
-
-
-SLOW_STEPS = """
-import time
-from jaxft.train import meter
-add = meter.Meter.add
-def slow(self, *args):
-    time.sleep(0.3)
-    return add(self, *args)
-meter.Meter.add = slow
-"""
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(place, alone):
@@ -218,28 +207,6 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
     assert files(place.runs("lora")) == before
 
 
-WATCH = """
-import jax, traceback
-from jaxft.runs import interrupt
-from jaxft.train import export
-seen = []
-def heard(name, *_, **__):
-    by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_stack())  # the first save cuts replicated arrays
-    if "compile" in name and not by_orbax:
-        seen.append(name)
-jax.monitoring.register_event_duration_secs_listener(heard)
-enter, export_run = interrupt.Interrupt.__enter__, export.export_run
-def begin(self):
-    print("compiled before the loop:", len(seen) > 0)
-    seen.clear()
-    return enter(self)
-def end(*args):
-    print("compiled since:", seen)
-    return export_run(*args)
-interrupt.Interrupt.__enter__, export.export_run = begin, end
-"""
-
-
 def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
     argv = [
         "name=watch",
@@ -250,7 +217,7 @@ def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
         "loop.profile=2,3",
     ]
     for steps in (3, 5):  # a fresh run, and one that goes on
-        assert place.run(*argv, f"steps={steps}", hook=WATCH, devices=2) == 0, place.err()
+        assert place.run(*argv, f"steps={steps}", hook=COUNT_COMPILES, devices=2) == 0, place.err()
         assert "compiled before the loop: True" in place.out() and "compiled since: []" in place.out()
         assert not place.err()
         traces = list(place.runs("watch").rglob("*.xplane.pb"))

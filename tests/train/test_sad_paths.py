@@ -172,19 +172,19 @@ def test_the_traceback_is_there_for_whom_asks(place):
 
 LIMIT = """
 import resource, signal
-from jaxft.train import loop
-save = loop.Checkpoints.save
+from jaxft.runs import checkpoint
+save = checkpoint.Checkpoints.save
 def limited(self, step, *rest):
     if step == 3:
         self.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return save(self, step, *rest)
-loop.Checkpoints.save = limited
+checkpoint.Checkpoints.save = limited
 """
 FILL = """
 from pathlib import Path
-from jaxft.train import loop
-save = loop.Checkpoints.save
+from jaxft.runs import checkpoint
+save = checkpoint.Checkpoints.save
 def filled(self, step, *rest):
     if step == 3:
         self.wait()
@@ -195,7 +195,7 @@ def filled(self, step, *rest):
             except OSError:
                 pass
     return save(self, step, *rest)
-loop.Checkpoints.save = filled
+checkpoint.Checkpoints.save = filled
 """
 
 
@@ -235,12 +235,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on_when_the
 
 BREAK = """
 import numpy as np
-from jaxft.train import loop
+from jaxft.train import compiled
 count = [0]
-place_batch, step = loop.sharding.place_batch, loop.compile_step
-def broken(mesh, batch):
-    return place_batch(mesh, batch)
-def compiled(p, batch):
+step = compiled.compile_step
+def broken(p, batch):
     run = step(p, batch)
     def stepped(state, frozen, batch):
         count[0] += 1
@@ -248,7 +246,7 @@ def compiled(p, batch):
             batch = batch.replace(token_weights=batch.token_weights * np.float32("nan"))
         return run(state, frozen, batch)
     return stepped
-loop.compile_step = compiled
+compiled.compile_step = broken
 """
 
 

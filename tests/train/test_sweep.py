@@ -25,8 +25,15 @@ from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, linear, make_optimizer
 from jaxft.train import partition
-from jaxft.train.multi_adapter import gradients, judge_each, make_eval_step, make_update, together
-from jaxft.train.multi_adapter import own as own_leaves
+from jaxft.train.multi_adapter import (
+    SharedFrozen,
+    combine_objectives,
+    gradients,
+    loss_metrics,
+    make_eval_step,
+    make_update,
+    own_params,
+)
 from jaxft.train.step import make_train_step
 
 
@@ -213,13 +220,16 @@ def alone(one, weights, batches):
 def all_at_once(ones, weights, batches, **options):
     """The same of adapters that are trained together: (their states, metrics of every step)."""
     begun = [begin(one, weights) for one in ones]
-    t = together([b[1] for b in begun], **options)
-    states, frozen = [b[3] for b in begun], (weights, tuple(own_leaves(b[4]) for b in begun))
+    t = combine_objectives([b[1] for b in begun], **options)
+    states, frozen = [b[3] for b in begun], SharedFrozen(weights, tuple(own_params(b[4]) for b in begun))
     look, told = jit(partial(gradients, t)), []
     updates = [jit(make_update(b[1], b[2])) for b in begun]
     for batch in batches:
         grads, found = look([s.trainable for s in states], frozen, batch, [s.aux for s in states])
-        done = [update(s, k, grads, found) for k, (update, s) in enumerate(zip(updates, states, strict=True))]
+        done = [
+            update(s, k, grads, found, batch)
+            for k, (update, s) in enumerate(zip(updates, states, strict=True))
+        ]
         states = [state for state, _ in done]
         each = jax.tree.map(lambda *x: jnp.stack(x), *[more for _, more in done])
         told.append(numbers({**found, **each}))
@@ -280,7 +290,9 @@ def test_adapters_with_rows_of_their_own_are_each_alone(weights):
     with standard():
         wanted = [alone(one, weights, rows) for one, rows in zip(ones, own, strict=True)]
         for at_once in (1, 2):
-            assert_each_is_alone(all_at_once(ones, weights, batches, apart=True, at_once=at_once), wanted)
+            assert_each_is_alone(
+                all_at_once(ones, weights, batches, separate_rows=True, at_once=at_once), wanted
+            )
 
 
 def test_supervised_adapters_are_each_alone(weights):
@@ -316,12 +328,12 @@ def test_an_adapter_that_is_not_finite_stays_as_it_is_and_the_others_go_on(weigh
 def test_evaluation_together_is_each_ones_own(weights):
     with standard():
         begun = [begin(one, weights) for one in MIXED]
-        t = together([b[1] for b in begun], at_once=2)
+        t = combine_objectives([b[1] for b in begun], at_once=2)
         trainable, aux = [b[3].trainable for b in begun], [b[3].aux for b in begun]
-        frozen = (weights, tuple(own_leaves(b[4]) for b in begun))
+        frozen = SharedFrozen(weights, tuple(own_params(b[4]) for b in begun))
         step = jit(make_eval_step(t))
         seen = [step(trainable, frozen, jax.tree.map(lambda x: x[None], batch), aux) for batch in BATCHES[:2]]
-        found = judge_each(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
+        found = loss_metrics(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
         for k, (_, objective, _, state, own) in enumerate(begun):
             wanted = jit(lambda *x, o=objective: o(*x))(
@@ -364,8 +376,8 @@ def test_the_reference_runs_once_for_all(weights, at_once, wanted):
 def test_the_base_is_held_once_however_many_adapters(weights):
     def arguments(count):
         begun = [begin(MIXED[0], weights)] * count
-        t = together([b[1] for b in begun])
-        frozen = (weights, tuple(own_leaves(b[4]) for b in begun))
+        t = combine_objectives([b[1] for b in begun])
+        frozen = SharedFrozen(weights, tuple(own_params(b[4]) for b in begun))
         args = [b[3].trainable for b in begun], frozen, in_parts(1)[0], [b[3].aux for b in begun]
         return jit(partial(gradients, t)).lower(*args).compile().memory_analysis().argument_size_in_bytes
 
@@ -377,7 +389,7 @@ def test_the_base_is_held_once_however_many_adapters(weights):
 def test_what_does_not_go_together_is_refused(weights):
     t, objective, *_ = begin(MIXED[0], weights)
     moving = pairwise(P.dpo, EMAReference())(t.model)
-    with pytest.raises(ValueError, match="know their reference in different ways .moving, start."):
-        together([objective, moving])
+    with pytest.raises(ValueError, match="different kinds of reference .moving, start."):
+        combine_objectives([objective, moving])
     with pytest.raises(ValueError, match="3 adapters don't divide into blocks of 2"):
-        together([objective] * 3, at_once=2)
+        combine_objectives([objective] * 3, at_once=2)

@@ -7,7 +7,7 @@ import pytest
 from dpo_place import CONFIG, write_pair_place
 from safetensors.numpy import load_file
 from tiny_run import CONFIG as SFT_CONFIG
-from tiny_run import Place, write_rows
+from tiny_run import COUNT_COMPILES, Place, write_rows
 
 KNOBS = (
     ("loss=loss,", "loss=partial(loss, beta=beta),"),
@@ -170,8 +170,6 @@ def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
 
 
 def test_nothing_is_compiled_once_the_loop_has_begun(place):
-    from test_run import WATCH
-
     for number, more in enumerate(
         ([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
     ):
@@ -183,7 +181,7 @@ def test_nothing_is_compiled_once_the_loop_has_begun(place):
             "lr=0.001,0.002",
             "--name",
             f"watch-{number}",
-            hook=WATCH,
+            hook=COUNT_COMPILES,
         )
         assert "compiled before the loop: True" in out and "compiled since: []" in out
 

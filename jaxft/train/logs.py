@@ -1,0 +1,124 @@
+"""The logs of a job: of a run alone, or of each of a sweep's members with an overview for the console."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxft.distributed import processes, sharding
+from jaxft.distributed.watchdog import Watchdog
+from jaxft.runs import folder as runfolder
+from jaxft.runs import report
+from jaxft.runs.log import Log, NullLog
+from jaxft.runs.trackers.jsonl import truncate
+from jaxft.train import programs
+from jaxft.train.members import Job
+from jaxft.weights import pretrained
+from jaxft.weights.adapters import base_differences
+
+Numbers = dict[str, float]
+
+
+class Logs:
+    """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone."""
+
+    def __init__(self, members: Sequence[Log | NullLog], overview: Log | NullLog | None = None):
+        self.members, self._overview = members, overview
+
+    def step(self, step: int, metrics: Sequence[Numbers], perf: Sequence[Numbers] | None = None) -> None:
+        """Log each member's metrics after `step` optimizer steps; a member without any logs nothing."""
+        perf = perf or [{} for _ in metrics]
+        for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
+            if numbers:
+                log.step(step, numbers, rates)
+        if self._overview is not None:
+            shown = {  # by number: eight labels don't fit a line
+                f"{name} {number}": numbers[name]
+                for name in ("loss", "eval_loss")
+                for number, numbers in enumerate(metrics, 1)
+                if name in numbers
+            }
+            if shown:
+                self._overview.step(step, shown, total_rates(perf))
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        (self._overview or self.members[0]).message(text)
+
+    def close(self) -> None:
+        """Close all logs."""
+        with contextlib.ExitStack() as stack:
+            for log in (*self.members, *([self._overview] if self._overview else [])):
+                stack.callback(log.close)
+
+
+def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
+    """Print what begins now, and let the watchdog wait for it."""
+    watchdog.at(line)
+    logs.message(line)
+
+
+def total_rates(perf: Sequence[Numbers]) -> Numbers:
+    """Speed of all members together; they share time and memory."""
+    if not perf[0]:
+        return {}
+    return {**perf[0], **{name: sum(own[name] for own in perf) for name in ("tokens_per_second", "mfu")}}
+
+
+def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[str]) -> Logs:
+    """Write the records and open the logs on process 0, and print the start-up lines; other processes log nothing.
+
+    first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since the run began.
+    Raises ValueError if the settings differ from those of the checkpoint, or allow fewer steps than are done.
+    """
+    if first > job.steps:
+        raise ValueError(
+            f"{job.folder}: {first} steps are done already and loop.steps={job.steps}. Raise it to continue."
+        )
+    if saved:
+        records = [(m, saved["records"][m.label]) for m in job.members]
+        changes = [
+            line for m, old in records for line in runfolder.permitted_changes(m.folder, old, m.record)
+        ]
+    if not processes.is_first():
+        return Logs([NullLog() for _ in job.members])
+    trackers, logs = job.lead.run.trackers, []
+    for member in job.members:
+        member.folder.mkdir(exist_ok=True)
+        runfolder.write_record(member.folder, member.record)
+        truncate(member.folder / "completions.jsonl", first)
+        own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
+        logs.append(Log(member.folder, job.steps, first, **own))
+    overview = None
+    if job.sweep is not None:
+        record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
+        runfolder.write_json(job.folder / "config.json", record)
+        overview = Log(job.folder, job.steps, first, trackers=trackers)
+    found = Logs(logs, overview)
+    for line in startup_lines(job, first, list(dict.fromkeys(changes))):
+        found.message(line)
+    for member, log in zip(job.members, logs, strict=True):
+        log.listen(member.programs.objective.report.alarms)
+    return found
+
+
+def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
+    """Return the lines printed before anything is loaded. first: steps done before."""
+    lead, info = job.lead, job.info
+    rows = programs.step_rows(lead.run.data, sharding.row_shards(lead.programs.mesh))
+    lines = report.startup_lines(
+        f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
+        programs.model_summary(lead.programs),
+        [f"{info.stats.summary}; {job.steps} steps", *report.empty_slot_lines(rows)],
+        info.preview,
+        report.resumed_lines(first, changes) if first else [],
+    )
+    lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
+    for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.beside.values()))):
+        if start:
+            lines += base_differences(start, lead.record["weights_fingerprint"], lead.run.quant)
+    if job.sweep is not None:
+        members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
+        lines.append("\n".join([f"{len(members)} runs on one base:", *members]))
+    return lines

@@ -1,0 +1,243 @@
+"""A run, or the members of a sweep, before any weights are loaded: settings checked, rows read, programs traced as shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.batch import TrainState, widened
+from jaxft.data.source import Source, SourceInfo
+from jaxft.distributed import processes, sharding
+from jaxft.inference.generate import stop_tokens
+from jaxft.rl.programs import BoundRun
+from jaxft.runs import folder as runfolder
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.record import describe, differences
+from jaxft.runs.report import Evaluation
+from jaxft.train import evaluate
+from jaxft.train.programs import Programs, build, sharded_batch, start
+from jaxft.train.settings import Run
+from jaxft.train.sweep import Sweep
+from jaxft.tree import Batch, Metrics, Params
+from jaxft.weights import pretrained
+from jaxft.weights.adapters import adapter_folder
+
+Record = dict[str, Any]  # settings as JSON
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run alone, or one of a sweep's.
+
+    label: its name in the sweep, "" alone. folder: where its results go. record: its settings, with fingerprints of rows and weights.
+    """
+
+    label: str
+    run: Run
+    folder: Path
+    record: Record
+    programs: Programs
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `loop.run` trains: the members, and what they share.
+
+    sources: batches for all members, or of each member. general: batches of the general text. sweep: its settings, None for a run alone.
+    """
+
+    folder: Path
+    members: tuple[Member, ...]
+    sources: tuple[Source[Any], ...]
+    steps: int
+    tokenizer: Any
+    general: tuple[Batch, ...]
+    sweep: Sweep | None
+
+    @property
+    def lead(self) -> Member:
+        """The member whose held-out rows, general text, tokenizer, mesh and cadences are used for all."""
+        return self.members[0]
+
+    @property
+    def info(self) -> SourceInfo:
+        """The facts about the rows that are the same for all members."""
+        return self.sources[0].info
+
+    @property
+    def abstract_states(self) -> tuple[TrainState, ...]:
+        """The members' states as shapes with shardings."""
+        return tuple(member.programs.state for member in self.members)
+
+    def source_of(self, number: int) -> Source[Any]:
+        """The source of a member's batches."""
+        return self.sources[min(number, len(self.sources) - 1)]
+
+    def batch(self, step: int, states: tuple[TrainState, ...]) -> tuple[list[Batch], Batch, Metrics]:
+        """Return the sources' batches, the batch that the step takes, and metrics of how it was made."""
+        made = [source.batch(step, states[0]) for source in self.sources]
+        batches = [batch for batch, _ in made]
+        if len(batches) == 1:
+            return batches, *made[0]
+        shape = self._widest
+        return batches, jax.tree.map(lambda *x: np.concatenate(x), *[widened(b, shape) for b in batches]), {}
+
+    @property
+    def abstract_batch(self) -> Batch:
+        """The shape of the largest batch that the step takes."""
+        count = len(self.sources)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype), self._widest
+        )
+
+    @property
+    def _widest(self) -> Batch:
+        """A shape that holds a batch of every source."""
+
+        def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sizes = zip(*(s.shape for s in shapes), strict=True)
+            return jax.ShapeDtypeStruct(tuple(map(max, sizes)), shapes[0].dtype)
+
+        return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
+
+    def to_save(self, counters: list[dict[str, Any]], before: list[Evaluation]) -> dict[str, Any]:
+        """Return what a checkpoint stores in addition to the states, as JSON."""
+        return {
+            "records": {member.label: member.record for member in self.members},
+            "counters": counters,
+            "before": before,
+            "sources": [source.state_dict() for source in self.sources],
+        }
+
+
+def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
+    """Check the settings, read the rows and build the programs as shapes.
+
+    record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError with one line that
+    says what to change. Every process calls it.
+    """
+    sweep = settings if isinstance(settings, Sweep) else None
+    runs: Mapping[str, Run] = settings.runs if isinstance(settings, Sweep) else {"": settings}
+    lead = next(iter(runs.values()))
+    shards = sharding.row_shards(sharding.make_mesh(lead.mesh))
+    tokenizer = pretrained.load_tokenizer(lead.weights)
+    rows = list(runs.values()) if len({run.data.seed for run in runs.values()}) > 1 else [lead]
+    sources = tuple(processes.first_then_others(partial(run.data.open, tokenizer, shards)) for run in rows)
+    general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
+    for source in (*sources, *([general] if general else [])):
+        _check_token_ids(source, lead)
+    steps = lead.loop.steps or min(source.info.steps for source in sources)
+    _check_whole_rollouts(steps, sources[0].info.steps_per_rollout)
+    if sweep and sources[0].info.samples:
+        raise ValueError(
+            "the members of a sweep train on the same rows and can't sample completions; use scripts/train.py"
+        )
+    weights, members = weight_fingerprints(lead), []
+    for number, (label, run) in enumerate(runs.items()):
+        programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
+        sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
+        fingerprints = {"data_fingerprint": source.info.fingerprint, **weights, **source.info.dependencies}
+        settings_ = {**(record or describe(run)), **fingerprints}
+        members.append(Member(label, run, folder / label, settings_, programs))
+    processes.check_same(runfolder.process_independent(members[0].record), differences)
+    held_out = () if general is None else general.held_out
+    return Job(folder, tuple(members), sources, steps, tokenizer, held_out, sweep)
+
+
+def _check_token_ids(source: Source[Any], run: Run) -> None:
+    """Raise ValueError if the rows have a token id beyond the model's embeddings: a gather would read another row."""
+    largest, vocab = source.info.stats.largest_id, run.model.config.vocab
+    if largest >= vocab:
+        raise ValueError(
+            f"{run.weights}: the tokenizer produces token id {largest}, and the model has embeddings for 0 to {vocab - 1} "
+            "only. Use the tokenizer that belongs to the model."
+        )
+
+
+def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:
+    """Raise ValueError if the last rollout would not be used in full."""
+    over = steps % steps_per_rollout
+    if over:
+        near = f"{steps - over} or " if steps > steps_per_rollout else ""
+        raise ValueError(
+            f"loop.steps={steps} ends inside a rollout. A rollout is {steps_per_rollout} steps "
+            f"(data.passes x data.minibatches): set {near}{steps + steps_per_rollout - over}"
+        )
+
+
+def weight_fingerprints(run: Run) -> dict[str, Any]:
+    """Hashes of all weights that a run starts from, so that it resumes with the same, and the path of a local base."""
+    found = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
+    if Path(run.weights).exists():
+        found["weights_path"] = str(Path(run.weights).resolve())
+    if run.start:
+        found["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
+    for name, head in run.beside.items():
+        if head.start:
+            found[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
+        if head.weights:
+            found[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)
+    return found
+
+
+def open_checkpoints(job: Job) -> Checkpoints:
+    """Return the checkpoints of a job, in its folder."""
+    loop = job.lead.run.loop
+    return Checkpoints(job.folder / "checkpoints", loop.keep_last, loop.keep_best)
+
+
+def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
+    """(steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for other changes."""
+    steps = runfolder.finished_steps(job.folder)
+    if not steps and checkpoints.latest() is None:
+        return 0, []
+    if job.sweep is not None:
+        _check_members(job)
+    changes = [line for m in job.members for line in runfolder.changes_since_start(m.folder, m.record)]
+    return steps, list(dict.fromkeys(changes))
+
+
+def _check_members(job: Job) -> None:
+    """Raise ValueError if the folder is that of a sweep with other members."""
+    path, labels = job.folder / "config.json", [member.label for member in job.members]
+    known = runfolder.read_json(path)["members"] if path.exists() else labels
+    if known != labels:
+        raise ValueError(
+            f"{job.folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. Choose another --name."
+        )
+
+
+def load_members(
+    job: Job, restored: tuple[TrainState, ...] | None
+) -> tuple[tuple[TrainState, ...], tuple[Params, ...]]:
+    """Return the members' states and frozen parameters on the mesh; the base is loaded once."""
+    states, frozen, base = [], [], None
+    for number, member in enumerate(job.members):
+        state, own = start(member.run, member.programs, restored[number] if restored else None, base)
+        base = own["base"]
+        states.append(state)
+        frozen.append(own)
+    return tuple(states), tuple(frozen)
+
+
+def bind_sources(job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | None) -> Job:
+    """Return the job with sources that can sample from its model. saved: what the checkpoint stores, see `to_save`."""
+    p = job.lead.programs
+    bound = BoundRun(
+        mesh=p.mesh,
+        model=p.partition.model,
+        objective=p.objective,
+        state=p.state,
+        frozen_shapes=p.frozen,
+        frozen=frozen[0],
+        stop=stop_tokens(job.lead.run.model.config.eos, job.tokenizer),
+        folder=job.folder,
+        fused_backward=p.optimizer.fused_backward,
+    )
+    stored = saved["sources"] if saved else [None] * len(job.sources)
+    sources = [source.bind(bound, own) for source, own in zip(job.sources, stored, strict=True)]
+    return replace(job, sources=tuple(sources))

@@ -1,0 +1,142 @@
+"""What a finished run leaves: weights of the last and the best step, model card, summary; of a sweep also the table of all members."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxft import tree
+from jaxft.batch import TrainState
+from jaxft.distributed import processes
+from jaxft.runs import folder as runfolder
+from jaxft.runs import report
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.report import Evaluation
+from jaxft.train import programs
+from jaxft.train.evaluate import selection_score
+from jaxft.train.export import export_run
+from jaxft.train.logs import Logs
+from jaxft.train.members import Job
+from jaxft.train.sweep import write_table
+from jaxft.tree import Params
+from jaxft.weights import hf_write, hub
+
+
+def report_finished(job: Job, steps: int) -> int:
+    """Print where the results of a finished run are; return the exit code."""
+    if not processes.is_first():
+        return 0
+    card, name = job.folder / "README.md", "name=..." if job.sweep is None else "--name"
+    if job.sweep is not None:
+        print(card.read_text(encoding="utf-8"))
+    kind = "run" if job.sweep is None else "sweep"
+    print(f"{job.folder}: this {kind} is finished ({steps} steps); its results are in {card}")
+    print(f"to continue it, raise loop.steps or data.epochs; to start again, choose another {name}")
+    return 0
+
+
+def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Params, ...]) -> list[Path]:
+    """Write the members' weights; return their folders. Every process calls it."""
+    return [
+        export_run(m.programs.partition, tree.combine(state.trainable, own), m.run, job.tokenizer, m.folder)
+        for m, state, own in zip(job.members, states, frozen, strict=True)
+    ]
+
+
+def export_best(
+    job: Job, saved: Checkpoints, frozen: tuple[Params, ...], after: list[Evaluation], logs: Logs
+) -> None:
+    """Write `best/` for each member with a stored checkpoint that is better on held-out rows than its last step."""
+    for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
+        best, last = saved.best(number), selection_score(end["metrics"])
+        if best is None or last is None or best[1] >= last:
+            continue
+        restored: Any = saved.restore(job.abstract_states, best[0])
+        states = restored[0]
+        params = tree.combine(states[number].trainable, frozen[number])
+        folder = export_run(
+            member.programs.partition, params, member.run, job.tokenizer, member.folder / "best"
+        )
+        name = f"{member.label}: " if member.label else ""
+        logs.message(
+            f"{name}step {best[0]} has a better held-out score than the last step; its weights are in {folder}"
+        )
+
+
+def write_reports(
+    job: Job, logs: Logs, weights: list[Path], before: list[Evaluation], after: list[Evaluation]
+) -> None:
+    """Write each member's model card and summary, and of a sweep the table; then print the results. Every process calls it."""
+    notes = [
+        m.programs.objective.report.summary(log.first, log.last) + log.alarms
+        for m, log in zip(job.members, logs.members, strict=True)
+    ]
+    table = ""
+    if processes.is_first():
+        for number, member in enumerate(job.members):
+            card = _card(job, number, weights[number], (before[number], after[number]), notes[number])
+            (member.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
+            summary = {
+                "before": before[number],
+                "after": after[number],
+                "alarms": logs.members[number].alarms,
+            }
+            runfolder.write_json(member.folder / "summary.json", {"steps": job.steps, **summary})
+        if job.sweep is not None:
+            ends = [
+                {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}
+                for end in (before, after)
+            ]
+            table = write_table(job.folder, job.sweep.name, job.steps, *ends)
+    processes.meet()  # the run is finished for all processes or for none
+    for line in _result_lines(job, logs, weights, (before, after), notes, table):
+        logs.message(line)
+
+
+def _result_lines(
+    job: Job,
+    logs: Logs,
+    weights: list[Path],
+    ends: tuple[list[Evaluation], list[Evaluation]],
+    notes: list[list[str]],
+    table: str,
+) -> list[str]:
+    """The lines printed at the end."""
+    if job.sweep is None:
+        (before,), (after,) = ends
+        generates = job.lead.programs.partition.model.generates
+        return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
+    alarms = [
+        f"{member.label}: {alarm}"
+        for member, log in zip(job.members, logs.members, strict=True)
+        for alarm in log.alarms
+    ]
+    where = f"the table is in {job.folder / 'README.md'}, the curves in {job.folder / 'curves.png'}"
+    return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
+
+
+def _card(
+    job: Job, number: int, weights: Path, ends: tuple[Evaluation, Evaluation], notes: list[str]
+) -> report.ModelCard:
+    member = job.members[number]
+    run, model = member.run, programs.model_summary(member.programs)
+    located = hub.locate(run.weights, config_only=True)
+    hosted = run.weights.partition("@")[0] if located.revision else None
+    return report.ModelCard(
+        name=run.name,
+        base=run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name,
+        hosted=hosted,
+        data=Path(run.data.train).name,
+        examples=job.source_of(number).info.stats.examples,
+        steps=job.steps,
+        batch=run.data.batch,
+        optimizer=member.programs.optimizer.name,
+        lr=run.optim.lr,
+        seed=run.seed,
+        model=model,
+        adapter=run.adapter,
+        merged=weights.name == "model",
+        before=ends[0],
+        after=ends[1],
+        notes=notes,
+        completions=report.completions_section(member.folder),
+        pad=None if model.generates else hf_write.with_distinct_pad_token(job.tokenizer).pad_token_id,
+    )

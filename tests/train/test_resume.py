@@ -1,0 +1,98 @@
+"""The law of resuming: 4 steps = 2 + kill + resume + 2, to the bit, for every kind of state that a run carries.
+
+A run is killed in its fourth step, after the checkpoint of step 2 and the log line of step 3. Rollouts have two steps, so this is
+inside the second one; PPO is killed again after its completions were sampled once more.
+"""
+
+import dpo_place
+import pytest
+import reward_place
+import rl_workdir
+from tiny_run import Place, kill_hook, write_place
+
+ADAFACTOR = "optim.optimizer=jaxft.optim.optimizer:adafactor"
+BCO = "loss=jaxft.objectives.reference_free_losses:bco"
+ROLLOUTS = ["passes=2", "save=2", "rewards=config.py:ascii"]
+PPO = ["ppo=true", "group=1", "batch=8", "full_critic=true", "scale=true", "target_kl=1e-6", "lr=2e-2"]
+KINDS = {
+    # name: (folder, arguments, what aux holds)
+    "lora_dropout": (
+        "sft",
+        ["dropout=0.3", "quant=nf4", "micro=2", "loop.log_every=3", "loop.eval_every=1"],
+        set(),
+    ),
+    "full_adafactor": ("sft", ["full=true", "lr=0.001", ADAFACTOR, "general=general.jsonl"], set()),
+    "dpo": (
+        "pairs",
+        ["reference=moving", BCO, "third=mismatched", "micro=2"],
+        {"reference", "steps", "loss"},
+    ),
+    "dpo_precomputed": ("pairs", ["full=true", "reference=precomputed", "lr=0.001"], set()),
+    "reward": ("reward", ["margin=ahead", "micro=2"], set()),
+    "grpo": ("rollouts", ROLLOUTS, set()),
+    "ppo": ("rollouts", [*ROLLOUTS, *PPO], {"kl_coef"}),
+    "online_dpo": ("rollouts", [*ROLLOUTS, "online=true"], set()),
+}
+SWEEP = ["loop.eval_every=1", "reference=moving", "--over", "beta=0.1,0.4"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A working directory for each kind of data."""
+    root = tmp_path_factory.mktemp("resume")
+    write = {
+        "sft": write_place,
+        "pairs": dpo_place.write_pair_place,
+        "reward": reward_place.write_place,
+        "rollouts": rl_workdir.write_place,
+    }
+    found = {}
+    for name, make in write.items():
+        (root / name).mkdir()
+        make(root / name)
+        found[name] = Place(root / name)
+    return found
+
+
+def killed(place, hook, *argv, **options):
+    process = place.start(*argv, hook=hook, **options)
+    process.join()
+    assert process.exitcode == -9, place.err()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
+    folder, argv, aux = KINDS[kind]
+    place, alone, resumed = folders[folder], f"alone_{kind}", f"resumed_{kind}"
+    cache = {"JAXFT_CACHE": str(place.folder / alone)}
+    argv = [*argv, "steps=4", *([] if folder == "rollouts" else ["loop.save_every=2"])]
+    assert place.run(*argv, f"name={alone}", **cache) == 0, place.err()
+    killed(place, kill_hook(resumed, step=4, saved=2), *argv, f"name={resumed}", **cache)
+    cache["JAXFT_CACHE"] += (
+        "_other"  # the reference policy is the model at step 0, not the one that is restored
+    )
+    if kind == "ppo":
+        killed(place, kill_hook(resumed, step=3, saved=2), *argv, f"name={resumed}", **cache)
+    assert place.run(*argv, f"name={resumed}", **cache) == 0, place.err()
+    assert "resuming after step 2" in place.out()
+    found, expected = place.results(resumed, 4), place.results(alone, 4)
+    for part in expected:
+        assert found[part] == expected[part], part
+    assert {path.split(".")[2] for path in expected["leaves"] if path.split(".")[1] == "aux"} == aux
+
+
+def test_four_steps_of_a_sweep_are_two_a_kill_a_resume_and_two(folders):
+    place = folders["pairs"]
+    argv = [*SWEEP, "steps=4", "loop.save_every=2", "--name"]
+    assert place.run(*argv, "alone", script="sweep.py") == 0, place.err()
+    killed(place, kill_hook("killed", step=4, saved=2), *argv, "killed", script="sweep.py")
+    assert place.run(*argv, "killed", script="sweep.py") == 0 and "resuming after step 2" in place.out(), (
+        place.err()
+    )
+    assert place.leaves("killed", 4) == place.leaves("alone", 4)
+    for member in ("beta=0.1", "beta=0.4"):
+        one, other = (place.outputs(f"{sweep}/{member}", sweep) for sweep in ("alone", "killed"))
+        for part in one:
+            assert one[part] == other[part], (member, part)
+    assert place.run(*argv, "killed", script="sweep.py") == 0, place.err()
+    assert "this sweep is finished (4 steps)" in place.out()
