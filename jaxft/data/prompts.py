@@ -1,4 +1,4 @@
-"""Prompts that a policy answers while it trains, and what a reward function reads of their rows."""
+"""Prompts that a policy is trained on with its own completions, and the columns that reward functions read."""
 
 import hashlib
 import json
@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 import jax
 import jinja2
 import numpy as np
+from jaxtyping import Int
 
 from jaxft.batch import Rollout
-from jaxft.data import chat, formats, pack
+from jaxft.data import chat, formats
+from jaxft.data.formats import Chat, Message
+from jaxft.data.pack import RowShape, permutation, round_up
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
 
 TOO_LONG = ("drop", "error")
-STEP = 64  # prompts and rows are as long as a multiple of this, so that similar data share a program
-ANSWERS = ("response", "output", "completion", "chosen", "rejected")
+LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program
+RESPONSE_COLUMNS = ("response", "output", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -89,126 +92,104 @@ class Prompts(DataSettings):
         return self.batch // self.minibatches
 
 
-@dataclass(frozen=True)
-class Room:
-    """Size of a row: tokens, and read positions."""
-
-    length: int
-    reads: int
-
-    @staticmethod
-    def most(data: Prompts, longest: int) -> "Room":
-        """What the longest prompt with a whole group of the longest completions takes."""
-        return Room(rounded(longest + data.group * data.max_new), rounded(data.group * data.max_new))
+def padded_length(size: int) -> int:
+    """Return the next multiple of LENGTH_STEP."""
+    return round_up(size, LENGTH_STEP)
 
 
-def rounded(size: int) -> int:
-    """The next multiple of STEP."""
-    return -(-size // STEP) * STEP
+def group_row_shape(data: Prompts, longest: int) -> RowShape:
+    """Return the shape of a row that holds a prompt of `longest` tokens and a group of the longest completions."""
+    completions = data.group * data.max_new
+    return RowShape(padded_length(longest + completions), padded_length(completions))
 
 
-def shapes(data: Prompts, room: Room, shards: int = 1) -> Rollout:
-    """Shapes of one optimizer step's batch, [micro, rows, ...]: a row holds a prompt and its group."""
-    rows = -(-data.batch // (data.minibatches * data.micro * shards)) * shards
+def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rollout:
+    """Return the shapes of an optimizer step's batch [micro, rows, ...]; a row holds a prompt and its group."""
+    rows = round_up(data.units_per_step // data.micro, shards)
 
-    def shape(last: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    def array(last: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((data.micro, rows, last), dtype)
 
     token, read, number = (
-        shape(room.length, np.int32),
-        shape(room.reads, np.int32),
-        shape(room.reads, np.float32),
-    )
+        array(shape.length, np.int32), array(shape.reads, np.int32), array(shape.reads, np.float32),
+    )  # fmt: skip
     return Rollout(
-        ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number, advantages=number,
-        policy_weights=number, lengths=shape(data.group, np.int32), branches=token,
+        ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number,
+        advantages=number, policy_weights=number, lengths=array(data.group, np.int32), branches=token,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Prompts as token ids; names and fields of their rows, and the prompt as it stands there."""
+class TokenisedPrompts:
+    """Prompts as token ids, with the names and columns of their rows. prompts: as strings or lists of messages."""
 
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
-    prompts: tuple[Any, ...]
+    prompts: tuple[str | list[Message], ...]
     fields: tuple[dict[str, Any], ...]
     dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def at(self, chosen: Sequence[int] | np.ndarray) -> "Asked":
-        """Some of them."""
-        take = lambda x: tuple(x[int(i)] for i in chosen)  # noqa: E731
-        return Asked(take(self.ids), take(self.names), take(self.prompts), take(self.fields))
+    def select(self, chosen: Sequence[int] | Int[np.ndarray, " n"]) -> "TokenisedPrompts":
+        """Return the prompts with these numbers."""
+        numbers = [int(i) for i in chosen]
+        columns = (self.ids, self.names, self.prompts, self.fields)
+        return TokenisedPrompts(*(tuple(column[i] for i in numbers) for column in columns))
 
 
-def prompt_of(row: Row) -> Any:
-    """A row's prompt: a string, or the messages up to the answer. Raises ValueError, naming the row, where there is none."""
-    fields = {name: value for name, value in row.fields.items() if name not in ANSWERS}
-    if isinstance(fields.get("prompt"), str) and not _is_messages(fields["prompt"]):
+def prompt_of(row: Row) -> str | list[Message]:
+    """Return a row's prompt: a string, or the messages up to the response. Raises ValueError that names the row."""
+    fields = {name: value for name, value in row.fields.items() if name not in RESPONSE_COLUMNS}
+    if isinstance(fields.get("prompt"), str) and not _is_conversation(fields["prompt"]):
         return formats.text_of(row, "prompt")
     if "prompt" in fields:
         fields["messages"] = fields.pop("prompt")
     if "instruction" in fields:
-        fields["response"] = "-"  # a row has an answer; it is cut off below
+        fields["response"] = "-"  # the format requires a response, which is removed below
+    no_prompt = (
+        f"{row.name}: the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction"
+    )
     if not {"messages", "conversations", "instruction"} & fields.keys():
-        raise ValueError(
-            f"{row.name}: found columns {', '.join(row.fields)}; wanted prompt, messages or instruction"
-        )
+        raise ValueError(no_prompt)
     (example,) = formats.normalise_rows([row._replace(fields=fields)])
-    if not isinstance(example, formats.Chat):
-        raise ValueError(
-            f"{row.name}: the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction"
-        )
+    if not isinstance(example, Chat):
+        raise ValueError(no_prompt)
     messages = list(example.messages)
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not asked or not str(asked[-1]["content"]).strip():
-        raise ValueError(
-            f"{row.name}: the prompt is empty; wanted a text to answer before the assistant's turn"
-        )
-    return asked
+    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not prompt or not str(prompt[-1]["content"]).strip():
+        raise ValueError(f"{row.name}: the prompt is empty; add a user turn before the assistant turn")
+    return prompt
 
 
-def _is_messages(text: str) -> bool:
-    """Whether a string holds a conversation as JSON."""
+def _is_conversation(text: str) -> bool:
+    """Whether a string is a JSON list of messages."""
     if not text.lstrip().startswith("["):
         return False
     try:
-        found = json.loads(text)
+        turns = json.loads(text)
     except ValueError:
         return False
-    return bool(found) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in found)
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
 
 
-def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
-    """The prompts of `ref`, tokenised as training sees them. Raises ValueError naming the row of one that can't be asked."""
+def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
+    """Read the prompts of `ref` and tokenise them as training does. Raises ValueError that names the row."""
     ids, names, prompts, fields, dropped = [], [], [], [], 0
-    for row in read_rows(ref):
-        row = _renamed(row, data.columns)
+    for original in read_rows(ref):
+        row = _rename_columns(original, data.columns)
         prompt = prompt_of(row)
-        turns = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str) and data.format == "chat"
-            else prompt
-        )
-        try:
-            found = chat.prompt_ids(turns, tokenizer, data.date)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(
-                f"{row.name}: the chat template refuses the prompt: {str(error).splitlines()[0]}"
-            ) from error
-        if not found:
-            raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
-        if len(found) > data.max_prompt:
+        tokens = _tokenise_prompt(row, prompt, data, tokenizer)
+        if len(tokens) > data.max_prompt:
             if data.too_long == "error":
                 raise ValueError(
-                    f"{row.name}: a prompt of {len(found)} tokens, and data.max_prompt={data.max_prompt}"
+                    f"{row.name}: the prompt has {len(tokens)} tokens, more than data.max_prompt={data.max_prompt}; raise it "
+                    "or set data.too_long=drop"
                 )
             dropped += 1
             continue
-        ids.append(tuple(found))
+        ids.append(tuple(tokens))
         names.append(row.name)
         prompts.append(prompt)
         fields.append(row.fields)
@@ -216,69 +197,81 @@ def read(ref: str, data: Prompts, tokenizer: Any) -> Asked:
         raise ValueError(
             f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
         )
-    return Asked(tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped)
+    return TokenisedPrompts(tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped)
 
 
-def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
+def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, tokenizer: Any) -> list[int]:
+    as_chat = isinstance(prompt, str) and data.format == "chat"
+    try:
+        tokens = chat.prompt_ids(
+            [{"role": "user", "content": prompt}] if as_chat else prompt, tokenizer, data.date
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(
+            f"{row.name}: the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove the row"
+        ) from error
+    if not tokens:
+        raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
+    return tokens
+
+
+def _rename_columns(row: Row, columns: tuple[str, ...]) -> Row:
     fields = dict(row.fields)
     for item in columns:
         ours, equals, theirs = (part.strip() for part in item.partition("="))
         if not (ours and equals and theirs):
-            raise ValueError(f"data.columns: found {item!r}, wanted ours=theirs, for example prompt=question")
-        if theirs not in row.fields:
-            found = ", ".join(map(str, row.fields))
             raise ValueError(
-                f"{row.name}: no column {theirs!r} (data.columns maps {ours}={theirs}); found columns: {found}"
+                f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
+            )
+        if theirs not in row.fields:
+            raise ValueError(
+                f"{row.name}: no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}"
             )
         fields[ours] = row.fields[theirs]
     return Row(row.name, fields)
 
 
-def split(data: Prompts, tokenizer: Any) -> tuple[Asked, Asked]:
-    """(prompts to learn from, prompts held out); of a share all rows with the same prompt are on one side."""
-    asked = read(data.train, data, tokenizer)
+def split_prompts(data: Prompts, tokenizer: Any) -> tuple[TokenisedPrompts, TokenisedPrompts]:
+    """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
+    prompts = read_prompts(data.train, data, tokenizer)
     if not data.holds_out:
-        return asked, asked.at(())
+        return prompts, prompts.select(())
     if isinstance(data.held_out, str):
-        return asked, read(data.held_out, data, tokenizer)
-    apart = list(dict.fromkeys(asked.ids))
-    if len(apart) < 2:
+        return prompts, read_prompts(data.held_out, data, tokenizer)
+    distinct = list(dict.fromkeys(prompts.ids))
+    if len(distinct) < 2:
         raise ValueError(
-            f"{data.train}: one prompt can't be split by data.held_out={data.held_out}; set data.held_out=none"
+            f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set data.held_out=none"
         )
-    share = data.held_out_count(len(apart))
-    held = {apart[i] for i in pack.permutation(len(apart), data.seed, 0)[:share]}
-    here = np.array([ids in held for ids in asked.ids])
-    return replace(asked.at(np.flatnonzero(~here)), dropped=asked.dropped), asked.at(np.flatnonzero(here))
+    count = data.held_out_count(len(distinct))
+    held = {distinct[i] for i in permutation(len(distinct), data.seed, 0)[:count]}
+    mask = np.array([ids in held for ids in prompts.ids])
+    train = replace(prompts.select(np.flatnonzero(~mask)), dropped=prompts.dropped)
+    return train, prompts.select(np.flatnonzero(mask))
 
 
-def drawn(data: Prompts, count: int, rollout: int) -> np.ndarray:
-    """Which of `count` prompts rollout number `rollout` asks, [batch]: an endless sequence, shuffled anew each time around."""
-    places = rollout * data.batch + np.arange(data.batch)
+def prompts_of_rollout(data: Prompts, count: int, rollout: int) -> Int[np.ndarray, " batch"]:
+    """Return which of `count` prompts a rollout uses: a part of an endless sequence that is reshuffled every epoch."""
+    numbers = rollout * data.batch + np.arange(data.batch)
     orders = {
-        epoch: pack.permutation(count, data.seed, 4, epoch) for epoch in np.unique(places // count).tolist()
+        epoch: permutation(count, data.seed, 4, epoch) for epoch in np.unique(numbers // count).tolist()
     }
-    return np.array([orders[place // count][place % count] for place in places.tolist()])
+    return np.array([orders[number // count][number % count] for number in numbers.tolist()])
 
 
-def dealt(data: Prompts, rollout: int, part: int) -> np.ndarray:
-    """Which of a rollout's prompts its optimizer step number `part` learns from: each pass is shuffled anew."""
-    turn, place = divmod(part, data.minibatches)
-    order = pack.permutation(data.batch, data.seed, 5, rollout, turn)
-    size = data.batch // data.minibatches
-    return order[place * size : (place + 1) * size]
+def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
+    """Return which of a rollout's prompts its optimizer step number `part` uses: every pass is reshuffled."""
+    turn, minibatch = divmod(part, data.minibatches)
+    order = permutation(data.batch, data.seed, 5, rollout, turn)
+    size = data.units_per_step
+    return order[minibatch * size : (minibatch + 1) * size]
 
 
-def fingerprint(data: Prompts, train: Asked, held: Asked) -> str:
-    """A hash of what is asked and of all that decides in which order."""
+def prompts_fingerprint(data: Prompts, train: TokenisedPrompts, held: TokenisedPrompts) -> str:
+    """Hash the prompts and all settings that decide their order and how they are sampled."""
     settings = (
-        data.batch,
-        data.group,
-        data.passes,
-        data.minibatches,
-        data.seed,
-        data.max_new,
-        data.temperature,
-    )
-    told = [settings, data.top_k, data.top_p, train.ids, train.fields, held.ids, held.fields]
-    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:32]
+        data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
+    )  # fmt: skip
+    content = [settings, data.top_k, data.top_p, train.ids, train.fields, held.ids, held.fields]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:32]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Room, rounded, shapes
+from jaxft.data.prompts import group_row_shape, padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.rl.online_pairs import OnlinePairs
@@ -73,7 +73,7 @@ def every(run: Run, p: Programs) -> list[Program]:
 def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
     """The sampler with its cache, the pass that judges what was drawn, and those of the scorers."""
     data: Any = run.data
-    rows = _prompts(p, data.batch, rounded(data.max_prompt))
+    rows = _prompts(p, data.batch, padded_length(data.max_prompt))
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     sampler: Any = generate.make_sampler(p.partition.model, s, tuple(run.model.config.eos), data.group)
     found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
@@ -81,7 +81,8 @@ def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
         judge = jax.jit(partial(score_tokens, p.objective))
         found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
     else:  # pairs are learned from, and groups drawn
-        batch = sharded_batch(p, shapes(data, Room.most(data, data.max_prompt), sharding.row_shards(p.mesh)))
+        shape = group_row_shape(data, data.max_prompt)
+        batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
             score: Any = jax.jit(partial(head_scores, p.partition.model, reward))

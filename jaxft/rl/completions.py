@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxft.batch import Pairs, Rollout
-from jaxft.data.prompts import Asked, Room
+from jaxft.data.pack import RowShape
+from jaxft.data.prompts import TokenisedPrompts
 from jaxft.tree import Metrics
 
 TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout
@@ -23,13 +24,13 @@ class Completions:
     than by the limit. rows: packed for the model, in `row_shape`.
     """
 
-    prompts: Asked
+    prompts: TokenisedPrompts
     tokens: Int[np.ndarray, "G N S"]
     sampler_logps: Float[np.ndarray, "n S"]
     lengths: Int[np.ndarray, "G N"]
     ended: Bool[np.ndarray, "G N"]
     texts: tuple[str, ...]
-    row_shape: Room
+    row_shape: RowShape
     rows: Rollout
 
     @property

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from jaxft.batch import Rollout
-from jaxft.data.prompts import Asked, Prompts, Room, rounded, shapes
+from jaxft.data.pack import RowShape
+from jaxft.data.prompts import Prompts, TokenisedPrompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import GroupLengths, PerToken, token_mask
 from jaxft.tree import Batch
 
@@ -27,18 +28,22 @@ class RolloutShapes:
     """
 
     prompt_size: int
-    rows: tuple[Room, ...]
+    rows: tuple[RowShape, ...]
     batches: tuple[Rollout, ...]
 
 
 def rollout_shapes(data: Prompts, longest: int, shards: int) -> RolloutShapes:
     """Return the shapes for prompts of at most `longest` tokens. shards: the mesh's divisor of rows."""
     counts = [int(fraction * data.group * data.max_new) for fraction in ROW_FRACTIONS]
-    rows = tuple(dict.fromkeys(Room(rounded(longest + count), rounded(count)) for count in counts))
-    return RolloutShapes(rounded(longest), rows, tuple(shapes(data, shape, shards) for shape in rows))
+    rows = tuple(
+        dict.fromkeys(RowShape(padded_length(longest + count), padded_length(count)) for count in counts)
+    )
+    return RolloutShapes(
+        padded_length(longest), rows, tuple(rollout_batch_shapes(data, shape, shards) for shape in rows)
+    )
 
 
-def fits(prompts: Asked, lengths: GroupLengths, shape: Room) -> bool:
+def fits(prompts: TokenisedPrompts, lengths: GroupLengths, shape: RowShape) -> bool:
     """Whether rows of this shape hold every prompt with all of its completions."""
     count = lengths.sum(1)
     prompt_lengths = np.array([len(ids) for ids in prompts.ids])
@@ -46,10 +51,10 @@ def fits(prompts: Asked, lengths: GroupLengths, shape: Room) -> bool:
 
 
 def pack_rollout(
-    prompts: Asked,
+    prompts: TokenisedPrompts,
     tokens: Int[np.ndarray, "G N S"],
     lengths: GroupLengths,
-    shape: Room,
+    shape: RowShape,
     size: tuple[int, int] | None = None,
 ) -> Rollout:
     """Pack each prompt with its completions into a row. Log-probs, advantages and weights are zero.

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.data import prompts
-from jaxft.data.prompts import Room
+from jaxft.data.pack import RowShape
 from jaxft.rl.advantages import has_score
 from jaxft.rl.completions import ScoredCompletions, TrainingRollout
 from jaxft.rl.layout import pack_rollout, to_microbatches
@@ -56,20 +56,22 @@ class OnlinePairs(Rollouts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "OnlinePairSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        return OnlinePairSource(self, tokenizer, *prompts.split(self, tokenizer), shards)
+        return OnlinePairSource(self, tokenizer, *prompts.split_prompts(self, tokenizer), shards)
 
     def abstract(self, shards: int = 1) -> Pairs:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
         return pair_shapes(self, self.pair_shape(self.max_prompt), shards)
 
-    def pair_shape(self, longest: int) -> Room:
+    def pair_shape(self, longest: int) -> RowShape:
         """Return the shape of a row that holds the longest prompt and two of the longest completions."""
-        return Room(prompts.rounded(longest + 2 * self.max_new), prompts.rounded(2 * self.max_new))
+        return RowShape(
+            prompts.padded_length(longest + 2 * self.max_new), prompts.padded_length(2 * self.max_new)
+        )
 
 
-def pair_shapes(data: OnlinePairs, shape: Room, shards: int = 1) -> Pairs:
+def pair_shapes(data: OnlinePairs, shape: RowShape, shards: int = 1) -> Pairs:
     """Return the shapes of one optimizer step's batch of pairs, one a row."""
-    like = prompts.shapes(data, shape, shards)
+    like = prompts.rollout_batch_shapes(data, shape, shards)
     micro, rows = like.ids.shape[:2]
 
     def array(*last: int, dtype: Any = np.int32) -> Any:
@@ -91,7 +93,7 @@ class OnlinePairSource(RolloutSource):
     data: OnlinePairs
 
     @property
-    def pair_shape(self) -> Room:
+    def pair_shape(self) -> RowShape:
         """The shape of a row."""
         return self.data.pair_shape(max(map(len, (*self.train.ids, *self.held.ids))))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.batch import Rollout, TrainState
-from jaxft.data.prompts import Room
+from jaxft.data.pack import RowShape
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.objective import Objective
@@ -59,7 +59,7 @@ class RolloutPrograms:
     """
 
     run: BoundRun
-    shapes: Mapping[Room, Rollout]
+    shapes: Mapping[RowShape, Rollout]
     rows: int
     complete: Callable[[Rollout], Rollout]
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout, TrainState
 from jaxft.data import prompts
-from jaxft.data.prompts import Asked, Prompts, Room
+from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
 from jaxft.distributed import processes
 from jaxft.objectives.objective import Objective
@@ -41,11 +41,11 @@ class Rollouts(Prompts):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RolloutSource":
         """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
-        return RolloutSource(self, tokenizer, *prompts.split(self, tokenizer), shards)
+        return RolloutSource(self, tokenizer, *prompts.split_prompts(self, tokenizer), shards)
 
     def abstract(self, shards: int = 1) -> Batch:
         """Return the shapes of the largest batch that the settings allow, without reading any row."""
-        return prompts.shapes(self, Room.most(self, self.max_prompt), shards)
+        return prompts.rollout_batch_shapes(self, prompts.group_row_shape(self, self.max_prompt), shards)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class RolloutSource:
 
     data: Rollouts
     tokenizer: Any
-    train: Asked
-    held: Asked
+    train: TokenisedPrompts
+    held: TokenisedPrompts
     shards: int
     held_out: tuple[()] = ()
 
@@ -114,12 +114,12 @@ class RolloutSource:
 
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
         """Return which prompts a rollout uses."""
-        return prompts.drawn(self.data, len(self.train), number)
+        return prompts.prompts_of_rollout(self.data, len(self.train), number)
 
     def row_names(self, step: int) -> list[str]:
         """Return the names of the dataset rows whose prompts an optimizer step uses."""
         number, part = divmod(step, self.data.steps_per_rollout)
-        chosen = self.prompt_numbers(number)[prompts.dealt(self.data, number, part)]
+        chosen = self.prompt_numbers(number)[prompts.prompts_of_step(self.data, number, part)]
         return [self.train.names[i] for i in chosen]
 
     def prompts(self, count: int) -> list[Prompt]:
@@ -184,7 +184,7 @@ class BoundRollouts:
                     f"step {step} is inside rollout {number}. A run resumes at the first step of a rollout."
                 )
             self._current = self._new_rollout(number, state)
-        chosen = prompts.dealt(self.data, number, part)
+        chosen = prompts.prompts_of_step(self.data, number, part)
         trains_policy = number >= self.data.rules.warm_up and not self._beyond_target_kl(
             self._current, part, state
         )
@@ -194,7 +194,7 @@ class BoundRollouts:
         """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
         held, size, parts = self.source.held, self.data.batch, []
         for start in range(0, len(held), size):
-            part = held.at(range(start, min(start + size, len(held))))
+            part = held.select(range(start, min(start + size, len(held))))
             completions = self.sampler.sample(part, self.data.eval_group, EVALUATION - start, state)
             parts.append(self.scorer.score(completions, state))
         if not parts:
@@ -206,7 +206,7 @@ class BoundRollouts:
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`. Raises ValueError if none of its completions has a score."""
         source, rules = self.source, self.data.rules
-        chosen = source.train.at(source.prompt_numbers(number))
+        chosen = source.train.select(source.prompt_numbers(number))
         scored = self.scorer.score(self.sampler.sample(chosen, self.data.group, number, state), state)
         fault = scored.faults.first
         if not has_score(scored.scores).any():
@@ -273,7 +273,7 @@ class BoundRollouts:
         target = self.run.objective.facts.target_kl
         if target is None or rollout.number < self.data.rules.warm_up:
             return False
-        earlier = (prompts.dealt(self.data, rollout.number, i) for i in range(part))
+        earlier = (prompts.prompts_of_step(self.data, rollout.number, i) for i in range(part))
         if not any(rollout.policy_mask[chosen].any() for chosen in earlier):
             return False
         (total, weight), bad = jax.device_get((state.aux["approx_kl"], state.bad))
@@ -297,7 +297,9 @@ class BoundRollouts:
         return to_microbatches(replace(rows, **weights), self.shapes[-1], data.group)
 
 
-def rollout_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> SourceInfo:
+def rollout_info(
+    data: Rollouts, tokenizer: Any, train: TokenisedPrompts, held: TokenisedPrompts
+) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
     longest = max(map(len, (*train.ids, *held.ids)))
     rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
@@ -322,7 +324,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: Asked, held: Asked) -> S
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
         steps_per_rollout=data.steps_per_rollout,
         samples=True,
-        fingerprint=prompts.fingerprint(data, train, held),
+        fingerprint=prompts.prompts_fingerprint(data, train, held),
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_identity": x for name, x in fingerprints.items() if x is not None},

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.batch import Rollout, TrainState
-from jaxft.data.prompts import Asked, Prompts
+from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.inference.generate import Sampling, left_pad, make_sampler
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.completions import Completions, ScoredCompletions
@@ -31,7 +31,7 @@ class Sampler:
     shapes: RolloutShapes
     programs: Mapping[int, Callable[..., Any]]
 
-    def sample(self, prompts: Asked, group: int, number: int, state: TrainState) -> Completions:
+    def sample(self, prompts: TokenisedPrompts, group: int, number: int, state: TrainState) -> Completions:
         """Sample `group` completions of up to data.batch prompts. number: of the rollout, for the key."""
         data, count = self.data, len(prompts)
         key = jax.random.fold_in(jax.random.key(data.seed + 2), number)

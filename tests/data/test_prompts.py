@@ -8,7 +8,7 @@ import pytest
 from tiny_llama import tiny_tokenizer
 
 from jaxft.data import prompts
-from jaxft.data.prompts import Asked, Prompts
+from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.data.rows import Row
 
 
@@ -42,7 +42,7 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it(tmp_path, row, message
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        prompts.read(str(path), Prompts(str(path), max_prompt=64), tiny_tokenizer())
+        prompts.read_prompts(str(path), Prompts(str(path), max_prompt=64), tiny_tokenizer())
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3] sort this list", "[INST] hi [/INST]", "[1, 2]"])
@@ -53,17 +53,19 @@ def test_a_prompt_that_starts_with_a_bracket_is_text(text):
 
 
 def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(monkeypatch):
-    asked = Asked(tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20)
-    monkeypatch.setattr(prompts, "read", lambda ref, data, tokenizer: asked)
-    train, held = prompts.split(Prompts("rows", held_out=0.4, seed=3), None)
+    asked = TokenisedPrompts(
+        tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20
+    )
+    monkeypatch.setattr(prompts, "read_prompts", lambda ref, data, tokenizer: asked)
+    train, held = prompts.split_prompts(Prompts("rows", held_out=0.4, seed=3), None)
     assert len(train) + len(held) == 20 and len(held) == 8 and not set(train.ids) & set(held.ids)
 
 
 def test_rollouts_use_all_prompts_in_an_order_of_seed_and_number():
     data = Prompts("x", batch=6, minibatches=3, passes=2)
-    used = np.concatenate([prompts.drawn(data, 10, k) for k in range(5)])
+    used = np.concatenate([prompts.prompts_of_rollout(data, 10, k) for k in range(5)])
     assert [sorted(used[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert used[:10].tolist() != used[10:20].tolist()
     for first in (0, 3):
-        parts = np.concatenate([prompts.dealt(data, 4, first + k) for k in range(3)])
+        parts = np.concatenate([prompts.prompts_of_step(data, 4, first + k) for k in range(3)])
         assert sorted(parts.tolist()) == list(range(6))

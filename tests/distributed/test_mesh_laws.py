@@ -12,7 +12,8 @@ from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import tree
-from jaxft.data.prompts import Asked, Room
+from jaxft.data.pack import RowShape
+from jaxft.data.prompts import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import attention
@@ -161,10 +162,10 @@ def test_reads_of_parts_of_the_time_have_places_of_their_own():
 def test_a_group_s_prompt_is_read_once_for_each_of_its_completions_also_where_the_time_is_cut(prompt):
     """Its last token stands before, at, and after the cut at 8; the first completion fills the rest of the part."""
     group, length = 20, 64
-    asked = Asked((tuple(range(1, prompt + 1)),), ("row",), ("",), ({},))
+    asked = TokenisedPrompts((tuple(range(1, prompt + 1)),), ("row",), ("",), ({},))
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10
-    rows = pack_rollout(asked, np.ones((1, group, 10), np.int32), lengths, Room(length, length))
+    rows = pack_rollout(asked, np.ones((1, group, 10), np.int32), lengths, RowShape(length, length))
     rows = jax.tree.map(jnp.asarray, rows)
     values, h = (
         value_function(lambda params, batch, h: h, lambda params, h: h[:, :, 0]),

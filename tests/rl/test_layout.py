@@ -6,7 +6,7 @@ import pytest
 import tiny_model
 from rl_completions import LENGTHS, random_completions
 
-from jaxft.data.prompts import Room
+from jaxft.data.pack import RowShape
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
 from jaxft.objectives.policy_losses import clipped
@@ -31,7 +31,7 @@ def test_a_row_of_several_completions_has_the_log_probs_of_each_alone(wide):
     model, params = tiny_model.tiny(adapter=Adapter(rank=2))
     prompts, tokens = random_completions(LENGTHS)
     objective = policy(model, clipped, temperature=0.7)
-    rows = pack_rollout(prompts, tokens, LENGTHS, Room(32, 16))
+    rows = pack_rollout(prompts, tokens, LENGTHS, RowShape(32, 16))
     logps = to_completions(np.asarray(objective.score(params, rows, {}).logps), LENGTHS, 7)
     for g, prompt in enumerate(prompts.ids):
         for n, count in enumerate(LENGTHS[g]):
@@ -48,7 +48,7 @@ def test_a_row_of_several_completions_has_the_log_probs_of_each_alone(wide):
 
 def test_microbatches_are_padded_with_empty_rows():
     prompts, tokens = random_completions(LENGTHS)
-    rows = pack_rollout(prompts, tokens, LENGTHS, Room(32, 16))
+    rows = pack_rollout(prompts, tokens, LENGTHS, RowShape(32, 16))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, 4, x.shape[-1]), x.dtype), rows)
     batch = to_microbatches(rows, like, padding=3)
     assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda s: s.shape, like)

@@ -20,7 +20,7 @@ from tiny_run import Place
 
 from jaxft import tree
 from jaxft.data import chat
-from jaxft.data.prompts import Room
+from jaxft.data.pack import RowShape
 from jaxft.distributed import sharding
 from jaxft.inference.generate import left_pad
 from jaxft.models import heads
@@ -93,7 +93,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(wide):
     prompts, tokens = random_completions(LENGTHS)
 
     def scores(lengths, pad=None):
-        rows = jax.tree.map(lambda x: x[None], pack_rollout(prompts, tokens, lengths, Room(32, 16)))
+        rows = jax.tree.map(lambda x: x[None], pack_rollout(prompts, tokens, lengths, RowShape(32, 16)))
         return np.asarray(reward_models.head_scores(model, HeadReward("reward", pad), params, {}, rows))[0]
 
     def alone(text):

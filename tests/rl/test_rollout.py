@@ -163,7 +163,7 @@ def test_a_kl_from_before_the_rollout_does_not_count(tmp_path):
         (word_length,), filter=lambda scores: np.arange(4)[:, None] + np.zeros(2) >= first_minibatch
     )
     source = bound_source(tmp_path, rules, facts={"target_kl": 0.5}, passes=1, minibatches=4)
-    order = [int(prompts.dealt(source.data, 0, part)[0]) for part in range(4)]
+    order = [int(prompts.prompts_of_step(source.data, 0, part)[0]) for part in range(4)]
     first_minibatch = order[0] + 1
     trained = [p for p in order if p >= first_minibatch]
     if not trained:

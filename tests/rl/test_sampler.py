@@ -7,7 +7,8 @@ import pytest
 import tiny_model
 from rl_completions import random_prompts
 
-from jaxft.data.prompts import Prompts, Room
+from jaxft.data.pack import RowShape
+from jaxft.data.prompts import Prompts
 from jaxft.inference.generate import Sampling, left_pad, make_generate, make_sampler
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.policy import policy
@@ -26,7 +27,7 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
     lengths = (tokens >= 0).sum(1).reshape(3, group)
     ended = np.isin(tokens[np.arange(len(tokens)), lengths.ravel() - 1], stop)
     assert (ended | (lengths.ravel() == 12)).all() and ((tokens >= 0) == (sampled != 0)).all()
-    rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, Room(64, 64))
+    rows = pack_rollout(prompts, tokens.reshape(3, group, 12), lengths, RowShape(64, 64))
     logps = policy(model, clipped, temperature=temperature or 1.0).score(params, rows, {}).logps
     np.testing.assert_allclose(to_completions(np.asarray(logps), lengths, 12), sampled, atol=1e-4, rtol=0)
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxft.data.prompts import Asked
+from jaxft.data.prompts import TokenisedPrompts
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0)
 LENGTHS = np.array([[3, 0, 7], [1, 5, 2]])
@@ -17,7 +17,7 @@ def random_completions(lengths, seed=0, size=7):
     tokens = rng.integers(0, 40, (*lengths.shape, size))
     tokens[np.arange(size) >= lengths[..., None]] = -1
     names = tuple(f"rows:{i}" for i in range(len(ids)))
-    return Asked(ids, names, ("",) * len(ids), ({},) * len(ids)), tokens
+    return TokenisedPrompts(ids, names, ("",) * len(ids), ({},) * len(ids)), tokens
 
 
 def random_prompts(count, group=1):
