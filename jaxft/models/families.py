@@ -22,7 +22,7 @@ class Family:
 
     config: type
     from_hf: Callable[[dict[str, Any]], ModelConfig]
-    config_to_hf: Callable[[Any], dict[str, Any]]
+    to_hf: Callable[[Any], dict[str, Any]]
     build: Callable[..., Model]
     presets: Mapping[str, ModelConfig]
 
