@@ -3,11 +3,12 @@
     python scripts/train.py --config configs/dpo.py
     python scripts/train.py --config configs/dpo.py start=runs/sft name=sft_dpo   # after configs/sft.py
 
-SmolLM2-135M-Instruct, LoRA on every linear layer. The reference is the model at step 0, which needs no second copy. 4 to 6
-minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to fall to 0.51 in 27 steps, and
-rewards/accuracies on held-out pairs to rise above 0.9. `loss` is any loss of jaxft.objectives.preference_losses that has a beta,
-such as loss=jaxft.objectives.preference_losses:ipo, or your own, such as loss=configs/examples/my_losses.py:mine. A loss that is
-declared reference-free runs no reference.
+SmolLM2-135M-Instruct, LoRA on every linear layer. The reference is the model at step 0, which needs no second
+copy. 4 to 6 minutes and 2 GB on a 2-core CPU. The first loss is log 2 = 0.6931; expect the held-out one to
+fall to 0.51 in 27 steps, and rewards/accuracies on held-out pairs to rise above 0.9. `loss` is any loss of
+jaxft.objectives.preference_losses that has a beta, such as loss=jaxft.objectives.preference_losses:ipo, or
+your own, such as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no
+reference.
 """
 
 from collections.abc import Callable

@@ -3,9 +3,9 @@
     python scripts/train.py --config configs/llama31_8b_dpo.py data=pairs.jsonl
     python scripts/train.py --config configs/llama31_8b_dpo.py data=pairs.jsonl start=runs/llama31_8b_sft
 
-Needs access to the model on the hub (HF_TOKEN). The reference costs a forward pass and no memory; reference=precomputed runs it
-once, before the first step. Expect the first loss to be 0.6931 and rewards/accuracies on held-out pairs to rise above 0.5 in the
-first tenth of the run.
+Needs access to the model on the hub (HF_TOKEN). The reference costs a forward pass and no memory;
+reference=precomputed runs it once, before the first step. Expect the first loss to be 0.6931 and
+rewards/accuracies on held-out pairs to rise above 0.5 in the first tenth of the run.
 """
 
 from functools import partial

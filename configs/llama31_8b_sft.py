@@ -1,12 +1,13 @@
 r"""Llama-3.1-8B-Instruct, LoRA or in full, on one GPU or sharded over several.
 
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl   # 80 GB
-    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4 micro=16 remat=full   # 8.2 GiB
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4 micro=16 remat=full # 8.2 GiB
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true params=bfloat16 \
         fused_backward=true batch=1 micro=1 remat=full   # 19 GiB
 
-A step has 16 packed rows of 4096 tokens in `micro` microbatches. Needs access to the model on the hub (HF_TOKEN).
+A step has 16 packed rows of 4096 tokens in `micro` microbatches. Needs access to the model on the hub
+(HF_TOKEN).
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def config(
     optimizer: Callable
     | None = None,  # adamw for LoRA, adafactor in full; others are in jaxft.optim.low_precision
     params: DType = "float32",  # in full: how the weights are stored
-    fused_backward: bool = False,  # in full: no gradient outlives its update, no clipping; takes micro=1 and remat=full
+    fused_backward: bool = False,  # in full: updates layers in the backward pass, with micro=1 remat=full
 ) -> Run:
     """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
     return Run(

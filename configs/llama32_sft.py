@@ -1,11 +1,12 @@
-"""Llama-3.2-1B-Instruct or 3B, LoRA or in full, on instruction rows of your own.
+r"""Llama-3.2-1B-Instruct or 3B, LoRA or in full, on instruction rows of your own.
 
-    python scripts/train.py --config configs/llama32_sft.py data=rows.jsonl                                  # 1B, 16 GB
-    python scripts/train.py --config configs/llama32_sft.py data=rows.jsonl full=true                        # 1B, 40 GB
+    python scripts/train.py --config configs/llama32_sft.py data=rows.jsonl   # 1B, 16 GB
+    python scripts/train.py --config configs/llama32_sft.py data=rows.jsonl full=true   # 1B, 40 GB
     python scripts/train.py --config configs/llama32_sft.py data=rows.jsonl micro=8 \
-        model=meta-llama/Llama-3.2-3B-Instruct                                                               # 3B, 24 GB
+        model=meta-llama/Llama-3.2-3B-Instruct   # 3B, 24 GB
 
-One GPU; a step has 16 packed rows of 2048 tokens in `micro` microbatches. Needs access to the model on the hub (HF_TOKEN).
+One GPU; a step has 16 packed rows of 2048 tokens in `micro` microbatches. Needs access to the model on the
+hub (HF_TOKEN).
 """
 
 from jaxft.data.sft import Rows

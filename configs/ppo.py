@@ -1,18 +1,20 @@
-"""PPO with LoRA: a reward model trains a policy, with a critic; all of them are adapters and heads on one base.
+"""PPO with LoRA: a reward model trains a policy, with a critic; all of them are adapters and heads on one
+base.
 
     python scripts/train.py --config configs/reward.py
     python scripts/train.py --config configs/ppo.py reward=runs/reward
     python scripts/train.py --config configs/ppo.py reward=runs/reward start=runs/sft critic=reward quant=nf4
     python scripts/train.py --config configs/ppo.py reward=my_rewards.py:mine
 
-SmolLM2-135M-Instruct on the prompts of the pairs that ship: 21 rollouts of 8 x 4 completions with two passes over each, 12
-minutes and 3 GB on a 2-core CPU that multiplies bfloat16 (AVX512; without it dtype=float32 is faster, and takes about three
-times as long). After configs/sft.py epochs=1 expect the held-out reward to rise by 1.6 to 1.9 of its standard deviations, at 6
-to 10 nats per completion. The reference is the policy at step 0.
+SmolLM2-135M-Instruct on the prompts of the pairs that ship: 21 rollouts of 8 x 4 completions with two passes
+over each, 12 minutes and 3 GB on a 2-core CPU that multiplies bfloat16 (AVX512; without it dtype=float32 is
+faster, and takes about three times as long). After configs/sft.py epochs=1 expect the held-out reward to rise
+by 1.6 to 1.9 of its standard deviations, at 6 to 10 nats per completion. The reference is the policy at step
+0.
 
-`reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a classifier with one label in
-a folder or as org/name@revision, which is a model of its own, stored in bfloat16 or as quant= says; or a function of (prompt,
-completion, row). `critic` is one of
+`reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a
+classifier with one label in a folder or as org/name@revision, which is a model of its own, stored in bfloat16
+or as quant= says; or a function of (prompt, completion, row). `critic` is one of
     fresh    an adapter and a head of its own
     reward   the same, starting as the reward model; the default where that shares the base
     shared   a head on the policy's hidden states, which saves the critic's passes; the default otherwise
@@ -50,7 +52,8 @@ def actor_and_critic(
     shared: bool,
     target_kl: float | None,
 ) -> Objective:
-    """The objective of a policy and its critic, which runs its own forward pass or is a head on the policy's hidden states.
+    """The objective of a policy and its critic, which runs its own forward pass or is a head on the policy's
+    hidden states.
 
     A shared critic does not change these: its gradient would move the policy more than the rewards do.
     """

@@ -1,7 +1,7 @@
 """Finished or running runs side by side: a table of where each one is, and their curves in one picture.
 
     python scripts/compare.py runs/a runs/b runs/c
-    python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"    # grpo.png, grpo.json
+    python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"
 
 The numbers are those of each run's metrics.jsonl at its first and its last evaluation of the held-out rows.
 """
@@ -32,7 +32,9 @@ def main() -> int:
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def evaluations(entries: list[Entry]) -> tuple[dict[str, float], dict[str, float]]:
-        """The held-out metrics of the first and the last evaluation, the latter with the metrics of the last step."""
+        """The held-out metrics of the first and the last evaluation, the latter with the metrics of the last
+        step.
+        """
         held_out = [e for e in entries if any(name.startswith(HELD_OUT) for name in e)]
         steps = [e for e in entries if "perf" in e and e not in held_out]
         last = steps[-1] if steps else {}

@@ -3,10 +3,11 @@
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
 
-Every combination is a run with an adapter, optimizer, clipping, log and PEFT export of its own in runs/<name>/<knob=value,...>/.
-The base is in memory once and a reference is run once for all; each run comes out as scripts/train.py would train it alone. The
-knobs may change objective, optimizer, seed and the adapter's rank; further settings as knob=value or section.field=value.
-The same command goes on with a sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
+Every combination is a run with an adapter, optimizer, clipping, log and PEFT export of its own in
+runs/<name>/<knob=value,...>/. The base is in memory once and a reference is run once for all; each run comes
+out as scripts/train.py would train it alone. The knobs may change objective, optimizer, seed and the
+adapter's rank; further settings as knob=value or section.field=value. The same command goes on with a sweep
+that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
 """
 
 import argparse

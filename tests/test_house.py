@@ -33,7 +33,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 # Attributes of other people's types that only some of them have; none of jaxft's own may be optional.
 FOREIGN = {"errno", "strerror", "__name__", "__qualname__", "__wrapped__", "__file__", "compute_capability"}
 # Public names that several modules define for the same meaning, with the reason.
-SHARED_NAMES: dict[str, str] = {}
+SHARED_NAMES: dict[str, str] = {"open_tracker": "the entry point of each tracker"}
 
 
 @functools.cache
@@ -284,6 +284,43 @@ def test_the_readme_is_short_and_the_tour_names_every_file():
         name_of(f) for f in MODULES if f.name != "__init__.py" and not re.search(rf"\b{f.stem}\b", tour)
     ]
     assert not missing
+
+
+def literals(file):
+    """String literals of a file other than docstrings, and tuples of numbers."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        numbers = [e for e in ast.iter_child_nodes(node) if isinstance(e, ast.Constant)]
+        if isinstance(node, ast.Tuple) and sum(isinstance(e.value, int | float) for e in numbers) > 1:
+            yield ast.unparse(node)
+
+
+def passages(file, length=6):
+    """Runs of `length` lines of the functions' bodies, without their strings and numbers."""
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[min(1, len(node.body) - 1)].lineno  # after the docstring
+            lines = file.read_text().splitlines()[start - 1 : node.end_lineno]
+            plain = [re.sub(r"\"[^\"]*\"|\b[\d.][\w.-]*", "_", line).strip() for line in lines]
+            plain = [line for line in plain if line.strip("()[]{}, ")]
+            yield from (tuple(plain[i : i + length]) for i in range(len(plain) - length + 1))
+
+
+def test_no_config_literal_or_passage_is_in_two_configs():
+    where = defaultdict(set)
+    for file in (ROOT / "configs").glob("*.py"):
+        for found in [*literals(file), *passages(file)]:
+            where[found].add(file.name)
+    twice = {found: sorted(files) for found, files in where.items() if len(files) > 1}
+    allowed = {"reward"}  # the name of a recipe, and of a head in another one
+    assert {found: files for found, files in twice.items() if found not in allowed} == {}
 
 
 IMPORT_ALL = """

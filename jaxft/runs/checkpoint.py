@@ -1,16 +1,17 @@
 """Verified checkpoints. Orbax writes and reads the arrays; a manifest says what they must be.
 
-`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path; `<folder>/<step>/manifest.json` has each leaf's shape, dtype
-and hashes of its shards as they were in memory, hashes of all files, library versions and the caller's metadata. A save goes to
-`<step>.tmp`, is read back and compared, and only then renamed to `<step>`. A checkpoint that does not match its manifest later is
-renamed to `<step>.bad`.
+`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path; `<folder>/<step>/manifest.json` has
+each leaf's shape, dtype and hashes of its shards as they were in memory, hashes of all files, library
+versions and the caller's metadata. A save goes to `<step>.tmp`, is read back and compared, and only then
+renamed to `<step>`. A checkpoint that does not match its manifest later is renamed to `<step>.bad`.
 
-Each of several processes writes, hashes and reads its own shards, in a folder that all of them see. They go from one stage of a
-save to the next together, and an error of one process is raised on all.
+Each of several processes writes, hashes and reads its own shards, in a folder that all of them see. They go
+from one stage of a save to the next together, and an error of one process is raised on all.
 
-Publishing and pruning are not left to orbax's CheckpointManager, because it breaks two promises. It publishes a step and deletes
-older ones before anybody has read it back, so a disk that garbles writes can cost the last good checkpoint. And where a write fails
-on one process, the others wait for it at the manager's barriers until these time out after 5 to 20 minutes.
+Publishing and pruning are not left to orbax's CheckpointManager, because it breaks two promises. It publishes
+a step and deletes older ones before anybody has read it back, so a disk that garbles writes can cost the last
+good checkpoint. And where a write fails on one process, the others wait for it at the manager's barriers
+until these time out after 5 to 20 minutes.
 """
 
 import asyncio
@@ -75,12 +76,17 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:
-        """(step, score) of the checkpoint with a member's lowest score, None if none has one. Called by every process."""
+        """(step, score) of the checkpoint with a member's lowest score, None if none has one.
+
+        Called by every process.
+        """
         ranked = sync.by_first(sync.gathered, self._best_first)
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
-        """(step, score) of the checkpoints that have a score, for each member, the best first; of equal ones the newer."""
+        """(step, score) of the checkpoints that have a score, for each member, the best first; of equal ones
+        the newer.
+        """
         ranked: list[list[tuple[int, float]]] = []
         for step in self.steps():
             with contextlib.suppress(Corrupt, ValueError, OSError):
@@ -96,9 +102,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. scores: for keep_best, of each member of a sweep, or one of a run alone; the lower the
-        better, None for one that was not evaluated. Raises OSError if this save cannot begin or an earlier one failed; the
-        checkpoints before it are then unchanged.
+        meta: JSON that `restore` returns. scores: for keep_best, of each member of a sweep, or one of a run
+        alone; the lower the better, None for one that was not evaluated. Raises OSError if this save cannot
+        begin or an earlier one failed; the checkpoints before it are then unchanged.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
@@ -146,7 +152,9 @@ class Checkpoints:
             raise OSError(errno.ENOENT, text)
 
     def _start_writing(self, folder: Path, leaves: dict[str, Any]) -> Callable[[], None]:
-        """Hand the arrays to Orbax, which copies them. Return a function that waits until this process's are written."""
+        """Hand the arrays to Orbax, which copies them. Return a function that waits until this process's are
+        written.
+        """
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}  # zarr has no empty arrays
         chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
         args = ocp.args.PyTreeSave(arrays, save_args=chunks)
@@ -269,11 +277,12 @@ class Checkpoints:
     # Restoring
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int] | None:
-        """(state, meta, step) of the newest checkpoint that matches its manifest, None if there is none. Called by every process.
+        """(state, meta, step) of the newest checkpoint that matches its manifest, None if there is none.
+        Called by every process.
 
-        The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt checkpoint is renamed
-        to `<step>.bad` and the next older one is tried; with `step` only that one. Raises ValueError for a checkpoint of another
-        tree.
+        The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt
+        checkpoint is renamed to `<step>.bad` and the next older one is tried; with `step` only that one.
+        Raises ValueError for a checkpoint of another tree.
         """
         self.wait()
         steps = sync.by_first(sync.gathered, self.steps)
@@ -312,7 +321,9 @@ class Checkpoints:
 
 
 def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
-    """The array as Orbax takes it: one that each process has for itself is the same on all, and process 0 writes it."""
+    """The array as Orbax takes it: one that each process has for itself is the same on all, and process 0
+    writes it.
+    """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)
 

@@ -1,4 +1,4 @@
-"""What every script shares at its edge: one clear line for a user's mistake, no libraries' chatter, the compilation cache."""
+"""The edge of every script: one line for a user's mistake, no log lines of libraries, the compilation cache."""
 
 import os
 import sys
@@ -8,37 +8,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+
 
 def quiet() -> None:
-    """Environment and logging of a script: XLA programs are kept between processes, and libraries' logs are off.
+    """Switch off libraries' log lines and on the persistent compilation cache. Call it before jax is
+    imported.
 
-    Call it before jax is imported. What the user has set in the environment stays.
+    What the user has set in the environment takes precedence.
     """
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    warnings.filterwarnings(
-        "ignore", "Error (reading|writing) persistent compilation cache"
-    )  # it is a cache: go on without
+    # A cache that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from absl import logging  # Orbax's log, which tells an error with its traceback before it is raised
+    from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised
 
     if not os.environ.get("JAXFT_TRACEBACK"):
         logging.set_verbosity(logging.FATAL)
         sys.unraisablehook = _without_late_writes
 
 
-def _without_late_writes(found: Any) -> None:
-    """Show what a callback raised, but not TensorStore's for each write under way when another one failed; that one is raised."""
-    if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)
+def _without_late_writes(raised: Any) -> None:
+    """Print unraisable errors, but not TensorStore's for each write under way when another one failed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main`; a user's error becomes one line on stderr and exit code 1. JAXFT_TRACEBACK=1 shows the traceback."""
+    """Run `main`. A user's error becomes one line on stderr and exit code 1; JAXFT_TRACEBACK=1 adds its
+    traceback.
+    """
     try:
         return main()
-    except (KeyboardInterrupt, ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+    except (KeyboardInterrupt, *USER_ERRORS) as error:
         if not isinstance(error, KeyboardInterrupt) and _line(error) is None:
             raise
         return print_error(error)
@@ -49,11 +54,7 @@ def print_error(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    text = (
-        _line(error)
-        if isinstance(error, ValueError | OSError | ImportError | MemoryError | RuntimeError)
-        else None
-    )
+    text = _line(error) if isinstance(error, USER_ERRORS) else None
     if text is None or os.environ.get("JAXFT_TRACEBACK"):
         traceback.print_exception(error)
     if text is not None:
@@ -62,10 +63,11 @@ def print_error(error: BaseException) -> int:
 
 
 def _line(error: Exception) -> str | None:
-    """The error in one line; None for one that is no user's mistake."""
+    """The error in one line; None for a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
-        return f"out of memory ({text[:200]}); use a smaller data.batch, a larger data.micro or a smaller data.max_length"
+        remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
+        return f"out of memory ({text[:200]}); {remedy}"
     if isinstance(error, RuntimeError):  # jax has no device of the kind that JAX_PLATFORMS asks for
         return text[:400] if text.startswith("Unable to initialize backend") else None
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:

@@ -56,7 +56,9 @@ def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
 
 
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
-    """The same for a single reward's own scores, without penalties and bounds; None where they are the reward."""
+    """The same for a single reward's own scores, without penalties and bounds; None where they are the
+    reward.
+    """
     prefix, suffix = held_out("rewards/"), "/mean"
     means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
     reward = held_out(names.REWARD)
@@ -97,21 +99,23 @@ TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, name
 NOTES = {
     "accuracy": "accuracy: fraction of held-out pairs whose chosen completion has the higher reward",
     "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
-    "margin, nats": "margin: growth of the log-prob difference of the two completions since step 0, mean over pairs",
+    "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
     "skipped steps": "skipped steps: their loss or gradient was not finite, and they changed nothing",
-    "held-out reward": "held-out reward: of one completion per held-out prompt, sampled with the same keys every time",
+    "held-out reward": "held-out reward: of one completion per prompt, sampled with the same keys every time",
     "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
-    "scores alone": "scores alone: the same for the reward's own scores, without penalties such as missing_eos",
+    "scores alone": "scores alone: the same for the scores before penalties such as missing_eos",
     "KL per completion": "KL per completion: log-prob of sampled completions minus the reference's, in nats",
-    "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0; negative where they lost some",
+    "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0",
     "general loss": "general loss: per token, on text about other subjects; it rises where the model forgets",
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks the number."""
+    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks the
+    number.
+    """
 
     labels: tuple[str, ...]
     titles: tuple[str, ...]
@@ -176,7 +180,9 @@ def _short(x: float | None) -> str:
 
 @dataclass(frozen=True)
 class CurveKind:
-    """A panel of the picture: the metric, or its difference to `minus`, on held-out rows or else of the training steps."""
+    """A panel of the picture: the metric, or its difference to `minus`, on held-out rows or else of the
+    training steps.
+    """
 
     title: str
     unit: str
@@ -207,7 +213,9 @@ HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for train
 
 
 def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
-    """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level means nothing."""
+    """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level
+    means nothing.
+    """
     metrics = [held_out(name) for name in (kind.metric, kind.minus) if name is not None]
     known = [e for e in entries if all(e.get(name) is not None for name in metrics)]
     values = [e[metrics[0]] - sum(e[name] for name in metrics[1:]) for e in known]
@@ -221,7 +229,9 @@ def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
 
 
 def _loss_panel(held: dict[str, Curve], training: dict[str, Curve]) -> Panel:
-    """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are compared."""
+    """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are
+    compared.
+    """
     starts = {label: y[0] for label, (_, y) in held.items()}
     if min(starts.values()) <= 0 or max(starts.values()) <= 3 * min(starts.values()):
         return Panel("loss, held out", "step", "nats", held, training)
@@ -246,7 +256,9 @@ def _rollout_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
 
 
 def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training rows."""
+    """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training
+    rows.
+    """
     if any(names.REWARD in entry for entries in curves.values() for entry in entries):
         return _rollout_panels(curves)
     found = []

@@ -1,11 +1,13 @@
 """Load a config file and apply the settings of a command line.
 
-A config is a Python file with a function `config(knob=default, ...)` that returns a tree of frozen dataclasses, such as a `Run`.
-`knob=value` sets a parameter of that function, `section.field=value` a field of the value it returns. Knobs come first: `config`
-is called once, with them, and then the fields are replaced. A field therefore overrides whatever a knob put there; `Resolved` has
-both, and they are printed and recorded with the run.
+A config is a Python file with a function `config(knob=default, ...)` that returns a tree of frozen
+dataclasses, such as a `Run`. `knob=value` sets a parameter of that function, `section.field=value` a field of
+the value it returns. Knobs come first: `config` is called once, with them, and then the fields are replaced.
+A field therefore overrides whatever a knob put there; `Resolved` has both, and they are printed and recorded
+with the run.
 
-A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the knobs.
+A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the
+knobs.
 """
 
 import ast
@@ -44,8 +46,9 @@ __all__ = [
     "resolve_config",
 ]
 
-# Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a value of either
-# (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of such functions.
+# Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
+# value of either (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of
+# such functions.
 RENAMED: dict[str, str] = {
     "quant=kept": "quant=checkpoint",
     "quant.kind=kept": "quant.kind=checkpoint",
@@ -81,7 +84,9 @@ Steps = tuple[str, ...]  # the field names that lead to a setting
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by dotted keys."""
+    """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
+    dotted keys.
+    """
 
     value: Any
     knobs: dict[str, Any]
@@ -101,9 +106,11 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
 
 
 def resolve_config(path: str, overrides: list[str], expected: type = object) -> Resolved:
-    """Call a file's `config` with the knobs among the overrides, then replace the fields that the others name.
+    """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
+    name.
 
-    Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that `config` must return.
+    Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
+    `config` must return.
     """
     fn, _ = _config_function(path)
     knobs = _knobs(fn)

@@ -112,7 +112,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def resume_point(folder: Path, record: dict[str, Any], has_checkpoint: bool) -> tuple[int, list[str]]:
-    """(steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for other changes."""
+    """(steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for
+    other changes.
+    """
     steps = finished_steps(folder)
     return steps, changes_since_start(folder, record) if steps or has_checkpoint else []
 

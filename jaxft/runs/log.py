@@ -1,4 +1,6 @@
-"""The log of a run: metrics go to metrics.jsonl, TensorBoard, optional trackers and the terminal; alarms are raised on the way."""
+"""The log of a run: metrics go to metrics.jsonl, TensorBoard, optional trackers and the terminal; alarms are
+raised on the way.
+"""
 
 import contextlib
 import json
@@ -41,8 +43,8 @@ class NullLog:
 class Log:
     """The log of the run in `folder`, resumed at `start_step`; later entries are discarded.
 
-    quiet: nothing goes to the terminal. console: a terminal other than standard output. alarms, first and last: all alarms, and
-    the first and the newest value of each metric in metrics.jsonl, from `listen` on.
+    quiet: nothing goes to the terminal. console: a terminal other than standard output. alarms, first and
+    last: all alarms, and the first and the newest value of each metric in metrics.jsonl, from `listen` on.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class Log:
         self._alarms: Callable[[dict[str, Any], Entry, bool], Alarms] | None = None
 
     def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Raises OSError on a full disk.
+        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Raises OSError on a
+        full disk.
 
         An entry that was logged before the restart is not repeated.
         """

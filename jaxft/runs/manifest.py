@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: what its leaves and files must be, and whether they are.
 
-manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by the shard's index
-("0:4,0:8"); each file's size and hash; and a hash of itself.
+manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by
+the shard's index ("0:4,0:8"); each file's size and hash; and a hash of itself.
 """
 
 import json
@@ -43,7 +43,9 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
 
 def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str, Any]:
-    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are not on devices."""
+    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are
+    not on devices.
+    """
     if isinstance(leaf, jax.Array):
         shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
     else:
@@ -90,7 +92,9 @@ def format_manifest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest. Raises Corrupt if it is missing or damaged, ValueError if its layout is another one."""
+    """Read a checkpoint's manifest. Raises Corrupt if it is missing or damaged, ValueError if its layout is
+    another one.
+    """
     try:
         body = json.loads((folder / NAME).read_bytes())
         digest = body.pop("xxh3")
@@ -135,8 +139,8 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
         ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{folder} has other leaves than these settings give ({'; '.join(lines)}{more}); restore the settings, "
-            "or use another name=..."
+            f"{folder} has other leaves than these settings give ({'; '.join(lines)}{more}); "
+            "restore the settings, or use another name=..."
         )
 
 

@@ -1,4 +1,5 @@
-"""Names of metrics that the log, the tables and the pictures look up: each is spelled here or beside the objective that computes it.
+"""Names of metrics that the log, the tables and the pictures look up: each is spelled here or beside the
+objective that computes it.
 
 A held-out metric has the prefix HELD_OUT.
 """

@@ -1,4 +1,6 @@
-"""Parse the values of settings by their type annotations, and load the Python files and functions that settings may name."""
+"""Parse the values of settings by their type annotations, and load the Python files and functions that
+settings may name.
+"""
 
 import collections.abc
 import dataclasses
@@ -32,7 +34,9 @@ def find_file(path: str) -> Path:
 
 
 def short_path(file: Path) -> str:
-    """A file's path relative to the working directory or the repository that it is in, for messages and records."""
+    """A file's path relative to the working directory or the repository that it is in, for messages and
+    records.
+    """
     for folder in (Path.cwd(), ROOT):
         if file.is_relative_to(folder):
             return file.relative_to(folder).as_posix()
@@ -40,9 +44,11 @@ def short_path(file: Path) -> str:
 
 
 def run_file(file: Path) -> types.ModuleType:
-    """Run a Python file as a module. Its name is its path, so that records have its functions as "configs/dpo.py:name".
+    """Run a Python file as a module. Its name is its path, so that records have its functions as
+    "configs/dpo.py:name".
 
-    Raises ValueError with the line of the file where it failed; a ValueError or OSError of the file itself is passed on.
+    Raises ValueError with the line of the file where it failed; a ValueError or OSError of the file itself is
+    passed on.
     """
     module = types.ModuleType(short_path(file))
     module.__file__ = str(file)
@@ -69,7 +75,8 @@ def format_error(error: Exception, file: Path) -> str:
 
 
 def load_callable(text: str) -> Any:
-    """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as a reward.
+    """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as
+    a reward.
 
     Raises ValueError or FileNotFoundError.
     """

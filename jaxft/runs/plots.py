@@ -21,7 +21,9 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with a curve a label. dashed: further curves in the label's colour; level: a horizontal line to compare with."""
+    """Axes with a curve a label. dashed: further curves in the label's colour; level: a horizontal line to
+    compare with.
+    """
 
     title: str
     x: str
@@ -32,7 +34,9 @@ class Panel:
 
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
-    """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises ValueError without any."""
+    """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises
+    ValueError without any.
+    """
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
     )  # drawn without a display and without pyplot's globals

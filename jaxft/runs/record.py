@@ -1,4 +1,6 @@
-"""The record of a run's settings: values as JSON that can be compared, and the differences between two records."""
+"""The record of a run's settings: values as JSON that can be compared, and the differences between two
+records.
+"""
 
 import dataclasses
 import functools
@@ -28,8 +30,8 @@ def union_members(kind: Any) -> tuple[Any, ...]:
 def describe(value: Any) -> Any:
     """A value as JSON.
 
-    A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method or a closure) and a
-    hash of its source; a model its config; an array its shape, dtype and hash.
+    A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
+    or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -115,7 +117,9 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
 
 
 def _source_hash(definition: Any) -> str | None:
-    """A hash of the source of a function or class; of its whole file where that is a user's, whose helpers it may call."""
+    """A hash of the source of a function or class; of its whole file where that is a user's, whose helpers it
+    may call.
+    """
     try:
         if str(definition.__module__).endswith(".py"):
             return hashlib.sha256(Path(inspect.getfile(definition)).read_bytes()).hexdigest()

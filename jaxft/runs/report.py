@@ -19,7 +19,9 @@ HEADLINES = {  # metrics that the result lines show, in this order
 
 
 class Sample(TypedDict):
-    """A held-out prompt with the model's completion and the completion of its row ("" where the row has none)."""
+    """A held-out prompt with the model's completion and the completion of its row ("" where the row has
+    none).
+    """
 
     prompt: str
     completion: str
@@ -35,7 +37,9 @@ class Evaluation(TypedDict):
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Parameter counts of a model. quantised: which part is stored quantised, "" for none; generates: it writes text."""
+    """Parameter counts of a model. quantised: which part is stored quantised, "" for none; generates: it
+    writes text.
+    """
 
     trainable: int
     total: int
@@ -47,8 +51,9 @@ class ModelSummary:
 class StepRows:
     """The rows of an optimizer step as the settings have them, and the row slots of its compiled program.
 
-    unit: rows, pairs or prompts. batch, micro, minibatches: the settings of that name in `data`; a rollout's batch is
-    learned from in `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's rows into.
+    unit: rows, pairs or prompts. batch, micro, minibatches: the settings of that name in `data`; a rollout's
+    batch is learned from in `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's
+    rows into.
     """
 
     unit: str
@@ -97,8 +102,8 @@ def startup_lines(
 ) -> list[str]:
     """The lines printed before anything is loaded.
 
-    data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed: lines about the
-    checkpoint that the run continues from, none for a fresh run.
+    data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed:
+    lines about the checkpoint that the run continues from, none for a fresh run.
     """
     shown = f"first row as the model reads it:\n{preview}"
     return [devices, parameter_line(model), *data_lines, shown, *resumed]
@@ -117,7 +122,8 @@ def result_lines(
     notes: list[str],
     generates: bool = True,
 ) -> list[str]:
-    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that tries them.
+    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
+    tries them.
 
     notes: the objective's summary and the alarms.
     """
@@ -153,10 +159,12 @@ def _same_prompts(before: Evaluation, after: Evaluation) -> list[tuple[Sample, S
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that a run's README.md says. base: the base model as a reader knows it; hosted: its name on the hub, None off it.
+    """All that a run's README.md says. base: the base model as a reader knows it; hosted: its name on the
+    hub, None off it.
 
-    merged: the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id that
-    a reward model is loaded with. completions: a section with sampled completions, or "".
+    merged: the weights are a whole model, into which the adapter, if there was one, is merged. pad: the
+    padding token id that a reward model is loaded with. completions: a section with sampled completions, or
+    "".
     """
 
     name: str
@@ -204,19 +212,22 @@ def _description(card: ModelCard) -> list[str]:
     model, adapter = card.model, card.adapter
     kind = "model"
     if adapter is not None and not card.merged:
-        kind = f"LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}{', rsLoRA' if adapter.rslora else ''})"
+        scaling = ", rsLoRA" if adapter.rslora else ""
+        kind = f"LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}{scaling})"
     if not model.generates:
         kind = f"reward model: a {'language model' if kind == 'model' else kind} with a scalar head"
     text = (
-        f"A {kind}, fine-tuned from `{card.base}` with jaxft on `{card.data}` ({card.examples} examples): {card.steps} steps "
-        f"of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters trained, {card.optimizer} with "
-        f"lr {card.lr:g}, seed {card.seed}."
+        f"A {kind}, fine-tuned from `{card.base}` with jaxft on `{card.data}` ({card.examples} examples): "
+        f"{card.steps} steps of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters trained, "
+        f"{card.optimizer} with lr {card.lr:g}, seed {card.seed}."
     )
     if card.merged and adapter is not None:
         text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
     if model.quantised:
         text += f" The frozen weights were quantised: {model.quantised}."
-    files = "Every setting is in `config.json`, versions and devices in `env.json`, every step in `metrics.jsonl`.\n"
+    files = (
+        "All settings are in `config.json`, versions and devices in `env.json`, steps in `metrics.jsonl`.\n"
+    )
     return [text, files]
 
 
@@ -250,11 +261,11 @@ def _usage(card: ModelCard) -> list[str]:
         lines.append('    python scripts/generate.py --run PATH_OF_THIS_FOLDER --prompt "..."')
     else:
         lines.append(
-            "    python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # a reward of each response"
+            "    python scripts/score.py --run PATH_OF_THIS_FOLDER --file PAIRS    # rewards of the responses"
         )
     if not card.merged:
         lines.append(
-            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # base and adapter in one, for transformers"
+            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # one model, for transformers"
         )
     if not card.model.generates:
         whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
@@ -262,8 +273,8 @@ def _usage(card: ModelCard) -> list[str]:
         load = whole if card.merged else f"{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})"
         lines += [
             "",
-            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which has to be the "
-            "response's end token: leave out what a chat template adds after it.",
+            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which has to "
+            "be the response's end token: leave out what a chat template adds after it.",
         ]
     return [*lines, ""]
 
@@ -283,7 +294,8 @@ def _quoted(label: str, text: str) -> str:
 
 
 def completions_section(folder: Path, count: int = 5) -> str:
-    """A table of the first and the last sampled completions of a run with their rewards, and its curves; "" without any.
+    """A table of the first and the last sampled completions of a run with their rewards, and its curves; ""
+    without any.
 
     Reads completions.jsonl and metrics.jsonl in `folder` and draws curves.png there.
     """

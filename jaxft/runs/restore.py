@@ -24,14 +24,18 @@ def _my_part(work: list[Any]) -> list[Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compare the arrays on disk with those that were in memory, each process a part of the shards. Raises Corrupt."""
+    """Compare the arrays on disk with those that were in memory, each process a part of the shards. Raises
+    Corrupt.
+    """
     entries = manifest.read_manifest(folder)["leaves"]
     shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
     manifest.check_shards(folder, entries, _my_part(shards))
 
 
 def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
-    """Put a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it does."""
+    """Put a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it
+    does.
+    """
     try:
         body, expected = manifest.read_manifest(folder), manifest.named_leaves(abstract_state)
         manifest.check_tree(expected, body["leaves"], folder)
@@ -48,8 +52,8 @@ def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) ->
 def _read_leaves(folder: Path, expected: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
     """Read this process's shards of all leaves.
 
-    A shard that was saved with the same index is compared with its hash as it arrives. Shards that were sharded differently are
-    read back for that, each by one of the processes.
+    A shard that was saved with the same index is compared with its hash as it arrives. Shards that were
+    sharded differently are read back for that, each by one of the processes.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {name: leaf.sharding or here for name, leaf in expected.items()}
@@ -109,7 +113,9 @@ def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> di
 
 
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
-    """Compare the shards on this process's devices with their hashes, as far as the manifest has shards of that index."""
+    """Compare the shards on this process's devices with their hashes, as far as the manifest has shards of
+    that index.
+    """
     manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
     shards = {
         manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards

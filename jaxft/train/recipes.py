@@ -1,4 +1,5 @@
-"""What the recipes in configs/ share: groups of knobs with their defaults, and the names of the rows that ship.
+"""What the recipes in configs/ share: groups of knobs with their defaults, and the names of the rows that
+ship.
 
 A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
 """
@@ -73,10 +74,11 @@ class LoraKnobs(ModelKnobs):
     def reward_model(
         self, reward: str | Callable | None, max_length: int
     ) -> tuple[dict[str, HeadSettings], tuple[Any, ...]]:
-        """(heads on the base, rewards) for a reward function, or for the name of a reward model; none for None.
+        """(heads on the base, rewards) for a reward function, or for the name of a reward model; none for
+        None.
 
-        max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is quantised as that is,
-        but never stored as its files have it.
+        max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is
+        quantised as that is, but never stored as its files have it.
         """
         if not isinstance(reward, str):
             return {}, () if reward is None else (reward,)
@@ -92,13 +94,15 @@ class LoraOrFullKnobs(LoraKnobs):
     full: bool = False  # train all weights instead of an adapter
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
-        """The fields of a Run that follow. Raises ValueError for settings of an adapter together with full=true."""
+        """The fields of a Run that follow. Raises ValueError for settings of an adapter together with
+        full=true.
+        """
         if not self.full:
             return super().sections(head)
         for name, value in (("rank", self.rank), ("start", self.start)):
             if value is not None:
                 raise ValueError(
-                    f"{name}={value} is for an adapter, and full=true trains without one; set one of them only"
+                    f"{name}={value} is for an adapter, and full=true trains none; set one of them only"
                 )
         model = self.build() if head is None else head(self.build())
         stored = {"quant": Quant.parse(self.quant), "general": self.general}
@@ -120,8 +124,8 @@ class LlamaKnobs(LoraOrFullKnobs):
 
 
 def choose_reference(asked: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
-    """The reference that is asked for; else none for a reference-free loss, the base without its adapter where there is one,
-    and log-probs that are computed once where all weights are trained.
+    """The reference that is asked for; else none for a reference-free loss, the base without its adapter
+    where there is one, and log-probs that are computed once where all weights are trained.
     """
     if asked is not None:
         return asked

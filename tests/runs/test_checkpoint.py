@@ -1,4 +1,6 @@
-"""Laws of checkpoints: what comes back is bit for bit what was saved, or an older one that is; never anything else."""
+"""Laws of checkpoints: what comes back is bit for bit what was saved, or an older one that is; never anything
+else.
+"""
 
 import contextlib
 import json
@@ -389,7 +391,8 @@ KILLED = textwrap.dedent("""
     print("start", step, flush=True)
     while True:
         step += 1
-        saved.save(step, {"x": jnp.full((300, 1000), step, jnp.float32) * jnp.arange(1000), "n": jnp.int32(step)}, {"step": step})
+        x = jnp.full((300, 1000), step, jnp.float32) * jnp.arange(1000)
+        saved.save(step, {"x": x, "n": jnp.int32(step)}, {"step": step})
         print(step, flush=True)
 """)
 

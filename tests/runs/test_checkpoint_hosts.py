@@ -18,7 +18,9 @@ pytestmark = pytest.mark.alone
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Checkpoints of steps 1 and 2, saved by two processes with four devices each, of a state that was donated at once."""
+    """Checkpoints of steps 1 and 2, saved by two processes with four devices each, of a state that was
+    donated at once.
+    """
     folder = tmp_path_factory.mktemp("two")
     assert (
         told(start(SAVE, 2, 4, folder))
@@ -89,7 +91,9 @@ def files_of(folder, pattern):
 
 @pytest.mark.parametrize("shape", ["2x4", "4x2"])
 def test_a_flipped_bit_in_any_process_s_files_sends_all_back(two, tmp_path, shape):
-    """On the mesh of the save and on another; the file is one of process 1, and process 0 checks half of the files."""
+    """On the mesh of the save and on another; the file is one of process 1, and process 0 checks half of the
+    files.
+    """
     folder = shutil.copytree(two, tmp_path / "c")
     largest = max(files_of(folder / "2" / "state" / "ocdbt.process_1", "*"), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -255,7 +259,9 @@ except OSError as error:
 def test_kill_9_of_one_process_while_saving_ends_the_other_and_leaves_the_earlier_checkpoints(
     two, tmp_path, victim, stage
 ):
-    """Process 1 before its shards are known to be written, or process 0 with everything but the last look done."""
+    """Process 1 before its shards are known to be written, or process 0 with everything but the last look
+    done.
+    """
     folder = shutil.copytree(two, tmp_path / "c")
     processes = start(DIE, 2, 4, folder, victim, stage)
     begin = time.monotonic()

@@ -1,4 +1,6 @@
-"""Laws of config files: an override does what it says or is refused in one line; a record says all that matters."""
+"""Laws of config files: an override does what it says or is refused in one line; a record says all that
+matters.
+"""
 
 import json
 import math
@@ -97,7 +99,8 @@ def config(
 ) -> Run:
     calls.append(1)
     adapter = None if full else Adapter(rank or 16, 2.0 * (rank or 16))
-    return Run(f"sft-{model}", Rows(data), Optim(lr, kind=kind), partial(loss, beta=beta), adapter, extra=(steps, shape))
+    objective = partial(loss, beta=beta)
+    return Run(f"sft-{model}", Rows(data), Optim(lr, kind=kind), objective, adapter, extra=(steps, shape))
 '''
 
 

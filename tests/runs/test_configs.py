@@ -84,7 +84,7 @@ def test_the_shipped_questions_judge_the_shipped_rows_only(name):
     "argv, words",
     [
         (["rank=4", "start=runs/sft"], "rank=4 is for a fresh adapter"),
-        (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains without one"),
+        (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains none"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
     ],
 )
@@ -93,38 +93,36 @@ def test_knobs_that_contradict_each_other_are_refused(argv, words):
         config.load_config("configs/dpo.py", argv)
 
 
-def test_the_reference_of_dpo_is_as_asked_for():
-    known = lambda *argv: config.load_config("configs/dpo.py", list(argv)).objective.keywords["reference"]  # noqa: E731
-    assert (
-        known() == "start"
-        and known("full=true") == "precomputed"
-        and known("full=true", "reference=start") == "start"
-    )
-    assert known("moving=0.5,20") == EMAReference(0.5, 20)
+def dpo(*argv):
+    """The arguments of the objective of configs/dpo.py."""
+    return config.load_config("configs/dpo.py", list(argv)).objective.keywords
+
+
+def test_dpo_takes_the_reference_that_is_asked_for():
+    assert dpo()["reference"] == "start" and dpo("full=true")["reference"] == "precomputed"
+    assert dpo("full=true", "reference=start")["reference"] == "start"
+    assert dpo("moving=0.5,20")["reference"] == EMAReference(0.5, 20)
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
-def test_dpo_with_a_loss_that_reads_no_reference_runs_none(loss):
+def test_dpo_with_a_reference_free_loss_runs_no_reference(loss):
     knob = f"loss=jaxft.objectives.reference_free_losses:{loss}"
-    objective = lambda *argv: config.load_config("configs/dpo.py", [knob, *argv]).objective.keywords  # noqa: E731
-    assert objective()["reference"] is None and objective("full=true")["reference"] is None
-    assert objective("reference=start")["reference"] == "start"
+    assert dpo(knob)["reference"] is None and dpo(knob, "full=true")["reference"] is None
+    assert dpo(knob, "reference=start")["reference"] == "start"
 
 
-@pytest.mark.parametrize(
-    "loss", ["preference_losses:ipo", "reference_free_losses:kto", "reference_free_losses:bco"]
-)
-def test_dpo_with_a_loss_that_reads_the_reference_runs_it(loss):
-    assert (
-        config.load_config("configs/dpo.py", [f"loss=jaxft.objectives.{loss}"]).objective.keywords[
-            "reference"
-        ]
-        == "start"
-    )
+LOSSES = ["preference_losses:ipo", "reference_free_losses:kto", "reference_free_losses:bco"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dpo_with_a_loss_that_reads_the_reference_runs_one(loss):
+    assert dpo(f"loss=jaxft.objectives.{loss}")["reference"] == "start"
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():
-    critic = lambda *argv: config.load_config("configs/ppo.py", list(argv)).beside["critic"]  # noqa: E731
+    def critic(*argv):
+        return config.load_config("configs/ppo.py", list(argv)).beside["critic"]
+
     judge = config.load_config("configs/ppo.py", []).beside["reward"]
     assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()

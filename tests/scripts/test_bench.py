@@ -1,4 +1,6 @@
-"""scripts/bench/bench.py prints the baseline's fields, counts the tokens that the baseline counts, and times only full batches."""
+"""scripts/bench/bench.py prints the baseline's fields, counts the tokens that the baseline counts, and times
+only full batches.
+"""
 
 import json
 import runpy

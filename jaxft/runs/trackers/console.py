@@ -22,7 +22,8 @@ SHORT_NAMES = {
     names.GENERAL_LOSS: "general loss",
     names.HELD_OUT + names.LOSS: "eval loss",
 }
-# These come first, the others in the order that they are logged in. A held-out metric counts by its name without eval_.
+# These come first, the others in the order that they are logged in. A held-out metric counts by its name
+# without eval_.
 FIRST = (
     names.LOSS,
     names.GENERAL_LOSS,
@@ -44,7 +45,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # rows of data are printed, a
 
 
 class ConsoleView:
-    """Shows progress, the newest metrics and messages of the run called `name`. console: standard output by default."""
+    """Shows progress, the newest metrics and messages of the run called `name`. console: standard output by
+    default.
+    """
 
     def __init__(self, name: str, total_steps: int, start_step: int = 0, console: Console | None = None):
         self._name, self._total_steps, self._step = name, total_steps, start_step

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object per logged step, `{"step": 3, "loss": 1.25, ..., "perf": {...}}`.
 
-Timings and memory are under "perf"; everything else is the same to the bit in a run that is repeated or resumed. Floats are
-written in full (the shortest text that reads back as the same float64). JSON has no NaN or infinity: both are written as null.
+Timings and memory are under "perf"; everything else is the same to the bit in a run that is repeated or
+resumed. Floats are written in full (the shortest text that reads back as the same float64). JSON has no NaN
+or infinity: both are written as null.
 """
 
 import json
@@ -37,7 +38,9 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is skipped."""
+    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is
+    skipped.
+    """
     return [entry for _, entry in _lines(path)]
 
 

@@ -14,11 +14,14 @@ ALWAYS = ("tracker", "jsonl", "tensorboard", "console")  # files of this folder 
 class Tracker(Protocol):
     """A destination of metrics. Its file has `open_tracker(folder, start_step) -> Tracker`.
 
-    A resumed run opens its trackers again with the step that it continues from; entries after that step are to be replaced.
+    A resumed run opens its trackers again with the step that it continues from; entries after that step are
+    to be replaced.
     """
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Record the metrics after `step` optimizer steps. One step may have several calls, with different metrics."""
+        """Record the metrics after `step` optimizer steps. One step may have several calls, with different
+        metrics.
+        """
 
     def close(self) -> None:
         """Flush and finish."""
@@ -30,7 +33,9 @@ def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, fl
 
 
 def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list[Tracker]:
-    """Open optional trackers. Raises ValueError, before any is open, for one that is unknown or whose package is missing."""
+    """Open optional trackers. Raises ValueError, before any is open, for one that is unknown or whose package
+    is missing.
+    """
     known = sorted(m.name for m in pkgutil.iter_modules(trackers.__path__) if m.name not in ALWAYS)
     for name in names:
         if name not in known:
