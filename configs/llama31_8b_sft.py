@@ -1,7 +1,8 @@
 r"""Llama-3.1-8B-Instruct, LoRA or in full, on one GPU or sharded over several.
 
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl   # 80 GB
-    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl quant=nf4 micro=16 remat=full # 8.2 GiB
+    python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl \
+        quant=nf4 micro=16 remat=full   # 8.2 GiB
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true params=bfloat16 \
         fused_backward=true batch=1 micro=1 remat=full   # 19 GiB

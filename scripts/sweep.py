@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def values(over: list[str], together: bool) -> list[list[str]]:
-    """The overrides of each run. Raises ValueError where a knob is no `knob=a,b` of numbers, or given twice."""
+    """The overrides of each run. Raises ValueError for anything but distinct `knob=a,b,...` of numbers."""
     knobs: dict[str, list[str]] = {}
     for text in over:
         knob, equals, given = text.partition("=")

@@ -46,7 +46,7 @@ EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 
 
 class Checkpoints:
-    """The checkpoints in a folder. report: called with a line about each event that the user should know of."""
+    """The checkpoints in a folder. report: called with a line about each event that matters to the user."""
 
     def __init__(
         self, folder: Path, keep_last: int = 2, keep_best: int = 1, report: Callable[[str], None] = print
@@ -237,7 +237,7 @@ class Checkpoints:
         return OSError(number, text, str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
-        """Remove what a failed save left. Return the errno and a line that says which checkpoints are intact."""
+        """Remove what a failed save left. Return the errno and a line that names the intact checkpoints."""
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             replaced = self.folder / f"{step}.replaced.tmp"

@@ -1,4 +1,4 @@
-"""The edge of every script: one line for a user's mistake, no log lines of libraries, the compilation cache."""
+"""The edge of every script: one line for a user's mistake, quiet libraries, the compilation cache."""
 
 import os
 import sys

@@ -48,7 +48,7 @@ def folder_of(root: Path, name: str) -> Path:
 
 
 def lock(folder: Path) -> TextIO:
-    """Lock the run folder until the returned file is closed. Raises OSError if another process has locked it."""
+    """Lock the run folder until the returned file is closed. Raises OSError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a")
     try:
@@ -184,7 +184,8 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
     fingerprint = weights_fingerprint(ref)
     if fingerprint != record.get("weights_fingerprint", fingerprint):
         raise ValueError(
-            f"{folder}: the weights in {ref} have changed since this run was trained; restore them, or use --model"
+            f"{folder}: the weights in {ref} have changed since this run was trained; "
+            "restore them, or use --model"
         )
     return ref
 

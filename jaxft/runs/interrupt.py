@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one asks a run to stop after its step, a second one ends the process at once."""
+"""SIGTERM and SIGINT: the first stops a run after its step, the second ends the process at once."""
 
 import os
 import signal

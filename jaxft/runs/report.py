@@ -85,8 +85,8 @@ def empty_slot_lines(rows: StepRows) -> list[str]:
     remedy += f", or data.micro={' or '.join(micros)}," if micros else ""
     return [
         f"{slots - filled} of the {slots} slots for {rows.unit} in a step are empty "
-        f"({100 * (1 - filled / slots):.0f} %): data.batch={rows.batch} is split into data.micro={rows.micro} "
-        f"microbatches, each sharded over {rows.shards} devices or groups of devices; {remedy} fills them"
+        f"({100 * (1 - filled / slots):.0f} %): data.batch={rows.batch} is split into "
+        f"data.micro={rows.micro} microbatches, each sharded over {rows.shards} devices or groups of devices; {remedy} fills them"
     ]
 
 
@@ -218,8 +218,8 @@ def _description(card: ModelCard) -> list[str]:
         kind = f"reward model: a {'language model' if kind == 'model' else kind} with a scalar head"
     text = (
         f"A {kind}, fine-tuned from `{card.base}` with jaxft on `{card.data}` ({card.examples} examples): "
-        f"{card.steps} steps of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters trained, "
-        f"{card.optimizer} with lr {card.lr:g}, seed {card.seed}."
+        f"{card.steps} steps of {card.batch} rows, {model.trainable:,} of {model.total:,} parameters "
+        f"trained, {card.optimizer} with lr {card.lr:g}, seed {card.seed}."
     )
     if card.merged and adapter is not None:
         text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
@@ -265,7 +265,7 @@ def _usage(card: ModelCard) -> list[str]:
         )
     if not card.merged:
         lines.append(
-            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # one model, for transformers"
+            "    python scripts/export.py --run PATH_OF_THIS_FOLDER --out merged    # for transformers"
         )
     if not card.model.generates:
         whole = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
@@ -273,8 +273,8 @@ def _usage(card: ModelCard) -> list[str]:
         load = whole if card.merged else f"{peft}(FOLDER, num_labels=1, pad_token_id={card.pad})"
         lines += [
             "",
-            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which has to "
-            "be the response's end token: leave out what a chat template adds after it.",
+            f"In Python: `{load}`, whose `logits[:, 0]` are rewards. They are read at the last token, which "
+            "has to be the response's end token: leave out what a chat template adds after it.",
         ]
     return [*lines, ""]
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real processes on the loopback: sharded, verified by all, and never a hang where one fails."""
+"""Checkpoints of several processes: sharded, verified by all, and without a hang where one fails."""
 
 import os
 import shutil
@@ -162,11 +162,13 @@ if me == 1:
 heard("file", lambda: (saved.save(3, {"w": large}, {}), saved.wait()))
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 with_one_failing("begin", checkpoint.Checkpoints, "_begin", PermissionError(13, "Permission denied"), process=0)
-with_one_failing("hand over", checkpoint.Checkpoints, "_start_writing", OSError(28, "No space left on device"))
+full_disk = OSError(28, "No space left on device")
+with_one_failing("hand over", checkpoint.Checkpoints, "_start_writing", full_disk)
 with_one_failing("hash", manifest, "file_hashes", OSError(5, "Input/output error"))
-with_one_failing("manifest", checkpoint, "_write_durably", OSError(28, "No space left on device"), process=0)
+with_one_failing("manifest", checkpoint, "_write_durably", full_disk, process=0)
 with_one_failing("compare", restore, "verify", manifest.Corrupt("leaf w is other"))
-with_one_failing("rename", checkpoint.Checkpoints, "_publish", OSError(30, "Read-only file system"), process=0)
+read_only = OSError(30, "Read-only file system")
+with_one_failing("rename", checkpoint.Checkpoints, "_publish", read_only, process=0)
 real = Path.write_text
 if me == 1:  # not even its report can be written
     def no_space(self, *args, **kwargs):

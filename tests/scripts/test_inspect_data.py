@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py shows exactly the learned text, from any folder, and tells one line where it can't."""
+"""scripts/inspect_data.py shows exactly the trained tokens, from any folder, or fails with one line."""
 
 import json
 import os

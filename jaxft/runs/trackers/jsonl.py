@@ -27,7 +27,7 @@ def json_value(value: Any) -> Any:
 
 
 def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-    """One line of metrics.jsonl, without the newline. Raises ValueError for a metric called "step" or "perf"."""
+    """One line of metrics.jsonl without the newline. Raises ValueError for a metric called step or perf."""
     reserved = sorted({"step", "perf"} & metrics.keys())
     if reserved:
         raise ValueError(
