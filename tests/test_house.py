@@ -30,8 +30,19 @@ MODULES = sorted(p for p in (ROOT / "jaxft").rglob("*.py") if p != ROOT / "jaxft
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
-# Attributes of other people's types that only some of them have; none of jaxft's own may be optional.
-FOREIGN = {"errno", "strerror", "__name__", "__qualname__", "__wrapped__", "__file__", "compute_capability"}
+# Members of types from Python, jax and ctypes that only some versions or platforms have; none of jaxft's own is optional.
+FOREIGN = {
+    "__name__",
+    "coords",  # TPU devices
+    "core_on_chip",  # TPU devices
+    "eqns",  # jaxprs
+    "errno",
+    "jaxpr",  # closed jaxprs
+    "key",  # keys of tree paths
+    "malloc_trim",  # glibc
+    "slice_index",  # TPU slices and hosts of GPUs
+    "unregister_event_listener",  # jax.monitoring
+}
 # Public names that several modules define for the same meaning, with the reason.
 SHARED_NAMES: dict[str, str] = {"open_tracker": "the entry point of each tracker"}
 
