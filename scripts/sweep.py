@@ -1,13 +1,13 @@
-"""A sweep: one config trained with several values of its numeric knobs, all together on one base.
+"""Sweep: train one config with several values of its numeric knobs, all together on one base.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
 
-Every combination is a run with an adapter, optimizer, clipping, log and PEFT export of its own in
-runs/<name>/<knob=value,...>/. The base is in memory once and a reference is run once for all; each run comes
-out as scripts/train.py would train it alone. The knobs may change objective, optimizer, seed and the
-adapter's rank; further settings as knob=value or section.field=value. The same command goes on with a sweep
-that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
+Every combination is a run with its own adapter, optimizer, clipping, log and PEFT export in
+runs/<name>/<knob=value,...>/. The base is in memory once and a reference runs once for all; each run has the
+same result as if scripts/train.py had trained it alone. The knobs may change objective, optimizer, seed and
+the adapter's rank; further settings follow as knob=value or section.field=value. The same command resumes a
+sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-MOST = 64  # more runs than this is most likely a mistake
+MAX_RUNS = 64  # more than this is most likely a mistake
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--together",
         action="store_true",
-        help="take the first values of all knobs, then the second ones, ...",
+        help="combine the first values of all knobs, then the second ones, ...",
     )
     parser.add_argument("--name", help="the sweep's folder in runs/; by default <config>-<knobs>")
     parser.add_argument(
@@ -49,22 +49,22 @@ def values(over: list[str], together: bool) -> list[list[str]]:
     for text in over:
         knob, equals, given = text.partition("=")
         if not equals or not knob:
-            raise ValueError(f"--over {text}: wanted knob=a,b,... such as beta=0.05,0.1")
+            raise ValueError(f"--over {text}: expected knob=a,b,... such as beta=0.05,0.1")
         if knob in knobs:
-            raise ValueError(f"--over {knob} is given twice; put all its values behind one")
+            raise ValueError(f"--over {knob} is given twice; put all its values into one")
         knobs[knob] = given.split(",")
         for value in knobs[knob]:
             _number(text, value)
         if len(set(map(float, knobs[knob]))) < len(knobs[knob]):
-            raise ValueError(f"--over {text}: a value comes twice")
+            raise ValueError(f"--over {text}: a value is given twice")
     if together and len({len(v) for v in knobs.values()}) > 1:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
-        raise ValueError(f"--together: the knobs have {counts} values; give each as many")
+        raise ValueError(f"--together: the knobs have {counts} values; give all knobs the same number")
     rows = zip(*knobs.values(), strict=True) if together else itertools.product(*knobs.values())
     found = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
-    if len(found) > MOST:
+    if len(found) > MAX_RUNS:
         raise ValueError(
-            f"that is {len(found)} runs at once, more than {MOST}; leave some values out, or use --together"
+            f"{len(found)} runs at once are more than {MAX_RUNS}; leave some values out, or use --together"
         )
     return found
 
@@ -75,7 +75,7 @@ def _number(text: str, value: str) -> None:
     except ValueError:
         ok = False
     if not ok:
-        raise ValueError(f"--over {text}: {value!r} is no number; a sweep goes over numeric knobs")
+        raise ValueError(f"--over {text}: {value!r} is not a number; a sweep is over numeric knobs")
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def main() -> int:
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
         raise ValueError(
-            "a sweep's folder is given by --name, and its runs are named by their knobs; leave name=... out"
+            "--name names a sweep's folder, and its runs are named by their knobs; leave name=... out"
         )
     name = args.name or "-".join(
         [Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])]

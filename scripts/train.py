@@ -1,8 +1,8 @@
 """Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
 
-The same command goes on with a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with
-code 143 or 130; a second one stops at once. JAXFT_TRACEBACK=1 shows where an error comes from.
-`loop.profile=10,15` traces steps 10 to 15.
+The same command resumes a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code
+143 or 130; a second one stops at once. JAXFT_TRACEBACK=1 shows where an error comes from. `loop.profile=10:15`
+traces steps 10 to 15.
 """
 
 import argparse

@@ -60,7 +60,7 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_durable_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def read_json(path: Path) -> Any:
+def read_saved_json(path: Path) -> Any:
     """Read a JSON file of the run folder. Raises ValueError that names a damaged one."""
     try:
         return json.loads(path.read_text())
@@ -104,31 +104,23 @@ def _versions() -> dict[str, Any]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write config.json and env.json."""
-    write_json(folder / "config.json", record)
-    write_json(folder / "env.json", environment())
+    write_durable_json(folder / "config.json", record)
+    write_durable_json(folder / "env.json", environment())
 
 
 # Resuming
 
 
-def resume_point(folder: Path, record: dict[str, Any], has_checkpoint: bool) -> tuple[int, list[str]]:
-    """(steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for
-    other changes.
-    """
-    steps = finished_steps(folder)
-    return steps, changes_since_start(folder, record) if steps or has_checkpoint else []
-
-
 def finished_steps(folder: Path) -> int:
     """The number of steps of a finished run, 0 for one that is not finished."""
     path = folder / "summary.json"
-    return int(read_json(path)["steps"]) if path.exists() else 0
+    return int(read_saved_json(path)["steps"]) if path.exists() else 0
 
 
 def changes_since_start(folder: Path, record: dict[str, Any]) -> list[str]:
     """`permitted_changes` to the settings in the folder's config.json, if it has one."""
     path = folder / "config.json"
-    return permitted_changes(folder, read_json(path), record) if path.exists() else []
+    return permitted_changes(folder, read_saved_json(path), record) if path.exists() else []
 
 
 def permitted_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -166,7 +158,7 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
         raise FileNotFoundError(
             f"{folder}: not a run's folder, it has no config.json; runs are in runs/<name>"
         )
-    record = read_json(folder / "config.json")
+    record = read_saved_json(folder / "config.json")
     if (folder / "adapter" / "adapter_config.json").is_file():
         return _base_weights(folder, record), folder / "adapter", record
     if (folder / "model" / "config.json").is_file():

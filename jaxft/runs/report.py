@@ -86,7 +86,8 @@ def empty_slot_lines(rows: StepRows) -> list[str]:
     return [
         f"{slots - filled} of the {slots} slots for {rows.unit} in a step are empty "
         f"({100 * (1 - filled / slots):.0f} %): data.batch={rows.batch} is split into "
-        f"data.micro={rows.micro} microbatches, each sharded over {rows.shards} devices or groups of devices; {remedy} fills them"
+        f"data.micro={rows.micro} microbatches, each sharded over {rows.shards} devices "
+        f"or groups of devices; {remedy} fills them"
     ]
 
 
@@ -97,7 +98,7 @@ def parameter_line(model: ModelSummary) -> str:
     return line + (f"; frozen: {model.quantised}" if model.quantised else "")
 
 
-def startup_lines(
+def header_lines(
     devices: str, model: ModelSummary, data_lines: list[str], preview: str, resumed: list[str]
 ) -> list[str]:
     """The lines printed before anything is loaded.

@@ -93,7 +93,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     overview = None
     if job.sweep is not None:
         record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
-        runfolder.write_json(job.folder / "config.json", record)
+        runfolder.write_durable_json(job.folder / "config.json", record)
         overview = Log(job.folder, job.steps, first, trackers=trackers)
     found = Logs(logs, overview)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))):
@@ -107,7 +107,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     """Return the lines printed before anything is loaded. first: steps done before."""
     lead, info = job.lead, job.info
     rows = programs.step_rows(lead.run.data, sharding.row_shards(lead.programs.mesh))
-    lines = report.startup_lines(
+    lines = report.header_lines(
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         programs.model_summary(lead.programs),
         [f"{info.stats.summary}; {job.steps} steps", *report.empty_slot_lines(rows)],

@@ -204,7 +204,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
 def _check_members(job: Job) -> None:
     """Raise ValueError if the folder is that of a sweep with other members."""
     path, labels = job.folder / "config.json", [member.label for member in job.members]
-    known = runfolder.read_json(path)["members"] if path.exists() else labels
+    known = runfolder.read_saved_json(path)["members"] if path.exists() else labels
     if known != labels:
         raise ValueError(
             f"{job.folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. Choose another --name."

@@ -79,7 +79,7 @@ def write_reports(
                 "after": after[number],
                 "alarms": logs.members[number].alarms,
             }
-            runfolder.write_json(member.folder / "summary.json", {"steps": job.steps, **summary})
+            runfolder.write_durable_json(member.folder / "summary.json", {"steps": job.steps, **summary})
         if job.sweep is not None:
             ends = [
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}

@@ -97,7 +97,7 @@ def write_table(
     ends = [{**after[label], **_of_training(curves[label])} for label in before]
     table = compare.Table.of(list(before), list(before.values()), ends)
     compare.write(folder, name, table, curves)
-    runfolder.write_json(folder / "summary.json", {"steps": steps, "members": table.as_json()})
+    runfolder.write_durable_json(folder / "summary.json", {"steps": steps, "members": table.as_json()})
     return table.text()
 
 

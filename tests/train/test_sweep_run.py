@@ -261,10 +261,10 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--over", "beta"], "--over beta: wanted knob=a,b,... such as beta=0.05,0.1"),
-        (["--over", "beta=0.1,high"], "'high' is no number; a sweep goes over numeric knobs"),
-        (["--over", "beta=0.1,0.10"], "a value comes twice"),
-        (["--over", "beta=0.1,0.2", "name=mine"], "a sweep's folder is given by --name"),
+        (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
+        (["--over", "beta=0.1,high"], "'high' is not a number; a sweep is over numeric knobs"),
+        (["--over", "beta=0.1,0.10"], "a value is given twice"),
+        (["--over", "beta=0.1,0.2", "name=mine"], "--name names a sweep's folder"),
         (
             ["--over", "beta=0.1,0.2", "--at-once", "0"],
             "2 adapters don't divide into blocks of 0; use one of 1, 2",
