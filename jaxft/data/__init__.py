@@ -1,1 +1,1 @@
-"""Rows of text in, batches of tokens out: reading, formats, chat templates and loss masks, packing, sources."""
+"""From rows of text to batches of tokens: files, formats, chat templates, loss masks, packing and sources."""

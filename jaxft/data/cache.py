@@ -18,8 +18,8 @@ from jaxtyping import Shaped
 from jaxft.data.rows import Row
 
 CORRUPT_FILE = (  # what zipfile and numpy raise for flipped bits
-    OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError, TypeError,
-    zipfile.BadZipFile, zlib.error, struct.error,
+    OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
+    TypeError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -32,7 +32,9 @@ def row_cache_folder(cache: Path | None = None) -> Path:
 
 
 def content_key(rows: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) -> str:
-    """Hash all that decides the tokens: rows, tokenizer, chat template, settings and the version of the tokenising code."""
+    """Hash all that decides the tokens: rows, tokenizer, chat template, settings and the version of the
+    tokenising code.
+    """
     digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
@@ -48,8 +50,8 @@ def load_or_make(
 ) -> tuple[Arrays, str]:
     """Return the arrays of a cache file, or make and store them; and how they came about.
 
-    The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". A cache that cannot
-    be written only costs time.
+    The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". A cache
+    that cannot be written only costs time.
     """
     state = "built"
     if path.exists():
@@ -76,7 +78,10 @@ def load_arrays(path: Path, dtypes: Mapping[str, Any]) -> Arrays | None:
 
 
 def save_arrays(path: Path, arrays: Arrays) -> str | None:
-    """Write to a temporary file and rename it, so that no reader sees half a file. Return the reason of a failure."""
+    """Write to a temporary file and rename it, so that no reader sees half a file.
+
+    Return the reason of a failure.
+    """
     temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # hosts may share the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Tokenise examples with an exact loss mask.
 
-Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding special
-tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that the tokenizer adds, and
-EOS. The loss mask is computed on the rendered text, as ranges of characters, and mapped to tokens by their offsets: a token
-is a target if it contains any character of a response. An assistant turn is what the template's {% generation %} markers
-enclose or, without markers, everything after the prompt that generation would start from. It includes the end-of-turn
-token, from which the model learns to stop. Text rows have no prompt and are learned whole.
+Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
+special tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that
+the tokenizer adds, and EOS. The loss mask is computed on the rendered text, as ranges of characters, and
+mapped to tokens by their offsets: a token is a target if it contains any character of a response. An
+assistant turn is what the template's {% generation %} markers enclose or, without markers, everything after
+the prompt that generation would start from. It includes the end-of-turn token, from which the model learns to
+stop. Text rows have no prompt and are learned whole.
 
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
@@ -24,7 +25,7 @@ from jaxtyping import Bool, Int
 
 from jaxft.data.formats import Chat, Completion, Example, Message, Text
 
-DATE = "26 Jul 2024"  # Llama 3's own default; a template that prints today's date would change tokens at midnight
+DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 LOSS_ON = ("completion", "assistant", "all")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -37,7 +38,8 @@ Span = tuple[int, int]
 class Template:
     """A tokenizer's chat template with a pinned date.
 
-    marked: it has {% generation %} markers. opening: the generation prompt. closing: matches an end-of-turn token.
+    marked: it has {% generation %} markers. opening: the generation prompt. closing: matches an end-of-turn
+    token.
     """
 
     tokenizer: Any
@@ -50,7 +52,10 @@ class Template:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered example. learned: the character ranges that are targets. begin, end: whether to add BOS and EOS."""
+    """A rendered example.
+
+    learned: the character ranges that are targets. begin, end: whether to add BOS and EOS.
+    """
 
     name: str
     text: str
@@ -60,7 +65,9 @@ class Rendered:
 
 
 def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
-    """Return the tokenizer's template with today's date replaced by `date` ("26 Jul 2024"), None if it has none."""
+    """Return the tokenizer's template with today's date replaced by `date` ("26 Jul 2024"), None if it has
+    none.
+    """
     if not tokenizer.chat_template:
         return None
     try:
@@ -99,8 +106,8 @@ def _opening(bare: Template) -> str:
 def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
     """Return the special tokens that open a turn.
 
-    These are the tokens of the generation prompt, and those between a response and the next question that do not follow a
-    last response as well.
+    These are the tokens of the generation prompt, and those between a response and the next question that do
+    not follow a last response as well.
     """
     turns = [
         {"role": role, "content": text}
@@ -130,8 +137,10 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
             return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
         case _:
             raise ValueError(
-                f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an instruct model's "
-                "tokenizer, put chat_template.jinja into the model's folder, or use plain strings as prompt and completion"
+                f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an "
+                "instruct model's "
+                "tokenizer, put chat_template.jinja into the model's folder, or use plain strings as prompt "
+                "and completion"
             )
 
 
@@ -141,7 +150,8 @@ def tokenise_examples(
     """Yield (token ids, loss mask) of each example in order, untruncated."""
     if not tokenizer.is_fast:
         raise ValueError(
-            "loss masks need character offsets, which a slow tokenizer does not have; use a fast one (tokenizer.json)"
+            "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
+            "(tokenizer.json)"
         )
     template = template_of(tokenizer, date)
     for at in range(0, len(examples), 1024):
@@ -167,7 +177,10 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE
 def example_prompt_ids(
     examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
 ) -> Iterator[list[int]]:
-    """Yield the token ids that generation of each example's response starts from. Raises ValueError that names the row."""
+    """Yield the token ids that generation of each example's response starts from.
+
+    Raises ValueError that names the row.
+    """
     template = template_of(tokenizer, date)
     for example in examples:
         if isinstance(example, Completion):
@@ -178,7 +191,8 @@ def example_prompt_ids(
         except (jinja2.TemplateError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{example.name}: the chat template rejects the prompt without a response: {reason}; fix the row or set "
+                f"{example.name}: the chat template rejects the prompt without a response: {reason}; fix the "
+                "row or set "
                 "data.format=plain"
             ) from error
 
@@ -198,7 +212,9 @@ def _chat_ids(
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
-    """Return an instruction as plain text for a tokenizer without a chat template, the system message in front."""
+    """Return an instruction as plain text for a tokenizer without a chat template, the system message in
+    front.
+    """
     *system, user = [m["content"] for m in messages]
     return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
 
@@ -211,16 +227,16 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
     if not texts:
         return iter(())
     out = tokenizer(
-        texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, truncation=False,
-        padding=False, verbose=False,
+        texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
+        truncation=False, padding=False, verbose=False,
     )  # fmt: skip
     return zip(out["input_ids"], out["offset_mapping"], strict=True)
 
 
 def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> tuple[np.ndarray, np.ndarray]:
     first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
-    # Byte-level tokenizers leave a leading space out of a token's offsets: the token starts where the one before it ends.
-    # Pieces of one character share its offsets, so the earlier of the two counts.
+    # Byte-level tokenizers exclude a leading space from a token's offsets: the token starts where the previous
+    # one ends. Pieces of one character share its offsets, so the earlier of the two is used.
     first = np.minimum(first, np.concatenate([[0], last])[:-1])
     learned = np.zeros(len(ids), bool)
     for start, end in r.learned:
@@ -244,8 +260,8 @@ def _render(
     template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
 ) -> str:
     return template.tokenizer.apply_chat_template(
-        list(messages), tools=tools, chat_template=template.source, tokenize=False, add_generation_prompt=generation,
-        date_string=template.date,
+        list(messages), tools=tools, chat_template=template.source, tokenize=False,
+        add_generation_prompt=generation, date_string=template.date,
     )  # fmt: skip
 
 
@@ -254,7 +270,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     targets = [i for i in turns if loss_on != "completion" or i >= chat.response]
     if not targets and loss_on != "all":
         raise ValueError(
-            f"{chat.name}: the loss mask is empty because there is no assistant turn; add one, remove the row or set "
+            f"{chat.name}: the loss mask is empty because there is no assistant turn; add one, remove the "
+            "row or set "
             "data.loss_on=all"
         )
     try:
@@ -271,7 +288,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
             learned = [_turn(template, chat, text, i) for i in targets]
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(
-            f"{chat.name}: the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove the row"
+            f"{chat.name}: the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove "
+            "the row"
         ) from error
     bare = [
         template.closing.sub("", text[start:end]) if template.closing else text[start:end]
@@ -279,7 +297,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     ]
     if not any(map(str.strip, bare)):
         raise ValueError(
-            f"{chat.name}: the loss mask is empty because the chat template omits the response; use another tokenizer or "
+            f"{chat.name}: the loss mask is empty because the chat template omits the response; use another "
+            "tokenizer or "
             "chat template"
         )
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not _closed(template, text)
@@ -290,17 +309,18 @@ def _render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered: Any = render_jinja_template(  # (texts, ranges enclosed by the markers)
-        conversations=[list(chat.messages)], tools=chat.tools, chat_template=template.source, return_assistant_tokens_mask=True,
-        date_string=template.date, **template.tokenizer.special_tokens_map,
+        conversations=[list(chat.messages)], tools=chat.tools, chat_template=template.source,
+        return_assistant_tokens_mask=True, date_string=template.date, **template.tokenizer.special_tokens_map,
     )  # fmt: skip
     return rendered[0][0], rendered[1][0]
 
 
 def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
-    """Return the range of assistant turn `index` in the rendered conversation, including its end-of-turn token.
+    """Return the range of assistant turn `index` in the rendered conversation, including its end-of-turn
+    token.
 
-    The content is searched after the rendered messages before it. If the template rewrites earlier turns or the response
-    itself, the range is found by rendering the conversation with another response in its place.
+    The content is searched after the rendered messages before it. If the template rewrites earlier turns or
+    the response itself, the range is found by rendering the conversation with another response in its place.
     """
     message = chat.messages[index]
     start = _start(template, chat, text, index)
@@ -321,7 +341,9 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
-    """Return where generation would start: after the previous messages and the generation prompt, if there is one."""
+    """Return where generation would start: after the previous messages and the generation prompt, if there is
+    one.
+    """
     if index == 0:
         return None
     prefix = _render(template, chat.messages[:index], chat.tools, generation=True)
@@ -343,14 +365,16 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _exchanged(template: Template, chat: Chat, index: int) -> list[str]:
-    """Render the conversation with two other responses in turn `index` that share no first or last character."""
+    """Render the conversation with two other responses in turn `index` without a common first or last character."""
     before, after = chat.messages[:index], chat.messages[index + 1 :]
     others = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
     return [_render(template, [*before, other, *after], chat.tools) for other in others]
 
 
 def _extended(template: Template, text: str, start: int, end: int) -> int:
-    """Return the end of a marked turn including its end-of-turn token: without it the model would not learn to stop."""
+    """Return the end of a marked turn including its end-of-turn token: without it the model would not learn
+    to stop.
+    """
     return end if _closed(template, text[start:end]) else _close(template, text, end) or end
 
 

@@ -8,8 +8,8 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
     instruction        {"instruction", "response" or "output"} and optionally "input" and "system" (Alpaca)
     conversations      {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
 
-`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's. Conversations may
-have a column "tools" (JSON schemas).
+`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's.
+Conversations may have a column "tools" (JSON schemas).
 """
 
 import json
@@ -36,8 +36,8 @@ Message = dict[str, Any]
 class Schemas:
     """The formats of one kind of rows.
 
-    required: the columns of each format; a tuple lists the accepted names of one column. optional: further columns that
-    a format may have. example: a value of data.columns for error messages.
+    required: the columns of each format; a tuple lists the accepted names of one column. optional: further
+    columns that a format may have. example: a value of data.columns for error messages.
     """
 
     required: dict[str, tuple[tuple[str, ...], ...]]
@@ -110,7 +110,9 @@ def normalise_rows(rows: Sequence[Row], format: str = "auto", columns: Sequence[
 def detect_format(
     rows: Sequence[Row], format: str, columns: Sequence[str], schemas: Schemas
 ) -> tuple[str, Iterator[Row]]:
-    """Return the name of the format, and the rows with renamed columns and all columns that the format requires."""
+    """Return the name of the format, and the rows with renamed columns and all columns that the format
+    requires.
+    """
     mapping = _column_mapping(columns, schemas)
     first = _rename(rows[0], mapping, schemas)
     chosen = _detect(first, set(mapping), schemas) if format == "auto" else format
@@ -141,7 +143,8 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
             )
         if ours not in known:
             raise ValueError(
-                f"data.columns: {item!r} maps to unknown column {ours!r}; use one of {', '.join(nearest(ours, known))}"
+                f"data.columns: {item!r} maps to unknown column {ours!r}; use one of "
+                f"{', '.join(nearest(ours, known))}"
             )
         if ours in mapping:
             raise ValueError(
@@ -188,10 +191,12 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
     columns = ", ".join(map(str, row.fields))
     if fits:
         raise ValueError(
-            f"{row.name}: the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them"
+            f"{row.name}: the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one "
+            "of them"
         )
     raise ValueError(
-        f"{row.name}: the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename columns with "
+        f"{row.name}: the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename "
+        "columns with "
         f"data.columns={schemas.example}"
     )
 
@@ -222,7 +227,10 @@ def _example(row: Row, format: str) -> Example:
 
 
 def text_of(row: Row, column: str, empty: bool = False) -> str:
-    """Return the column's text. Raises ValueError, naming the row, if it is no string, or blank and not `empty`."""
+    """Return the column's text.
+
+    Raises ValueError, naming the row, if it is no string, or blank and not `empty`.
+    """
     value = row.fields[column]
     if not isinstance(value, str):
         raise ValueError(f"{row.name}: column {column!r} has type {type(value).__name__}; use a string")
@@ -268,7 +276,10 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
 
 
 def messages_of(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
-    """Return the column's messages with the roles user, assistant, system and tool. Errors name the row and the message."""
+    """Return the column's messages with the roles user, assistant, system and tool.
+
+    Errors name the row and the message.
+    """
     value = json_of(row, column)
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
@@ -289,7 +300,8 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
         )
         if unlearned:
             raise ValueError(
-                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; remove the key or "
+                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; "
+                "remove the key or "
                 "the row, and set data.loss_on"
             )
         rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
@@ -332,7 +344,8 @@ def _prompt_completion(row: Row) -> Example:
     lists = [isinstance(json_of(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
         raise ValueError(
-            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; use two strings or two lists"
+            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; use two strings or "
+            "two lists"
         )
     if not lists[0]:
         return Completion(row.name, text_of(row, "prompt", empty=True), text_of(row, "completion"))

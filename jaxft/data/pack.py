@@ -1,8 +1,9 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
 
-First-fit decreasing within windows of WINDOW examples. The seed alone decides which window an example falls in. From epoch
-to epoch examples change places only with examples of the same length and the same number of read positions, so every epoch
-has the same number of rows and the same largest row, and one compiled program serves all of them.
+First-fit decreasing within windows of WINDOW examples. The seed alone decides which window an example falls
+in. From epoch to epoch examples change places only with examples of the same length and the same number of
+read positions, so every epoch has the same number of rows and the same largest row, and one compiled program
+serves all of them.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class RowPlan:
 
 
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
-    """Return a shuffle of range(count) that depends on the integers in `key` alone, in every version of numpy."""
+    """Return a shuffle of range(count) that depends on the integers in `key` alone, in every version of
+    numpy.
+    """
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _mix(state + np.uint64(part % 2**64))
@@ -61,13 +64,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the row of each example if each in turn goes into the first row with enough room; lengths must not increase.
+    """Return the row of each example if each in turn goes into the first row with enough room; lengths must
+    not increase.
 
-    Examples of one length are placed together: a row receives room // length of them before the next row gets any.
+    Examples of one length are placed together: a row receives room // length of them before the next row gets
+    any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
-            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; use lengths of 1 to {size}"
+            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; use lengths of 1 to "
+            f"{size}"
         )
     rows = np.empty(len(lengths), np.int64)
     values, counts = np.unique(-lengths, return_counts=True)
@@ -94,7 +100,9 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
 def pack_rows(
     lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
 ) -> RowPlan:
-    """Pack the examples into rows of at most `size` tokens, each example into exactly one row, and shuffle the rows."""
+    """Pack the examples into rows of at most `size` tokens, each example into exactly one row, and shuffle
+    the rows.
+    """
     rank = np.empty(len(lengths), np.int64)
     rank[permutation(len(lengths), seed, 1, epoch)] = np.arange(len(lengths))
     windows = permutation(len(lengths), seed, 2)

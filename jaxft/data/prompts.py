@@ -1,4 +1,4 @@
-"""Prompts that a policy is trained on with its own completions, and the columns that reward functions read."""
+"""Prompts of policies that are trained on their own completions, and the columns that rewards read."""
 
 import hashlib
 import json
@@ -26,13 +26,15 @@ RESPONSE_COLUMNS = ("response", "output", "completion", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class Prompts(DataSettings):
-    """Prompts of a run that trains on its own completions, how they are sampled, and how they become optimizer steps.
+    """Prompts of a run that trains on its own completions, how they are sampled, and how they become
+    optimizer steps.
 
-    format: "chat" uses a string as the user's turn, "plain" as text to continue. max_prompt, max_new: tokens of a
-    prompt and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts of a rollout.
-    group: completions of each. eval_group: completions of each held-out prompt. temperature, top_k, top_p: of the
-    sampler. passes: how often the policy is trained on a rollout (PPO's epochs, GRPO's iterations), each time in
-    `minibatches` optimizer steps, each of these in `micro` microbatches. Other fields: see DataSettings.
+    format: "chat" uses a string as the user's turn, "plain" as text to continue. max_prompt, max_new: tokens
+    of a prompt and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts
+    of a rollout. group: completions of each. eval_group: completions of each held-out prompt. temperature,
+    top_k, top_p: of the sampler. passes: how often the policy is trained on a rollout (PPO's epochs, GRPO's
+    iterations), each time in `minibatches` optimizer steps, each of these in `micro` microbatches. Other
+    fields: see DataSettings.
     """
 
     format: str = "chat"
@@ -57,18 +59,21 @@ class Prompts(DataSettings):
         self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
-                f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} of "
+                f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} "
+                "of "
                 f"data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
             )
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"data.temperature={self.temperature}; use a number of at least 0 (greedy)")
         if self.group > 1 and self.temperature == 0:
             raise ValueError(
-                f"data.temperature=0 samples the same completion {self.group} times; raise it, or set data.group=1"
+                f"data.temperature=0 samples the same completion {self.group} times; raise it, or set "
+                "data.group=1"
             )
         if self.eval_group > self.group:
             raise ValueError(
-                f"data.eval_group={self.eval_group} is more than data.group={self.group}, which rows have room for; "
+                f"data.eval_group={self.eval_group} is more than data.group={self.group}, which rows have "
+                "room for; "
                 "lower it"
             )
         if self.top_k is not None and self.top_k < 1:
@@ -98,13 +103,15 @@ def padded_length(size: int) -> int:
 
 
 def group_row_shape(data: Prompts, longest: int) -> RowShape:
-    """Return the shape of a row that holds a prompt of `longest` tokens and a group of the longest completions."""
+    """Return the shape of a row that holds a prompt of `longest` tokens and a group of the longest
+    completions.
+    """
     completions = data.group * data.max_new
     return RowShape(padded_length(longest + completions), padded_length(completions))
 
 
 def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rollout:
-    """Return the shapes of an optimizer step's batch [micro, rows, ...]; a row holds a prompt and its group."""
+    """Return the shapes of a step's batch [micro, rows, ...]; a row holds a prompt and its group."""
     rows = round_up(data.units_per_step // data.micro, shards)
 
     def array(last: int, dtype: Any) -> Any:
@@ -121,7 +128,10 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
 
 @dataclass(frozen=True)
 class TokenisedPrompts:
-    """Prompts as token ids, with the names and columns of their rows. prompts: as strings or lists of messages."""
+    """Prompts as token ids, with the names and columns of their rows.
+
+    prompts: as strings or lists of messages.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
@@ -140,7 +150,10 @@ class TokenisedPrompts:
 
 
 def prompt_of(row: Row) -> str | list[Message]:
-    """Return a row's prompt: a string, or the messages up to the response. Raises ValueError that names the row."""
+    """Return a row's prompt: a string, or the messages up to the response.
+
+    Raises ValueError that names the row.
+    """
     fields = {name: value for name, value in row.fields.items() if name not in RESPONSE_COLUMNS}
     if isinstance(fields.get("prompt"), str) and not _is_conversation(fields["prompt"]):
         return formats.text_of(row, "prompt")
@@ -184,7 +197,8 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
         if len(tokens) > data.max_prompt:
             if data.too_long == "error":
                 raise ValueError(
-                    f"{row.name}: the prompt has {len(tokens)} tokens, more than data.max_prompt={data.max_prompt}; raise it "
+                    f"{row.name}: the prompt has {len(tokens)} tokens, more than "
+                    f"data.max_prompt={data.max_prompt}; raise it "
                     "or set data.too_long=drop"
                 )
             dropped += 1
@@ -208,7 +222,8 @@ def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, token
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(
-            f"{row.name}: the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove the row"
+            f"{row.name}: the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove "
+            "the row"
         ) from error
     if not tokens:
         raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
@@ -242,7 +257,8 @@ def split_prompts(data: Prompts, tokenizer: Any) -> tuple[TokenisedPrompts, Toke
     distinct = list(dict.fromkeys(prompts.ids))
     if len(distinct) < 2:
         raise ValueError(
-            f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set data.held_out=none"
+            f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
+            "data.held_out=none"
         )
     count = data.held_out_count(len(distinct))
     held = {distinct[i] for i in permutation(len(distinct), data.seed, 0)[:count]}
@@ -252,7 +268,9 @@ def split_prompts(data: Prompts, tokenizer: Any) -> tuple[TokenisedPrompts, Toke
 
 
 def prompts_of_rollout(data: Prompts, count: int, rollout: int) -> Int[np.ndarray, " batch"]:
-    """Return which of `count` prompts a rollout uses: a part of an endless sequence that is reshuffled every epoch."""
+    """Return which of `count` prompts a rollout uses: a part of an endless sequence that is reshuffled every
+    epoch.
+    """
     numbers = rollout * data.batch + np.arange(data.batch)
     orders = {
         epoch: permutation(count, data.seed, 4, epoch) for epoch in np.unique(numbers // count).tolist()

@@ -1,7 +1,8 @@
 """Read rows from JSONL, JSON, CSV, Parquet, a folder of those, or a dataset of the Hugging Face hub.
 
-Local text files need nothing but the standard library; pyarrow and datasets are imported where they are used. Every row has
-a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step print.
+Local text files need nothing but the standard library; pyarrow and datasets are imported where they are used.
+Every row has a name such as `file.jsonl:17`, which errors, the inspector and the report of a non-finite step
+print.
 """
 
 import csv
@@ -23,7 +24,9 @@ class Row(NamedTuple):
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` under the working directory, else under the repository, None if neither has it."""
+    """Return the file or folder `ref` under the working directory, else under the repository, None if neither
+    has it.
+    """
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(REPOSITORY / ref)
@@ -33,7 +36,8 @@ def find_data(ref: str) -> Path | None:
 def read_rows(ref: str) -> list[Row]:
     """Return all rows of a file, a folder (its files by name) or `org/name[/config][:split]` on the hub.
 
-    Raises FileNotFoundError if `ref` is none of these, and ValueError, naming file and line, if a row cannot be read.
+    Raises FileNotFoundError if `ref` is none of these, and ValueError, naming file and line, if a row cannot
+    be read.
     """
     path = find_data(ref)
     if path is not None:
@@ -43,7 +47,8 @@ def read_rows(ref: str) -> list[Row]:
     else:
         raise FileNotFoundError(
             f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; "
-            f"use a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub dataset org/name[/config][:split]"
+            f"use a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub dataset "
+            "org/name[/config][:split]"
         )
     if not rows:
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")
@@ -181,7 +186,8 @@ def _read_hub(ref: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"data {ref!r} is no local file, and hub datasets need the package datasets; run `pip install datasets`"
+            f"data {ref!r} is no local file, and hub datasets need the package datasets; run `pip install "
+            "datasets`"
         ) from error
     dataset, _, split = ref.partition(":")
     org, name, *config = dataset.split("/")

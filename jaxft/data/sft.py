@@ -1,4 +1,6 @@
-"""SFT rows as batches: batch k is a pure function of (rows, tokenizer, settings, k), so one integer resumes it."""
+"""SFT rows as batches: batch k is a pure function of (rows, tokenizer, settings, k), so one integer resumes
+it.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -24,14 +26,15 @@ WEIGHTING = ("token", "sequence")
 
 @dataclass(frozen=True)
 class Rows(DataSettings):
-    """Documents, prompts with completions, or conversations for next-token prediction: the data of an SFT run.
+    """Documents, prompts with completions, or conversations for next-token prediction: the data of an SFT
+    run.
 
     format: "auto" or a name of formats.FORMATS. loss_on: "completion" (the last response), "assistant" (every
-    assistant turn) or "all"; text rows are learned whole. max_length: tokens of a row. too_long: "truncate" keeps the
-    start, "drop" leaves the example out, "error" stops. packing: several examples share a row of max_length tokens
-    and do not attend to one another. weighting: "token" gives every learned token of the optimizer batch the same
-    weight, "sequence" every example. Other fields: see DataSettings; batch counts packed rows, or examples without
-    packing.
+    assistant turn) or "all"; text rows are learned whole. max_length: tokens of a row. too_long: "truncate"
+    keeps the start, "drop" leaves the example out, "error" stops. packing: several examples share a row of
+    max_length tokens and do not attend to one another. weighting: "token" gives every learned token of the
+    optimizer batch the same weight, "sequence" every example. Other fields: see DataSettings; batch counts
+    packed rows, or examples without packing.
     """
 
     format: str = "auto"
@@ -101,7 +104,9 @@ class Rows(DataSettings):
 
 @dataclass(frozen=True)
 class RowStats(SourceStats):
-    """Counts of tokenised rows: rows of an epoch's batches, their size, and the lengths of the training examples."""
+    """Counts of tokenised rows: rows of an epoch's batches, their size, and the lengths of the training
+    examples.
+    """
 
     truncated: int
     tokens: int
@@ -194,7 +199,9 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
 
 
 def _read_length(examples: TokenisedRows, plans: tuple[RowPlan, ...], size: int) -> int:
-    """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a program."""
+    """Return the most read positions of a row, rounded up to 1/8 of the row so that similar data share a
+    program.
+    """
     most = max(int(np.add.reduceat(examples.reads[p.members], p.offsets[:-1]).max()) for p in plans if p.rows)
     step = max(1, size // 8)
     return min(pack.round_up(most, step), size)

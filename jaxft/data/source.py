@@ -1,4 +1,6 @@
-"""The interface between data and the train loop: settings open a source, and a source returns batches by step."""
+"""The interface between data and the train loop: settings open a source, and a source returns batches by
+step.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,10 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceStats:
-    """Counts of a source's rows. largest_id: the largest token id. summary: one line for the start of a run."""
+    """Counts of a source's rows.
+
+    largest_id: the largest token id. summary: one line for the start of a run.
+    """
 
     examples: int
     held_out: int
@@ -36,9 +41,9 @@ class SourceStats:
 class SourceInfo:
     """What a source says about itself before the first batch.
 
-    steps: optimizer steps of all epochs. fingerprint: a hash of all that decides the batches. preview: the first
-    training row as text. steps_per_rollout: optimizer steps between two points where the run may be saved.
-    samples: whether batches are sampled from the model, which takes as long as an evaluation.
+    steps: optimizer steps of all epochs. fingerprint: a hash of all that decides the batches. preview: the
+    first training row as text. steps_per_rollout: optimizer steps between two points where the run may be
+    saved. samples: whether batches are sampled from the model, which takes as long as an evaluation.
     dependencies: fingerprints of other models that the batches depend on, by their name in the run's record.
     """
 
@@ -55,8 +60,8 @@ class SourceInfo:
 class Source(Protocol[Run]):
     """Batches by step.
 
-    Arrays of a training batch are [micro, rows, ...], those of a held-out batch [1, rows, ...]; each kind of weights
-    sums to 1 over a training batch and over all held-out batches together. All are NumPy arrays.
+    Arrays of a training batch are [micro, rows, ...], those of a held-out batch [1, rows, ...]; each kind of
+    weights sums to 1 over a training batch and over all held-out batches together. All are NumPy arrays.
     """
 
     @property
@@ -72,10 +77,15 @@ class Source(Protocol[Run]):
         """Batches for evaluation. Empty if nothing is held out or `evaluate` does it."""
 
     def bind(self, run: Run, saved: dict[str, Any] | None) -> "Source[Run]":
-        """Return the source that makes batches for this run. saved: `state_dict` of the checkpoint to resume from."""
+        """Return the source that makes batches for this run.
+
+        saved: `state_dict` of the checkpoint to resume from.
+        """
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Return the batch of an optimizer step and metrics of how it was made: a function of step and state alone."""
+        """Return the batch of an optimizer step and metrics of how it was made: a function of step and state
+        alone.
+        """
 
     def evaluate(self, state: TrainState) -> dict[str, float] | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
@@ -91,7 +101,10 @@ class Source(Protocol[Run]):
 
 
 class Dataset(Protocol):
-    """Settings of a run's data, the type of `Run.data`. unit: what `batch` counts, "rows", "pairs" or "prompts"."""
+    """Settings of a run's data, the type of `Run.data`.
+
+    unit: what `batch` counts, "rows", "pairs" or "prompts".
+    """
 
     unit: ClassVar[str]
 

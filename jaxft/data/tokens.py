@@ -34,9 +34,9 @@ class TokenSettings:
 class TokenisedRows:
     """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
 
-    learned: marks the tokens that are targets; the first token of an example never is. kept: the dataset row of each
-    example. cut: marks truncated examples. names: of the dataset rows. cache: how the arrays came about, see
-    cache.load_or_make.
+    learned: marks the tokens that are targets; the first token of an example never is. kept: the dataset row
+    of each example. cut: marks truncated examples. names: of the dataset rows. cache: how the arrays came
+    about, see cache.load_or_make.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
@@ -100,7 +100,8 @@ def row_names(ref: str, rows: Sequence[Row], arrays: Arrays, max_length: int) ->
     """Return the names of the rows that were not dropped. Raises ValueError if none is left."""
     if not len(arrays["kept"]):
         raise ValueError(
-            f"{ref}: all {len(rows)} rows were dropped because they are longer than data.max_length={max_length}; "
+            f"{ref}: all {len(rows)} rows were dropped because they are longer than "
+            f"data.max_length={max_length}; "
             "raise it"
         )
     return tuple(rows[i].name for i in arrays["kept"])
@@ -111,7 +112,8 @@ def split_rows(
 ) -> tuple[SomeRows, Int[np.ndarray, " train"], Int[np.ndarray, " held"]]:
     """Return all examples, and the indices of the training and of the held-out ones.
 
-    tokenise(ref): reads a dataset. held_out(examples): a mask of those to hold out if data.held_out is a fraction.
+    tokenise(ref): reads a dataset. held_out(examples): a mask of those to hold out if data.held_out is a
+    fraction.
     """
     examples = tokenise(settings.train)
     everything = np.arange(len(examples))
@@ -122,7 +124,8 @@ def split_rows(
         return examples.concatenate(held), everything, len(examples) + np.arange(len(held))
     if len(examples) < 2:
         raise ValueError(
-            f"{settings.train}: data.held_out={settings.held_out} cannot split a single row; set data.held_out=none"
+            f"{settings.train}: data.held_out={settings.held_out} cannot split a single row; set "
+            "data.held_out=none"
         )
     mask = held_out(examples)
     return examples, everything[~mask], everything[mask]
@@ -155,7 +158,8 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> A
 def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
     if not learned.any():
         raise ValueError(
-            f"{name}: the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or set another "
+            f"{name}: the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or "
+            "set another "
             "data.loss_on"
         )
     limit = settings.max_length
@@ -164,7 +168,8 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
     remedy = "raise data.max_length or set data.too_long=drop"
     if not learned[:limit].any():
         raise ValueError(
-            f"{name}: the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no room for a "
+            f"{name}: the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
+            "room for a "
             f"response; {remedy}"
         )
     if settings.too_long == "error":

@@ -327,7 +327,7 @@ def rollout_info(
         fingerprint=prompts.prompts_fingerprint(data, train, held),
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,
-        dependencies={f"reward_{name}_identity": x for name, x in fingerprints.items() if x is not None},
+        dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
     )
 
 

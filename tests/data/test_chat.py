@@ -36,7 +36,9 @@ def learned_text(kind, ids, learned):
 
 
 def expected(kind, answers, last):
-    """The text that is learned: each answer and what ends it; the templates' own additions are spelled out here."""
+    """The text that is learned: each answer and what ends it; the templates' own additions are spelled out
+    here.
+    """
     texts = [answer + KINDS[kind][3] for answer in answers]
     if kind == "llama2":
         texts = [" " + text for text in texts]

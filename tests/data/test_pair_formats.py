@@ -1,4 +1,6 @@
-"""Preference rows of every format become one prompt and its answers, and each way to be wrong is one clear line."""
+"""Preference rows of every format become one prompt and its answers, and each way to be wrong is one clear
+line.
+"""
 
 import csv
 import json
@@ -72,7 +74,8 @@ GPT = [{"from": "human", "value": "q"}]
 )
 def test_formats_are_recognised(fields, prompt, plain):
     wanted = {
-        kind: Chat("r:1", (*prompt, last), len(prompt), plain) for kind, last in (("chosen", A), ("rejected", B))
+        kind: Chat("r:1", (*prompt, last), len(prompt), plain)
+        for kind, last in (("chosen", A), ("rejected", B))
     }  # fmt: skip
     assert pair(fields).responses == wanted
 

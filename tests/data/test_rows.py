@@ -1,4 +1,4 @@
-"""Rows from every kind of file, the formats they may have, and one clear line for each way they can be wrong."""
+"""Rows of every file type and format, and one clear line for each way in which they can be wrong."""
 
 import csv
 import json

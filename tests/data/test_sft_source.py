@@ -1,4 +1,6 @@
-"""The source of batches: weights that sum to 1, targets that follow, packed rows that hold what unpacked ones hold."""
+"""The source of batches: weights that sum to 1, targets that follow, packed rows that hold what unpacked ones
+hold.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,8 @@ def make_rows(count, seed=0):
     """Prompts and completions of unequal length, each with its number in it."""
 
     def pick(i, k):
-        return " ".join(WORDS[j % len(WORDS)] for j in permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11])  # noqa: E731
+        chosen = permutation(40, seed, i)[: 2 + (7 * i + 3 * k) % 11]
+        return " ".join(WORDS[j % len(WORDS)] for j in chosen)
 
     return [{"prompt": f"{i}: {pick(i, 0)}", "completion": f" {pick(i, 1)} {i}"} for i in range(count)]
 
@@ -47,7 +50,9 @@ def flat(tokens):
 
 
 def segments_of(tokens):
-    """(ids, positions, [(target, weight, place in the segment of the token read)]) of every segment, read off naively."""
+    """(ids, positions, [(target, weight, place in the segment of the token read)]) of every segment, read off
+    naively.
+    """
     tokens = flat(tokens)
     for r in range(len(tokens.ids)):
         for number in range(1, tokens.segments[r].max() + 1):
@@ -128,7 +133,8 @@ def test_names_are_those_of_the_rows(folder):
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder):
     def same(a, b):
-        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return all(np.array_equal(x, y) for x, y in pairs)
 
     s, again, other = source(folder, epochs=3), source(folder, epochs=5), source(folder, seed=1)
     assert (
@@ -233,7 +239,7 @@ def test_too_long_drop_counts_what_it_drops(folder):
 def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_answer(folder):
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room for a response; raise",
+        match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room",
     ):
         limits(folder, "truncate")
     (folder / "r.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))

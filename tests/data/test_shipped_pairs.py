@@ -1,4 +1,6 @@
-"""The preference pairs that ship in configs/data: well-formed, all different, and of lengths that give nothing away."""
+"""The preference pairs that ship in configs/data: well-formed, all different, and of lengths that give
+nothing away.
+"""
 
 import itertools
 import json

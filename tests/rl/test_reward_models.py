@@ -209,7 +209,7 @@ def test_a_run_is_rewarded_by_a_classifier_of_its_own(workdir):
     assert all(np.isfinite(line["rewards/judge/mean"]) and line["rewards/judge/std"] > 0 for line in lines)
     assert any(entry["rewards"]["judge"] is not None for entry in rl_workdir.table(workdir, "judged"))
     record = json.loads((workdir.runs("judged") / "config.json").read_text())
-    assert record["reward_judge_identity"]
+    assert record["reward_judge_fingerprint"]
 
 
 def test_a_reward_model_is_found_by_what_its_folder_has(workdir, tmp_path):

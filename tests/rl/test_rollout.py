@@ -274,7 +274,7 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     reward = SimpleNamespace(name="judge", fingerprint=lambda: "abc")
     data = replace(Rollouts("x", rules=Rules((number,))), rules=SimpleNamespace(rewards=(reward,)))
     info = rollouts.rollout_info(data, TOKENIZER, random_prompts(2), random_prompts(2))
-    assert info.dependencies == {"reward_judge_identity": "abc"}
+    assert info.dependencies == {"reward_judge_fingerprint": "abc"}
     plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[random_prompts(2)] * 2)
     assert plain.dependencies == {}
 

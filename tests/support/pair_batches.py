@@ -58,7 +58,8 @@ def swapped(pool):
 
 
 def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
-    """Pairs [rows, ...] of some of the pool; weights: of the pool's pairs, by default its own, and they sum to 1.
+    """Pairs [rows, ...] of some of the pool; weights: of the pool's pairs, by default its own, and they sum
+    to 1.
 
     room: (length, reads, slots) of a row, by default enough for a third of the pairs and an empty slot.
     """

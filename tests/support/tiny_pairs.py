@@ -52,10 +52,11 @@ def flat(batch):
 
 
 def seen(batch):
-    """{pair: (weight, columns, ((prompt ids, targets, reference) or None of each kind))}, found by following attention alone.
+    """{pair: (weight, columns, ((prompt ids, targets, reference) or None of each kind))}, found by following
+    attention alone.
 
-    A token sees what stands before it in its segment and is shared or of its branch; the target at a read position must be the
-    next token of its sequence, at the next position.
+    A token sees what stands before it in its segment and is shared or of its branch; the target at a read
+    position must be the next token of its sequence, at the next position.
     """
     batch, found = flat(batch), {}
     for r in range(len(batch.ids)):
@@ -105,7 +106,9 @@ def epoch(s, number=0):
 
 
 def trl(row, tokenizer, kinds=("chosen", "rejected")):
-    """(prompt ids, answer ids ...) as TRL 1.16 cuts a conversational row (dpo_trainer.py, tokenize_fn), written down anew."""
+    """(prompt ids, answer ids ...) as TRL 1.16 cuts a conversational row (dpo_trainer.py, tokenize_fn),
+    written down anew.
+    """
 
     def ids(messages, **options):
         options |= {"tokenize": True, "return_dict": True, "date_string": chat.DATE}

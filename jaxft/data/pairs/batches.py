@@ -1,9 +1,9 @@
 """Decide which pairs share a batch and a row: pure functions of (token counts, seed, epoch).
 
-A batch is a number of pairs, not of rows, and all batches have one shape, so their token counts should be similar: pairs
-are sorted into strata of similar length, and every batch gets one pair of each stratum. The choice within a stratum is
-random, except for the stratum with the widest spread of lengths: its long pairs go to the batches that the other strata
-left short.
+A batch is a number of pairs, not of rows, and all batches have one shape, so their token counts should be
+similar: pairs are sorted into strata of similar length, and every batch gets one pair of each stratum. The
+choice within a stratum is random, except for the stratum with the widest spread of lengths: its long pairs go
+to the batches that the other strata left short.
 """
 
 import numpy as np
@@ -19,7 +19,9 @@ Assigned = tuple[
 def order_batches(
     tokens: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
 ) -> Int[np.ndarray, "batches size"]:
-    """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded with -1."""
+    """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded
+    with -1.
+    """
     order = permutation(len(tokens), seed, 1, epoch)
     whole = len(tokens) // size * size
     window = max(1, WINDOW // size) * size
@@ -52,7 +54,8 @@ def _stratified(
 def assign_rows(
     members: Int[np.ndarray, "batches size"], tokens: Int[np.ndarray, " n"], rows: int
 ) -> Assigned:
-    """Return the pairs of each batch from long to short and the row of each: each in turn goes to the row with fewest tokens.
+    """Return the pairs of each batch from long to short and the row of each: each in turn goes to the row
+    with fewest tokens.
 
     Padding (-1) comes last and gets row -1.
     """
@@ -90,7 +93,8 @@ def max_row_total(
 def row_shape(
     tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], epochs: list[Assigned], rows: int
 ) -> RowShape:
-    """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a program.
+    """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a
+    program.
 
     epochs: what `assign_rows` returns for the batches of each epoch. Any pair alone fits as well.
     """
@@ -109,7 +113,7 @@ def fit_rows(
     reads: Int[np.ndarray, " all"],
     shape: RowShape,
 ) -> RowPlan:
-    """Pack pairs whose batch does not matter: from long to short, each into the first row with enough room."""
+    """Pack pairs of no particular batch: from long to short, each into the first row with enough room."""
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
     left[:] = (shape.length, shape.reads, shape.slots)
@@ -120,8 +124,10 @@ def fit_rows(
         fits = np.flatnonzero((left[: used + 1] >= need).all(1))
         if not len(fits):
             raise ValueError(
-                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of {shape.length} tokens, "
-                f"{shape.reads} read positions and {shape.slots} pairs; use rows that are planned for these pairs"
+                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of "
+                f"{shape.length} tokens, "
+                f"{shape.reads} read positions and {shape.slots} pairs; use rows that are planned for these "
+                "pairs"
             )
         row[number] = fits[0]
         left[fits[0]] -= need
@@ -130,7 +136,8 @@ def fit_rows(
 
 
 def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"] | None:
-    """Return a partner of another group for each member, every member once; None if one group is more than half.
+    """Return a partner of another group for each member, every member once; None if one group is more than
+    half.
 
     Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """

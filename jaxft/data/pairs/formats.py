@@ -4,14 +4,15 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 
     preference   {"prompt", "chosen", "rejected"}
     implicit     {"chosen", "rejected"}, whole conversations: their common beginning is the prompt
-    ranking      {"conversations": [{"from", "value"}, ...], "chosen", "rejected"} and optionally "system" (ShareGPT)
+    ranking      {"conversations": [{"from", "value"}, ...], "chosen", "rejected"}, optionally "system" (ShareGPT)
     instruction  {"instruction", "chosen", "rejected"} and optionally "input" and "system" (Alpaca)
     unpaired     {"prompt", "completion", "label"}: one response, the chosen one if the label is true
 
-A response is a string, a message or a list of messages: the turns after the prompt, or the whole conversation. A prompt is
-a list of messages or a string, which is the user's turn; `format="plain"` uses the strings of preference and unpaired rows
-as plain text instead. A conversation may be one string as in hh-rlhf, "\\n\\nHuman: ...\\n\\nAssistant: ...". A third
-response, "gold" (data.third), is read from the column "reference".
+A response is a string, a message or a list of messages: the turns after the prompt, or the whole
+conversation. A prompt is a list of messages or a string, which is the user's turn; `format="plain"` uses the
+strings of preference and unpaired rows as plain text instead. A conversation may be one string as in hh-rlhf,
+"\\n\\nHuman: ...\\n\\nAssistant: ...". A third response, "gold" (data.third), is read from the column
+"reference".
 """
 
 import math
@@ -77,7 +78,10 @@ class PairExample:
 
 
 def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[PairExample]:
-    """Return every row as a PairExample. The first row decides the format of all. Raises ValueError that names the row."""
+    """Return every row as a PairExample.
+
+    The first row decides the format of all. Raises ValueError that names the row.
+    """
     plain = settings.format == PLAIN
     if settings.format not in ("auto", PLAIN, *PAIR_SCHEMAS.required):
         raise ValueError(
@@ -91,7 +95,8 @@ def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[Pa
     )
     if plain and format not in ("preference", "unpaired"):
         raise ValueError(
-            f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, and this row has format {format}; "
+            f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, and this row has "
+            f"format {format}; "
             "set data.format=auto"
         )
     return [_pair(row, format, settings) for row in renamed]
@@ -122,7 +127,8 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
     gold = {"gold": "reference"} if "gold" in settings.kinds else {}
     if gold and row.fields.get("reference") is None:
         raise ValueError(
-            f"{row.name}: no column 'reference', from which data.third=gold reads the third response; the row has "
+            f"{row.name}: no column 'reference', from which data.third=gold reads the third response; the "
+            "row has "
             f"{', '.join(map(str, row.fields))}"
         )
     if format != "unpaired":
@@ -191,7 +197,8 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
             raise ValueError(
-                f"{row.name}: the response in column {column!r} {end} with a {turn['role']} turn; it must be an assistant "
+                f"{row.name}: the response in column {column!r} {end} with a {turn['role']} turn; it must be "
+                "an assistant "
                 "turn"
             )
 
@@ -219,7 +226,8 @@ def _after(row: Row, column: str, prompt: Turns, turns: Turns) -> Turns:
         return turns
     at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
     raise ValueError(
-        f"{row.name}: column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs from the "
+        f"{row.name}: column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs "
+        "from the "
         "prompt's; put the prompt's messages in front, or the response alone"
     )
 
@@ -241,7 +249,8 @@ def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns],
     if not prompt or prompt[-1]["content"].strip() != text.strip():
         _require_difference(row, found)
         raise ValueError(
-            f"{row.name}: the common beginning of the conversations in {' and '.join(columns.values())} does not end with "
+            f"{row.name}: the common beginning of the conversations in {' and '.join(columns.values())} does "
+            "not end with "
             "the prompt; use the responses alone, or conversations that contain the prompt"
         )
     return prompt, {kind: turns[len(prompt) :] for kind, turns in found.items()}, False
@@ -269,7 +278,8 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
         )
     elif any(isinstance(value, str) for value in values):
         raise ValueError(
-            f"{row.name}: of 'chosen' and 'rejected' one is a string; use two strings or two lists of messages"
+            f"{row.name}: of 'chosen' and 'rejected' one is a string; use two strings or two lists of "
+            "messages"
         )
     else:
         whole = {kind: _turns(row, column) for kind, column in pair.items()}
@@ -277,14 +287,16 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
         prompt = _shared(list(whole.values()))
         if not prompt:
             raise ValueError(
-                f"{row.name}: chosen and rejected have no common first message, so there is no prompt; use conversations "
+                f"{row.name}: chosen and rejected have no common first message, so there is no prompt; use "
+                "conversations "
                 "with a common beginning, or a column 'prompt'"
             )
         found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
         first = [turns[0] for turns in found.values() if turns]
         if any(turn["role"] != "assistant" for turn in first):
             raise ValueError(
-                f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is not an assistant turn; fix or "
+                f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is not an assistant "
+                "turn; fix or "
                 "remove the row"
             )
     if "gold" in columns:
@@ -293,11 +305,15 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
 
 
 def dialogue(row: Row, column: str, text: str) -> Turns:
-    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns. Raises ValueError that names the row."""
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns.
+
+    Raises ValueError that names the row.
+    """
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
         raise ValueError(
-            f"{row.name}: column {column!r} is a string that does not begin with 'Human:'; without a column 'prompt' use a "
+            f"{row.name}: column {column!r} is a string that does not begin with 'Human:'; without a column "
+            "'prompt' use a "
             "list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'"
         )
     return [
@@ -313,7 +329,8 @@ def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, 
     if any(other != prompt for other in others):
         at = len(_shared(list(whole.values()))) + 1
         raise ValueError(
-            f"{row.name}: the dialogues differ in turn {at}, before their last turn; fix the row so that only the last turn "
+            f"{row.name}: the dialogues differ in turn {at}, before their last turn; fix the row so that "
+            "only the last turn "
             "differs, or remove it"
         )
     if not prompt:

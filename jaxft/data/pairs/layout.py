@@ -1,8 +1,8 @@
 """Lay pairs out in rows of tokens, and read values at token positions back by pair.
 
-With branches a pair is one segment: the prompt, then its responses one after the other, each continuing at the position
-after the prompt. Without branches every response is a segment of its own with the prompt in front. Everything but ids,
-segments, positions, branches and read is the same either way, in the same order.
+With branches a pair is one segment: the prompt, then its responses one after the other, each continuing at
+the position after the prompt. Without branches every response is a segment of its own with the prompt in
+front. Everything but ids, segments, positions, branches and read is the same either way, in the same order.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ class PairLayout:
 
 @dataclass(frozen=True)
 class BatchMeans:
-    """What depends on all pairs of an optimizer batch: the weight of each pair and the mean length of each kind."""
+    """What depends on all pairs of an optimizer batch: the weight of each pair and the mean length of each
+    kind.
+    """
 
     weights: Float[np.ndarray, " pairs"]
     lengths: Float[np.ndarray, " A"]
@@ -37,7 +39,9 @@ class BatchMeans:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs of consecutive tokens, an array [pairs of the plan, runs of a pair] each; count 0 for a missing run."""
+    """Runs of consecutive tokens, an array [pairs of the plan, runs of a pair] each; count 0 for a missing
+    run.
+    """
 
     start: np.ndarray  # index into TokenisedPairs.ids
     count: np.ndarray
@@ -131,7 +135,10 @@ def _count_within(groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 def _read_arrays(
     pairs: TokenisedPairs, layout: PairLayout, row: np.ndarray, values: tuple[np.ndarray, ...]
 ) -> dict[str, Any]:
-    """Return the fields [rows, M]. values: column, response id, place and index into pairs.ids of each target."""
+    """Return the fields [rows, M].
+
+    values: column, response id, place and index into pairs.ids of each target.
+    """
     column, answer, place, where = values
     shape, at = (layout.rows, layout.shape.reads), (row, _count_within(row))
     read, targets, places = (np.zeros(shape, np.int32) for _ in range(3))
@@ -172,7 +179,8 @@ def _slot_arrays(
         columns[name][row, slot] = pairs.numbers[members, number]
     mean_lengths = np.broadcast_to(means.lengths.astype(np.float32), lengths.shape).copy()
     return {
-        "lengths": lengths, "mean_lengths": mean_lengths, "pair_weights": pair_weights, "index": index, "columns": columns,
+        "lengths": lengths, "mean_lengths": mean_lengths, "pair_weights": pair_weights, "index": index,
+        "columns": columns,
     }  # fmt: skip
 
 
@@ -185,8 +193,9 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
     ids, read, slots = array(layout.shape.length), array(layout.shape.reads), layout.shape.slots
     number, per_kind = array(slots, dtype=np.float32), array(slots, len(kinds))
     return Pairs(
-        ids=ids, segments=ids, positions=ids, read=read, targets=read, answers=read, places=read, lengths=per_kind,
-        last=per_kind, mean_lengths=array(slots, len(kinds), dtype=np.float32), pair_weights=number, index=array(slots),
+        ids=ids, segments=ids, positions=ids, read=read, targets=read, answers=read, places=read,
+        lengths=per_kind, last=per_kind, mean_lengths=array(slots, len(kinds), dtype=np.float32),
+        pair_weights=number, index=array(slots),
         columns=dict.fromkeys(layout.columns, number),
         reference=array(layout.shape.reads, dtype=np.float32) if reference else None,
         branches=ids if layout.branches else None, kinds=kinds,
@@ -194,7 +203,7 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
 
 
 def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-    """Return values at the read positions of a batch by pair, in order of kind and place within the response."""
+    """Return values at read positions by pair, in order of kind and place within the response."""
 
     def flat(a: Any) -> np.ndarray:
         return np.asarray(a).reshape(-1, np.shape(a)[-1])

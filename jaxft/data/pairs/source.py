@@ -43,15 +43,15 @@ MIN_SAVING = 0.02  # fraction of the tokens that branches must save for layout "
 class PairRows(DataSettings):
     """Responses to compare: the data of a run with a preference loss or a reward model.
 
-    All pairs of one prompt stay on one side of the split into training and held-out rows.
-    format: "auto", "plain" or a name of pairs/formats.py. max_length: tokens of a prompt and one response.
-    too_long: "truncate" keeps the start, "drop" leaves the pair out, "error" stops. weighting: "pair" gives every pair
-    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of numbers
-    that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches" stores a prompt
-    once for all its responses, "plain" before each; "auto" uses branches where they save 2 % of the tokens.
-    unpaired: also accept rows of one response and a label, for losses of single responses (KTO, BCO). third: a third
-    response, "mismatched" (another pair's, for KTO's KL) or "gold" (column reference, for TPO). Other fields: see
-    DataSettings; batch counts pairs.
+    All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
+    "plain" or a name of pairs/formats.py. max_length: tokens of a prompt and one response. too_long:
+    "truncate" keeps the start, "drop" leaves the pair out, "error" stops. weighting: "pair" gives every pair
+    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
+    numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
+    stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
+    of the tokens. unpaired: also accept rows of one response and a label, for losses of single responses
+    (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold" (column
+    reference, for TPO). Other fields: see DataSettings; batch counts pairs.
     """
 
     format: str = "auto"
@@ -95,8 +95,8 @@ class PairRows(DataSettings):
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
         """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
 
-        A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step sees nor the
-        fingerprint.
+        A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
+        sees nor the fingerprint.
         """
         row_count = _row_count(self, shards)
         tokenised, train, held = self._read(tokenizer, cache)
@@ -142,7 +142,8 @@ class PairRows(DataSettings):
         return pairs, train, held
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
-        """Return the shapes of the largest batch that the settings allow: responses of max_length in equally full rows.
+        """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
+        full rows.
 
         reference: with the reference's log-probs.
         """
@@ -157,8 +158,9 @@ class PairRows(DataSettings):
 class PairStats(RowStats):
     """Counts of tokenised pairs.
 
-    prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs whose chosen
-    response is the longer one. shared_prompts_save: fraction of the tokens that the layout "branches" saves.
+    prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
+    whose chosen response is the longer one. shared_prompts_save: fraction of the tokens that the layout
+    "branches" saves.
     """
 
     layout: str
@@ -170,7 +172,8 @@ class PairStats(RowStats):
 
 @dataclass(frozen=True)
 class PlannedPairs:
-    """All pairs, which are for training and which are held out, the layout of their rows, and the order of the batches.
+    """All pairs, which are for training and which are held out, the layout of their rows, and the order of
+    the batches.
 
     row_count: rows of all microbatches together. order: the pairs of each batch of an epoch.
     """
@@ -205,7 +208,9 @@ class PairSource(FixedSource[Pairs]):
         return jax.tree.map(lambda x: x.reshape(micro, layout.rows, *x.shape[1:]), flat), {}
 
     def row_names(self, step: int) -> list[str]:
-        """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the other."""
+        """Return the names of the pairs in each row of a batch, the rows of all microbatches one after the
+        other.
+        """
         names = self._rows_of(step).names(self.pairs.tokenised.names)
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
@@ -220,15 +225,23 @@ class PairSource(FixedSource[Pairs]):
         return prompts
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
-        """Return evaluation batches of these pairs in the shape of the held-out ones. Their weights sum to 1."""
+        """Return evaluation batches of these pairs in the shape of the held-out ones.
+
+        Their weights sum to 1.
+        """
         return _evaluation_batches(self.pairs, np.asarray(indices, np.int64))
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return values at the read positions of a batch by pair, in order of kind and place within the response."""
+        """Return values at the read positions of a batch by pair, in order of kind and place within the
+        response.
+        """
         return values_by_pair(batch, x)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
-        """Return this source with the reference's log-probs in its batches. logps: of every pair, as `values` has them."""
+        """Return this source with the reference's log-probs in its batches.
+
+        logps: of every pair, as `values` has them.
+        """
         return _source(self.info, replace(self.pairs, tokenised=_with_reference(self.pairs.tokenised, logps)))
 
     def _rows_of(self, step: int) -> RowPlan:
@@ -267,7 +280,8 @@ def _require_both_responses(pairs: TokenisedPairs) -> None:
     alone = np.flatnonzero((pairs.reads[:, :2] == 0).any(1))
     if len(alone):
         raise ValueError(
-            f"{pairs.names[alone[0]]}: the row has one response and a label ({len(alone)} such rows), and this loss compares "
+            f"{pairs.names[alone[0]]}: the row has one response and a label ({len(alone)} such rows), and "
+            "this loss compares "
             "two responses; use configs/kto.py, or data.unpaired=true with another loss of single responses"
         )
 
@@ -277,7 +291,8 @@ def _row_count(rows: PairRows, shards: int) -> int:
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(
-            f"data.batch={rows.batch} pairs do not fill data.micro={rows.micro} microbatches of {shards} rows; "
+            f"data.batch={rows.batch} pairs do not fill data.micro={rows.micro} microbatches of {shards} "
+            "rows; "
             f"use a data.batch of at least {count} or a smaller data.micro"
         )
     return count
@@ -287,9 +302,11 @@ def _row_count(rows: PairRows, shards: int) -> int:
 
 
 def _batch_means(pairs: TokenisedPairs, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
-    """Return the weights of the pairs in a batch of these members and the mean length of each kind of response.
+    """Return the weights of the pairs in a batch of these members and the mean length of each kind of
+    response.
 
-    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the means.
+    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
+    means.
     """
     weights = np.zeros(len(pairs))
     weights[members] = pairs.weights[members] * (pairs.reads[members].sum(1) if weighting == "token" else 1)
@@ -302,7 +319,8 @@ def _evaluation_batches(pairs: PlannedPairs, members: Int[np.ndarray, " n"]) -> 
     tokenised, layout = pairs.tokenised, pairs.layout
     if len(members) and (members.min() < 0 or members.max() >= len(tokenised)):
         raise ValueError(
-            f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to {len(tokenised) - 1}; "
+            f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
+            f"{len(tokenised) - 1}; "
             "pass indices of this source"
         )
     plan = planning.fit_rows(members, pairs.tokens, tokenised.reads.sum(1), layout.shape)
@@ -322,7 +340,8 @@ def _with_reference(pairs: TokenisedPairs, logps: dict[int, Any]) -> TokenisedPa
     for i, name in enumerate(pairs.names):
         if len(logps[i]) != expected[i] or not np.isfinite(logps[i]).all():
             raise ValueError(
-                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected[i]} finite ones; compute "
+                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected[i]} finite "
+                "ones; compute "
                 "them again"
             )
     reference = np.zeros(len(pairs.ids), np.float32)
@@ -334,7 +353,7 @@ def _with_reference(pairs: TokenisedPairs, logps: dict[int, Any]) -> TokenisedPa
 
 
 def _fingerprint(pairs: PlannedPairs) -> str:
-    """Hash all that decides the sum over a batch; not how it is divided into microbatches, rows and segments."""
+    """Hash all that decides the sum over a batch, but not its division into microbatches, rows and segments."""
     rows, tokenised = pairs.settings, pairs.tokenised
     settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras)
     digest = hashlib.sha256(repr(settings).encode())
@@ -373,7 +392,8 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         held_out=len(pairs.held),
         dropped=tokenised.dropped,
         largest_id=int(tokenised.ids.max()),
-        summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens ({100 * fill:.0f} % full), "
+        summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
+        f"({100 * fill:.0f} % full), "
         f"{len(pairs.held)} held out, {tokenised.dropped} dropped, {truncated} truncated",
         truncated=truncated,
         tokens=total,

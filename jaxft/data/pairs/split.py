@@ -9,7 +9,10 @@ from jaxft.data.pairs.tokens import TokenisedPairs, with_mismatched
 
 
 def held_out_pairs(pairs: TokenisedPairs, seed: int, count: int) -> Bool[np.ndarray, " pairs"]:
-    """Return a mask of at least `count` pairs to hold out. All pairs of one prompt are on one side, and neither is empty."""
+    """Return a mask of at least `count` pairs to hold out.
+
+    All pairs of one prompt are on one side, and neither is empty.
+    """
     prompts = pairs.group_by(0)
     if not prompts.any():  # all pairs have the same prompt
         prompts = np.arange(len(pairs))
@@ -25,7 +28,8 @@ def mismatch_responses(
 ) -> TokenisedPairs:
     """Add to each pair a response of another pair of its side of the split, if possible of another prompt.
 
-    Otherwise the other pair has the same prompt and other responses. limit: tokens of the prompt with that response.
+    Otherwise the other pair has the same prompt and other responses. limit: tokens of the prompt with that
+    response.
     """
     donors = np.arange(len(pairs))
     prompts, everything = pairs.group_by(0), pairs.group_by(*range(1 + len(pairs.kinds)))
@@ -34,7 +38,8 @@ def mismatch_responses(
         partner = derangement(everything[members], seed) if partner is None else partner
         if partner is None:
             raise ValueError(
-                f"{pairs.names[members[0]]}: data.third=mismatched takes each pair's third response from another pair, and "
+                f"{pairs.names[members[0]]}: data.third=mismatched takes each pair's third response from "
+                "another pair, and "
                 f"more than half of these {len(members)} pairs are the same; add rows or change data.held_out"
             )
         donors[members] = members[partner]

@@ -1,8 +1,10 @@
-"""Tokenise pairs: one prompt and its responses, split where TRL splits them, and cached on disk like SFT rows.
+"""Tokenise pairs: one prompt and its responses, split where TRL splits them, and cached on disk like SFT
+rows.
 
-The prompt ends at the first difference between the tokens of the prompt alone (with the generation prompt) and those of
-prompt and response; all responses of a pair share the shortest of these prompts (TRL 1.16, dpo_trainer.py, tokenize_fn). A
-token that spans the border belongs to the response and is counted; a row whose border lies further back is an error.
+The prompt ends at the first difference between the tokens of the prompt alone (with the generation prompt)
+and those of prompt and response; all responses of a pair share the shortest of these prompts (TRL 1.16,
+dpo_trainer.py, tokenize_fn). A token that spans the border belongs to the response and is counted; a row
+whose border lies further back is an error.
 """
 
 import hashlib
@@ -30,12 +32,13 @@ Masked = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedPairs(TokenisedRows):
-    """Pairs one after the other, each in 1 + len(kinds) pieces: the prompt, and a response of each kind (empty if missing).
+    """Pairs one after the other, each in 1 + len(kinds) pieces: the prompt, and a response of each kind
+    (empty if missing).
 
-    Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]], K = 1 + len(kinds). learned: marks the tokens of
-    responses that are targets; the first token of a sequence never is. cut: marks truncated pairs. moved: marks pairs where
-    a token spans the end of the prompt. numbers: the extra columns. reference: the reference's log-prob of each token, 0
-    where it is no target; None before they are computed.
+    Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]], K = 1 + len(kinds). learned: marks
+    the tokens of responses that are targets; the first token of a sequence never is. cut: marks truncated
+    pairs. moved: marks pairs where a token spans the end of the prompt. numbers: the extra columns.
+    reference: the reference's log-prob of each token, 0 where it is no target; None before they are computed.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
@@ -75,13 +78,15 @@ class TokenisedPairs(TokenisedRows):
         return self.ids[start : start + self.counts[pair, number]]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " pairs"]:
-        """Return a number for each pair, equal for pairs whose pieces of these numbers have the same tokens."""
+        """Return a number for each pair, equal for pairs whose pieces of these numbers are the same tokens."""
         groups: dict[tuple, int] = {}
         texts = (tuple(self.piece(i, k).tobytes() for k in pieces) for i in range(len(self)))
         return np.array([groups.setdefault(text, len(groups)) for text in texts], np.int64)
 
     def keys(self) -> tuple[str, ...]:
-        """Return a hash of each pair's prompt and responses: all that its log-probs depend on, apart from the model."""
+        """Return a hash of each pair's prompt and responses: all that its log-probs depend on, apart from the
+        model.
+        """
         return tuple(self._key(i) for i in range(len(self)))
 
     def _key(self, pair: int) -> str:
@@ -112,7 +117,9 @@ def tokenise_pairs(
 
 
 def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
-    """Add a response "mismatched" to each pair: the first response of pair donors[i], cut to `limit` tokens with the prompt."""
+    """Add a response "mismatched" to each pair: the first response of pair donors[i], cut to `limit` tokens
+    with the prompt.
+    """
     first = 1 + (pairs.counts[donors, 1:] > 0).argmax(1)
     counts = np.minimum(pairs.counts[donors, first], limit - pairs.counts[:, 0])
     starts = np.column_stack([pairs.starts, pairs.starts[donors, first]])
@@ -181,7 +188,8 @@ def _append_pieces(
 
 
 def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenizer: Any) -> tuple[int, bool]:
-    """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the prompt.
+    """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
+    prompt.
 
     The second value is also true if the loss mask of chat.tokenise_examples begins elsewhere.
     """
@@ -190,8 +198,10 @@ def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenize
     if border < len(prompt) - 1:
         lost = tokenizer.decode(prompt[border:])
         raise ValueError(
-            f"{name}: only {border} of the prompt's {len(prompt)} tokens are unchanged when a response follows, {lost!r} is "
-            "not; end the prompt at a token border, or use a chat template that renders a prompt alone as it renders it "
+            f"{name}: only {border} of the prompt's {len(prompt)} tokens are unchanged when a response "
+            f"follows, {lost!r} is "
+            "not; end the prompt at a token border, or use a chat template that renders a prompt alone as it "
+            "renders it "
             "before a response"
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
@@ -225,11 +235,13 @@ def _truncated(name: str, border: int, response: Masked, settings: PairTokenSett
     remedy = "raise it or set data.too_long=drop"
     if not learned[:limit].any():
         raise ValueError(
-            f"{name}: the prompt has {border} tokens, and data.max_length={limit} leaves no room for a response; {remedy}"
+            f"{name}: the prompt has {border} tokens, and data.max_length={limit} leaves no room for a "
+            f"response; {remedy}"
         )
     if settings.too_long == "error":
         raise ValueError(
-            f"{name}: {len(ids)} tokens with the prompt are more than data.max_length={limit}; {remedy} or truncate"
+            f"{name}: {len(ids)} tokens with the prompt are more than data.max_length={limit}; {remedy} or "
+            "truncate"
         )
     return ids[:limit], learned[:limit]
 
@@ -242,7 +254,8 @@ def _require_different_tokens(
         if truncated_to is None:
             raise ValueError(f"{name}: chosen and rejected are the same tokens; change one or remove the row")
         raise ValueError(
-            f"{name}: chosen and rejected are the same tokens when truncated to data.max_length={truncated_to}; raise it or "
+            f"{name}: chosen and rejected are the same tokens when truncated to "
+            f"data.max_length={truncated_to}; raise it or "
             "set data.too_long=drop"
         )
 
