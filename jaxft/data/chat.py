@@ -235,8 +235,8 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
 
 def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> tuple[np.ndarray, np.ndarray]:
     first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
-    # Byte-level tokenizers exclude a leading space from a token's offsets: the token starts where the previous
-    # one ends. Pieces of one character share its offsets, so the earlier of the two is used.
+    # Byte-level tokenizers exclude a leading space from a token's offsets: it starts where the previous one
+    # ends. Pieces of one character share its offsets, so the earlier of the two is used.
     first = np.minimum(first, np.concatenate([[0], last])[:-1])
     learned = np.zeros(len(ids), bool)
     for start, end in r.learned:
@@ -365,7 +365,9 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _exchanged(template: Template, chat: Chat, index: int) -> list[str]:
-    """Render the conversation with two other responses in turn `index` without a common first or last character."""
+    """Render the conversation with two other responses in turn `index` without a common first or last
+    character.
+    """
     before, after = chat.messages[:index], chat.messages[index + 1 :]
     others = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
     return [_render(template, [*before, other, *after], chat.tools) for other in others]

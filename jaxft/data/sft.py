@@ -275,7 +275,7 @@ def _stats(
     train, held = split
     size, reads = shape
     lengths = examples.lengths[train]
-    tokens, truncated = int(lengths.sum()), int(examples.cut.sum())
+    tokens, truncated = int(lengths.sum()), int(examples.truncated.sum())
     fill = tokens / (plan.rows * size)
     return RowStats(
         examples=len(train),

@@ -34,20 +34,21 @@ class TokenSettings:
 class TokenisedRows:
     """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
 
-    learned: marks the tokens that are targets; the first token of an example never is. kept: the dataset row
-    of each example. cut: marks truncated examples. names: of the dataset rows. cache: how the arrays came
-    about, see cache.load_or_make.
+    learned: marks the tokens that are targets; the first token of an example never is. row_numbers: the
+    dataset row of each example. truncated: marks truncated examples. names: of the dataset rows. cache: how
+    the arrays came about, see cache.load_or_make.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
-        "ids": np.int32, "learned": np.bool_, "offsets": np.int64, "kept": np.int64, "cut": np.bool_,
+        "ids": np.int32, "learned": np.bool_, "offsets": np.int64, "row_numbers": np.int64,
+        "truncated": np.bool_,
     }  # fmt: skip
 
     ids: Int[np.ndarray, " tokens"]
     learned: Bool[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " examples_plus_1"]
-    kept: Int[np.ndarray, " examples"]
-    cut: Bool[np.ndarray, " examples"]
+    row_numbers: Int[np.ndarray, " examples"]
+    truncated: Bool[np.ndarray, " examples"]
     names: tuple[str, ...]
     dropped: int = 0
     cache: str = field(default="off", compare=False)
@@ -98,13 +99,13 @@ def tokenise_rows(
 
 def row_names(ref: str, rows: Sequence[Row], arrays: Arrays, max_length: int) -> tuple[str, ...]:
     """Return the names of the rows that were not dropped. Raises ValueError if none is left."""
-    if not len(arrays["kept"]):
+    if not len(arrays["row_numbers"]):
         raise ValueError(
             f"{ref}: all {len(rows)} rows were dropped because they are longer than "
             f"data.max_length={max_length}; "
             "raise it"
         )
-    return tuple(rows[i].name for i in arrays["kept"])
+    return tuple(rows[i].name for i in arrays["row_numbers"])
 
 
 def split_rows(
@@ -133,7 +134,7 @@ def split_rows(
 
 def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> Arrays:
     examples = formats.normalise_rows(rows, settings.format, settings.columns)
-    pieces, masks, kept, cut = [], [], [], []
+    pieces, masks, row_numbers, truncated = [], [], [], []
     tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.date)
     for number, (ids, learned) in enumerate(tokenised):
         long = len(ids) > settings.max_length
@@ -143,14 +144,14 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> A
         _check_mask(rows[number].name, learned, settings)
         pieces.append(ids[: settings.max_length])
         masks.append(learned[: settings.max_length])
-        kept.append(number)
-        cut.append(long)
+        row_numbers.append(number)
+        truncated.append(long)
     values = {
         "ids": np.concatenate(pieces) if pieces else [],
         "learned": np.concatenate(masks) if masks else [],
         "offsets": np.cumsum([0, *map(len, pieces)]),
-        "kept": kept,
-        "cut": cut,
+        "row_numbers": row_numbers,
+        "truncated": truncated,
     }
     return {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
 
@@ -180,7 +181,7 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
 
 def _is_sound(arrays: Arrays, row_count: int) -> bool:
     """Whether the sizes of loaded arrays agree with one another and with the number of rows."""
-    sizes = [len(arrays[name]) for name in ("ids", "learned", "offsets", "kept", "cut")]
+    sizes = [len(arrays[name]) for name in ("ids", "learned", "offsets", "row_numbers", "truncated")]
     tokens, examples = sizes[0], sizes[3]
     fits = sizes == [tokens, tokens, examples + 1, examples, examples] and arrays["offsets"][-1] == tokens
-    return bool(fits and (arrays["kept"] < row_count).all())
+    return bool(fits and (arrays["row_numbers"] < row_count).all())

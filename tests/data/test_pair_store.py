@@ -262,7 +262,9 @@ def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
         s = source(folder, "none", format="plain", held_out="none", batch=1)
         return s, next(iter(epoch(s).values()))[2]
 
-    ids = lambda t: tiny("none")(t).input_ids
+    def ids(text):
+        return tiny("none")(text).input_ids
+
     prompt = "of mode"  # two tokens; "of model" is two tokens, too
     s, answers = one(prompt, "l", " is")
     border = common(ids(prompt), ids(prompt + "l"))

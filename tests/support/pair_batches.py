@@ -41,7 +41,7 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
     numbers = rng.normal(0, 1, (count, 1))
     return TokenisedPairs(
         kinds=kinds, ids=np.concatenate(pieces), learned=np.concatenate(learned), offsets=offsets,
-        kept=np.arange(count), cut=none, moved=none, numbers=numbers,
+        row_numbers=np.arange(count), truncated=none, prompt_end_moved=none, extras=numbers,
         weights=rng.integers(1, 4, count).astype(float), names=tuple(f"pair {i}" for i in range(count)),
     )  # fmt: skip
 

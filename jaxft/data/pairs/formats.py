@@ -4,7 +4,7 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 
     preference   {"prompt", "chosen", "rejected"}
     implicit     {"chosen", "rejected"}, whole conversations: their common beginning is the prompt
-    ranking      {"conversations": [{"from", "value"}, ...], "chosen", "rejected"}, optionally "system" (ShareGPT)
+    ranking      {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT), optionally "system"
     instruction  {"instruction", "chosen", "rejected"} and optionally "input" and "system" (Alpaca)
     unpaired     {"prompt", "completion", "label"}: one response, the chosen one if the label is true
 

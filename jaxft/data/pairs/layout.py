@@ -19,7 +19,7 @@ from jaxft.data.pairs.tokens import TokenisedPairs
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The shape of a microbatch and how its rows are filled. columns: names of TokenisedPairs.numbers."""
+    """The shape of a microbatch and how its rows are filled. columns: names of TokenisedPairs.extras."""
 
     rows: int
     shape: RowShape
@@ -176,7 +176,7 @@ def _slot_arrays(
     lengths[row, slot], index[row, slot] = pairs.reads[members], members
     pair_weights[row, slot] = means.weights[members]
     for number, name in enumerate(layout.columns):
-        columns[name][row, slot] = pairs.numbers[members, number]
+        columns[name][row, slot] = pairs.extras[members, number]
     mean_lengths = np.broadcast_to(means.lengths.astype(np.float32), lengths.shape).copy()
     return {
         "lengths": lengths, "mean_lengths": mean_lengths, "pair_weights": pair_weights, "index": index,

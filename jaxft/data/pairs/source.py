@@ -353,11 +353,11 @@ def _with_reference(pairs: TokenisedPairs, logps: dict[int, Any]) -> TokenisedPa
 
 
 def _fingerprint(pairs: PlannedPairs) -> str:
-    """Hash all that decides the sum over a batch, but not its division into microbatches, rows and segments."""
+    """Hash all that decides the sum over a batch, not its division into microbatches, rows and segments."""
     rows, tokenised = pairs.settings, pairs.tokenised
     settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras)
     digest = hashlib.sha256(repr(settings).encode())
-    tokens = (tokenised.ids, tokenised.learned, tokenised.offsets, tokenised.numbers, tokenised.weights)
+    tokens = (tokenised.ids, tokenised.learned, tokenised.offsets, tokenised.extras, tokenised.weights)
     for array in (*tokens, pairs.train, pairs.held, pairs.order(0)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
@@ -370,10 +370,11 @@ def _preview(pairs: TokenisedPairs, pair: int, tokenizer: Any) -> str:
         for number, name in enumerate(names)
         if name == "prompt" or pairs.counts[pair, number]
     ]
-    moved = int(pairs.moved.sum())
+    moved = int(pairs.prompt_end_moved.sum())
     if moved:
         lines.append(
-            f"in {moved} of {len(pairs.moved)} pairs the response does not begin where the prompt ends: "
+            f"in {moved} of {len(pairs.prompt_end_moved)} pairs the response does not begin where the prompt "
+            "ends: "
             "a token spans the border"
         )
     return "\n".join(lines)
@@ -384,7 +385,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
     tokenised, shape = pairs.tokenised, pairs.layout.shape
     lengths, reads = pairs.tokens[pairs.train], tokenised.reads[pairs.train]
     total, rows = int(lengths.sum()), len(pairs.order(0)) * pairs.row_count
-    truncated = int(tokenised.cut.sum())
+    truncated = int(tokenised.truncated.sum())
     fill = total / (rows * shape.length)
     paired = reads[(reads[:, :2] > 0).all(1)]
     return PairStats(
@@ -406,7 +407,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         cache=tokenised.cache,
         layout="branches" if pairs.layout.branches else "plain",
         pairs_per_row=shape.slots,
-        prompt_end_moved=int(tokenised.moved.sum()),
+        prompt_end_moved=int(tokenised.prompt_end_moved.sum()),
         chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else 0.0,
         shared_prompts_save=saved,
     )

@@ -36,18 +36,19 @@ class TokenisedPairs(TokenisedRows):
     (empty if missing).
 
     Piece k of pair i is ids[offsets[i * K + k] : offsets[i * K + k + 1]], K = 1 + len(kinds). learned: marks
-    the tokens of responses that are targets; the first token of a sequence never is. cut: marks truncated
-    pairs. moved: marks pairs where a token spans the end of the prompt. numbers: the extra columns.
-    reference: the reference's log-prob of each token, 0 where it is no target; None before they are computed.
+    the tokens of responses that are targets; the first token of a sequence never is. truncated: marks
+    truncated pairs. prompt_end_moved: marks pairs where a token spans the end of the prompt. extras: the
+    extra columns. reference: the reference's log-prob of each token, 0 where it is no target; None before
+    they are computed.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
-        **TokenisedRows.DTYPES, "moved": np.bool_, "numbers": np.float64, "weights": np.float64,
+        **TokenisedRows.DTYPES, "prompt_end_moved": np.bool_, "extras": np.float64, "weights": np.float64,
     }  # fmt: skip
 
     kinds: tuple[str, ...]
-    moved: Bool[np.ndarray, " pairs"]
-    numbers: Float[np.ndarray, "pairs columns"]
+    prompt_end_moved: Bool[np.ndarray, " pairs"]
+    extras: Float[np.ndarray, "pairs columns"]
     weights: Float[np.ndarray, " pairs"]
     reference: Float[np.ndarray, " tokens"] | None = None
 
@@ -78,7 +79,7 @@ class TokenisedPairs(TokenisedRows):
         return self.ids[start : start + self.counts[pair, number]]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " pairs"]:
-        """Return a number for each pair, equal for pairs whose pieces of these numbers are the same tokens."""
+        """Return a number for each pair, equal for pairs whose given pieces have the same tokens."""
         groups: dict[tuple, int] = {}
         texts = (tuple(self.piece(i, k).tobytes() for k in pieces) for i in range(len(self)))
         return np.array([groups.setdefault(text, len(groups)) for text in texts], np.int64)
@@ -162,14 +163,20 @@ def _tokenise(rows: Sequence[Row], settings: PairTokenSettings, tokenizer: Any) 
         }
         _require_different_tokens(pair.name, border, responses, settings.max_length if long else None)
         _append_pieces(columns, pair, border, responses)
-        values = {"kept": number, "cut": long, "moved": moved, "numbers": pair.extras, "weights": pair.weight}
+        values = {
+            "row_numbers": number,
+            "truncated": long,
+            "prompt_end_moved": moved,
+            "extras": pair.extras,
+            "weights": pair.weight,
+        }
         for name, value in values.items():
             columns[name].append(value)
     columns["offsets"] = [0, *np.cumsum(columns["offsets"])]
     for name in ("ids", "learned"):
         columns[name] = np.concatenate(columns[name]) if columns[name] else []
     arrays = {name: np.asarray(columns[name], dtype) for name, dtype in TokenisedPairs.DTYPES.items()}
-    arrays["numbers"] = arrays["numbers"].reshape(len(arrays["kept"]), len(settings.extras))
+    arrays["extras"] = arrays["extras"].reshape(len(arrays["row_numbers"]), len(settings.extras))
     return arrays
 
 
@@ -262,9 +269,11 @@ def _require_different_tokens(
 
 def _is_sound(arrays: Arrays, row_count: int, settings: PairTokenSettings) -> bool:
     """Whether the shapes of loaded arrays agree with one another, the settings and the number of rows."""
-    pairs, tokens, kinds = len(arrays["kept"]), len(arrays["ids"]), len(settings.kinds)
-    fits = all(arrays[name].shape == (pairs,) for name in ("kept", "cut", "moved", "weights"))
-    fits = fits and arrays["numbers"].shape == (pairs, len(settings.extras))
+    pairs, tokens, kinds = len(arrays["row_numbers"]), len(arrays["ids"]), len(settings.kinds)
+    fits = all(
+        arrays[name].shape == (pairs,) for name in ("row_numbers", "truncated", "prompt_end_moved", "weights")
+    )
+    fits = fits and arrays["extras"].shape == (pairs, len(settings.extras))
     fits = fits and arrays["learned"].shape == (tokens,)
     fits = fits and arrays["offsets"].shape == (pairs * (1 + kinds) + 1,) and arrays["offsets"][-1] == tokens
-    return bool(fits and (arrays["kept"] < row_count).all())
+    return bool(fits and (arrays["row_numbers"] < row_count).all())
