@@ -40,7 +40,7 @@ def test_paths_name_every_leaf_by_keys_fields_and_indices():
     assert list(tree.paths(TREE).values()) == jax.tree.leaves(TREE)
 
 
-def test_map_with_path_is_the_tree_of_its_paths():
+def test_map_with_path_visits_every_path():
     found = tree.map_with_path(lambda path, x, y: (path, x + y), TREE, TREE)
     flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple))
     assert flat == [(path, 2 * x) for path, x in tree.paths(TREE).items()]
@@ -71,12 +71,12 @@ def test_a_mask_that_matches_nothing_is_an_error_that_shows_near_paths(pattern):
     assert text.startswith(f"pattern {pattern!r} matches none of 6 parameters; near: ") and "\n" not in text
 
 
-def test_the_near_paths_are_the_likely_ones():
+def test_near_paths_are_the_most_similar():
     with pytest.raises(ValueError, match="near: base/layers/attn/q"):
         mask_by_path(TREE, "base/layers/attention/q")
 
 
-def test_a_pattern_that_is_no_regular_expression_is_named():
+def test_an_invalid_regular_expression_is_an_error_that_names_the_setting():
     with pytest.raises(ValueError, match=r"pattern: 'base/\(head' is not a valid regular expression"):
         mask_by_path(TREE, "base/(head")
 
@@ -90,7 +90,7 @@ def test_partition_and_combine_are_inverse():
         assert set(tree.paths(some)) == chosen(pattern)
 
 
-def test_the_first_tree_that_has_a_leaf_supplies_it():
+def test_combine_takes_a_leaf_from_the_first_tree_that_has_it():
     assert combine({"a": 1, "b": None, "c": None}, {"a": 2, "b": 3, "c": None}) == {"a": 1, "b": 3, "c": None}
 
 
@@ -101,7 +101,7 @@ def test_a_gradient_and_an_optimizer_see_the_trainable_leaves_only():
     assert set(tree.paths(grads)) == {"w"} and float(grads["w"][0]) == 2
 
 
-def test_a_packed_leaf_is_split_as_one_and_comes_back():
+def test_a_quantised_leaf_is_partitioned_as_one():
     model = llama(CONFIG, jnp.bfloat16)
     t = partition_params(model, Adapter(rank=2), "adapter/.*|base/final_norm")
     whole = jax.tree.map(
@@ -126,6 +126,6 @@ def test_a_struct_is_frozen_and_its_static_fields_are_structure():
     assert jax.vmap(lambda q: q.x + q.y)(p).shape == (2,)
 
 
-def test_nearest_prefers_what_is_alike_and_is_never_empty():
+def test_nearest_prefers_similar_names_and_is_never_empty():
     assert tree.nearest("gamma", ["beta", "gama", "delta"])[0] == "gama"
     assert tree.nearest("zzz", ["beta", "gama"]) == ["beta", "gama"]

@@ -1,4 +1,4 @@
-"""Generation: its cuts are transformers', its rows are independent, its cache is updated in place, adapters come and go."""
+"""Generation: truncation as in transformers, independent rows, a cache that is updated in place, adapters."""
 
 from functools import partial
 
@@ -37,14 +37,14 @@ PROGRAMS = {}
 
 @pytest.fixture(scope="module")
 def world():
-    """A model without an adapter and random weights that are large enough for answers to differ."""
+    """A model without an adapter and random weights that are large enough for completions to differ."""
     model, whole = tiny(jnp.float32)
     return model, jax.tree.map(lambda x: 2 * x, whole)
 
 
 @pytest.fixture(scope="module")
 def greedy(world):
-    """Each prompt's greedy answer in one batch."""
+    """The greedy completion of each prompt in one batch."""
     return answers(world)
 
 
@@ -77,7 +77,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("sampling", CUTS.values(), ids=CUTS.keys())
-def test_a_cut_is_transformers_own(sampling):
+def test_truncated_logits_equal_transformers(sampling):
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as theirs
 
@@ -94,7 +94,7 @@ def test_a_cut_is_transformers_own(sampling):
     assert np.isfinite(found).any(1).all()
 
 
-def test_the_largest_are_found_as_by_a_sort():
+def test_the_top_mask_equals_a_sort():
     x = np.random.default_rng(2).normal(0, 1, (6, 50)).astype(np.float32)
     x[1], x[2, :30], x[3, ::2], x[4] = 1.5, -np.inf, 0.25, -np.abs(x[4]) * 1e-30
     for count in (1, 2, 7, 49, 50):
@@ -103,7 +103,7 @@ def test_the_largest_are_found_as_by_a_sort():
     np.testing.assert_array_equal(fast_argmax(jnp.asarray(x)), x.argmax(-1))
 
 
-def test_samples_follow_the_cut_distribution():
+def test_samples_follow_the_truncated_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
     drawn = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
@@ -111,7 +111,7 @@ def test_samples_follow_the_cut_distribution():
     assert (drawn[wanted == 0] == 0).all() and (wanted == 0).any()
     kept = wanted > 0
     chi2 = ((drawn - wanted)[kept] ** 2 / wanted[kept]).sum()
-    assert chi2 < 30  # at most 7 degrees of freedom: a fair draw exceeds this once in 10^4
+    assert chi2 < 30  # at most 7 degrees of freedom: a correct sampler exceeds this once in 10^4
 
 
 def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
@@ -123,7 +123,7 @@ def test_temperature_zero_is_the_argmax_and_so_is_top_k_one(world, greedy):
     assert answers(world, key=jax.random.key(6)) == greedy
 
 
-def test_greedy_answers_are_what_the_whole_forward_says(world, greedy):
+def test_greedy_completions_equal_the_full_forward_pass(world, greedy):
     model, whole = world
     for prompt, answer in zip(PROMPTS, greedy, strict=True):
         row = left_pad([prompt + answer], 1)
@@ -145,11 +145,11 @@ def test_sampling_depends_on_the_key_alone(world):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_prompt_alone_is_answered_as_in_a_batch(world, greedy, batch):
+def test_a_prompt_alone_is_completed_as_in_a_batch(world, greedy, batch):
     assert answers(world, batch=batch) == greedy
 
 
-def test_a_stop_token_ends_its_row_and_no_other(world, greedy):
+def test_a_stop_token_ends_its_row_only(world, greedy):
     stop = (greedy[0][4], greedy[3][2])
     stopped = answers(world, stop=stop)
     for before, after in zip(greedy, stopped, strict=True):
@@ -157,7 +157,7 @@ def test_a_stop_token_ends_its_row_and_no_other(world, greedy):
         assert after == before[: min(ends, default=12)]
     assert len(stopped[0]) <= 5 and len({len(a) for a in stopped}) > 1
     raw = np.asarray(program(world[0], GREEDY, stop)(world[1], left_pad(PROMPTS, 8), KEY))
-    assert (raw[len(PROMPTS) :, 1:] == -1).all()  # rows that only fill the batch stop at once
+    assert (raw[len(PROMPTS) :, 1:] == -1).all()  # rows without a prompt stop at once
     for row, after in zip(raw, stopped):
         assert row.tolist() == after + [-1] * (12 - len(after))
 
@@ -171,7 +171,7 @@ def test_a_bucket_is_compiled_once(world):
     assert run._cache_size() == 2
 
 
-def test_an_empty_prompt_and_bad_settings_are_refused(world):
+def test_an_empty_prompt_and_invalid_settings_are_refused(world):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         answers(world, prompts=[[1], []])
     for bad in (dict(max_new=0), dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
@@ -213,7 +213,9 @@ SMOL = LlamaConfig(
     [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, Quant("nf4")), (jnp.bfloat16, Quant("int8"))],
 )
 def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, quant):
-    """Of a rollout's size, with the weights as a run holds them: neither the cache nor the weights are expanded."""
+    """At the size of a rollout, with weights stored as in a run: neither the cache nor the weights are
+    expanded.
+    """
     model, mesh, rows, size = (
         llama(SMOL, dtype),
         sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]),
@@ -237,7 +239,7 @@ def test_a_decode_step_has_temporaries_of_less_than_a_tenth_of_the_cache(dtype, 
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("head",)], ids=str)
-def test_an_adapter_changes_the_answers_and_without_it_the_base_is_back(world, greedy, targets):
+def test_an_adapter_changes_completions_and_without_it_the_base_is_unchanged(world, greedy, targets):
     model, whole = tiny(jnp.float32, adapter=Adapter(rank=4, alpha=8.0, targets=targets))
     attached, detached = {**world[1], "adapter": whole["adapter"]}, world[1]
     assert answers((model, attached)) != greedy
@@ -248,7 +250,7 @@ def test_an_adapter_changes_the_answers_and_without_it_the_base_is_back(world, g
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_is_unmerged(tied):
+def test_merged_equals_unmerged(tied):
     settings = Adapter(rank=4, alpha=8.0, targets=("q", "v", "o", "gate", "down", "head"))
     model, whole = tiny(jnp.float32, adapter=settings, tied=tied)
     plain = adapted(llama(LlamaConfig(**{**CONFIG.__dict__, "tied": False}), jnp.float32), None)

@@ -1,4 +1,4 @@
-"""The flax.linen Module: our parameters, our logits, our gradient step."""
+"""The flax.linen Module has the parameters, logits and gradients of the model."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def logits_of(model, whole, tokens=TOKENS):
     "adapter", [None, Adapter(rank=2, alpha=4.0, targets=("q", "down", "head"))], ids=["base", "adapted"]
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_init_and_apply_equal_ours(tied, adapter):
+def test_init_and_apply_equal_the_model(tied, adapter):
     model = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.float32)
     model = model if adapter is None else adapted(model, adapter)
     module = LlamaModule(model)
@@ -75,7 +75,7 @@ def loss_of(logits, tokens):
     return -jnp.take_along_axis(logps, tokens.ids[:, 1:, None], -1).mean()
 
 
-def test_a_step_through_a_train_state_is_our_gradient_step():
+def test_a_step_of_a_flax_train_state_is_the_gradient_step():
     module, tx = LlamaModule(MODEL), optax.adamw(1e-2)
     state = TrainState.create(apply_fn=module.apply, params=module.init(KEY, TOKENS)["params"], tx=tx)
 
@@ -114,21 +114,24 @@ def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
     state = state.apply_gradients(grads=grads)
     moved = tree.paths(jax.tree.map(lambda new, old: bool((new != old).any()), state.params, whole))
     assert {path for path, m in moved.items() if m} == {path for path in moved if path.endswith("/b")}
-    apply = lambda **rngs: np.asarray(module.apply({"params": state.params}, TOKENS, rngs=rngs))  # noqa: E731
+
+    def apply(**rngs):
+        return np.asarray(module.apply({"params": state.params}, TOKENS, rngs=rngs))
+
     assert (apply() == apply()).all() and (apply(dropout=KEY) == apply(dropout=KEY)).all()
     assert (apply(dropout=KEY) != apply()).any() and (
         apply(dropout=KEY) != apply(dropout=jax.random.key(9))
     ).any()
 
 
-def test_it_applies_to_a_packed_base():
+def test_the_module_applies_to_a_quantised_base():
     model = llama(CONFIG, jnp.bfloat16)
     plain = param.init_params(model.specs, KEY, jnp.bfloat16)
     packed = {**plain, "embed": quantize(plain["embed"], "bits")}
     same(LlamaModule(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
 
-def test_it_is_a_module_among_others():
+def test_the_module_works_as_a_submodule():
     class Scored(nn.Module):
         @nn.compact
         def __call__(self, tokens):

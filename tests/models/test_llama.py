@@ -52,7 +52,7 @@ def tiny_hf(**changes):
 
 
 def base_of(hf, model, dtype=jnp.float32):
-    """Our parameter tree of a torch model, by the model's own name table."""
+    """The jaxft parameter tree of a torch model, by the name table of the model."""
     state = {k: v.detach().numpy() for k, v in hf.state_dict().items()}
     out = {}
     for path, (name, transpose) in model.weight_names.items():
@@ -89,7 +89,7 @@ def test_logits_equal_transformers(shape):
     np.testing.assert_allclose(np.asarray(found), wanted, atol=1e-4)
 
 
-def test_decode_with_a_cache_equals_the_whole_forward():
+def test_decoding_with_a_cache_equals_the_full_forward_pass():
     hf = tiny_hf(**SHAPES["gqa"])
     model = llama(from_hf(hf.config.to_dict()), jnp.float32)
     params = base_of(hf, model)

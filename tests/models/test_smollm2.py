@@ -1,4 +1,4 @@
-"""SmolLM2-135M in float32 against transformers: logits on real text and greedy answers."""
+"""SmolLM2-135M in float32 against transformers: logits on real text and greedy completions."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ Low-rank adaptation freezes the pretrained weights and trains the product of two
 春天的第一天下了雪。 Die Straßenbahn fuhr um 6:45 Uhr; wir kamen zu spät. 🙂 Съешь же ещё этих мягких французских булок.
 Q: If 17 apples cost $8.50, what do 40 cost? A: One apple costs $0.50, so 40 of them cost $20.00."""
 
-PAD = 0  # <|endoftext|>, which no answer holds
+PAD = 0  # <|endoftext|>, which no completion contains
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue, and then give the formula for the area of a circle of radius r.",
@@ -37,14 +37,14 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def both():
-    """(transformers' model, ours, our weights, tokenizer)."""
+    """(transformers model, jaxft model, its parameters, tokenizer)."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
     model = pretrained.model_for(REF, dtype=jnp.float32)
     whole = {"base": pretrained.load_frozen(REF, model, mesh)}
     return reference(), adapted(model, None), whole, pretrained.load_tokenizer(REF)
 
 
-def test_logits_on_real_text(both):
+def test_logits_on_real_text_equal_transformers(both):
     theirs, model, whole, tokenizer = both
     ids = np.array([tokenizer.encode(TEXT)], np.int32)
     assert ids.shape[1] > 200
@@ -60,7 +60,7 @@ def test_logits_on_real_text(both):
     np.testing.assert_array_equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
-def test_greedy_answers_of_one_ragged_batch_are_transformers_own(both):
+def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     theirs, model, whole, tokenizer = both
     prompts = [prompt_ids([{"role": "user", "content": text}], tokenizer) for text in PROMPTS]
     sizes = [len(prompt) for prompt in prompts]
@@ -72,7 +72,7 @@ def test_greedy_answers_of_one_ragged_batch_are_transformers_own(both):
     for row, prompt in enumerate(prompts):
         ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small products on several threads crawl when the machine is busy
+    torch.set_num_threads(1)  # small matmuls on several threads are slow on a busy machine
     with torch.no_grad():
         wanted = theirs.generate(
             torch.tensor(ids),

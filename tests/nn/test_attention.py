@@ -1,4 +1,4 @@
-"""Laws of attention: every kernel means what `dense` means, on one device or many, and none of them grows with T x T."""
+"""Laws of attention: every kernel equals `dense`, on one device or many, and none grows with T x T."""
 
 import re
 from functools import partial
@@ -29,7 +29,9 @@ def strict_promotion():
 
 
 def packed(rng, B, T, most=4, padding=True):
-    """Segments 1, 2, ... of unequal length in each row, the last tokens padding; branches 0 (shared) first, then 1, 2, 3."""
+    """Segments 1, 2, ... of unequal length in each row, the last tokens padding; branches 0 (shared) first,
+    then 1, 2, 3.
+    """
     segments, branches = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     for b in range(B):
         used = T - int(rng.integers(0, T // 2 + 1)) if padding else T
@@ -119,7 +121,7 @@ BLOCKS_OF_8 = partial(attention.flash, block=8)
     st.lists(st.integers(0, 2), min_size=30, max_size=30),
 )
 def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, branches):
-    """Not sorted, as no packer would write them: skipping may lose time on such rows, never a key."""
+    """Unsorted rows, which no packer writes: skipping blocks must not lose a visible key."""
     with jax.enable_x64(True):
         x = arrays(np.random.default_rng(0), 1, 30, 2, 1, 4, jnp.float64)
         rest = (jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32))
@@ -141,7 +143,7 @@ def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     assert_close(found, wanted, tolerance)
 
 
-def test_scores_of_thousands_stay_finite():
+def test_large_scores_stay_finite():
     rng = np.random.default_rng(2)
     q, k, v, do = arrays(rng, 1, 40, 2, 1, 8, jnp.float32)
     segments, _ = packed(rng, 1, 40)
@@ -149,19 +151,19 @@ def test_scores_of_thousands_stay_finite():
         wide = (x.astype(jnp.float64) for x in (100 * q, 100 * k, v, do))
         wanted = value_and_gradients(attention.dense, *wide, segments)
     found = value_and_gradients(partial(attention.flash, block=16), 100 * q, 100 * k, v, do, segments)
-    assert_close(found, wanted, 0.02)  # float32 holds a score of 10^4 to 10^-3
+    assert_close(found, wanted, 0.02)  # the resolution of float32 at a score of 10^4 is 10^-3
 
 
 @pytest.mark.parametrize("kernel", [attention.dense, partial(attention.flash, block=16)])
 def test_masked_tokens_change_nothing(kernel):
-    """To the bit: another segment, another branch, later tokens and padding may hold anything finite."""
+    """Bit for bit: other segments, other branches, later tokens and padding may have any finite value."""
     rng = np.random.default_rng(3)
     q, k, v, do = arrays(rng, 1, 64, 2, 1, 8, jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2, 3, 0]], jnp.int32), 16, axis=1)
     branches = jnp.asarray([[0] * 20 + [1] * 6 + [2] * 6 + [0] * 32], jnp.int32)
     mine = jnp.asarray(
         [*range(16, 20), *range(26, 30)]
-    )  # the second segment's prompt, and most of its second answer
+    )  # the prompt of the second segment, and most of its second branch
     others = jnp.ones(64, bool).at[mine].set(False)[None, :, None, None]
     do = jnp.where(others, 0, do)
     before = value_and_gradients(kernel, q, k, v, do, segments, branches)
@@ -192,7 +194,7 @@ def test_packed_examples_equal_examples_alone():
             np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-12)
 
 
-def test_answers_after_a_shared_prompt_equal_prompt_and_answer_alone():
+def test_completions_after_a_shared_prompt_equal_prompt_and_completion_alone():
     rng = np.random.default_rng(6)
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 1, 40, 4, 2, 8, jnp.float64)
@@ -204,7 +206,7 @@ def test_answers_after_a_shared_prompt_equal_prompt_and_answer_alone():
             np.testing.assert_allclose(together[:, at], alone, atol=1e-12)
 
 
-def test_visits_skip_later_blocks_other_segments_padding_and_other_answers():
+def test_visits_skip_later_blocks_other_segments_padding_and_other_branches():
     segments = jnp.repeat(jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]], jnp.int32), 4, axis=1)
     places, counts, _ = flash_attention._visits((Visibility(segments, None),) * 2, 0, 4)
     assert counts.tolist() == [1, 2, 1, 2, 0, 1, 2, 3, 4, 5]
@@ -216,13 +218,13 @@ def test_visits_skip_later_blocks_other_segments_padding_and_other_answers():
     assert places[9, :3].tolist() == [5, 8, 9]
 
 
-def test_decode_is_the_last_row_of_dense():
+def test_cached_attention_is_the_last_row_of_dense():
     rng = np.random.default_rng(7)
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 3, 20, 4, 2, 8, jnp.float64)
         segments = jnp.ones((3, 20), jnp.int32)
         wanted = attention.dense(q, k, v, segments)[:, -1]
-        room = ((0, 0), (2, 7), (0, 0), (0, 0))  # a cache is larger than what it holds
+        room = ((0, 0), (2, 7), (0, 0), (0, 0))  # the cache has free slots
         visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
         k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
         cache = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.swapaxes(1, 2)
@@ -267,7 +269,7 @@ def products(fn, *args):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_saved_names_spare_the_backward_pass_the_forward_pass(dtype):
+def test_saved_names_avoid_recomputing_the_forward_pass(dtype):
     q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
     segments = jnp.ones((1, 32), jnp.int32)
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
@@ -282,8 +284,10 @@ def test_saved_names_spare_the_backward_pass_the_forward_pass(dtype):
     assert list(count.values()) == [2 + 5, 2 + 5, 2 + 2 + 5]
 
 
-def test_no_program_holds_a_t_by_t_matrix():
-    """Temporaries of a gradient grow with T (here 2 x), not with T^2 (4 x); one head's float32 scores would be 4 MB."""
+def test_no_program_has_a_t_by_t_matrix():
+    """Temporaries of a gradient grow with T (here 2 x), not with T^2 (4 x); one head's float32 scores would
+    be 4 MB.
+    """
 
     def temporaries(T):
         shapes = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.bfloat16) for heads in (4, 2, 2, 4)]
@@ -297,7 +301,7 @@ def test_no_program_holds_a_t_by_t_matrix():
 
 
 def described(platform, device_kind):
-    """A device as a mesh of devices that need not be here describes it."""
+    """A device of an abstract mesh."""
     return AbstractDevice(device_kind, None, platform)
 
 
@@ -353,8 +357,8 @@ def test_rows_of_one_example_go_to_cudnn_on_nvidia_and_nowhere_else():
     assert attention.kernel_for(described("cpu", "cpu"), 64, jnp.bfloat16, packed=False) is attention.flash
 
 
-def test_lengths_stand_for_segments_where_a_row_holds_one_example():
-    """What cuDNN is asked for, computed by the other implementation of the same public function."""
+def test_lengths_equal_segments_for_rows_of_one_example():
+    """The arguments for cuDNN, computed by the XLA implementation of the same public function."""
     rng = np.random.default_rng(11)
     q, k, v, do = arrays(rng, 3, 40, 4, 2, 16, jnp.float32)
     segments = (np.arange(40)[None] < np.array([[40], [17], [0]])).astype(np.int32)
@@ -377,9 +381,7 @@ def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
     with jax.numpy_dtype_promotion("standard"):
         found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, segments)
     wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
-    real = (
-        segments[:, :, None, None] != 0
-    )  # what padding queries get is their own affair, as long as it is finite
+    real = segments[:, :, None, None] != 0  # padding queries may return any finite number
     assert np.all(np.isfinite(found[0]))
     assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-4)
 

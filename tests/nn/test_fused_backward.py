@@ -1,4 +1,4 @@
-"""Layers updated inside the backward pass: the same numbers as after it, without the gradients."""
+"""Updates inside the backward pass equal updates after it, without storing the gradients."""
 
 from functools import partial
 
@@ -37,14 +37,15 @@ def case(
     objective=sft,
     groups=((".*/q", 2.0),),
 ):
-    """step(fused) -> (compiled step, state at the start, frozen) of a tiny model in full."""
+    """step(fused) -> (compiled step, initial state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
     t = partition.partition_params(llama(model.config, dtype, "full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
     trainable, frozen = partition.split_params(t, whole)
 
     def build(fused):
-        o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True, fused_backward=fused,
+        o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True,
+        fused_backward=fused,
                   lr_groups=groups)  # fmt: skip
         made = make_optimizer(o, t.trainable_specs, 10)
         step = jax.jit(make_train_step(objective(t.model), made, 0), donate_argnums=())
@@ -62,7 +63,7 @@ def case(
 )
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_three_steps_are_those_of_layerwise_updates(optimizer, pattern, tied):
+def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied):
     with jax.enable_x64(True):
         build = case(optimizer, pattern, jnp.float64, tied=tied)
         found = []
@@ -77,7 +78,7 @@ def test_three_steps_are_those_of_layerwise_updates(optimizer, pattern, tied):
 
 
 @pytest.mark.parametrize("optimizer", [adamw_8bit, adamw_bf16])
-def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
+def test_integer_optimizer_state_passes_through_as_floats(optimizer, monkeypatch):
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 64)
     build, found = case(optimizer), []
     for fused in (False, True):
@@ -89,7 +90,7 @@ def test_integers_of_an_optimizers_state_pass_as_floats(optimizer, monkeypatch):
     assert_close(found[1].trainable, found[0].trainable, 2e-3)  # a code may be its neighbour
 
 
-def test_disguises_keep_every_bit():
+def test_float_bits_preserve_every_bit():
     for dtype in (np.uint8, np.int8, np.uint16, np.int32, np.uint32):
         x = np.frombuffer(np.random.default_rng(0).bytes(1 << 16), dtype)
         worn = jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, x), 0, float_bits(x))[1])(x)
@@ -98,7 +99,7 @@ def test_disguises_keep_every_bit():
     assert float_bits(jnp.ones(3)).dtype == jnp.float32
 
 
-def test_bfloat16_parameters_are_rounded_as_layerwise():
+def test_bfloat16_parameters_are_rounded_as_by_layerwise_updates():
     build, found = case(optim.adafactor, held=jnp.bfloat16), []
     for fused in (False, True):
         step, state, frozen = build(fused)
@@ -115,12 +116,17 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     bad = good.replace(token_weights=good.token_weights.at[0, 0, 0].set(jnp.inf))
     after, found = step(state, frozen, bad)
     assert metrics.as_floats(found)["skipped"] == 1 and after.bad.tolist() == [1, 1]
-    same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # noqa: E731
+
+    def same(a, b):
+        return np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
     jax.tree.map(same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
 
 
-def test_a_layer_whose_gradient_overflows_stays_as_it_was():
-    """The weights of the middle layer are so large that its gradients have no finite norm; the one above is updated before."""
+def test_a_layer_whose_gradient_overflows_is_unchanged():
+    """The weights of the middle layer are so large that its gradients have no finite norm; the one above is
+    updated before.
+    """
     step, state, frozen = case()(True)
     weights = state.trainable["base"]["layers"]["attn"]
     weights["v"] = weights["v"].at[1].multiply(1e-30)  # its output vanishes, its gradient doesn't
@@ -136,7 +142,7 @@ def test_a_layer_whose_gradient_overflows_stays_as_it_was():
     )
 
 
-def test_no_gradient_of_all_layers_is_held():
+def test_gradients_of_all_layers_never_exist_together():
     config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
     t = partition.partition_params(llama(config, jnp.float32, "full"), None, None)
     whole = param.abstract_params(t.specs)
@@ -144,7 +150,10 @@ def test_no_gradient_of_all_layers_is_held():
     for fused in (False, True):
         o = Optim(optimizer=optim.adafactor, clip=None, layerwise=True, fused_backward=fused)
         optimizer = make_optimizer(o, t.trainable_specs, 10)
-        shape = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+
+        def shape(shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
         state = TrainState(shape(()), whole, jax.eval_shape(optimizer.init, whole), {}, shape((2,)))
         step = jax.jit(make_train_step(sft(t.model), optimizer, 0), donate_argnums=0)
         memory = step.lower(state, jax.tree.map(lambda _: None, whole), batch()).compile().memory_analysis()
@@ -152,7 +161,7 @@ def test_no_gradient_of_all_layers_is_held():
     assert taken[False] - taken[True] > 0.75 * layers, (taken, layers)
 
 
-def test_what_does_not_go_together_is_refused():
+def test_incompatible_settings_are_refused():
     with pytest.raises(
         ValueError, match="optim.clip=1.0 needs it; set optim.clip=none, or optim.fused_backward=false"
     ):
@@ -188,14 +197,14 @@ ARGV = ("lr=0.003", "samples=0", "remat=full", "optim.fused_backward=true", "opt
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_run_learns(place, devices):
+def test_a_fused_run_reduces_the_loss(place, devices):
     more = ["mesh.data=2", "mesh.fsdp=4", "batch=8"] if devices > 1 else ["run.params=bfloat16"]
     assert place.run("full=true", *ARGV, *more, f"name=whole-{devices}", devices=devices) == 0, place.err()
     losses = [line["loss"] for line in place.results(f"whole-{devices}", 4)["metrics"] if "loss" in line]
     assert losses[-1] < losses[0]
 
 
-def test_a_killed_run_ends_as_one_that_was_left_alone(place):
+def test_a_killed_run_resumes_to_the_same_result(place):
     argv = ["full=true", *ARGV, "run.params=bfloat16", "optim.optimizer=jaxft.optim.low_precision:adamw_8bit"]
     assert place.run(*argv, "name=alone") == 0, place.err()
     place.run_with_a_kill(*argv, name="killed")
@@ -204,7 +213,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(place):
 
 
 @pytest.mark.parametrize("reference", ["start", "precomputed"])
-def test_preferences_are_learned_as_layerwise(tmp_path, reference):
+def test_dpo_equals_layerwise_updates(tmp_path, reference):
     write_pair_place(tmp_path)
     place = Place(tmp_path)
     argv = ("full=true", "remat=full", f"reference={reference}", "optim.clip=none", "lr=0.003")
@@ -219,7 +228,7 @@ def test_preferences_are_learned_as_layerwise(tmp_path, reference):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
-def test_a_run_that_cannot_have_it_says_so_before_it_loads(place):
+def test_an_incompatible_run_is_refused_before_it_loads_weights(place):
     for more, words in (
         ([], "the trainable stacked parameters are adapter"),
         (["full=true", "micro=2"], "has 2 microbatches"),

@@ -1,4 +1,4 @@
-"""Layers against plain autodiff and transformers; precision, dtypes, and what a backward pass keeps."""
+"""Layers against plain autodiff and transformers; precision, dtypes, and what a backward pass stores."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ from jaxft.train import partition
 from jaxft.weights import storage
 
 RNG = np.random.default_rng(0)
-# Every size is another number, so that a shape says what an array is.
+# All sizes differ, so that a shape identifies an array.
 DEEP = LlamaConfig(vocab=88, width=32, layers=13, heads=4, kv_heads=2, head_dim=10, mlp=48)
 B, T = 4, 16
 
@@ -39,16 +39,19 @@ def random(*shape, dtype=None):
 
 def batch32(count=B):
     """A batch as a run has it: 32-bit integers and float32 weights."""
-    narrow = lambda x: x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)  # noqa: E731
+
+    def narrow(x):
+        return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+
     return jax.tree.map(narrow, one_by_one(examples(count)))
 
 
-# Products
+# Matmuls
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
-def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transposed):
+def test_matmul_equals_plain_autodiff_in_value_and_gradients(wide, packed, transposed):
     x, cotangent = random(2, 3, 5), random(2, 3, 4)
     w = random(4, 5) if transposed else random(5, 4)
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w
@@ -68,7 +71,7 @@ def test_matmul_is_the_plain_product_in_value_and_gradients(wide, packed, transp
     assert_close(both(lambda x, w: matmul.matmul(x, w, transposed, False)), both(plain))
 
 
-def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
+def test_matmuls_accumulate_in_float32_and_return_the_compute_dtype():
     x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.float32)
     for wide_result, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
         y = matmul.matmul(x, w, False, wide_result)
@@ -79,7 +82,7 @@ def test_products_accumulate_in_float32_and_come_back_in_the_compute_dtype():
     assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0]) == 4096
 
 
-def test_a_weights_gradient_keeps_the_accumulators_precision():
+def test_a_weight_gradient_has_the_precision_of_the_accumulator():
     x, g = random(512, 8, dtype=jnp.bfloat16), random(512, 4, dtype=jnp.bfloat16)
     dw = jax.vjp(matmul.linear, x, random(8, 4, dtype=jnp.float32))[1](g)[1]
     exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
@@ -102,7 +105,7 @@ def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
-def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
+def test_no_dequantised_weight_is_a_residual(rank):
     from jaxft.nn.lora import Adapted
 
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
@@ -119,7 +122,7 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(rank):
 # Layers
 
 
-def test_rms_norm_is_transformers():
+def test_rms_norm_equals_transformers():
     torch = pytest.importorskip("torch")
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -136,7 +139,7 @@ def test_rms_norm_is_transformers():
 
 
 @pytest.mark.parametrize("scaling", [None, "llama3"])
-def test_rope_is_transformers(scaling):
+def test_rope_equals_transformers(scaling):
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as TheirConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -157,24 +160,30 @@ def test_rope_is_transformers(scaling):
     angles = layers.rope_angles(
         inverse_frequencies(from_hf(config.to_dict())), jnp.asarray(positions), jnp.float32
     )
-    heads_first = lambda x: torch.tensor(np.asarray(x)).transpose(1, 2)  # noqa: E731
+
+    def heads_first(x):
+        return torch.tensor(np.asarray(x)).transpose(1, 2)
+
     cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
     wanted = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
     for x, theirs in zip((q, k), wanted):
         np.testing.assert_allclose(layers.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
 
 
-def test_rope_keeps_lengths_and_depends_on_distance_only():
+def test_rope_preserves_norms_and_depends_on_distance_only():
     frequencies = inverse_frequencies(DEEP)
     q, k = random(1, 1, 1, 10, dtype=jnp.float32), random(1, 1, 1, 10, dtype=jnp.float32)
-    turn = lambda x, at: layers.rope(x, *layers.rope_angles(frequencies, jnp.array([[at]]), jnp.float32))  # noqa: E731
+
+    def turn(x, at):
+        return layers.rope(x, *layers.rope_angles(frequencies, jnp.array([[at]]), jnp.float32))
+
     np.testing.assert_allclose(jnp.linalg.norm(turn(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
     near, far = jnp.vdot(turn(q, 7), turn(k, 4)), jnp.vdot(turn(q, 53), turn(k, 50))
     np.testing.assert_allclose(near, far, rtol=1e-4, atol=1e-5)
     assert abs(near - jnp.vdot(turn(q, 8), turn(k, 4))) > 1e-3
 
 
-def test_swiglu_is_torchs():
+def test_swiglu_equals_torch():
     torch = pytest.importorskip("torch")
     gate, up = random(3, 7, dtype=jnp.float32), random(3, 7, dtype=jnp.float32)
     wanted = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
@@ -182,7 +191,7 @@ def test_swiglu_is_torchs():
     assert layers.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_embedding_a_packed_table_is_embedding_the_plain_one():
+def test_embedding_from_a_quantised_table_equals_the_dequantised_one():
     table, ids = random(9, 4, dtype=jnp.bfloat16), jnp.array([[3, 0, 8], [3, 3, 1]])
     np.testing.assert_array_equal(
         layers.embed(quantize(table, "bits"), ids, table.dtype), np.asarray(table)[np.asarray(ids)]
@@ -192,13 +201,13 @@ def test_embedding_a_packed_table_is_embedding_the_plain_one():
     np.testing.assert_array_equal(grad[:, 0], np.bincount(np.ravel(ids), minlength=9))
 
 
-# What is kept
+# Residuals
 
 
 @pytest.mark.parametrize(
     "dtype, kept", [(jnp.bfloat16, "u16"), (jnp.float32, "f32")], ids=["bfloat16", "float32"]
 )
-def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys, dtype, kept):
+def test_a_saveable_value_is_stored_as_bits_where_the_policy_names_it(capsys, dtype, kept):
     def layer(x):
         return jnp.sum(jnp.sin(layers.saveable(jnp.sin(x), "here")).astype(jnp.float32))
 
@@ -210,20 +219,24 @@ def test_a_remembered_value_is_kept_where_the_policy_names_it_and_as_bits(capsys
         assert (
             (len(found) == 1 and found[0].startswith(f"{kept}[3,5] named 'here'")) if expected else not found
         )
-    plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))  # noqa: E731
+
+    def plain(x):
+        return jnp.sum(jnp.sin(jnp.sin(x)).astype(jnp.float32))
+
     np.testing.assert_array_equal(jax.grad(layer)(x), jax.grad(plain)(x))
     np.testing.assert_array_equal(layers.saveable(x, "here"), x)
 
 
-SIZES = {  # of what a layer may keep, in DEEP
-    "q": (B, T, 4, 10), "k": (B, T, 2, 10), "attn_out": (B, T, 2, 2, 10), "attn_lse": (B, 4, T), "gate": (B, T, 48),
+SIZES = {  # of the arrays that a layer may store, in DEEP
+    "q": (B, T, 4, 10), "k": (B, T, 2, 10), "attn_out": (B, T, 2, 2, 10), "attn_lse": (B, 4, T),
+    "gate": (B, T, 48),
 }  # fmt: skip
 KEPT = {"full": (), "attention": ("attn_out",), "projections": ("q", "k", "attn_out", "gate")}
 
 
 @functools.cache
 def deep_program(adapter, remat):
-    """The compiled gradient of the SFT loss of a deep bfloat16 model, held as a run holds it."""
+    """The compiled gradient of the SFT loss of a deep bfloat16 model, stored as in a run."""
     t = partition.partition_params(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
     trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
@@ -239,7 +252,7 @@ def deep_program(adapter, remat):
 
 
 @pytest.mark.parametrize("remat", KEPT)
-def test_a_remat_policy_keeps_what_it_names_and_16_bit_values_as_bits(remat):
+def test_a_remat_policy_stores_what_it_names_and_16_bit_values_as_bits(remat):
     stacked = deep_program(Adapter(rank=3), remat)
     for name in ("q", "k", "attn_out", "gate"):
         found = {dtype for dtype, dims in stacked if dims == SIZES[name]}
@@ -254,7 +267,7 @@ def test_stacked_weights_are_never_converted_as_a_whole(adapter):
     for name, dims in kernels.items():
         held = (
             "u16" if adapter else "f32"
-        )  # frozen ones as raw bits; trained ones as they are, and so are their gradients
+        )  # frozen ones as raw bits; trainable ones and their gradients unchanged
         assert {dtype for dtype, found in stacked if found == dims} == {held}, name
 
 
@@ -278,7 +291,9 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
     some, batch, key = tree.combine(trainable, frozen), batch32(), jax.random.key(0)
 
     def gradient(trainable, frozen, key):
-        loss = lambda some: sft(t.model)(tree.combine(some, frozen), batch, key, {})  # noqa: E731
+        def loss(some):
+            return sft(t.model)(tree.combine(some, frozen), batch, key, {})
+
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
     with jax.numpy_dtype_promotion("strict"):
@@ -293,7 +308,7 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)
 
 
-def test_bfloat16_gradients_are_float32s_within_a_few_per_cent():
+def test_bfloat16_gradients_equal_float32_within_a_few_percent():
     grads = []
     for dtype in (jnp.float32, jnp.bfloat16):
         model, whole = tiny(

@@ -1,4 +1,6 @@
-"""Adapters: PEFT's start and sizes, attaching and merging, which kernels, and the fused product's gradients."""
+"""Adapters: PEFT's initialisation and sizes, targets, attaching, merging, and the gradients of the fused
+matmul.
+"""
 
 import re
 
@@ -34,7 +36,7 @@ def logits(model, whole, batch):
     return jax.jit(lambda whole: model.logits(model.head(whole), model.hidden(whole, batch)))(whole)
 
 
-# How an adapter starts
+# Initialisation
 
 
 def test_a_is_kaiming_uniform_and_b_is_zero():
@@ -54,7 +56,7 @@ def test_a_is_kaiming_uniform_and_b_is_zero():
             assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(np.mean(x)) < 0.03 * bound
 
 
-def test_the_start_and_the_sizes_are_pefts():
+def test_initialisation_and_sizes_equal_peft():
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from tiny_llama import tiny_torch
@@ -80,7 +82,7 @@ def test_the_start_and_the_sizes_are_pefts():
     assert np.abs(mine).max() == pytest.approx(float(a.abs().max()), rel=0.02)
 
 
-def test_the_parameters_are_rank_times_in_plus_out_a_layer():
+def test_parameters_per_layer_are_rank_times_in_plus_out():
     for rank in (1, 5):
         for path, spec in param.spec_paths(SPECS).items():
             if path in KERNELS:
@@ -90,7 +92,7 @@ def test_the_parameters_are_rank_times_in_plus_out_a_layer():
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 32.0 / 16), (True, 32.0 / 4)])
-def test_the_scale_is_alpha_over_rank_or_over_its_root(rslora, scale):
+def test_the_scale_is_alpha_over_rank_or_its_square_root(rslora, scale):
     settings = Adapter(rank=16, alpha=32.0, rslora=rslora)
     assert settings.scale == scale
     start = param.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
@@ -103,14 +105,14 @@ def test_settings_out_of_range_are_refused(wrong):
         Adapter(**wrong)
 
 
-def test_dropout_that_would_not_reach_the_head_is_refused():
+def test_dropout_on_the_head_is_refused():
     with pytest.raises(
         ValueError, match="adapter.dropout=0.1 has no effect on an adapter of the head; set it to 0"
     ):
         adapted(llama(CONFIG), Adapter(dropout=0.1, targets=("q", "head")))
 
 
-# Which kernels
+# Targets
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_dropout_that_would_not_reach_the_head_is_refused():
     ids=str,
 )
 @pytest.mark.parametrize("specs", [SPECS, TIED], ids=["untied", "tied"])
-def test_targets(targets, paths, specs):
+def test_targets_select_kernels(targets, paths, specs):
     assert sorted(target_paths(specs, targets)) == sorted(paths)
     found = {p.rpartition("/")[0] for p in param.spec_paths(adapter_specs(specs, Adapter(targets=targets)))}
     assert found == set(paths)
@@ -148,7 +150,7 @@ def test_targets(targets, paths, specs):
     ],
     ids=str,
 )
-def test_targets_that_are_not_there_are_named_with_near_misses(targets, says):
+def test_unknown_targets_are_reported_with_near_misses(targets, says):
     with pytest.raises(ValueError) as error:
         target_paths(SPECS, targets)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
@@ -160,13 +162,13 @@ def test_targets_that_cannot_select_are_refused(targets):
         target_paths(SPECS, targets)
 
 
-# Attached and merged
+# Attaching and merging
 
 
 @pytest.mark.parametrize(
     "tied, dtype", [(False, jnp.float32), (True, jnp.bfloat16)], ids=["untied-float32", "tied-bfloat16"]
 )
-def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
+def test_a_fresh_adapter_and_no_adapter_equal_the_base_bit_for_bit(tied, dtype):
     model, whole = tiny(dtype, SOME, tied)
     batch = one_by_one(examples(4))
     plain, _ = tiny(dtype, None, tied)
@@ -182,7 +184,7 @@ def test_a_fresh_adapter_and_none_give_the_base_to_the_bit(tied, dtype):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_is_unmerged(wide, tied):
+def test_merged_equals_unmerged(wide, tied):
     model, whole = tiny(adapter=SOME, tied=tied)
     batch = one_by_one(examples(4))
     merged = merge(whole["base"], whole["adapter"], jnp.float64)
@@ -193,7 +195,7 @@ def test_merged_is_unmerged(wide, tied):
     assert len(untouched) == 3 and all(x is tree.paths(whole["base"])[p] for p, x in untouched.items())
 
 
-def test_a_packed_kernel_is_merged_like_a_plain_one():
+def test_a_quantised_kernel_is_merged_like_a_plain_one():
     _, whole = tiny(jnp.bfloat16, SOME)
     plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole["base"])
     packed = jax.tree.map(lambda x: quantize(x, "bits"), plain)
@@ -202,7 +204,7 @@ def test_a_packed_kernel_is_merged_like_a_plain_one():
     assert np.any(np.asarray(wanted["layers"]["attn"]["q"]) != np.asarray(plain["layers"]["attn"]["q"]))
 
 
-def test_attaching_shares_every_leaf_and_touches_nothing_else():
+def test_attaching_copies_no_leaf_and_changes_nothing_else():
     _, whole = tiny(jnp.float32, SOME)
     found = attach(whole["base"], whole["adapter"], 0.5)
     q = found["layers"]["attn"]["q"]
@@ -213,13 +215,16 @@ def test_attaching_shares_every_leaf_and_touches_nothing_else():
     assert attach(whole["base"], None) is whole["base"] and attach(whole["base"], {}) is whole["base"]
 
 
-def test_the_base_trained_beside_an_adapter_gets_the_merged_weights_gradient(wide):
+def test_a_base_trained_with_an_adapter_has_the_gradient_of_the_merged_weight(wide):
     # d loss / d W is the same for W + s a b read in two parts and for the merged weight
     model, whole = tiny(adapter=SOME)
     batch = one_by_one(examples(4))
     plain, _ = tiny()
     merged = merge(whole["base"], whole["adapter"], jnp.float64)
-    loss = lambda model: jax.jit(jax.grad(lambda whole: sft(model)(whole, batch, None, {})[0]))  # noqa: E731
+
+    def loss(model):
+        return jax.jit(jax.grad(lambda whole: sft(model)(whole, batch, None, {})[0]))
+
     found, wanted = loss(model)(whole), loss(plain)({"base": merged})
     assert_close(found["base"], wanted["base"])
     for path in ("layers/attn/q", "layers/mlp/down"):
@@ -227,7 +232,7 @@ def test_the_base_trained_beside_an_adapter_gets_the_merged_weights_gradient(wid
         scale = pair["scale"][:, None, None]
         assert_close(grad["a"], scale * w @ jnp.swapaxes(pair["b"], 1, 2))
         assert_close(grad["b"], scale * jnp.swapaxes(pair["a"], 1, 2) @ w)
-        assert not np.any(grad["scale"])  # frozen by the product itself
+        assert not np.any(grad["scale"])  # the matmul gives it no gradient
 
 
 def tree_at(nested, path):
@@ -236,7 +241,7 @@ def tree_at(nested, path):
     return nested
 
 
-# The fused product
+# The fused matmul
 
 
 def plain_product(x, dropped, w, a, b, scale):
@@ -246,9 +251,12 @@ def plain_product(x, dropped, w, a, b, scale):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_the_fused_product_is_the_plain_one_in_value_and_gradients(wide, packed, rate):
+def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(wide, packed, rate):
     rng = np.random.default_rng(0)
-    random = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape))
+
     x, a, b, scale, cotangent = random(2, 5, 7), random(7, 3), random(3, 6), jnp.asarray(1.7), random(2, 5, 6)
     w = quantize(random(7, 6).astype(jnp.bfloat16), "bits") if packed else random(7, 6)
     key = jax.random.key(1)
@@ -269,7 +277,7 @@ def test_the_fused_product_is_the_plain_one_in_value_and_gradients(wide, packed,
     )
 
 
-def test_dropout_needs_a_key_keeps_the_mean_and_spares_the_base():
+def test_dropout_needs_a_key_preserves_the_mean_and_leaves_the_base():
     x = jnp.ones((200, 50))
     w, a, b = jnp.ones((50, 4)), jnp.ones((50, 2)), jnp.ones((2, 4))
     node = Adapted(w, a, b, jnp.asarray(1.0), 0.25)
@@ -284,7 +292,7 @@ def test_dropout_needs_a_key_keeps_the_mean_and_spares_the_base():
     assert {round(float(v), 5) for v in np.unique(dropped)} == {0.0, round(1 / 0.75, 5)}
 
 
-def test_each_layer_and_projection_drops_its_own():
+def test_each_layer_and_projection_has_its_own_dropout_mask():
     model, whole = tiny(jnp.float32, Adapter(rank=3, dropout=0.5))
     batch = one_by_one(examples(2))
     text = str(jax.make_jaxpr(lambda key: model.hidden(whole, batch, key))(jax.random.key(0)))
@@ -292,6 +300,6 @@ def test_each_layer_and_projection_drops_its_own():
     assert "random_split[shape=(3,)]" in text and "random_split[shape=(7,)]" in text
 
 
-def test_adapted_without_settings_is_the_model_over_a_base_alone():
+def test_adapted_without_settings_is_the_base_model():
     model = adapted(llama(CONFIG, jnp.float32), None)
     assert set(model.specs) == {"base"} and adapted(llama(CONFIG), SOME).specs["base"] is not None

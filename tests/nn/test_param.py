@@ -1,4 +1,4 @@
-"""Parameters from one spec tree: keys by path, counts of published models, shapes and shardings that agree."""
+"""Parameters from one spec tree: keys by path, published parameter counts, consistent shapes and shardings."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_every_preset_is_among_the_counted_sizes():
     assert {param.count_params(llama(config).specs) for config in PRESETS.values()} == set(COUNTS.values())
 
 
-def test_flops_are_two_a_weight_and_token_and_causal_attention():
+def test_flops_are_two_per_weight_and_token_plus_causal_attention():
     c = PRESETS["meta-llama/Llama-3.1-8B"]
     products = (
         param.count_params(llama(c).specs) - c.vocab * c.width - (2 * c.layers + 1) * c.width
@@ -88,7 +88,7 @@ def test_layers_of_a_stacked_leaf_differ():
     ],
     ids=["normal", "fan_in", "kaiming_uniform", "constant"],
 )
-def test_starts_have_their_spread_and_dtype(init, std, largest):
+def test_initialisers_have_their_spread_and_dtype(init, std, largest):
     for dtype in (jnp.float32, jnp.bfloat16):
         x = np.asarray(init(jax.random.key(0), (100, 200), dtype))
         assert x.dtype == dtype
@@ -116,7 +116,7 @@ def test_init_abstract_and_shardings_have_one_structure_and_the_same_shapes():
         assert place.shard_shape(tree.paths(real)[path].shape)
 
 
-def test_the_table_lists_every_parameter_and_sums_up():
+def test_the_parameter_table_lists_every_parameter_and_the_totals():
     t = partition.partition_params(
         llama(PRESETS["meta-llama/Llama-3.2-1B"]), Adapter(rank=8, targets=("q", "v")), None
     )

@@ -1,4 +1,4 @@
-"""Packed weights: error bounds by format, bitsandbytes' numbers, the same bits on host and device, slices that stay right."""
+"""Quantised weights: error bounds, equality with bitsandbytes, equal bits on host and device, and slices."""
 
 import itertools
 from functools import partial
@@ -56,7 +56,10 @@ def scales(q):
 def expanded(q):
     """The float32 weight of a QTensor in numpy."""
     ins = q.shape[-2]
-    each = lambda x: np.repeat(x, q.block or ins, -2)[..., :ins, :].astype(np.float32)  # noqa: E731
+
+    def each(x):
+        return np.repeat(x, q.block or ins, -2)[..., :ins, :].astype(np.float32)
+
     codes, table = unpacked(q), {"nf4": quant_formats.NF4, "fp4": quant_formats.FP4}.get(q.kind)
     value = codes.astype(np.float32) - (8 if q.kind == "int4" else 0) if table is None else table[codes]
     return value * each(scales(q)) + (0 if q.offset is None else each(np.asarray(q.offset)))
@@ -66,7 +69,7 @@ def expanded(q):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_bits_hold_every_value_exactly(dtype):
+def test_kind_bits_stores_every_value_exactly(dtype):
     weight = jnp.asarray(
         EVERY.view(jnp.dtype(dtype))
     )  # NaNs with their payloads, infinities, subnormals, both zeros
@@ -83,7 +86,9 @@ def test_bits_hold_every_value_exactly(dtype):
 
 @st.composite
 def weights(draw, kinds=KINDS):
-    """(weight [..., I, O], kind, block, double): any size and spread, blocks of zeros and outliers, short last blocks."""
+    """(weight [..., I, O], kind, block, double): any size and spread, blocks of zeros and outliers, short
+    last blocks.
+    """
     kind = draw(st.sampled_from(kinds))
     block = None if kind == "int8" else draw(st.sampled_from([None, 2, 16, 32, 128]))
     double = draw(st.sampled_from([None, False])) if kind in ("nf4", "fp4") else None
@@ -105,7 +110,7 @@ def blocks_of(w, block):
 
 
 def half_a_step(kind, part):
-    """The largest error that a block's values may have, by the format's definition."""
+    """The largest possible error of the values of a block, by the definition of the format."""
     absmax = np.abs(part).max(-2, keepdims=True)
     if kind == "int8":
         return absmax / 127 / 2
@@ -120,7 +125,7 @@ def half_a_step(kind, part):
 
 @given(weights())
 @settings(max_examples=150, deadline=None)
-def test_no_value_is_off_by_more_than_half_a_step(drawn):
+def test_errors_are_at_most_half_a_step(drawn):
     w, kind, block, double = drawn
     q = quantize(w, kind, block, double)
     wide, ins = w.astype(np.float64), w.shape[-2]
@@ -152,7 +157,7 @@ def test_a_code_is_the_nearest_level(drawn):
 
 @given(weights(("nf4", "fp4")))
 @settings(max_examples=60, deadline=None)
-def test_scales_in_8_bits_are_off_by_half_a_step_of_the_dynamic_code(drawn):
+def test_quantised_scales_are_within_half_a_step_of_the_dynamic_code(drawn):
     w, kind, block, _ = drawn
     q, plain = quantize(w, kind, block, True), quantize(w, kind, block, False)
     *lead, blocks, outs = plain.scale.shape
@@ -168,7 +173,7 @@ def test_scales_in_8_bits_are_off_by_half_a_step_of_the_dynamic_code(drawn):
 
 
 @every_form
-def test_zeros_stay_zeros_and_spoil_no_other_block(form):
+def test_blocks_of_zeros_stay_zero_and_change_no_other_block(form):
     w = random(2, 256, 6)
     w[:, 128:, :3] = 0
     back = np.asarray(dequantize(quantize(w, *form)))
@@ -178,7 +183,7 @@ def test_zeros_stay_zeros_and_spoil_no_other_block(form):
 
 
 @every_form
-def test_an_outlier_spoils_its_own_block_only(form):
+def test_an_outlier_affects_its_own_block_only(form):
     if form[0] == "int8" or form[2] is None and form[0] in ("nf4", "fp4"):
         return  # all inputs of a channel are a block; scales in 8 bits share a mean
     w = random(256, 4)
@@ -191,7 +196,7 @@ def test_an_outlier_spoils_its_own_block_only(form):
     assert back[3, 1] == pytest.approx(1000.0, rel=0.02)
 
 
-def test_magnitudes_below_2_to_the_minus_80_are_zero():
+def test_magnitudes_below_2_to_the_minus_80_become_zero():
     w = np.array([[2.0**-81, -1e-44], [2.0**-80, 0.0]], np.float32)
     for kind in KINDS:
         np.testing.assert_allclose(
@@ -201,7 +206,7 @@ def test_magnitudes_below_2_to_the_minus_80_are_zero():
 
 @every_form
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_the_expanded_weight_is_code_times_scale_plus_offset_rounded_once(form, dtype):
+def test_the_dequantised_weight_is_code_times_scale_plus_offset_rounded_once(form, dtype):
     q = quantize(random(2, 130, 12).astype(dtype), *form)
     for expand in (dequantize, jax.jit(dequantize)):
         found = np.asarray(expand(q))
@@ -214,7 +219,7 @@ def test_the_expanded_weight_is_code_times_scale_plus_offset_rounded_once(form, 
 
 @every_form
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_host_device_and_compiled_give_the_same_bits_whole_and_layer_by_layer(form, dtype):
+def test_host_device_and_jit_give_the_same_bits_stacked_and_by_layer(form, dtype):
     compiled = jax.jit(lambda w: quantize(w, *form))
     rng = np.random.default_rng(0)
     for size in (0.05, 1e-20, 1e20, 3.0):
@@ -233,9 +238,9 @@ def test_host_device_and_compiled_give_the_same_bits_whole_and_layer_by_layer(fo
 
 
 @every_form
-def test_a_few_channels_at_a_time_are_the_whole(form, monkeypatch):
+def test_quantising_a_few_channels_at_a_time_changes_nothing(form, monkeypatch):
     w = random(2, 130, 37)
-    for order in "CF":  # a file's [out, in] is read the other way round
+    for order in "CF":  # files store [out, in], which is read transposed
         laid = np.asarray(w, order=order)
         monkeypatch.setattr(quant, "HOST_CHUNK", 1 << 20)
         whole = quantize(laid, *form)
@@ -244,7 +249,7 @@ def test_a_few_channels_at_a_time_are_the_whole(form, monkeypatch):
             assert x.dtype == y.dtype and np.array_equal(x, y)
 
 
-def test_full_blocks_do_not_know_of_a_short_last_one():
+def test_full_blocks_do_not_depend_on_a_short_last_one():
     w = random(130, 5)
     for kind in ("int4", "nf4", "fp4", "affine4"):
         long, short = quantize(w, kind, 64, False), quantize(w[:128], kind, 64, False)
@@ -272,7 +277,7 @@ def test_full_blocks_do_not_know_of_a_short_last_one():
     ],
     ids=str,
 )
-def test_bits_a_parameter_of_real_buffers(form, wanted):
+def test_bits_per_parameter_equal_the_buffers(form, wanted):
     w = random(2048, 1024)
     q = jax.device_put(quantize(w, *form))
     held = sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(q))
@@ -285,15 +290,21 @@ def test_bits_a_parameter_of_real_buffers(form, wanted):
 
 # Its tables, and the thresholds of its kernels (csrc), as published
 TABLE = {
-    "nf4": [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    "nf4": [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334,
+            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+            0.33791524171829224,
             0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    "fp4": [0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12, 0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12,
+    "fp4": [0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12, 0.0, -0.0625 / 12, -8 / 12,
+    -1.0, -4 / 12, -6 / 12,
             -2 / 12, -3 / 12],
 }  # fmt: skip
-NF4_RISES = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
-             -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-             0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011]  # fmt: skip
+NF4_RISES = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+             -0.23460740596055984,
+             -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513,
+             0.2035212516784668,
+             0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482,
+             0.8614784181118011]  # fmt: skip
 FP4_RISES = [
     (0.8333333, 3),
     (0.583333, 2),
@@ -343,7 +354,7 @@ def their_nested(absmax, offset):
     return nearest.reshape(-1)[: len(away)].numpy().astype(np.uint8), outer.numpy()
 
 
-def test_tables_and_thresholds_are_bitsandbytes():
+def test_tables_and_thresholds_equal_bitsandbytes():
     for kind, table in (("nf4", quant_formats.NF4), ("fp4", quant_formats.FP4)):
         np.testing.assert_array_equal(table, np.array(TABLE[kind], np.float32))
     np.testing.assert_array_equal(quant_formats.NF4_BOUNDS, np.array(NF4_RISES, np.float32))
@@ -355,7 +366,7 @@ def test_tables_and_thresholds_are_bitsandbytes():
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_codes_scales_and_pack_order_are_bitsandbytes(kind, dtype):
+def test_codes_scales_and_pack_order_equal_bitsandbytes(kind, dtype):
     torch = pytest.importorskip("torch")
     w = random(24, 640) * np.random.default_rng(1).uniform(0.1, 1, (24, 1)).astype(np.float32)  # [out, in]
     weight = torch.tensor(w).to(getattr(torch, dtype))  # bfloat16 hits the thresholds themselves
@@ -382,7 +393,7 @@ def test_codes_scales_and_pack_order_are_bitsandbytes(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_every_float_near_a_threshold_falls_where_the_kernels_put_it(kind):
+def test_every_float_near_a_threshold_has_the_code_of_the_bitsandbytes_kernels(kind):
     rises = NF4_RISES if kind == "nf4" else [sign * rise for rise, _ in FP4_RISES for sign in (1, -1)]
     near = [np.float32(rise) for rise in [*rises, 0.0, 1.0, -1.0]]
     near = [np.nextafter(x, np.float32(way)) for x in near for way in (-2, x, 2)]
@@ -392,11 +403,11 @@ def test_every_float_near_a_threshold_falls_where_the_kernels_put_it(kind):
     np.testing.assert_array_equal(codes[:, 0], [their_code(kind, value) for value in x])
 
 
-# A leaf like any other
+# Pytree behaviour
 
 
 @every_form
-def test_scan_vmap_and_indexing_slice_it_and_the_shape_follows(form):
+def test_scan_vmap_and_indexing_slice_a_qtensor_and_its_shape(form):
     w = random(2, 130, 12)
     q = quantize(w, *form)
     assert q.shape == (2, 130, 12) and jax.eval_shape(lambda: q).shape == q.shape
@@ -405,13 +416,15 @@ def test_scan_vmap_and_indexing_slice_it_and_the_shape_follows(form):
         assert layer.shape == (130, 12)
         return None, dequantize(layer)
 
-    sliced = lambda q: jnp.stack([dequantize(jax.tree.map(lambda x, i=i: x[i], q)) for i in range(2)])  # noqa: E731
+    def sliced(q):
+        return jnp.stack([dequantize(jax.tree.map(lambda x, i=i: x[i], q)) for i in range(2)])
+
     for found in (lambda q: jax.lax.scan(body, None, q)[1], jax.vmap(dequantize), sliced):
         np.testing.assert_array_equal(jax.jit(found)(q), expanded(q))
 
 
 @every_form
-def test_rows_are_those_of_the_whole(form):
+def test_take_rows_equals_rows_of_the_dequantised_table(form):
     q, ids = quantize(random(130, 12), *form), jnp.array([[0, 1, 129], [64, 63, 1]])
     np.testing.assert_array_equal(
         jax.jit(take_rows)(q, ids), np.asarray(jax.jit(dequantize)(q))[np.asarray(ids)]
@@ -422,7 +435,7 @@ def test_rows_are_those_of_the_whole(form):
     )
 
 
-def test_both_ways_to_a_level_are_the_table():
+def test_look_up_and_selection_return_the_same_levels():
     codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (3, 5, 7), np.uint8))
     for table in (quant_formats.NF4, quant_formats.FP4):
         for way in (quant_formats.look_up, quant_formats.by_bits, quant_formats.level):
@@ -430,7 +443,7 @@ def test_both_ways_to_a_level_are_the_table():
             assert found.dtype == jnp.float32 and np.array_equal(found, table[np.asarray(codes)])
 
 
-def test_it_is_one_leaf_for_who_asks_and_its_form_is_structure():
+def test_is_qtensor_stops_at_a_qtensor_whose_kind_is_structure():
     q = quantize(jnp.ones((2, 2), jnp.bfloat16), "bits")
     assert is_qtensor(q) and not is_qtensor(q.codes) and len(jax.tree.leaves(q)) == 1
     assert jax.tree.leaves({"w": q}, is_leaf=is_qtensor) == [q]
@@ -442,7 +455,7 @@ def test_it_is_one_leaf_for_who_asks_and_its_form_is_structure():
     assert len(jax.tree.leaves(quantize(weight, "nf4"))) == 4
 
 
-def test_it_is_sharded_like_the_weight_it_stands_for():
+def test_a_qtensor_is_sharded_like_its_weight():
     mesh = make_mesh(MeshShape(2, 2, 2))
     place = named(mesh, ("layers", "width", "mlp"), (3, 8, 8))
     weight = jnp.arange(3 * 8 * 8, dtype=jnp.bfloat16).reshape(3, 8, 8)
@@ -453,13 +466,13 @@ def test_it_is_sharded_like_the_weight_it_stands_for():
     np.testing.assert_array_equal(out, weight)
 
 
-def test_it_has_no_gradient_of_its_own():
+def test_a_qtensor_has_no_gradient():
     q = QTensor(jnp.zeros((2, 2), jnp.uint16), "bits", jnp.dtype(jnp.bfloat16))
     with pytest.raises(TypeError):
         jax.grad(lambda q: dequantize(q).sum().astype(jnp.float32))(q)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -504,7 +517,7 @@ def test_it_has_no_gradient_of_its_own():
     ],
     ids=lambda x: x[:20] if isinstance(x, str) else "",
 )
-def test_what_cannot_be_packed_is_refused_in_one_line(call, says):
+def test_weights_that_cannot_be_quantised_are_refused_in_one_line(call, says):
     with pytest.raises(ValueError) as error:
         call()
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -513,7 +526,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(call, says):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**80])
 @pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_values_without_a_code_are_refused_and_located(kind, value, wrap):
+def test_values_without_a_code_are_refused_with_their_position(kind, value, wrap):
     w = random(2, 6, 4)
     w[1, 3, 2] = value
     shown = {np.inf: "inf", -np.inf: "-inf"}.get(value, f"{value}")
@@ -522,6 +535,6 @@ def test_values_without_a_code_are_refused_and_located(kind, value, wrap):
     assert str(error.value) == f"1 of 48 values are not finite or too large, the first {shown} at (1, 3, 2)"
 
 
-def test_the_settings_of_a_form():
+def test_quant_settings_have_the_defaults_of_their_kind():
     assert Quant() == Quant("nf4") and Quant("nf4").block is None
     assert quantize(random(128, 2), "nf4").block == 64 and quantize(random(128, 2), "int8").block is None

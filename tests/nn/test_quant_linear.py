@@ -1,4 +1,4 @@
-"""Everything that takes a weight takes a packed one: values and gradients are those of its dequantised weight."""
+"""Functions of a weight accept a quantised one: values and gradients equal those of the dequantised one."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ def packed(form, *shape, seed=0):
 
 
 def plain(whole):
-    """A tree with every packed weight expanded."""
+    """Dequantise every weight of a tree."""
     return jax.tree.map(lambda x: jit(dequantize)(x) if is_qtensor(x) else x, whole, is_leaf=is_qtensor)
 
 
@@ -59,19 +59,19 @@ def same(fn, w, *args):
     assert_close(both(w), both(plain(w)))
 
 
-# Products
+# Matmuls
 
 
 @every_form
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
-def test_a_product(wide, form, transposed):
+def test_matmul_of_a_quantised_weight(wide, form, transposed):
     w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
     same(lambda w, x: matmul.matmul(x, w, transposed, False), w, x)
     same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
 
 
 @every_form
-def test_products_with_one_and_several_adapters(wide, form):
+def test_matmuls_with_one_and_several_adapters(wide, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
     same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
@@ -98,7 +98,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
 
 
 @every_form
-def test_embedding_and_head_from_packed_tables(wide, form):
+def test_embedding_and_head_from_quantised_tables(wide, form):
     table, head, h, ids = (
         packed(form, 64, 40),
         packed(form, 40, 64, seed=1),
@@ -126,7 +126,7 @@ def test_merging_adds_to_the_dequantised_weight(form):
 
 
 @every_form
-def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
+def test_results_have_the_dtype_of_the_activations_without_promotion(form):
     w = quantize(np.asarray(random(42, 6, dtype=jnp.bfloat16)), *form)
     x = random(5, 42, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
@@ -143,24 +143,28 @@ def test_the_result_has_the_activations_dtype_and_nothing_promotes(form):
 
 
 def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
-    pack = lambda path, x: quantize(np.asarray(x), *form) if re.fullmatch(pattern, path) else x  # noqa: E731
+    def pack(path, x):
+        return quantize(np.asarray(x), *form) if re.fullmatch(pattern, path) else x
+
     return {**whole, "base": tree.map_with_path(pack, whole["base"])}
 
 
 @pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[1], "full"), (FORMS[2], "projections")])
-def test_a_models_loss_and_gradients_are_those_of_its_dequantised_base(wide, form, remat):
+def test_loss_and_gradients_equal_those_of_the_dequantised_base(wide, form, remat):
     model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
     whole, batch, key = quantised(whole, form), one_by_one(examples(4)), jax.random.key(1)
 
     def both(whole):
-        fn = lambda adapter: sft(model)({"base": whole["base"], "adapter": adapter}, batch, key, {})[0]  # noqa: E731
+        def fn(adapter):
+            return sft(model)({"base": whole["base"], "adapter": adapter}, batch, key, {})[0]
+
         return jit(jax.value_and_grad(fn))(whole["adapter"])
 
     assert_close(both(whole), both(plain(whole)))
 
 
 @pytest.mark.parametrize("form, tied", [(FORMS[0], False), (FORMS[2], True)])
-def test_a_packed_head_and_table_serve_the_chunked_loss(wide, form, tied):
+def test_a_quantised_head_and_table_work_in_the_chunked_loss(wide, form, tied):
     model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "head")), tied=tied)
     whole, batch = quantised(whole, form, "head|embed"), one_by_one(examples(4))
 
@@ -179,7 +183,7 @@ def test_a_packed_head_and_table_serve_the_chunked_loss(wide, form, tied):
 
 @every_form
 @pytest.mark.parametrize("adapters", [0, 1, 3])
-def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
+def test_no_dequantised_weight_is_a_residual(form, adapters):
     w = quantize(random(42, 6, dtype=jnp.bfloat16), *form)
     if adapters:
         each = (adapters,) if adapters > 1 else ()
@@ -194,7 +198,7 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(form, adapters):
 
 
 def program(kind, config, remat="projections"):
-    """The compiled gradient of the SFT loss of a bfloat16 model, held as a run holds it."""
+    """The compiled gradient of the SFT loss of a bfloat16 model, stored as in a run."""
     t = partition.partition_params(
         llama(config, jnp.bfloat16, remat=remat), Adapter(rank=3), None, Quant(kind) if kind else None
     )
@@ -210,7 +214,7 @@ def program(kind, config, remat="projections"):
 @pytest.mark.parametrize(
     "kind, remat", [("nf4", "full"), ("nf4", "projections"), ("nf4", "none"), ("int8", "none")]
 )
-def test_no_float_copy_of_the_base_lives_in_a_step(kind, remat):
+def test_no_float_copy_of_the_base_exists_in_a_step(kind, remat):
     text = program(kind, DEEP, remat).as_text()
     found = {
         (dtype, tuple(map(int, dims.split(","))))
@@ -223,7 +227,7 @@ def test_no_float_copy_of_the_base_lives_in_a_step(kind, remat):
         assert held in found, size
 
 
-def test_a_step_holds_the_base_in_its_bits_and_little_beside():
+def test_a_step_stores_the_base_in_its_bits_and_little_else():
     config = LlamaConfig(**{**DEEP.__dict__, "layers": 40, "width": 64, "mlp": 192, "vocab": 48})
     wide, narrow = (program(kind, config, "full").memory_analysis() for kind in (None, "nf4"))
     size = 40 * (64 * 40 * 2 + 64 * 20 * 2 + 3 * 64 * 192)
@@ -232,7 +236,7 @@ def test_a_step_holds_the_base_in_its_bits_and_little_beside():
     assert narrow.temp_size_in_bytes < wide.temp_size_in_bytes + 0.1 * 2 * size
 
 
-def test_what_a_run_holds_is_quantised_and_nothing_else():
+def test_a_run_stores_its_targets_quantised_and_nothing_else():
     config = dataclasses.replace(CONFIG, tied=False)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
     for pattern, wanted in (  # of quant.targets
@@ -254,14 +258,16 @@ def test_what_a_run_holds_is_quantised_and_nothing_else():
 @pytest.mark.parametrize(
     "adapter, train, quant, says",
     [
-        (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is to be trained; train an adapter, or"),
-        (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up, which"),
-        (Adapter(), None, Quant(targets="layers/up"), "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),
-        (Adapter(), None, Quant(targets=".*norm"), "quant.targets='.*norm' matches no matrix; the paths are embed, head, "),
+        (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is to be trained;"),
+        (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up"),
+        (Adapter(), None, Quant(targets="layers/up"),
+        "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),
+        (Adapter(), None, Quant(targets=".*norm"),
+        "quant.targets='.*norm' matches no matrix; the paths are embed, head, "),
         (Adapter(), None, Quant(targets="("), "quant.targets: '(' is not a valid regular expression"),
     ],
 )  # fmt: skip
-def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant, says):
+def test_contradicting_settings_are_refused_in_one_line(adapter, train, quant, says):
     with pytest.raises(ValueError) as error:
         partition.partition_params(llama(CONFIG), adapter, train, quant)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
@@ -271,7 +277,7 @@ def test_settings_that_contradict_are_refused_in_one_line(adapter, train, quant,
     assert trained.mask["base"]["embed"]
 
 
-def test_the_table_shows_bits_a_parameter():
+def test_the_parameter_table_shows_bits_per_parameter():
     t = partition.partition_params(llama(PRESET), Adapter(), None, Quant("nf4"))
     lines = [
         line for line in partition.parameter_table(t).splitlines() if line.startswith("base/layers/mlp/up")
