@@ -100,7 +100,7 @@ def config(
             temperature=prompts.temperature,
         ),
         data=Rollouts(**prompts.settings(), rules=rules),
-        beside=heads,
+        heads=heads,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=6, save_every=6),
         seed=prompts.seed,

@@ -40,7 +40,7 @@ def config(
         **base.sections(),
         objective=partial(preference, loss=partial(loss, beta=beta), beta=beta),
         data=OnlinePairs(**prompts.settings(), rules=Rules(rewards)),
-        beside=heads,
+        heads=heads,
         optim=Optim(lr=lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=prompts.seed,

@@ -139,7 +139,7 @@ def config(
             target_kl=target_kl,
         ),
         data=Rollouts(**prompts.settings(), eval_group=prompts.group, rules=rules),
-        beside={"critic": critic_head(kind, heads.get("reward"), base), **heads},
+        heads={"critic": critic_head(kind, heads.get("reward"), base), **heads},
         optim=Optim(lr=lr),
         loop=Loop(eval_every=14, save_every=14),
         seed=prompts.seed,

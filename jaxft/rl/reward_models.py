@@ -156,7 +156,7 @@ def is_classifier(ref: str) -> bool:
 
 @dataclass(frozen=True)
 class HeadReward(Reward):
-    """A frozen reward model on the run's base: the one of Run.beside with this name.
+    """A frozen reward model on the run's base: the one of Run.heads with this name.
 
     pad: a token at which rewards are not read but before it, as transformers' classifiers are not read at
     padding.
@@ -170,7 +170,7 @@ class HeadReward(Reward):
         model = programs.run.model
         if self.name not in model.heads:
             raise ValueError(
-                f"rewards have HeadReward({self.name!r}), but Run.beside has no model of that name. Add it."
+                f"rewards have HeadReward({self.name!r}), but Run.heads has no model of that name. Add it."
             )
         scores_of = programs.compile(partial(head_scores, model, self))
 
@@ -302,7 +302,7 @@ def to_examples(prompts: Sequence[Any], completions: Sequence[str], tokenizer: A
 def find_reward_model(
     ref: str, model: Model, quant: Quant | None = None, longest: int = 0
 ) -> tuple[dict[str, heads.HeadSettings], HeadReward | ModelReward]:
-    """Return (models for Run.beside, the reward) of the reward model that `ref` names.
+    """Return (models for Run.heads, the reward) of the reward model that `ref` names.
 
     An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`. It is read at a
     completion's last token, or, if it was trained with a tokenizer whose padding that is, before it. A

@@ -54,6 +54,7 @@ RENAMED: dict[str, str] = {
     "quant.kind=kept": "quant.kind=checkpoint",
     "in_backward": "fused_backward",
     "reference=auto": "reference=none",
+    "beside": "heads",
     "critic=auto": "critic=none",
     "optim.in_turn": "optim.layerwise",
     "optim.in_backward": "optim.fused_backward",

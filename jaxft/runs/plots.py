@@ -15,7 +15,7 @@ COLOURS = (
     "#56b4e9",
     "#7f3c8d",
     "#444444",
-)  # told apart by all eyes
+)  # distinguishable with any colour vision
 STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 

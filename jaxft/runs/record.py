@@ -61,7 +61,7 @@ def describe(value: Any) -> Any:
 def _describe_model(model: Model) -> dict[str, Any]:
     dtype, residual = np.dtype(model.dtype), np.dtype(model.residual)
     record = {"type": _name(type(model.config)), "config": describe(model.config), "dtype": dtype.name}
-    record |= {"beside": sorted(model.heads)} if model.heads else {}
+    record |= {"heads": sorted(model.heads)} if model.heads else {}
     return record if residual.itemsize >= max(4, dtype.itemsize) else {**record, "residual": residual.name}
 
 

@@ -115,7 +115,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         report.resumed_lines(first, changes) if first else [],
     )
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
-    for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.beside.values()))):
+    for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
         if start:
             lines += base_differences(start, lead.record["weights_fingerprint"], lead.run.quant)
     if job.sweep is not None:

@@ -176,7 +176,7 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
         found["weights_path"] = str(Path(run.weights).resolve())
     if run.start:
         found["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
-    for name, head in run.beside.items():
+    for name, head in run.heads.items():
         if head.start:
             found[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
         if head.weights:

@@ -53,8 +53,8 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
             f"data.max_length={run.data.max_length} is beyond the model's {longest} positions. Lower it."
         )
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
-    model = with_heads(run.model, run.beside)
-    patterns = partition.trainable_patterns(model, run.adapter, run.train, run.beside)
+    model = with_heads(run.model, run.heads)
+    patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
     parts = partition.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
     objective = run.objective(parts.model)
@@ -137,7 +137,7 @@ def start(
         skip = partition.trainable_paths(p.partition) if restored is not None else ()
         base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip)
     own = HeadSettings(run.adapter, run.start)
-    others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.beside)
+    others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:
         return restored, frozen

@@ -52,7 +52,7 @@ class Run:
     whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
     base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
     gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
-    and after shows forgetting. samples: prompts of held-out rows answered before and after. beside: further models with scalar
+    and after shows forgetting. samples: prompts of held-out rows answered before and after. heads: further models with scalar
     heads on the base, by name (see models/heads.py).
     """
 
@@ -75,7 +75,7 @@ class Run:
     samples: int = 3
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
-    beside: dict[str, HeadSettings] = field(default_factory=dict)
+    heads: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.samples < 0:

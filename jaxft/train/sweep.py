@@ -55,9 +55,9 @@ class Sweep:
                 f"{count} adapters don't divide into blocks of {self.at_once}; use one of {divisors}"
             )
         for run in runs:
-            if run.adapter is None or run.train is not None or run.beside:
+            if run.adapter is None or run.train is not None or run.heads:
                 raise ValueError(
-                    "the members of a sweep are adapters on one base: leave out full=true, run.train and run.beside"
+                    "the members of a sweep are adapters on one base: leave out full=true, run.train and run.heads"
                 )
             if run.adapter.dropout:
                 raise ValueError(

@@ -218,7 +218,7 @@ def tiny_ppo(critic=None, rewards=None, group=2):
         "reward": HeadSettings(Adapter(rank=4), "none", trained=False),
     }
     llm = llama(TINY, jnp.float32)
-    return Run("tiny", "tiny", llm, objective, asked, Adapter(rank=4), beside=beside, samples=0)
+    return Run("tiny", "tiny", llm, objective, asked, Adapter(rank=4), heads=beside, samples=0)
 
 
 def test_rollouts_are_planned_with_all_of_their_programs():

@@ -131,7 +131,7 @@ def damage_empty(path: Path, generator: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_bit, damage_half, damage_gone, damage_empty])
-def test_damage_to_any_file_is_found_and_the_older_checkpoint_taken(two, tmp_path, damage):
+def test_damage_to_any_file_is_detected_and_the_older_checkpoint_restored(two, tmp_path, damage):
     generator = np.random.default_rng(0)
     for i, name in enumerate(files_of(two / "2") * (3 if damage is damage_bit else 1)):
         folder = shutil.copytree(two, tmp_path / str(i))
@@ -159,7 +159,7 @@ def test_every_bit_of_the_manifest_counts(two, tmp_path):
             manifest.read_manifest(folder)
 
 
-def test_a_leaf_that_differs_from_memory_is_found_though_its_file_is_whole(two, tmp_path):
+def test_a_leaf_that_differs_from_memory_is_detected_in_an_intact_file(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "c")
     path = folder / "2" / "manifest.json"
     body = json.loads(path.read_text())
@@ -183,7 +183,7 @@ def test_where_all_are_bad_none_is_taken_and_each_is_named(two, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["1.bad", "2.bad"]
 
 
-def test_a_step_asked_for_by_number_has_no_substitute(two, tmp_path):
+def test_restoring_a_given_step_never_falls_back_to_another(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "c")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7; it has 1, 2"):
         Checkpoints(folder).restore(abstract(make_state(0)), step=7)
@@ -241,7 +241,7 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
         ([1.0, 2.0, 3.0, 4.0, 5.0], 1, 0, [5]),
     ],
 )
-def test_the_last_and_the_best_are_kept(tmp_path, scores, keep_last, keep_best, wanted):
+def test_the_last_and_the_best_checkpoints_are_retained(tmp_path, scores, keep_last, keep_best, wanted):
     saved = Checkpoints(tmp_path, keep_last, keep_best)
     for step, score in enumerate(scores, 1):
         saved.save(step, {"x": jnp.float32(step)}, {}, [score])
@@ -286,7 +286,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_leaves_no_half_checkpoint_and_is_told_once(two, tmp_path):
+def test_a_failed_write_leaves_no_partial_checkpoint_and_raises_once(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "c")
     before = everything(folder)
     saved = Checkpoints(folder)
@@ -333,7 +333,7 @@ def test_the_error_of_a_save_surfaces_at_the_next_call(two, tmp_path, when):
     saved.close()
 
 
-def test_a_full_disk_is_told_as_such(tmp_path):
+def test_a_full_disk_is_reported_as_full(tmp_path):
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True)
     if made.returncode:
         pytest.skip("no right to mount a small tmpfs")
@@ -357,7 +357,7 @@ def test_a_full_disk_is_told_as_such(tmp_path):
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_can_still_be_read(two):
+def test_a_read_only_folder_is_reported_and_can_be_restored_from(two):
     with tempfile.TemporaryDirectory() as name:
         folder = shutil.copytree(two, Path(name) / "c")
         Path(name).chmod(0o755)

@@ -105,7 +105,7 @@ def test_a_flipped_bit_in_any_process_s_files_sends_all_back(two, tmp_path, shap
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2.bad"]
 
 
-def test_a_shard_that_differs_from_memory_is_found_on_any_mesh_though_the_files_are_whole(two, tmp_path):
+def test_a_shard_that_differs_from_memory_is_detected_on_any_mesh(two, tmp_path):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices")
     from jaxft.runs import manifest

@@ -16,7 +16,7 @@ AFTER = dict(zip(NAMES, (0.5, 0.9, -47.0, -60.0, 0.2), strict=True))
 SUPERVISED = {"eval_loss": 3.0, "eval_mean_token_accuracy": 0.5, "general_loss": 3.5}
 
 
-def test_log_probs_are_told_as_what_was_gained_since_step_0():
+def test_log_probs_are_reported_as_gains_since_step_0():
     table = Table.of(("a", "b"), (BEFORE, BEFORE), (AFTER, BEFORE))
     assert table.titles == ("held-out loss", "accuracy", "margin, nats", "chosen, nats", "KL per token")
     assert table.as_json()["a"] == {
@@ -43,7 +43,7 @@ def lines(*steps):
     return [{"step": step, "loss": 1 / step} for step in steps]
 
 
-def test_curves_are_of_held_out_rows_where_there_are_any_and_skip_what_was_not_finite():
+def test_curves_prefer_held_out_rows_and_skip_non_finite_values():
     held = [
         {"step": 0, **BEFORE},
         {"step": 1, "loss": 0.6},
@@ -70,7 +70,7 @@ def test_a_folder_gets_a_table_and_a_picture(tmp_path):
     assert table.markdown() in text and "[a](<a/README.md>)" in text
 
 
-def test_nothing_to_draw_is_said():
+def test_a_picture_without_curves_is_an_error():
     with pytest.raises(ValueError, match="no curve to draw"):
         draw("x.png", [Panel("a", "x", "y", {"a": ([], [])})], "none")
 
@@ -151,12 +151,12 @@ def test_runs_are_compared_by_a_command(compared):
         (("runs/a", "runs/a"), "two of the runs have the same name"),
     ],
 )
-def test_what_is_no_run_is_told_in_a_line(compared, words, told):
+def test_a_folder_without_metrics_is_a_one_line_error(compared, words, told):
     code, _, err = compared(*words)
     assert code == 1 and told in err and err.count("\n") == 1
 
 
-def test_a_reward_gained_is_told_in_standard_deviations_of_the_start():
+def test_a_reward_gain_is_reported_in_standard_deviations_at_step_0():
     names = ("eval_reward", "eval_reward_std", "eval_rewards/judge/mean", "eval_rewards/judge/std")
     before, after = (dict(zip(names, x, strict=True)) for x in ((-1.0, 0.5, -0.2, 0.4), (0.5, 0.3, 0.5, 0.3)))
     table = Table.of(["a"], [before], [after])

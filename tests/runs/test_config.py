@@ -292,7 +292,7 @@ def test_a_relative_path_is_looked_up_here_first_and_then_in_the_repository(tmp_
     assert help_text("configs/sft.py").startswith("Mine.")
 
 
-def test_a_knob_without_annotation_or_telling_default_asks_for_one(tmp_path):
+def test_a_knob_without_annotation_and_default_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a=1: its type is unknown"):
         load_config(write(tmp_path, "def config(a=None): return a"), ["a=1"])
 
@@ -460,7 +460,7 @@ def test_a_changed_source_is_a_difference(toy, tmp_path):
     assert changed.startswith("objective.source_sha256: ")
 
 
-def test_two_classes_with_the_same_fields_are_told_apart():
+def test_two_classes_with_the_same_fields_have_different_records():
     (changed,) = differences(describe(Outer()), describe(Outer(either=Twin())))
     assert changed.startswith("either.type: ") and changed.endswith("test_config:Twin'")
 

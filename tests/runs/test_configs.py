@@ -45,7 +45,7 @@ def test_the_docstring_says_how_to_run_it_and_what_it_takes(path):
 
 @pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "kto"])
 @pytest.mark.parametrize("text, value", [("0.05", 0.05), ("none", None), ("rows.jsonl", "rows.jsonl")])
-def test_held_out_rows_are_a_share_a_file_or_none(name, text, value):
+def test_held_out_rows_are_a_fraction_a_file_or_none(name, text, value):
     assert config.load_config(f"configs/{name}.py", [f"held_out={text}"]).data.held_out == value
 
 
@@ -121,9 +121,9 @@ def test_dpo_with_a_loss_that_reads_the_reference_runs_one(loss):
 
 def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():
     def critic(*argv):
-        return config.load_config("configs/ppo.py", list(argv)).beside["critic"]
+        return config.load_config("configs/ppo.py", list(argv)).heads["critic"]
 
-    judge = config.load_config("configs/ppo.py", []).beside["reward"]
+    judge = config.load_config("configs/ppo.py", []).heads["reward"]
     assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
@@ -154,7 +154,7 @@ def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
         config.load_config("configs/grpo.py", argv)
 
 
-def test_a_knob_that_the_loss_of_a_policy_lacks_is_told():
+def test_a_knob_that_the_policy_loss_lacks_is_an_error():
     run = config.load_config(
         "configs/grpo.py", ["loss=jaxft.objectives.policy_losses:policy_gradient", "eps_high=0.3"]
     )

@@ -69,7 +69,7 @@ def test_a_line_half_written_is_dropped_though_it_is_json_so_far(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
-def test_cutting_is_atomic_and_leaves_a_whole_file_alone(tmp_path, monkeypatch):
+def test_truncation_is_atomic_and_leaves_a_complete_file_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     text = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
     path.write_text(text)
@@ -228,7 +228,7 @@ def test_a_long_message_is_not_wrapped_and_quiet_says_nothing(tmp_path):
     assert out.getvalue() == "" and lines(tmp_path / "b") == [{"step": 1, "loss": 1.0}]
 
 
-def test_skipped_steps_are_shown_where_there_are_any(tmp_path):
+def test_the_console_prints_skipped_steps_if_there_are_any(tmp_path):
     writer, out = plain_log(tmp_path)
     writer.step(1, {"loss": 1.0, "skipped": 1.0}, {})
     writer.close()
@@ -277,7 +277,7 @@ def test_the_view_fits_a_narrow_terminal(tmp_path):
     assert max(map(len, console.export_text().splitlines())) <= 40
 
 
-def test_standard_output_that_is_no_terminal_and_no_utf8_still_works(tmp_path):
+def test_an_ascii_pipe_as_standard_output_works(tmp_path):
     says = "w.message('caf\\u00e9 \\U0001f600'); w.step(1, {'loss': 1.5}, {}); w.close()"
     code = f"from jaxft.runs.log import Log; w = Log({str(tmp_path)!r}, 2); {says}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
@@ -311,7 +311,7 @@ def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
     assert [entry["step"] for entry in lines(tmp_path)] == [1, 2]
 
 
-def test_a_tracker_that_is_unknown_or_missing_is_one_line_before_anything_starts(tmp_path, monkeypatch):
+def test_an_unknown_or_missing_tracker_is_a_one_line_error_before_anything_starts(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="trackers has 'mlflow'; known are trackio, wandb"):
         Log(tmp_path, 5, trackers=("mlflow",))
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -43,13 +43,13 @@ def inspect(place, monkeypatch, capsys):
 DATA = ("--model", "model", "max_length=32", "held_out=none")
 
 
-def test_learned_tokens_stand_in_brackets(inspect):
+def test_trained_tokens_are_in_brackets(inspect):
     shown = inspect("--data", "r.jsonl", "--rows", "2", *DATA)
     assert shown.count("⟦") == 2 and "<|begin_of_text|>what is a rank?⟦ héllo 🙂 " in shown
     assert "<|eot_id|>⟧" in shown and "r.jsonl:" in shown and "row length" in shown
 
 
-def test_everything_is_learned_when_asked_for(inspect):
+def test_loss_on_all_trains_every_token(inspect):
     assert "<|begin_of_text|>⟦what is a rank? héllo 🙂 " in inspect("--data", "r.jsonl", *DATA, "loss_on=all")
 
 
@@ -60,7 +60,7 @@ def test_colours_on_a_terminal(inspect, monkeypatch):
     assert "\x1b[" in shown and "⟦" not in shown
 
 
-def test_a_config_is_shown_with_its_own_tokenizer(inspect):
+def test_a_config_s_rows_are_printed_with_its_tokenizer(inspect):
     shown = inspect("--config", "configs/sft.py", "--rows", "1")
     assert shown.count("⟦") == 1 and "<|im_start|>assistant\n⟦" in shown
 
@@ -75,7 +75,7 @@ def test_a_config_is_shown_with_its_own_tokenizer(inspect):
         (["--data", "r.jsonl", "max_length=4"], "leaves no room for a response"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_traceback_when_asked_for(inspect, monkeypatch, args, error):
+def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, args, error):
     with pytest.raises(SystemExit) as stop:
         inspect(*args, "--model", "model")
     assert error in stop.value.code and "\n" not in stop.value.code

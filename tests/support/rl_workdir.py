@@ -80,7 +80,7 @@ def config(
             data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
             passes=passes, minibatches=minibatches, micro=micro, seed=seed, rules=rules,
         ),
-        beside={"critic": critic_head} if ppo else {},
+        heads={"critic": critic_head} if ppo else {},
         adapter=Adapter(rank=4),
         optim=Optim(lr=lr),
         loop=Loop(steps=steps, save_every=save, eval_every=2),
