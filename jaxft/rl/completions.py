@@ -1,4 +1,4 @@
-"""The types of a rollout on the host: completions as sampled, with scores, and as batches are made of them."""
+"""The types of a rollout on the host: completions as sampled, with scores, and as training rows."""
 
 import json
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 NumPy in float64, on the host.
 
-An estimator is a function RolloutScores -> AdvantageEstimate; set its options with partial(actor_critic, lam=0.9).
+An estimator is a function RolloutScores -> AdvantageEstimate. Set its options with partial, as in
+partial(actor_critic, lam=0.9).
 """
 
 import inspect

@@ -135,8 +135,8 @@ class RolloutSource:
 class BoundRollouts:
     """The rollouts of a compiled run; see data.source.Source.
 
-    shapes: of batches. moments: of all scores so far, which Rules.scale uses. A batch is a function of the
-    step, the state and the moments; the current rollout is kept until the next one begins.
+    shapes: of batches. moments: of all scores so far, for Rules.scale. A batch is a function of step, state
+    and moments; the current rollout is cached until the next one begins.
     """
 
     source: RolloutSource
@@ -185,9 +185,8 @@ class BoundRollouts:
                 )
             self._current = self._new_rollout(number, state)
         chosen = prompts.prompts_of_step(self.data, number, part)
-        trains_policy = number >= self.data.rules.warm_up and not self._beyond_target_kl(
-            self._current, part, state
-        )
+        warmed_up = number >= self.data.rules.warm_up
+        trains_policy = warmed_up and not self._beyond_target_kl(self._current, part, state)
         return self._training_batch(self._current, chosen, trains_policy), self._current.metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -226,11 +225,8 @@ class BoundRollouts:
 
     def _training_rollout(self, number: int, scored: ScoredCompletions, state: TrainState) -> TrainingRollout:
         """Estimate advantages and lay the per-token values out as rows."""
-        rules, completions, rollout = (
-            self.data.rules,
-            scored.completions,
-            self.scorer.rollout_scores(scored, state),
-        )
+        rules, completions = self.data.rules, scored.completions
+        rollout = self.scorer.rollout_scores(scored, state)
         if rules.scale is not None:
             rollout = replace(rollout, scores=rules.scale(scored.scores, self.moments))
         estimate = rules.estimate(rollout)

@@ -27,7 +27,7 @@ def advantage(name, scores):
 
 
 def some_scores(seed=0, groups=5, count=4):
-    """Scores of either sign. Group 2 lacks two, group 3 has one, group 4 none, and those of the last are all equal."""
+    """Group 2 lacks two scores, group 3 has one, group 4 none, and those of the last are equal."""
     scores = np.random.default_rng(seed).normal(0.3, 1.7, (groups, count))
     scores[1, [0, 2]] = scores[2, 1:] = scores[3] = NAN
     scores[4] = 0.1
@@ -85,8 +85,8 @@ def test_advantages_of_equal_scores_are_exactly_zero(name):
     for value, count in itertools.product((0.1, 1 / 3, -7.3, 1e9, 0.0), (1, 3, 7)):
         scores = np.array([[value] * count, [value] * (count - 1) + [NAN], list(np.arange(count) + 0.5)])
         assert not advantage(name, scores)[:2].any()
-        assert A.nonconstant_groups(scores)[0].any() == A.nonconstant_groups(scores)[1].any() == False  # noqa: E712
-        assert A.nonconstant_groups(scores)[2].all() == (count > 1)
+        nonconstant = A.nonconstant_groups(scores)
+        assert not nonconstant[:2].any() and nonconstant[2].all() == (count > 1)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

@@ -1,4 +1,4 @@
-"""Pairs of a rollout: each response is scored as it is alone, and a run learns from its best and worst completions."""
+"""Pairs of a rollout: log-probs of each completion alone, and a run on its best and worst completions."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Reward functions: what counts as a score, what is counted as a fault, and the functions that check an answer."""
+"""Reward functions: scores, faults, rules, and the functions that check an answer."""
 
 import math
 import re

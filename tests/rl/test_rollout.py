@@ -17,7 +17,9 @@ from tiny_run import Place
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
-from jaxft.objectives.objective import Facts
+from jaxft.objectives.metrics import Sum
+from jaxft.objectives.objective import Facts, Objective
+from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
 from jaxft.rl.completions import Completions
@@ -174,6 +176,19 @@ def test_a_kl_from_before_the_rollout_does_not_count(tmp_path):
     assert weights == [p == trained[0] for p in order]  # after it, the KL is this rollout's
 
 
+def test_aux_has_the_kl_of_the_newest_step_that_trained_the_policy():
+    objective = with_target_kl(Objective(forward=None, loss=None), 0.5)
+    assert objective.facts.target_kl == 0.5
+    aux = objective.init({}, True)
+    np.testing.assert_array_equal(aux["approx_kl"], [0, 0])
+    for total, weight, expected in ((3.0, 6.0, [3, 6]), (0.0, 0.0, [3, 6]), (1.0, 4.0, [1, 4])):
+        kl = Sum(jnp.float32(total), jnp.float32(weight))
+        aux = objective.update(aux, {}, {"policy/approxkl_avg": kl})
+        np.testing.assert_array_equal(aux["approx_kl"], expected)
+    with pytest.raises(ValueError, match="target_kl=0"):
+        with_target_kl(objective, 0.0)
+
+
 @pytest.mark.parametrize("advantage", [grpo, rloo, centred])
 def test_advantages_relative_to_a_group_of_one_are_refused(tmp_path, advantage):
     rules = Rules((word_length,), partial(by_group, advantage=advantage))
@@ -317,7 +332,7 @@ def test_every_named_method_trains(workdir, name, settings):
 
 
 def test_a_run_killed_inside_a_rollout_ends_as_one_that_was_not(workdir):
-    """PPO with a critic and an adaptive KL: killed between two minibatches, and between sampling and training."""
+    """PPO with an adaptive KL: killed between two minibatches, and between sampling and training."""
     argv = ["steps=8", "passes=2", "minibatches=2", "save=4", "ppo=true", "group=1", "batch=8"]
     assert workdir.run(*argv, "name=whole") == 0, workdir.err()
     assert len({line["kl_coef"] for line in workdir.metrics("whole") if "kl_coef" in line}) > 4

@@ -38,7 +38,7 @@ def test_sampled_log_probs_equal_the_training_programs(group, temperature, top_k
 def test_sampled_log_probs_equal_the_training_programs_in_every_row_shape(
     dtype, max_difference, mean_difference
 ):
-    """In bfloat16 the two programs round differently: by 0.014 nats a token in the mean of this random model, at most 0.34."""
+    """In bfloat16 the programs round differently: by 0.014 nats a token in the mean, at most 0.34."""
     model, params = tiny_model.tiny(dtype, adapter=Adapter(rank=2))
     data, prompts = Prompts("x", max_new=48, group=4, batch=3), random_prompts(3)
     shapes = rollout_shapes(data, max(map(len, prompts.ids)), shards=1)

@@ -46,7 +46,7 @@ def constant(prompt, completion, row):
 
 
 def ppo_objective(model, temperature, beta, shared=False, target_kl=None):
-    """PPO with a critic of its own or on the policy's hidden states, an entropy bonus, and an adaptive KL in the rewards."""
+    """PPO with an entropy bonus, an adaptive KL in the rewards, and a critic, shared or not."""
     hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
     value = value_function(hidden, lambda params, h: scores(view(params, "critic"), h))
     penalty = AdaptiveKL(beta, target=0.1, horizon=50) if beta else FixedKL(0.0)
@@ -56,29 +56,32 @@ def ppo_objective(model, temperature, beta, shared=False, target_kl=None):
 
 def config(
     name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
-    minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02, temperature: float = 0.9,
-    seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24, save: int = 1, micro: int = 1,
-    ppo: bool = False, warm_up: int = 0, target_kl: float | None = None, full_critic: bool = False, scale: bool = False,
-    truncated: bool = True, base: str = "base", shared: bool = False, online: bool = False,
+    minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02,
+    temperature: float = 0.9, seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24,
+    save: int = 1, micro: int = 1, ppo: bool = False, warm_up: int = 0, target_kl: float | None = None,
+    full_critic: bool = False, scale: bool = False, truncated: bool = True, base: str = "base",
+    shared: bool = False, online: bool = False,
 ) -> Run:
     if online:
         objective = partial(preference, loss=partial(dpo, beta=0.1), beta=0.1)
     elif ppo:
-        objective = partial(ppo_objective, temperature=temperature, beta=beta, shared=shared, target_kl=target_kl)
+        objective = partial(ppo_objective, temperature=temperature, beta=beta, shared=shared)
+        objective = partial(objective, target_kl=target_kl)
     else:
         objective = partial(policy, loss=clipped, beta=beta, temperature=temperature)
     estimate = actor_critic if ppo else by_group
     scale_by = scale_scores if scale else None
     rules = Rules(rewards, estimate, scale=scale_by, train_on_truncated=truncated, warm_up=warm_up)
-    critic_head = HeadSettings(None if shared or full_critic else Adapter(rank=4), weights="base" if full_critic else None)
+    critic_adapter = None if shared or full_critic else Adapter(rank=4)
+    critic_head = HeadSettings(critic_adapter, weights="base" if full_critic else None)
     return Run(
         name=name,
         weights=base,
         model=model_for(base, dtype=jnp.float32),
         objective=objective,
         data=(OnlinePairs if online else Rollouts)(
-            data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group, temperature=temperature,
-            passes=passes, minibatches=minibatches, micro=micro, seed=seed, rules=rules,
+            data, held_out=held_out, max_prompt=64, max_new=max_new, batch=batch, group=group,
+            temperature=temperature, passes=passes, minibatches=minibatches, micro=micro, seed=seed, rules=rules,
         ),
         heads={"critic": critic_head} if ppo else {},
         adapter=Adapter(rank=4),
