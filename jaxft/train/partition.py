@@ -1,4 +1,6 @@
-"""Which parameters are trainable and which are frozen: the mask, the split that it makes, and the table that shows it."""
+"""Which parameters are trainable and which are frozen: the mask, the split that it makes, and the table that
+shows it.
+"""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +24,8 @@ from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, le
 
 @dataclass(frozen=True)
 class Partition:
-    """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and how each is stored.
+    """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and
+    how each is stored.
 
     mask, trainable_specs: trees like the model's specs; a frozen leaf is False, and None.
     """
@@ -57,10 +60,10 @@ def partition_params(
 ) -> Partition:
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
-    pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's `scale` is always
-    frozen. ref: where the weights come from; quant=checkpoint reads the headers of its files. dtype: of trainable base parameters,
-    by default float32 or wider. Raises ValueError for a pattern that matches nothing, and where `quant` selects a trainable
-    parameter.
+    pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's
+    `scale` is always frozen. ref: where the weights come from; quant=checkpoint reads the headers of its
+    files. dtype: of trainable base parameters, by default float32 or wider. Raises ValueError for a pattern
+    that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -89,8 +92,8 @@ def trainable_patterns(
 ) -> tuple[str, ...]:
     """Return path patterns of the trainable parameters.
 
-    By default: the adapter, or without one the base, and the model's heads; `pattern` overrides that. scorers: further models
-    on the base, of which those with `trained` are added in either case.
+    By default: the adapter, or without one the base, and the model's heads; `pattern` overrides that.
+    scorers: further models on the base, of which those with `trained` are added in either case.
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in scorers]
@@ -107,12 +110,16 @@ def trainable_paths(partition: Partition) -> set[str]:
 
 
 def trains_base(partition: Partition) -> bool:
-    """Whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes what the base does."""
+    """Whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes what
+    the base does.
+    """
     return any(jax.tree.leaves(partition.mask["base"]))
 
 
 def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
-    """Return (trainable, frozen) of the whole tree; None stands for the leaves of the other one. A QTensor is one leaf."""
+    """Return (trainable, frozen) of the whole tree; None stands for the leaves of the other one. A QTensor is
+    one leaf.
+    """
 
     def is_leaf(x: Any) -> bool:
         return x is None or isinstance(x, QTensor)
@@ -124,7 +131,9 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
 
 
 def parameter_table(partition: Partition, mesh: Any = None) -> str:
-    """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then the counts."""
+    """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then
+    the counts.
+    """
     mask, rows = tree.paths(partition.mask), []
     for path, spec in param.spec_paths(partition.specs).items():
         storage = partition.storage[path]

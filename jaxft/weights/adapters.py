@@ -1,4 +1,4 @@
-"""The adapter that a folder holds: its settings, its weights on a mesh, and the base that it was trained on."""
+"""Adapters in folders: settings, weights on a mesh, and the base that they were trained on."""
 
 import json
 from dataclasses import asdict
@@ -29,21 +29,25 @@ def read_adapter_settings(start: str, model: Model) -> Adapter:
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
-    """Return the settings of a fresh adapter (rank 16 if None, alpha twice the rank), or of the adapter that `start` names."""
+    """Return the settings of a fresh adapter (rank 16 if None, alpha twice the rank), or of the adapter that
+    `start` names.
+    """
     if start is None:
         return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
     if rank is not None:
         raise ValueError(
-            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set one of them only"
+            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set one of "
+            "them only"
         )
     return read_adapter_settings(start, model)
 
 
 def reward_head_settings(start: str, model: Model) -> HeadSettings:
-    """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder with a head.
+    """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder
+    with a head.
 
-    Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run without it ends
-    with an error when it starts.
+    Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run
+    without it ends with an error when it starts.
     """
     settings = (
         read_adapter_settings(start, model) if Path(start).exists() else adapter_settings(None, None, model)
@@ -52,7 +56,9 @@ def reward_head_settings(start: str, model: Model) -> HeadSettings:
 
 
 def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, Adapter]:
-    """Load a PEFT adapter folder onto the mesh; return it and its settings. Raises ValueError if it does not fit the model."""
+    """Load a PEFT adapter folder onto the mesh; return it and its settings. Raises ValueError if it does not
+    fit the model.
+    """
     loaded, settings = peft.read_adapter(folder, model)
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings), mesh)
@@ -63,9 +69,11 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
 
 
 def base_differences(start: str, fingerprint: str, quant: Quant | None) -> list[str]:
-    """Return a line for each way in which the base differs from the one that the adapter in `start` was trained on.
+    """Return a line for each way in which the base differs from the one that the adapter in `start` was
+    trained on.
 
-    fingerprint: runs.folder.weights_fingerprint of this run's weights. Empty for a folder that is not a run's.
+    fingerprint: runs.folder.weights_fingerprint of this run's weights. Empty for a folder that is not a
+    run's.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):

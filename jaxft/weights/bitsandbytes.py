@@ -1,7 +1,8 @@
 """bitsandbytes' layout of quantised weights: 4-bit (nf4, fp4) and 8-bit ones read, 4-bit ones written.
 
-A 4-bit weight has flat codes and blocks along the flattened [out, in], the first code of a byte in its high bits; its quant_state is
-JSON in a uint8 tensor. An 8-bit weight is int8 with a scale `SCB` for each output channel.
+A 4-bit weight has flat codes and blocks along the flattened [out, in], the first code of a byte in its high
+bits; its quant_state is JSON in a uint8 tensor. An 8-bit weight is int8 with a scale `SCB` for each output
+channel.
 """
 
 import json
@@ -19,7 +20,7 @@ from jaxft.nn.quant import QTensor
 from jaxft.weights import safetensors
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
 from jaxft.weights.quant_layout import array_index, block_layout
-from jaxft.weights.quantised_tensors import Found, check_shape, read_part
+from jaxft.weights.quantised_tensors import Found, read_part, require_tensor
 from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite
 
 TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}
@@ -48,7 +49,7 @@ def find_bitsandbytes(files: SafetensorsFiles, settings: dict[str, Any]) -> Foun
 
 @dataclass(frozen=True)
 class _Weight4Bit:
-    """A 4-bit weight `name` [outs, ins] in the files. blocks: how many blocks it has. state: its quant_state."""
+    """A 4-bit weight `name` [outs, ins] in the files. blocks: number of blocks. state: its quant_state."""
 
     files: SafetensorsFiles
     name: str
@@ -78,7 +79,10 @@ def _find_4bit(files: SafetensorsFiles, name: str, kind: str) -> QuantisedTensor
     layout = block_layout(kind, (ins, outs), block, np.float32)
     double = weight.nested and state["nested_blocksize"] == qf.GROUP
     if not double or not np.array_equal(read_part(files, f"{name}.nested_quant_map", (256,)), qf.DYNAMIC):
-        reason = "its nested_quant_map is not bitsandbytes' dynamic map in groups of 256, so its scales are stored in float32"
+        reason = (
+            "its nested_quant_map is not bitsandbytes' dynamic map in groups of 256, so its scales are "
+            "stored in float32"
+        )
         return tensor(layout, partial(_read_float_scales, weight, layout), reason if weight.nested else "")
     layout = replace(
         layout,
@@ -134,7 +138,7 @@ def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) 
 def _read_absmax(weight: _Weight4Bit, layout: QTensor, index: Index) -> np.ndarray:
     """Read the scales [blocks of inputs, out] of a part, quantised or not."""
     name = f"{weight.name}.absmax"
-    check_shape(weight.files, name, (weight.blocks,))
+    require_tensor(weight.files, name, (weight.blocks,))
     rows = (weight.outs, weight.blocks // weight.outs)
     in_file = array_index(layout, "scale", index)[::-1]
     return safetensors.read_view(weight.files, name, weight.files.dtypes[name], rows, in_file).T
@@ -188,7 +192,9 @@ def _read_8bit(
 
 
 def tensors_of_4bit(name: str, layout: QTensor, make: Callable[[], QTensor]) -> list[TensorToWrite]:
-    """Return the tensors of a 4-bit weight `name`. make: called for each of them, returns the weight on the host."""
+    """Return the tensors of a 4-bit weight `name`. make: called for each of them, returns the weight on the
+    host.
+    """
     ins, outs = layout.shape
     blocks = math.prod(layout.scale.shape)
     state: dict[str, Any] = {

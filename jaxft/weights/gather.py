@@ -13,7 +13,8 @@ from jaxft.nn.quant import dequantize, is_qtensor
 
 
 def layer_on_host(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
-    """Return one layer of a stacked parameter (None: all of one without layers) on the host, a QTensor dequantised.
+    """Return one layer of a stacked parameter (None: all of one without layers) on the host, a QTensor
+    dequantised.
 
     If several processes store it, only that layer is gathered, and all of them call this.
     """
@@ -25,7 +26,8 @@ def layer_on_host(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
 def _take(x: Any, layer: int | None) -> Any:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         sync.meet()  # process 0 may still be writing the previous one
-        take = _gather_layer(sharding.replicated(x.sharding.mesh), layer is None)  # type: ignore[attr-defined]
+        mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
+        take = _gather_layer(sharding.replicated(mesh), layer is None)
         return take(x, np.int32(layer or 0))
     return x if layer is None else x[layer]
 

@@ -1,4 +1,6 @@
-"""GGUF files of Llama architecture: config and tensors, read without torch. The gguf package dequantises the blocks."""
+"""GGUF files of Llama architecture: config and tensors, read without torch. The gguf package dequantises the
+blocks.
+"""
 
 import math
 import re
@@ -56,7 +58,8 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
     for name, tensor in header.tensors.items():
         if tensor.kind not in PLAIN and tensor.kind not in QUANTISED:
             raise ValueError(
-                f"{header.path}: tensor {name} has type {tensor.kind}, but jaxft reads {', '.join([*PLAIN, *QUANTISED])}; "
+                f"{header.path}: tensor {name} has type {tensor.kind}, but jaxft reads "
+                f"{', '.join([*PLAIN, *QUANTISED])}; "
                 "use such a file of this model, or its Hugging Face folder"
             )
     heads = {"q_proj": header.required("llama.attention.head_count"), "k_proj": _kv_heads(header)}
@@ -92,7 +95,9 @@ def _layout(tensor: GgufTensor) -> QTensor:
 def _read_blocks(
     path: Path, tensor: GgufTensor, layout: QTensor, heads: int | None, index: Index = ()
 ) -> QTensor:
-    """Read scales, offsets and codes of part of a tensor. The first 16 codes of a block are the low halves of its bytes."""
+    """Read scales, offsets and codes of part of a tensor. The first 16 codes of a block are the low halves of
+    its bytes.
+    """
     ins, outs = full_index(index, layout.shape)
     rows, block_size = _whole_heads(outs, tensor.shape[0], heads), tensor.row_bytes // layout.scale.shape[0]
     blocks = array_index(layout, "scale", (ins, outs))[0]
@@ -130,7 +135,9 @@ def _read_values(path: Path, tensor: GgufTensor, heads: int | None, index: Index
 
 
 def _dequantised(path: Path, tensor: GgufTensor, index: Index = ()) -> np.ndarray:
-    """Read part of a tensor as it is in the file, dequantised a few rows at a time; all of one that is not 2-D."""
+    """Read part of a tensor as it is in the file, dequantised a few rows at a time; all of one that is not
+    2-D.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -160,7 +167,9 @@ def _whole_heads(rows: slice, count: int, heads: int | None) -> slice:
 
 
 def _select_rows(weight: np.ndarray, read: slice, rows: slice, count: int, heads: int | None) -> np.ndarray:
-    """Select `rows` from a weight of which the rows `read` of `count` were read, whole heads in llama.cpp's order."""
+    """Select `rows` from a weight of which the rows `read` of `count` were read, whole heads in llama.cpp's
+    order.
+    """
     if heads:
         weight = _unpermute(weight, len(weight) * heads // count)
     return weight[rows.start - read.start : rows.stop - read.start]
@@ -179,7 +188,8 @@ def _kv_heads(header: GgufHeader) -> int:
     if isinstance(count, list):
         if len(set(count)) != 1:
             raise ValueError(
-                f"{header.path}: its layers have different numbers of kv heads {count[:8]}, which is not supported"
+                f"{header.path}: its layers have different numbers of kv heads {count[:8]}, which is not "
+                "supported"
             )
         count = count[0]
     return count
@@ -191,7 +201,7 @@ def _short(value: float) -> float:
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
-    """Return the metadata as the dict of a config.json. Raises ValueError if the file is not a plain Llama."""
+    """Return the metadata as the dict of a config.json. Raises ValueError unless it is a plain Llama."""
     path, metadata, required = header.path, header.metadata, header.required
     if required("general.architecture") != "llama" or metadata.get("llama.expert_count", 0):
         what = metadata["general.architecture"] + (
@@ -244,7 +254,8 @@ def _rope_scaling(header: GgufHeader, head_dim: int) -> dict[str, Any] | None:
         return {"rope_type": "linear", "factor": _short(header.required("llama.rope.scaling.factor"))}
     if kind != "none":
         raise ValueError(
-            f"{header.path}: rope scaling {kind!r} is not supported; jaxft reads none, linear and Llama 3's scaling"
+            f"{header.path}: rope scaling {kind!r} is not supported; jaxft reads none, linear and Llama "
+            "3's scaling"
         )
     if "rope_freqs.weight" not in header.tensors:
         return None
@@ -263,6 +274,7 @@ def _rope_scaling(header: GgufHeader, head_dim: int) -> dict[str, Any] | None:
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(
-            f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only table that is supported"
+            f"{header.path}: rope_freqs.weight is not Llama 3's scaling (1, 4, 8192), the only table that "
+            "is supported"
         )
     return scaling

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and tensor table.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is parsed here because the gguf package's reader takes seconds
-for a vocabulary.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is parsed here because the gguf
+package's reader takes seconds for a vocabulary.
 """
 
 import math
@@ -31,7 +31,9 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor in the file: name of its type, shape (rows first), bytes per row, and its first byte in the file."""
+    """A tensor in the file: name of its type, shape (rows first), bytes per row, and its first byte in the
+    file.
+    """
 
     kind: str
     shape: tuple[int, ...]

@@ -1,13 +1,15 @@
 """The tokenizer in a GGUF file's metadata: byte-level BPE, built with `tokenizers`.
 
-transformers' AutoTokenizer(gguf_file=...) needs torch, and does not split digits as the published tokenizers do.
+transformers' AutoTokenizer(gguf_file=...) needs torch, and does not split digits as the published tokenizers
+do.
 """
 
 from typing import Any
 
 from jaxft.weights.gguf_header import GgufHeader
 
-# How text is split before merging, by tokenizer.ggml.pre. The pattern is from Llama 3's published tokenizer.json.
+# How text is split before merging, by tokenizer.ggml.pre. The pattern is from Llama 3's published
+# tokenizer.json.
 GPT2 = ("gpt-2", "default")
 DIGITS = ("smollm", "starcoder", "refact")
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -29,7 +31,8 @@ def build_tokenizer(header: GgufHeader) -> Any:
     metadata, required = header.metadata, header.required
     if required("tokenizer.ggml.model") != "gpt2":
         raise ValueError(
-            f"{header.path}: its tokenizer is of type {required('tokenizer.ggml.model')!r}; only byte-level BPE ('gpt2') is "
+            f"{header.path}: its tokenizer is of type {required('tokenizer.ggml.model')!r}; only "
+            "byte-level BPE ('gpt2') is "
             "read from GGUF. Use the model's Hugging Face folder"
         )
     pre, tokens = metadata.get("tokenizer.ggml.pre", "gpt-2"), required("tokenizer.ggml.tokens")

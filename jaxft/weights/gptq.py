@@ -1,7 +1,8 @@
-"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): rounding that minimises the error of a layer's outputs, for every format of quant.py.
+"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): rounding that minimises the error of a layer's outputs, for
+every format of quant.py.
 
-Rounding an element changes the layer's outputs; the elements that are rounded later compensate for that as far as their inputs
-are correlated. Scales are those of plain rounding, so files and kernels are the same.
+Rounding an element changes the layer's outputs; the elements that are rounded later compensate for that as
+far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,8 +29,8 @@ def second_moments(
 ) -> dict[str, Array]:
     """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
 
-    batches: of Tokens [rows, ...]. loss(params, batch): a scalar that depends on all inputs that count. Memory holds the moments
-    of all layers together with the weights.
+    batches: of Tokens [rows, ...]. loss(params, batch): a scalar that depends on all inputs that count.
+    Memory holds the moments of all layers together with the weights.
     """
     shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
     zeros = {
@@ -56,9 +57,11 @@ def second_moments(
 def quantize_gptq(
     weight: Any, moment: Any, kind: str, block: int | None = None, double: bool | None = None
 ) -> QTensor:
-    """Quantise one layer's weight [I, O] as nn.quant.quantize does, but with codes that compensate for each other's errors.
+    """Quantise one layer's weight [I, O] as nn.quant.quantize does, but with codes that compensate for each
+    other's errors.
 
-    moment: [I, I], the sum of x x^T over the layer's inputs. The weights of an input that was always zero are rounded to nearest.
+    moment: [I, I], the sum of x x^T over the layer's inputs. The weights of an input that was always zero are
+    rounded to nearest.
     """
     plain = quantize(np.asarray(weight), kind, block, double)
     codes: Any = np.asarray(_codes(jnp.asarray(weight, jnp.float32), jnp.asarray(moment), plain, kind))

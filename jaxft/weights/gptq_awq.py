@@ -19,9 +19,11 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output channel of each 4 bits of an 
 
 
 def find_gptq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
-    """Find GPTQ weights: eight inputs per int32, scales and zeros per group, with desc_act a group index for each input.
+    """Find GPTQ weights: eight inputs per int32, scales and zeros per group, with desc_act a group index for
+    each input.
 
-    Zeros are stored less 1, except in checkpoint_format gptq_v2. With sym=true all zeros are 8, which is int4; others are affine4.
+    Zeros are stored less 1, except in checkpoint_format gptq_v2. With sym=true all zeros are 8, which is
+    int4; others are affine4.
     """
     group, sym = _group_size(settings, files.where), settings.get("sym", True)
     indexed = bool(settings.get("desc_act", False) and group)
@@ -59,7 +61,8 @@ def _read_gptq(
         )
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(
-            f"{files.where}: {stem}.g_idx is not in order, which requires desc_act=true in quantization_config"
+            f"{files.where}: {stem}.g_idx is not in order, which requires desc_act=true in "
+            "quantization_config"
         )
     if layout.kind == "int4" and not (zeros == 8).all():
         raise ValueError(
@@ -70,7 +73,9 @@ def _read_gptq(
 
 
 def find_awq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
-    """Find AWQ weights: eight output channels per int32 in AWQ's order, scales and zeros per group of inputs; affine4."""
+    """Find AWQ weights: eight output channels per int32 in AWQ's order, scales and zeros per group of inputs;
+    affine4.
+    """
     group, version = _group_size(settings, files.where), str(settings.get("version", "gemm")).lower()
     if version != "gemm":
         raise ValueError(f"{files.where}: AWQ weights of version {version!r}, but jaxft reads version 'gemm'")
@@ -119,7 +124,9 @@ def _read_eights(
     index: Index,
     order: Iterable[int] = IN_ORDER,
 ) -> np.ndarray:
-    """Read the part at `index` of 4-bit numbers of this shape, which are stored eight to an int32 along `axis`."""
+    """Read the part at `index` of 4-bit numbers of this shape, which are stored eight to an int32 along
+    `axis`.
+    """
     wanted = full_index(index, shape)[axis]
     words = tuple(
         slice(wanted.start // 8, -(-wanted.stop // 8)) if i == axis else s for i, s in enumerate(index)
@@ -132,7 +139,9 @@ def _read_eights(
 
 
 def _unpack_eights(words: np.ndarray, axis: int, order: Iterable[int]) -> np.ndarray:
-    """Unpack the eight 4-bit numbers of each int32 along `axis`; order[i]: the position of the i-th lowest four bits."""
+    """Unpack the eight 4-bit numbers of each int32 along `axis`; order[i]: the position of the i-th lowest
+    four bits.
+    """
     words = np.moveaxis(words.view(np.uint32), axis, -1)
     out = np.empty((*words.shape, 8), np.uint8)
     for i, position in enumerate(order):

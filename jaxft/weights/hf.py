@@ -11,14 +11,14 @@ from jaxft.nn.quant import QTensor
 from jaxft.weights import quantised, safetensors
 from jaxft.weights.model_files import Index, ModelFiles
 from jaxft.weights.quant_layout import same_layout
-from jaxft.weights.safetensors import FLOATS, open_safetensors, read_json
+from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers in old files
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: those of its index, else model.safetensors, else the only one."""
+    """Return the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _indexed_files(folder, index)
@@ -29,24 +29,28 @@ def weight_files(folder: Path) -> list[Path]:
         found = [p for p in found if p.name == "model.safetensors"] or found
     if len(found) > 1:
         raise ValueError(
-            f"{folder}: {len(found)} safetensors files, but no model.safetensors.index.json that says which to read"
+            f"{folder}: {len(found)} safetensors files, but no model.safetensors.index.json that says "
+            "which to read"
         )
     if found:
         return found
     pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
     if pickled:
         raise ValueError(
-            f"{folder}: its weights are pickled ({pickled[0]}), which can run code and is not read. Convert them where torch is: "
-            f"transformers.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+            f"{folder}: its weights are pickled ({pickled[0]}), which can run code and is not read. "
+            "Convert them where torch is: "
+            f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
+            f".save_pretrained('{folder}-safetensors')"
         )
     raise FileNotFoundError(
-        f"{folder}: no .safetensors file. If the model has pickled weights only (.bin, .pt), convert it where torch is: "
+        f"{folder}: no .safetensors file. If the model has pickled weights only (.bin, .pt), convert it "
+        "where torch is: "
         "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
     )
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_model_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index}: expected an object 'weight_map' of tensor name to file name")
     names = sorted(set(weight_map.values()))
@@ -64,7 +68,7 @@ def open_folder(folder: Path) -> ModelFiles:
     """Open the safetensors files of a folder."""
     tensors = open_safetensors(folder, weight_files(folder))
     config = folder / "config.json"
-    settings = read_json(config).get("quantization_config") if config.is_file() else None
+    settings = read_model_json(config).get("quantization_config") if config.is_file() else None
     if isinstance(settings, dict):
         return quantised.open_quantised(tensors, settings)
 
@@ -75,7 +79,7 @@ def open_folder(folder: Path) -> ModelFiles:
 
 
 def common_layout(files: ModelFiles, model: Model, path: str) -> QTensor | None:
-    """Return the layout in which the files store every layer of a parameter, or None if it is not quantised in one layout."""
+    """Return the layout in which the files store every layer of a parameter; None if there is not one."""
     name, transposed = model.weight_names[path]
     count = spec_paths(model.specs.get("base", model.specs))[path].shape[0] if "{i}" in name else 1
     tensors = [files.quantised.get(name.format(i=i)) for i in range(count)]
@@ -86,10 +90,11 @@ def common_layout(files: ModelFiles, model: Model, path: str) -> QTensor | None:
 
 
 def check_tensors(files: ModelFiles, model: Model) -> None:
-    """Raise ValueError unless the files contain exactly the model's tensors, in their shapes and a float dtype."""
+    """Raise ValueError unless the files contain exactly the model's tensors, in a float dtype."""
     if model.config.layers > len(files.shapes):  # a corrupt number would make a list of millions of names
         raise ValueError(
-            f"{files.where}: its config has {model.config.layers} layers, but the files have only {len(files.shapes)} "
+            f"{files.where}: its config has {model.config.layers} layers, but the files have only "
+            f"{len(files.shapes)} "
             "tensors; is the download complete, and does its config.json belong to it?"
         )
     if SCORE[0] in files.shapes and "score" not in model.weight_names:
@@ -100,7 +105,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     missing = [name for name in expected if name not in files.shapes]
     if missing:
         raise ValueError(
-            f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}; "
+            f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
+            f"{missing[0]}; "
             "is the download complete, and does its config.json belong to it?"
         )
     allowed = {HEAD[0]} if "head" not in model.weight_names else set()  # some files repeat a tied head
@@ -109,7 +115,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED)]
     if extra:
         raise ValueError(
-            f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is {extra[0]}; "
+            f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "
+            f"{extra[0]}; "
             "is it another architecture, or does it have more layers than its config.json says?"
         )
     for name, shape in expected.items():

@@ -21,18 +21,19 @@ from jaxft.weights import quantised_write
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD
 from jaxft.weights.hub import Located, locate
-from jaxft.weights.safetensors import TensorToWrite, read_json, write_json, write_safetensors
+from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 
 MAX_SHARD = 5_000_000_000  # bytes
-READ_AT = "reward_read_at"  # in config.json: our classifiers are read at the end token, not at what a template adds to it
+# In config.json: our classifiers are read at the end token, not at what a template adds after it.
+READ_AT = "reward_read_at"
 
 
 @dataclass(frozen=True)
 class LayerQuantizer:
     """Quantises the weights that `save_folder` writes.
 
-    layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer): returns a QTensor of
-    that layout. settings: config.json's quantization_config.
+    layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer):
+    returns a QTensor of that layout. settings: config.json's quantization_config.
     """
 
     layouts: Mapping[str, QTensor]
@@ -42,7 +43,7 @@ class LayerQuantizer:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How the weights are stored in the folder. max_shard: bytes of a file. quant: None writes floats only."""
+    """How the weights are stored in the folder. max_shard: bytes of a file. quant: None for floats only."""
 
     max_shard: int = MAX_SHARD
     quant: LayerQuantizer | None = None
@@ -58,10 +59,11 @@ def save_folder(
 ) -> None:
     """Write a merged model.
 
-    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or quantised. If it
-    has a "score", the scalar head of `model`, the folder is a sequence classifier with one label. tokenizer: None writes none.
-    ref: the model that it came from, whose config.json and generation_config.json are carried over; without one they are
-    written from model.config. With several processes, all call this; process 0 writes, and its error is raised on all.
+    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or
+    quantised. If it has a "score", the scalar head of `model`, the folder is a sequence classifier with one
+    label. tokenizer: None writes none. ref: the model that it came from, whose config.json and
+    generation_config.json are carried over; without one they are written from model.config. With several
+    processes, all call this; process 0 writes, and its error is raised on all.
     """
     folder = Path(folder)
     sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -119,17 +121,19 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
     if len(files) > 1:
-        write_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
+        write_model_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json in the source's own style, without what no longer applies, and generation_config.json."""
+    """Return config.json in the source's own style, without what no longer applies, and
+    generation_config.json.
+    """
     config, generation = families.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
     if located is not None and located.kind == "folder":
-        config = read_json(located.path / "config.json")
+        config = read_model_json(located.path / "config.json")
         if (located.path / "generation_config.json").is_file():
-            generation = read_json(located.path / "generation_config.json")
+            generation = read_model_json(located.path / "generation_config.json")
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
     for name in ("bos_token_id", "eos_token_id"):
         generation.setdefault(name, config.get(name))
@@ -159,11 +163,13 @@ def _write_configs(
         config["quantization_config"] = quant.settings
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
-    write_json(folder / "config.json", config)
+    write_model_json(folder / "config.json", config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)
-    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    write_model_json(
+        folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
+    )
 
 
 def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
@@ -178,8 +184,8 @@ def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
 def with_distinct_pad_token(tokenizer: Any) -> Any:
     """Return the tokenizer with a padding token that ends no text.
 
-    transformers' classifier reads the last token that is not padding, and many chat models pad with their end token. These get
-    another special token, the start token only if there is no other.
+    transformers' classifier reads the last token that is not padding, and many chat models pad with their end
+    token. These get another special token, the start token only if there is no other.
     """
     if tokenizer is None:
         return None

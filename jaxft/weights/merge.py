@@ -1,4 +1,6 @@
-"""Merge a base and an adapter into one model's weights, each tensor when it is written, so that memory holds one tensor."""
+"""Merge a base and an adapter into one model's weights, each tensor when it is written, so that memory holds
+one tensor.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from jaxft.weights.model_files import ModelFiles
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stacked parameter that `make(layer)` computes layer by layer; `make(None)` computes one without layers."""
+    """A stacked parameter that `make(layer)` computes layer by layer; `make(None)` computes one without
+    layers.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -65,7 +69,8 @@ class RoundingError:
 def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: Any) -> Params:
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
-    An adapted tied head becomes a head of its own. Raises ValueError if the files do not contain the model's tensors.
+    An adapted tied head becomes a head of its own. Raises ValueError if the files do not contain the model's
+    tensors.
     """
     check_tensors(files, model)
     pairs = _pairs(adapter)
@@ -85,8 +90,8 @@ def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: 
 def merge_params(base: Params, adapter: Params | None, dtype: Any) -> Params:
     """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
-    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. An adapted tied head
-    becomes a head of its own.
+    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched.
+    An adapted tied head becomes a head of its own.
     """
     leaves, pairs = tree.paths(base, is_qtensor), _pairs(adapter)
     merged = dict(leaves)

@@ -19,7 +19,9 @@ class ReadTensor(Protocol):
 
 
 class ReadQuantised(Protocol):
-    """Reads a quantised weight, or only the part of it at `index` [in, out], whose limits are limits of blocks."""
+    """Reads a quantised weight, or only the part of it at `index` [in, out], whose limits are limits of
+    blocks.
+    """
 
     def __call__(self, index: Index = ()) -> QTensor | np.ndarray:
         """Return a QTensor of NumPy arrays, or the values in float32 where no QTensor represents them."""
@@ -29,8 +31,9 @@ class ReadQuantised(Protocol):
 class QuantisedTensor:
     """A weight [in, out] that the files store quantised.
 
-    method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents exactly the values in
-    the files, and what `read` returns; None if there is none. reason: why there is no layout, or not the smallest one.
+    method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
+    exactly the values in the files, and what `read` returns; None if there is none. reason: why there is no
+    layout, or not the smallest one.
     """
 
     method: str
@@ -44,8 +47,8 @@ class QuantisedTensor:
 class ModelFiles:
     """The tensors of a model, read from its files when they are needed.
 
-    where: the file or folder, for messages. read: returns the values of a tensor, dequantised if it is quantised. quantised:
-    the weights that the files store quantised, by name.
+    where: the file or folder, for messages. read: returns the values of a tensor, dequantised if it is
+    quantised. quantised: the weights that the files store quantised, by name.
     """
 
     where: str

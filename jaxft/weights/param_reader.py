@@ -1,4 +1,4 @@
-"""Read a model's parameters from its files part by part, so that no parameter is ever whole in host memory."""
+"""Read a model's parameters from its files in parts, so that none is ever whole in host memory."""
 
 import contextlib
 import math
@@ -21,8 +21,9 @@ COLUMNS = 16  # that a transposing copy takes at a time: 4 times as fast as all 
 class ParamReader:
     """A parameter in a model's files: what `read_values` and `read_quantised` read parts of.
 
-    names: its tensors, one per layer if it is `stacked`, else one. shape: the parameter's, with the layers axis. transposed:
-    whether the files store [out, in]. dtype: the files' dtype, float32 if its tensors differ. layout: see hf.common_layout.
+    names: its tensors, one per layer if it is `stacked`, else one. shape: the parameter's, with the layers
+    axis. transposed: whether the files store [out, in]. dtype: the files' dtype, float32 if its tensors
+    differ. layout: see hf.common_layout.
     """
 
     files: ModelFiles
@@ -40,7 +41,9 @@ class ParamReader:
 
 
 def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
-    """Return a reader for every base parameter by path. Raises ValueError if the files do not contain exactly the model's."""
+    """Return a reader for every base parameter by path. Raises ValueError if the files do not contain exactly
+    the model's.
+    """
     hf.check_tensors(files, model)
     readers = {}
     for path, spec in spec_paths(model.specs.get("base", model.specs)).items():
@@ -55,14 +58,17 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
 
 
 def read_values(reader: ParamReader, layer: int, index: Index) -> np.ndarray:
-    """Read the part of a layer [in, out] at `index` in the reader's dtype, dequantised if the files store it quantised."""
+    """Read the part of a layer [in, out] at `index` in the reader's dtype, dequantised if the files store it
+    quantised.
+    """
     in_file = index[::-1] if reader.transposed else index
     value = reader.files.read(reader.names[layer], in_file).astype(reader.dtype, copy=False)
     return value.T if reader.transposed else value
 
 
 def read_quantised(reader: ParamReader, layer: int, index: Index) -> QTensor:
-    """Read the codes and scales of the part of a layer [in, out] at `index`, whose limits are limits of blocks.
+    """Read the codes and scales of the part of a layer [in, out] at `index`, whose limits are limits of
+    blocks.
 
     Only for a reader with a layout.
     """
@@ -113,7 +119,9 @@ def errors_name_tensor(reader: ParamReader, layer: int, index: Index) -> Iterato
 
 
 def copy_into(out: np.ndarray, value: np.ndarray) -> None:
-    """Set `out[...] = value` fast: transposed values some columns at a time, dtypes unknown to NumPy as unsigned integers."""
+    """Set `out[...] = value` fast: transposed values some columns at a time, dtypes unknown to NumPy as
+    unsigned integers.
+    """
     if out.dtype == value.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")
         out, value = out.view(bits), value.view(bits)

@@ -1,4 +1,6 @@
-"""Read LoRA adapters, and heads with them, in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
+"""Read LoRA adapters, and heads with them, in PEFT's layout: adapter_config.json and
+adapter_model.safetensors.
+"""
 
 import re
 from dataclasses import replace
@@ -13,7 +15,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights.hf import HEAD
-from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_json, read_tensor
+from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_model_json, read_tensor
 
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
@@ -47,9 +49,10 @@ class Pair(NamedTuple):
 def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
-    Modules of different ranks and alphas get one rank, padded with zeros, and a scale for each layer; a layer without an
-    adapter gets a zero pair. The copy of the base's weight that peft adds to an adapter on lm_head is not read. Raises
-    ValueError for anything but plain LoRA on this model's linear layers, and for a reward model's adapter.
+    Modules of different ranks and alphas get one rank, padded with zeros, and a scale for each layer; a layer
+    without an adapter gets a zero pair. The copy of the base's weight that peft adds to an adapter on lm_head
+    is not read. Raises ValueError for anything but plain LoRA on this model's linear layers, and for a reward
+    model's adapter.
     """
     parts, settings = read_parts(folder, model)
     if "score" in parts:
@@ -62,11 +65,11 @@ def read_adapter(folder: str | Path, model: Model) -> tuple[Params, Adapter]:
 def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Raises ValueError as read_adapter does, and
-    if the head is missing or has several labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Raises ValueError as
+    read_adapter does, and if the head is missing or has several labels.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    config = read_model_json(folder / "adapter_config.json")
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files = _open_tensors(folder)
     rank = max([default.rank, *_ranks(files)])
@@ -137,15 +140,19 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: list[str])
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the adapter has a scalar head. Raises ValueError for another task, or if other modules are saved whole."""
+    """Whether the adapter has a scalar head. Raises ValueError for another task, or if other modules are
+    saved whole.
+    """
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     # peft names both of these modules by default
     has_head = task == SEQ_CLS and "score" in saved and set(saved) <= {"score", "classifier"}
     if has_head or (task in ("CAUSAL_LM", None) and not saved):
         return has_head
     raise ValueError(
-        f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not supported; jaxft reads "
-        "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and modules_to_save=['score']"
+        f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not "
+        "supported; jaxft reads "
+        "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
+        "modules_to_save=['score']"
     )
 
 
@@ -156,7 +163,8 @@ def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
         )
     if files.shapes[SCORE] != (1, width):
         raise ValueError(
-            f"{files.where}: {SCORE} has shape {files.shapes[SCORE]}, but a reward model has one label: {(1, width)}"
+            f"{files.where}: {SCORE} has shape {files.shapes[SCORE]}, but a reward model has one label: "
+            f"{(1, width)}"
         )
     return read_tensor(files, SCORE).T
 
@@ -166,7 +174,8 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:
             raise ValueError(
-                f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with {key}={plain[0]!r}"
+                f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with "
+                f"{key}={plain[0]!r}"
             )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
@@ -174,7 +183,8 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     numbers = all(isinstance(x, int | float) for x in (alpha, dropout))
     if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
-            f"{where}: expected numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and {dropout!r}"
+            f"{where}: expected numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and "
+            f"{dropout!r}"
         )
     ranks = (config.get("rank_pattern") or {}).values()
     if not all(type(r) is int and 0 < r < 2**16 for r in ranks):
@@ -203,7 +213,9 @@ def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], con
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Apply PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the whole name."""
+    """Apply PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the
+    whole name.
+    """
     for pattern, value in (config.get(key) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -211,7 +223,9 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
 
 
 def _stack(pairs: list[Pair], rank: int, stacked: bool) -> dict[str, np.ndarray]:
-    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to `rank`; without layers the only pair."""
+    """Stack pairs to leaves [L, in, R], [L, R, out], [L], zero-padded to `rank`; without layers the only
+    pair.
+    """
     dtypes = {pair.a.dtype for pair in pairs}
     dtype = np.result_type(np.float32) if len(dtypes) > 1 else pairs[0].a.dtype
     a = np.stack([np.pad(p.a, ((0, 0), (0, rank - p.a.shape[1]))).astype(dtype) for p in pairs])

@@ -1,4 +1,6 @@
-"""Write LoRA adapters, and heads with them, in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
+"""Write LoRA adapters, and heads with them, in PEFT's layout: adapter_config.json and
+adapter_model.safetensors.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.tree import Params
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import PREFIX, SCORE, SEQ_CLS, linear_weight_names
-from jaxft.weights.safetensors import TensorToWrite, write_json, write_safetensors
+from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 
 PEFT_VERSION = "0.17.0"  # whose fields these are; all later versions read them
 
@@ -22,8 +24,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
-    pair that does not fit the model. With several processes, all call this, and process 0 writes.
+    score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises
+    ValueError for a pair that does not fit the model. With several processes, all call this, and process 0
+    writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -66,7 +69,7 @@ def save_adapter(
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
-    sync.by_first(sync.gathered, lambda: write_json(folder / "adapter_config.json", config, sort=True))
+    sync.by_first(sync.gathered, lambda: write_model_json(folder / "adapter_config.json", config, sort=True))
 
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
@@ -78,7 +81,8 @@ def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     for path, pair in found.items():
         if set(pair) != {"a", "b", "scale"}:
             raise ValueError(
-                f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, got {sorted(pair)}"
+                f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, got "
+                f"{sorted(pair)}"
             )
     return found
 
@@ -94,12 +98,15 @@ def _module_name(model: Model, path: str) -> str:
 def _tensors_of_pair(
     module: str, pair: dict[str, Any], layer: int | None, settings: Adapter
 ) -> list[TensorToWrite]:
-    """Return lora_A [R, in] and lora_B [out, R] of one module; a scale that differs from the settings' is folded into B."""
+    """Return lora_A [R, in] and lora_B [out, R] of one module; a scale that differs from the settings' is
+    folded into B.
+    """
     a, b = pair["a"], pair["b"]
     (size_in, rank), size_out = a.shape[-2:], b.shape[-1]
     if b.shape[-2] != rank or rank != settings.rank:
         raise ValueError(
-            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, but the settings have rank {settings.rank}"
+            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, but the settings have rank "
+            f"{settings.rank}"
         )
 
     def fetch_b() -> np.ndarray:

@@ -1,15 +1,15 @@
 """Load a parameter from a model's files onto a mesh.
 
-Each process reads, quantises and places only the parts that its own devices store. `load_param` begins with the plan, which
-parts of a layer [in, out] each process needs, and continues with one of four ways to store them:
+Each process reads, quantises and places only the parts that its own devices store. `load_param` first plans
+which parts of a layer [in, out] each process needs. Then it stores the parameter in one of four ways:
 
-- as the files store them, codes and scales unchanged
-- as floats, cast
-- quantised, every part on its own
-- quantised, with scales that depend on parts which other processes read
+- load_unchanged: the codes and scales in the files, if they are quantised already
+- load_floats: floats, cast to another dtype
+- load_quantised: quantised, each part on its own
+- load_with_quantised_scales: quantised, with scales that depend on parts which other processes read
 
-In each of them the loop is the same: read a part of a layer, convert it, write it into the buffers of the local shards. At the
-end the buffers are copied to the devices. The bits are those that one process with one device would store.
+Each of them runs the same loop: read a part of a layer, convert it, write it into host buffers of the local
+shards. At the end the buffers are copied to the devices. The result has the same bits as on a single device.
 """
 
 import math
@@ -38,9 +38,10 @@ from jaxft.weights.shard_buffers import ArrayBuffers, Leaf, Limits, ShardBuffers
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:
     """Load a parameter onto the mesh of `shardings`. All processes of the mesh call this together.
 
-    like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the codes and scales in
-    the files, whose layout is that of `like`; otherwise the values are cast or quantised from the files' own precision. Host
-    memory holds the local shards of the parameter and one part of a layer.
+    like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
+    codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
+    from the files' own precision. Host memory holds the local shards of the parameter and one part of a
+    layer.
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
@@ -65,7 +66,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
 
 
 def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
-    """Return for each process the parts of a layer [in, out] that its devices store; they are the same for all layers."""
+    """Return for each process the parts of every layer [in, out] that its devices store."""
     array, array_sharding = (like, shardings)
     if isinstance(like, QTensor):
         array, array_sharding = like.codes, shardings.codes
@@ -84,7 +85,7 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
 
 
 def joined(parts: set[Limits]) -> list[Limits]:
-    """Return the one part that these disjoint parts of an array fill, or the parts if they do not fill one."""
+    """Return the one part that these disjoint parts of an array form, or the parts if they form none."""
 
     def size(part: Limits) -> int:
         return math.prod(stop - start for start, stop in part)
@@ -128,7 +129,7 @@ def load_quantised(
     parts: list[Index],
     whole_scales: np.ndarray | None = None,
 ) -> QTensor:
-    """Quantise every part on its own. whole_scales: scales [..., 1, out] over all inputs, where a part has only some."""
+    """Quantise each part on its own. whole_scales: scales [..., 1, out] that all parts of a channel share."""
     buffers = ShardBuffers(like, shardings, reader.stacked)
     for layer in range(len(reader.names)):
         for index in parts:
@@ -146,7 +147,8 @@ def load_with_quantised_scales(
 ) -> QTensor:
     """Quantise a parameter whose scales are quantised in groups that go through the whole layer.
 
-    First every process quantises its parts with float scales; then all quantise the gathered scales, one layer at a time.
+    First every process quantises its parts with float scales; then all quantise the gathered scales, one
+    layer at a time.
     """
     float_scales = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
     floats = load_quantised(
@@ -168,7 +170,9 @@ def load_with_quantised_scales(
 
 
 def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> np.ndarray:
-    """Return the scale [..., 1, out] of each output channel over all inputs: the largest of the scales of its parts."""
+    """Return the scale [..., 1, out] of each output channel over all inputs: the largest of the scales of its
+    parts.
+    """
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
@@ -195,7 +199,9 @@ def is_quantised(like: Leaf) -> bool:
 
 
 def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> Leaf:
-    """Cast or quantise values on the host to the dtype, kind and blocks of `like`. scale: see nn.quant.quantize."""
+    """Cast or quantise values on the host to the dtype, kind and blocks of `like`. scale: see
+    nn.quant.quantize.
+    """
     if not isinstance(like, QTensor):
         return value.astype(like.dtype, copy=False)
     if like.kind == "bits":

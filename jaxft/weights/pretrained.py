@@ -1,4 +1,6 @@
-"""Pretrained models: architecture, tokenizer and base weights, from the hub, folders, GGUF files and packages."""
+"""Pretrained models: architecture, tokenizer and base weights, from the hub, folders, GGUF files and
+packages.
+"""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -21,7 +23,7 @@ from jaxft.tree import Params
 from jaxft.weights import gguf, gguf_header, gguf_tokenizer, hf, hub, place
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers
-from jaxft.weights.safetensors import read_json
+from jaxft.weights.safetensors import read_model_json
 from jaxft.weights.storage import (
     Storage,
     StoredModel,
@@ -37,14 +39,14 @@ def read_config(located: hub.Located) -> dict[str, Any]:
     """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
     if located.kind == "gguf":
         return gguf.gguf_config(gguf_header.read_gguf_header(located.path))
-    return read_json(located.path / "config.json")
+    return read_model_json(located.path / "config.json")
 
 
 def model_for(ref: str, **options: Any) -> Model:
     """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual).
 
-    A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded. Raises ValueError
-    for an architecture that is not implemented.
+    A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
+    Raises ValueError for an architecture that is not implemented.
     """
     preset = None if Path(ref).is_dir() else families.preset(ref, **options)
     if preset is not None:
@@ -58,7 +60,7 @@ def model_for(ref: str, **options: Any) -> Model:
         raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
-            f"{located.path}: its configuration has a missing or invalid value ({hub.one_line(e)})"
+            f"{located.path}: its configuration has a missing or invalid value ({hub.short_message(e)})"
         ) from e
     return family.build(parsed, **options)
 
@@ -72,12 +74,16 @@ def open_files(ref: str) -> ModelFiles:
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
-    """Return a reader for every base parameter in the files of `ref` by path. Raises ValueError if names or shapes differ."""
+    """Return a reader for every base parameter in the files of `ref` by path. Raises ValueError if names or
+    shapes differ.
+    """
     return param_readers(open_files(ref), model)
 
 
 def load_tokenizer(ref: str) -> Any:
-    """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never run."""
+    """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never
+    run.
+    """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
         return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
@@ -88,13 +94,14 @@ def load_tokenizer(ref: str) -> Any:
             str(located.path), trust_remote_code=False, local_files_only=True
         )
     except Exception as e:  # transformers and tokenizers raise many kinds here
-        reason = hub.one_line(e)
+        reason = hub.short_message(e)
         raise ValueError(
             f"{ref}: no tokenizer could be loaded from {located.path} ({reason}); it needs a tokenizer.json"
         ) from e
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches require"
+            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches "
+            "require"
         )
     return tokenizer
 
@@ -106,9 +113,11 @@ def stored_model(
     trainable: Collection[str] = (),
     trainable_dtype: Any = None,
 ) -> StoredModel:
-    """Choose how each parameter of `model`, a model over the whole tree, is stored (see storage.choose_storage).
+    """Choose how each parameter of `model`, a model over the whole tree, is stored (see
+    storage.choose_storage).
 
-    ref: whose files contain the layouts for a quant that stores weights as they do. Raises ValueError if they contain none.
+    ref: whose files contain the layouts for a quant that stores weights as they do. Raises ValueError if they
+    contain none.
     """
     layouts = {}
     if quant and quant.kind == CHECKPOINT:
@@ -124,7 +133,9 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return, from headers, the layouts of those of these base parameters that the files of `ref` store quantised."""
+    """Return, from headers, the layouts of those of these base parameters that the files of `ref` store
+    quantised.
+    """
     if ref is None:
         raise ValueError(
             f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
@@ -143,7 +154,8 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
 
 
 def load_base(ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = ()) -> Params:
-    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its devices store.
+    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its
+    devices store.
 
     skip: paths in the whole tree of parameters that are not read; None stands for them.
     """
@@ -167,7 +179,9 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
-    """Return a line for each group of weights that are quantised in the files but stored otherwise, with the reason."""
+    """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
+    reason.
+    """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
     for path in param.spec_paths(stored.specs["base"]):
@@ -186,7 +200,8 @@ def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedT
         return f"stored as {tensor.method} does: {tensor.reason}" if tensor.reason else ""
     if storage.quantised and storage.quantize:
         kind = storage.quantize[0]
-        return f"quantised by {tensor.method} and rounded again to {kind}; quant={CHECKPOINT} stores them unchanged"
+        method, unchanged = tensor.method, f"quant={CHECKPOINT} stores them unchanged"
+        return f"quantised by {method} and rounded again to {kind}; {unchanged}"
     reason = tensor.reason
     if not reason and layout is None:
         reason = "the layers are not quantised alike, or not along their inputs"

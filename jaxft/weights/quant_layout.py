@@ -1,4 +1,6 @@
-"""The layout of a quantised weight: a QTensor of ShapeDtypeStructs, and where parts of the weight are in its arrays."""
+"""The layout of a quantised weight: a QTensor of ShapeDtypeStructs, and where parts of the weight are in its
+arrays.
+"""
 
 from functools import partial
 from typing import Any
@@ -12,7 +14,9 @@ from jaxft.weights.model_files import Index
 
 
 def array_index(layout: QTensor, array: str, index: Index) -> Index:
-    """Return where in one of a layout's arrays the part of the weight [in, out] at `index` is; its limits are limits of blocks."""
+    """Return where in one of a layout's arrays the part of the weight [in, out] at `index` is; its limits are
+    limits of blocks.
+    """
     ins, outs = index
     if array == "codes":
         return (slice(ins.start // 2, -(-ins.stop // 2)) if is_paired(layout.kind) else ins, outs)
@@ -31,7 +35,8 @@ def block_layout(
     offset_dtype: Any = None,
     indexed: bool = False,
 ) -> QTensor:
-    """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of inputs.
+    """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of
+    inputs.
 
     block: None is one block of all inputs. indexed: whether an array stores the block of each input.
     """
@@ -56,7 +61,9 @@ def quantize_layout(shape: tuple[int, ...], quant: Quant) -> QTensor:
 
 
 def same_layout(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may differ."""
+    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may
+    differ.
+    """
 
     def description(q: QTensor) -> tuple[Any, ...]:
         arrays = {name: getattr(q, name) for name in array_names(q)}

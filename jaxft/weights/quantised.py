@@ -1,6 +1,8 @@
-"""Checkpoints with quantised linear layers: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding again.
+"""Checkpoints with quantised linear layers: bitsandbytes, GPTQ, AWQ and jaxft's own, read without rounding
+again.
 
-Each method's reader finds the quantised weights and their layouts (see quant_layout.py) from headers and config.json alone.
+Each method's reader finds the quantised weights and their layouts (see quant_layout.py) from headers and
+config.json alone.
 """
 
 from collections.abc import Callable
@@ -24,13 +26,14 @@ from jaxft.weights.safetensors import SafetensorsFiles
 def open_quantised(files: SafetensorsFiles, settings: dict[str, Any]) -> ModelFiles:
     """Return the tensors of a model whose quantised weights appear under the names of the plain weights.
 
-    settings: config.json's quantization_config. Raises ValueError for a method that is not supported and for inconsistent
-    tensors.
+    settings: config.json's quantization_config. Raises ValueError for a method that is not supported and for
+    inconsistent tensors.
     """
     method = settings.get("quant_method")
     if method not in METHODS:
         raise ValueError(
-            f"{files.where}: its config.json has quant_method={method!r}, but jaxft reads {', '.join(METHODS)}; "
+            f"{files.where}: its config.json has quant_method={method!r}, but jaxft reads "
+            f"{', '.join(METHODS)}; "
             "use the model's unquantised weights"
         )
     quantised, consumed = METHODS[method](files, settings)
@@ -57,7 +60,9 @@ def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
 
 
 def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
-    """Return the part of a quantised weight [out, in] at `index`; only its blocks are read where no array is for all of it."""
+    """Return the part of a quantised weight [out, in] at `index`; only its blocks are read where no array is
+    for all of it.
+    """
     layout = tensor.layout
     if layout is None or layout.outer is not None or layout.index is not None:
         return dequantised(tensor.read()).T[index]

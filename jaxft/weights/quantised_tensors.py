@@ -1,4 +1,4 @@
-"""What the readers of quantised checkpoints share: reading the tensors that a quantised weight consists of."""
+"""Read the tensors that a quantised weight consists of; shared by the readers of all methods."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ Found = tuple[
 ]  # quantised weights by name; the tensors that they consist of
 
 
-def check_shape(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None) -> None:
+def require_tensor(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None) -> None:
     """Raise ValueError if the tensor is missing or has another shape. shape: None for any."""
     if name not in files.shapes:
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
@@ -22,6 +22,8 @@ def check_shape(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | Non
 def read_part(
     files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None = None, index: Index = ()
 ) -> np.ndarray:
-    """Read a tensor that a quantised weight consists of, or the part of it at `index`; raise ValueError as check_shape does."""
-    check_shape(files, name, shape)
+    """Read a tensor that a quantised weight consists of, or the part of it at `index`; raise ValueError as
+    require_tensor does.
+    """
+    require_tensor(files, name, shape)
     return safetensors.read_tensor(files, name, index)

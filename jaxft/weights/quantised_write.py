@@ -1,4 +1,6 @@
-"""Write quantised weights: in bitsandbytes' layout, which transformers and vLLM load, or as jaxft's own arrays."""
+"""Write quantised weights: in bitsandbytes' layout, which transformers and vLLM load, or as jaxft's own
+arrays.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +14,9 @@ from jaxft.weights.safetensors import TensorToWrite
 
 
 def method_for(layouts: Iterable[QTensor]) -> str:
-    """Return "bitsandbytes" for nf4 and fp4 if blocks divide the inputs, as its flat blocks require; else "jaxft"."""
+    """Return "bitsandbytes" for nf4 and fp4 if blocks divide the inputs, as its flat blocks require; else
+    "jaxft".
+    """
     fits = all(q.kind in TABLES and q.block and q.shape[-2] % q.block == 0 for q in layouts)
     return "bitsandbytes" if fits else "jaxft"
 
@@ -20,7 +24,8 @@ def method_for(layouts: Iterable[QTensor]) -> str:
 def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: str) -> list[TensorToWrite]:
     """Return the tensors of the weight `name` in the layout of `method`, "bitsandbytes" or "jaxft".
 
-    make: returns the weight on the host in this layout. It is called once, when the first of the tensors is written.
+    make: returns the weight on the host in this layout. It is called once, when the first of the tensors is
+    written.
     """
     once = _Once(make, len(array_names(layout)))
     if method == "bitsandbytes":
@@ -50,7 +55,9 @@ class _Once:
 
 
 def quantization_config(quant: Quant, method: str, plain: list[str]) -> dict[str, Any]:
-    """Return config.json's quantization_config for weights written by `tensors_of`. plain: modules that are not quantised."""
+    """Return config.json's quantization_config for weights written by `tensors_of`. plain: modules that are
+    not quantised.
+    """
     if method == "jaxft":
         return {"quant_method": method, "kind": quant.kind, "block": quant.block, "double": quant.double}
     return {

@@ -44,7 +44,9 @@ class SafetensorsFiles:
 
 
 def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
-    """Open safetensors files. Raises ValueError for an incomplete file and for a tensor that two files contain."""
+    """Open safetensors files. Raises ValueError for an incomplete file and for a tensor that two files
+    contain.
+    """
     files = SafetensorsFiles(str(where), {}, {}, {}, {})
     for path in paths:
         with _open(path), path.open("rb") as file:  # the library has checked the header
@@ -71,7 +73,9 @@ def _open(path: Path) -> safe_open:
 
 
 def read_tensor(files: SafetensorsFiles, name: str, index: Index = ()) -> np.ndarray:
-    """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for an unsupported dtype."""
+    """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for an unsupported
+    dtype.
+    """
     path, dtype, shape = files.paths[name], files.dtypes[name], files.shapes[name]
     if dtype == UNSUPPORTED:
         raise ValueError(f"{path}: tensor {name} has an unsupported dtype; use one of {', '.join(DTYPES)}")
@@ -93,7 +97,7 @@ def read_view(
 
 
 def map_array(path: Path, dtype: Any, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Copy part of an array that is stored at byte `offset` of a file; only the pages of that part are read."""
+    """Copy part of an array that is stored at byte `offset` of a file; only the pages of it are read."""
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
     except ValueError as e:
@@ -118,7 +122,8 @@ class TensorToWrite:
 def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
     """Write a safetensors file one tensor at a time, and rename it into place when it is complete.
 
-    With several processes, all call this and fetch the same tensors; process 0 writes, and its error is raised on all.
+    With several processes, all call this and fetch the same tensors; process 0 writes, and its error is
+    raised on all.
     """
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
 
@@ -148,7 +153,8 @@ def _write_all(path: Path, tensors: list[TensorToWrite]) -> None:
                 value = np.asarray(tensor.fetch(), order="C")  # ascontiguousarray would make a scalar 1-D
                 if value.shape != tensor.shape or value.dtype != tensor.dtype:
                     raise ValueError(
-                        f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got {value.dtype}{value.shape}"
+                        f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got "
+                        f"{value.dtype}{value.shape}"
                     )
                 file.write(
                     value.reshape(-1).view(np.uint8).data
@@ -177,14 +183,14 @@ def _header(tensors: list[TensorToWrite]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def write_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
+def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
     """Write a JSON file, indented by 2, and rename it into place when it is complete."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, sort_keys=sort) + "\n")
     os.replace(part, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
     try:
         value = json.loads(path.read_bytes())

@@ -47,7 +47,9 @@ class ArrayBuffers:
                 copy_into(buffer[(..., *to)], np.asarray(value)[of])
 
     def to_devices(self) -> jax.Array:
-        """Copy the shards to their devices, each buffer being released before the next is copied; return the array."""
+        """Copy the shards to their devices, each buffer being released before the next is copied; return the
+        array.
+        """
         devices: dict[Limits, list[jax.Device]] = {}
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
             devices.setdefault(limits(index or (), self.shape), []).append(device)

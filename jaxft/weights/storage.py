@@ -22,8 +22,9 @@ from jaxft.weights.quant_layout import same_layout
 class Storage:
     """How one parameter is stored.
 
-    quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain array. layout: the
-    quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes and scales are stored unchanged.
+    quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
+    array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
+    and scales are stored unchanged.
     """
 
     dtype: Any
@@ -38,7 +39,9 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model over the whole tree {"base", "adapter", ...heads} and, by path, how each of its parameters is stored."""
+    """A model over the whole tree {"base", "adapter", ...heads} and, by path, how each of its parameters is
+    stored.
+    """
 
     model: Model
     storage: dict[str, Storage]
@@ -58,10 +61,11 @@ def choose_storage(
 ) -> StoredModel:
     """Choose the storage of every parameter of `model`, which is a model over the whole tree.
 
-    Trainable parameters and those outside the base are stored in float32 or wider, trainable parameters of the base in
-    `trainable_dtype` if it is given. Frozen parameters of the base are stored in the compute dtype (16-bit matrices as raw
-    bits), or quantised where `quant.targets` selects them. layouts: the checkpoint's quantised layouts by path in the base,
-    for quant=checkpoint. Raises ValueError where `quant` selects a trainable parameter.
+    Trainable parameters and those outside the base are stored in float32 or wider, trainable parameters of
+    the base in `trainable_dtype` if it is given. Frozen parameters of the base are stored in the compute
+    dtype (16-bit matrices as raw bits), or quantised where `quant.targets` selects them. layouts: the
+    checkpoint's quantised layouts by path in the base, for quant=checkpoint. Raises ValueError where `quant`
+    selects a trainable parameter.
     """
     if quant and quant.kind == CHECKPOINT:
         selected = list(layouts)
@@ -70,7 +74,8 @@ def choose_storage(
     clash = next((path for path in selected if f"base/{path}" in trainable), None)
     if quant and clash:
         raise ValueError(
-            f"quant={quant.kind} freezes base/{clash}, which is trainable; train an adapter, or set quant=none"
+            f"quant={quant.kind} freezes base/{clash}, which is trainable; train an adapter, or set "
+            "quant=none"
         )
     storage = {}
     wide = max(model.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
@@ -99,7 +104,9 @@ def is_matrix(spec: ParamSpec) -> bool:
 
 
 def quantised_paths(base: Any, quant: Quant) -> list[str]:
-    """Return the paths of the base's matrices that `quant.targets` selects. Raises ValueError if there are none."""
+    """Return the paths of the base's matrices that `quant.targets` selects. Raises ValueError if there are
+    none.
+    """
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
     matrices = [path for path, spec in param.spec_paths(base).items() if is_matrix(spec)]
@@ -113,7 +120,9 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
 
 
 def keeps_layout(storage: Storage, layout: QTensor) -> bool:
-    """Whether a parameter with this layout in the checkpoint can be stored with its codes and scales unchanged."""
+    """Whether a parameter with this layout in the checkpoint can be stored with its codes and scales
+    unchanged.
+    """
     if not storage.quantised:
         return False
     if storage.layout is not None:
@@ -134,7 +143,9 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
-    """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each of its arrays."""
+    """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each
+    of its arrays.
+    """
     whole = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return whole
@@ -161,7 +172,9 @@ def sharded_shapes(stored: StoredModel, mesh: Any) -> Any:
 
 
 def quantisation_summary(stored: StoredModel) -> str:
-    """Return what fraction of the base is quantised, to what, and the bits per parameter; "" where nothing is."""
+    """Return what fraction of the base is quantised, to what, and the bits per parameter; "" where nothing
+    is.
+    """
     all_specs = param.spec_paths(stored.specs)
     leaves = [
         leaf_shapes(spec, stored.storage[path])

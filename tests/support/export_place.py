@@ -32,7 +32,9 @@ def write_base(folder):
 
 
 def export(folder, on, kind, base):
-    """adapter/, or with "model" model/ of a base that is trained with an adapter on all of its linear layers and its head."""
+    """adapter/, or with "model" model/ of a base that is trained with an adapter on all of its linear layers
+    and its head.
+    """
     model, settings = llama(CONFIG, dtype=jnp.bfloat16), Adapter(rank=4, targets="all-linear")
     t = partition.partition_params(model, settings, None if kind == "adapter" else ".*")
     random = np.random.default_rng(0)

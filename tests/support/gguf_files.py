@@ -33,7 +33,7 @@ def gguf_tensors(reference):
 
 
 def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), extra=()):
-    """A GGUF file of a torch Llama: matrices as `kind`, norms as F32. fields: (writer's method, arguments)."""
+    """A GGUF file of a torch Llama: matrices as `kind`, norms as F32. fields: (method, arguments)."""
     config = reference.config
     writer = gguf_package.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)

@@ -6,7 +6,9 @@ from jaxft.weights import param_reader, pretrained
 
 
 def load_on_host(ref, model, store=lambda path, array: array):
-    """Load every base parameter as a stacked NumPy array in the files' dtype; the tree gets `store(path, array)`."""
+    """Load every base parameter as a stacked NumPy array in the files' dtype; the tree gets `store(path,
+    array)`.
+    """
     leaves = pretrained.open_params(str(ref), model)
     specs = model.specs.get("base", model.specs)
     return tree.map_with_path(

@@ -1,4 +1,4 @@
-"""One of several processes that load models on a mesh together; what tests of loading share, without torch."""
+"""One of several processes that load models onto one mesh; helpers of the tests of loading, without torch."""
 
 import json
 import os
@@ -56,7 +56,9 @@ def assert_has_the_bits_of(found, wanted):
 
 
 def count_reads():
-    """A list that grows by the bytes of every part of a tensor that is read from a safetensors file or mapped."""
+    """A list that grows by the bytes of every part of a tensor that is read from a safetensors file or
+    mapped.
+    """
     counted, inside = [], []
     read_tensor, map_array = safetensors.read_tensor, safetensors.map_array
 

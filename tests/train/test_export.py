@@ -1,4 +1,6 @@
-"""scripts/generate.py and scripts/export.py: a base, its adapter and a run, asked, merged, and read again by transformers."""
+"""scripts/generate.py and scripts/export.py: a base, its adapter and a run, asked, merged, and read again by
+transformers.
+"""
 
 import json
 import shutil

@@ -68,7 +68,7 @@ def test_scores_and_a_merged_model_of_a_run(place):
     }.items():
         script(place, "score.py", *model, *argv)
         found[way] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
-    assert "the chosen answer has the higher reward in" in place.err()
+    assert "the chosen completion has the higher reward in" in place.err()
     script(place, "export.py", "--run", "runs/scored", "--out", "merged", "--dtype", "float32")
     script(place, "score.py", "--model", "merged", *argv)
     found["merged"] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]

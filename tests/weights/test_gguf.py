@@ -26,11 +26,13 @@ CORPUS = [
     "Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα. שלום עולם مرحبا بالعالم",
     "你好，世界。こんにちは世界！ 안녕하세요 สวัสดีชาวโลก नमस्ते दुनिया xin chào thế giới",
     "   leading, trailing   \n\n \n  mixed\t\ttabs \t and   runs    of     spaces\u00a0\u2003\u200b end",
-    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|endoftext|><repo_name><jupyter_code>",
+    "<|im_start|>user\nWhat is "
+    "2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|endoftext|><repo_name><jupyter_code>",
     "<|im_start|> <|im_end|><|im_end|>x<|im_start", "", " ", "\n", "a", "\x00\x01\x7f\ufeff\ufffd", "e\u0301 \u1100\u1161",
 ]  # fmt: skip
 
-# A space run before a digit and digits outside ASCII: SmolLM2's published tokenizer.json and llama.cpp cut digits off first,
+# A space run before a digit and digits outside ASCII: SmolLM2's published tokenizer.json and llama.cpp cut
+# digits off first,
 # while transformers' GGUF reader forgets to.
 DIGITS = ["\n\n1. one\n\n2. two", "x  =  42", "a² ½ ٣٤ ५६", "    12\t\t7", "十2十"]
 

@@ -89,7 +89,9 @@ def test_an_input_that_is_always_zero_changes_nothing_else():
 
 
 def by_solving(w, moment, scale, levels):
-    """GPTQ as it is derived: round one input, then move all the later ones to where the outputs' error is least."""
+    """GPTQ as it is derived: round one input, then move all the later ones to where the outputs' error is
+    least.
+    """
     w, done = w.astype(np.float64).copy(), []
     own = np.diag(moment).astype(np.float64)
     h = moment.astype(np.float64) + np.diag(np.full(len(w), gptq.DAMPING * own.mean()))
@@ -149,7 +151,8 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
     assert set(found) == set(paths) and len(seen) == 7 * 3
     for path in paths:
         name = model.weight_names[path][0].removesuffix(".weight")
-        # Nothing depends on the first token's query, which sees one key: its gradient is zero, or as small as rounding.
+        # Nothing depends on the first token's query, which sees one key: its gradient is zero, or as small as
+        # rounding.
         for first in (0, 1) if path.endswith("/q") else (0,):
             rows = [seen[name.format(i=i)][:, first:] for i in range(3)]
             wanted = np.stack([2 * np.einsum("rti,rtj->ij", x, x) for x in rows])
@@ -189,7 +192,7 @@ def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quanti
     code, told = quantized(
         *form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64"
     )
-    assert code == 0 and "looking at batch 2 of 2" in told, told
+    assert code == 0 and "calibrating on batch 2 of 2" in told, told
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
     ids, logits = (
         np.array([pretrained.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),

@@ -1,4 +1,6 @@
-"""Loading at size: a process reads the bytes of its own shards, holds no more than they, and has one device's bits."""
+"""Loading at size: a process reads the bytes of its own shards, holds no more than they, and has one device's
+bits.
+"""
 
 import json
 import os
@@ -148,7 +150,9 @@ def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
 
 @pytest.fixture(scope="module")
 def together(folders, tmp_path_factory):
-    """What two processes of 4 devices print: [folder, format, mesh, bytes read over those that one device reads]."""
+    """What two processes of 4 devices print: [folder, format, mesh, bytes read over those that one device
+    reads].
+    """
     adapter = tmp_path_factory.mktemp("adapter")
     model = pretrained.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
@@ -178,9 +182,11 @@ def together(folders, tmp_path_factory):
 
 
 def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
-    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading of it.
+    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading
+    of it.
 
-    In act-order an input may be of any block: a part of o and down, which are cut along their inputs, reads every scale.
+    In act-order an input may be of any block: a part of o and down, which are cut along their inputs, reads
+    every scale.
     """
     for told in together:
         assert len(told) == sum(len(on) for _, _, on in TOGETHER)

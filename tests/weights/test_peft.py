@@ -26,7 +26,9 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @pytest.fixture(scope="module")
 def world(request, tmp_path_factory):
-    """A folder on disk, its jaxft model and base (tied where a test asks for it); torch_model(world) is a fresh torch one."""
+    """A folder on disk, its jaxft model and base (tied where a test asks for it); torch_model(world) is a
+    fresh torch one.
+    """
     folder = write_folder(
         tmp_path_factory.mktemp("base"), tiny_torch(tie_word_embeddings=getattr(request, "param", False))
     )

@@ -1,4 +1,6 @@
-"""Packed checkpoints: bitsandbytes against the package itself, GPTQ, AWQ and GGUF against their definitions, jaxft's own."""
+"""Packed checkpoints: bitsandbytes against the package itself, GPTQ, AWQ and GGUF against their definitions,
+jaxft's own.
+"""
 
 import json
 import shutil
@@ -359,8 +361,8 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     assert "frozen: " in place.out() and "weights quantised" not in place.out()
     assert place.run(*argv, "model=nf4", "quant=int4", "name=again") == 0, place.err()
     assert (
-        "weights quantised by bitsandbytes and rounded again to int4; quant=checkpoint stores them unchanged: layers/"
-        in place.out()
+        "weights quantised by bitsandbytes and rounded again to int4; quant=checkpoint stores them "
+        "unchanged: layers/" in place.out()
     )
 
 

@@ -1,4 +1,6 @@
-"""Reward models in files: adapters with a head in peft and torch, classifiers in full, what begins with them, what is refused."""
+"""Reward models in files: adapters with a head in peft and torch, classifiers in full, what begins with them,
+what is refused.
+"""
 
 import json
 

@@ -369,10 +369,10 @@ from jaxft.weights import hub, param_reader, pretrained
 for ref in sys.argv[1:]:
     try:
         model = pretrained.model_for(ref)
-        sizes = {path: param_reader.read_whole(x).nbytes for path, x in pretrained.open_params(ref, model).items()}
+        embed = param_reader.read_whole(pretrained.open_params(ref, model)["embed"])
         located = hub.locate(ref)
         files = sorted(p.name for p in located.path.iterdir())
-        print("ok", located.revision, sizes["embed"], pretrained.load_tokenizer(ref).encode("a"), files)
+        print("ok", located.revision, embed.nbytes, pretrained.load_tokenizer(ref).encode("a"), files)
     except (ValueError, OSError) as e:
         print(type(e).__name__, e)
 """
