@@ -21,7 +21,7 @@ from jaxft.rl.metrics import rollout_metrics
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource, saved_moments, without_logps
 from jaxft.rl.rules import Rules
-from jaxft.rl.sampler import compile_sampler, compile_scorer
+from jaxft.rl.sampler import compile_rollout_sampler, compile_rollout_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,8 @@ class OnlinePairSource(RolloutSource):
         return BoundOnlinePairs(
             source=self,
             run=run,
-            sampler=compile_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
-            scorer=compile_scorer(self.data.rules, programs, recompute_logps=False),
+            sampler=compile_rollout_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
+            scorer=compile_rollout_scorer(self.data.rules, programs, recompute_logps=False),
             shapes=self.shapes,
             moments=saved_moments(saved),
         )

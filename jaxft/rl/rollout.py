@@ -26,7 +26,7 @@ from jaxft.rl.layout import RolloutShapes, rollout_shapes, to_microbatches, to_r
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.programs import BoundRun, RolloutPrograms
 from jaxft.rl.rules import Rules
-from jaxft.rl.sampler import RolloutScorer, Sampler, compile_sampler, compile_scorer
+from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, compile_rollout_scorer
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
@@ -88,8 +88,8 @@ class RolloutSource:
         return BoundRollouts(
             source=self,
             run=run,
-            sampler=compile_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
-            scorer=compile_scorer(self.data.rules, programs, recompute),
+            sampler=compile_rollout_sampler(run, self.data, self.tokenizer, self.rollout_shapes),
+            scorer=compile_rollout_scorer(self.data.rules, programs, recompute),
             shapes=tuple(programs.shapes.values()),
             moments=saved_moments(saved),
         )

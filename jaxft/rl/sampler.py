@@ -54,7 +54,7 @@ class Sampler:
         return Completions(prompts, tokens, logps, lengths, ended, texts, row_shape, rows)
 
 
-def compile_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:
+def compile_rollout_sampler(run: BoundRun, data: Prompts, tokenizer: Any, shapes: RolloutShapes) -> Sampler:
     """Compile the sampling programs of training and of evaluation."""
     sampling = Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     key, empty = jax.random.key(0), left_pad([[0] * shapes.prompt_size], data.batch)
@@ -100,7 +100,7 @@ class RolloutScorer:
         )  # fmt: skip
 
 
-def compile_scorer(rules: Rules, programs: RolloutPrograms, recompute_logps: bool) -> RolloutScorer:
+def compile_rollout_scorer(rules: Rules, programs: RolloutPrograms, recompute_logps: bool) -> RolloutScorer:
     """Prepare the rewards and compile the pass that recomputes log-probs, if there is one."""
     objective = programs.run.objective
     token_scores = programs.compile(partial(score_tokens, objective)) if recompute_logps else None
