@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 
 from jaxft.data.rows import Row
 
@@ -22,7 +21,7 @@ CORRUPT_FILE = (  # what zipfile and numpy raise for flipped bits
     TypeError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 
-Arrays = dict[str, Shaped[np.ndarray, "..."]]
+Arrays = dict[str, Any]  # name -> array of the file
 
 
 def row_cache_folder(cache: Path | None = None) -> Path:

@@ -138,9 +138,8 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
         case _:
             raise ValueError(
                 f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an "
-                "instruct model's "
-                "tokenizer, put chat_template.jinja into the model's folder, or use plain strings as prompt "
-                "and completion"
+                "instruct model's tokenizer, put chat_template.jinja into the model's folder, or use plain "
+                "strings as prompt and completion"
             )
 
 
@@ -192,8 +191,7 @@ def example_prompt_ids(
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{example.name}: the chat template rejects the prompt without a response: {reason}; fix the "
-                "row or set "
-                "data.format=plain"
+                "row or set data.format=plain"
             ) from error
 
 
@@ -271,8 +269,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     if not targets and loss_on != "all":
         raise ValueError(
             f"{chat.name}: the loss mask is empty because there is no assistant turn; add one, remove the "
-            "row or set "
-            "data.loss_on=all"
+            "row or set data.loss_on=all"
         )
     try:
         if loss_on == "all":
@@ -298,8 +295,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     if not any(map(str.strip, bare)):
         raise ValueError(
             f"{chat.name}: the loss mask is empty because the chat template omits the response; use another "
-            "tokenizer or "
-            "chat template"
+            "tokenizer or chat template"
         )
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not _closed(template, text)
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)

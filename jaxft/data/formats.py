@@ -196,8 +196,7 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
         )
     raise ValueError(
         f"{row.name}: the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename "
-        "columns with "
-        f"data.columns={schemas.example}"
+        f"columns with data.columns={schemas.example}"
     )
 
 
@@ -301,8 +300,7 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
         if unlearned:
             raise ValueError(
                 f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; "
-                "remove the key or "
-                "the row, and set data.loss_on"
+                "remove the key or the row, and set data.loss_on"
             )
         rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
         text = _content(row, column, index, item.get(content))

@@ -97,7 +97,7 @@ def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"
     return rows
 
 
-def pack_rows(
+def pack_examples(
     lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
 ) -> RowPlan:
     """Pack the examples into rows of at most `size` tokens, each example into exactly one row, and shuffle

@@ -60,8 +60,7 @@ class Prompts(DataSettings):
         if self.batch % (self.minibatches * self.micro):
             raise ValueError(
                 f"data.batch={self.batch} prompts are not divisible into data.minibatches={self.minibatches} "
-                "of "
-                f"data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
+                f"of data.micro={self.micro} microbatches; use a multiple of {self.minibatches * self.micro}"
             )
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"data.temperature={self.temperature}; use a number of at least 0 (greedy)")
@@ -73,8 +72,7 @@ class Prompts(DataSettings):
         if self.eval_group > self.group:
             raise ValueError(
                 f"data.eval_group={self.eval_group} is more than data.group={self.group}, which rows have "
-                "room for; "
-                "lower it"
+                "room for; lower it"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")
@@ -145,8 +143,12 @@ class TokenisedPrompts:
     def select(self, chosen: Sequence[int] | Int[np.ndarray, " n"]) -> "TokenisedPrompts":
         """Return the prompts with these numbers."""
         numbers = [int(i) for i in chosen]
-        columns = (self.ids, self.names, self.prompts, self.fields)
-        return TokenisedPrompts(*(tuple(column[i] for i in numbers) for column in columns))
+        return TokenisedPrompts(
+            ids=tuple(self.ids[i] for i in numbers),
+            names=tuple(self.names[i] for i in numbers),
+            prompts=tuple(self.prompts[i] for i in numbers),
+            fields=tuple(self.fields[i] for i in numbers),
+        )
 
 
 def prompt_of(row: Row) -> str | list[Message]:
@@ -198,8 +200,7 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
             if data.too_long == "error":
                 raise ValueError(
                     f"{row.name}: the prompt has {len(tokens)} tokens, more than "
-                    f"data.max_prompt={data.max_prompt}; raise it "
-                    "or set data.too_long=drop"
+                    f"data.max_prompt={data.max_prompt}; raise it or set data.too_long=drop"
                 )
             dropped += 1
             continue

@@ -46,9 +46,8 @@ def read_rows(ref: str) -> list[Row]:
         rows = list(_read_hub(ref))
     else:
         raise FileNotFoundError(
-            f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; "
-            f"use a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub dataset "
-            "org/name[/config][:split]"
+            f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; use a file ({', '.join(SUFFIXES)}), a "
+            "folder of such files, or a hub dataset org/name[/config][:split]"
         )
     if not rows:
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")

@@ -182,8 +182,8 @@ def _rows_per_microbatch(rows: Rows, shards: int) -> int:
     if rows.batch % rows.micro:
         fits = ", ".join(str(m) for m in range(1, rows.batch + 1) if rows.batch % m == 0)
         raise ValueError(
-            f"data.batch={rows.batch} is not divisible by data.micro={rows.micro} microbatches; "
-            f"use a data.micro of {fits}"
+            f"data.batch={rows.batch} is not divisible by data.micro={rows.micro} microbatches; use a "
+            f"data.micro of {fits}"
         )
     return pack.round_up(rows.batch // rows.micro, shards)
 
@@ -192,7 +192,7 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     if not len(chosen):
         return RowPlan(chosen, np.zeros(1, np.int64))
     if rows.packing:
-        plan = pack.pack_rows(examples.lengths[chosen], examples.reads[chosen], size, rows.seed, epoch)
+        plan = pack.pack_examples(examples.lengths[chosen], examples.reads[chosen], size, rows.seed, epoch)
     else:
         plan = pack.one_per_row(len(chosen), rows.seed, epoch)
     return RowPlan(chosen[plan.members], plan.offsets)

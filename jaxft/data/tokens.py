@@ -68,7 +68,7 @@ class TokenisedRows:
 
     def concatenate(self, other: Self) -> Self:
         """Return the examples of both, the other's last."""
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])
             for name in self.DTYPES
             if name != "offsets"
@@ -102,8 +102,7 @@ def row_names(ref: str, rows: Sequence[Row], arrays: Arrays, max_length: int) ->
     if not len(arrays["row_numbers"]):
         raise ValueError(
             f"{ref}: all {len(rows)} rows were dropped because they are longer than "
-            f"data.max_length={max_length}; "
-            "raise it"
+            f"data.max_length={max_length}; raise it"
         )
     return tuple(rows[i].name for i in arrays["row_numbers"])
 
@@ -160,8 +159,7 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
     if not learned.any():
         raise ValueError(
             f"{name}: the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or "
-            "set another "
-            "data.loss_on"
+            "set another data.loss_on"
         )
     limit = settings.max_length
     if len(learned) <= limit:
@@ -170,8 +168,7 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
     if not learned[:limit].any():
         raise ValueError(
             f"{name}: the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
-            "room for a "
-            f"response; {remedy}"
+            f"room for a response; {remedy}"
         )
     if settings.too_long == "error":
         raise ValueError(

@@ -33,11 +33,11 @@ def test_first_fit_is_the_naive_first_fit(lengths, size):
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(0, 2**40), st.integers(0, 5), st.integers(32, 40))
 def test_nothing_is_lost_doubled_or_too_long(lengths, seed, epoch, size):
-    plan = pack.pack_rows(lengths, lengths // 2, size, seed, epoch)
+    plan = pack.pack_examples(lengths, lengths // 2, size, seed, epoch)
     assert sorted(plan.members) == list(range(len(lengths)))
     sums = np.add.reduceat(lengths[plan.members], plan.offsets[:-1])
     assert sums.max() <= size and sums.sum() == lengths.sum() and (np.diff(plan.offsets) > 0).all()
-    again = pack.pack_rows(lengths, lengths // 2, size, seed, epoch)
+    again = pack.pack_examples(lengths, lengths // 2, size, seed, epoch)
     assert np.array_equal(plan.members, again.members) and np.array_equal(plan.offsets, again.offsets)
 
 
@@ -45,7 +45,7 @@ def test_nothing_is_lost_doubled_or_too_long(lengths, seed, epoch, size):
 @given(LENGTHS, st.data())
 def test_epochs_have_the_same_number_of_rows_and_the_same_largest_row(monkeypatch_window, lengths, data):
     reads = np.array(data.draw(st.lists(st.integers(1, 5), min_size=len(lengths), max_size=len(lengths))))
-    plans = [pack.pack_rows(lengths, reads, 40, 7, epoch) for epoch in range(4)]
+    plans = [pack.pack_examples(lengths, reads, 40, 7, epoch) for epoch in range(4)]
     assert len({p.rows for p in plans}) == 1
     assert len({np.add.reduceat(reads[p.members], p.offsets[:-1]).max() for p in plans}) == 1
 
@@ -60,7 +60,7 @@ def monkeypatch_window(request):
 def test_epochs_and_seeds_differ():
     lengths = np.full(64, 10)
     orders = {
-        tuple(pack.pack_rows(lengths, lengths, 40, seed, epoch).members)
+        tuple(pack.pack_examples(lengths, lengths, 40, seed, epoch).members)
         for seed in range(3)
         for epoch in range(3)
     }
@@ -95,6 +95,6 @@ def test_a_hundred_thousand_rows_are_packed_in_seconds_and_well():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5.2, 0.7, 100_000).astype(int) + 10, 2048)
     start = time.perf_counter()
-    plan = pack.pack_rows(lengths, lengths, 2048, 0, 0)
+    plan = pack.pack_examples(lengths, lengths, 2048, 0, 0)
     assert time.perf_counter() - start < 20
     assert lengths.sum() / (plan.rows * 2048) > 0.99

@@ -125,9 +125,8 @@ def fit_rows(
         if not len(fits):
             raise ValueError(
                 f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of "
-                f"{shape.length} tokens, "
-                f"{shape.reads} read positions and {shape.slots} pairs; use rows that are planned for these "
-                "pairs"
+                f"{shape.length} tokens, {shape.reads} read positions and {shape.slots} pairs; use rows that "
+                "are planned for these pairs"
             )
         row[number] = fits[0]
         left[fits[0]] -= need

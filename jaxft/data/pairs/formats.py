@@ -96,8 +96,7 @@ def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[Pa
     if plain and format not in ("preference", "unpaired"):
         raise ValueError(
             f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, and this row has "
-            f"format {format}; "
-            "set data.format=auto"
+            f"format {format}; set data.format=auto"
         )
     return [_pair(row, format, settings) for row in renamed]
 
@@ -128,8 +127,7 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
     if gold and row.fields.get("reference") is None:
         raise ValueError(
             f"{row.name}: no column 'reference', from which data.third=gold reads the third response; the "
-            "row has "
-            f"{', '.join(map(str, row.fields))}"
+            f"row has {', '.join(map(str, row.fields))}"
         )
     if format != "unpaired":
         return {"chosen": "chosen", "rejected": "rejected", **gold}
@@ -198,8 +196,7 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
         if turn["role"] != "assistant":
             raise ValueError(
                 f"{row.name}: the response in column {column!r} {end} with a {turn['role']} turn; it must be "
-                "an assistant "
-                "turn"
+                "an assistant turn"
             )
 
 
@@ -227,8 +224,7 @@ def _after(row: Row, column: str, prompt: Turns, turns: Turns) -> Turns:
     at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
     raise ValueError(
         f"{row.name}: column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs "
-        "from the "
-        "prompt's; put the prompt's messages in front, or the response alone"
+        "from the prompt's; put the prompt's messages in front, or the response alone"
     )
 
 
@@ -250,8 +246,7 @@ def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns],
         _require_difference(row, found)
         raise ValueError(
             f"{row.name}: the common beginning of the conversations in {' and '.join(columns.values())} does "
-            "not end with "
-            "the prompt; use the responses alone, or conversations that contain the prompt"
+            "not end with the prompt; use the responses alone, or conversations that contain the prompt"
         )
     return prompt, {kind: turns[len(prompt) :] for kind, turns in found.items()}, False
 
@@ -288,16 +283,14 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
         if not prompt:
             raise ValueError(
                 f"{row.name}: chosen and rejected have no common first message, so there is no prompt; use "
-                "conversations "
-                "with a common beginning, or a column 'prompt'"
+                "conversations with a common beginning, or a column 'prompt'"
             )
         found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
         first = [turns[0] for turns in found.values() if turns]
         if any(turn["role"] != "assistant" for turn in first):
             raise ValueError(
                 f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is not an assistant "
-                "turn; fix or "
-                "remove the row"
+                "turn; fix or remove the row"
             )
     if "gold" in columns:
         found["gold"] = _after(row, columns["gold"], prompt, _turns(row, columns["gold"]))
@@ -313,8 +306,7 @@ def dialogue(row: Row, column: str, text: str) -> Turns:
     if before.strip() or not parts or parts[0] != "Human":
         raise ValueError(
             f"{row.name}: column {column!r} is a string that does not begin with 'Human:'; without a column "
-            "'prompt' use a "
-            "list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+            "'prompt' use a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'"
         )
     return [
         {"role": _SPEAKERS[who], "content": said.strip()}
@@ -330,8 +322,7 @@ def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, 
         at = len(_shared(list(whole.values()))) + 1
         raise ValueError(
             f"{row.name}: the dialogues differ in turn {at}, before their last turn; fix the row so that "
-            "only the last turn "
-            "differs, or remove it"
+            "only the last turn differs, or remove it"
         )
     if not prompt:
         raise ValueError(

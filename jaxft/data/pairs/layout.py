@@ -58,6 +58,19 @@ def tokens_per_pair(pairs: TokenisedPairs, branches: bool) -> Int[np.ndarray, " 
     return responses.sum(1) + prompt * (1 if branches else (responses > 0).sum(1))
 
 
+def batch_means(pairs: TokenisedPairs, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
+    """Return pair weights and mean response lengths of a batch of these members.
+
+    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
+    means.
+    """
+    weights = np.zeros(len(pairs))
+    weights[members] = pairs.weights[members] * (pairs.reads[members].sum(1) if weighting == "token" else 1)
+    lengths = pairs.reads[weights > 0]
+    means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
+    return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
+
+
 def fill_pairs(pairs: TokenisedPairs, plan: RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
     """Return the plan's rows as arrays [layout.rows, ...]; further rows stay empty."""
     members = plan.members

@@ -17,8 +17,8 @@ from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
 from jaxft.data.pairs.layout import (
-    BatchMeans,
     PairLayout,
+    batch_means,
     fill_pairs,
     pair_batch_shapes,
     tokens_per_pair,
@@ -202,7 +202,7 @@ class PairSource(FixedSource[Pairs]):
     def batch(self, step: int, state: TrainState | None = None) -> tuple[Pairs, Metrics]:
         """Return the batch of a step and no metrics."""
         pairs, layout, plan = self.pairs, self.pairs.layout, self._rows_of(step)
-        means = _batch_means(pairs.tokenised, plan.members, pairs.settings.weighting)
+        means = batch_means(pairs.tokenised, plan.members, pairs.settings.weighting)
         flat = fill_pairs(pairs.tokenised, plan, replace(layout, rows=pairs.row_count), means)
         micro = pairs.settings.micro
         return jax.tree.map(lambda x: x.reshape(micro, layout.rows, *x.shape[1:]), flat), {}
@@ -242,7 +242,7 @@ class PairSource(FixedSource[Pairs]):
 
         logps: of every pair, as `values` has them.
         """
-        return _source(self.info, replace(self.pairs, tokenised=_with_reference(self.pairs.tokenised, logps)))
+        return _source(self.info, replace(self.pairs, tokenised=self.pairs.tokenised.with_reference(logps)))
 
     def _rows_of(self, step: int) -> RowPlan:
         """Return the plan of the rows of one step."""
@@ -281,8 +281,8 @@ def _require_both_responses(pairs: TokenisedPairs) -> None:
     if len(alone):
         raise ValueError(
             f"{pairs.names[alone[0]]}: the row has one response and a label ({len(alone)} such rows), and "
-            "this loss compares "
-            "two responses; use configs/kto.py, or data.unpaired=true with another loss of single responses"
+            "this loss compares two responses; use configs/kto.py, or data.unpaired=true with another loss "
+            "of single responses"
         )
 
 
@@ -292,8 +292,7 @@ def _row_count(rows: PairRows, shards: int) -> int:
     if rows.batch < count:
         raise ValueError(
             f"data.batch={rows.batch} pairs do not fill data.micro={rows.micro} microbatches of {shards} "
-            "rows; "
-            f"use a data.batch of at least {count} or a smaller data.micro"
+            f"rows; use a data.batch of at least {count} or a smaller data.micro"
         )
     return count
 
@@ -301,52 +300,18 @@ def _row_count(rows: PairRows, shards: int) -> int:
 # ---- batches
 
 
-def _batch_means(pairs: TokenisedPairs, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
-    """Return the weights of the pairs in a batch of these members and the mean length of each kind of
-    response.
-
-    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
-    means.
-    """
-    weights = np.zeros(len(pairs))
-    weights[members] = pairs.weights[members] * (pairs.reads[members].sum(1) if weighting == "token" else 1)
-    lengths = pairs.reads[weights > 0]
-    means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
-    return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
-
-
 def _evaluation_batches(pairs: PlannedPairs, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
     tokenised, layout = pairs.tokenised, pairs.layout
     if len(members) and (members.min() < 0 or members.max() >= len(tokenised)):
         raise ValueError(
             f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
-            f"{len(tokenised) - 1}; "
-            "pass indices of this source"
+            f"{len(tokenised) - 1}; pass indices of this source"
         )
     plan = planning.fit_rows(members, pairs.tokens, tokenised.reads.sum(1), layout.shape)
-    means = _batch_means(tokenised, members, pairs.settings.weighting)
+    means = batch_means(tokenised, members, pairs.settings.weighting)
     parts = [plan.slice(start, start + layout.rows) for start in range(0, plan.rows, layout.rows)]
     batches = (fill_pairs(tokenised, part, layout, means) for part in parts)
     return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
-
-
-def _with_reference(pairs: TokenisedPairs, logps: dict[int, Any]) -> TokenisedPairs:
-    count, expected = len(pairs), pairs.reads.sum(1)
-    missing = [pairs.names[i] for i in range(count) if i not in logps]
-    if missing:
-        raise ValueError(
-            f"reference log-probs: {len(missing)} of {count} pairs lack them, first {missing[0]}; compute all"
-        )
-    for i, name in enumerate(pairs.names):
-        if len(logps[i]) != expected[i] or not np.isfinite(logps[i]).all():
-            raise ValueError(
-                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected[i]} finite "
-                "ones; compute "
-                "them again"
-            )
-    reference = np.zeros(len(pairs.ids), np.float32)
-    reference[pairs.learned] = np.concatenate([logps[i] for i in range(count)])
-    return replace(pairs, reference=reference)
 
 
 # ---- fingerprint, preview and statistics
@@ -374,8 +339,7 @@ def _preview(pairs: TokenisedPairs, pair: int, tokenizer: Any) -> str:
     if moved:
         lines.append(
             f"in {moved} of {len(pairs.prompt_end_moved)} pairs the response does not begin where the prompt "
-            "ends: "
-            "a token spans the border"
+            "ends: a token spans the border"
         )
     return "\n".join(lines)
 

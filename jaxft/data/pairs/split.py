@@ -39,8 +39,8 @@ def mismatch_responses(
         if partner is None:
             raise ValueError(
                 f"{pairs.names[members[0]]}: data.third=mismatched takes each pair's third response from "
-                "another pair, and "
-                f"more than half of these {len(members)} pairs are the same; add rows or change data.held_out"
+                f"another pair, and more than half of these {len(members)} pairs are the same; add rows or "
+                "change data.held_out"
             )
         donors[members] = members[partner]
     return with_mismatched(pairs, donors, limit)

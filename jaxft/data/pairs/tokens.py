@@ -84,6 +84,24 @@ class TokenisedPairs(TokenisedRows):
         texts = (tuple(self.piece(i, k).tobytes() for k in pieces) for i in range(len(self)))
         return np.array([groups.setdefault(text, len(groups)) for text in texts], np.int64)
 
+    def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "TokenisedPairs":
+        """Add the reference's log-probs of every pair, in order of kind and place within the response."""
+        missing = [self.names[i] for i in range(len(self)) if i not in logps]
+        if missing:
+            raise ValueError(
+                f"reference log-probs: {len(missing)} of {len(self)} pairs lack them, first {missing[0]}; "
+                "compute all"
+            )
+        for i, (name, expected) in enumerate(zip(self.names, self.reads.sum(1), strict=True)):
+            if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
+                raise ValueError(
+                    f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
+                    "ones; compute them again"
+                )
+        reference = np.zeros(len(self.ids), np.float32)
+        reference[self.learned] = np.concatenate([logps[i] for i in range(len(self))])
+        return replace(self, reference=reference)
+
     def keys(self) -> tuple[str, ...]:
         """Return a hash of each pair's prompt and responses: all that its log-probs depend on, apart from the
         model.
@@ -206,10 +224,8 @@ def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenize
         lost = tokenizer.decode(prompt[border:])
         raise ValueError(
             f"{name}: only {border} of the prompt's {len(prompt)} tokens are unchanged when a response "
-            f"follows, {lost!r} is "
-            "not; end the prompt at a token border, or use a chat template that renders a prompt alone as it "
-            "renders it "
-            "before a response"
+            f"follows, {lost!r} is not; end the prompt at a token border, or use a chat template that "
+            "renders a prompt alone as it renders it before a response"
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)
@@ -262,8 +278,7 @@ def _require_different_tokens(
             raise ValueError(f"{name}: chosen and rejected are the same tokens; change one or remove the row")
         raise ValueError(
             f"{name}: chosen and rejected are the same tokens when truncated to "
-            f"data.max_length={truncated_to}; raise it or "
-            "set data.too_long=drop"
+            f"data.max_length={truncated_to}; raise it or set data.too_long=drop"
         )
 
 
