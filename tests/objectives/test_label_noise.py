@@ -1,4 +1,4 @@
-"""The estimate of flipped labels of a run: over the first epoch, the same after a restart, and close to the truth."""
+"""The estimate of flipped labels: over the first epoch, unchanged by a restart, close to the truth."""
 
 import json
 import random

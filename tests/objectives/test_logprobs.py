@@ -197,7 +197,8 @@ def test_the_backward_pass_of_a_frozen_head_has_no_matmul_of_the_logits_size(mon
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
     model, whole, h, targets, weights = setting(tied, lora)
     by_h = jax.jit(jax.grad(loss_of(model, weights, known), 1)).lower(whole, h, targets).compile()
-    # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient by its input
+    # one product for the logits and one for the gradient by h; an adapter has a and b, each with a gradient
+    # by its input
     assert len(products(by_h)) == (6 if lora else 2)
     if not tied and not lora:
         everything = (

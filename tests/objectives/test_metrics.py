@@ -103,10 +103,12 @@ def test_from_json_inverts_to_json():
 
 
 def first_sight(seed, pairs, wrong=0.0, hard=0.27):
-    """Margins of the pairs of an epoch, each before its own update, as runs of configs/dpo.py on the shipped pairs have them.
+    """Margins of the pairs of an epoch, each before its own update, as runs of configs/dpo.py on the shipped
+    pairs have them.
 
-    A quarter of the pairs is beyond the model; the others it learns by and by, and by size of the margin it is right about 100,
-    100, 96, 87, 79, 75, 72 and 61 % of the eighths. The first steps, of the warm-up, have none at all.
+    A quarter of the pairs is beyond the model; the others it learns by and by, and by size of the margin it
+    is right about 100, 100, 96, 87, 79, 75, 72 and 61 % of the eighths. The first steps, of the warm-up, have
+    none at all.
     """
     rng = np.random.default_rng(seed)
     done = np.linspace(0, 1, pairs)
@@ -145,7 +147,9 @@ def test_label_noise_counts_equal_numpys_and_add():
 
 @pytest.mark.parametrize("wrong", [0.1, 0.2, 0.3])
 def test_wrong_labels_are_estimated_within_5_points(wrong):
-    """Of 216 pairs in four draws of five, whose scatter is that of which labels are wrong; of 1000 nearly always."""
+    """Of 216 pairs in four draws of five, whose scatter is that of which labels are wrong; of 1000 nearly
+    always.
+    """
     few, many = estimates(216, wrong), estimates(1000, wrong)
     assert (
         abs(few.mean() - wrong) < 0.03 and few.std() < 0.045 and (np.abs(few - wrong) <= 0.05).mean() > 0.75

@@ -1,4 +1,4 @@
-"""The policy objective against a plain forward pass and torch; additive, linear in its weights, the same in every layout."""
+"""The policy objective against a plain forward pass and torch; additive, linear in its weights."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,9 @@ def strict():
 
 
 def setting(dtype=jnp.float64):
-    """The tiny Llama with a LoRA adapter that matters and a value head, and which of its parameters are trained."""
+    """The tiny Llama with a LoRA adapter that matters and a value head, and which of its parameters are
+    trained.
+    """
     with jax.numpy_dtype_promotion("standard"):
         model, whole = tiny(dtype, adapter=Adapter(rank=4))
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -61,7 +63,9 @@ ALL = {"w": True, "v": True}
 
 
 def table_see(table, batch, key, aux):
-    """Log-probs, entropy and values looked up by token: what the objective makes of them doesn't depend on the model."""
+    """Log-probs, entropy and values looked up by token: what the objective makes of them doesn't depend on
+    the model.
+    """
     table = jax.tree.map(jnp.asarray, table)
     x = table["w"][batch.targets] + 0.3 * table["w"][batch.answers]
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))

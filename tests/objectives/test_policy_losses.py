@@ -1,4 +1,4 @@
-"""The policy losses and KL estimators against torch versions written from TRL's and the papers' formulas, value and gradient."""
+"""Policy losses against torch formulas and TRL, their bounds, padding, and the KL estimators."""
 
 from functools import partial
 
@@ -21,7 +21,9 @@ def strict():
 
 
 def drawn(seed=0, spread=0.6, **given):
-    """Completions of 1 to 6 tokens in three rows, their tokens in any order; the last place of each row is empty."""
+    """Completions of 1 to 6 tokens in three rows, their tokens in any order; the last place of each row is
+    empty.
+    """
     rng = np.random.default_rng(seed)
     answer = np.stack([rng.permutation([0] * 4 + [1] * 1 + [2] * 3 + [A] * 3) for _ in range(SHAPE[0])])
     real = (answer < A).astype(float)
@@ -46,7 +48,9 @@ def drawn(seed=0, spread=0.6, **given):
 
 
 def dense(d, *names):
-    """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and where each element stands in [B, M]."""
+    """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and where each element stands in
+    [B, M].
+    """
     at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.completion)]
     rows = [(b, places) for b, each in enumerate(at) for places in each if len(places)]
     width = max(len(places) for _, places in rows)
@@ -255,7 +259,9 @@ def test_the_kl_estimators_equal_their_formulas():
 
 
 def test_k1_and_k3_are_unbiased_and_only_k2_has_the_gradient_of_the_kl():
-    """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of drawn tokens' estimates."""
+    """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of drawn tokens'
+    estimates.
+    """
     logits, other = (jnp.asarray(np.random.default_rng(i).normal(0, 1, 7)) for i in range(2))
     log_q = jax.nn.log_softmax(other)
 

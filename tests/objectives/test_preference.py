@@ -1,4 +1,4 @@
-"""The preference objective: additive for every loss, the same on meshes and in both layouts, its running numbers exact."""
+"""Laws of the preference objective for every loss: accumulation, padding, meshes, layouts, swapped pairs."""
 
 from functools import partial
 
@@ -70,7 +70,9 @@ def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
 
 
 def with_model(loss, **options):
-    """An objective of the tiny Llama with a LoRA adapter that matters, its parameters, and which of them are trained."""
+    """An objective of the tiny Llama with a LoRA adapter that matters, its parameters, and which of them are
+    trained.
+    """
     with jax.numpy_dtype_promotion("standard"):
         model, whole = tiny(adapter=Adapter(rank=4))
     return preference(model, loss, **options), whole, tree.mask_by_path(whole, "adapter/.*/[ab]"), model
@@ -100,7 +102,9 @@ def test_a_shared_prompt_equals_the_prompt_before_each_response(loss):
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradient():
-    """-LS(m) and -LS(-m) differ by m, so the gradients of a pair and its mirror image differ by that of the margin."""
+    """-LS(m) and -LS(-m) differ by m, so the gradients of a pair and its mirror image differ by that of the
+    margin.
+    """
     objective, whole, mask, _ = with_model(partial(P.dpo, beta=0.3), beta=0.3)
     pool = random_pairs(9, seed=2)
     here, there = (
@@ -156,7 +160,8 @@ def test_a_widened_batch_gives_the_same_results(one_by_one, name):
         ),
         (
             partial(F.kto, betta=0.1),
-            "loss kto: got an unexpected keyword argument 'betta'. Its knobs: beta, desirable_weight, undesirable_weight",
+            "loss kto: got an unexpected keyword argument 'betta'. Its knobs: beta, desirable_weight, "
+            "undesirable_weight",
         ),
         (
             lambda pair, scale: pair.chosen.ratio,

@@ -176,7 +176,8 @@ def test_the_value_at_the_reference_is_the_theoretical_one(name):
     np.testing.assert_allclose([values[cell] for cell in laid.cells], T.AT_THE_START[name], rtol=1e-12)
 
 
-# apo_down's chosen gradients cancel at the start; discopop isn't convex and points the other way between its two valleys
+# apo_down's chosen gradients cancel at the start; discopop isn't convex and points the other way between its
+# two valleys
 RISES = [n for n in T.AT_THE_START if n not in ("apo_down", "discopop")]
 NO_REFERENCE = ("simpo", "alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo")
 

@@ -1,4 +1,4 @@
-"""Checks of losses on synthetic pairs: every shipped loss passes, each kind of broken loss fails its own check; the script."""
+"""Checks of losses: every shipped loss passes, each kind of broken loss fails its own check; the script."""
 
 import math
 import re

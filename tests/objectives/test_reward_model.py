@@ -1,4 +1,4 @@
-"""Reward models: rewards as in transformers, Bradley-Terry as in torch, the laws of the objective, further models on one base."""
+"""Reward models: rewards of transformers, Bradley-Terry of torch, laws of the objective, heads on one base."""
 
 from functools import partial
 

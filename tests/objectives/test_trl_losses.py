@@ -1,5 +1,4 @@
-"""Preference losses against TRL's own code, called without a trainer: torch_losses.trl_* give its scalar and the log-probs
-that it depends on."""
+"""Preference losses against TRL's trainers: the same values and gradients for the same log-probs."""
 
 from functools import partial
 
@@ -21,7 +20,9 @@ def strict():
 
 
 def compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype="float64"):
-    """wanted: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the answer order[k] = (kind, pair)."""
+    """wanted: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the answer order[k] =
+    (kind, pair).
+    """
     laid = lay(rows, dtype=dtype)
     value, _, grad = judged(loss, laid)
     wanted.backward()

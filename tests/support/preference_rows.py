@@ -1,4 +1,4 @@
-"""Pairs as arrays of log-probs, their losses by jaxft and by torch, and the table of every loss with its formula."""
+"""Pairs as arrays of log-probs, their losses in jaxft and torch, and a table of every loss with its formula."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,7 +20,9 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Rows:
-    """Pairs as a test writes them: per answer an array [tokens, 3] of log-probs by policy and reference and log sum p^2."""
+    """Pairs as a test writes them: per answer an array [tokens, 3] of log-probs by policy and reference and
+    log sum p^2.
+    """
 
     answers: dict[str, list[np.ndarray]]
     margin: np.ndarray
@@ -165,7 +167,8 @@ SCORES = {
 }
 OF_SCORES = ("dpo", "cdpo", "hinge", "squared_hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop")
 
-# A row a loss: ours, its formula in torch, knobs other than the defaults. `nll` (TRL's sft) is a scalar in TRL: compared as a total.
+# A row a loss: ours, its formula in torch, knobs other than the defaults. `nll` (TRL's sft) is a scalar in
+# TRL: compared as a total.
 PAIRED = {
     **{name: (getattr(P, name), getattr(T, name), {"beta": 0.3}) for name in OF_SCORES},
     "exo_pair eps": (P.exo_pair, T.exo_pair, {"label_smoothing": 0.2}),

@@ -1,4 +1,4 @@
-"""Random completions of random prompts in Rollout batches: a prompt once for its group, or in front of each completion."""
+"""Random groups of completions as Rollout batches, with arbitrary advantages, weights and log-probs."""
 
 import numpy as np
 from tiny_model import CONFIG
@@ -9,7 +9,9 @@ PER_TOKEN = ("logps", "advantages", "policy_weights", "reference", "values", "re
 
 
 def random_groups(count=4, most=3, seed=0, longest=6):
-    """[(prompt, [completion, ...])]: a completion is its tokens and the numbers of each, weights summing to 1 over all."""
+    """[(prompt, [completion, ...])]: a completion is its tokens and the numbers of each, weights summing to 1
+    over all.
+    """
     rng = np.random.default_rng(seed)
     groups = []
     for _ in range(count):
