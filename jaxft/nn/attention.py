@@ -34,7 +34,7 @@ def dense(
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]
     q_BTKGE = q_BTHE.reshape(B, T, K, H // K, E)
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
+    causal_TS = jnp.tril(jnp.ones((T, T), bool))[None]
     seen = visible(segments_BT, segments_BT, branches_BT, branches_BT, causal_TS)[:, None, None]
     s_BKGTS = jnp.where(seen, wide_einsum("btkge,bske->bkgts", q_BTKGE, k_BSKE) * E**-0.5, MASKED)
     p_BKGTS = jnp.where(seen, jax.nn.softmax(s_BKGTS, axis=-1), 0)

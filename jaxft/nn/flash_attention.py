@@ -134,14 +134,15 @@ def _visits(seen: tuple[Visibility, Visibility], start, block):
     queries, keys = (jax.tree.map(lambda x: x.reshape(B, x.shape[1] // block, block), s) for s in seen)
     first_C = start + block * jnp.arange(C, dtype=jnp.int32)
     overlapping = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
-    overlapping &= _overlap(queries.segments, keys.segments, (queries.segments == 0, keys.segments == 0))
+    empty = queries.segments == 0, keys.segments == 0
+    overlapping = overlapping[None] & _overlap(queries.segments, keys.segments, empty)
     if queries.branches is not None and keys.branches is not None:
         shared = (keys.branches == 0).any(2)[:, None]
         none = jnp.zeros(queries.branches.shape, bool), jnp.zeros(keys.branches.shape, bool)
         overlapping &= shared | _overlap(queries.branches, keys.branches, none)
     row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * D
     key_blocks = row + jnp.argsort(~overlapping, axis=2, stable=True).astype(jnp.int32)
-    firsts = (row[:, :, 0] * block + first_C).reshape(B * C)
+    firsts = (row[:, :, 0] * block + first_C[None]).reshape(B * C)
     return key_blocks.reshape(B * C, D), overlapping.sum(2, dtype=jnp.int32).reshape(B * C), firsts
 
 
@@ -158,7 +159,7 @@ def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[
     )
     seen_NN = visible(seen[0].segments[i], seen[1].segments[j], of_queries, of_keys, causal_NN)
     s_KMN = wide_einsum("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
-    return jnp.where(seen_NN, s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
+    return jnp.where(seen_NN[None, None], s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
 
 
 def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = False) -> jax.Array:

@@ -70,7 +70,12 @@ def rms_norm(
     """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), as `out`."""
     wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
-    return (wide * scale * weight.astype(wide.dtype)).astype(out)
+    return (wide * scale * to_rank(weight.astype(wide.dtype), x.ndim)).astype(out)
+
+
+def to_rank(x: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
+    """Add leading axes of size 1, as NumPy's rank promotion does implicitly."""
+    return jnp.expand_dims(x, range(rank - x.ndim))
 
 
 def rope_angles(
@@ -78,7 +83,7 @@ def rope_angles(
 ) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
     """Return cos and sin of every position times the frequencies [E/2], in float32 or wider."""
     wide = accumulation_dtype(dtype)
-    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)
+    angles = positions[..., None].astype(wide) * to_rank(jnp.asarray(frequencies, wide), positions.ndim + 1)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
@@ -148,7 +148,7 @@ def _rounded_down(x: Array) -> Array:
     return xp.where(x < 0, -_rounded_up(xp.abs(x)), toward_zero)
 
 
-def look_up(codes: Int[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
+def look_up(codes: Integer[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
     """Return `table[codes]`; codes must be in range."""
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 

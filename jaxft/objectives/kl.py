@@ -18,17 +18,17 @@ Estimator = Callable[[Array, Array], Array]
 Scalar: TypeAlias = float | Array
 
 
-def k1(logp: Float[Array, "B M"], reference: Float[Array, "B M"]) -> Float[Array, "B M"]:
+def k1(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log pi - log pi_ref`: unbiased, of either sign, with a high variance."""
     return logp - reference
 
 
-def k2(logp: Float[Array, "B M"], reference: Float[Array, "B M"]) -> Float[Array, "B M"]:
+def k2(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
     """`(log pi - log pi_ref)^2 / 2`: biased, never negative, with a low variance."""
     return square(logp - reference) / 2
 
 
-def k3(logp: Float[Array, "B M"], reference: Float[Array, "B M"]) -> Float[Array, "B M"]:
+def k3(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
     """`exp(d) - 1 - d` with d = log pi_ref - log pi, exponent capped: unbiased and never negative; GRPO's."""
     d = reference - logp
     return jnp.expm1(capped(d)) - d

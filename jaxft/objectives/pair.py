@@ -100,7 +100,7 @@ def response_sums(
 ) -> dict[str, Float[Array, "B P"]]:
     """Sum x over the tokens of each response of each slot."""
     count = slots * len(kinds)
-    member = (response[:, :, None] == jnp.arange(count, dtype=response.dtype)).astype(x.dtype)
+    member = (response[:, :, None] == jnp.arange(count, dtype=response.dtype)[None, None]).astype(x.dtype)
     sums = jnp.einsum("bm,bma->ba", x, member, precision=jax.lax.Precision.HIGHEST)
     sums = sums.reshape(x.shape[0], slots, len(kinds))
     return {kind: sums[..., i] for i, kind in enumerate(kinds)}

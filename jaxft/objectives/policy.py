@@ -191,7 +191,7 @@ def policy_batch(outputs: Outputs) -> PolicyBatch:
     def masked(x: Array) -> Array:
         return jnp.where(real, x.astype(dtype), 0)
 
-    member = batch.answers[:, :, None] == jnp.arange(count, dtype=batch.answers.dtype)
+    member = batch.answers[:, :, None] == jnp.arange(count, dtype=batch.answers.dtype)[None, None]
     return PolicyBatch(
         logp=masked(outputs.logp),
         old_logp=masked(jax.lax.stop_gradient(outputs.logp) if batch.logps is None else batch.logps),

@@ -21,6 +21,7 @@ from jaxft.optim.update import (
     layer_groups,
     layerwise_parts,
     no_layer_parts,
+    standard_promotion,
     to_float32,
     update_layerwise,
 )
@@ -192,7 +193,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     layerwise = o.layerwise or o.fused_backward
     rule_specs = jax.tree.map(_one_layer, specs, is_leaf=is_spec) if layerwise else specs
     try:
-        schedule = o.schedule(o.lr, o.end, round(o.warmup * steps), steps)
+        schedule = promoting(o.schedule(o.lr, o.end, round(o.warmup * steps), steps))
     except TypeError as error:
         raise ValueError(
             f"optim.schedule={name_of(o.schedule)} does not take (lr, end, warmup, steps); "
@@ -228,6 +229,16 @@ def from_optax(
     update = partial(guarded_update, transform)
     parts = no_layer_parts(update)
     return Optimizer(transform.init, update, schedule, name, parts, replicated=replicated)
+
+
+def promoting(schedule: optax.Schedule) -> optax.Schedule:
+    """Let a schedule of optax mix dtypes whatever JAX's settings forbid elsewhere."""
+
+    def learning_rate(step: Array) -> Array:
+        with standard_promotion():
+            return schedule(step)
+
+    return learning_rate
 
 
 def _one_layer(s: ParamSpec) -> ParamSpec:

@@ -1,7 +1,8 @@
 """One update of parameters and optimizer state: skipped when not finite, stochastically rounded, whole or layer by layer."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -101,6 +102,13 @@ def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -
     return jax.tree.unflatten(structure, new)
 
 
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """Allow optax's implicit dtype and rank promotions, whatever JAX's settings forbid elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def guarded_update(
     transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
 ) -> Updated:
@@ -114,10 +122,12 @@ def guarded_update(
     def select(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(info.finite, n, o), new, old)
 
-    updates, _ = transform.update(grads, opt_state, params, norm=info.norm)
+    with standard_promotion():
+        updates, _ = transform.update(grads, opt_state, params, norm=info.norm)
     new_params = select(apply_updates(params, updates, info.key), params)
     grads = jax.tree.map(_after, grads, new_params)
-    new_state = transform.update(grads, opt_state, params, norm=info.norm)[1]
+    with standard_promotion():
+        new_state = transform.update(grads, opt_state, params, norm=info.norm)[1]
     return new_params, select(new_state, opt_state)
 
 

@@ -39,10 +39,7 @@ MESHES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def kind_of(kind):

@@ -120,12 +120,6 @@ def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 def on(mesh, specs, whole):
     """The tree on the mesh, as a run holds it."""
     flat = param.spec_paths(specs)
@@ -140,7 +134,7 @@ def on(mesh, specs, whole):
 @pytest.mark.parametrize(
     "axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"]
 )
-def test_a_product_on_a_mesh_is_that_of_one_device(wide, kind, axes):
+def test_a_product_on_a_mesh_is_that_of_one_device(x64, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
     spec = param.ParamSpec((2, 64, 64), axes, param.full(0.0))
     q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)

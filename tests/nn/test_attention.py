@@ -22,12 +22,6 @@ QUERIES, KEYS, ROW = (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
-
-
 def packed(rng, B, T, most=4, padding=True):
     """Segments 1, 2, ... of unequal length in each row, the last tokens padding; branches 0 (shared) first,
     then 1, 2, 3.

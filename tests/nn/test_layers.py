@@ -27,12 +27,6 @@ DEEP = LlamaConfig(vocab=88, width=32, layers=13, heads=4, kv_heads=2, head_dim=
 B, T = 4, 16
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 def random(*shape, dtype=None):
     return jnp.asarray(RNG.normal(size=shape), dtype)
 
@@ -51,7 +45,7 @@ def batch32(count=B):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
-def test_matmul_equals_plain_autodiff_in_value_and_gradients(wide, packed, transposed):
+def test_matmul_equals_plain_autodiff_in_value_and_gradients(x64, packed, transposed):
     x, cotangent = random(2, 3, 5), random(2, 3, 4)
     w = random(4, 5) if transposed else random(5, 4)
     w = quantize(w.astype(jnp.bfloat16), "bits") if packed else w

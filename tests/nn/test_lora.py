@@ -26,12 +26,6 @@ TIED = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": True})).specs
 SOME = Adapter(rank=3, alpha=5.0, targets=("q", "k", "o", "gate", "down", "head"))
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 def logits(model, whole, batch):
     return jax.jit(lambda whole: model.logits(model.head(whole), model.hidden(whole, batch)))(whole)
 
@@ -184,7 +178,7 @@ def test_a_fresh_adapter_and_no_adapter_equal_the_base_bit_for_bit(tied, dtype):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_equals_unmerged(wide, tied):
+def test_merged_equals_unmerged(x64, tied):
     model, whole = tiny(adapter=SOME, tied=tied)
     batch = one_by_one(examples(4))
     merged = merge(whole["base"], whole["adapter"], jnp.float64)
@@ -215,7 +209,7 @@ def test_attaching_copies_no_leaf_and_changes_nothing_else():
     assert attach(whole["base"], None) is whole["base"] and attach(whole["base"], {}) is whole["base"]
 
 
-def test_a_base_trained_with_an_adapter_has_the_gradient_of_the_merged_weight(wide):
+def test_a_base_trained_with_an_adapter_has_the_gradient_of_the_merged_weight(x64):
     # d loss / d W is the same for W + s a b read in two parts and for the merged weight
     model, whole = tiny(adapter=SOME)
     batch = one_by_one(examples(4))
@@ -251,7 +245,7 @@ def plain_product(x, dropped, w, a, b, scale):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(wide, packed, rate):
+def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(x64, packed, rate):
     rng = np.random.default_rng(0)
 
     def random(*shape):

@@ -27,12 +27,6 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(s
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 def random(*shape, seed=0, dtype=None):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
@@ -64,14 +58,14 @@ def same(fn, w, *args):
 
 @every_form
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
-def test_matmul_of_a_quantised_weight(wide, form, transposed):
+def test_matmul_of_a_quantised_weight(x64, form, transposed):
     w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
     same(lambda w, x: matmul.matmul(x, w, transposed, False), w, x)
     same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
 
 
 @every_form
-def test_matmuls_with_one_and_several_adapters(wide, form):
+def test_matmuls_with_one_and_several_adapters(x64, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
     same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
@@ -81,7 +75,7 @@ def test_matmuls_with_one_and_several_adapters(wide, form):
 
 @every_form
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
-def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
+def test_a_scan_over_layers_for_several_adapters_by_vmap(x64, form, remat):
     w, x = packed(form, 4, 42, 42), random(5, 42, seed=1)
     a, b, scale = random(3, 4, 42, 2, seed=2), random(3, 4, 2, 42, seed=3), random(4, seed=4)
 
@@ -98,7 +92,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(wide, form, remat):
 
 
 @every_form
-def test_embedding_and_head_from_quantised_tables(wide, form):
+def test_embedding_and_head_from_quantised_tables(x64, form):
     table, head, h, ids = (
         packed(form, 64, 40),
         packed(form, 40, 64, seed=1),
@@ -150,7 +144,7 @@ def quantised(whole, form, pattern=r"layers/(attn|mlp)/.*"):
 
 
 @pytest.mark.parametrize("form, remat", [(FORMS[0], "none"), (FORMS[1], "full"), (FORMS[2], "projections")])
-def test_loss_and_gradients_equal_those_of_the_dequantised_base(wide, form, remat):
+def test_loss_and_gradients_equal_those_of_the_dequantised_base(x64, form, remat):
     model, whole = tiny(adapter=Adapter(rank=3, alpha=5.0, dropout=0.2), remat=remat)
     whole, batch, key = quantised(whole, form), one_by_one(examples(4)), jax.random.key(1)
 
@@ -164,7 +158,7 @@ def test_loss_and_gradients_equal_those_of_the_dequantised_base(wide, form, rema
 
 
 @pytest.mark.parametrize("form, tied", [(FORMS[0], False), (FORMS[2], True)])
-def test_a_quantised_head_and_table_work_in_the_chunked_loss(wide, form, tied):
+def test_a_quantised_head_and_table_work_in_the_chunked_loss(x64, form, tied):
     model, whole = tiny(adapter=Adapter(rank=3, targets=("q", "head")), tied=tied)
     whole, batch = quantised(whole, form, "head|embed"), one_by_one(examples(4))
 

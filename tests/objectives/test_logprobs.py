@@ -31,10 +31,7 @@ HEADS = {
 heads = pytest.mark.parametrize("tied, lora", HEADS.values(), ids=HEADS)
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache

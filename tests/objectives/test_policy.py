@@ -31,10 +31,7 @@ from jaxft.train.step import make_train_step
 LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def setting(dtype=jnp.float64):

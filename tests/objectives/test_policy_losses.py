@@ -14,10 +14,7 @@ from jaxft.objectives import policy_losses as P
 A, SHAPE = 4, (3, 11)
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def drawn(seed=0, spread=0.6, **given):

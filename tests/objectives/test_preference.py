@@ -31,10 +31,7 @@ from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import mean_logp, preference
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture

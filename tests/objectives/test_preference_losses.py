@@ -36,10 +36,7 @@ from jaxft.objectives.metrics import Sum
 from jaxft.objectives.pair import declaration, loss_values
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("name", EVERY)

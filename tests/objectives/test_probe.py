@@ -34,12 +34,6 @@ from jaxft.objectives.pair import coupled
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
 
-@pytest.fixture
-def strict():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
-
-
 def failing(found):
     return {c.name for c in found if c.ok is False}
 
@@ -59,7 +53,7 @@ DISTINCT = [name for name in EVERY if not name.endswith((" eps", " tau", " below
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_every_shipped_loss_passes_all_checks(strict, name):
+def test_every_shipped_loss_passes_all_checks(name):
     loss, _, knobs = EVERY[name]
     seen = probe(name, with_knobs(loss, knobs))
     found = check_loss(seen)

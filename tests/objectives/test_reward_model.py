@@ -80,12 +80,6 @@ def mask_of(whole, pattern=TRAINED):
     return tree.mask_by_path(whole, pattern)
 
 
-@pytest.fixture
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
-
-
 # ---- parity
 
 
@@ -137,7 +131,7 @@ def test_a_4_bit_classifier_scores_as_its_dequantised_weights(classifier):
     assert found == pytest.approx(wanted, rel=1e-5) and abs(found - in_torch(torch_model, ids[0])) > 1e-3
 
 
-def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(strict):
+def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(x64):
     import torch
 
     rng = np.random.default_rng(0)
@@ -190,7 +184,7 @@ def objectives():
     return partial(reward, margin="margin", center=0.02)
 
 
-def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(strict):
+def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(x64):
     model, whole = scorer_model()
     batch, objective, mask = laid(random_pairs(9)), objectives()(model), mask_of(whole)
     one = judged(objective, whole, mask, micro(batch, 1), {})
@@ -200,7 +194,7 @@ def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(stri
     assert_close(doubled[1], jax.tree.map(lambda x: 2 * x, one[1]))
 
 
-def test_shared_prompts_have_the_rewards_of_plain_rows(strict):
+def test_shared_prompts_have_the_rewards_of_plain_rows(x64):
     model, whole = scorer_model()
     pool, objective, mask = random_pairs(9), objectives()(model), mask_of(whole)
     found = [
@@ -210,7 +204,7 @@ def test_shared_prompts_have_the_rewards_of_plain_rows(strict):
     assert_same(*found)
 
 
-def test_empty_slots_and_pairs_of_weight_zero_change_nothing(strict):
+def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     model, whole = scorer_model()
     pool, objective, mask = random_pairs(12), objectives()(model), mask_of(whole)
     used = np.arange(12) % 3 > 0
@@ -295,7 +289,7 @@ def test_heads_on_a_base_are_trained_or_frozen_by_name():
     ) and "value/score" in partition.parameter_table(t)
 
 
-def test_each_head_on_a_base_equals_the_one_alone(strict):
+def test_each_head_on_a_base_equals_the_one_alone(x64):
     base = llama(CONFIG, jnp.float64)
     model = adapted(heads.with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()

@@ -22,10 +22,7 @@ from jaxft.train import evaluate
 from jaxft.train.step import make_train_step
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("name", ("dpo", "sft", "orpo", *COUPLED))

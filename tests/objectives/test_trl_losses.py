@@ -13,10 +13,7 @@ from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype="float64"):

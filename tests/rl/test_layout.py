@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 import tiny_model
 from rl_completions import LENGTHS, random_completions
 
@@ -13,12 +12,6 @@ from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.layout import pack_rollout, to_completions, to_microbatches, to_rows
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 def test_to_completions_inverts_to_rows():
     x = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
     mask = np.arange(7) < LENGTHS.reshape(6, 1)
@@ -27,7 +20,7 @@ def test_to_completions_inverts_to_rows():
     np.testing.assert_array_equal(to_completions(rows, LENGTHS, 7), np.where(mask, x, 0))
 
 
-def test_a_row_of_several_completions_has_the_log_probs_of_each_alone(wide):
+def test_a_row_of_several_completions_has_the_log_probs_of_each_alone(x64):
     model, params = tiny_model.tiny(adapter=Adapter(rank=2))
     prompts, tokens = random_completions(LENGTHS)
     objective = policy(model, clipped, temperature=0.7)

@@ -39,12 +39,6 @@ from jaxft.weights import init, pretrained
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A tiny policy's working directory, with a classifier with other weights in judge/."""
@@ -82,7 +76,7 @@ def by_transformers(folder, texts):
         return [float(model(torch.tensor([ids])).logits[0, 0]) for ids in texts]
 
 
-def test_a_head_on_the_base_scores_each_completion_at_its_end(wide):
+def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     model = heads.with_heads(llama(tiny_model.CONFIG, jnp.float64), {"reward": HeadSettings(Adapter(rank=2))})
     model = adapted(model, Adapter(rank=2))
 

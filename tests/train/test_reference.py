@@ -28,10 +28,7 @@ from jaxft.train.step import accumulate_gradients
 from jaxft.weights import adapters, init, peft_write, pretrained
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(scope="module")

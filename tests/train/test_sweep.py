@@ -37,10 +37,7 @@ from jaxft.train.multi_adapter import (
 from jaxft.train.step import make_train_step
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def random(*shape, seed=0, dtype=jnp.float64):

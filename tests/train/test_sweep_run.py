@@ -258,6 +258,42 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
     assert "some losses want a third answer gold and some mismatched; try them in two runs" in place.err()
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
+        (["--over", "beta=0.1,high"], "'high' is not a number; a sweep is over numeric knobs"),
+        (["--over", "beta=0.1,0.10"], "a value is given twice"),
+        (["--over", "beta=0.1,0.2", "name=mine"], "--name names a sweep's folder"),
+        (
+            ["--over", "beta=0.1,0.2", "--at-once", "0"],
+            "2 adapters don't divide into blocks of 0; use one of 1, 2",
+        ),
+        (["--over", "beta=0.1", "--over", "beta=0.2"], "--over beta is given twice"),
+        (["--over", "bata=0.1,0.2"], "unknown key 'bata'; near: data, beta, batch"),
+        (
+            ["--over", "beta=0.1,0.2", "--over", "lr=1,2,3", "--together"],
+            "the knobs have 2 (beta), 3 (lr) values",
+        ),
+        (
+            ["--over", "batch=4,8"],
+            "differ in data.batch: 4 -> 8; runs that are trained together differ in name, objective",
+        ),
+        (["--over", "epochs=1,2"], "differ in data.epochs"),
+        (["--over", "lr=1,2", "full=true"], "without full=true"),
+        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapters with dropout are trained alone; set it to 0"),
+        (
+            ["--over", "seed=1,2"],
+            "data.held_out=0.2 is drawn by the seed, and the seeds differ; give a file, or held_out=none",
+        ),
+        (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(place, argv, words):
+    sweep(place, *argv, "--name", "wrong", code=1)
+    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1
+
+
 def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
     sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
     sweep(place, "steps=4", "--over", "beta=0.1,0.3", "--name", "same", code=1)

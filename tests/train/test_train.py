@@ -28,10 +28,7 @@ from jaxft.train import evaluate, partition
 from jaxft.train.step import make_train_step
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def loss_and_grads(model, whole, batch):
