@@ -72,7 +72,9 @@ def main() -> int:
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             tried = search.search(command, machine, args.most, say)
             print(
-                json.dumps([t.json(command) for t in tried]) if args.json else search.words(tried, command),
+                json.dumps([t.json(command) for t in tried])
+                if args.json
+                else search.search_report(tried, command),
                 flush=True,
             )
             code = code if search.found(tried) else 1
@@ -81,11 +83,11 @@ def main() -> int:
         each = plan.plans(config.load_config(args.config, given), machine, wanted)
         found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
         print(
-            json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.words(found[-1]),
+            json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.plan_report(found[-1]),
             flush=True,
         )
         if len(each) > 1 and not args.json:
-            print(plan_text.together(each), flush=True)
+            print(plan_text.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:
         print(plan_text.scaling(found))
     return code

@@ -83,7 +83,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         )
         for batch in source.cover(range(len(source.keys))):
             batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
-            outputs = jax.device_get(forward(loaded.params, sharding.place_batch(mesh, batch)))
+            outputs = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:
                     found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))

@@ -18,13 +18,13 @@ GONE = re.compile(
 )
 
 
-def one_line(error: object) -> str:
+def shorten_error(error: object) -> str:
     """At most 300 characters of an error."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def says_gone(text: str) -> bool:
+def means_peer_lost(text: str) -> bool:
     """Whether jax's error says that another process is gone or silent, which a new start mends.
 
     What only names a library or a connection doesn't: a wrong interface or version of NCCL would be started again for ever.
@@ -32,13 +32,13 @@ def says_gone(text: str) -> bool:
     return GONE.search(text) is not None
 
 
-def end(text: str) -> NoReturn:
+def exit_for_restart(text: str) -> NoReturn:
     """Say the last line and end this process at once with the code AGAIN, whatever its threads do."""
     os.write(2, f"{text}\n".encode())
-    leave(AGAIN)
+    exit_now(AGAIN)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process at once; its last line is said."""
     silence()
     with contextlib.suppress(Exception):
@@ -48,9 +48,9 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def within(seconds: float, text: str) -> Iterator[None]:
+def exit_after(seconds: float, text: str) -> Iterator[None]:
     """Around what waits for other processes in C++: where it takes longer, `end(text)`."""
-    timer = threading.Timer(seconds, end, (text,))
+    timer = threading.Timer(seconds, exit_for_restart, (text,))
     timer.daemon = True
     timer.start()
     try:

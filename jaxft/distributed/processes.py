@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxft.distributed import exit, launch, sharding, sync
-from jaxft.distributed.exit import one_line
+from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
 
 JOINING = 60  # seconds that jax is given beyond hosts.start_seconds, so that its abort without a word never comes first
@@ -58,7 +58,7 @@ class Hosts:
             )
 
 
-class Refused(ValueError):
+class AgreedError(ValueError):
     """An error that all processes raise at the same place, so that they can end in order."""
 
 
@@ -77,19 +77,19 @@ def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None
             alone = not several()
         _check_counts(hosts)
         yield
-    except Refused:
+    except AgreedError:
         raise
     except BaseException as error:
         if found is None or alone:
             raise
         if is_loss(error):
-            exit.end(lost(error, "before the first step or after the last"))
+            exit.exit_for_restart(lost(error, "before the first step or after the last"))
         code = told(error)
         if (
             not found.process
         ):  # the others may be about to say the same, and are aborted when process 0 is gone
             time.sleep(2)
-        exit.leave(code)
+        exit.exit_now(code)
     finally:
         exit.silence()
 
@@ -134,13 +134,13 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
     }
     try:
         # process 0 last: the others are aborted when it is gone
-        with exit.within(hosts.start_seconds + (0 if found.process else 2), late):
+        with exit.exit_after(hosts.start_seconds + (0 if found.process else 2), late):
             jax.distributed.initialize(**known, initialization_timeout=hosts.start_seconds + JOINING)
         jax.devices()  # of all processes, which wait for one another here too
     except RuntimeError as error:
-        text = f"{me}: could not join the others at {where}: {one_line(error)}"
-        if exit.says_gone(str(error)):
-            exit.end(f"{text}; start the same command again on all hosts")
+        text = f"{me}: could not join the others at {where}: {shorten_error(error)}"
+        if exit.means_peer_lost(str(error)):
+            exit.exit_for_restart(f"{text}; start the same command again on all hosts")
         raise ValueError(text) from error
     _announce(found)
     if several():
@@ -172,13 +172,13 @@ def _announce(found: launch.Launch) -> None:
 def _check_counts(hosts: Hosts) -> None:
     """Raise Refused where there are not as many processes or devices as the settings claim."""
     if hosts.processes is not None and hosts.processes != jax.process_count():
-        raise Refused(
+        raise AgreedError(
             f"hosts.processes={hosts.processes}, found {jax.process_count()}; start as many, or check what the launcher says"
         )
     if hosts.devices is not None and hosts.devices != jax.device_count():
         each = {i: sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())}
         told = ", ".join(f"{count} on process {i}" for i, count in list(each.items())[:8])
-        raise Refused(
+        raise AgreedError(
             f"hosts.devices={hosts.devices}, found {jax.device_count()} ({told}); see which devices each process is given"
         )
 
@@ -208,13 +208,13 @@ def one_line_of(error: BaseException) -> str:
 
 def is_loss(error: BaseException) -> bool:
     """Whether a computation failed because another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and exit.says_gone(str(error)) and several()
+    return isinstance(error, jax.errors.JaxRuntimeError) and exit.means_peer_lost(str(error)) and several()
 
 
 def lost(error: BaseException, where: str) -> str:
     """What to say of that."""
     return (
-        f"{who()}: another process is gone or stalled ({where}; {one_line(error)}); "
+        f"{who()}: another process is gone or stalled ({where}; {shorten_error(error)}); "
         "start the same command again on all hosts, it goes on from the newest checkpoint"
     )
 
@@ -222,7 +222,7 @@ def lost(error: BaseException, where: str) -> str:
 # What they agree on
 
 
-def agreed(work: Callable[[], Any]) -> Any:
+def on_all_processes(work: Callable[[], Any]) -> Any:
     """`work()` on every process. What a user can mend on one of them ends all: raises Refused with the first one's text.
 
     The others hear of it at their next exchange, be it inside of `work`; so nothing in it may wait for the others otherwise.
@@ -239,46 +239,46 @@ def agreement() -> Iterator[None]:
         return
     try:
         yield
-    except Refused:
+    except AgreedError:
         raise
     except (ValueError, OSError, ImportError) as error:
         told = ValueError(one_line_of(error))
         _said(lambda: _raise(told))
-    meet()
+    barrier()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here. Raises Refused where one comes with an error."""
     if several():
         _said(lambda: None)
 
 
-def by_first(work: Callable[[], Any]) -> Any:
+def from_first_process(work: Callable[[], Any]) -> Any:
     """What `work()` returns on process 0, as JSON, for all of them; its error is the error of all, as in `agreed`."""
     if not several():
         return work()
-    return agreed(lambda: _said(lambda: work() if is_first() else None)[0])
+    return on_all_processes(lambda: _said(lambda: work() if is_first() else None)[0])
 
 
 def first_then_others(work: Callable[[], Any]) -> Any:
     """`work()` on process 0 and, once that is done, on the others, which find in caches what it has left there."""
-    early = agreed(lambda: [work()] if is_first() else [])
+    early = on_all_processes(lambda: [work()] if is_first() else [])
     return early[0] if early else work()
 
 
 def _said(act: Callable[[], Any]) -> list[Any]:
     """What `act()` gives on each process, or Refused on all."""
     try:
-        return sync.settle(sync.gathered, act)
+        return sync.settle(sync.gather_texts, act)
     except (ValueError, OSError) as error:
-        raise Refused((isinstance(error, OSError) and error.strerror) or str(error)) from error
+        raise AgreedError((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
 
 def _raise(error: Exception) -> None:
     raise error
 
 
-def all_alike(known: Any) -> bool:
+def all_equal(known: Any) -> bool:
     """Whether all processes have the same, as JSON."""
     text = json.dumps(known, sort_keys=True, default=str)
     return not several() or len(set(_said(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
@@ -289,14 +289,14 @@ def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str
 
     differences(of process 0, of another) -> a line for each.
     """
-    if all_alike(known):
+    if all_equal(known):
         return
     text = json.dumps(known, sort_keys=True, default=str)
     first, *others = map(json.loads, _said(lambda: text))
     number, lines = next(
         (i, found) for i, other in enumerate(others, 1) if (found := differences(first, other))
     )
-    raise Refused(
+    raise AgreedError(
         f"process {number} of {jax.process_count()} has other settings, rows or libraries than process 0 "
         f"({'; '.join(lines[:6])}); start all of them with the same command, files and versions"
     )
@@ -310,10 +310,10 @@ class Votes:
     """
 
     def __init__(self, mesh: Any):
-        self._place = sharding.one_each(mesh)
+        self._place = sharding.per_device_vector(mesh)
         self._most = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
         if several():
-            meet()
+            barrier()
             self._cast(
                 0
             ).block_until_ready()  # compiled, and connected to all others before anything else is under way

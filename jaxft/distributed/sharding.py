@@ -162,7 +162,7 @@ def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*(cut if len(cut) > 1 else (cut[0] if cut else None) for cut in cuts))
 
 
-def named(
+def sharding_of(
     mesh: Mesh,
     axes: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
@@ -173,7 +173,7 @@ def named(
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, path, heads))
 
 
-def between_blocks(
+def shard_between_blocks(
     place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str
 ) -> NamedSharding:
     """`place` of a weight [..., I, O] with its input axis cut between blocks only, as codes that share a scale need it.
@@ -201,7 +201,7 @@ def between_blocks(
     return NamedSharding(place.mesh, _spec(cuts))
 
 
-def fitted(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def sharding_for_shape(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`place` for an array that stands beside the one it was made for: a dimension of 1 is not cut, another rank not at all."""
     if len(shape) != len(place.spec):
         return NamedSharding(place.mesh, PartitionSpec())
@@ -211,14 +211,14 @@ def fitted(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     )
 
 
-def uncut(place: NamedSharding, dimension: int) -> NamedSharding:
+def unsharded_along(place: NamedSharding, dimension: int) -> NamedSharding:
     """`place` with a dimension whole on every device."""
     cuts = list(place.spec)
     cuts[dimension] = None
     return NamedSharding(place.mesh, PartitionSpec(*cuts))
 
 
-def shown(place: NamedSharding) -> str:
+def describe_sharding(place: NamedSharding) -> str:
     """The mesh axes of each dimension as text: `-,fsdp,tensor`."""
     cuts = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec)
     return ",".join("*".join(cut) or "-" for cut in cuts)
@@ -249,24 +249,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
     """The whole array on every device."""
     return x if _ambient() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
-def gathered(axes: tuple[str, ...]) -> tuple[str, ...]:
+def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of a weight as products use it: whole along fsdp and context, still cut along tensor."""
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
     return tuple(used.get(axis, axis) for axis in axes)
 
 
-def whole_along_fsdp(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
     """Where a weight with these axes lies in products, on the ambient mesh; None without one."""
     mesh = _ambient()
-    return None if mesh is None else named(mesh, gathered(axes), shape)
+    return None if mesh is None else sharding_of(mesh, gathered_axes(axes), shape)
 
 
-def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
+def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     """Into how many parts the ambient mesh cuts an array with these logical axes."""
     mesh = _ambient()
     if mesh is None:
@@ -279,18 +279,18 @@ def parts(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     return math.prod(dict(mesh.shape)[axis] for entry in used for axis in entry)
 
 
-def first(axis: str, size: int) -> jax.Array:
+def shard_start(axis: str, size: int) -> jax.Array:
     """Inside per_device: where this device's part of a dimension begins, which a mesh axis cuts into parts of `size`."""
     return jax.lax.axis_index(axis) * np.int32(size)
 
 
-def has(axis: str) -> bool:
+def mesh_has(axis: str) -> bool:
     """Whether the ambient mesh has several devices along a mesh axis."""
     mesh = _ambient()
     return mesh is not None and dict(mesh.shape)[axis] > 1
 
 
-def refuse_uncut(length: int) -> None:
+def check_context_divides(length: int) -> None:
     """Raise ValueError for rows of so many tokens that the ambient mesh can't cut over context."""
     mesh = _ambient()
     context = 1 if mesh is None else dict(mesh.shape)["context"]
@@ -338,7 +338,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, AXES["rows"], *(None,) * (len(shape) - 2)))
 
 
-def place_batch(mesh: Mesh, batch: Any) -> Any:
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Host arrays [micro, rows, ...], the same on every process, to the mesh; each process moves the rows of its own devices."""
 
     def place(x: Any) -> jax.Array:
@@ -349,6 +349,6 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(place, batch)
 
 
-def one_each(mesh: Mesh) -> NamedSharding:
+def per_device_vector(mesh: Mesh) -> NamedSharding:
     """A vector with an element for each device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -32,7 +32,7 @@ def _meetings() -> Iterator[int]:
     return itertools.count()
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Wait until all processes are here, without a device. For the main thread, as `gathered`."""
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp  # slow to import, and only several processes need it here
@@ -40,13 +40,13 @@ def meet() -> None:
         ocp.multihost.get_barrier_sync_fn()(key=f"jaxft-meet-{next(_meetings())}", timeout_ms=1000 * PATIENCE)
 
 
-def gathered(mine: str) -> list[str]:
+def gather_texts(mine: str) -> list[str]:
     """Every process's text, by process, over the devices.
 
     For the main thread only, at the same point among its other collectives on every process: from another thread it could meet
     a training step's collectives in another order than on the other processes, and wait for ever.
     """
-    meet()
+    wait_for_all()
     data = np.frombuffer(mine.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([data.size], np.int32)).reshape(-1)
     room = max(1024, 1 << (int(sizes.max()) - 1).bit_length())  # few sizes, so few programs
@@ -54,7 +54,7 @@ def gathered(mine: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-class Files:
+class FileExchange:
     """Every process's text, by process, through files in `folder`, in the order that JAX's coordination service keeps.
 
     It meets no device, so any thread may use it. topic: the same on all processes, and never used before. A process that can't
@@ -135,6 +135,6 @@ def _rebuilt(number: int, told: dict[str, Any]) -> Exception:
     return OSError(told["errno"] or errno.EIO, text) if kind is OSError else kind(text)
 
 
-def by_first(exchange: Exchange, act: Callable[[], Any]) -> Any:
+def exchange_first(exchange: Exchange, act: Callable[[], Any]) -> Any:
     """What `act()` gave (JSON) on process 0, on all of them; its error too."""
     return settle(exchange, lambda: act() if is_first() else None)[0]

@@ -22,7 +22,7 @@ class Watchdog:
     """While it is entered, the run has to tell what it does: `at` a phase, or `step` by step, each within its bound.
 
     Where it doesn't: every thread's stack on stderr, then a line that says who, where, how long and what to do, then exit code 75
-    (ending.AGAIN). It works in a process that waits for one that died or hangs, too. Time in which the whole process was
+    (exit.AGAIN). It works in a process that waits for one that died or hangs, too. Time in which the whole process was
     stopped (a laptop that sleeps, Ctrl-Z) doesn't count.
     """
 
@@ -74,14 +74,14 @@ class Watchdog:
         """
         try:
             yield
-        except processes.Refused:
+        except processes.AgreedError:
             raise
         except BaseException as error:
             if processes.is_loss(error):
-                exit.end(processes.lost(error, self._phase))
+                exit.exit_for_restart(processes.lost(error, self._phase))
             if processes.several():
                 self._feed(
-                    f"closing after an error in {self._phase} ({exit.one_line(error)})",
+                    f"closing after an error in {self._phase} ({exit.shorten_error(error)})",
                     ENDING,
                     "after an error",
                 )
@@ -102,7 +102,7 @@ class Watchdog:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor
         bound = f"bound {self._bound:g} s: {self._setting}"
-        exit.end(
+        exit.exit_for_restart(
             f"{processes.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
             "where it waits; start the same command again, it goes on from the newest checkpoint"
         )

@@ -152,7 +152,9 @@ def complete(
         return i + 1, token, cache, done | jnp.isin(token, stops), out, logps
 
     out, logps = jax.lax.while_loop(unfinished, step, (jnp.int32(1), token, cache, done, out, logps))[4:]
-    return sharding.whole(out), sharding.whole(logps)  # on every device, so that every process can read them
+    return sharding.replicate(out), sharding.replicate(
+        logps
+    )  # on every device, so that every process can read them
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> Tokens:

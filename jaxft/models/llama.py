@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.distributed.sharding import constrain, refuse_uncut
+from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
 from jaxft.nn.layers import embed_tokens, gated_mlp, rms_norm, rope, rope_angles, saveable, split_keys
@@ -116,7 +116,7 @@ def hidden(
 ) -> Float[Array, "B T D"]:
     """Return the hidden states after the final norm, in the compute dtype."""
     c = f.config
-    refuse_uncut(tokens.ids.shape[1])
+    check_context_divides(tokens.ids.shape[1])
     angles = rope_angles(inverse_frequencies(c), constrain(tokens.positions, "rows", "time"), f.dtype)
     keys = None if key is None else jax.random.split(key, c.layers)
     h = embed_tokens(params["embed"], tokens.ids, f.dtype, f.residual)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.distributed.sharding import constrain, first, parts, per_device
+from jaxft.distributed.sharding import constrain, num_shards, per_device, shard_start
 from jaxft.nn.flash_attention import MASKED, Visibility, flash, flash_part, pad_time, visible, wide_einsum
 
 Kernel = Callable[..., jax.Array]
@@ -149,7 +149,7 @@ def attention(
     kernel = fast if branches_BT is None else flash
     rows = (segments_BT,) if branches_BT is None else (segments_BT, branches_BT)
     heads, kv_heads = q_BTHE.shape[2], k_BTKE.shape[2]
-    if context == 1 or parts(("time",), q_BTHE.shape[1:2]) == 1:
+    if context == 1 or num_shards(("time",), q_BTHE.shape[1:2]) == 1:
         axes = (Q, K, K, *(ROW,) * len(rows))
         return per_device(kernel, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows)
     if heads % ways or (kv_heads % ways and ways % kv_heads):
@@ -168,7 +168,7 @@ def _one_key_head(kernel, queries: int, shared: int):
     """
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *rows):
-        at = first("context", queries) // np.int32(shared)
+        at = shard_start("context", queries) // np.int32(shared)
         k, v = (jax.lax.dynamic_slice_in_dim(x, at, 1, axis=2) for x in (k_BTKE, v_BTKE))
         return kernel(q_BTHE, k, v, *rows)
 
@@ -180,7 +180,7 @@ def _sharded_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT):
 
     def part(q_BTHE, k_BSKE, v_BSKE, *rows):
         queries, keys = Visibility(*rows[:2]), Visibility(*rows[2:])
-        return flash_part(q_BTHE, k_BSKE, v_BSKE, (queries, keys), first("context", q_BTHE.shape[1]))
+        return flash_part(q_BTHE, k_BSKE, v_BSKE, (queries, keys), shard_start("context", q_BTHE.shape[1]))
 
     rows, axes = (segments_BT, branches_BT), (Q, KEYS, KEYS, ROW, ROW, WHOLE, WHOLE)
     return per_device(part, axes, Q, q_BTHE.shape)(q_BTHE, k_BTKE, v_BTKE, *rows, *rows)

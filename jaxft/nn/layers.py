@@ -36,21 +36,21 @@ TABLE = ("vocab", "table_width")
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _embed_spread(table, ids, dtype):
     sharded = sharding.constrain(table.astype(dtype), *TABLE)  # rounded before it is gathered
-    return jnp.take(sharding.constrain(sharded, *sharding.gathered(TABLE)), ids, axis=0)
+    return jnp.take(sharding.constrain(sharded, *sharding.gathered_axes(TABLE)), ids, axis=0)
 
 
 def _embed_bwd(dtype, residuals, g):
     table, ids = residuals
-    blocks = sharding.parts(("rows", "time"), ids.shape)
-    height = table.shape[0] // sharding.parts(("act_vocab",), table.shape[:1])
+    blocks = sharding.num_shards(("rows", "time"), ids.shape)
+    height = table.shape[0] // sharding.num_shards(("act_vocab",), table.shape[:1])
 
     def add(ids, g):
-        at = ids - (sharding.first("tensor", height) if sharding.has("tensor") else 0)
+        at = ids - (sharding.shard_start("tensor", height) if sharding.mesh_has("tensor") else 0)
         at = jnp.where(at < 0, height, at)  # rows of other parts of the table are out of range and dropped
         zeros = jnp.zeros((1, height, g.shape[-1]), table.dtype)
         return zeros.at[0, at].add(g.astype(table.dtype), mode="drop")
 
-    axes, shape = ("read_rows", *sharding.gathered(TABLE)), (blocks, *table.shape)
+    axes, shape = ("read_rows", *sharding.gathered_axes(TABLE)), (blocks, *table.shape)
     parts = sharding.per_device(add, (("rows", "time"), ("rows", "time", "act_width")), axes, shape)(ids, g)
     return sharding.constrain(jnp.sum(parts, 0), *TABLE), None
 

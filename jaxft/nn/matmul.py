@@ -30,7 +30,7 @@ def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
     16-bit floats.
     """
     dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
-    wide = out if sharding.has("tensor") else accumulation_dtype(x.dtype)
+    wide = out if sharding.mesh_has("tensor") else accumulation_dtype(x.dtype)
     return jax.lax.dot_general(x, w, dims, preferred_element_type=wide).astype(out)
 
 
@@ -59,7 +59,7 @@ def gather_layer(layer: Any, axes: Any) -> Any:
 
 def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
     if isinstance(w, Adapted):
-        ins, outs = sharding.gathered(axes)
+        ins, outs = sharding.gathered_axes(axes)
         lead = ("layers",) * (w.a.ndim - 2)  # several adapters
         a, b = sharding.constrain(w.a, *lead, ins, "rank"), sharding.constrain(w.b, *lead, "rank", outs)
         return replace(w, weight=gather_weight(w.weight, axes), a=a, b=b)
@@ -67,13 +67,13 @@ def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
         return replace(w, weight=gather_weight(w.weight, axes))
     if not isinstance(w, QTensor):
         return w
-    place = sharding.whole_along_fsdp(axes, w.shape)
+    place = sharding.gathered_sharding(axes, w.shape)
     if place is None:
         return w
-    scales = place if w.index is None else sharding.uncut(place, -2)
+    scales = place if w.index is None else sharding.unsharded_along(place, -2)
     places = replace(
-        jax.tree.map(lambda x: sharding.fitted(scales, x.shape), w),
-        codes=sharding.fitted(place, w.codes.shape),
+        jax.tree.map(lambda x: sharding.sharding_for_shape(scales, x.shape), w),
+        codes=sharding.sharding_for_shape(place, w.codes.shape),
     )
     return jax.tree.map(jax.lax.with_sharding_constraint, w, places)
 
@@ -180,7 +180,7 @@ def lora_matmul(
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    if sharding.has("tensor"):  # concatenating sharded arrays would move them
+    if sharding.mesh_has("tensor"):  # concatenating sharded arrays would move them
         y = dot(x, expand_after(w, x), (-1, 0), x.dtype) + dot(xa, b.astype(x.dtype), (-1, 0), x.dtype)
     else:
         y = dot(
@@ -192,7 +192,7 @@ def _lora_fwd(x, dropped, w, a, b, scale):
 def _lora_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    joined = _input_gradients if sharding.has("tensor") else _input_gradients_joined
+    joined = _input_gradients if sharding.mesh_has("tensor") else _input_gradients_joined
     dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=joined, default=_input_gradients)
     dxa = _low(dxa * s)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
-from jaxft.distributed.sharding import constrain, gathered, is_spread, parts
+from jaxft.distributed.sharding import constrain, gathered_axes, is_spread, num_shards
 from jaxft.nn.param import is_spec
 from jaxft.tree import Params, struct
 
@@ -120,7 +120,7 @@ def _plan(
     head = model.head(params)
     axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
     vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
-    per_position = B * vocab // parts(("read_rows", "act_vocab"), (B, vocab))  # logits on a device
+    per_position = B * vocab // num_shards(("read_rows", "act_vocab"), (B, vocab))  # logits on a device
     size = max(1, min(M, CHUNK_LOGITS // per_position))
     count = -(-M // size)
     return head, ChunkPlan(model.logits, count, axes, graded), -M % count
@@ -147,8 +147,8 @@ def _gather(head: Params, axes: Axes, dtype: Any) -> Params:
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:
         if not is_spread() or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-            return constrain(x, *gathered(a))
-        return constrain(constrain(x.astype(dtype), *a), *gathered(a)).astype(x.dtype)
+            return constrain(x, *gathered_axes(a))
+        return constrain(constrain(x.astype(dtype), *a), *gathered_axes(a)).astype(x.dtype)
 
     return jax.tree.unflatten(structure, [gather(x, a) for x, a in zip(leaves, axes, strict=True)])
 
@@ -241,12 +241,12 @@ def _accumulators(head, axes, h, trained):
     """
     leaves, structure = jax.tree.flatten(_gather(head, axes, h.dtype))
     floats = [w if t and jnp.issubdtype(w.dtype, jnp.floating) else None for w, t in zip(leaves, trained)]
-    blocks = parts(("read_rows",), h.shape[:1])
+    blocks = num_shards(("read_rows",), h.shape[:1])
 
     def start(w, a):
         if w is None:
             return None
-        return constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered(a))
+        return constrain(jnp.zeros((blocks, *w.shape), w.dtype), "read_rows", *gathered_axes(a))
 
     return leaves, structure, floats, [start(w, a) for w, a in zip(floats, axes)]
 
@@ -257,7 +257,7 @@ def _filled(structure, leaves, floats):
 
 def _by_block(fn, *chunk):
     """Map fn over [blocks, rows of a block], so that each part of a mesh accumulates its own gradient."""
-    blocks = parts(("read_rows",), chunk[0].shape[:1])
+    blocks = num_shards(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # without vmap: XLA's CPU compiler sums over [1, rows, M, V] at 5 % of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))
     return jax.vmap(fn)(*(x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:]) for x in chunk))

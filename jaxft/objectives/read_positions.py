@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxft.distributed.sharding import constrain, parts
+from jaxft.distributed.sharding import constrain, num_shards
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_logp
 from jaxft.tree import Params, static, struct
 
@@ -25,7 +25,7 @@ class ReadSharding:
 
     read_of: Int[Array, "B Cm"]
     slot_of: Int[Array, "B M"]
-    parts: int = static()
+    num_shards: int = static()
 
 
 # A time shard may have this many more reads than positions: a prompt's last position is read once per
@@ -38,7 +38,7 @@ def read_sharding(read: Int[Array, "B M"], length: int, answers: int = 2) -> Rea
 
     answers: how many responses at most share a prompt, whose last position is read once for each of them.
     """
-    count = parts(("time",), (length,))
+    count = num_shards(("time",), (length,))
     if count == 1:
         return None
     M, local = read.shape[1], length // count

@@ -47,7 +47,7 @@ def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
     return whole // last, last
 
 
-def encode(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
+def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     """The nearest codes. layers: whether the first axis stacks layers, which then share no block."""
     rows, size = _rows(x.shape, layers)
     room = -size % BLOCK
@@ -75,7 +75,7 @@ def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
     return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
 
 
-def decode(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
+def decode_blocks(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
     """Undo encode."""
     rows, size = _rows(c.codes.shape, layers)
     each = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
@@ -129,13 +129,13 @@ def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformatio
 
     def unpack(moment: Params, like: Params, signed: bool) -> Params:
         def leaf(path: str, _: Array, m: Any) -> Array:
-            return decode(m, stacked[path], signed) if isinstance(m, Codes) else m
+            return decode_blocks(m, stacked[path], signed) if isinstance(m, Codes) else m
 
         return tree.map_with_path(leaf, like, moment)
 
     def pack(moment: Params, signed: bool) -> Params:
         def leaf(path: str, x: Array) -> Any:
-            return encode(x, stacked[path], signed) if is_packed(path, x) else x
+            return encode_blocks(x, stacked[path], signed) if is_packed(path, x) else x
 
         return tree.map_with_path(leaf, moment)
 

@@ -30,20 +30,20 @@ from jaxft.tree import Grads, OptState, Params
 Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen
 
 
-def constant(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
     """lr after a linear warm-up from 0."""
     return optax.join_schedules(
         [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
     )
 
 
-def linear(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to lr, then a line to `end * lr` at the last step."""
     down = optax.linear_schedule(lr, end * lr, max(1, steps - warmup))
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
 
 
-def cosine(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
+def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to lr, then half a cosine to `end * lr` at the last step."""
     down = optax.cosine_decay_schedule(lr, max(1, steps - warmup), alpha=end)
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
@@ -127,7 +127,7 @@ class Optim:
 
     lr: float = 2e-4
     optimizer: Callable[..., UpdateRule | optax.GradientTransformation] = adamw
-    schedule: Callable[..., optax.Schedule] = cosine
+    schedule: Callable[..., optax.Schedule] = cosine_schedule
     warmup: float = 0.05
     end: float = 0.1
     b1: float | None = None

@@ -42,7 +42,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Program:
+class HloProgram:
     """Computations by name, and the name of the one that starts."""
 
     computations: dict[str, dict[str, Instruction]]
@@ -66,7 +66,7 @@ def arrays(text: str) -> list[Array]:
     ]
 
 
-def parse(text: str) -> Program:
+def parse_hlo(text: str) -> HloProgram:
     """A module as compiled.as_text() gives it."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
@@ -86,7 +86,7 @@ def parse(text: str) -> Program:
         raise ValueError(
             "the compiled program's text is of a form that isn't known: its entry wasn't found whole"
         )
-    return Program(computations, entry)
+    return HloProgram(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -119,7 +119,7 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def walk(program: Program) -> Iterator[tuple[Instruction, str, float, bool]]:
+def walk(program: HloProgram) -> Iterator[tuple[Instruction, str, float, bool]]:
     """(instruction, its computation, how often a step runs it, whether it stands within a fusion), loops within loops multiplied.
 
     Every branch of a conditional counts as if it were taken.
@@ -128,7 +128,7 @@ def walk(program: Program) -> Iterator[tuple[Instruction, str, float, bool]]:
 
 
 def _walk(
-    program: Program, name: str, times: float, fused: bool
+    program: HloProgram, name: str, times: float, fused: bool
 ) -> Iterator[tuple[Instruction, str, float, bool]]:
     for one in program.computations.get(name, {}).values():
         yield one, name, times, fused
@@ -146,7 +146,7 @@ def called_by(one: Instruction) -> list[str]:
     return [*_CALLED.findall(one.attributes), *more]
 
 
-def trips(program: Program, loop: Instruction, where: str) -> int:
+def trips(program: HloProgram, loop: Instruction, where: str) -> int:
     """Rounds of a while loop, as the compiler noted them or by its counter's start, step and limit; 1 where neither is told."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
@@ -158,7 +158,7 @@ def trips(program: Program, loop: Instruction, where: str) -> int:
     return 1 if found is None else found
 
 
-def _counted(program: Program, loop: Instruction, where: str, condition: str, body: str) -> int | None:
+def _counted(program: HloProgram, loop: Instruction, where: str, condition: str, body: str) -> int | None:
     inside = program.computations.get(condition, {})
     root = next((one for one in inside.values() if one.root), None)
     if root is not None and root.opcode == "fusion":  # the comparison in a fusion: its operands are in order

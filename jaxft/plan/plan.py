@@ -59,7 +59,7 @@ class Plan:
     estimate: Estimate | None
     compile_seconds: float
     from_cache: bool
-    largest: dict[str, int]
+    largest_arrays: dict[str, int]
     gpu: bool = False
     why: str | None = None
     notes: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def _planned(run: Run, p: Programs, machine: Machine, program: Program) -> Plan:
         "flops": None if program.batch is None else flops(run, p, program.batch, traced),
         "notes": (
             *empty_slot_lines(step_rows(run.data, sharding.row_shards(p.mesh))),
-            *uncut(p),
+            *replicated_weights(p),
             *shortcuts(machine),
         ),
         "gpu": machine.devices[0].platform in ("gpu", "cuda"),
@@ -163,7 +163,7 @@ def _found(
     )
     parts = {**held, **dict(zip(OWN, own, strict=True))}
     total, limit, counts = sum(parts.values()), known["limit"], known["flops"]
-    module = hlo.parse(compiled.as_text() or "")
+    module = hlo.parse_hlo(compiled.as_text() or "")
     moves = traffic.collectives(module, machine.places())
     moved = traffic.memory_bytes(module)
     guess = None
@@ -175,7 +175,7 @@ def _found(
         missing=total - limit if limit is not None and total > limit else None,
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
-        compile_seconds=took[0], from_cache=took[1], largest=largest(module),
+        compile_seconds=took[0], from_cache=took[1], largest=largest_arrays(module),
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     return {**sizes, "optimizer": _held(p.state.opt_state), "reference and the like": _held(p.state.aux)}
 
 
-def uncut(p: Programs) -> list[str]:
+def replicated_weights(p: Programs) -> list[str]:
     """A line where large weights are whole on each device although the mesh cuts weights, because no cut divides them."""
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
     leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
@@ -261,7 +261,7 @@ def _first_line(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split())[:300]
 
 
-def largest(program: hlo.Program, count: int = 5) -> dict[str, int]:
+def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
     """Bytes of the largest arrays that a compiled program makes beside its arguments, by dtype and shape.
 
     What only a fusion names is never in memory, and what only gives an array another name or shape makes none.

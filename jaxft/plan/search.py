@@ -95,7 +95,7 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
         except ValueError as error:
             one = Tried(choice, None, str(error))
         tried.append(one)
-        say("  " + told(one))
+        say("  " + choice_summary(one))
     order = lambda: tried.sort(key=lambda t: (t.seconds, _missing(t)))  # noqa: E731
     order()
     while found(tried):  # what it recommends holds the run's other programs too
@@ -106,7 +106,7 @@ def search(command: Command, machine: Machine, most: int, say: Callable[[str], N
             tried[0] = replace(tried[0], plan=whole)
         except ValueError as error:
             tried[0] = Tried(tried[0].choice, None, str(error))
-        say(f"  {tried[0].choice}: {told(tried[0])}")
+        say(f"  {tried[0].choice}: {choice_summary(tried[0])}")
         order()
     return tried
 
@@ -215,7 +215,7 @@ def _missing(t: Tried) -> float:
     return float(t.plan.missing or 0) if t.plan else float("inf")
 
 
-def told(t: Tried) -> str:
+def choice_summary(t: Tried) -> str:
     """One line about a choice that was tried."""
     if t.plan is None:
         return f"refused: {t.why}"
@@ -234,9 +234,9 @@ def found(tried: list[Tried]) -> bool:
     return bool(tried) and tried[0].seconds < float("inf")
 
 
-def words(tried: list[Tried], command: Command) -> str:
+def search_report(tried: list[Tried], command: Command) -> str:
     """The table, the fastest first, and the recommendation as the words to put on the command line."""
-    lines = [f"{str(t.choice):58s} {told(t)}" for t in tried]
+    lines = [f"{str(t.choice):58s} {choice_summary(t)}" for t in tried]
     if found(tried):
         return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
     if not tried:

@@ -20,7 +20,7 @@ PREALLOCATED = (
 )
 
 
-def words(p: Plan) -> str:
+def plan_report(p: Plan) -> str:
     """The plan for people."""
     gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
     lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
@@ -53,7 +53,7 @@ def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
     return {**step.json(), "programs": each, "fits": all(p.fits for p in plans)}
 
 
-def together(plans: Sequence[Plan]) -> str:
+def programs_report(plans: Sequence[Plan]) -> str:
     """What each program of a run takes of a device beside what is there in all of them, and whether the largest fits."""
     held = min(p.total - _own(p) if p.total is not None else sum(p.parts.values()) for p in plans)
     each = (
@@ -96,7 +96,7 @@ def dry_run(run: Run, record: dict[str, Any]) -> str:
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         table = partition.parameter_table(programs.abstract(run)[0].partition, mesh)
-    return "\n".join([json.dumps(record, indent=2), table, words(plan(run, machines.local()))])
+    return "\n".join([json.dumps(record, indent=2), table, plan_report(plan(run, machines.local()))])
 
 
 def _verdict(p: Plan) -> str:

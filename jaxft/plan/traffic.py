@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxft.plan.hlo import Array, Instruction, Program, called_by, walk
+from jaxft.plan.hlo import Array, HloProgram, Instruction, called_by, walk
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libtpu's to the other slices
@@ -65,7 +65,7 @@ class Collective:
         return 2 if self.kind == "all-reduce" or self.summed else 1
 
 
-def collectives(program: Program, places: Sequence[int]) -> list[Collective]:
+def collectives(program: HloProgram, places: Sequence[int]) -> list[Collective]:
     """Those of a step. places: the host or slice of each device, in the order of the mesh.
 
     An asynchronous one counts where it starts, one between TPU slices where it is sent; what a compiler cuts into several fused
@@ -115,7 +115,7 @@ def _started(one: Instruction) -> bool:
     return one.opcode.endswith("-start") and '"is_sync":true' not in one.attributes
 
 
-def _meant(program: Program, where: str, one: Instruction) -> str:
+def _meant(program: HloProgram, where: str, one: Instruction) -> str:
     """What an all-reduce is for: a gather if each operand is a part in zeros, a scatter if only parts of its results are read."""
     inside = program.computations[where]
     operands = [inside[name] for name in one.operands if name in inside]
@@ -132,7 +132,7 @@ def _meant(program: Program, where: str, one: Instruction) -> str:
     return "reduce-scatter" if parts > whole / 2 else "all-reduce"
 
 
-def _padded(program: Program, inside: dict[str, Instruction], one: Instruction) -> bool:
+def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
     """Whether an array is a smaller one in zeros: a dynamic-update-slice into a broadcast constant, alone or in a fusion."""
     given = [inside[name] for name in one.operands if name in inside]
     if one.opcode == "fusion" and called_by(one):
@@ -157,7 +157,7 @@ def _padded(program: Program, inside: dict[str, Instruction], one: Instruction) 
     )
 
 
-def _sliced(program: Program, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
+def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
     """Whether all that reads an array reads a part of it."""
     whole, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
     for user in readers:
@@ -285,7 +285,7 @@ FREE = (
 )  # fmt: skip
 
 
-def memory_bytes(program: Program) -> float:
+def memory_bytes(program: HloProgram) -> float:
     """Bytes that a step reads and writes in a device's main memory: operands and results of what isn't fused into another.
 
     Of what is only sliced, the slice counts; of what is updated in place, the update. Arrays that the layout puts in another
@@ -318,7 +318,7 @@ def _main(arrays: list[Array]) -> int:
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
-def _fusion_bytes(program: Program, one: Instruction, operands: list[Instruction]) -> float:
+def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruction]) -> float:
     inner = program.computations.get(called_by(one)[0], {}) if called_by(one) else {}
     users = _users(inner)
     total = 0.0

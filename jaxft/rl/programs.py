@@ -102,5 +102,5 @@ class RolloutPrograms:
         def unpad(x: jax.Array) -> np.ndarray:
             return np.asarray(x)[:, :own_rows].reshape(self.rows, x.shape[-1])
 
-        batch = sharding.place_batch(self.run.mesh, jax.tree.map(pad, rows))
+        batch = sharding.shard_batch(self.run.mesh, jax.tree.map(pad, rows))
         return jax.tree.map(unpad, program(params, aux, batch))

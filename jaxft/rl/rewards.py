@@ -96,7 +96,7 @@ class FunctionReward(Reward):
                 )
                 return [scores.tolist(), faults.raised, faults.not_a_number, faults.first]
 
-            scores, *faults = processes.by_first(on_first)
+            scores, *faults = processes.from_first_process(on_first)
             return RewardScores(np.array(scores), Faults(*faults))
 
         return score

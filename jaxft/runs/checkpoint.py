@@ -80,7 +80,7 @@ class Checkpoints:
 
         Called by every process.
         """
-        ranked = sync.by_first(sync.gathered, self._best_first)
+        ranked = sync.exchange_first(sync.gather_texts, self._best_first)
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
@@ -117,8 +117,8 @@ class Checkpoints:
         }
         manifest.format_manifest(body)  # metadata that isn't JSON fails here, before anything is written
         try:
-            topic = sync.by_first(sync.gathered, lambda: self._begin(step))
-            sync.settle(sync.gathered, lambda: self._check_visible(step))
+            topic = sync.exchange_first(sync.gather_texts, lambda: self._begin(step))
+            sync.settle(sync.gather_texts, lambda: self._check_visible(step))
         except Exception as error:
             raise OSError(*self._clean_up(step, error), str(self.folder)) from error
         entries: dict[str, Any] = {}
@@ -128,7 +128,7 @@ class Checkpoints:
             wait_written = self._start_writing(self.folder / f"{step}.tmp" / "state", leaves)
         except Exception as error:
             wait_written = _raises(error)  # in the thread, where the other processes learn of it
-        exchange = sync.Files(self.folder / EXCHANGE, topic, TIMEOUT_S)
+        exchange = sync.FileExchange(self.folder / EXCHANGE, topic, TIMEOUT_S)
         work = partial(self._finish, body, entries, wait_written, exchange)
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}")
         self._thread.start()
@@ -173,7 +173,7 @@ class Checkpoints:
         body: dict[str, Any],
         entries: dict[str, Any],
         wait_written: Callable[[], None],
-        exchange: sync.Files,
+        exchange: sync.FileExchange,
     ) -> None:
         """The stages of a save after its begin; each begins when all processes are through the one before.
 
@@ -183,15 +183,15 @@ class Checkpoints:
         temporary = self.folder / f"{step}.tmp"
         try:
             sync.settle(exchange, wait_written)
-            files = sync.by_first(exchange, lambda: self._merge(temporary))
+            files = sync.exchange_first(exchange, lambda: self._merge(temporary))
             mine = files[jax.process_index() :: jax.process_count()]
             parts = sync.settle(exchange, lambda: [entries, manifest.file_hashes(temporary, mine)])
             body["leaves"] = manifest.join_entries([entries for entries, _ in parts])
             body["files"] = {name: known for _, hashes in parts for name, known in sorted(hashes.items())}
             text = manifest.format_manifest(body)
-            sync.by_first(exchange, lambda: _write_durably(temporary / manifest.NAME, text))
+            sync.exchange_first(exchange, lambda: _write_durably(temporary / manifest.NAME, text))
             sync.settle(exchange, lambda: restore.verify(temporary))
-            sync.by_first(exchange, lambda: self._publish(step))
+            sync.exchange_first(exchange, lambda: self._publish(step))
         except Exception as error:
             self._error = self._agree_on_error(step, error, exchange)
         if sync.is_first():
@@ -226,12 +226,12 @@ class Checkpoints:
         except OSError as error:
             self.report(f"an old checkpoint could not be removed: {error}")
 
-    def _agree_on_error(self, step: int, error: Exception, exchange: sync.Files) -> OSError:
+    def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
         """The error of a save in process 0's words; in this process's own where process 0 cannot be asked."""
         try:
             if isinstance(error, TimeoutError):
                 raise error
-            number, text = sync.by_first(exchange, lambda: self._clean_up(step, error))
+            number, text = sync.exchange_first(exchange, lambda: self._clean_up(step, error))
         except OSError:
             number, text = self._clean_up(step, error)
         return OSError(number, text, str(self.folder))
@@ -285,7 +285,7 @@ class Checkpoints:
         Raises ValueError for a checkpoint of another tree.
         """
         self.wait()
-        steps = sync.by_first(sync.gathered, self.steps)
+        steps = sync.exchange_first(sync.gather_texts, self.steps)
         if step is not None and step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
@@ -294,13 +294,13 @@ class Checkpoints:
             found: dict[str, Any] = {}
             try:
                 read = partial(restore.read_checkpoint, folder, abstract_state, found)
-                reasons = [reason for reason in sync.settle(sync.gathered, read) if reason]
+                reasons = [reason for reason in sync.settle(sync.gather_texts, read) if reason]
             except OSError as error:
                 text = f"the checkpoint cannot be read: {error.strerror}"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return found["state"], found["meta"], candidate
-            sync.by_first(sync.gathered, partial(self._quarantine, folder, reasons[0]))
+            sync.exchange_first(sync.gather_texts, partial(self._quarantine, folder, reasons[0]))
             if step is not None:
                 raise ValueError(f"{folder}: {reasons[0]}")
         return None

@@ -55,7 +55,7 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     train_step = compile_step(p, *source.shapes)
 
     def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
-        state, metrics = train_step(states[0], frozen[0], sharding.place_batch(p.mesh, batch))
+        state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
     def evaluate(states: States) -> list[dict[str, float]]:

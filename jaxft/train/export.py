@@ -155,7 +155,7 @@ def export_run(partition: Partition, params: Params, run: Run, tokenizer: Any, f
         out, score = folder / "adapter", params.get("score")
         peft_write.save_adapter(out, params["adapter"], run.adapter, run.model, run.weights, score)
         tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
-        sync.by_first(sync.gathered, lambda: bool(tokenizer.save_pretrained(out)))
+        sync.exchange_first(sync.gather_texts, lambda: bool(tokenizer.save_pretrained(out)))
         return out
     base = merge_params(params["base"], params.get("adapter"), run.model.dtype)
     base |= {"score": params["score"]} if "score" in params else {}

@@ -36,11 +36,11 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes with the same line ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
         with processes.agreement():
-            processes.by_first(lambda: bool(stack.enter_context(runfolder.lock(folder))))
+            processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
             stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
             job = prepare(settings, record, folder)
             checkpoints = stack.enter_context(closing(open_checkpoints(job)))
-            finished, changes = processes.by_first(lambda: resume_point(job, checkpoints))
+            finished, changes = processes.from_first_process(lambda: resume_point(job, checkpoints))
         if finished >= job.steps:
             return report_finished(job, finished)
 
@@ -57,7 +57,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         begin = time.perf_counter()
         job = bind_sources(job, frozen, saved)
         compiled = compile_run(job, frozen) if job.sweep is None else compile_sweep(job, frozen)
-        processes.meet()  # the first collectives give up where another process still compiles
+        processes.barrier()  # the first collectives give up where another process still compiles
         logs.message(f"compiled in {time.perf_counter() - begin:.1f} s")
 
         # ---------- The model before training ----------
@@ -101,7 +101,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:
             logs.message(f"stopped by {signal_name(stop)} after step {done}, saved; the same command resumes")
-            processes.meet()  # nobody leaves while another one saves
+            processes.barrier()  # nobody leaves while another one saves
             return 128 + stop
 
         # ---------- The model after training: evaluation, weights, model card ----------

@@ -144,7 +144,7 @@ def parameter_table(partition: Partition, mesh: Any = None) -> str:
         cut = ""
         if mesh is not None and mesh.size > 1:
             found = leaf_sharding(spec, x, mesh, path)
-            cut = f"{sharding.shown(found.codes if isinstance(x, QTensor) else found):20s} "
+            cut = f"{sharding.describe_sharding(found.codes if isinstance(x, QTensor) else found):20s} "
         sizes, axes = "x".join(map(str, spec.shape)), ",".join(spec.axes)
         rows.append(
             f"{path:32s} {sizes:>18s}  {axes:28s} {form:16s} {cut}{'trained' if mask[path] else 'frozen'}"

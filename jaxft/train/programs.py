@@ -181,7 +181,7 @@ def compile_eval(
     compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, batches[0]), p.state.aux).compile()
 
     def on_batch(state: TrainState, batch: Batch) -> Any:
-        return compiled(state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux)
+        return compiled(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
 
     if step is p.text_step or not p.objective.facts.coupled:
         return lambda state: evaluate.evaluate(partial(on_batch, state), batches)

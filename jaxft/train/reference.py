@@ -54,7 +54,7 @@ def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, An
         state, frozen = start(run, p, None)
         params, logps = tree.combine(state.trainable, frozen), reference_step(p)
         for number, batch in enumerate(batches, 1):
-            yield np.asarray(logps(params, sharding.place_batch(p.mesh, batch)))[None]
+            yield np.asarray(logps(params, sharding.shard_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):
                 say(f"reference log-probs: {number} of {len(batches)} batches")
 
@@ -116,7 +116,7 @@ def add_cached_logps(
     compute(batches) yields log-probs [1, rows, M] of each batch; it is called for the missing pairs only.
     """
     known = read_logps(path)
-    if not processes.all_alike(sorted(known)):  # hosts with caches of their own
+    if not processes.all_equal(sorted(known)):  # hosts with caches of their own
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]
     count = len(source.keys)

@@ -86,7 +86,7 @@ def write_reports(
                 for end in (before, after)
             ]
             table = write_table(job.folder, job.sweep.name, job.steps, *ends)
-    processes.meet()  # the run is finished for all processes or for none
+    processes.barrier()  # the run is finished for all processes or for none
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
 

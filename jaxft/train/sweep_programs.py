@@ -51,7 +51,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     devices.trim_heap()
 
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
-        return compiled(states, shared, sharding.place_batch(p.mesh, batch))
+        return compiled(states, shared, sharding.shard_batch(p.mesh, batch))
 
     return Compiled(joint_step, held_out, general, compile_samplers(job, frozen))
 
@@ -90,12 +90,12 @@ def compile_eval(
     mesh, states = job.lead.programs.mesh, job.abstract_states
     step = jax.jit(make_eval_step(adapters), out_shardings=sharding.replicated(mesh))
     trainable, aux = [s.trainable for s in states], [s.aux for s in states]
-    first = sharding.place_batch(mesh, batches[0])
+    first = sharding.shard_batch(mesh, batches[0])
     compiled = step.lower(trainable, frozen, first, aux).compile()
 
     def on_batch(states: States, batch: Batch) -> Any:
         own, aux = [s.trainable for s in states], [s.aux for s in states]
-        return compiled(own, frozen, sharding.place_batch(mesh, batch), aux)
+        return compiled(own, frozen, sharding.shard_batch(mesh, batch), aux)
 
     def read(total: Metrics) -> list[Numbers]:
         return [metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]

@@ -25,7 +25,7 @@ def layer_on_host(leaf: Any, layer: int | None, transpose: bool) -> np.ndarray:
 
 def _take(x: Any, layer: int | None) -> Any:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        sync.meet()  # process 0 may still be writing the previous one
+        sync.wait_for_all()  # process 0 may still be writing the previous one
         mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
         take = _gather_layer(sharding.replicated(mesh), layer is None)
         return take(x, np.int32(layer or 0))

@@ -66,7 +66,7 @@ def save_folder(
     processes, all call this; process 0 writes, and its error is raised on all.
     """
     folder = Path(folder)
-    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
+    sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = tensors_to_write(base, model.weight_names, options.quant)
     shards: list[list[TensorToWrite]] = [[]]
     for t in tensors:
@@ -86,7 +86,7 @@ def save_folder(
         config, generation = _source_configs(model, ref)
         _write_configs(folder, config, generation, tokenizer, base, options.quant)
 
-    sync.by_first(sync.gathered, write_others)
+    sync.exchange_first(sync.gather_texts, write_others)
 
 
 def tensors_to_write(

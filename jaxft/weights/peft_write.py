@@ -44,7 +44,7 @@ def save_adapter(
                 SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_on_host(score, None, True)
             )
         )
-    sync.by_first(sync.gathered, lambda: folder.mkdir(parents=True, exist_ok=True))
+    sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     repo, _, revision = base_ref.partition("@")
     config: dict[str, Any] = {
@@ -69,7 +69,9 @@ def save_adapter(
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }
-    sync.by_first(sync.gathered, lambda: write_model_json(folder / "adapter_config.json", config, sort=True))
+    sync.exchange_first(
+        sync.gather_texts, lambda: write_model_json(folder / "adapter_config.json", config, sort=True)
+    )
 
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:

@@ -176,7 +176,7 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
-    buffers = ArrayBuffers(part_scales, sharding.fitted(shardings.codes, part_scales.shape))
+    buffers = ArrayBuffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
     part_size = reader.shape[-2] // count
     for layer in range(len(reader.names)):
         first = (slice(layer, layer + 1),) if reader.stacked else ()

@@ -151,10 +151,12 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
         return whole
     if leaf.block or is_paired(leaf.kind):
         block = leaf.block if leaf.block and leaf.index is None else 2
-        whole = sharding.between_blocks(whole, spec.axes, spec.shape, block, path)
-    scales = whole if leaf.index is None else sharding.uncut(whole, -2)  # any input may be of any block
-    places = jax.tree.map(lambda x: sharding.fitted(scales, x.shape), leaf)
-    return replace(places, codes=sharding.fitted(whole, leaf.codes.shape))
+        whole = sharding.shard_between_blocks(whole, spec.axes, spec.shape, block, path)
+    scales = (
+        whole if leaf.index is None else sharding.unsharded_along(whole, -2)
+    )  # any input may be of any block
+    places = jax.tree.map(lambda x: sharding.sharding_for_shape(scales, x.shape), leaf)
+    return replace(places, codes=sharding.sharding_for_shape(whole, leaf.codes.shape))
 
 
 def sharded_shapes(stored: StoredModel, mesh: Any) -> Any:

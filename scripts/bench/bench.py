@@ -138,7 +138,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
         optim=optimizer.Optim(
             lr=1e-4,
             optimizer=getattr(optimizer, a.optimizer),
-            schedule=optimizer.linear,
+            schedule=optimizer.linear_schedule,
             warmup=0.0,
             end=0.0,
             clip=1.0,
@@ -202,7 +202,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         for number in numbers:
             since = time.perf_counter()
             batch, _ = source.batch(number, state)
-            state, found = step(state, frozen, sharding.place_batch(p.mesh, batch))
+            state, found = step(state, frozen, sharding.shard_batch(p.mesh, batch))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - since)
             tokens.append(useful(batch, tokenizer.eos_token_id))

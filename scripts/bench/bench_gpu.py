@@ -195,7 +195,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
         memory = step.memory_analysis()
         state, frozen = programs.start(run, p, None, random_base(p))
         batch, _ = source.batch(0, state)
-        placed, seconds = sharding.place_batch(p.mesh, batch), []
+        placed, seconds = sharding.shard_batch(p.mesh, batch), []
         for _ in range(WARM + TIMED):
             begin = time.perf_counter()
             state, found = step(state, frozen, placed)

@@ -214,7 +214,7 @@ def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
     watch = Resident()
     before, largest, grew, seconds = watch.again(), 0, [], []
     state, frozen = programs.start(run, p, None, random_base(p))
-    placed = sharding.place_batch(p.mesh, random_batch(batch, run.model.config.vocab))
+    placed = sharding.shard_batch(p.mesh, random_batch(batch, run.model.config.vocab))
     for _ in range(WARM + TIMED):
         largest = max(largest, watch.peak)
         start, begin = watch.again(), time.perf_counter()

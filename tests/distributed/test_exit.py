@@ -56,14 +56,14 @@ ABORT = "import ctypes; ctypes.CDLL(None).abort()"
     [
         (f"exit.if_ended_from_outside('first'); exit.if_ended_from_outside('then'); {ABORT}", -6, "then\n"),
         (f"exit.if_ended_from_outside('first'); exit.silence(); {ABORT}", -6, ""),
-        ("exit.if_ended_from_outside('first'); exit.end('the end')", exit.AGAIN, "the end\n"),
-        ("exit.silence(); exit.leave(3)", 3, ""),
+        ("exit.if_ended_from_outside('first'); exit.exit_for_restart('the end')", exit.AGAIN, "the end\n"),
+        ("exit.silence(); exit.exit_now(3)", 3, ""),
         (
-            "exit.if_ended_from_outside('first')\nwith exit.within(0.2, 'late'): sleep(60)",
+            "exit.if_ended_from_outside('first')\nwith exit.exit_after(0.2, 'late'): sleep(60)",
             exit.AGAIN,
             "late\n",
         ),
-        ("with exit.within(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
+        ("with exit.exit_after(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
     ],
 )
 def test_what_stands_last_on_stderr(code, rc, said, tmp_path):

@@ -74,7 +74,7 @@ def gradient_of(task, parts, batch, mesh=None):
         def lay(path, x):
             return jax.tree.map(jax.device_put, x, storage.leaf_sharding(specs[path], x, mesh, path))
 
-        whole, batch = tree.map_with_path(lay, whole, is_leaf=is_qtensor), sharding.place_batch(mesh, batch)
+        whole, batch = tree.map_with_path(lay, whole, is_leaf=is_qtensor), sharding.shard_batch(mesh, batch)
     objective = sft(model) if task == "sft" else preference(model, P.dpo)
     mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(trained, path)), whole, is_leaf=is_qtensor)
 
@@ -128,7 +128,7 @@ def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, k
     q, k, v, do = arrays(rng, 2, 40, heads, kv_heads, 8, jnp.float64)
     segments, branches = packed(rng, 2, 40)
     wanted = value_and_gradients(attention.dense, q, k, v, do, segments, branches)
-    lay = lambda x, *axes: jax.device_put(x, sharding.named(laid_out, axes, x.shape))  # noqa: E731
+    lay = lambda x, *axes: jax.device_put(x, sharding.sharding_of(laid_out, axes, x.shape))  # noqa: E731
     axes = ("heads", "kv_heads", "kv_heads", "heads")
     cut = [lay(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)]
     with jax.set_mesh(laid_out):

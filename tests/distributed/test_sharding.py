@@ -183,13 +183,13 @@ def test_constrain_and_per_device_cut_by_the_table():
 
 def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshShape(2, 2, 2))
-    placed = sharding.place_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
+    placed = sharding.shard_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
     assert placed["ids"].sharding.spec[1] == AXES["rows"] and placed["ids"].addressable_shards[
         0
     ].data.shape == (2, 2, 3)
     np.testing.assert_array_equal(placed["ids"], np.arange(48).reshape(2, 8, 3))
     with pytest.raises(ValueError) as error:
-        sharding.place_batch(mesh, np.ones((2, 6, 3)))
+        sharding.shard_batch(mesh, np.ones((2, 6, 3)))
     assert one_line(error) == (
         "6 rows of a microbatch do not divide over slices x data x fsdp = 4 devices; "
         "make data.batch / data.micro a multiple of 4, or change mesh.data or mesh.fsdp"

@@ -242,7 +242,10 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
     """The gradient program over arguments that lie on the mesh as in a run, and those arguments."""
     specs = {name: model.specs[name] for name in whole}
     specs["base"] = {name: specs["base"][name] for name in whole["base"]}
-    rows = lambda x: jax.device_put(x, sharding.named(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
+
+    def rows(x):
+        return jax.device_put(x, sharding.sharding_of(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
+
     args = (jax.tree.map(jax.device_put, whole, param.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):
         return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(

@@ -397,7 +397,7 @@ def test_a_mesh_gives_the_values_of_one_device():
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
-        many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
+        many = judged(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
     assert_same(jax.device_get(many), one)
 
 

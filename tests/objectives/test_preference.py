@@ -30,7 +30,6 @@ from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import mean_logp, preference
 
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -83,7 +82,7 @@ def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
         mesh = sharding.make_mesh(sharding.MeshShape(*shape))
         with jax.set_mesh(mesh):
             placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
-            many = judged(objective, placed, mask, sharding.place_batch(mesh, batch), {})
+            many = judged(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
         assert_same(jax.device_get(many), one)
 
 

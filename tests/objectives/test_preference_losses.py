@@ -35,7 +35,6 @@ from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.pair import declaration, loss_values
 
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 

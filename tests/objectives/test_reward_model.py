@@ -233,7 +233,7 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
         laid_out = make_mesh(mesh)
         with jax.set_mesh(laid_out):
             spread = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, laid_out))
-            found = judged(objectives()(model), spread, mask, sharding.place_batch(laid_out, batch), {})
+            found = judged(objectives()(model), spread, mask, sharding.shard_batch(laid_out, batch), {})
         assert_same(found, wanted)
 
 

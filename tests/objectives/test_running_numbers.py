@@ -21,7 +21,6 @@ from jaxft.optim.optimizer import from_optax
 from jaxft.train import evaluate
 from jaxft.train.step import make_train_step
 
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 

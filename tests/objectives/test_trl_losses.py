@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,6 @@ from preference_rows import by_answer, judged, kinds_of, lay, random_rows
 
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -19,8 +19,8 @@ from jaxft.optim.low_precision import (
     _rows,
     adamw_8bit,
     adamw_bf16,
-    decode,
-    encode,
+    decode_blocks,
+    encode_blocks,
     encoded_zeros,
 )
 from jaxft.optim.optimizer import Optim, adamw, make_optimizer
@@ -41,7 +41,8 @@ def random(path, seed, scale=1.0):
 
 
 there_and_back = jax.jit(
-    lambda x, layers, signed: decode(encode(x, layers, signed), layers, signed), static_argnums=(1, 2)
+    lambda x, layers, signed: decode_blocks(encode_blocks(x, layers, signed), layers, signed),
+    static_argnums=(1, 2),
 )
 
 
@@ -83,12 +84,12 @@ def test_a_value_becomes_the_nearest_level_of_its_block(seed, path, signed, scal
 
 def test_a_block_is_256_values_of_one_layer():
     x = random("kernel", 0).at[1].mul(1000)
-    whole = encode(x, True, True)
+    whole = encode_blocks(x, True, True)
     assert whole.absmax.shape == (3 * 64, 2) and whole.codes.shape == x.shape
     for layer in range(3):
-        alone = decode(encode(x[layer], False, True), False, True)
-        np.testing.assert_array_equal(decode(whole, True, True)[layer], alone)
-    assert encode(random("a", 0), True, True).absmax.shape == (3, -(-600 * 8 // BLOCK))
+        alone = decode_blocks(encode_blocks(x[layer], False, True), False, True)
+        np.testing.assert_array_equal(decode_blocks(whole, True, True)[layer], alone)
+    assert encode_blocks(random("a", 0), True, True).absmax.shape == (3, -(-600 * 8 // BLOCK))
 
 
 def trained(optimizer, steps=6, **knobs):
@@ -168,7 +169,7 @@ def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
     jax.tree.map(
         np.testing.assert_array_equal,
         encoded_zeros(shape, layers, signed),
-        encode(jnp.zeros(shape), layers, signed),
+        encode_blocks(jnp.zeros(shape), layers, signed),
     )
 
 

@@ -151,7 +151,7 @@ def test_parts_are_what_the_run_holds_and_add_up_to_what_the_compiler_says():
     assert found.parts["quantised base"] > 0 and found.fits and found.limit == CHIP.memory - CHIP.kept
     assert json.loads(json.dumps(found.json()))["flops_per_token"] > 0
     assert found.collectives["all-gather"]["within"] > 0 and found.collectives["all-gather"]["across"] == 0
-    text = plan_text.words(found)
+    text = plan_text.plan_report(found)
     assert "quantised base" in text and "fits," in text and "MFU" in text and "assumed:" in text
 
 
@@ -195,9 +195,9 @@ def test_programs_share_what_is_resident_and_each_has_its_own_beside():
     assert cache < sizes["answers"].parts["activations and temporaries"] and found[0].program == "answers"
     step = sizes["train step"]
     assert step.flops and step.estimate and sizes["answers"].flops is sizes["answers"].estimate is None
-    text = plan_text.together(found)
+    text = plan_text.programs_report(found)
     assert "the largest is answers: fits," in text and all(name in text for name in sizes)
-    assert "answers on" in plan_text.words(sizes["answers"])
+    assert "answers on" in plan_text.plan_report(sizes["answers"])
     small = plan_text.record(step, [replace(p, missing=1) if p.program == "answers" else p for p in found])
     assert not small["fits"] and small["programs"]["train step"]["fits"] and small["total"] == step.total
     assert json.loads(json.dumps(small))["programs"] == small["programs"]
@@ -258,7 +258,7 @@ def write_config(folder, config):
 
 def test_a_large_weight_that_no_cut_divides_is_named(monkeypatch):
     def said(**axes):
-        return plan.uncut(
+        return plan.replicated_weights(
             programs.abstract(tiny(mesh=sharding.MeshShape(data=1, **axes)), jax.devices()[: axes["fsdp"]])[0]
         )
 
@@ -274,7 +274,7 @@ def test_a_chip_that_is_too_small_says_how_much_is_missing():
     assert (
         not found.fits
         and found.missing == found.total - 2**19
-        and "does not fit: 0.0" in plan_text.words(found)
+        and "does not fit: 0.0" in plan_text.plan_report(found)
     )
 
 
@@ -306,10 +306,10 @@ def test_empty_rows_are_no_tokens_of_the_step_but_the_program_computes_them():
         4 * alone.program
     )
     assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
-    text = plan_text.words(found)
+    text = plan_text.plan_report(found)
     assert "a step of 128 tokens" in text and "75 % of its 512 places that are empty" in text
     assert "6 of the 8 slots for rows in a step are empty (75 %)" in text
-    assert alone.empty == 0 and "empty" not in plan_text.words(replace(found, flops=alone, notes=()))
+    assert alone.empty == 0 and "empty" not in plan_text.plan_report(replace(found, flops=alone, notes=()))
 
 
 def test_products_count_loops_branches_and_devices():
@@ -364,7 +364,7 @@ def test_gathers_that_the_program_waits_for_are_no_exchanges_of_activations_and_
     counts, kinds = Flops(100, 100, 1e7, 1e7), roofline.by_kind(done)
     plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
     enough = 50 * e.weights / e.compute  # tokens a device
-    assert "10 as all-reduces" in plan_text.words(
+    assert "10 as all-reduces" in plan_text.plan_report(
         plain
     ) and f"beyond B / {enough:,.0f} devices" in plan_text.least(plain)
     assert "nothing runs beside" in plan_text.least(plain)
@@ -429,16 +429,18 @@ def test_the_search_recommends_the_fastest_that_fits_within_its_bound(monkeypatc
     assert found[0].seconds == best < float("inf") and found[0].plan.fits
     assert not any(t.plan and t.plan.fits for t in found if t.seconds == float("inf"))
     (out,) = [t for t in found if t.plan and t.plan.program == "evaluation"]
-    assert "refused: its answers do not divide" in map(search.told, found)
+    assert "refused: its answers do not divide" in map(search.choice_summary, found)
     assert (
         len(whole) == 3
-        and search.told(out).endswith("its evaluation does not fit")
+        and search.choice_summary(out).endswith("its evaluation does not fit")
         and out.seconds == float("inf")
     )
-    text = search.words(found, command)
+    text = search.search_report(found, command)
     assert text.splitlines()[-1].startswith("use: remat=") and text.count("remat=") == len(found) + 1
     large = search.Tried(found[0].choice, replace(found[0].plan, missing=1))
-    assert "nothing that was tried fits" in search.words([large], command) and not search.found([large])
+    assert "nothing that was tried fits" in search.search_report([large], command) and not search.found(
+        [large]
+    )
 
 
 @dataclass(frozen=True)
@@ -521,9 +523,9 @@ def test_a_search_whose_choices_are_all_refused_says_why(monkeypatch):
     command = search.Command(lambda texts: tiny(), [], [])
     found = search.search(command, made_up(2), 3, lambda text: None)
     assert len(found) == 3 and not search.found(found)
-    last = search.words(found, command).splitlines()[-1]
+    last = search.search_report(found, command).splitlines()[-1]
     assert last == "every choice that was tried is refused, the first with: rows of 100 tokens do not divide"
-    assert "data.batch that is a multiple" in search.words([], command) and not search.found([])
+    assert "data.batch that is a multiple" in search.search_report([], command) and not search.found([])
 
 
 def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
@@ -542,7 +544,7 @@ def test_a_search_that_compiles_recommends_settings_that_load(monkeypatch):
     command = search.Command(load, ["mesh.slices=-1", "mesh.data=1"], [])
     found = search.search(command, made_up(2), 2, lambda text: None)
     assert [t.why for t in found] == ["", ""] and search.found(found)
-    best = search.words(found, command).splitlines()[-1].removeprefix("use: ").split()
+    best = search.search_report(found, command).splitlines()[-1].removeprefix("use: ").split()
     assert load(best).mesh == found[0].choice.mesh and found[0].plan.devices == 2
 
 
@@ -565,9 +567,9 @@ def test_the_largest_arrays_are_those_that_are_made_and_kept():
         )
 
     w, x = jax.ShapeDtypeStruct((7, 90, 90), jnp.float32), jax.ShapeDtypeStruct((90,), jnp.float32)
-    found = plan.largest(hlo.parse(jax.jit(program).lower(w, x).compile().as_text()))
+    found = plan.largest_arrays(hlo.parse_hlo(jax.jit(program).lower(w, x).compile().as_text()))
     assert "f32[7,90,90]" not in found and found["f32[7,90]"] == 7 * 90 * 4
-    assert plan.largest(hlo.parse("")) == {}
+    assert plan.largest_arrays(hlo.parse_hlo("")) == {}
 
 
 def test_what_only_gives_an_array_another_name_is_none_of_the_largest():
@@ -584,7 +586,7 @@ ENTRY %main (a: u16[64,32], b: f32[8]) -> f32[16,16] {
   ROOT %out = f32[16,16]{1,0} copy(%first)
 }
 """
-    assert plan.largest(hlo.parse(text)) == {"f32[16,16]": 1024, "f32[4]": 16}
+    assert plan.largest_arrays(hlo.parse_hlo(text)) == {"f32[16,16]": 1024, "f32[4]": 16}
 
 
 def test_one_command_makes_the_whole_table_and_only_the_planners_own_modules_leave_it_valid():

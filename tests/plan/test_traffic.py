@@ -16,12 +16,12 @@ MESH = dict(data=1, fsdp=8)
 
 def compiled(program, *shapes, places=None, **kwargs):
     text = jax.jit(program, **kwargs).lower(*shapes).compile().as_text()
-    module = hlo.parse(text)
+    module = hlo.parse_hlo(text)
     return module, traffic.collectives(module, places or [0] * N)
 
 
 def on(mesh, shape, *axes):
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(mesh, axes, shape))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(mesh, axes, shape))
 
 
 def test_a_gathered_matrix_moves_what_a_device_lacks():
@@ -61,11 +61,11 @@ def test_what_leaves_a_host_is_shared_by_its_devices():
     with jax.set_mesh(mesh):
         text = jax.jit(jnp.sin, out_shardings=sharding.replicated(mesh)).lower(w).compile().as_text()
     size = 64 * 32 * 4
-    (one,) = traffic.collectives(hlo.parse(text), [0] * 4 + [1] * 4)
+    (one,) = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
     assert (
         one.span == 2 and one.across == size / 2 / 4
     )  # half is on the other host, and four devices bring it in
-    (alone,) = traffic.collectives(hlo.parse(text), list(range(8)))
+    (alone,) = traffic.collectives(hlo.parse_hlo(text), list(range(8)))
     assert alone.across == alone.moved == size * 7 / 8
 
 
@@ -150,7 +150,7 @@ HAND = HAND.replace(
 
 
 def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
-    program = hlo.parse(HAND)
+    program = hlo.parse_hlo(HAND)
     found = {c.name: c for c in traffic.collectives(program, [0, 0, 1, 1])}
     assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
     assert all(found[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
@@ -172,17 +172,17 @@ def test_what_a_text_does_not_tell_is_told():
     copied = HAND.replace(start, "  %was = s32[] constant(2)\n  %two.1 = s32[] copy(%was)\n")
     threaded = HAND.replace(body_end, '}, execution_thread="sparsecore"\n\nENTRY')
     for text in (HAND, copied, threaded):
-        program = hlo.parse(text)
+        program = hlo.parse_hlo(text)
         found = {c.name: c.times for c in traffic.collectives(program, [0, 0, 1, 1])}
         assert found["all-gather.1"] == 4 and program.unknown_loops == ["free"]
     for was, unknown in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
         assert was in HAND
-        program = hlo.parse(HAND.replace(was, unknown))
+        program = hlo.parse_hlo(HAND.replace(was, unknown))
         traffic.collectives(program, [0, 0, 1, 1])
         assert program.unknown_loops == ["loop", "free"]
     for cut in (HAND[: HAND.rindex("}")], HAND.replace("ENTRY ", "")):
         with pytest.raises(ValueError, match="its entry wasn't found whole"):
-            hlo.parse(cut)
+            hlo.parse_hlo(cut)
 
 
 EXCHANGED = """HloModule exchanged
@@ -198,7 +198,7 @@ ENTRY %main (a: f32[128]) -> f32[128] {
 def test_what_an_exchange_and_a_ring_send_to_the_other_host():
     """Of an all-to-all each device sends half of its own away; of a ring over two hosts two of eight devices send anything."""
     text = EXCHANGED.replace("PAIRS", ",".join(f"{{{i},{(i + 1) % 8}}}" for i in range(8)))
-    each, ring = traffic.collectives(hlo.parse(text), [0] * 4 + [1] * 4)
+    each, ring = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
     assert (each.kind, each.moved, each.across) == ("all-to-all", 512 * 7 / 8, 512 / 2)
     assert (ring.kind, ring.moved, ring.across) == ("collective-permute", 512, 512 / 4)
     machine = SimpleNamespace(chip=SimpleNamespace(within=1e4, across=1e3), axes=lambda group: 1)
@@ -262,7 +262,7 @@ ENTRY %main (a: bf16[3,2,16], b: f32[8,16], at.2: u32[], n: s32[]) -> f32[2,16] 
 
 
 def test_an_all_reduce_that_gathers_or_scatters_is_told_from_one_that_adds_and_counts_twice():
-    found = {c.name: c for c in traffic.collectives(hlo.parse(SUMMED), [0, 0, 1, 1])}
+    found = {c.name: c for c in traffic.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
     kinds = {name: (c.kind, c.summed) for name, c in found.items() if "gather-" not in name}
     assert kinds == {
         "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True), "pair": ("reduce-scatter", True),
@@ -293,14 +293,16 @@ def test_memory_counts_a_slice_where_only_a_slice_is_read_and_an_update_where_it
         return jax.lax.fori_loop(0, 256, step, x)
 
     x = jax.ShapeDtypeStruct((256, 4096), jnp.float32)
-    found = traffic.memory_bytes(hlo.parse(jax.jit(program, donate_argnums=0).lower(x).compile().as_text()))
+    found = traffic.memory_bytes(
+        hlo.parse_hlo(jax.jit(program, donate_argnums=0).lower(x).compile().as_text())
+    )
     whole = 256 * 4096 * 4
     assert 2 * whole <= found < 6 * whole  # not 256 times the whole
 
 
 def test_memory_of_a_product_is_its_operands_and_its_result():
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 128)))
-    found = traffic.memory_bytes(hlo.parse(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
+    found = traffic.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
     exact = 4 * (256 * 512 + 512 * 128 + 256 * 128)
     np.testing.assert_allclose(found, exact, rtol=0.01)
 

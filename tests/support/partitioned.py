@@ -51,7 +51,7 @@ def moved(lowered, folder):
         lowered.compile(compiler_options=options)
     (text,) = (path.read_text() for path in folder.glob("*after_spmd-partitioning*"))
     found = []
-    for one in (one for inside in hlo.parse(text).computations.values() for one in inside.values()):
+    for one in (one for inside in hlo.parse_hlo(text).computations.values() for one in inside.values()):
         groups = traffic.replica_groups(one.attributes, jax.device_count())
         alone = (
             one.opcode != "collective-permute" and max(map(len, groups)) == 1

@@ -27,7 +27,6 @@ from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import adapters, init, peft_write, pretrained
 
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 

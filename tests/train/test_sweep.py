@@ -23,7 +23,7 @@ from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
-from jaxft.optim.optimizer import Optim, linear, make_optimizer
+from jaxft.optim.optimizer import Optim, linear_schedule, make_optimizer
 from jaxft.train import partition
 from jaxft.train.multi_adapter import (
     SharedFrozen,
@@ -35,7 +35,6 @@ from jaxft.train.multi_adapter import (
     own_params,
 )
 from jaxft.train.step import make_train_step
-
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -162,7 +161,7 @@ MIXED = (
     One(
         pairwise(partial(P.ipo, beta=0.2), beta=0.2),
         rank=5,
-        optim=Optim(lr=0.01, clip=0.05, warmup=0.0, schedule=linear),
+        optim=Optim(lr=0.01, clip=0.05, warmup=0.0, schedule=linear_schedule),
     ),
     One(
         pairwise(partial(F.bco, beta=0.3), beta=0.3),

@@ -27,7 +27,6 @@ from jaxft.runs.record import describe
 from jaxft.train import evaluate, partition
 from jaxft.train.step import make_train_step
 
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -200,7 +199,9 @@ def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
         "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.full(0.0))},
         "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.full(0.0)),
     }
-    settings = Optim(optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant, warmup=0.0)
+    settings = Optim(
+        optimizer=optimizer, clip=None, weight_decay=0.01, schedule=optim.constant_schedule, warmup=0.0
+    )
     random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
     stacked = param.init_params(jax.tree.map(random, specs, is_leaf=param.is_spec), jax.random.key(1))
     scales = jnp.array([1.0, 100.0, 0.01])  # layers whose gradients differ in size
@@ -287,7 +288,7 @@ def test_bfloat16_parameters_move_by_what_they_cannot_hold():
     """An update of a thousandth of a parameter is less than half its spacing: rounded to the nearest it would never move."""
     specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.full(1.0))}
     start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
-    settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant)
+    settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant_schedule)
     optimizer = make_optimizer(settings, specs, 10)
     assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(optimizer.init(start)))
     g = {"w": jnp.ones((64, 512), jnp.bfloat16)}

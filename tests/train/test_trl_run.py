@@ -44,7 +44,7 @@ def ours(folder, rows, loss):
     run = Run(
         "trl", base, pretrained.model_for(base, dtype=jnp.float32), partial(preference, loss=loss),
         PairRows(str(folder / "rows.jsonl"), held_out="none", batch=BATCH, max_length=128), adapter=None,
-        optim=Optim(lr=LR, schedule=optimizer.constant, warmup=0.0, eps=EPS),
+        optim=Optim(lr=LR, schedule=optimizer.constant_schedule, warmup=0.0, eps=EPS),
     )  # fmt: skip
     source = run.data.open(pretrained.load_tokenizer(base), cache=folder / "cache")
     p = programs.build(run, STEPS, jax.devices()[:1])
