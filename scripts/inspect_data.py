@@ -1,11 +1,9 @@
-"""Show what a run learns from: rows token by token, coloured by loss weight, and the statistics of their
-lengths.
+"""Print SFT rows token by token, coloured by loss weight, and the statistics of their lengths.
 
     python scripts/inspect_data.py --config configs/sft.py [--rows 3] [knob=value ...]
     python scripts/inspect_data.py --data rows.jsonl --model REF [--rows 3] [loss_on=all ...]
 
-Learned tokens are green, brighter with more weight; the rest is dim. Where there are no colours they stand in
-⟦ ⟧.
+Learned tokens are green, brighter with more weight; the others are dim. Without colours they are in ⟦ ⟧.
 """
 
 import argparse
@@ -35,7 +33,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--config", help="a config file; its data and tokenizer are shown")
+    where.add_argument("--config", help="a config file with SFT data; its rows and tokenizer are used")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a config")
     parser.add_argument("--model", help="where the tokenizer comes from, with --data")
     parser.add_argument("--rows", type=int, default=3, help="how many examples to show")
@@ -47,9 +45,11 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> tuple[Rows, str]:
-    """The rows and the reference of the tokenizer that the command line names."""
+    """Return the settings of the rows and the reference of the tokenizer."""
     if args.config:
         run = config.load_config(args.config, args.overrides)
+        if not isinstance(run.data, Rows):
+            raise ValueError(f"{args.config}: the data are {run.data.unit}; use a config with SFT rows")
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
@@ -60,7 +60,7 @@ def settings(args: argparse.Namespace) -> tuple[Rows, str]:
 
 
 def with_fields(rows: Rows, overrides: list[str]) -> Rows:
-    """`rows` with name=value pairs put in, each value read as the type that the field has."""
+    """Return `rows` with fields replaced by name=value overrides, each parsed as the type of its field."""
     kinds = typing.get_type_hints(Rows)
     values = {}
     for item in overrides:
@@ -68,7 +68,7 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
         name = name.removeprefix("data.")
         if not equals or name not in kinds:
             raise ValueError(
-                f"found {item!r}, wanted name=value; near: {', '.join(nearest(name, list(kinds)))}"
+                f"{item!r} is not name=value of a field of Rows; near: {', '.join(nearest(name, list(kinds)))}"
             )
         try:
             values[name] = parse_value(text, kinds[name])
@@ -78,7 +78,7 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
 
 
 def table(source: RowSource) -> Table:
-    """The statistics of a source, one a line."""
+    """Return the statistics of a source, one per line."""
     result = Table(show_header=False, box=None, pad_edge=False)
     stats = dataclasses.asdict(source.info.stats)
     for name, value in stats.items():
@@ -99,7 +99,7 @@ def table(source: RowSource) -> Table:
 
 
 def examples(source: RowSource, step: int):
-    """(name, token ids, weight of each as a target) of every example in a batch."""
+    """Yield (name, token ids, weight of each token as a target) of every example in a batch."""
     batch, _ = source.batch(step)
     flat = [
         np.asarray(x).reshape(-1, x.shape[-1])
@@ -114,7 +114,7 @@ def examples(source: RowSource, step: int):
 
 
 def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
-    """(text, weight) of each token; tokens that only together make a character come together."""
+    """Yield (text, weight) of each token; tokens that form one character together are joined."""
     shown, at = "", 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False)
@@ -124,7 +124,7 @@ def pieces(tokenizer, ids: np.ndarray, weight: np.ndarray):
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
-    """The tokens of one example with the learned ones set off."""
+    """Return the text of one example with its targets highlighted."""
     text, top, inside = Text(), weight.max() or 1.0, False
     for number, (piece, w) in enumerate(pieces(tokenizer, ids, weight)):
         if colours:
