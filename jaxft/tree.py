@@ -16,7 +16,7 @@ T = TypeVar("T")
 Params: TypeAlias = Any  # nested dicts of arrays and QTensors, None where a partition has no leaf
 Grads: TypeAlias = Any  # the structure of the trainable Params
 OptState: TypeAlias = Any  # an optimizer's state
-Aux: TypeAlias = Any  # what an objective and a source keep in TrainState beside the parameters
+Aux: TypeAlias = Any  # state of the objective and the source in TrainState
 Batch: TypeAlias = Any  # Tokens, Pairs, Rollout, or another struct of arrays with leading rows
 Metrics: TypeAlias = dict[str, Any]  # name -> metrics.Sum, Max or Min in a program, float on the host
 
@@ -82,7 +82,7 @@ def mask_by_path(tree: Any, pattern: str) -> Any:
 
 
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """Split a tree into the leaves where the mask is True and those where it is False; the others are None."""
+    """Split a tree into leaves where the mask is True and where it is False; the others are None."""
     return (
         jax.tree.map(lambda m, x: x if m else None, mask, tree),
         jax.tree.map(lambda m, x: None if m else x, mask, tree),

@@ -110,7 +110,7 @@ def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> lis
     out = []
     for prompt in prompts:
         if raw and not isinstance(prompt, str):
-            raise ValueError("--raw continues plain prompts; this file holds messages or instructions")
+            raise ValueError("--raw continues plain prompts; this file has messages or instructions")
         message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and templated else prompt
         out.append(prompt_ids(message, tokenizer, date))
     return out
@@ -137,7 +137,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
         longest, limit = max(map(len, ids)), model.config.max_positions
         if longest + args.max_new > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and --max-new {args.max_new} exceed the model's {limit} positions"
+                f"a prompt of {longest} tokens and --max-new {args.max_new} exceed the {limit} positions"
             )
         params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:

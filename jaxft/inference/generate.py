@@ -40,12 +40,12 @@ class Sampling:
 
 
 def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids that end a completion: the end tokens of the model's config and of the tokenizer."""
+    """Return the token ids that end a completion: those of the model's config and of the tokenizer."""
     return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
 
 
 def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
-    """Return logits over the temperature; tokens outside top-k, then top-p (as in transformers) become -inf."""
+    """Return logits over the temperature, with -inf outside top-k, then top-p (as in transformers)."""
     logits = logits / s.temperature
     if s.top_k is not None and s.top_k < logits.shape[-1]:
         logits = jnp.where(top_mask(logits, jnp.ones((), jnp.float32), s.top_k), logits, -jnp.inf)

@@ -1,6 +1,6 @@
 """Model families: the model_type of a config.json to its config, builder and presets.
 
-To add a family, write its file beside llama.py and add a row to FAMILIES.
+To add a family, write its file next to llama.py and add a row to FAMILIES.
 """
 
 from collections.abc import Callable, Mapping

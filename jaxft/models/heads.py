@@ -3,8 +3,8 @@
 A head is a leaf "score" [D, 1] without a bias, the score.weight [1, D] of Hugging Face's classifiers with one
 label. A reward model that is trained has the whole tree {"base", "adapter", "score"}. Further models share
 the base of a policy; each has a name, under which its adapter and its head are stored: {"base", "adapter",
-"critic": {"adapter", "score"}}. Then
-`{"base": params["base"], **params["critic"]}` are the parameters of that model (see `view`).
+"critic": {"adapter", "score"}}. Then `{"base": params["base"], **params["critic"]}` are the parameters of
+that model (see `view`).
 """
 
 from collections.abc import Mapping
@@ -89,7 +89,9 @@ def with_scalar_head(model: Model) -> Model:
 
 
 def _no_text(*_: Any, **__: Any) -> Any:
-    raise ValueError("this model gives scores, no text; use the language model that it was made from")
+    raise ValueError(
+        "this model has a scalar head and generates no text; use the language model that it was made from"
+    )
 
 
 def head_spec(model: Model) -> ParamSpec:

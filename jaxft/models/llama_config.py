@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Change of rope's frequencies for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
+    """Rope frequencies for longer contexts. kind: "linear" (all divided by factor) or "llama3"."""
 
     kind: str
     factor: float
@@ -28,7 +28,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama. heads * head_dim may differ from width; tied: the embedding table is also the head."""
+    """Sizes of a Llama. heads * head_dim may differ from width; tied: the embedding is also the head."""
 
     vocab: int
     width: int
@@ -184,7 +184,7 @@ FIXED = {
 
 
 def from_hf(hf: dict[str, Any]) -> LlamaConfig:
-    """Parse the dict of a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
+    """Parse a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
     return LlamaConfig(**fields_from_hf(hf, "llama", FIXED))
 
 

@@ -7,7 +7,7 @@ a temperature) is `dataclasses.replace` of the fields that differ.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxft.tree import Params
 WeightNames = dict[str, tuple[str, bool]]
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """The sizes that code outside models/ reads. A family's config is a frozen dataclass with these and its
     own fields.
@@ -66,30 +67,25 @@ def no_scalar_head(params: Params, h: Array) -> Array:
 
 @dataclass(frozen=True)
 class Model:
-    """An architecture with its sizes and dtypes as pure functions of a parameter tree.
+    """A language model as pure functions of a parameter tree, with its sizes and dtypes.
 
     config: sizes.
     specs: ParamSpec tree of all parameters.
-    weight_names: parameter path -> (tensor name in Hugging Face's layout with {i} for the layer, whether it
-    is transposed).
+    weight_names: path -> (tensor name in Hugging Face's layout with {i} for the layer, transposed?).
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout.
-    Without a key
-        there is no dropout.
+        key: for dropout; None disables it.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
-    prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens a row).
-    decode(params, cache, ids [B], positions [B], slot) -> (h [B, D], cache); `slot` is the same for all rows.
+    prefill(params, tokens, size) -> (h [B, T, D], cache with slots for `size` tokens per row).
+    decode(params, cache, ids [B], positions [B], slot) -> (h [B, D], cache); all rows have the same `slot`.
     repeat_cache(cache, count) -> the cache with each row `count` times in succession.
-    forward_flops(tokens, context) -> floating point operations of a forward pass, attention over `context`
-    keys included.
-    heads: ParamSpecs that the whole tree has in addition to base and adapter: scalar heads, and models with
-    adapters of
-        their own.
-    scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`. Raises
-    ValueError where
-        the model has none.
-    generates: whether it generates text. Otherwise head, logits, prefill and decode raise ValueError.
+    forward_flops(tokens, context) -> floating point operations of a forward pass, with attention over
+        `context` keys.
+    heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
+    scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`; raises
+        ValueError if there is none.
+    generates: whether it generates text; if not, head, logits, prefill and decode raise ValueError.
     """
 
     config: ModelConfig

@@ -48,7 +48,7 @@ def cached_attention(
     v_BKSE: Float[Array, "B K S E"],
     visible_BS: Bool[Array, "B S"],
 ) -> Float[Array, "B H E"]:
-    """Attention of one query per row to a cache of S keys, stored in the layouts that the two matmuls read."""
+    """Attention of one query per row to a cache of S keys, stored in the layouts of the two matmuls."""
     B, H, E = q_BHE.shape
     K = k_BKES.shape[1]
     s_BKGS = wide_einsum("bkge,bkes->bkgs", q_BHE.reshape(B, K, H // K, E), k_BKES) * E**-0.5
@@ -92,7 +92,7 @@ def splash(q_BTHE, k_BTKE, v_BTKE, segments_BT, interpret: bool = False):
 
 
 def cudnn(q_BTHE, k_BTKE, v_BTKE, segments_BT, implementation: Literal["cudnn", "xla"] = "cudnn"):
-    """cuDNN's flash attention for NVIDIA GPUs. It has no segments: a row is one example, padded at its end."""
+    """cuDNN's flash attention for NVIDIA GPUs. A row is one example, padded at its end."""
     lengths_B = jnp.maximum((segments_BT > 0).sum(1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
@@ -176,7 +176,7 @@ def _one_key_head(kernel, queries: int, shared: int):
 
 
 def _sharded_queries(q_BTHE, k_BTKE, v_BTKE, segments_BT, branches_BT):
-    """Attention on a mesh that shards time: each device gathers keys and values for its part of the queries."""
+    """Attention on a mesh that shards time: each device gathers all keys for its part of the queries."""
 
     def part(q_BTHE, k_BSKE, v_BSKE, *rows):
         queries, keys = Visibility(*rows[:2]), Visibility(*rows[2:])

@@ -40,8 +40,8 @@ def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
 class Visibility:
     """What decides with storage order which keys are visible: segments, and branches or None, both [B, T]."""
 
-    segments: Int[Array, "B T"]
-    branches: Int[Array, "B T"] | None
+    segments: Any  # integers [..., T]
+    branches: Any  # as segments, or None
 
 
 def flash(

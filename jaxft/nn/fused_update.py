@@ -34,16 +34,14 @@ class FusedLayers:
 
     layers: a tree with the trainable leaves [L, ...], in which `pick` finds the layers. frozen: the other
     leaves of the layers, None for a trainable one. state: the optimizer state, [L, ...], integers as
-    `float_bits`, since
-    only floats have cotangents. update: (gradients of a layer of `layers`, their norm, (that layer, its
-    state), i)
-    -> (layer, state). calls: counts the uses of these layers.
+    `float_bits`, since only floats have cotangents. update: (gradients of a layer of `layers`, their norm,
+    (that layer, its state), i) -> (layer, state). calls: counts the uses of these layers.
     """
 
     layers: Any
     frozen: Any
     state: Any
-    squares: Float[Array, ""]
+    squares: Any  # a float scalar
     pick: Callable = static()
     update: Callable = static()
     calls: CallCount = static()
@@ -59,7 +57,7 @@ def unfused(params: Any) -> Any:
 
 
 def float_bits(x: Array) -> Array:
-    """Return the bits of an integer array as floats of the same size, never computed with; floats unchanged."""
+    """Return integers as floats with the same bits, which are never computed with; floats unchanged."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])

@@ -154,7 +154,7 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
-    """Return `w + scale a b`, computed in float32 or wider, in `dtype`; w is one kernel or a stack of them."""
+    """Return `w + scale a b`, computed in float32 or wider, in `dtype`, of one kernel or a stack."""
     wide = jnp.promote_types(dtype, jnp.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
     a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))

@@ -1,4 +1,4 @@
-"""Matmuls with plain, quantised and LoRA-adapted weights, their backward passes, and the language model head."""
+"""Matmuls with plain, quantised and LoRA-adapted weights, their backward passes, and the LM head."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ def expand(w: Weight, dtype: Any) -> Array:
 
 
 def expand_after(w: Weight, x: Array) -> Array:
-    """expand in the dtype of x, and not before x is computed: XLA would else dequantise many weights at once."""
+    """expand in the dtype of x, after x: XLA would otherwise dequantise many weights at once."""
     if isinstance(w, QTensor) and w.kind != "bits":
         w, _ = jax.lax.optimization_barrier((w, x))
     return expand(w, x.dtype)
@@ -161,7 +161,7 @@ def from_bits(x: Array, dtype: Any) -> Array:
 
 
 def concat_bits(x: Array, y: Array, axis: int) -> Array:
-    """Concatenate two arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
+    """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
     return from_bits(jnp.concatenate([to_bits(x), to_bits(y)], axis), x.dtype)
 
 
@@ -278,7 +278,7 @@ class GramProbe:
     """
 
     weight: Any
-    moment: Float[Array, "I I"]
+    moment: Any  # float [I, I]
 
 
 @jax.custom_vjp

@@ -26,8 +26,7 @@ class Quant:
     """How the frozen base is stored: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
     kind: int8 (a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and for affine4 an offset,
-    per
-    `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ, GGUF or
+    per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ, GGUF or
     scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits too.
     block and double default to the usual values of the kind. targets: "all-linear" (every linear layer of the
     blocks) or a regular expression over parameter paths, which may match embed and head too; norms are never
@@ -64,7 +63,7 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
     if kind == CHECKPOINT:
         if block is not None or double is not None:
             raise ValueError(
-                "quant=checkpoint takes blocks and scales from the files; leave out quant.block and quant.double"
+                "quant=checkpoint takes blocks and scales from the files; omit quant.block and quant.double"
             )
         return None, False
     if kind not in FORMATS:
@@ -158,7 +157,7 @@ def quantize(
 
 
 def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.ndarray, "*L N O"]:
-    """Return the scales that `quantize` gives a weight [..., I, O] with one block per channel, as floats."""
+    """Return the scales that `quantize` gives a weight [..., I, O], as floats."""
     qf.check_range(weight)
     block, step = with_defaults(kind, block, None)[0] or weight.shape[-2], _columns(weight)
     parts = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))

@@ -26,8 +26,9 @@ GROUP = 256  # quantised scales that share a scale
 # distribution.
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-     0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+     1.0], np.float32,
 )  # fmt: skip
 FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(
     12.0
@@ -124,7 +125,7 @@ def nearest_int4(x: Array, scale: Array, offset: None) -> Array:
 
 
 def scale_affine4(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale and offset of affine4: (max - offset) / 15 rounded up, and the minimum rounded down, in bfloat16."""
+    """Scale and offset of affine4: (max - offset) / 15 rounded up, the minimum rounded down, in bfloat16."""
     xp = x.__array_namespace__()
     offset = _rounded_down(xp.min(x, axis=-2, keepdims=True))
     return _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15)), offset
@@ -206,7 +207,7 @@ def encode_scales(
 
 
 def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
-    """Mean of non-negative numbers over the last axis, by halves: the sums of numpy and XLA differ in order."""
+    """Mean of non-negative numbers over the last axis, by halves: numpy and XLA sum in other orders."""
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
     x = xp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, half - count)])
@@ -242,8 +243,7 @@ class Format:
     """A number format of quantised weights.
 
     bits: of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale, None
-    for
-    all of a channel. double: whether scales are quantised too by default, None if they cannot be.
+    for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
     scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
     nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
     """

@@ -1,10 +1,8 @@
-"""Run a model's stacked layers: one `lax.scan` in training, at prefill and in decoding with a key/value
-cache.
+"""Run the stacked layers of a model: one `lax.scan` in training, at prefill, and in decoding with a cache.
 
-A family gives one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream [B,
-T, D]. It calls
-`attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope, and returns the
-`extra` that it got.
+A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream
+[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope, and
+returns this `extra`.
 """
 
 from collections.abc import Callable
@@ -86,7 +84,7 @@ def scan_layers(
     if isinstance(layers, fused_update.FusedLayers):
         if remat != "full":
             raise ValueError(
-                f"optim.fused_backward recomputes each layer from its input: use remat=full, got remat={remat}"
+                f"optim.fused_backward recomputes layers from their inputs: use remat=full, got remat={remat}"
             )
         return fused_update.fused_scan(body, h_BTD, layers, keys)
     xs = layers, keys

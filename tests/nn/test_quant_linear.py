@@ -252,7 +252,7 @@ def test_a_run_stores_its_targets_quantised_and_nothing_else():
 @pytest.mark.parametrize(
     "adapter, train, quant, says",
     [
-        (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is to be trained;"),
+        (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is trainable;"),
         (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up"),
         (Adapter(), None, Quant(targets="layers/up"),
         "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),

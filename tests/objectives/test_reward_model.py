@@ -317,7 +317,7 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
         heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.targets names the head"):
         adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
-    with pytest.raises(ValueError, match="gives scores, no text"):
+    with pytest.raises(ValueError, match="has a scalar head and generates no text"):
         heads.with_scalar_head(model).logits({}, None)
 
 
