@@ -52,9 +52,9 @@ class Adapted:
     """A base weight with its adapter, for nn.matmul.linear. `weight` is None for a tied head."""
 
     weight: Any
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
+    a: Any  # [L, I, R], or a ParamSpec
+    b: Any  # [L, R, O]
+    scale: Any  # [L]
     dropout: float = static(default=0.0)
 
 

@@ -1,8 +1,8 @@
 """Run the stacked layers of a model: one `lax.scan` in training, at prefill, and in decoding with a cache.
 
 A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream
-[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope, and
-returns this `extra`.
+[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope,
+and returns this `extra`.
 """
 
 from collections.abc import Callable
