@@ -77,11 +77,12 @@ def config(
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")
     heads, judges = base.reward_model(judge, prompts.max_length)
+    scored_by: tuple[Any, ...] = (*rewards, *judges)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     taper = None if overlong is None else (prompts.max_new, overlong)
     rules = Rules(
-        (*rewards, *judges),
+        scored_by,
         estimate or partial(by_group, advantage=advantage or grpo),
         token_weights,
         reward_weights,

@@ -111,10 +111,9 @@ def config(
     """Proximal policy optimisation."""
     heads, rewards = base.reward_model(reward, prompts.max_length)
     kind = critic or ("reward" if heads else "shared")
-    adaptive = kl_target is not None
-    penalty: Any = (
-        AdaptiveKL(kl_coef, kl_target, 10_000 * prompts.passes, kl) if adaptive else FixedKL(kl_coef, kl)
-    )
+    penalty: Any = FixedKL(kl_coef, kl)
+    if kl_target is not None:
+        penalty = AdaptiveKL(kl_coef, kl_target, 10_000 * prompts.passes, kl)
     rules = Rules(
         rewards,
         partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl),
