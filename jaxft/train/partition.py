@@ -67,17 +67,17 @@ def partition_params(
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
-    wanted = (pattern,) if isinstance(pattern, str) else pattern or trainable_patterns(model, adapter)
-    mask = jax.tree.map(lambda *hit: any(hit), *(tree.mask_by_path(paths, each) for each in wanted))
+    patterns = (pattern,) if isinstance(pattern, str) else pattern or trainable_patterns(model, adapter)
+    mask = jax.tree.map(lambda *hits: any(hits), *(tree.mask_by_path(paths, one) for one in patterns))
     mask = tree.map_with_path(lambda path, m: m and (in_base(path) or not path.endswith("/scale")), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
         raise ValueError(
-            f"run.params={name} is how trained weights of the base are held, and there are none; use float32"
+            f"run.params={name} applies to trainable base weights, but there are none; use run.params=float32"
         )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            f"train={pattern!r} leaves nothing to train: an adapter's scale is fixed; name its a or b"
+            f"train={pattern!r} selects no trainable parameter: an adapter's scale is frozen; select its a or b"
         )
     trainable = {path for path, is_trainable in tree.paths(mask).items() if is_trainable}
     stored = pretrained.stored_model(whole, quant, ref, trainable, dtype)

@@ -33,25 +33,25 @@ def second_moments(
     Memory holds the moments of all layers together with the weights.
     """
     shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
-    zeros = {
+    moments = {
         path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32)
         for path in paths
     }
 
-    def watched(base: Any, sums: dict[str, Array]) -> Any:
+    def with_probes(base: Any, sums: dict[str, Array]) -> Any:
         return tree.map_with_path(
             lambda path, w: GramProbe(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
         )
 
     @partial(jax.jit, donate_argnums=1)
-    def more(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
+    def add_batch(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
         at_zero = jax.tree.map(jnp.zeros_like, sums)
-        found = jax.grad(lambda sums: loss(watched(base, sums), batch))(at_zero)
-        return jax.tree.map(jnp.add, sums, found)
+        added = jax.grad(lambda sums: loss(with_probes(base, sums), batch))(at_zero)
+        return jax.tree.map(jnp.add, sums, added)
 
     for batch in batches:
-        zeros = more(base, zeros, batch)
-    return zeros
+        moments = add_batch(base, moments, batch)
+    return moments
 
 
 def quantize_gptq(
@@ -72,22 +72,24 @@ def quantize_gptq(
 def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     """Round the largest inputs first, while many others can still compensate for them."""
     ins, outs = weight.shape
-    own = jnp.diagonal(moment)
-    order = jnp.argsort(-own)
-    damp = DAMPING * jnp.mean(own) + jnp.where(own > 0, 0.0, jnp.mean(own)) + jnp.float32(1e-30)
+    squares = jnp.diagonal(moment)
+    order = jnp.argsort(-squares)
+    damp = DAMPING * jnp.mean(squares) + jnp.where(squares > 0, 0.0, jnp.mean(squares)) + jnp.float32(1e-30)
     moment = (moment + jnp.diag(damp))[order][:, order]
     scale, offset = (None if x is None else x[order] for x in grid(plain))
     upper = _inverse_factor(moment / jnp.mean(jnp.diagonal(moment)))
     size = next(n for n in range(min(BLOCK, ins), 0, -1) if ins % n == 0)
-    some = lambda x, at, n=size: jax.lax.dynamic_slice_in_dim(x, at, n, 0)  # noqa: E731
     format = FORMATS[kind]
+
+    def take(x: Array, at: Array, n: int = size) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, at, n, 0)
 
     def one(
         j: Array, now: tuple[Array, Array, Array], at: Array, factor: Array
     ) -> tuple[Array, Array, Array]:
         part, errors, codes = now
         row = part[j]
-        s, o = some(scale, at + j, 1)[0], None if offset is None else some(offset, at + j, 1)[0]
+        s, o = take(scale, at + j, 1)[0], None if offset is None else take(offset, at + j, 1)[0]
         code = format.nearest(row, s, o)
         value = format.decode(code) * s if o is None else format.decode(code) * s + o
         error = (row - value) / factor[j, j]
@@ -97,18 +99,18 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         weight, codes = now
         at = b * size
-        rows = some(upper, at)
+        rows = take(upper, at)
         factor = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
-        start = some(weight, at), jnp.zeros((size, outs), jnp.float32), codes
+        start = take(weight, at), jnp.zeros((size, outs), jnp.float32), codes
         _, errors, codes = jax.lax.fori_loop(0, size, partial(one, at=at, factor=factor), start)
         return weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST), codes
 
-    kept = jnp.int8 if not is_paired(kind) else jnp.uint8
-    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], jnp.zeros((ins, outs), kept)))[1]
+    dtype = jnp.int8 if not is_paired(kind) else jnp.uint8
+    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], jnp.zeros((ins, outs), dtype)))[1]
     return codes[jnp.argsort(order)]
 
 
 def _inverse_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:
-    """Upper triangular U with `U^T U = x^-1`."""
+    """Return the upper triangular U with `U^T U = x^-1`."""
     low = jnp.linalg.cholesky(x[::-1, ::-1])[::-1, ::-1]  # upper, with low low^T = x
     return jax.scipy.linalg.solve_triangular(low, jnp.eye(len(x), dtype=x.dtype), lower=False)

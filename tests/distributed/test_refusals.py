@@ -45,7 +45,7 @@ def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
     model = llama(CONFIG, jnp.float32)
     with pytest.raises(
         ValueError,
-        match="run.params=bfloat16 is how trained weights of the base are held, and there are none",
+        match="run.params=bfloat16 applies to trainable base weights, but there are none",
     ):
         partition.partition_params(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
     held = partition.partition_params(
@@ -58,7 +58,7 @@ def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
 
 
 def test_a_pattern_that_leaves_only_the_fixed_scale():
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="selects no trainable parameter"):
         partition.partition_params(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
 
 

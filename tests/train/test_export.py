@@ -85,7 +85,7 @@ def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, worl
 
 
 @tied_too
-def test_a_run_is_merged_as_its_parts_are_and_rounded_once(script, world, tmp_path):
+def test_a_run_and_its_parts_merge_to_the_same_weights_rounded_once(script, world, tmp_path):
     assert script("export", "--run", "runs/r", "--out", tmp_path / "run")[0] == 0
     assert (
         script(
@@ -114,7 +114,7 @@ def test_without_an_adapter_the_base_is_copied_bit_for_bit(script, world, tmp_pa
     assert copy.keys() == base.keys() and all(torch.equal(copy[name], base[name]) for name in base)
 
 
-def test_merging_holds_a_tensor_and_not_a_model(world, tmp_path):
+def test_merging_needs_memory_for_one_tensor(world, tmp_path):
     wide = tiny_torch(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
     write_folder(tmp_path / "base", wide)
     model = pretrained.model_for(str(tmp_path / "base"))
@@ -132,7 +132,7 @@ def prompts_of(out):
 
 
 @tied_too
-def test_a_run_answers_as_its_adapter_and_as_the_merged_model(script, tmp_path):
+def test_a_run_its_adapter_and_the_merged_model_generate_the_same_text(script, tmp_path):
     ask = ("--prompt", "ab", "--prompt", "What is rope?", "--max-new", "6", "--json")
     _, base, _ = script("generate", "--model", "base", "--dtype", "float32", *ask)
     _, answers, _ = script("generate", "--model", "base", "--adapter", "adapter", "--dtype", "float32", *ask)
@@ -142,7 +142,7 @@ def test_a_run_answers_as_its_adapter_and_as_the_merged_model(script, tmp_path):
     assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, answers)
 
 
-def test_answers_are_transformers_own_through_the_template_and_raw(script, world, tmp_path):
+def test_generated_text_equals_transformers_with_the_template_and_raw(script, world, tmp_path):
     from transformers import AutoTokenizer
 
     theirs, tokenizer = load(world[0] / "base"), AutoTokenizer.from_pretrained(str(world[0] / "base"))
@@ -212,7 +212,7 @@ def test_sampling_repeats_with_its_seed(script):
         ("generate --model base --file empty.txt", ("empty.txt", "no prompts")),
         (
             "generate --model base --file text.jsonl",
-            ("text.jsonl:1", "wanted prompt, messages or instruction"),
+            ("text.jsonl:1", "add prompt, messages or instruction"),
         ),
         ("generate --model base --file chat.jsonl --raw", ("--raw",)),
         ("generate --model base --prompt x --temperature -1", ("temperature",)),
@@ -222,7 +222,7 @@ def test_sampling_repeats_with_its_seed(script):
         ("export --run runs --out m", ("not a run's folder",)),
     ],
 )
-def test_a_mistake_is_one_line(script, world, command, words):
+def test_a_user_error_is_one_line(script, world, command, words):
     for name, text in [
         ("empty.txt", "\n\n"),
         ("text.jsonl", '{"text": "x"}\n'),
@@ -246,7 +246,7 @@ def test_a_mistake_is_one_line(script, world, command, words):
         ("export --run r --adapter a --out m", "--adapter"),
     ],
 )
-def test_wrong_options_are_told(script, command, word):
+def test_wrong_options_are_named(script, command, word):
     code, _, err = script(*command.split())
     assert code == 2 and word in err
 

@@ -74,7 +74,7 @@ def test_another_form_is_another_run_and_what_does_not_fit_is_one_line(place):
         assert place.err().count("->") == 1 and "choose another name" in place.err()
     assert place.run(*SHORT, "quant=nf4", "full=true", "name=wrong") == 1
     assert place.err() == (
-        "error: quant=nf4 freezes base/layers/attn/k, which is to be trained; train an adapter, or set quant=none\n"
+        "error: quant=nf4 freezes base/layers/attn/k, which is trainable; train an adapter, or set quant=none\n"
     )
     mesh = ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2"]
     assert place.run(*SHORT, "quant=nf4", *mesh, "name=wrong", devices=2) == 1

@@ -68,7 +68,7 @@ def test_smollm2_tokenizer_gives_transformers_ids(smollm2, tmp_path):
     assert [again.encode(text) for text in CORPUS + DIGITS] == [ours.encode(text) for text in CORPUS + DIGITS]
 
 
-def test_smollm2_digits_are_cut_as_in_its_published_tokenizer(smollm2):
+def test_smollm2_digits_are_split_as_in_its_published_tokenizer(smollm2):
     from tokenizers import Tokenizer, pre_tokenizers
 
     ours, theirs = pretrained.load_tokenizer(SMOLLM2), smollm2[1]
@@ -103,7 +103,7 @@ def load(path):
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_type_is_what_the_gguf_package_expands(tmp_path, kind, tied, monkeypatch):
+def test_every_tensor_type_is_what_the_gguf_package_dequantises(tmp_path, kind, tied, monkeypatch):
     monkeypatch.setattr(gguf, "CHUNK", 300)  # several pieces a tensor
     reference = tiny_torch(tie_word_embeddings=tied)
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, kind))
@@ -168,7 +168,7 @@ def check_refuses(path, *words):
     )
 
 
-def test_what_is_not_a_readable_llama_is_named(tmp_path):
+def test_an_unsupported_gguf_file_is_an_error_that_names_it(tmp_path):
     reference, path = tiny_torch(), tmp_path / "tiny.gguf"
     write_gguf(path, reference, architecture="qwen2")
     check_refuses(path, "qwen2", "architecture")
@@ -186,7 +186,7 @@ def test_what_is_not_a_readable_llama_is_named(tmp_path):
     check_refuses(path, "rope rotates 16 of 32")
 
 
-def test_a_cut_file_is_named(tmp_path):
+def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch())
     whole = path.read_bytes()
     for size in (0, 3, 4, 20, 100, 2000, len(whole) // 2, len(whole) - 1):
@@ -201,7 +201,7 @@ def small_file(tmp_path_factory):
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_garbled_file_loads_or_is_one_line_that_names_it(small_file, data):
+def test_a_corrupt_gguf_file_loads_or_is_one_line_that_names_it(small_file, data):
     garbled, path = bytearray(small_file.read_bytes()), small_file.with_name("garbled.gguf")
     for _ in range(data.draw(st.integers(1, 4))):
         garbled[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))

@@ -47,7 +47,7 @@ def value(q):
 
 
 @every_form
-def test_outputs_change_less_than_by_plain_rounding(form):
+def test_gptq_changes_outputs_less_than_rounding_to_nearest(form):
     x, w = inputs(), weight()
     plain, found = quantize(w, *form), gptq.quantize_gptq(w, x.T @ x, *form)
     off = [np.square(x @ (value(q) - w)).sum() for q in (plain, found)]
@@ -58,7 +58,7 @@ def test_outputs_change_less_than_by_plain_rounding(form):
 
 
 @every_form
-def test_only_the_codes_are_others(form):
+def test_gptq_changes_only_the_codes(form):
     w = weight(50)  # a short last block
     x = inputs(size=50)
     plain, found = quantize(w, *form), gptq.quantize_gptq(w, x.T @ x, *form)
@@ -70,7 +70,7 @@ def test_only_the_codes_are_others(form):
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids=lambda f: f[0])
-def test_inputs_that_do_not_go_together_are_rounded_alone(form):
+def test_gptq_with_uncorrelated_inputs_rounds_to_nearest(form):
     w = weight()
     own = np.diag(np.linspace(1, 2, 48).astype(np.float32))
     np.testing.assert_array_equal(gptq.quantize_gptq(w, own, *form).codes, quantize(w, *form).codes)
@@ -162,7 +162,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
             pytest.fail(path)
 
 
-def test_a_watched_product_is_the_product():
+def test_a_gram_probe_does_not_change_the_matmul():
     x, w = jnp.asarray(inputs(20)), jnp.asarray(weight())
     watched = GramProbe(w, jnp.zeros((48, 48)))
     both = [jax.value_and_grad(lambda x, w=w: jnp.sum(jnp.sin(linear(x, w))))(x) for w in (w, watched)]
@@ -186,7 +186,7 @@ def quantized(place, monkeypatch, capsys):
     return call
 
 
-def test_a_calibrated_base_is_nearer_to_the_model_than_a_plain_one(place, quantized):
+def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place, quantized):
     form = ("--model", "base", "--kind", "int4", "--block", "32", "--targets", "layers/attn/.*")
     assert quantized(*form, "--out", "plain")[0] == 0
     code, told = quantized(

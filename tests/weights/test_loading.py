@@ -110,7 +110,7 @@ TOGETHER += [(way, "checkpoint", ["1x8"]) for way in KEPT] + [
 
 
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
-def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
+def test_a_parameter_on_a_mesh_has_the_bits_of_one_device(folders, folder, form):
     t = held_as(folders[folder], form)
     wanted = pretrained.load_base(str(folders[folder]), t.stored, one_device())
     for name in ("1x8", "2x2x2"):
@@ -126,7 +126,7 @@ def test_a_leaf_on_a_mesh_has_one_devices_bits(folders, folder, form):
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ("trained", "checkpoint")])
-def test_one_devices_bits_are_those_of_the_whole_stacked_leaf(folders, form):
+def test_the_bits_of_one_device_are_those_of_quantising_the_stacked_parameter(folders, form):
     state = {}
     for path in folders["plain"].glob("*.safetensors"):
         state |= load_file(path)
@@ -181,7 +181,7 @@ def together(folders, tmp_path_factory):
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
-def test_two_processes_have_one_devices_bits_and_read_their_own_half(together):
+def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_each(together):
     """What is cut over the mesh is read once by one process; scales of whole channels take a second reading
     of it.
 
@@ -261,7 +261,7 @@ def test_only_the_pages_of_a_slice_are_touched(tmp_path, way):
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_a_number_that_cannot_be_packed_is_named_with_its_tensor_and_part(folders, tmp_path, form):
+def test_a_value_that_cannot_be_quantised_is_reported_with_its_tensor_and_part(folders, tmp_path, form):
     state = {
         name: x for path in folders["plain"].glob("*.safetensors") for name, x in load_file(path).items()
     }
@@ -302,7 +302,7 @@ def test_the_benchmark_reports_the_shards_of_each_process():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--quant", "nf4"], ["--quant", "int8"], ["--full"]], ids=" ".join)
-def test_host_memory_stays_near_the_largest_leaf_above_a_process_s_own_shards(more):
+def test_peak_host_memory_is_the_local_shards_and_about_one_parameter(more):
     found = bench("--gb", "1", *more)
     for process in found["processes"]:
         assert process["peak"] < process["own shards"] + process["largest leaf"] + 0.1 * found["files"], found

@@ -74,7 +74,7 @@ def ours(world, adapter, settings, tokens):
     indirect=["world"],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_our_adapter_gives_the_same_logits_in_peft_and_comes_back(world, tmp_path, settings):
+def test_our_adapter_has_the_same_logits_in_peft_and_round_trips(world, tmp_path, settings):
     adapter, tokens = trained(world[1], settings), some_tokens()
     peft_write.save_adapter(tmp_path, adapter, settings, world[1], f"{world[0]}")
     expected = ours(world, adapter, settings, tokens)
@@ -132,7 +132,7 @@ def written_by_peft(world, folder, **config):
 @pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`"
 )
-def test_an_adapter_by_peft_gives_the_same_logits_here_and_leaves_again(world, tmp_path, config):
+def test_an_adapter_by_peft_has_the_same_logits_here_and_round_trips(world, tmp_path, config):
     expected = written_by_peft(world, tmp_path / "in", r=4, lora_alpha=16, **config)
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
     adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
@@ -166,7 +166,7 @@ def test_a_smollm2_adapter_and_its_merged_folder_give_the_same_logits_in_torch(t
     np.testing.assert_allclose(torch_logits(theirs, tokens), expected, atol=2e-3)
 
 
-def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
+def test_adapter_config_has_the_common_fields_sorted(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q", "gate", "head"))
     peft_write.save_adapter(
         tmp_path, trained(world[1], settings), settings, world[1], "meta-llama/Llama-3.2-1B@main"
@@ -187,7 +187,7 @@ def test_the_config_holds_the_common_fields_sorted(world, tmp_path):
     assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (320, 2)
 
 
-def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
+def test_a_scale_other_than_alpha_over_rank_is_folded_into_b(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q",))
     adapter = trained(world[1], settings)
     adapter["layers"]["attn"]["q"]["scale"] = jnp.array([2.0, 0.0, 0.5])
@@ -198,7 +198,7 @@ def test_a_scale_of_its_own_is_folded_into_b(world, tmp_path):
     )
 
 
-def test_a_bfloat16_adapter_survives_bit_for_bit(world, tmp_path):
+def test_a_bfloat16_adapter_round_trips_bit_for_bit(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("v",))
     adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained(world[1], settings))
     peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
@@ -265,7 +265,7 @@ class TestRefusals:
         (folder / "adapter_config.json").unlink()
         self.check_refuses(world, folder, "adapter_config.json", "no such file", error=FileNotFoundError)
 
-    def test_trees_that_are_not_this_model_s(self, world, tmp_path):
+    def test_trees_that_do_not_fit_the_model(self, world, tmp_path):
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}
         for adapter, word in [
             ({}, "no pairs"),

@@ -55,7 +55,7 @@ def same(found, wanted):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
-def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind, double):
+def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind, double):
     folder, wanted = by_bitsandbytes(tmp_path, kind, double)
     tensors = pretrained.open_files(str(folder))
     assert set(tensors.quantised) == set(wanted)
@@ -77,7 +77,7 @@ def test_bitsandbytes_weights_are_its_own_numbers_and_stay_packed(tmp_path, kind
     )
 
 
-def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
+def test_blocks_that_run_across_rows_are_dequantised_to_the_same_values(tmp_path):
     folder, wanted = by_bitsandbytes(tmp_path, "nf4", True, hidden_size=96, intermediate_size=128)
     model, t, base = kept(folder, jnp.bfloat16)
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
@@ -90,7 +90,7 @@ def test_blocks_across_rows_are_expanded_to_the_same_numbers(tmp_path):
     assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
 
 
-def test_another_map_of_scales_keeps_the_codes(tmp_path):
+def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
     folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
     state = load_file(folder / "model.safetensors")
     for name in state:
@@ -146,7 +146,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize("case", GROUPED)
-def test_grouped_weights_are_their_definition(tmp_path, case):
+def test_gptq_and_awq_weights_have_the_values_of_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
     model, t, base = kept(folder)
     assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
@@ -159,7 +159,7 @@ def test_grouped_weights_are_their_definition(tmp_path, case):
     np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
 
 
-def test_a_group_index_goes_through_products_tables_and_meshes(tmp_path):
+def test_a_group_index_works_in_matmuls_tables_and_on_meshes(tmp_path):
     folder, reference = write_grouped(tmp_path, "gptq", ordered=True)
     model, t, base = kept(folder)
     q = jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])
@@ -221,13 +221,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_one_line(tmp_path, case):
+def test_an_inconsistent_checkpoint_is_one_line(tmp_path, case):
     settings, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         kept(bad(tmp_path, **settings))
 
 
-def test_other_methods_and_broken_states_are_refused(tmp_path):
+def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
     folder = write_folder(tmp_path / "fp8", tiny_torch())
     edit_config(folder, quantization_config={"quant_method": "fp8"})
     with pytest.raises(
@@ -258,7 +258,7 @@ def test_other_methods_and_broken_states_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
-def test_gguf_blocks_stay_packed_and_are_the_packages_numbers(tmp_path, kind):
+def test_gguf_blocks_stay_quantised_and_have_the_gguf_packages_values(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
     model, t, base = kept(path)
     plain = load_on_host(str(path), model, lambda path, x: jnp.asarray(x))
@@ -297,7 +297,9 @@ SAVED = [  # an input of 96 has no whole blocks of 64
 
 
 @pytest.mark.parametrize("kind, more", SAVED)
-def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, capsys, tmp_path, kind, more):
+def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
+    place, monkeypatch, capsys, tmp_path, kind, more
+):
     source, out = place.folder / "base", tmp_path / "packed"
     code, told, err = call(
         monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more
@@ -315,7 +317,7 @@ def test_a_saved_base_is_the_one_that_is_quantised_on_load(place, monkeypatch, c
     assert method == ("bitsandbytes" if "--block" in more and kind == "nf4" else "jaxft")
 
 
-def test_transformers_loads_what_is_written_and_has_the_same_numbers(monkeypatch, capsys, tmp_path):
+def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, capsys, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
 
@@ -334,7 +336,7 @@ def test_transformers_loads_what_is_written_and_has_the_same_numbers(monkeypatch
     assert np.abs(ours - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
-def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
+def test_a_run_on_quantised_files_equals_one_that_quantises_on_load(place):
     base = place.folder / "nf4"
     shutil.copytree(place.folder / "base", place.folder / "wide", dirs_exist_ok=True)
     write_folder(place.folder / "wide", tiny_torch(**SIZES))
@@ -366,7 +368,7 @@ def test_a_run_on_saved_weights_is_the_run_that_quantises(place):
     )
 
 
-def test_a_merged_run_is_packed_again_and_says_what_that_changed(place, monkeypatch, capsys, tmp_path):
+def test_an_exported_run_is_quantised_and_the_change_is_printed(place, monkeypatch, capsys, tmp_path):
     assert place.run("samples=0", "steps=3", "quant=nf4", "name=merged", "lr=0.03") == 0, place.err()
     monkeypatch.chdir(place.folder)
     run, wide, narrow = place.runs("merged"), tmp_path / "wide", tmp_path / "narrow"

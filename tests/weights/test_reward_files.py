@@ -47,7 +47,7 @@ def in_full(folder):
     return AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
 
 
-def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(base, tmp_path):
+def test_our_adapter_with_a_head_has_the_same_scores_in_peft_and_round_trips(base, tmp_path):
     t, whole = begun(base)
     folder, tokens = saved(t, whole, base, tmp_path), some_tokens()
     expected = scored(t, whole, tokens)
@@ -62,7 +62,7 @@ def test_our_adapter_with_a_head_gives_the_same_scores_in_peft_and_comes_back(ba
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
+def test_an_adapter_with_a_head_by_peft_has_the_same_scores_here(base, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -83,7 +83,7 @@ def test_an_adapter_by_peft_scores_the_same_here(base, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [None, SETTINGS], ids=["full", "merged"])
-def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run(base, tmp_path, adapter):
+def test_a_full_reward_model_is_a_classifier_in_transformers_and_starts_the_next_run(base, tmp_path, adapter):
     t, whole = begun(base, adapter)
     tokens = some_tokens()
     if adapter:
@@ -114,7 +114,7 @@ def test_a_model_in_full_is_a_classifier_in_transformers_and_begins_the_next_run
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as_the_reward_model(
+def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_the_reward_model(
     base, tmp_path
 ):
     t, whole = begun(base)
@@ -150,7 +150,7 @@ def test_a_fresh_head_is_put_on_a_language_models_adapter_and_a_critic_begins_as
         init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
 
 
-def test_what_is_no_reward_models_adapter_is_refused(base, tmp_path):
+def test_an_adapter_that_is_not_a_reward_model_is_refused(base, tmp_path):
     t, whole = begun(base)
     folder, language = saved(t, whole, base, tmp_path), pretrained.model_for(str(base), dtype=jnp.float32)
     with pytest.raises(ValueError, match="a reward model's adapter, which generates no text"):

@@ -104,7 +104,7 @@ VARIANTS = {"untied": {}, "tied": {"tie_word_embeddings": True}, "llama3": {"rop
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_logits_survive_the_way_in_out_and_in_again(tmp_path, changes):
+def test_logits_survive_loading_saving_and_loading(tmp_path, changes):
     from transformers import AutoModelForCausalLM
 
     reference = tiny_torch(**changes)
@@ -153,7 +153,7 @@ def test_a_written_folder_in_shards_is_what_safetensors_expects(source, tmp_path
     assert_equals_state(load(tmp_path)[1], model, numpy_state(source[0]))
 
 
-def test_packed_leaves_and_mixed_dtypes_are_written_expanded(source, tmp_path):
+def test_quantised_leaves_are_written_dequantised_each_in_its_dtype(source, tmp_path):
     model, base = load(source[1])
     base = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base)
     base["layers"]["attn"]["q"] = quant.quantize(base["layers"]["attn"]["q"], "bits")
@@ -169,7 +169,7 @@ def test_packed_leaves_and_mixed_dtypes_are_written_expanded(source, tmp_path):
     )
 
 
-def test_the_config_keeps_its_source_s_style(source, broken, tmp_path_factory):
+def test_config_json_keeps_the_style_of_the_source(source, broken, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     config = json.loads((broken / "config.json").read_text())
     edit_config(
@@ -192,7 +192,7 @@ def test_the_config_keeps_its_source_s_style(source, broken, tmp_path_factory):
     assert pretrained.model_for(str(out)).config == model.config
 
 
-def test_a_head_of_its_own_makes_a_tied_model_untied(tmp_path):
+def test_a_separate_head_makes_a_tied_model_untied(tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = write_folder(tmp_path / "in", tiny_torch(tie_word_embeddings=True))
@@ -204,7 +204,7 @@ def test_a_head_of_its_own_makes_a_tied_model_untied(tmp_path):
     np.testing.assert_array_equal(theirs.model.embed_tokens.weight.detach().numpy(), base["embed"])
 
 
-def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
+def test_reading_on_the_host_needs_about_one_parameter_above_the_result(tmp_path):
     reference = tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     folder = write_folder(tmp_path, reference, max_shard_size="400KB")
     model = pretrained.model_for(str(folder))
@@ -222,7 +222,7 @@ def test_host_memory_stays_near_one_leaf_above_the_result(tmp_path):
     assert peak < max(sizes) * (1 + 1 / 8) * 1.2  # a leaf, one layer of it, and small things
 
 
-def test_each_leaf_is_stored_once_under_its_path(source):
+def test_each_parameter_is_read_once_under_its_path(source):
     model = pretrained.model_for(str(source[1]))
     seen = []
     base = load_on_host(str(source[1]), model, lambda path, array: seen.append(path) or path)
@@ -247,7 +247,7 @@ def rewrite(folder, change):
     save_file(state, folder / "model.safetensors")
 
 
-def test_tensors_that_do_not_fit_are_named(source, broken):
+def test_tensors_that_do_not_fit_the_config_are_named(source, broken):
     name = "model.layers.1.self_attn.k_proj.weight"
     rewrite(broken, lambda s: s.update({name: s[name][:-1].copy()}))
     check_refuses(broken, broken, name, "(31, 64)", "(32, 64)")
@@ -322,7 +322,7 @@ def test_a_config_with_a_bad_value_is_refused(broken, changes, word):
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_garbled_header_is_an_error_that_names_the_file(tmp_path_factory, data):
+def test_a_corrupt_header_is_an_error_that_names_the_file(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
     text = json.dumps({**header, "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}}).encode()
@@ -342,7 +342,7 @@ def test_a_garbled_header_is_an_error_that_names_the_file(tmp_path_factory, data
             assert str(path) in str(e)
 
 
-def test_a_ref_that_is_nothing_says_so(tmp_path, monkeypatch):
+def test_a_ref_to_no_model_is_an_error_with_advice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     for ref, error, word in [
@@ -387,7 +387,7 @@ def hub_client(refs, **env):
     return done.stdout.strip().splitlines()
 
 
-def test_the_hub_s_models_revisions_and_refusals(broken, tmp_path_factory):
+def test_hub_models_revisions_and_errors(broken, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("hub"))
     (broken / "pytorch_model.bin").write_bytes(b"\x80")
     (broken / "model-other.safetensors.bin").write_bytes(b"x")
