@@ -54,10 +54,8 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
         if any(environ.get(name) for name in OWN):
             raise ValueError(f"{OWN[1]} and {OWN[2]} go with {OWN[0]}=host:port of process 0; set that too")
         return None if found is None or found.processes == 1 else found
-    counts = [
-        value if value is not None else getattr(found, name, None)
-        for value, name in zip(given, ("processes", "process"))
-    ]
+    launched = (None, None) if found is None else (found.processes, found.process)
+    counts = [value if value is not None else other for value, other in zip(given, launched, strict=True)]
     if counts[0] == 1:
         return None
     if None in counts:

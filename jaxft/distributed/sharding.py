@@ -162,7 +162,7 @@ def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*(cut if len(cut) > 1 else (cut[0] if cut else None) for cut in cuts))
 
 
-def sharding_of(
+def array_sharding(
     mesh: Mesh,
     axes: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
@@ -263,7 +263,7 @@ def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
 def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
     """Where a weight with these axes lies in products, on the ambient mesh; None without one."""
     mesh = _ambient()
-    return None if mesh is None else sharding_of(mesh, gathered_axes(axes), shape)
+    return None if mesh is None else array_sharding(mesh, gathered_axes(axes), shape)
 
 
 def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft import tree
 from jaxft.nn.param import ParamSpec, full, kaiming_uniform, spec_paths
@@ -155,7 +156,7 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
     """Return `w + scale a b`, computed in float32 or wider, in `dtype`, of one kernel or a stack."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
     a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))
     low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)

@@ -88,7 +88,7 @@ def sharding_of(spec: ParamSpec, mesh: Any, path: str) -> Any:
     """Return the NamedSharding of a parameter. Raises ValueError that names `path` if it doesn't fit the
     mesh.
     """
-    return sharding.sharding_of(mesh, spec.axes, spec.shape, path, spec.heads)
+    return sharding.array_sharding(mesh, spec.axes, spec.shape, path, spec.heads)
 
 
 def shardings(specs: Any, mesh: Any) -> Any:

@@ -104,7 +104,7 @@ def adafactor(schedule: optax.Schedule, specs: Specs, weight_decay: float) -> Up
         optax.scale_by_factored_rms(factored=True, decay_rate=0.8, min_dim_size_to_factor=128),
         optax.clip_by_block_rms(1.0),
     )
-    transform = with_decay(per_layer(one_layer, specs), schedule, specs, weight_decay)
+    transform = with_decay(apply_per_layer(one_layer, specs), schedule, specs, weight_decay)
     return UpdateRule(transform, replicated=("v_row", "v_col", "v"))
 
 
@@ -270,7 +270,7 @@ def with_decay(
     )
 
 
-def per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
+def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
     """Apply a transformation to each layer of a stacked leaf as to a parameter of its own, and to other leaves as they are.
 
     What looks at a whole parameter (factored moments, block RMS) would otherwise mix the layers.

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.models.heads import HeadSettings
@@ -60,7 +60,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
     fit the model.
     """
     loaded, settings = peft.read_adapter(folder, model)
-    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings), mesh)
     params = jax.tree.map(
         lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings

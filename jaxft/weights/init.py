@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import tree
@@ -64,7 +64,7 @@ def _init_parts(
     """Return an adapter, a head, or both; or a whole base with a head. What no folder contains is
     initialised.
     """
-    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    dtype = np.promote_types(model.dtype, np.float32)
     loaded: dict[str, Params] = {}
     if settings.weights is not None:
         loaded = _load_classifier(settings.weights, specs, model, mesh)
@@ -117,7 +117,7 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
 
 def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) -> dict[str, Params]:
     """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
-    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
     in_both = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in files.shapes else {})}
     names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}

@@ -53,10 +53,8 @@ SETTINGS = {
     ("QLoRA", "sft"): ["quant=nf4", "remat=full"],
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
-PLANNER = {
-    "plan", "plan_programs", "plan_search", "plan_text", "roofline", "traffic", "hlo", "flops", "machines",
-    "cli", "report", "log",
-}  # fmt: skip
+# Folders and files of jaxft that have no part in a run's programs.
+PLANNER = ("plan", "runs/cli.py", "runs/report.py", "runs/log.py", "runs/trackers")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,13 +95,13 @@ def settings(model: str, method: str, objective: str, devices: int) -> tuple[str
 
 
 def source_hash() -> str:
-    """Of jax and of the code that makes the programs; the planner's own modules only look at them."""
+    """Hash jax's version and the code that makes a run's programs; the planner only looks at those."""
     import jax
 
     digest = hashlib.sha256(jax.__version__.encode())
     root = Path(sys.path[0])
     for path in sorted([*(root / "jaxft").rglob("*.py"), *(root / "configs").glob("llama31_8b_*.py")]):
-        if path.stem not in PLANNER:
+        if not any(path.is_relative_to(root / "jaxft" / part) for part in PLANNER):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -128,7 +128,7 @@ def test_attention_on_a_mesh_that_cuts_time_is_that_of_whole_rows(mesh, heads, k
     q, k, v, do = arrays(rng, 2, 40, heads, kv_heads, 8, jnp.float64)
     segments, branches = packed(rng, 2, 40)
     wanted = value_and_gradients(attention.dense, q, k, v, do, segments, branches)
-    lay = lambda x, *axes: jax.device_put(x, sharding.sharding_of(laid_out, axes, x.shape))  # noqa: E731
+    lay = lambda x, *axes: jax.device_put(x, sharding.array_sharding(laid_out, axes, x.shape))  # noqa: E731
     axes = ("heads", "kv_heads", "kv_heads", "heads")
     cut = [lay(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)]
     with jax.set_mesh(laid_out):

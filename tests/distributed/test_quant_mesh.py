@@ -154,6 +154,6 @@ def test_a_product_on_a_mesh_is_that_of_one_device(x64, kind, axes):
     assert laid.codes.sharding.shard_shape(laid.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
     with jax.set_mesh(mesh):
         many = jax.jit(jax.value_and_grad(loss))(
-            jax.device_put(x, sharding.sharding_of(mesh, ("rows", "time", "act_width"))), laid
+            jax.device_put(x, sharding.array_sharding(mesh, ("rows", "time", "act_width"))), laid
         )
     assert_close(jax.device_get(many), jax.device_get(one))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxft.distributed.sharding import MeshShape, make_mesh, sharding_of
+from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention, flash_attention
 from jaxft.nn.flash_attention import Visibility
 
@@ -238,7 +238,7 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
         wanted = value_and_gradients(attention.dense, *x, *rest)
         axes = (QUERIES, KEYS, KEYS, QUERIES, *(ROW for _ in rest))
         placed = [
-            jax.device_put(a, sharding_of(mesh, names, a.shape))
+            jax.device_put(a, array_sharding(mesh, names, a.shape))
             for a, names in zip((*x, *rest), axes, strict=True)
         ]
         with jax.set_mesh(mesh):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.distributed.sharding import MeshShape, make_mesh, sharding_of
+from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import quant, quant_formats
 from jaxft.nn.quant import (
     KINDS,
@@ -457,7 +457,7 @@ def test_is_qtensor_stops_at_a_qtensor_whose_kind_is_structure():
 
 def test_a_qtensor_is_sharded_like_its_weight():
     mesh = make_mesh(MeshShape(2, 2, 2))
-    place = sharding_of(mesh, ("layers", "width", "mlp"), (3, 8, 8))
+    place = array_sharding(mesh, ("layers", "width", "mlp"), (3, 8, 8))
     weight = jnp.arange(3 * 8 * 8, dtype=jnp.bfloat16).reshape(3, 8, 8)
     q = jax.device_put(quantize(weight, "bits"), place)
     assert q.codes.addressable_shards[0].data.shape == (3, 4, 4)

@@ -244,7 +244,9 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
     specs["base"] = {name: specs["base"][name] for name in whole["base"]}
 
     def rows(x):
-        return jax.device_put(x, sharding.sharding_of(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape))  # noqa: E731
+        return jax.device_put(
+            x, sharding.array_sharding(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape)
+        )  # noqa: E731
 
     args = (jax.tree.map(jax.device_put, whole, param.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):

@@ -21,7 +21,7 @@ def compiled(program, *shapes, places=None, **kwargs):
 
 
 def on(mesh, shape, *axes):
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(mesh, axes, shape))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.array_sharding(mesh, axes, shape))
 
 
 def test_a_gathered_matrix_moves_what_a_device_lacks():

@@ -34,7 +34,7 @@ def _tiny(dtype, adapter, tied, options):
     @jax.jit
     def start():
         return map_with_path(
-            shake, param.init_params(model.specs, jax.random.key(0), jnp.promote_types(dtype, jnp.float32))
+            shake, param.init_params(model.specs, jax.random.key(0), np.promote_types(dtype, np.float32))
         )
 
     return model, start()

@@ -348,3 +348,15 @@ def test_schedules_warm_up_from_zero_and_end_where_they_say(name):
     assert float(schedule(100)) == pytest.approx(1.0 if name == "constant" else 0.1)
     after = [float(schedule(i)) for i in range(10, 101)]
     assert all(a >= b for a, b in zip(after, after[1:]))
+
+
+def test_a_compiled_step_transfers_nothing_between_host_and_device():
+    optimizer = make_optimizer(Optim(), lora_specs(), 10)
+    trainable, frozen, step = lora_run(optimizer)
+    args = jax.device_put((state_of(trainable, optimizer), frozen, micro(one_by_one(examples(4)), 2)))
+    compiled = step.lower(*args).compile()
+    with jax.transfer_guard("disallow"):
+        state, _ = compiled(*args)
+    assert int(state.step) == 1
+    with pytest.raises(Exception, match="Disallowed host-to-device"), jax.transfer_guard("disallow"):
+        compiled(args[0].replace(step=np.int32(0)), *args[1:])  # a host value is noticed
