@@ -25,6 +25,7 @@ from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
     PairBatch,
+    PreferenceLoss,
     Response,
     check_knobs,
     declaration,
@@ -64,6 +65,7 @@ class EMAReference:
 
 
 Reference = Literal["start", "precomputed"] | EMAReference | None
+ReferenceKind = Literal["none", "start", "moving", "precomputed"]
 
 
 @struct
@@ -125,9 +127,7 @@ def preference(
             "without a reference there is no implicit reward. Set preference(reward=summed_logp) or mean_logp"
         )
     ema = reference if isinstance(reference, EMAReference) else None
-    kind: Literal["none", "start", "moving", "precomputed"] = (
-        "moving" if isinstance(reference, EMAReference) else reference or "none"
-    )
+    kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
 
     def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
         h = model.hidden(params, batch, key)
@@ -165,14 +165,7 @@ def preference(
         return value, jax.lax.stop_gradient(metrics)
 
     def init(trainable: Params, at_base: bool) -> Aux:
-        aux: dict[str, Any] = {}
-        if kind == "moving" or (kind == "start" and not at_base):
-            aux["reference"] = jax.tree.map(jnp.copy, trainable)
-        if kind == "moving":
-            aux["steps"] = jnp.zeros((), jnp.int32)
-        if declared.init:
-            aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}
-        return aux
+        return _reference_at_start(kind, trainable, at_base) | _loss_state(declared)
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         out = dict(aux)
@@ -202,6 +195,23 @@ def reference_params(params: Params, aux: Aux) -> Params:
     if "reference" in aux:
         return tree.combine(aux["reference"], fused_update.unfused(params))
     return {"base": params["base"]}
+
+
+def _reference_at_start(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
+    """aux for the reference at step 0. at_base: the policy is the base without its adapter, so no copy is needed."""
+    aux: dict[str, Any] = {}
+    if kind == "moving" or (kind == "start" and not at_base):
+        aux["reference"] = jax.tree.map(jnp.copy, trainable)
+    if kind == "moving":
+        aux["steps"] = jnp.zeros((), jnp.int32)
+    return aux
+
+
+def _loss_state(declared: PreferenceLoss) -> Aux:
+    """aux for a loss with running statistics, at step 0."""
+    if not declared.init:
+        return {}
+    return {"loss": {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}}
 
 
 def _without_padding(batch: Pairs, arrays: Any) -> Any:
