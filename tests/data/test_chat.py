@@ -64,7 +64,7 @@ def test_learned_text_is_the_answers_and_their_ends(kind, texts):
 @pytest.mark.parametrize("kind", STOCK)
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(WORDS.filter(str.strip), min_size=2, max_size=4))
-def test_whitespace_around_an_answer_never_loses_a_character_of_it(kind, texts):
+def test_whitespace_around_a_response_never_loses_a_character_of_it(kind, texts):
     texts = texts[: len(texts) // 2 * 2]
     ids, learned = tokenise(conversation(texts), kind, "completion")
     bare = ["".join(text.split()) for text in (learned_text(kind, ids, learned), texts[-1] + KINDS[kind][3])]

@@ -94,7 +94,7 @@ def test_plain_format_keeps_text_as_it_is():
 
 
 @pytest.mark.parametrize("label", (True, False, 1, 0))
-def test_an_unpaired_row_has_only_the_answer_that_its_label_says(label):
+def test_an_unpaired_row_has_only_the_response_of_its_label(label):
     for fields, plain in (
         ({"prompt": "q", "completion": "a"}, True),
         ({"prompt": [Q], "completion": [A]}, False),

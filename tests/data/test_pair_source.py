@@ -46,7 +46,7 @@ def test_every_batch_has_one_shape_and_an_epoch_every_pair_once(folder, micro, s
     )
 
 
-def test_micro_shards_and_layout_change_nothing_but_the_cutting(folder):
+def test_micro_shards_and_layout_change_only_the_division_into_rows(folder):
     plain = source(folder, third="mismatched", epochs=2)
     for options in ({"micro": 2}, {"micro": 4}, {"shards": 2}, {"micro": 2, "shards": 2, "layout": "plain"}):
         other = source(folder, third="mismatched", epochs=2, **options)
@@ -148,7 +148,7 @@ def test_pairs_of_one_prompt_are_never_on_both_sides(folder):
     assert {source(folder, held_out=0.9, seed=seed).info.stats.held_out for seed in range(9)} <= {1, 36}
 
 
-def test_a_file_of_its_own_may_be_held_out(folder):
+def test_another_file_may_be_held_out(folder):
     held = write(folder / "h.jsonl", make_rows(40)[37:])
     s = source(folder, held_out=held)
     assert (
@@ -168,7 +168,7 @@ def bodies(s, members):
     }
 
 
-def test_mismatched_answers_are_another_pairs_and_each_is_used_once(folder):
+def test_mismatched_responses_are_of_other_pairs_and_each_is_used_once(folder):
     for rows in (make_rows(37), unpaired(37)):
         write(folder / "r.jsonl", rows)
         s = source(folder, third="mismatched", held_out=0.3)
@@ -184,7 +184,7 @@ def test_mismatched_answers_are_another_pairs_and_each_is_used_once(folder):
         )
 
 
-def test_a_mismatched_answer_has_another_prompt_where_there_are_enough(folder):
+def test_a_mismatched_response_has_another_prompt_if_there_are_enough(folder):
     rows = [{**row, "prompt": "pqr"[i % 3], "chosen": f"{i % 3} {i}"} for i, row in enumerate(make_rows(21))]
     write(folder / "r.jsonl", rows)
     found = bodies(source(folder, third="mismatched", held_out="none"), range(21))
@@ -200,7 +200,7 @@ def test_a_mismatched_answer_has_another_prompt_where_there_are_enough(folder):
         source(folder, third="mismatched", held_out="none")
 
 
-def test_a_mismatched_answer_is_cut_with_its_new_prompt(folder):
+def test_a_mismatched_response_is_truncated_with_its_new_prompt(folder):
     rows = [{"prompt": "a " * n, "chosen": "b " * (20 - n) + "c", "rejected": "d"} for n in (1, 18)]
     write(folder / "r.jsonl", rows)
     s = source(folder, "none", format="plain", third="mismatched", held_out="none", max_length=22, batch=2)
@@ -214,7 +214,7 @@ def test_a_mismatched_answer_is_cut_with_its_new_prompt(folder):
 
 @settings(max_examples=20, deadline=None)
 @given(members=st.sets(st.integers(0, 36), min_size=1), shards=st.integers(1, 3))
-def test_cover_holds_what_is_asked_for_in_the_shape_of_the_held_out(covered, members, shards):
+def test_cover_returns_the_given_pairs_in_the_shape_of_the_held_out_batches(covered, members, shards):
     s = covered(shards)
     order = list(members)
     batches = s.cover(order)
@@ -234,7 +234,7 @@ def covered(tmp_path_factory):
     )
 
 
-def test_cover_of_nothing_is_nothing_and_of_strangers_an_error(folder):
+def test_cover_of_no_pairs_is_empty_and_of_unknown_pairs_an_error(folder):
     s = source(folder)
     assert s.cover([]) == ()
     with pytest.raises(ValueError, match="the source, which has 0 to 36"):
@@ -280,7 +280,7 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
     assert same(dataclasses.replace(known.batch(1)[0], reference=None), s.batch(1)[0])
 
 
-def test_a_reference_that_is_not_whole_is_refused(folder):
+def test_an_incomplete_reference_is_an_error(folder):
     s = source(folder)
     values = {
         i: v for batch in s.cover(range(37)) for i, v in s.values(batch, np.zeros(batch.read.shape)).items()
@@ -334,7 +334,7 @@ def test_wrong_settings_are_one_line(folder, options, error):
 
 @pytest.mark.parametrize("third", (None, "mismatched"))
 @pytest.mark.parametrize("layout", ("branches", "plain"))
-def test_abstract_pairs_are_the_same_tree_and_no_smaller(folder, layout, third):
+def test_abstract_shapes_are_the_same_tree_and_no_smaller(folder, layout, third):
     for micro, shards in ((1, 1), (2, 2)):
         options = {
             "layout": layout,
@@ -356,7 +356,7 @@ def test_abstract_pairs_are_the_same_tree_and_no_smaller(folder, layout, third):
     assert PairRows("r").abstract(reference=True).reference.dtype == np.float32
 
 
-def test_stats_count_what_happened(folder):
+def test_stats_count_rows_and_tokens(folder):
     s = source(folder, held_out="none", layout="plain", shards=2)
     found = epoch(s)
     learned = sum(len(a[1]) for value in found.values() for a in value[2])
@@ -384,7 +384,7 @@ def test_stats_count_what_happened(folder):
     )
 
 
-def test_answers_without_another_one_are_refused_unless_they_are_asked_for(tmp_path):
+def test_single_responses_are_an_error_unless_unpaired(tmp_path):
     write(tmp_path / "r.jsonl", unpaired(4))
     with pytest.raises(
         ValueError,

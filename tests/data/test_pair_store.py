@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", STOCK)
-def test_prompt_and_answers_are_cut_where_trl_cuts_them(folder, kind):
+def test_prompt_and_responses_are_split_where_trl_splits_them(folder, kind):
     tokenizer, rows = tiny(kind), make_rows(37)
     found = epoch(source(folder, kind, held_out="none"))
     assert len(found) == 37
@@ -66,7 +66,7 @@ def test_the_border_is_where_sft_begins_to_learn(folder, kind):
     assert source(folder, kind).info.stats.prompt_end_moved == 0
 
 
-def test_answers_end_with_what_ends_a_turn(folder):
+def test_responses_end_with_the_end_of_turn(folder):
     for kind in STOCK:
         for _, _, answers in epoch(source(folder, kind)).values():
             for _, targets, _ in answers:
@@ -90,7 +90,7 @@ def test_hh_dialogues_become_turns(folder):
     assert answers == ["chosen: a matrix<|im_end|>", "rejected: the user<|im_end|>"]
 
 
-def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
+def test_user_turns_within_a_response_are_no_targets(folder):
     def turns(*texts):
         return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
 
@@ -110,7 +110,7 @@ def test_questions_between_the_turns_of_an_answer_are_not_learned(folder):
 
 @pytest.mark.parametrize("third", (None, "mismatched", "gold"))
 @pytest.mark.parametrize("rows", (make_rows(37), unpaired(37)), ids=("paired", "unpaired"))
-def test_branches_and_plain_say_the_same(folder, rows, third):
+def test_branches_and_plain_layouts_have_the_same_content(folder, rows, third):
     if third == "gold":
         rows = [{**row, "reference": text(i, 3)} for i, row in enumerate(rows)]
     write(folder / "r.jsonl", rows)
@@ -133,7 +133,7 @@ def float64():
         yield
 
 
-def test_a_model_gives_every_answer_the_log_probs_that_it_has_alone(folder, float64):
+def test_every_response_has_the_log_probs_that_it_has_alone(folder, float64):
     config = dataclasses.replace(CONFIG, vocab=400, max_positions=512)
     model = llama(config, jnp.float64)
     weights = jax.jit(lambda key: param.init_params(model.specs, key, jnp.float64))(jax.random.key(0))
@@ -218,7 +218,7 @@ def test_too_long_pairs_are_dropped_and_counted(folder):
         long_rows(folder)(2, "drop")
 
 
-def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
+def test_truncation_keeps_the_start_and_never_removes_a_whole_response(folder):
     make = long_rows(folder)
     with pytest.raises(
         ValueError,
@@ -237,14 +237,14 @@ def test_truncation_keeps_the_start_and_refuses_to_take_a_whole_answer(folder):
     assert tiny("none").decode(chosen[1]) == "b" * 18 and tiny("none").decode(rejected[1]) == "d</s>"
 
 
-def test_too_long_error_names_row_and_answer(folder):
+def test_too_long_error_names_row_and_response(folder):
     with pytest.raises(
         ValueError, match=r"r.jsonl:1: chosen: \d+ tokens with the prompt are more than data.max_length=20"
     ):
         long_rows(folder)(20, "error")
 
 
-def test_answers_that_truncation_makes_equal_are_refused(folder):
+def test_responses_that_truncation_makes_equal_are_an_error(folder):
     write(folder / "r.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "b" * 30 + "c"}])
     with pytest.raises(
         ValueError,
@@ -256,7 +256,7 @@ def test_answers_that_truncation_makes_equal_are_refused(folder):
         source(folder, "llama3", held_out="none", batch=1)  # its template strips
 
 
-def test_a_token_across_the_border_is_counted_and_more_is_refused(folder):
+def test_one_token_across_the_prompt_end_is_counted_and_more_is_an_error(folder):
     def one(prompt, chosen, rejected):
         write(folder / "r.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
         s = source(folder, "none", format="plain", held_out="none", batch=1)
@@ -291,7 +291,7 @@ def common(a, b):
 # ---- the cache
 
 
-def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
+def test_the_cache_returns_the_same_tokens_and_a_corrupt_one_is_rebuilt(folder):
     options = {"extras": ("margin",), "weight_column": "w"}
     first = source(folder, **options)
     assert first.info.stats.cache == "built"

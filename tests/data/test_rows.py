@@ -96,13 +96,13 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         ("r.txt", "hello", r"r\.txt: unknown file type"),
     ],
 )
-def test_what_can_not_be_read_is_one_line_with_file_and_line(tmp_path, name, text, error):
+def test_unreadable_files_are_one_line_with_file_and_line(tmp_path, name, text, error):
     with pytest.raises(ValueError, match=error) as raised:
         read_rows(write(tmp_path / name, text))
     assert "\n" not in str(raised.value)
 
 
-def test_missing_places_are_named(tmp_path, monkeypatch):
+def test_missing_files_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for ref in ("no/such/rows.jsonl", "rows.parquet", "rows"):
         with pytest.raises(FileNotFoundError, match=f"data '{ref}' not found in .*; use a file"):
@@ -111,7 +111,7 @@ def test_missing_places_are_named(tmp_path, monkeypatch):
         read_rows(str(tmp_path))
 
 
-def test_a_hub_dataset_is_asked_for_by_name_config_and_split(monkeypatch):
+def test_a_hub_dataset_is_loaded_by_name_config_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 

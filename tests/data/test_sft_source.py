@@ -173,7 +173,7 @@ def test_held_out_rows_are_never_trained_on(folder):
     assert held | trained == set(expected_examples(folder))
 
 
-def test_a_file_of_its_own_may_be_held_out(folder):
+def test_another_file_may_be_held_out(folder):
     (folder / "h.jsonl").write_text(json.dumps({"prompt": "what", "completion": " is held"}))
     s = source(folder, held_out=str(folder / "h.jsonl"))
     (held,) = [ids for h in s.held_out for ids, *_ in segments_of(h)]
@@ -196,7 +196,7 @@ def test_one_shape_serves_all_epochs_and_length_is_small_without_packing(folder)
     assert most.ids.shape == most.read.shape == (1, 4, 100)
 
 
-def test_stats_count_what_happened(folder):
+def test_stats_count_rows_and_tokens(folder):
     wanted = expected_examples(folder)
     s = source(folder, held_out="none")
     tokens, learned = sum(map(len, wanted)), sum(map(len, wanted.values()))
@@ -236,7 +236,7 @@ def test_too_long_drop_counts_what_it_drops(folder):
         limits(folder, "drop", 2)
 
 
-def test_too_long_truncate_keeps_the_start_and_refuses_a_prompt_that_leaves_no_answer(folder):
+def test_truncation_keeps_the_start_and_rejects_a_prompt_that_leaves_no_response(folder):
     with pytest.raises(
         ValueError,
         match=r"r.jsonl:2: the prompt has \d+ tokens, and data.max_length=20 leaves no room",
@@ -293,7 +293,7 @@ def test_wrong_settings_are_one_line(folder, options, error):
 # ---- the cache
 
 
-def test_the_cache_gives_the_same_and_a_broken_one_is_made_anew(folder):
+def test_the_cache_returns_the_same_tokens_and_a_corrupt_one_is_rebuilt(folder):
     first = source(folder)
     assert first.info.stats.cache == "built"
     (file,) = (folder / "cache" / "rows").iterdir()
@@ -356,7 +356,7 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
     } <= keys
 
 
-def test_a_cache_that_can_not_be_written_is_only_slower(folder):
+def test_a_cache_that_cannot_be_written_only_costs_time(folder):
     (folder / "cache").write_text("a file is in the way")
     assert source(folder).info.stats.cache.startswith("not written")
 

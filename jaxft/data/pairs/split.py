@@ -24,7 +24,7 @@ def held_out_pairs(pairs: TokenisedPairs, seed: int, count: int) -> Bool[np.ndar
 
 
 def mismatch_responses(
-    pairs: TokenisedPairs, sides: tuple[Int[np.ndarray, " n"], ...], seed: int, limit: int
+    pairs: TokenisedPairs, sides: tuple[Int[np.ndarray, " _"], ...], seed: int, limit: int
 ) -> TokenisedPairs:
     """Add to each pair a response of another pair of its side of the split, if possible of another prompt.
 
