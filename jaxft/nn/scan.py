@@ -5,7 +5,9 @@ A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a 
 and returns this `extra`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -51,6 +53,27 @@ REMAT: dict[RematPolicy, Remat] = {
 }
 
 
+_RECORDED: ContextVar[list[Array] | None] = ContextVar("recorded layer outputs", default=None)
+
+
+@contextmanager
+def record_layer_outputs() -> Iterator[list[Float[Array, "outputs B"]]]:
+    """While this is entered, every `scan_layers` that is traced appends a row's norm of its input and of each layer's output, [1 + L, B].
+
+    For debugging: layers run without rematerialisation then.
+    """
+    recorded: list[Array] = []
+    token = _RECORDED.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _RECORDED.reset(token)
+
+
+def _row_norms(h: Float[Array, "B T D"]) -> Float[Array, " B"]:
+    return jnp.sqrt(jnp.sum(jnp.square(h.astype(jnp.promote_types(h.dtype, jnp.float32))), (1, 2)))
+
+
 def check_remat(policy: str) -> None:
     """Raise ValueError for a name that is not in REMAT."""
     if policy not in REMAT:
@@ -88,6 +111,16 @@ def scan_layers(
             )
         return fused_update.fused_scan(body, h_BTD, layers, keys)
     xs = layers, keys
+    recorded = _RECORDED.get()
+    if recorded is not None:
+
+        def recording(h: Array, x: tuple[Params, Array | None]) -> tuple[Array, Array]:
+            h, _ = body(h, x)
+            return h, _row_norms(h)
+
+        last, norms = jax.lax.scan(recording, h_BTD, xs)
+        recorded.append(jnp.concatenate([_row_norms(h_BTD)[None], norms]))
+        return last
     if policy.layers > 1:
         count = jax.tree.leaves(layers)[0].shape[0]
         if count % policy.layers:

@@ -14,8 +14,17 @@ from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.train.compiled import compile_run
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import announce, open_logs
-from jaxft.train.members import Record, bind_sources, load_members, open_checkpoints, prepare, resume_point
+from jaxft.train.members import (
+    Job,
+    Record,
+    bind_sources,
+    load_members,
+    open_checkpoints,
+    prepare,
+    resume_point,
+)
 from jaxft.train.meter import Meters, Trace
+from jaxft.train.nonfinite import NonfiniteRecorder
 from jaxft.train.reference import precompute_reference
 from jaxft.train.results import export_best, export_members, report_finished, write_reports
 from jaxft.train.settings import Run
@@ -66,33 +75,34 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
             logs.step(0, [end["metrics"] for end in saved["before"]])
 
         # ---------- Training ----------
-        meters, votes = Meters(job, saved["counters"]), processes.Votes(job.lead.programs.mesh)
-        rollout_steps, done, stop = job.info.steps_per_rollout, first, 0
+        meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
+        votes, done, stop = processes.Votes(job.lead.programs.mesh), first, 0
         with Interrupt() as interrupt, closing(Trace(loop.profile, folder / "profile")) as trace:
             for step in range(first, job.steps):
                 done = step + 1
                 stopping = votes.cast(lambda: interrupt.signal)
-                if job.info.samples and step % rollout_steps == 0:
+                if job.info.samples and step % job.rollout_steps == 0:
                     watchdog.at(f"the rollout before step {done}")  # rewards may be slow functions
                 rows, batch, sampled = job.batch(step, states)
                 watchdog.step(done)
                 trace.before(done)
                 states, metrics = compiled.step(states, frozen, batch)
+                nonfinite.check(step, states, frozen, rows, metrics)
                 meters.add(step, rows, {**metrics, **sampled})
                 trace.after(done, states)
                 if done % loop.log_every == 0 or done == job.steps:
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
-                if done % rollout_steps and done < job.steps:
+                if done % job.rollout_steps and done < job.steps:
                     continue  # inside a rollout nothing can be saved, so nothing else is done
                 scores = []
-                if due(loop.eval_every, done, rollout_steps) and done < job.steps and job.info.stats.held_out:
+                if due(loop.eval_every, done, job) and done < job.steps and job.info.stats.held_out:
                     watchdog.at(f"the evaluation after step {done}")
                     with meters.paused():
                         held_out = compiled.held_out_metrics(states)
                     logs.step(done, held_out)
                     scores = [selection_score(metrics) for metrics in held_out]
-                if due(loop.save_every, done, rollout_steps) or done == job.steps or scores or stop:
+                if due(loop.save_every, done, job) or done == job.steps or scores or stop:
                     watchdog.at(f"saving after step {done}")
                     checkpoints.save(done, states, job.to_save(meters.counters(), saved["before"]), scores)
                 if stop:
@@ -114,6 +124,6 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         return 0
 
 
-def due(every: int | None, done: int, rollout_steps: int) -> bool:
-    """Whether a multiple of `every` steps was reached within the last `rollout_steps` steps."""
-    return every is not None and done // every > (done - rollout_steps) // every
+def due(every: int | None, done: int, job: Job) -> bool:
+    """Whether a multiple of `every` steps was reached since the last point where the job could be saved."""
+    return every is not None and done // every > (done - job.rollout_steps) // every

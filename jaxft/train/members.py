@@ -69,6 +69,11 @@ class Job:
         return self.sources[0].info
 
     @property
+    def rollout_steps(self) -> int:
+        """Optimizer steps between two points where the job can be saved: those of a rollout, or 1."""
+        return self.info.steps_per_rollout
+
+    @property
     def abstract_states(self) -> tuple[TrainState, ...]:
         """The members' states as shapes with shardings."""
         return tuple(member.programs.state for member in self.members)

@@ -16,6 +16,7 @@ from jaxft.distributed import devices, processes
 from jaxft.objectives import metrics as metric
 from jaxft.train.members import Job, Member
 from jaxft.train.partition import trains_base
+from jaxft.train.watch import per_layer
 from jaxft.tree import Batch, Metrics
 
 Numbers = dict[str, float]
@@ -84,14 +85,18 @@ class Meter:
             if counters["good"] == 0:
                 self._sums = now
             elif not is_bad:
-                self._sums = metric.add(self._sums, now)
+                same = {
+                    name: m for name, m in self._sums.items() if name in now
+                }  # loop.watch may have changed
+                self._sums = metric.add(same, now)
             counters["good"] += not is_bad
             if self._max_bad is not None and counters["bad_in_a_row"] >= self._max_bad:
                 self._give_up(range(step + 1 - self._max_bad, step + 1))
 
     def _on_host(self, metrics: Metrics) -> Metrics:
         host = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
-        return host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
+        own = host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
+        return per_layer(own)
 
     def _give_up(self, steps: range) -> None:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]

@@ -22,6 +22,7 @@ from jaxft.objectives.metrics import neutral
 from jaxft.objectives.objective import Facts, Objective, Outputs
 from jaxft.optim.optimizer import Optimizer
 from jaxft.train.step import accumulate_gradients, apply_gradients
+from jaxft.train.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
 
@@ -114,7 +115,7 @@ def gradients(
     return _map_blocks(adapters, block, _stacks(trainable, frozen), _own_references(adapters, aux))
 
 
-def make_update(objective: Objective, optimizer: Optimizer) -> Callable:
+def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
     """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)`: the second half of adapter k's train step.
 
     An adapter whose loss or gradient is not finite stays unchanged; the others continue.
@@ -126,7 +127,8 @@ def make_update(objective: Objective, optimizer: Optimizer) -> Callable:
     ) -> tuple[TrainState, Metrics]:
         own = {**state.trainable, **lora.adapter_of_stack(grads, k, own_params(state.trainable))}
         summed = own, jax.tree.map(lambda x: x[k], metrics)
-        return apply_gradients(objective, optimizer, state, batch, summed, no_rounding)
+        new, counts = apply_gradients(objective, optimizer, state, batch, summed, no_rounding)
+        return new, {**counts, **(watch(own, state.trainable, new.trainable) if watch else {})}
 
     return update
 

@@ -20,6 +20,7 @@ from jaxft.runs.report import ModelSummary, StepRows
 from jaxft.train import evaluate, partition
 from jaxft.train.settings import Run
 from jaxft.train.step import TrainStep, make_train_step
+from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 
@@ -35,6 +36,7 @@ class Programs:
     mesh: jax.sharding.Mesh
     objective: Objective
     optimizer: Optimizer
+    watch: Watch | None
     state: TrainState
     frozen: Params
     train_step: jax.stages.Wrapped
@@ -59,6 +61,10 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     parts = partition.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
+    if run.optim.fused_backward and run.loop.watch:
+        raise ValueError(
+            "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
+        )
     optimizer = make_optimizer(run.optim, parts.trainable_specs, steps)
     trainable, frozen = partition.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
@@ -71,8 +77,9 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
 
     state = TrainState(counter(()), trainable, opt_state, aux, counter((2,)))
+    watch = None if run.loop.watch is None else make_watch(parts.trainable_specs)
     train_step = jax.jit(
-        make_train_step(objective, optimizer, run.seed),
+        make_train_step(objective, optimizer, run.seed, watch),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), everywhere),
     )
@@ -81,7 +88,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     if optimizer.fused_backward and objective.facts.reference != "precomputed":
         shards = sharding.row_shards(mesh)  # what can't be fused is refused here, before anything is loaded
         jax.eval_shape(train_step, state, frozen, run.data.abstract(shards))
-    return Programs(parts, mesh, objective, optimizer, state, frozen, train_step, eval_step, text_step)
+    return Programs(parts, mesh, objective, optimizer, watch, state, frozen, train_step, eval_step, text_step)
 
 
 def _check_dropout(run: Run, objective: Objective) -> None:

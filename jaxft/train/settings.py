@@ -17,9 +17,13 @@ from jaxft.optim.optimizer import Optim
 
 @dataclass(frozen=True)
 class Loop:
-    """Cadences, in optimizer steps. steps: the run's length, None for data.epochs. log_every: metrics are means over as many
-    steps. keep_last, keep_best: checkpoints that stay, the newest and those with the lowest eval_loss. max_bad: non-finite
-    steps in a row that end the run. profile: first and last step of a profiler trace (`loop.profile=10:15`), None for none.
+    """Cadences, in optimizer steps, and debugging.
+
+    steps: length of the run, None for data.epochs. log_every: metrics are means over as many steps. keep_last, keep_best: how many
+    of the newest checkpoints are kept, and of those with the best held-out score. max_bad: non-finite steps in a row that end the
+    run. profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per
+    layer and kind of parameter. debug_nonfinite: write the first non-finite step into the run folder and log the first layer that
+    is not finite, see train/nonfinite.py.
     """
 
     steps: int | None = None
@@ -30,14 +34,16 @@ class Loop:
     keep_best: int = 1
     max_bad: int = 5
     profile: tuple[int, int] | None = None
+    watch: Literal["layers"] | None = None
+    debug_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"loop.{name} is at least 1, found {value}")
+                raise ValueError(f"loop.{name}={value}; expected at least 1")
         if self.keep_best < 0:
-            raise ValueError(f"loop.keep_best is at least 0, found {self.keep_best}")
+            raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}"

@@ -16,20 +16,30 @@ from jaxft.objectives.objective import Objective
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
 from jaxft.optim.update import StepInfo, to_float32
+from jaxft.train.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(objective: Objective, optimizer: Optimizer, seed: int) -> TrainStep:
+def step_keys(seed: int, step: Int[Array, ""] | int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """Return the random keys of a step: of the objective, and of stochastic rounding."""
+    key, rounding_key = (jax.random.fold_in(jax.random.key(seed + i), step) for i in (0, 1))
+    return key, rounding_key
+
+
+def make_train_step(
+    objective: Objective, optimizer: Optimizer, seed: int, watch: Watch | None = None
+) -> TrainStep:
     """Return `train_step(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`.
 
     The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step whose loss or
-    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted.
+    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted. watch: further metrics of
+    gradients, old and new parameters.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key, rounding_key = (jax.random.fold_in(jax.random.key(seed + i), state.step) for i in (0, 1))
+        key, rounding_key = step_keys(seed, state.step)
         if optimizer.fused_backward:
             keys = (key, rounding_key)
             trainable, opt_state, info, metrics = fused_step(objective, optimizer, state, frozen, batch, keys)
@@ -37,6 +47,7 @@ def make_train_step(objective: Objective, optimizer: Optimizer, seed: int) -> Tr
         else:
             grads, metrics = accumulate_gradients(objective, (state.trainable, frozen), batch, key, state.aux)
             new, counts = apply_gradients(objective, optimizer, state, batch, (grads, metrics), rounding_key)
+            counts |= watch(grads, state.trainable, new.trainable) if watch else {}
         return new, {**metrics, **counts}
 
     return train_step

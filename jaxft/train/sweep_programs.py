@@ -58,7 +58,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
 
 def make_step(adapters: MultiAdapter, job: Job) -> Callable:
     """Return `(states, frozen, batch) -> (states, metrics [K])`, the train step of every member."""
-    updates = [make_update(m.programs.objective, m.programs.optimizer) for m in job.members]
+    updates = [make_update(m.programs.objective, m.programs.optimizer, m.programs.watch) for m in job.members]
 
     def step(states: States, frozen: Any, batch: Batch) -> tuple[States, Metrics]:
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]

@@ -82,7 +82,7 @@ SETTINGS = {
     "unknown field": (["optim.clipp=1"], r"optim\.clip"),
     "wrong type": (["lr=fast"], r"lr=fast: wanted float"),
     "wrong dotted type": (["loop.save_every=often"], r"loop\.save_every=often: wanted int"),
-    "no cadence": (["loop.log_every=0"], r"loop\.log_every is at least 1, found 0"),
+    "no cadence": (["loop.log_every=0"], r"loop\.log_every=0; expected at least 1"),
     "trace": (["loop.profile=9,3"], r"loop\.profile is the first and the last step"),
     "no model": (["model=missing/"], r"missing"),
     "no data": (["data=missing.jsonl"], r"missing\.jsonl.* not found"),

@@ -1,0 +1,81 @@
+"""Norms of gradients and updates for each layer and kind of parameter, logged while a run trains (`loop.watch=layers`).
+
+The metrics are `grad_norm/<kind>/<layer>` and `update_norm/<kind>/<layer>`. A kind is a parameter without its layer, such as attn/q;
+an adapter counts as the weight that it is attached to. A norm that grows over many steps in one kind often comes before a divergence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.nn.param import spec_paths
+from jaxft.nn.quant import QTensor, dequantize
+from jaxft.objectives.metrics import Sum
+from jaxft.optim.update import to_float32
+from jaxft.tree import Grads, Metrics, Params
+
+GRAD_NORM, UPDATE_NORM = "grad_norm", "update_norm"
+Norms = dict[str, Float[Array, "..."]]  # by kind: [L] if the parameter is stacked
+Watch = Callable[[Grads, Params, Params], Metrics]  # of gradients, old and new parameters
+
+
+def kind_of(path: str) -> str:
+    """Return the kind of a parameter: its path without the layers, an adapter's halves, and the policy's own prefix.
+
+    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`; `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
+    """
+    parts = path.split("/")
+    own = parts[:-1] if "adapter" in parts else parts
+    return "/".join(part for part in own if part not in ("layers", "base", "adapter"))
+
+
+def make_layer_norms(specs: Any, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
+    """Return `norms(params)`: the norm of each kind of parameter, for each layer if it is stacked.
+
+    specs: ParamSpecs of the parameters. name_of(path): the kind that a parameter counts in. An adapter's scale and leaves that
+    are None are left out.
+    """
+    axes = {path: spec.axes for path, spec in spec_paths(specs).items()}
+
+    def norms(params: Params) -> Norms:
+        squares: dict[str, Any] = {}
+        for path, leaf in tree.paths(params, is_leaf=lambda x: isinstance(x, QTensor)).items():
+            if path.endswith("/scale"):
+                continue
+            value = to_float32(dequantize(leaf) if isinstance(leaf, QTensor) else leaf)
+            summed = tuple(i for i, axis in enumerate(axes[path]) if axis != "layers")
+            squares[name_of(path)] = squares.get(name_of(path), 0) + jnp.sum(jnp.square(value), summed)
+        return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+    return norms
+
+
+def make_watch(specs: Any) -> Watch:
+    """Return `watch(grads, old, new) -> metrics` of trainable parameters; a metric has a value per layer (see `per_layer`)."""
+    norms = make_layer_norms(specs)
+
+    def watch(grads: Grads, old: Params, new: Params) -> Metrics:
+        change = jax.tree.map(lambda n, o: to_float32(n) - to_float32(o), new, old)
+        metrics: Metrics = {}
+        for name, values in ((GRAD_NORM, norms(grads)), (UPDATE_NORM, norms(change))):
+            metrics |= {f"{name}/{kind}": Sum(x, jnp.ones((), x.dtype)) for kind, x in values.items()}
+        return metrics
+
+    return watch
+
+
+def per_layer(metrics: Metrics) -> Metrics:
+    """Replace each watched metric that has a value per layer by one metric for each layer, on the host."""
+    found: Metrics = {}
+    for name, metric in metrics.items():
+        if name.startswith((f"{GRAD_NORM}/", f"{UPDATE_NORM}/")) and np.ndim(metric.total) == 1:
+            digits = len(str(len(metric.total) - 1))
+            found |= {f"{name}/{i:0{digits}d}": Sum(x, metric.weight) for i, x in enumerate(metric.total)}
+        else:
+            found[name] = metric
+    return found
