@@ -98,7 +98,7 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
         return jax.lax.map(microbatch, np.arange(jax.tree.leaves(batch)[0].shape[0]))
 
     everywhere = sharding.replicated(p.mesh)
-    args = state.trainable, frozen, sharding.place_batch(p.mesh, batch), state.aux
+    args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
     found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
     parameters = jax.jit(norms, out_shardings=everywhere)(tree.combine(state.trainable, frozen))
     return Diagnosis(*jax.device_get((parameters, *found)))
@@ -108,12 +108,14 @@ def write_diagnosis(folder: Path, found: Diagnosis, batch: Batch, names: list[st
     """Write batch.npz, rows.json and norms.json."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "batch.npz", **{path.replace("/", "."): x for path, x in tree.paths(batch).items()})
-    runfolder.write_json(folder / "rows.json", names)
+    runfolder.write_durable_json(folder / "rows.json", names)
     norms = {
         name: {path: x.tolist() for path, x in getattr(found, name).items()}
         for name in ("parameters", "gradients")
     }
-    runfolder.write_json(folder / "norms.json", {**norms, "outputs": [x.tolist() for x in found.outputs]})
+    runfolder.write_durable_json(
+        folder / "norms.json", {**norms, "outputs": [x.tolist() for x in found.outputs]}
+    )
 
 
 def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
