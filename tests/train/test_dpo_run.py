@@ -32,21 +32,6 @@ KINDS = {
     "moving": ["reference=moving"],
     "bco": [f"loss={F}:bco", "third=mismatched", "micro=2"],
 }
-AUX = {"full": set(), "moving": {"reference", "steps"}, "bco": {"loss"}}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(place, kind):
-    run(place, *KINDS[kind], "steps=5", f"name={kind}-alone")
-    run(place, *KINDS[kind], "steps=2", f"name={kind}")
-    shutil.rmtree(
-        place.folder / "cache"
-    )  # the reference is the model at step 0, not the one that is restored
-    out = run(place, *KINDS[kind], "steps=5", f"name={kind}")
-    assert "resuming after step 2" in out and ("24 to compute" in out) == (kind == "full")
-    assert steps_of(place, kind) == steps_of(place, f"{kind}-alone") and len(steps_of(place, kind)) == 5
-    assert place.leaves(kind, 5) == place.leaves(f"{kind}-alone", 5)
-    assert {path.split(".")[1] for path in place.leaves(kind, 5) if path.startswith("aux.")} == AUX[kind]
 
 
 def test_a_reference_on_disk_serves_every_run_of_that_model_and_no_other(place):

@@ -119,35 +119,6 @@ def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
         assert_same_run(place, f"sft/{member}", f"sft-{number}")
 
 
-def test_a_sweep_that_was_killed_or_stopped_goes_on_as_if_it_had_not(place):
-    argv = ["steps=6", "loop.eval_every=2", "--over", "beta=0.1,0.4"]
-    sweep(place, *argv, "--name", "whole")
-    process = place.start(
-        *argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache")
-    )
-    place.wait_for(process, lambda: len(place.checkpoints("killed")) > 0)
-    process.kill()
-    process.join()
-    process = place.start(
-        *argv, "--name", "killed", script="sweep.py", JAXFT_CACHE=str(place.folder / "cache")
-    )
-    place.wait_for(process, place.loops)
-    process.terminate()
-    process.join()
-    assert process.exitcode in (0, 143)
-    out = sweep(place, *argv, "--name", "killed")
-    assert "resuming after step" in out or "is finished" in out
-    assert place.leaves("killed", 6) == place.leaves("whole", 6)
-    for member in ("beta=0.1", "beta=0.4"):
-        assert place.metrics(f"killed/{member}") == place.metrics(f"whole/{member}")
-        files = [
-            place.runs(f"{name}/{member}") / "adapter" / "adapter_model.safetensors"
-            for name in ("killed", "whole")
-        ]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    assert "this sweep is finished (6 steps)" in sweep(place, *argv, "--name", "killed")
-
-
 def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
     sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
     fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
