@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -241,16 +240,6 @@ DOWN = '''"""A loss that lowers the chosen response."""
 def chosen_down(pair, beta=0.1):
     return beta * pair.chosen.ratio
 '''
-STOP = """
-import os, signal
-from jaxft.train import meter
-add = meter.Meter.add
-def stop(self, step, *args):
-    if step == 8:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return add(self, step, *args)
-meter.Meter.add = stop
-"""
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +250,7 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-def test_falling_chosen_responses_are_reported_in_log_card_and_summary_also_after_a_restart(place):
+def test_falling_chosen_responses_are_reported_in_log_card_and_summary(place):
     argv = ["loss=down.py:chosen_down", "steps=16", "loop.eval_every=4"]
     assert place.run(*argv, "name=alone") == 0, place.err()
     told = place.out()
@@ -275,11 +264,6 @@ def test_falling_chosen_responses_are_reported_in_log_card_and_summary_also_afte
         "in theory 0.0000: policy and reference start as the same model" in told
         and "held-out accuracy: " in card
     )
-
-    assert place.run(*argv, "name=stopped", hook=STOP) == 128 + signal.SIGTERM, place.err()
-    assert place.run(*argv, "name=stopped") == 0, place.err()
-    assert place.results("stopped", 16)["card"] == place.results("alone", 16)["card"]
-    assert json.loads((place.runs("stopped") / "summary.json").read_text())["alarms"] == alarms
 
 
 def test_a_healthy_run_has_no_alarms(place):

@@ -79,7 +79,7 @@ def test_online_pairs_refuse_settings_that_they_would_ignore(settings, message):
         OnlinePairs("x", **{"rules": Rules((exact,)), **settings})
 
 
-def test_online_dpo_raises_the_reward_and_resumes(tmp_path):
+def test_online_dpo_raises_the_reward(tmp_path):
     rl_workdir.write_workdir(tmp_path)
     workdir = Place(tmp_path)
     argv = ["batch=16", "group=4", "passes=1", "lr=1e-2", "online=true", "max_new=12", "save=6", "steps=18"]
@@ -89,8 +89,3 @@ def test_online_dpo_raises_the_reward_and_resumes(tmp_path):
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     first, last = ([line["reward"] for line in part] for part in (lines[:3], lines[-3:]))
     assert np.mean(last) > 1.2 * np.mean(first)
-    process = workdir.start("name=again", *argv, hook=rl_workdir.kill_at(8, "again", checkpoint=6))
-    process.join()
-    assert process.exitcode == -9
-    assert workdir.run("name=again", *argv) == 0, workdir.err()
-    assert workdir.results("again", 18) == workdir.results("online", 18)
