@@ -85,9 +85,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.samples < 0:
-            raise ValueError(f"samples is from 0 up, found {self.samples}")
+            raise ValueError(f"samples={self.samples}; expected 0 or more")
         if not self.model.generates and (self.samples or self.general):
-            found = f"samples={self.samples}, general={self.general}"
+            got = f"samples={self.samples}, general={self.general}"
             raise ValueError(
-                f"this run's model gives scores, no text: set samples=0 and general=none, found {found}"
+                f"this run's model has a scalar head and generates no text: set samples=0 and general=none, got {got}"
             )

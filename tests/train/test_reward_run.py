@@ -108,7 +108,7 @@ def broken(place, name, **change):
         (
             {},
             ["samples=2"],
-            "this run's model gives scores, no text: set samples=0 and general=none, found samples=2",
+            "this run's model has a scalar head and generates no text: set samples=0 and general=none, got samples=2",
         ),
         ({}, ["center=-0.5"], "center=-0.5; wanted a number from 0 up"),
     ],

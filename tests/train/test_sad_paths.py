@@ -80,8 +80,8 @@ def test_rows_that_cannot_be_learned_are_named(place, case):
 SETTINGS = {
     "unknown knob": (["epoch=1"], r"unknown key 'epoch'; near: .*epochs"),
     "unknown field": (["optim.clipp=1"], r"optim\.clip"),
-    "wrong type": (["lr=fast"], r"lr=fast: wanted float"),
-    "wrong dotted type": (["loop.save_every=often"], r"loop\.save_every=often: wanted int"),
+    "wrong type": (["lr=fast"], r"lr=fast: expected float"),
+    "wrong dotted type": (["loop.save_every=often"], r"loop\.save_every=often: expected int"),
     "no cadence": (["loop.log_every=0"], r"loop\.log_every=0; expected at least 1"),
     "trace": (["loop.profile=9,3"], r"loop\.profile is the first and the last step"),
     "no model": (["model=missing/"], r"missing"),
@@ -90,9 +90,9 @@ SETTINGS = {
     "adapter name": (["adapter.targets=q_porj,v"], r"'q_porj' is not a linear layer; near: .*q_proj"),
     "trained pattern": (["train=adapter/nothing"], r"adapter/nothing"),
     "micro": (["batch=6", "micro=4"], r"data\.batch=6 is not divisible by data\.micro=4"),
-    "name": (["name=../out"], r"name='\.\./out' is no name of a folder"),
+    "name": (["name=../out"], r"name='\.\./out' is not the name of a folder"),
     "tracker": (["trackers=nothing,"], r"trackers has 'nothing'"),
-    "samples": (["samples=-1"], r"samples is from 0 up, found -1"),
+    "samples": (["samples=-1"], r"samples=-1; expected 0 or more"),
     "epochs": (["epochs=inf"], r"data\.epochs=inf; use a number above 0"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
     "heads on a mesh": (

@@ -248,14 +248,14 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         ),
         (
             ["--over", "batch=4,8"],
-            "differ in data.batch: 4 -> 8; runs that are trained together differ in name, objective",
+            "differ in data.batch: 4 -> 8. The members of a sweep may differ only in name, objective",
         ),
         (["--over", "epochs=1,2"], "differ in data.epochs"),
-        (["--over", "lr=1,2", "full=true"], "without full=true"),
-        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapters with dropout are trained alone; set it to 0"),
+        (["--over", "lr=1,2", "full=true"], "leave out full=true"),
+        (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
         (
             ["--over", "seed=1,2"],
-            "data.held_out=0.2 is drawn by the seed, and the seeds differ; give a file, or held_out=none",
+            "data.held_out=0.2 is drawn by the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],
@@ -269,7 +269,8 @@ def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
     sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
     sweep(place, "steps=4", "--over", "beta=0.1,0.3", "--name", "same", code=1)
     assert (
-        "this sweep is of beta=0.1, beta=0.2; found beta=0.1, beta=0.3; choose another --name" in place.err()
+        "this sweep has the members beta=0.1, beta=0.2, not beta=0.1, beta=0.3. Choose another --name"
+        in place.err()
     )
     sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
     assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in place.err()
