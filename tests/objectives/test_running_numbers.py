@@ -24,7 +24,7 @@ from jaxft.train.step import make_train_step
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize("name", ("dpo", "sft", "orpo", *COUPLED))
+@pytest.mark.parametrize("name", ("dpo", "nll", "orpo", *COUPLED))
 def test_evaluation_gives_the_same_numbers_for_any_batch_size(name):
     objective, table = by_table(name)
     whole, aux = laid(pairs_for(name, count=11), rows=8), start_aux(objective)
