@@ -186,7 +186,7 @@ def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
 
 def encode_scales(
     absmax: Float[Array, "*L N O"],
-) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Float[Array, "*L"]]:
+) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Any]:
     """Quantise scales: subtract their mean, then the dynamic code in groups of 256 with a scale each.
 
     This is bitsandbytes' nested quantisation. Groups follow its order: all blocks of an output channel, then
@@ -206,7 +206,7 @@ def encode_scales(
     return codes.reshape(absmax.swapaxes(-1, -2).shape).swapaxes(-1, -2), outer, mean
 
 
-def _mean(x: Float[Array, "*L M"]) -> Float[Array, "*L"]:
+def _mean(x: Float[Array, "*L M"]) -> Any:
     """Mean of non-negative numbers over the last axis, by halves: numpy and XLA sum in other orders."""
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
@@ -226,7 +226,7 @@ def _rounded_alone(product: Array, positive: Array) -> Array:
 
 
 def decode_scales(
-    codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Float[Array, "*L"]
+    codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Any
 ) -> Float[Array, "*L N O"]:
     """Invert encode_scales."""
     blocks, outs = codes.shape[

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.nn import fused_update
 from jaxft.nn.attention import attention, cached_attention
-from jaxft.nn.matmul import from_bits, to_bits
+from jaxft.nn.matmul import accumulation_dtype, from_bits, to_bits
 from jaxft.tree import Batch, Params
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -71,7 +71,7 @@ def record_layer_outputs() -> Iterator[list[Float[Array, "outputs B"]]]:
 
 
 def _row_norms(h: Float[Array, "B T D"]) -> Float[Array, " B"]:
-    return jnp.sqrt(jnp.sum(jnp.square(h.astype(jnp.promote_types(h.dtype, jnp.float32))), (1, 2)))
+    return jnp.sqrt(jnp.sum(jnp.square(h.astype(accumulation_dtype(h.dtype))), (1, 2)))
 
 
 def check_remat(policy: str) -> None:
