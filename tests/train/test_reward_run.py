@@ -110,7 +110,7 @@ def broken(place, name, **change):
             ["samples=2"],
             "this run's model has a scalar head and generates no text: set samples=0 and general=none, got samples=2",
         ),
-        ({}, ["center=-0.5"], "center=-0.5; wanted a number from 0 up"),
+        ({}, ["center=-0.5"], "center=-0.5: expected a finite number of at least 0"),
     ],
 )
 def test_a_mistake_is_one_clear_line(place, change, argv, words):
