@@ -60,7 +60,7 @@ def gather_read(
     """Hidden states at the read positions, without communication between rows or time shards."""
     if sharding is None:
         return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
-    (B, T, D), count = h_BTD.shape, sharding.parts
+    (B, T, D), count = h_BTD.shape, sharding.num_shards
     local = T // count
     at = _to_slots(read, sharding).reshape(B, count, sharding.read_of.shape[1] // count) % local
     split = constrain(h_BTD.reshape(B, count, local, D), "rows", "time", "whole_time", "act_width")
@@ -77,16 +77,16 @@ def _to_slots(x: Shaped[Array, "B M"], sharding: ReadSharding) -> Shaped[Array, 
 def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Array, "CB m ..."]:
     """One row per time shard, so that rows are sharded as the devices are."""
     B, size, *rest = x.shape
-    split = jnp.moveaxis(x.reshape(B, sharding.parts, size // sharding.parts, *rest), 1, 0)
+    split = jnp.moveaxis(x.reshape(B, sharding.num_shards, size // sharding.num_shards, *rest), 1, 0)
     axes = ("read_rows", "whole_time", *("act_width",) * len(rest))
-    return constrain(split.reshape(sharding.parts * B, size // sharding.parts, *rest), *axes)
+    return constrain(split.reshape(sharding.num_shards * B, size // sharding.num_shards, *rest), *axes)
 
 
 def _in_order(x: Shaped[Array, "CB m"], sharding: ReadSharding) -> Shaped[Array, "B M"]:
     """Move a value per slot to its read."""
     rows, size = x.shape
-    joined = jnp.moveaxis(x.reshape(sharding.parts, rows // sharding.parts, size), 0, 1)
-    flat = joined.reshape(rows // sharding.parts, sharding.parts * size)
+    joined = jnp.moveaxis(x.reshape(sharding.num_shards, rows // sharding.num_shards, size), 0, 1)
+    flat = joined.reshape(rows // sharding.num_shards, sharding.num_shards * size)
     return jnp.take_along_axis(flat, sharding.slot_of, axis=1)
 
 

@@ -146,7 +146,7 @@ def _refused(
     limit = known["limit"] if total is None or missing is None else total - missing
     return Plan(
         **{**known, "limit": limit}, parts=held, total=total, missing=missing or 0, host=0, collectives={}, memory_traffic=0.0,
-        unknown_loops=0, estimate=None, compile_seconds=seconds, from_cache=False, largest={}, why=_first_line(error),
+        unknown_loops=0, estimate=None, compile_seconds=seconds, from_cache=False, largest_arrays={}, why=_first_line(error),
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def _found(
         missing=total - limit if limit is not None and total > limit else None,
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops), estimate=guess,
-        compile_seconds=took[0], from_cache=took[1], largest=largest_arrays(module),
+        compile_seconds=took[0], from_cache=took[1], largest_arrays=largest_arrays(module),
     )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """The fastest settings of a run that fit a machine, found by compiling a few: microbatches, remat policy, mesh shape."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxft.distributed import devices
 from jaxft.distributed.sharding import MeshShape
+from jaxft.nn import param
 from jaxft.plan.machines import Machine
 from jaxft.plan.plan import GIB, Plan, plan, plans
 from jaxft.train.settings import Run
@@ -163,10 +165,8 @@ def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     data: Any = run.data
     rows, length = replace(data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
-    weights = (
-        c.layers * (2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp)
-        + 2 * c.vocab * c.width
-    )
+    layers = param.spec_paths(run.model.specs["layers"]).values()
+    weights = sum(math.prod(spec.shape) for spec in layers if len(spec.axes) == 3) + 2 * c.vocab * c.width
     bytes_each = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
     size = int(
         weights * bytes_each / shard

@@ -36,8 +36,8 @@ def plan_report(p: Plan) -> str:
         lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
     lines += [] if p.estimate is None or p.flops is None else _time(p.flops, p.estimate)
     lines += (
-        ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest.items())]
-        if p.largest
+        ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())]
+        if p.largest_arrays
         else []
     )
     lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))

@@ -89,7 +89,7 @@ class RolloutScorer:
         lengths, size = completions.lengths, completions.tokens.shape[2]
         scores = Scores() if self.token_scores is None else self.token_scores(completions, state)
         logps, reference, values = (
-            None if rows is None else to_completions(rows, lengths, size) for rows in scores
+            None if rows is None else to_completions(np.asarray(rows), lengths, size) for rows in scores
         )
         if logps is None:
             logps = completions.sampler_logps.astype(np.float64)

@@ -76,7 +76,8 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     order = jnp.argsort(-squares)
     damp = DAMPING * jnp.mean(squares) + jnp.where(squares > 0, 0.0, jnp.mean(squares)) + jnp.float32(1e-30)
     moment = (moment + jnp.diag(damp))[order][:, order]
-    scale, offset = (None if x is None else x[order] for x in grid(plain))
+    plain_scale, plain_offset = grid(plain)
+    scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
     upper = _inverse_factor(moment / jnp.mean(jnp.diagonal(moment)))
     size = next(n for n in range(min(BLOCK, ins), 0, -1) if ins % n == 0)
     format = FORMATS[kind]
