@@ -45,9 +45,9 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
         make_step(adapters, job), donate_argnums=0, out_shardings=(shardings, sharding.replicated(p.mesh))
     )
     compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
-    held_out = compile_eval(adapters, job, shared, job.sources[0].held_out)
+    held_out = compile_sweep_eval(adapters, job, shared, job.sources[0].held_out)
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
-    general = compile_eval(texts, job, shared, job.general)
+    general = compile_sweep_eval(texts, job, shared, job.general)
     devices.trim_heap()
 
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
@@ -80,7 +80,7 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
     return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
 
 
-def compile_eval(
+def compile_sweep_eval(
     adapters: MultiAdapter, job: Job, frozen: Any, batches: tuple[Batch, ...]
 ) -> Callable[[States], list[Numbers]]:
     """Return `metrics(states)` of held-out batches, compiled for their one shape."""

@@ -212,7 +212,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
 def test_log_probs_that_can_not_be_kept_are_said_once_and_used(tmp_path, monkeypatch):
     (tmp_path / "reference").write_text("a file where the folder should be")
     asked, said, _ = attached(tmp_path, make_rows(5))
-    assert asked == list(range(5)) and len(said) == 2 and "can't be kept" in said[1] and "\n" not in said[1]
+    assert asked == list(range(5)) and len(said) == 2 and "can't be cached" in said[1] and "\n" not in said[1]
 
 
 def test_a_reference_is_known_by_weights_adapter_and_settings():
