@@ -84,12 +84,14 @@ def test_a_step_of_a_flax_train_state_is_the_gradient_step():
         loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn({"params": p}, tokens), tokens))(
             state.params
         )
-        return state.apply_gradients(grads=grads), loss
+        with jax.numpy_dtype_promotion("standard"):
+            return state.apply_gradients(grads=grads), loss
 
     @jax.jit
     def our_step(p, opt, tokens):
         loss, grads = jax.value_and_grad(lambda p: loss_of(logits_of(MODEL, p, tokens), tokens))(p)
-        updates, opt = tx.update(grads, opt, p)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt = tx.update(grads, opt, p)
         return optax.apply_updates(p, updates), opt, loss
 
     ours = param.init_params(MODEL.specs, KEY)
