@@ -12,7 +12,8 @@ ALWAYS = ("tracker", "jsonl", "tensorboard", "console")  # files of this folder 
 
 
 class Tracker(Protocol):
-    """A destination of metrics. Its file has `open_tracker(folder, start_step) -> Tracker`.
+    """A destination of metrics. Its file has `open_tracker(folder, start_step) -> Tracker`, and PACKAGES, the
+    optional packages that it imports.
 
     A resumed run opens its trackers again with the step that it continues from; entries after that step are
     to be replaced.
@@ -40,8 +41,10 @@ def open_trackers(names: tuple[str, ...], folder: Path, start_step: int) -> list
     for name in names:
         if name not in known:
             raise ValueError(f"trackers has {name!r}; known are {', '.join(known)}")
-        import_package(name)
     modules = [importlib.import_module(f"{trackers.__name__}.{name}") for name in names]
+    for module in modules:
+        for package in module.PACKAGES:
+            import_package(package)
     return [module.open_tracker(folder, start_step) for module in modules]
 
 

@@ -5,6 +5,8 @@ from types import ModuleType
 
 from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
 
+PACKAGES = ("trackio",)
+
 
 class Trackio:
     """Logs to the open run of a trackio module."""

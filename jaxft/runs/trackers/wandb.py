@@ -6,6 +6,8 @@ from typing import Any
 
 from jaxft.runs.trackers.tracker import Tracker, import_package, with_perf
 
+PACKAGES = ("wandb",)
+
 
 class WandB:
     """Logs to a W&B run."""
