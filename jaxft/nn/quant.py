@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxft.nn import quant_formats as qf
-from jaxft.nn.quant_formats import FORMATS
+from jaxft.nn.quant_formats import FORMATS, FormatName
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
-QuantKind = Literal["none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint"]  # of settings
+QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 HOST_CHUNK = 1 << 18  # elements
 
 

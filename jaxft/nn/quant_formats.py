@@ -7,7 +7,7 @@ no constant is divided by, and subnormal numbers, which XLA treats as zero, do n
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,8 @@ def _as_float(codes: Array) -> Array:
     return codes.astype(jnp.float32)
 
 
-FORMATS = {
+FormatName = Literal["int8", "int4", "nf4", "fp4", "affine4"]
+FORMATS: dict[str, Format] = {
     "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float),
     "int4": Format(
         4, 64, None, jnp.bfloat16, scale_int4, nearest_int4, lambda codes: _as_float(codes) - jnp.float32(8)
