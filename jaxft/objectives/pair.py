@@ -202,8 +202,8 @@ def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
     return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
 
 
-def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
-    """Call a loss with the pairs and, if it couples them, its state."""
+def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Any:
+    """Call a loss with the pairs and, if it couples them, its state. What it returns is not checked."""
     return loss(pair, state=state) if declaration(loss).coupled else loss(pair)
 
 

@@ -128,7 +128,7 @@ def test_results_have_the_dtype_of_the_activations_without_promotion(form):
         back = jax.eval_shape(
             lambda w, x: jax.vjp(lambda x: matmul.linear(x, w), x)[1](matmul.linear(x, w))[0], w, x
         )
-        row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([1]))
+        row = jax.eval_shape(lambda w, ids: layers.embed(w, ids, w.dtype), w, jnp.array([[1]]))
         logits = jax.eval_shape(lambda h, w: matmul.lm_head({"embed": w}, h), x[:, :6], w)
     assert y.dtype == back.dtype == row.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
