@@ -1,8 +1,8 @@
 """The preference objective: a loss over pairs of responses, its reference policy and its metrics.
 
 `preference(model, loss=partial(dpo, beta=0.1))` is linear in the batch's pair weights. A coupled loss is not;
-the train step then computes it once from the log-probs of all microbatches, so that accumulation is exact all
-the same.
+the train step then computes it once from the log-probs of all microbatches, so that accumulation is still
+exact.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ UNUSED = (
     "last",
     "reference",
     "branches",
-)  # fields of Pairs
+)  # fields of Pairs that neither losses nor metrics read
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EMAReference:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1 or self.every < 1:
-            raise ValueError(f"EMAReference: alpha is in (0, 1] and every at least 1, got {self}")
+            raise ValueError(f"EMAReference: alpha must be in (0, 1] and every at least 1, got {self}")
 
 
 Reference = Literal["start", "precomputed"] | EMAReference | None
@@ -114,11 +114,11 @@ def preference(
     """`sum_p w_p loss_p` over pairs, of any loss `(pair: PairBatch) -> [B, P]`: one of preference_losses.py's
     or your own.
 
-    reference: "start" is the policy at step 0. It costs nothing if that is the base without a fresh adapter,
+    reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh adapter;
         else aux keeps a copy of the trainable leaves. "precomputed" reads log-probs that were computed once
-        before the run; EMAReference follows the policy; None runs no reference.
-    beta, reward: of the metrics rewards/*, which are beta * reward(response). The loss has its own beta.
-    extra(pair): further metrics, a value per pair [B, P] each, logged as means over the pairs.
+        before the run; EMAReference follows the policy; with None there is no reference.
+    beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
+    extra(pair): further metrics by name, each [B, P], logged as means over the pairs.
     """
     check_knobs(loss)
     declared = declaration(loss)
@@ -227,7 +227,7 @@ def _precomputed(batch: Pairs) -> Float[Array, "B M"]:
 
 
 def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
-    """The loss's values. Raises ValueError that names the loss if it fails or returns another shape."""
+    """Return the loss's values. Raises ValueError with the loss's name if it fails or returns another shape."""
     name = loss_name(loss)
     try:
         values = loss_values(loss, pair, state)
@@ -235,7 +235,7 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
         available = ", ".join([*pair.responses, *pair.columns])
         raise ValueError(
             f"loss {name}: the pairs have no field {error} (available: {available}). "
-            f"Add a column of the rows with data.extras"
+            f"Name a column of the rows in data.extras"
         ) from error
     except (TypeError, AttributeError, IndexError) as error:
         message = " ".join(str(error).split())[:300]
@@ -247,7 +247,7 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
 
 
 def _at_reference(pair: PairBatch) -> PairBatch:
-    """The pairs as scored by a policy that equals the reference."""
+    """Return the pairs with the reference's log-probs as the policy's."""
 
     def at_reference(x: Any) -> Any:
         return replace(x, logp=x.reference)

@@ -1,8 +1,8 @@
 """Rollouts: sample completions with the current policy, score them, and make batches for a policy objective.
 
 Rollout k is sampled at step k * steps_per_rollout, with the state of that step, and used for that many steps.
-A run is therefore saved between rollouts only, and one that was interrupted samples the same completions
-again.
+A run is therefore saved between rollouts only; one that is killed inside a rollout resumes at the rollout's
+first step and samples the same completions again.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, co
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
-EVALUATION = 2**31 - 1  # the number of the rollout of held-out prompts, for its random key
+EVALUATION = 2**31 - 1  # the rollout number that gives evaluation on held-out prompts its random key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class RolloutSource:
         """Compile what rollouts need and return the source that samples with this run.
 
         saved: `state_dict` of the checkpoint to resume from. Raises ValueError for an objective or an
-        optimizer that the settings don't go together with.
+        optimizer that contradicts the settings.
         """
         check_policy_run(self.data, run)
         recompute = needs_recomputed_logps(self.data, run.objective)
@@ -95,21 +95,21 @@ class RolloutSource:
         )
 
     def programs(self, run: BoundRun, complete: Any) -> RolloutPrograms:
-        """Return the compiler of passes over rows. complete: adds the fields of a training batch to rows."""
+        """Return what compiles passes over rows. complete(rows) adds the fields that a training batch has."""
         sizes = self.rollout_shapes
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
         return RolloutPrograms(run, shapes, self.data.units_per_step, complete)
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Raise ValueError: completions are sampled by a run."""
+        """Raise ValueError: only a bound source can sample completions."""
         raise ValueError(
-            "this source has prompts and no run to sample completions with. Call bind(run, saved) first."
+            "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
         )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Raise ValueError: completions are sampled by a run."""
+        """Raise ValueError: only a bound source can sample completions."""
         raise ValueError(
-            "this source has prompts and no run to sample completions with. Call bind(run, saved) first."
+            "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
         )
 
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
@@ -135,8 +135,8 @@ class RolloutSource:
 class BoundRollouts:
     """The rollouts of a compiled run; see data.source.Source.
 
-    shapes: of batches. moments: of all scores so far, for Rules.scale. A batch is a function of step, state
-    and moments; the current rollout is cached until the next one begins.
+    shapes: those of training batches. moments: those of all scores so far, for Rules.scale. A batch is a
+    function of step, state and moments; the current rollout is cached until the next one begins.
     """
 
     source: RolloutSource
@@ -214,7 +214,7 @@ class BoundRollouts:
         if processes.is_first():
             if fault and not self._warned:
                 print(
-                    f"rollout {number + 1}: {fault}; it has no score. Further faults are only counted.",
+                    f"rollout {number + 1}: {fault}; this completion has no score. Further faults are only counted.",
                     flush=True,
                 )
                 self._warned = True
@@ -252,7 +252,7 @@ class BoundRollouts:
         )
 
     def _check_advantages(self, scores: GroupScores, advantages: PerToken) -> None:
-        """Raise ValueError if advantages are relative to a group of one, and so 0 whatever the scores are."""
+        """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
         valid = scores[has_score(scores)]
         if self.data.group == 1 and valid.max() > valid.min() and not advantages.any():
             raise ValueError(
@@ -261,10 +261,10 @@ class BoundRollouts:
             )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
-        """Whether the policy is further than target_kl from the one that sampled. Waits for the step before.
+        """Whether the KL of the policy to the sampling policy exceeds target_kl. Waits for the previous step.
 
-        aux has the approximate KL of the newest step that trained the policy. It is this rollout's if an
-        earlier part of it did.
+        aux has the approximate KL of the last step that trained the policy. That step belongs to this rollout
+        if an earlier step of the rollout trained the policy.
         """
         target = self.run.objective.facts.target_kl
         if target is None or rollout.number < self.data.rules.warm_up:
@@ -278,7 +278,7 @@ class BoundRollouts:
     def _training_batch(
         self, rollout: TrainingRollout, chosen: Int[np.ndarray, " rows"], trains_policy: bool
     ) -> Batch:
-        """Return the batch of some prompts, with weights that sum to 1 over it."""
+        """Return the batch of the chosen prompts, with weights that sum to 1."""
         data, lengths = self.data, rollout.lengths[chosen]
         rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
 
@@ -343,14 +343,14 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
             "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
-            "leave target_kl out."
+            "omit target_kl."
         )
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Whether log-probs are recomputed with the training program after sampling.
 
-    They aren't for one on-policy update without reference or critic, where the ratio is 1.
+    That is not necessary for a single on-policy update without reference or critic: the ratio is 1.
     """
     return data.steps_per_rollout > 1 or objective.facts.reference != "none" or objective.facts.critic
 

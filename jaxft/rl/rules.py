@@ -26,13 +26,13 @@ class Rules:
     estimate: the advantage estimator, see estimators.py.
     token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
     reward_weights: one for each reward, 1 by default.
-    combine(scores [G, N, K], reward_weights) -> scores [G, N].
-    shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores. None for none.
-    scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores. None for none.
-        Metrics have the scores before it.
+    combine(scores [G, N, K], reward_weights) -> scores [G, N]: of K rewards.
+    shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
+    scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
+        Metrics show the scores before scaling.
     filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups. None for all.
-    train_on_truncated: whether completions that the limit ended are trained on.
-    warm_up: number of first rollouts that train the critic alone.
+    train_on_truncated: whether to train on completions without an end token, cut off at max_new.
+    warm_up: number of rollouts at the start that train the critic alone.
     """
 
     rewards: tuple[Reward, ...]
@@ -69,12 +69,12 @@ class Rules:
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the rewards in metrics, each of them once."""
+        """Names of the rewards in metrics, made unique."""
         return unique_names(self.rewards)
 
     @property
     def freezes_policy(self) -> bool:
-        """Whether an optimizer step may have no completion that the policy is trained on."""
+        """Whether an optimizer step may contain no completion to train the policy on."""
         return bool(self.warm_up) or self.filter is not None or not self.train_on_truncated
 
     def score(self, completions: Completions, by_reward: Sequence[RewardScores]) -> ScoredCompletions:

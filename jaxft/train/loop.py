@@ -35,14 +35,14 @@ from jaxft.train.sweep_programs import compile_sweep
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run, or a sweep whose members are trained together: then all that follows happens for each of them.
+    settings: a run, or a sweep, whose members are trained together; what is said of the run below holds for each member.
     record: a run's settings as JSON. Returns 0 if the run is finished, 128 + n if it was stopped by signal n with
     everything saved. Raises ValueError, FileNotFoundError or OSError with one line that says what to change.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
     with ExitStack() as stack:
-        # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes with the same line ----------
+        # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes with the same message ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
         with processes.agreement():
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
@@ -66,7 +66,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         begin = time.perf_counter()
         job = bind_sources(job, frozen, saved)
         compiled = compile_run(job, frozen) if job.sweep is None else compile_sweep(job, frozen)
-        processes.barrier()  # the first collectives give up where another process still compiles
+        processes.barrier()  # collectives time out if another process is still compiling
         logs.message(f"compiled in {time.perf_counter() - begin:.1f} s")
 
         # ---------- The model before training ----------
@@ -94,7 +94,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
                 if done % job.rollout_steps and done < job.steps:
-                    continue  # inside a rollout nothing can be saved, so nothing else is done
+                    continue  # a run is saved, evaluated and stopped between rollouts only
                 scores = []
                 if due(loop.eval_every, done, job) and done < job.steps and job.info.stats.held_out:
                     watchdog.at(f"the evaluation after step {done}")
@@ -111,19 +111,19 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         watchdog.at(f"final evaluation and export (after step {done})")
         if stop:
             logs.message(f"stopped by {signal_name(stop)} after step {done}, saved; the same command resumes")
-            processes.barrier()  # nobody leaves while another one saves
+            processes.barrier()  # no process exits while another still saves
             return 128 + stop
 
         # ---------- The model after training: evaluation, weights, model card ----------
         after = compiled.evaluation(states)
         logs.step(job.steps, [end["metrics"] for end in after])
         weights = export_members(job, states, frozen)
-        del states  # the best step's may need its memory
+        del states  # make room for the best step's state
         export_best(job, checkpoints, frozen, after, logs)
         write_reports(job, logs, weights, saved["before"], after)
         return 0
 
 
 def due(every: int | None, done: int, job: Job) -> bool:
-    """Whether a multiple of `every` steps was reached since the last point where the job could be saved."""
+    """Whether a multiple of `every` steps lies between the previous point where the job could be saved and `done`."""
     return every is not None and done // every > (done - job.rollout_steps) // every

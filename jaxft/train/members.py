@@ -31,9 +31,10 @@ Record = dict[str, Any]  # settings as JSON
 
 @dataclass(frozen=True)
 class Member:
-    """A run alone, or one of a sweep's.
+    """A single run, or one member of a sweep.
 
-    label: its name in the sweep, "" alone. folder: where its results go. record: its settings, with fingerprints of rows and weights.
+    label: its name in the sweep, "" for a single run. folder: where its results go. record: its settings,
+    with fingerprints of rows and weights.
     """
 
     label: str
@@ -47,7 +48,8 @@ class Member:
 class Job:
     """What `loop.run` trains: the members, and what they share.
 
-    sources: batches for all members, or of each member. general: batches of the general text. sweep: its settings, None for a run alone.
+    sources: batches for all members, or of each member. general: batches of the general text. sweep: its settings,
+    None for a single run.
     """
 
     folder: Path
@@ -139,7 +141,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     _check_whole_rollouts(steps, sources[0].info.steps_per_rollout)
     if sweep and sources[0].info.samples:
         raise ValueError(
-            "the members of a sweep train on the same rows and can't sample completions; use scripts/train.py"
+            "the members of a sweep train on the same rows and can't sample their own completions; use scripts/train.py"
         )
     weights, members = weight_fingerprints(lead), []
     for number, (label, run) in enumerate(runs.items()):
@@ -154,11 +156,11 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:
-    """Raise ValueError if the rows have a token id beyond the model's embeddings: a gather would read another row."""
+    """Raise ValueError if the rows have a token id beyond the model's embeddings, for which a gather would silently read another row."""
     largest, vocab = source.info.stats.largest_id, run.model.config.vocab
     if largest >= vocab:
         raise ValueError(
-            f"{run.weights}: the tokenizer produces token id {largest}, and the model has embeddings for 0 to {vocab - 1} "
+            f"{run.weights}: the tokenizer produces token id {largest}, but the model has embeddings for 0 to {vocab - 1} "
             "only. Use the tokenizer that belongs to the model."
         )
 
@@ -175,7 +177,7 @@ def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:
 
 
 def weight_fingerprints(run: Run) -> dict[str, Any]:
-    """Hashes of all weights that a run starts from, so that it resumes with the same, and the path of a local base."""
+    """Return hashes of all weights that a run starts from, so that it resumes from the same ones, and the path of a local base."""
     found = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
     if Path(run.weights).exists():
         found["weights_path"] = str(Path(run.weights).resolve())
@@ -196,7 +198,7 @@ def open_checkpoints(job: Job) -> Checkpoints:
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
-    """(steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for other changes."""
+    """Return (steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for other changes."""
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
         return 0, []
@@ -207,7 +209,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
 
 
 def _check_members(job: Job) -> None:
-    """Raise ValueError if the folder is that of a sweep with other members."""
+    """Raise ValueError if the folder belongs to a sweep with other members."""
     path, labels = job.folder / "config.json", [member.label for member in job.members]
     known = runfolder.read_saved_json(path)["members"] if path.exists() else labels
     if known != labels:

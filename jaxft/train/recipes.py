@@ -115,7 +115,7 @@ class LlamaKnobs(LoraOrFullKnobs):
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
-    lr: float | None = None  # 2e-4 for LoRA, 1e-5 in full
+    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning
 
     @property
     def learning_rate(self) -> float:

@@ -23,7 +23,7 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
 def step_keys(seed: int, step: Int[Array, ""] | int) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Return the random keys of a step: of the objective, and of stochastic rounding."""
+    """Return the random keys of a step: one for the objective, one for stochastic rounding."""
     key, rounding_key = (jax.random.fold_in(jax.random.key(seed + i), step) for i in (0, 1))
     return key, rounding_key
 
@@ -34,8 +34,8 @@ def make_train_step(
     """Return `train_step(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`.
 
     The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step whose loss or
-    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted. watch: further metrics of
-    gradients, old and new parameters.
+    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted. watch: returns further
+    metrics of the gradients and the old and new parameters.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -77,7 +77,7 @@ def apply_gradients(
 
 
 def keep_policy(is_frozen: Bool[Array, ""], new: Any, old: Any, trainable: Params) -> Any:
-    """Return `new`, or `old` if `is_frozen` for the leaves that belong to the policy: its adapter and base.
+    """Return `new`, with the leaves of the policy (its adapter and base) taken from `old` if `is_frozen`.
 
     new, old: trees of parameters, or of optimizer state, whose leaves lie below the names that they have in `trainable`.
     """
@@ -111,7 +111,7 @@ def accumulate_gradients(
 ) -> tuple[Grads, Metrics]:
     """Return the gradients of the trainable parameters over a batch [micro, rows, ...], summed over microbatches, and metrics.
 
-    params: (trainable, frozen). An objective that couples rows runs twice: see _coupled_gradients.
+    params: (trainable, frozen). For an objective that couples rows see _coupled_gradients.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     if objective.facts.coupled and count > 1:
@@ -153,8 +153,8 @@ def _coupled_gradients(
 ) -> tuple[Grads, Metrics]:
     """Gradients of a loss that couples rows, exact under accumulation.
 
-    First all microbatches' log-probs; then loss and cotangents from the whole arrays; then each microbatch pulls its
-    cotangents back.
+    First the log-probs of all microbatches are computed, then the loss and its cotangents from the whole arrays; last, each
+    microbatch is run again and pulls its cotangents back.
     """
     trainable, frozen = params
     count = jax.tree.leaves(batch)[0].shape[0]

@@ -6,7 +6,7 @@ which parts of a layer [in, out] each process needs. Then it stores the paramete
 - load_unchanged: the codes and scales in the files, if they are quantised already
 - load_floats: floats, cast to another dtype
 - load_quantised: quantised, each part on its own
-- load_with_quantised_scales: quantised, with scales that depend on parts which other processes read
+- load_with_quantised_scales: quantised, with scales that depend on parts that other processes read
 
 Each of them runs the same loop: read a part of a layer, convert it, write it into host buffers of the local
 shards. At the end the buffers are copied to the devices. The result has the same bits as on a single device.
@@ -145,7 +145,7 @@ def load_quantised(
 def load_with_quantised_scales(
     reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]
 ) -> QTensor:
-    """Quantise a parameter whose scales are quantised in groups that go through the whole layer.
+    """Quantise a parameter whose scales are quantised in groups that span the whole layer.
 
     First every process quantises its parts with float scales; then all quantise the gathered scales, one
     layer at a time.

@@ -151,7 +151,7 @@ MODELS = {
     "unknown": r"model_type 'mamba' is not implemented",
     "tokenizer": r"tokenizer",
     "pickle": r"pytorch_model\.bin.*pickle",
-    "vocabulary": r"the tokenizer produces token id 257, and the model has embeddings for 0 to 249",
+    "vocabulary": r"the tokenizer produces token id 257, but the model has embeddings for 0 to 249",
 }
 
 
