@@ -35,7 +35,7 @@ def config(
     """Direct preference optimisation."""
     if moving and reference:
         raise ValueError(
-            f"reference={reference} and moving={moving} contradict each other; set one of them only"
+            f"reference={reference} and moving={moving} contradict each other; set only one of them"
         )
     source = EMAReference(*moving) if moving else choose_reference(reference, loss, base.full)
     return Run(

@@ -67,7 +67,7 @@ def config(
 ) -> Run:
     """Group-relative policy optimisation."""
     if advantage and estimate:
-        raise ValueError("estimate and advantage exclude each other; set one of them only")
+        raise ValueError("estimate replaces advantage; set only one of them")
     if loss is policy_gradient and prompts.passes * prompts.minibatches > 1:
         raise ValueError(
             "policy_gradient is for completions of the current policy, and passes x minibatches = "

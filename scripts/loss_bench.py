@@ -387,7 +387,7 @@ def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
     args = arguments()
     if args.steps < 1:
-        raise ValueError(f"--steps is at least 1, got {args.steps}. Use --only-look to train nothing")
+        raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to train nothing")
     mine = losses(args.loss)
     others = losses(args.against, mine)
     well, probes = look(mine, others, args)

@@ -342,7 +342,7 @@ def _prompt_completion(row: Row) -> Example:
     lists = [isinstance(json_of(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
         raise ValueError(
-            f"{row.name}: of 'prompt' and 'completion' one is a string and one a list; use two strings or "
+            f"{row.name}: one of 'prompt' and 'completion' is a string and one a list; use two strings or "
             "two lists"
         )
     if not lists[0]:

@@ -147,7 +147,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         try:
             header = next(reader, [])
             if not header or len(set(header)) < len(header):
-                raise ValueError(f"{path}:1: the header {header} has no distinct column names; rename them")
+                raise ValueError(f"{path}:1: the header {header} repeats or lacks a column name; rename them")
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
@@ -185,7 +185,7 @@ def _read_hub(ref: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"data {ref!r} is no local file, and hub datasets need the package datasets; run `pip install "
+            f"data {ref!r} is not a local file, and hub datasets need the package datasets; run `pip install "
             "datasets`"
         ) from error
     dataset, _, split = ref.partition(":")
@@ -196,7 +196,7 @@ def _read_hub(ref: str) -> Iterator[Row]:
     except Exception as error:  # its errors have no common type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data {ref!r} is no local file and cannot be loaded from the hub ({reason}); use "
+            f"data {ref!r} is not a local file and cannot be loaded from the hub ({reason}); use "
             "org/name[/config][:split]"
         ) from error
     for number, item in enumerate(data, 1):

@@ -108,7 +108,9 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
         return model
     taken = {"base", "adapter", *model.heads} & heads.keys()
     if taken:
-        raise ValueError(f"a head is named {min(taken)}, like the run's own parameters; choose another name")
+        raise ValueError(
+            f"a head cannot be named {min(taken)}, as the run's own parameters are; choose another name"
+        )
     specs = {name: _specs(model, settings) for name, settings in heads.items()}
     return replace(model, heads={**model.heads, **specs}, scores=scores)
 

@@ -125,7 +125,7 @@ def scan_layers(
         count = jax.tree.leaves(layers)[0].shape[0]
         if count % policy.layers:
             raise ValueError(
-                f"remat={remat} groups layers by {policy.layers}, and the model has {count}; use remat=full"
+                f"remat={remat} groups layers by {policy.layers}, but the model has {count} layers; use remat=full"
             )
         xs = jax.tree.map(lambda x: x.reshape(count // policy.layers, policy.layers, *x.shape[1:]), xs)
         body = _several(_rematerialised(body, policy))

@@ -34,8 +34,8 @@ class Critic:
     clip: float | None = 0.2
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"Critic: coef is above 0, got {self.coef}. Leave the critic out instead")
-        require(self.clip is None or self.clip > 0, f"Critic: clip is above 0 or None, got {self.clip}")
+        require(self.coef > 0, f"Critic: coef must be above 0, got {self.coef}. Leave the critic out instead")
+        require(self.clip is None or self.clip > 0, f"Critic: clip must be above 0 or None, got {self.clip}")
 
 
 def value_function(

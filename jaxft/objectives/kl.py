@@ -42,7 +42,7 @@ class FixedKL:
     estimate: Estimator = k3
 
     def __post_init__(self) -> None:
-        require(self.coef >= 0, f"FixedKL: coef is at least 0, got {self.coef}")
+        require(self.coef >= 0, f"FixedKL: coef must be at least 0, got {self.coef}")
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:
         """Return the coefficient unchanged."""
@@ -63,10 +63,10 @@ class AdaptiveKL:
     estimate: Estimator = k3
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"AdaptiveKL: coef is above 0, got {self.coef}; it would stay at 0")
+        require(self.coef > 0, f"AdaptiveKL: coef must be above 0, got {self.coef}; it would stay at 0")
         require(
             self.target > 0 and self.horizon > 0,
-            f"AdaptiveKL: target and horizon are above 0, got {self.target} and {self.horizon}",
+            f"AdaptiveKL: target and horizon must be above 0, got {self.target} and {self.horizon}",
         )
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:

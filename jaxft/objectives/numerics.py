@@ -37,7 +37,7 @@ def logistic(x: Float[Array, "..."], label_smoothing: float | Array = 0.0) -> Fl
     """
     require(
         (label_smoothing >= 0) & (label_smoothing <= 0.5),
-        f"label_smoothing is in [0, 0.5], got {label_smoothing}",
+        f"label_smoothing must be in [0, 0.5], got {label_smoothing}",
     )
     return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 

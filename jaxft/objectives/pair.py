@@ -36,7 +36,7 @@ class Response:
         """log pi(response) - log pi_ref(response). Raises ValueError in a run without a reference."""
         if self.reference is None:
             raise ValueError(
-                "this loss reads the reference's log-probs and the objective has no reference. "
+                "this loss reads the reference's log-probs, but the objective has no reference. "
                 "Set preference(reference='start')"
             )
         return self.logp - self.reference

@@ -70,8 +70,10 @@ def policy(
         by the sum of its
     weights, which is 1 unless the weight rule says otherwise.
     """
-    require(entropy >= 0, f"policy: entropy is at least 0, got {entropy}")
-    require(0 < temperature < float("inf"), f"policy: the sampling temperature is above 0, got {temperature}")
+    require(entropy >= 0, f"policy: entropy must be at least 0, got {entropy}")
+    require(
+        0 < temperature < float("inf"), f"policy: the sampling temperature must be above 0, got {temperature}"
+    )
     penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
     tempered = at_temperature(model, temperature)
     graded: Graded = ("logp", "entropy") if entropy else ("logp",)

@@ -100,8 +100,8 @@ def clipped(batch: PolicyBatch, eps_low: float = 0.2, eps_high: float = 0.2) -> 
 
 
 def _clipped(ratio: Array, advantages: Array, eps_low: float, eps_high: float) -> TokenLoss:
-    require((eps_low >= 0) & (eps_low <= 1), f"eps_low is in [0, 1], got {eps_low}")
-    require(eps_high >= 0, f"eps_high is at least 0, got {eps_high}")
+    require((eps_low >= 0) & (eps_low <= 1), f"eps_low must be in [0, 1], got {eps_low}")
+    require(eps_high >= 0, f"eps_high must be at least 0, got {eps_high}")
     return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - eps_low, 1 + eps_high))
 
 
@@ -117,7 +117,7 @@ def dual_clip(
     """
     require(
         max_ratio > 1 + eps_high,
-        f"dual_clip: max_ratio is above 1 + eps_high, got {max_ratio} and {eps_high}",
+        f"dual_clip: max_ratio must be above 1 + eps_high, got {max_ratio} and {eps_high}",
     )
     loss, bound = clipped(batch, eps_low, eps_high), -batch.advantages * max_ratio
     return jnp.where(batch.advantages < 0, jnp.minimum(loss, bound), loss)
@@ -155,7 +155,8 @@ def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tok
     Gao et al. 2025, arXiv:2511.20347. At r = 1 the slope is that of -A r.
     """
     require(
-        (tau_pos > 0) & (tau_neg > 0), f"sapo: tau_pos and tau_neg are above 0, got {tau_pos} and {tau_neg}"
+        (tau_pos > 0) & (tau_neg > 0),
+        f"sapo: tau_pos and tau_neg must be above 0, got {tau_pos} and {tau_neg}",
     )
     tau = jnp.where(batch.advantages > 0, tau_pos, tau_neg).astype(batch.logp.dtype)
     return -batch.advantages * jax.nn.sigmoid(tau * (batch.ratio - 1)) * 4 / tau

@@ -156,7 +156,7 @@ def exo_pair(
     EXO (Ji et al. 2024, arXiv:2402.00856). Raises ValueError at eps = 0, where log eps is infinite.
     """
     ok = (label_smoothing > 0) & (label_smoothing < 1)
-    require(ok, f"exo_pair: label_smoothing is in (0, 1), got {label_smoothing}; its paper uses 1e-3")
+    require(ok, f"exo_pair: label_smoothing must be in (0, 1), got {label_smoothing}; its paper uses 1e-3")
     x = beta * _difference(pair, score)
     wins = sigmoid(x) * (log_sigmoid(x) - jnp.log1p(-label_smoothing))
     return wins + sigmoid(-x) * (log_sigmoid(-x) - jnp.log(label_smoothing))
@@ -173,7 +173,7 @@ def robust(
     ok = (label_smoothing >= 0) & (label_smoothing < 0.5)
     require(
         ok,
-        f"robust: label_smoothing is in [0, 0.5), got {label_smoothing}; it is the fraction of flipped "
+        f"robust: label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the fraction of flipped "
         "labels",
     )
     x = beta * _difference(pair, score)
@@ -188,7 +188,7 @@ def discopop(pair: PairBatch, beta: float = 0.1, tau: float = 0.05, score: Score
     It isn't convex: near D = 0 it lowers the margin. The second term is computed as exp(LS(x / tau) - x);
     TRL's is infinity times 0 for x < -88.
     """
-    require(tau > 0, f"discopop: tau is above 0, got {tau}; its paper uses 0.05")
+    require(tau > 0, f"discopop: tau must be above 0, got {tau}; its paper uses 0.05")
     x = beta * _difference(pair, score)
     return -log_sigmoid(x) * sigmoid(-x / tau) + jnp.exp(capped(log_sigmoid(x / tau) - x))
 
@@ -243,7 +243,7 @@ def nll(pair: PairBatch) -> PairLoss:
 def _reference(response: Response) -> Array:
     if response.reference is None:
         raise ValueError(
-            "aot sorts the reference's log-probs and the objective has no reference. Set "
+            "aot sorts the reference's log-probs, but the objective has no reference. Set "
             "preference(reference='start')"
         )
     return response.reference
@@ -334,7 +334,7 @@ def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
     declared = declaration(loss)
     if declared.coupled:
         raise ValueError(
-            "wpo weights pairs one by one and this loss couples them. Use mix((wpo(other), w), (this, w))"
+            "wpo weights pairs one by one, but this loss couples them. Use mix((wpo(other), w), (this, w))"
         )
 
     @wraps(loss, updated=())

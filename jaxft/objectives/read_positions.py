@@ -97,7 +97,7 @@ def read_scores(
     sharding = read_sharding(read, h_BTD.shape[1])
     if sharding is not None and params["score"].ndim > 2:
         raise ValueError(
-            "several heads in one forward pass do not work with mesh.context. Train one at a time"
+            "several heads in one forward pass are not supported with mesh.context. Train one at a time"
         )
     out = model.scores(params, gather_read(h_BTD, read, sharding))
     return out if sharding is None else _in_order(out, sharding)

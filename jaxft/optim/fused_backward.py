@@ -76,7 +76,7 @@ def fused_step(
     )
     if uses.count != 1:
         raise ValueError(
-            f"optim.fused_backward needs an objective that runs the model once a step, got {uses.count} times; set {OFF}"
+            f"optim.fused_backward needs an objective that runs the model once per step, and this one runs it {uses.count} times; set {OFF}"
         )
     fine = jnp.isfinite(metrics["loss"].total)
     grads, new_layers, new_layers_state, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
@@ -91,12 +91,12 @@ def check_fused(optimizer: Optimizer, trainable: Params, microbatches: int) -> N
     """Raise ValueError for several microbatches, and unless the trainable stacked leaves are the base's layers."""
     if microbatches != 1:
         raise ValueError(
-            f"optim.fused_backward updates a layer by its first gradient, and a step has {microbatches} microbatches; "
+            f"optim.fused_backward updates a layer as soon as its gradient exists, but a step has {microbatches} microbatches; "
             f"set data.micro=1, or {OFF}"
         )
     paths = list(tree.paths(optimizer.parts.split(trainable)[0]))
     wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
     if wrong:
         raise ValueError(
-            f"optim.fused_backward updates layers of the base, and the trainable stacked parameters are {wrong}; set {OFF}"
+            f"optim.fused_backward updates layers of the base, but the trainable stacked parameters are {wrong}; set {OFF}"
         )

@@ -141,10 +141,10 @@ class Optim:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
-            raise ValueError(f"optim.lr={self.lr} is not a finite number of at least 0")
+            raise ValueError(f"optim.lr={self.lr} must be finite and at least 0")
         check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self.hyper})
         if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"optim.weight_decay={self.weight_decay} is not a finite number of at least 0")
+            raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and at least 0")
         if not 0 <= self.end <= 1:
             raise ValueError(f"optim.end={self.end} is not between 0 and 1")
         if not 0 <= self.warmup <= 1:

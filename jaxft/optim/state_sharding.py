@@ -41,8 +41,8 @@ def state_shardings(
         if mesh.size == 1 or not set(x.path.split("/")).isdisjoint(optimizer.replicated):
             return everywhere
         raise ValueError(
-            f"optim.optimizer={optimizer.name}: its state {x.path} has shape {list(x.shape)} {problem}, so that no sharding "
-            "follows. Return UpdateRule(transform, replicated=(the state's field, ...)) to store it in full on every device."
+            f"optim.optimizer={optimizer.name}: its state {x.path} has shape {list(x.shape)} {problem}, so no sharding can be "
+            "derived for it. Return UpdateRule(transform, replicated=(the state's field, ...)) to store it in full on every device."
         )
 
     def of_copy(copy: Any, params: Params) -> Any:

@@ -53,7 +53,7 @@ class Checkpoints:
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(
-                f"expected keep_last from 1 up and keep_best from 0 up, got {keep_last} and {keep_best}"
+                f"keep_last={keep_last} and keep_best={keep_best}; expected at least 1 and at least 0"
             )
         self.folder, self.report = Path(folder).absolute(), report
         self.keep_last, self.keep_best = keep_last, keep_best

@@ -74,7 +74,7 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     """
     if first > job.steps:
         raise ValueError(
-            f"{job.folder}: {first} steps are done already and loop.steps={job.steps}. Raise it to continue."
+            f"{job.folder}: {first} steps are done already, but loop.steps={job.steps}. Raise it to continue."
         )
     if saved:
         records = [(m, saved["records"][m.label]) for m in job.members]

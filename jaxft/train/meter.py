@@ -103,7 +103,7 @@ class Meter:
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
             f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}). "
-            f"The parameters are as before them. Check the rows {shown}, or lower optim.lr with another name=..."
+            f"The parameters are those from before these steps. Check the rows {shown}, or lower optim.lr with another name=..."
         )
 
     def counters(self) -> dict[str, Any]:

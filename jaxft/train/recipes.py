@@ -102,7 +102,7 @@ class LoraOrFullKnobs(LoraKnobs):
         for name, value in (("rank", self.rank), ("start", self.start)):
             if value is not None:
                 raise ValueError(
-                    f"{name}={value} is for an adapter, and full=true trains none; set one of them only"
+                    f"{name}={value} is for an adapter, and full=true trains none; set only one of them"
                 )
         model = self.build() if head is None else head(self.build())
         stored = {"quant": Quant.parse(self.quant), "general": self.general}

@@ -67,7 +67,7 @@ class Sweep:
         held_out = runs[0].data.held_out
         if len({run.data.seed for run in runs}) > 1 and isinstance(held_out, float) and held_out:
             raise ValueError(
-                f"data.held_out={held_out} is drawn by the seed, and the seeds differ. Name a file, or set held_out=none."
+                f"data.held_out={held_out} depends on the seed, and the seeds differ. Name a file, or set held_out=none."
             )
 
     def _check_differences(self) -> None:

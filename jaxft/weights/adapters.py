@@ -36,8 +36,8 @@ def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapt
         return Adapter(rank=16 if rank is None else rank, alpha=2.0 * (16 if rank is None else rank))
     if rank is not None:
         raise ValueError(
-            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set one of "
-            "them only"
+            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set "
+            "only one of them"
         )
     return read_adapter_settings(start, model)
 

@@ -60,7 +60,7 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
             raise ValueError(
                 f"{header.path}: tensor {name} has type {tensor.kind}, but jaxft reads "
                 f"{', '.join([*PLAIN, *QUANTISED])}; "
-                "use such a file of this model, or its Hugging Face folder"
+                "use a file of this model in one of these types, or its Hugging Face folder"
             )
     heads = {"q_proj": header.required("llama.attention.head_count"), "k_proj": _kv_heads(header)}
 

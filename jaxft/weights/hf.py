@@ -37,8 +37,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
     if pickled:
         raise ValueError(
-            f"{folder}: its weights are pickled ({pickled[0]}), which can run code and is not read. "
-            "Convert them where torch is: "
+            f"{folder}: its weights are pickled ({pickled[0]}), which can run code, so they are not read. "
+            "Convert them where torch is installed: "
             f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
             f".save_pretrained('{folder}-safetensors')"
         )

@@ -124,7 +124,7 @@ def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
     argv = own if who == "jaxft" else other
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
+        raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['ended without output'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

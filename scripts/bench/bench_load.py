@@ -138,7 +138,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         ]
         told = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise RuntimeError("a process ended with an error, which it has told above")
+        raise RuntimeError("a process ended with the error above")
     return {"files": size, "processes": [json.loads(out.splitlines()[-1]) for out in told]}
 
 

@@ -178,7 +178,7 @@ SAD = [
         "differ in message 2, which is not an assistant turn",
     ),
     ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, {}, "differ in message 2, which is not an assistant turn"),
-    ({"chosen": [Q, A], "rejected": "b"}, {}, "of 'chosen' and 'rejected' one is a string"),
+    ({"chosen": [Q, A], "rejected": "b"}, {}, "only one of 'chosen' and 'rejected' is a string"),
     ({"chosen": "a", "rejected": "b"}, {}, "column 'chosen' is a string that does not begin with 'Human:'"),
     (
         {"chosen": "x" + HUMAN + " a", "rejected": HUMAN + " b"},

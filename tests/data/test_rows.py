@@ -129,7 +129,7 @@ def test_a_hub_dataset_is_loaded_by_name_config_and_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        ValueError, match=r"'org/set' is no local file and cannot be loaded from the hub \(no route\)"
+        ValueError, match=r"'org/set' is not a local file and cannot be loaded from the hub \(no route\)"
     ):
         read_rows("org/set")
 
@@ -228,7 +228,7 @@ def test_columns_rename_and_say_which_format_is_meant():
             {},
             "r:1: the row has both 'response' and 'output'",
         ),
-        ({"prompt": "q", "completion": [ASKED[1]]}, {}, "one is a string and one a list"),
+        ({"prompt": "q", "completion": [ASKED[1]]}, {}, "is a string and one a list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
         ({"messages": "[{]"}, {}, "r:1: column 'messages' is str; use a list of"),
         (

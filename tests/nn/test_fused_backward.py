@@ -179,7 +179,7 @@ def test_incompatible_settings_are_refused():
         return Objective(forward, lambda outputs, aux: outputs)
 
     step, state, frozen = case(objective=twice)(True)
-    with pytest.raises(ValueError, match="runs the model once a step, got 2 times;"):
+    with pytest.raises(ValueError, match="runs the model once per step, and this one runs it 2 times;"):
         step(state, frozen, batch())
     step, state, frozen = case(pattern="base/embed", groups=())(True)
     with pytest.raises(ValueError, match="the trainable stacked parameters are none"):

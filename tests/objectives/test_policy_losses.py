@@ -323,16 +323,16 @@ def test_the_adaptive_coefficient_follows_its_target():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda d: P.clipped(d, eps_low=1.5), r"eps_low is in \[0, 1\], got 1.5"),
-        (lambda d: P.gspo(d, eps_high=-1), "eps_high is at least 0, got -1"),
+        (lambda d: P.clipped(d, eps_low=1.5), r"eps_low must be in \[0, 1\], got 1.5"),
+        (lambda d: P.gspo(d, eps_high=-1), "eps_high must be at least 0, got -1"),
         (
             lambda d: P.dual_clip(d, eps_high=2.5, max_ratio=3.0),
-            "max_ratio is above 1 . eps_high, got 3.0 and 2.5",
+            "max_ratio must be above 1 . eps_high, got 3.0 and 2.5",
         ),
-        (lambda d: P.sapo(d, tau_neg=0), "tau_neg are above 0, got 1.0 and 0"),
-        (lambda d: kl.FixedKL(-0.1), "FixedKL: coef is at least 0, got -0.1"),
-        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL: coef is above 0, got 0.0"),
-        (lambda d: kl.AdaptiveKL(target=0), "target and horizon are above 0, got 0 and"),
+        (lambda d: P.sapo(d, tau_neg=0), "tau_neg must be above 0, got 1.0 and 0"),
+        (lambda d: kl.FixedKL(-0.1), "FixedKL: coef must be at least 0, got -0.1"),
+        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL: coef must be above 0, got 0.0"),
+        (lambda d: kl.AdaptiveKL(target=0), "target and horizon must be above 0, got 0 and"),
     ],
 )
 def test_parameters_out_of_range_are_refused(call, words):

@@ -369,7 +369,7 @@ def test_log1mexp_is_finite_and_monotone_near_0():
         (partial(P.robust, label_smoothing=0.5), "in \\[0, 0.5\\), got 0.5"),
         (partial(P.robust, label_smoothing=-0.1), "got -0.1"),
         (partial(P.cdpo, label_smoothing=0.7), "got 0.7"),
-        (partial(P.discopop, tau=0.0), "tau is above 0"),
+        (partial(P.discopop, tau=0.0), "tau must be above 0"),
         (partial(F.alphapo, alpha=0.0), "use simpo"),
         (F.tpo, "third response `gold`"),
         (F.kto, "third response `mismatched`"),

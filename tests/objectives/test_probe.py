@@ -236,7 +236,7 @@ def test_claims_are_checked_with_the_rest():
 
 
 def test_an_unknown_claim_is_one_line():
-    with pytest.raises(ValueError, match="'symmetric' is no claim; near: antisymmetric"):
+    with pytest.raises(ValueError, match="'symmetric' is not a claim; near: antisymmetric"):
         check_loss(probe("dpo", P.dpo), claims=("symmetric",))
 
 
@@ -510,9 +510,9 @@ def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
         (("my.py:mine,steps=0.5",), "steps=0.5: expected int"),
         (
             ("robust,label_smoothing=0.5",),
-            "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing is in [0, 0.5)",
+            "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing must be in [0, 0.5)",
         ),
-        (("dpo", "--claims", "symmetric"), "'symmetric' is no claim; near: antisymmetric"),
+        (("dpo", "--claims", "symmetric"), "'symmetric' is not a claim; near: antisymmetric"),
     ],
 )
 def test_a_mistake_is_one_line(bench, args, text):

@@ -136,7 +136,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     [
         (
             ["advantage=jaxft.rl.advantages:rloo", "estimate=jaxft.rl.estimators:by_each"],
-            "estimate and advantage exclude each other",
+            "estimate replaces advantage",
         ),
         (
             ["loss=jaxft.objectives.policy_losses:policy_gradient", "passes=2"],

@@ -255,7 +255,7 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         (["--over", "lr=1,2", "adapter.dropout=0.1"], "adapter.dropout=0.1 is not possible in a sweep"),
         (
             ["--over", "seed=1,2"],
-            "data.held_out=0.2 is drawn by the seed, and the seeds differ. Name a file, or set held_out=none",
+            "data.held_out=0.2 depends on the seed, and the seeds differ. Name a file, or set held_out=none",
         ),
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],

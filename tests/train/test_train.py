@@ -178,7 +178,7 @@ def test_pairs_of_an_odd_number_of_layers_are_refused():
     model = llama(config, jnp.float32, remat="pairs")
     whole = param.init_params(model.specs, jax.random.key(0))
     with pytest.raises(
-        ValueError, match="remat=pairs takes layers by 2, and the model has 3; use remat=full"
+        ValueError, match="remat=pairs groups layers by 2, but the model has 3 layers; use remat=full"
     ):
         model.hidden(whole, one_by_one(examples(4)))
 

@@ -273,7 +273,7 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
         )
     elif any(isinstance(value, str) for value in values):
         raise ValueError(
-            f"{row.name}: of 'chosen' and 'rejected' one is a string; use two strings or two lists of "
+            f"{row.name}: only one of 'chosen' and 'rejected' is a string; use two strings or two lists of "
             "messages"
         )
     else:

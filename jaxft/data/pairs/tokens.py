@@ -224,7 +224,7 @@ def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenize
         lost = tokenizer.decode(prompt[border:])
         raise ValueError(
             f"{name}: only {border} of the prompt's {len(prompt)} tokens are unchanged when a response "
-            f"follows, {lost!r} is not; end the prompt at a token border, or use a chat template that "
+            f"follows, {lost!r} is not; end the prompt at a token boundary, or use a chat template that "
             "renders a prompt alone as it renders it before a response"
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]

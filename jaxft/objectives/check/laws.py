@@ -57,7 +57,7 @@ def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
     claims = tuple(claims)
     for claim in claims:
         if claim not in CLAIMS:
-            raise ValueError(f"{claim!r} is no claim; near: {', '.join(nearest(claim, list(CLAIMS)))}")
+            raise ValueError(f"{claim!r} is not a claim; near: {', '.join(nearest(claim, list(CLAIMS)))}")
     shape = check_shape(probe)
     if not shape.ok:
         return (shape,)  # nothing else is meaningful
