@@ -134,7 +134,7 @@ def resolve_config(path: str, overrides: list[str], expected: type = object) -> 
     root = _call(fn, knobs, given, path)
     if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
-        raise ValueError(f"{path}: config returned a {type(root).__name__}; expected a {name}")
+        raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
     fields: dict[Steps, tuple[str, str]] = {}
     for key, text in texts.items():
         if key not in knobs:

@@ -99,7 +99,7 @@ def load_callable(text: str) -> Any:
             near = ", ".join(nearest(name, functions, 5)) or "no functions"
             raise ValueError(f"{where} has no {name!r}; it has: {near}") from None
     if not callable(value) and not dataclasses.is_dataclass(value):
-        raise ValueError(f"{text} is a {type(value).__name__}, not a function")
+        raise ValueError(f"{text} has type {type(value).__name__}, not a function")
     return value
 
 

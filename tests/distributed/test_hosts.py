@@ -22,7 +22,7 @@ BATCHES = """
 import hashlib, os
 import jax, numpy as np
 from jaxft.distributed import sharding
-place = sharding.place_batch
+place = sharding.shard_batch
 def told(mesh, batch):
     placed = place(mesh, batch)
     whole = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(batch))).hexdigest()
@@ -36,7 +36,7 @@ def told(mesh, batch):
     with open(os.environ["BATCHES"] + os.environ.get("JAXFT_PROCESS", ""), "a") as file:
         file.write(__import__("json").dumps(line) + chr(10))
     return placed
-sharding.place_batch = told
+sharding.shard_batch = told
 """
 GRADIENTS = """
 import os

@@ -499,7 +499,7 @@ def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
         (("my.py:typo",), "typo fails: AttributeError: 'Response' object has no attribute 'rtaio' (line 18)"),
         (("none.py:mine",), "none.py: no such file in"),
         (("my.py:mime",), "my.py has no 'mime'; it has: mine"),
-        (("my.py:number",), "my.py:number is a int, not a function"),
+        (("my.py:number",), "my.py:number has type int, not a function"),
         (("dop",), "no loss is called 'dop'; near: dpo"),
         (("logistic",), "no loss is called 'logistic'"),
         (("jaxft.objectives.nothing:dpo",), "No module named 'jaxft.objectives.nothing'"),

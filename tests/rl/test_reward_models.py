@@ -282,7 +282,7 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
 
 
 def test_a_critic_with_its_own_base_is_trained_whole():
-    with pytest.raises(ValueError, match="weights=base trains a whole model"):
+    with pytest.raises(ValueError, match="weights=base trains a full model"):
         HeadSettings(weights="base", trained=False)
 
 

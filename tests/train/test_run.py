@@ -256,7 +256,7 @@ def test_where_the_end_is_worse_the_best_checkpoint_is_exported_too(place):
     kept = {step: loss for step, loss in found.items() if 0 < step < 6 and step in place.checkpoints("worse")}
     best = min(kept, key=kept.get)
     assert kept[best] < found[6]
-    assert f"step {best} did better on held-out rows than the end" in place.out()
+    assert f"step {best} has a better held-out score than the last step" in place.out()
     one, other = (
         place.runs("worse") / part / "adapter_model.safetensors" for part in ("best/adapter", "adapter")
     )

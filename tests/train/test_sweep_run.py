@@ -222,11 +222,11 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference_losses:ipo")
         == 1
     )
-    assert "--set loss=jaxft.objectives.preference_losses:ipo would change nothing here" in place.err()
+    assert "--set loss=jaxft.objectives.preference_losses:ipo has no effect" in place.err()
     assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
     assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
     assert bench("--loss", "kto", "--against", "tpo") == 1
-    assert "some losses want a third answer gold and some mismatched; try them in two runs" in place.err()
+    assert "some losses need a third response gold and some mismatched. Use two runs" in place.err()
 
 
 @pytest.mark.parametrize(
