@@ -51,14 +51,13 @@ def config(
     reward_weights: tuple[float, ...] = (),  # of the rewards, and of judge after them; 1 each by default
     combine: Callable = weighted_sum,  # of several rewards; sum_of_known takes those that returned a score
     judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
-    missing_eos: float = 0.0,  # is subtracted from the score of a completion without an end
-    overlong: int
-    | None = None,  # tokens before the limit at which the score begins to fall, by 1 at the limit (DAPO)
+    missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
+    overlong: int | None = None,  # over this many tokens before max_new the score falls, by 1 in all (DAPO)
     advantage: Callable | None = None,  # jaxft.rl.advantages:grpo by default
     estimate: Callable | None = None,  # an advantage estimator of jaxft.rl.estimators, instead of advantage
     token_weights: Callable = token_mean,
     filter: Callable | None = None,  # which completions to train on
-    train_on_truncated: bool = True,  # whether to train on completions without an end
+    train_on_truncated: bool = True,  # whether to train on completions cut off at max_new
     loss: Callable = clipped,
     eps_low: float | None = None,  # clipping bounds, the loss's own by default
     eps_high: float | None = None,

@@ -96,7 +96,7 @@ def config(
     kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for
     target_kl: float
     | None = None,  # ends the passes over a rollout once the policy is this far from the sampler's
-    missing_eos: float = 1.0,  # is subtracted from the score of a completion without an end
+    missing_eos: float = 1.0,  # subtracted from the score of a completion without an end token
     limit: float | None = None,  # clips scores to +-limit
     scale: bool = False,  # divides scores by the standard deviation of all scores so far
     whiten_rewards: bool = False,
@@ -106,7 +106,7 @@ def config(
     value_coef: float = 0.1,
     value_clip: float | None = 0.2,
     entropy: float = 0.0,
-    warm_up: int = 0,  # first rollouts that train the critic alone
+    warm_up: int = 0,  # rollouts at the start that train the critic alone
 ) -> Run:
     """Proximal policy optimisation."""
     heads, rewards = base.reward_model(reward, prompts.max_length)

@@ -1,7 +1,7 @@
 """SFT with LoRA: fine-tune a small pretrained model on the instruction rows that ship.
 
     python scripts/train.py --config configs/sft.py
-    python scripts/train.py --config configs/sft.py quant=nf4   # QLoRA: a base of 4.1 bits a parameter
+    python scripts/train.py --config configs/sft.py quant=nf4   # QLoRA: a base of 4.1 bits per parameter
 
 SmolLM2-135M-Instruct, LoRA on every linear layer, one packed row of 512 tokens per step: 165 steps, 5 to 6
 minutes and 2 GB on a 2-core CPU. Expect the loss on held-out questions to fall from 4.49 to about 3.1, the

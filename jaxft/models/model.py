@@ -127,7 +127,7 @@ def forward_options(
 ) -> ForwardOptions[Config]:
     """Check the options of a family's builder. Raises ValueError for an unknown remat policy.
 
-    residual: None is float32 or wider; bfloat16 halves what a layer stores of it, and rounds once a layer.
+    residual: None is float32 or wider; bfloat16 halves what a layer stores of it, and rounds once per layer.
     """
     check_remat(remat)
     residual = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)

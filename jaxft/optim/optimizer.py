@@ -115,13 +115,13 @@ class Optim:
     optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with its
     hyper-parameters as keyword arguments: adamw, adafactor, those of low_precision, your own, or
     `partial(adamw, b1=0.8)`. b1, b2, eps: passed to an optimizer that has them; None for its default.
-    schedule: constant, linear or cosine. warmup: fraction of the steps with a rising learning rate. end: the schedule's
-    last value as a fraction of lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern,
+    schedule: constant_schedule, linear_schedule, cosine_schedule or your own. warmup: fraction of the steps with a rising
+    learning rate. end: the schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern,
     factor) pairs; a leaf's updates are multiplied by the factor of the first pattern that matches it (LoRA+:
     `(("adapter/.*/b", 16.0),)`).
     layerwise: update stacked layers one after the other, so that memory holds the updates of one; results are the same,
     except for the random bits of stochastic rounding. fused_backward: do so inside the backward pass, so that memory
-    holds the gradient of one layer only. It needs one microbatch a step and clip=none, since the global norm is known only
+    holds the gradient of one layer only. It needs one microbatch per step and clip=none, since the global norm is known only
     afterwards; if a gradient is not finite, the layers above it have been updated already.
     """
 
@@ -197,7 +197,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     except TypeError as error:
         raise ValueError(
             f"optim.schedule={name_of(o.schedule)} does not take (lr, end, warmup, steps); "
-            "use constant, linear or cosine"
+            "use constant_schedule, linear_schedule or cosine_schedule"
         ) from error
     rule = o.optimizer(schedule, rule_specs, o.weight_decay, **o.hyper)
     rule = rule if isinstance(rule, UpdateRule) else UpdateRule(rule)

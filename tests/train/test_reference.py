@@ -180,7 +180,9 @@ def attached(folder, rows, name="kept"):
 def test_what_is_on_disk_is_not_computed_again_and_what_is_not_there_is(tmp_path):
     rows = make_rows(15)
     asked, said, _ = attached(tmp_path, rows)
-    assert asked == list(range(15)) and said == ["reference log-probs: 0 of 15 pairs are cached, 15 to compute"]
+    assert asked == list(range(15)) and said == [
+        "reference log-probs: 0 of 15 pairs are cached, 15 to compute"
+    ]
     asked, said, _ = attached(tmp_path, rows)
     assert asked == [] and said == ["reference log-probs: 15 of 15 pairs are cached, 0 to compute"]
     rows[6]["rejected"] += " changed"
