@@ -1,4 +1,4 @@
-"""DPO with LoRA: prefer the better of two completions, on the pairs that ship.
+"""DPO with LoRA: prefer the better of two completions, on the pairs in configs/data.
 
     python scripts/train.py --config configs/dpo.py
     python scripts/train.py --config configs/dpo.py start=runs/sft name=sft_dpo   # after configs/sft.py

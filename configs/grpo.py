@@ -1,14 +1,14 @@
 """GRPO with LoRA: several completions of each prompt are scored by a function, and the better ones of each
-group made likelier.
+group are made likelier.
 
     python scripts/train.py --config configs/grpo.py
     python scripts/train.py --config configs/grpo.py rewards=my_rewards.py:mine data=prompts.jsonl
 
-SmolLM2-135M-Instruct learns to say whether an opinion is positive, on opinions that ship; LoRA on every
-linear layer. A rollout of 8 x 8 short completions and its step take about 9 seconds on two CPU cores without
-AVX512, and 2 GB; the run is 24 of them. A reward is a function of (prompt, completion, row), see
-jaxft.rl.rewards; several are added. Advantages, token weights and losses combine freely. Methods with names,
-and what to add to the command for them (without anything it is GRPO with TRL's token weights):
+SmolLM2-135M-Instruct learns to say whether an opinion is positive, on the opinions in configs/data; LoRA on
+every linear layer. A rollout of 8 x 8 short completions and its step take about 9 seconds on two CPU cores
+without AVX512, and 2 GB; the run is 24 of them. A reward is a function of (prompt, completion, row), see
+jaxft.rl.rewards; several are added. Advantages, token weights and losses combine freely. Named methods, and
+what to add to the command for them (with nothing added it is GRPO with TRL's token weights):
 
 """
 

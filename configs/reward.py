@@ -1,4 +1,5 @@
-"""A reward model: a scalar head that scores the better of two completions higher, on the pairs that ship.
+"""A reward model: a scalar head that scores the better of two completions higher, on the pairs in
+configs/data.
 
     python scripts/train.py --config configs/reward.py
     python scripts/train.py --config configs/reward.py start=runs/sft name=sft_reward   # after configs/sft.py

@@ -1,4 +1,4 @@
-"""SFT with LoRA: fine-tune a small pretrained model on the instruction rows that ship.
+"""SFT with LoRA: fine-tune a small pretrained model on the instruction rows in configs/data.
 
     python scripts/train.py --config configs/sft.py
     python scripts/train.py --config configs/sft.py quant=nf4   # QLoRA: a base of 4.1 bits per parameter

@@ -7,7 +7,7 @@
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
 reference_free_losses; its knobs follow after commas. Pictures of the curves are <out>/<name>.png. The exit
 code is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all
-together on one base, on the config's pairs (by default those that ship). Its table and picture are in
+together on one base, on the config's pairs (by default those in configs/data). Its table and picture are in
 <out>/<losses>-<hash of the settings>; the same settings are not run again.
 """
 

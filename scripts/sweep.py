@@ -7,7 +7,7 @@ Every combination is a run with its own adapter, optimizer, clipping, log and PE
 runs/<name>/<knob=value,...>/. The base is in memory once and a reference runs once for all; each run has the
 same result as if scripts/train.py had trained it alone. The knobs may change objective, optimizer, seed and
 the adapter's rank; further settings follow as knob=value or section.field=value. The same command resumes a
-sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code 143 or 130.
+sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130.
 """
 
 import argparse

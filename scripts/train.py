@@ -1,7 +1,7 @@
 """Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
 
-The same command resumes a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and ends with code
-143 or 130; a second one stops at once. JAXFT_TRACEBACK=1 shows where an error comes from. `loop.profile=10:15`
+The same command resumes a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and exits with 143
+or 130; a second one exits at once. JAXFT_TRACEBACK=1 shows where an error comes from. `loop.profile=10:15`
 traces steps 10 to 15.
 """
 
@@ -21,7 +21,7 @@ def arguments() -> argparse.ArgumentParser:
         "--config", help="a Python file with a function config(...) -> Run, such as configs/sft.py"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print settings, parameters and planned memory, then end"
+        "--dry-run", action="store_true", help="print settings, parameters and planned memory, then exit"
     )
     parser.add_argument(
         "-h", "--help", action="store_true", help="with --config, list the config's knobs too"

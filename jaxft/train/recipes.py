@@ -146,7 +146,7 @@ class SourceKnobs:
         "auto"  # a fraction, a file or none; auto: 0.05, or the file that ships with the rows
     )
     batch: int = 8
-    micro: int = 1  # microbatches of a step
+    micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float = 1.0
     seed: int = 0
 

@@ -357,5 +357,5 @@ def test_anything_but_a_classifier_with_one_label_is_refused(classifier, tmp_pat
         reward_models.load_reward_model(str(two), one_device())
     headless = write_folder(tmp_path / "headless", tiny_torch())
     (headless / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match="score.weight is missing"):
+    with pytest.raises(ValueError, match="score.weight, the head of a classifier, is missing"):
         reward_models.load_reward_model(str(headless), one_device())
