@@ -14,8 +14,8 @@ class DataSettings:
 
     train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or
     "none". columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
-    micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes over the
-    rows, fractions allowed. date: what a chat template that prints today's date prints.
+    micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
+    over the rows, fractions allowed. date: what a chat template that prints today's date prints.
     """
 
     train: str

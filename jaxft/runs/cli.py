@@ -1,4 +1,4 @@
-"""The edge of every script: one line for a user's mistake, quiet libraries, the compilation cache."""
+"""What every script starts with: one line for a user's mistake, quiet libraries, the compilation cache."""
 
 import os
 import sys

@@ -6,7 +6,7 @@
     python scripts/bench/bench.py gpu [--tiny]     # random-weight Llamas on an accelerator, see scripts/bench/bench_gpu.py
 
 Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
-text; of GSM8K's rows dpo makes pairs whose prompt is so many worked examples and a question, and whose rejected answer ends in
+text; from GSM8K's rows dpo makes pairs whose prompt is --shots worked examples and a question, and whose rejected answer ends in
 a wrong number. The programs are those of scripts/train.py. A token counts once, when it is a real token of a row, for dpo of
 prompt and chosen and again of prompt and rejected; padding and the EOS that is added do not count.
 `tokens_per_second` is all such tokens over all seconds of the steps after the first two, `peak_rss_gib` the operating
