@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +143,8 @@ def attention(
     sharded instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509); if they do not divide,
     each device gathers all keys for its queries.
     """
+    chex.assert_equal_shape([k_BTKE, v_BTKE])
+    chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, segments_BT], 2)
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
     fast = flash if mesh.empty else kernel_for(mesh.abstract_device, q_BTHE.shape[3], q_BTHE.dtype, packed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -117,6 +118,7 @@ def guarded_update(
     The state's update depends on the new parameters, so that XLA writes each array in place: otherwise its CPU compiler copies
     the whole state first, because the new parameters read the old state.
     """
+    chex.assert_trees_all_equal_shapes(grads, params)
     transform = optax.with_extra_args_support(transform)
 
     def select(new: Any, old: Any) -> Any:

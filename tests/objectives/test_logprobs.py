@@ -63,7 +63,7 @@ def plain(whole, h, targets):
         logits = logits + pair["scale"] * (h @ pair["a"]) @ pair["b"]
     logp = jax.nn.log_softmax(logits, -1)
     entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
-    best = jnp.argmax(logits, -1) == targets
+    best = jnp.argmax(logits, -1).astype(targets.dtype) == targets
     at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
     square = jnp.log(jnp.sum(jnp.exp(2 * logp), -1))
     found = logprobs.LogProbs(

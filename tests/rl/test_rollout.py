@@ -85,7 +85,7 @@ def bound_source(folder, rules=None, moments=None, **settings):
     rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
     data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
     asked = random_prompts(8)
-    source = RolloutSource(data, TOKENIZER, asked, asked.at(()), 1)
+    source = RolloutSource(data, TOKENIZER, asked, asked.select(()), 1)
     scorer = RolloutScorer(rules, tuple(reward.prepare(None) for reward in rules.rewards), None, False)
     moments = np.zeros(3) if moments is None else moments
     return BoundRollouts(

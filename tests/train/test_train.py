@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -360,3 +361,16 @@ def test_a_compiled_step_transfers_nothing_between_host_and_device():
     assert int(state.step) == 1
     with pytest.raises(Exception, match="Disallowed host-to-device"), jax.transfer_guard("disallow"):
         compiled(args[0].replace(step=np.int32(0)), *args[1:])  # a host value is noticed
+
+
+def test_a_step_is_traced_once_for_any_number_of_steps():
+    optimizer = make_optimizer(Optim(), lora_specs(), 10)
+    trainable, frozen, step = lora_run(optimizer)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(step.__wrapped__, n=1))
+    state = state_of(trainable, optimizer)
+    for _ in range(3):
+        state, _ = step(state, frozen, micro(one_by_one(examples(4)), 2))
+    assert int(state.step) == 3
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        step(state, frozen, micro(one_by_one(examples(8)), 2))  # another shape is another trace
