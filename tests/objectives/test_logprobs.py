@@ -168,7 +168,8 @@ def test_vmapped_adapters_on_one_base_equal_each_alone(monkeypatch):
     model, whole, h, targets, weights = setting(True, True)
     pair = whole["adapter"]["head"]
     factors = np.array([1.0, -1.0, 2.0])[:, None, None]
-    some, hs = {"a": factors * pair["a"], "b": jnp.stack([pair["b"]] * 3)}, factors[..., None] * h
+    some = {"a": factors * pair["a"][None], "b": jnp.stack([pair["b"]] * 3)}
+    hs = factors[..., None] * h[None]
 
     def loss(some, h):
         return loss_of(model, weights)(
