@@ -89,7 +89,7 @@ def main() -> int:
     from jaxft.train.settings import Run
     from jaxft.train.sweep import Sweep
 
-    processes.refuse_several("a sweep")
+    processes.require_single_process("a sweep")
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
         raise ValueError(

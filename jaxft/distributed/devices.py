@@ -1,4 +1,4 @@
-"""What a device can do: peak matrix-product rate for MFU, and the memory in use."""
+"""Peak matmul rate of a device, for MFU, and its memory use."""
 
 import ctypes
 import resource
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s by the start of jax's device_kind, from the vendors' data sheets.
+# Dense bfloat16 FLOP/s by prefix of jax's device_kind, longer ones first; from the vendors' data sheets.
 PEAK_BF16 = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -30,14 +30,16 @@ PEAK_BF16 = {
 
 
 def peak_flops(device: Any) -> float:
-    """FLOP/s of dense bfloat16 products: from the table, or for a device that isn't in it measured in about 0.3 s."""
+    """Return the peak FLOP/s of dense bfloat16 matmuls.
+
+    Taken from PEAK_BF16; a device without an entry is benchmarked in about 0.3 s.
+    """
     for kind, peak in PEAK_BF16.items():
         if device.device_kind.startswith(kind):
             return peak
     size = 1024
-    x = jnp.ones(
-        (size, size), jnp.bfloat16
-    )  # not placed: under an ambient mesh every device multiplies its own copy
+    # without an explicit sharding: under an ambient mesh every device multiplies its own copy
+    x = jnp.ones((size, size), jnp.bfloat16)
     product = jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32))
     product(x).block_until_ready()
     best = float("inf")
@@ -49,7 +51,7 @@ def peak_flops(device: Any) -> float:
 
 
 def memory_gib(device: Any) -> float:
-    """Peak bytes in use on the device, or where it doesn't tell (CPU) the process's peak resident size, in GiB."""
+    """Return the peak memory use in GiB: of the device, or on CPU (no statistics) of the process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
@@ -58,6 +60,6 @@ def memory_gib(device: Any) -> float:
 
 
 def trim_heap() -> None:
-    """Give freed heap back to the system where the C library is glibc: a compilation leaves about 0.2 GiB of it behind."""
+    """Return freed heap memory, about 0.2 GiB after a compilation, to the system (glibc only)."""
     if hasattr(ctypes.pythonapi, "malloc_trim"):
         ctypes.pythonapi.malloc_trim(0)

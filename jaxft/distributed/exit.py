@@ -1,4 +1,4 @@
-"""How one process of several ends: with a line that it says itself, or that a shell beside it says for it."""
+"""Process exit in multi-process runs: exit codes, and a last line on stderr even if the process is killed."""
 
 import contextlib
 import functools
@@ -10,37 +10,42 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-AGAIN = 75  # exit code where nothing is wrong with the run and it is to be started again (EX_TEMPFAIL of sysexits.h)
-GONE = re.compile(
-    r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # absl's status codes: the coordination service, or another's abort
-    r"|(?i:(closed|reset) by (remote )?peer|broken pipe|read timeout|timed out waiting|timeout caused pair closure)"  # gloo
-    r"|(?i:remote process exited|heartbeat|tasks have crashed)"  # NCCL's ncclRemoteError; the coordination service
+RESTART_CODE = 75  # exit code of a run that only needs to be started again (EX_TEMPFAIL of sysexits.h)
+PEER_LOST = re.compile(
+    # absl status codes: the coordination service, or the abort of another process
+    r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "
+    # gloo
+    r"|(?i:(closed|reset) by (remote )?peer|broken pipe|read timeout"
+    r"|timed out waiting|timeout caused pair closure)"
+    # NCCL's ncclRemoteError; the coordination service
+    r"|(?i:remote process exited|heartbeat|tasks have crashed)"
 )
 
 
 def shorten_error(error: object) -> str:
-    """At most 300 characters of an error."""
+    """Return the text of an error on one line, truncated to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def means_peer_lost(text: str) -> bool:
-    """Whether jax's error says that another process is gone or silent, which a new start mends.
+    """Whether an error message of JAX means that another process has exited or stopped responding.
 
-    What only names a library or a connection doesn't: a wrong interface or version of NCCL would be started again for ever.
+    Such a run can be restarted. Messages that only name a library or a connection do not match: a wrong
+    network interface or NCCL version would otherwise be restarted forever.
     """
-    return GONE.search(text) is not None
+    return PEER_LOST.search(text) is not None
 
 
 def exit_for_restart(text: str) -> NoReturn:
-    """Say the last line and end this process at once with the code AGAIN, whatever its threads do."""
+    """Print `text` to stderr and exit immediately with RESTART_CODE, without waiting for other threads."""
     os.write(2, f"{text}\n".encode())
-    exit_now(AGAIN)
+    exit_now(RESTART_CODE)
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process at once; its last line is said."""
-    silence()
+    """Exit immediately with `code`, without waiting for other threads; drop the killed message."""
+    clear_killed_message()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -49,7 +54,7 @@ def exit_now(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def exit_after(seconds: float, text: str) -> Iterator[None]:
-    """Around what waits for other processes in C++: where it takes longer, `end(text)`."""
+    """Call `exit_for_restart(text)` if the body, which may block in C++ code, takes longer than `seconds`."""
     timer = threading.Timer(seconds, exit_for_restart, (text,))
     timer.daemon = True
     timer.start()
@@ -61,24 +66,29 @@ def exit_after(seconds: float, text: str) -> Iterator[None]:
 
 @functools.cache
 def _sentinel() -> Any:
-    """A shell that says the newest line it was sent when this process ends without another word: killed from outside, or aborted
-    by jax's C++ runtime, which nothing in Python outlives.
+    """A child shell that prints the last line written to its stdin when this process ends.
+
+    JAX's C++ runtime aborts the process without running Python code, and SIGKILL cannot be caught, so only
+    another process can print a message afterwards.
     """
-    script = 'trap "" TERM INT HUP; told=; while read -r line; do told=$line; done; [ -z "$told" ] || echo "$told" >&2'
+    script = (
+        'trap "" TERM INT HUP; last=; while read -r line; do last=$line; done; '
+        '[ -z "$last" ] || echo "$last" >&2'
+    )
     return subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
-def if_ended_from_outside(text: str) -> None:
-    """What is to be said then, from now on."""
+def set_killed_message(text: str) -> None:
+    """Set the line printed to stderr if this process is killed or aborted; it replaces an earlier one."""
     pipe = _sentinel().stdin
-    with contextlib.suppress(OSError):  # the shell is gone, and nothing else is wrong
+    with contextlib.suppress(OSError):  # a missing shell is no reason to stop the run
         if not pipe.closed:
             pipe.write(f"{text}\n".encode())
             pipe.flush()
 
 
-def silence() -> None:
-    """This process has said its last line itself, or has none to say."""
+def clear_killed_message() -> None:
+    """Print nothing when this process ends."""
     if _sentinel.cache_info().currsize and not _sentinel().stdin.closed:
         with contextlib.suppress(OSError):
             _sentinel().stdin.write(b"\n")

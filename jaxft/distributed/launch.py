@@ -1,4 +1,4 @@
-"""Which of several processes this one is, read off what its launcher has put into the environment."""
+"""Detect the rank of this process and the coordinator from the environment variables of the launcher."""
 
 import importlib.util
 import re
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-PORT = 8476  # of the coordinator where the launcher names none
-OWN = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
+PORT = 8476  # default port of the coordinator
+JAXFT_VARIABLES = ("JAXFT_COORDINATOR", "JAXFT_PROCESSES", "JAXFT_PROCESS")
 SLURM = (
     "SLURM_JOB_ID",
     "SLURM_STEP_NODELIST",
@@ -20,62 +20,72 @@ GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 
 @dataclass(frozen=True)
 class Launch:
-    """A process among several. by: who says so.
+    """The launch of one process of a multi-process run. launcher: where the values come from.
 
-    coordinator (host:port of process 0), processes, process: None where jax finds them by itself. local: which of the host's
-    GPUs are this process's, None as jax decides.
+    coordinator: host:port of process 0. processes: their number. process: the index of this one. These three
+    are None if JAX detects them. local_gpus: indices of the host's GPUs that this process uses; None for
+    JAX's default.
     """
 
-    by: str
+    launcher: str
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
-    local: tuple[int, ...] | None = None
+    local_gpus: tuple[int, ...] | None = None
 
 
 def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping[str, str]) -> Launch | None:
-    """This process's place, None where it is alone.
+    """Return the launch of this process, or None for a single-process run.
 
-    explicit: (coordinator, processes, process) of the settings; what is None there is taken from JAXFT_COORDINATOR,
-    JAXFT_PROCESSES (1: alone) and JAXFT_PROCESS, then from torchrun, SkyPilot, Open MPI, SLURM, Cloud TPU, Kubernetes, in this
-    order. A count without a coordinator beside it in the settings is no launch but a claim, see distributed.Hosts. Raises
-    ValueError for what contradicts itself.
+    explicit: (coordinator, processes, process) of the settings. Values that are None are taken from
+    JAXFT_COORDINATOR, JAXFT_PROCESSES (1 for a single process) and JAXFT_PROCESS, then from torchrun,
+    SkyPilot, Open MPI, SLURM, Cloud TPU or Kubernetes, in this order. `processes` without `coordinator` in
+    the settings is only checked later, see processes.Hosts. Raises ValueError if the values are incomplete or
+    contradictory.
     """
-    coordinator = explicit[0] or environ.get(OWN[0])
-    known = explicit[1:] if explicit[0] else (None, None)
-    given = [
+    coordinator = explicit[0] or environ.get(JAXFT_VARIABLES[0])
+    settings = explicit[1:] if explicit[0] else (None, None)
+    configured = [
         value if value is not None else _number(environ, name)
-        for value, name in zip(known, OWN[1:], strict=True)
+        for value, name in zip(settings, JAXFT_VARIABLES[1:], strict=True)
     ]
-    if given[0] == 1:
+    if configured[0] == 1:
         return None
-    found = next((launch for look in LAUNCHERS if (launch := look(environ)) is not None), None)
+    found = next((launch for detector in LAUNCHERS if (launch := detector(environ)) is not None), None)
     if coordinator is None:
-        if any(environ.get(name) for name in OWN):
-            raise ValueError(f"{OWN[1]} and {OWN[2]} go with {OWN[0]}=host:port of process 0; set that too")
+        if any(environ.get(name) for name in JAXFT_VARIABLES):
+            raise ValueError(
+                f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} need {JAXFT_VARIABLES[0]}=host:port of "
+                "process 0; set it too"
+            )
         return None if found is None or found.processes == 1 else found
-    launched = (None, None) if found is None else (found.processes, found.process)
-    counts = [value if value is not None else other for value, other in zip(given, launched, strict=True)]
+    detected = (None, None) if found is None else (found.processes, found.process)
+    counts = [
+        value if value is not None else other for value, other in zip(configured, detected, strict=True)
+    ]
     if counts[0] == 1:
         return None
     if None in counts:
         raise ValueError(
-            f"coordinator={coordinator}: wanted the number of processes and this one's too ({OWN[1]}, {OWN[2]})"
+            f"coordinator={coordinator}: the number of processes or the index of this one is missing; set "
+            f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]}"
         )
-    by = "explicit" if found is None else f"explicit, {found.by}"
-    return _checked(Launch(by, coordinator, counts[0], counts[1], found.local if found else None))
+    launcher = "explicit" if found is None else f"explicit, {found.launcher}"
+    return _checked(Launch(launcher, coordinator, counts[0], counts[1], found.local_gpus if found else None))
 
 
 def _checked(launch: Launch) -> Launch:
     if launch.coordinator is not None and not re.fullmatch(r".+:\d+", launch.coordinator):
-        raise ValueError(f"coordinator={launch.coordinator} ({launch.by}): wanted host:port of process 0")
+        raise ValueError(
+            f"coordinator={launch.coordinator} ({launch.launcher}): expected host:port of process 0"
+        )
     if (
         launch.processes is not None
         and launch.process is not None
         and not 0 <= launch.process < launch.processes
     ):
         raise ValueError(
-            f"process {launch.process} of {launch.processes} ({launch.by}): they are counted from 0"
+            f"process {launch.process} of {launch.processes} ({launch.launcher}): process indices start at 0"
         )
     return launch
 
@@ -85,72 +95,81 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if text is None or text == "":
         return None
     if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{name}={text}: wanted a whole number")
+        raise ValueError(f"{name}={text}: expected a non-negative integer")
     return int(text)
 
 
-def _own_gpus(environ: Mapping[str, str], local: int | None, beside: int | None) -> tuple[int, ...] | None:
-    """The GPUs, among those it sees, of the process number `local` of `beside` on its host; None where that can't be told.
+def _local_gpus(
+    environ: Mapping[str, str], rank: int | None, processes: int | None
+) -> tuple[int, ...] | None:
+    """Return the indices, among the visible GPUs, of those that a process uses; None if unknown.
 
-    A process that sees fewer GPUs than processes stand beside it, or whose launcher gave each its own, has all that it sees.
-    Raises ValueError where those that all see don't divide over the processes.
+    rank: local rank of the process among the `processes` on this host.
+
+    A process uses all GPUs it sees if there are fewer of them than processes on the host, or if the launcher
+    assigned GPUs to each task. Raises ValueError if GPUs that are visible to all processes do not divide
+    evenly among them.
     """
     if environ.get("JAX_LOCAL_DEVICE_IDS"):
-        return None  # jax reads it
+        return None  # JAX reads it
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     on_node = re.search(r"\d+$", environ.get("SLURM_GPUS_ON_NODE", ""))  # 8, or gpu:8
     count = len(visible.split(",")) if visible else (int(on_node[0]) if on_node else 0) or None
-    apart = bool(visible) and bool(environ.get("SLURM_GPUS_PER_TASK"))
+    per_task = bool(visible) and bool(environ.get("SLURM_GPUS_PER_TASK"))
     if count is not None and (
-        count == 1 or beside == 1 or apart or (visible and beside is not None and count < beside)
+        count == 1 or processes == 1 or per_task or (visible and processes is not None and count < processes)
     ):
         return tuple(range(count))
-    if local is None or beside == 1:
+    if rank is None or processes == 1:
         return None
-    if count is None or beside is None:
-        return (local,)
-    if count % beside:
+    if count is None or processes is None:
+        return (rank,)
+    if count % processes:
         raise ValueError(
-            f"{beside} processes on a host that see {count} GPUs: they don't divide; start a divisor of {count}"
+            f"{count} GPUs are not divisible by the {processes} processes of the host; "
+            f"start a number of processes that divides {count}"
         )
-    return tuple(range(local * count // beside, (local + 1) * count // beside))
+    return tuple(range(rank * count // processes, (rank + 1) * count // processes))
 
 
-def _tasks_beside(environ: Mapping[str, str]) -> int | None:
-    """Tasks on this node, from a list such as 2(x3),1 and this node's place in it; None where either isn't known."""
+def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
+    """Return the number of SLURM tasks on this node, from a list such as 2(x3),1; None if unknown."""
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in listed.split(",")]
-    each = [int(m[1]) for m in parts if m for _ in range(int(m[2] or 1))]
-    if not all(parts) or not each:
+    counts = [int(m[1]) for m in parts if m for _ in range(int(m[2] or 1))]
+    if not all(parts) or not counts:
         return None
     node = _number(environ, "SLURM_NODEID")
-    return each[node] if node is not None and node < len(each) else each[0] if len(set(each)) == 1 else None
+    if node is not None and node < len(counts):
+        return counts[node]
+    return counts[0] if len(set(counts)) == 1 else None
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch | None:
-    """torchrun, and what imitates its variables. Kubeflow's PyTorchJob sets no LOCAL_RANK: one process a pod."""
+    """torchrun, and launchers that set its variables.
+
+    Kubeflow's PyTorchJob sets no LOCAL_RANK: one process per pod.
+    """
     names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
     if any(name not in environ for name in names):
         return None
     port, rank, world = (_number(environ, name) for name in names[1:])
     if not world or rank is None or port is None:
-        raise ValueError(
-            f"torchrun's variables are incomplete: {', '.join(f'{n}={environ[n]!r}' for n in names)}"
-        )
-    local = _own_gpus(environ, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
-    # its own store listens on MASTER_PORT
+        raise ValueError(f"invalid torchrun variables: {', '.join(f'{n}={environ[n]!r}' for n in names)}")
+    local = _local_gpus(environ, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
+    # port + 1: torchrun's own store listens on MASTER_PORT
     return _checked(Launch("torchrun", f"{environ['MASTER_ADDR']}:{port + 1}", world, rank, local))
 
 
 def _skypilot(environ: Mapping[str, str]) -> Launch | None:
-    """One process a node. A TPU slice's hosts are nodes too, but their order is jax's to find."""
+    """SkyPilot: one process per node, except on TPU slices, where JAX detects the order of the hosts."""
     if "SKYPILOT_NODE_RANK" not in environ or "SKYPILOT_NODE_IPS" not in environ or _on_tpu(environ):
         return None
     addresses = environ["SKYPILOT_NODE_IPS"].split()
     rank, count = _number(environ, "SKYPILOT_NODE_RANK"), _number(environ, "SKYPILOT_NUM_NODES")
     if not addresses or (count is not None and count != len(addresses)):
         raise ValueError(
-            f"SKYPILOT_NUM_NODES={count} and SKYPILOT_NODE_IPS has {len(addresses)} addresses; they don't agree"
+            f"SKYPILOT_NUM_NODES={count} does not match the {len(addresses)} addresses in SKYPILOT_NODE_IPS"
         )
     return _checked(Launch("SkyPilot", f"{addresses[0]}:{PORT}", len(addresses), rank))
 
@@ -159,11 +178,12 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
     size = _number(environ, "OMPI_COMM_WORLD_SIZE")
     if size is None:
         return None
-    if size > 1 and "OMPI_MCA_orte_hnp_uri" not in environ and not environ.get(OWN[0]):
+    if size > 1 and "OMPI_MCA_orte_hnp_uri" not in environ and not environ.get(JAXFT_VARIABLES[0]):
         raise ValueError(
-            f"this Open MPI doesn't say where process 0 is; set {OWN[0]}=host:port of rank 0 (mpirun -x {OWN[0]}=...)"
+            f"Open MPI sets no address of rank 0; set {JAXFT_VARIABLES[0]}=host:port of rank 0 "
+            f"(mpirun -x {JAXFT_VARIABLES[0]}=...)"
         )
-    local = _own_gpus(
+    local = _local_gpus(
         environ,
         _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
         _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -172,11 +192,11 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
-    """A task of srun. With one task a node it has all of the node's GPUs, where jax alone would take the first."""
+    """A task of srun. The only task of a node uses all of its GPUs; JAX's default would be the first one."""
     if any(name not in environ for name in SLURM):
         return None
     size, rank, local = (_number(environ, name) for name in SLURM[2:])
-    return Launch("SLURM", None, size, rank, _own_gpus(environ, local, _tasks_beside(environ)))
+    return Launch("SLURM", None, size, rank, _local_gpus(environ, local, _tasks_on_node(environ)))
 
 
 def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:
@@ -187,13 +207,12 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:
         return Launch(
             "Cloud TPU", None, len(hosts.split(",")) * (_number(environ, "MEGASCALE_NUM_SLICES") or 1)
         )
-    return (
-        Launch("Cloud TPU") if "TPU_SKIP_MDS_QUERY" not in environ else None
-    )  # jax asks the metadata server
+    # without hosts in the environment JAX queries the metadata server
+    return Launch("Cloud TPU") if "TPU_SKIP_MDS_QUERY" not in environ else None
 
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether this machine has TPUs that jax would use."""
+    """Whether this machine has TPUs that JAX would use."""
     platforms = environ.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms.split(",")) or importlib.util.find_spec("libtpu") is None:
         return False
@@ -203,15 +222,19 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
-    """A pod of an indexed job, which jax looks up through Kubernetes' API; raises ValueError where its client is missing."""
+    """A pod of an indexed Kubernetes job, detected by JAX with the Kubernetes API.
+
+    Raises ValueError if the client library is missing.
+    """
     if "KUBERNETES_SERVICE_HOST" not in environ or "JOB_COMPLETION_INDEX" not in environ:
         return None
     index = _number(environ, "JOB_COMPLETION_INDEX")
-    if importlib.util.find_spec("kubernetes") is None and not environ.get(OWN[0]):
+    if importlib.util.find_spec("kubernetes") is None and not environ.get(JAXFT_VARIABLES[0]):
         raise ValueError(
-            f"this is pod {index} of an indexed Kubernetes job; jax finds the others only with the package kubernetes; set "
-            f"{OWN[0]}=host:port of pod 0, {OWN[1]} and {OWN[2]} as scripts/launch/jobset.yaml does, or {OWN[1]}=1 "
-            "where each pod runs by itself"
+            f"pod {index} of an indexed Kubernetes job: JAX needs the package kubernetes to find the other "
+            f"pods; set {JAXFT_VARIABLES[0]}=host:port of pod 0, {JAXFT_VARIABLES[1]} and "
+            f"{JAXFT_VARIABLES[2]} as scripts/launch/jobset.yaml does, or {JAXFT_VARIABLES[1]}=1 if each "
+            "pod is a run of its own"
         )
     return Launch("Kubernetes", None, None, index)
 

@@ -1,6 +1,6 @@
-"""A run over several processes: start and stop of jax's distributed runtime, and what the processes agree on.
+"""Multi-process runs: start and stop of `jax.distributed`, and operations that all processes do together.
 
-Nothing here is called by a run of one process in another way than by one of many; alone, everything answers at once.
+Single-process runs call the same functions, which then return immediately.
 """
 
 import contextlib
@@ -20,21 +20,23 @@ from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
 
-JOINING = 60  # seconds that jax is given beyond hosts.start_seconds, so that its abort without a word never comes first
+JOINING = 60  # seconds added to JAX's own timeout, so that our message comes before JAX's abort
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """The processes of a run.
+    """Settings of a multi-process run and of the watchdog.
 
-    coordinator: host:port of process 0, with processes (how many) and process (which one this is) where no launcher says it;
-    JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without a coordinator beside it `processes` is a claim, as
-    `devices` (of all processes) always is: the run ends where it finds another number.
-    start_seconds: how long processes wait for one another at the start; where one doesn't come, the others end with code 75.
-    heartbeat_seconds: after how long a process that gives no sign of life is lost. stop_seconds: how long they wait for one
-    another at the end.
-    step_seconds: a step that takes longer is stalled; None for twenty times the median step, at least ten minutes.
-    phase_seconds: the same for what isn't a step: reading, compiling, evaluation, waiting for a checkpoint, export.
+    coordinator: host:port of process 0. Set it together with `processes` (their number) and `process` (the
+    index of this one) if no launcher is detected; the environment variables JAXFT_COORDINATOR,
+    JAXFT_PROCESSES and JAXFT_PROCESS do the same. Without `coordinator`, `processes` is an assertion, as
+    `devices` (the global device count) always is: the run ends if the actual number differs.
+    start_seconds: timeout of joining at the start; if a process does not join, the others exit with code 75.
+    heartbeat_seconds: a process without a heartbeat for this long counts as lost. stop_seconds: timeout of
+    the shutdown.
+    step_seconds: a step that takes longer counts as stalled; None for 20 times the median step, at least 10
+    minutes.
+    phase_seconds: the same limit outside steps: loading, compilation, evaluation, checkpointing, export.
     """
 
     coordinator: str | None = None
@@ -51,181 +53,195 @@ class Hosts:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("coordinator", "process") and value is not None and value <= 0:
-                raise ValueError(f"hosts.{field.name} is above 0, found {value}")
+                raise ValueError(f"hosts.{field.name}={value}: must be positive")
         if self.process is not None and self.coordinator is None:
             raise ValueError(
-                f"hosts.process={self.process} goes with hosts.coordinator=host:port of process 0; set that too"
+                f"hosts.process={self.process} needs hosts.coordinator=host:port of process 0; set both"
             )
 
 
 class AgreedError(ValueError):
-    """An error that all processes raise at the same place, so that they can end in order."""
+    """An error that all processes raise at the same point, so that they can shut down normally."""
 
 
 @contextlib.contextmanager
-def started(hosts: Hosts, told: Callable[[BaseException], int]) -> Iterator[None]:
-    """Join the other processes of this run, if the settings or a launcher say that there are any. Call it before jax is used.
+def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterator[None]:
+    """Initialise `jax.distributed` if the settings or a launcher define several processes.
 
-    told: says an error to the user, in a process that the others wait for in vain, and returns the exit code; the process ends
-    there, since a way out in order would wait for them too. Raises Refused where the counts aren't those that are claimed.
+    Enter it before JAX is used.
+
+    print_error: prints an error and returns the exit code. After an error that only this process raises, it
+    is called and the process exits immediately, because a normal shutdown would wait for the other processes.
+    Raises AgreedError if the number of processes or devices differs from the settings.
     """
     found = launch.detect((hosts.coordinator, hosts.processes, hosts.process), os.environ)
-    alone = found is None
+    single = found is None
     try:
         if found is not None:
             _join(found, hosts)
-            alone = not several()
+            single = not is_multi_process()
         _check_counts(hosts)
         yield
     except AgreedError:
         raise
     except BaseException as error:
-        if found is None or alone:
+        if found is None or single:
             raise
-        if is_loss(error):
-            exit.exit_for_restart(lost(error, "before the first step or after the last"))
-        code = told(error)
-        if (
-            not found.process
-        ):  # the others may be about to say the same, and are aborted when process 0 is gone
-            time.sleep(2)
+        if is_peer_lost(error):
+            exit.exit_for_restart(peer_lost_message(error, "before the first step or after the last"))
+        code = print_error(error)
+        if not found.process:
+            time.sleep(2)  # the others may be about to print the same, and are aborted when process 0 exits
         exit.exit_now(code)
     finally:
-        exit.silence()
+        exit.clear_killed_message()
 
 
-def refuse_several(what: str) -> None:
-    """Raise ValueError where a launcher has started several processes of something that takes one."""
+def require_single_process(what: str) -> None:
+    """Raise ValueError if a launcher started this single-process program as one of several processes."""
     found = launch.detect((None, None, None), os.environ)
-    if found is not None and (
-        found.processes or found.process is not None
-    ):  # a TPU's host alone may say neither
+    # the launch of a single TPU host may have neither
+    if found is not None and (found.processes or found.process is not None):
         raise ValueError(
-            f"{what} runs in one process, and this is one of several ({found.by}); start it once"
+            f"{what} runs in a single process, but this is one of several ({found.launcher}); start a "
+            "single process"
         )
 
 
 def _join(found: launch.Launch, hosts: Hosts) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # jax's own preemption notice swallows SIGTERM from here on; a run's Interrupt and Votes do that work, for SIGINT too
+    # JAX's preemption service would intercept SIGTERM from here on; Interrupt and Votes handle it
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
-    known: dict[str, Any] = {"local_device_ids": list(found.local) if found.local is not None else None}
+    arguments: dict[str, Any] = {
+        "local_device_ids": list(found.local_gpus) if found.local_gpus is not None else None
+    }
     if found.coordinator is not None:
-        known |= {
+        arguments |= {
             "coordinator_address": found.coordinator,
             "num_processes": found.processes,
             "process_id": found.process,
         }
-        known["cluster_detection_method"] = "deactivate"
-    me = f"process {found.process} of {found.processes}" if found.processes else "this process"
-    where = f"the coordinator {found.coordinator or 'that jax found'} ({found.by})"
-    exit.if_ended_from_outside(
-        f"{me} was ended from outside while it joined the others at {where}: killed, or stopped by jax because one of them is "
-        "gone; start the same command again on all hosts"
+        arguments["cluster_detection_method"] = "deactivate"
+    name = f"process {found.process} of {found.processes}" if found.processes else "this process"
+    where = f"the coordinator {found.coordinator or 'that JAX detected'} ({found.launcher})"
+    exit.set_killed_message(
+        f"{name} was killed while it joined the others at {where}: by the system or a user, or by JAX "
+        "because another process is gone; run the same command again on all hosts"
     )
     late = (
-        f"{me}: {where} was not reached by all {found.processes or 'processes'} within {hosts.start_seconds} s "
-        "(hosts.start_seconds); see that each of them is started, that their number is right and that they reach that address"
+        f"{name}: not all {found.processes or 'the'} processes reached {where} within "
+        f"{hosts.start_seconds} s (hosts.start_seconds); check that each is started, that their number is "
+        "right and that they can reach that address"
     )
-    known |= {
+    arguments |= {
         "heartbeat_timeout_seconds": hosts.heartbeat_seconds,
         "shutdown_timeout_seconds": hosts.stop_seconds,
     }
     try:
-        # process 0 last: the others are aborted when it is gone
+        # process 0 exits last: the others are aborted when it is gone
         with exit.exit_after(hosts.start_seconds + (0 if found.process else 2), late):
-            jax.distributed.initialize(**known, initialization_timeout=hosts.start_seconds + JOINING)
-        jax.devices()  # of all processes, which wait for one another here too
+            jax.distributed.initialize(**arguments, initialization_timeout=hosts.start_seconds + JOINING)
+        jax.devices()  # waits for the devices of all processes
     except RuntimeError as error:
-        text = f"{me}: could not join the others at {where}: {shorten_error(error)}"
+        text = f"{name}: could not join the others at {where}: {shorten_error(error)}"
         if exit.means_peer_lost(str(error)):
-            exit.exit_for_restart(f"{text}; start the same command again on all hosts")
+            exit.exit_for_restart(f"{text}; run the same command again on all hosts")
         raise ValueError(text) from error
     _announce(found)
-    if several():
-        exit.if_ended_from_outside(
-            f"{who()} was ended from outside: killed, out of memory, or stopped by jax because another process is gone or gave "
-            f"no sign of life for {hosts.heartbeat_seconds} s (hosts.heartbeat_seconds); start the same command again on all "
-            "hosts, it goes on from the newest checkpoint"
+    if is_multi_process():
+        exit.set_killed_message(
+            f"{process_name()} was killed: by the system or a user, for lack of memory, or by JAX because "
+            f"another process is gone or sent no heartbeat for {hosts.heartbeat_seconds} s "
+            "(hosts.heartbeat_seconds); run the same command again on all hosts to resume from the newest "
+            "checkpoint"
         )
     else:
-        exit.silence()
+        exit.clear_killed_message()
 
 
 def _announce(found: launch.Launch) -> None:
-    where = f"coordinator {found.coordinator}" if found.coordinator else "coordinator as jax found it"
-    each = sorted({sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())})
-    counts = f"{each[0]} each" if len(each) == 1 else "unequal: " + " or ".join(map(str, each))
+    where = f"coordinator {found.coordinator}" if found.coordinator else "coordinator detected by JAX"
+    sizes = sorted({sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())})
+    counts = f"{sizes[0]} each" if len(sizes) == 1 else "unequal: " + " or ".join(map(str, sizes))
     if is_first():
         print(
-            f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} ({found.by})",
+            f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} "
+            f"({found.launcher})",
             flush=True,
         )
     else:
         print(
-            f"{who()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} ({found.by})",
+            f"{process_name()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} "
+            f"({found.launcher})",
             file=sys.stderr,
         )
 
 
 def _check_counts(hosts: Hosts) -> None:
-    """Raise Refused where there are not as many processes or devices as the settings claim."""
+    """Raise AgreedError if the number of processes or devices differs from the settings."""
     if hosts.processes is not None and hosts.processes != jax.process_count():
         raise AgreedError(
-            f"hosts.processes={hosts.processes}, found {jax.process_count()}; start as many, or check what the launcher says"
+            f"hosts.processes={hosts.processes}, but {jax.process_count()} are running; start that many, or "
+            "check the launcher"
         )
     if hosts.devices is not None and hosts.devices != jax.device_count():
-        each = {i: sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())}
-        told = ", ".join(f"{count} on process {i}" for i, count in list(each.items())[:8])
+        sizes = {i: sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())}
+        listed = ", ".join(f"{count} on process {i}" for i, count in list(sizes.items())[:8])
         raise AgreedError(
-            f"hosts.devices={hosts.devices}, found {jax.device_count()} ({told}); see which devices each process is given"
+            f"hosts.devices={hosts.devices}, but there are {jax.device_count()} ({listed}); check which "
+            "devices each process gets"
         )
 
 
-# Who am I
+# The name of this process
 
 
-def several() -> bool:
-    """Whether this run has other processes. Touches no device where it hasn't."""
+def is_multi_process() -> bool:
+    """Whether this run has more than one process. Initialises no device in a single-process run."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def who() -> str:
-    """`process 1 of 2`, or `the run` where it is alone."""
-    return f"process {jax.process_index()} of {jax.process_count()}" if several() else "the run"
+def process_name() -> str:
+    """Return the name of this process for messages: `process 1 of 2`, or `the run` if it is the only one."""
+    return f"process {jax.process_index()} of {jax.process_count()}" if is_multi_process() else "the run"
 
 
-# The end
+# Errors
 
 
 def one_line_of(error: BaseException) -> str:
-    """An error in words for the user, as cli shows it."""
+    """Return the message of an error on one line, in the format of jaxft.runs.cli."""
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether a computation failed because another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and exit.means_peer_lost(str(error)) and several()
-
-
-def lost(error: BaseException, where: str) -> str:
-    """What to say of that."""
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error means that a computation failed because another process is gone."""
     return (
-        f"{who()}: another process is gone or stalled ({where}; {shorten_error(error)}); "
-        "start the same command again on all hosts, it goes on from the newest checkpoint"
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and exit.means_peer_lost(str(error))
+        and is_multi_process()
     )
 
 
-# What they agree on
+def peer_lost_message(error: BaseException, where: str) -> str:
+    """Return the message for the loss of another process; `where` is the phase of the run."""
+    return (
+        f"{process_name()}: another process is gone or stalled ({where}; {shorten_error(error)}); "
+        "run the same command again on all hosts to resume from the newest checkpoint"
+    )
+
+
+# Agreement between processes
 
 
 def on_all_processes(work: Callable[[], Any]) -> Any:
-    """`work()` on every process. What a user can mend on one of them ends all: raises Refused with the first one's text.
+    """Call `work()` on every process; a user error on any of them raises AgreedError, with its text, on all.
 
-    The others hear of it at their next exchange, be it inside of `work`; so nothing in it may wait for the others otherwise.
+    The other processes learn of the error at their next exchange, which may be inside `work`. `work` must not
+    wait for other processes in any other way, or it would deadlock after an error.
     """
     with agreement():
         return work()
@@ -233,8 +249,8 @@ def on_all_processes(work: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def agreement() -> Iterator[None]:
-    """Around what every process does: an error of a user on one of them ends all, as in `agreed`."""
-    if not several():
+    """Turn a user error that any process raises in the body into an AgreedError on all processes."""
+    if not is_multi_process():
         yield
         return
     try:
@@ -242,34 +258,37 @@ def agreement() -> Iterator[None]:
     except AgreedError:
         raise
     except (ValueError, OSError, ImportError) as error:
-        told = ValueError(one_line_of(error))
-        _said(lambda: _raise(told))
+        user_error = ValueError(one_line_of(error))
+        _run_on_all(lambda: _raise(user_error))
     barrier()
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Raises Refused where one comes with an error."""
-    if several():
-        _said(lambda: None)
+    """Wait until all processes arrive. Raises AgreedError if one of them arrives with an error."""
+    if is_multi_process():
+        _run_on_all(lambda: None)
 
 
 def from_first_process(work: Callable[[], Any]) -> Any:
-    """What `work()` returns on process 0, as JSON, for all of them; its error is the error of all, as in `agreed`."""
-    if not several():
+    """Call `work()` on process 0 and return its result (JSON) on all processes.
+
+    A user error in it raises AgreedError on all.
+    """
+    if not is_multi_process():
         return work()
-    return on_all_processes(lambda: _said(lambda: work() if is_first() else None)[0])
+    return on_all_processes(lambda: _run_on_all(lambda: work() if is_first() else None)[0])
 
 
 def first_then_others(work: Callable[[], Any]) -> Any:
-    """`work()` on process 0 and, once that is done, on the others, which find in caches what it has left there."""
-    early = on_all_processes(lambda: [work()] if is_first() else [])
-    return early[0] if early else work()
+    """Call `work()` on process 0 first and then on the others, so that they find its downloads and caches."""
+    first = on_all_processes(lambda: [work()] if is_first() else [])
+    return first[0] if first else work()
 
 
-def _said(act: Callable[[], Any]) -> list[Any]:
-    """What `act()` gives on each process, or Refused on all."""
+def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
+    """Return the results of `fn()` by process; a user error on one of them raises AgreedError on all."""
     try:
-        return sync.settle(sync.gather_texts, act)
+        return sync.run_on_all(sync.gather_texts, fn)
     except (ValueError, OSError) as error:
         raise AgreedError((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
@@ -278,55 +297,58 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def all_equal(known: Any) -> bool:
-    """Whether all processes have the same, as JSON."""
-    text = json.dumps(known, sort_keys=True, default=str)
-    return not several() or len(set(_said(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
+def all_equal(value: Any) -> bool:
+    """Whether all processes pass the same value, compared as JSON."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return (
+        not is_multi_process()
+        or len(set(_run_on_all(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
+    )
 
 
-def check_same(known: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
-    """Raise Refused on all processes where one knows something else than process 0: other rows, settings or libraries.
+def check_same(record: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
+    """Raise AgreedError if the record (settings, rows, libraries) of a process differs from process 0.
 
-    differences(of process 0, of another) -> a line for each.
+    differences(record of process 0, record of another process) -> one line for each difference.
     """
-    if all_equal(known):
+    if all_equal(record):
         return
-    text = json.dumps(known, sort_keys=True, default=str)
-    first, *others = map(json.loads, _said(lambda: text))
+    text = json.dumps(record, sort_keys=True, default=str)
+    first, *others = map(json.loads, _run_on_all(lambda: text))
     number, lines = next(
         (i, found) for i, other in enumerate(others, 1) if (found := differences(first, other))
     )
     raise AgreedError(
-        f"process {number} of {jax.process_count()} has other settings, rows or libraries than process 0 "
-        f"({'; '.join(lines[:6])}); start all of them with the same command, files and versions"
+        f"process {number} of {jax.process_count()} differs from process 0 in settings, rows or libraries "
+        f"({'; '.join(lines[:6])}); start all processes with the same command, files and versions"
     )
 
 
 class Votes:
-    """Whether a process was asked to stop, so that all of them stop after the same step.
+    """Votes on whether to stop, so that a signal to one process stops all of them after the same step.
 
-    Each casts its vote before a step; the sum is computed on the devices between two steps and is there once the earlier one is
-    through, so nothing waits for it. (jax's reached_preemption_sync_point knows SIGTERM only, and not in a run of one process.)
+    Every process casts its vote before a step. The maximum is computed on the devices between two steps and
+    is available when the earlier one has finished, so no host blocks on it. (JAX's
+    reached_preemption_sync_point supports only SIGTERM, and only multi-process runs.)
     """
 
     def __init__(self, mesh: Any):
-        self._place = sharding.per_device_vector(mesh)
-        self._most = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
-        if several():
+        self._sharding = sharding.per_device_vector(mesh)
+        self._max = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
+        if is_multi_process():
             barrier()
-            self._cast(
-                0
-            ).block_until_ready()  # compiled, and connected to all others before anything else is under way
+            # compile it and connect to the other processes before any other computation is in flight
+            self._cast(0).block_until_ready()
 
-    def cast(self, own: Callable[[], int]) -> Callable[[], int]:
-        """own: this process's vote, a signal's number or 0. Returns a function that tells the highest of all."""
-        if not several():
-            return own
-        found = self._cast(own())
-        return lambda: int(np.asarray(found))
+    def cast(self, vote: Callable[[], int]) -> Callable[[], int]:
+        """Cast a vote, a signal number or 0; return a function that returns the maximum of all votes."""
+        if not is_multi_process():
+            return vote
+        highest = self._cast(vote())
+        return lambda: int(np.asarray(highest))
 
-    def _cast(self, own: int) -> Any:
-        size = self._place.mesh.size
-        return self._most(
-            jax.make_array_from_callback((size,), self._place, lambda index: np.full(1, own, np.int32))
+    def _cast(self, vote: int) -> Any:
+        size = self._sharding.mesh.size
+        return self._max(
+            jax.make_array_from_callback((size,), self._sharding, lambda index: np.full(1, vote, np.int32))
         )

@@ -1,7 +1,7 @@
-"""The one table from logical axes to mesh axes, and the only place that writes a PartitionSpec.
+"""The table from logical axes to mesh axes; the only module that builds a PartitionSpec.
 
-Code elsewhere names logical axes ("rows", "heads", ...). Under an ambient mesh (`jax.set_mesh`) `constrain` and
-`per_device` apply; without one, or on one device, they do nothing, so the same code runs everywhere.
+Other modules use logical axes ("rows", "heads", ...). `constrain` and `per_device` apply under an ambient
+mesh (`jax.set_mesh`) of more than one device and are no-ops otherwise, so the same code runs on one device.
 """
 
 import itertools
@@ -16,20 +16,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slices", "data", "fsdp", "context", "tensor")  # from the slowest links to the fastest
-SPARE = (
-    "fsdp",
-    "context",
-)  # what weights are cut along for their memory only: products see them whole along both
+SPARE = ("fsdp", "context")  # axes that shard weights only to save memory: gathered for matmuls
 
 AXES: dict[str, tuple[str, ...]] = {
-    "rows": ("slices", "data", "fsdp"),  # of a batch
+    "rows": ("slices", "data", "fsdp"),  # rows of a batch
     "time": ("context",),
-    "read_rows": (
-        "context",
-        "slices",
-        "data",
-        "fsdp",
-    ),  # rows of which each is a part of the time (see objectives/logps.py)
+    # rows that are each a shard of a row's time, see objectives/read_positions.py
+    "read_rows": ("context", "slices", "data", "fsdp"),
     "whole_time": (),
     "layers": (),
     "width": SPARE,
@@ -37,19 +30,17 @@ AXES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "spread_heads": ("tensor", "context"),  # inside attention, where every head sees the whole time
+    "spread_heads": ("tensor", "context"),  # inside attention, where every head has the full time
     "head_dim": (),
     "mlp": ("tensor",),
-    # Inputs of what gives back a width. Were its last dimension cut instead, XLA would copy whole stacks, turned, to gather it.
+    # Input axes of kernels that return to the width. With the output axis sharded instead, XLA would gather a
+    # transposed copy of the stacked layers.
     "from_heads": ("tensor", *SPARE),
     "from_mlp": ("tensor", *SPARE),
     "out_width": (),
-    "vocab": (
-        "tensor",
-        *SPARE,
-    ),  # tensor first: gathering along the others then moves no block to another place
+    "vocab": ("tensor", *SPARE),  # tensor first, so that a gather along the others does not reorder blocks
     "act_vocab": ("tensor",),
-    "table_width": (),  # of the embedding table: sharded over vocab only, or the gather rematerialises it
+    "table_width": (),  # the embedding table is sharded over vocab only, or the gather would rematerialise it
     "rank": (),
     "score": (),
 }
@@ -57,11 +48,12 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; -1 (at most once) takes what is left.
+    """Number of devices along each mesh axis; one of them may be -1, which uses all remaining devices.
 
-    slices: groups of devices with slow links between them (TPU slices, hosts), each with a copy of everything. data: copies
-    within a group. fsdp: parts of parameters, gradients and optimizer state. context: parts of each row's time, and of the
-    parameters. tensor: parts of every product, within a host.
+    slices: groups of devices with slow links between them (TPU slices, hosts); parameters are replicated
+    across them.
+    data: data parallelism within a group. fsdp: shards of parameters, gradients and optimizer state. context:
+    shards of the time axis, and of the parameters. tensor: shards of every matmul, within a host.
     """
 
     data: int = -1
@@ -72,49 +64,55 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
-    """Mesh over all devices. Raises ValueError if the sizes don't multiply to the number of devices, or cut across hosts."""
+    """Make a mesh of all devices.
+
+    Raises ValueError if the sizes do not multiply to the number of devices, or if mesh.tensor crosses hosts.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(shape, axis) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(f"mesh sizes are positive, with at most one -1 for the rest; found {shape}")
+        raise ValueError(
+            f"{shape}: mesh sizes must be positive, with at most one -1 for the remaining devices"
+        )
     fixed = math.prod(s for s in sizes if s != -1)
-    wanted = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
+    expected = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"{shape} needs {wanted} devices, found {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
+            f"{shape} needs {expected} devices, got {len(devices)}; "
+            "change mesh.data, mesh.fsdp or mesh.tensor"
         )
     return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
-    """Devices [slices, data, fsdp, context, tensor], neighbours along the last axes.
+    """Return the devices [slices, data, fsdp, context, tensor], with the fastest links along the last axes.
 
-    TPU slices have a slice_index and, within one, links in all directions; other devices have fast links within a process.
+    Devices of a TPU slice share a slice_index and are linked in all directions; other devices have fast links
+    within a process.
     """
     slice_of = lambda d: getattr(d, "slice_index", None) or 0  # noqa: E731
     devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
-    linked = all(
-        hasattr(d, "core_on_chip") for d in devices
-    )  # GPUs have coords and a slice_index too, a host's
+    # not coords or slice_index: GPUs have them too, with an index per host
+    linked = all(hasattr(d, "core_on_chip") for d in devices)
     groups = len({slice_of(d) if linked else d.process_index for d in devices})
     if (linked and sizes[0] % groups) or (groups > 1 and groups % sizes[0] and sizes[0] % groups):
         kind = "slices" if linked else "processes"
         raise ValueError(
-            f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; set mesh.slices to {groups}"
+            f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; use mesh.slices={groups}"
         )
     slices = np.array(devices).reshape(sizes[0], -1)
     mesh = np.stack(
         [
-            mesh_utils.create_device_mesh(sizes[1:], list(some), allow_split_physical_axes=True)
-            for some in slices
+            mesh_utils.create_device_mesh(sizes[1:], list(group), allow_split_physical_axes=True)
+            for group in slices
         ]
     )
     if not linked and any(len({d.process_index for d in row}) > 1 for row in mesh.reshape(-1, sizes[-1])):
         hosts = len({d.process_index for d in devices})
-        each = len(devices) // hosts
+        per_host = len(devices) // hosts
         raise ValueError(
-            f"mesh.tensor={sizes[-1]} crosses hosts, which have {each} devices each; use a divisor of that"
+            f"mesh.tensor={sizes[-1]} crosses hosts; use a divisor of the {per_host} devices of a host"
         )
     return mesh
 
@@ -126,40 +124,43 @@ def partition_spec(
     path: str = "",
     heads: int | None = None,
 ) -> PartitionSpec:
-    """The mesh axes of each dimension. Those that don't divide are left out; tensor must divide, or ValueError says so.
+    """Return the PartitionSpec of an array with these logical axes.
 
-    heads: how many heads a flattened "heads", "from_heads" or "kv_heads" dimension holds; tensor divides them, never cuts one.
+    With a shape, mesh axes that do not divide a dimension are left out; raises ValueError if tensor does not
+    divide it.
+    heads: number of heads in a flattened "heads", "from_heads" or "kv_heads" dimension; tensor never splits a
+    head.
     """
     sizes = dict(mesh.shape)
     entries: list[tuple[str, ...]] = []
     for i, axis in enumerate(axes):
-        wanted = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
+        mesh_axes = tuple(a for a in AXES[axis] if sizes.get(a, 1) > 1)
         if shape is not None:
             units = heads if heads and axis in ("heads", "kv_heads", "from_heads") else shape[i]
-            if "tensor" in wanted and units % sizes["tensor"]:
+            if "tensor" in mesh_axes and units % sizes["tensor"]:
                 kind = axis.removeprefix("from_").replace("_", " ")
-                found = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
+                subject = f"{units} {kind} do" if kind.endswith("s") else f"{kind} of size {units} does"
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
                 raise ValueError(
-                    f"{where}: {found} not divide over tensor={sizes['tensor']}; use one of {fits}"
+                    f"{where}: {subject} not divide over tensor={sizes['tensor']}; use one of {fits}"
                 )
-            wanted = _dividing(wanted, sizes, shape[i])
-        entries.append(wanted)
+            mesh_axes = _dividing(mesh_axes, sizes, shape[i])
+        entries.append(mesh_axes)
     return _spec(entries)
 
 
 def _dividing(axes: tuple[str, ...], sizes: dict[str, int], size: int) -> tuple[str, ...]:
-    """As many of the mesh axes as divide `size` together, tensor before the others."""
-    kept: list[str] = []
+    """Return the mesh axes whose product divides `size`, chosen greedily with tensor first."""
+    chosen: list[str] = []
     for axis in sorted(axes, key=lambda axis: axis != "tensor"):
-        if size % math.prod(sizes[a] for a in (*kept, axis)) == 0:
-            kept.append(axis)
-    return tuple(axis for axis in axes if axis in kept)
+        if size % math.prod(sizes[a] for a in (*chosen, axis)) == 0:
+            chosen.append(axis)
+    return tuple(axis for axis in axes if axis in chosen)
 
 
-def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
-    return PartitionSpec(*(cut if len(cut) > 1 else (cut[0] if cut else None) for cut in cuts))
+def _spec(entries: list[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(axes if len(axes) > 1 else (axes[0] if axes else None) for axes in entries))
 
 
 def array_sharding(
@@ -169,63 +170,65 @@ def array_sharding(
     path: str = "",
     heads: int | None = None,
 ) -> NamedSharding:
-    """NamedSharding of an array with these logical axes; see partition_spec."""
+    """Return the NamedSharding of an array with these logical axes; see partition_spec."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, path, heads))
 
 
 def shard_between_blocks(
-    place: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str
+    sharding: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str
 ) -> NamedSharding:
-    """`place` of a weight [..., I, O] with its input axis cut between blocks only, as codes that share a scale need it.
+    """Adapt the sharding of a weight [..., I, O] to quantised storage: I is sharded between blocks only.
 
-    Where fsdp and context don't divide the dimension that is their own, they take the other one, and are left out where that
-    fails too. Raises ValueError where tensor doesn't divide.
+    If fsdp and context do not divide their usual dimension, they shard the other one, or none. Raises
+    ValueError if tensor does not divide the blocks.
     """
-    sizes = dict(place.mesh.shape)
+    sizes = dict(sharding.mesh.shape)
     units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
-    cuts = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec]
-    cuts = [tuple(axis for axis in cut if axis not in SPARE) for cut in cuts]
-    if "tensor" in cuts[-2] and units[-2] % sizes["tensor"]:
+    entries = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec]
+    entries = [tuple(axis for axis in mesh_axes if axis not in SPARE) for mesh_axes in entries]
+    if "tensor" in entries[-2] and units[-2] % sizes["tensor"]:
         fits = tuple(n for n in range(1, units[-2] + 1) if units[-2] % n == 0)
         raise ValueError(
-            f"{path}: its input of {shape[-2]} in blocks of {block} can't be cut over tensor={sizes['tensor']}; "
-            f"use one of {fits}, or another quant.block"
+            f"{path}: an input axis of {shape[-2]} in blocks of {block} can't be sharded over "
+            f"tensor={sizes['tensor']}; use one of {fits}, or another quant.block"
         )
-    own = [i for i, axis in enumerate(axes) if set(SPARE) & set(AXES[axis])]
+    usual = [i for i, axis in enumerate(axes) if set(SPARE) & set(AXES[axis])]
     spare = tuple(axis for axis in SPARE if sizes.get(axis, 1) > 1)
-    some = (spare, *((axis,) for axis in spare)) if own and spare else ()
-    for group, i in itertools.product(some, (*own, len(axes) - 2, len(axes) - 1)):
-        if units[i] % math.prod(sizes[axis] for axis in (*cuts[i], *group)) == 0:
-            cuts[i] = (*cuts[i], *group)
+    groups = (spare, *((axis,) for axis in spare)) if usual and spare else ()
+    for group, i in itertools.product(groups, (*usual, len(axes) - 2, len(axes) - 1)):
+        if units[i] % math.prod(sizes[axis] for axis in (*entries[i], *group)) == 0:
+            entries[i] = (*entries[i], *group)
             break
-    return NamedSharding(place.mesh, _spec(cuts))
+    return NamedSharding(sharding.mesh, _spec(entries))
 
 
-def sharding_for_shape(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`place` for an array that stands beside the one it was made for: a dimension of 1 is not cut, another rank not at all."""
-    if len(shape) != len(place.spec):
-        return NamedSharding(place.mesh, PartitionSpec())
+def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Adapt `sharding` to a related array (scales): dimensions of 1 unsharded, another rank replicated."""
+    if len(shape) != len(sharding.spec):
+        return NamedSharding(sharding.mesh, PartitionSpec())
     return NamedSharding(
-        place.mesh,
-        PartitionSpec(*(None if n == 1 else cut for n, cut in zip(shape, place.spec, strict=True))),
+        sharding.mesh,
+        PartitionSpec(
+            *(None if n == 1 else mesh_axes for n, mesh_axes in zip(shape, sharding.spec, strict=True))
+        ),
     )
 
 
-def unsharded_along(place: NamedSharding, dimension: int) -> NamedSharding:
-    """`place` with a dimension whole on every device."""
-    cuts = list(place.spec)
-    cuts[dimension] = None
-    return NamedSharding(place.mesh, PartitionSpec(*cuts))
+def unsharded_along(sharding: NamedSharding, dimension: int) -> NamedSharding:
+    """Return `sharding` with one dimension unsharded."""
+    entries = list(sharding.spec)
+    entries[dimension] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
-def describe_sharding(place: NamedSharding) -> str:
-    """The mesh axes of each dimension as text: `-,fsdp,tensor`."""
-    cuts = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in place.spec)
-    return ",".join("*".join(cut) or "-" for cut in cuts)
+def describe_sharding(sharding: NamedSharding) -> str:
+    """Format the mesh axes of each dimension: `-,fsdp,tensor`."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec)
+    return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding of a fully replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -234,8 +237,8 @@ def _ambient() -> Any:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def is_spread() -> bool:
-    """Whether the ambient mesh has several devices."""
+def is_multi_device() -> bool:
+    """Whether there is an ambient mesh of more than one device."""
     return _ambient() is not None
 
 
@@ -250,24 +253,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """The whole array on every device."""
+    """Constrain an array to be fully replicated on the ambient mesh."""
     return x if _ambient() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of a weight as products use it: whole along fsdp and context, still cut along tensor."""
+    """Return the logical axes of a weight in a matmul: gathered along fsdp and context, but not tensor."""
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
     return tuple(used.get(axis, axis) for axis in axes)
 
 
 def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
-    """Where a weight with these axes lies in products, on the ambient mesh; None without one."""
+    """Return the sharding of a weight in a matmul on the ambient mesh; None without one."""
     mesh = _ambient()
     return None if mesh is None else array_sharding(mesh, gathered_axes(axes), shape)
 
 
 def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """Into how many parts the ambient mesh cuts an array with these logical axes."""
+    """Return the number of shards of an array with these logical axes on the ambient mesh."""
     mesh = _ambient()
     if mesh is None:
         return 1
@@ -280,23 +283,24 @@ def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
 
 
 def shard_start(axis: str, size: int) -> jax.Array:
-    """Inside per_device: where this device's part of a dimension begins, which a mesh axis cuts into parts of `size`."""
+    """Inside `per_device`: return the start of this device's shard of a dimension, in shards of `size`."""
     return jax.lax.axis_index(axis) * np.int32(size)
 
 
 def mesh_has(axis: str) -> bool:
-    """Whether the ambient mesh has several devices along a mesh axis."""
+    """Whether the ambient mesh has more than one device along a mesh axis."""
     mesh = _ambient()
     return mesh is not None and dict(mesh.shape)[axis] > 1
 
 
 def check_context_divides(length: int) -> None:
-    """Raise ValueError for rows of so many tokens that the ambient mesh can't cut over context."""
+    """Raise ValueError if rows of `length` tokens do not divide over the context axis of the ambient mesh."""
     mesh = _ambient()
     context = 1 if mesh is None else dict(mesh.shape)["context"]
     if length % context:
         raise ValueError(
-            f"rows of {length} tokens do not divide over mesh.context={context}; use a data.max_length that does"
+            f"rows of {length} tokens do not divide over mesh.context={context}; "
+            "use a data.max_length that does"
         )
 
 
@@ -306,7 +310,11 @@ def per_device(
     out_axes: tuple[str, ...],
     out_shape: tuple[int, ...],
 ) -> Callable:
-    """`fn` over each device's own block (shard_map), for what the partitioner can't see through; out_shape: of the result."""
+    """Apply `fn` to the local shards of each device (shard_map), for code that XLA cannot partition.
+
+    in_axes: logical axes of each argument; None for replicated. out_axes, out_shape: logical axes and global
+    shape of the result.
+    """
 
     def call(*args):
         mesh = _ambient()
@@ -323,12 +331,15 @@ def per_device(
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """Return the number of shards of the rows of a batch."""
     return math.prod(dict(mesh.shape)[axis] for axis in AXES["rows"])
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """[micro, rows, ...]: axis 1 over data and fsdp. Raises ValueError where the rows don't divide."""
+    """Return the sharding of [micro, rows, ...]: rows over slices, data and fsdp.
+
+    Raises ValueError if the rows do not divide.
+    """
     parts = row_shards(mesh)
     if shape[1] % parts:
         raise ValueError(
@@ -339,7 +350,10 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host arrays [micro, rows, ...], the same on every process, to the mesh; each process moves the rows of its own devices."""
+    """Transfer host arrays [micro, rows, ...] to the mesh.
+
+    Every process passes the same global arrays and transfers only the rows of its local devices.
+    """
 
     def place(x: Any) -> jax.Array:
         return jax.make_array_from_callback(
@@ -350,5 +364,5 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def per_device_vector(mesh: Mesh) -> NamedSharding:
-    """A vector with an element for each device."""
+    """Return the sharding of a vector with one element per device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

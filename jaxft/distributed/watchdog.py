@@ -1,4 +1,4 @@
-"""A thread that ends a run in which nothing moves any more, so that a scheduler starts it again."""
+"""A watchdog thread that ends a stalled run with stack traces and the exit code for a restart."""
 
 import contextlib
 import faulthandler
@@ -14,26 +14,28 @@ from typing import Any
 from jaxft.distributed import exit, processes
 from jaxft.distributed.processes import Hosts
 
-TIMES, LEAST = 20, 600.0  # a step is stalled beyond so many medians, and seconds
-ENDING = 60.0  # seconds to close things in after an error
+MEDIANS, MIN_SECONDS = 20, 600.0  # default step limit: 20 median steps, at least 600 s
+CLOSING = 60.0  # seconds to release resources after an error
 
 
 class Watchdog:
-    """While it is entered, the run has to tell what it does: `at` a phase, or `step` by step, each within its bound.
+    """Context manager that ends the process when a phase or a step exceeds its time limit.
 
-    Where it doesn't: every thread's stack on stderr, then a line that says who, where, how long and what to do, then exit code 75
-    (exit.AGAIN). It works in a process that waits for one that died or hangs, too. Time in which the whole process was
-    stopped (a laptop that sleeps, Ctrl-Z) doesn't count.
+    Report progress with `at(phase)` and `step(number)`. When the limit is exceeded, the stacks of all threads
+    are printed to stderr, then one line (which process, where, for how long, what to do), and the process
+    exits with code 75 (exit.RESTART_CODE). This also works while the main thread blocks in a collective
+    because another process died or hangs. Time during which the whole process was suspended (a laptop in
+    standby, Ctrl-Z) does not count.
     """
 
     def __init__(self, hosts: Hosts):
         self._hosts = hosts
-        self._phase, self._bound, self._setting = "starting", hosts.phase_seconds, "hosts.phase_seconds"
-        self._waited, self._since = 0.0, 0.0  # the second is the present step's begin, 0 where there is none
+        self._phase, self._limit, self._setting = "starting", hosts.phase_seconds, "hosts.phase_seconds"
+        self._waited, self._step_start = 0.0, 0.0  # _step_start is 0 outside steps
         self._steps: deque[float] = deque(maxlen=64)
         self._end = threading.Event()
-        least = min(hosts.phase_seconds, hosts.step_seconds or LEAST)
-        self._tick = min(1.0, least / 10)
+        shortest = min(hosts.phase_seconds, hosts.step_seconds or MIN_SECONDS)
+        self._tick = min(1.0, shortest / 10)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -45,44 +47,47 @@ class Watchdog:
         self._thread.join()
 
     def at(self, phase: str) -> None:
-        """What begins now, which isn't a step."""
-        self._since = 0.0
+        """Enter a phase other than a training step, limited by hosts.phase_seconds."""
+        self._step_start = 0.0
         self._feed(phase, self._hosts.phase_seconds, "hosts.phase_seconds")
 
     def step(self, number: int) -> None:
-        """Step `number` begins, and the one before it is through."""
+        """Enter training step `number`; the step before it has finished."""
         now = time.monotonic()
-        if self._since:
-            self._steps.append(now - self._since)
-        self._since = now
-        self._feed(f"step {number}", self._step_bound(), "hosts.step_seconds")
+        if self._step_start:
+            self._steps.append(now - self._step_start)
+        self._step_start = now
+        self._feed(f"step {number}", self._step_limit(), "hosts.step_seconds")
 
-    def _step_bound(self) -> float:
+    def _step_limit(self) -> float:
         if self._hosts.step_seconds is not None:
             return self._hosts.step_seconds
-        if len(self._steps) < 3:  # the first ones set up communication and find their algorithms
+        if len(self._steps) < 3:  # the first steps set up communication and autotune kernels
             return self._hosts.phase_seconds
-        return max(LEAST, TIMES * statistics.median(self._steps))
+        return max(MIN_SECONDS, MEDIANS * statistics.median(self._steps))
 
-    def _feed(self, phase: str, bound: float, setting: str) -> None:
-        self._phase, self._bound, self._setting, self._waited = phase, bound, setting, 0.0
+    def _feed(self, phase: str, limit: float, setting: str) -> None:
+        self._phase, self._limit, self._setting, self._waited = phase, limit, setting, 0.0
 
     @contextlib.contextmanager
-    def over(self) -> Iterator[None]:
-        """Around all that computes. A process that is alone since another one died ends here at once; after any other error there
-        is a minute to close things in, since what they wait for may be a process that is gone.
+    def guard(self) -> Iterator[None]:
+        """Limit the time that closing may take after an error in the body.
+
+        If the error means that another process is lost, exit immediately for a restart. After any other error
+        a multi-process run has CLOSING seconds to release its resources, because closing may wait for a
+        process that is gone.
         """
         try:
             yield
         except processes.AgreedError:
             raise
         except BaseException as error:
-            if processes.is_loss(error):
-                exit.exit_for_restart(processes.lost(error, self._phase))
-            if processes.several():
+            if processes.is_peer_lost(error):
+                exit.exit_for_restart(processes.peer_lost_message(error, self._phase))
+            if processes.is_multi_process():
                 self._feed(
                     f"closing after an error in {self._phase} ({exit.shorten_error(error)})",
-                    ENDING,
+                    CLOSING,
                     "after an error",
                 )
             raise
@@ -93,16 +98,17 @@ class Watchdog:
             now = time.monotonic()
             self._waited += min(now - last, 2 * self._tick)
             last = now
-            if self._waited > self._bound:
-                self._bark()
+            if self._waited > self._limit:
+                self._end_process()
 
-    def _bark(self) -> None:
+    def _end_process(self) -> None:
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(file=2, all_threads=True)
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the live view hides the cursor
-        bound = f"bound {self._bound:g} s: {self._setting}"
+        limit = f"limit {self._limit:g} s: {self._setting}"
         exit.exit_for_restart(
-            f"{processes.who()}: nothing moved for {self._waited:.0f} s in {self._phase} ({bound}); the stacks above show "
-            "where it waits; start the same command again, it goes on from the newest checkpoint"
+            f"{processes.process_name()}: no progress for {self._waited:.0f} s in {self._phase} ({limit}); "
+            "the stack traces above show where it waits; run the same command again to resume from the "
+            "newest checkpoint"
         )

@@ -21,7 +21,7 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B 
 
     On a mesh the table is gathered once along fsdp and context, and its gradient is reduced once.
     """
-    if not sharding.is_spread():
+    if not sharding.is_multi_device():
         return (take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)).astype(
             dtype
         )

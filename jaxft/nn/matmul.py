@@ -93,7 +93,7 @@ def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[A
     transpose would be folded into the matmul.
     """
     lead = tuple(range(x.ndim - 1))
-    if sharding.is_spread():  # flattening sharded axes would move data between devices
+    if sharding.is_multi_device():  # flattening sharded axes would move data between devices
         return jax.lax.dot_general(
             x, g, ((lead, lead), ((), ())), preferred_element_type=accumulation_dtype(x.dtype)
         ).astype(out)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
-from jaxft.distributed.sharding import constrain, gathered_axes, is_spread, num_shards
+from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
 from jaxft.nn.param import is_spec
 from jaxft.tree import Params, struct
 
@@ -146,7 +146,7 @@ def _gather(head: Params, axes: Axes, dtype: Any) -> Params:
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:
-        if not is_spread() or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        if not is_multi_device() or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
             return constrain(x, *gathered_axes(a))
         return constrain(constrain(x.astype(dtype), *a), *gathered_axes(a)).astype(x.dtype)
 

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
-from jaxft.distributed.sharding import is_spread
+from jaxft.distributed.sharding import is_multi_device
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
 from jaxft.optim.optimizer import Specs, UpdateRule, check_adam, with_decay
@@ -61,7 +61,7 @@ def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
         return codes.reshape(len(x), size + room)[:, :size], absmax
 
     parts = next((n for n in range(1, rows + 1) if rows % n == 0 and x.size // n <= AT_ONCE), 1)
-    if parts == 1 or is_spread():
+    if parts == 1 or is_multi_device():
         codes, absmax = some(x.reshape(rows, size))
     else:  # the search has several temporaries of its input's size
         codes, absmax = jax.lax.map(some, x.reshape(parts, rows // parts, size))

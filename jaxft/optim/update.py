@@ -135,7 +135,7 @@ def guarded_update(
 
 def _after(x: Array, done: Array) -> Array:
     """Return x in a form that XLA can't compute before `done`; on a mesh, where that would move `done`, x itself."""
-    if sharding.is_spread():
+    if sharding.is_multi_device():
         return x
 
     def wait(x: Array, done: Array) -> Array:
@@ -263,7 +263,7 @@ def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Ar
     matrix = jax.tree.leaves(grads)[0]
     rows = matrix.shape[0]
     pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and matrix.size // n <= PIECE)
-    if sharding.is_spread():
+    if sharding.is_multi_device():
         return update(grads, before, key)
 
     def has_rows(x: Array) -> bool:

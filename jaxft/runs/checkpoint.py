@@ -118,7 +118,7 @@ class Checkpoints:
         manifest.format_manifest(body)  # metadata that isn't JSON fails here, before anything is written
         try:
             topic = sync.exchange_first(sync.gather_texts, lambda: self._begin(step))
-            sync.settle(sync.gather_texts, lambda: self._check_visible(step))
+            sync.run_on_all(sync.gather_texts, lambda: self._check_visible(step))
         except Exception as error:
             raise OSError(*self._clean_up(step, error), str(self.folder)) from error
         entries: dict[str, Any] = {}
@@ -182,15 +182,15 @@ class Checkpoints:
         step = body["step"]
         temporary = self.folder / f"{step}.tmp"
         try:
-            sync.settle(exchange, wait_written)
+            sync.run_on_all(exchange, wait_written)
             files = sync.exchange_first(exchange, lambda: self._merge(temporary))
             mine = files[jax.process_index() :: jax.process_count()]
-            parts = sync.settle(exchange, lambda: [entries, manifest.file_hashes(temporary, mine)])
+            parts = sync.run_on_all(exchange, lambda: [entries, manifest.file_hashes(temporary, mine)])
             body["leaves"] = manifest.join_entries([entries for entries, _ in parts])
             body["files"] = {name: known for _, hashes in parts for name, known in sorted(hashes.items())}
             text = manifest.format_manifest(body)
             sync.exchange_first(exchange, lambda: _write_durably(temporary / manifest.NAME, text))
-            sync.settle(exchange, lambda: restore.verify(temporary))
+            sync.run_on_all(exchange, lambda: restore.verify(temporary))
             sync.exchange_first(exchange, lambda: self._publish(step))
         except Exception as error:
             self._error = self._agree_on_error(step, error, exchange)
@@ -294,7 +294,7 @@ class Checkpoints:
             found: dict[str, Any] = {}
             try:
                 read = partial(restore.read_checkpoint, folder, abstract_state, found)
-                reasons = [reason for reason in sync.settle(sync.gather_texts, read) if reason]
+                reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
                 text = f"the checkpoint cannot be read: {error.strerror}"
                 raise OSError(error.errno, text, str(folder)) from error

@@ -57,7 +57,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         states, saved, first = checkpoints.restore(job.abstract_states) or (None, None, 0)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes)))
-        stack.enter_context(watchdog.over())
+        stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------
         watchdog.at("loading and compiling")

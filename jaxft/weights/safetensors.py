@@ -133,7 +133,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
         else:
             _fetch_all(tensors)
 
-    sync.settle(sync.gather_texts, write)
+    sync.run_on_all(sync.gather_texts, write)
 
 
 def _fetch_all(tensors: list[TensorToWrite]) -> None:

@@ -1,4 +1,4 @@
-"""What a device can do: the table of peaks by device kind, and what is measured where it has no row."""
+"""Peak FLOP/s by device kind, the benchmark of unlisted devices, and memory use."""
 
 import types
 
@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.distributed.devices import PEAK_BF16, memory_gib, peak_flops
 
-KINDS = {  # as jax's device_kind gives them
+KINDS = {  # values of jax's device_kind
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -28,21 +28,21 @@ def device(kind, **stats):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_finds_its_own_row(kind):
+def test_every_device_kind_has_its_data_sheet_peak(kind):
     assert peak_flops(device(kind)) == KINDS[kind]
 
 
-def test_a_longer_name_comes_before_its_prefix():
+def test_table_lists_longer_prefixes_first():
     names = list(PEAK_BF16)
     for i, long in enumerate(names):
         assert not [short for short in names[:i] if long.startswith(short)], long
 
 
-def test_a_device_without_a_row_is_measured():
-    found = peak_flops(jax.devices()[0])
-    assert 1e9 < found < 1e15
+def test_unlisted_device_is_benchmarked():
+    peak = peak_flops(jax.devices()[0])
+    assert 1e9 < peak < 1e15
 
 
-def test_memory_is_the_devices_peak_or_the_process_s():
+def test_memory_is_the_peak_of_the_device_or_else_of_the_process():
     assert memory_gib(device("x", peak_bytes_in_use=3 * 2**30, bytes_in_use=1)) == 3.0
     assert 0.05 < memory_gib(jax.devices()[0]) < 1024

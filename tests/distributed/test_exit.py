@@ -1,4 +1,4 @@
-"""The last line of a process: which errors a new start mends, and what a shell says for a process that can't."""
+"""Which errors call for a restart, and the last line on stderr of a process that exits or is killed."""
 
 import subprocess
 import sys
@@ -12,22 +12,27 @@ from jaxft.distributed import exit, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LOSSES = [
-    "FAILED_PRECONDITION: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3904",
+LOST_PEER = [
+    "FAILED_PRECONDITION: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by "
+    "peer [127.0.0.1]:3904",
     "INTERNAL: Gloo AllGather failed: writev [10.0.0.2]:4411: Connection reset by peer",
     "INTERNAL: Gloo all-reduce failed: Timed out waiting 30000ms for recv operation to complete",
     "INTERNAL: Gloo all-reduce failed: Application timeout caused pair closure",
     "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error",
-    "INTERNAL: NCCL operation ncclAllReduce() failed: socketProgress: Connection closed by remote peer node-2<41234>",
+    "INTERNAL: NCCL operation ncclAllReduce() failed: socketProgress: Connection closed by remote peer "
+    "node-2<41234>",
     "UNAVAILABLE: failed to connect to all addresses; last error: connection refused",
     "ABORTED: an earlier error of another task",
     "DEADLINE_EXCEEDED: Barrier timed out. Id: jaxft-meet-3",
     "INTERNAL: /job:jax_worker/task:1 heartbeat timeout. This indicates that the remote task has failed",
 ]
-MISTAKES = [
-    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with NCCL_DEBUG=INFO for details)",
-    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: invalid usage (run with NCCL_DEBUG=WARN for details)",
-    "INTERNAL: NCCL operation ncclGetUniqueId(&id) failed: Bootstrap: no socket interface found for the connection",
+USER_ERRORS = [
+    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details)",
+    "INTERNAL: NCCL operation ncclCommInitRankConfig() failed: invalid usage (run with NCCL_DEBUG=WARN for "
+    "details)",
+    "INTERNAL: NCCL operation ncclGetUniqueId(&id) failed: Bootstrap: no socket interface found for the "
+    "connection",
     "INTERNAL: Gloo context initialization failed: no interface has the address 10.0.0.1",
     "RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes",
     "INVALID_ARGUMENT: the computation was aborted: argument 3 has another shape",
@@ -35,38 +40,44 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("text", LOSSES)
-def test_a_new_start_is_asked_for_where_another_process_is_gone(text, monkeypatch):
-    assert not processes.is_loss(jax.errors.JaxRuntimeError(text))  # alone
-    monkeypatch.setattr(processes, "several", lambda: True)
-    assert processes.is_loss(jax.errors.JaxRuntimeError(text)) and not processes.is_loss(ValueError(text))
+@pytest.mark.parametrize("text", LOST_PEER)
+def test_error_from_a_lost_peer_calls_for_a_restart(text, monkeypatch):
+    assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(text))  # single process
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    assert processes.is_peer_lost(jax.errors.JaxRuntimeError(text)) and not processes.is_peer_lost(
+        ValueError(text)
+    )
 
 
-@pytest.mark.parametrize("text", MISTAKES)
-def test_a_mistake_that_a_new_start_would_repeat_is_no_loss(text, monkeypatch):
-    monkeypatch.setattr(processes, "several", lambda: True)
-    assert not processes.is_loss(jax.errors.JaxRuntimeError(text))
+@pytest.mark.parametrize("text", USER_ERRORS)
+def test_error_that_a_restart_would_repeat_is_not_a_lost_peer(text, monkeypatch):
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(text))
 
 
 ABORT = "import ctypes; ctypes.CDLL(None).abort()"
 
 
 @pytest.mark.parametrize(
-    ("code", "rc", "said"),
+    ("code", "rc", "stderr"),
     [
-        (f"exit.if_ended_from_outside('first'); exit.if_ended_from_outside('then'); {ABORT}", -6, "then\n"),
-        (f"exit.if_ended_from_outside('first'); exit.silence(); {ABORT}", -6, ""),
-        ("exit.if_ended_from_outside('first'); exit.exit_for_restart('the end')", exit.AGAIN, "the end\n"),
-        ("exit.silence(); exit.exit_now(3)", 3, ""),
+        (f"exit.set_killed_message('first'); exit.set_killed_message('second'); {ABORT}", -6, "second\n"),
+        (f"exit.set_killed_message('first'); exit.clear_killed_message(); {ABORT}", -6, ""),
         (
-            "exit.if_ended_from_outside('first')\nwith exit.exit_after(0.2, 'late'): sleep(60)",
-            exit.AGAIN,
+            "exit.set_killed_message('first'); exit.exit_for_restart('the end')",
+            exit.RESTART_CODE,
+            "the end\n",
+        ),
+        ("exit.clear_killed_message(); exit.exit_now(3)", 3, ""),
+        (
+            "exit.set_killed_message('first')\nwith exit.exit_after(0.2, 'late'): sleep(60)",
+            exit.RESTART_CODE,
             "late\n",
         ),
         ("with exit.exit_after(0.2, 'late'): pass\nsleep(0.6)", 0, ""),
     ],
 )
-def test_what_stands_last_on_stderr(code, rc, said, tmp_path):
+def test_last_line_on_stderr(code, rc, stderr, tmp_path):
     with (tmp_path / "err").open("w") as err:
         command = [
             sys.executable,
@@ -77,7 +88,7 @@ def test_what_stands_last_on_stderr(code, rc, said, tmp_path):
             command, cwd=ROOT, stderr=err, stdout=subprocess.DEVNULL, timeout=60, check=False
         )
     until = time.monotonic() + 10
-    while (tmp_path / "err").read_text() != said and time.monotonic() < until:
-        time.sleep(0.02)  # the shell speaks a moment after the process is gone
+    while (tmp_path / "err").read_text() != stderr and time.monotonic() < until:
+        time.sleep(0.02)  # the shell prints shortly after the process has ended
     time.sleep(0.1)
-    assert (done.returncode, (tmp_path / "err").read_text()) == (rc, said)
+    assert (done.returncode, (tmp_path / "err").read_text()) == (rc, stderr)

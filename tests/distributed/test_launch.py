@@ -1,4 +1,4 @@
-"""Which process this is, from what launchers set; launch files say what detection and scripts/train.py take."""
+"""Launch detection from environment variables; scripts/launch/* are valid for it and for scripts/train.py."""
 
 import json
 import os
@@ -41,33 +41,29 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
-POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}  # of an indexed job
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}  # a pod of an indexed job
 FOUR = {"SLURM_STEP_TASKS_PER_NODE": "4(x4)"}
 EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
-OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
+EXPLICIT = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
 
 
 @pytest.mark.parametrize(
-    ("environ", "wanted"),
+    ("environ", "expected"),
     [
         ({}, None),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod
         ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
-        (
-            {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"},
-            None,
-        ),  # in the batch script, before srun
+        # in the batch script, outside of srun
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
         (SLURM, Launch("SLURM", None, 16, 9, (1,))),
         (
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x16)", "SLURM_GPUS_ON_NODE": "8"},
             Launch("SLURM", None, 16, 9, tuple(range(8))),
         ),
         ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "0"}, Launch("SLURM", None, 16, 9, (1,))),  # CPUs
-        (
-            {**SLURM, "CUDA_VISIBLE_DEVICES": "5"},
-            Launch("SLURM", None, 16, 9, (0,)),
-        ),  # srun --gpus-per-task=1
-        (  # srun --gpus-per-task=2, four tasks a node: a task sees its own two
+        # srun --gpus-per-task=1
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "5"}, Launch("SLURM", None, 16, 9, (0,))),
+        (  # srun --gpus-per-task=2 with four tasks per node: each task sees only its two GPUs
             {
                 **SLURM,
                 **FOUR,
@@ -77,10 +73,8 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
             },
             Launch("SLURM", None, 16, 9, (0, 1)),
         ),
-        (
-            {**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "gpu:8"},
-            Launch("SLURM", None, 16, 9, (2, 3)),
-        ),  # all see all of them
+        # every task sees all GPUs of the node
+        ({**SLURM, **FOUR, "SLURM_GPUS_ON_NODE": "gpu:8"}, Launch("SLURM", None, 16, 9, (2, 3))),
         (
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8,2", "SLURM_NODEID": "1", **EIGHT},
             Launch("SLURM", None, 16, 9, (4, 5, 6, 7)),
@@ -88,7 +82,7 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
         ({**TORCHRUN, **EIGHT}, Launch("torchrun", "a:29501", 4, 3, (4, 5, 6, 7))),
         ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2,3"}, Launch("SLURM", None, 16, 9)),
         (TORCHRUN, Launch("torchrun", "a:29501", 4, 3, (1,))),
-        ({**TORCHRUN, **SLURM}, Launch("torchrun", "a:29501", 4, 3, (1,))),  # torchrun under srun
+        ({**TORCHRUN, **SLURM}, Launch("torchrun", "a:29501", 4, 3, (1,))),  # torchrun started by srun
         ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, None),
         (SKYPILOT, Launch("SkyPilot", f"10.0.0.1:{launch.PORT}", 2, 1)),
         (
@@ -98,84 +92,86 @@ OWN = {"JAXFT_COORDINATOR": "h:1", "JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "1"}
         ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NUM_NODES": "1"}, None),
         ({**MPI, "OMPI_MCA_orte_hnp_uri": "1;tcp://a:1"}, Launch("Open MPI", None, 4, 3, (1,))),
         ({**MPI, "JAXFT_COORDINATOR": "h:1"}, Launch("explicit, Open MPI", "h:1", 4, 3, (1,))),
-        (OWN, Launch("explicit", "h:1", 2, 1)),
-        ({**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}, None),
+        (EXPLICIT, Launch("explicit", "h:1", 2, 1)),
+        ({**EXPLICIT, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}, None),
         ({"JAXFT_PROCESSES": "1"}, None),
         ({**POD, "JAXFT_PROCESSES": "1"}, None),
-        ({**POD, **OWN}, Launch("explicit, Kubernetes", "h:1", 2, 1)),
+        ({**POD, **EXPLICIT}, Launch("explicit, Kubernetes", "h:1", 2, 1)),
     ],
 )
-def test_who_this_process_is(environ, wanted):
-    assert detect(NONE, environ) == wanted
+def test_launch_follows_from_the_environment(environ, expected):
+    assert detect(NONE, environ) == expected
 
 
-def test_gpus_that_do_not_divide_over_the_processes_of_a_host():
+def test_gpus_must_divide_over_the_processes_of_a_host():
     with pytest.raises(
-        ValueError, match="3 processes on a host that see 8 GPUs: they don't divide; start a divisor of 8"
+        ValueError,
+        match="8 GPUs are not divisible by the 3 processes of the host; start a number of processes that",
     ):
         detect(NONE, {**TORCHRUN, **EIGHT, "LOCAL_WORLD_SIZE": "3"})
 
 
-def test_only_known_processes_beside_this_one_keep_a_sweep_from_starting(monkeypatch):
-    monkeypatch.setattr(
-        launch, "detect", lambda *_: Launch("Cloud TPU")
-    )  # jax asks the metadata server how many there are
-    processes.refuse_several("a sweep")
+def test_sweep_is_rejected_only_if_there_are_other_processes(monkeypatch):
+    # the number of hosts is unknown until JAX queries the metadata server
+    monkeypatch.setattr(launch, "detect", lambda *_: Launch("Cloud TPU"))
+    processes.require_single_process("a sweep")
     for found in (Launch("Cloud TPU", None, 2), Launch("Kubernetes", None, None, 0)):
         monkeypatch.setattr(launch, "detect", lambda *_, found=found: found)
-        with pytest.raises(ValueError, match="a sweep runs in one process, and this is one of several"):
-            processes.refuse_several("a sweep")
+        with pytest.raises(ValueError, match="a sweep runs in a single process, but this is one of several"):
+            processes.require_single_process("a sweep")
 
 
-def test_what_the_settings_say_comes_first():
-    assert detect(("x:9", 4, 2), {**SLURM, **OWN}) == Launch("explicit, SLURM", "x:9", 4, 2, (1,))
-    assert detect((None, 16, None), SLURM).by == "SLURM"  # a claim, no launch
-    assert detect((None, 3, None), OWN) == Launch(
-        "explicit", "h:1", 2, 1
-    )  # a claim beside what the environment says
-    assert detect((None, 1, None), OWN).processes == 2
-    assert detect((None, 3, None), {**OWN, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}) is None
+def test_settings_take_precedence_over_the_environment():
+    assert detect(("x:9", 4, 2), {**SLURM, **EXPLICIT}) == Launch("explicit, SLURM", "x:9", 4, 2, (1,))
+    assert detect((None, 16, None), SLURM).launcher == "SLURM"  # an assertion, not a launch
+    # an assertion that the environment contradicts is only checked after joining
+    assert detect((None, 3, None), EXPLICIT) == Launch("explicit", "h:1", 2, 1)
+    assert detect((None, 1, None), EXPLICIT).processes == 2
+    assert detect((None, 3, None), {**EXPLICIT, "JAXFT_PROCESSES": "1", "JAXFT_PROCESS": "0"}) is None
     assert detect((None, 1, None), {}) is None
 
 
 @pytest.mark.parametrize(
-    ("explicit", "environ", "words"),
+    ("explicit", "environ", "text"),
     [
-        (("h:1", None, None), {}, "JAXFT_PROCESSES, JAXFT_PROCESS"),
-        (("h", 2, 0), {}, "wanted host:port"),
+        (("h:1", None, None), {}, "set JAXFT_PROCESSES and JAXFT_PROCESS"),
+        (("h", 2, 0), {}, "expected host:port"),
         (("h:1", 2, 2), {}, "process 2 of 2"),
         (NONE, {"JAXFT_PROCESSES": "2", "JAXFT_PROCESS": "0"}, "JAXFT_COORDINATOR=host:port"),
-        (NONE, {**OWN, "JAXFT_PROCESS": "one"}, "JAXFT_PROCESS=one"),
+        (NONE, {**EXPLICIT, "JAXFT_PROCESS": "one"}, "JAXFT_PROCESS=one"),
         (NONE, MPI, "JAXFT_COORDINATOR=host:port"),
         (NONE, {**TORCHRUN, "RANK": ""}, "RANK=''"),
         (NONE, POD, "JAXFT_COORDINATOR=host:port of pod 0"),
-        (NONE, {**SKYPILOT, "SKYPILOT_NUM_NODES": "3"}, "SKYPILOT_NODE_IPS has 2 addresses"),
+        (
+            NONE,
+            {**SKYPILOT, "SKYPILOT_NUM_NODES": "3"},
+            "SKYPILOT_NUM_NODES=3 does not match the 2 addresses",
+        ),
     ],
 )
-def test_contradictions_are_one_line_that_says_what_to_set(explicit, environ, words, monkeypatch):
-    monkeypatch.setattr(
-        launch.importlib.util, "find_spec", lambda name: None
-    )  # neither libtpu nor Kubernetes' client
-    with pytest.raises(ValueError, match=r"^[^\n]+$") as found:
+def test_contradictory_launch_is_an_error_of_one_line(explicit, environ, text, monkeypatch):
+    # neither libtpu nor the Kubernetes client is installed
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         detect(explicit, environ)
-    assert words in str(found.value)
+    assert text in str(error.value)
 
 
-def accepted(arguments):
-    """The Run that scripts/train.py makes of these arguments, of a small model."""
+def parse_run(arguments):
+    """Return the Run that scripts/train.py builds from these arguments, with a small model."""
     parser = runpy.run_path(str(ROOT / "scripts" / "train.py"))["arguments"]()
     args = parser.parse_intermixed_args(arguments)
     path = ROOT / "configs" / Path(args.config).name
     assert args.config.endswith("configs/llama31_8b_sft.py") and path.is_file()
-    known = config.load_config(str(path), [*args.overrides, f"model={tiny_folder()}"])
-    assert isinstance(known, Run)
-    rows, left = divmod(known.data.batch, known.data.micro)
-    assert left == 0 and rows % known.hosts.devices == 0, "some devices would compute nothing but padding"
-    return known
+    run = config.load_config(str(path), [*args.overrides, f"model={tiny_folder()}"])
+    assert isinstance(run, Run)
+    rows, remainder = divmod(run.data.batch, run.data.micro)
+    assert remainder == 0 and rows % run.hosts.devices == 0, "some devices would compute only padding"
+    return run
 
 
 def tiny_folder():
-    """A model's folder with nothing but a small config."""
+    """Create a model folder that contains only the config of a small model."""
     folder = Path(tempfile.mkdtemp())
     small = {
         "model_type": "llama",
@@ -195,55 +191,55 @@ def tiny_folder():
 
 
 def shell(script, folder, commands, **environ):
-    """Run a shell script with commands of ours in front of the system's; each writes its arguments, one a line, to a file."""
+    """Run a shell script with stub commands first on PATH: (exit code, {command: its arguments} of those
+    that ran).
+    """
     for name, code in commands.items():
         path = folder / name
-        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/{name}.told"\nexit {code}\n')
+        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/{name}.args"\nexit {code}\n')
         path.chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", **environ}
     done = subprocess.run(["bash", *script], env=env, capture_output=True, text=True, timeout=30, check=False)
-    told = {
-        name: (folder / f"{name}.told").read_text().splitlines()
+    calls = {
+        name: (folder / f"{name}.args").read_text().splitlines()
         for name in commands
-        if (folder / f"{name}.told").exists()
+        if (folder / f"{name}.args").exists()
     }
-    return done.returncode, told
+    return done.returncode, calls
 
 
-AGAIN = (75, 134, 137, 143)  # exit codes of what a new start mends
+RESTART_CODES = (75, 134, 137, 143)  # exit codes after which a run should be restarted
 
 
 @pytest.mark.parametrize(
-    ("code", "before", "again"),
+    ("code", "restarts", "requeued"),
     [
         (0, None, False),
         (1, None, False),
-        *((code, None, True) for code in AGAIN),
+        *((code, None, True) for code in RESTART_CODES),
         (75, "19", True),
         (75, "20", False),
     ],
 )
-def test_the_slurm_script_starts_a_task_a_gpu_and_queues_again_what_is_to_go_on(
-    tmp_path, code, before, again
-):
+def test_slurm_script_starts_one_task_per_gpu_and_requeues_resumable_runs(tmp_path, code, restarts, requeued):
     text = (FILES / "slurm.sbatch").read_text()
-    asked = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
-    settings = dict(line.split("=", 1) for line in asked if "=" in line)
+    options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
+    settings = dict(line.split("=", 1) for line in options if "=" in line)
     assert settings["ntasks-per-node"] == settings["gpus-per-node"] and settings["signal"] == "TERM@300"
     environ = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": settings["nodes"]}
     environ |= {
         "SLURM_NTASKS_PER_NODE": settings["ntasks-per-node"],
         "SLURM_GPUS_ON_NODE": settings["gpus-per-node"],
     }
-    environ |= {} if before is None else {"SLURM_RESTART_COUNT": before}
-    found, told = shell([str(FILES / "slurm.sbatch")], tmp_path, {"srun": code, "scontrol": 0}, **environ)
-    assert found == code and ("scontrol" in told) == again
-    command = told["srun"]
-    run = accepted(command[command.index(str(ROOT / "scripts" / "train.py")) + 1 :])
+    environ |= {} if restarts is None else {"SLURM_RESTART_COUNT": restarts}
+    returned, calls = shell([str(FILES / "slurm.sbatch")], tmp_path, {"srun": code, "scontrol": 0}, **environ)
+    assert returned == code and ("scontrol" in calls) == requeued
+    command = calls["srun"]
+    run = parse_run(command[command.index(str(ROOT / "scripts" / "train.py")) + 1 :])
     assert (run.hosts.processes, run.hosts.devices) == (16, 16)
 
 
-def test_the_skypilot_task_is_one_that_its_schema_and_train_take(tmp_path):
+def test_skypilot_task_matches_its_schema_and_the_settings(tmp_path):
     task = yaml.safe_load((FILES / "skypilot.yaml").read_text())
     assert task.keys() <= {
         "name",
@@ -270,23 +266,24 @@ def test_the_skypilot_task_is_one_that_its_schema_and_train_take(tmp_path):
         "max_restarts_on_errors",
         "recover_on_exit_codes",
     }
-    assert (
-        not task["volumes"] or task["resources"]["job_recovery"]["strategy"] == "FAILOVER"
-    )  # a volume lies in one region
+    # a volume belongs to one region
+    assert not task["volumes"] or task["resources"]["job_recovery"]["strategy"] == "FAILOVER"
     assert all(isinstance(v, str) for v in task["envs"].values()) and task["num_nodes"] == 2
     assert subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=False).returncode == 0
-    code, told = skypilot_run(task, tmp_path, 0)
-    run = accepted(told[1:])
+    code, argv = skypilot_run(task, tmp_path, 0)
+    run = parse_run(argv[1:])
     assert code == 0 and (run.hosts.processes, run.hosts.devices) == (2, 16)
     assert detect(NONE, SKYPILOT).processes == task["num_nodes"]
 
 
 def skypilot_run(task, folder, code, **environ):
-    """(exit code, arguments of Python, which ends with `code`) of a SkyPilot task's commands on a node."""
+    """Run a SkyPilot task on a node with a stub Python that exits with `code`: (exit code, arguments of
+    Python).
+    """
     script, python = folder / "run.sh", folder / ".venv" / "bin" / "python"
     script.write_text(task["run"].replace("/shared/work", str(folder / "work")))
     python.parent.mkdir(parents=True, exist_ok=True)
-    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/told"\nexit {code}\n')
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{folder}/args"\nexit {code}\n')
     python.chmod(0o755)
     environ = {
         **SKYPILOT,
@@ -299,20 +296,20 @@ def skypilot_run(task, folder, code, **environ):
     done = subprocess.run(
         ["bash", str(script)], env=environ, cwd=folder, stdout=subprocess.DEVNULL, timeout=30, check=False
     )
-    return done.returncode, (folder / "told").read_text().splitlines()
+    return done.returncode, (folder / "args").read_text().splitlines()
 
 
-def test_the_skypilot_task_asks_for_a_new_start_of_what_is_to_go_on_and_not_for_ever(tmp_path):
-    """SkyPilot itself would start again without a limit, and notes 137 for a node that it stops because another one failed."""
+def test_skypilot_task_requests_a_limited_number_of_restarts(tmp_path):
+    """SkyPilot has no limit, and also reports 137 for nodes it stops because another one failed."""
     task = yaml.safe_load((FILES / "skypilot.yaml").read_text())
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     run = lambda code, **environ: skypilot_run(task, tmp_path, code, RESTARTS="5", **environ)[0]  # noqa: E731
-    assert [run(code) for code in (1, 2, 0, *AGAIN)] == [1, 2, 0, 75, 75, 75, 75]
+    assert [run(code) for code in (1, 2, 0, *RESTART_CODES)] == [1, 2, 0, 75, 75, 75, 75]
     assert [run(75), run(75), run(75)] == [75, 1, 1]
     assert run(75, SKYPILOT_NODE_RANK="0") == run(75, SKYPILOT_TASK_ID="another") == 75
 
 
-def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
+def test_jobset_matches_kubernetes_launch_detection_and_the_settings():
     jobset = yaml.safe_load((FILES / "jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     spec = jobset["spec"]
@@ -341,22 +338,22 @@ def test_the_jobset_is_one_that_kubernetes_detection_and_train_take():
     assert rule["onExitCodes"] == {
         "containerName": container["name"],
         "operator": "NotIn",
-        "values": [*AGAIN],
+        "values": [*RESTART_CODES],
     }
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     environ = {}
     for entry in container["env"]:
-        assert isinstance(entry.get("value", ""), str), entry  # Kubernetes takes no numbers here
+        assert isinstance(entry.get("value", ""), str), entry  # Kubernetes accepts only strings here
         where = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
         environ[entry["name"]] = "1" if where == index else entry.get("value", "")
-    found = detect(NONE, environ | POD)
-    host, port = found.coordinator.split(":")
+    launched = detect(NONE, environ | POD)
+    host, port = launched.coordinator.split(":")
     name = jobset["metadata"]["name"]
     assert host == f"{name}-{job['name']}-0-0.{name}" and spec["network"]["enableDNSHostnames"]
     assert int(port) in [p["containerPort"] for p in container["ports"]]
-    assert (found.processes, found.process) == (inner["completions"], 1)
+    assert (launched.processes, launched.process) == (inner["completions"], 1)
     assert container["command"][-1].endswith("/scripts/train.py")
-    run = accepted(container["args"])
+    run = parse_run(container["args"])
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
     assert (run.hosts.processes, run.hosts.devices) == (inner["completions"], inner["completions"] * gpus)

@@ -1,4 +1,6 @@
-"""A whole run on a mesh of 8 devices: losses as on one, and it ends with weights and answers; what is empty is told."""
+"""Complete runs on a mesh of 8 devices: losses equal those of one device, and empty row slots are
+reported.
+"""
 
 import itertools
 import re
@@ -20,7 +22,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["full=false", "full=true"])
-def test_a_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
+def test_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     common = [kind, "batch=8", "lr=0.0001"]
     name = kind.replace("=", "")
     assert place.run(*common, "steps=3", f"name={name}-one") == 0, place.err()
@@ -37,7 +39,7 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
     assert place.metrics(f"{name}-many")[-1]["step"] == 4
 
 
-def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
+def test_empty_row_slots_are_reported_at_startup(place):
     mesh = ["batch=4", "micro=2", "mesh.data=1", "mesh.fsdp=-1"]
     assert place.run(*mesh, "steps=1", "samples=0", "name=padded", devices=8) == 0, place.err()
     (line,) = [line for line in place.out().splitlines() if "are empty" in line]
@@ -50,12 +52,14 @@ def test_a_batch_that_leaves_devices_without_rows_is_said_at_the_start(place):
 @pytest.mark.parametrize(
     "batch, micro, shards", list(itertools.product((1, 4, 6, 9, 16, 24), (1, 2, 4, 6), (1, 3, 8)))
 )
-def test_what_is_said_to_fill_the_devices_does(batch, micro, shards):
+def test_suggested_settings_fill_all_row_slots(batch, micro, shards):
     data = Rows("none", batch=batch, micro=micro)
-    rows = -(-batch // (micro * shards)) * shards  # of a microbatch, as the source pads it
+    rows = -(-batch // (micro * shards)) * shards  # of a microbatch, after padding by the source
     assert step_rows(data, shards).slots == rows * micro
-    said = empty_slot_lines(step_rows(data, shards))
-    assert bool(said) == (rows * micro > batch)
-    for setting, numbers in re.findall(r"data\.(\w+)=([\d or]+)", said[0].partition(";")[2]) if said else []:
+    lines = empty_slot_lines(step_rows(data, shards))
+    assert bool(lines) == (rows * micro > batch)
+    for setting, numbers in (
+        re.findall(r"data\.(\w+)=([\d or]+)", lines[0].partition(";")[2]) if lines else []
+    ):
         for number in numbers.split(" or "):
             assert empty_slot_lines(step_rows(replace(data, **{setting: int(number)}), shards)) == []

@@ -1,4 +1,4 @@
-"""What a train step on a mesh moves between devices, by its partitioned program: everything once, as small as it is held."""
+"""Collectives of a compiled train step on a mesh: every array is moved once, in its storage format."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ from jaxft.optim import optimizer
 from jaxft.train import programs
 from jaxft.train.settings import Run
 
-# Time is like no size of a weight or part of one, so that a shape tells what it is of.
+# T equals no size of a weight or of a shard of one, so a shape identifies the array.
 CONFIG = LlamaConfig(
     vocab=2048, width=256, layers=3, heads=8, kv_heads=4, head_dim=40, mlp=768, max_positions=512
 )
@@ -65,27 +65,25 @@ def lowered(kind, task, mesh):
         ("qlora", "sft", "slices"),
     ],
 )
-def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mesh, tmp_path, capfd):
-    found = moved(lowered(kind, task, MESHES[mesh]), tmp_path)
+def test_train_step_moves_every_array_once_in_its_storage_format(kind, task, mesh, tmp_path, capfd):
+    transfers = moved(lowered(kind, task, MESHES[mesh]), tmp_path)
     assert "rematerialization" not in capfd.readouterr().err
-    assert found and {m.kind for m in found} & {"all-gather", "all-reduce"}
-    large = [m for m in found if m.size > T * 16]
+    assert transfers and {m.kind for m in transfers} & {"all-gather", "all-reduce"}
+    large = [m for m in transfers if m.size > T * 16]
 
-    stacked = [
-        m for m in large if m.shape[0] == CONFIG.layers
-    ]  # of all layers at once: parameters, gradients, optimizer state
-    assert not stacked
+    # nothing stacked over layers: parameters, gradients, optimizer state
+    assert not [m for m in large if m.shape[0] == CONFIG.layers]
 
     loops = [m for m in large if m.kind == "all-gather" and "while" in m.where]
     assert all(m.size <= CONFIG.width * CONFIG.mlp for m in loops)  # one layer's largest weight
     outside = Counter(m.shape for m in large if m.kind == "all-gather" and "while" not in m.where)
-    cut = {"tensor": 4, "context": 2}.get(mesh, 1)
-    assert all(set(shape) == {CONFIG.vocab // cut, CONFIG.width} for shape in outside), outside
-    passes = 2 if task == "dpo" else 1  # the policy's and the reference's
-    assert sum(outside.values()) <= 2 * passes  # the table and the head
+    shards = {"tensor": 4, "context": 2}.get(mesh, 1)
+    assert all(set(shape) == {CONFIG.vocab // shards, CONFIG.width} for shape in outside), outside
+    passes = 2 if task == "dpo" else 1  # policy and reference
+    assert sum(outside.values()) <= 2 * passes  # embedding table and head
 
     def of_weights(m):
-        """Gradients of parameters have two dimensions, neither of them rows or time."""
+        """Whether the shape is that of a parameter gradient: two dimensions, neither of them rows or time."""
         sizes = {
             CONFIG.width,
             CONFIG.mlp,
@@ -97,12 +95,13 @@ def test_a_step_moves_each_thing_once_and_as_small_as_it_is_held(kind, task, mes
         dims = [n for n in m.shape if n != 1]
         return len(dims) == 2 and set(dims) <= {size // parts for size in sizes for parts in (1, 2, 4, 8)}
 
-    assert not [m for m in large if m.dtype in WIDE and not of_weights(m)]  # activations move in 16 bits
+    assert not [m for m in large if m.dtype in WIDE and not of_weights(m)]  # activations are moved in 16 bits
     if kind != "full":
-        held = {"u16"} if kind == "lora" else {"u8", "u16", "f32"}
+        stored = {"u16"} if kind == "lora" else {"u8", "u16", "f32"}
         gathers = {m.dtype for m in loops if RANK not in m.shape}
-        assert gathers <= held and ("u8" in gathers or kind == "lora")
-        sizes = {CONFIG.mlp, CONFIG.mlp // cut}
+        assert gathers <= stored and ("u8" in gathers or kind == "lora")
+        sizes = {CONFIG.mlp, CONFIG.mlp // shards}
+        dequantised = ("bf16", *WIDE)
         assert not [
-            m for m in loops if m.dtype in ("bf16", *WIDE) and sizes & set(m.shape) and RANK not in m.shape
-        ]  # expanded
+            m for m in loops if m.dtype in dequantised and sizes & set(m.shape) and RANK not in m.shape
+        ]

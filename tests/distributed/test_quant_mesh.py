@@ -1,4 +1,6 @@
-"""Packed weights on a mesh: cut between blocks, fsdp where it divides, and the numbers of one device."""
+"""Quantised weights on a mesh: sharded between blocks, with the same values and gradients as on one
+device.
+"""
 
 from functools import partial
 
@@ -24,17 +26,17 @@ from jaxft.weights.quant_layout import block_layout
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
 
 
-def places(config, path, quant, **sizes):
-    """The PartitionSpecs of a quantised leaf."""
+def leaf_specs(config, path, quant, **sizes):
+    """Return the PartitionSpecs of the arrays of a quantised leaf."""
     t = partition.partition_params(llama(config), Adapter(), None, quant)
     spec, path = param.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    found = storage.leaf_sharding(spec, storage.leaf_shapes(spec, t.storage[path]), mesh, path)
-    return {name: value.spec for name, value in found.__dict__.items() if hasattr(value, "spec")}
+    leaf = storage.leaf_sharding(spec, storage.leaf_shapes(spec, t.storage[path]), mesh, path)
+    return {name: value.spec for name, value in leaf.__dict__.items() if hasattr(value, "spec")}
 
 
 @pytest.mark.parametrize(
-    "config, path, quant, sizes, wanted",
+    "config, path, quant, sizes, expected",
     [
         (EIGHT_B, "attn/q", Quant(), {"fsdp": 8, "tensor": 4}, P(None, "fsdp", "tensor")),
         (EIGHT_B, "attn/o", Quant(), {"fsdp": 8, "tensor": 4}, P(None, ("tensor", "fsdp"), None)),
@@ -46,42 +48,31 @@ def places(config, path, quant, **sizes):
             P(None, ("tensor", "fsdp"), None),
         ),
         (SMOL, "attn/q", Quant(), {"fsdp": 3}, P(None, "fsdp", None)),
-        (
-            SMOL,
-            "attn/q",
-            Quant(),
-            {"fsdp": 4},
-            P(None, None, "fsdp"),
-        ),  # 9 blocks don't divide, 576 outputs do
+        # 4 does not divide the 9 blocks, but the 576 outputs
+        (SMOL, "attn/q", Quant(), {"fsdp": 4}, P(None, None, "fsdp")),
         (SMOL, "attn/q", Quant(), {"fsdp": 2, "tensor": 3}, P(None, None, ("tensor", "fsdp"))),
         (SMOL, "attn/q", Quant(), {"fsdp": 5}, P(None, None, None)),
         (SMOL, "attn/o", Quant(), {"fsdp": 5, "tensor": 3}, P(None, "tensor", None)),
         (SMOL, "attn/o", Quant(), {"fsdp": 2, "tensor": 3}, P(None, "tensor", "fsdp")),
-        (
-            SMOL,
-            "attn/q",
-            Quant("int4", 128),
-            {"fsdp": 3},
-            P(None, None, "fsdp"),
-        ),  # a short last block: never cut
+        # with a short last block the inputs are never sharded
+        (SMOL, "attn/q", Quant("int4", 128), {"fsdp": 3}, P(None, None, "fsdp")),
         (SMOL, "attn/q", Quant("int8"), {"fsdp": 4}, P(None, "fsdp", None)),
         (SMOL, "attn/q", Quant("affine4"), {"data": 4}, P(None, None, None)),
     ],
 )
-def test_codes_are_cut_between_blocks_and_scales_with_them(config, path, quant, sizes, wanted):
-    found = places(config, path, quant, **sizes)
-    assert found.pop("codes") == wanted
+def test_codes_are_sharded_between_blocks_and_scales_with_them(config, path, quant, sizes, expected):
+    specs = leaf_specs(config, path, quant, **sizes)
+    assert specs.pop("codes") == expected
     if quant.kind == "int8":
-        wanted = P(wanted[0], None, wanted[2])  # one scale for all inputs
+        expected = P(expected[0], None, expected[2])  # one scale for all inputs
     for name in ("outer", "mean"):
-        assert found.pop(name, P()) == P()
-    assert set(found) == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"}) and set(
-        found.values()
-    ) == {wanted}
+        assert specs.pop(name, P()) == P()
+    assert specs.keys() == ({"scale", "offset"} if quant.kind == "affine4" else {"scale"})
+    assert set(specs.values()) == {expected}
 
 
-def test_codes_of_a_whole_channel_are_cut_between_bytes():
-    """GPTQ without groups: 136 inputs are 68 bytes, which don't divide over 8 devices; the outputs do."""
+def test_codes_of_per_channel_blocks_are_sharded_between_bytes():
+    """GPTQ without groups: the 68 bytes of 136 inputs do not divide over 8 devices; the outputs do."""
     spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.full(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1), MESH_AXES)
     leaf = jax.tree.map(
@@ -92,20 +83,30 @@ def test_codes_of_a_whole_channel_are_cut_between_bytes():
 
 
 @pytest.mark.parametrize(
-    "path, quant, tensor, says",
+    "path, quant, tensor, message",
     [
-        ("attn/o", Quant("nf4", 128), 3, "its input of 576 in blocks of 128 can't be cut over tensor=3; use one of (1,), or"),
-        ("mlp/down", Quant("int4", 256), 4, "its input of 1536 in blocks of 256 can't be cut over tensor=4; use one of (1, 2, "),
+        (
+            "attn/o",
+            Quant("nf4", 128),
+            3,
+            "an input axis of 576 in blocks of 128 can't be sharded over tensor=3; use one of (1,), or",
+        ),
+        (
+            "mlp/down",
+            Quant("int4", 256),
+            4,
+            "an input axis of 1536 in blocks of 256 can't be sharded over tensor=4; use one of (1, 2, ",
+        ),
         ("attn/o", Quant(), 2, "9 heads do not divide over tensor=2; use one of (1,)"),
     ],
-)  # fmt: skip
-def test_tensor_that_does_not_divide_the_blocks_is_refused(path, quant, tensor, says):
+)
+def test_tensor_must_divide_the_blocks(path, quant, tensor, message):
     with pytest.raises(ValueError) as error:
-        places(SMOL, path, quant, tensor=tensor)
-    assert str(error.value).startswith(f"base/layers/{path}: {says}") and "\n" not in str(error.value)
+        leaf_specs(SMOL, path, quant, tensor=tensor)
+    assert str(error.value).startswith(f"base/layers/{path}: {message}") and "\n" not in str(error.value)
 
 
-def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
+def test_parameter_table_shows_sharded_and_replicated_dimensions():
     config = LlamaConfig(vocab=64, width=48, layers=2, heads=2, kv_heads=2, head_dim=10, mlp=64)
     t = partition.partition_params(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
     rows = {
@@ -117,15 +118,15 @@ def test_the_table_shows_what_is_cut_and_what_lies_everywhere():
     assert " fsdp,- " in rows["base/embed"]
 
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
 
 
-def on(mesh, specs, whole):
-    """The tree on the mesh, as a run holds it."""
+def shard_tree(mesh, specs, params):
+    """Shard a tree over the mesh as a run does."""
     flat = param.spec_paths(specs)
     return tree.map_with_path(
         lambda path, x: jax.tree.map(jax.device_put, x, storage.leaf_sharding(flat[path], x, mesh, path)),
-        whole,
+        params,
         is_leaf=is_qtensor,
     )
 
@@ -134,7 +135,7 @@ def on(mesh, specs, whole):
 @pytest.mark.parametrize(
     "axes", [("layers", "width", "mlp"), ("layers", "mlp", "width")], ids=["column", "row"]
 )
-def test_a_product_on_a_mesh_is_that_of_one_device(x64, kind, axes):
+def test_quantised_matmul_on_a_mesh_equals_one_device(x64, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
     spec = param.ParamSpec((2, 64, 64), axes, param.full(0.0))
     q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind == "int8" else 16)
@@ -142,18 +143,15 @@ def test_a_product_on_a_mesh_is_that_of_one_device(x64, kind, axes):
 
     def loss(x, q):
         def body(h, w):
-            return (
-                sharding.constrain(jnp.tanh(matmul.linear(h, w)), "rows", "time", "act_width"),
-                None,
-            )  # noqa: E731
+            return sharding.constrain(jnp.tanh(matmul.linear(h, w)), "rows", "time", "act_width"), None
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, q)[0] ** 2)
 
     one = jax.jit(jax.value_and_grad(loss))(x, q)
-    laid = on(mesh, {"w": spec}, {"w": q})["w"]
-    assert laid.codes.sharding.shard_shape(laid.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
+    sharded = shard_tree(mesh, {"w": spec}, {"w": q})["w"]
+    assert sharded.codes.sharding.shard_shape(sharded.codes.shape)[1:] == (q.codes.shape[1] // 2, 32)
     with jax.set_mesh(mesh):
         many = jax.jit(jax.value_and_grad(loss))(
-            jax.device_put(x, sharding.array_sharding(mesh, ("rows", "time", "act_width"))), laid
+            jax.device_put(x, sharding.array_sharding(mesh, ("rows", "time", "act_width"))), sharded
         )
     assert_close(jax.device_get(many), jax.device_get(one))

@@ -1,4 +1,4 @@
-"""Settings that would be misread or ignored are refused in one line."""
+"""Invalid or ineffective settings raise one-line errors."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ LLAMA3 = dict(
 
 
 @pytest.mark.parametrize(
-    ("rope", "words"),
+    ("rope", "text"),
     [
         ({"factor": 4.0}, "no rope_type"),
         ({"full_attention": {"rope_theta": 5e5}}, "full_attention"),
@@ -35,80 +35,91 @@ LLAMA3 = dict(
         ({"rope_type": "yarn", "factor": 2.0}, "'yarn'"),
     ],
 )
-def test_rope_settings_that_are_not_understood(rope, words):
-    with pytest.raises(ValueError, match=words):
+def test_unsupported_rope_scaling_is_an_error(rope, text):
+    with pytest.raises(ValueError, match=text):
         from_hf({**HF, "rope_scaling": rope})
     assert from_hf({**HF, "rope_scaling": LLAMA3}).rope_scaling.factor == 8.0
 
 
-def test_a_dtype_for_trained_weights_of_the_base_where_none_is_trained():
+def test_dtype_of_trainable_base_weights_needs_some():
     model = llama(CONFIG, jnp.float32)
     with pytest.raises(
         ValueError,
         match="run.params=bfloat16 applies to trainable base weights, but there are none",
     ):
         partition.partition_params(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
-    held = partition.partition_params(
+    stored = partition.partition_params(
         model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16
     ).storage
     assert (
-        held["base/layers/mlp_norm"].dtype == jnp.bfloat16
-        and held["adapter/layers/attn/q/a"].dtype == jnp.float32
+        stored["base/layers/mlp_norm"].dtype == jnp.bfloat16
+        and stored["adapter/layers/attn/q/a"].dtype == jnp.float32
     )
 
 
-def test_a_pattern_that_leaves_only_the_fixed_scale():
+def test_pattern_that_selects_only_the_constant_scale_is_an_error():
     with pytest.raises(ValueError, match="selects no trainable parameter"):
         partition.partition_params(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
 
 
-def test_dropout_on_the_head():
+def test_adapter_dropout_on_the_head_is_an_error():
     specs = llama(CONFIG, jnp.float32).specs
     with pytest.raises(ValueError, match="head"):
         adapter_specs(specs, Adapter(rank=2, dropout=0.1, targets=("q", "head")))
     assert "head" in adapter_specs(specs, Adapter(rank=2, targets=("q", "head")))
 
 
-class Described(SimpleNamespace):
-    """A device that a mesh can be made of."""
+class FakeDevice(SimpleNamespace):
+    """A stand-in for a jax device, from which a mesh can be made."""
 
     __hash__ = object.__hash__
 
 
-def described(count, each, platform="cpu", **more):
-    """So many devices of hosts with `each` of them."""
+def fake_devices(count, per_host, platform="cpu", **more):
+    """Return `count` devices, `per_host` on each host."""
     coords = [0, 0, 0]
     return [
-        Described(
-            id=i, process_index=i // each, platform=platform, device_kind=platform, coords=coords, **more
+        FakeDevice(
+            id=i, process_index=i // per_host, platform=platform, device_kind=platform, coords=coords, **more
         )
         for i in range(count)
     ]
 
 
 TPU = {"platform": "tpu", "core_on_chip": 0}
-GPUS = described(16, 8, "gpu")
+GPUS = fake_devices(16, 8, "gpu")
 for gpu in GPUS:
-    gpu.slice_index = gpu.process_index  # jax gives each host of GPUs one of its own
+    gpu.slice_index = gpu.process_index  # jax uses a slice per GPU host
 
 
 @pytest.mark.parametrize(
-    "shape, devices, says",
+    "shape, devices, message",
     [
-        (MeshShape(1, 1, 8), described(8, 4), "mesh.tensor=8 crosses hosts, which have 4 devices each; use a divisor of that"),
-        (MeshShape(-1, slices=4), described(12, 2), "mesh.slices=4: the devices are in 6 processes; set mesh.slices to 6"),
-        (MeshShape(-1), described(8, 4, **TPU, slice_index=1)[4:] + described(4, 4, **TPU, slice_index=0),
-         "mesh.slices=1: the devices are in 2 slices; set mesh.slices to 2"),
-        (MeshShape(1, 1, 16), GPUS, "mesh.tensor=16 crosses hosts, which have 8 devices each; use a divisor of that"),
+        (
+            MeshShape(1, 1, 8),
+            fake_devices(8, 4),
+            "mesh.tensor=8 crosses hosts; use a divisor of the 4 devices of a host",
+        ),
+        (
+            MeshShape(-1, slices=4),
+            fake_devices(12, 2),
+            "mesh.slices=4: the devices are in 6 processes; use mesh.slices=6",
+        ),
+        (
+            MeshShape(-1),
+            fake_devices(8, 4, **TPU, slice_index=1)[4:] + fake_devices(4, 4, **TPU, slice_index=0),
+            "mesh.slices=1: the devices are in 2 slices; use mesh.slices=2",
+        ),
+        (MeshShape(1, 1, 16), GPUS, "mesh.tensor=16 crosses hosts; use a divisor of the 8 devices of a host"),
     ],
-)  # fmt: skip
-def test_a_mesh_that_cuts_across_hosts_or_slices(shape, devices, says):
+)
+def test_mesh_that_crosses_hosts_or_slices_is_an_error(shape, devices, message):
     with pytest.raises(ValueError) as error:
         sharding.make_mesh(shape, devices)
-    assert str(error.value) == says
+    assert str(error.value) == message
 
 
-def test_gpus_of_two_hosts_make_any_mesh_that_keeps_tensor_within_one():
+def test_gpus_of_two_hosts_support_every_mesh_with_tensor_inside_a_host():
     assert sharding.make_mesh(MeshShape(1, -1), GPUS).devices.shape == (1, 1, 16, 1, 1)
     assert sharding.make_mesh(MeshShape(1, -1, slices=2), GPUS).devices.shape == (2, 1, 8, 1, 1)
     rows = sharding.make_mesh(MeshShape(-1, 1, 8), GPUS).devices.reshape(-1, 8)
@@ -118,7 +129,7 @@ def test_gpus_of_two_hosts_make_any_mesh_that_keeps_tensor_within_one():
 @pytest.mark.parametrize(
     "bad", [{"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"max_new": 0}]
 )
-def test_sampling_out_of_range(bad):
+def test_sampling_settings_out_of_range_are_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
 
@@ -126,18 +137,18 @@ def test_sampling_out_of_range(bad):
 @pytest.mark.parametrize(
     "bad", [{"lr": float("nan")}, {"lr": float("inf")}, {"b1": 2.0}, {"weight_decay": -1.0}, {"end": -1.0}]
 )
-def test_optimizer_settings_out_of_range(bad):
+def test_optimizer_settings_out_of_range_are_errors(bad):
     with pytest.raises(ValueError, match="optim"):
         Optim(**bad)
 
 
 @pytest.mark.parametrize("alpha", [0.0, float("inf"), float("nan")])
-def test_alpha_out_of_range(alpha):
+def test_lora_alpha_out_of_range_is_an_error(alpha):
     with pytest.raises(ValueError, match="alpha"):
         Adapter(alpha=alpha)
 
 
-def test_rows_longer_than_the_model_has_positions():
+def test_rows_longer_than_the_max_positions_of_the_model_are_an_error():
     from jaxft.runs import config
     from jaxft.train import programs
 

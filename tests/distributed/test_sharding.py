@@ -1,4 +1,4 @@
-"""The table from logical axes to a mesh: what divides, what is replicated, and what is refused in one line."""
+"""Partition specs from logical axes: divisibility, replication, and one-line errors."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama
 
 
 def abstract(data=1, fsdp=1, tensor=1):
-    """A mesh of devices that needn't be here."""
+    """An abstract mesh, whose devices need not exist."""
     return AbstractMesh((1, data, fsdp, 1, tensor), MESH_AXES)
 
 
@@ -29,7 +29,7 @@ def one_line(error):
     return text
 
 
-def test_the_rest_takes_what_is_left():
+def test_minus_one_takes_the_remaining_devices():
     sizes = lambda shape: tuple(dict(make_mesh(shape).shape)[axis] for axis in MESH_AXES)  # noqa: E731
     assert MESH_AXES == ("slices", "data", "fsdp", "context", "tensor")
     assert sizes(MeshShape()) == (1, 8, 1, 1, 1)
@@ -39,31 +39,31 @@ def test_the_rest_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
-    "shape, says",
+    "shape, message",
     [
         (
             MeshShape(-1, 3),
-            "needs a multiple of 3 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor",
+            "needs a multiple of 3 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor",
         ),
         (
             MeshShape(-1, 16),
-            "needs a multiple of 16 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor",
+            "needs a multiple of 16 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor",
         ),
-        (MeshShape(2, 2, 1), "needs 4 devices, found 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (MeshShape(2, 2, 1), "needs 4 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor"),
         (MeshShape(-1, -1), "at most one -1"),
-        (MeshShape(0), "mesh sizes are positive"),
-        (MeshShape(-2), "mesh sizes are positive"),
+        (MeshShape(0), "mesh sizes must be positive"),
+        (MeshShape(-2), "mesh sizes must be positive"),
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
+def test_mesh_that_does_not_match_the_devices_is_an_error(shape, message):
     with pytest.raises(ValueError) as error:
         make_mesh(shape)
-    assert says in one_line(error)
+    assert message in one_line(error)
 
 
 @pytest.mark.parametrize(
-    "config, path, tensor, says",
+    "config, path, tensor, message",
     [
         (
             EIGHT_B,
@@ -95,21 +95,21 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, says):
     ],
     ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
 )
-def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, says):
+def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, message):
     spec = param.spec_paths(llama(config).specs)[path]
     with pytest.raises(ValueError) as error:
         param.sharding_of(spec, abstract(tensor=tensor), path)
-    assert one_line(error) == says
+    assert one_line(error) == message
 
 
-def test_the_sizes_that_an_error_offers_are_accepted():
+def test_sizes_suggested_by_the_error_are_valid():
     specs = param.spec_paths(llama(EIGHT_B).specs)
     for tensor in (1, 2, 4, 8):
-        found = param.sharding_of(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
-        assert found == P(None, None, "tensor" if tensor > 1 else None)
+        spec = param.sharding_of(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
+        assert spec == P(None, None, "tensor" if tensor > 1 else None)
 
 
-def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
+def test_adapter_of_a_kernel_is_sharded_between_heads():
     t = partition.partition_params(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
     with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
         storage.sharded_shapes(t.stored, make_mesh(MeshShape(-1, 1, 2)))
@@ -118,25 +118,27 @@ def test_an_adapter_on_a_kernel_is_cut_between_heads_too():
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
-def test_kernels_are_cut_for_their_memory_along_their_inputs(sizes):
-    """To gather along outputs XLA's GPU compiler turns whole stacks around: a second copy of them, every step."""
+def test_fsdp_shards_kernels_along_their_inputs(sizes):
+    """To gather along outputs, XLA on GPU transposes the stacked layers: a second copy of them in every
+    step.
+    """
     for path, spec in param.spec_paths(llama(EIGHT_B).specs["layers"]).items():
         if len(spec.axes) == 3:
             ins, outs = (
-                str(cut)
-                for cut in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:]
+                str(entry)
+                for entry in partition_spec(abstract(**sizes), spec.axes, spec.shape, path, spec.heads)[1:]
             )
             assert "fsdp" in ins and "fsdp" not in outs, path
 
 
-def test_whole_models_lie_on_the_meshes_that_their_heads_allow():
+def test_tensor_shards_every_matrix_if_it_divides_the_heads():
     for config, tensor in ((SMOL, 3), (EIGHT_B, 8)):
         for spec in param.spec_paths(llama(config).specs).values():
-            named = partition_spec(abstract(fsdp=4, tensor=tensor), spec.axes, spec.shape, "", spec.heads)
-            assert len(spec.axes) - ("layers" in spec.axes) == 1 or "tensor" in str(named)
+            entries = partition_spec(abstract(fsdp=4, tensor=tensor), spec.axes, spec.shape, "", spec.heads)
+            assert len(spec.axes) - ("layers" in spec.axes) == 1 or "tensor" in str(entries)
 
 
-def test_fsdp_that_does_not_divide_is_left_out():
+def test_fsdp_is_left_out_if_it_does_not_divide():
     mesh = abstract(fsdp=5, tensor=2)
     assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 32, 48)) == P(None, None, "tensor")
     assert partition_spec(mesh, ("layers", "width", "mlp"), (3, 35, 48)) == P(None, "fsdp", "tensor")
@@ -145,7 +147,7 @@ def test_fsdp_that_does_not_divide_is_left_out():
     assert partition_spec(abstract(fsdp=5), ("vocab", "table_width"), (42, 32)) == P(None, None)
 
 
-def test_no_array_is_cut_twice_along_one_mesh_axis():
+def test_no_array_uses_a_mesh_axis_twice():
     mesh = abstract(2, 2, 2)
     config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
     t = partition.partition_params(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
@@ -159,7 +161,7 @@ def test_no_array_is_cut_twice_along_one_mesh_axis():
     assert all(a in MESH_AXES for axes in AXES.values() for a in axes)
 
 
-def test_without_a_mesh_or_on_one_device_nothing_is_constrained():
+def test_constraints_are_no_ops_on_one_device():
     x = jnp.ones((3, 5))
     assert sharding.constrain(x, "rows", "heads") is x  # 5 heads would not divide
     with jax.set_mesh(make_mesh(MeshShape(1), jax.devices()[:1])):
@@ -167,21 +169,21 @@ def test_without_a_mesh_or_on_one_device_nothing_is_constrained():
         assert sharding.per_device(lambda a: a, (("rows", "heads"),), ("rows", "heads"), x.shape)(x) is x
 
 
-def test_constrain_and_per_device_cut_by_the_table():
+def test_constrain_and_per_device_shard_by_logical_axes():
     mesh = make_mesh(MeshShape(2, 2, 2))
     x = jnp.arange(64.0).reshape(8, 8)
     with jax.set_mesh(mesh):
-        placed = jax.jit(lambda x: sharding.constrain(x, "rows", "heads"))(x)
-        own = sharding.per_device(
+        constrained = jax.jit(lambda x: sharding.constrain(x, "rows", "heads"))(x)
+        local_size = sharding.per_device(
             lambda a: jnp.full_like(a, a.size), (("rows", "heads"),), ("rows", "heads"), x.shape
         )
-        sizes = jax.jit(own)(x)
-    assert placed.sharding.spec == P(("data", "fsdp"), "tensor")
-    np.testing.assert_array_equal(placed, x)
+        sizes = jax.jit(local_size)(x)
+    assert constrained.sharding.spec == P(("data", "fsdp"), "tensor")
+    np.testing.assert_array_equal(constrained, x)
     assert np.all(np.asarray(sizes) == 8)  # 2 rows of 4
 
 
-def test_a_batch_lies_by_rows_and_rows_that_do_not_divide_are_refused():
+def test_batch_is_sharded_by_rows_and_rows_must_divide():
     mesh = make_mesh(MeshShape(2, 2, 2))
     placed = sharding.shard_batch(mesh, {"ids": np.arange(48).reshape(2, 8, 3), "w": np.ones((2, 8))})
     assert placed["ids"].sharding.spec[1] == AXES["rows"] and placed["ids"].addressable_shards[

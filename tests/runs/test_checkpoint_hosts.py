@@ -241,12 +241,12 @@ import sharded_state as s
 from jaxft.distributed import sync
 from jaxft.runs.checkpoint import Checkpoints
 victim, stage = int(sys.argv[5]), int(sys.argv[6])
-real = sync.Files.__call__
+real = sync.FileExchange.__call__
 def dying(self, mine):
     if me == victim and self._count == stage:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, mine)
-sync.Files.__call__ = dying
+sync.FileExchange.__call__ = dying
 saved = Checkpoints(Path(sys.argv[4]))
 saved.save(3, s.state(3, 2, 4), {})
 try:

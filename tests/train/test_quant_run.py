@@ -79,8 +79,8 @@ def test_another_form_is_another_run_and_what_does_not_fit_is_one_line(place):
     mesh = ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2"]
     assert place.run(*SHORT, "quant=nf4", *mesh, "name=wrong", devices=2) == 1
     assert place.err() == (
-        "error: base/layers/attn/o: its input of 64 in blocks of 64 can't be cut over tensor=2; use one of (1,), or another "
-        "quant.block\n"
+        "error: base/layers/attn/o: an input axis of 64 in blocks of 64 can't be sharded over tensor=2; "
+        "use one of (1,), or another quant.block\n"
     )
     path = place.folder / "base" / "model.safetensors"
     kept = path.read_bytes()

@@ -94,7 +94,7 @@ SETTINGS = {
     "tracker": (["trackers=nothing,"], r"trackers has 'nothing'"),
     "samples": (["samples=-1"], r"samples=-1; expected 0 or more"),
     "epochs": (["epochs=inf"], r"data\.epochs=inf; use a number above 0"),
-    "mesh": (["mesh.data=3"], r"needs 3 devices, found 4", 4),
+    "mesh": (["mesh.data=3"], r"needs 3 devices, got 4", 4),
     "heads on a mesh": (
         ["mesh.tensor=4", "mesh.data=1"],
         r"2 kv heads do not divide over tensor=4; use one of \(1, 2\)",
