@@ -142,7 +142,7 @@ def test_read_positions_are_grouped_by_shard_of_time():
     with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
         read = jnp.asarray([[0, 1, 2, 2, 15, 16, 63, 0, 0], [62, 63, 0, 0, 0, 0, 0, 0, 0]], jnp.int32)
         slots = read_sharding(read, 64)
-        assert slots.parts == 8 and slots.read_of.shape == (2, 8 * 9)
+        assert slots.num_shards == 8 and slots.read_of.shape == (2, 8 * 9)
         round_trip = jnp.take_along_axis(slots.read_of, slots.slot_of, 1)
         assert round_trip.tolist() == [list(range(9))] * 2
         assert (slots.slot_of // 9 == read // 8).all()
