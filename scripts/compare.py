@@ -1,9 +1,9 @@
-"""Finished or running runs side by side: a table of where each one is, and their curves in one picture.
+"""Compare finished or running runs: a table of their metrics, and their curves in one picture.
 
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"
 
-The numbers are those of each run's metrics.jsonl at its first and its last evaluation of the held-out rows.
+The metrics are those of each run's metrics.jsonl at the first and the last evaluation of the held-out rows.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,23 +26,21 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Read the metrics of all runs, print the table, draw the curves."""
+    """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.runs import compare
     from jaxft.runs.metric_names import HELD_OUT
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def evaluations(entries: list[Entry]) -> tuple[dict[str, float], dict[str, float]]:
-        """The held-out metrics of the first and the last evaluation, the latter with the metrics of the last
-        step.
-        """
+        """Return the metrics of the first and the last evaluation, the latter with those of the last step."""
         held_out = [e for e in entries if any(name.startswith(HELD_OUT) for name in e)]
         steps = [e for e in entries if "perf" in e and e not in held_out]
         last = steps[-1] if steps else {}
-        numbers = {k: x for k, x in last.items() if isinstance(x, int | float) and k != "step"}
-        return (held_out[0] if held_out else {}), {**numbers, **(held_out[-1] if held_out else {})}
+        metrics = {k: x for k, x in last.items() if isinstance(x, int | float) and k != "step"}
+        return (held_out[0] if held_out else {}), {**metrics, **(held_out[-1] if held_out else {})}
 
-    def drawn(entry: Entry) -> Entry:
-        """An entry with the metrics that the curves show."""
+    def curve_metrics(entry: Entry) -> Entry:
+        """Return an entry with only the metrics that the curves show."""
         return {
             name: value
             for name, value in entry.items()
@@ -52,20 +50,20 @@ def main() -> int:
     args = arguments()
     missing = next((run for run in args.runs if not (run / "metrics.jsonl").is_file()), None)
     if missing:
-        raise ValueError(f"{missing}: has no metrics.jsonl; name the folder of a run, such as runs/sft")
+        raise ValueError(f"{missing}: has no metrics.jsonl; use the folder of a run, such as runs/sft")
     entries = {run.name: read_entries(run / "metrics.jsonl") for run in args.runs}
     if len(entries) < len(args.runs):
         names = ", ".join(run.name for run in args.runs)
         raise ValueError(f"two of the runs have the same name ({names}); rename one of the folders")
     empty = next((name for name, lines in entries.items() if not lines), None)
     if empty:
-        raise ValueError(f"{empty}: its metrics.jsonl is still empty; wait for its first step")
+        raise ValueError(f"{empty}: metrics.jsonl is empty; wait for the first step")
     sides = [evaluations(lines) for lines in entries.values()]
     table = compare.Table.of(tuple(entries), [before for before, _ in sides], [after for _, after in sides])
     print(table.text())
     if args.out:
         compare.draw(args.out.with_suffix(".png"), compare.panels(entries), args.title)
-        curves = {name: [drawn(entry) for entry in lines] for name, lines in entries.items()}
+        curves = {name: [curve_metrics(entry) for entry in lines] for name, lines in entries.items()}
         text = json.dumps({"runs": table.as_json(), "curves": curves}, indent=1)
         args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return 0

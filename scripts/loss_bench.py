@@ -1,14 +1,14 @@
-"""Bench of preference losses: checks on synthetic pairs, curves next to other losses, a short run of all.
+"""Check and compare preference losses: laws on synthetic pairs, curves, and a short training run of all.
 
     python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric]
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
 
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
-reference_free_losses; its knobs follow after commas. Pictures of the curves are <out>/<name>.png. The exit
-code is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all
-together on one base, on the config's pairs (by default those in configs/data). Its table and picture are in
-<out>/<losses>-<hash of the settings>; the same settings are not run again.
+reference_free_losses; its knobs follow after commas. Curves are plotted in <out>/<name>.png. The exit code
+is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all together
+on one base, on the config's pairs (by default those in configs/data). Its table and picture are in
+<out>/<losses>-<hash of the settings>; a finished run with the same settings is not repeated.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHORT, LONG = 16, 64  # tokens of the responses in the panel of lengths
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the command line: its label in tables, the function, its file."""
+    """A loss of the command line: its label in tables, its function, and its file."""
 
     label: str
     fn: Callable
@@ -55,7 +55,7 @@ class Loss:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,17 +73,19 @@ def arguments() -> argparse.Namespace:
         "--columns",
         nargs="*",
         default=[],
-        help="further columns of the rows that a loss reads",
+        help="additional columns of the rows that a loss reads",
     )
-    parser.add_argument("--only-look", action="store_true", help="checks and curves, no run")
+    parser.add_argument("--only-look", action="store_true", help="check and plot, without training")
     parser.add_argument(
         "--config", default="configs/dpo.py", help="the run that trains each loss (default: configs/dpo.py)"
     )
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run (default 10)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4"
     )
-    parser.add_argument("--out", default="runs/loss_bench", type=Path, help="the folder of the pictures")
+    parser.add_argument(
+        "--out", default="runs/loss_bench", type=Path, help="output folder (default: runs/loss_bench)"
+    )
     return parser.parse_args()
 
 
@@ -91,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 
 def function(name: str) -> tuple[Callable, Path]:
-    """The loss named by `file.py:name`, `package.module:name` or a bare name, and its file."""
+    """Return the loss `file.py:name`, `package.module:name` or a bare name, and its file."""
     if ":" in name:
         fn = load_callable(name)
         where = name.rpartition(":")[0]
@@ -99,15 +101,15 @@ def function(name: str) -> tuple[Callable, Path]:
             return fn, find_file(where)
         return fn, Path(inspect.getfile(sys.modules[where]))
     modules = (preference_losses, reference_free_losses)
-    known = {n: (m, fn) for m in modules for n, fn in vars(m).items() if takes_pairs(fn, m.__name__)}
-    if name not in known:
-        near = ", ".join(nearest(name, list(known), 5))
-        raise ValueError(f"no loss is called {name!r}; near: {near}. Name your own as file.py:name")
-    return known[name][1], Path(inspect.getfile(known[name][0]))
+    available = {n: (m, fn) for m in modules for n, fn in vars(m).items() if takes_pairs(fn, m.__name__)}
+    if name not in available:
+        near = ", ".join(nearest(name, list(available), 5))
+        raise ValueError(f"no loss is called {name!r}; near: {near}. Use file.py:name for a loss in a file")
+    return available[name][1], Path(inspect.getfile(available[name][0]))
 
 
 def takes_pairs(fn: Any, module: str) -> bool:
-    """Whether fn is a loss defined in that module."""
+    """Return whether `fn` is a loss defined in `module`."""
     fn = declaration(fn).fn if callable(fn) else fn
     if not inspect.isfunction(fn) or fn.__module__ != module or fn.__name__.startswith("_"):
         return False
@@ -115,7 +117,7 @@ def takes_pairs(fn: Any, module: str) -> bool:
 
 
 def knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
-    """Knob -> (annotation, default), without the pair and the state."""
+    """Return knob -> (annotation, default) of a loss."""
     named = list(loss_signature(loss).parameters.values())[1:]
     try:
         hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
@@ -147,19 +149,19 @@ def loss_of(text: str) -> Loss:
     """Parse a loss and its knobs."""
     name, *items = re.split(r",(?=\s*[^\W\d]\w*\s*=)", text)
     fn, file = function(name.strip())
-    known, values = knobs(fn), dict[str, Any]()
+    available, values = knobs(fn), dict[str, Any]()
     for item in items:
         knob, _, given = (x.strip() for x in item.partition("="))
-        if knob not in known:
-            near = ", ".join(nearest(knob, list(known), 5)) or "none, it has no knobs"
+        if knob not in available:
+            near = ", ".join(nearest(knob, list(available), 5)) or "none, it has no knobs"
             raise ValueError(f"{name} has no knob {knob!r}; near: {near}")
-        values[knob] = value(item.strip(), given, *known[knob])
+        values[knob] = value(item.strip(), given, *available[knob])
     label = ",".join([name.rpartition(":")[2], *(item.replace(" ", "") for item in items)])
     return Loss(label, partial(fn, **values) if values else fn, file)
 
 
 def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
-    """Parse losses, each once and with a unique label, without those in `taken`."""
+    """Parse losses without duplicates and without those in `taken`, and make their labels unique."""
     found = {loss.label: loss for loss in taken}
     known = {(loss.file, loss.label) for loss in taken}
     for text in texts:
@@ -177,7 +179,7 @@ def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
 
 
 def line_of(error: ValueError, file: Path) -> str:
-    """The error with the line of the loss's file that raised it."""
+    """Return the error message with the line of the loss's file that raised it."""
     found = (
         re.search(r" \(line \d+\)$", format_error(error.__cause__, file))
         if isinstance(error.__cause__, Exception)
@@ -196,7 +198,7 @@ def analyse(loss: Loss, claims: Sequence[str], columns: Sequence[str]) -> tuple[
 
 
 def table(checks: Sequence[Check]) -> Table:
-    """The checks of a loss, one per row."""
+    """Return a table of the checks of a loss, one per row."""
     result = Table(show_header=False, box=None, pad_edge=False)
     for column in range(3):
         result.add_column(no_wrap=column < 2)
@@ -217,8 +219,9 @@ def show(console: Console, label: str, checks: Sequence[Check]) -> None:
 
 
 def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarray]], str]:
-    """Scale curves to share an axis: if their sizes differ much, each is divided by its largest value.
-    Returns a note for the label.
+    """Scale curves to share an axis: if their sizes differ by 10, divide each by its largest value.
+
+    Returns the curves and a note for the axis label.
     """
     most = {
         label: max(float(np.abs(y[np.isfinite(y)]).max(initial=0)) for y in ys)
@@ -229,21 +232,22 @@ def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarr
         return curves, ""
     return {
         label: [y / (most[label] or 1) for y in ys] for label, ys in curves.items()
-    }, ", each divided by its largest"
+    }, ", divided by the maximum of each curve"
 
 
 def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]]) -> Panel:
-    """One panel. curves: label -> (curve over margins, [solid line, perhaps a dashed one])."""
+    """Return one panel. curves: label -> (curve over margins, [solid line, optional dashed line])."""
     drawn, note = scaled({label: ys for label, (_, ys) in curves.items()})
-    x = {label: seen.margin.tolist() for label, (seen, _) in curves.items()}
+    x = {label: curve.margin.tolist() for label, (curve, _) in curves.items()}
     solid = {label: (x[label], ys[0].tolist()) for label, ys in drawn.items()}
     dashed = {label: (x[label], ys[1].tolist()) for label, ys in drawn.items() if len(ys) > 1}
     return Panel(title, "margin c - r, nats", y + note, solid, dashed, level=0.0)
 
 
 def picture(path: Path, probes: Sequence[Probe]) -> None:
-    """Draw values and gradients over the margin, and values with one response longer. The first loss sets the
-    range.
+    """Plot losses and gradients over the margin, and losses with one longer response.
+
+    The first loss sets the range.
     """
     reach = margin_span(probes[0])
     reach = min(3 * reach, max(reach, *(margin_span(p) for p in probes)))
@@ -280,9 +284,9 @@ def picture(path: Path, probes: Sequence[Probe]) -> None:
 def look(
     mine: Sequence[Loss], others: Sequence[Loss], args: argparse.Namespace
 ) -> tuple[bool, dict[str, Probe]]:
-    """Print the checks of all losses and draw a picture of each of `mine` with the others.
+    """Print the checks of all losses and plot each of `mine` with the others.
 
-    Returns whether no check of `mine` fails, and the losses that return one value per pair.
+    Returns whether all checks of `mine` pass, and the losses that return one value per pair.
     """
     console = Console(
         file=sys.stdout, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH
@@ -306,13 +310,13 @@ def look(
 
 
 def beta_of(loss: Loss) -> float:
-    """The loss's beta, which scales the logged rewards; 0.1 if it has none."""
+    """Return the loss's beta, which scales the logged rewards; 0.1 if it has none."""
     found = knobs(loss.fn).get("beta", (None, None))[1]
     return float(found) if isinstance(found, int | float) else 0.1
 
 
 def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namespace) -> int:
-    """Train an adapter with each loss, all together, and compare the results. Returns the exit code."""
+    """Train one adapter per loss in a sweep, and compare the results. Returns the exit code."""
     from jaxft.runs import config
     from jaxft.train import loop
     from jaxft.train.sweep import Sweep
@@ -349,18 +353,18 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
-    """Raise ValueError for a setting of the config's own loss, which the bench replaces."""
+    """Raise ValueError for a setting of the config's loss, which the bench replaces."""
     found = differences(without, with_it)
     if text.startswith(("name=", "run.name=")) or (
         found and all(line.startswith("objective") for line in found)
     ):
         raise ValueError(
-            f"--set {text} has no effect: the bench replaces the config's loss. Set a knob after its loss"
+            f"--set {text} has no effect: the bench replaces the config's loss. Use --loss name,knob=value"
         )
 
 
 def content_of(place: Any) -> str | None:
-    """A hash of a file of rows, None if it is no file: changed rows make another run."""
+    """Return the hash of a file of rows, or None if `place` is not a file. Changed rows make a new run."""
     try:
         return hashlib.sha256(find_file(str(place)).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -368,7 +372,7 @@ def content_of(place: Any) -> str | None:
 
 
 def objective_of(run: Any, loss: Loss) -> Any:
-    """The config's preference objective with another loss, by default against the policy at step 0."""
+    """Return the config's objective with another loss; the default reference is the initial policy."""
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
     if run.objective(run.model).facts.reference == "none":
@@ -379,7 +383,7 @@ def objective_of(run: Any, loss: Loss) -> Any:
 
 
 def file_name(label: str) -> str:
-    """A label as a file name."""
+    """Return a label as a file name."""
     return re.sub(r"[^\w.=+-]+", "-", label)
 
 
@@ -387,7 +391,7 @@ def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
     args = arguments()
     if args.steps < 1:
-        raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to train nothing")
+        raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     mine = losses(args.loss)
     others = losses(args.against, mine)
     well, probes = look(mine, others, args)

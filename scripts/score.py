@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with a head")
     parser.add_argument("--file", required=True, help="preference rows")
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens of a prompt and a completion (default 1024)"
+        "--max-length", type=int, default=1024, help="tokens of prompt plus completion (default 1024)"
     )
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
@@ -44,12 +44,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
     args = parser.parse_args()
     if bool(args.run) == bool(args.model) or (args.run and args.adapter):
-        parser.error("use --run, or --model and optionally --adapter")
+        parser.error("use either --run, or --model and optionally --adapter")
     return args
 
 
 def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """Return (reward of the chosen completion, of the rejected one) by the number of the pair."""
+    """Return (reward of the chosen, reward of the rejected completion) by pair number."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -63,8 +63,8 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     from jaxft.weights import pretrained
 
     ref, adapter, record = folder.trained_weights(args.run) if args.run else (args.model, args.adapter, None)
-    own = adapter and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = pretrained.load_tokenizer(str(adapter) if own else ref)
+    has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = pretrained.load_tokenizer(str(adapter) if has_tokenizer else ref)
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = rows.open(tokenizer, sharding.row_shards(mesh))

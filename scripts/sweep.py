@@ -1,13 +1,13 @@
-"""Sweep: train one config with several values of its numeric knobs, all together on one base.
+"""Train one config with several values of its numeric knobs, all together on one base.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
 
 Every combination is a run with its own adapter, optimizer, clipping, log and PEFT export in
-runs/<name>/<knob=value,...>/. The base is in memory once and a reference runs once for all; each run has the
-same result as if scripts/train.py had trained it alone. The knobs may change objective, optimizer, seed and
-the adapter's rank; further settings follow as knob=value or section.field=value. The same command resumes a
-sweep that was stopped. SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130.
+runs/<name>/<knob=value,...>/. The base is in memory once and the reference runs once; each run has the same
+result as with scripts/train.py alone. The knobs may change objective, optimizer, seed and adapter rank;
+common settings follow as knob=value or section.field=value. The same command resumes a stopped sweep.
+SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or 130.
 """
 
 import argparse
@@ -22,7 +22,7 @@ MAX_RUNS = 64  # more than this is most likely a mistake
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,38 +33,41 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--together",
         action="store_true",
-        help="combine the first values of all knobs, then the second ones, ...",
+        help="combine the n-th values of all knobs instead of every combination",
     )
-    parser.add_argument("--name", help="the sweep's folder in runs/; by default <config>-<knobs>")
+    parser.add_argument("--name", help="the sweep's folder in runs/ (default: <config>-<knobs>)")
     parser.add_argument(
-        "--at-once", type=int, default=1, help="adapters in one forward pass, a divisor of their number"
+        "--at-once",
+        type=int,
+        default=1,
+        help="adapters per forward pass, a divisor of their number (default 1)",
     )
-    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, the same for all")
+    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all runs")
     return parser
 
 
 def values(over: list[str], together: bool) -> list[list[str]]:
-    """The overrides of each run. Raises ValueError for anything but distinct `knob=a,b,...` of numbers."""
+    """Return the overrides of each run. Raises ValueError for duplicates and values that are not numbers."""
     knobs: dict[str, list[str]] = {}
     for text in over:
         knob, equals, given = text.partition("=")
         if not equals or not knob:
             raise ValueError(f"--over {text}: expected knob=a,b,... such as beta=0.05,0.1")
         if knob in knobs:
-            raise ValueError(f"--over {knob} is given twice; put all its values into one")
+            raise ValueError(f"--over {knob} is given twice; put all its values into one --over")
         knobs[knob] = given.split(",")
         for value in knobs[knob]:
             _number(text, value)
         if len(set(map(float, knobs[knob]))) < len(knobs[knob]):
-            raise ValueError(f"--over {text}: a value is given twice")
+            raise ValueError(f"--over {text}: a value is given twice; remove it")
     if together and len({len(v) for v in knobs.values()}) > 1:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
-        raise ValueError(f"--together: the knobs have {counts} values; give all knobs the same number")
+        raise ValueError(f"--together: the knobs have {counts} values; use the same number for all")
     rows = zip(*knobs.values(), strict=True) if together else itertools.product(*knobs.values())
     found = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
     if len(found) > MAX_RUNS:
         raise ValueError(
-            f"{len(found)} runs at once are more than {MAX_RUNS}; leave some values out, or use --together"
+            f"{len(found)} runs exceed the maximum of {MAX_RUNS}; use fewer values or --together"
         )
     return found
 
@@ -93,7 +96,7 @@ def main() -> int:
     rows = values(args.over, args.together)
     if any(text.startswith(("name=", "run.name=")) for text in args.overrides):
         raise ValueError(
-            "--name names a sweep's folder, and its runs are named by their knobs; leave name=... out"
+            "name=... is not possible: runs are named by their knobs, and --name names a sweep's folder"
         )
     name = args.name or "-".join(
         [Path(args.config).stem, *dict.fromkeys(o.partition("=")[0] for o in rows[0])]

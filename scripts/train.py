@@ -1,8 +1,8 @@
 """Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
 
-The same command resumes a run that was stopped. SIGTERM or Ctrl-C finishes the step, saves and exits with 143
-or 130; a second one exits at once. JAXFT_TRACEBACK=1 shows where an error comes from. `loop.profile=10:15`
-traces steps 10 to 15.
+The same command resumes a stopped run. SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or
+130; a second one exits immediately. JAXFT_TRACEBACK=1 prints the traceback of errors. `loop.profile=10:15`
+profiles steps 10 to 15.
 """
 
 import argparse
@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,14 +24,14 @@ def arguments() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print settings, parameters and planned memory, then exit"
     )
     parser.add_argument(
-        "-h", "--help", action="store_true", help="with --config, list the config's knobs too"
+        "-h", "--help", action="store_true", help="print this help, and with --config the config's knobs"
     )
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser
 
 
 def main() -> int:
-    """Parse the command line, load the config, run it."""
+    """Parse the command line, load the config, and train."""
     parser = arguments()
     args = parser.parse_intermixed_args()
     if args.help or not args.config:

@@ -1,1 +1,1 @@
-"""Compile a run for a machine that is not here, and estimate memory and time."""
+"""Compile a run for a machine without that machine, and estimate its memory and step time."""

@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO) as instructions, with how often a step runs each of them."""
+"""Parser of HLO text: instructions of a compiled program, and how often a step runs each of them."""
 
 import math
 import re
@@ -11,7 +11,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_c
 
 
 class Array(NamedTuple):
-    """One array of a type. layout: XLA's, in which S(n) names a memory space other than the device's main memory."""
+    """One array of an HLO type. In `layout`, S(n) is a memory space other than the device's main memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -19,13 +19,13 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Its size; 4-bit elements take half a byte."""
+        """Size in bytes; 4-bit elements take half a byte."""
         return -(-bits(self.dtype) * math.prod(self.shape) // 8)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`name = type opcode(operands), attributes`."""
+    """One HLO instruction: `name = type opcode(operands), attributes`."""
 
     name: str
     type: str
@@ -37,29 +37,30 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of its result, those of a tuple in order."""
+        """The arrays of its result; of a tuple, in order."""
         return arrays(self.type)
 
 
 @dataclass(frozen=True)
 class HloProgram:
-    """Computations by name, and the name of the one that starts."""
+    """A parsed HLO module: its computations by name, and the name of its entry computation.
+
+    unknown_loops: names of while loops without a known trip count, which count as one iteration.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
-    unknown_loops: list[str] = field(
-        default_factory=list
-    )  # whose number of rounds the text doesn't tell: counted once
+    unknown_loops: list[str] = field(default_factory=list)
 
 
 def bits(dtype: str) -> int:
-    """Of an element of a dtype as XLA writes it: pred, bf16, u8, f8e4m3fn."""
-    found = re.match(r"[a-z]+(\d+)", dtype)
-    return int(found[1]) if found else 8
+    """Return the bits per element of a dtype in XLA's spelling: pred, bf16, u8, f8e4m3fn."""
+    match = re.match(r"[a-z]+(\d+)", dtype)
+    return int(match[1]) if match else 8
 
 
 def arrays(text: str) -> list[Array]:
-    """The arrays of a type, with their layouts where they stand there."""
+    """Parse the arrays of an HLO type, with their layouts if the text has them."""
     return [
         Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "")
         for t, dims, layout in _ARRAY.findall(text)
@@ -67,7 +68,7 @@ def arrays(text: str) -> list[Array]:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """A module as compiled.as_text() gives it."""
+    """Parse the text of `compiled.as_text()`. Raises ValueError if it has no complete entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
     for line in text.splitlines():
@@ -76,15 +77,14 @@ def parse_hlo(text: str) -> HloProgram:
             if head and not line.startswith((" ", "HloModule")):
                 now = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif re.fullmatch(
-            r"\}(, execution_thread=.*)?", line.rstrip()
-        ):  # lines of a kernel's attributes may begin so
+        # a line of a kernel's multi-line attributes may begin with a bracket too
+        elif re.fullmatch(r"\}(, execution_thread=.*)?", line.rstrip()):
             now = None
         elif (one := _instruction(line)) is not None:
             now[one.name] = one
     if text and (not entry or now is not None):
         raise ValueError(
-            "the compiled program's text is of a form that isn't known: its entry wasn't found whole"
+            "the HLO text of the compiled program has no complete entry computation; report the jax version"
         )
     return HloProgram(computations, entry)
 
@@ -110,7 +110,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -120,9 +120,9 @@ def _closing(text: str, start: int) -> int:
 
 
 def walk(program: HloProgram) -> Iterator[tuple[Instruction, str, float, bool]]:
-    """(instruction, its computation, how often a step runs it, whether it stands within a fusion), loops within loops multiplied.
+    """Yield (instruction, name of its computation, executions per step, whether it is inside a fusion).
 
-    Every branch of a conditional counts as if it were taken.
+    Trip counts of nested loops multiply. Every branch of a conditional counts as executed.
     """
     yield from _walk(program, program.entry, 1.0, False)
 
@@ -132,38 +132,49 @@ def _walk(
 ) -> Iterator[tuple[Instruction, str, float, bool]]:
     for one in program.computations.get(name, {}).values():
         yield one, name, times, fused
-        called = called_by(one)
-        rounds = trips(program, one, name) if one.opcode == "while" else 1
+        called = called_computations(one)
+        iterations = trip_count(program, one, name) if one.opcode == "while" else 1
         if one.opcode in ("while", "call", "conditional", "fusion", "async-start"):
             for inner in called:
-                yield from _walk(program, inner, times * rounds, fused or one.opcode == "fusion")
+                yield from _walk(program, inner, times * iterations, fused or one.opcode == "fusion")
 
 
-def called_by(one: Instruction) -> list[str]:
-    """Names of the computations that an instruction runs."""
+def called_computations(one: Instruction) -> list[str]:
+    """Return the names of the computations that an instruction calls."""
     branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
     more = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
     return [*_CALLED.findall(one.attributes), *more]
 
 
-def trips(program: HloProgram, loop: Instruction, where: str) -> int:
-    """Rounds of a while loop, as the compiler noted them or by its counter's start, step and limit; 1 where neither is told."""
-    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
-    if known:
-        return int(known[1])
+def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
+    """Return the trip count of a while loop.
+
+    It is the compiler's annotation, or computed from the counter's start, step and limit; without both it is
+    1 and the loop is added to `unknown_loops`.
+    """
+    annotated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    if annotated:
+        return int(annotated[1])
     condition, body = (re.search(rf"{part}=%?([\w.-]+)", loop.attributes) for part in ("condition", "body"))
-    found = _counted(program, loop, where, condition[1], body[1]) if condition and body else None
-    if found is None and loop.name not in program.unknown_loops:
+    count = _counter_trips(program, loop, where, condition[1], body[1]) if condition and body else None
+    if count is None and loop.name not in program.unknown_loops:
         program.unknown_loops.append(loop.name)
-    return 1 if found is None else found
+    return 1 if count is None else count
 
 
-def _counted(program: HloProgram, loop: Instruction, where: str, condition: str, body: str) -> int | None:
+def _counter_trips(
+    program: HloProgram, loop: Instruction, where: str, condition: str, body: str
+) -> int | None:
+    """Return the trip count of `for (i = start; i < limit; i += step)`, None for another loop."""
     inside = program.computations.get(condition, {})
     root = next((one for one in inside.values() if one.root), None)
-    if root is not None and root.opcode == "fusion":  # the comparison in a fusion: its operands are in order
+    if root is not None and root.opcode == "fusion":  # a fused comparison has its operands in order
         compare = next(
-            (i for i in program.computations.get(called_by(root)[0], {}).values() if i.opcode == "compare"),
+            (
+                i
+                for i in program.computations.get(called_computations(root)[0], {}).values()
+                if i.opcode == "compare"
+            ),
             None,
         )
         sides, attributes = root.operands, compare.attributes if compare else ""
@@ -180,8 +191,8 @@ def _counted(program: HloProgram, loop: Instruction, where: str, condition: str,
     outer, inner = program.computations[where], program.computations.get(body, {})
     start = _constant(_copied(outer, _element(outer, loop.operands, int(index[1]))))
     step = _copied(inner, _element(inner, None, int(index[1])))
-    if step is not None and step.opcode == "fusion" and called_by(step):  # the sum in a fusion of its own
-        inner = program.computations.get(called_by(step)[0], {})
+    if step is not None and step.opcode == "fusion" and called_computations(step):  # a fused addition
+        inner = program.computations.get(called_computations(step)[0], {})
         step = next((one for one in inner.values() if one.root), None)
     adds = (
         [_constant(inner.get(name)) for name in step.operands]
@@ -193,7 +204,7 @@ def _counted(program: HloProgram, loop: Instruction, where: str, condition: str,
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
-    """Element `index` of a tuple: the one that is named, or the root."""
+    """Return element `index` of the tuple instruction `named[0]`, or of the root."""
     one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
     if one is None or one.opcode != "tuple" or index >= len(one.operands):
         return None
@@ -201,7 +212,7 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 
 def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
-    """What an instruction is a copy of, itself where it is none."""
+    """Follow copies, bitcasts and conversions to the instruction that they copy."""
     while (
         one is not None
         and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")

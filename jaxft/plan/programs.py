@@ -1,4 +1,4 @@
-"""A run's programs as the planner compiles them: of shapes alone, each the largest that the settings allow."""
+"""The programs of a run to plan, traced for abstract arrays of the largest shapes that its settings allow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ from jaxft.train.settings import Run
 
 @dataclass(frozen=True)
 class Program:
-    """One of a run's programs. trace() -> jax.stages.Traced; batch: the train step's, None for a program that doesn't train."""
+    """One program of a run. trace() returns jax.stages.Traced; batch: of a train step, otherwise None."""
 
     name: str
     trace: Callable[[], Any]
     batch: Any = None
 
 
-def steps(run: Run, p: Programs) -> list[Program]:
-    """What trains. The weights and the optimizer's state are there in each of a run's programs."""
+def train_programs(run: Run, p: Programs) -> list[Program]:
+    """Return the train step of a run."""
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if _precomputed(run, p) and isinstance(run.data, PairRows):
         batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
@@ -41,61 +41,69 @@ def steps(run: Run, p: Programs) -> list[Program]:
     return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
 
 
-def every(run: Run, p: Programs) -> list[Program]:
-    """What trains, and what runs before, after and between: evaluation, general text, answers, a precomputed reference's pass,
-    and what draws and judges completions."""
-    shards, whole = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
-    (first,) = found = steps(run, p)
-    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
-    at = (p.state.trainable, p.frozen)
+def all_programs(run: Run, p: Programs) -> list[Program]:
+    """Return the train step and all other programs of a run.
+
+    These are evaluation, sample completions, general text, precomputed reference log-probs, and for rollouts
+    sampling, log-probs and reward heads.
+    """
+    shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
+    (first,) = found = train_programs(run, p)
+    held_out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
+    args = (p.state.trainable, p.frozen)
     if isinstance(run.data, Rollouts):
-        found += _drawing(run, p, whole, first.batch)
+        found += _rollout_programs(run, p, params, first.batch)
     elif run.data.holds_out:
         found.append(
-            Program("evaluation", lambda: p.eval_step.trace(*at, sharded_batch(p, held), p.state.aux))
+            Program("evaluation", lambda: p.eval_step.trace(*args, sharded_batch(p, held_out), p.state.aux))
         )
         if run.samples:
-            found.append(Program("answers", lambda: _answers(run, p, whole)))
-    if run.general is not None and p.objective.text is not None:  # else it is evaluation's program
+            found.append(Program("sample completions", lambda: _sample_completions(run, p, params)))
+    if run.general is not None and p.objective.text is not None:  # otherwise it is the evaluation program
         text = evaluate.general_rows(run.data, run.general).abstract(shards)
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
         found.append(
-            Program("general text", lambda: p.text_step.trace(*at, sharded_batch(p, one), p.state.aux))
+            Program("general text", lambda: p.text_step.trace(*args, sharded_batch(p, batch), p.state.aux))
         )
     if _precomputed(run, p):
         plain = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
         )
-        found.append(Program("reference", lambda: reference_step(p).trace(whole, sharded_batch(p, plain))))
+        found.append(
+            Program("reference log-probs", lambda: reference_step(p).trace(params, sharded_batch(p, plain)))
+        )
     return found
 
 
-def _drawing(run: Run, p: Programs, whole: Any, batch: Any) -> list[Program]:
-    """The sampler with its cache, the pass that judges what was drawn, and those of the scorers."""
+def _rollout_programs(run: Run, p: Programs, params: Any, batch: Any) -> list[Program]:
+    """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
     rows = _prompts(p, data.batch, padded_length(data.max_prompt))
     s = generate.Sampling(data.max_new, data.temperature, data.top_k, data.top_p)
     sampler: Any = generate.make_sampler(p.partition.model, s, tuple(run.model.config.eos), data.group)
-    found = [Program("drawing", lambda: sampler.trace(whole, rows, _key(p)))]
+    found = [Program("rollout sampling", lambda: sampler.trace(params, rows, _key(p)))]
     if not isinstance(data, OnlinePairs):
-        judge = jax.jit(partial(score_tokens, p.objective))
-        found.append(Program("judging", lambda: judge.trace(whole, p.state.aux, batch)))
-    else:  # pairs are learned from, and groups drawn
+        logps: Any = jax.jit(partial(score_tokens, p.objective))
+        found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
+    else:  # it samples groups and trains on pairs
         shape = group_row_shape(data, data.max_prompt)
         batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
             score: Any = jax.jit(partial(head_scores, p.partition.model, reward))
             found.append(
-                Program(f"scoring by {reward.name}", partial(score.trace, whole, p.state.aux, batch))
+                Program(f"reward head {reward.name}", partial(score.trace, params, p.state.aux, batch))
             )
     return found
 
 
 def _prompts(p: Programs, rows: int, size: int) -> Tokens:
-    everywhere = sharding.replicated(p.mesh)
-    at = lambda last, dtype=np.int32: jax.ShapeDtypeStruct((rows, last), dtype, sharding=everywhere)  # noqa: E731
-    return Tokens(at(size), at(size), at(size), at(1), at(1), at(1, np.float32))
+    replicated = sharding.replicated(p.mesh)
+
+    def array(columns: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=replicated)
+
+    return Tokens(array(size), array(size), array(size), array(1), array(1), array(1, np.float32))
 
 
 def _key(p: Programs) -> Any:
@@ -107,8 +115,8 @@ def _precomputed(run: Run, p: Programs) -> bool:
     return p.objective.facts.reference == "precomputed" and isinstance(run.data, PairRows)
 
 
-def _answers(run: Run, p: Programs, whole: Any) -> Any:
-    """Held-out prompts, each as long as a row may be, with the cache for what is answered."""
+def _sample_completions(run: Run, p: Programs, params: Any) -> Any:
+    """Trace the sampler for held-out prompts of the maximum length, with its cache."""
     size = -(-run.data.max_length // generate.BUCKET) * generate.BUCKET
-    answer: Any = generate.make_generate(p.partition.model, run.sampling, tuple(run.model.config.eos))
-    return answer.trace(whole, _prompts(p, run.samples, size), _key(p))
+    sampler: Any = generate.make_generate(p.partition.model, run.sampling, tuple(run.model.config.eos))
+    return sampler.trace(params, _prompts(p, run.samples, size), _key(p))

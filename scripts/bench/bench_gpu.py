@@ -1,12 +1,13 @@
-"""Training and generation of random-weight Llamas on this machine's accelerator: a JSON line a case, each in its own process.
+"""Measure training and generation of random-weight Llamas on an accelerator, as one JSON line per case.
 
     python scripts/bench/bench.py gpu                       # all cases
     python scripts/bench/bench.py gpu --cases "8b lora" "8b qlora"
-    python scripts/bench/bench.py gpu --tiny                # the same programs in a shape that a CPU runs in seconds
+    python scripts/bench/bench.py gpu --tiny                # the same programs in small shapes, for a CPU
 
-Rows are random text by a byte-level tokenizer, packed to 4096 tokens. `mfu` counts 4 floating point operations a token for each
-weight beside the table where adapters are trained, 6 where all is. `peak_gib` is what the device says, `compiled_gib` what the
-compiler planned for the train step; `kernels` are the three that took most of a traced step.
+Every case runs in a separate process. Rows are random text of a byte-level tokenizer, packed to 4096 tokens.
+`mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and 6 for full training.
+`peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the train step. `kernels` are
+the three slowest kernels of a profiled step.
 """
 
 import argparse
@@ -29,7 +30,7 @@ WARM, TIMED = 2, 6  # steps
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a preset, what is trained and how the base is held, the objective, packed rows of 4096 tokens a step."""
+    """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step."""
 
     preset: str
     trains: str = "adapter"
@@ -54,19 +55,24 @@ CASES = {
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, after `gpu`."""
+    """Parse the command line after `gpu`."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__, formatter_class=shape)
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help=f"any of {', '.join(CASES)}",
     )
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64 and rows of 128 tokens")
-    parser.add_argument("--here", action="store_true", help="in this process, for one case")
+    parser.add_argument("--here", action="store_true", help="run in this process, for one case")
     return parser.parse_args()
 
 
 def byte_tokenizer() -> Any:
-    """Every byte a token, and two special ones."""
+    """Return a tokenizer with a token per byte, <s> and </s>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,15 +87,15 @@ def byte_tokenizer() -> Any:
 
 
 def texts(count: int, length: int) -> list[dict[str, str]]:
-    """Rows for sft and dpo whose prompt and answers together have about `length` letters."""
+    """Return rows for sft and dpo with about `length` characters in prompt and responses."""
     rng, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz "))
-    text = lambda share: "".join(rng.choice(letters, max(1, int(share * length))))  # noqa: E731
+    text = lambda fraction: "".join(rng.choice(letters, max(1, int(fraction * length))))  # noqa: E731
     rows = [{"prompt": text(0.5), "chosen": text(0.25), "rejected": text(0.25)} for _ in range(count)]
     return [{**row, "completion": row["chosen"] + row["rejected"]} for row in rows]
 
 
 def make_run(case: Case, tiny: bool, data: Path) -> Any:
-    """The Run of a case."""
+    """Return the Run of a case."""
     import jax.numpy as jnp
 
     from jaxft.data.pairs.source import PairRows
@@ -110,8 +116,8 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     rows: dict[str, Any] = {"held_out": None, "batch": case.rows}
     if case.objective == "dpo":
         pairs = PairRows(str(data), format="plain", max_length=length // 2, **rows)
-        goal = partial(preference, loss=dpo, reference="start")
-        kind: dict[str, Any] = {"objective": goal, "data": pairs}
+        objective = partial(preference, loss=dpo, reference="start")
+        kind: dict[str, Any] = {"objective": objective, "data": pairs}
     else:
         kind = {
             "objective": sft,
@@ -129,7 +135,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
 
 
 def random_base(p: Any) -> Any:
-    """A base of random numbers as the run holds it, made on the device leaf by leaf."""
+    """Return a random base in the run's storage format, created on the device leaf by leaf."""
     import jax
     import jax.numpy as jnp
 
@@ -139,8 +145,8 @@ def random_base(p: Any) -> Any:
     def fill(path: str, x: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))
         if x.dtype == jnp.uint16:  # the bits of bfloat16
-            some = lambda: 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)  # noqa: E731
-            make = lambda: jax.lax.bitcast_convert_type(some(), jnp.uint16)  # noqa: E731
+            values = lambda: 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)  # noqa: E731
+            make = lambda: jax.lax.bitcast_convert_type(values(), jnp.uint16)  # noqa: E731
         elif x.dtype.itemsize == 1:
             make = lambda: jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)  # noqa: E731
         elif path.endswith(("norm", "outer", "mean", "scale")):
@@ -157,7 +163,7 @@ def random_base(p: Any) -> Any:
 
 
 def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:
-    """The kernels of a trace that took most time, each with its share; none where there is no GPU."""
+    """Return the slowest kernels of a trace, each with its fraction of the time; none without a GPU."""
     import jax
 
     spent: dict[str, float] = {}
@@ -170,11 +176,11 @@ def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:
                             spent[event.name] = spent.get(event.name, 0.0) + event.duration_ns
     total = sum(spent.values())
     first = sorted(spent.items(), key=lambda item: -item[1])[:count]
-    return [{"name": name, "share": round(time / total, 3)} for name, time in first]
+    return [{"name": name, "fraction": round(time / total, 3)} for name, time in first]
 
 
 def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Speed and memory of a train step."""
+    """Measure speed and memory of a train step."""
     import jax
 
     from jaxft.distributed import devices, sharding
@@ -207,24 +213,23 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     c = run.model.config
     weights = param.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
     rate = tokens / middle
-    passes = (6 if case.trains == "all" else 4) + (
-        2 if case.objective == "dpo" else 0
-    )  # and the reference's forward pass
-    here = jax.devices()[0]
+    # dpo has a forward pass of the reference too
+    flops_per_weight = (6 if case.trains == "all" else 4) + (2 if case.objective == "dpo" else 0)
+    device = jax.devices()[0]
     planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     planned += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "tokens_per_second": round(rate, 1),
         "step_seconds": round(middle, 4),
-        "mfu": round(passes * weights * rate / devices.peak_flops(here) / len(jax.devices()), 4),
-        "peak_gib": round(devices.memory_gib(here), 3),
+        "mfu": round(flops_per_weight * weights * rate / devices.peak_flops(device) / len(jax.devices()), 4),
+        "peak_gib": round(devices.memory_gib(device), 3),
         "compiled_gib": round(planned / 2**30, 3),
         "kernels": kernels(folder / "trace"),
     }
 
 
 def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Speed of generation: all rows at once, greedy, without stop tokens."""
+    """Measure generation: all rows at once, greedy, without stop tokens."""
     import jax
 
     from jaxft.distributed import devices, sharding
@@ -252,7 +257,7 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Each case in a process of its own, so that a peak is its own."""
+    """Run each case in a separate process, because a process has only one memory peak."""
     a = arguments()
     if not a.here:
         tiny = ["--tiny"] if a.tiny else []

@@ -1,10 +1,10 @@
-"""What loading a model takes of each of several processes: peak host memory over its own shards, seconds.
+"""Measure peak host memory and seconds of loading a model on each of several processes.
 
-    python scripts/bench/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--folder DIR] [--json]
+    python scripts/bench/bench_load.py [--gb 4] [--processes 2] [--devices 4] [--quant none] [--full] [--json]
 
-Writes a made-up bfloat16 Llama of about that size as safetensors into a temporary folder (of DIR), loads it fully sharded over
-all devices of all processes on this machine, and deletes it. Devices are simulated ones of the CPU, whose memory is the host's:
-what a process holds at its peak beyond what it held before is its own shards and what loading takes above them.
+Writes a random bfloat16 Llama as safetensors into a temporary folder, and loads it fully sharded over all
+devices of all processes on this machine. Devices are simulated on the CPU, so their memory is host memory:
+the growth of a process is its local shards plus the overhead of loading.
 """
 
 import argparse
@@ -22,23 +22,23 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gb", type=float, default=4.0, help="size of the made-up model's files (default 4)")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="of each process (default 4)")
-    parser.add_argument("--quant", default="none", help="none, int8, int4, nf4, fp4 or affine4")
-    parser.add_argument("--full", action="store_true", help="weights that are trained, in float32")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the random model's files (default 4)")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument("--devices", type=int, default=4, help="devices per process (default 4)")
+    parser.add_argument("--quant", default="none", help="none (default), int8, int4, nf4, fp4 or affine4")
+    parser.add_argument("--full", action="store_true", help="load trainable float32 weights")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     parser.add_argument("--process", nargs=3, metavar=("NUMBER", "PORT", "MODEL"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_model(folder: Path, gb: float) -> None:
-    """Random weights of about that size in files of at most 1 GB, made tensor by tensor."""
+    """Write random weights of about `gb` GB in files of at most 1 GB, tensor by tensor."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -68,13 +68,13 @@ def write_model(folder: Path, gb: float) -> None:
 
 
 def status(name: str) -> int:
-    """Bytes of this process's memory that /proc calls so."""
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 
 
 def load(a: argparse.Namespace) -> dict[str, Any]:
-    """Load as one process; return its memory and time."""
+    """Load the model in one of the processes; return its memory and seconds."""
     import time
 
     import jax
@@ -92,29 +92,33 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
         jax.distributed.initialize(f"127.0.0.1:{port}", a.processes, number)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
     quant = None if a.quant == "none" else Quant(a.quant)
-    whole = pretrained.model_for(model, dtype=jnp.bfloat16)
-    t = partition.partition_params(whole, None if a.full else Adapter(), None, quant)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    llm = pretrained.model_for(model, dtype=jnp.bfloat16)
+    t = partition.partition_params(llm, None if a.full else Adapter(), None, quant)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, begin = status("VmRSS"), time.monotonic()
     base = jax.block_until_ready(pretrained.load_base(model, t.stored, mesh))
     seconds = time.monotonic() - begin
 
-    def held(leaf):
+    def local_bytes(leaf):
         return sum(shard.data.nbytes for x in jax.tree.leaves(leaf) for shard in x.addressable_shards)  # noqa: E731
 
-    each = [held(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
-    leaf = max(
+    local = [local_bytes(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)]
+    largest = max(
         sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)
     )
-    found = {"own shards": sum(each), "own part of the largest leaf": max(each), "largest leaf": leaf}
-    found |= {"peak": status("VmHWM") - before, "at the end": status("VmRSS") - before}
+    found = {
+        "local shards": sum(local),
+        "local part of the largest leaf": max(local),
+        "largest leaf": largest,
+    }
+    found |= {"peak": status("VmHWM") - before, "after loading": status("VmRSS") - before}
     if a.processes > 1:
         jax.distributed.shutdown()
     return {**found, "seconds": seconds}
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """A dict for each process, and the size of the files."""
+    """Start the processes; return their results and the size of the files."""
     with tempfile.TemporaryDirectory(dir=a.folder) as folder, socket.socket() as port:
         write_model(Path(folder), a.gb)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -123,7 +127,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         port.close()
         flags = f"--xla_force_host_platform_device_count={a.devices}"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        same = [
+        common = [
             sys.executable,
             __file__,
             "--processes",
@@ -132,18 +136,18 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             a.quant,
             *(["--full"] if a.full else []),
         ]
-        start = lambda i: [*same, "--process", str(i), number, folder]  # noqa: E731
+        start = lambda i: [*common, "--process", str(i), number, folder]  # noqa: E731
         started = [
             subprocess.Popen(start(i), stdout=subprocess.PIPE, text=True, env=env) for i in range(a.processes)
         ]
-        told = [process.communicate()[0] for process in started]
+        outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise RuntimeError("a process ended with the error above")
-    return {"files": size, "processes": [json.loads(out.splitlines()[-1]) for out in told]}
+        raise RuntimeError("a process failed; its error is printed above")
+    return {"files": size, "processes": [json.loads(out.splitlines()[-1]) for out in outputs]}
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure, and print a table or JSON."""
     a = arguments()
     if a.process:
         print(json.dumps(load(a)))
@@ -153,7 +157,8 @@ def main() -> int:
         print(json.dumps(found))
         return 0
     print(
-        f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, fully sharded; in GB"
+        f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, "
+        "fully sharded; GB per process:"
     )
     for name in found["processes"][0]:
         scale = 1.0 if name == "seconds" else 1e9

@@ -1,24 +1,23 @@
-"""The planner against the truth: real train steps on this machine's device beside what was planned for them.
+"""Compare plans with real train steps on this machine's device: one JSON line per case.
 
-    python scripts/bench/bench_plan.py                                   # SmolLM2-135M: LoRA, QLoRA, every weight; minutes on a CPU
+    python scripts/bench/bench_plan.py              # SmolLM2-135M: LoRA, QLoRA, full; minutes on a CPU
     python scripts/bench/bench_plan.py --cases lora full max_length=256 data.batch=2
-    python scripts/bench/bench_plan.py --cases lora qlora model=meta-llama/Llama-3.1-8B-Instruct max_length=4096 remat=full   # on a GPU
-    python scripts/bench/bench_plan.py --config configs/llama31_8b_sft.py full=true batch=8 micro=1                  # any SFT config
+    python scripts/bench/bench_plan.py --cases lora qlora model=meta-llama/Llama-3.1-8B-Instruct   # on a GPU
+    python scripts/bench/bench_plan.py --config configs/llama31_8b_sft.py full=true batch=8   # any SFT config
 
-Weights and rows are random numbers, so nothing is loaded. A JSON line a case, each in a process of its own. Overrides are for all
-cases, wherever they stand.
+Weights and rows are random, so nothing is loaded. Every case runs in a separate process. Overrides apply to
+all cases.
 
-bytes: on a GPU or TPU the device's peak_bytes_in_use. A CPU's backend counts nothing, so there it is the arrays that are held
-between steps, which is measured exactly, and by how much the process grows while a step runs: the middle of the timed steps, each
-from its own start with the heap given back. Of the growth, the program knows its temporaries; the scratch of the libraries that
-multiply matrices and of the thread pool, pages that the allocator takes whole, and what of a buffer is never touched (then it is
-less) are in no plan. once: what the process grew by beside that, from before the weights were made to its largest size: programs
-that make and place arrays, their compilation, libraries' tables. No plan could know it, and a run has it too. All of them are a
-device's share.
+`bytes`, per device: peak_bytes_in_use of a GPU or TPU. The CPU backend has no such counter; there it is
+`held`, the exact size of the arrays between steps, plus `growth`, the median growth of the process during a
+step, after the heap is trimmed. Growth differs from the planned temporaries by the scratch memory of matmul
+libraries and the thread pool, by allocator granularity, and by parts of buffers that are never written.
+`once` is the remaining growth of the process since before the weights were created: programs that initialise
+arrays, compilation and libraries. It is part of every run and of no plan.
 
-seconds: the middle of the timed steps; fastest: the least of them. On a CPU the rates of products and memory are measured before,
-and whatever else runs meanwhile slows one of both: load is how many processes wanted each core by the end of the case. Above 1
-the ratio of the seconds means little.
+`seconds` is the median and `fastest` the minimum of the timed steps. On a CPU the rates of matmuls and memory
+are measured first. `load` is the number of runnable processes per core at the end of the case; above 1,
+`seconds_ratio` is not meaningful.
 """
 
 import argparse
@@ -45,7 +44,7 @@ WARM, TIMED = 2, 5  # steps
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. What has a = in it is an override, also where it follows --cases."""
+    """Parse the command line. An argument with = is an override, even after --cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,40 +54,36 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=list(CASES),
         metavar="CASE",
-        help=f"of {', '.join(CASES)}; by itself all",
+        help=f"any of {', '.join(CASES)} (default: all)",
     )
-    what.add_argument(
-        "--config", help="a config of your own instead, a Python file with a function config(...) -> Run"
-    )
-    parser.add_argument("--here", action="store_true", help="in this process")
+    what.add_argument("--config", help="a Python file with a function config(...) -> Run, instead of --cases")
+    parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all cases")
     found = parser.parse_intermixed_args(argv)
     found.overrides = [*(text for text in found.cases if "=" in text), *found.overrides]
     found.cases = [name for name in found.cases if "=" not in name] or list(CASES)
     for name in found.cases:
         if name not in CASES:
-            parser.error(f"argument --cases: there is no case {name!r}; use some of {', '.join(CASES)}")
+            parser.error(f"argument --cases: no case {name!r}; use any of {', '.join(CASES)}")
     for text in found.overrides:
         if "=" not in text:
-            parser.error(f"{text!r} is no override; write knob=value")
+            parser.error(f"{text!r} is no override; use knob=value")
     return found
 
 
 def commands(a: argparse.Namespace) -> list[list[str]]:
-    """The arguments of a process for each case."""
+    """Return the arguments of the process of each case."""
     if a.config:
         return [["--here", "--config", a.config, *a.overrides]]
     return [["--here", "--cases", name, *a.overrides] for name in a.cases]
 
 
 def random_batch(abstract: Any, vocab: int) -> Any:
-    """Full rows of one example each, in which every position is learned. Raises ValueError for other batches than SFT's."""
+    """Return random full rows with a loss on every token. Raises ValueError for batches other than SFT's."""
     from jaxft.batch import Tokens
 
     if not isinstance(abstract, Tokens):
-        raise ValueError(
-            f"{type(abstract).__name__}: only batches of SFT runs are made up here; use an SFT config"
-        )
+        raise ValueError(f"{type(abstract).__name__}: only SFT batches are supported; use an SFT config")
     rng, (micro, rows, length) = np.random.default_rng(0), abstract.ids.shape
     ids = rng.integers(3, vocab, (2, micro, rows, length)).astype(np.int32)
     at = np.broadcast_to(np.arange(length, dtype=np.int32), (micro, rows, length))
@@ -100,7 +95,7 @@ def random_batch(abstract: Any, vocab: int) -> Any:
 
 
 class Resident:
-    """The largest resident size of this process while it is open, looked up every few milliseconds. Bytes."""
+    """Thread that polls this process's resident memory and records the peak, in bytes."""
 
     def __init__(self) -> None:
         self.peak, self._open = self.now(), True
@@ -109,7 +104,7 @@ class Resident:
 
     @staticmethod
     def now() -> int:
-        """The resident size at this moment."""
+        """Return the current resident memory."""
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _watch(self) -> None:
@@ -117,12 +112,12 @@ class Resident:
             self.peak = max(self.peak, self.now())
             time.sleep(0.005)
 
-    def again(self) -> int:
-        """The size once a step's buffers are given back, which XLA does late; the largest is looked for anew from here."""
+    def reset(self) -> int:
+        """Wait until XLA has freed the buffers of the last step, reset the peak, and return it."""
         from jaxft.distributed import devices
 
         least, since = self.now(), time.monotonic()
-        while time.monotonic() - since < 0.5:  # it has not shrunk for so long
+        while time.monotonic() - since < 0.5:  # until it has not shrunk for half a second
             time.sleep(0.02)
             devices.trim_heap()
             if (size := self.now()) < 0.999 * least:
@@ -131,14 +126,14 @@ class Resident:
         return self.peak
 
     def close(self) -> int:
-        """Stop looking; the largest size."""
+        """Stop polling and return the peak."""
         self._open = False
         self._thread.join()
         return self.peak
 
 
 def memory_rate() -> float:
-    """Bytes a second that this process reads and writes when it copies."""
+    """Return the bytes per second that a copy reads and writes."""
     x = np.ones(1 << 27, np.uint8)
     y = np.empty_like(x)
     seconds = []
@@ -149,8 +144,8 @@ def memory_rate() -> float:
     return 2 * x.size / min(seconds)
 
 
-def here() -> Any:
-    """This process's devices with the rates of their chip, measured where the table has none."""
+def local_machine() -> Any:
+    """Return this process's devices as a machine, with measured rates if their chip is not in the table."""
     from jaxft.plan import machines
 
     machine = machines.local()
@@ -161,11 +156,11 @@ def here() -> Any:
     limit = (machine.devices[0].memory_stats() or {}).get("bytes_limit") or os.sysconf(
         "SC_PHYS_PAGES"
     ) * os.sysconf("SC_PAGE_SIZE")
-    return replace(machine, chip=machines.Chip(kind, int(limit), 0, rate, rate, rate, "measured here"))
+    return replace(machine, chip=machines.Chip(kind, int(limit), 0, rate, rate, rate, "measured"))
 
 
 def measure(path: str, overrides: list[str]) -> dict[str, Any]:
-    """Plan, then run."""
+    """Plan a run, execute it, and return both results."""
     import jax
 
     from jaxft.distributed import devices
@@ -174,7 +169,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     from jaxft.train import programs
 
     run = config.load_config(path, overrides)
-    machine = here()
+    machine = local_machine()
     planned = plan.plan(run, machine)
     p, batch = programs.abstract(run)
     device = jax.devices()[0]
@@ -184,7 +179,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     if "peak_bytes_in_use" in (device.memory_stats() or {}):
         taken = {"bytes": round(devices.memory_gib(device) * 2**30), "measured": "peak_bytes_in_use"}
     else:
-        taken["measured"] = "arrays between steps, and growth of the process in a step"
+        taken["measured"] = "arrays between steps plus growth of the process during a step"
     middle = float(np.median(seconds))
     return {
         "planned_bytes": planned.total,
@@ -195,7 +190,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
         "seconds": round(middle, 4),
         "fastest": round(min(seconds), 4),
         "seconds_ratio": round(middle / planned.estimate.step, 3),
-        "limit": planned.estimate.limit,
+        "bottleneck": planned.estimate.bottleneck,
         "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2),
         "device": f"{len(machine.devices)} x {device.device_kind}",
         "jax": jax.__version__,
@@ -203,37 +198,36 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
-    """(seconds of the timed steps, bytes of them by this process's size: see the head of this file)."""
+    """Return the seconds of the timed steps, and bytes from the process's size (see the module docstring)."""
     import jax
-    from scripts.bench_gpu import random_base
 
     from jaxft.distributed import sharding
     from jaxft.train import programs
+    from scripts.bench.bench_gpu import random_base
 
     step = programs.compile_step(p, batch)
     watch = Resident()
-    before, largest, grew, seconds = watch.again(), 0, [], []
+    before, largest, grew, seconds = watch.reset(), 0, [], []
     state, frozen = programs.start(run, p, None, random_base(p))
     placed = sharding.shard_batch(p.mesh, random_batch(batch, run.model.config.vocab))
     for _ in range(WARM + TIMED):
         largest = max(largest, watch.peak)
-        start, begin = watch.again(), time.perf_counter()
+        start, begin = watch.reset(), time.perf_counter()
         state, found = step(state, frozen, placed)
         jax.block_until_ready((state, found))
         seconds.append(time.perf_counter() - begin)
         grew.append(watch.peak - start)
     largest = max(largest, watch.close())
     shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
-    held = sum(
-        x.nbytes // (2 if x.dtype.name in ("int4", "uint4") else 1) for x in shards
-    )  # packed, whatever numpy says
+    # 4-bit arrays are packed, although numpy counts a byte per element
+    held = sum(x.nbytes // (2 if x.dtype.name in ("int4", "uint4") else 1) for x in shards)
     growth, once = int(np.median(grew[WARM:])), largest - before
     found = {"bytes": held + growth, "held": held, "growth": growth, "once": once - held - growth}
     return seconds[WARM:], {name: size // p.mesh.size for name, size in found.items()}
 
 
 def main() -> int:
-    """Each case in a process of its own, so that a peak is its own."""
+    """Run each case in a separate process, because a process has only one memory peak."""
     a = arguments()
     if not a.here:
         return max(
@@ -245,8 +239,8 @@ def main() -> int:
             (name, []) if a.config else (str(Path(sys.path[0]) / CASES[name][0]), CASES[name][1])
         )
         given = {text.partition("=")[0] for text in a.overrides}
-        kept = [text for text in overrides if text.partition("=")[0] not in given]
-        print(json.dumps({"case": Path(name).stem, **measure(path, [*kept, *a.overrides])}), flush=True)
+        defaults = [text for text in overrides if text.partition("=")[0] not in given]
+        print(json.dumps({"case": Path(name).stem, **measure(path, [*defaults, *a.overrides])}), flush=True)
     return 0
 
 

@@ -1,10 +1,11 @@
-"""What each form of the base costs in quality: perplexity of your rows as a table, one JSON line with --json.
+"""Measure the perplexity of a model in each quantised format on your rows, as a table or one JSON line.
 
-    python scripts/bench/bench_quant.py --model REF --data gsm8k.jsonl [--rows 64] [--kinds none int8 nf4 int4:128 ...]
+    python scripts/bench/bench_quant.py --model REF --data gsm8k.jsonl [--kinds none int8 nf4 int4:128]
 
-Rows are as scripts/bench/bench.py takes them for sft; perplexity is over all their tokens, prompt and completion, and compared with
-the first kind's. KIND:BLOCK sets the block. `error` is the root mean square of what packing changed, over the weights'.
-A model whose weights came from 4-bit files is on a grid already: a second one changes it more than it changes other weights.
+Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
+compared with that of the first kind. KIND:BLOCK sets the block size. `error` is the relative root mean square
+error of a quantised weight. A model whose weights come from 4-bit files is on a grid already, so a second
+format changes it more than other models.
 """
 
 import argparse
@@ -21,23 +22,27 @@ KINDS = ("none", "int8", "int4", "int4:128", "nf4", "fp4", "affine4:32", "affine
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a folder, GGUF file, hub name or pypi:... reference")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=64, help="the first so many rows of the data")
+    parser.add_argument("--data", required=True, help="a file of rows")
+    parser.add_argument("--rows", type=int, default=64, help="number of rows to use (default 64)")
     parser.add_argument(
-        "--kinds", nargs="+", default=KINDS, metavar="KIND[:BLOCK]", help=f"default {' '.join(KINDS)}"
+        "--kinds",
+        nargs="+",
+        default=KINDS,
+        metavar="KIND[:BLOCK]",
+        help=f"formats (default {' '.join(KINDS)})",
     )
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     return parser.parse_args()
 
 
-def form(kind: str) -> Any:
-    """The Quant that a name with a block stands for; None for `none`."""
+def quant_of(kind: str) -> Any:
+    """Parse KIND or KIND:BLOCK; None for `none`."""
     from jaxft.nn.quant import Quant
 
     name, _, block = kind.partition(":")
@@ -45,7 +50,7 @@ def form(kind: str) -> Any:
 
 
 def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
-    """A dict for each kind."""
+    """Return the results of each kind."""
     import jax
     import numpy as np
 
@@ -68,31 +73,31 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             batch=4,
         )
         batches = rows.open(pretrained.load_tokenizer(a.model), cache=data.parent).held_out
-        one = sft(model)
-        step = jax.jit(lambda base, batch: one(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
+        objective = sft(model)
+        step = jax.jit(lambda base, batch: objective(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
         plain: Any = None
         found: list[dict[str, Any]] = []
         for kind in a.kinds:
-            base = pretrained.load_frozen(a.model, model, mesh, form(kind))
+            base = pretrained.load_frozen(a.model, model, mesh, quant_of(kind))
             loss = evaluate.evaluate(partial(step, base), batches)["loss"]
             packed = base["layers"]["mlp"]["down"]
             values = np.asarray(quant.dequantize(packed), np.float32)
             plain = values if plain is None else plain
             error = float(np.sqrt(np.square(values - plain).mean() / np.square(plain).mean()))
             ratio = float(np.exp(loss - (found[0]["loss"] if found else loss)))
-            numbers = {
+            results = {
                 "bits": quant.bits_per_param(packed),
                 "perplexity": float(np.exp(loss)),
                 "ratio": ratio,
                 "error": error,
             }
-            found.append({"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in numbers.items()}})
+            found.append({"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in results.items()}})
             print(f"{kind}: loss {loss:.4f}", file=sys.stderr)
     return found
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure, and print a table or JSON."""
     a = arguments()
     from scripts.bench.bench import plain_rows
 

@@ -1,10 +1,11 @@
-"""What a sweep saves: scripts/sweep.py against scripts/train.py once a member, whole commands, as one JSON line.
+"""Compare the time of scripts/sweep.py with that of scripts/train.py once per member, as one JSON line.
 
-    python scripts/bench/bench_sweep.py --config configs/dpo.py --over beta=0.02,0.05,0.1,0.15,0.2,0.3,0.5,1 [--alone 2] [knob=value]
+    python scripts/bench/bench_sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 [--alone 2]
 
-`whole` is the sweep command's time over that of all members' commands, of which the first `--alone` are run (half of them before
-the sweep, half after) and stand for the rest by their mean; `step` is the median time of a step over that of as many single
-steps. Peaks are the operating system's, of a whole process.
+`whole` is the ratio of the sweep command's time to that of all single runs. Only the first --alone members
+are run singly (half of them before the sweep, half after), and their mean is used for the others. `step` is
+the ratio of the median step time to that of as many single steps. Peaks are those of the processes, reported
+by the operating system.
 """
 
 import argparse
@@ -22,36 +23,36 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, help="a Python file with a function config(...) -> Run")
     parser.add_argument("--over", required=True, metavar="KNOB=A,B,...", help="a knob and its values")
-    parser.add_argument("--alone", type=int, default=2, help="members that are really run alone")
-    parser.add_argument("--at-once", type=int, default=1, help="as scripts/sweep.py has it")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--alone", type=int, default=2, help="members to run singly (default 2)")
+    parser.add_argument("--at-once", type=int, default=1, help="--at-once of scripts/sweep.py (default 1)")
+    parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all runs")
     return parser.parse_intermixed_args()
 
 
 def timed(*command: str) -> tuple[float, float]:
-    """(seconds, peak GiB) of a command. Raises RuntimeError with its last words if it fails."""
+    """Return (seconds, peak GiB) of a command. Raises RuntimeError with the end of its output if it fails."""
     begin = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
-        words = process.stdout.read().decode(errors="replace")
+        output = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {words[-400:]}")
+        raise RuntimeError(f"{' '.join(command)} exited with {process.returncode}: {output[-400:]}")
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - begin, usage.ru_maxrss * unit / 2**30
 
 
 def step_seconds(metrics: Path) -> list[float]:
-    """The time of each step but the first two."""
+    """Return the seconds of every step except the first two."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line["perf"]["seconds"] for line in lines if "seconds" in line.get("perf", {})][2:]
 
@@ -62,11 +63,13 @@ def main() -> int:
     knob, _, text = a.over.partition("=")
     values = text.split(",")
     if not 1 <= a.alone <= len(values):
-        raise SystemExit(f"error: --alone is from 1 to the {len(values)} values of {knob}, found {a.alone}")
+        raise SystemExit(
+            f"error: --alone must be from 1 to {len(values)}, the number of values of {knob}; got {a.alone}"
+        )
     common = ["--config", a.config, *a.overrides]
     single: list[tuple[float, float]] = []
     steps: list[float] = []
-    name = f"bench-sweep-{os.getpid()}"  # below runs/ where you stand, and removed in the end
+    name = f"bench-sweep-{os.getpid()}"  # in runs/ of the working directory, removed at the end
     folder = Path("runs") / name
 
     def alone(number: int) -> None:
@@ -86,10 +89,10 @@ def main() -> int:
         print(f"together: {together[0]:.0f} s, {together[1]:.2f} GiB", file=sys.stderr, flush=True)
         for number in range(half, a.alone):
             alone(number)
-        own = step_seconds(folder / "all/metrics.jsonl")
+        sweep_steps = step_seconds(folder / "all/metrics.jsonl")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(_result(len(values), (single, steps), (together, own))))
+    print(json.dumps(_result(len(values), (single, steps), (together, sweep_steps))))
     return 0
 
 

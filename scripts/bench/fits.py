@@ -1,14 +1,15 @@
-"""What fits where: models and methods on hardware, each cell compiled for it; prints Markdown and writes JSON.
+"""Compile which models and methods fit which hardware; print a Markdown table and write JSON.
 
-    python scripts/bench/fits.py --out fits.json                                 # every cell, an hour or two of one CPU core
+    python scripts/bench/fits.py --out fits.json                # all cells, one or two hours of one CPU core
     python scripts/bench/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
-    python scripts/bench/fits.py --out fits.json --print                         # of what is there already
+    python scripts/bench/fits.py --out fits.json --print        # print a finished file
 
-A cell is the least GiB a device that training takes, with the smallest number of devices that hold it, one row of 2048 tokens a
-device and the settings that need least memory (see SETTINGS; on TPUs also JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1). Every method is
-tried on every machine, with the largest model what ONLY says. It goes on where it was stopped; --again also compiles what was
-compiled before jax or the code that makes the programs changed. Several may run at once, each with its own --out; --out ALL
---add THIS THAT joins what they wrote. Takes the cuda12 and tpu extras, and no device.
+A cell is the memory per device of training on the smallest number of devices that fit it, with one row of
+2048 tokens per device and the settings that need least memory (SETTINGS; on TPUs also
+JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1). Every method is tried on all hardware, except for models in ONLY. The
+same command continues a stopped one; --again also recompiles cells of an older jax or older code. Several
+processes can run at once with different --out; --out ALL --add A B merges their files. Needs the cuda12 and
+tpu extras, and no device.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-LENGTH = 2048  # tokens a device: a row, or a pair of answers with their prompt of half of it each
+LENGTH = 2048  # tokens per device: one row, or a pair with two responses and a prompt of half of it each
 MODELS = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
     "8B": "meta-llama/Llama-3.1-8B-Instruct",
     "70B": "meta-llama/Llama-3.3-70B-Instruct",
     "405B": "meta-llama/Llama-3.1-405B-Instruct",
 }
-ONLY = {"405B": ("LoRA", "sft", "v5p")}  # what of a model is tried, where that isn't all
+ONLY = {"405B": ("LoRA", "sft", "v5p")}  # (method, objective, chip) of models that are not tried with all
 METHODS = ("full", "LoRA", "QLoRA")
 GPUS = ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8")
 HARDWARE = {
@@ -43,7 +44,10 @@ HARDWARE = {
     "v5p": ("TPU v5p 95 GB", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
 }
 SETTINGS = {
-    ("full", "sft"): ["full=true", "params=bfloat16", "fused_backward=true", "optimizer=jaxft.optim.optimizer:adafactor", "remat=full"],
+    ("full", "sft"): [
+        "full=true", "params=bfloat16", "fused_backward=true", "optimizer=jaxft.optim.optimizer:adafactor",
+        "remat=full",
+    ],
     ("full", "dpo"): [
         "adapter=none", "params=bfloat16", "optim.fused_backward=true", "optim.clip=none",
         "optim.optimizer=jaxft.optim.optimizer:adafactor", "reference=precomputed", "remat=full",
@@ -53,12 +57,12 @@ SETTINGS = {
     ("QLoRA", "sft"): ["quant=nf4", "remat=full"],
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
-# Folders and files of jaxft that have no part in a run's programs.
+# Folders and files of jaxft that do not affect a run's programs.
 PLANNER = ("plan", "runs/cli.py", "runs/report.py", "runs/log.py", "runs/trackers")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,25 +71,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--objectives", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
+    parser.add_argument("--again", action="store_true", help="recompile cells of an older jax or older code")
     parser.add_argument(
-        "--again", action="store_true", help="compile again what an older jax or other code gave"
+        "--add",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="merge the cells of FILEs without compiling",
     )
-    parser.add_argument(
-        "--add", nargs="+", type=Path, default=[], metavar="FILE", help="compile nothing, add what FILEs hold"
-    )
-    parser.add_argument("--print", action="store_true", help="compile nothing, print what is there")
+    parser.add_argument("--print", action="store_true", help="print the table without compiling")
     return parser.parse_args(argv)
 
 
-def wanted(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
-    """(chip, model, method, objective) of each cell, SFT before DPO and small models before large ones."""
+def cells_of(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (chip, model, method, objective) of each cell, SFT first and small models first."""
     for objective, model, method, chip in itertools.product(a.objectives, a.models, a.methods, a.hardware):
         if ONLY.get(model, (method, objective, chip)) == (method, objective, chip):
             yield chip, model, method, objective
 
 
 def settings(model: str, method: str, objective: str, devices: int) -> tuple[str, list[str]]:
-    """(config, overrides) of a cell."""
+    """Return (config, overrides) of a cell."""
     rows = [f"batch={devices}", "micro=1", f"max_length={LENGTH if objective == 'sft' else LENGTH // 2}"]
     return f"configs/llama31_8b_{objective}.py", [
         f"model={MODELS[model]}",
@@ -95,7 +102,7 @@ def settings(model: str, method: str, objective: str, devices: int) -> tuple[str
 
 
 def source_hash() -> str:
-    """Hash jax's version and the code that makes a run's programs; the planner only looks at those."""
+    """Hash jax's version and the code of a run's programs, without the planner."""
     import jax
 
     digest = hashlib.sha256(jax.__version__.encode())
@@ -107,15 +114,15 @@ def source_hash() -> str:
 
 
 def planned(run: Any, machine: Any) -> dict[str, Any]:
-    """What is kept of a plan, or why there is none; nothing is compiled where what is there between programs doesn't fit."""
-    from jaxft.plan import plan
+    """Return the stored fields of a plan, or its error. Nothing is compiled if resident arrays do not fit."""
+    from jaxft.plan import machines, memory, plan
     from jaxft.train import programs
 
     none = {"fits": False, "total": None, "devices": len(machine.devices)}
     try:
-        held = sum(plan.resident(programs.abstract(run, machine.devices)[0]).values())
-        if held + 0.4 * plan.GIB > machine.chip.memory - machine.chip.kept:
-            return {**none, "held": held}
+        resident = sum(memory.resident(programs.abstract(run, machine.devices)[0]).values())
+        if resident + 0.4 * machines.GIB > machine.chip.memory - machine.chip.reserved:
+            return {**none, "resident": resident}
         one = plan.plan(run, machine).json()
     except ValueError as error:
         return {**none, "why": str(error)}
@@ -125,8 +132,8 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
 
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
-    """Climb the sizes of a machine until one holds the run, from the first that holds what is there between programs."""
-    from jaxft.plan import machines, plan
+    """Plan increasing numbers of devices until one fits, and save each result."""
+    from jaxft.plan import machines
     from jaxft.runs import config
 
     for size in HARDWARE[chip][1]:
@@ -144,7 +151,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
                 "seconds": round(time.perf_counter() - begin, 1),
             }
             save(key, found)
-            size_ = f"{found['total'] / plan.GIB:.2f} GiB" if found["total"] else "too large"
+            size_ = f"{found['total'] / machines.GIB:.2f} GiB" if found["total"] else "too large"
             print(
                 f"{key}: {size_}, fits: {found['fits']} ({found['seconds']} s)", file=sys.stderr, flush=True
             )
@@ -155,7 +162,7 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
 def smallest(
     cells: dict[str, Any], chip: str, model: str, method: str, objective: str
 ) -> dict[str, Any] | None:
-    """The first size that fits, {} where none does, None where that isn't known yet."""
+    """Return the smallest size that fits; {} if none does, None if a size is not yet compiled."""
     for size in HARDWARE[chip][1]:
         found = cells.get(f"{chip}:{size} {model} {method} {objective}")
         if found is None:
@@ -165,8 +172,8 @@ def smallest(
     return {}
 
 
-def shown(one: dict[str, Any] | None) -> str:
-    """A cell's text: GiB a device, and how many devices where one is not enough."""
+def cell_text(one: dict[str, Any] | None) -> str:
+    """Return the text of a cell: GiB per device, and the number of devices if more than one."""
     if one is None:
         return ""
     if not one:
@@ -176,7 +183,7 @@ def shown(one: dict[str, Any] | None) -> str:
 
 
 def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
-    """Markdown: a row a model, method and objective, a column a machine."""
+    """Return Markdown with a row per model, method and objective, and a column per chip."""
     lines = [
         "| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |",
         "|---" * (3 + len(a.hardware)) + "|",
@@ -188,25 +195,25 @@ def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
                 for chip in a.hardware:
                     found = smallest(cells, chip, model, method, objective)
                     first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else found
-                    if found and first:  # both have to fit
+                    if found and first:  # SFT and DPO both have to fit
                         found = max(found, first, key=lambda one: (one["devices"], one["total"]))
-                    row.append(shown(found))
+                    row.append(cell_text(found))
                 if any(row):
-                    learns = "SFT" if objective == "sft" else "SFT + DPO"
+                    objectives = "SFT" if objective == "sft" else "SFT + DPO"
                     name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
-                    lines.append(f"| {' | '.join([name, method, learns, *row])} |")
+                    lines.append(f"| {' | '.join([name, method, objectives, *row])} |")
     return "\n".join(lines)
 
 
 def write(path: Path, cells: dict[str, Any]) -> None:
-    """All cells, in place of what is there."""
+    """Write all cells, replacing the file atomically."""
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(cells, indent=1))
     temporary.replace(path)
 
 
 def main() -> int:
-    """Compile what is missing, print the table."""
+    """Compile the missing cells, and print the table."""
     a = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"
     version = source_hash()
@@ -225,14 +232,15 @@ def main() -> int:
     if not (a.print or a.add):
         from jaxft.plan import plan
 
-        plan.set_quick(True)  # one of the settings that need least memory; GPUs have no such
-        for chip, model, method, objective in wanted(a):
+        plan.set_quick(True)  # needs least memory on TPUs; no effect on GPUs
+        for chip, model, method, objective in cells_of(a):
             cell(chip, model, method, objective, known(), save)
     print(table(stored(), a))
     older = sum(one["source"] != version for one in stored().values())
     if older:
         print(
-            f"\n{older} of {len(stored())} programs were compiled by an older jax or of older code; --again compiles them"
+            f"\n{older} of {len(stored())} programs were compiled with an older jax or older code; "
+            "use --again to recompile them"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""What a compiled program moves: on eight simulated devices with traffic that is known, and in texts written by hand."""
+"""Bytes that a compiled program moves: small programs on eight simulated devices, and hand-written HLO."""
 
 from types import SimpleNamespace
 
@@ -14,17 +14,17 @@ N = 8
 MESH = dict(data=1, fsdp=8)
 
 
-def compiled(program, *shapes, places=None, **kwargs):
+def compiled(program, *shapes, domains=None, **kwargs):
     text = jax.jit(program, **kwargs).lower(*shapes).compile().as_text()
     module = hlo.parse_hlo(text)
-    return module, traffic.collectives(module, places or [0] * N)
+    return module, traffic.collectives(module, domains or [0] * N)
 
 
 def on(mesh, shape, *axes):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.array_sharding(mesh, axes, shape))
 
 
-def test_a_gathered_matrix_moves_what_a_device_lacks():
+def test_an_all_gather_moves_all_shards_but_the_local_one():
     mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
     w = on(mesh, (64, 32), "width", "act_width")
     with jax.set_mesh(mesh):
@@ -34,7 +34,7 @@ def test_a_gathered_matrix_moves_what_a_device_lacks():
     assert one.moved == 64 * 32 * 4 * 7 / 8 and one.across == 0
 
 
-def test_loops_within_loops_multiply_and_a_sum_over_devices_is_an_all_reduce():
+def test_trip_counts_of_nested_loops_multiply():
     mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
     x = on(mesh, (16, 64), "time", "width")
 
@@ -55,16 +55,15 @@ def test_loops_within_loops_multiply_and_a_sum_over_devices_is_an_all_reduce():
     assert sum(c.times * c.moved for c in reduces) == 3 * 5 * 16 * 4 * 2 * 7 / 8
 
 
-def test_what_leaves_a_host_is_shared_by_its_devices():
+def test_traffic_across_hosts_is_divided_over_their_devices():
     mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
     w = on(mesh, (64, 32), "width", "act_width")
     with jax.set_mesh(mesh):
         text = jax.jit(jnp.sin, out_shardings=sharding.replicated(mesh)).lower(w).compile().as_text()
     size = 64 * 32 * 4
     (one,) = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
-    assert (
-        one.span == 2 and one.across == size / 2 / 4
-    )  # half is on the other host, and four devices bring it in
+    # half is on the other host, and four devices receive it
+    assert one.span == 2 and one.across == size / 2 / 4
     (alone,) = traffic.collectives(hlo.parse_hlo(text), list(range(8)))
     assert alone.across == alone.moved == size * 7 / 8
 
@@ -85,7 +84,7 @@ def test_what_leaves_a_host_is_shared_by_its_devices():
         ("channel_id=1", ((0, 1, 2, 3),)),
     ],
 )
-def test_every_way_in_which_groups_are_written(text, groups):
+def test_every_format_of_replica_groups_is_parsed(text, groups):
     found = traffic.replica_groups(text, 4)
     assert {frozenset(g) for g in found} == {frozenset(g) for g in groups}
 
@@ -142,14 +141,14 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %wait = ((f32[16]{0}, s4[6]{0}), (f32[64]{0}, s4[24]{0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
   ROOT %got = f32[64]{0} all-gather-done(%wait)
 }
-"""
+"""  # noqa: E501
 HAND = HAND.replace("CHAIN", 'frontend_attributes={chain_id="2"}')
 HAND = HAND.replace(
     "OVER", 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
 )
 
 
-def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit():
+def test_chained_pieces_count_once_and_trip_counts_follow_from_start_step_and_limit():
     program = hlo.parse_hlo(HAND)
     found = {c.name: c for c in traffic.collectives(program, [0, 0, 1, 1])}
     assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
@@ -167,7 +166,7 @@ def test_a_compilers_pieces_count_once_and_loops_by_their_start_step_and_limit()
     assert program.unknown_loops == ["free"]
 
 
-def test_what_a_text_does_not_tell_is_told():
+def test_loops_without_a_known_trip_count_are_reported():
     start, body_end = "  %two.1 = s32[] constant(2)\n", "}\n\nENTRY"
     copied = HAND.replace(start, "  %was = s32[] constant(2)\n  %two.1 = s32[] copy(%was)\n")
     threaded = HAND.replace(body_end, '}, execution_thread="sparsecore"\n\nENTRY')
@@ -175,14 +174,14 @@ def test_what_a_text_does_not_tell_is_told():
         program = hlo.parse_hlo(text)
         found = {c.name: c.times for c in traffic.collectives(program, [0, 0, 1, 1])}
         assert found["all-gather.1"] == 4 and program.unknown_loops == ["free"]
-    for was, unknown in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
-        assert was in HAND
-        program = hlo.parse_hlo(HAND.replace(was, unknown))
+    for old, new in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
+        assert old in HAND
+        program = hlo.parse_hlo(HAND.replace(old, new))
         traffic.collectives(program, [0, 0, 1, 1])
         assert program.unknown_loops == ["loop", "free"]
-    for cut in (HAND[: HAND.rindex("}")], HAND.replace("ENTRY ", "")):
-        with pytest.raises(ValueError, match="its entry wasn't found whole"):
-            hlo.parse_hlo(cut)
+    for truncated in (HAND[: HAND.rindex("}")], HAND.replace("ENTRY ", "")):
+        with pytest.raises(ValueError, match="no complete entry computation"):
+            hlo.parse_hlo(truncated)
 
 
 EXCHANGED = """HloModule exchanged
@@ -195,14 +194,14 @@ ENTRY %main (a: f32[128]) -> f32[128] {
 """
 
 
-def test_what_an_exchange_and_a_ring_send_to_the_other_host():
-    """Of an all-to-all each device sends half of its own away; of a ring over two hosts two of eight devices send anything."""
+def test_bytes_across_hosts_of_an_all_to_all_and_a_ring():
+    """In an all-to-all a device sends half of its data; in a ring over two hosts two devices send."""
     text = EXCHANGED.replace("PAIRS", ",".join(f"{{{i},{(i + 1) % 8}}}" for i in range(8)))
     each, ring = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
     assert (each.kind, each.moved, each.across) == ("all-to-all", 512 * 7 / 8, 512 / 2)
     assert (ring.kind, ring.moved, ring.across) == ("collective-permute", 512, 512 / 4)
     machine = SimpleNamespace(chip=SimpleNamespace(within=1e4, across=1e3), axes=lambda group: 1)
-    assert roofline.seconds(machine, ring) == pytest.approx(512 / 1e3 / roofline.LINKS)  # the slowest pair's
+    assert roofline.seconds(machine, ring) == pytest.approx(512 / 1e3 / roofline.LINKS)  # the slowest pair
 
 
 SUMMED = """HloModule summed
@@ -258,16 +257,16 @@ ENTRY %main (a: bf16[3,2,16], b: f32[8,16], at.2: u32[], n: s32[]) -> f32[2,16] 
   %plain = f32[8,16]{1,0} all-gather(%part.3), dimensions={0}, GROUPS
   ROOT %end = f32[2,16]{1,0} copy(%part.4)
 }
-""".replace("GROUPS", "replica_groups={{0,1,2,3}}, to_apply=%add")
+""".replace("GROUPS", "replica_groups={{0,1,2,3}}, to_apply=%add")  # noqa: E501
 
 
-def test_an_all_reduce_that_gathers_or_scatters_is_told_from_one_that_adds_and_counts_twice():
+def test_an_all_reduce_that_gathers_or_scatters_is_recognised_and_counts_twice():
     found = {c.name: c for c in traffic.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
-    kinds = {name: (c.kind, c.summed) for name, c in found.items() if "gather-" not in name}
+    kinds = {name: (c.kind, c.as_all_reduce) for name, c in found.items() if "gather-" not in name}
     assert kinds == {
-        "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True), "pair": ("reduce-scatter", True),
-        "added": ("all-reduce", False), "real": ("all-reduce", False), "plain": ("all-gather", False),
-        "start": ("all-gather", False), "waiting": ("all-gather", False),
+        "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True),
+        "pair": ("reduce-scatter", True), "added": ("all-reduce", False), "real": ("all-reduce", False),
+        "plain": ("all-gather", False), "start": ("all-gather", False), "waiting": ("all-gather", False),
     }  # fmt: skip
     assert (
         found["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4
@@ -279,14 +278,12 @@ def test_an_all_reduce_that_gathers_or_scatters_is_told_from_one_that_adds_and_c
         == 2 * found["plain"].moved
         == 2 * (8 * 16 * 4) * 3 / 4
     )
-    assert {name for name, c in found.items() if c.behind} == {
-        "start"
-    }  # the others have begun and ended when the next one runs
-    assert {name for name, c in found.items() if not c.gathers} == {"added", "real"}
+    assert {name for name, c in found.items() if c.overlapped} == {"start"}  # the others are synchronous
+    assert {name for name, c in found.items() if not c.gathers_or_scatters} == {"added", "real"}
 
 
-def test_memory_counts_a_slice_where_only_a_slice_is_read_and_an_update_where_it_is_written_in_place():
-    def program(x):  # reads and writes a row a round
+def test_memory_traffic_of_a_slice_or_in_place_update_is_its_size():
+    def program(x):  # reads and writes one row per iteration
         def step(i, x):
             return x.at[i].set(jnp.sin(x[i]))
 
@@ -296,18 +293,18 @@ def test_memory_counts_a_slice_where_only_a_slice_is_read_and_an_update_where_it
     found = traffic.memory_bytes(
         hlo.parse_hlo(jax.jit(program, donate_argnums=0).lower(x).compile().as_text())
     )
-    whole = 256 * 4096 * 4
-    assert 2 * whole <= found < 6 * whole  # not 256 times the whole
+    size = 256 * 4096 * 4
+    assert 2 * size <= found < 6 * size  # not 256 times the array
 
 
-def test_memory_of_a_product_is_its_operands_and_its_result():
+def test_memory_traffic_of_a_matmul_is_its_operands_and_result():
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 128)))
     found = traffic.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
     exact = 4 * (256 * 512 + 512 * 128 + 256 * 128)
     np.testing.assert_allclose(found, exact, rtol=0.01)
 
 
-def test_an_element_has_its_bits():
+def test_bits_per_element_of_hlo_dtypes():
     assert [hlo.bits(d) for d in ("pred", "s4", "bf16", "f8e4m3fn", "u32", "c64")] == [8, 4, 16, 8, 32, 64]
     assert hlo.arrays("(s4[3]{0:T(8)S(1)}, f32[])") == [
         hlo.Array("s4", (3,), "0:T(8)S(1)"),

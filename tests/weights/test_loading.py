@@ -296,8 +296,8 @@ def bench(*argv):
 def test_the_benchmark_reports_the_shards_of_each_process():
     found = bench("--gb", "0.02", "--devices", "2")
     for process in found["processes"]:
-        assert process["own shards"] == pytest.approx(found["files"] / 2, rel=0.02)
-        assert process["own part of the largest leaf"] < process["own shards"]
+        assert process["local shards"] == pytest.approx(found["files"] / 2, rel=0.02)
+        assert process["local part of the largest leaf"] < process["local shards"]
 
 
 @pytest.mark.slow
@@ -305,4 +305,6 @@ def test_the_benchmark_reports_the_shards_of_each_process():
 def test_peak_host_memory_is_the_local_shards_and_about_one_parameter(more):
     found = bench("--gb", "1", *more)
     for process in found["processes"]:
-        assert process["peak"] < process["own shards"] + process["largest leaf"] + 0.1 * found["files"], found
+        assert process["peak"] < process["local shards"] + process["largest leaf"] + 0.1 * found["files"], (
+            found
+        )
