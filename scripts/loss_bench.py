@@ -163,12 +163,12 @@ def loss_of(text: str) -> Loss:
 def losses(texts: Sequence[str], taken: Sequence[Loss] = ()) -> list[Loss]:
     """Parse losses without duplicates and without those in `taken`, and make their labels unique."""
     found = {loss.label: loss for loss in taken}
-    known = {(loss.file, loss.label) for loss in taken}
+    listed = {(loss.file, loss.label) for loss in taken}
     for text in texts:
         loss = loss_of(text)
-        if (loss.file, loss.label) in known:
+        if (loss.file, loss.label) in listed:
             continue
-        known.add((loss.file, loss.label))
+        listed.add((loss.file, loss.label))
         labels = (loss.label, f"{loss.file.stem}:{loss.label}", f"{loss.file}:{loss.label}")
         label = next(label for label in labels if label not in found)
         found[label] = replace(loss, label=label)
@@ -219,7 +219,8 @@ def show(console: Console, label: str, checks: Sequence[Check]) -> None:
 
 
 def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarray]], str]:
-    """Scale curves to share an axis: if their sizes differ by 10, divide each by its largest value.
+    """Scale curves to share an axis: if their sizes differ by a factor of 10 or more, divide each by its
+    maximum.
 
     Returns the curves and a note for the axis label.
     """
@@ -344,12 +345,12 @@ def race(chosen: Sequence[Loss], probes: dict[str, Probe], args: argparse.Namesp
         content_of(data.train),
         content_of(data.held_out),
     ]
-    known = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     print(
         f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,
     )
-    return loop.run(Sweep(f"{'-'.join(runs)[:60]}-{known}", runs), root=args.out)
+    return loop.run(Sweep(f"{'-'.join(runs)[:60]}-{digest}", runs), root=args.out)
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:

@@ -117,7 +117,7 @@ def local() -> Machine:
     """Return the devices of this process's backend as a machine."""
     found = jax.devices()
     kind = found[0].device_kind
-    known = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
+    candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     fraction = (
         float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
         if found[0].platform in ("gpu", "cuda")
@@ -125,8 +125,8 @@ def local() -> Machine:
     )
     # bytes_limit is only the fraction of a GPU's memory that jax may allocate
     memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
-    near = min(known, key=lambda chip: abs(chip.memory - memory), default=None)
-    return Machine(f"{len(found)} x {kind}", near, list(found))
+    nearest = min(candidates, key=lambda chip: abs(chip.memory - memory), default=None)
+    return Machine(f"{len(found)} x {kind}", nearest, list(found))
 
 
 def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:

@@ -267,19 +267,18 @@ def _order(text: str | None, devices: int) -> np.ndarray:
 def _along(mesh: str, order: np.ndarray, axes: str) -> tuple[tuple[int, ...], ...]:
     """Return the groups along axes of a named mesh; 'x':(2)4 is the sub-axis of size 4 after a major 2."""
     sizes: list[tuple[str, int]] = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)]
-    taken: list[tuple[str, int, int]] = []
+    selected: list[tuple[str, int, int]] = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
-        whole = dict(sizes)[name]
-        taken.append((name, int(before or 1), int(size or whole)))
+        selected.append((name, int(before or 1), int(size or dict(sizes)[name])))
     shape, inside = [], []
-    for name, whole in sizes:
-        cuts = sorted((before, size) for n, before, size in taken if n == name)
+    for name, full_size in sizes:
+        sub_axes = sorted((before, size) for n, before, size in selected if n == name)
         done = 1
-        for before, size in cuts:
+        for before, size in sub_axes:
             shape += [before // done, size]
             inside += [False, True]
             done = before * size
-        shape.append(whole // done)
+        shape.append(full_size // done)
         inside.append(False)
     last = [i for i, x in enumerate(inside) if x]
     first = [i for i, x in enumerate(inside) if not x]
