@@ -268,7 +268,7 @@ def _all_equal(scores: GroupScores) -> Bool[np.ndarray, "G 1"]:
     return high.max(1, keepdims=True) <= low.min(1, keepdims=True)
 
 
-def _centred(scores: GroupScores) -> GroupScores:
+def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
     """`r - mean of the group`, exactly 0 if all are equal: their mean may be off by a rounding."""
     valid, x = has_score(scores), _float64(scores)
     mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)

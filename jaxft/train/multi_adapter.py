@@ -133,7 +133,7 @@ def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None 
     return update
 
 
-def make_eval_step(adapters: MultiAdapter) -> Callable:
+def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
     """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows, the same for all adapters.
 
     If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of all batches together.

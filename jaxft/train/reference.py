@@ -72,7 +72,7 @@ def cache_file(name: str, cache: Path | None = None) -> Path:
     return data_cache.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
 
 
-def read_logps(path: Path) -> dict[str, np.ndarray]:
+def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
     """Return log-probs by the pair's key; {} if there is no file or it is damaged."""
     try:
         with (
@@ -115,7 +115,7 @@ def add_cached_logps(
 
     compute(batches) yields log-probs [1, rows, M] of each batch; it is called for the missing pairs only.
     """
-    known = read_logps(path)
+    known = load_reference_logps(path)
     if not processes.all_equal(sorted(known)):  # hosts with caches of their own
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]

@@ -22,7 +22,7 @@ from jaxft.train.multi_adapter import (
     combine_objectives,
     gradients,
     loss_metrics,
-    make_eval_step,
+    make_adapters_eval_step,
     make_update,
     own_params,
 )
@@ -88,7 +88,7 @@ def compile_sweep_eval(
     if not batches:
         return lambda states: [{} for _ in range(count)]
     mesh, states = job.lead.programs.mesh, job.abstract_states
-    step = jax.jit(make_eval_step(adapters), out_shardings=sharding.replicated(mesh))
+    step = jax.jit(make_adapters_eval_step(adapters), out_shardings=sharding.replicated(mesh))
     trainable, aux = [s.trainable for s in states], [s.aux for s in states]
     first = sharding.shard_batch(mesh, batches[0])
     compiled = step.lower(trainable, frozen, first, aux).compile()

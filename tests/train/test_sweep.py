@@ -30,7 +30,7 @@ from jaxft.train.multi_adapter import (
     combine_objectives,
     gradients,
     loss_metrics,
-    make_eval_step,
+    make_adapters_eval_step,
     make_update,
     own_params,
 )
@@ -327,7 +327,7 @@ def test_evaluation_together_is_each_ones_own(weights):
         t = combine_objectives([b[1] for b in begun], at_once=2)
         trainable, aux = [b[3].trainable for b in begun], [b[3].aux for b in begun]
         frozen = SharedFrozen(weights, tuple(own_params(b[4]) for b in begun))
-        step = jit(make_eval_step(t))
+        step = jit(make_adapters_eval_step(t))
         seen = [step(trainable, frozen, jax.tree.map(lambda x: x[None], batch), aux) for batch in BATCHES[:2]]
         found = loss_metrics(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
