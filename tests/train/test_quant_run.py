@@ -1,4 +1,4 @@
-"""Whole runs on a quantised base: gone on with is uninterrupted, on a mesh as on one device, asked and merged as trained."""
+"""Runs on a quantised base: records, resuming, meshes, generation and export, the reference policy, memory."""
 
 import json
 import tracemalloc
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import write_pair_place
+from prepared import prepare, resume
 from scripts_in_process import call
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import Place, write_place
@@ -39,64 +40,60 @@ def pairs(tmp_path_factory):
 
 SHORT = ["samples=0", "steps=3"]
 SLOW = {kind: pytest.mark.slow for kind in KINDS if kind not in ("nf4", "int8")}
+KIND = pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
-def test_a_killed_run_ends_as_one_that_was_left_alone(place, kind):
-    argv = [*SHORT, f"quant={kind}", "dropout=0.2", "micro=2"]
-    assert place.run(*argv, f"name={kind}-alone") == 0, place.err()
+@KIND
+def test_the_log_the_record_and_the_card_name_the_format_and_checkpoints_omit_the_base(place, kind):
+    assert place.run(*SHORT, f"quant={kind}", f"name={kind}") == 0, place.err()
     assert f"frozen: 69 % of the base in {kind}, " in place.out()
-    place.run_with_a_kill(*argv, name=kind)
-    alone, found = place.results(f"{kind}-alone", 3), place.results(kind, 3)
-    assert (
-        alone["metrics"] == found["metrics"]
-        and alone["leaves"] == found["leaves"]
-        and alone["files"] == found["files"]
-    )
     record = json.loads((place.runs(kind) / "config.json").read_text())
     assert record["quant"] == {"kind": kind, "block": None, "double": None, "targets": "all-linear"}
     assert (
         f"The frozen weights were quantised: 69 % of the base in {kind}, "
         in (place.runs(kind) / "README.md").read_text()
     )
-    assert not any("base" in path for path in place.leaves(kind, 3))  # it is made anew from the weights
+    assert not any("base" in path for path in place.leaves(kind, 3))  # quantised again from the weights
 
 
-def test_another_form_is_another_run_and_what_does_not_fit_is_one_line(place):
+def test_a_run_resumes_only_with_its_quantisation(place):
     assert place.run(*SHORT, "quant=nf4", "name=one") == 0, place.err()
-    for argv, words in (
-        ("quant=int8", "quant.kind: 'nf4' -> 'int8'"),
-        ("quant=none", "-> None"),
-        ("quant.block=32", "quant"),
+    for argv, change in (
+        (["quant=int8"], r"quant.kind: 'nf4' -> 'int8'"),
+        (["quant=none"], r"quant: \{.*\} -> None"),
+        (["quant=nf4", "quant.block=32"], r"quant.block: None -> 32"),
     ):
-        assert place.run(*SHORT, *({"quant=nf4", argv} if "." in argv else {argv}), "name=one") == 1
-        assert f"(quant{'' if argv == 'quant=none' else '.'}" in place.err() and words in place.err()
-        assert place.err().count("->") == 1 and "choose another name" in place.err()
-    assert place.run(*SHORT, "quant=nf4", "full=true", "name=wrong") == 1
-    assert place.err() == (
-        "error: quant=nf4 freezes base/layers/attn/k, which is trainable; train an adapter, or set quant=none\n"
-    )
+        with pytest.raises(ValueError, match=rf"original run: {change}. Restore .* choose another name"):
+            resume(place.folder, *SHORT, *argv, "name=one")
+
+
+def test_quantised_weights_are_neither_trained_nor_split_inside_a_block(place):
+    with pytest.raises(
+        ValueError, match="quant=nf4 freezes base/layers/attn/k, which is trainable; train an "
+    ):
+        prepare(place.folder, *SHORT, "quant=nf4", "full=true")
     mesh = ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2"]
-    assert place.run(*SHORT, "quant=nf4", *mesh, "name=wrong", devices=2) == 1
-    assert place.err() == (
-        "error: base/layers/attn/o: an input axis of 64 in blocks of 64 can't be sharded over tensor=2; "
-        "use one of (1,), or another quant.block\n"
-    )
+    message = r"attn/o: an input axis of 64 in blocks of 64 can't be sharded over tensor=2; use one of \(1,\)"
+    with pytest.raises(ValueError, match=message):
+        prepare(place.folder, *SHORT, "quant=nf4", *mesh, devices=2)
+
+
+def test_a_non_finite_weight_cannot_be_quantised_and_is_named(place):
     path = place.folder / "base" / "model.safetensors"
-    kept = path.read_bytes()
-    start = int.from_bytes(kept[:8], "little") + 8
-    entry = json.loads(kept[8:start])["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
-    path.write_bytes(kept[: start + entry[0]] + np.float32(np.nan).tobytes() + kept[start + entry[0] + 4 :])
-    assert place.run(*SHORT, "quant=nf4", "name=wrong") == 1
-    assert place.err() == (
-        f"error: base: model.layers.1.mlp.up_proj.weight: 1 of {96 * 64} values are not finite or too large, the first nan "
-        "at (0, 0)\n"
+    stored = path.read_bytes()
+    start = int.from_bytes(stored[:8], "little") + 8
+    offset = start + json.loads(stored[8:start])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
+    path.write_bytes(stored[:offset] + np.float32(np.nan).tobytes() + stored[offset + 4 :])
+    message = (
+        rf"layers.1.mlp.up_proj.weight: 1 of {96 * 64} values are not finite or too large, the first nan "
     )
-    path.write_bytes(kept)
+    with pytest.raises(ValueError, match=message + r"at \(0, 0\)"):
+        prepare(place.folder, *SHORT, "quant=nf4", load=True)
+    path.write_bytes(stored)
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
+def test_the_losses_on_a_mesh_are_those_of_one_device(place, kind):
     argv = [*SHORT, f"quant={kind}", "batch=8", "lr=0.0001", *(["quant.block=16"] if kind == "nf4" else [])]
     assert place.run(*argv, f"name={kind}-one") == 0, place.err()
     sizes = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
@@ -106,27 +103,29 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(place, kind):
             assert b[key] == pytest.approx(a[key], rel=1e-4)
 
 
-def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys, tmp_path):
-    assert place.run(*SHORT, "quant=nf4", "name=asked", "lr=0.03") == 0, place.err()
-    run = place.runs("asked")
+def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
+    place, monkeypatch, capsys, tmp_path
+):
+    assert place.run(*SHORT, "quant=nf4", "name=trained", "lr=0.03") == 0, place.err()
+    run = place.runs("trained")
     monkeypatch.chdir(place.folder)
     script = lambda name, *args: call(monkeypatch, capsys, name, *args)  # noqa: E731
-    ask = ["--prompt", "what is 20 plus 20?", "--prompt", "ab", "--max-new", "6", "--json"]
+    prompts = ["--prompt", "what is 20 plus 20?", "--prompt", "ab", "--max-new", "6", "--json"]
 
-    def answers(*args):
-        code, out, err = script("generate", *args, *ask)
+    def completions(*args):
+        code, out, err = script("generate", *args, *prompts)
         assert code == 0, err
         return [json.loads(line)["completion"].strip() for line in out.splitlines()]
 
-    found = answers("--run", run)
-    assert found == answers(
+    found = completions("--run", run)
+    assert found == completions(
         "--model", "base", "--adapter", run / "adapter", "--quant", "nf4", "--dtype", "float32"
     )
-    assert found != answers("--run", run, "--quant", "none")
+    assert found != completions("--run", run, "--quant", "none")
 
     code, out, _ = script("export", "--run", run, "--out", tmp_path / "wide", "--dtype", "float32")
     assert code == 0 and "base as nf4 with" in out and "rounding" not in out
-    assert answers("--model", tmp_path / "wide", "--dtype", "float32") == found
+    assert completions("--model", tmp_path / "wide", "--dtype", "float32") == found
     code, out, _ = script("export", "--run", run, "--out", tmp_path / "narrow")
     assert code == 0 and "rounding changed the weights by 0.1" in out
 
@@ -134,36 +133,39 @@ def test_a_run_is_asked_and_merged_as_it_was_trained(place, monkeypatch, capsys,
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
     loaded, settings = adapters.load_adapter(adapter, model, mesh)
-    whole = {"base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])), "adapter": loaded}
+    quantised = {
+        "base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])),
+        "adapter": loaded,
+    }
     merged = {"base": pretrained.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
-        for full, params in ((adapted(model, settings), whole), (adapted(model, None), merged))
+        for full, params in ((adapted(model, settings), quantised), (adapted(model, None), merged))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-4)
 
 
-def test_tables_and_heads_are_packed_as_they_are_read(tmp_path):
+def test_the_embedding_table_and_the_head_are_quantised_while_loading(tmp_path):
     folder = str(write_folder(tmp_path, tiny_torch(tie_word_embeddings=False)))
     model, mesh = pretrained.model_for(folder), sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     t = partition.partition_params(
         model, Adapter(rank=2), None, Quant("nf4", 16, targets="embed|head|layers/attn/q")
     )
     base = pretrained.load_base(folder, t.stored, mesh)
-    wanted = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))[1]["base"]
+    expected = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))[1]["base"]
     shapes = lambda leaf: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]  # noqa: E731
     for name in ("embed", "head"):
         assert (
             is_qtensor(base[name])
             and base[name].mean.shape == ()
-            and shapes(base[name]) == shapes(wanted[name])
+            and shapes(base[name]) == shapes(expected[name])
         )
 
 
-def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
+def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
-    assert adapters.base_differences(start, identity, Quant()) == []  # nothing is known
+    assert adapters.base_differences(start, identity, Quant()) == []  # no record
     record = {"weights": "there", "weights_fingerprint": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     assert adapters.base_differences(start, identity, Quant()) == []
@@ -174,20 +176,20 @@ def test_an_adapter_that_was_trained_on_another_base_is_named(tmp_path):
     assert adapters.base_differences(f"{start}/adapter", identity, None) == []
 
 
-def test_the_reference_of_a_quantised_run_is_its_own(pairs):
-    told = "reference log-probs: {} of 24 pairs are cached, {} to compute"
-    seen = {}
+def test_the_reference_of_a_quantised_run_is_its_quantised_base(pairs):
+    message = "reference log-probs: {} of 24 pairs are cached, {} to compute"
+    logps = {}
     for kind, found in (("nf4", 0), ("none", 0), ("nf4", 24)):
         argv = ["reference=precomputed", "steps=1", f"quant={kind}", f"name={kind}-{found}"]
         assert pairs.run(*argv, JAXFT_CACHE=str(pairs.folder / "cache")) == 0, pairs.err()
-        assert told.format(found, 24 - found) in pairs.out()
+        assert message.format(found, 24 - found) in pairs.out()
         first = next(line for line in pairs.metrics(f"{kind}-{found}") if "loss" in line)
         assert first["loss"] == pytest.approx(0.6931472, rel=1e-5)
-        seen[kind, found] = first["logps/chosen"]
-    assert seen["nf4", 0] == seen["nf4", 24] != seen["none", 0]
+        logps[kind, found] = first["logps/chosen"]
+    assert logps["nf4", 0] == logps["nf4", 24] != logps["none", 0]
 
 
-def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
+def test_loading_needs_float_memory_for_a_few_layers_not_for_a_stacked_leaf(tmp_path):
     folder = str(
         write_folder(tmp_path, tiny_torch(hidden_size=128, intermediate_size=512, num_hidden_layers=32))
     )
@@ -195,10 +197,10 @@ def test_loading_holds_a_layer_in_floats_and_never_a_stacked_leaf(tmp_path):
     t = partition.partition_params(model, Adapter(rank=2), None, Quant())
     path, leaf = "base/layers/mlp/up", pretrained.open_params(folder, model)["layers/mlp/up"]
     like = storage.leaf_shapes(param.spec_paths(t.specs)[path], t.storage[path])
-    places = storage.leaf_sharding(param.spec_paths(t.specs)[path], like, mesh, path)
-    load_param(leaf, like, places, False)  # what jax keeps of it is there before the measurement
+    shardings = storage.leaf_sharding(param.spec_paths(t.specs)[path], like, mesh, path)
+    load_param(leaf, like, shardings, False)  # jax's caches are filled before the measurement
     tracemalloc.start()
-    found = load_param(leaf, like, places, False)
+    found = load_param(leaf, like, shardings, False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     layer = 128 * 512 * 4
