@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rl_workdir
+from prepared import load_and_compile, prepare
 from rl_completions import TOKENIZER, random_prompts
 from safetensors.numpy import load_file
 from tiny_run import Place
@@ -435,9 +436,8 @@ def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
 
 
 def test_a_run_ends_with_a_whole_rollout(workdir):
-    assert workdir.run("name=half", "steps=5", "passes=2") == 1
-    last = workdir.err().strip().splitlines()[-1]
-    assert last.startswith("error: loop.steps=5") and last.rstrip(".").endswith("set 4 or 6")
+    with pytest.raises(ValueError, match=r"^loop.steps=5 .* set 4 or 6"):
+        prepare(workdir.folder, "steps=5", "passes=2")
 
 
 def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workdir):
@@ -451,8 +451,8 @@ def test_the_policy_is_frozen_while_a_critic_on_its_hidden_states_warms_up(workd
 
 
 def test_dropout_of_a_policy_is_refused(workdir):
-    assert workdir.run("name=refused", "adapter.dropout=0.3") == 1
-    assert "adapter.dropout=0.3" in workdir.err().strip().splitlines()[-1]
+    with pytest.raises(ValueError, match="adapter.dropout=0.3"):
+        prepare(workdir.folder, "adapter.dropout=0.3")
 
 
 def test_a_reward_that_fails_at_times_is_named_and_raises_an_alarm(workdir):
@@ -480,10 +480,6 @@ def test_held_out_prompts_are_sampled_eval_group_times(workdir):
     assert evaluated[0]["eval_objective/kl"] == 0
 
 
-def test_a_run_whose_settings_do_not_go_together_ends_with_one_line(workdir):
-    for argv, message in (
-        (["data.temperature=0.5"], "error: data.temperature=0.5 differs"),
-        (["group=1"], "error: data.group=1: advantages relative to a group of one are all 0"),
-    ):
-        assert workdir.run("name=refused", *argv) == 1
-        assert workdir.err().strip().splitlines()[-1].startswith(message)
+def test_a_sampling_temperature_other_than_that_of_the_objective_is_refused(workdir):
+    with pytest.raises(ValueError, match="^data.temperature=0.5 differs"):
+        load_and_compile(workdir.folder, "data.temperature=0.5")

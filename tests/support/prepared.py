@@ -1,4 +1,4 @@
-"""Prepare a run in the test's process, as scripts/train.py does: settings, rows and traced programs, no steps."""
+"""Prepare a run in the test's process, as scripts/train.py does: settings, rows and programs, no steps."""
 
 import contextlib
 from pathlib import Path
@@ -10,6 +10,7 @@ from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
 from jaxft.runs.config import resolve_config
 from jaxft.train import members
+from jaxft.train.compiled import compile_run
 from jaxft.train.settings import Run
 
 
@@ -21,19 +22,24 @@ def working_directory(folder, devices=1):
         yield
 
 
-def prepare(folder, *overrides, devices=1, load=False):
+def prepare(folder, *overrides, devices=1):
     """Return the job of `config.py` in a folder with the overrides of a command line.
 
-    load: also load the weights. Raises what the script prints in one line.
+    Raises what the script prints in one line. devices: their number.
     """
     with working_directory(folder, devices):
         settings = resolve_config("config.py", list(overrides), expected=Run)
         run = settings.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            job = members.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
-            if load:
-                members.load_members(job, None)
-    return job
+            return members.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
+
+
+def load_and_compile(folder, *overrides):
+    """Prepare a run, load its weights and compile its programs."""
+    job = prepare(folder, *overrides)
+    with working_directory(folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
+        _, frozen = members.load_members(job, None)
+        compile_run(members.bind_sources(job, frozen, None), frozen)
 
 
 def resume(folder, *overrides):

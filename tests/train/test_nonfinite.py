@@ -1,4 +1,4 @@
-"""Debugging a run: norms per layer (loop.watch), and the record of the first non-finite step (loop.debug_nonfinite)."""
+"""Norms per layer (loop.watch) and the record of the first non-finite step (loop.debug_nonfinite)."""
 
 import json
 
@@ -64,20 +64,20 @@ def test_the_first_layer_with_a_non_finite_output_is_named(place):
 def test_a_row_with_a_non_finite_weight_is_named(place):
     assert place.run(*ARGV, "name=row", hook=NAN_IN_A_ROW) == 0, place.err()
     names = json.loads((place.runs("row") / "nonfinite" / "step-2" / "rows.json").read_text())
-    assert (
-        f"step 2: the loss or gradient is not finite; the batch is not finite in token_weights of the rows {names[2]}. "
-        in place.out()
+    message = (
+        "step 2: the loss or gradient is not finite; the batch is not finite in token_weights of the rows "
     )
+    assert f"{message}{names[2]}. " in place.out()
 
 
-def test_the_first_gradient_is_that_of_the_last_layer_that_is_not_finite():
+def test_the_first_non_finite_gradient_is_that_of_the_last_such_layer():
     outputs, nan = [np.ones((1, 4, 2))], float("nan")
     gradients = {"adapter/attn/q/a": np.array([nan, nan, 1.0]), "adapter/attn/k/a": np.array([1.0, 1.0, 1.0])}
     text = first_nonfinite(Diagnosis({}, gradients, outputs), {"ids": np.zeros((1, 2, 3))}, ["a", "b"])
     assert text.endswith("the first gradient that is not is that of layer 1 (adapter/attn/q/a)")
 
 
-def test_norms_of_layers_and_kinds_are_those_of_their_leaves():
+def test_norms_per_layer_and_kind_equal_those_of_the_leaves():
     model, params = tiny(jnp.float32)
     norms = watch.make_layer_norms(model.specs)(params)
     leaves = tree.paths(params)
@@ -92,7 +92,7 @@ def test_norms_of_layers_and_kinds_are_those_of_their_leaves():
     assert kinds == ["attn/q", "attn/q", "critic/mlp/up"]
 
 
-def test_watched_norms_add_up_to_the_logged_norm_and_change_nothing_else(place):
+def test_watched_norms_sum_to_grad_norm_and_no_other_metric_changes(place):
     assert place.run("name=watched", "loop.watch=layers", "steps=2", "samples=0") == 0, place.err()
     assert place.run("name=plain", "steps=2", "samples=0") == 0, place.err()
     for one, other in zip(place.metrics("watched"), place.metrics("plain"), strict=True):

@@ -1,4 +1,4 @@
-"""Runs on a quantised base: records, resuming, meshes, generation and export, the reference policy, memory."""
+"""Runs on a quantised base: records, resuming, meshes, generation, export, reference policy, memory."""
 
 import json
 import tracemalloc
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import write_pair_place
-from prepared import prepare, resume
+from host_weights import load_on_host
+from prepared import load_and_compile, prepare, resume
 from scripts_in_process import call
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import Place, write_place
@@ -88,7 +89,7 @@ def test_a_non_finite_weight_cannot_be_quantised_and_is_named(place):
         rf"layers.1.mlp.up_proj.weight: 1 of {96 * 64} values are not finite or too large, the first nan "
     )
     with pytest.raises(ValueError, match=message + r"at \(0, 0\)"):
-        prepare(place.folder, *SHORT, "quant=nf4", load=True)
+        load_and_compile(place.folder, *SHORT, "quant=nf4")
     path.write_bytes(stored)
 
 
@@ -137,7 +138,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
         "base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])),
         "adapter": loaded,
     }
-    merged = {"base": pretrained.load_base(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
+    merged = {"base": load_on_host(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
         np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
         for full, params in ((adapted(model, settings), quantised), (adapted(model, None), merged))

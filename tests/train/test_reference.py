@@ -1,4 +1,4 @@
-"""The reference policy is the model at step 0, whatever is trained, and its log-probs kept on disk are the same."""
+"""The reference policy is the model at step 0, whatever is trained; its cached log-probs are the same."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/, an adapter that matters in sft/adapter, and rows.jsonl."""
+    """base/, an adapter with b != 0 in sft/adapter, and rows.jsonl."""
     folder = tmp_path_factory.mktemp("reference")
     write_folder(folder / "base", tiny_torch())
     write(folder / "rows.jsonl", make_rows(20))
@@ -44,10 +44,10 @@ def folder(tmp_path_factory):
         t = partition.partition_params(model, settings, None)
         fresh = init.init_adapter(t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7)
         rng = np.random.default_rng(0)
-        matters = tree.map_with_path(
+        adapter = tree.map_with_path(
             lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
         )
-        peft_write.save_adapter(folder / "sft" / "adapter", matters, settings, model, "base")
+        peft_write.save_adapter(folder / "sft" / "adapter", adapter, settings, model, "base")
     return folder
 
 
@@ -77,21 +77,21 @@ STARTS = {
         "start": str(folder / "sft"),
         "adapter": adapters.read_adapter_settings(str(folder / "sft"), model),
     },
-    "norms beside LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
+    "norms and LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},
     "full": lambda folder, model: {"adapter": None},
 }
 COPIES = {
     "plain LoRA": False,
     "an SFT adapter": True,
-    "norms beside LoRA": True,
+    "norms and LoRA": True,
     "LoRA on the head": False,
     "full": True,
 }
 
 
 @pytest.mark.parametrize("kind", STARTS)
-def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_the_bit(folder, kind):
+def test_the_first_loss_is_log_2_and_the_reference_remains_the_model_at_step_0_bit_for_bit(folder, kind):
     run = run_of(folder)
     run = dataclasses.replace(run, **STARTS[kind](folder, run.model))
     p, state, frozen, source = started(run, folder)
@@ -117,7 +117,7 @@ def test_the_first_loss_is_log_2_and_the_reference_stays_the_model_of_step_0_to_
     assert np.abs(moved - policy).max() > 0.1
 
 
-def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
+def test_precomputed_log_probs_have_the_metrics_and_gradients_of_a_reference_forward_pass(folder, tmp_path):
     live, known = (
         run_of(folder, objective=partial(preference, loss=dpo, reference=r)) for r in ("start", "precomputed")
     )
@@ -130,94 +130,100 @@ def test_known_log_probs_give_the_numbers_of_a_live_reference(folder, tmp_path):
     def compute(batches):
         return [np.asarray(logps(tree.combine(state.trainable, frozen), batch))[None] for batch in batches]
 
-    told = reference.add_cached_logps(source, tmp_path / "r.npz", compute, lambda text: None)
+    cached = reference.add_cached_logps(source, tmp_path / "r.npz", compute, lambda text: None)
     moved = jax.tree.map(
         lambda x: x + 0.05 * jnp.cos(50 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.trainable
     )
 
-    def judge(objective, batch):
+    def metrics_and_grads(objective, batch):
         grads, found = jax.jit(lambda *args: accumulate_gradients(objective, *args, jax.random.key(0), {}))(
             (moved, frozen), batch
         )
         return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 
-    batch, given = source.batch(0)[0], told.batch(0)[0]
+    batch, given = source.batch(0)[0], cached.batch(0)[0]
     exact = compute([batch])[0]
     real = batch.answers < batch.lengths.shape[2] * 2
     np.testing.assert_allclose(given.reference[real], exact[real], rtol=2e-7)
     assert not given.reference[~real].any() and batch.reference is None
-    wanted = judge(p.objective, batch)
-    assert wanted[2]["kl"] > 1e-3
-    assert_same(judge(other.objective, given.replace(reference=exact)), wanted)
-    assert_same(judge(other.objective, given), wanted, 2e-6)  # they are kept in float32
-    for batch, given in zip(source.held_out, told.held_out):
+    expected = metrics_and_grads(p.objective, batch)
+    assert expected[2]["kl"] > 1e-3
+    assert_same(metrics_and_grads(other.objective, given.replace(reference=exact)), expected)
+    assert_same(metrics_and_grads(other.objective, given), expected, 2e-6)  # stored in float32
+    for batch, given in zip(source.held_out, cached.held_out):
         assert given.reference.any() and given.reference.shape == batch.read.shape
 
 
-def marks(batches, asked=None):
-    """A stand-in for a model: log-probs that only depend on the target and the place."""
+def marks(batches, computed=None):
+    """A stand-in for a model: log-probs that depend only on the target and its slot."""
     for batch in batches:
-        if asked is not None:
-            asked += [int(pair) for pair in batch.index.ravel() if pair >= 0]
+        if computed is not None:
+            computed += [int(pair) for pair in batch.index.ravel() if pair >= 0]
         yield -(batch.targets + 1) / 7 - batch.places / 3
 
 
-def attached(folder, rows, name="kept"):
-    """(pairs that were computed, what was said, the source with them) for these rows."""
+def with_cached_logps(folder, rows, name="cached"):
+    """(indices of the computed pairs, printed lines, the source with log-probs) for these rows."""
     write(folder / "r.jsonl", rows)
-    asked, said = [], []
+    computed, lines = [], []
     rows = PairRows(str(folder / "r.jsonl"), batch=4)
     source = rows.open(tiny_tokenizer("chatml"), cache=folder / "cache")
     found = reference.add_cached_logps(
-        source, reference.cache_file(name, folder), lambda batches: marks(batches, asked), said.append
+        source, reference.cache_file(name, folder), lambda batches: marks(batches, computed), lines.append
     )
     for batch in (*[found.batch(k)[0] for k in range(found.info.steps)], *found.held_out):
         real = batch.answers < batch.lengths.shape[2] * 2
         np.testing.assert_array_equal(batch.reference[real], next(marks([batch]))[real].astype(np.float32))
-    return sorted(asked), said, found
+    return sorted(computed), lines, found
 
 
-def test_what_is_on_disk_is_not_computed_again_and_what_is_not_there_is(tmp_path):
+def test_only_pairs_that_are_not_cached_are_computed(tmp_path):
     rows = make_rows(15)
-    asked, said, _ = attached(tmp_path, rows)
-    assert asked == list(range(15)) and said == [
+    computed, lines, _ = with_cached_logps(tmp_path, rows)
+    assert computed == list(range(15)) and lines == [
         "reference log-probs: 0 of 15 pairs are cached, 15 to compute"
     ]
-    asked, said, _ = attached(tmp_path, rows)
-    assert asked == [] and said == ["reference log-probs: 15 of 15 pairs are cached, 0 to compute"]
+    computed, lines, _ = with_cached_logps(tmp_path, rows)
+    assert computed == [] and lines == ["reference log-probs: 15 of 15 pairs are cached, 0 to compute"]
     rows[6]["rejected"] += " changed"
-    assert attached(tmp_path, rows)[0] == [6]
+    assert with_cached_logps(tmp_path, rows)[0] == [6]
     rows[6]["prompt"] = "another " + rows[6]["prompt"]
-    assert attached(tmp_path, rows)[0] == [6]
-    assert attached(tmp_path, [*rows[9:], *rows[:3], *make_rows(16)[15:]])[0] == [9]  # any order, other pairs
-    assert attached(tmp_path, make_rows(15))[0] == []  # the old rows are still there
-    assert attached(tmp_path, rows, name="another model")[0] == list(range(15))
+    assert with_cached_logps(tmp_path, rows)[0] == [6]
+    other_pairs_in_another_order = [*rows[9:], *rows[:3], *make_rows(16)[15:]]
+    assert with_cached_logps(tmp_path, other_pairs_in_another_order)[0] == [9]
+    assert with_cached_logps(tmp_path, make_rows(15))[0] == []  # earlier rows are still cached
+    assert with_cached_logps(tmp_path, rows, name="another model")[0] == list(range(15))
 
 
-@pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "no zip", "other arrays"))
-def test_a_damaged_file_is_made_anew(tmp_path, damage):
+@pytest.mark.parametrize("damage", ("flipped", "truncated", "empty", "no zip", "other arrays"))
+def test_a_damaged_cache_is_computed_again(tmp_path, damage):
     rows = make_rows(6)
-    attached(tmp_path, rows)
-    path = reference.cache_file("kept", tmp_path)
+    with_cached_logps(tmp_path, rows)
+    path = reference.cache_file("cached", tmp_path)
     data = path.read_bytes()
     at = data.index(b"values.npy") + 200
     flipped = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
     path.write_bytes(
-        {"flipped": flipped, "cut": data[:-40], "empty": b"", "no zip": b"not a zip"}.get(damage, data)
+        {"flipped": flipped, "truncated": data[:-40], "empty": b"", "no zip": b"not a zip"}.get(damage, data)
     )
     if damage == "other arrays":
         np.savez(path, keys=np.array(["a", "b"]), offsets=np.array([0, 3]), values=np.zeros(9))
-    assert attached(tmp_path, rows)[0] == list(range(6))
-    assert attached(tmp_path, rows)[0] == []
+    assert with_cached_logps(tmp_path, rows)[0] == list(range(6))
+    assert with_cached_logps(tmp_path, rows)[0] == []
 
 
-def test_log_probs_that_can_not_be_kept_are_said_once_and_used(tmp_path, monkeypatch):
+def test_log_probs_that_cannot_be_cached_are_reported_once_and_used(tmp_path, monkeypatch):
     (tmp_path / "reference").write_text("a file where the folder should be")
-    asked, said, _ = attached(tmp_path, make_rows(5))
-    assert asked == list(range(5)) and len(said) == 2 and "can't be cached" in said[1] and "\n" not in said[1]
+    computed, lines, _ = with_cached_logps(tmp_path, make_rows(5))
+    assert (
+        computed == list(range(5))
+        and len(lines) == 2
+        and "can't be cached" in lines[1]
+        and "\n" not in lines[1]
+    )
 
 
-def test_a_reference_is_known_by_weights_adapter_and_settings():
+def test_the_cache_key_of_a_reference_is_its_weights_adapter_and_settings():
     settings = {"config": {"layers": 2}, "dtype": "float32"}
     same, others = (
         reference.reference_fingerprint("w", None, settings),

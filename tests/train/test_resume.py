@@ -1,7 +1,7 @@
-"""The law of resuming: 4 steps = 2 + kill + resume + 2, to the bit, for every kind of state that a run carries.
+"""The law of resuming: 4 steps = 2 + kill + resume + 2, bit for bit, for every kind of state of a run.
 
-A run is killed in its fourth step, after the checkpoint of step 2 and the log line of step 3. Rollouts have two steps, so this is
-inside the second one; PPO is killed again after its completions were sampled once more.
+A run is killed in its fourth step, after the checkpoint of step 2 and the log line of step 3. A rollout has
+two steps, so this is inside the second rollout. PPO is killed again after it has sampled that rollout again.
 """
 
 import dpo_place
@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
     return found
 
 
-def killed(place, hook, *argv, **options):
+def run_killed(place, hook, *argv, **options):
     process = place.start(*argv, hook=hook, **options)
     process.join()
     assert process.exitcode == -9, place.err()
@@ -67,12 +67,11 @@ def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
     cache = {"JAXFT_CACHE": str(place.folder / alone)}
     argv = [*argv, "steps=4", *([] if folder == "rollouts" else ["loop.save_every=2"])]
     assert place.run(*argv, f"name={alone}", **cache) == 0, place.err()
-    killed(place, kill_hook(resumed, step=4, saved=2), *argv, f"name={resumed}", **cache)
-    cache["JAXFT_CACHE"] += (
-        "_other"  # the reference policy is the model at step 0, not the one that is restored
-    )
+    run_killed(place, kill_hook(resumed, step=4, saved=2), *argv, f"name={resumed}", **cache)
+    # Without its cached log-probs, the reference policy must be the model at step 0, not the restored one.
+    cache["JAXFT_CACHE"] += "_other"
     if kind == "ppo":
-        killed(place, kill_hook(resumed, step=3, saved=2), *argv, f"name={resumed}", **cache)
+        run_killed(place, kill_hook(resumed, step=3, saved=2), *argv, f"name={resumed}", **cache)
     assert place.run(*argv, f"name={resumed}", **cache) == 0, place.err()
     assert "resuming after step 2" in place.out()
     found, expected = place.results(resumed, 4), place.results(alone, 4)
@@ -85,7 +84,7 @@ def test_four_steps_of_a_sweep_are_two_a_kill_a_resume_and_two(folders):
     place = folders["pairs"]
     argv = [*SWEEP, "steps=4", "loop.save_every=2", "--name"]
     assert place.run(*argv, "alone", script="sweep.py") == 0, place.err()
-    killed(place, kill_hook("killed", step=4, saved=2), *argv, "killed", script="sweep.py")
+    run_killed(place, kill_hook("killed", step=4, saved=2), *argv, "killed", script="sweep.py")
     assert place.run(*argv, "killed", script="sweep.py") == 0 and "resuming after step 2" in place.out(), (
         place.err()
     )

@@ -1,5 +1,6 @@
-"""Laws of a whole run: stopped and gone on with is uninterrupted, a finished one stays, nothing compiles once it steps."""
+"""Laws of a whole run: signals, kills, finished runs, locks, changes, compilation, logs, exports."""
 
+import functools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from prepared import resume
 from tiny_run import COUNT_COMPILES, SLOW_STEPS, Place, rows, write_place, write_rows
 
 
@@ -26,20 +28,24 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def alone(place):
-    """Results of each kind of run, left alone."""
-    for kind, argv in KINDS.items():
-        assert place.run(*argv, f"name={kind}") == 0, place.err()
-    return {kind: place.results(kind, 5) for kind in KINDS}
+def uninterrupted(place):
+    """A function that returns the results of an uninterrupted run of a kind."""
+
+    @functools.cache
+    def results(kind):
+        assert place.run(*KINDS[kind], f"name={kind}") == 0, place.err()
+        return place.results(kind, 5)
+
+    return results
 
 
-def same(one, other):
-    for what in one:
-        assert one[what] == other[what], what
+def assert_same(one, other):
+    for part in one:
+        assert one[part] == other[part], part
 
 
-def survives(place, alone, kind, kills, seed):
-    """Kill -9 at random moments; the results must be those of a run that was left alone."""
+def kill_and_finish(place, kind, kills, seed):
+    """Kill a run with SIGKILL at random moments, then finish it; return its results."""
     name, rng = f"{kind}-{seed}", random.Random(seed)
     for _ in range(kills):
         process = place.start(*KINDS[kind], f"name={name}")
@@ -57,22 +63,22 @@ def survives(place, alone, kind, kills, seed):
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0), place.err()
     assert place.run(*KINDS[kind], f"name={name}") == 0, place.err()
-    same(alone[kind], place.results(name, 5))
+    return place.results(name, 5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_killed_ends_as_the_one_that_was_left_alone(place, alone, kind):
-    survives(place, alone, kind, kills=3, seed=1)
+def test_a_run_killed_at_random_moments_has_the_results_of_an_uninterrupted_one(place, uninterrupted):
+    """Also while a checkpoint is written; tests/train/test_resume.py has every kind of state."""
+    assert_same(uninterrupted("lora"), kill_and_finish(place, "lora", kills=3, seed=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 8))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_survives_many_kills(place, alone, kind, seed):
-    survives(place, alone, kind, kills=8, seed=seed)
+def test_a_run_killed_eight_times_has_the_results_of_an_uninterrupted_one(place, uninterrupted, kind, seed):
+    assert_same(uninterrupted(kind), kill_and_finish(place, kind, kills=8, seed=seed))
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(place, alone):
+def test_sigterm_and_sigint_save_and_the_same_command_resumes(place, uninterrupted):
     argv = [*KINDS["lora"], "name=signals", "loop.save_every=100"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = place.checkpoints("signals")
@@ -85,7 +91,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, alone):
         assert saved[-1] not in before and f"stopped by {name} after step {saved[-1]}, saved" in place.out()
         assert place.err().strip() == f"{name}: finishing this step and saving; a second signal stops at once"
     assert place.run(*argv) == 0, place.err()
-    same(alone["lora"], place.results("signals", 5))
+    assert_same(uninterrupted("lora"), place.results("signals", 5))
 
 
 def test_a_second_signal_ends_the_process_at_once(place):
@@ -99,11 +105,9 @@ def test_a_second_signal_ends_the_process_at_once(place):
     assert process.exitcode == -signal.SIGTERM and time.monotonic() - begin < 20
 
 
-def test_before_the_loop_an_interrupt_ends_cleanly(place):
-    process = place.start(
-        "name=early",
-        hook="import jaxft.weights.pretrained, time; jaxft.weights.pretrained.open_params = lambda *_: time.sleep(60)",
-    )
+def test_sigint_before_the_loop_is_one_line_and_exit_code_130(place):
+    hook = "import jaxft.weights.pretrained as p, time; p.open_params = lambda *_: time.sleep(60)"
+    process = place.start("name=early", hook=hook)
     place.wait_for(process, lambda: "devices:" in place.out())
     os.kill(process.pid, signal.SIGINT)
     process.join()
@@ -111,10 +115,12 @@ def test_before_the_loop_an_interrupt_ends_cleanly(place):
 
 
 def files(folder):
+    """Modification time and content of every file."""
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_steps(place, alone):
+def test_a_finished_run_is_not_changed_unless_steps_are_added(place, uninterrupted):
+    finished = uninterrupted("lora")
     before = files(place.runs("lora"))
     argv = [*KINDS["lora"], "name=lora"]
     assert place.run(*argv) == 0 and "this run is finished (5 steps)" in place.out() and not place.err()
@@ -123,22 +129,19 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_steps(place, alone)
     )
     assert files(place.runs("lora")) == before
     shutil.copytree(place.runs("lora"), place.runs("longer"))
-    for old in (
-        "config.json",
-        "checkpoints",
-    ):  # the name is a setting too: this is the run that was called so
+    for old in ("config.json", "checkpoints"):
         assert (place.runs("longer") / old).exists()
     assert place.run(*argv[:-2], "steps=7", "name=lora") == 0, place.err()
     assert "loop.steps: 5 -> 7" in place.out()
-    shown = place.metrics("lora")
-    assert shown[: len(alone["lora"]["metrics"])] == alone["lora"]["metrics"]
-    assert [m["step"] for m in shown if "loss" in m] == [3, 5, 6, 7] and place.checkpoints("lora")[-1] == 7
+    logged = place.metrics("lora")
+    assert logged[: len(finished["metrics"])] == finished["metrics"]
+    assert [m["step"] for m in logged if "loss" in m] == [3, 5, 6, 7] and place.checkpoints("lora")[-1] == 7
     assert json.loads((place.runs("lora") / "summary.json").read_text())["steps"] == 7
     shutil.rmtree(place.runs("lora"))
     shutil.move(place.runs("longer"), place.runs("lora"))
 
 
-def test_a_lock_keeps_a_second_launch_out_and_a_dead_process_holds_nothing(place):
+def test_a_running_run_is_locked_and_a_killed_process_releases_the_lock(place):
     process = place.start("name=half", hook=SLOW_STEPS)
     place.wait_for(process, place.loops)
     second = Place(place.folder, streams="second")
@@ -148,7 +151,7 @@ def test_a_lock_keeps_a_second_launch_out_and_a_dead_process_holds_nothing(place
     process.kill()
     process.join()
 
-    assert place.run("name=half", "steps=1") == 1  # more steps are done than are wanted
+    assert place.run("name=half", "steps=1") == 1  # fewer steps than are done
     assert "after step" in place.err() and "loop.steps=1" in place.err()
 
     cadences = [
@@ -163,7 +166,8 @@ def test_a_lock_keeps_a_second_launch_out_and_a_dead_process_holds_nothing(place
         assert f"changed since the start: {text}" in place.out()
 
 
-def test_settings_that_would_make_another_run_are_refused_each_by_name(place, alone):
+def test_changed_settings_data_or_weights_are_refused_by_name(place, uninterrupted):
+    uninterrupted("lora")
     write_rows(place.folder / "other.jsonl", rows(30))
     shutil.copytree(place.folder / "base", place.folder / "other", dirs_exist_ok=True)
     argv = [*KINDS["lora"], "name=lora"]
@@ -182,32 +186,34 @@ def test_settings_that_would_make_another_run_are_refused_each_by_name(place, al
         )
         == 1
     )
-    told = place.err()
-    wanted = (
+    line = place.err()
+    changes = (
         "adapter.dropout: 0.3 -> 0.2",
         "optim.lr: 0.01 -> 0.5",
         "data.batch: 4 -> 8",
         "data.micro: 2 -> 1",
         "seed: 0 -> 3",
     )
-    for text in (*wanted, "weights: 'base' -> 'other'", "data.train: 'rows.jsonl' -> 'other.jsonl'"):
-        assert text in told
-    assert told.count("\n") == 1 and "choose another name=..." in told
+    for text in (*changes, "weights: 'base' -> 'other'", "data.train: 'rows.jsonl' -> 'other.jsonl'"):
+        assert text in line
+    assert line.count("\n") == 1 and "choose another name=..." in line
 
-    kept = (place.folder / "rows.jsonl").read_text()
+    stored = (place.folder / "rows.jsonl").read_text()
     write_rows(place.folder / "rows.jsonl", [*rows(39), {"prompt": "new?", "completion": "yes"}])
-    assert place.run(*argv) == 1 and "data_fingerprint" in place.err() and place.err().count("->") == 1
-    (place.folder / "rows.jsonl").write_text(kept)
+    with pytest.raises(ValueError, match="original run: data_fingerprint: [^>]*->[^>]*$"):
+        resume(place.folder, *argv)
+    (place.folder / "rows.jsonl").write_text(stored)
 
     path = place.folder / "base" / "model.safetensors"
-    kept = path.read_bytes()
-    path.write_bytes(kept[:-4000] + bytes(a ^ 1 for a in kept[-4000:]))
-    assert place.run(*argv) == 1 and "weights_fingerprint" in place.err() and place.err().count("->") == 1
-    path.write_bytes(kept)
+    stored = path.read_bytes()
+    path.write_bytes(stored[:-4000] + bytes(a ^ 1 for a in stored[-4000:]))
+    with pytest.raises(ValueError, match="original run: weights_fingerprint[^>]*->[^>]*$"):
+        resume(place.folder, *argv)
+    path.write_bytes(stored)
     assert files(place.runs("lora")) == before
 
 
-def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
+def test_nothing_is_traced_or_compiled_after_the_loop_begins(place):
     argv = [
         "name=watch",
         "loop.eval_every=1",
@@ -216,7 +222,7 @@ def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
         "batch=8",
         "loop.profile=2,3",
     ]
-    for steps in (3, 5):  # a fresh run, and one that goes on
+    for steps in (3, 5):  # a new run, and a resumed one
         assert place.run(*argv, f"steps={steps}", hook=COUNT_COMPILES, devices=2) == 0, place.err()
         assert "compiled before the loop: True" in place.out() and "compiled since: []" in place.out()
         assert not place.err()
@@ -224,7 +230,7 @@ def test_nothing_is_traced_or_compiled_once_the_loop_has_begun(place):
         assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
-def test_a_logged_line_is_the_mean_of_its_steps(place):
+def test_a_log_line_is_the_mean_over_its_steps(place):
     for every in (1, 3):
         assert (
             place.run(f"name=every{every}", f"loop.log_every={every}", "steps=6", "loop.save_every=100") == 0
@@ -240,22 +246,23 @@ def test_a_logged_line_is_the_mean_of_its_steps(place):
             assert mean[name] == part[-1][name]
 
 
-def test_a_run_without_held_out_rows_ends_well(place):
+def test_a_run_without_held_out_rows_finishes(place):
     assert place.run("name=none", "data.held_out=none", "steps=1", "loop.eval_every=1") == 0, place.err()
     assert [m["step"] for m in place.metrics("none")] == [1]
     assert (place.runs("none") / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_where_the_end_is_worse_the_best_checkpoint_is_exported_too(place):
+def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(place):
     (place.folder / "rising.py").write_text(
         "def rising(lr, end, warmup, steps):\n    return lambda step: lr * 40.0**step\n"
     )
     argv = ["steps=6", "loop.eval_every=1", "lr=1e-4", "optim.schedule=rising.py:rising"]
     assert place.run("name=worse", *argv) == 0, place.err()
     found = {m["step"]: m["eval_loss"] for m in place.metrics("worse") if "eval_loss" in m}
-    kept = {step: loss for step, loss in found.items() if 0 < step < 6 and step in place.checkpoints("worse")}
-    best = min(kept, key=kept.get)
-    assert kept[best] < found[6]
+    saved = place.checkpoints("worse")
+    stored = {step: loss for step, loss in found.items() if 0 < step < 6 and step in saved}
+    best = min(stored, key=stored.get)
+    assert stored[best] < found[6]
     assert f"step {best} has a better held-out score than the last step" in place.out()
     one, other = (
         place.runs("worse") / part / "adapter_model.safetensors" for part in ("best/adapter", "adapter")

@@ -1,4 +1,4 @@
-"""Adapters trained together are what each is alone: products, forward passes, steps; and what a sweep refuses."""
+"""Adapters trained together equal each trained separately: matmuls, forward passes, steps, evaluation."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,11 +43,11 @@ def random(*shape, seed=0, dtype=jnp.float64):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-# Products and forward passes
+# Matmuls and forward passes
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_a_product_with_several_adapters_is_each_ones_own(packed):
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "quantised"])
+def test_a_matmul_with_several_adapters_equals_one_matmul_per_adapter(packed):
     K, B, T, size, R, out = 3, 2, 5, 7, 2, 6
     x, a, b, scale = (
         random(K * B, T, size),
@@ -76,13 +76,13 @@ def test_a_product_with_several_adapters_is_each_ones_own(packed):
     assert_close(both(together), both(apart))
 
 
-def test_a_16_bit_product_with_several_adapters_keeps_no_expanded_weight_and_full_gradients():
+def test_a_16_bit_matmul_with_several_adapters_saves_no_dequantised_weight_and_has_float32_gradients():
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     a, b = random(4, 6, 2, dtype=jnp.float32), random(4, 2, 5, dtype=jnp.float32)
     product = lambda x, a, b: matmul.linear(x, Adapted(w, a, b, jnp.ones(4, jnp.float32)))  # noqa: E731
     x = random(8, 3, 6, dtype=jnp.bfloat16)
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(product, x, a, b)[1], x))
-    assert {leaf.dtype for leaf in kept if leaf.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
+    saved = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(product, x, a, b)[1], x))
+    assert {leaf.dtype for leaf in saved if leaf.shape == (6, 5)} == {jnp.dtype(jnp.uint16)}
     y, pull = jax.vjp(product, x, a, b)
     assert y.dtype == jnp.bfloat16 and [g.dtype for g in pull(y)] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
@@ -91,14 +91,14 @@ RANKS = (2, 5, 3)
 
 
 def fresh(model, rank, seed):
-    """A random adapter of a rank, its b not zero."""
+    """A random adapter of a rank with b != 0."""
     start = param.init_params(
         lora.adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)), jax.random.key(seed), jnp.float64
     )
     return jax.tree.map(lambda x: x if x.ndim < 3 or jnp.any(x) else 0.3 * random(*x.shape, seed=seed), start)
 
 
-def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_ranks():
+def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapter():
     base = llama(CONFIG, jnp.float64)
     model, weights = (
         adapted(base, Adapter()),
@@ -115,14 +115,14 @@ def test_a_forward_pass_with_several_adapters_is_each_ones_own_whatever_the_rank
     def apart(adapters):
         return jnp.concatenate([model.hidden({"base": weights, "adapter": one}, batch) for one in adapters])
 
-    found, wanted = (
+    found, expected = (
         jax.jit(jax.value_and_grad(lambda adapters, f=f: jnp.sum(jnp.sin(f(adapters)))))(adapters)
         for f in (together, apart)
     )
-    assert_close(found, wanted)
+    assert_close(found, expected)
 
 
-def test_a_stack_gives_its_members_back():
+def test_adapters_are_recovered_from_their_stack():
     base = llama(CONFIG, jnp.float64)
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
     stack = lora.stack_adapters(adapters)
@@ -142,13 +142,13 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  
 
 @dataclass(frozen=True)
 class One:
-    """An adapter's own settings. kept: it begins as something else than the reference, which else is the base."""
+    """Settings of one adapter. own_reference: the reference is its initial adapter, not the base."""
 
     objective: Any
     rank: int = 2
     optim: Optim = Optim(lr=0.02, warmup=0.0)
     seed: int = 0
-    kept: bool = False
+    own_reference: bool = False
 
 
 def pairwise(loss, reference="start", **knobs):
@@ -180,7 +180,7 @@ def weights():
 
 
 def begin(one, weights):
-    """(Trained, objective, optimizer, state at step 0, frozen) of an adapter alone."""
+    """(partition, objective, optimizer, state at step 0, frozen) of one adapter."""
     t = partition.partition_params(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
     adapter = param.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
     adapter = tree.map_with_path(
@@ -189,7 +189,7 @@ def begin(one, weights):
     trainable, frozen = partition.split_params(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
     optimizer = make_optimizer(one.optim, t.trainable_specs, STEPS)
-    aux = start_aux(objective, trainable, not one.kept)
+    aux = start_aux(objective, trainable, not one.own_reference)
     return (
         t,
         objective,
@@ -203,40 +203,40 @@ def numbers(found):
     return {name: jax.tree.map(np.asarray, m) for name, m in found.items()}
 
 
-def alone(one, weights, batches):
-    """(state after the last step, metrics of every step)"""
+def train_separately(one, weights, batches):
+    """(state after the last step, metrics of every step) of an adapter trained separately."""
     _, objective, optimizer, state, frozen = begin(one, weights)
-    step, told = jit(make_train_step(objective, optimizer, 0)), []
+    step, logged = jit(make_train_step(objective, optimizer, 0)), []
     for batch in batches:
         state, found = step(state, frozen, batch)
-        told.append(numbers(found))
-    return state, told
+        logged.append(numbers(found))
+    return state, logged
 
 
-def all_at_once(ones, weights, batches, **options):
-    """The same of adapters that are trained together: (their states, metrics of every step)."""
+def train_together(ones, weights, batches, **options):
+    """(states after the last step, metrics of every step) of adapters trained together."""
     begun = [begin(one, weights) for one in ones]
     t = combine_objectives([b[1] for b in begun], **options)
     states, frozen = [b[3] for b in begun], SharedFrozen(weights, tuple(own_params(b[4]) for b in begun))
-    look, told = jit(partial(gradients, t)), []
+    evaluate, logged = jit(partial(gradients, t)), []
     updates = [jit(make_update(b[1], b[2])) for b in begun]
     for batch in batches:
-        grads, found = look([s.trainable for s in states], frozen, batch, [s.aux for s in states])
+        grads, found = evaluate([s.trainable for s in states], frozen, batch, [s.aux for s in states])
         done = [
             update(s, k, grads, found, batch)
             for k, (update, s) in enumerate(zip(updates, states, strict=True))
         ]
         states = [state for state, _ in done]
         each = jax.tree.map(lambda *x: jnp.stack(x), *[more for _, more in done])
-        told.append(numbers({**found, **each}))
-    return states, told
+        logged.append(numbers({**found, **each}))
+    return states, logged
 
 
-def assert_each_is_alone(found, wanted):
-    """found: of adapters together; wanted: of each alone."""
-    states, told = found
-    for k, (own, own_told) in enumerate(wanted):
-        for now, own_now in zip(told, own_told, strict=True):
+def assert_equal_to_separate(found, expected):
+    """Compare adapters trained together (found) with each one trained separately (expected)."""
+    states, steps = found
+    for k, (own, own_steps) in enumerate(expected):
+        for now, own_now in zip(steps, own_steps, strict=True):
             for name, metric in own_now.items():
                 for x, y in zip(jax.tree.leaves(now[name]), jax.tree.leaves(metric), strict=True):
                     np.testing.assert_allclose(
@@ -246,7 +246,7 @@ def assert_each_is_alone(found, wanted):
 
 
 def standard():
-    """optax doesn't pass strict promotion."""
+    """Standard dtype promotion, which optax needs."""
     return jax.numpy_dtype_promotion("standard")
 
 
@@ -259,44 +259,47 @@ in_parts = lambda count: [micro(batch, count) for batch in BATCHES]  # noqa: E73
 
 
 @pytest.fixture(scope="module")
-def each_alone(weights):
+def each_separate(weights):
     with jax.enable_x64(True):
-        return [alone(one, weights, in_parts(1)) for one in MIXED]
+        return [train_separately(one, weights, in_parts(1)) for one in MIXED]
 
 
 @pytest.mark.parametrize("parts, at_once", [(1, 1), (2, 2), (1, 4)], ids=str)
-def test_adapters_together_are_each_alone(weights, each_alone, parts, at_once):
+def test_adapters_trained_together_equal_each_one_trained_separately(weights, each_separate, parts, at_once):
     with standard():
-        assert_each_is_alone(all_at_once(MIXED, weights, in_parts(parts), at_once=at_once), each_alone)
-
-
-@pytest.mark.parametrize("reference", ["start", EMAReference(0.5, 2)], ids=["kept", "moving"])
-def test_adapters_with_a_reference_that_is_kept_are_each_alone(weights, reference):
-    ones = [One(pairwise(partial(P.dpo, beta=beta), reference), kept=True) for beta in (0.2, 0.9)]
-    with standard():
-        assert_each_is_alone(
-            all_at_once(ones, weights, in_parts(1)), [alone(one, weights, in_parts(1)) for one in ones]
+        assert_equal_to_separate(
+            train_together(MIXED, weights, in_parts(parts), at_once=at_once), each_separate
         )
 
 
-def test_adapters_with_rows_of_their_own_are_each_alone(weights):
+@pytest.mark.parametrize("reference", ["start", EMAReference(0.5, 2)], ids=["start", "moving"])
+def test_adapters_whose_state_has_a_reference_equal_each_one_trained_separately(weights, reference):
+    ones = [One(pairwise(partial(P.dpo, beta=beta), reference), own_reference=True) for beta in (0.2, 0.9)]
+    with standard():
+        assert_equal_to_separate(
+            train_together(ones, weights, in_parts(1)),
+            [train_separately(one, weights, in_parts(1)) for one in ones],
+        )
+
+
+def test_adapters_on_separate_rows_equal_each_one_trained_separately(weights):
     ones = [replace(MIXED[0], seed=seed) for seed in (3, 4)]
     own = [[micro(laid(random_pairs(count=7, seed=10 * k + i)), 2) for i in range(STEPS)] for k in range(2)]
     batches = [jax.tree.map(lambda *x: np.concatenate(x), *each) for each in zip(*own, strict=True)]
     with standard():
-        wanted = [alone(one, weights, rows) for one, rows in zip(ones, own, strict=True)]
+        expected = [train_separately(one, weights, rows) for one, rows in zip(ones, own, strict=True)]
         for at_once in (1, 2):
-            assert_each_is_alone(
-                all_at_once(ones, weights, batches, separate_rows=True, at_once=at_once), wanted
+            assert_equal_to_separate(
+                train_together(ones, weights, batches, separate_rows=True, at_once=at_once), expected
             )
 
 
-def test_supervised_adapters_are_each_alone(weights):
+def test_supervised_adapters_equal_each_one_trained_separately(weights):
     ones = [One(sft, rank=rank, optim=Optim(lr=lr, warmup=0.0)) for rank, lr in ((2, 0.01), (4, 0.05))]
     batches = [micro(one_by_one(examples(4, seed=i)), 2) for i in range(STEPS)]
     with standard():
-        assert_each_is_alone(
-            all_at_once(ones, weights, batches), [alone(one, weights, batches) for one in ones]
+        assert_equal_to_separate(
+            train_together(ones, weights, batches), [train_separately(one, weights, batches) for one in ones]
         )
 
 
@@ -304,24 +307,27 @@ def broken(pair):
     return P.dpo(pair) * jnp.asarray(jnp.nan, pair.weight.dtype)
 
 
-def test_an_adapter_that_is_not_finite_stays_as_it_is_and_the_others_go_on(weights, each_alone):
+def test_a_non_finite_adapter_is_frozen_and_the_others_continue(weights, each_separate):
     ones = [MIXED[0], replace(MIXED[0], objective=pairwise(broken)), MIXED[1]]
     with standard():
-        states, told = all_at_once(ones, weights, in_parts(1))
-        kept = begin(ones[1], weights)[3]
-        others = ([states[0], states[2]], [jax.tree.map(lambda x: x[jnp.array([0, 2])], now) for now in told])
-        assert_each_is_alone(others, each_alone[:2])
-    assert_close((states[1].trainable, states[1].opt_state), (kept.trainable, kept.opt_state), 0)
+        states, logged = train_together(ones, weights, in_parts(1))
+        initial = begin(ones[1], weights)[3]
+        others = (
+            [states[0], states[2]],
+            [jax.tree.map(lambda x: x[jnp.array([0, 2])], now) for now in logged],
+        )
+        assert_equal_to_separate(others, each_separate[:2])
+    assert_close((states[1].trainable, states[1].opt_state), (initial.trainable, initial.opt_state), 0)
     assert (
         states[1].bad.tolist() == [STEPS, STEPS]
-        and [now["skipped"].total.tolist() for now in told] == [[0, 1, 0]] * STEPS
+        and [now["skipped"].total.tolist() for now in logged] == [[0, 1, 0]] * STEPS
     )
 
 
 # Evaluation, cost
 
 
-def test_evaluation_together_is_each_ones_own(weights):
+def test_evaluation_of_several_adapters_equals_one_evaluation_per_adapter(weights):
     with standard():
         begun = [begin(one, weights) for one in MIXED]
         t = combine_objectives([b[1] for b in begun], at_once=2)
@@ -332,44 +338,44 @@ def test_evaluation_together_is_each_ones_own(weights):
         found = loss_metrics(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
         for k, (_, objective, _, state, own) in enumerate(begun):
-            wanted = jit(lambda *x, o=objective: o(*x))(
+            expected = jit(lambda *x, o=objective: o(*x))(
                 tree.combine(state.trainable, own), whole, None, state.aux
             )[1]
             mine = metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], found))
-            for name, value in metrics.as_floats(wanted).items():
+            for name, value in metrics.as_floats(expected).items():
                 np.testing.assert_allclose(
                     mine[name], value, rtol=1e-10, atol=1e-12, err_msg=f"adapter {k}: {name}"
                 )
 
 
 def counted(model, calls):
-    """The model, telling how many rows each of its forward passes has. A pass whose result isn't used is no pass."""
+    """The model, which appends the rows of each forward pass whose result is used to `calls`."""
 
-    def tell(rows, _):
-        calls.append(int(rows))
+    def append(count, _):
+        calls.append(int(count))
         return np.zeros((), np.int32)
 
     def hidden(params, batch, key=None):
         h = model.hidden(params, batch, key)
         shape = jax.ShapeDtypeStruct((), jnp.int32)
         nothing = jax.pure_callback(
-            tell, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0])
+            append, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0])
         )
         return h + nothing.astype(h.dtype)
 
     return replace(model, hidden=hidden)
 
 
-@pytest.mark.parametrize("at_once, wanted", [(1, [4, 4, 4, 4]), (3, [4, 12])], ids=str)
-def test_the_reference_runs_once_for_all(weights, at_once, wanted):
+@pytest.mark.parametrize("at_once, rows", [(1, [4, 4, 4, 4]), (3, [4, 12])], ids=str)
+def test_the_reference_forward_pass_runs_once_for_all_adapters(weights, at_once, rows):
     calls = []
     ones = [replace(MIXED[0], objective=lambda model: pairwise(P.dpo)(counted(model, calls)))] * 3
     with standard():
-        all_at_once(ones, weights, in_parts(1)[:1], at_once=at_once)
-    assert sorted(calls) == wanted
+        train_together(ones, weights, in_parts(1)[:1], at_once=at_once)
+    assert sorted(calls) == rows
 
 
-def test_the_base_is_held_once_however_many_adapters(weights):
+def test_the_base_is_in_memory_once_for_any_number_of_adapters(weights):
     def arguments(count):
         begun = [begin(MIXED[0], weights)] * count
         t = combine_objectives([b[1] for b in begun])
@@ -382,7 +388,7 @@ def test_the_base_is_held_once_however_many_adapters(weights):
     assert arguments(4) - arguments(2) == 2 * (sum(x.nbytes for x in jax.tree.leaves(adapter)) + scales)
 
 
-def test_what_does_not_go_together_is_refused(weights):
+def test_objectives_with_different_references_and_uneven_blocks_are_refused(weights):
     t, objective, *_ = begin(MIXED[0], weights)
     moving = pairwise(P.dpo, EMAReference())(t.model)
     with pytest.raises(ValueError, match="different kinds of reference .moving, start."):

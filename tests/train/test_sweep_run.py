@@ -1,11 +1,13 @@
-"""Whole sweeps: each member comes out as its run alone, also when the sweep was killed; and what goes wrong, in one line."""
+"""Whole sweeps: each member equals its separate run; non-finite members, resuming, user errors."""
 
 import json
 
 import numpy as np
 import pytest
 from dpo_place import CONFIG, write_pair_place
+from prepared import working_directory
 from safetensors.numpy import load_file
+from scripts_in_process import call
 from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import COUNT_COMPILES, Place, write_rows
 
@@ -54,13 +56,13 @@ def alone(place, *argv):
 
 
 def assert_same_run(place, member, other):
-    """Metrics of every step and the adapter at the end, in float32: sums in another order differ in the last digits."""
-    found, wanted = place.metrics(member), place.metrics(other)
-    assert [line["step"] for line in found] == [line["step"] for line in wanted]
-    for one, two in zip(found, wanted, strict=True):
+    """Check the metrics of every step and the final adapter, in float32: sums differ in the last digits."""
+    found, expected = place.metrics(member), place.metrics(other)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for one, two in zip(found, expected, strict=True):
         chance = (
             ("accurac", "correlation", "label_noise") if one["step"] <= 1 else ()
-        )  # signs of margins that are rounding
+        )  # signs of rounding errors
         assert one.keys() == two.keys()
         for name, value in two.items():
             if not any(word in name for word in chance):
@@ -89,16 +91,16 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
-def test_every_member_is_its_run_alone(place, kind):
+def test_each_member_equals_its_separate_run(place, kind):
     settings, over = SWEEPS[kind]
     flags = ["--at-once", "2"] if kind == "moving" else []
     out = sweep(place, *settings, *[x for knob in over for x in ("--over", knob)], "--name", kind, *flags)
     members = list(json.loads((place.runs(kind) / "config.json").read_text())["members"])
-    wanted = 1
+    count = 1
     for knob in over:
-        wanted *= len(knob.split(","))
-    assert len(members) == wanted and all(member in out for member in members)
-    for number in (0, wanted - 1):
+        count *= len(knob.split(","))
+    assert len(members) == count and all(member in out for member in members)
+    for number in (0, count - 1):
         alone(place, *settings, *members[number].split(","), f"name={kind}-{number}")
         assert_same_run(place, f"{kind}/{members[number]}", f"{kind}-{number}")
     table = json.loads((place.runs(kind) / "summary.json").read_text())["members"]
@@ -107,9 +109,9 @@ def test_every_member_is_its_run_alone(place, kind):
     assert table[members[0]]["general loss"] == pytest.approx(own["general_loss"], rel=2e-3)
 
 
-def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
+def test_supervised_members_of_different_seeds_and_ranks_equal_their_separate_runs(place):
     settings = ["data.held_out=held_rows.jsonl", "lr=0.003", "steps=3", "samples=0"]
-    with_config = lambda *argv: ["--config", "sft.py", *argv]  # noqa: E731  # the last one counts
+    with_config = lambda *argv: ["--config", "sft.py", *argv]  # noqa: E731  # overrides the config of `place`
     sweep(
         place,
         *with_config(*settings, "--over", "seed=0,1", "--over", "rank=2,4", "--together", "--name", "sft"),
@@ -119,7 +121,7 @@ def test_supervised_runs_of_other_seeds_and_ranks_are_each_alone(place):
         assert_same_run(place, f"sft/{member}", f"sft-{number}")
 
 
-def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
+def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(place):
     sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
     fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
     assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(
@@ -130,17 +132,17 @@ def test_a_member_that_is_not_finite_stays_as_it_is_and_the_others_go_on(place):
     assert table["lr=1e30"]["skipped steps"] == sum(
         line.get("skipped", 0) for line in wild
     ) and "| skipped steps |" in "".join((place.runs("wild") / "README.md").read_text().splitlines())
-    told = json.loads((place.runs("wild/lr=1e30") / "summary.json").read_text())["alarms"]
+    alarms = json.loads((place.runs("wild/lr=1e30") / "summary.json").read_text())["alarms"]
     assert (
-        any("not finite; they changed nothing. Lower optim.lr" in alarm for alarm in told)
+        any("not finite; they changed nothing. Lower optim.lr" in alarm for alarm in alarms)
         and "not finite" in place.out()
     )
-    assert not any("higher optim.lr" in alarm for alarm in told)
+    assert not any("higher optim.lr" in alarm for alarm in alarms)
     alone(place, "steps=5", "lr=0.002", "name=tame")
     assert_same_run(place, "wild/lr=0.002", "tame")
 
 
-def test_nothing_is_compiled_once_the_loop_has_begun(place):
+def test_nothing_compiles_after_the_loop_begins(place):
     for number, more in enumerate(
         ([], ["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
     ):
@@ -175,9 +177,12 @@ def backwards(pair, beta=0.3):
 '''
 
 
-def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
+def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     (place.folder / "mine.py").write_text(MINE)
-    bench = lambda *argv: place.run(*argv, script="loss_bench.py", JAXFT_CACHE=str(place.folder / "cache"))  # noqa: E731
+
+    def bench(*argv):
+        return place.run(*argv, script="loss_bench.py", JAXFT_CACHE=str(place.folder / "cache"))
+
     argv = [
         "--loss",
         "mine.py:mine",
@@ -212,9 +217,7 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         and "this sweep is finished (3 steps)" in place.out()
         and "margin, nats" in place.out()
     )
-    (place.folder / "mine.py").write_text(
-        MINE + "SOMETHING = 1\n"
-    )  # a loss may lean on what stands beside it
+    (place.folder / "mine.py").write_text(MINE + "SOMETHING = 1\n")  # a loss may use anything in its file
     assert bench(*argv) == 0 and "this sweep is finished" not in place.out()
     assert bench("--loss", "mine.py:backwards", "--against") == 1
     assert "FAIL" in place.out() and "nothing is trained" in place.out()
@@ -230,7 +233,7 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, message",
     [
         (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
         (["--over", "beta=0.1,high"], "'high' is not a number; a sweep is over numeric knobs"),
@@ -260,24 +263,36 @@ def test_the_loss_bench_trains_each_loss_as_a_run_of_its_own_would_be(place):
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],
 )
-def test_a_mistake_is_one_clear_line(place, argv, words):
-    sweep(place, *argv, "--name", "wrong", code=1)
-    assert place.err().startswith("error: ") and words in place.err() and place.err().count("\n") == 1
+def test_an_invalid_sweep_is_one_line(place, refused, argv, message):
+    assert message in refused(*argv, "--name", "wrong")
 
 
-def test_a_sweep_does_not_go_on_with_other_members_or_settings(place):
+@pytest.fixture
+def refused(place, monkeypatch, capsys):
+    """A function that runs scripts/sweep.py in this process and returns the one line of its error."""
+    monkeypatch.setenv("JAXFT_CACHE", str(place.folder / "cache"))
+
+    def run(*argv):
+        with working_directory(place.folder):
+            code, _, line = call(monkeypatch, capsys, "sweep", "--config", "config.py", *argv)
+        assert code == 1 and line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    return run
+
+
+def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused):
     sweep(place, "steps=2", "--over", "beta=0.1,0.2", "--name", "same")
-    sweep(place, "steps=4", "--over", "beta=0.1,0.3", "--name", "same", code=1)
+    line = refused("steps=4", "--over", "beta=0.1,0.3", "--name", "same")
     assert (
-        "this sweep has the members beta=0.1, beta=0.2, not beta=0.1, beta=0.3. Choose another --name"
-        in place.err()
+        "this sweep has the members beta=0.1, beta=0.2, not beta=0.1, beta=0.3. Choose another --name" in line
     )
-    sweep(place, "steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same", code=1)
-    assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in place.err()
+    line = refused("steps=4", "lr=0.5", "--over", "beta=0.1,0.2", "--name", "same")
+    assert "these settings differ from the original run: optim.lr: 0.01 -> 0.5" in line
     assert "resuming after step 2" in sweep(place, "steps=4", "--over", "beta=0.1,0.2", "--name", "same")
 
 
-def test_without_held_out_rows_the_table_tells_the_last_step(place):
+def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place):
     sweep(place, "held_out=none", "steps=2", "--over", "seed=0,1", "--name", "bare")
     table = json.loads((place.runs("bare") / "summary.json").read_text())["members"]["seed=0"]
     last = [line for line in place.metrics("bare/seed=0") if "loss" in line][-1]

@@ -1,4 +1,4 @@
-"""Laws of the step: additivity, packing, meshes, partition, non-finite steps."""
+"""Laws of the train step: additivity, packing, trainable leaves, non-finite steps, remat, optimizers."""
 
 import re
 from dataclasses import replace
@@ -45,14 +45,14 @@ def state_of(trainable, optimizer):
 
 
 def gradient_of(model, whole, batch):
-    """Loss and summed gradients as the train step makes them: SGD with rate 1 moves by exactly the gradient."""
+    """(loss, summed gradients) of the train step: an SGD update with rate 1 is the gradient."""
     optimizer = sgd(1.0)
     step = jax.jit(make_train_step(sft(model), optimizer, 0))
     state, found = step(state_of(whole, optimizer), jax.tree.map(lambda _: None, whole), batch)
     return metrics.as_floats(found)["loss"], jax.tree.map(jnp.subtract, whole, state.trainable)
 
 
-def test_accumulation_is_the_big_batch_for_rows_of_unequal_length():
+def test_gradient_accumulation_equals_one_batch_for_rows_of_unequal_length():
     model, whole = tiny()
     batch = one_by_one(examples(8))
     one = gradient_of(model, whole, micro(batch, 1))
@@ -70,7 +70,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
     assert_close(jax.tree.map(lambda *x: sum(x), *parts), total)
 
 
-def test_packed_is_unpacked():
+def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones():
     model, whole = tiny()
     some = examples(6)
     weight = 1 / sum(len(ids) - prompt for ids, prompt in some)
@@ -87,7 +87,7 @@ def test_padding_rows_change_nothing_and_an_empty_batch_has_loss_zero():
     assert loss == 0 and all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
 
-def test_evaluation_gives_the_same_numbers_for_any_batch_size():
+def test_evaluation_has_the_same_metrics_for_any_batch_size():
     model, whole = tiny()
     batch = one_by_one(examples(8))
     step = jax.jit(evaluate.make_eval_step(sft(model)))
@@ -117,7 +117,7 @@ def plain_model():
     return llama(CONFIG, jnp.float64)
 
 
-def test_only_the_adapter_moves():
+def test_only_the_adapter_is_updated():
     optimizer = make_optimizer(Optim(weight_decay=0.1), lora_specs(), 10)
     trainable, frozen, step = lora_run(optimizer)
     before = jax.tree.map(np.array, frozen)
@@ -165,7 +165,7 @@ def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
 
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_remat_policies_give_the_same_gradients(remat):
-    """Four layers, under jit: offloading is a matter of where a program's buffers lie."""
+    """Four layers, under jit, since offloading places the buffers of a compiled program."""
     config, found = replace(plain_model().config, layers=4), []
     whole = param.init_params(llama(config).specs, jax.random.key(0), jnp.float64)
     for name in ("none", remat):
@@ -174,7 +174,7 @@ def test_remat_policies_give_the_same_gradients(remat):
     assert_close(found[1], found[0])
 
 
-def test_pairs_of_an_odd_number_of_layers_are_refused():
+def test_remat_pairs_refuses_an_odd_number_of_layers():
     config = replace(plain_model().config, layers=3)
     model = llama(config, jnp.float32, remat="pairs")
     whole = param.init_params(model.specs, jax.random.key(0))
@@ -184,7 +184,7 @@ def test_pairs_of_an_odd_number_of_layers_are_refused():
         model.hidden(whole, one_by_one(examples(4)))
 
 
-def test_a_narrow_residual_stream_rounds_once_a_layer():
+def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
     wide, whole = tiny(jnp.float32)
     narrow, _ = tiny(jnp.float32, residual=jnp.bfloat16)
     batch = one_by_one(examples(4))
@@ -195,7 +195,7 @@ def test_a_narrow_residual_stream_rounds_once_a_layer():
 
 
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
-def test_the_stacked_optimizer_is_one_optimizer_a_layer(optimizer):
+def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
     specs = {
         "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.full(0.0))},
         "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.full(0.0)),
@@ -239,7 +239,7 @@ def update_case(optimizer, clip):
 @pytest.mark.parametrize(
     "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
 )
-def test_a_guarded_update_is_optaxs_update_or_none_at_all(optimizer, clip):
+def test_an_update_equals_that_of_optax_or_is_skipped_as_a_whole(optimizer, clip):
     made, grads, start = update_case(optimizer, clip)
     plain = [optax.clip_by_global_norm(clip)] if clip else []
     rule = optimizer(made.schedule, plain_model().specs, 0.1).transform
@@ -256,8 +256,8 @@ def test_a_guarded_update_is_optaxs_update_or_none_at_all(optimizer, clip):
 
 
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor, adamw_8bit])
-def test_a_layerwise_update_is_one_of_all_leaves_at_once(optimizer, monkeypatch):
-    monkeypatch.setattr(update, "LARGE", 1000)  # the table and the head, in pieces of rows
+def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypatch):
+    monkeypatch.setattr(update, "LARGE", 1000)  # the embedding table and the head are updated in pieces
     monkeypatch.setattr(update, "PIECE", 300)
     specs = plain_model().specs
     start = param.init_params(specs, jax.random.key(0))
@@ -285,8 +285,8 @@ def test_a_layerwise_update_is_one_of_all_leaves_at_once(optimizer, monkeypatch)
     )
 
 
-def test_bfloat16_parameters_move_by_what_they_cannot_hold():
-    """An update of a thousandth of a parameter is less than half its spacing: rounded to the nearest it would never move."""
+def test_bfloat16_parameters_are_rounded_stochastically():
+    """An update of 0.1 % of a parameter is below half its spacing; rounded to nearest it would be lost."""
     specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.full(1.0))}
     start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
     settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=optim.constant_schedule)
@@ -313,7 +313,7 @@ def test_a_step_copies_neither_parameters_nor_moments():
     assert "state_opt_state" in text and "f32" not in copies
 
 
-def test_weight_decay_reaches_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     mask = tree.paths(optim.decay_mask(plain_model().specs))
     assert {p for p, m in mask.items() if not m} == {"layers/attn_norm", "layers/mlp_norm", "final_norm"}
 
@@ -339,7 +339,7 @@ def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
-def test_schedules_warm_up_from_zero_and_end_where_they_say(name):
+def test_schedules_warm_up_from_zero_and_end_at_the_given_fraction(name):
     schedule = getattr(optim, name)(1.0, 0.1, 10, 100)
     assert (
         float(schedule(0)) == 0.0
@@ -360,7 +360,7 @@ def test_a_compiled_step_transfers_nothing_between_host_and_device():
         state, _ = compiled(*args)
     assert int(state.step) == 1
     with pytest.raises(Exception, match="Disallowed host-to-device"), jax.transfer_guard("disallow"):
-        compiled(args[0].replace(step=np.int32(0)), *args[1:])  # a host value is noticed
+        compiled(args[0].replace(step=np.int32(0)), *args[1:])  # a host value raises
 
 
 def test_a_step_is_traced_once_for_any_number_of_steps():

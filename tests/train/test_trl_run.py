@@ -1,4 +1,4 @@
-"""Training as TRL's DPOTrainer does it: the same model, rows, order and optimizer, five steps."""
+"""Five steps of DPO and IPO equal those of TRL's DPOTrainer on the same model, rows, order and optimizer."""
 
 from functools import partial
 
@@ -25,8 +25,9 @@ trl = pytest.importorskip("trl")
 
 BATCH, STEPS, LR, EPS = 4, 5, 1e-3, 1e-6
 NAMES = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-    "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "grad_norm",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
+    "mean_token_accuracy", "grad_norm",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 
 def ours(folder, rows, loss):
-    """(metrics of every step, the numbers of the rows in the order in which they were trained on)."""
+    """(metrics of every step, indices of the rows in training order)."""
     write(folder / "rows.jsonl", rows)
     base = str(folder / "base")
     run = Run(
@@ -60,7 +61,7 @@ def ours(folder, rows, loss):
 
 
 def theirs(folder, rows, loss_type):
-    """TRL's loss and metrics of every step, the rows in this order."""
+    """TRL's loss and metrics of every step, on the rows in this order."""
     losses, logged = [], []
 
     class InOrder(trl.DPOTrainer):
@@ -87,10 +88,11 @@ def theirs(folder, rows, loss_type):
         ]
     )
     args = trl.DPOConfig(
-        str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR, adam_epsilon=EPS,
-        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, bf16=False, fp16=False,
-        gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", max_length=128, beta=0.1,
-        loss_type=[loss_type], disable_tqdm=True, optim="adamw_torch",
+        str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR,
+        adam_epsilon=EPS, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=True, report_to="none",
+        save_strategy="no", max_length=128, beta=0.1, loss_type=[loss_type], disable_tqdm=True,
+        optim="adamw_torch",
     )  # fmt: skip
     from transformers import AutoModelForCausalLM
 
@@ -103,13 +105,13 @@ def theirs(folder, rows, loss_type):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss, loss_type", [(dpo, "sigmoid"), (ipo, "ipo")])
-def test_five_steps_are_trls(folder, loss, loss_type):
+def test_five_steps_equal_those_of_trl(folder, loss, loss_type):
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in make_rows(BATCH * STEPS)]
     found, order = ours(folder, rows, loss)
     assert sorted(order) == list(range(BATCH * STEPS))
-    wanted = theirs(folder, [rows[i] for i in order], loss_type)
+    expected = theirs(folder, [rows[i] for i in order], loss_type)
     losses = [line["loss"] for line in found]
     assert max(losses) - min(losses) > 0.1 and found[0]["rewards/margins"] == 0 != found[4]["rewards/margins"]
-    for line, other in zip(found, wanted, strict=True):
+    for line, other in zip(found, expected, strict=True):
         for name in NAMES:
             np.testing.assert_allclose(line[name], other[name], rtol=2e-5, atol=2e-5, err_msg=name)
