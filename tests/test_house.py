@@ -44,7 +44,10 @@ FOREIGN = {
     "unregister_event_listener",  # jax.monitoring
 }
 # Public names that several modules define for the same meaning, with the reason.
-SHARED_NAMES: dict[str, str] = {"open_tracker": "the entry point of each tracker"}
+SHARED_NAMES = {
+    "Outputs": "the outputs of an objective's forward pass, one type per objective",
+    "open_tracker": "every tracker's file opens it by this name",
+}
 
 
 @functools.cache

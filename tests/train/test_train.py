@@ -23,7 +23,7 @@ from jaxft.optim import optimizer as optim
 from jaxft.optim import update
 from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
-from jaxft.optim.update import StepInfo
+from jaxft.optim.update import StepInfo, standard_promotion
 from jaxft.runs.record import describe
 from jaxft.train import evaluate, partition
 from jaxft.train.step import make_train_step
@@ -195,6 +195,7 @@ def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
 
 
 @pytest.mark.parametrize("optimizer", [optim.adamw, optim.adafactor])
+@standard_promotion()  # optax's own arithmetic
 def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
     specs = {
         "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.full(0.0))},
@@ -239,6 +240,7 @@ def update_case(optimizer, clip):
 @pytest.mark.parametrize(
     "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
 )
+@standard_promotion()  # optax's own arithmetic
 def test_an_update_equals_that_of_optax_or_is_skipped_as_a_whole(optimizer, clip):
     made, grads, start = update_case(optimizer, clip)
     plain = [optax.clip_by_global_norm(clip)] if clip else []
@@ -340,6 +342,7 @@ def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
 
 
 @pytest.mark.parametrize("make", [optim.constant_schedule, optim.linear_schedule, optim.cosine_schedule])
+@standard_promotion()  # optax's own arithmetic
 def test_schedules_warm_up_from_zero_and_end_at_the_given_fraction(make):
     schedule = make(1.0, 0.1, 10, 100)
     assert (
