@@ -1,6 +1,4 @@
-"""scripts/generate.py and scripts/export.py: a base, its adapter and a run, asked, merged, and read again by
-transformers.
-"""
+"""scripts/generate.py and scripts/export.py on a base, an adapter and a run; transformers loads the merge."""
 
 import json
 import shutil
@@ -30,13 +28,13 @@ SETTINGS = Adapter(rank=4, alpha=8.0, targets=("q", "o", "up", "head"))
 
 
 def random_adapter(model, settings, size=0.3):
-    """One whose b is not zero."""
+    """A random adapter with b != 0."""
     fresh = init_params(lora.adapter_specs(model.specs, settings), jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda x: size * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, fresh)
 
 
-tied_too = pytest.mark.parametrize("world", [False, True], ids=["untied", "tied"], indirect=True)
+tied_and_untied = pytest.mark.parametrize("world", [False, True], ids=["untied", "tied"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +63,8 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", **options).eval()
 
 
-@tied_too
-def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, world, tmp_path):
+@tied_and_untied
+def test_a_merged_model_has_the_adapted_logits_in_transformers(script, world, tmp_path):
     root, model, adapter = world
     code, out, _ = script(
         "export", "--model", "base", "--adapter", "adapter", "--out", tmp_path / "m", "--dtype", "float32"
@@ -77,15 +75,15 @@ def test_the_merged_folder_gives_the_adapted_logits_in_transformers(script, worl
         "adapter": adapter,
     }
     full = adapted(model, SETTINGS)
-    wanted = np.asarray(full.logits(full.head(whole), full.hidden(whole, some_tokens())))
+    expected = np.asarray(full.logits(full.head(whole), full.hidden(whole, some_tokens())))
     theirs = load(tmp_path / "m")
     assert theirs.dtype == torch.float32 and not theirs.config.tie_word_embeddings
-    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), wanted, atol=1e-4)
-    assert np.abs(torch_logits(load(root / "base"), some_tokens()) - wanted).max() > 0.5
+    np.testing.assert_allclose(torch_logits(theirs, some_tokens()), expected, atol=1e-4)
+    assert np.abs(torch_logits(load(root / "base"), some_tokens()) - expected).max() > 0.5
 
 
-@tied_too
-def test_a_run_and_its_parts_merge_to_the_same_weights_rounded_once(script, world, tmp_path):
+@tied_and_untied
+def test_a_run_and_its_base_and_adapter_merge_to_the_same_weights_rounded_once(script, world, tmp_path):
     assert script("export", "--run", "runs/r", "--out", tmp_path / "run")[0] == 0
     assert (
         script(
@@ -107,14 +105,14 @@ def test_a_run_and_its_parts_merge_to_the_same_weights_rounded_once(script, worl
         assert torch.equal(narrow[name], value.to(torch.bfloat16)), name
 
 
-@tied_too
+@tied_and_untied
 def test_without_an_adapter_the_base_is_copied_bit_for_bit(script, world, tmp_path):
     assert script("export", "--model", "base", "--out", tmp_path / "copy", "--dtype", "float32")[0] == 0
     copy, base = load(tmp_path / "copy").state_dict(), load(world[0] / "base").state_dict()
     assert copy.keys() == base.keys() and all(torch.equal(copy[name], base[name]) for name in base)
 
 
-def test_merging_needs_memory_for_one_tensor(world, tmp_path):
+def test_peak_memory_of_merging_is_a_fraction_of_the_model(world, tmp_path):
     wide = tiny_torch(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
     write_folder(tmp_path / "base", wide)
     model = pretrained.model_for(str(tmp_path / "base"))
@@ -131,7 +129,7 @@ def prompts_of(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
-@tied_too
+@tied_and_untied
 def test_a_run_its_adapter_and_the_merged_model_generate_the_same_text(script, tmp_path):
     ask = ("--prompt", "ab", "--prompt", "What is rope?", "--max-new", "6", "--json")
     _, base, _ = script("generate", "--model", "base", "--dtype", "float32", *ask)
@@ -163,15 +161,15 @@ def test_generated_text_equals_transformers_with_the_template_and_raw(script, wo
     texts = ["<s>Hello</s>", "<s>q</s>", "<s>a</s><s>b</s><s>c</s>", "<s>Sum\n\n1 2</s>", "<s>Only asked</s>"]
     (tmp_path / "lines.txt").write_text("Hello\n\nagain\n")
     ask = ("--model", "base", "--max-new", "8", "--dtype", "float32", "--json", "--batch", "2")
-    for file, extra, wanted in [
+    for file, extra, expected in [
         ("rows.jsonl", (), texts),
         ("lines.txt", (), ["<s>Hello</s>", "<s>again</s>"]),
         ("lines.txt", ("--raw",), ["Hello", "again"]),
     ]:
         code, out, _ = script("generate", "--file", tmp_path / file, *ask, *extra)
         found = prompts_of(out)
-        assert code == 0 and len(found) == len(wanted)
-        for answer, text in zip(found, wanted, strict=True):
+        assert code == 0 and len(found) == len(expected)
+        for answer, text in zip(found, expected, strict=True):
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
             new = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
             assert answer["completion"] == tokenizer.decode(new, skip_special_tokens=True), text
@@ -180,7 +178,7 @@ def test_generated_text_equals_transformers_with_the_template_and_raw(script, wo
             )
 
 
-def test_sampling_repeats_with_its_seed(script):
+def test_the_same_seed_samples_the_same_completion(script):
     ask = (
         "generate",
         "--model",
@@ -246,12 +244,12 @@ def test_a_user_error_is_one_line(script, world, command, words):
         ("export --run r --adapter a --out m", "--adapter"),
     ],
 )
-def test_wrong_options_are_named(script, command, word):
+def test_missing_or_contradictory_options_are_named(script, command, word):
     code, _, err = script(*command.split())
     assert code == 2 and word in err
 
 
-def test_a_finished_full_run_is_read_from_its_model(script, world, tmp_path):
+def test_a_fully_fine_tuned_run_is_loaded_from_its_model_folder(script, world, tmp_path):
     run = tmp_path / "full"
     write_folder(run / "model", tiny_torch(seed=7))
     record = {"weights": "nowhere", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
@@ -262,7 +260,7 @@ def test_a_finished_full_run_is_read_from_its_model(script, world, tmp_path):
     assert script("export", "--run", run, "--out", run / "model")[0] == 1
 
 
-def test_the_scripts_start_from_anywhere(world, tmp_path):
+def test_the_scripts_run_in_any_working_directory(world, tmp_path):
     for name in ("generate", "export"):
         done = subprocess.run(
             [sys.executable, SCRIPTS / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
@@ -282,7 +280,7 @@ def test_the_scripts_start_from_anywhere(world, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("--- prompt\nx\n"), done.stderr
 
 
-def test_a_run_finds_its_base_again_and_refuses_another_one(script, world, tmp_path):
+def test_a_run_loads_its_moved_base_and_refuses_a_changed_one(script, world, tmp_path):
     root = world[0]
     run = tmp_path / "run"
     shutil.copytree(root / "runs" / "r", run)
