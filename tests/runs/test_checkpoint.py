@@ -391,7 +391,7 @@ KILLED = textwrap.dedent("""
     print("start", step, flush=True)
     while True:
         step += 1
-        x = jnp.full((300, 1000), step, jnp.float32) * jnp.arange(1000)
+        x = jnp.full((300, 1000), step, jnp.float32) * jnp.arange(1000, dtype=jnp.float32)[None]
         saved.save(step, {"x": x, "n": jnp.int32(step)}, {"step": step})
         print(step, flush=True)
 """)
