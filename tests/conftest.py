@@ -1,8 +1,8 @@
-"""What every test has: 8 simulated CPU devices, a persistent compilation cache, strict promotion and checked array shapes.
+"""What every test has: 8 simulated CPU devices, a persistent compilation cache, strict promotion and checks.
 
-Implicit dtype or rank promotion raises, also in the processes that a test starts (optax's own updates and schedules excepted, see
-jaxft.optim.update.standard_promotion). In the test's process the arrays of every function of jaxft are checked against its
-jaxtyping annotations.
+Implicit dtype or rank promotion raises, also in the processes that a test starts (optax's own updates and
+schedules excepted, see jaxft.optim.update.standard_promotion). In the test's process the arrays of every
+function of jaxft are checked against its jaxtyping annotations.
 """
 
 import os

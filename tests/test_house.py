@@ -1,4 +1,4 @@
-"""Laws of the source tree: layout, import direction, interfaces without optional members, one meaning per name."""
+"""Laws of the source tree: layout, import direction, no optional members, one meaning per name."""
 
 import ast
 import functools
@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Bottom to top. A folder imports itself and the layers above it in this list; folders of one layer never import one another.
+# Bottom to top. A folder imports itself and the layers above it in this list; folders of one layer never
+# import one another.
 LAYERS = (
     {"tree"},
     {"batch"},
@@ -30,7 +31,8 @@ MODULES = sorted(p for p in (ROOT / "jaxft").rglob("*.py") if p != ROOT / "jaxft
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
-# Members of types from Python, jax and ctypes that only some versions or platforms have; none of jaxft's own is optional.
+# Members of types from Python, jax and ctypes that only some versions or platforms have; none of jaxft's own
+# is optional.
 FOREIGN = {
     "__name__",
     "coords",  # TPU devices
@@ -70,7 +72,7 @@ def folder_of(file):
 
 @functools.cache
 def imports(file):
-    """Every module or name that a file imports, anywhere in it, as dotted text: `from a import b` is "a.b"."""
+    """Every module or name that a file imports, anywhere in it, as dotted text: `from a import b` is a.b."""
     found = []
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):

@@ -29,7 +29,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
         specs["adapter"] = adapter_specs(model.specs, settings)
         if not model.generates and "head" in specs["adapter"]:
             raise ValueError(
-                "adapter.targets names the language model head, but this model has a scalar head instead; leave it out"
+                "adapter.targets names the language model head, but this model has a scalar head instead; "
+                "leave it out"
             )
     specs |= model.heads
     return replace(

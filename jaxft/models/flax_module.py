@@ -7,10 +7,10 @@
     state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-Loaded weights replace the initial ones: `{"params": pretrained.load_frozen(...)}`. With `adapted(model, lora)`
-the parameters are {"base", "adapter"}; give optax only the trainable ones (`optax.partition`, or `tree.partition`
-before the gradient): the `scale` of an adapter and a quantised base have no update. `rngs={"dropout": key}`
-enables dropout.
+Loaded weights replace the initial ones: `{"params": pretrained.load_frozen(...)}`. With
+`adapted(model, lora)` the parameters are {"base", "adapter"}; give optax only the trainable ones
+(`optax.partition`, or `tree.partition` before the gradient): the `scale` of an adapter and a quantised base
+have no update. `rngs={"dropout": key}` enables dropout.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Run the stacked layers of a model: one `lax.scan` in training, at prefill, and in decoding with a cache.
 
 A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream
-[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after rope,
-and returns this `extra`.
+[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after
+rope, and returns this `extra`.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,9 +58,10 @@ _RECORDED: ContextVar[list[Array] | None] = ContextVar("recorded layer outputs",
 
 @contextmanager
 def record_layer_outputs() -> Iterator[list[Float[Array, "outputs B"]]]:
-    """While this is entered, every `scan_layers` that is traced appends a row's norm of its input and of each layer's output, [1 + L, B].
+    """While this is entered, every `scan_layers` that is traced appends norms of its rows, [1 + L, B].
 
-    For debugging: layers run without rematerialisation then.
+    They are those of the input and of each layer's output. For debugging: layers run without
+    rematerialisation then.
     """
     recorded: list[Array] = []
     token = _RECORDED.set(recorded)
@@ -125,7 +126,8 @@ def scan_layers(
         count = jax.tree.leaves(layers)[0].shape[0]
         if count % policy.layers:
             raise ValueError(
-                f"remat={remat} groups layers by {policy.layers}, but the model has {count} layers; use remat=full"
+                f"remat={remat} groups layers by {policy.layers}, but the model has {count} layers; "
+                "use remat=full"
             )
         xs = jax.tree.map(lambda x: x.reshape(count // policy.layers, policy.layers, *x.shape[1:]), xs)
         body = _several(_rematerialised(body, policy))

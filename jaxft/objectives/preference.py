@@ -114,9 +114,9 @@ def preference(
     """`sum_p w_p loss_p` over pairs, of any loss `(pair: PairBatch) -> [B, P]`: one of preference_losses.py's
     or your own.
 
-    reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh adapter;
-        else aux keeps a copy of the trainable leaves. "precomputed" reads log-probs that were computed once
-        before the run; EMAReference follows the policy; with None there is no reference.
+    reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh
+        adapter; else aux keeps a copy of the trainable leaves. "precomputed" reads log-probs that were
+        computed once before the run; EMAReference follows the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
     extra(pair): further metrics by name, each [B, P], logged as means over the pairs.
     """
@@ -198,7 +198,7 @@ def reference_params(params: Params, aux: Aux) -> Params:
 
 
 def _reference_at_start(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """aux for the reference at step 0. at_base: the policy is the base without its adapter, so no copy is needed."""
+    """aux for the reference at step 0. at_base: it is the base without its adapter, so no copy is needed."""
     aux: dict[str, Any] = {}
     if kind == "moving" or (kind == "start" and not at_base):
         aux["reference"] = jax.tree.map(jnp.copy, trainable)
@@ -227,7 +227,7 @@ def _precomputed(batch: Pairs) -> Float[Array, "B M"]:
 
 
 def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
-    """Return the loss's values. Raises ValueError with the loss's name if it fails or returns another shape."""
+    """Return the loss's values. Raises ValueError with its name if it fails or returns another shape."""
     name = loss_name(loss)
     try:
         values = loss_values(loss, pair, state)

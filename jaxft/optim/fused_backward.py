@@ -20,7 +20,7 @@ OFF = "optim.fused_backward=false"
 
 
 class FusedStep(NamedTuple):
-    """What a fused backward pass returns: the new parameters and optimizer state, facts about the step, metrics."""
+    """What a fused backward pass returns: parameters and optimizer state, facts about the step, metrics."""
 
     trainable: Params
     opt_state: OptState
@@ -38,10 +38,10 @@ def fused_step(
 ) -> FusedStep:
     """Compute the loss of a batch [1, rows, ...] and update every parameter on the way back.
 
-    keys: for the objective and for stochastic rounding. A non-finite loss changes nothing. If only the gradient of a layer is
-    non-finite, that layer and the leaves without layers stay unchanged; the layers above it have been updated already.
-    Raises ValueError where no layers of the base are trained, for several microbatches, and for an objective that runs the
-    model more than once.
+    keys: for the objective and for stochastic rounding. A non-finite loss changes nothing. If only the
+    gradient of a layer is non-finite, that layer and the leaves without layers stay unchanged; the layers
+    above it have been updated already. Raises ValueError where no layers of the base are trained, for several
+    microbatches, and for an objective that runs the model more than once.
     """
     parts = optimizer.parts
     check_fused(optimizer, state.trainable, jax.tree.leaves(batch)[0].shape[0])
@@ -76,7 +76,8 @@ def fused_step(
     )
     if uses.count != 1:
         raise ValueError(
-            f"optim.fused_backward needs an objective that runs the model once per step, and this one runs it {uses.count} times; set {OFF}"
+            "optim.fused_backward needs an objective that runs the model once per step, "
+            f"and this one runs it {uses.count} times; set {OFF}"
         )
     fine = jnp.isfinite(metrics["loss"].total)
     grads, new_layers, new_layers_state, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
@@ -88,15 +89,17 @@ def fused_step(
 
 
 def check_fused(optimizer: Optimizer, trainable: Params, microbatches: int) -> None:
-    """Raise ValueError for several microbatches, and unless the trainable stacked leaves are the base's layers."""
+    """Raise ValueError for several microbatches, or unless the trainable stacked leaves are base layers."""
     if microbatches != 1:
         raise ValueError(
-            f"optim.fused_backward updates a layer as soon as its gradient exists, but a step has {microbatches} microbatches; "
+            "optim.fused_backward updates a layer as soon as its gradient exists, "
+            f"but a step has {microbatches} microbatches; "
             f"set data.micro=1, or {OFF}"
         )
     paths = list(tree.paths(optimizer.parts.split(trainable)[0]))
     wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
     if wrong:
         raise ValueError(
-            f"optim.fused_backward updates layers of the base, but the trainable stacked parameters are {wrong}; set {OFF}"
+            "optim.fused_backward updates layers of the base, "
+            f"but the trainable stacked parameters are {wrong}; set {OFF}"
         )

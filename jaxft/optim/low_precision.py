@@ -1,6 +1,7 @@
 """Adam with its moments in few bits: blocks of 8-bit codes, or bfloat16 with stochastic rounding.
 
-`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` holds a quarter of float32 Adam's bytes, `adamw_bf16` half of them.
+`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` holds a quarter of float32 Adam's bytes,
+`adamw_bf16` half of them.
 """
 
 import math
@@ -30,9 +31,10 @@ POSITIVE_BOUNDS = (POSITIVE[:-1] + POSITIVE[1:]) * np.float32(0.5)
 
 @struct
 class Codes:
-    """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block` (Dettmers et al. 2022, arXiv:2110.02861).
+    """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block`.
 
-    codes: uint8 of the array's shape, so that they lie on the mesh as it does; absmax: float32 [rows, blocks].
+    The format is that of Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, so that
+    they lie on the mesh as it does; absmax: float32 [rows, blocks].
     """
 
     codes: UInt8[Array, "..."]
@@ -40,7 +42,10 @@ class Codes:
 
 
 def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
-    """(rows, values a row) of an array whose blocks run within rows: the last axis, or all of a layer where that is short."""
+    """(rows, values a row) of an array whose blocks run within rows.
+
+    A row is the last axis, or all of a layer where that is short.
+    """
     whole = math.prod(shape)
     lead = shape[0] if layers else 1
     last = shape[-1] if shape[-1] >= BLOCK else whole // lead
@@ -69,7 +74,7 @@ def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
 
 
 def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
-    """`encode(jnp.zeros(shape), ...)`, which XLA would spend seconds on while it compiles, folding constants."""
+    """`encode(jnp.zeros(shape), ...)`, which XLA would spend seconds on as it compiles, folding constants."""
     rows, size = _rows(shape, layers)
     code = np.searchsorted(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS, 0.0)
     return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
@@ -110,9 +115,10 @@ def _adam(
 
 
 def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
-    """optax.scale_by_adam with moments stored as Codes between steps (arXiv:2110.02861), except those of small leaves.
+    """optax.scale_by_adam with moments stored as Codes between steps, except those of small leaves.
 
-    Each layer of a stacked leaf has blocks of its own. A step computes with exact moments; only what is stored is rounded.
+    Each layer of a stacked leaf has blocks of its own. A step computes with exact moments; only what is
+    stored is rounded.
     """
     stacked = {path: "layers" in s.axes for path, s in spec_paths(specs).items()}
 
@@ -151,10 +157,10 @@ def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformatio
 
 
 def scale_by_adam_bf16(hyper: Adam) -> optax.GradientTransformation:
-    """optax.scale_by_adam with moments stored in bfloat16, rounded stochastically, so that small changes are not lost.
+    """optax.scale_by_adam with moments in bfloat16, rounded stochastically so that small changes persist.
 
-    The random bits follow from the step, the leaf and its first value (the layers of a layerwise update have the same step and
-    leaf), so a resumed run draws the same ones.
+    The random bits follow from the step, the leaf and its first value (the layers of a layerwise update have
+    the same step and leaf), so a resumed run draws the same ones.
     """
 
     def rounded(moment: Params, count: Array, salt: int) -> Params:

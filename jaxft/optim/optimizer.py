@@ -1,4 +1,4 @@
-"""The Optimizer type, its settings and schedules, AdamW and Adafactor, and transformations that know a parameter's axes."""
+"""The Optimizer type, its settings and schedules, AdamW, Adafactor, transformations that know the axes."""
 
 import inspect
 from collections.abc import Callable
@@ -52,9 +52,10 @@ def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Sch
 class UpdateRule(NamedTuple):
     """An optax transformation, and what it allows.
 
-    rowwise: updates of a row depend on no other row, so that the rows of a large matrix may be updated in pieces.
-    replicated: fields of its state that every device stores in full where their shape isn't their parameter's
-    (factored moments, scales); other state of that kind is an error on a mesh, see state_sharding.
+    rowwise: updates of a row depend on no other row, so that the rows of a large matrix may be
+    updated in pieces. replicated: fields of its state that every device stores in full where their
+    shape isn't their parameter's (factored moments, scales); other state of that kind is an error on
+    a mesh, see state_sharding.
     """
 
     transform: optax.GradientTransformation
@@ -65,9 +66,10 @@ class UpdateRule(NamedTuple):
 class Optimizer(NamedTuple):
     """Pure functions that turn gradients into new parameters.
 
-    init(params) -> opt_state. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not
-    `info.finite`. schedule(step) -> learning rate. name: for people. layerwise: stacked layers are updated one after the
-    other; fused_backward: inside the backward pass, through `parts`. replicated: as of UpdateRule.
+    init(params) -> opt_state. update(grads, opt_state, params, info) -> (params, opt_state), unchanged
+    if not `info.finite`. schedule(step) -> learning rate. name: for people. layerwise: stacked layers
+    are updated one after the other; fused_backward: inside the backward pass, through `parts`.
+    replicated: as of UpdateRule.
     """
 
     init: Callable[[Params], OptState]
@@ -96,9 +98,10 @@ def adamw(
 
 
 def adafactor(schedule: optax.Schedule, specs: Specs, weight_decay: float) -> UpdateRule:
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, updates clipped at RMS 1 per layer.
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, clipped updates.
 
-    The learning rate is absolute (no multiplication by the parameter's scale) and there is no first moment.
+    Updates are clipped at RMS 1 per layer. The learning rate is absolute (no multiplication by the
+    parameter's scale) and there is no first moment.
     """
     one_layer = optax.chain(
         optax.scale_by_factored_rms(factored=True, decay_rate=0.8, min_dim_size_to_factor=128),
@@ -112,17 +115,18 @@ def adafactor(schedule: optax.Schedule, specs: Specs, weight_decay: float) -> Up
 class Optim:
     """Optimizer settings.
 
-    optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with its
-    hyper-parameters as keyword arguments: adamw, adafactor, those of low_precision, your own, or
+    optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with
+    its hyper-parameters as keyword arguments: adamw, adafactor, those of low_precision, your own, or
     `partial(adamw, b1=0.8)`. b1, b2, eps: passed to an optimizer that has them; None for its default.
-    schedule: constant_schedule, linear_schedule, cosine_schedule or your own. warmup: fraction of the steps with a rising
-    learning rate. end: the schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern,
-    factor) pairs; a leaf's updates are multiplied by the factor of the first pattern that matches it (LoRA+:
-    `(("adapter/.*/b", 16.0),)`).
-    layerwise: update stacked layers one after the other, so that memory holds the updates of one; results are the same,
-    except for the random bits of stochastic rounding. fused_backward: do so inside the backward pass, so that memory
-    holds the gradient of one layer only. It needs one microbatch per step and clip=none, since the global norm is known only
-    afterwards; if a gradient is not finite, the layers above it have been updated already.
+    schedule: constant_schedule, linear_schedule, cosine_schedule or your own. warmup: fraction of the steps
+    with a rising learning rate. end: the schedule's last value as a fraction of lr. clip: largest global
+    gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
+    multiplied by the factor of the first pattern that matches it (LoRA+: `(("adapter/.*/b", 16.0),)`).
+    layerwise: update stacked layers one after the other, so that memory holds the updates of one; results
+    are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
+    backward pass, so that memory holds the gradient of one layer only. It needs one microbatch per step and
+    clip=none, since the global norm is known only afterwards; if a gradient is not finite, the layers above
+    it have been updated already.
     """
 
     lr: float = 2e-4
@@ -189,7 +193,10 @@ def name_of(fn: Callable) -> str:
 
 
 def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
-    """Build the optimizer of the trainable leaves (`specs`: their ParamSpecs, None elsewhere) for a run of `steps` steps."""
+    """Build the optimizer of the trainable leaves for a run of `steps` steps.
+
+    specs: ParamSpecs of the trainable leaves, None elsewhere.
+    """
     layerwise = o.layerwise or o.fused_backward
     rule_specs = jax.tree.map(_one_layer, specs, is_leaf=is_spec) if layerwise else specs
     try:
@@ -250,7 +257,7 @@ def _one_layer(s: ParamSpec) -> ParamSpec:
 
 
 def decay_mask(specs: Any) -> Any:
-    """True for matrices, which have two axes in addition to the stacked layers; norms and scalars are not decayed."""
+    """True for matrices: two axes in addition to the stacked layers. Norms and scalars are not decayed."""
     return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
 
 
@@ -271,9 +278,10 @@ def with_decay(
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf as to a parameter of its own, and to other leaves as they are.
+    """Apply a transformation to each layer of a stacked leaf as to a parameter of its own.
 
-    What looks at a whole parameter (factored moments, block RMS) would otherwise mix the layers.
+    Other leaves are taken as they are. What looks at a whole parameter (factored moments, block RMS) would
+    otherwise mix the layers.
     """
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     any_layers = any(jax.tree.leaves(stacked))
@@ -309,7 +317,7 @@ def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.G
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Scale updates down to a global norm of at most `limit`; a norm that is known already is passed as `norm`."""
+    """Scale updates down to a global norm of at most `limit`; `norm` is a norm that is known already."""
 
     def update(
         updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any
@@ -322,7 +330,10 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Cast 16-bit gradients and parameters to float32 for a transformation, so that its state and updates are float32."""
+    """Cast 16-bit gradients and parameters to float32 for a transformation.
+
+    Its state and updates are then float32 as well.
+    """
     transform = optax.with_extra_args_support(transform)
 
     def update(

@@ -23,11 +23,14 @@ class _Array:
 def state_shardings(
     optimizer: Optimizer, opt_state: OptState, params: Params, mesh: jax.sharding.Mesh
 ) -> OptState:
-    """Return a tree of shardings like `opt_state`. opt_state, params: ShapeDtypeStructs, those of params with shardings.
+    """Return a tree of shardings like `opt_state`.
 
-    State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every device if the optimizer
-    declares its field as `replicated`. State of no parameter (counts: scalars, or one per layer) is replicated. Raises
-    ValueError for anything else: a copy of a large state on every device would be a silent cost.
+    opt_state, params: ShapeDtypeStructs, those of params with shardings.
+
+    State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
+    device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one
+    per layer) is replicated. Raises ValueError for anything else: a copy of a large state on every device
+    would be a silent cost.
     """
     everywhere = sharding.replicated(mesh)
     layers = {x.shape[:1] for x in jax.tree.leaves(params)}
@@ -41,12 +44,14 @@ def state_shardings(
         if mesh.size == 1 or not set(x.path.split("/")).isdisjoint(optimizer.replicated):
             return everywhere
         raise ValueError(
-            f"optim.optimizer={optimizer.name}: its state {x.path} has shape {list(x.shape)} {problem}, so no sharding can be "
-            "derived for it. Return UpdateRule(transform, replicated=(the state's field, ...)) to store it in full on every device."
+            f"optim.optimizer={optimizer.name}: its state {x.path} has shape {list(x.shape)} {problem}, "
+            "so no sharding can be derived for it. "
+            "Return UpdateRule(transform, replicated=(the state's field, ...)) "
+            "to store it in full on every device."
         )
 
     def of_copy(copy: Any, params: Params) -> Any:
-        """Shardings of a copy of the parameter tree, in which a leaf may be None or a node of several arrays."""
+        """Shardings of a copy of the parameter tree; a leaf may be None or a node of several arrays."""
         return jax.tree.map(
             lambda param, part: jax.tree.map(lambda x: of_parameter(x, param), part), params, copy
         )

@@ -1,4 +1,7 @@
-"""One update of parameters and optimizer state: skipped when not finite, stochastically rounded, whole or layer by layer."""
+"""One update of parameters and optimizer state, whole or layer by layer.
+
+It is skipped when not finite, and bfloat16 parameters are rounded stochastically.
+"""
 
 import contextlib
 import math
@@ -27,8 +30,8 @@ Updated = tuple[Params, OptState]
 class StepInfo(NamedTuple):
     """Facts about a step that an update needs in addition to the gradients.
 
-    norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key: for the
-    stochastic rounding of bfloat16 parameters; None if there are none.
+    norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key:
+    for the stochastic rounding of bfloat16 parameters; None if there are none.
     """
 
     norm: Float[Array, ""]
@@ -37,11 +40,12 @@ class StepInfo(NamedTuple):
 
 
 class LayerParts(NamedTuple):
-    """A layerwise update in two parts, for a backward pass that updates each layer as soon as its gradient exists.
+    """A layerwise update in two parts, for a backward pass that updates a layer once its gradient exists.
 
-    split(tree): (leaves with a layers axis, other leaves), None on the other side. update_layer(grads, opt_state, params,
-    info): update one layer; layer i rounds with `fold_in(layers_key(key), i)`. update_rest(grads, opt_state, params, info):
-    update the other leaves; the stacked ones and their state are None in its result.
+    split(tree): (leaves with a layers axis, other leaves), None on the other side. update_layer(grads,
+    opt_state, params, info): update one layer; layer i rounds with `fold_in(layers_key(key), i)`.
+    update_rest(grads, opt_state, params, info): update the other leaves; the stacked ones and their state are
+    None in its result.
     """
 
     split: Callable[[Params], tuple[Params, Params]]
@@ -51,7 +55,7 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves, of the others, and of each large matrix alone."""
+    """Optimizer states of a layerwise optimizer: of stacked leaves, the others, and each large matrix."""
 
     layers: OptState
     rest: OptState
@@ -62,7 +66,8 @@ class LayerwiseState(NamedTuple):
 class LayerGroups:
     """Which trainable leaves a layerwise optimizer updates together.
 
-    stacked: mask of the leaves with a layers axis. large: paths of matrices without layers that are updated in pieces of rows.
+    stacked: mask of the leaves with a layers axis. large: paths of matrices without layers that are updated
+    in pieces of rows.
     """
 
     stacked: Any
@@ -75,7 +80,7 @@ def to_float32(x: Any) -> Any:
 
 
 def stochastically_rounded(x: Float[Array, "..."], key: Key[Array, ""]) -> Float[Array, "..."]:
-    """Round float32 to one of its two neighbours in bfloat16, the nearer one more often: unbiased in expectation.
+    """Round float32 to one of its two neighbours in bfloat16, the nearer more often: unbiased in expectation.
 
     A random number is added to the 16 bits that are dropped. Non-finite values are kept.
     """
@@ -86,10 +91,10 @@ def stochastically_rounded(x: Float[Array, "..."], key: Key[Array, ""]) -> Float
 
 
 def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -> Params:
-    """Add updates to parameters in float32 or wider, as optax.apply_updates does, but round bfloat16 parameters stochastically.
+    """optax.apply_updates in float32 or wider, which rounds bfloat16 parameters stochastically.
 
-    Most updates are smaller than half of a bfloat16's spacing and would be lost otherwise. Raises ValueError for bfloat16
-    parameters without a key.
+    Most updates are smaller than half of a bfloat16's spacing and would be lost otherwise. Raises ValueError
+    for bfloat16 parameters without a key.
     """
     leaves, structure = jax.tree.flatten(params)
     new: list[Array] = []
@@ -113,10 +118,10 @@ def standard_promotion() -> Iterator[None]:
 def guarded_update(
     transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after one update by an optax transformation, unchanged if not `info.finite`.
+    """Return (parameters, optimizer state) after one optax update, unchanged if not `info.finite`.
 
-    The state's update depends on the new parameters, so that XLA writes each array in place: otherwise its CPU compiler copies
-    the whole state first, because the new parameters read the old state.
+    The state's update depends on the new parameters, so that XLA writes each array in place: otherwise its
+    CPU compiler copies the whole state first, because the new parameters read the old state.
     """
     chex.assert_trees_all_equal_shapes(grads, params)
     transform = optax.with_extra_args_support(transform)
@@ -134,7 +139,7 @@ def guarded_update(
 
 
 def _after(x: Array, done: Array) -> Array:
-    """Return x in a form that XLA can't compute before `done`; on a mesh, where that would move `done`, x itself."""
+    """Return x such that XLA can't compute it before `done`; x itself on a mesh, where that moves `done`."""
     if sharding.is_multi_device():
         return x
 
@@ -145,7 +150,7 @@ def _after(x: Array, done: Array) -> Array:
 
 
 def layer_groups(specs: Any, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves (`specs`: ParamSpecs, None where frozen). rowwise: whether rows may be updated apart."""
+    """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated apart."""
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     large = [
         path
@@ -173,7 +178,7 @@ def init_layerwise(
 def update_layerwise(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after one update of the layers, one after the other, and of the other leaves."""
+    """Return (parameters, optimizer state) after an update of the layers one by one and of the rest."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
     layers, state = parts.split(params)[0], opt_state.layers
     if state is not None:
@@ -220,7 +225,7 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
 
 
 def no_layer_parts(update: Callable[[Grads, OptState, Params, StepInfo], Updated]) -> LayerParts:
-    """Build the parts of an update of all leaves at once: no leaf is updated as a layer, all belong to the rest."""
+    """Build the parts of an update of all leaves at once: none is updated as a layer, all are of the rest."""
 
     def split(x: Params) -> tuple[Params, Params]:
         return jax.tree.map(lambda _: None, x), x
@@ -259,7 +264,7 @@ def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Ar
 
 
 def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """`_piece_by_piece` over the rows of one large matrix on one device; state without rows (a count) is the same for all."""
+    """`_piece_by_piece` over a large matrix's rows on one device; state without rows is the same for all."""
     matrix = jax.tree.leaves(grads)[0]
     rows = matrix.shape[0]
     pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and matrix.size // n <= PIECE)

@@ -214,7 +214,8 @@ class BoundRollouts:
         if processes.is_first():
             if fault and not self._warned:
                 print(
-                    f"rollout {number + 1}: {fault}; this completion has no score. Further faults are only counted.",
+                    f"rollout {number + 1}: {fault}; this completion has no score. "
+                    "Further faults are only counted.",
                     flush=True,
                 )
                 self._warned = True

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: the step, evaluation of held-out rows and of general text, and sampling of held-out prompts."""
+"""The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ States = tuple[TrainState, ...]  # of the members of a job
 class Compiled:
     """The compiled programs of a job. States, frozen parameters and every list have one entry per member.
 
-    step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis. evaluate and
-    general: metrics of the held-out rows and of the general text, {} without any. sample: completions of held-out prompts.
+    step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
+    evaluate and general: metrics of the held-out rows and of the general text, {} without any. sample:
+    completions of held-out prompts.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]

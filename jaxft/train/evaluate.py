@@ -17,7 +17,8 @@ from jaxft.tree import Aux, Batch, Metrics, Params
 def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux], Any]:
     """Return `(trainable, frozen, batch, aux) -> metrics` of a batch [1, rows, ...], without dropout.
 
-    For an objective that couples rows it returns the outputs of the batch; the loss is computed once from those of all batches.
+    For an objective that couples rows it returns the outputs of the batch; the loss is computed once from
+    those of all batches.
     """
 
     def step(trainable: Params, frozen: Params, batch: Batch, aux: Aux) -> Any:
@@ -46,7 +47,7 @@ def sum_metrics(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> M
 def evaluate_coupled(
     forward: Callable[[Batch], Outputs], loss_metrics: Callable[[Outputs], Metrics], batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Return the metrics of an objective that couples rows: `loss_metrics` of the outputs of all batches, row after row."""
+    """Return the metrics of an objective that couples rows: `loss_metrics` of the outputs of all batches."""
     outputs = [jax.device_get(forward(batch)) for batch in batches]
     return metric.as_floats(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
@@ -72,7 +73,10 @@ def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: i
 
 
 def selection_score(metrics: dict[str, float]) -> float | None:
-    """Return what the best checkpoint has least of: held-out loss or minus the held-out reward; None without held-out rows."""
+    """Return what the best checkpoint has least of: held-out loss or minus the held-out reward.
+
+    None without held-out rows.
+    """
     if "eval_loss" in metrics:
         return metrics["eval_loss"]
     return -metrics["eval_reward"] if "eval_reward" in metrics else None

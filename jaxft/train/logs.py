@@ -67,10 +67,11 @@ def total_rates(perf: Sequence[Numbers]) -> Numbers:
 
 
 def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[str]) -> Logs:
-    """Write the records and open the logs on process 0, and print the start-up lines; other processes log nothing.
+    """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
-    first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since the run began.
-    Raises ValueError if the settings differ from those of the checkpoint, or allow fewer steps than are done.
+    first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
+    the run began. Raises ValueError if the settings differ from those of the checkpoint, or allow fewer
+    steps than are done.
     """
     if first > job.steps:
         raise ValueError(

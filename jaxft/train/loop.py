@@ -1,4 +1,4 @@
-"""Training: `run` tells the whole story of a run, or of a sweep of several, from its settings to its results."""
+"""Training: `run` tells the whole story of a run, or of a sweep of several, from settings to results."""
 
 import time
 from contextlib import ExitStack, closing
@@ -35,14 +35,15 @@ from jaxft.train.sweep_programs import compile_sweep
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run, or a sweep, whose members are trained together; what holds for the run below then holds for each member.
-    record: a run's settings as JSON. Returns 0 if the run is finished, 128 + n if it was stopped by signal n with
-    everything saved. Raises ValueError, FileNotFoundError or OSError with one line that says what to change.
+    settings: a run, or a sweep, whose members are trained together; what holds for the run below then holds
+    for each member. record: a run's settings as JSON. Returns 0 if the run is finished, 128 + n if it was
+    stopped by signal n with everything saved. Raises ValueError, FileNotFoundError or OSError with one line
+    that says what to change.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
     with ExitStack() as stack:
-        # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes with the same message ----------
+        # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes alike ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
         with processes.agreement():
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
@@ -125,5 +126,5 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
 
 def due(every: int | None, done: int, job: Job) -> bool:
-    """Whether a multiple of `every` steps lies between the previous point where the job could be saved and `done`."""
+    """Whether a multiple of `every` steps lies after the previous point that could be saved, up to `done`."""
     return every is not None and done // every > (done - job.rollout_steps) // every

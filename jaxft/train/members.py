@@ -1,4 +1,4 @@
-"""A run, or the members of a sweep, before any weights are loaded: settings checked, rows read, programs traced as shapes."""
+"""A run, or a sweep's members, before weights are loaded: settings checked, rows read, programs traced."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,8 +48,8 @@ class Member:
 class Job:
     """What `loop.run` trains: the members, and what they share.
 
-    sources: batches for all members, or of each member. general: batches of the general text. sweep: its settings,
-    None for a single run.
+    sources: batches for all members, or of each member. general: batches of the general text. sweep: its
+    settings, None for a single run.
     """
 
     folder: Path
@@ -124,8 +124,8 @@ class Job:
 def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     """Check the settings, read the rows and build the programs as shapes.
 
-    record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError with one line that
-    says what to change. Every process calls it.
+    record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError
+    with one line that says what to change. Every process calls it.
     """
     sweep = settings if isinstance(settings, Sweep) else None
     runs: Mapping[str, Run] = settings.runs if isinstance(settings, Sweep) else {"": settings}
@@ -141,7 +141,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     _check_whole_rollouts(steps, sources[0].info.steps_per_rollout)
     if sweep and sources[0].info.samples:
         raise ValueError(
-            "the members of a sweep train on the same rows and can't sample their own completions; use scripts/train.py"
+            "the members of a sweep train on the same rows and can't sample their own completions; "
+            "use scripts/train.py"
         )
     weights, members = weight_fingerprints(lead), []
     for number, (label, run) in enumerate(runs.items()):
@@ -156,11 +157,15 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:
-    """Raise ValueError if the rows have a token id beyond the model's embeddings, for which a gather would silently read another row."""
+    """Raise ValueError if the rows have a token id beyond the model's embeddings.
+
+    A gather would silently read another row for it.
+    """
     largest, vocab = source.info.stats.largest_id, run.model.config.vocab
     if largest >= vocab:
         raise ValueError(
-            f"{run.weights}: the tokenizer produces token id {largest}, but the model has embeddings for 0 to {vocab - 1} "
+            f"{run.weights}: the tokenizer produces token id {largest}, "
+            f"but the model has embeddings for 0 to {vocab - 1} "
             "only. Use the tokenizer that belongs to the model."
         )
 
@@ -177,7 +182,10 @@ def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:
 
 
 def weight_fingerprints(run: Run) -> dict[str, Any]:
-    """Return hashes of all weights that a run starts from, so that it resumes from the same ones, and the path of a local base."""
+    """Return hashes of all weights that a run starts from, and the path of a local base.
+
+    A run resumes from the same weights only.
+    """
     found = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
     if Path(run.weights).exists():
         found["weights_path"] = str(Path(run.weights).resolve())
@@ -198,7 +206,10 @@ def open_checkpoints(job: Job) -> Checkpoints:
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
-    """Return (steps of a finished run or 0, permitted changes of settings since it began). Raises ValueError for other changes."""
+    """Return (steps of a finished run or 0, changes of settings since it began).
+
+    Raises ValueError for changes that are not permitted.
+    """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
         return 0, []
@@ -214,7 +225,8 @@ def _check_members(job: Job) -> None:
     known = runfolder.read_saved_json(path)["members"] if path.exists() else labels
     if known != labels:
         raise ValueError(
-            f"{job.folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. Choose another --name."
+            f"{job.folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. "
+            "Choose another --name."
         )
 
 
@@ -232,7 +244,10 @@ def load_members(
 
 
 def bind_sources(job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | None) -> Job:
-    """Return the job with sources that can sample from its model. saved: what the checkpoint stores, see `to_save`."""
+    """Return the job with sources that can sample from its model.
+
+    saved: what the checkpoint stores, see `to_save`.
+    """
     p = job.lead.programs
     bound = BoundRun(
         mesh=p.mesh,

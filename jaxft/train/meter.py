@@ -25,12 +25,13 @@ Numbers = dict[str, float]
 class Meter:
     """Adds up one member's metrics between two log entries, on the host and one step behind the device.
 
-    A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are non-finite. LabelNoise
-    is summed over the whole first epoch, in which every pair is evaluated before the model trains on it.
+    A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are
+    non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
+    model trains on it.
 
-    rates: the learning rate of each step. max_bad: non-finite steps in a row that end the run, None for any number.
-    counters: what `counters()` returned when the checkpoint was saved. index: the member's place in metrics of a sweep, which
-    have a leading members axis; None for a run alone.
+    rates: the learning rate of each step. max_bad: non-finite steps in a row that end the run, None for any
+    number. counters: what `counters()` returned when the checkpoint was saved. index: the member's place in
+    metrics of a sweep, which have a leading members axis; None for a run alone.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class Meter:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
-            f"loss or gradient was not finite in {len(steps)} steps in a row (steps {steps[0] + 1} to {steps[-1] + 1}). "
-            f"The parameters are those from before these steps. Check the rows {shown}, or lower optim.lr with another name=..."
+            f"loss or gradient was not finite in {len(steps)} steps in a row "
+            f"(steps {steps[0] + 1} to {steps[-1] + 1}). "
+            "The parameters are those from before these steps. "
+            f"Check the rows {shown}, or lower optim.lr with another name=..."
         )
 
     def counters(self) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Meter:
 
 
 class Meters:
-    """A Meter for each member of a job. counters: what `counters()` returned when the checkpoint was saved."""
+    """A Meter for each member of a job. counters: what `counters()` returned at the checkpoint."""
 
     def __init__(self, job: Job, counters: Sequence[dict[str, Any]] | None):
         self._each = []
@@ -183,7 +186,7 @@ class Meters:
 
 
 class Trace:
-    """A profiler trace by process 0 of the steps from first to last, counted from 1 as in the log; None for no trace."""
+    """A profiler trace by process 0 of the steps from first to last, counted from 1; None for no trace."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._steps = steps if processes.is_first() else None

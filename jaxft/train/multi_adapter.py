@@ -1,7 +1,8 @@
-"""Several adapters on one base in one program, each with its own loss, learning rate, clipping and skipped steps.
+"""Several adapters on one base in one program, each with its loss, learning rate, clipping and skipped steps.
 
-`lax.map` runs over blocks of `at_once` adapters, so that activations are those of one block however many adapters there are.
-Within a block the rows go through the model together. The reference policy runs once for all of them.
+`lax.map` runs over blocks of `at_once` adapters, so that activations are those of one block however many
+adapters there are. Within a block the rows go through the model together. The reference policy runs once
+for all of them.
 
 Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
 """
@@ -44,9 +45,9 @@ class Block(NamedTuple):
 class MultiAdapter:
     """K objectives over one base, with an adapter each.
 
-    lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see Facts.
-    separate_rows: each adapter has batches of its own, [K * micro, rows, ...], instead of the same for all. at_once: adapters
-    that go through the model in one forward pass; a divisor of K.
+    lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see
+    Facts. separate_rows: each adapter has batches of its own, [K * micro, rows, ...], instead of the same for
+    all. at_once: adapters that go through the model in one forward pass; a divisor of K.
     """
 
     objectives: tuple[Objective, ...]
@@ -69,7 +70,10 @@ class MultiAdapter:
 def combine_objectives(
     objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
 ) -> MultiAdapter:
-    """Return the objectives as one. Raises ValueError for a wrong `at_once` and for several kinds of reference."""
+    """Return the objectives as one.
+
+    Raises ValueError for a wrong `at_once` and for several kinds of reference.
+    """
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
     kinds = [o.facts.reference for o in objectives]
@@ -116,9 +120,10 @@ def gradients(
 
 
 def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
-    """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)`: the second half of adapter k's train step.
+    """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)` of adapter k.
 
-    An adapter whose loss or gradient is not finite stays unchanged; the others continue.
+    It is the second half of its train step. An adapter whose loss or gradient is not finite stays unchanged;
+    the others continue.
     """
     no_rounding = jax.random.key(0)  # adapters are float32
 
@@ -134,9 +139,10 @@ def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None 
 
 
 def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
-    """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows, the same for all adapters.
+    """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows shared by all.
 
-    If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of all batches together.
+    If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of
+    all batches together.
     """
     same_rows = replace(adapters, separate_rows=False)
 
@@ -252,14 +258,17 @@ def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: P
     if references is not None:
         aux = {"reference": {"base": no_base, **jax.tree.map(layers_first, references)}}
     outputs = adapters.objectives[adapters.lead].forward(block, batch, None, aux)
-    # the lead's own forward pass of the reference, if it has one, is then dead code and no part of the program
+    # the lead's own forward pass of the reference, if any, is then dead code and no part of the program
     return replace(outputs, reference=batch.reference) if adapters.shares_reference else outputs
 
 
 def _loss(
     adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
 ) -> tuple[Array, Metrics]:
-    """(sum of the losses, metrics [at_once]) of a block's outputs, in which the rows of several microbatches follow one another."""
+    """(sum of the losses, metrics [at_once]) of a block's outputs.
+
+    The rows of several microbatches follow one another in them.
+    """
     G, objectives = adapters.at_once, adapters.objectives
 
     def of_adapter(g: int, x: Array) -> Array:

@@ -1,15 +1,16 @@
 """A record of a run's first non-finite step, for "my loss is NaN" (`loop.debug_nonfinite=true`).
 
-The loss and gradient norm of every step are checked at once, which costs the overlap of host and device. At the first step where
-one of them is not finite this writes `runs/<name>/nonfinite/step-<n>/`:
+The loss and gradient norm of every step are checked at once, which costs the overlap of host and device. At
+the first step where one of them is not finite this writes `runs/<name>/nonfinite/step-<n>/`:
 
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
-    norms.json   norms of parameters and gradients by path, and of layer outputs [pass, micro, 1 + layer, row]; the first is the embedding's
+    norms.json   norms of parameters and gradients by path, and of layer outputs
+                 [pass, micro, 1 + layer, row]; the first is the embedding's
 
-and logs the first layer whose output is not finite, or if all are finite the layer whose gradient is the first that is not: gradients
-are computed from the last layer to the first. The run goes on with the parameters as they were before the step, until
-`loop.max_bad` such steps come in a row.
+and logs the first layer whose output is not finite, or if all are finite the layer whose gradient is the
+first that is not: gradients are computed from the last layer to the first. The run goes on with the
+parameters as they were before the step, until `loop.max_bad` such steps come in a row.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Norms of a step: of parameters and gradients by path, [L] if stacked; of layer outputs, of each forward pass."""
+    """Norms of a step: of parameters and gradients by path, [L] if stacked; of layer outputs in each pass."""
 
     parameters: Arrays
     gradients: Arrays
@@ -129,12 +130,18 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
         if len(bad_layers):
             layer = int(bad_layers[0])
             where = f"layer {layer - 1}" if layer else "the embedding"
-            return f"the first output that is not finite is that of {where}, in {_rows(~np.isfinite(outputs[:, layer]), names)}"
+            return (
+                f"the first output that is not finite is that of {where}, "
+                f"in {_rows(~np.isfinite(outputs[:, layer]), names)}"
+            )
     layers = {path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if x.ndim == 1}
     last = max((int(bad[-1]) for bad in layers.values() if len(bad)), default=None)
     if last is not None:
         paths = ", ".join(path for path, bad in layers.items() if last in bad)
-        return f"all outputs of layers are finite; the first gradient that is not is that of layer {last} ({paths})"
+        return (
+            "all outputs of layers are finite; "
+            f"the first gradient that is not is that of layer {last} ({paths})"
+        )
     return (
         "all outputs of layers and their gradients are finite: it is the loss, or a parameter without layers"
     )

@@ -77,7 +77,8 @@ def partition_params(
         )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            f"train={pattern!r} selects no trainable parameter: an adapter's scale is frozen; select its a or b"
+            f"train={pattern!r} selects no trainable parameter: "
+            "an adapter's scale is frozen; select its a or b"
         )
     trainable = {path for path, is_trainable in tree.paths(mask).items() if is_trainable}
     stored = pretrained.stored_model(whole, quant, ref, trainable, dtype)

@@ -47,7 +47,8 @@ class Programs:
 def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) -> Programs:
     """Build the programs of a run of `steps` steps from its settings alone: no weights, rows or network.
 
-    mesh_devices: the devices of the mesh, by default all. Raises ValueError for settings that don't go together.
+    mesh_devices: the devices of the mesh, by default all. Raises ValueError for settings that
+    don't go together.
     """
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
@@ -95,7 +96,8 @@ def _check_dropout(run: Run, objective: Objective) -> None:
     """Raise ValueError for dropout with an objective that compares log-probs with those of sampling."""
     if run.adapter and not run.start and run.adapter.dropout and not objective.facts.dropout:
         raise ValueError(
-            f"adapter.dropout={run.adapter.dropout}: this objective compares log-probs with those at sampling, "
+            f"adapter.dropout={run.adapter.dropout}: "
+            "this objective compares log-probs with those at sampling, "
             "which has no dropout. Set adapter.dropout=0."
         )
 
@@ -113,7 +115,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
 
 
 def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
-    """Return the shardings of aux: "reference" is a copy of trainable parameters, everything else is replicated."""
+    """Return the shardings of aux: "reference" is a copy of trainable parameters, the rest is replicated."""
     everywhere = sharding.replicated(mesh)
     found = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
     if "reference" in aux:
@@ -136,9 +138,10 @@ def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Pr
 def start(
     run: Run, p: Programs, restored: TrainState | None, base: Params | None = None
 ) -> tuple[TrainState, Params]:
-    """Return (state, frozen parameters): weights loaded leaf by leaf; without a restored state a fresh adapter and optimizer.
+    """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
-    base: the frozen base of another member of a sweep, whose arrays are shared.
+    restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
+    base of another member of a sweep, whose arrays are shared.
     """
     if base is None:
         skip = partition.trainable_paths(p.partition) if restored is not None else ()
@@ -159,7 +162,7 @@ def start(
 
 
 def reference_step(p: Programs) -> jax.stages.Wrapped:
-    """Return `(params, batch [1, rows, ...]) -> log-probs [rows, ...]`, for a reference policy that is computed beforehand."""
+    """Return `(params, batch [1, rows, ...]) -> log-probs [rows, ...]`, to compute a reference beforehand."""
 
     def logps(params: Params, batch: Batch) -> Any:
         return p.objective.score(params, jax.tree.map(lambda x: x[0], batch), {}).logps
@@ -168,7 +171,7 @@ def reference_step(p: Programs) -> jax.stages.Wrapped:
 
 
 def compile_step(p: Programs, *batches: Batch) -> TrainStep:
-    """Compile the train step for batches of these shapes; it raises for another shape, instead of compiling silently."""
+    """Compile the train step for batches of these shapes; another shape raises instead of compiling."""
     compiled = {
         batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)).compile()
         for batch in batches
@@ -213,7 +216,10 @@ def compile_eval(
 
 
 def sharded_batch(p: Programs, batch: Batch) -> Batch:
-    """Return a batch as ShapeDtypeStructs with shardings. Raises ValueError if its rows don't divide over the mesh."""
+    """Return a batch as ShapeDtypeStructs with shardings.
+
+    Raises ValueError if its rows don't divide over the mesh.
+    """
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(p.mesh, x.shape)),
         batch,

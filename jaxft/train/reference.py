@@ -1,7 +1,7 @@
 """Log-probs of a frozen reference policy, computed once before training and cached on disk.
 
-The key of a pair in the cache is a hash of what its log-probs depend on: weights, adapter, model settings, and the tokens of prompt
-and responses. A changed row or model is computed again, and nothing else is.
+The key of a pair in the cache is a hash of what its log-probs depend on: weights, adapter, model settings,
+and the tokens of prompt and responses. A changed row or model is computed again, and nothing else is.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, An
 
 
 def reference_fingerprint(weights: str, adapter: str | None, settings: Any) -> str:
-    """Return the name of a reference policy: a hash of its weights, its adapter and the model's settings as JSON."""
+    """Return a reference policy's name: a hash of its weights, adapter and the model's settings as JSON."""
     text = json.dumps([VERSION, weights, adapter, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -88,7 +88,10 @@ def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
-    """Write log-probs by key atomically. Returns a line about a failure, which only costs time in the next run, or None."""
+    """Write log-probs by key atomically. Returns a line about a failure, or None.
+
+    A failure only costs time in the next run.
+    """
     part = path.with_suffix(f".{os.getpid()}.tmp")
     lengths = [len(x) for x in logps.values()]
     try:

@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights of the last and the best step, model card, summary; of a sweep also the table of all members."""
+"""What a finished run leaves: weights of the last and best step, model card, summary, a sweep's table."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Param
 def export_best(
     job: Job, saved: Checkpoints, frozen: tuple[Params, ...], after: list[Evaluation], logs: Logs
 ) -> None:
-    """Write `best/` for each member with a stored checkpoint that is better on held-out rows than its last step."""
+    """Write `best/` for each member with a stored checkpoint better on held-out rows than its last step."""
     for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
         best, last = saved.best(number), selection_score(end["metrics"])
         if best is None or last is None or best[1] >= last:
@@ -57,14 +57,15 @@ def export_best(
         )
         name = f"{member.label}: " if member.label else ""
         logs.message(
-            f"{name}step {best[0]} has a better held-out score than the last step; its weights are in {folder}"
+            f"{name}step {best[0]} has a better held-out score than the last step; "
+            f"its weights are in {folder}"
         )
 
 
 def write_reports(
     job: Job, logs: Logs, weights: list[Path], before: list[Evaluation], after: list[Evaluation]
 ) -> None:
-    """Write each member's model card and summary, and of a sweep the table; then print the results. Every process calls it."""
+    """Write model cards, summaries and a sweep's table; then print the results. Every process calls it."""
     notes = [
         m.programs.objective.report.summary(log.first, log.last) + log.alarms
         for m, log in zip(job.members, logs.members, strict=True)

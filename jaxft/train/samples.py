@@ -15,7 +15,7 @@ from jaxft.tree import Params
 
 
 def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
-    """Return `last_turn(prompt)`: the user's last message in a prompt rendered by the chat template, None if it is not found."""
+    """Return `last_turn(prompt)`: the user's last message in a templated prompt, None if not found."""
 
     def render(*texts: str) -> str:
         turns = [

@@ -19,11 +19,12 @@ from jaxft.optim.optimizer import Optim
 class Loop:
     """Cadences, in optimizer steps, and debugging.
 
-    steps: length of the run, None for data.epochs. log_every: metrics are means over as many steps. keep_last, keep_best: how many
-    of the newest checkpoints are kept, and of those with the best held-out score. max_bad: non-finite steps in a row that end the
-    run. profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per
-    layer and kind of parameter. debug_nonfinite: write the first non-finite step into the run folder and log the first layer that
-    is not finite, see train/nonfinite.py.
+    steps: length of the run, None for data.epochs. log_every: metrics are means over as many steps.
+    keep_last, keep_best: how many of the newest checkpoints are kept, and of those with the best held-out
+    score. max_bad: non-finite steps in a row that end the run. profile: first and last step of a profiler
+    trace (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of
+    parameter. debug_nonfinite: write the first non-finite step into the run folder and log the first layer
+    that is not finite, see train/nonfinite.py.
     """
 
     steps: int | None = None
@@ -46,7 +47,8 @@ class Loop:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
-                f"loop.profile is the first and the last step of a trace, counted from 1; found {self.profile}"
+                "loop.profile is the first and the last step of a trace, counted from 1; "
+                f"found {self.profile}"
             )
 
 
@@ -54,12 +56,13 @@ class Loop:
 class Run:
     """All of a run. `objective(model)` gives the objective, `data.open(tokenizer)` the source of batches.
 
-    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT folder, or a run's,
-    whose adapter training begins with. train: a path pattern of what is trained instead of the default. quant: how the frozen
-    base is held, None in the compute dtype. params: how trained weights of the base are held; bfloat16 ones have bfloat16
-    gradients, added up in float32 over microbatches, and are rounded stochastically. general: a text file whose loss before
-    and after shows forgetting. samples: prompts of held-out rows answered before and after. heads: further models with scalar
-    heads on the base, by name (see models/heads.py).
+    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT
+    folder, or a run's, whose adapter training begins with. train: a path pattern of what is trained instead
+    of the default. quant: how the frozen base is held, None in the compute dtype. params: how trained weights
+    of the base are held; bfloat16 ones have bfloat16 gradients, added up in float32 over microbatches, and
+    are rounded stochastically. general: a text file whose loss before and after shows forgetting. samples:
+    prompts of held-out rows answered before and after. heads: further models with scalar heads on the base,
+    by name (see models/heads.py).
     """
 
     name: str
@@ -89,5 +92,6 @@ class Run:
         if not self.model.generates and (self.samples or self.general):
             got = f"samples={self.samples}, general={self.general}"
             raise ValueError(
-                f"this run's model has a scalar head and generates no text: set samples=0 and general=none, got {got}"
+                "this run's model has a scalar head and generates no text: "
+                f"set samples=0 and general=none, got {got}"
             )

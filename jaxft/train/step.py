@@ -33,9 +33,9 @@ def make_train_step(
 ) -> TrainStep:
     """Return `train_step(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`.
 
-    The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step whose loss or
-    gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is counted. watch: returns further
-    metrics of the gradients and the old and new parameters.
+    The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step
+    whose loss or gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is
+    counted. watch: returns further metrics of the gradients and the old and new parameters.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -61,10 +61,10 @@ def apply_gradients(
     summed: tuple[Grads, Metrics],
     rounding_key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer update by summed gradients, with the metrics grad_norm and skipped.
+    """Return the state after one optimizer update by summed gradients, and the metrics grad_norm and skipped.
 
-    If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged (with a gradient of 0
-    Adam would still move them); a critic is updated as usual.
+    If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged
+    (with a gradient of 0 Adam would still move them); a critic is updated as usual.
     """
     grads, metrics = summed
     norm = optax.tree.norm(to_float32(grads))
@@ -79,7 +79,8 @@ def apply_gradients(
 def keep_policy(is_frozen: Bool[Array, ""], new: Any, old: Any, trainable: Params) -> Any:
     """Return `new`, with the leaves of the policy (its adapter and base) taken from `old` if `is_frozen`.
 
-    new, old: trees of parameters, or of optimizer state, whose leaves lie below the names that they have in `trainable`.
+    new, old: trees of parameters, or of optimizer state, whose leaves lie below the names that they
+    have in `trainable`.
     """
 
     def leaf(path: tuple[Any, ...], new: Array, old: Array) -> Array:
@@ -96,7 +97,7 @@ def next_state(
     info: StepInfo,
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """Return the state of the next step and the metrics grad_norm and skipped. updated: parameters and optimizer state."""
+    """Return the next step's state, grad_norm and skipped. updated: new parameters and optimizer state."""
     trainable, opt_state = updated
     aux = objective.update(state.aux, trainable, metrics)
     aux = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), aux, state.aux)
@@ -109,9 +110,10 @@ def next_state(
 def accumulate_gradients(
     objective: Objective, params: tuple[Params, Params], batch: Batch, key: Key[Array, ""], aux: Aux
 ) -> tuple[Grads, Metrics]:
-    """Return the gradients of the trainable parameters over a batch [micro, rows, ...], summed over microbatches, and metrics.
+    """Return the gradients of the trainable parameters over a batch [micro, rows, ...], and metrics.
 
-    params: (trainable, frozen). For an objective that couples rows see _coupled_gradients.
+    They are summed over microbatches. params: (trainable, frozen). See _coupled_gradients for an
+    objective that couples rows.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     if objective.facts.coupled and count > 1:
@@ -134,7 +136,10 @@ def _microbatch(batch: Batch, i: int | Int[Array, ""]) -> Batch:
 
 
 def _sum_over(microbatch: Callable[[Any], tuple[Grads, Metrics]], count: int) -> tuple[Grads, Metrics]:
-    """Return microbatch(0) + microbatch(1) + ... in float32 or wider: a scan, so that the program's size doesn't depend on count."""
+    """Return microbatch(0) + microbatch(1) + ... in float32 or wider.
+
+    It is a scan, so that the program's size doesn't depend on count.
+    """
 
     def body(total: tuple[Grads, Metrics], i: Int[Array, ""]) -> tuple[tuple[Grads, Metrics], None]:
         grads, metrics = microbatch(i)
@@ -153,8 +158,8 @@ def _coupled_gradients(
 ) -> tuple[Grads, Metrics]:
     """Gradients of a loss that couples rows, exact under accumulation.
 
-    First the log-probs of all microbatches are computed, then the loss and its cotangents from the whole arrays; last, each
-    microbatch is run again and pulls its cotangents back.
+    First the log-probs of all microbatches are computed, then the loss and its cotangents from the whole
+    arrays; last, each microbatch is run again and pulls its cotangents back.
     """
     trainable, frozen = params
     count = jax.tree.leaves(batch)[0].shape[0]

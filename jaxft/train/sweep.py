@@ -1,7 +1,8 @@
-"""A sweep: several runs trained together on one base, which is in memory once, with an adapter, an optimizer and a log for each.
+"""A sweep: runs trained together on one base, held once, with an adapter, an optimizer and a log for each.
 
-Every member comes out as its run alone would: `runs/<sweep>/<label>/` is a run's folder, with metrics.jsonl, config.json, adapter/
-and a model card. The sweep's own folder has the table (README.md, summary.json), curves.png and the checkpoints of all members.
+Every member comes out as its run alone would: `runs/<sweep>/<label>/` is a run's folder, with metrics.jsonl,
+config.json, adapter/ and a model card. The sweep's own folder has the table (README.md, summary.json),
+curves.png and the checkpoints of all members.
 """
 
 from collections.abc import Mapping
@@ -31,9 +32,10 @@ MAY_DIFFER = (
 class Sweep:
     """Runs that are trained together.
 
-    runs: by label, which is also the name of the member's folder. at_once: adapters that go through the model in one forward
-    pass, a divisor of their number; more of them cost activations and pay where one leaves the device idle.
-    Raises ValueError for runs that differ in more than MAY_DIFFER, without an adapter, or with dropout.
+    runs: by label, which is also the name of the member's folder. at_once: adapters that go through the
+    model in one forward pass, a divisor of their number; more of them cost activations and pay where one
+    leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
+    adapter, or with dropout.
     """
 
     name: str
@@ -57,7 +59,8 @@ class Sweep:
         for run in runs:
             if run.adapter is None or run.train is not None or run.heads:
                 raise ValueError(
-                    "the members of a sweep are adapters on one base: leave out full=true, run.train and run.heads"
+                    "the members of a sweep are adapters on one base: "
+                    "leave out full=true, run.train and run.heads"
                 )
             if run.adapter.dropout:
                 raise ValueError(
@@ -67,7 +70,8 @@ class Sweep:
         held_out = runs[0].data.held_out
         if len({run.data.seed for run in runs}) > 1 and isinstance(held_out, float) and held_out:
             raise ValueError(
-                f"data.held_out={held_out} depends on the seed, and the seeds differ. Name a file, or set held_out=none."
+                f"data.held_out={held_out} depends on the seed, and the seeds differ. "
+                "Name a file, or set held_out=none."
             )
 
     def _check_differences(self) -> None:
@@ -78,7 +82,8 @@ class Sweep:
                 field = line.partition(":")[0]
                 if not any(field == name or field.startswith(name + ".") for name in MAY_DIFFER):
                     raise ValueError(
-                        f"{other} and {label} differ in {line}. The members of a sweep may differ only in {', '.join(MAY_DIFFER)}."
+                        f"{other} and {label} differ in {line}. "
+                        f"The members of a sweep may differ only in {', '.join(MAY_DIFFER)}."
                     )
 
 
@@ -89,7 +94,7 @@ def write_table(
     before: Mapping[str, dict[str, float]],
     after: Mapping[str, dict[str, float]],
 ) -> str:
-    """Write the members' results next to one another: README.md, summary.json and curves.png. Returns the table as text.
+    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table.
 
     before, after: metrics of each member, by label.
     """

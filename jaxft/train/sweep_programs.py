@@ -124,7 +124,7 @@ def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
 
 
 def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States], list[list[Sample]]]:
-    """Return `sample(states)`: completions of held-out prompts by each member, compiled once for each rank."""
+    """Return `sample(states)`: completions of held-out prompts by each member, compiled once per rank."""
     run, prompts = job.lead.run, job.sources[0].prompts(job.lead.run.samples)
     by_shape: dict[str, Callable[[Params], list[Sample]]] = {}
     complete = []

@@ -1,7 +1,8 @@
-"""Norms of gradients and updates for each layer and kind of parameter, logged while a run trains (`loop.watch=layers`).
+"""Norms of gradients and updates by layer and kind of parameter, logged in training (`loop.watch=layers`).
 
-The metrics are `grad_norm/<kind>/<layer>` and `update_norm/<kind>/<layer>`. A kind is a parameter without its layer, such as attn/q;
-an adapter counts as the weight that it is attached to. A norm that grows over many steps in one kind often comes before a divergence.
+The metrics are `grad_norm/<kind>/<layer>` and `update_norm/<kind>/<layer>`. A kind is a parameter without its
+layer, such as attn/q; an adapter counts as the weight that it is attached to. A norm that grows over many
+steps in one kind often comes before a divergence.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,10 @@ Watch = Callable[[Grads, Params, Params], Metrics]  # of gradients, old and new 
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of a parameter: its path without the layers, an adapter's halves, and the policy's own prefix.
+    """Return a parameter's kind: its path without layers, an adapter's halves and the policy's own prefix.
 
-    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`; `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
+    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`;
+    `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
     """
     parts = path.split("/")
     own = parts[:-1] if "adapter" in parts else parts
@@ -37,8 +39,8 @@ def kind_of(path: str) -> str:
 def make_layer_norms(specs: Any, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
     """Return `norms(params)`: the norm of each kind of parameter, for each layer if it is stacked.
 
-    specs: ParamSpecs of the parameters. name_of(path): the kind that a parameter counts in. An adapter's scale and leaves that
-    are None are left out.
+    specs: ParamSpecs of the parameters. name_of(path): the kind that a parameter counts in. An adapter's
+    scale and leaves that are None are left out.
     """
     axes = {path: spec.axes for path, spec in spec_paths(specs).items()}
 
@@ -56,7 +58,7 @@ def make_layer_norms(specs: Any, name_of: Callable[[str], str] = kind_of) -> Cal
 
 
 def make_watch(specs: Any) -> Watch:
-    """Return `watch(grads, old, new) -> metrics` of trainable parameters; a metric has a value per layer (see `per_layer`)."""
+    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer (see `per_layer`)."""
     norms = make_layer_norms(specs)
 
     def watch(grads: Grads, old: Params, new: Params) -> Metrics:

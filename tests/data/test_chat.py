@@ -237,7 +237,8 @@ def test_tool_calls_are_learned():
     tokenizer = tiny.__wrapped__("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-        "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].name + '</call>' }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].name + '</call>' }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     turns = [

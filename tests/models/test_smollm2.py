@@ -23,12 +23,13 @@ def moving_average(values, width=3):
 
 Low-rank adaptation freezes the pretrained weights and trains the product of two thin matrices beside each of them. 在东京，
 春天的第一天下了雪。 Die Straßenbahn fuhr um 6:45 Uhr; wir kamen zu spät. 🙂 Съешь же ещё этих мягких французских булок.
-Q: If 17 apples cost $8.50, what do 40 cost? A: One apple costs $0.50, so 40 of them cost $20.00."""
+Q: If 17 apples cost $8.50, what do 40 cost? A: One apple costs $0.50, so 40 of them cost $20.00."""  # noqa: E501
 
 PAD = 0  # <|endoftext|>, which no completion contains
 PROMPTS = (
     "What is the capital of France?",
-    "Explain in two sentences why the sky is blue, and then give the formula for the area of a circle of radius r.",
+    "Explain in two sentences why the sky is blue, "
+    "and then give the formula for the area of a circle of radius r.",
     "Write a Python function that returns the n-th Fibonacci number.",
     "List three fruits." + " Think about colour, taste and season before you answer." * 8,
     "Hi",

@@ -1,4 +1,4 @@
-"""Parameters from one spec tree: keys by path, published parameter counts, consistent shapes and shardings."""
+"""Parameters from one spec tree: keys by path, published parameter counts, consistent shapes, shardings."""
 
 import math
 

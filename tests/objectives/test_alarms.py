@@ -184,15 +184,17 @@ def test_a_model_no_better_than_a_rule_by_length_raises_an_alarm_at_the_end():
 def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
     first = {"eval_rewards/accuracies": 0.4, "eval_rewards/margins": 0.0, "eval_logps/chosen": -80.0}
     last = {
-        "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0, "eval_kl": 0.0123,
-        "eval_length/accuracy_if_longer_wins": 0.55, "eval_length/margin_correlation": 0.25, "label_noise": 0.21,
-        "label_noise_error": 0.033,
+        "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.8, "eval_logps/chosen": -79.0,
+        "eval_kl": 0.0123,
+        "eval_length/accuracy_if_longer_wins": 0.55, "eval_length/margin_correlation": 0.25,
+        "label_noise": 0.21, "label_noise_error": 0.033,
         "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
     }  # fmt: skip
     told = "\n".join(preference_summary(first, last))
     for part in (
-        "all ties before, 0.90 after; always preferring the longer response gives 0.55", "0.000 before, 0.800 after",
-        "-80.0 before, -79.0 after", "0.0123 nats per token", "correlation 0.25", "0.95 where the chosen response is longer",
+        "all ties before, 0.90 after; always preferring the longer response gives 0.55",
+        "0.000 before, 0.800 after", "-80.0 before, -79.0 after", "0.0123 nats per token",
+        "correlation 0.25", "0.95 where the chosen response is longer",
         "0.85 where it is shorter", "about 21 % look flipped, +- 7 ", "robust",
     ):  # fmt: skip
         assert part in told

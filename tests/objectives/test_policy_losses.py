@@ -124,11 +124,18 @@ LOSSES = {
     "unclipped": (P.unclipped, lambda p, old, adv, mask: -adv * torch.exp(p - old)),
     "clipped": (P.clipped, t_clipped),
     "clip-higher": (partial(P.clipped, eps_low=0.1, eps_high=0.5), partial(t_clipped, low=0.1, high=0.5)),
-    "dual": (partial(P.dual_clip, eps_low=0.3, eps_high=0.1, max_ratio=1.4), partial(t_dual, low=0.3, high=0.1, c=1.4)),
+    "dual": (
+        partial(P.dual_clip, eps_low=0.3, eps_high=0.1, max_ratio=1.4),
+        partial(t_dual, low=0.3, high=0.1, c=1.4),
+    ),
     "two-sided": (partial(P.dual_clip, max_ratio=1.3), partial(t_clipped, delta=1.3)),
-    "gspo": (partial(P.gspo, eps_low=0.1, eps_high=0.2), partial(t_clipped, low=0.1, high=0.2, level="sequence")),
+    "gspo": (
+        partial(P.gspo, eps_low=0.1, eps_high=0.2), partial(t_clipped, low=0.1, high=0.2, level="sequence"),
+    ),
     "gspo-narrow": (P.gspo, partial(t_clipped, low=3e-4, high=4e-4, level="sequence")),
-    "gspo-token": (partial(P.gspo_token, eps_low=0.1, eps_high=0.2), partial(t_gspo_token, low=0.1, high=0.2)),
+    "gspo-token": (
+        partial(P.gspo_token, eps_low=0.1, eps_high=0.2), partial(t_gspo_token, low=0.1, high=0.2),
+    ),
     "cispo": (partial(P.cispo, max_ratio=1.2), partial(t_cispo, most=1.2)),
     "sapo": (P.sapo, partial(t_sapo, pos=1.0, neg=1.05)),
     "geo-mean": (partial(P.geo_mean, eps_low=0.3), partial(t_geo_mean, low=0.3, high=0.4)),

@@ -1,4 +1,4 @@
-"""Reward models: rewards of transformers, Bradley-Terry of torch, laws of the objective, heads on one base."""
+"""Reward models: transformers' rewards, Bradley-Terry of torch, laws of the objective, heads on one base."""
 
 from functools import partial
 

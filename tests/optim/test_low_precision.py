@@ -1,4 +1,4 @@
-"""Moments in few bits: how far a code is from its value, a layer's blocks, bytes, and that training is as with float32."""
+"""Moments in few bits: how far codes are from values, a layer's blocks, bytes, training as with float32."""
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def test_stochastic_rounding_is_right_in_expectation_and_leaves_what_bfloat16_ho
 
 
 def test_small_changes_of_a_bfloat16_moment_are_not_lost():
-    """With b2 = 0.999 a moment changes by a thousandth of itself at most, less than half of bfloat16's spacing."""
+    """With b2 = 0.999 a moment changes by at most a thousandth, less than half of bfloat16's spacing."""
     state = {"w": ParamSpec((4096,), ("width",), full(0.0))}
     optimizer = make_optimizer(Optim(optimizer=adamw_bf16, clip=None), state, 400)
     now, info = optimizer.init({"w": jnp.zeros(4096)}), StepInfo(jnp.float32(64), jnp.array(True))

@@ -1,4 +1,4 @@
-"""The Optimizer type: hyper-parameters of functions and partials, what is refused, and a run with one to its end."""
+"""The Optimizer type: hyper-parameters of functions and partials, what is refused, a run with one."""
 
 from functools import partial
 
@@ -111,7 +111,8 @@ def test_a_rule_may_be_updated_by_rows_only_if_it_says_so(monkeypatch):
 def test_a_run_with_a_partial_ends_with_its_model_card(tmp_path):
     write_place(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from functools import partial\nfrom jaxft.optim.optimizer import adamw\nslow = partial(adamw, b1=0.8)\n"
+        "from functools import partial\nfrom jaxft.optim.optimizer import adamw\n"
+        "slow = partial(adamw, b1=0.8)\n"
     )
     place = Place(tmp_path)
     assert place.run("optim.optimizer=mine.py:slow", "samples=0", "name=partial") == 0, place.err()

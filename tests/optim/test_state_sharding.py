@@ -1,4 +1,4 @@
-"""Optimizer state on a mesh: sharded as its parameter is, replicated where that is declared, refused otherwise."""
+"""Optimizer state on a mesh: sharded as its parameter is, replicated if that is declared, else refused."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def factored(schedule, specs, weight_decay):
 def test_state_whose_sharding_does_not_follow_is_refused_with_the_remedy():
     with pytest.raises(
         ValueError,
-        match=r"optim.optimizer=factored: its state .*v_row/.* \[\d+(, \d+)*\] and its parameter .*replicated=",
+        match=r"optim.optimizer=factored: its state .*v_row/.* \[\d+(, \d+)*\] "
+        r"and its parameter .*replicated=",
     ):
         sharded(factored)
 

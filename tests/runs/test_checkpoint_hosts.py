@@ -189,7 +189,7 @@ heard("good", lambda: save(4))
 saved.close()
 found, _, step = saved.restore(s.like(2, 4))
 tell({"step": step, "wrong": s.differs(found, step, 2, 4)})
-"""
+"""  # noqa: E501
 
 
 def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_path):

@@ -17,7 +17,8 @@ from jaxft.data.sft import Rows
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "bench" / "bench.py")
 PEER = {  # what the TRL baseline prints
-    "peer", "objective", "mode", "dtype", "packing", "steps", "tokens_per_second", "seconds", "loss", "peak_rss_gib",
+    "peer", "objective", "mode", "dtype", "packing", "steps", "tokens_per_second", "seconds", "loss",
+    "peak_rss_gib",
 }  # fmt: skip
 ROWS = [{"question": "q" * (4 + 5 * i % 17), "answer": "a" * (5 + 3 * i % 13)} for i in range(40)]
 

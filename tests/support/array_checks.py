@@ -1,8 +1,8 @@
-"""Run-time checks of jaxtyping annotations: an import hook that wraps the functions and methods of a package that have any.
+"""Run-time checks of jaxtyping annotations: an import hook that wraps a package's functions that have any.
 
-`install("jaxft")` before the package is imported. jaxtyping.install_import_hook wraps every function, local ones at each of their
-calls, and checks every annotation; this one leaves functions without arrays as they are and checks arrays only, so that a test may
-pass a stand-in for anything else.
+`install("jaxft")` before the package is imported. jaxtyping.install_import_hook wraps every function, local
+ones at each of their calls, and checks every annotation; this one leaves functions without arrays as they are
+and checks arrays only, so that a test may pass a stand-in for anything else.
 """
 
 import importlib.machinery
@@ -25,7 +25,7 @@ def has_array(annotation):
 
 
 def or_numpy(annotation):
-    """The annotation of an array with NumPy's in place of JAX's allowed too, as jax.numpy does; of anything else, Any."""
+    """The annotation of an array with NumPy's allowed too, as jax.numpy does; of anything else, Any."""
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         kind = annotation.array_type
         return annotation.dtype[kind | np.ndarray, annotation.dim_str] if kind is jax.Array else annotation

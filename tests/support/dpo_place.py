@@ -1,4 +1,4 @@
-"""A working directory for whole runs on preference pairs: a tiny Llama, pairs, and a config with every knob that a test needs."""
+"""A working directory for runs on preference pairs: a tiny Llama, pairs, a config with the tests' knobs."""
 
 from tiny_run import write_place, write_rows
 
@@ -47,7 +47,7 @@ def config(
         sampling=Sampling(max_new=4),
         seed=seed,
     )
-'''
+'''  # noqa: E501
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

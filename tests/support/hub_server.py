@@ -1,7 +1,7 @@
 """A server on 127.0.0.1 that answers as the Hugging Face hub does, for one repository with two revisions.
 
-`with serve(folder, repo) as (endpoint, requests):` serves the folder's files as revision "main" and as the tag "v1";
-requests is the list of paths that were asked for.
+`with serve(folder, repo) as (endpoint, requests):` serves the folder's files as revision "main" and as the
+tag "v1"; requests is the list of paths that were asked for.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""What a partitioned program moves between devices, before a backend rewrites it (a CPU reduces 16-bit floats in 32 bits)."""
+"""What a partitioned program moves between devices, before a backend rewrites it.
+
+A CPU, for one, reduces 16-bit floats in 32 bits.
+"""
 
 import contextlib
 import math

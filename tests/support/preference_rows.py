@@ -1,4 +1,4 @@
-"""Pairs as arrays of log-probs, their losses in jaxft and torch, and a table of every loss with its formula."""
+"""Pairs as arrays of log-probs, their losses in jaxft and torch, and a table of losses with formulas."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -91,8 +91,8 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
             at[kind, i][place] = (b, int(m))
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "last"))
     batch = Pairs(
-        **none, answers=answer, places=places, lengths=lengths, mean_lengths=mean_lengths, pair_weights=weight,
-        index=np.zeros(shape, np.int32), columns={"margin": margin}, kinds=kinds,
+        **none, answers=answer, places=places, lengths=lengths, mean_lengths=mean_lengths,
+        pair_weights=weight, index=np.zeros(shape, np.int32), columns={"margin": margin}, kinds=kinds,
     )  # fmt: skip
     return Laid(batch, values, {key: [x[t] for t in range(len(x))] for key, x in at.items()}, cells)
 

@@ -41,7 +41,7 @@ def config(
         samples=samples,
         seed=seed,
     )
-'''
+'''  # noqa: E501
 
 
 def write_place(folder):

@@ -90,7 +90,7 @@ def config(
         samples=2,
         seed=seed,
     )
-'''
+'''  # noqa: E501
 
 
 def write_workdir(folder):

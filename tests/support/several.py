@@ -58,7 +58,7 @@ class Several:
         return [(place.out()[-1500:], place.err()[-3000:]) for place in self.places]
 
     def last_line(self, number):
-        """The last line of a process on stderr; a process that was ended from outside has it a moment later."""
+        """The last line of a process on stderr; one that was ended from outside has it a moment later."""
         until = time.monotonic() + 5
         while "newest checkpoint" not in (text := self.places[number].err()) and time.monotonic() < until:
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A small state whose leaves are cut in several ways, for tests with several processes; the values are the same everywhere."""
+"""A small state whose leaves are cut in several ways, the same on every process of a test with several."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim
 
 
 def tiny(dtype=jnp.float64, adapter=None, tied=False, **options):
-    """The model over {"base", "adapter"} and a random tree for it; an adapter's b is random too, so that it matters."""
+    """The model over {"base", "adapter"} and a random tree for it; an adapter's b is random too."""
     model, whole = _tiny(jnp.dtype(dtype), adapter, tied, tuple(options.items()))
     return model, jax.tree.map(lambda x: x, whole)
 

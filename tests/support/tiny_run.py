@@ -55,7 +55,7 @@ def config(
         sampling=Sampling(max_new=4),
         seed=seed,
     )
-'''
+'''  # noqa: E501
 
 
 def rows(count=40):
@@ -117,11 +117,11 @@ def end(*args):
     print("compiled since:", seen)
     return export_run(*args)
 interrupt.Interrupt.__enter__, export.export_run = begin, end
-"""
+"""  # noqa: E501
 
 
 def kill_hook(name, step, saved, number=signal.SIGKILL):
-    """Code that ends the run `name` in its optimizer step `step`, once its checkpoint of step `saved` is complete."""
+    """Code that ends the run `name` in its step `step`, once its checkpoint of step `saved` is complete."""
     return f"""
 import os, time
 from pathlib import Path
@@ -175,7 +175,7 @@ class Place:
         serve()
 
     def start(self, *argv, script="train.py", devices=1, hook="", **environment):
-        """Begin `scripts/train.py --config config.py ...`; hook: Python that is run first, to break or watch something."""
+        """Begin `scripts/train.py --config config.py ...`; hook: Python to run first, to watch or break."""
         argv = [script, "--config", "config.py", *argv]
         for name in ("stdout", "stderr"):
             (self.folder / f"{self.streams}.{name}").write_bytes(b"")

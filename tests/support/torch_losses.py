@@ -1,7 +1,8 @@
-"""The formulas of the preference losses again, in torch and straight from the papers: what jaxft's must agree with.
+"""The preference losses' formulas again, in torch and straight from the papers: jaxft's must agree with them.
 
-Everything here is float64 on mild numbers, so nothing is written with care for overflow. Each function gives a value a pair.
-Below, `trl_*` call the losses of TRL's trainers on given log-probs, with no trainer and no model around them.
+Everything here is float64 on mild numbers, so nothing is written with care for overflow. Each function gives
+a value a pair. Below, `trl_*` call the losses of TRL's trainers on given log-probs, with no trainer and no
+model around them.
 """
 
 import math
@@ -329,7 +330,7 @@ def _owner(**fields):
 
 
 def _padded(arrays, dtype=torch.float64):
-    """[rows, T - 1] log-probs with zeros behind each, and the completion mask [rows, T] after one prompt token."""
+    """[rows, T - 1] log-probs, zeros behind each, and a completion mask [rows, T] after one prompt token."""
     longest = max(len(x) for x in arrays)
     values = torch.zeros(len(arrays), longest, dtype=dtype)
     mask = torch.zeros(len(arrays), longest + 1, dtype=torch.long)
@@ -340,7 +341,7 @@ def _padded(arrays, dtype=torch.float64):
 
 
 def _columns(answers, order, dtype=torch.float64):
-    """Log-probs of policy (to be differentiated) and reference and log sum p^2 of the answers `order`, and their mask."""
+    """Log-probs of policy (to be differentiated) and reference, log sum p^2 of answers `order`, mask."""
     policy, known, square = (
         _padded([answers[kind][i][:, j] for kind, i in order], dtype)[0] for j in range(3)
     )
@@ -433,7 +434,7 @@ def trl_orpo(answers, beta):
 
 
 def trl_tpo(answers, loss_type, **knobs):
-    """(TPOTrainer's loss, random logits that it depends on, the log-probs of the answers' tokens by these, the rows' order)."""
+    """(TPOTrainer's loss, random logits that it depends on, their log-probs of answers, the rows' order)."""
     trainer = pytest.importorskip("trl.experimental.tpo").TPOTrainer
     order = _order(answers, "chosen", "rejected", "gold")
     mask = _columns(answers, order)[-1]

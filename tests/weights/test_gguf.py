@@ -28,7 +28,8 @@ CORPUS = [
     "   leading, trailing   \n\n \n  mixed\t\ttabs \t and   runs    of     spaces\u00a0\u2003\u200b end",
     "<|im_start|>user\nWhat is "
     "2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|endoftext|><repo_name><jupyter_code>",
-    "<|im_start|> <|im_end|><|im_end|>x<|im_start", "", " ", "\n", "a", "\x00\x01\x7f\ufeff\ufffd", "e\u0301 \u1100\u1161",
+    "<|im_start|> <|im_end|><|im_end|>x<|im_start", "", " ", "\n", "a", "\x00\x01\x7f\ufeff\ufffd",
+    "e\u0301 \u1100\u1161",
 ]  # fmt: skip
 
 # A space run before a digit and digits outside ASCII: SmolLM2's published tokenizer.json and llama.cpp cut

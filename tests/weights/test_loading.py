@@ -198,7 +198,8 @@ def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_ea
 
 
 DTYPES = (
-    np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int32, np.int8, np.uint8,
+    np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
+    np.int32, np.int8, np.uint8,
 )  # fmt: skip
 
 

@@ -226,9 +226,9 @@ class TestRefusals:
         "change",
         [
             {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["score"]},
-            {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None}, {"rank_pattern": {"q_proj": -1}},
-            {"fan_in_fan_out": True},
-            {"task_type": "SEQ_CLS"}, {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
+            {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None},
+            {"rank_pattern": {"q_proj": -1}}, {"fan_in_fan_out": True}, {"task_type": "SEQ_CLS"},
+            {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
         ],
     )  # fmt: skip
     def test_settings_that_are_not_plain_lora(self, world, folder, change):

@@ -292,7 +292,8 @@ def place(tmp_path_factory):
 
 
 SAVED = [  # an input of 96 has no whole blocks of 64
-    ("nf4", ["--block", "32"]), ("nf4", []), ("fp4", ["--no-double"]), ("int4", ["--block", "32"]), ("affine4", []), ("int8", []),
+    ("nf4", ["--block", "32"]), ("nf4", []), ("fp4", ["--no-double"]), ("int4", ["--block", "32"]),
+    ("affine4", []), ("int8", []),
 ]  # fmt: skip
 
 
