@@ -250,7 +250,7 @@ def test_the_metrics_equal_their_definitions(one_by_one):
 
 def test_the_value_loss_equals_torchs_in_value_and_gradient():
     rng = np.random.default_rng(0)
-    v, old, returns = rng.normal(0, 1, (3, 40))
+    v, old, returns = rng.normal(0, 1, (3, 1, 40))
     for clip in (0.2, None):
         t = torch.tensor(v, requires_grad=True)
         o, target = torch.tensor(old), torch.tensor(returns)
