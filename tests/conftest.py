@@ -1,8 +1,8 @@
-"""What every test has: 8 simulated CPU devices, a persistent compilation cache, strict promotion and checks.
+"""What every test has: 8 simulated CPU devices, a persistent compilation cache, strict promotion and checked array shapes.
 
-Implicit dtype or rank promotion raises, also in the processes that a test starts (optax's own updates and
-schedules excepted, see jaxft.optim.update.standard_promotion). In the test's process the arrays of every
-function of jaxft are checked against its jaxtyping annotations.
+In the test's process, implicit dtype or rank promotion raises (optax's own updates and schedules excepted, see
+jaxft.optim.update.standard_promotion), and the arrays of every function of jaxft are checked against its jaxtyping
+annotations.
 """
 
 import os
@@ -10,8 +10,6 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxft" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +20,9 @@ import pytest  # noqa: E402
 array_checks.install("jaxft")
 
 import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

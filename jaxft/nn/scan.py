@@ -190,7 +190,7 @@ def decode_layers(
     The cache is carried through the scan and updated in place: through xs and ys it would be copied whole for
     each token.
     """
-    visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1]) == slot)[None]
+    visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1], dtype=slot.dtype) == slot)[None]
     zero = jnp.zeros_like(slot)  # of one integer type, whatever literals would have
 
     def body(carry: tuple[Array, Array, Array], x: tuple[Params, Array]) -> tuple[Any, None]:
