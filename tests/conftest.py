@@ -1,4 +1,4 @@
-"""What every test has: 8 simulated CPU devices, a persistent compilation cache, strict promotion and checked array shapes.
+"""Settings of every test: 8 simulated CPU devices, a compilation cache, strict promotion, checked array shapes.
 
 In the test's process, implicit dtype or rank promotion raises (optax's own updates and schedules excepted, see
 jaxft.optim.update.standard_promotion), and the arrays of every function of jaxft are checked against its jaxtyping
