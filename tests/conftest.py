@@ -1,8 +1,8 @@
 """Settings of every test: 8 simulated CPU devices, a compilation cache, strict promotion, checked array shapes.
 
-In the test's process, implicit dtype or rank promotion raises (optax's own updates and schedules excepted, see
-jaxft.optim.update.standard_promotion), and the arrays of every function of jaxft are checked against its jaxtyping
-annotations.
+In the process of the test, implicit dtype or rank promotion raises (optax's own updates and schedules excepted,
+see jaxft.optim.update.standard_promotion), and the arrays of every function of jaxft are checked against its
+jaxtyping annotations.
 """
 
 import os
