@@ -1,6 +1,6 @@
-"""Settings of every test: 8 simulated CPU devices, a compilation cache, strict promotion, checked array shapes.
+"""Settings of every test: 8 simulated CPU devices, compilation cache, strict promotion, checked array shapes.
 
-In the process of the test, implicit dtype or rank promotion raises (optax's own updates and schedules excepted,
+In the process of the test, implicit dtype and rank promotion raise (optax itself excepted,
 see jaxft.optim.update.standard_promotion), and the arrays of every function of jaxft are checked against its
 jaxtyping annotations.
 """
