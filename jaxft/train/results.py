@@ -10,9 +10,8 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.report import Evaluation
-from jaxft.train import programs
+from jaxft.train import export, programs
 from jaxft.train.evaluate import selection_score
-from jaxft.train.export import export_run
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job
 from jaxft.train.sweep import write_table
@@ -36,7 +35,9 @@ def report_finished(job: Job, steps: int) -> int:
 def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Params, ...]) -> list[Path]:
     """Write the members' weights; return their folders. Every process calls it."""
     return [
-        export_run(m.programs.partition, tree.combine(state.trainable, own), m.run, job.tokenizer, m.folder)
+        export.export_run(
+            m.programs.partition, tree.combine(state.trainable, own), m.run, job.tokenizer, m.folder
+        )
         for m, state, own in zip(job.members, states, frozen, strict=True)
     ]
 
@@ -52,7 +53,7 @@ def export_best(
         restored: Any = saved.restore(job.abstract_states, best[0])
         states = restored[0]
         params = tree.combine(states[number].trainable, frozen[number])
-        folder = export_run(
+        folder = export.export_run(
             member.programs.partition, params, member.run, job.tokenizer, member.folder / "best"
         )
         name = f"{member.label}: " if member.label else ""
