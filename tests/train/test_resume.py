@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
         "sft": write_place,
         "pairs": dpo_place.write_pair_place,
         "reward": reward_place.write_place,
-        "rollouts": rl_workdir.write_place,
+        "rollouts": rl_workdir.write_workdir,
     }
     found = {}
     for name, make in write.items():
