@@ -35,9 +35,9 @@ from jaxft.train.sweep_programs import compile_sweep
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run, or a sweep, whose members are trained together. record: a run's settings as JSON. Returns 0 if
-    finished, 128 + n if stopped by signal n with everything saved. Raises ValueError, FileNotFoundError or OSError
-    with one line that says what to change.
+    settings: a run, or a sweep, whose members are trained together. record: a run's settings as JSON.
+    Returns 0 if finished, 128 + n if stopped by signal n with everything saved. Raises ValueError,
+    FileNotFoundError or OSError with one line that says what to change.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
