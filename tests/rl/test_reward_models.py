@@ -87,7 +87,9 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     prompts, tokens = random_completions(LENGTHS)
 
     def scores(lengths, pad=None):
-        rows = jax.tree.map(lambda x: x[None], pack_rollout(prompts, tokens, lengths, RowShape(32, 16)))
+        rows = jax.tree.map(
+            lambda x: x[None], pack_rollout(prompts, tokens[:, : lengths.shape[1]], lengths, RowShape(32, 16))
+        )
         return np.asarray(reward_models.head_scores(model, HeadReward("reward", pad), params, {}, rows))[0]
 
     def alone(text):
