@@ -30,7 +30,7 @@ KINDS = {
     "dpo_precomputed": ("pairs", ["full=true", "reference=precomputed", "lr=0.001"], set()),
     "reward": ("reward", ["margin=ahead", "micro=2"], set()),
     "grpo": ("rollouts", ROLLOUTS, set()),
-    "ppo": ("rollouts", [*ROLLOUTS, *PPO], {"kl_coef"}),
+    "ppo": ("rollouts", [*ROLLOUTS, *PPO], {"kl_coef", "approx_kl"}),
     "online_dpo": ("rollouts", [*ROLLOUTS, "online=true"], set()),
 }
 SWEEP = ["loop.eval_every=1", "reference=moving", "--over", "beta=0.1,0.4"]
