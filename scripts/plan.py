@@ -3,7 +3,7 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:1 quant=nf4 batch=1 micro=1
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:4x4x4 full=true batch=64 micro=1
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices h100:8 --search full=true batch=32
-    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \
+    python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
 No weights, rows, network or devices are used. Compiling for NVIDIA GPUs needs jax's CUDA plugin
@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -71,10 +72,9 @@ def main() -> int:
         machine = machines.machine(name)
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
         if args.search:
-            load = lambda texts: config.load_config(args.config, texts)  # noqa: E731
+            load = partial(config.load_config, args.config)
             command = search.Command(load, given, config.knob_names(args.config))
-            log = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            tried = search.search(command, machine, args.most, log)
+            tried = search.search(command, machine, args.most, partial(print, file=sys.stderr, flush=True))
             print(
                 json.dumps([t.json(command) for t in tried])
                 if args.json

@@ -91,7 +91,10 @@ def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
     Devices of a TPU slice share a slice_index and are linked in all directions; other devices have fast links
     within a process.
     """
-    slice_of = lambda d: getattr(d, "slice_index", None) or 0  # noqa: E731
+
+    def slice_of(device: Any) -> int:
+        return getattr(device, "slice_index", None) or 0
+
     devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
     # not coords or slice_index: GPUs have them too, with an index per host
     linked = all(hasattr(d, "core_on_chip") for d in devices)

@@ -23,7 +23,10 @@ PREALLOCATED = (
 
 def plan_report(p: Plan) -> str:
     """Return the full report of a plan."""
-    gib = lambda size: f"{size / GIB:9.3f} GiB"  # noqa: E731
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:9.3f} GiB"
+
     lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
     lines += [f"  {name:32s} {gib(size)}" for name, size in p.parts.items()]
     if p.total is not None:

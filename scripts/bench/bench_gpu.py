@@ -89,7 +89,10 @@ def byte_tokenizer() -> Any:
 def texts(count: int, length: int) -> list[dict[str, str]]:
     """Return rows for sft and dpo with about `length` characters in prompt and responses."""
     rng, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz "))
-    text = lambda fraction: "".join(rng.choice(letters, max(1, int(fraction * length))))  # noqa: E731
+
+    def text(fraction: float) -> str:
+        return "".join(rng.choice(letters, max(1, int(fraction * length))))
+
     rows = [{"prompt": text(0.5), "chosen": text(0.25), "rejected": text(0.25)} for _ in range(count)]
     return [{**row, "completion": row["chosen"] + row["rejected"]} for row in rows]
 
@@ -144,22 +147,27 @@ def random_base(p: Any) -> Any:
 
     def fill(path: str, x: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))
-        if x.dtype == jnp.uint16:  # the bits of bfloat16
-            values = lambda: 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)  # noqa: E731
-            make = lambda: jax.lax.bitcast_convert_type(values(), jnp.uint16)  # noqa: E731
-        elif x.dtype.itemsize == 1:
-            make = lambda: jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)  # noqa: E731
-        elif path.endswith(("norm", "outer", "mean", "scale")):
-            make = lambda: jnp.full(x.shape, 1.0 if path.endswith("norm") else 0.02, x.dtype)  # noqa: E731
-        else:
-            make = lambda: 0.02 * jax.random.normal(key, x.shape, x.dtype)  # noqa: E731
+
+        def make() -> Any:
+            if x.dtype == jnp.uint16:  # the bits of bfloat16
+                values = 0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)
+                return jax.lax.bitcast_convert_type(values, jnp.uint16)
+            if x.dtype.itemsize == 1:
+                return jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)
+            if path.endswith(("norm", "outer", "mean", "scale")):
+                return jnp.full(x.shape, 1.0 if path.endswith("norm") else 0.02, x.dtype)
+            return 0.02 * jax.random.normal(key, x.shape, x.dtype)
+
         return jax.jit(make, out_shardings=x.sharding)()
 
     base = tree.combine(p.state.trainable, p.frozen)["base"]
-    parts = lambda path, leaf: tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x), leaf)  # noqa: E731
-    return tree.map_with_path(
-        lambda path, x: parts(path, x) if is_qtensor(x) else fill(path, x), base, is_leaf=is_qtensor
-    )
+
+    def fill_leaf(path: str, leaf: Any) -> Any:
+        if is_qtensor(leaf):
+            return tree.map_with_path(lambda part, x: fill(f"{path}/{part}", x), leaf)
+        return fill(path, leaf)
+
+    return tree.map_with_path(fill_leaf, base, is_leaf=is_qtensor)
 
 
 def kernels(folder: Path, count: int = 3) -> list[dict[str, Any]]:

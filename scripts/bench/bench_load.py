@@ -136,10 +136,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             a.quant,
             *(["--full"] if a.full else []),
         ]
-        start = lambda i: [*common, "--process", str(i), number, folder]  # noqa: E731
-        started = [
-            subprocess.Popen(start(i), stdout=subprocess.PIPE, text=True, env=env) for i in range(a.processes)
-        ]
+        started = []
+        for i in range(a.processes):
+            command = [*common, "--process", str(i), number, folder]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
         outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError("a process failed; its error is printed above")
