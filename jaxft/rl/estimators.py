@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxft.objectives.objective import Facts
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import Advantage, GroupLengths, GroupMask, GroupScores, PerToken, ScoresPerReward
 
@@ -137,6 +138,26 @@ def actor_critic(
         rewards = adv.whiten_around_mean(rewards, rollout.token_mask)
     advantages, returns = adv.gae(rewards, rollout.values, rollout.scored_lengths, gamma, lam)
     return AdvantageEstimate(adv.whiten(advantages, rollout.token_mask), returns, metrics)
+
+
+def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
+    """A small rollout with distinct scores, on which an estimator can be tried before anything is sampled.
+
+    facts: of the objective, which say if there are a reference, values and a KL penalty in the rewards.
+    """
+    scores = np.arange(2.0 * group).reshape(2, group)
+    tokens = np.zeros((2 * group, 3))
+    return RolloutScores(
+        scores=scores,
+        lengths=np.full((2, group), 3),
+        ended=np.ones((2, group), bool),
+        logps=tokens,
+        reference=None if facts.reference == "none" else tokens,
+        values=tokens if facts.critic else None,
+        reward_scores=np.repeat(scores[..., None], len(weights), -1),
+        reward_weights=weights,
+        kl_coef=0.1 if facts.kl_in_rewards else None,
+    )
 
 
 def require_signature(fn: Callable, setting: str, arguments: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from jaxft.distributed import processes
 from jaxft.objectives.objective import Objective
 from jaxft.rl.advantages import GroupScores, Moments, PerToken, has_score, per_token, update_moments
 from jaxft.rl.completions import ScoredCompletions, TrainingRollout, append_table
+from jaxft.rl.estimators import example_rollout
 from jaxft.rl.layout import RolloutShapes, rollout_shapes, to_microbatches, to_rows
 from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.programs import BoundRun, RolloutPrograms
@@ -231,7 +232,7 @@ class BoundRollouts:
         if rules.scale is not None:
             rollout = replace(rollout, scores=rules.scale(scored.scores, self.moments))
         estimate = rules.estimate(rollout)
-        self._check_advantages(scored.scores, estimate.advantages)
+        check_advantages(self.data.group, scored.scores, estimate.advantages)
         policy_mask = rules.policy_mask(scored)
 
         def rows_of(x: PerToken | None) -> Any:
@@ -251,15 +252,6 @@ class BoundRollouts:
         return TrainingRollout(
             number, rows, completions.lengths, policy_mask, has_score(scored.scores), metrics
         )
-
-    def _check_advantages(self, scores: GroupScores, advantages: PerToken) -> None:
-        """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
-        valid = scores[has_score(scores)]
-        if self.data.group == 1 and valid.max() > valid.min() and not advantages.any():
-            raise ValueError(
-                "data.group=1: advantages relative to a group of one are all 0. "
-                "Use data.group of at least 2, or another estimate."
-            )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
         """Whether the KL of the policy to the sampling policy exceeds target_kl. Waits for the previous step.
@@ -345,6 +337,18 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         raise ValueError(
             "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
             "omit target_kl."
+        )
+    example = example_rollout(data.group, data.rules.reward_weights, facts)
+    check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
+
+
+def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
+    """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
+    valid = scores[has_score(scores)]
+    if group == 1 and valid.max() > valid.min() and not advantages.any():
+        raise ValueError(
+            "data.group=1: advantages relative to a group of one are all 0. "
+            "Use data.group of at least 2, or another estimate."
         )
 
 

@@ -24,7 +24,7 @@ from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, update_moments
 from jaxft.rl.completions import Completions
-from jaxft.rl.estimators import by_each, by_group, reinforce
+from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.layout import fits, pack_rollout
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
@@ -210,6 +210,22 @@ def test_by_each_in_a_group_of_one_is_refused(tmp_path):
         bound_source(tmp_path, Rules((word_length,), by_each), group=1).batch(0, state_at(0))
 
 
+@pytest.mark.parametrize(
+    "rules, facts, message",
+    [
+        (Rules((number,), by_each), {}, "data.group=1: advantages relative to a group of one are all 0"),
+        (Rules((number,), partial(by_group, advantage=lambda scores: scores)), {}, "can.t be called with"),
+        (Rules((number,), actor_critic), {}, "actor_critic needs a critic's values"),
+        (Rules((number,), group_whitened), {"kl_in_rewards": True}, "group_whitened ignores the KL penalty"),
+    ],
+)
+def test_an_estimator_that_does_not_fit_the_run_is_refused_before_sampling(rules, facts, message):
+    with pytest.raises(ValueError, match=message):
+        rollouts.check_policy_run(Rollouts("x", rules=rules, group=1), bound_run(**facts))
+    fits = Rollouts("x", rules=Rules((number,), actor_critic), group=1)
+    rollouts.check_policy_run(fits, bound_run(critic=True, reference="start", kl_in_rewards=True))
+
+
 def test_completions_outside_of_the_policy_mask_have_no_weight(tmp_path):
     rules = Rules((word_length,), train_on_truncated=False, filter=nonconstant_groups)
     batch, metrics = bound_source(tmp_path, rules).batch(0, state_at(0))
@@ -260,11 +276,12 @@ def test_fused_backward_is_refused_if_the_policy_may_be_frozen(rules, facts):
     with pytest.raises(ValueError, match="optim.fused_backward=true always updates the policy"):
         rollouts.check_policy_run(data, bound_run(fused_backward=True, **facts))
     rollouts.check_policy_run(data, bound_run(**facts))
-    rollouts.check_policy_run(Rollouts("x", rules=Rules((number,))), bound_run(fused_backward=True))
+    data = Rollouts("x", group=2, rules=Rules((number,)))
+    rollouts.check_policy_run(data, bound_run(fused_backward=True))
 
 
 def test_a_run_that_does_not_fit_its_rollouts_is_refused():
-    data = Rollouts("x", temperature=0.5, rules=Rules((number,)))
+    data = Rollouts("x", group=2, temperature=0.5, rules=Rules((number,)))
     with pytest.raises(ValueError, match="data.temperature=0.5 differs from the objective's 0.9"):
         rollouts.check_policy_run(data, bound_run(temperature=0.9))
     with pytest.raises(ValueError, match="target_kl ends a rollout's passes early, but here"):
