@@ -53,8 +53,8 @@ class Pairs:
     positions: Int[Any, "B T"]
     read: Int[Any, "B M"]  # as in Tokens
     targets: Int[Any, "B M"]
-    answers: Int[Any, "B M"]  # response id of a read position: slot * A + kind; P * A marks padding
-    places: Int[Any, "B M"]  # 0, 1, ... within the response
+    responses: Int[Any, "B M"]  # response id of a read position: slot * A + kind; P * A marks padding
+    offsets: Int[Any, "B M"]  # 0, 1, ... within the response
     lengths: Int[Any, "B P A"]  # tokens of each response, end-of-turn token included
     last: Int[Any, "B P A"]  # row position of its last token, where a score is read; 0 if missing
     mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's responses of that kind
@@ -81,7 +81,7 @@ class Rollout:
     positions: Int[Any, "B T"]
     read: Int[Any, "B M"]  # as in Tokens
     targets: Int[Any, "B M"]
-    answers: Int[Any, "B M"]  # completion id of a read position, 0 .. A-1; A marks padding
+    responses: Int[Any, "B M"]  # completion id of a read position, 0 .. A-1; A marks padding
     logps: Float[Any, "B M"] | None  # the policy's at sampling; None: those of the current policy
     advantages: Float[Any, "B M"]
     policy_weights: Float[Any, "B M"]
@@ -117,17 +117,21 @@ def widened(batch: Any, like: Any) -> Any:
         lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
     )
     if isinstance(batch, Rollout):
-        return replace(wide, answers=_answers(batch, wide, batch.lengths.shape[-1], like.lengths.shape[-1]))
+        return replace(wide, responses=_relabel(batch, wide, batch.lengths.shape[-1], like.lengths.shape[-1]))
     if not isinstance(batch, Pairs):
         return wide
     old, new = (b.lengths.shape[-2] * len(b.kinds) for b in (batch, like))
     index = np.full_like(wide.index, -1)
     index[..., : batch.index.shape[-1]] = batch.index
-    return replace(wide, answers=_answers(batch, wide, old, new), index=index)
+    return replace(wide, responses=_relabel(batch, wide, old, new), index=index)
 
 
-def _answers(batch: Any, wide: Any, old: int, new: int) -> Any:
+def _relabel(batch: Any, wide: Any, old: int, new: int) -> Any:
     """Response ids in the shape of `wide`, with the padding id `old` replaced by `new`."""
-    answers, rows, reads = np.full_like(wide.answers, new), batch.answers.shape[-2], batch.answers.shape[-1]
-    answers[..., :rows, :reads] = np.where(batch.answers == old, new, batch.answers)
-    return answers
+    responses, rows, reads = (
+        np.full_like(wide.responses, new),
+        batch.responses.shape[-2],
+        batch.responses.shape[-1],
+    )
+    responses[..., :rows, :reads] = np.where(batch.responses == old, new, batch.responses)
+    return responses

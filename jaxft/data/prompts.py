@@ -119,7 +119,7 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
         array(shape.length, np.int32), array(shape.reads, np.int32), array(shape.reads, np.float32),
     )  # fmt: skip
     return Rollout(
-        ids=token, segments=token, positions=token, read=read, targets=read, answers=read, logps=number,
+        ids=token, segments=token, positions=token, read=read, targets=read, responses=read, logps=number,
         advantages=number, policy_weights=number, lengths=array(data.group, np.int32), branches=token,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollo
         )
     chex.assert_equal_shape([values, batch.values, batch.returns, batch.value_weights])
     weights = batch.value_weights.astype(values.dtype)
-    used = (weights != 0) & (batch.answers < batch.lengths.shape[1])
+    used = (weights != 0) & (batch.responses < batch.lengths.shape[1])
 
     def masked(x: Array) -> Array:
         return jnp.where(used, x.astype(values.dtype), 0)

@@ -113,12 +113,12 @@ def pair_batch(
     reference: Float[Array, "B M"] | None,
 ) -> PairBatch:
     """Arrange log-probs at the read positions by pair and response."""
-    chex.assert_equal_shape([logp, log_sum_p2, batch.answers])
+    chex.assert_equal_shape([logp, log_sum_p2, batch.responses])
     slots, dtype = batch.pair_weights.shape[1], logp.dtype
-    sums = response_sums(logp, batch.answers, batch.kinds, slots)
+    sums = response_sums(logp, batch.responses, batch.kinds, slots)
     reference_sums: dict[str, Array] = {}
     if reference is not None:
-        reference_sums = response_sums(reference, batch.answers, batch.kinds, slots)
+        reference_sums = response_sums(reference, batch.responses, batch.kinds, slots)
     responses = {
         kind: Response(
             logp=sums[kind],
@@ -129,7 +129,7 @@ def pair_batch(
         )
         for i, kind in enumerate(batch.kinds)
     }
-    tokens = PairTokens(logp, reference, log_sum_p2, batch.answers, batch.places)
+    tokens = PairTokens(logp, reference, log_sum_p2, batch.responses, batch.offsets)
     return PairBatch(responses, tokens, batch.columns, batch.pair_weights.astype(dtype))
 
 

@@ -178,7 +178,9 @@ def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
 
 def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Float[Array, "B M"]:
     h = model.hidden(params, batch, None)
-    return read_logps(model, params, h, (batch.read, batch.targets), answers=batch.lengths.shape[1]).logp
+    return read_logps(
+        model, params, h, (batch.read, batch.targets), max_responses=batch.lengths.shape[1]
+    ).logp
 
 
 def policy_batch(outputs: Outputs) -> PolicyBatch:
@@ -186,21 +188,21 @@ def policy_batch(outputs: Outputs) -> PolicyBatch:
     1.
     """
     batch, dtype = outputs.batch, outputs.logp.dtype
-    chex.assert_equal_shape([outputs.logp, batch.answers, batch.advantages, batch.policy_weights])
+    chex.assert_equal_shape([outputs.logp, batch.responses, batch.advantages, batch.policy_weights])
     count = batch.lengths.shape[1]
-    real = batch.answers < count
+    real = batch.responses < count
 
     def masked(x: Array) -> Array:
         return jnp.where(real, x.astype(dtype), 0)
 
-    member = batch.answers[:, :, None] == jnp.arange(count, dtype=batch.answers.dtype)[None, None]
+    member = batch.responses[:, :, None] == jnp.arange(count, dtype=batch.responses.dtype)[None, None]
     return PolicyBatch(
         logp=masked(outputs.logp),
         old_logp=masked(jax.lax.stop_gradient(outputs.logp) if batch.logps is None else batch.logps),
         advantages=masked(batch.advantages),
         entropy=masked(outputs.entropy),
         reference=None if batch.reference is None else masked(batch.reference),
-        completion=batch.answers,
+        completion=batch.responses,
         mask=real.astype(dtype),
         lengths=jnp.maximum(jnp.sum(member, 1), 1).astype(dtype),
     )

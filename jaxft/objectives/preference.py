@@ -216,7 +216,7 @@ def _loss_state(declared: PreferenceLoss) -> Aux:
 
 def _without_padding(batch: Pairs, arrays: Any) -> Any:
     """Arrays [B, M] with 0 where a read position belongs to no response."""
-    real = batch.answers < batch.lengths.shape[1] * batch.lengths.shape[2]
+    real = batch.responses < batch.lengths.shape[1] * batch.lengths.shape[2]
     return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros((), x.dtype)), arrays)
 
 

@@ -33,16 +33,17 @@ class ReadSharding:
 SPARE_SLOTS = 8
 
 
-def read_sharding(read: Int[Array, "B M"], length: int, answers: int = 2) -> ReadSharding | None:
+def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) -> ReadSharding | None:
     """Assign the reads of rows of `length` tokens to slots; None if the mesh does not shard time.
 
-    answers: how many responses at most share a prompt, whose last position is read once for each of them.
+    max_responses: how many responses at most share a prompt. The prompt's last position is read once for
+        each of them.
     """
     count = num_shards(("time",), (length,))
     if count == 1:
         return None
     M, local = read.shape[1], length // count
-    slots = min(M, local + max(SPARE_SLOTS, answers))
+    slots = min(M, local + max(SPARE_SLOTS, max_responses))
     part = read // local
     order = jnp.cumsum(
         part[:, :, None] == jnp.arange(count, dtype=jnp.int32)[None, None], axis=1, dtype=jnp.int32
@@ -106,10 +107,13 @@ def read_scores(
 
 
 def read_numbers(
-    head: Callable[[Array], Array], h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], answers: int = 2
+    head: Callable[[Array], Array],
+    h_BTD: Float[Array, "B T D"],
+    read: Int[Array, "B M"],
+    max_responses: int = 2,
 ) -> Float[Array, "B M"]:
-    """`head(h [N, m, D]) -> [N, m]` at read positions; answers: see read_sharding."""
-    sharding = read_sharding(read, h_BTD.shape[1], answers)
+    """`head(h [N, m, D]) -> [N, m]` at read positions; max_responses: see read_sharding."""
+    sharding = read_sharding(read, h_BTD.shape[1], max_responses)
     out = head(gather_read(h_BTD, read, sharding))
     return out if sharding is None else _in_order(out, sharding)
 
@@ -120,11 +124,11 @@ def read_logps(
     h_BTD: Float[Array, "B T D"],
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
     graded: Graded = ("logp",),
-    answers: int = 2,
+    max_responses: int = 2,
 ) -> LogProbs:
-    """token_logps at read positions. reads: positions and targets; answers: see read_sharding."""
+    """token_logps at read positions. reads: positions and targets; max_responses: see read_sharding."""
     read, targets = reads
-    sharding = read_sharding(read, h_BTD.shape[1], answers)
+    sharding = read_sharding(read, h_BTD.shape[1], max_responses)
     h = gather_read(h_BTD, read, sharding)
     if sharding is None:
         return token_logps(model, params, h, targets, graded)

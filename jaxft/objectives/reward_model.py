@@ -33,7 +33,8 @@ ACCURACY, MARGIN = "accuracy", "margin"
 MEAN_REWARD, MIN_REWARD, MAX_REWARD = "mean_reward", "min_reward", "max_reward"
 # fmt: off
 UNUSED = (
-    "ids", "segments", "positions", "read", "targets", "answers", "places", "last", "reference", "branches",
+    "ids", "segments", "positions", "read", "targets", "responses", "offsets", "last", "reference",
+    "branches",
 )  # fields of Pairs that the loss does not read
 # fmt: on
 

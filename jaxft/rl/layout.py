@@ -64,7 +64,7 @@ def pack_rollout(
     rows, slots = size or lengths.shape
     ids, segments, positions, branches = (np.zeros((rows, shape.length), np.int32) for _ in range(4))
     read, targets = (np.zeros((rows, shape.reads), np.int32) for _ in range(2))
-    answers, zero = np.full((rows, shape.reads), slots, np.int32), np.zeros((rows, shape.reads), np.float32)
+    responses, zero = np.full((rows, shape.reads), slots, np.int32), np.zeros((rows, shape.reads), np.float32)
     slot_lengths = np.zeros((rows, slots), np.int32)
     slot_lengths[: len(lengths), : lengths.shape[1]] = lengths
     for r, prompt in enumerate(prompts.ids):
@@ -77,10 +77,10 @@ def pack_rollout(
             ids[r, span] = targets[r, reads] = tokens[r, j, :n]
             segments[r, span], branches[r, span], positions[r, span] = 1, j + 1, start + np.arange(n)
             read[r, m], read[r, m + 1 : m + n] = start - 1, column + np.arange(n - 1)
-            answers[r, reads] = j
+            responses[r, reads] = j
             column, m = column + n, m + n
     return Rollout(
-        ids, segments, positions, read, targets, answers, logps=zero, advantages=zero, policy_weights=zero,
+        ids, segments, positions, read, targets, responses, logps=zero, advantages=zero, policy_weights=zero,
         lengths=slot_lengths, branches=branches,
     )  # fmt: skip
 
@@ -118,4 +118,4 @@ def to_microbatches(rows: Batch, like: Batch, padding: int) -> Batch:
 
     grid = jax.tree.map(pad, grid)
     is_padding = (np.arange(padded_rows) >= own_rows)[:, None]
-    return replace(grid, answers=np.where(is_padding, padding, grid.answers))
+    return replace(grid, responses=np.where(is_padding, padding, grid.responses))

@@ -80,7 +80,7 @@ def pair_shapes(data: OnlinePairs, shape: RowShape, shards: int = 1) -> Pairs:
     number = array(1, dtype=np.float32)
     return Pairs(
         ids=like.ids, segments=like.ids, positions=like.ids, read=like.read, targets=like.read,
-        answers=like.read, places=like.read, lengths=array(1, 2), last=array(1, 2),
+        responses=like.read, offsets=like.read, lengths=array(1, 2), last=array(1, 2),
         mean_lengths=array(1, 2, dtype=np.float32), pair_weights=number, index=array(1), columns={},
         branches=like.ids,
     )  # fmt: skip
@@ -157,14 +157,14 @@ class BoundOnlinePairs(BoundRollouts):
 
 def to_pairs(rows: Rollout) -> Pairs:
     """Convert rows of a prompt with two completions to pairs, the first one chosen. Weights are zero."""
-    lengths, is_token = rows.lengths[:, None, :], rows.answers < 2
+    lengths, is_token = rows.lengths[:, None, :], rows.responses < 2
     before = (rows.segments > 0).sum(1, keepdims=True) - rows.lengths.sum(1, keepdims=True)
     last = before + np.cumsum(rows.lengths, 1) - 1
-    places = np.arange(rows.read.shape[1]) - np.where(rows.answers == 1, rows.lengths[:, :1], 0)
+    offsets = np.arange(rows.read.shape[1]) - np.where(rows.responses == 1, rows.lengths[:, :1], 0)
     index = np.arange(len(rows.ids), dtype=np.int32)[:, None]
     return Pairs(
         ids=rows.ids, segments=rows.segments, positions=rows.positions, read=rows.read, targets=rows.targets,
-        answers=rows.answers, places=np.where(is_token, places, 0).astype(np.int32), lengths=lengths,
+        responses=rows.responses, offsets=np.where(is_token, offsets, 0).astype(np.int32), lengths=lengths,
         last=last[:, None, :].astype(np.int32), mean_lengths=np.zeros(lengths.shape, np.float32),
         pair_weights=np.zeros(index.shape, np.float32), index=index, columns={}, branches=rows.branches,
     )  # fmt: skip

@@ -169,8 +169,8 @@ def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
 
 def useful(batch: Any, eos: int) -> int:
     """Count the tokens of a batch without padding and EOS; a prompt counts once per response of its pair."""
-    if hasattr(batch, "answers"):
-        first = (batch.places == 0) & (batch.answers < batch.lengths[0, 0].size)
+    if hasattr(batch, "responses"):
+        first = (batch.offsets == 0) & (batch.responses < batch.lengths[0, 0].size)
         prompts = np.take_along_axis(batch.positions, batch.read, -1)[first] + 1
         return int(prompts.sum() + batch.lengths.sum() - (batch.lengths > 0).sum())
     return int(((batch.segments > 0) & (batch.ids != eos)).sum())

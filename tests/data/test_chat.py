@@ -75,11 +75,11 @@ def test_whitespace_around_a_response_never_loses_a_character_of_it(kind, texts)
 def test_tokens_are_those_of_transformers_with_one_bos(kind):
     tokenizer, example = tiny(kind), conversation(["what is a rank?", "a number", "why?", "héllo 🙂"])
     ids, _ = tokenise(example, kind, "all")
-    wanted = tokenizer.apply_chat_template(
+    target = tokenizer.apply_chat_template(
         list(example.messages), tokenize=True, return_dict=True, date_string=chat.DATE
     )["input_ids"]
-    assert ids.tolist()[: len(wanted)] == wanted
-    assert ids.tolist()[len(wanted) :] == ([tokenizer.eos_token_id] if kind == "plain" else [])
+    assert ids.tolist()[: len(target)] == target
+    assert ids.tolist()[len(target) :] == ([tokenizer.eos_token_id] if kind == "plain" else [])
     if kind in ("llama3", "gemma"):
         assert ids.tolist().count(tokenizer.bos_token_id) == 1
 

@@ -73,11 +73,11 @@ GPT = [{"from": "human", "value": "q"}]
     ],
 )
 def test_formats_are_recognised(fields, prompt, plain):
-    wanted = {
+    expected = {
         kind: Chat("r:1", (*prompt, last), len(prompt), plain)
         for kind, last in (("chosen", A), ("rejected", B))
     }  # fmt: skip
-    assert pair(fields).responses == wanted
+    assert pair(fields).responses == expected
 
 
 def test_answers_may_have_several_turns_after_the_common_ones():

@@ -96,8 +96,8 @@ def test_names_are_those_of_the_rows(folder):
     s = source(folder, micro=2, shards=2, held_out="none", batch=5)
     for k in range(s.info.steps):
         index = flat(s.batch(k)[0]).index
-        wanted = [", ".join(f"r.jsonl:{i + 1}" for i in row if i >= 0) for row in index]
-        assert [*s.row_names(k), *[""] * (4 - len(s.row_names(k)))] == wanted and all(s.row_names(k))
+        target = [", ".join(f"r.jsonl:{i + 1}" for i in row if i >= 0) for row in index]
+        assert [*s.row_names(k), *[""] * (4 - len(s.row_names(k)))] == target and all(s.row_names(k))
 
 
 @pytest.mark.parametrize("weighting", ("pair", "token"))
@@ -128,9 +128,9 @@ def test_mean_lengths_are_those_of_the_whole_batch(folder, rows):
     s = source(folder, micro=2, held_out=0.3, batch=6)
     for group in [[s.batch(k)[0]] for k in range(s.info.steps)] + [s.held_out]:
         lengths = np.concatenate([flat(batch).lengths.reshape(-1, 2) for batch in group])
-        wanted = [column[column > 0].mean() if (column > 0).any() else 0 for column in lengths.T]
+        target = [column[column > 0].mean() if (column > 0).any() else 0 for column in lengths.T]
         for batch in group:
-            assert np.allclose(batch.mean_lengths, np.float32(wanted))
+            assert np.allclose(batch.mean_lengths, np.float32(target))
 
 
 # ---- who is held out
@@ -253,18 +253,18 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
     for batch in s.cover(range(37)):
         kinds, slots = len(batch.kinds), batch.index.shape[-1]
         x = np.zeros(batch.read.shape, np.float32)
-        for at in zip(*np.nonzero(batch.answers < slots * kinds), strict=True):
-            slot, kind = divmod(int(batch.answers[at]), kinds)
-            x[at] = made_up(int(batch.index[(*at[:-1], slot)]), kind, int(batch.places[at]))
+        for at in zip(*np.nonzero(batch.responses < slots * kinds), strict=True):
+            slot, kind = divmod(int(batch.responses[at]), kinds)
+            x[at] = made_up(int(batch.index[(*at[:-1], slot)]), kind, int(batch.offsets[at]))
         values.update(s.values(batch, x))
 
-    def wanted(i, lengths):
+    def target(i, lengths):
         return [made_up(i, kind, place) for kind, n in enumerate(lengths) for place in range(n)]
 
     lengths = {
         i: [len(a[1]) for a in value[2]] for batch in s.cover(range(37)) for i, value in seen(batch).items()
     }
-    assert {i: v.tolist() for i, v in values.items()} == {i: wanted(i, lengths[i]) for i in range(37)}
+    assert {i: v.tolist() for i, v in values.items()} == {i: target(i, lengths[i]) for i in range(37)}
     known = s.with_reference(values)
     assert (
         known.info.fingerprint == s.info.fingerprint
@@ -273,7 +273,7 @@ def test_reference_values_come_back_at_their_tokens(folder, layout, third):
     )
     for batch in [known.batch(k)[0] for k in range(known.info.steps)] + [*known.held_out, *known.cover([3])]:
         for i, (_, _, answers) in seen(batch).items():
-            assert sum((a[2] for a in answers), []) == wanted(i, lengths[i])
+            assert sum((a[2] for a in answers), []) == target(i, lengths[i])
         assert batch.reference.dtype == np.float32
     assert jax.tree.structure(known.shapes[-1]) == jax.tree.structure(known.batch(0)[0])
     assert known.shapes[-1].reference.shape == known.shapes[-1].read.shape

@@ -41,8 +41,8 @@ def test_prompt_and_responses_are_split_where_trl_splits_them(folder, kind):
     found = epoch(source(folder, kind, held_out="none"))
     assert len(found) == 37
     for i, (_, _, answers) in found.items():
-        prompt, *wanted = trl(rows[i], tokenizer)
-        for (ids, targets, _), full in zip(answers, wanted, strict=True):
+        prompt, *expected = trl(rows[i], tokenizer)
+        for (ids, targets, _), full in zip(answers, expected, strict=True):
             if kind == "plain":  # a template without an end of turn: EOS is added
                 full = [*full, tokenizer.eos_token_id]
             assert ids == prompt and full[: len(targets)] == targets
@@ -151,8 +151,8 @@ def test_every_response_has_the_log_probs_that_it_has_alone(folder, float64):
             found.update(s.values(batch, np.asarray(logps(batch))[None]))
             if layout == "branches":
                 alone.update({i: on_its_own(whole, value[2]) for i, value in seen(batch).items() if i < 5})
-        for i, wanted in alone.items():
-            np.testing.assert_allclose(found[i], wanted, rtol=1e-9, atol=1e-12)
+        for i, expected in alone.items():
+            np.testing.assert_allclose(found[i], expected, rtol=1e-9, atol=1e-12)
 
 
 def on_its_own(whole, answers):
@@ -179,7 +179,7 @@ def test_branches_store_a_prompt_once(folder):
             for b, count in zip((1, 2), batch.lengths[r, slot], strict=True):
                 assert position[branch == b].tolist() == list(range(prompt, prompt + count))
             reads = batch.read[
-                r, np.isin(batch.answers[r], [2 * slot, 2 * slot + 1]) & (batch.places[r] == 0)
+                r, np.isin(batch.responses[r], [2 * slot, 2 * slot + 1]) & (batch.offsets[r] == 0)
             ]
             assert (reads == np.flatnonzero(inside)[prompt - 1]).all() and len(reads) == 2
 
@@ -357,7 +357,7 @@ def test_smollm2_pairs_are_trls(tmp_path):
     assert s.info.stats.prompt_end_moved == 0 and len(found) == len(rows)
     newline = tokenizer("\n").input_ids
     for i, (_, _, answers) in found.items():
-        prompt, *wanted = trl(rows[i], tokenizer)
+        prompt, *expected = trl(rows[i], tokenizer)
         assert [ids for ids, _, _ in answers] == [prompt] * 2
-        assert [targets + newline for _, targets, _ in answers] == wanted
+        assert [targets + newline for _, targets, _ in answers] == expected
     assert s.info.stats.layout == "branches"

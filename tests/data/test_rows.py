@@ -142,7 +142,7 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted"),
+    ("fields", "expected"),
     [
         ({"text": "a", "id": 3}, Text("r:1", "a")),
         ({"prompt": "q", "completion": "a"}, Completion("r:1", "q", "a")),
@@ -173,8 +173,8 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
         ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ASKED[1]]}, Chat("r:1", ASKED, 1)),
     ],
 )
-def test_formats_are_recognised(fields, wanted):
-    assert formats.normalise_rows([Row("r:1", fields)]) == [wanted]
+def test_formats_are_recognised(fields, expected):
+    assert formats.normalise_rows([Row("r:1", fields)]) == [expected]
 
 
 def test_columns_rename_and_say_which_format_is_meant():

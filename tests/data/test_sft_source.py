@@ -80,8 +80,8 @@ def expected_examples(folder, kind="llama3"):
 @pytest.mark.parametrize("micro", (1, 2))
 def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, weighting, micro):
     s = source(folder, packing=packing, weighting=weighting, micro=micro, held_out="none")
-    wanted = expected_examples(folder)
-    assert len(wanted) == 37 and s.info.steps == s.info.steps_per_epoch and s.held_out == ()
+    expected = expected_examples(folder)
+    assert len(expected) == 37 and s.info.steps == s.info.steps_per_epoch and s.held_out == ()
     seen = []
     for step in range(s.info.steps):
         batch = s.batch(step)[0]
@@ -93,7 +93,7 @@ def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, wei
         total = sum(len(learned) for *_, learned in found)
         for ids, positions, learned in found:
             assert positions == list(range(len(ids)))
-            assert [(t, place) for t, _, place in learned] == wanted[tuple(ids)]
+            assert [(t, place) for t, _, place in learned] == expected[tuple(ids)]
             each = 1 / total if weighting == "token" else 1 / (len(found) * len(learned))
             assert np.allclose([w for _, w, _ in learned], each)
             seen.append(tuple(ids))
@@ -102,7 +102,7 @@ def test_an_epoch_holds_every_example_once_with_its_targets(folder, packing, wei
         assert (padding.read[unused] == 0).all() and (padding.targets[unused] == 0).all()
         assert (padding.ids[padding.segments == 0] == 0).all()
         assert (~unused).sum() == total
-    assert sorted(seen) == sorted(wanted)
+    assert sorted(seen) == sorted(expected)
 
 
 def test_a_target_is_the_next_token_of_the_same_segment(folder):
@@ -197,9 +197,9 @@ def test_one_shape_serves_all_epochs_and_length_is_small_without_packing(folder)
 
 
 def test_stats_count_rows_and_tokens(folder):
-    wanted = expected_examples(folder)
+    expected = expected_examples(folder)
     s = source(folder, held_out="none")
-    tokens, learned = sum(map(len, wanted)), sum(map(len, wanted.values()))
+    tokens, learned = sum(map(len, expected)), sum(map(len, expected.values()))
     assert (
         s.info.stats.tokens,
         s.info.stats.learned_tokens,
@@ -211,11 +211,11 @@ def test_stats_count_rows_and_tokens(folder):
         0,
         0,
     )
-    assert s.info.stats.lengths["max"] == max(map(len, wanted)) and s.info.stats.fill == tokens / (
+    assert s.info.stats.lengths["max"] == max(map(len, expected)) and s.info.stats.fill == tokens / (
         64 * s.info.stats.rows
     )
     json.dumps(dataclasses.asdict(s.info.stats))
-    assert s.info.preview == tiny("llama3").decode(next(iter(wanted)))
+    assert s.info.preview == tiny("llama3").decode(next(iter(expected)))
 
 
 # ---- rows longer than the limit

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rl_workdir
 import tiny_run
-from several import Several, free_port
+from process_group import ProcessGroup, free_port
 from tiny_run import Place, rows, write_place, write_rows
 
 pytestmark = pytest.mark.alone
@@ -141,13 +141,13 @@ def gradients(place, name):
 def test_two_processes_train_exactly_like_one_in_float64(precise, kind):
     where, argv = KINDS[kind]
     argv = [*argv, "batch=8", "steps=2", "loop.save_every=100", "samples=0", "micro=1"]
-    two, one = Several(precise[where]), Place(precise[where])
+    two, one = ProcessGroup(precise[where]), Place(precise[where])
     hook = PRECISE + BATCHES + GRADIENTS
     files = lambda name: {kind: f"{name}-{kind.lower()}" for kind in ("BATCHES", "GRADIENTS")}  # noqa: E731
-    assert two.run(*argv, f"name={kind}-two", hook=hook, **files(f"{kind}-two")) == [0, 0], two.told()
+    assert two.run(*argv, f"name={kind}-two", hook=hook, **files(f"{kind}-two")) == [0, 0], two.output()
     assert one.run(*argv, f"name={kind}-one", hook=hook, devices=8, **files(f"{kind}-one")) == 0, one.err()
     assert "8 devices on 2 processes (4 each), coordinator 127.0.0.1:" in two.first.out()
-    assert two.places[1].err().startswith("process 1 of 2: 4 of 8 devices")
+    assert two.workdirs[1].err().startswith("process 1 of 2: 4 of 8 devices")
 
     single, multi = one.metrics(f"{kind}-one"), one.metrics(f"{kind}-two")
     assert [m["step"] for m in single] == [m["step"] for m in multi]
@@ -181,7 +181,7 @@ def test_two_processes_train_exactly_like_one_in_float64(precise, kind):
 def test_two_processes_run_ppo_exactly_like_one_in_float64(tmp_path):
     """PPO with greedy sampling, a critic and a reward function, which runs on process 0 only."""
     precise_place(tmp_path, rl_workdir.write_workdir, rl_workdir.CONFIG)
-    two, one = Several(tmp_path), Place(tmp_path)
+    two, one = ProcessGroup(tmp_path), Place(tmp_path)
     argv = [
         "steps=4",
         "passes=2",
@@ -193,7 +193,7 @@ def test_two_processes_run_ppo_exactly_like_one_in_float64(tmp_path):
         "rewards=config.py:ascii",
     ]
     argv += ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "samples=0", "max_new=12"]
-    assert two.run(*argv, "name=two", hook=PRECISE) == [0, 0], two.told()
+    assert two.run(*argv, "name=two", hook=PRECISE) == [0, 0], two.output()
     assert one.run(*argv, "name=one", hook=PRECISE, devices=8) == 0, one.err()
     tables = [(one.runs(name) / "completions.jsonl").read_text() for name in ("one", "two")]
     assert tables[0] == tables[1] and tables[0].count("\n") == 2 * 8
@@ -223,8 +223,8 @@ TRAINED = [
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     """Results of an uninterrupted run of two processes."""
-    two = Several(folder)
-    assert two.run(*TRAINED, "name=uninterrupted", hook=PRECISE) == [0, 0], two.told()
+    two = ProcessGroup(folder)
+    assert two.run(*TRAINED, "name=uninterrupted", hook=PRECISE) == [0, 0], two.output()
     return two.first.results("uninterrupted", STEPS)
 
 
@@ -240,7 +240,7 @@ def ends(two, other, seconds):
     begin = time.monotonic()
     two.processes[other].join(seconds + 5)
     took, code = time.monotonic() - begin, two.processes[other].exitcode
-    assert code in (75, -signal.SIGABRT) and took < seconds, (code, took, two.told())
+    assert code in (75, -signal.SIGABRT) and took < seconds, (code, took, two.output())
     line = two.last_line(other)
     assert line.startswith(f"process {other} of 2"), line
     assert line.endswith("to resume from the newest checkpoint"), line
@@ -260,7 +260,7 @@ def kill(two, victim, rng):
 def copied(folder, tmp_path_factory):
     """A copy of the working directory after process 1 of the run `killed` was killed."""
     made = tmp_path_factory.mktemp("copied")
-    kill(Several(folder), 1, random.Random(5))
+    kill(ProcessGroup(folder), 1, random.Random(5))
     shutil.copytree(folder / "runs" / "killed", made / "runs" / "killed")
     for name in ("base", "rows.jsonl", "general.jsonl", "config.py"):
         (made / name).symlink_to(folder / name)
@@ -268,16 +268,16 @@ def copied(folder, tmp_path_factory):
 
 
 def test_kills_and_signals_do_not_change_the_results(folder, uninterrupted, copied):
-    two, argv = Several(folder), [*TRAINED, "name=killed"]
+    two, argv = ProcessGroup(folder), [*TRAINED, "name=killed"]
     kill(two, 0, random.Random(6))
 
     before = two.first.checkpoints("killed")
     two.start(*argv, "loop.save_every=100", hook=SLOW_STEPS)
     two.wait_for(two.first.loops)
     os.kill(two.processes[1].pid, signal.SIGTERM)
-    assert two.codes() == [143, 143], two.told()
+    assert two.codes() == [143, 143], two.output()
     assert (
-        two.places[1]
+        two.workdirs[1]
         .err()
         .strip()
         .endswith("SIGTERM: finishing this step and saving; a second signal stops at once")
@@ -285,7 +285,7 @@ def test_kills_and_signals_do_not_change_the_results(folder, uninterrupted, copi
     saved = two.first.checkpoints("killed")[-1]
     assert saved not in before and f"stopped by SIGTERM after step {saved}, saved" in two.first.out()
 
-    assert two.run(*argv, hook=PRECISE) == [0, 0], two.told()
+    assert two.run(*argv, hook=PRECISE) == [0, 0], two.output()
     results = two.first.results("killed", STEPS)
     for name in uninterrupted:
         assert results[name] == uninterrupted[name], name
@@ -311,7 +311,7 @@ def test_run_resumes_with_another_number_of_processes(copied, uninterrupted):
     ],
 )
 def test_stalled_process_ends_the_other_within_the_time_limit(folder, limit, text):
-    two = Several(folder)
+    two = ProcessGroup(folder)
     name = limit.split("=")[0].rpartition(".")[2]
     two.start(*COMMON, "epochs=90", "steps=60", f"name={name}", limit, hook=SLOW_STEPS)
     two.wait_for(lambda: bool(two.first.checkpoints(name)))
@@ -329,8 +329,8 @@ def test_stalled_process_ends_the_other_within_the_time_limit(folder, limit, tex
 
 @pytest.mark.slow
 def test_user_error_ends_all_processes_with_the_same_message(folder, uninterrupted):
-    two = Several(folder)
-    assert two.run(*TRAINED, "name=uninterrupted", hook=PRECISE) == [0, 0], two.told()
+    two = ProcessGroup(folder)
+    assert two.run(*TRAINED, "name=uninterrupted", hook=PRECISE) == [0, 0], two.output()
     assert f"this run is finished ({STEPS} steps)" in two.first.out() and not two.first.err()
     cases = (
         (["name=uninterrupted", "lr=0.5"], {}, "optim.lr: 0.01 -> 0.5"),
@@ -341,8 +341,8 @@ def test_user_error_ends_all_processes_with_the_same_message(folder, uninterrupt
         ),
     )
     for argv, own, expected in cases:
-        assert two.run(*TRAINED, *argv, own=own, hook=PRECISE) == [1, 1], two.told()
-        lines = [place.err().strip().splitlines()[-1] for place in two.places]
+        assert two.run(*TRAINED, *argv, own=own, hook=PRECISE) == [1, 1], two.output()
+        lines = [place.err().strip().splitlines()[-1] for place in two.workdirs]
         assert lines[0] == lines[1] and lines[0].startswith("error: ") and expected in lines[0], lines
     assert not two.first.runs("wrong").exists() or not (two.first.runs("wrong") / "config.json").exists()
 
@@ -355,9 +355,9 @@ def test_user_error_ends_all_processes_with_the_same_message(folder, uninterrupt
     ],
 )
 def test_wrong_count_is_the_only_message_of_each_process(folder, setting, actual):
-    two = Several(folder)
-    assert two.run("name=counts", setting) == [1, 1], two.told()
-    for place in two.places:
+    two = ProcessGroup(folder)
+    assert two.run("name=counts", setting) == [1, 1], two.output()
+    for place in two.workdirs:
         lines = [line for line in place.err().strip().splitlines() if "4 of 8 devices" not in line]
         assert len(lines) == 1 and lines[0].startswith(f"error: {setting}, {actual}"), lines
     assert not two.first.runs("counts").exists()

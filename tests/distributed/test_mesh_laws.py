@@ -176,7 +176,7 @@ def test_completions_of_a_group_share_the_prompt_also_across_shards_of_time(prom
     one_device = values(None, rows, h), logps()
     with jax.set_mesh(make_mesh(MeshShape(1, 1, context=8))):
         sharded = values(None, rows, h), logps()
-    real = np.asarray(rows.answers[0] < group)
+    real = np.asarray(rows.responses[0] < group)
     assert real.sum() == lengths.sum()
     for actual, expected in zip(sharded, one_device, strict=True):
         np.testing.assert_allclose(np.asarray(actual)[0][real], np.asarray(expected)[0][real], rtol=1e-10)

@@ -85,12 +85,12 @@ def test_truncated_logits_equal_transformers(sampling):
     chain = [theirs.TemperatureLogitsWarper(sampling.temperature)]
     chain += [theirs.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     chain += [theirs.TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []
-    wanted = torch.tensor(logits)
+    expected = torch.tensor(logits)
     for step in chain:
-        wanted = step(None, wanted)
+        expected = step(None, expected)
     found = np.asarray(truncate_logits(jnp.asarray(logits), sampling))
-    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted.numpy()))
-    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
     assert np.isfinite(found).any(1).all()
 
 
@@ -107,10 +107,10 @@ def test_samples_follow_the_truncated_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
     drawn = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
-    wanted = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
-    assert (drawn[wanted == 0] == 0).all() and (wanted == 0).any()
-    kept = wanted > 0
-    chi2 = ((drawn - wanted)[kept] ** 2 / wanted[kept]).sum()
+    expected = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
+    assert (drawn[expected == 0] == 0).all() and (expected == 0).any()
+    kept = expected > 0
+    chi2 = ((drawn - expected)[kept] ** 2 / expected[kept]).sum()
     assert chi2 < 30  # at most 7 degrees of freedom: a correct sampler exceeds this once in 10^4
 
 
@@ -257,7 +257,7 @@ def test_merged_equals_unmerged(tied):
     merged = {"base": lora.merge(whole["base"], whole["adapter"], jnp.float32)}
     tokens = left_pad(PROMPTS, 5)
     real = np.asarray(tokens.segments > 0)
-    wanted = np.asarray(logits_of(model, whole, tokens))[real]
-    assert np.abs(wanted - np.asarray(logits_of(model, {"base": whole["base"]}, tokens))[real]).max() > 0.1
-    np.testing.assert_allclose(np.asarray(logits_of(plain, merged, tokens))[real], wanted, atol=2e-5)
+    expected = np.asarray(logits_of(model, whole, tokens))[real]
+    assert np.abs(expected - np.asarray(logits_of(model, {"base": whole["base"]}, tokens))[real]).max() > 0.1
+    np.testing.assert_allclose(np.asarray(logits_of(plain, merged, tokens))[real], expected, atol=2e-5)
     assert answers((plain, merged)) == answers((model, whole))

@@ -61,12 +61,12 @@ def test_another_key_and_dtype_give_other_parameters():
 def test_init_and_apply_under_jit():
     module = LlamaModule(MODEL)
     variables = jax.jit(module.init)(KEY, TOKENS)
-    wanted = module.init(KEY, TOKENS)
+    expected = module.init(KEY, TOKENS)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), variables, wanted
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), variables, expected
     )  # fusion may round otherwise
     np.testing.assert_allclose(
-        jax.jit(module.apply)(variables, TOKENS), logits_of(MODEL, wanted["params"]), atol=1e-5
+        jax.jit(module.apply)(variables, TOKENS), logits_of(MODEL, expected["params"]), atol=1e-5
     )
 
 

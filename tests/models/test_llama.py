@@ -83,10 +83,10 @@ def test_logits_equal_transformers(shape):
     params = base_of(hf, model)
     ids = np.random.default_rng(0).integers(0, 97, (2, 70)).astype(np.int32)
     with torch.no_grad():
-        wanted = hf(torch.tensor(ids).long()).logits.numpy()
+        expected = hf(torch.tensor(ids).long()).logits.numpy()
     found = model.logits(model.head(params), model.hidden(params, tokens_of(ids)))
-    assert np.abs(wanted).max() > 1.0
-    np.testing.assert_allclose(np.asarray(found), wanted, atol=1e-4)
+    assert np.abs(expected).max() > 1.0
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4)
 
 
 def test_decoding_with_a_cache_equals_the_full_forward_pass():

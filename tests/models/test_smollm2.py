@@ -50,15 +50,15 @@ def test_logits_on_real_text_equal_transformers(both):
     ids = np.array([tokenizer.encode(TEXT)], np.int32)
     assert ids.shape[1] > 200
     with torch.no_grad():
-        wanted = theirs(torch.tensor(ids).long()).logits[0].numpy()
+        expected = theirs(torch.tensor(ids).long()).logits[0].numpy()
     found = np.asarray(
         jax.jit(lambda p, t: model.logits(model.head(p), model.hidden(p, t)))(whole, tokens_of(ids))[0]
     )
-    assert np.abs(found - wanted).max() <= 2e-3
-    best = np.sort(wanted, -1)[:, -2:]
+    assert np.abs(found - expected).max() <= 2e-3
+    best = np.sort(expected, -1)[:, -2:]
     clear = best[:, 1] - best[:, 0] > 0.01
     assert clear.mean() > 0.9
-    np.testing.assert_array_equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
+    np.testing.assert_array_equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
@@ -75,7 +75,7 @@ def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small matmuls on several threads are slow on a busy machine
     with torch.no_grad():
-        wanted = theirs.generate(
+        expected = theirs.generate(
             torch.tensor(ids),
             attention_mask=torch.tensor(mask),
             max_new_tokens=64,
@@ -83,7 +83,7 @@ def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
             pad_token_id=PAD,
         )
     torch.set_num_threads(threads)
-    for answer, row in zip(found, wanted[:, ids.shape[1] :].tolist(), strict=True):
+    for answer, row in zip(found, expected[:, ids.shape[1] :].tolist(), strict=True):
         assert answer == [token for token in row if token != PAD]
     lengths = [len(answer) for answer in found]
     assert all(PAD not in answer for answer in found)

@@ -47,8 +47,8 @@ def value_and_gradients(fn, q, k, v, cotangent, *rest):
     return o, *back(cotangent)
 
 
-def assert_close(found, wanted, tolerance):
-    for name, x, y in zip(("o", "dq", "dk", "dv"), found, wanted, strict=True):
+def assert_close(found, expected, tolerance):
+    for name, x, y in zip(("o", "dq", "dk", "dv"), found, expected, strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.all(np.isfinite(x)), name
         assert np.abs(x - y).max() <= tolerance * max(1.0, np.abs(y).max()), name
@@ -102,8 +102,8 @@ def test_flash_equals_dense_in_value_and_gradient(B, T, H, K, E, block, branched
         x = arrays(rng, B, T, H, K, E, jnp.float64)
         segments, branches = packed(rng, B, T)
         rest = (segments, branches if branched else None)
-        wanted = value_and_gradients(attention.dense, *x, *rest)
-        assert_close(value_and_gradients(partial(attention.flash, block=block), *x, *rest), wanted, 1e-10)
+        expected = value_and_gradients(attention.dense, *x, *rest)
+        assert_close(value_and_gradients(partial(attention.flash, block=block), *x, *rest), expected, 1e-10)
 
 
 BLOCKS_OF_8 = partial(attention.flash, block=8)
@@ -119,8 +119,8 @@ def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, bra
     with jax.enable_x64(True):
         x = arrays(np.random.default_rng(0), 1, 30, 2, 1, 4, jnp.float64)
         rest = (jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32))
-        wanted = value_and_gradients(attention.dense, *x, *rest)
-        assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), wanted, 1e-10)
+        expected = value_and_gradients(attention.dense, *x, *rest)
+        assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     found = value_and_gradients(partial(attention.flash, block=32), *narrow, *rest)
     assert all(x.dtype == dtype for x in found)
     with jax.enable_x64(True):
-        wanted = value_and_gradients(attention.dense, *(x.astype(jnp.float64) for x in narrow), *rest)
-    assert_close(found, wanted, tolerance)
+        expected = value_and_gradients(attention.dense, *(x.astype(jnp.float64) for x in narrow), *rest)
+    assert_close(found, expected, tolerance)
 
 
 def test_large_scores_stay_finite():
@@ -143,9 +143,9 @@ def test_large_scores_stay_finite():
     segments, _ = packed(rng, 1, 40)
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in (100 * q, 100 * k, v, do))
-        wanted = value_and_gradients(attention.dense, *wide, segments)
+        expected = value_and_gradients(attention.dense, *wide, segments)
     found = value_and_gradients(partial(attention.flash, block=16), 100 * q, 100 * k, v, do, segments)
-    assert_close(found, wanted, 0.02)  # the resolution of float32 at a score of 10^4 is 10^-3
+    assert_close(found, expected, 0.02)  # the resolution of float32 at a score of 10^4 is 10^-3
 
 
 @pytest.mark.parametrize("kernel", [attention.dense, partial(attention.flash, block=16)])
@@ -217,13 +217,13 @@ def test_cached_attention_is_the_last_row_of_dense():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 3, 20, 4, 2, 8, jnp.float64)
         segments = jnp.ones((3, 20), jnp.int32)
-        wanted = attention.dense(q, k, v, segments)[:, -1]
+        expected = attention.dense(q, k, v, segments)[:, -1]
         room = ((0, 0), (2, 7), (0, 0), (0, 0))  # the cache has free slots
         visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
         k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
         cache = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.swapaxes(1, 2)
         found = attention.cached_attention(q[:, -1], *cache, jnp.broadcast_to(visible, (3, 29)))
-        np.testing.assert_allclose(found, wanted, atol=1e-13)
+        np.testing.assert_allclose(found, expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("branched", [False, True])
@@ -235,7 +235,7 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
         x = arrays(rng, 8, 40, 4, 2, 8, jnp.float64)
         segments, branches = packed(rng, 8, 40)
         rest = (segments, branches) if branched else (segments,)
-        wanted = value_and_gradients(attention.dense, *x, *rest)
+        expected = value_and_gradients(attention.dense, *x, *rest)
         axes = (QUERIES, KEYS, KEYS, QUERIES, *(ROW for _ in rest))
         placed = [
             jax.device_put(a, array_sharding(mesh, names, a.shape))
@@ -243,7 +243,7 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
         ]
         with jax.set_mesh(mesh):
             compiled = value_and_gradients.lower(attention.attention, *placed).compile()
-            assert_close(compiled(*placed), wanted, 1e-10)
+            assert_close(compiled(*placed), expected, 1e-10)
     between_devices = (
         r"replica_groups=(\{\{\d+,|\[\d+,(?!1\])\d+\])|collective-permute"  # a group of one moves nothing
     )
@@ -304,7 +304,7 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize(
-    ("device", "head_dim", "dtype", "wanted"),
+    ("device", "head_dim", "dtype", "expected"),
     [
         (described("cpu", "cpu"), 64, jnp.bfloat16, attention.flash),
         (H100, 128, jnp.bfloat16, attention.triton),
@@ -319,12 +319,12 @@ H100 = described("gpu", "NVIDIA H100 80GB HBM3")
         (described("tpu", "TPU v5 lite"), 64, jnp.float64, attention.flash),
     ],
 )
-def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype, wanted):
-    assert attention.kernel_for(device, head_dim, dtype) is wanted
+def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype, expected):
+    assert attention.kernel_for(device, head_dim, dtype) is expected
 
 
-@pytest.mark.parametrize(("packed", "wanted"), [(True, "triton"), (False, "cudnn")])
-def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, packed, wanted):
+@pytest.mark.parametrize(("packed", "expected"), [(True, "triton"), (False, "cudnn")])
+def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, packed, expected):
     used = []
 
     def spy(name):
@@ -343,7 +343,7 @@ def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, pac
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=H100)):
         fn.trace(*args)
         fn.trace(*args[:4], branches_BT=args[3])
-    assert used == ["flash", wanted, "flash"]
+    assert used == ["flash", expected, "flash"]
 
 
 def test_rows_of_one_example_go_to_cudnn_on_nvidia_and_nowhere_else():
@@ -360,10 +360,10 @@ def test_lengths_equal_segments_for_rows_of_one_example():
     do = jnp.where(segments[:, :, None, None] == 0, 0, do)
     with jax.numpy_dtype_promotion("standard"):
         found = value_and_gradients(partial(attention.cudnn, implementation="xla"), q, k, v, do, segments)
-    wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
+    expected = value_and_gradients(attention.dense, q, k, v, do, segments)
     real = segments[:, :, None, None] != 0
     assert np.all(np.isfinite(found[0]))
-    assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-5)
+    assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-5)
 
 
 @pytest.mark.parametrize("T", [128, 200])
@@ -375,10 +375,10 @@ def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
     do = jnp.where(segments[:, :, None, None] == 0, 0, do)
     with jax.numpy_dtype_promotion("standard"):
         found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, segments)
-    wanted = value_and_gradients(attention.dense, q, k, v, do, segments)
+    expected = value_and_gradients(attention.dense, q, k, v, do, segments)
     real = segments[:, :, None, None] != 0  # padding queries may return any finite number
     assert np.all(np.isfinite(found[0]))
-    assert_close([jnp.where(real, x, 0) for x in found], wanted, 1e-4)
+    assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-4)
 
 
 @pytest.mark.parametrize(("kernel", "platform"), [(attention.triton, "cuda"), (attention.splash, "tpu")])

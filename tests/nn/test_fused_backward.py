@@ -69,11 +69,11 @@ def test_three_fused_steps_equal_layerwise_updates(optimizer, pattern, tied):
         found = []
         for fused in (False, True):
             step, state, frozen = build(fused)
-            told = []
+            reported = []
             for n in range(3):
                 state, m = step(state, frozen, batch(4 + n))
-                told.append({name: metrics.as_floats(m)[name] for name in ("loss", "grad_norm")})
-            found.append((state.trainable, state.opt_state, told))
+                reported.append({name: metrics.as_floats(m)[name] for name in ("loss", "grad_norm")})
+            found.append((state.trainable, state.opt_state, reported))
     assert_close(found[1], found[0], 1e-10)
 
 

@@ -88,14 +88,14 @@ def test_a_weight_gradient_has_the_precision_of_the_accumulator():
 )
 def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
     x, g = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in (ins, outs))
-    wanted = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+    target = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
     for f in (
         matmul.outer,
         lambda x, g, out: jax.vmap(lambda x, g: matmul.outer(x, g, out))(x[None], g[None])[0],
     ):
         found = jax.jit(f, static_argnums=2)(x, g, jnp.float32)
         assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(found, target, rtol=0, atol=1e-5 * np.abs(target).max())
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
@@ -125,9 +125,9 @@ def test_rms_norm_equals_transformers():
     theirs.weight.data = torch.tensor(np.asarray(weight))
     for scale in (1.0, 1e-3, 1e4):  # eps matters in the second
         with torch.no_grad():
-            wanted = theirs(torch.tensor(np.asarray(scale * x))).numpy()
+            target = theirs(torch.tensor(np.asarray(scale * x))).numpy()
         np.testing.assert_allclose(
-            layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), wanted, rtol=2e-6, atol=1e-6
+            layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), target, rtol=2e-6, atol=1e-6
         )
     assert layers.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
 
@@ -159,8 +159,8 @@ def test_rope_equals_transformers(scaling):
         return torch.tensor(np.asarray(x)).transpose(1, 2)
 
     cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
-    wanted = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
-    for x, theirs in zip((q, k), wanted):
+    target = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
+    for x, theirs in zip((q, k), target):
         np.testing.assert_allclose(layers.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
 
 
@@ -180,8 +180,8 @@ def test_rope_preserves_norms_and_depends_on_distance_only():
 def test_swiglu_equals_torch():
     torch = pytest.importorskip("torch")
     gate, up = random(3, 7, dtype=jnp.float32), random(3, 7, dtype=jnp.float32)
-    wanted = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
-    np.testing.assert_allclose(layers.swiglu(gate, up), wanted.numpy(), rtol=1e-6, atol=1e-6)
+    target = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
+    np.testing.assert_allclose(layers.swiglu(gate, up), target.numpy(), rtol=1e-6, atol=1e-6)
     assert layers.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -310,7 +310,7 @@ def test_bfloat16_gradients_equal_float32_within_a_few_percent():
         )  # some kernels with, some without
         gradient = jax.jit(jax.grad(lambda p, model=model: sft(model)(p, batch32(8), None, {})[0]))
         grads.append(tree.paths(gradient(whole)))
-    for path, wanted in grads[0].items():
+    for path, target in grads[0].items():
         if not path.endswith("scale"):
-            error = np.linalg.norm(grads[1][path] - wanted) / np.linalg.norm(wanted)
+            error = np.linalg.norm(grads[1][path] - target) / np.linalg.norm(target)
             assert 0 < error < 0.05, f"{path}: {error}"

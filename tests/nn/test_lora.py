@@ -167,13 +167,13 @@ def test_a_fresh_adapter_and_no_adapter_equal_the_base_bit_for_bit(tied, dtype):
     batch = one_by_one(examples(4))
     plain, _ = tiny(dtype, None, tied)
     base = {"base": jax.tree.map(lambda x: x.astype(dtype), whole["base"])}
-    wanted = logits(plain, base, batch)
-    assert np.std(np.asarray(wanted, np.float32)) > 0.1
-    np.testing.assert_array_equal(logits(model, base, batch), wanted)
+    expected = logits(plain, base, batch)
+    assert np.std(np.asarray(expected, np.float32)) > 0.1
+    np.testing.assert_array_equal(logits(model, base, batch), expected)
     fresh = param.init_params(model.specs["adapter"], jax.random.key(5))
-    np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), wanted)
+    np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), expected)
     assert np.any(
-        np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(wanted)
+        np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(expected)
     )
 
 
@@ -193,9 +193,9 @@ def test_a_quantised_kernel_is_merged_like_a_plain_one():
     _, whole = tiny(jnp.bfloat16, SOME)
     plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole["base"])
     packed = jax.tree.map(lambda x: quantize(x, "bits"), plain)
-    found, wanted = (merge(base, whole["adapter"], jnp.bfloat16) for base in (packed, plain))
-    np.testing.assert_array_equal(found["layers"]["attn"]["q"], wanted["layers"]["attn"]["q"])
-    assert np.any(np.asarray(wanted["layers"]["attn"]["q"]) != np.asarray(plain["layers"]["attn"]["q"]))
+    found, expected = (merge(base, whole["adapter"], jnp.bfloat16) for base in (packed, plain))
+    np.testing.assert_array_equal(found["layers"]["attn"]["q"], expected["layers"]["attn"]["q"])
+    assert np.any(np.asarray(expected["layers"]["attn"]["q"]) != np.asarray(plain["layers"]["attn"]["q"]))
 
 
 def test_attaching_copies_no_leaf_and_changes_nothing_else():
@@ -219,10 +219,10 @@ def test_a_base_trained_with_an_adapter_has_the_gradient_of_the_merged_weight(x6
     def loss(model):
         return jax.jit(jax.grad(lambda whole: sft(model)(whole, batch, None, {})[0]))
 
-    found, wanted = loss(model)(whole), loss(plain)({"base": merged})
-    assert_close(found["base"], wanted["base"])
+    found, expected = loss(model)(whole), loss(plain)({"base": merged})
+    assert_close(found["base"], expected["base"])
     for path in ("layers/attn/q", "layers/mlp/down"):
-        pair, grad, w = (tree_at(t, path) for t in (whole["adapter"], found["adapter"], wanted["base"]))
+        pair, grad, w = (tree_at(t, path) for t in (whole["adapter"], found["adapter"], expected["base"]))
         scale = pair["scale"][:, None, None]
         assert_close(grad["a"], scale * w @ jnp.swapaxes(pair["b"], 1, 2))
         assert_close(grad["b"], scale * jnp.swapaxes(pair["a"], 1, 2) @ w)
@@ -261,11 +261,11 @@ def test_the_fused_matmul_equals_the_plain_one_in_value_and_gradients(x64, packe
         return jnp.sum(cotangent * jnp.sin(product(x, dropped, w_, trained["a"], trained["b"], scale)))
 
     trained = {"a": a, "b": b} | ({} if packed else {"w": w})
-    found, wanted = (
+    found, expected = (
         jax.jit(jax.value_and_grad(lambda x, t, f=f: loss(f, x, t), (0, 1)))(x, trained)
         for f in (lora_matmul, plain_product)
     )
-    assert_close(found, wanted)
+    assert_close(found, expected)
     assert_close(
         linear(x, Adapted(w, a, b, scale, rate), key), lora_matmul(x, dropout(x, rate, key), w, a, b, scale)
     )

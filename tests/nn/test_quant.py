@@ -262,7 +262,7 @@ def test_full_blocks_do_not_depend_on_a_short_last_one():
 
 
 @pytest.mark.parametrize(
-    "form, wanted",
+    "form, expected",
     [
         (("int8", None, None), 8 + 32 / 2048),
         (("int4", 64, None), 4 + 16 / 64),
@@ -277,13 +277,13 @@ def test_full_blocks_do_not_depend_on_a_short_last_one():
     ],
     ids=str,
 )
-def test_bits_per_parameter_equal_the_buffers(form, wanted):
+def test_bits_per_parameter_equal_the_buffers(form, expected):
     w = random(2048, 1024)
     q = jax.device_put(quantize(w, *form))
     held = sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(q))
-    assert 8 * held / w.size == wanted == bits_per_param(q)
+    assert 8 * held / w.size == expected == bits_per_param(q)
     if form[0] in ("nf4", "fp4") and form[2] is None:
-        assert round(wanted, 3) == 4.127  # QLoRA's figure
+        assert round(expected, 3) == 4.127  # QLoRA's figure
 
 
 # bitsandbytes
@@ -374,11 +374,11 @@ def test_codes_scales_and_pack_order_equal_bitsandbytes(kind, dtype):
     q = quantize(np.ascontiguousarray(weight.float().numpy().T), kind, 64, False)
     np.testing.assert_array_equal(q.codes.T.reshape(-1), packed)
     np.testing.assert_array_equal(q.scale.T.reshape(-1), absmax)
-    wanted = (
+    expected = (
         np.array(TABLE[kind], np.float32)[np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)]
         * absmax[:, None]
     )
-    np.testing.assert_array_equal(np.asarray(dequantize(q)).T, wanted.reshape(w.shape))
+    np.testing.assert_array_equal(np.asarray(dequantize(q)).T, expected.reshape(w.shape))
 
     nested = quantize(np.ascontiguousarray(weight.float().numpy().T), kind)
     np.testing.assert_allclose(

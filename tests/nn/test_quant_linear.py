@@ -233,7 +233,7 @@ def test_a_step_stores_the_base_in_its_bits_and_little_else():
 def test_a_run_stores_its_targets_quantised_and_nothing_else():
     config = dataclasses.replace(CONFIG, tied=False)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    for pattern, wanted in (  # of quant.targets
+    for pattern, expected in (  # of quant.targets
         ("all-linear", {"q", "k", "v", "o", "gate", "up", "down"}),
         ("layers/mlp/.*|head", {"gate", "up", "down", "head"}),
         (".*/q|embed", {"q", "embed"}),
@@ -244,7 +244,7 @@ def test_a_run_stores_its_targets_quantised_and_nothing_else():
         )
         whole = tree.paths(storage.sharded_shapes(t.stored, mesh), is_qtensor)
         found = {path.split("/")[-1] for path, x in whole.items() if is_qtensor(x) and x.kind == "int4"}
-        assert found == wanted
+        assert found == expected
         assert all(is_qtensor(x) == (x.shape[-1] > 3 and len(x.shape) > 1 and "norm" not in path)
                    for path, x in whole.items() if path.startswith("base/"))  # fmt: skip
 

@@ -159,8 +159,8 @@ def test_a_growing_margin_with_falling_held_out_accuracy_raises_one_alarm():
         {"step": i, "eval_rewards/accuracies": a, "eval_rewards/margins": m}
         for i, (a, m) in enumerate(zip(acc, margin))
     ]
-    (told,) = report_of(entries)[1]
-    assert told[0] == 3 and "0.80 at its best, 0.70 now" in told[1]
+    (reported,) = report_of(entries)[1]
+    assert reported[0] == 3 and "0.80 at its best, 0.70 now" in reported[1]
     for changed in ([0.5, 0.8, 0.7, 0.8, 0.7, 0.8], [0.5, 0.8, 0.78, 0.77, 0.78, 0.8]):
         assert (
             report_of(
@@ -173,9 +173,9 @@ def test_a_growing_margin_with_falling_held_out_accuracy_raises_one_alarm():
 
 def test_a_model_no_better_than_a_rule_by_length_raises_an_alarm_at_the_end():
     entry = {"step": 9, "eval_rewards/accuracies": 0.6, "eval_length/accuracy_if_longer_wins": 0.4}
-    (told,) = report_of([entry], total=9)[1]
+    (reported,) = report_of([entry], total=9)[1]
     assert (
-        "always preferring the shorter response gives 0.60" in told[1]
+        "always preferring the shorter response gives 0.60" in reported[1]
         and report_of([entry], total=20)[1] == []
     )
     assert report_of([{**entry, "eval_rewards/accuracies": 0.61}], total=9)[1] == []
@@ -190,15 +190,15 @@ def test_the_summary_states_accuracy_margin_kl_length_and_label_noise():
         "label_noise": 0.21, "label_noise_error": 0.033,
         "eval_rewards/accuracies_chosen_longer": 0.95, "eval_rewards/accuracies_chosen_shorter": 0.85,
     }  # fmt: skip
-    told = "\n".join(preference_summary(first, last))
+    reported = "\n".join(preference_summary(first, last))
     for part in (
         "all ties before, 0.90 after; always preferring the longer response gives 0.55",
         "0.000 before, 0.800 after", "-80.0 before, -79.0 after", "0.0123 nats per token",
         "correlation 0.25", "0.95 where the chosen response is longer",
         "0.85 where it is shorter", "about 21 % look flipped, +- 7 ", "robust",
     ):  # fmt: skip
-        assert part in told
-    assert "alike" not in told and preference_summary({}, {}) == []
+        assert part in reported
+    assert "alike" not in reported and preference_summary({}, {}) == []
     alone = {name: value for name, value in last.items() if name != "eval_kl"}
     assert preference_summary(first, alone)[0].startswith(
         "held-out accuracy: 0.40 before, 0.90 after"
@@ -255,15 +255,15 @@ def place(tmp_path_factory):
 def test_falling_chosen_responses_are_reported_in_log_card_and_summary(place):
     argv = ["loss=down.py:chosen_down", "steps=16", "loop.eval_every=4"]
     assert place.run(*argv, "name=alone") == 0, place.err()
-    told = place.out()
+    reported = place.out()
     alarms = json.loads((place.runs("alone") / "summary.json").read_text())["alarms"]
     card = (place.runs("alone") / "README.md").read_text()
-    assert alarms and all(text in told and f"- {text}" in card for text in alarms)
-    assert "the chosen responses keep losing log-prob" in alarms[0] and told.index(alarms[0]) < told.index(
-        "step 16/16"
-    )
+    assert alarms and all(text in reported and f"- {text}" in card for text in alarms)
+    assert "the chosen responses keep losing log-prob" in alarms[0] and reported.index(
+        alarms[0]
+    ) < reported.index("step 16/16")
     assert (
-        "in theory 0.0000: policy and reference start as the same model" in told
+        "in theory 0.0000: policy and reference start as the same model" in reported
         and "held-out accuracy: " in card
     )
 

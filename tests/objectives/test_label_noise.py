@@ -25,16 +25,16 @@ def feed(m, step, margin, bad=False):
 
 def test_training_steps_log_the_estimate_of_the_first_epoch_so_far():
     epoch = np.split(first_sight(3, 160, wrong=0.2), PER_EPOCH)
-    m, told = make_meter(5), []
+    m, reported = make_meter(5), []
     for step, margin in enumerate(
         [*epoch, *(-x for x in epoch)]
     ):  # in the second epoch the model knows the pairs
         feed(m, step, margin)
-        told.append(m.read()[0].get("label_noise"))
-    assert told[0] is None and told[2] is not None
+        reported.append(m.read()[0].get("label_noise"))
+    assert reported[0] is None and reported[2] is not None
     for step in range(3, PER_EPOCH):
-        assert told[step] == LabelNoise(counts(np.concatenate(epoch[: step + 1]))).value()
-    assert set(told[PER_EPOCH:]) == {told[PER_EPOCH - 1]}
+        assert reported[step] == LabelNoise(counts(np.concatenate(epoch[: step + 1]))).value()
+    assert set(reported[PER_EPOCH:]) == {reported[PER_EPOCH - 1]}
 
 
 def test_the_estimate_survives_a_restart_and_excludes_non_finite_steps():
@@ -72,5 +72,5 @@ def test_the_shipped_recipe_estimates_20_percent_flipped_labels_within_5_points(
     assert place.run(*argv) == 0, place.err()
     last = [line for line in place.metrics("flipped") if "loss" in line][-1]
     assert last["step"] == 27 and abs(last["label_noise"] - 0.2) <= 0.05
-    told = re.search(r"about (\d+) % look flipped, \+- (\d+)", place.out())
-    assert int(told[1]) == round(100 * last["label_noise"]) and 4 <= int(told[2]) <= 8
+    reported = re.search(r"about (\d+) % look flipped, \+- (\d+)", place.out())
+    assert int(reported[1]) == round(100 * last["label_noise"]) and 4 <= int(reported[2]) <= 8

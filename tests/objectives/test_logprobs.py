@@ -73,7 +73,7 @@ def plain(whole, h, targets):
 
 
 def loss_of(model, weights, known=False):
-    """The weighted sum of log-probs; known: by weighted_logp, which is told the weights."""
+    """The weighted sum of log-probs; known: by weighted_logp, which gets the weights."""
     if known:
         return lambda whole, h, targets: weighted_logp(model, whole, h, targets, weights)[0]
     return lambda whole, h, targets: jnp.sum(weights * token_logps(model, whole, h, targets).logp)
@@ -97,8 +97,8 @@ def test_log_probs_equal_log_softmax_in_value_and_gradient_for_any_chunk(monkeyp
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(whole, h)
 
     (_, found), grads = both(lambda *a: token_logps(model, *a, targets))
-    (_, wanted), wanted_grads = both(lambda *a: plain(*a, targets)[0])
-    assert_close(found, wanted)
+    (_, expected), wanted_grads = both(lambda *a: plain(*a, targets)[0])
+    assert_close(found, expected)
     assert_close(grads, wanted_grads)
     assert B * M / 2 <= float(jnp.sum(found.top1)) < B * M
 

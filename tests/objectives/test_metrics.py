@@ -162,8 +162,8 @@ def test_the_standard_error_is_the_standard_deviation_over_seeds(pairs):
     for wrong in (0.1, 0.2, 0.3):
         each = [LabelNoise(counts(first_sight(seed, pairs, wrong))) for seed in range(300)]
         assert np.mean([d.error() for d in each]) == pytest.approx(np.std([d.value() for d in each]), rel=0.2)
-    told = metrics.as_floats({"label_noise": each[0]})
-    assert told == {"label_noise": each[0].value(), "label_noise_error": each[0].error()}
+    reported = metrics.as_floats({"label_noise": each[0]})
+    assert reported == {"label_noise": each[0].value(), "label_noise_error": each[0].error()}
 
 
 def test_few_clean_labels_look_wrong():

@@ -64,7 +64,7 @@ def table_see(table, batch, key, aux):
     the model.
     """
     table = jax.tree.map(jnp.asarray, table)
-    x = table["w"][batch.targets] + 0.3 * table["w"][batch.answers]
+    x = table["w"][batch.targets] + 0.3 * table["w"][batch.responses]
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "branches"))
     return Outputs(
         -2.5 - jax.nn.softplus(x), jax.nn.softplus(-x), table["v"][batch.targets], replace(batch, **none)
@@ -125,8 +125,8 @@ def test_the_objective_equals_its_formula_in_value_and_gradient():
     batch = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     objective = full(model, temperature)
     loss, slope = graded(lambda whole: objective(whole, batch, None, {})[0], whole, mask)
-    wanted, slope_too = graded(lambda whole: by_hand(model, whole, batch, temperature), whole, mask)
-    np.testing.assert_allclose(loss, wanted, rtol=1e-10)
+    expected, slope_too = graded(lambda whole: by_hand(model, whole, batch, temperature), whole, mask)
+    np.testing.assert_allclose(loss, expected, rtol=1e-10)
     assert_close(slope, slope_too)
     assert optax.tree.norm(slope["adapter"]) > 1e-3 and optax.tree.norm(slope["critic"]) > 1e-3
 
@@ -170,20 +170,20 @@ def test_the_objective_is_linear_in_policy_weights_and_in_value_weights(one_by_o
 def test_tokens_without_weight_and_padding_change_nothing(one_by_one):
     groups = random_groups(count=6)
     batch = laid(rows_of(groups))
-    away = np.asarray(batch.answers) == 1
+    away = np.asarray(batch.responses) == 1
     muted = batch.replace(
         **{name: np.where(away, 0, getattr(batch, name)) for name in ("policy_weights", "value_weights")}
     )
-    wanted = judged(by_table(), TABLE, ALL, micro(muted, 1), {})
-    noise, padding = np.random.default_rng(3).normal(0, 5, away.shape), batch.answers == 9
+    expected = judged(by_table(), TABLE, ALL, micro(muted, 1), {})
+    noise, padding = np.random.default_rng(3).normal(0, 5, away.shape), batch.responses == 9
     other = muted.replace(
         **{name: np.where(away, noise, getattr(muted, name)) for name in ("advantages", "returns", "values")},
         **{name: np.where(padding, np.nan, getattr(muted, name)) for name in ("logps", "reference")},
     )
-    assert_same(judged(by_table(), TABLE, ALL, micro(other, 1), {}), wanted, rtol=1e-12)
+    assert_same(judged(by_table(), TABLE, ALL, micro(other, 1), {}), expected, rtol=1e-12)
     wide = widened(muted, laid(rows_of(groups), length=70, reads=60, places=11))
-    assert (wide.answers[:, 54:] == 11).all() and wide.lengths.shape == (2, 11)
-    assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), wanted)
+    assert (wide.responses[:, 54:] == 11).all() and wide.lengths.shape == (2, 11)
+    assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), expected)
 
 
 @pytest.mark.parametrize(
@@ -212,18 +212,18 @@ def test_the_metrics_equal_their_definitions(one_by_one):
     value, _, found = judged(by_table(), TABLE, ALL, micro(batch, 2), {})
     played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
     logp, entropy, values = (np.asarray(x) for x in (played.logp, played.entropy, played.values))
-    real = batch.answers < 9
+    real = batch.responses < 9
     r, adv, kl = (
         np.exp(logp - batch.logps),
         batch.advantages,
         np.exp(batch.reference - logp) - 1 - (batch.reference - logp),
     )
     low, high = real & (r < 0.7) & (adv < 0), real & (r > 1.2) & (adv > 0)
-    each = [real[b] & (batch.answers[b] == a) for b in range(2) for a in range(9)]
+    each = [real[b] & (batch.responses[b] == a) for b in range(2) for a in range(9)]
     whose = [(b, m[None]) for b, m in zip([0] * 9 + [1] * 9, each, strict=True) if m.any()]
     near = batch.values + np.clip(values - batch.values, -0.2, 0.2)
     losses = np.maximum((values - batch.returns) ** 2, (near - batch.returns) ** 2) / 2
-    wanted = {
+    expected = {
         "loss": value,
         "loss/policy_avg": (batch.policy_weights * np.maximum(-adv * r, -adv * np.clip(r, 0.7, 1.2))).sum(),
         "loss/value_avg": (batch.value_weights * losses).sum(),
@@ -243,8 +243,8 @@ def test_the_metrics_equal_their_definitions(one_by_one):
         "clip_ratio/low_min": min(low[b][m[0]].mean() for b, m in whose),
         "clip_ratio/high_max": max(high[b][m[0]].mean() for b, m in whose),
     }
-    assert found.keys() == wanted.keys() and low.any() and high.any()
-    for name, number in wanted.items():
+    assert found.keys() == expected.keys() and low.any() and high.any()
+    for name, number in expected.items():
         np.testing.assert_allclose(found[name], number, rtol=1e-10, atol=1e-13, err_msg=name)
 
 
@@ -366,8 +366,8 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
 def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing(one_by_one):
     batch = micro(laid(rows_of(random_groups())), 1)
     value, slope, found = judged(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
-    wanted, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
-    assert value == wanted and found["kl"] != 0
+    expected, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
+    assert value == expected and found["kl"] != 0
     assert_close(slope, slope_too, 1e-15)
 
 
@@ -379,8 +379,8 @@ def test_kl_in_reward_is_logged_and_updates_its_coefficient_only(one_by_one):
     aux = objective.init({}, True)
     assert float(aux["kl_coef"]) == pytest.approx(0.3)
     value, slope, found = judged(objective, TABLE, ALL, batch, aux)
-    wanted, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
-    assert value == wanted
+    expected, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
+    assert value == expected
     assert_close(slope, slope_too, 1e-15)
     assert (
         0.3 != float(by_table(beta=KLInReward(FixedKL(0.1))).init({}, True)["kl_coef"]) == pytest.approx(0.1)
@@ -418,10 +418,10 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
         at = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
         return jnp.sum(a * at - b * jnp.sum(jnp.exp(logp) * logp, -1))
 
-    found, wanted = (
+    found, expected = (
         jax.jit(jax.grad(fn, (0, 1)))(whole["base"]["head"], h) for fn in (chunked, whole_at_once)
     )
-    assert_close(found, wanted)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -211,11 +211,11 @@ def test_padding_and_empty_slots_change_nothing(name):
     wide = P.PolicyBatch(
         **numbers, completion=answer, lengths=jnp.pad(d.lengths, ((0, 0), (0, 2)), constant_values=1)
     )
-    for found, wanted in zip(
+    for found, expected in zip(
         both(LOSSES[name][0], wide, pad(weights)), both(LOSSES[name][0], d, weights), strict=True
     ):
         real = np.asarray(d.mask) > 0
-        np.testing.assert_allclose(found[:, :11][real], wanted[real], rtol=1e-12)
+        np.testing.assert_allclose(found[:, :11][real], expected[real], rtol=1e-12)
         assert np.isfinite(found).all()
 
 
@@ -310,12 +310,12 @@ def test_vespo_weights_and_the_off_policy_mask_equal_trls():
     near = trainer.get_off_policy_mask(adv[:, :1], p, old, mask, 0.1)
     assert 0 < near.sum() < len(near)
     there = index >= 0
-    for loss, wanted in (
+    for loss, expected in (
         (P.vespo, -phi * adv * p),
         (partial(P.near_policy, max_nats=0.1), near * t_clipped(p, old, adv, mask)),
     ):
         found = np.asarray(loss(d)).ravel()[index[there]]
-        np.testing.assert_allclose(found, wanted.numpy()[there], rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(found, expected.numpy()[there], rtol=1e-10, atol=1e-13)
 
 
 def test_the_adaptive_coefficient_follows_its_target():

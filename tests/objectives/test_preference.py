@@ -55,14 +55,14 @@ def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
     objective, table = by_table(name)
     pool, aux = pairs_for(name, count=12), start_aux(objective)
     used = np.arange(12) % 3 > 0
-    wanted = judged(objective, table, ONLY_W, micro(laid(pool, np.flatnonzero(used)), 2), aux)
+    expected = judged(objective, table, ONLY_W, micro(laid(pool, np.flatnonzero(used)), 2), aux)
     muted = laid(pool, weights=pool.weights * used)
     assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
-    assert_same(judged(objective, table, ONLY_W, micro(muted, 2), aux), wanted)
+    assert_same(judged(objective, table, ONLY_W, micro(muted, 2), aux), expected)
     some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
     nothing = nothing.replace(mean_lengths=some.mean_lengths)
     padded = jax.tree.map(lambda *x: np.concatenate(x), some, nothing)
-    assert_same(judged(objective, table, ONLY_W, micro(padded, 4), aux), wanted)
+    assert_same(judged(objective, table, ONLY_W, micro(padded, 4), aux), expected)
 
 
 def with_model(loss, **options):
@@ -133,18 +133,18 @@ def test_a_widened_batch_gives_the_same_results(one_by_one, name):
         ("lengths", "mean_lengths"),
         {n: more(getattr(batch, n), 1) for n in ("pair_weights", "index")},
     )
-    by_token = ("ids", "segments", "positions", "branches", "read", "targets", "answers", "places")
+    by_token = ("ids", "segments", "positions", "branches", "read", "targets", "responses", "offsets")
     wide = {n: more(getattr(batch, n), 1) for n in by_token}
     like = batch.replace(**wide, **last, **{n: more(getattr(batch, n), 1) for n in slots})
     like = like.replace(columns={n: more(x, 1) for n, x in batch.columns.items()})
     found = widened(batch, like)
     assert (
-        found.answers.shape[-1] == batch.answers.shape[-1] + 3
+        found.responses.shape[-1] == batch.responses.shape[-1] + 3
         and found.lengths.shape[1] == batch.lengths.shape[1] + 3
     )
-    assert (found.index[:, -3:] == -1).all() and (found.answers[:, -3:] == found.lengths[0].size).all()
-    wanted = judged(objective, table, ONLY_W, micro(batch, 1), aux)
-    assert_same(judged(objective, table, ONLY_W, micro(found, 1), aux), wanted)
+    assert (found.index[:, -3:] == -1).all() and (found.responses[:, -3:] == found.lengths[0].size).all()
+    expected = judged(objective, table, ONLY_W, micro(batch, 1), aux)
+    assert_same(judged(objective, table, ONLY_W, micro(found, 1), aux), expected)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,14 @@ def test_rows_with_one_response_are_scored_alone(name):
 
 def test_a_missing_mismatched_response_is_excluded_from_the_kl():
     rows = random_rows(count=6, kinds=kinds_of("kto"), seed=5)
-    rows.answers["mismatched"][2] = np.zeros((0, 3))
+    rows.responses["mismatched"][2] = np.zeros((0, 3))
     check_against_torch(F.kto, T.kto, rows)
 
 
 @pytest.mark.parametrize("sign", (-1, 1))
 def test_the_kl_of_kto_is_never_negative_and_has_no_gradient(sign):
     rows = random_rows(count=6, kinds=kinds_of("kto"), seed=5)
-    for x in rows.answers["mismatched"]:
+    for x in rows.responses["mismatched"]:
         x[:, 1] = x[:, 0] - sign * 0.3
     check_against_torch(F.kto, T.kto, rows)
     laid = lay(rows)
@@ -125,10 +125,10 @@ def test_losses_of_a_mix_have_separate_states():
     ]
     own = [F.bco.update(x, metrics) for x in own]
     assert own[0]["delta"] != own[1]["delta"]
-    wanted = 2.0 * P.dpo(seen(laid)) + sum(
+    expected = 2.0 * P.dpo(seen(laid)) + sum(
         w * loss_values(p, seen(laid), x) for w, p, x in zip((0.25, 0.5), parts, own)
     )
-    np.testing.assert_allclose(loss_values(loss, seen(laid), state), wanted, rtol=1e-12)
+    np.testing.assert_allclose(loss_values(loss, seen(laid), state), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -138,7 +138,7 @@ def test_pairs_without_weight_change_nothing(name):
     loss, kinds = with_knobs(loss, knobs), kinds_of(name)
     rows, more = random_rows(5, kinds, seed=1), random_rows(4, kinds, seed=2, scale=30.0)
     both = Rows(
-        {kind: rows.answers[kind] + more.answers[kind] for kind in kinds},
+        {kind: rows.responses[kind] + more.responses[kind] for kind in kinds},
         np.concatenate([rows.margin, more.margin]),
         np.concatenate([rows.weight, np.zeros(more.count)]),
     )
@@ -165,7 +165,7 @@ def test_an_empty_batch_has_loss_0_and_gradient_0(name):
 @pytest.mark.parametrize("name", T.AT_THE_START)
 def test_the_value_at_the_reference_is_the_theoretical_one(name):
     rows = random_rows(5, kinds=kinds_of(name), seed=2, lengths=(4, 4))
-    for answers in rows.answers.values():
+    for answers in rows.responses.values():
         for x in answers:
             x[:, 1] = x[:, 0]
     _, values, _ = judged(getattr(F if hasattr(F, name) and name in SINGLE else P, name), laid := lay(rows))
@@ -181,7 +181,7 @@ NO_REFERENCE = ("simpo", "alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo")
 @pytest.mark.parametrize("name", [*RISES, *NO_REFERENCE])
 def test_the_first_step_raises_chosen_and_lowers_rejected(name):
     rows = random_rows(5, kinds=kinds_of(name), seed=2, lengths=(4, 4))
-    for answers in rows.answers.values():
+    for answers in rows.responses.values():
         for x in answers:
             x[:, 1] = x[:, 0]
     loss = getattr(P, name, None) or getattr(F, name)
@@ -214,12 +214,12 @@ SWAPS = {  # loss(pair) - loss(swapped) = -slope * margin
 def test_swapping_chosen_and_rejected_mirrors_the_gradient(name):
     loss, slope, margin = SWAPS[name]
     rows = random_rows(6, seed=8)
-    swapped = Rows({"chosen": rows.answers["rejected"], "rejected": rows.answers["chosen"]}, rows.margin)
+    swapped = Rows({"chosen": rows.responses["rejected"], "rejected": rows.responses["chosen"]}, rows.margin)
     laid, other = lay(rows), lay(swapped)
     (_, values, grad), (_, values_too, grad_too) = judged(loss, laid), judged(loss, other)
     if margin is not None:
-        wanted = -slope * margin(in_torch(rows)).detach().numpy()
-        np.testing.assert_allclose([values[c] - values_too[c] for c in laid.cells], wanted, rtol=1e-10)
+        expected = -slope * margin(in_torch(rows)).detach().numpy()
+        np.testing.assert_allclose([values[c] - values_too[c] for c in laid.cells], expected, rtol=1e-10)
     grad, grad_too = by_answer(laid, grad), by_answer(other, grad_too)
     for (kind, i), g in grad.items():
         there = grad_too["rejected" if kind == "chosen" else "chosen", i]
@@ -350,8 +350,8 @@ def test_a_single_response_keeps_its_length():
 
 def test_log1mexp_is_exact_on_both_sides():
     x = -np.exp(np.linspace(np.log(1e-11), np.log(500.0), 400))
-    wanted = np.where(x > -1e-3, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
-    np.testing.assert_allclose(F.log1mexp(jnp.asarray(x)), wanted, rtol=1e-12, atol=1e-300)
+    expected = np.where(x > -1e-3, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
+    np.testing.assert_allclose(F.log1mexp(jnp.asarray(x)), expected, rtol=1e-12, atol=1e-300)
     slope = jax.vmap(jax.grad(F.log1mexp))(jnp.asarray(x))
     np.testing.assert_allclose(slope, -1 / np.expm1(-x), rtol=1e-12)
 

@@ -178,9 +178,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_loss_fails_its_check_and_no_other(name):
-    loss, wanted, text = BROKEN[name]
+    loss, target, text = BROKEN[name]
     found = check_loss(probe(name, loss))
-    assert failing(found) == wanted
+    assert failing(found) == target
     assert re.search(text, next(c.message for c in found if c.ok is False))
 
 

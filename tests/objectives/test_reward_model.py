@@ -93,8 +93,8 @@ def test_responses_have_the_scores_of_transformers_at_their_last_token(classifie
     seen = reward(loaded.model).forward(loaded.params, jax.tree.map(jnp.asarray, batch), None, {})
     for (row, slot), pair in np.ndenumerate(batch.index):
         for kind, found in ((1, seen.chosen), (2, seen.rejected)) if pair >= 0 else ():
-            wanted = in_torch(torch_model, np.concatenate([pool.piece(pair, 0), pool.piece(pair, kind)]))
-            assert float(found[row, slot]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+            target = in_torch(torch_model, np.concatenate([pool.piece(pair, 0), pool.piece(pair, kind)]))
+            assert float(found[row, slot]) == pytest.approx(target, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["front", "behind"])
@@ -127,8 +127,8 @@ def test_a_4_bit_classifier_scores_as_its_dequantised_weights(classifier):
     expanded = jax.tree.map(
         lambda x: dequantize(x) if is_qtensor(x) else x, loaded.params, is_leaf=is_qtensor
     )
-    found, wanted = (float(loaded.score(params, tokens)[0]) for params in (loaded.params, expanded))
-    assert found == pytest.approx(wanted, rel=1e-5) and abs(found - in_torch(torch_model, ids[0])) > 1e-3
+    found, target = (float(loaded.score(params, tokens)[0]) for params in (loaded.params, expanded))
+    assert found == pytest.approx(target, rel=1e-5) and abs(found - in_torch(torch_model, ids[0])) > 1e-3
 
 
 def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(x64):
@@ -155,11 +155,11 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(x6
     np.testing.assert_allclose(value, total.item(), rtol=1e-12)
     for ours_, theirs in zip(grads, (c.grad, r.grad), strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=1e-10, atol=1e-15)
-    used, told = weight > 0, metrics.as_floats(found)
+    used, reported = weight > 0, metrics.as_floats(found)
     both = np.concatenate([chosen[used], rejected[used]])
-    assert told["accuracy"] == pytest.approx((chosen > rejected)[used].mean())
-    assert told["margin"] == pytest.approx((chosen - rejected)[used].mean())
-    assert [told[f"{name}_reward"] for name in ("min", "mean", "max")] == pytest.approx(
+    assert reported["accuracy"] == pytest.approx((chosen > rejected)[used].mean())
+    assert reported["margin"] == pytest.approx((chosen - rejected)[used].mean())
+    assert [reported[f"{name}_reward"] for name in ("min", "mean", "max")] == pytest.approx(
         [both.min(), both.mean(), both.max()]
     )
 
@@ -210,12 +210,12 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     pool, objective, mask = random_pairs(12), objectives()(model), mask_of(whole)
     used = np.arange(12) % 3 > 0
     some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
-    wanted = judged(objective, whole, mask, micro(some, 1), {})
+    target = judged(objective, whole, mask, micro(some, 1), {})
     muted = laid(pool, weights=pool.weights * used, room=(96, 80, 6))
     assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
-    assert_same(judged(objective, whole, mask, micro(muted, 1), {}), wanted)
+    assert_same(judged(objective, whole, mask, micro(muted, 1), {}), target)
     padded = jax.tree.map(lambda *x: np.concatenate(x)[None], some, nothing)
-    assert_same(judged(objective, whole, mask, padded, {}), wanted)
+    assert_same(judged(objective, whole, mask, padded, {}), target)
     ones = jnp.ones(nothing.pair_weights.shape)
     value, found = objective.loss(Outputs(ones, 2 * ones, nothing), {})
     assert value == 0 and "accuracy" not in metrics.as_floats(found)
@@ -230,12 +230,12 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
     with jax.enable_x64(True):
         model, whole = scorer_model(Adapter(rank=4, targets=("q", "o", "down")))
         batch, mask = micro(laid(random_pairs(16), rows=8, room=(72, 48, 4)), 1), mask_of(whole)
-        wanted = judged(objectives()(model), whole, mask, batch, {})
+        target = judged(objectives()(model), whole, mask, batch, {})
         laid_out = make_mesh(mesh)
         with jax.set_mesh(laid_out):
             spread = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, laid_out))
             found = judged(objectives()(model), spread, mask, sharding.shard_batch(laid_out, batch), {})
-        assert_same(found, wanted)
+        assert_same(found, target)
 
 
 def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
@@ -305,8 +305,8 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
     np.testing.assert_array_equal(model.hidden(whole, batch), language.hidden(policy, batch))
     critic = heads.view(whole, "critic")
     h = model.hidden(critic, batch)
-    wanted = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch))
-    np.testing.assert_array_equal(model.scores(critic, h), wanted)
+    target = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch))
+    np.testing.assert_array_equal(model.scores(critic, h), target)
     assert np.abs(h - model.hidden(whole, batch)).max() > 1e-3
 
 

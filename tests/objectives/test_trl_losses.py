@@ -14,14 +14,14 @@ from jaxft.objectives import reference_free_losses as F
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype="float64"):
-    """wanted: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the answer order[k] =
-    (kind, pair).
+def compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype="float64"):
+    """expected: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the response order[k]
+    = (kind, pair).
     """
     laid = lay(rows, dtype=dtype)
     value, _, grad = judged(loss, laid)
-    wanted.backward()
-    np.testing.assert_allclose(value, wanted.item(), rtol=rtol)
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=rtol)
     grad = by_answer(laid, grad)
     for k, key in enumerate(order):
         known = leaf.grad[k, : len(grad[key])].numpy()
@@ -81,16 +81,16 @@ def test_trl_dpo_trainer_gives_the_same_loss_and_gradient(name):
     types, given, loss = TRL_DPO[name]
     dtype, rtol = ("float32", 1e-5) if name in IN_FLOAT32 else ("float64", 1e-10)
     rows = random_rows(6, seed=11)
-    wanted, leaf, order = T.trl_dpo(rows.answers, getattr(torch, dtype), types, **given)
-    compare_with_trl(loss, rows, wanted, leaf, order, rtol, dtype)
+    expected, leaf, order = T.trl_dpo(rows.responses, getattr(torch, dtype), types, **given)
+    compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype)
 
 
 @pytest.mark.parametrize("name", ("kto", "apo_zero_unpaired"))
 def test_trl_kto_trainer_gives_the_same_loss_and_gradient(name):
     rows = random_rows(8, kinds=kinds_of("kto"), seed=13, only_one=True)
     knobs = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
-    wanted, leaf, order = T.trl_kto(rows.answers, name, **knobs)
-    compare_with_trl(partial(getattr(F, name), **knobs), rows, wanted, leaf, order, 1e-10)
+    expected, leaf, order = T.trl_kto(rows.responses, name, **knobs)
+    compare_with_trl(partial(getattr(F, name), **knobs), rows, expected, leaf, order, 1e-10)
 
 
 TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
@@ -113,15 +113,15 @@ TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
 def test_trl_cpo_trainer_gives_the_same_loss_and_gradient(name):
     loss_type, given, loss, nll_weight = TRL_CPO[name]
     rows = random_rows(6, seed=12)
-    wanted, leaf, order = T.trl_cpo(rows.answers, loss_type, nll_weight, **given)
-    compare_with_trl(loss, rows, wanted, leaf, order, 1e-10)
+    expected, leaf, order = T.trl_cpo(rows.responses, loss_type, nll_weight, **given)
+    compare_with_trl(loss, rows, expected, leaf, order, 1e-10)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_trl_orpo_trainer_gives_the_same_odds_ratio():
     rows = random_rows(6, seed=12)
-    wanted, leaf, order = T.trl_orpo(rows.answers, beta=0.1)
-    compare_with_trl(F.orpo, rows, wanted, leaf, order, 1e-5, "float32")  # TRL casts to it
+    expected, leaf, order = T.trl_orpo(rows.responses, beta=0.1)
+    compare_with_trl(F.orpo, rows, expected, leaf, order, 1e-5, "float32")  # TRL casts to it
 
 
 TRL_TPO = {"sigmoid": F.tpo, "hinge": F.tpo_hinge, "ipo": F.tpo_ipo, "tpo-l": partial(F.tpo_l, gamma=0.4)}
@@ -132,16 +132,16 @@ TRL_TPO = {"sigmoid": F.tpo, "hinge": F.tpo_hinge, "ipo": F.tpo_ipo, "tpo-l": pa
 def test_trl_tpo_trainer_gives_the_same_loss_and_gradient(name):
     """It takes logits: our gradient by token log-probs is pulled back to them."""
     rows = random_rows(4, kinds=kinds_of("tpo"), seed=14)
-    wanted, logits, logps, order = T.trl_tpo(rows.answers, name, beta=0.2, tpo_alpha=0.7, tpo_l_gamma=0.4)
+    expected, logits, logps, order = T.trl_tpo(rows.responses, name, beta=0.2, tpo_alpha=0.7, tpo_l_gamma=0.4)
     for k, (kind, i) in enumerate(order):
-        rows.answers[kind][i][:, 0] = logps[k, : len(rows.answers[kind][i])].detach().numpy()
+        rows.responses[kind][i][:, 0] = logps[k, : len(rows.responses[kind][i])].detach().numpy()
     laid = lay(rows)
     value, _, grad = judged(partial(TRL_TPO[name], beta=0.2, alpha=0.7), laid)
-    np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-10)
     grad = by_answer(laid, grad)
     cotangent = torch.zeros_like(logps)
     for k, key in enumerate(order):
         cotangent[k, : len(grad[key])] = torch.tensor(grad[key])
     (ours,) = torch.autograd.grad(logps, logits, cotangent, retain_graph=True)
-    (known,) = torch.autograd.grad(wanted, logits)
+    (known,) = torch.autograd.grad(expected, logits)
     np.testing.assert_allclose(ours.numpy(), known.numpy(), rtol=1e-9, atol=1e-13)

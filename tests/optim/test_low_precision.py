@@ -112,14 +112,14 @@ def trained(optimizer, steps=6, **knobs):
 
 @pytest.mark.parametrize("optimizer, most", [(adamw_8bit, 0.05), (adamw_bf16, 0.01)])
 def test_the_way_of_a_parameter_is_close_to_adamws(optimizer, most):
-    wanted, _ = trained(adamw, weight_decay=0.1)
+    expected, _ = trained(adamw, weight_decay=0.1)
     found, _ = trained(optimizer, weight_decay=0.1)
     for path in SPECS:
-        way, other = (x[path] - random(path, 99) for x in (wanted, found))
+        way, other = (x[path] - random(path, 99) for x in (expected, found))
         off = float(jnp.linalg.norm(way - other) / jnp.linalg.norm(way))
         assert off < most and (off > 0 or path == "norm"), path
     np.testing.assert_allclose(
-        found["norm"], wanted["norm"], rtol=0 if optimizer is adamw_bf16 else 1e-6, atol=5e-4
+        found["norm"], expected["norm"], rtol=0 if optimizer is adamw_bf16 else 1e-6, atol=5e-4
     )
 
 

@@ -65,8 +65,8 @@ def test_group_advantages_are_their_formulas():
 
     close(A.rloo(scores), by_hand(scores, lambda x, g: x - others(x, g)))
     greedy = np.array([0.5, -1.0, NAN, 2.0, 0.25])
-    wanted = np.where(np.isnan(scores) | np.isnan(greedy)[:, None], 0, scores - greedy[:, None])
-    close(A.remax(scores, greedy=greedy), wanted)
+    expected = np.where(np.isnan(scores) | np.isnan(greedy)[:, None], 0, scores - greedy[:, None])
+    close(A.remax(scores, greedy=greedy), expected)
 
 
 def test_opo_weights_the_baseline_by_length():
@@ -155,8 +155,8 @@ def test_normalised_sum_standardises_the_sum_of_grpo_advantages():
                 parts.append(weight * (rewards[g, i, k] - statistics.fmean(column)) / (std(column) + 1e-4))
         total[g, i] = sum(parts) if len(parts) == 2 else NAN
     flat = valid(total.ravel())
-    wanted = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
-    close(A.normalised_sum(rewards, (1.0, 0.5)), wanted)
+    expected = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
+    close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
 
 
 def test_clipping_and_penalties_follow_their_formulas_and_keep_nan():
@@ -217,10 +217,10 @@ def test_gae_is_its_sum_over_ragged_completions(gamma, lam):
         close(returns[i, :n], advantages[i, :n] + values[i, :n])
         assert not advantages[i, n:].any() and not returns[i, n:].any()
     far = np.where(A.token_mask(lengths, 7), 0, NAN)
-    for found, wanted in zip(
+    for found, expected in zip(
         A.gae(rewards + far, values + far, lengths, gamma, lam), (advantages, returns), strict=True
     ):
-        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_gae_with_gamma_and_lambda_1_is_return_minus_value():
@@ -250,9 +250,9 @@ def test_whitening_has_mean_0_and_unbiased_variance_1_over_the_mask():
     x, where = rng.normal(3, 2, (4, 6)), A.token_mask(np.array([6, 2, 0, 5]), 6)
     flat = [float(v) for v in x[where]]
     deviation = (statistics.variance(flat) + 1e-8) ** 0.5
-    wanted = np.where(where, (x - statistics.fmean(flat)) / deviation, 0)
-    close(A.whiten(x, where), wanted)
-    close(A.whiten_around_mean(x, where), np.where(where, wanted + statistics.fmean(flat), 0))
+    expected = np.where(where, (x - statistics.fmean(flat)) / deviation, 0)
+    close(A.whiten(x, where), expected)
+    close(A.whiten_around_mean(x, where), np.where(where, expected + statistics.fmean(flat), 0))
     np.testing.assert_array_equal(A.whiten(np.where(where, x, NAN), where), A.whiten(x, where))
     for few in (np.zeros((4, 6), bool), A.token_mask(np.array([1, 0, 0, 0]), 6)):
         assert not A.whiten(x, few).any()
@@ -262,10 +262,10 @@ def test_group_whitening_is_over_tokens():
     scores, lengths = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[3, 1], [2, 2]])
     found = A.whiten(A.per_token(A.centred(scores), lengths, 3), A.token_mask(lengths.ravel(), 3))
     tokens = [0.5] * 3 + [-0.5] + [0] * 4
-    wanted = [
+    expected = [
         (x - statistics.fmean(tokens)) / (statistics.variance(tokens) + 1e-8) ** 0.5 for x in (0.5, -0.5, 0)
     ]
-    close(found, [[wanted[0]] * 3, [wanted[1], 0, 0], [wanted[2]] * 2 + [0], [wanted[2]] * 2 + [0]])
+    close(found, [[expected[0]] * 3, [expected[1], 0, 0], [expected[2]] * 2 + [0], [expected[2]] * 2 + [0]])
 
 
 def test_standardising_ignores_completions_without_a_score():

@@ -47,4 +47,4 @@ def test_microbatches_are_padded_with_empty_rows():
     assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda s: s.shape, like)
     for i in range(2):
         np.testing.assert_array_equal(batch.ids[i, 0], rows.ids[i])
-        assert not batch.segments[i, 1:].any() and (batch.answers[i, 1:] == 3).all()
+        assert not batch.segments[i, 1:].any() and (batch.responses[i, 1:] == 3).all()

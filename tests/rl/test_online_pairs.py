@@ -44,7 +44,7 @@ def test_pairs_have_the_log_probs_of_each_completion_alone(x64):
             assert pairs.last[g, 0, n] == len(prompt) + lengths[g, : n + 1].sum() - 1
     expected = 0.5 * (logps[0] - 2 * logps[1] + logps[2] - 2 * logps[3])
     np.testing.assert_allclose(value, expected, rtol=1e-10)
-    assert pairs.places[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+    assert pairs.offsets[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_response_that_is_padding_alone_is_scored_at_its_prompt():

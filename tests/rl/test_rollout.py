@@ -232,7 +232,7 @@ def test_completions_outside_of_the_policy_mask_have_no_weight(tmp_path):
     weights, lengths = batch.policy_weights[0], batch.lengths[0]
     for row in range(len(weights)):
         for slot, length in enumerate(lengths[row]):
-            own = weights[row][batch.answers[0, row] == slot]
+            own = weights[row][batch.responses[0, row] == slot]
             assert own.any() == (length < 6 and lengths[row, 0] != lengths[row, 1])
     assert 0 < metrics["frac_learned"].total < metrics["frac_learned"].weight
 

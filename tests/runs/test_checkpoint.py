@@ -63,8 +63,8 @@ def bits(state: Any) -> dict[str, tuple]:
     return {path: (x.dtype.name, x.shape, np.asarray(x).tobytes()) for path, x in tree.paths(state).items()}
 
 
-def is_exactly(found: Any, wanted: Any) -> bool:
-    return jax.tree.structure(found) == jax.tree.structure(wanted) and bits(found) == bits(wanted)
+def is_exactly(found: Any, target: Any) -> bool:
+    return jax.tree.structure(found) == jax.tree.structure(target) and bits(found) == bits(target)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -103,12 +103,12 @@ def test_an_empty_or_missing_folder_restores_nothing(tmp_path):
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1 if x.size else x, s), donate_argnums=0)
     saved = Checkpoints(tmp_path)
-    state, wanted = make_state(5, width=200_000), bits(make_state(5, width=200_000))
+    state, target = make_state(5, width=200_000), bits(make_state(5, width=200_000))
     saved.save(5, state, {})
     for _ in range(3):
         state = jax.block_until_ready(overwrite(state))
     found, _, _ = saved.restore(abstract(state))
-    assert bits(found) == wanted
+    assert bits(found) == target
     saved.close()
 
 
@@ -231,7 +231,7 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scores", "keep_last", "keep_best", "wanted"),
+    ("scores", "keep_last", "keep_best", "target"),
     [
         ([None] * 5, 2, 1, [4, 5]),
         ([3.0, 1.0, 2.0, 4.0, 5.0], 1, 1, [2, 5]),
@@ -241,14 +241,14 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
         ([1.0, 2.0, 3.0, 4.0, 5.0], 1, 0, [5]),
     ],
 )
-def test_the_last_and_the_best_checkpoints_are_retained(tmp_path, scores, keep_last, keep_best, wanted):
+def test_the_last_and_the_best_checkpoints_are_retained(tmp_path, scores, keep_last, keep_best, target):
     saved = Checkpoints(tmp_path, keep_last, keep_best)
     for step, score in enumerate(scores, 1):
         saved.save(step, {"x": jnp.float32(step)}, {}, [score])
     saved.close()
-    assert saved.steps() == wanted
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, wanted))
-    finite = [s for s in wanted if scores[s - 1] is not None and np.isfinite(scores[s - 1])]
+    assert saved.steps() == target
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, target))
+    finite = [s for s in target if scores[s - 1] is not None and np.isfinite(scores[s - 1])]
     best = saved.best()
     assert (best[0] in finite and best[1] == scores[best[0] - 1]) if finite else best is None
 
@@ -294,7 +294,7 @@ def test_a_failed_write_leaves_no_partial_checkpoint_and_raises_once(two, tmp_pa
         saved.save(3, {"x": jax.random.normal(jax.random.key(0), (1 << 18,))}, {})
         with pytest.raises(OSError, match=r"step 3 was not written.*steps 1, 2 are intact"):
             saved.wait()
-    saved.wait()  # told already
+    saved.wait()  # raised before
     assert everything(folder) == before
     saved.save(4, make_state(4), {})  # space again
     saved.close()
@@ -409,13 +409,13 @@ def test_kill_9_while_saving_leaves_the_last_complete_checkpoint(tmp_path):
         assert lines[0] == f"start {reached}\n"
         time.sleep(generator.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
-        told = [int(text) for text in [*lines[1:], *process.stdout.read().splitlines()]]
+        reported = [int(text) for text in [*lines[1:], *process.stdout.read().splitlines()]]
         process.wait()
         like = {"x": jax.ShapeDtypeStruct((300, 1000), jnp.float32), "n": jax.ShapeDtypeStruct((), jnp.int32)}
         found = Checkpoints(folder, report=pytest.fail).restore(like)
         assert found is not None
         state, meta, reached = found
-        assert reached >= told[-1] - 1 and meta == {"step": reached} and int(state["n"]) == reached
+        assert reached >= reported[-1] - 1 and meta == {"step": reached} and int(state["n"]) == reached
         np.testing.assert_array_equal(
             np.asarray(state["x"])[7], np.float32(reached) * np.arange(1000, dtype=np.float32)
         )

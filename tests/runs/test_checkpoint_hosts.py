@@ -70,9 +70,9 @@ def test_what_two_processes_saved_comes_back_on_one_and_on_other_meshes(two):
         assert sharded_state.differs(found, 2, *shape) == []
     alone = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), sharded_state.values(0))
     found, _, _ = Checkpoints(two, report=pytest.fail).restore(alone)
-    wanted = sharded_state.values(2)
+    expected = sharded_state.values(2)
     assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found)] == [
-        x.tobytes() for x in jax.tree.leaves(wanted)
+        x.tobytes() for x in jax.tree.leaves(expected)
     ]
 
 
@@ -216,16 +216,16 @@ def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_
         )
     assert found.pop("not shared")[1].startswith("checkpoint of step 1 was not written: process 1: ")
     space, nothing = "no space left on the disk", "the folder cannot be written"
-    wanted = {
+    expected = {
         "begin": nothing,
         "hand over": space,
         "hash": "Input/output error",
         "manifest": space,
         "compare": "leaf w is other",
     }
-    wanted |= {"rename": nothing, "report": space, "file": ""}
-    assert found.keys() == wanted.keys()
-    for what, text in wanted.items():
+    expected |= {"rename": nothing, "report": space, "file": ""}
+    assert found.keys() == expected.keys()
+    for what, text in expected.items():
         line = found[what][1]
         assert line.startswith("checkpoint of step 3 was not written: ") and line.endswith(
             "; checkpoints of steps 1, 2 are intact"

@@ -135,25 +135,25 @@ def test_runs_are_compared_by_a_command(compared):
         and "held-out reward" in out
         and "0.600" in out
     )
-    told = json.loads(Path("both.json").read_text())
+    reported = json.loads(Path("both.json").read_text())
     assert (
-        told["runs"]["a"]["reward gained"] == pytest.approx(0.5)
-        and told["runs"]["b"]["KL per completion"] == 0.9
+        reported["runs"]["a"]["reward gained"] == pytest.approx(0.5)
+        and reported["runs"]["b"]["KL per completion"] == 0.9
     )
-    assert told["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
+    assert reported["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
     assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (("runs/none",), "runs/none: has no metrics.jsonl"),
         (("runs/a", "runs/a"), "two of the runs have the same name"),
     ],
 )
-def test_a_folder_without_metrics_is_a_one_line_error(compared, words, told):
+def test_a_folder_without_metrics_is_a_one_line_error(compared, words, reported):
     code, _, err = compared(*words)
-    assert code == 1 and told in err and err.count("\n") == 1
+    assert code == 1 and reported in err and err.count("\n") == 1
 
 
 def test_a_reward_gain_is_reported_in_standard_deviations_at_step_0():

@@ -122,7 +122,7 @@ def test_without_overrides_it_is_what_the_function_returns(toy):
 
 
 @pytest.mark.parametrize(
-    ("override", "get", "wanted"),
+    ("override", "get", "target"),
     [
         ("beta=0.5", lambda r: r.objective.keywords["beta"], 0.5),
         ("beta=1", lambda r: r.objective.keywords["beta"], 1.0),
@@ -156,9 +156,9 @@ def test_without_overrides_it_is_what_the_function_returns(toy):
         ("adapter=none", lambda r: r.adapter, None),
     ],
 )
-def test_an_override_sets_its_value_and_nothing_else(toy, override, get, wanted):
+def test_an_override_sets_its_value_and_nothing_else(toy, override, get, target):
     run = load_config(toy, [override])
-    assert get(run) == wanted and type(get(run)) is type(wanted)
+    assert get(run) == target and type(get(run)) is type(target)
     if "." in override.partition("=")[0]:
         (changed,) = differences(describe(load_config(toy, [])), describe(run)) or [""]
         assert changed.split(":")[0] in (override.partition("=")[0].removeprefix("run."), "")
@@ -419,7 +419,7 @@ def base(x: int, y: int, z: int = 0) -> int:
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "target"),
     [
         ((1, 2.5, None, True, "a"), [1, 2.5, None, True, "a"]),
         (float("inf"), "inf"),
@@ -431,8 +431,8 @@ def base(x: int, y: int, z: int = 0) -> int:
         (Outer().inner, {"x": 1.0}),
     ],
 )
-def test_describe(value, wanted):
-    assert describe(value) == wanted
+def test_describe(value, target):
+    assert describe(value) == target
 
 
 def test_a_record_is_json_and_the_same_each_time(toy):

@@ -204,8 +204,10 @@ def test_without_a_terminal_each_logged_step_is_one_plain_line(tmp_path):
     said = out.getvalue().splitlines()
     assert len(said) == 4 and "\x1b" not in out.getvalue()
     assert said[0] == "hello [red]not markup[/red]"
-    wanted = "step 1/20  loss 1.041  rewards/margins 1.00e-05  lr 1.00e-04  grad 0.5  1,234 tok/s  MFU 41.5%"
-    assert said[1].startswith(wanted)
+    expected = (
+        "step 1/20  loss 1.041  rewards/margins 1.00e-05  lr 1.00e-04  grad 0.5  1,234 tok/s  MFU 41.5%"
+    )
+    assert said[1].startswith(expected)
     assert "eta 0:00" in said[2] and said[3] == "step 2/20  eval loss 2.25"
 
 
@@ -287,11 +289,11 @@ def test_an_ascii_pipe_as_standard_output_works(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "wanted"),
+    ("values", "expected"),
     [([], ""), ([1.0, 1.0], "▁▁"), ([0.0, 1.0, 0.5], "▁█▅"), ([math.nan, 0.0, 1.0], " ▁█"), ([math.inf], "")],
 )
-def test_sparkline(values, wanted):
-    assert console_view.sparkline(values) == wanted
+def test_sparkline(values, expected):
+    assert console_view.sparkline(values) == expected
 
 
 def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):

@@ -46,11 +46,11 @@ def one_device():
     return sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 
 
-def assert_has_the_bits_of(found, wanted):
+def assert_has_the_bits_of(found, expected):
     """Every shard that this process has is that part of one device's array."""
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
     for path, x in tree.paths(found).items():
-        one = np.asarray(tree.paths(wanted)[path])
+        one = np.asarray(tree.paths(expected)[path])
         assert x.shape == one.shape and x.dtype == one.dtype, path
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), one[shard.index], err_msg=path)
@@ -100,10 +100,10 @@ def main(port, count, process, cases, adapter):
     ]  # each process holds every second part
     meshes = {"1x8": mesh_of("1x8"), "2x2x2": mesh_of("2x2x2"), "mixed": mesh_of("1x4x2", mixed)}
     for folder, form, names in cases:
-        wanted, all_bytes = load(folder, form, one_device(), counted)
+        expected, all_bytes = load(folder, form, one_device(), counted)
         for name in names:
             found, some = load(folder, form, meshes[name], counted)
-            assert_has_the_bits_of(found, wanted)
+            assert_has_the_bits_of(found, expected)
             told.append([folder, form, name, some / all_bytes])
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):

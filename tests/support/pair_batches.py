@@ -96,9 +96,9 @@ def judged(objective, whole, mask, batch, aux):
     return metrics.as_floats(found)["loss"], grads, metrics.as_floats(found)
 
 
-def assert_same(found, wanted, rtol=1e-10):
+def assert_same(found, expected, rtol=1e-10):
     """Loss, gradients and metrics of two ways to one result."""
-    (loss, grads, numbers), (loss_too, grads_too, numbers_too) = found, wanted
+    (loss, grads, numbers), (loss_too, grads_too, numbers_too) = found, expected
     np.testing.assert_allclose(loss, loss_too, rtol=rtol, atol=1e-13)
     assert_close(grads, grads_too, rtol)
     assert numbers.keys() == numbers_too.keys()
@@ -115,7 +115,7 @@ def start_aux(objective, trainable=None, at_base=True):
 def table_see(params, batch, key, aux):
     """Log-probs looked up by token and place: what a loss makes of them doesn't depend on the model."""
     slots = batch.lengths.shape[1] * batch.lengths.shape[2]
-    here = lambda w: jnp.where(batch.answers < slots, w[batch.targets] + 0.3 * w[batch.places], 0)  # noqa: E731
+    here = lambda w: jnp.where(batch.responses < slots, w[batch.targets] + 0.3 * w[batch.offsets], 0)  # noqa: E731
     logp = -jax.nn.softplus(here(params["w"]))
     known, other = (
         jax.lax.stop_gradient(-jax.nn.softplus(here(params[name]))) for name in ("known", "other")

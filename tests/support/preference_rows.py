@@ -24,7 +24,7 @@ class Rows:
     log sum p^2.
     """
 
-    answers: dict[str, list[np.ndarray]]
+    responses: dict[str, list[np.ndarray]]
     margin: np.ndarray
     weight: np.ndarray = field(default=None)
 
@@ -66,17 +66,17 @@ class Laid:
 def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
     """The pairs in random cells of [B, P], their tokens in random order in the row, padding between them."""
     rng = np.random.default_rng(seed)
-    kinds, (B, slots) = tuple(rows.answers), shape
+    kinds, (B, slots) = tuple(rows.responses), shape
     A = len(kinds)
     cells = [divmod(int(x), slots) for x in rng.permutation(B * slots)[: rows.count]]
     tokens = [[] for _ in range(B)]
     lengths, mean_lengths = np.zeros((B, slots, A), np.int32), np.zeros((B, slots, A), dtype)
     weight, margin = np.zeros(shape, dtype), np.zeros(shape, dtype)
     for a, kind in enumerate(kinds):
-        counted = [len(x) for x, w in zip(rows.answers[kind], rows.weight) if w > 0 and len(x) > 0]
+        counted = [len(x) for x, w in zip(rows.responses[kind], rows.weight) if w > 0 and len(x) > 0]
         mean_lengths[..., a] = np.mean(counted) if counted else 0
         for i, (b, p) in enumerate(cells):
-            lengths[b, p, a] = len(rows.answers[kind][i])
+            lengths[b, p, a] = len(rows.responses[kind][i])
             tokens[b] += [(p * A + a, place, kind, i) for place in range(lengths[b, p, a])]
     for i, cell in enumerate(cells):
         weight[cell], margin[cell] = rows.weight[i], rows.margin[i]
@@ -87,11 +87,11 @@ def lay(rows, shape=(3, 3), seed=0, dtype="float64"):
     values, at = np.zeros((B, M, 3), dtype), defaultdict(dict)
     for b, row in enumerate(tokens):
         for m, (owner, place, kind, i) in zip(rng.permutation(M), row):
-            answer[b, m], places[b, m], values[b, m] = owner, place, rows.answers[kind][i][place]
+            answer[b, m], places[b, m], values[b, m] = owner, place, rows.responses[kind][i][place]
             at[kind, i][place] = (b, int(m))
     none = dict.fromkeys(("ids", "segments", "positions", "read", "targets", "last"))
     batch = Pairs(
-        **none, answers=answer, places=places, lengths=lengths, mean_lengths=mean_lengths,
+        **none, responses=answer, offsets=places, lengths=lengths, mean_lengths=mean_lengths,
         pair_weights=weight, index=np.zeros(shape, np.int32), columns={"margin": margin}, kinds=kinds,
     )  # fmt: skip
     return Laid(batch, values, {key: [x[t] for t in range(len(x))] for key, x in at.items()}, cells)
@@ -127,7 +127,7 @@ def by_answer(laid, array):
 def in_torch(rows):
     def part(i):
         return {
-            k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.answers.items()
+            k: [torch.tensor(x[:, i], requires_grad=i == 0) for x in xs] for k, xs in rows.responses.items()
         }  # noqa: E731
 
     return T.Rows(part(0), part(1), part(2), torch.tensor(rows.margin))
@@ -137,12 +137,12 @@ def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
     laid = lay(rows)
     value, values, grad = judged(loss, laid, state)
     seen_by_torch = in_torch(rows)
-    wanted = formula(seen_by_torch)
-    wanted.mean().backward()
-    np.testing.assert_allclose(value, wanted.mean().item(), rtol=rtol)
+    expected = formula(seen_by_torch)
+    expected.mean().backward()
+    np.testing.assert_allclose(value, expected.mean().item(), rtol=rtol)
     if each:
         np.testing.assert_allclose(
-            [values[cell] for cell in laid.cells], wanted.detach().numpy(), rtol=rtol, atol=1e-13
+            [values[cell] for cell in laid.cells], expected.detach().numpy(), rtol=rtol, atol=1e-13
         )
     found = by_answer(laid, grad)
     for (kind, i), g in found.items():

@@ -24,18 +24,18 @@ def by_bitsandbytes(folder, kind, double, **changes):
         str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
     )
     write_folder(folder / "packed", model)
-    wanted = {}
+    expected = {}
     for name, module in model.named_modules():
         if name.split(".")[-1] in LINEAR:
             state, shape = module.weight.quant_state, module.weight.quant_state.shape
             state.shape = torch.Size(
                 (1, shape.numel())
             )  # on a CPU it takes rows of less than whole blocks for whole ones
-            wanted[f"{name}.weight"] = (
+            expected[f"{name}.weight"] = (
                 dequantize_4bit(module.weight.data, state).float().numpy().reshape(shape)
             )
             state.shape = shape
-    return folder / "packed", wanted
+    return folder / "packed", expected
 
 
 def pack_int32(codes, axis, order=range(8)):

@@ -65,7 +65,7 @@ def laid(rows, length=64, reads=54, places=9, branches=True):
                 for name in PER_TOKEN:
                     numbers[name][r, reads_here] = each[name]
                 at, m, place = at + n, m + n, place + 1
-    given = {"branches": branch if branches else None, "answers": answers, "lengths": lengths}
+    given = {"branches": branch if branches else None, "responses": answers, "lengths": lengths}
     return Rollout(
         ids=ids, segments=segments, positions=positions, read=read, targets=targets, **given, **numbers
     )

@@ -57,13 +57,13 @@ def like(*shape: int) -> Any:
 def differs(found: Any, seed: int, *shape: int) -> list[str]:
     """The leaves of which a shard of this process is not bit for bit what it should be, or not where."""
     wrong = []
-    for (path, leaf), wanted, place in zip(
+    for (path, leaf), expected, place in zip(
         jax.tree_util.tree_leaves_with_path(found),
         jax.tree.leaves(values(seed)),
         jax.tree.leaves(places(*shape)),
         strict=True,
     ):
-        whole = np.asarray(wanted)
+        whole = np.asarray(expected)
         same = all(np.asarray(s.data).tobytes() == whole[s.index].tobytes() for s in leaf.addressable_shards)
         if not same or leaf.sharding != place or leaf.dtype != whole.dtype:
             wrong.append(jax.tree_util.keystr(path))

@@ -75,10 +75,10 @@ def seen(batch):
 
 
 def answer_of(batch, r, branches, answer):
-    at = np.flatnonzero(batch.answers[r] == answer)
+    at = np.flatnonzero(batch.responses[r] == answer)
     if not len(at):
         return None
-    assert batch.places[r, at].tolist() == list(range(len(at)))
+    assert batch.offsets[r, at].tolist() == list(range(len(at)))
     read, targets = batch.read[r, at], batch.targets[r, at].tolist()
     segment = batch.segments[r, read[0]]
     last = (

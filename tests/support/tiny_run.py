@@ -140,13 +140,13 @@ meter.Meter.add = add_or_die
 
 def serve():
     """Start the server; Python 3.11's does not get this process's sys.path by itself."""
-    wanted = {
+    expected = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TRANSFORMERS_VERBOSITY": "error",  # as cli.quiet does, which here comes too late
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = {name: os.environ.get(name) for name in expected}
+    os.environ.update(expected)
     SERVER.set_forkserver_preload(["tiny_run"])
     multiprocessing.forkserver.ensure_running()
     for name, value in before.items():

@@ -143,7 +143,7 @@ def test_precomputed_log_probs_have_the_metrics_and_gradients_of_a_reference_for
 
     batch, given = source.batch(0)[0], cached.batch(0)[0]
     exact = compute([batch])[0]
-    real = batch.answers < batch.lengths.shape[2] * 2
+    real = batch.responses < batch.lengths.shape[2] * 2
     np.testing.assert_allclose(given.reference[real], exact[real], rtol=2e-7)
     assert not given.reference[~real].any() and batch.reference is None
     expected = metrics_and_grads(p.objective, batch)
@@ -159,7 +159,7 @@ def marks(batches, computed=None):
     for batch in batches:
         if computed is not None:
             computed += [int(pair) for pair in batch.index.ravel() if pair >= 0]
-        yield -(batch.targets + 1) / 7 - batch.places / 3
+        yield -(batch.targets + 1) / 7 - batch.offsets / 3
 
 
 def with_cached_logps(folder, rows, name="cached"):
@@ -172,7 +172,7 @@ def with_cached_logps(folder, rows, name="cached"):
         source, reference.cache_file(name, folder), lambda batches: marks(batches, computed), lines.append
     )
     for batch in (*[found.batch(k)[0] for k in range(found.info.steps)], *found.held_out):
-        real = batch.answers < batch.lengths.shape[2] * 2
+        real = batch.responses < batch.lengths.shape[2] * 2
         np.testing.assert_array_equal(batch.reference[real], next(marks([batch]))[real].astype(np.float32))
     return sorted(computed), lines, found
 

@@ -111,8 +111,8 @@ def test_the_codes_are_those_of_the_least_squares_that_gptq_solves():
     x, w = inputs(), weight()
     moment = x.T @ x
     plain = quantize(w, "nf4", 16, False)
-    wanted = by_solving(w, moment, np.repeat(plain.scale.astype(np.float64), 16, 0), NF4.astype(np.float64))
-    same = np.isclose(value(gptq.quantize_gptq(w, moment, "nf4", 16, False)), wanted, atol=1e-5)
+    expected = by_solving(w, moment, np.repeat(plain.scale.astype(np.float64), 16, 0), NF4.astype(np.float64))
+    same = np.isclose(value(gptq.quantize_gptq(w, moment, "nf4", 16, False)), expected, atol=1e-5)
     assert same.mean() > 0.99  # float32: a tie that falls the other way moves what follows
 
 
@@ -155,8 +155,8 @@ def test_moments_are_those_of_the_inputs_that_transformers_layers_get(place):
         # rounding.
         for first in (0, 1) if path.endswith("/q") else (0,):
             rows = [seen[name.format(i=i)][:, first:] for i in range(3)]
-            wanted = np.stack([2 * np.einsum("rti,rtj->ij", x, x) for x in rows])
-            if np.abs(found[path] - wanted).max() <= 2e-4 * np.abs(wanted).max():
+            expected = np.stack([2 * np.einsum("rti,rtj->ij", x, x) for x in rows])
+            if np.abs(found[path] - expected).max() <= 2e-4 * np.abs(expected).max():
                 break
         else:
             pytest.fail(path)
@@ -174,7 +174,7 @@ def test_a_gram_probe_does_not_change_the_matmul():
 
 @pytest.fixture
 def quantized(place, monkeypatch, capsys):
-    """The exit code and what was told of scripts/quantize.py in the place."""
+    """The exit code and what was printed by scripts/quantize.py in the place."""
 
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
@@ -189,10 +189,10 @@ def quantized(place, monkeypatch, capsys):
 def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place, quantized):
     form = ("--model", "base", "--kind", "int4", "--block", "32", "--targets", "layers/attn/.*")
     assert quantized(*form, "--out", "plain")[0] == 0
-    code, told = quantized(
+    code, reported = quantized(
         *form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64"
     )
-    assert code == 0 and "calibrating on batch 2 of 2" in told, told
+    assert code == 0 and "calibrating on batch 2 of 2" in reported, reported
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
     ids, logits = (
         np.array([pretrained.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),
@@ -210,5 +210,9 @@ def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place
 
 
 def test_too_few_tokens_are_refused(quantized):
-    code, told = quantized("--model", "base", "--out", "none", "--calibrate", "rows.jsonl", "--tokens", "100")
-    assert code == 1 and told == "error: --tokens 100 is less than one row of --max-length 512; raise it\n"
+    code, reported = quantized(
+        "--model", "base", "--out", "none", "--calibrate", "rows.jsonl", "--tokens", "100"
+    )
+    assert (
+        code == 1 and reported == "error: --tokens 100 is less than one row of --max-length 512; raise it\n"
+    )

@@ -112,11 +112,11 @@ TOGETHER += [(way, "checkpoint", ["1x8"]) for way in KEPT] + [
 @pytest.mark.parametrize("folder, form", CASES, ids=str)
 def test_a_parameter_on_a_mesh_has_the_bits_of_one_device(folders, folder, form):
     t = held_as(folders[folder], form)
-    wanted = pretrained.load_base(str(folders[folder]), t.stored, one_device())
+    expected = pretrained.load_base(str(folders[folder]), t.stored, one_device())
     for name in ("1x8", "2x2x2"):
         mesh = mesh_of(name)
         found = pretrained.load_base(str(folders[folder]), t.stored, mesh)
-        assert_has_the_bits_of(found, wanted)
+        assert_has_the_bits_of(found, expected)
         places = storage.sharded_shapes(t.stored, mesh)["base"]
         jax.tree.map(
             lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(like)),
@@ -144,8 +144,8 @@ def test_the_bits_of_one_device_are_those_of_quantising_the_stacked_parameter(fo
         )
         held = t.storage[f"base/{path}"]
         value = value if held.quantised else value.astype(held.dtype)
-        wanted = quantize(value, *held.quantize) if held.quantize else value
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base[path]), jax.tree.leaves(wanted))
+        expected = quantize(value, *held.quantize) if held.quantize else value
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base[path]), jax.tree.leaves(expected))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +188,9 @@ def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_ea
     In act-order an input may be of any block: a part of o and down, which are cut along their inputs, reads
     every scale.
     """
-    for told in together:
-        assert len(told) == sum(len(on) for _, _, on in TOGETHER)
-        for folder, form, mesh, some in told:
+    for reported in together:
+        assert len(reported) == sum(len(on) for _, _, on in TOGETHER)
+        for folder, form, mesh, some in reported:
             twice = "int8" in form
             whole_layers = folder.endswith("own") and form == "bits"  # expanded from quantised scales
             most = 1.01 if twice else 0.8 if whole_layers else 0.62 if "act-order" in folder else 0.54

@@ -46,8 +46,8 @@ def kept(ref, dtype=jnp.float32):
     return model, t, pretrained.load_base(str(ref), t.stored, one_device())
 
 
-def same(found, wanted):
-    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+def same(found, target):
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(target, np.float32))
 
 
 # bitsandbytes
@@ -56,16 +56,16 @@ def same(found, wanted):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind, double):
-    folder, wanted = by_bitsandbytes(tmp_path, kind, double)
+    folder, target = by_bitsandbytes(tmp_path, kind, double)
     tensors = pretrained.open_files(str(folder))
-    assert set(tensors.quantised) == set(wanted)
+    assert set(tensors.quantised) == set(target)
     model, t, base = kept(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
         assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
         name = model.weight_names[path][0]
         for i in range(model.config.layers):
-            same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, wanted[name.format(i=i)])
-            same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), wanted[name.format(i=i)])
+            same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, target[name.format(i=i)])
+            same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), target[name.format(i=i)])
     assert pretrained.storage_changes(str(folder), t.stored) == []
     again = partition.partition_params(
         model, Adapter(rank=2), None, Quant(kind, double=double)
@@ -78,16 +78,17 @@ def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind,
 
 
 def test_blocks_that_run_across_rows_are_dequantised_to_the_same_values(tmp_path):
-    folder, wanted = by_bitsandbytes(tmp_path, "nf4", True, hidden_size=96, intermediate_size=128)
+    folder, target = by_bitsandbytes(tmp_path, "nf4", True, hidden_size=96, intermediate_size=128)
     model, t, base = kept(folder, jnp.bfloat16)
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
     assert base["layers"]["attn"]["q"].kind == "bits"
-    same(dequantize(base["layers"]["attn"]["q"])[1].T, wanted["model.layers.1.self_attn.q_proj.weight"])
-    told = pretrained.storage_changes(str(folder), t.stored)
+    same(dequantize(base["layers"]["attn"]["q"])[1].T, target["model.layers.1.self_attn.q_proj.weight"])
+    reported = pretrained.storage_changes(str(folder), t.stored)
     assert (
-        len(told) == 1 and "dequantised to bfloat16 (its blocks of 64 run across its rows of 96)" in told[0]
+        len(reported) == 1
+        and "dequantised to bfloat16 (its blocks of 64 run across its rows of 96)" in reported[0]
     )
-    assert "layers/attn/q" in told[0] and "layers/mlp/down" not in told[0]
+    assert "layers/attn/q" in reported[0] and "layers/mlp/down" not in reported[0]
 
 
 def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
@@ -112,7 +113,7 @@ def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
 
 def test_8_bit_weights_are_codes_times_scb(tmp_path):
     folder = write_folder(tmp_path, tiny_torch(**SIZES))
-    state, wanted = load_file(folder / "model.safetensors"), {}
+    state, target = load_file(folder / "model.safetensors"), {}
     for name in [n for n in state if is_linear(n)]:
         scb = state[name].abs().amax(1)
         codes = torch.round(state[name] * (127 / scb[:, None])).to(torch.int8)
@@ -121,11 +122,11 @@ def test_8_bit_weights_are_codes_times_scb(tmp_path):
             name.replace("weight", "SCB"): scb,
             f"{name}_format": torch.zeros((), dtype=torch.uint8),
         }
-        wanted[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
+        target[name] = (codes.float() * (scb * np.float32(1 / 127))[:, None]).numpy()
     save_file(state, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     tensors = pretrained.open_files(str(folder))
-    for name, values in wanted.items():
+    for name, values in target.items():
         same(tensors.read(name), values)
         assert tensors.quantised[name].layout.kind == "int8"
 
@@ -154,9 +155,9 @@ def test_gptq_and_awq_weights_have_the_values_of_their_definition(tmp_path, case
     for name in tensors.quantised:
         np.testing.assert_array_equal(tensors.read(name), reference.get_parameter(name).detach().numpy())
     expand = load_on_host(str(folder), model, lambda path, x: jnp.asarray(x))
-    wanted = torch_logits(reference, some_tokens())
-    np.testing.assert_allclose(our_logits(model, base, some_tokens()), wanted, atol=2e-4)
-    np.testing.assert_allclose(our_logits(model, expand, some_tokens()), wanted, atol=2e-4)
+    target = torch_logits(reference, some_tokens())
+    np.testing.assert_allclose(our_logits(model, base, some_tokens()), target, atol=2e-4)
+    np.testing.assert_allclose(our_logits(model, expand, some_tokens()), target, atol=2e-4)
 
 
 def test_a_group_index_works_in_matmuls_tables_and_on_meshes(tmp_path):
@@ -168,14 +169,14 @@ def test_a_group_index_works_in_matmuls_tables_and_on_meshes(tmp_path):
     same(take_rows(q, ids), whole[ids])
     for fn in (matmul.linear, jax.grad(lambda x, w: matmul.linear(x, w).sum())):
         np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
-    wanted = our_logits(model, base, some_tokens(8))
+    target = our_logits(model, base, some_tokens(8))
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         many = pretrained.load_base(str(folder), t.stored, mesh)
         found = jax.jit(lambda p, tokens: model.logits(model.head(p), model.hidden(p, tokens)))(
             many, some_tokens(8)
         )
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    np.testing.assert_allclose(found, target, atol=2e-4)
     down = many["layers"]["mlp"]["down"]
     assert down.codes.sharding.spec[-2] == ("tensor", "fsdp") and down.scale.sharding.spec[-2] is None
 
@@ -263,17 +264,17 @@ def test_gguf_blocks_stay_quantised_and_have_the_gguf_packages_values(tmp_path, 
     model, t, base = kept(path)
     plain = load_on_host(str(path), model, lambda path, x: jnp.asarray(x))
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
-    for (_, leaf), (_, wanted) in zip(linear_layers(base), linear_layers(plain), strict=True):
+    for (_, leaf), (_, target) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
-        same(dequantize(leaf), wanted)
+        same(dequantize(leaf), target)
     np.testing.assert_allclose(
         our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5
     )
-    told = pretrained.storage_changes(str(path), t.stored)
-    assert len(told) == 2 and all(
-        f"quantised by GGUF {kind.name} and dequantised to float32" in line for line in told
+    reported = pretrained.storage_changes(str(path), t.stored)
+    assert len(reported) == 2 and all(
+        f"quantised by GGUF {kind.name} and dequantised to float32" in line for line in reported
     )
-    assert "not along their inputs): embed" in told[0] or "not along their inputs): embed" in told[1]
+    assert "not along their inputs): embed" in reported[0] or "not along their inputs): embed" in reported[1]
     head = partition.partition_params(
         model, Adapter(rank=2), None, Quant("checkpoint", targets="layers/.*|head"), str(path)
     )
@@ -302,16 +303,19 @@ def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
     place, monkeypatch, capsys, tmp_path, kind, more
 ):
     source, out = place.folder / "base", tmp_path / "packed"
-    code, told, err = call(
+    code, reported, err = call(
         monkeypatch, capsys, "quantize", "--model", source, "--out", out, "--kind", kind, *more
     )
     assert code == 0, err
-    assert f" as {kind}, " in told and "bits per quantised parameter; quantisation changed these by" in told
+    assert (
+        f" as {kind}, " in reported
+        and "bits per quantised parameter; quantisation changed these by" in reported
+    )
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
     model = pretrained.model_for(str(source))
     found = kept(out, jnp.bfloat16)[2]
-    wanted = pretrained.load_frozen(str(source), model, one_device(), quant)
-    for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(wanted), strict=True):
+    target = pretrained.load_frozen(str(source), model, one_device(), quant)
+    for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(target), strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
         jax.tree.map(same, ours, leaf)
     method = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
@@ -333,8 +337,8 @@ def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, cap
             dequantize(base["layers"]["mlp"]["down"])[i].T,
             dequantize_4bit(w.data, w.quant_state).float().numpy(),
         )
-    ours, wanted = our_logits(model, base, some_tokens()), torch_logits(theirs, some_tokens())
-    assert np.abs(ours - wanted).max() < 0.05 * np.abs(wanted).max()
+    ours, target = our_logits(model, base, some_tokens()), torch_logits(theirs, some_tokens())
+    assert np.abs(ours - target).max() < 0.05 * np.abs(target).max()
 
 
 def test_a_run_on_quantised_files_equals_one_that_quantises_on_load(place):
@@ -374,9 +378,9 @@ def test_an_exported_run_is_quantised_and_the_change_is_printed(place, monkeypat
     monkeypatch.chdir(place.folder)
     run, wide, narrow = place.runs("merged"), tmp_path / "wide", tmp_path / "narrow"
     assert call(monkeypatch, capsys, "export", "--run", run, "--out", wide, "--dtype", "float32")[0] == 0
-    code, told, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
+    code, reported, err = call(monkeypatch, capsys, "export", "--run", run, "--out", narrow, "--pack", "int8")
     assert code == 0, err
-    assert " as int8, " in told and "quantisation changed these by 0." in told
+    assert " as int8, " in reported and "quantisation changed these by 0." in reported
     exact, found = pretrained.open_files(str(wide)), pretrained.open_files(str(narrow))
     name = "model.layers.1.mlp.up_proj.weight"
     same(found.read(name).T, dequantised(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))

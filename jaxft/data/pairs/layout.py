@@ -154,14 +154,20 @@ def _read_arrays(
     """
     column, answer, place, where = values
     shape, at = (layout.rows, layout.shape.reads), (row, _count_within(row))
-    read, targets, places = (np.zeros(shape, np.int32) for _ in range(3))
-    answers = np.full(shape, layout.shape.slots * len(pairs.kinds), np.int32)
-    read[at], targets[at], answers[at], places[at] = column, pairs.ids[where], answer, place
+    read, targets, offsets = (np.zeros(shape, np.int32) for _ in range(3))
+    responses = np.full(shape, layout.shape.slots * len(pairs.kinds), np.int32)
+    read[at], targets[at], responses[at], offsets[at] = column, pairs.ids[where], answer, place
     reference = None
     if pairs.reference is not None:
         reference = np.zeros(shape, np.float32)
         reference[at] = pairs.reference[where]
-    return {"read": read, "targets": targets, "answers": answers, "places": places, "reference": reference}
+    return {
+        "read": read,
+        "targets": targets,
+        "responses": responses,
+        "offsets": offsets,
+        "reference": reference,
+    }
 
 
 def _last_columns(
@@ -206,7 +212,7 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
     ids, read, slots = array(layout.shape.length), array(layout.shape.reads), layout.shape.slots
     number, per_kind = array(slots, dtype=np.float32), array(slots, len(kinds))
     return Pairs(
-        ids=ids, segments=ids, positions=ids, read=read, targets=read, answers=read, places=read,
+        ids=ids, segments=ids, positions=ids, read=read, targets=read, responses=read, offsets=read,
         lengths=per_kind, last=per_kind, mean_lengths=array(slots, len(kinds), dtype=np.float32),
         pair_weights=number, index=array(slots),
         columns=dict.fromkeys(layout.columns, number),
@@ -222,7 +228,7 @@ def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Flo
         return np.asarray(a).reshape(-1, np.shape(a)[-1])
 
     slots, kinds, values = np.shape(batch.index)[-1], len(batch.kinds), {}
-    rows = zip(flat(batch.answers), flat(batch.places), flat(x), flat(batch.index), strict=True)
+    rows = zip(flat(batch.responses), flat(batch.offsets), flat(x), flat(batch.index), strict=True)
     for answer, place, value, index in rows:
         order = np.lexsort((place, answer))
         bounds = np.searchsorted(answer[order] // kinds, np.arange(slots + 1))

@@ -266,7 +266,7 @@ def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
     prompts = []
     kinds = len(batch.kinds)
     for slot in np.flatnonzero(batch.pair_weights[0, row] > 0)[:count]:
-        where = np.flatnonzero(batch.answers[0, row] == slot * kinds + batch.kinds.index("chosen"))
+        where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))
         if not len(where):
             continue
         last = batch.read[0, row, where[0]]

@@ -13,19 +13,19 @@ def free_port():
         return free.getsockname()[1]
 
 
-class Several:
+class ProcessGroup:
     """The processes of one run after the other in a working directory; 8 devices together."""
 
     def __init__(self, folder, count=2):
-        self.places = [Place(folder, f"process{i}") for i in range(count)]
-        self.first = self.places[0]
+        self.workdirs = [Place(folder, f"process{i}") for i in range(count)]
+        self.first = self.workdirs[0]
         self.processes = []
 
     def start(self, *argv, own=None, hook="", **environment):
         """Begin the run on all processes. own: further arguments of one of them, by its number."""
-        coordinator, count = f"127.0.0.1:{free_port()}", len(self.places)
+        coordinator, count = f"127.0.0.1:{free_port()}", len(self.workdirs)
         self.processes = []
-        for i, place in enumerate(self.places):
+        for i, place in enumerate(self.workdirs):
             who = {"JAXFT_COORDINATOR": coordinator, "JAXFT_PROCESSES": str(count), "JAXFT_PROCESS": str(i)}
             arguments = [*argv, *(own or {}).get(i, ())]
             self.processes.append(
@@ -41,7 +41,7 @@ class Several:
         late = [i for i, process in enumerate(self.processes) if process.is_alive()]
         for i in late:
             self.processes[i].kill()
-        assert not late, (late, self.told())
+        assert not late, (late, self.output())
         return [process.exitcode for process in self.processes]
 
     def run(self, *argv, **options):
@@ -53,13 +53,13 @@ class Several:
         """Until the condition holds."""
         self.first.wait_for(self.processes[0], condition, seconds)
 
-    def told(self):
-        """What they said, for the message of an assertion that fails."""
-        return [(place.out()[-1500:], place.err()[-3000:]) for place in self.places]
+    def output(self):
+        """The ends of their stdout and stderr, for the message of an assertion that fails."""
+        return [(place.out()[-1500:], place.err()[-3000:]) for place in self.workdirs]
 
     def last_line(self, number):
         """The last line of a process on stderr; one that was ended from outside has it a moment later."""
         until = time.monotonic() + 5
-        while "newest checkpoint" not in (text := self.places[number].err()) and time.monotonic() < until:
+        while "newest checkpoint" not in (text := self.workdirs[number].err()) and time.monotonic() < until:
             time.sleep(0.05)
         return text.strip().splitlines()[-1]
