@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype="float64"):
-    """expected: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the response order[k]
-    = (kind, pair).
+    """expected: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the response
+    order[k] = (kind, pair).
     """
     laid = lay(rows, dtype=dtype)
     value, _, grad = judged(loss, laid)
