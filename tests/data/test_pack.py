@@ -1,4 +1,4 @@
-"""Packing: every example once, whole, in rows that have room, the same from the same seed."""
+"""Packing: every example once, unsplit, in rows with enough free tokens; the same for the same seed."""
 
 import time
 

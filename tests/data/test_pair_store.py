@@ -1,6 +1,4 @@
-"""Pairs as tokens: cut where TRL cuts, laid out two ways that say the same, kept within the limits and on
-disk.
-"""
+"""Pairs as tokens: split where TRL splits, the same in both layouts, truncated, cached on disk."""
 
 import dataclasses
 import json

@@ -53,10 +53,10 @@ def test_a_prompt_that_starts_with_a_bracket_is_text(text):
 
 
 def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(monkeypatch):
-    asked = TokenisedPrompts(
+    rows = TokenisedPrompts(
         tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20
     )
-    monkeypatch.setattr(prompts, "read_prompts", lambda ref, data, tokenizer: asked)
+    monkeypatch.setattr(prompts, "read_prompts", lambda ref, data, tokenizer: rows)
     train, held = prompts.split_prompts(Prompts("rows", held_out=0.4, seed=3), None)
     assert len(train) + len(held) == 20 and len(held) == 8 and not set(train.ids) & set(held.ids)
 

@@ -113,16 +113,16 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
 
 def test_a_hub_dataset_is_loaded_by_name_config_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    asked = []
+    calls = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return iter([{"text": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows("org/set/main:test") == [Row("set:test:1", {"text": "a"})]
     assert read_rows("org/set") == [Row("set:train:1", {"text": "a"})]
-    assert asked == [(("org/set", "main"), {"split": "test"}), (("org/set",), {"split": "train"})]
+    assert calls == [(("org/set", "main"), {"split": "test"}), (("org/set",), {"split": "train"})]
 
     def refuse(*args, **kwargs):
         raise ConnectionError("no route\nto host")
@@ -138,7 +138,7 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
-ASKED = (turn("user", "q"), turn("assistant", "a"))
+TURNS = (turn("user", "q"), turn("assistant", "a"))
 
 
 @pytest.mark.parametrize(
@@ -146,31 +146,31 @@ ASKED = (turn("user", "q"), turn("assistant", "a"))
     [
         ({"text": "a", "id": 3}, Text("r:1", "a")),
         ({"prompt": "q", "completion": "a"}, Completion("r:1", "q", "a")),
-        ({"messages": list(ASKED), "prompt": "q"}, Chat("r:1", ASKED, 1)),
-        ({"messages": json.dumps(ASKED)}, Chat("r:1", ASKED, 1)),
+        ({"messages": list(TURNS), "prompt": "q"}, Chat("r:1", TURNS, 1)),
+        ({"messages": json.dumps(TURNS)}, Chat("r:1", TURNS, 1)),
         (
-            {"messages": list(ASKED), "system": "s"},
-            Chat("r:1", ({"role": "system", "content": "s"}, *ASKED), 2),
+            {"messages": list(TURNS), "system": "s"},
+            Chat("r:1", ({"role": "system", "content": "s"}, *TURNS), 2),
         ),
-        ({"prompt": [ASKED[0]], "completion": [ASKED[1]]}, Chat("r:1", ASKED, 1)),
-        ({"instruction": "q", "response": "a"}, Chat("r:1", ASKED, 1, plain=True)),
-        ({"instruction": "q", "output": "a", "input": ""}, Chat("r:1", ASKED, 1, plain=True)),
+        ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, Chat("r:1", TURNS, 1)),
+        ({"instruction": "q", "response": "a"}, Chat("r:1", TURNS, 1, plain=True)),
+        ({"instruction": "q", "output": "a", "input": ""}, Chat("r:1", TURNS, 1, plain=True)),
         (
             {"instruction": "q", "output": "a", "input": "i"},
-            Chat("r:1", (turn("user", "q\n\ni"), ASKED[1]), 1, plain=True),
+            Chat("r:1", (turn("user", "q\n\ni"), TURNS[1]), 1, plain=True),
         ),
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            Chat("r:1", ASKED, 1),
+            Chat("r:1", TURNS, 1),
         ),
         (
             {
                 "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
                 "system": "s",
             },
-            Chat("r:1", (turn("system", "s"), *ASKED), 2),
+            Chat("r:1", (turn("system", "s"), *TURNS), 2),
         ),
-        ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ASKED[1]]}, Chat("r:1", ASKED, 1)),
+        ({"messages": [turn("user", [{"type": "text", "text": "q"}]), TURNS[1]]}, Chat("r:1", TURNS, 1)),
     ],
 )
 def test_formats_are_recognised(fields, expected):
@@ -183,7 +183,7 @@ def test_columns_rename_and_say_which_format_is_meant():
         Completion("r:1", "q", "a")
     ]
     assert formats.normalise_rows([row], columns=("instruction=question", "response=answer")) == [
-        Chat("r:1", ASKED, 1, plain=True)
+        Chat("r:1", TURNS, 1, plain=True)
     ]
     assert formats.normalise_rows([row], columns=("text=answer",)) == [Text("r:1", "a")]
     both = Row("r:1", {"instruction": "q", "response": "a", "output": "b"})
@@ -228,7 +228,7 @@ def test_columns_rename_and_say_which_format_is_meant():
             {},
             "r:1: the row has both 'response' and 'output'",
         ),
-        ({"prompt": "q", "completion": [ASKED[1]]}, {}, "is a string and one a list"),
+        ({"prompt": "q", "completion": [TURNS[1]]}, {}, "is a string and one a list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
         ({"messages": "[{]"}, {}, "r:1: column 'messages' is str; use a list of"),
         (
@@ -237,7 +237,7 @@ def test_columns_rename_and_say_which_format_is_meant():
             r"r:1: messages\[0\] has content; it needs 'role' and 'content'",
         ),
         (
-            {"messages": [ASKED[0], turn("assistant", "")]},
+            {"messages": [TURNS[0], turn("assistant", "")]},
             {},
             r"r:1: messages\[1\], an assistant turn, is empty",
         ),

@@ -106,11 +106,11 @@ def test_the_top_mask_equals_a_sort():
 def test_samples_follow_the_truncated_distribution():
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 1.5, 12), jnp.float32)
     sampling, count = Sampling(temperature=0.8, top_k=8, top_p=0.95), 40_000
-    drawn = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
+    counts = np.bincount(sample(jnp.broadcast_to(logits, (count, 12)), sampling, KEY), minlength=12)
     expected = count * np.asarray(jax.nn.softmax(truncate_logits(logits[None], sampling)[0]))
-    assert (drawn[expected == 0] == 0).all() and (expected == 0).any()
+    assert (counts[expected == 0] == 0).all() and (expected == 0).any()
     kept = expected > 0
-    chi2 = ((drawn - expected)[kept] ** 2 / expected[kept]).sum()
+    chi2 = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
     assert chi2 < 30  # at most 7 degrees of freedom: a correct sampler exceeds this once in 10^4
 
 

@@ -125,8 +125,8 @@ def half_a_step(kind, part):
 
 @given(weights())
 @settings(max_examples=150, deadline=None)
-def test_errors_are_at_most_half_a_step(drawn):
-    w, kind, block, double = drawn
+def test_errors_are_at_most_half_a_step(example):
+    w, kind, block, double = example
     q = quantize(w, kind, block, double)
     wide, ins = w.astype(np.float64), w.shape[-2]
     plain, back, scale = quantize(w, kind, block, False), expanded(q).astype(np.float64), scales(q)
@@ -143,8 +143,8 @@ def test_errors_are_at_most_half_a_step(drawn):
 
 @given(weights(("nf4", "fp4")))
 @settings(max_examples=60, deadline=None)
-def test_a_code_is_the_nearest_level(drawn):
-    w, kind, block, _ = drawn
+def test_a_code_is_the_nearest_level(example):
+    w, kind, block, _ = example
     q = quantize(w, kind, block, False)
     table = {"nf4": quant_formats.NF4, "fp4": quant_formats.FP4}[kind].astype(np.float64)
     codes = unpacked(q)
@@ -157,8 +157,8 @@ def test_a_code_is_the_nearest_level(drawn):
 
 @given(weights(("nf4", "fp4")))
 @settings(max_examples=60, deadline=None)
-def test_quantised_scales_are_within_half_a_step_of_the_dynamic_code(drawn):
-    w, kind, block, _ = drawn
+def test_quantised_scales_are_within_half_a_step_of_the_dynamic_code(example):
+    w, kind, block, _ = example
     q, plain = quantize(w, kind, block, True), quantize(w, kind, block, False)
     *lead, blocks, outs = plain.scale.shape
     flat = np.swapaxes(plain.scale, -1, -2).reshape(*lead, blocks * outs).astype(np.float64)

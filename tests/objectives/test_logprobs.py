@@ -240,7 +240,7 @@ def test_all_logits_never_exist_at_once(monkeypatch, trained, known):
 
 
 def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
-    """The gradient program over arguments that lie on the mesh as in a run, and those arguments."""
+    """The gradient program over arguments sharded as in a run, and those arguments."""
     specs = {name: model.specs[name] for name in whole}
     specs["base"] = {name: specs["base"][name] for name in whole["base"]}
 

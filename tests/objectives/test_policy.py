@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from pair_batches import assert_same, judged, micro
+from pair_batches import assert_same, loss_gradients_metrics, micro
 from rollout_batches import PER_TOKEN, alone, laid, random_groups
 from tiny_model import assert_close, tiny
 
@@ -134,17 +134,21 @@ def test_the_objective_equals_its_formula_in_value_and_gradient():
 def test_completions_that_share_a_prompt_equal_completions_in_separate_rows():
     model, whole, mask = setting()
     groups = random_groups(count=5)
-    packed = judged(full(model, loss=P.gspo_token), whole, mask, micro(laid(rows_of(groups)), 1), {})
+    packed = loss_gradients_metrics(
+        full(model, loss=P.gspo_token), whole, mask, micro(laid(rows_of(groups)), 1), {}
+    )
     single = laid([[one] for one in alone(groups)], length=16, reads=8, places=2, branches=False)
     assert single.branches is None and len(single.ids) > 6
-    assert_same(packed, judged(full(model, loss=P.gspo_token), whole, mask, micro(single, 1), {}))
+    assert_same(
+        packed, loss_gradients_metrics(full(model, loss=P.gspo_token), whole, mask, micro(single, 1), {})
+    )
 
 
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
 def test_a_batch_is_the_sum_of_its_parts(one_by_one, loss):
     batch = laid(rows_of(random_groups(count=8), 4))
-    one = judged(by_table(loss), TABLE, ALL, micro(batch, 1), {})
-    assert_same(judged(by_table(loss), TABLE, ALL, micro(batch, 2), {}), one)
+    one = loss_gradients_metrics(by_table(loss), TABLE, ALL, micro(batch, 1), {})
+    assert_same(loss_gradients_metrics(by_table(loss), TABLE, ALL, micro(batch, 2), {}), one)
 
 
 @pytest.mark.parametrize("loss", [LOSS, P.gspo], ids=["token", "sequence"])
@@ -174,16 +178,16 @@ def test_tokens_without_weight_and_padding_change_nothing(one_by_one):
     muted = batch.replace(
         **{name: np.where(away, 0, getattr(batch, name)) for name in ("policy_weights", "value_weights")}
     )
-    expected = judged(by_table(), TABLE, ALL, micro(muted, 1), {})
+    expected = loss_gradients_metrics(by_table(), TABLE, ALL, micro(muted, 1), {})
     noise, padding = np.random.default_rng(3).normal(0, 5, away.shape), batch.responses == 9
     other = muted.replace(
         **{name: np.where(away, noise, getattr(muted, name)) for name in ("advantages", "returns", "values")},
         **{name: np.where(padding, np.nan, getattr(muted, name)) for name in ("logps", "reference")},
     )
-    assert_same(judged(by_table(), TABLE, ALL, micro(other, 1), {}), expected, rtol=1e-12)
+    assert_same(loss_gradients_metrics(by_table(), TABLE, ALL, micro(other, 1), {}), expected, rtol=1e-12)
     wide = widened(muted, laid(rows_of(groups), length=70, reads=60, places=11))
     assert (wide.responses[:, 54:] == 11).all() and wide.lengths.shape == (2, 11)
-    assert_same(judged(by_table(), TABLE, ALL, micro(wide, 1), {}), expected)
+    assert_same(loss_gradients_metrics(by_table(), TABLE, ALL, micro(wide, 1), {}), expected)
 
 
 @pytest.mark.parametrize(
@@ -198,18 +202,18 @@ def test_before_the_first_step_the_ratio_is_one_within_rounding_and_exactly_one_
     given = laid(rows_of(random_groups(count=6)))
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), given)
     old = jax.jit(lambda whole: objective.score(whole, batch, {}).logps)(whole)
-    _, slope, found = judged(objective, whole, mask, micro(batch.replace(logps=old), 1), {})
+    _, slope, found = loss_gradients_metrics(objective, whole, mask, micro(batch.replace(logps=old), 1), {})
     assert (
         found["val/ratio_var"] ** 0.5 < 8 * np.finfo(old.dtype).eps and found["clip_ratio/region_mean"] == 0
     )
-    _, now, exactly = judged(objective, whole, mask, micro(batch.replace(logps=None), 1), {})
+    _, now, exactly = loss_gradients_metrics(objective, whole, mask, micro(batch.replace(logps=None), 1), {})
     assert exactly["val/ratio"] == 1 and exactly["val/ratio_var"] == 0 and exactly["policy/approxkl_avg"] == 0
     assert_close(slope, now, 1e-10 if dtype == jnp.float64 else 1e-3)
 
 
 def test_the_metrics_equal_their_definitions(one_by_one):
     batch = laid(rows_of(random_groups(count=6)))
-    value, _, found = judged(by_table(), TABLE, ALL, micro(batch, 2), {})
+    value, _, found = loss_gradients_metrics(by_table(), TABLE, ALL, micro(batch, 2), {})
     played = table_see(TABLE, jax.tree.map(jnp.asarray, batch), None, {})
     logp, entropy, values = (np.asarray(x) for x in (played.logp, played.entropy, played.values))
     real = batch.responses < 9
@@ -278,9 +282,9 @@ def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights(
         model, LOSS, critic=Critic(value_function(second, lambda whole, h: h @ whole["critic"]["w"]))
     )
     batch = laid(rows_of(random_groups()))
-    assert judged(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0
+    assert loss_gradients_metrics(objective, whole, mask, micro(batch, 1), {})[2]["loss"] != 0
     waiting = batch.replace(policy_weights=0 * batch.policy_weights)
-    value, slope, found = judged(objective, whole, mask, micro(waiting, 2), {})
+    value, slope, found = loss_gradients_metrics(objective, whole, mask, micro(waiting, 2), {})
     assert not any(np.any(x) for x in jax.tree.leaves(slope["adapter"]))
     assert all(np.any(x) for x in jax.tree.leaves(slope["critic"]))
     np.testing.assert_allclose(value, 0.1 * found["loss/value_avg"], rtol=1e-12)
@@ -336,7 +340,7 @@ def test_the_reference_is_the_base_or_the_copy_of_step_0():
     moved = jax.tree.map(lambda m, x: x + 0.1 if m else x, mask, whole)
     kept = objective.score(moved, batch, at_0).reference
     np.testing.assert_array_equal(kept, objective.score(whole, batch, at_0).reference)
-    found = judged(objective, whole, mask, micro(batch.replace(reference=kept), 1), at_0)[2]
+    found = loss_gradients_metrics(objective, whole, mask, micro(batch.replace(reference=kept), 1), at_0)[2]
     assert abs(found["kl"]) < 1e-14
     assert policy(model, LOSS).init(whole, False) == {}  # nothing asks for a reference
 
@@ -346,8 +350,8 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
     objective, fixed = (by_table(beta=beta) for beta in (penalty, FixedKL(0.3, k2)))
     batch = micro(laid(rows_of(random_groups())), 2)
     aux = objective.init(None, True)
-    value, slope, found = judged(objective, TABLE, ALL, batch, aux)
-    value_too, slope_too, _ = judged(fixed, TABLE, ALL, batch, {})
+    value, slope, found = loss_gradients_metrics(objective, TABLE, ALL, batch, aux)
+    value_too, slope_too, _ = loss_gradients_metrics(fixed, TABLE, ALL, batch, {})
     np.testing.assert_allclose(value, value_too, rtol=1e-6)  # the coefficient is float32 in aux
     assert_close(slope, slope_too, 1e-6)
     assert found["kl_coef"] == np.float32(0.3)
@@ -365,8 +369,8 @@ def test_an_adaptive_penalty_follows_the_kl_of_its_step(one_by_one):
 
 def test_a_penalty_of_zero_logs_the_kl_and_changes_nothing(one_by_one):
     batch = micro(laid(rows_of(random_groups())), 1)
-    value, slope, found = judged(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
-    expected, slope_too, _ = judged(by_table(beta=0.0), TABLE, ALL, batch, {})
+    value, slope, found = loss_gradients_metrics(by_table(beta=FixedKL(0.0, k1)), TABLE, ALL, batch, {})
+    expected, slope_too, _ = loss_gradients_metrics(by_table(beta=0.0), TABLE, ALL, batch, {})
     assert value == expected and found["kl"] != 0
     assert_close(slope, slope_too, 1e-15)
 
@@ -378,8 +382,8 @@ def test_kl_in_reward_is_logged_and_updates_its_coefficient_only(one_by_one):
     objective, plain = by_table(beta=KLInReward(inner)), by_table(beta=0.0)
     aux = objective.init({}, True)
     assert float(aux["kl_coef"]) == pytest.approx(0.3)
-    value, slope, found = judged(objective, TABLE, ALL, batch, aux)
-    expected, slope_too, _ = judged(plain, TABLE, ALL, batch, {})
+    value, slope, found = loss_gradients_metrics(objective, TABLE, ALL, batch, aux)
+    expected, slope_too, _ = loss_gradients_metrics(plain, TABLE, ALL, batch, {})
     assert value == expected
     assert_close(slope, slope_too, 1e-15)
     assert (
@@ -393,11 +397,11 @@ def test_a_mesh_gives_the_values_of_one_device():
     whole, mask = ({name: x[name] for name in ("base", "adapter")} for x in (whole, mask))
     objective = policy(model, P.gspo, beta=0.1, entropy=0.05)
     batch = micro(laid(rows_of(random_groups(count=16), 16)), 2)
-    one = jax.device_get(judged(objective, whole, mask, batch, {}))
+    one = jax.device_get(loss_gradients_metrics(objective, whole, mask, batch, {}))
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
-        many = judged(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
+        many = loss_gradients_metrics(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
     assert_same(jax.device_get(many), one)
 
 
@@ -443,11 +447,11 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
     ],
 )
 def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, words):
-    drawn = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
+    batch_of_arrays = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
     with pytest.raises(ValueError, match=words):
         if "coef" in batch:
             Critic(lambda *x: x, **batch)
-        by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, drawn.replace(**batch), None, {})
+        by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, batch_of_arrays.replace(**batch), None, {})
 
 
 def test_every_field_of_a_rollout_influences_the_loss(one_by_one):

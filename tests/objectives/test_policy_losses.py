@@ -17,7 +17,7 @@ A, SHAPE = 4, (3, 11)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def drawn(seed=0, spread=0.6, **given):
+def random_batch(seed=0, spread=0.6, **given):
     """Completions of 1 to 6 tokens in three rows, their tokens in any order; the last place of each row is
     empty.
     """
@@ -45,8 +45,8 @@ def drawn(seed=0, spread=0.6, **given):
 
 
 def dense(d, *names):
-    """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and where each element stands in
-    [B, M].
+    """A row a completion, padded, as TRL has them: (mask, arrays) in torch, and the index of each element
+    in [B, M].
     """
     at = [[np.flatnonzero(row == a) for a in range(A)] for row in np.asarray(d.completion)]
     rows = [(b, places) for b, each in enumerate(at) for places in each if len(places)]
@@ -167,7 +167,7 @@ def cotangents(seed=9):
 @losses
 def test_a_loss_equals_its_torch_formula_in_value_and_gradient(name):
     loss, other = LOSSES[name]
-    d, weights = drawn(), cotangents()
+    d, weights = random_batch(), cotangents()
     mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
     p.requires_grad_()
     values = other(p, old, adv, mask).expand_as(mask)
@@ -183,7 +183,7 @@ def test_a_loss_equals_its_torch_formula_in_value_and_gradient(name):
 
 
 def test_the_examples_reach_every_bound():
-    d = drawn()
+    d = random_batch()
     r, adv = np.asarray(d.ratio), np.asarray(d.advantages)
     for sign in (adv > 0, adv < 0):
         assert (sign & (r < 0.6)).any() and (sign & (r > 1.5)).any() and (sign & (abs(r - 1) < 0.2)).any()
@@ -194,7 +194,7 @@ def test_the_examples_reach_every_bound():
 @pytest.mark.parametrize("name", AT_ONE)
 def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
     """Of a completion's tokens together where the ratio is the completion's."""
-    d = drawn(spread=0.0)
+    d = random_batch(spread=0.0)
     level = d.spread(d.mean(cotangents()))  # the same weight for all tokens of a completion
     slope = both(LOSSES[name][0], d, level * d.mask)[1]
     np.testing.assert_allclose(slope, -d.advantages * level, rtol=1e-10, atol=1e-13)
@@ -202,7 +202,7 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(name):
 
 @losses
 def test_padding_and_empty_slots_change_nothing(name):
-    d, weights = drawn(), cotangents()
+    d, weights = random_batch(), cotangents()
     pad = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)  # noqa: E731
     numbers = {
         n: pad(getattr(d, n)) for n in ("logp", "old_logp", "advantages", "entropy", "reference", "mask")
@@ -221,7 +221,7 @@ def test_padding_and_empty_slots_change_nothing(name):
 
 @losses
 def test_a_token_loss_depends_on_its_token_and_a_sequence_loss_on_its_completion(name):
-    d = drawn()
+    d = random_batch()
     moved = d.replace(logp=d.logp.at[0, int(np.flatnonzero(d.completion[0] == 0)[0])].add(-0.8))
     changed = np.asarray(LOSSES[name][0](moved) != LOSSES[name][0](d))
     assert not changed[1:].any() and not changed[0][np.asarray(d.completion[0]) != 0].any()
@@ -231,7 +231,7 @@ def test_a_token_loss_depends_on_its_token_and_a_sequence_loss_on_its_completion
 @losses
 def test_distant_policies_give_finite_losses_and_gradients(name):
     for away in (-500.0, 500.0):
-        d = drawn()
+        d = random_batch()
         d = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, d)
         d = d.replace(logp=d.old_logp + d.mask * jnp.float32(away))
         for x in both(LOSSES[name][0], d, cotangents().astype(jnp.float32)):
@@ -239,7 +239,7 @@ def test_distant_policies_give_finite_losses_and_gradients(name):
 
 
 def test_the_kl_estimators_equal_their_formulas():
-    d = drawn()
+    d = random_batch()
     mask, (p, ref), index = dense(d, "logp", "reference")
     weights = cotangents()
     w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
@@ -263,7 +263,7 @@ def test_the_kl_estimators_equal_their_formulas():
 
 
 def test_k1_and_k3_are_unbiased_and_only_k2_has_the_gradient_of_the_kl():
-    """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of drawn tokens'
+    """Over a whole vocabulary: sum_v p_v estimate_v against KL(p || q), and the slope of sampled tokens'
     estimates.
     """
     logits, other = (jnp.asarray(np.random.default_rng(i).normal(0, 1, 7)) for i in range(2))
@@ -287,7 +287,7 @@ def test_k1_and_k3_are_unbiased_and_only_k2_has_the_gradient_of_the_kl():
 
 
 def test_the_corrected_kl_is_weighted_by_the_ratio():
-    d, weights = drawn(), cotangents()
+    d, weights = random_batch(), cotangents()
     mask, (p, old, adv, ref), index = dense(d, "logp", "old_logp", "advantages", "reference")
     p.requires_grad_()
     k3 = torch.exp(ref - p) - (ref - p) - 1
@@ -304,7 +304,7 @@ def test_the_corrected_kl_is_weighted_by_the_ratio():
 
 def test_vespo_weights_and_the_off_policy_mask_equal_trls():
     trainer = pytest.importorskip("trl").GRPOTrainer
-    d = drawn(seed=3)
+    d = random_batch(seed=3)
     mask, (p, old, adv), index = dense(d, "logp", "old_logp", "advantages")
     phi = trainer.get_gamma_weights(adv[:, :1], p - old, mask, None)
     near = trainer.get_off_policy_mask(adv[:, :1], p, old, mask, 0.1)
@@ -344,4 +344,4 @@ def test_the_adaptive_coefficient_follows_its_target():
 )
 def test_parameters_out_of_range_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
-        call(drawn())
+        call(random_batch())

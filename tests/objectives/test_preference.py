@@ -10,8 +10,8 @@ from pair_batches import (
     ONLY_W,
     assert_same,
     by_table,
-    judged,
     laid,
+    loss_gradients_metrics,
     micro,
     pairs_for,
     random_pairs,
@@ -44,10 +44,10 @@ def one_by_one():
 def test_accumulation_equals_the_large_batch_for_every_loss(one_by_one, name):
     objective, table = by_table(name)
     batch, aux = laid(pairs_for(name, count=9)), start_aux(objective)
-    one = judged(objective, table, ONLY_W, micro(batch, 1), aux)
+    one = loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 1), aux)
     assert np.abs(one[1]["w"]).max() > 1e-4
     for count in (2, 4):
-        assert_same(judged(objective, table, ONLY_W, micro(batch, count), aux), one)
+        assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(batch, count), aux), one)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -55,14 +55,16 @@ def test_padding_and_pairs_of_weight_zero_change_nothing(one_by_one, name):
     objective, table = by_table(name)
     pool, aux = pairs_for(name, count=12), start_aux(objective)
     used = np.arange(12) % 3 > 0
-    expected = judged(objective, table, ONLY_W, micro(laid(pool, np.flatnonzero(used)), 2), aux)
+    expected = loss_gradients_metrics(
+        objective, table, ONLY_W, micro(laid(pool, np.flatnonzero(used)), 2), aux
+    )
     muted = laid(pool, weights=pool.weights * used)
     assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
-    assert_same(judged(objective, table, ONLY_W, micro(muted, 2), aux), expected)
+    assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(muted, 2), aux), expected)
     some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
     nothing = nothing.replace(mean_lengths=some.mean_lengths)
     padded = jax.tree.map(lambda *x: np.concatenate(x), some, nothing)
-    assert_same(judged(objective, table, ONLY_W, micro(padded, 4), aux), expected)
+    assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(padded, 4), aux), expected)
 
 
 def with_model(loss, **options):
@@ -77,12 +79,12 @@ def with_model(loss, **options):
 def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
     objective, whole, mask, model = with_model(P.aot)
     batch = micro(laid(random_pairs(20), rows=16), 2)
-    one = jax.device_get(judged(objective, whole, mask, batch, {}))
+    one = jax.device_get(loss_gradients_metrics(objective, whole, mask, batch, {}))
     for shape in ((2, 2, 2), (8, 1, 1)):
         mesh = sharding.make_mesh(sharding.MeshShape(*shape))
         with jax.set_mesh(mesh):
             placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
-            many = judged(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
+            many = loss_gradients_metrics(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
         assert_same(jax.device_get(many), one)
 
 
@@ -93,8 +95,8 @@ def test_a_shared_prompt_equals_the_prompt_before_each_response(loss):
     pool = random_pairs(9)
     plain = laid(pool, branches=False)
     assert plain.branches is None
-    found = judged(objective, whole, mask, micro(laid(pool), 1), {})
-    assert_same(found, judged(objective, whole, mask, micro(plain, 1), {}))
+    found = loss_gradients_metrics(objective, whole, mask, micro(laid(pool), 1), {})
+    assert_same(found, loss_gradients_metrics(objective, whole, mask, micro(plain, 1), {}))
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradient():
@@ -104,7 +106,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     objective, whole, mask, _ = with_model(partial(P.dpo, beta=0.3), beta=0.3)
     pool = random_pairs(9, seed=2)
     here, there = (
-        judged(objective, whole, mask, micro(laid(p, rows=4), 1), {}) for p in (pool, swapped(pool))
+        loss_gradients_metrics(objective, whole, mask, micro(laid(p, rows=4), 1), {})
+        for p in (pool, swapped(pool))
     )
     for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
         for what in ("rewards", "logps", "logits"):
@@ -113,7 +116,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin_and_mirrors_the_gradien
     np.testing.assert_allclose(here[2]["rewards/accuracies"], 1 - there[2]["rewards/accuracies"], rtol=1e-10)
 
     minus_margin = lambda pair: -0.3 * (pair.chosen.ratio - pair.rejected.ratio)  # noqa: E731
-    slope = judged(
+    slope = loss_gradients_metrics(
         preference(with_model(P.dpo)[3], minus_margin, beta=0.3),
         whole,
         mask,
@@ -143,8 +146,8 @@ def test_a_widened_batch_gives_the_same_results(one_by_one, name):
         and found.lengths.shape[1] == batch.lengths.shape[1] + 3
     )
     assert (found.index[:, -3:] == -1).all() and (found.responses[:, -3:] == found.lengths[0].size).all()
-    expected = judged(objective, table, ONLY_W, micro(batch, 1), aux)
-    assert_same(judged(objective, table, ONLY_W, micro(found, 1), aux), expected)
+    expected = loss_gradients_metrics(objective, table, ONLY_W, micro(batch, 1), aux)
+    assert_same(loss_gradients_metrics(objective, table, ONLY_W, micro(found, 1), aux), expected)
 
 
 @pytest.mark.parametrize(

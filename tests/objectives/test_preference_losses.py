@@ -21,9 +21,9 @@ from preference_rows import (
     by_answer,
     check_against_torch,
     in_torch,
-    judged,
     kinds_of,
     lay,
+    loss_and_gradient,
     random_rows,
     seen,
     value_of,
@@ -83,7 +83,7 @@ def test_the_kl_of_kto_is_never_negative_and_has_no_gradient(sign):
         x[:, 1] = x[:, 0] - sign * 0.3
     check_against_torch(F.kto, T.kto, rows)
     laid = lay(rows)
-    grad = by_answer(laid, judged(F.kto, laid)[2])
+    grad = by_answer(laid, loss_and_gradient(F.kto, laid)[2])
     assert not any(g.any() for (kind, _), g in grad.items() if kind == "mismatched")
 
 
@@ -143,8 +143,8 @@ def test_pairs_without_weight_change_nothing(name):
         np.concatenate([rows.weight, np.zeros(more.count)]),
     )
     alone, laid = lay(rows, seed=3), lay(both, seed=4)
-    value, values, grad = judged(loss, alone)
-    value_too, values_too, grad_too = judged(loss, laid)
+    value, values, grad = loss_and_gradient(loss, alone)
+    value_too, values_too, grad_too = loss_and_gradient(loss, laid)
     np.testing.assert_allclose(value_too, value, rtol=1e-12)
     for a, b in zip(alone.cells, laid.cells):
         np.testing.assert_allclose(values_too[b], values[a], rtol=1e-12)
@@ -158,7 +158,7 @@ def test_an_empty_batch_has_loss_0_and_gradient_0(name):
     loss, _, knobs = EVERY[name]
     kinds = kinds_of(name)
     empty = Rows({kind: [np.zeros((0, 3))] for kind in kinds}, np.zeros(1), np.zeros(1))
-    value, values, grad = judged(with_knobs(loss, knobs), lay(empty))
+    value, values, grad = loss_and_gradient(with_knobs(loss, knobs), lay(empty))
     assert value == 0 and np.isfinite(values).all() and not grad.any()
 
 
@@ -168,7 +168,9 @@ def test_the_value_at_the_reference_is_the_theoretical_one(name):
     for answers in rows.responses.values():
         for x in answers:
             x[:, 1] = x[:, 0]
-    _, values, _ = judged(getattr(F if hasattr(F, name) and name in SINGLE else P, name), laid := lay(rows))
+    _, values, _ = loss_and_gradient(
+        getattr(F if hasattr(F, name) and name in SINGLE else P, name), laid := lay(rows)
+    )
     np.testing.assert_allclose([values[cell] for cell in laid.cells], T.AT_THE_START[name], rtol=1e-12)
 
 
@@ -186,7 +188,7 @@ def test_the_first_step_raises_chosen_and_lowers_rejected(name):
             x[:, 1] = x[:, 0]
     loss = getattr(P, name, None) or getattr(F, name)
     laid = lay(rows)
-    grad = by_answer(laid, judged(loss, laid)[2])
+    grad = by_answer(laid, loss_and_gradient(loss, laid)[2])
     assert all((g < 0).all() for (kind, _), g in grad.items() if kind == "chosen")
     assert all((g > 0).all() for (kind, _), g in grad.items() if kind == "rejected")
 
@@ -194,7 +196,7 @@ def test_the_first_step_raises_chosen_and_lowers_rejected(name):
 def test_apo_down_lowers_both_and_the_rejected_one_more():
     rows = random_rows(5, seed=2)
     laid = lay(rows)
-    grad = by_answer(laid, judged(P.apo_down, laid)[2])
+    grad = by_answer(laid, loss_and_gradient(P.apo_down, laid)[2])
     assert all((g > 0).all() for (kind, _), g in grad.items() if kind == "rejected")
 
 
@@ -216,7 +218,10 @@ def test_swapping_chosen_and_rejected_mirrors_the_gradient(name):
     rows = random_rows(6, seed=8)
     swapped = Rows({"chosen": rows.responses["rejected"], "rejected": rows.responses["chosen"]}, rows.margin)
     laid, other = lay(rows), lay(swapped)
-    (_, values, grad), (_, values_too, grad_too) = judged(loss, laid), judged(loss, other)
+    (_, values, grad), (_, values_too, grad_too) = (
+        loss_and_gradient(loss, laid),
+        loss_and_gradient(loss, other),
+    )
     if margin is not None:
         expected = -slope * margin(in_torch(rows)).detach().numpy()
         np.testing.assert_allclose([values[c] - values_too[c] for c in laid.cells], expected, rtol=1e-10)
@@ -390,7 +395,10 @@ def test_a_loss_that_reads_a_missing_reference_is_refused(loss):
 @pytest.mark.parametrize("name", (*NO_REFERENCE, *THIRD))
 def test_reference_free_losses_do_not_read_the_reference(name):
     laid = lay(random_rows(kinds=kinds_of(name)))
-    assert judged(EVERY[name][0], laid, reference=False)[0] == judged(EVERY[name][0], laid)[0]
+    assert (
+        loss_and_gradient(EVERY[name][0], laid, reference=False)[0]
+        == loss_and_gradient(EVERY[name][0], laid)[0]
+    )
 
 
 def test_dpo_margin_requires_the_column():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pair_batches import assert_same, judged, laid, micro, random_pairs
+from pair_batches import assert_same, laid, loss_gradients_metrics, micro, random_pairs
 from tiny_llama import tiny_torch, write_folder
 from tiny_model import CONFIG, assert_close, tiny
 
@@ -188,10 +188,12 @@ def objectives():
 def test_the_objective_is_linear_in_the_weights_and_a_sum_over_microbatches(x64):
     model, whole = scorer_model()
     batch, objective, mask = laid(random_pairs(9)), objectives()(model), mask_of(whole)
-    one = judged(objective, whole, mask, micro(batch, 1), {})
+    one = loss_gradients_metrics(objective, whole, mask, micro(batch, 1), {})
     assert np.abs(one[1]["score"]).max() > 1e-4 and one[0] != 0
-    assert_same(judged(objective, whole, mask, micro(batch, 4), {}), one)
-    doubled = judged(objective, whole, mask, micro(batch.replace(pair_weights=2 * batch.pair_weights), 1), {})
+    assert_same(loss_gradients_metrics(objective, whole, mask, micro(batch, 4), {}), one)
+    doubled = loss_gradients_metrics(
+        objective, whole, mask, micro(batch.replace(pair_weights=2 * batch.pair_weights), 1), {}
+    )
     assert_close(doubled[1], jax.tree.map(lambda x: 2 * x, one[1]))
 
 
@@ -199,7 +201,7 @@ def test_shared_prompts_have_the_rewards_of_plain_rows(x64):
     model, whole = scorer_model()
     pool, objective, mask = random_pairs(9), objectives()(model), mask_of(whole)
     found = [
-        judged(objective, whole, mask, micro(laid(pool, branches=branches), 1), {})
+        loss_gradients_metrics(objective, whole, mask, micro(laid(pool, branches=branches), 1), {})
         for branches in (True, False)
     ]
     assert_same(*found)
@@ -210,12 +212,12 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     pool, objective, mask = random_pairs(12), objectives()(model), mask_of(whole)
     used = np.arange(12) % 3 > 0
     some, nothing = (laid(pool, who, room=(96, 80, 6)) for who in (np.flatnonzero(used), []))
-    target = judged(objective, whole, mask, micro(some, 1), {})
+    target = loss_gradients_metrics(objective, whole, mask, micro(some, 1), {})
     muted = laid(pool, weights=pool.weights * used, room=(96, 80, 6))
     assert (muted.pair_weights[muted.index >= 0] == 0).sum() == 4
-    assert_same(judged(objective, whole, mask, micro(muted, 1), {}), target)
+    assert_same(loss_gradients_metrics(objective, whole, mask, micro(muted, 1), {}), target)
     padded = jax.tree.map(lambda *x: np.concatenate(x)[None], some, nothing)
-    assert_same(judged(objective, whole, mask, padded, {}), target)
+    assert_same(loss_gradients_metrics(objective, whole, mask, padded, {}), target)
     ones = jnp.ones(nothing.pair_weights.shape)
     value, found = objective.loss(Outputs(ones, 2 * ones, nothing), {})
     assert value == 0 and "accuracy" not in metrics.as_floats(found)
@@ -230,11 +232,13 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
     with jax.enable_x64(True):
         model, whole = scorer_model(Adapter(rank=4, targets=("q", "o", "down")))
         batch, mask = micro(laid(random_pairs(16), rows=8, room=(72, 48, 4)), 1), mask_of(whole)
-        target = judged(objectives()(model), whole, mask, batch, {})
+        target = loss_gradients_metrics(objectives()(model), whole, mask, batch, {})
         laid_out = make_mesh(mesh)
         with jax.set_mesh(laid_out):
             spread = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, laid_out))
-            found = judged(objectives()(model), spread, mask, sharding.shard_batch(laid_out, batch), {})
+            found = loss_gradients_metrics(
+                objectives()(model), spread, mask, sharding.shard_batch(laid_out, batch), {}
+            )
         assert_same(found, target)
 
 
@@ -256,7 +260,7 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
 # ---- one base, many models
 
 
-BESIDE = {
+OTHER_HEADS = {
     "critic": HeadSettings(SETTINGS),
     "judge": HeadSettings(Adapter(rank=3, targets=("o",)), trained=False),
     "value": HeadSettings(),
@@ -264,9 +268,9 @@ BESIDE = {
 
 
 def test_heads_on_a_base_are_trained_or_frozen_by_name():
-    model = heads.with_heads(llama(CONFIG, jnp.float32), BESIDE)
+    model = heads.with_heads(llama(CONFIG, jnp.float32), OTHER_HEADS)
     t = partition.partition_params(
-        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, BESIDE)
+        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, OTHER_HEADS)
     )
     mask = tree.paths(t.mask)
     assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
@@ -276,14 +280,14 @@ def test_heads_on_a_base_are_trained_or_frozen_by_name():
         and mask["value/score"]
     )
     own = partition.partition_params(
-        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "base/final_norm", BESIDE)
+        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "base/final_norm", OTHER_HEADS)
     )
     assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
     everything = partition.partition_params(model, SETTINGS, None)  # nothing said of who is frozen
     assert tree.paths(everything.mask)["judge/score"]
     with pytest.raises(ValueError, match="matches none"):
         partition.partition_params(
-            model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "no/such/path", BESIDE)
+            model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "no/such/path", OTHER_HEADS)
         )
     assert "critic/adapter/layers/attn/q/a" in partition.parameter_table(
         t
@@ -325,10 +329,10 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
 def test_fresh_heads_do_not_change_the_policys_initialisation():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
     plain = partition.partition_params(model, SETTINGS, None)
-    beside = {"critic": HeadSettings(SETTINGS)}
-    with_critic = partition.partition_params(heads.with_heads(model, beside), SETTINGS, None)
+    other_heads = {"critic": HeadSettings(SETTINGS)}
+    with_critic = partition.partition_params(heads.with_heads(model, other_heads), SETTINGS, None)
     alone = init.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
-    both = init.init_all_but_base(with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=beside)
+    both = init.init_all_but_base(with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=other_heads)
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_losses as T
-from preference_rows import by_answer, judged, kinds_of, lay, random_rows
+from preference_rows import by_answer, kinds_of, lay, loss_and_gradient, random_rows
 
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
@@ -19,7 +19,7 @@ def compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype="float64"):
     order[k] = (kind, pair).
     """
     laid = lay(rows, dtype=dtype)
-    value, _, grad = judged(loss, laid)
+    value, _, grad = loss_and_gradient(loss, laid)
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=rtol)
     grad = by_answer(laid, grad)
@@ -136,7 +136,7 @@ def test_trl_tpo_trainer_gives_the_same_loss_and_gradient(name):
     for k, (kind, i) in enumerate(order):
         rows.responses[kind][i][:, 0] = logps[k, : len(rows.responses[kind][i])].detach().numpy()
     laid = lay(rows)
-    value, _, grad = judged(partial(TRL_TPO[name], beta=0.2, alpha=0.7), laid)
+    value, _, grad = loss_and_gradient(partial(TRL_TPO[name], beta=0.2, alpha=0.7), laid)
     np.testing.assert_allclose(value, expected.item(), rtol=1e-10)
     grad = by_answer(laid, grad)
     cotangent = torch.zeros_like(logps)

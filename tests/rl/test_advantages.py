@@ -1,4 +1,4 @@
-"""Advantages against plain loops written from the papers, and the laws that scores keep."""
+"""Advantages against plain loops written from the papers, and the laws of scores."""
 
 import inspect
 import itertools

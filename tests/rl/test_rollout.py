@@ -67,26 +67,26 @@ class FakeSampler:
     def __init__(self, source):
         self.source, self.calls = source, []
 
-    def sample(self, asked, group, number, state):
+    def sample(self, batch_prompts, group, number, state):
         data, shapes = self.source.data, self.source.rollout_shapes
         self.calls.append((number, int(state.step)))
         rng = np.random.default_rng((number, int(state.step)))
-        lengths = rng.integers(1, data.max_new + 1, (len(asked), group))
+        lengths = rng.integers(1, data.max_new + 1, (len(batch_prompts), group))
         tokens = rng.integers(1, 40, (*lengths.shape, data.max_new))
         tokens[np.arange(data.max_new) >= lengths[..., None]] = -1
-        shape = next(shape for shape in shapes.rows if fits(asked, lengths, shape))
-        rows = pack_rollout(asked, tokens, lengths, shape, (data.batch, data.group))
+        shape = next(shape for shape in shapes.rows if fits(batch_prompts, lengths, shape))
+        rows = pack_rollout(batch_prompts, tokens, lengths, shape, (data.batch, data.group))
         texts = tuple("x" * int(n) for n in lengths.ravel())
         logps = np.where(tokens >= 0, -1.0, 0.0).reshape(lengths.size, -1)
-        return Completions(asked, tokens, logps, lengths, lengths < data.max_new, texts, shape, rows)
+        return Completions(batch_prompts, tokens, logps, lengths, lengths < data.max_new, texts, shape, rows)
 
 
 def bound_source(folder, rules=None, moments=None, **settings):
     """Rollouts of 8 prompts, sampled by FakeSampler and scored by the length of each completion."""
     rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
     data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
-    asked = random_prompts(8)
-    source = RolloutSource(data, TOKENIZER, asked, asked.select(()), 1)
+    batch_prompts = random_prompts(8)
+    source = RolloutSource(data, TOKENIZER, batch_prompts, batch_prompts.select(()), 1)
     scorer = RolloutScorer(rules, tuple(reward.prepare(None) for reward in rules.rewards), None, False)
     moments = np.zeros(3) if moments is None else moments
     return BoundRollouts(
@@ -340,7 +340,7 @@ def test_the_help_of_grpo_lists_every_method_with_its_settings():
 @pytest.mark.parametrize("name, settings", METHODS.items(), ids=METHODS.keys())
 def test_every_named_method_trains(workdir, name, settings):
     folder = "method-" + re.sub(r"\W", "", name)
-    argv = ["model=base", "data=asked.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
+    argv = ["model=base", "data=prompts.jsonl", "held_out=0.2", "rewards=config.py:ascii", "general=none"]
     argv += ["batch=4", "group=4", "rank=4", "dtype=float32", "loop.steps=2", "loop.eval_every=none"]
     argv += ["samples=0", "lr=1e-2", f"name={folder}"]
     assert workdir.run("--config", "configs/grpo.py", *argv, *settings.split()) == 0, workdir.err()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import sharded_state
-from processes import start, told
+from processes import printed_values, start
 
 from jaxft.runs.checkpoint import Checkpoints
 
@@ -23,7 +23,7 @@ def two(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two")
     assert (
-        told(start(SAVE, 2, 4, folder))
+        printed_values(start(SAVE, 2, 4, folder))
         == [[{"steps": [1, 2], "best": [1, 0.5], "largest": 2 * 6 * 4 * 4}]] * 2
     )
     return folder
@@ -47,17 +47,17 @@ for step, score in ((1, 0.5), (2, 1.0)):
     saved.save(step, state, {"step": step}, [score])
     jax.block_until_ready(overwrite(state))
 saved.close()
-tell({"steps": saved.steps(), "best": saved.best(), "largest": max(largest)})
+print_value({"steps": saved.steps(), "best": saved.best(), "largest": max(largest)})
 """
 
 RESTORE = """
 from pathlib import Path
 import sharded_state as s
 from jaxft.runs.checkpoint import Checkpoints
-saved = Checkpoints(Path(sys.argv[4]), report=lambda line: tell(line))
+saved = Checkpoints(Path(sys.argv[4]), report=lambda line: print_value(line))
 shape = tuple(map(int, sys.argv[5].split("x")))
 found, meta, step = saved.restore(s.like(*shape))
-tell({"step": step, "meta": meta, "wrong": s.differs(found, step, *shape)})
+print_value({"step": step, "meta": meta, "wrong": s.differs(found, step, *shape)})
 """
 
 
@@ -82,7 +82,10 @@ def test_what_one_process_saved_comes_back_on_four(tmp_path):
     saved = Checkpoints(tmp_path)
     saved.save(3, sharded_state.state(3, 4, 2), {"a": 1})
     saved.close()
-    assert told(start(RESTORE, 4, 2, tmp_path, "2x4")) == [[{"step": 3, "meta": {"a": 1}, "wrong": []}]] * 4
+    assert (
+        printed_values(start(RESTORE, 4, 2, tmp_path, "2x4"))
+        == [[{"step": 3, "meta": {"a": 1}, "wrong": []}]] * 4
+    )
 
 
 def files_of(folder, pattern):
@@ -99,7 +102,7 @@ def test_a_flipped_bit_in_any_process_s_files_sends_all_back(two, tmp_path, shap
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(bytes(data))
-    first, second = told(start(RESTORE, 2, 4, folder, shape))
+    first, second = printed_values(start(RESTORE, 2, 4, folder, shape))
     good = {"step": 1, "meta": {"step": 1}, "wrong": []}
     assert second == [good] and first[1:] == [good] and "going back to step 1" in first[0]
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2.bad"]
@@ -136,9 +139,9 @@ saved = Checkpoints(folder)
 def heard(what, act):
     try:
         act()
-        tell([what, "no error"])
+        print_value([what, "no error"])
     except OSError as error:
-        tell([what, error.errno, error.strerror])
+        print_value([what, error.errno, error.strerror])
 
 def save(step, of=None):
     (of or saved).save(step, s.state(step, 2, 4), {})
@@ -188,7 +191,7 @@ if full.is_dir():
 heard("good", lambda: save(4))
 saved.close()
 found, _, step = saved.restore(s.like(2, 4))
-tell({"step": step, "wrong": s.differs(found, step, 2, 4)})
+print_value({"step": step, "wrong": s.differs(found, step, 2, 4)})
 """  # noqa: E501
 
 
@@ -200,7 +203,7 @@ def test_an_error_of_one_process_reaches_all_and_no_checkpoint_suffers(two, tmp_
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", full], capture_output=True
     ).returncode
     try:
-        first, second = told(start(FAIL, 2, 4, folder, full if mounted else tmp_path / "none"))
+        first, second = printed_values(start(FAIL, 2, 4, folder, full if mounted else tmp_path / "none"))
     finally:
         if mounted:
             subprocess.run(["umount", "-l", full], check=True)

@@ -75,7 +75,7 @@ def test_a_picture_without_curves_is_an_error():
         draw("x.png", [Panel("a", "x", "y", {"a": ([], [])})], "none")
 
 
-DRAWN = [
+ENTRIES = [
     {"step": 0, "eval_reward": 0.1, "eval_objective/kl": 0.0, "eval_completions/mean_length": 7.0},
     {
         "step": 1,
@@ -98,7 +98,7 @@ DRAWN = [
 
 
 def test_rollouts_have_curves_of_reward_kl_length_and_entropy():
-    found = {panel.title: panel for panel in panels({"a": DRAWN})}
+    found = {panel.title: panel for panel in panels({"a": ENTRIES})}
     assert list(found) == ["reward, held out", "KL to the reference, held out", "length, held out", "entropy"]
     assert found["reward, held out"].curves["a"] == ([0, 2], [0.1, 0.6])
     assert found["reward, held out"].dashed["a"] == ([1, 2], [0.2, 0.4])
@@ -111,7 +111,7 @@ def compared(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in DRAWN)
+            "".join(json.dumps(line) + "\n" for line in ENTRIES)
         )
     monkeypatch.chdir(tmp_path)
 
@@ -140,7 +140,7 @@ def test_runs_are_compared_by_a_command(compared):
         reported["runs"]["a"]["reward gained"] == pytest.approx(0.5)
         and reported["runs"]["b"]["KL per completion"] == 0.9
     )
-    assert reported["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in DRAWN]
+    assert reported["curves"]["a"] == [{k: v for k, v in line.items() if k != "perf"} for line in ENTRIES]
     assert Path("both.png").read_bytes()[:4] == b"\x89PNG"
 
 

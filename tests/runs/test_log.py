@@ -266,7 +266,7 @@ def test_the_live_view_shows_progress_and_messages_and_gives_the_cursor_back(tmp
         assert part in last, part
     assert any(block in last for block in console_view.BLOCKS)
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1
-    assert "step 8/8" not in text  # no plain lines beside the view
+    assert "step 8/8" not in text  # no plain lines next to the live view
 
 
 def test_the_view_fits_a_narrow_terminal(tmp_path):

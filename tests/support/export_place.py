@@ -39,10 +39,10 @@ def export(folder, on, kind, base):
     t = partition.partition_params(model, settings, None if kind == "adapter" else ".*")
     random = np.random.default_rng(0)
 
-    def drawn(spec, place):
+    def random_leaf(spec, place):
         value = random.standard_normal(spec.shape).astype(np.float32)
         return jax.make_array_from_callback(spec.shape, place, lambda index: value[index])
 
-    whole = jax.tree.map(drawn, t.specs, param.shardings(t.specs, on), is_leaf=param.is_spec)
+    whole = jax.tree.map(random_leaf, t.specs, param.shardings(t.specs, on), is_leaf=param.is_spec)
     run = SimpleNamespace(adapter=settings, model=model, weights=str(base))
     return export_run(t, whole, run, tiny_tokenizer(), folder)

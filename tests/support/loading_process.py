@@ -93,7 +93,7 @@ def main(port, count, process, cases, adapter):
     """Compare every case on every mesh with one device; print what was read."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
-    counted, told = count_reads(), []
+    counted, fractions = count_reads(), []
     devices = jax.devices()
     mixed = [
         devices[i // 2 + i % 2 * (len(devices) // 2)] for i in range(len(devices))
@@ -104,7 +104,7 @@ def main(port, count, process, cases, adapter):
         for name in names:
             found, some = load(folder, form, meshes[name], counted)
             assert_has_the_bits_of(found, expected)
-            told.append([folder, form, name, some / all_bytes])
+            fractions.append([folder, form, name, some / all_bytes])
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
         settings = adapters.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
@@ -113,7 +113,7 @@ def main(port, count, process, cases, adapter):
             init.init_adapter(t.model, mesh, 7, settings, start) for mesh in (one_device(), meshes["1x8"])
         )
         assert_has_the_bits_of(many, one)
-    print(json.dumps(told), flush=True)
+    print(json.dumps(fractions), flush=True)
     jax.distributed.shutdown()
 
 

@@ -83,7 +83,7 @@ def micro(batch, count):
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
 
-def judged(objective, whole, mask, batch, aux):
+def loss_gradients_metrics(objective, whole, mask, batch, aux):
     """(loss, gradients, every metric's number) of a batch [micro, rows, ...], as the train step has them."""
     trainable, frozen = partition(whole, mask)
 

@@ -107,7 +107,7 @@ def value_of(loss, pair, state=None):
     return loss_values(loss, pair, start if state is None else state)
 
 
-def judged(loss, laid, state=None, reference=True):
+def loss_and_gradient(loss, laid, state=None, reference=True):
     """(total, values [B, P], gradient [B, M]) as the objective takes them."""
 
     def total(logp):
@@ -135,7 +135,7 @@ def in_torch(rows):
 
 def check_against_torch(loss, formula, rows, state=None, rtol=1e-10, each=True):
     laid = lay(rows)
-    value, values, grad = judged(loss, laid, state)
+    value, values, grad = loss_and_gradient(loss, laid, state)
     seen_by_torch = in_torch(rows)
     expected = formula(seen_by_torch)
     expected.mean().backward()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START = """
 import json, os, sys
 import jax
-def tell(value):
+def print_value(value):
     print("\\ntold " + json.dumps(value), flush=True)
 me, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if count > 1:
@@ -26,7 +26,7 @@ if count > 1:
 def start(code: str, count: int, devices: int, *args: object) -> list[subprocess.Popen]:
     """`count` processes with `devices` devices each, that run `code`.
 
-    It finds `me`, `count`, its own arguments from sys.argv[4] on, and `tell(JSON value)`.
+    It finds `me`, `count`, its own arguments from sys.argv[4] on, and `print_value(JSON value)`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,8 +44,8 @@ def start(code: str, count: int, devices: int, *args: object) -> list[subprocess
     ]
 
 
-def told(processes: list[subprocess.Popen], timeout: float = 120) -> list[list[Any]]:
-    """What each of them told; all must end well."""
+def printed_values(processes: list[subprocess.Popen], timeout: float = 120) -> list[list[Any]]:
+    """The values that each process printed; all must exit with 0."""
     try:
         texts = [p.communicate(timeout=timeout) for p in processes]
     finally:
@@ -54,5 +54,5 @@ def told(processes: list[subprocess.Popen], timeout: float = 120) -> list[list[A
     for p, (out, err) in zip(processes, texts, strict=True):
         assert p.returncode == 0, f"{out}\n{err[-3000:]}"
     return [
-        [json.loads(line[5:]) for line in out.splitlines() if line.startswith("told ")] for out, _ in texts
+        [json.loads(line[6:]) for line in out.splitlines() if line.startswith("value ")] for out, _ in texts
     ]

@@ -1,4 +1,4 @@
-"""A working directory with a tiny Llama, prompts, and a config with rewards beside it."""
+"""A working directory with a tiny Llama, prompts, and a config with rewards next to it."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def ppo_objective(model, temperature, beta, shared=False, target_kl=None):
 def config(
     name: str = "rl", rewards: tuple[Callable, ...] = (letters,), steps: int | None = 4, passes: int = 2,
     minibatches: int = 1, batch: int = 4, group: int = 4, lr: float = 1e-2, beta: float = 0.02,
-    temperature: float = 0.9, seed: int = 0, held_out: float = 0.2, data: str = "asked.jsonl", max_new: int = 24,
+    temperature: float = 0.9, seed: int = 0, held_out: float = 0.2, data: str = "prompts.jsonl", max_new: int = 24,
     save: int = 1, micro: int = 1, ppo: bool = False, warm_up: int = 0, target_kl: float | None = None,
     full_critic: bool = False, scale: bool = False, truncated: bool = True, base: str = "base",
     shared: bool = False, online: bool = False,
@@ -94,10 +94,10 @@ def config(
 
 
 def write_workdir(folder):
-    """base/, asked.jsonl and config.py."""
+    """base/, prompts.jsonl and config.py."""
     write_folder(folder / "base", tiny_torch())
     write_rows(
-        folder / "asked.jsonl",
+        folder / "prompts.jsonl",
         [{"prompt": f"what is {i}" + " plus one" * (i % 4) + "?", "answer": i} for i in range(20)],
     )
     (folder / "config.py").write_text(CONFIG)

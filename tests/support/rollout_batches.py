@@ -16,25 +16,25 @@ def random_groups(count=4, most=3, seed=0, longest=6):
     groups = []
     for _ in range(count):
         prompt = rng.integers(0, CONFIG.vocab, rng.integers(1, 5))
-        drawn = []
+        completions = []
         for _ in range(rng.integers(1, most + 1)):
             n = int(rng.integers(1, longest + 1))
             numbers = {name: rng.normal(0, 1, n) for name in ("advantages", "values", "returns")}
             numbers |= {name: rng.normal(-3.5, 0.4, n) for name in ("logps", "reference")}
             numbers |= {name: rng.uniform(0.5, 1.5, n) for name in ("policy_weights", "value_weights")}
-            drawn.append((rng.integers(0, CONFIG.vocab, n), numbers))
-        groups.append((prompt, drawn))
+            completions.append((rng.integers(0, CONFIG.vocab, n), numbers))
+        groups.append((prompt, completions))
     for name in ("policy_weights", "value_weights"):
-        total = sum(numbers[name].sum() for _, drawn in groups for _, numbers in drawn)
-        for _, drawn in groups:
-            for _, numbers in drawn:
+        total = sum(numbers[name].sum() for _, completions in groups for _, numbers in completions)
+        for _, completions in groups:
+            for _, numbers in completions:
                 numbers[name] /= total
     return groups
 
 
 def alone(groups):
     """Each completion as a group of its own."""
-    return [(prompt, [one]) for prompt, drawn in groups for one in drawn]
+    return [(prompt, [one]) for prompt, completions in groups for one in completions]
 
 
 def laid(rows, length=64, reads=54, places=9, branches=True):
@@ -46,8 +46,8 @@ def laid(rows, length=64, reads=54, places=9, branches=True):
     numbers = {name: np.zeros((len(rows), reads)) for name in PER_TOKEN}
     for r, groups in enumerate(rows):
         at = m = place = 0
-        for segment, (prompt, drawn) in enumerate(groups, 1):
-            assert branches or len(drawn) == 1
+        for segment, (prompt, completions) in enumerate(groups, 1):
+            assert branches or len(completions) == 1
             start, at = at, at + len(prompt)
             ids[r, start:at], segments[r, start:at], positions[r, start:at] = (
                 prompt,
@@ -55,7 +55,7 @@ def laid(rows, length=64, reads=54, places=9, branches=True):
                 np.arange(len(prompt)),
             )
             last = at - 1
-            for number, (tokens, each) in enumerate(drawn, 1):
+            for number, (tokens, each) in enumerate(completions, 1):
                 n = len(tokens)
                 here, reads_here = slice(at, at + n), slice(m, m + n)
                 ids[r, here], segments[r, here], branch[r, here] = tokens, segment, number

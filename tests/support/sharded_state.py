@@ -32,7 +32,7 @@ def values(seed: int) -> dict[str, Any]:
 
 
 def places(*shape: int) -> Any:
-    """Where the leaves lie on a mesh of all devices, in as many axes as `shape` has."""
+    """Shardings of the leaves on a mesh of all devices, in as many axes as `shape` has."""
     sizes = shape if len(shape) == 3 else (*shape, 1)
     mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("x", "y", "z"))
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=lambda x: isinstance(x, P))

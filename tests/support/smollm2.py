@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as transformers reads it from the GGUF file, expanded to float32 once and kept."""
+"""SmolLM2-135M-Instruct as transformers reads it from the GGUF file, expanded to float32 once and cached."""
 
 import os
 from pathlib import Path

@@ -55,8 +55,8 @@ def seen(batch):
     """{pair: (weight, columns, ((prompt ids, targets, reference) or None of each kind))}, found by following
     attention alone.
 
-    A token sees what stands before it in its segment and is shared or of its branch; the target at a read
-    position must be the next token of its sequence, at the next position.
+    A token attends to the earlier tokens of its segment that are shared or of its branch. The target at a
+    read position must be the next token of its sequence, at the next position.
     """
     batch, found = flat(batch), {}
     for r in range(len(batch.ids)):
@@ -83,13 +83,13 @@ def answer_of(batch, r, branches, answer):
     segment = batch.segments[r, read[0]]
     last = (
         read[-1] + 1 if len(read) > 1 else None
-    )  # where the last target stands; of a lone one it is not told
+    )  # position of the last target; unknown if it is the only one
     mine = {int(branches[i]) for i in read} | ({int(branches[last])} if last else set())
     assert segment > 0 and len(mine - {0}) <= 1
     inside = np.flatnonzero((batch.segments[r] == segment) & np.isin(branches, [0, *mine]))
     before = inside[inside <= read[0]]
     assert batch.positions[r, before].tolist() == list(range(len(before)))
-    end = int(batch.last[r].ravel()[answer])  # where the last target stands
+    end = int(batch.last[r].ravel()[answer])  # position of the last target
     assert batch.ids[r, end] == targets[-1] and batch.segments[r, end] == segment and (end > read).all()
     assert batch.positions[r, end] == batch.positions[r, read[-1]] + 1 and branches[end] in (
         mine or {branches[end]}
@@ -106,8 +106,8 @@ def epoch(s, number=0):
 
 
 def trl(row, tokenizer, kinds=("chosen", "rejected")):
-    """(prompt ids, answer ids ...) as TRL 1.16 cuts a conversational row (dpo_trainer.py, tokenize_fn),
-    written down anew.
+    """(prompt ids, answer ids ...) as TRL 1.16 splits a conversational row (dpo_trainer.py, tokenize_fn),
+    written independently.
     """
 
     def ids(messages, **options):

@@ -22,7 +22,7 @@ import jaxft.train.loop  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
-CONFIG = '''"""A tiny Llama in a folder beside this file."""
+CONFIG = '''"""A tiny Llama in a folder next to this file."""
 
 import jax.numpy as jnp
 
@@ -81,11 +81,11 @@ def write_place(folder):
 LOOP = """
 from jaxft.runs import interrupt
 begin_loop = interrupt.Interrupt.__enter__
-def told(self):
+def enter(self):
     found = begin_loop(self)
     print("the loop begins", flush=True)
     return found
-interrupt.Interrupt.__enter__ = told
+interrupt.Interrupt.__enter__ = enter
 """
 
 

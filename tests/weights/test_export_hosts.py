@@ -6,7 +6,7 @@ import subprocess
 import export_place
 import jax
 import pytest
-from processes import start, told
+from processes import printed_values, start
 
 RUN = """
 from pathlib import Path
@@ -19,9 +19,9 @@ with jax.set_mesh(mesh):
     if full.is_dir():
         try:
             export_place.export(full, mesh, "model", base)
-            tell("no error")
+            print_value("no error")
         except OSError as error:
-            tell([error.errno])
+            print_value([error.errno])
 """
 
 
@@ -40,7 +40,9 @@ def test_two_processes_write_what_one_writes_and_a_full_disk_ends_both(tmp_path)
         ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", full], capture_output=True
     ).returncode
     try:
-        texts = told(start(RUN, 2, 4, tmp_path / "two", full if mounted else tmp_path / "none", base))
+        texts = printed_values(
+            start(RUN, 2, 4, tmp_path / "two", full if mounted else tmp_path / "none", base)
+        )
     finally:
         if mounted:
             subprocess.run(["umount", "-l", full], check=True)

@@ -93,7 +93,7 @@ CASES += [
 ]  # expanded again
 
 
-# With several processes; "mixed" gives each of them parts of a leaf that are not beside one another.
+# With several processes; "mixed" gives each of them parts of a leaf that are not adjacent.
 TOGETHER = [
     ("plain", form, ["1x8", "mixed"]) for form in ("bits", "int8", "nf4", "tables in int8", "tables too")
 ]

@@ -39,8 +39,8 @@ def linear_layers(base):
     ]
 
 
-def kept(ref, dtype=jnp.float32):
-    """(model, Trained, base) of a checkpoint held as its files hold it."""
+def stored(ref, dtype=jnp.float32):
+    """(model, Trained, base) of a checkpoint, stored as its files store it."""
     model = pretrained.model_for(str(ref), dtype=dtype)
     t = partition.partition_params(model, Adapter(rank=2), None, Quant("checkpoint"), str(ref))
     return model, t, pretrained.load_base(str(ref), t.stored, one_device())
@@ -59,7 +59,7 @@ def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind,
     folder, target = by_bitsandbytes(tmp_path, kind, double)
     tensors = pretrained.open_files(str(folder))
     assert set(tensors.quantised) == set(target)
-    model, t, base = kept(folder, jnp.bfloat16)
+    model, t, base = stored(folder, jnp.bfloat16)
     for path, leaf in linear_layers(base):
         assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
         name = model.weight_names[path][0]
@@ -79,7 +79,7 @@ def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind,
 
 def test_blocks_that_run_across_rows_are_dequantised_to_the_same_values(tmp_path):
     folder, target = by_bitsandbytes(tmp_path, "nf4", True, hidden_size=96, intermediate_size=128)
-    model, t, base = kept(folder, jnp.bfloat16)
+    model, t, base = stored(folder, jnp.bfloat16)
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
     assert base["layers"]["attn"]["q"].kind == "bits"
     same(dequantize(base["layers"]["attn"]["q"])[1].T, target["model.layers.1.self_attn.q_proj.weight"])
@@ -98,7 +98,7 @@ def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
         if name.endswith("nested_quant_map"):
             state[name] = torch.linspace(-1, 1, 256)
     save_file(state, folder / "model.safetensors")
-    model, t, base = kept(folder)
+    model, t, base = stored(folder)
     tensors, name = pretrained.open_files(str(folder)), "model.layers.0.mlp.up_proj.weight"
     absmax = state[f"{name}.absmax"].numpy()
     offset = json.loads(state[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes())["nested_offset"]
@@ -149,7 +149,7 @@ GROUPED = {
 @pytest.mark.parametrize("case", GROUPED)
 def test_gptq_and_awq_weights_have_the_values_of_their_definition(tmp_path, case):
     folder, reference = write_grouped(tmp_path, **GROUPED[case])
-    model, t, base = kept(folder)
+    model, t, base = stored(folder)
     assert base["layers"]["mlp"]["down"].kind == ("int4" if "symmetric" in case else "affine4")
     tensors = pretrained.open_files(str(folder))
     for name in tensors.quantised:
@@ -162,7 +162,7 @@ def test_gptq_and_awq_weights_have_the_values_of_their_definition(tmp_path, case
 
 def test_a_group_index_works_in_matmuls_tables_and_on_meshes(tmp_path):
     folder, reference = write_grouped(tmp_path, "gptq", ordered=True)
-    model, t, base = kept(folder)
+    model, t, base = stored(folder)
     q = jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])
     x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
     ids = jnp.array([3, 60, 3])
@@ -206,11 +206,11 @@ REFUSED = {
         r"scales has shape \(1, 32\), expected \(2, 32\)",
     ),
     "a bias": (dict(change=(".bias", torch.ones_like)), "k_proj has a bias, but jaxft's Llama has none"),
-    "order untold": (
+    "order undeclared": (
         dict(change=(".g_idx", lambda x: x.flip(0))),
         "g_idx is not in order, which requires desc_act=true",
     ),
-    "zeros untold": (
+    "zeros undeclared": (
         dict(change=(".qzeros", lambda x: x + 1), sym=True),
         "qzeros are not all 8, which requires sym=false",
     ),
@@ -225,7 +225,7 @@ REFUSED = {
 def test_an_inconsistent_checkpoint_is_one_line(tmp_path, case):
     settings, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
-        kept(bad(tmp_path, **settings))
+        stored(bad(tmp_path, **settings))
 
 
 def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
@@ -241,7 +241,7 @@ def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
         ValueError,
         match="plain: no quantised weights that quant=checkpoint could store unchanged; use another quant",
     ):
-        kept(plain)
+        stored(plain)
     folder, _ = by_bitsandbytes(tmp_path, "nf4", True)
     state = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
@@ -261,7 +261,7 @@ def test_other_methods_and_invalid_quant_states_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
 def test_gguf_blocks_stay_quantised_and_have_the_gguf_packages_values(tmp_path, kind):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(tie_word_embeddings=False), kind)
-    model, t, base = kept(path)
+    model, t, base = stored(path)
     plain = load_on_host(str(path), model, lambda path, x: jnp.asarray(x))
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
     for (_, leaf), (_, target) in zip(linear_layers(base), linear_layers(plain), strict=True):
@@ -313,7 +313,7 @@ def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
     )
     quant = Quant(kind, 32 if "--block" in more else None, False if more == ["--no-double"] else None)
     model = pretrained.model_for(str(source))
-    found = kept(out, jnp.bfloat16)[2]
+    found = stored(out, jnp.bfloat16)[2]
     target = pretrained.load_frozen(str(source), model, one_device(), quant)
     for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(target), strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
@@ -330,7 +330,7 @@ def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, cap
     code, _, err = call(monkeypatch, capsys, "quantize", "--model", source, "--out", out)
     assert code == 0, err
     theirs = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.bfloat16, device_map="cpu")
-    model, _, base = kept(out, jnp.bfloat16)
+    model, _, base = stored(out, jnp.bfloat16)
     for i in range(3):
         w = theirs.model.layers[i].mlp.down_proj.weight
         same(

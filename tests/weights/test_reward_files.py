@@ -127,15 +127,17 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
     )
     assert fresh["score"].std() > 0.01
     folder = saved(t, whole, base, tmp_path)
-    beside = {
+    other_heads = {
         "critic": HeadSettings(settings, str(folder)),
         "judge": HeadSettings(settings, str(folder), trained=False),
     }
     policy = partition.partition_params(
-        heads.with_heads(language, beside), None, partition.trainable_patterns(language, None, None, beside)
+        heads.with_heads(language, other_heads),
+        None,
+        partition.trainable_patterns(language, None, None, other_heads),
     )
-    found = init.init_all_but_base(policy.model, one_device(), 0, HeadSettings(), str(base), beside)
-    for name in beside:
+    found = init.init_all_but_base(policy.model, one_device(), 0, HeadSettings(), str(base), other_heads)
+    for name in other_heads:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="a reward model's adapter, but this run has no scalar head"):
         init.init_all_but_base(

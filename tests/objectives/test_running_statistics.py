@@ -1,4 +1,4 @@
-"""What the preference objective keeps from step to step, and held-out pairs judged in any batches."""
+"""State that the preference objective carries from step to step; evaluation in batches of any size."""
 
 from dataclasses import replace
 
