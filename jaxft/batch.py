@@ -96,7 +96,9 @@ class Rollout:
 
 @struct
 class TrainState:
-    """Everything a run needs to resume. `bad` counts non-finite steps: [in total, in a row up to now]."""
+    """Everything a run needs to resume. `bad` counts non-finite steps: [in total, consecutive ones up to this
+    step].
+    """
 
     step: Int[Any, ""]
     trainable: Params

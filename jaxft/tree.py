@@ -68,7 +68,8 @@ def regex(pattern: str, name: str) -> re.Pattern[str]:
 
 
 def mask_by_path(tree: Any, pattern: str) -> Any:
-    """Return True for each leaf whose path, or that of a node above it, matches the whole regular expression.
+    """Return True for each leaf whose path, or that of one of its parent nodes, matches the whole regular
+    expression.
 
     Raises ValueError if nothing matches, with the nearest paths: a mask is never silently empty.
     """

@@ -1,1 +1,1 @@
-"""From rows of text to batches of tokens: files, formats, chat templates, loss masks, packing and sources."""
+"""Data: files, row formats, chat templates, loss masks, packing and sources of batches."""

@@ -31,8 +31,8 @@ def row_cache_folder(cache: Path | None = None) -> Path:
 
 
 def content_key(rows: Sequence[Row], tokenizer: Any, version: Any, settings: tuple) -> str:
-    """Hash all that decides the tokens: rows, tokenizer, chat template, settings and the version of the
-    tokenising code.
+    """Hash everything that the tokens depend on: rows, tokenizer, chat template, settings and the version of
+    the tokenising code.
     """
     digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -77,9 +77,8 @@ def load_arrays(path: Path, dtypes: Mapping[str, Any]) -> Arrays | None:
 
 
 def save_arrays(path: Path, arrays: Arrays) -> str | None:
-    """Write to a temporary file and rename it, so that no reader sees half a file.
-
-    Return the reason of a failure.
+    """Write to a temporary file and rename it, so that no reader sees a partial file. Return the reason of a
+    failure.
     """
     temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")  # hosts may share the folder
     try:

@@ -1,7 +1,7 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
 
-First-fit decreasing within windows of WINDOW examples. The seed alone decides which window an example falls
-in. From epoch to epoch examples change places only with examples of the same length and the same number of
+First-fit decreasing within windows of WINDOW examples. Which window an example is in depends on the seed
+alone. From epoch to epoch examples are exchanged only with examples of the same length and the same number of
 read positions, so every epoch has the same number of rows and the same largest row, and one compiled program
 serves all of them.
 """
@@ -16,7 +16,7 @@ WINDOW = 2**16
 
 @dataclass(frozen=True)
 class RowShape:
-    """What one row holds at most: tokens, read positions, and slots for pairs."""
+    """The capacity of a row: tokens, read positions, and slots for pairs."""
 
     length: int
     reads: int
@@ -64,11 +64,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the row of each example if each in turn goes into the first row with enough room; lengths must
-    not increase.
-
-    Examples of one length are placed together: a row receives room // length of them before the next row gets
-    any.
+    """Return the row of each example if each in turn goes into the first row with enough free tokens; lengths
+    must not increase. Examples of one length are placed together: a row receives free // length of them
+    before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(

@@ -26,8 +26,8 @@ RESPONSE_COLUMNS = ("response", "output", "completion", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class Prompts(DataSettings):
-    """Prompts of a run that trains on its own completions, how they are sampled, and how they become
-    optimizer steps.
+    """Prompts of a run that trains on its own completions, with the settings of sampling and of the optimizer
+    steps.
 
     format: "chat" uses a string as the user's turn, "plain" as text to continue. max_prompt, max_new: tokens
     of a prompt and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts
@@ -141,7 +141,7 @@ class TokenisedPrompts:
         return len(self.ids)
 
     def select(self, chosen: Sequence[int] | Int[np.ndarray, " n"]) -> "TokenisedPrompts":
-        """Return the prompts with these numbers."""
+        """Return the prompts with these indices."""
         numbers = [int(i) for i in chosen]
         return TokenisedPrompts(
             ids=tuple(self.ids[i] for i in numbers),
@@ -288,7 +288,7 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
 
 
 def prompts_fingerprint(data: Prompts, train: TokenisedPrompts, held: TokenisedPrompts) -> str:
-    """Hash the prompts and all settings that decide their order and how they are sampled."""
+    """Hash the prompts and all settings that their order and the sampling depend on."""
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class DataSettings:
 
     @property
     def units_per_step(self) -> int:
-        """Rows, pairs or prompts (see `unit`) that one optimizer step learns from."""
+        """Rows, pairs or prompts (see `unit`) of one optimizer step."""
         return self.batch
 
     @property

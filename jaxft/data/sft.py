@@ -30,11 +30,11 @@ class Rows(DataSettings):
     run.
 
     format: "auto" or a name of formats.FORMATS. loss_on: "completion" (the last response), "assistant" (every
-    assistant turn) or "all"; text rows are learned whole. max_length: tokens of a row. too_long: "truncate"
-    keeps the start, "drop" leaves the example out, "error" stops. packing: several examples share a row of
-    max_length tokens and do not attend to one another. weighting: "token" gives every learned token of the
-    optimizer batch the same weight, "sequence" every example. Other fields: see DataSettings; batch counts
-    packed rows, or examples without packing.
+    assistant turn) or "all"; every token of a text row is a target. max_length: tokens of a row. too_long:
+    "truncate" keeps the start, "drop" leaves the example out, "error" stops. packing: several examples share
+    a row of max_length tokens and do not attend to one another. weighting: "token" gives every target token
+    of the optimizer batch the same weight, "sequence" every example. Other fields: see DataSettings; batch
+    counts packed rows, or examples without packing.
     """
 
     format: str = "auto"
@@ -53,7 +53,7 @@ class Rows(DataSettings):
 
     @property
     def token_settings(self) -> TokenSettings:
-        """The settings that decide the tokens of a row."""
+        """The settings that the tokens of a row depend on."""
         return TokenSettings(
             self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.date
         )
@@ -208,7 +208,7 @@ def _read_length(examples: TokenisedRows, plans: tuple[RowPlan, ...], size: int)
 
 
 def _weights(examples: TokenisedRows, members: np.ndarray, weighting: str) -> np.ndarray:
-    """Return the weight of one learned token of each example."""
+    """Return the weight of one target token of each example."""
     reads = examples.reads[members]
     if weighting == "token":
         return np.full(len(members), 1 / reads.sum())

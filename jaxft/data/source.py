@@ -39,12 +39,13 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What a source says about itself before the first batch.
+    """Facts about a source that are known before its first batch.
 
-    steps: optimizer steps of all epochs. fingerprint: a hash of all that decides the batches. preview: the
-    first training row as text. steps_per_rollout: optimizer steps between two points where the run may be
-    saved. samples: whether batches are sampled from the model, which takes as long as an evaluation.
-    dependencies: fingerprints of other models that the batches depend on, by their name in the run's record.
+    steps: optimizer steps of all epochs. fingerprint: a hash of everything that the batches depend on.
+    preview: the first training row as text. steps_per_rollout: optimizer steps between two points where the
+    run may be saved. samples: whether batches are sampled from the model, which takes as long as an
+    evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
+    run's record.
     """
 
     steps: int
@@ -83,7 +84,7 @@ class Source(Protocol[Run]):
         """
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Return the batch of an optimizer step and metrics of how it was made: a function of step and state
+        """Return the batch of an optimizer step and metrics of its generation: a function of step and state
         alone.
         """
 
@@ -126,7 +127,7 @@ class Dataset(Protocol):
 
     @property
     def units_per_step(self) -> int:
-        """Rows, pairs or prompts that one optimizer step learns from."""
+        """Rows, pairs or prompts of one optimizer step."""
 
     @property
     def micro(self) -> int:
@@ -157,7 +158,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class FixedSource(Generic[SomeBatch]):
-    """The members of Source that are the same for all rows that are known before the run."""
+    """Members of Source that all sources with a fixed set of rows share."""
 
     info: SourceInfo
     shapes: tuple[SomeBatch, ...]

@@ -20,7 +20,7 @@ VERSION = 2  # increase it when the same rows become other tokens
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The settings that decide the tokens and the loss mask of a row, and with them the key of the cache."""
+    """The settings that the tokens and the loss mask of a row depend on; they are part of the cache key."""
 
     columns: tuple[str, ...]
     format: str
@@ -63,7 +63,7 @@ class TokenisedRows:
 
     @cached_property
     def reads(self) -> Int[np.ndarray, " examples"]:
-        """Learned tokens of each example."""
+        """Target tokens of each example."""
         return np.diff(np.concatenate([[0], np.cumsum(self.learned)])[self.offsets])
 
     def concatenate(self, other: Self) -> Self:

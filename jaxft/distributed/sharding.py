@@ -246,7 +246,7 @@ def is_multi_device() -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Shard an activation by its logical axes; None leaves a dimension as it is."""
+    """Shard an activation by its logical axes; None leaves the sharding of a dimension to XLA."""
     mesh = _ambient()
     if mesh is None:
         return x

@@ -64,8 +64,8 @@ class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 
     It uses no device, so any thread may call it. topic: the same on all processes and never used before. A
-    process that cannot write its text reports the errno in the name of an empty file. Raises TimeoutError (an
-    OSError) if a process does not arrive within `limit` seconds.
+    process that cannot write its text writes an empty file with the errno in its name. Raises TimeoutError
+    (an OSError) if a process does not arrive within `limit` seconds.
     """
 
     def __init__(self, folder: Path, topic: str, limit: float):

@@ -31,8 +31,8 @@ class HeadSettings:
 
     adapter: its own LoRA settings, None for a head without an adapter. start: a PEFT folder, or a run's, that
     adapter and head are loaded from; None initialises both. trained: False freezes both. weights: a
-    checkpoint for a base of its own, which is trained in full; then it has no adapter, and its head is loaded
-    from there too if the checkpoint has one.
+    checkpoint for a separate base, which is trained in full; then it has no adapter, and its head is loaded
+    from the checkpoint if that has one.
     """
 
     adapter: Adapter | None = None
@@ -129,7 +129,9 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
 
 
 def view(params: Params, name: str) -> Params:
-    """Return the parameters of one of the further models: its own, and the shared base unless it has one."""
+    """Return the parameters of one of the further models: its own, plus the shared base unless it has its own
+    base.
+    """
     return {"base": params["base"], **params[name]}
 
 

@@ -1,7 +1,7 @@
-"""The type of a model: what every file in models/ builds, and all that the rest of jaxft knows of one.
+"""The Model type: every file in models/ builds one, and the rest of jaxft uses nothing else.
 
-No code outside models/ and weights/ names an architecture. A variation of a model (an adapter, a scalar head,
-a temperature) is `dataclasses.replace` of the fields that differ.
+No code outside models/ and weights/ names an architecture. A variant of a model (with an adapter, a scalar
+head or a temperature) is made by `dataclasses.replace`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Attention over packed rows: one definition, several kernels, and the choice between them.
+"""Attention over packed rows: a reference implementation, several kernels, and the choice between them.
 
 Key s is visible to query t iff both are in the same segment, s is not after t in storage, and the branch of s
 is 0 (a shared prompt) or that of t. Segment 0 is padding: its queries have no visible keys and return zeros
@@ -29,8 +29,8 @@ def dense(
     segments_BT: Int[Array, "B T"],
     branches_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
-    """The definition: softmax(q k^T / sqrt(E)) v over visible keys in float32 or wider, with all scores in
-    memory.
+    """Reference implementation: softmax(q k^T / sqrt(E)) v over visible keys in float32 or wider, with all
+    scores in memory.
     """
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]

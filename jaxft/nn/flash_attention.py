@@ -38,7 +38,9 @@ def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
 
 @struct
 class Visibility:
-    """What decides with storage order which keys are visible: segments, and branches or None, both [B, T]."""
+    """Together with storage order these determine which keys are visible: segments, and branches or None,
+    both [B, T].
+    """
 
     segments: Any  # integers [..., T]
     branches: Any  # as segments, or None

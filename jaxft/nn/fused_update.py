@@ -1,4 +1,4 @@
-"""Update stacked layers inside the backward pass, so that only one layer's gradient exists at a time.
+"""Update stacked layers inside the backward pass, so that only one layer's gradient is in memory at a time.
 
 Fused updates as in LOMO (Lv et al. 2023, arXiv:2306.09782), for any optimizer that takes each layer alone.
 """

@@ -150,7 +150,7 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
 
 def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
-    """Return adapter `number` of a stack, cut to the rank of `like`."""
+    """Return adapter `number` of a stack, truncated to the rank of `like`."""
     return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
 
 

@@ -46,7 +46,7 @@ REMAT: dict[RematPolicy, Remat] = {
     "offload": Remat((), offload=True),  # the least device memory; inputs go to the host and come back
     "pairs": Remat((), layers=2),  # the input of every second layer; one layer more is recomputed at a time
     "full": Remat(()),  # a layer's input only
-    "attention": Remat(("attn_out", "attn_lse")),  # and what attention's backward pass needs besides q, k, v
+    "attention": Remat(("attn_out", "attn_lse")),  # and attention's residuals other than q, k, v
     # and the output of every matmul: no matmul runs twice
     "projections": Remat(("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")),
     "none": Remat(None),  # everything
@@ -187,8 +187,8 @@ def decode_layers(
     """Return the residual stream of one token a row after all layers; its keys and values go to `slot` of the
     cache.
 
-    The cache is carried through the scan and updated in place: through xs and ys it would be copied whole for
-    each token.
+    The cache is carried through the scan and updated in place: through xs and ys all of it would be copied
+    for each token.
     """
     visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1], dtype=slot.dtype) == slot)[None]
     zero = jnp.zeros_like(slot)  # of one integer type, whatever literals would have

@@ -47,7 +47,7 @@ ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
 # Fractions of labels that look flipped: from the first on a robust loss is suggested, from the second on they
 # are not believed.
 NOISY_LABELS, UNTRAINED = 0.1, 0.4
-IDLE_STEPS = 5  # consecutive logged steps without anything to learn
+IDLE_STEPS = 5  # consecutive logged steps without a training signal
 LOSSES = "jaxft.objectives.preference_losses"
 
 # Rollout metrics that the alarms read, computed in rl/.
@@ -240,10 +240,8 @@ def check_reward_faults(memory: Memory, n: Numbers, last: bool) -> Alarms:
 
 
 def check_idle_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
-    """Report consecutive steps that taught nothing.
-
-    Their rollout has equal scores throughout or no completion that counts, or they have no gradient, as with
-    advantages within groups whose scores are all equal.
+    """Report consecutive steps without a training signal: all scores of the rollout are equal, no completion
+    is trained on, or the gradient is 0 because the scores within each group are equal.
     """
     if FRAC_LEARNED not in n:
         return Alarms(memory, [], [])
@@ -284,7 +282,7 @@ def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
 
 
 def preference_summary(first: Entry, last: Entry) -> list[str]:
-    """How a preference run went, in lines of text. first, last: each metric's first and newest value."""
+    """Summarise a preference run in lines of text. first, last: each metric's first and newest value."""
     lines = []
     accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
     if has_numbers(last, accuracy):
@@ -315,7 +313,7 @@ def has_numbers(entry: Mapping[str, Any], *names: str) -> bool:
 
 
 def length_note(last: Mapping[str, Any]) -> str:
-    """The accuracy of the better rule by length, as the end of a line; empty if it is unknown."""
+    """The accuracy of the better length rule, as the end of a line; empty if it is unknown."""
     guess = length_baseline(last)
     return f"; always preferring the {guess[1]} response gives {guess[0]:.2f}" if guess else ""
 
@@ -339,7 +337,7 @@ def _length_lines(last: Entry) -> list[str]:
 
 
 def _label_line(fraction: float, error: float) -> str:
-    """The estimate of flipped labels. A model that has learned nothing disagrees with half of the labels."""
+    """Format the estimate of flipped labels. An untrained model disagrees with half of the labels."""
     percent = f"{100 * fraction:.0f} %"
     if fraction >= UNTRAINED:
         return (

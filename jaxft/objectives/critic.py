@@ -70,7 +70,7 @@ def value_loss(
 
 
 def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollout) -> tuple[Array, Metrics]:
-    """The critic's weighted loss and its metrics. Raises ValueError if the batch lacks a field."""
+    """Return the critic's weighted loss and its metrics. Raises ValueError if the batch lacks a field."""
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError(
             "a critic needs values, returns and value_weights in the batch. Let the rollout compute them"

@@ -49,9 +49,9 @@ class LanguageModel(Protocol):
 class LogProbs:
     """Log-prob and related values of each target token, in float32 or wider.
 
-    logp has a gradient, entropy where token_logps was asked for it. lse (log-sum-exp of the logits), top1 (is
-    the target the most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary) have
-    none.
+    logp has a gradient, and entropy if it is in token_logps' `graded`. lse (log-sum-exp of the logits), top1
+    (is the target the most likely token), log_sum_p2 (log sum_v p_v^2) and mean_logit (over the vocabulary)
+    have none.
     """
 
     logp: Float[Array, "B M"]

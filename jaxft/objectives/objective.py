@@ -1,9 +1,9 @@
-"""The Objective type: what a run optimises, as one immutable value of pure functions.
+"""The Objective type: a training objective as one immutable value of pure functions.
 
 An objective is a function `(model, ...) -> Objective` in a file of this folder. The train step, evaluation,
-rollouts and sweeps know nothing else of it. Every member has a neutral default but the two halves: `forward`
-runs the model over a batch, `loss` turns its outputs into a loss and metrics. An objective is linear in the
-batch's weights and takes no mean over the batch.
+rollouts and sweeps use nothing else. `forward` runs the model over a batch and `loss` turns its outputs into
+a loss and metrics; every other member has a neutral default. An objective is linear in the batch's weights
+and takes no mean over the batch.
 """
 
 from collections.abc import Callable
@@ -106,8 +106,8 @@ def same_batch(batch: Batch) -> Batch:
 class Objective(NamedTuple):
     """A training objective; calling it returns (loss, metrics) of a batch.
 
-    forward(params, batch, key, aux) -> outputs, everything that loss and metrics need of the forward passes;
-        key: of dropout, or None. loss(outputs, aux) -> (loss, metrics).
+    forward(params, batch, key, aux) -> outputs of the forward passes, from which loss and metrics are
+        computed; key: for dropout, or None. loss(outputs, aux) -> (loss, metrics).
     init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the
         base without its adapter, so that a reference needs no copy. update(aux, trainable, metrics) -> aux
         after an optimizer step.
@@ -115,7 +115,7 @@ class Objective(NamedTuple):
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
     text: the objective that evaluates general text, None for this one. one_pass(params, batch, key, aux) ->
-        (loss, metrics), a cheaper way to the same as loss(forward(...)), None for none.
+        (loss, metrics): the same result as loss(forward(...)) at less cost; None to compute it so.
     """
 
     forward: Callable[[Params, Batch, Array | None, Aux], Outputs]

@@ -1,5 +1,5 @@
-"""What a preference loss reads and declares: log-probs of the responses, and whether it couples pairs or
-reads a reference.
+"""The interface of preference losses: the log-probs that a loss reads (PairBatch) and the facts that it
+declares (PreferenceLoss).
 """
 
 import inspect
@@ -194,16 +194,14 @@ def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:
 
 
 def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
-    """The declared facts of a loss: of the PreferenceLoss inside of partials, or the defaults for a plain
-    function.
-    """
+    """Return the PreferenceLoss inside of any partials, or a plain function as one with the defaults."""
     while isinstance(loss, partial):
         loss = loss.func
     return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
 
 
 def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Any:
-    """Call a loss with the pairs and, if it couples them, its state. What it returns is not checked."""
+    """Call a loss with the pairs and, if it couples them, its state. The result is not checked."""
     return loss(pair, state=state) if declaration(loss).coupled else loss(pair)
 
 

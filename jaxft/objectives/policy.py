@@ -184,8 +184,8 @@ def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Float[Array,
 
 
 def policy_batch(outputs: Outputs) -> PolicyBatch:
-    """What a policy loss reads. A batch without `logps` was sampled by the current policy, and its ratio is
-    1.
+    """Arrange the outputs for a policy loss. A batch without `logps` was sampled by the current policy, and
+    its ratio is 1.
     """
     batch, dtype = outputs.batch, outputs.logp.dtype
     chex.assert_equal_shape([outputs.logp, batch.responses, batch.advantages, batch.policy_weights])
@@ -244,7 +244,7 @@ def _policy_terms(
 
 
 def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]:
-    """The loss's values. Raises ValueError that names the loss if it fails or returns another shape."""
+    """Return the loss's values. Raises ValueError with its name if it fails or returns another shape."""
     name = loss_name(loss)
     try:
         values = loss(batch)
@@ -290,7 +290,7 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
 
 
 def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
-    """aux at step 0: a copy of the policy's own leaves unless the base serves as the reference, and the
+    """Return aux at step 0: a copy of the policy's own leaves unless the base is the reference, and the KL
     coefficient.
     """
     aux: dict[str, Any] = {}
@@ -306,7 +306,9 @@ def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
 
 
 def _update_coef(penalty: Penalty | None, aux: Aux, metrics: Metrics) -> Aux:
-    """An adaptive coefficient follows the KL of the step's completions, except while the policy is frozen."""
+    """Update an adaptive coefficient from the KL of the step's completions, except while the policy is
+    frozen.
+    """
     if not isinstance(penalty, AdaptiveKL | KLInReward):
         return aux
     kl, updated = metrics[KL_PER_COMPLETION], metrics[POLICY_LOSS].weight != 0

@@ -70,7 +70,7 @@ ReferenceKind = Literal["none", "start", "moving", "precomputed"]
 
 @struct
 class Outputs:
-    """The forward passes of a batch: what a loss and the metrics need, without the tokens. Only `logp` has a
+    """Outputs of the forward passes over a batch, from which loss and metrics are computed. Only `logp` has a
     gradient.
     """
 
@@ -115,10 +115,10 @@ def preference(
     or your own.
 
     reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh
-        adapter; else aux keeps a copy of the trainable leaves. "precomputed" reads log-probs that were
+        adapter; otherwise aux stores a copy of the trainable leaves. "precomputed" reads log-probs that were
         computed once before the run; EMAReference follows the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
-    extra(pair): further metrics by name, each [B, P], logged as means over the pairs.
+    extra(pair): additional metrics by name, each [B, P], logged as means over the pairs.
     """
     check_knobs(loss)
     declared = declaration(loss)
@@ -191,14 +191,16 @@ def preference(
 
 
 def reference_params(params: Params, aux: Aux) -> Params:
-    """The reference's parameters: the copy in aux, or the base without the adapter."""
+    """Return the reference's parameters: the copy in aux, or the base without the adapter."""
     if "reference" in aux:
         return tree.combine(aux["reference"], fused_update.unfused(params))
     return {"base": params["base"]}
 
 
 def _reference_at_start(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """aux for the reference at step 0. at_base: it is the base without its adapter, so no copy is needed."""
+    """Return the aux of the reference at step 0. at_base: the policy is the base without its adapter, so no
+    copy is needed.
+    """
     aux: dict[str, Any] = {}
     if kind == "moving" or (kind == "start" and not at_base):
         aux["reference"] = jax.tree.map(jnp.copy, trainable)
@@ -208,14 +210,14 @@ def _reference_at_start(kind: ReferenceKind, trainable: Params, at_base: bool) -
 
 
 def _loss_state(declared: PreferenceLoss) -> Aux:
-    """aux for a loss with running statistics, at step 0."""
+    """Return the aux of a loss with running statistics at step 0."""
     if not declared.init:
         return {}
     return {"loss": {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}}
 
 
 def _without_padding(batch: Pairs, arrays: Any) -> Any:
-    """Arrays [B, M] with 0 where a read position belongs to no response."""
+    """Set arrays [B, M] to 0 at read positions that belong to no response."""
     real = batch.responses < batch.lengths.shape[1] * batch.lengths.shape[2]
     return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros((), x.dtype)), arrays)
 
@@ -257,7 +259,7 @@ def _at_reference(pair: PairBatch) -> PairBatch:
 
 
 def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
-    """The moving reference after a step, and its count of steps."""
+    """Return the moving reference after a step, and its step count."""
     steps = aux["steps"] + 1
     due = steps % ema.every == 0
 

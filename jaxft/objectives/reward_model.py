@@ -129,7 +129,7 @@ def _metrics(outputs: Outputs) -> Metrics:
 
 
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Alarms of a reward run: steps that were not finite, and a model that has learned at most length."""
+    """Alarms of a reward run: non-finite steps, and a model that is no better than preferring one length."""
     checks: dict[str, Check] = {
         "skipped": check_skipped_steps,
         "length": partial(check_more_than_length, ACCURACY),
@@ -138,7 +138,7 @@ def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def reward_summary(first: Entry, last: Entry) -> list[str]:
-    """How a reward run went, in lines of text. first, last: each metric's first and newest value."""
+    """Summarise a reward run in lines of text. first, last: each metric's first and newest value."""
     lines = []
     mean, low, high = (HELD_OUT + name for name in (MEAN_REWARD, MIN_REWARD, MAX_REWARD))
     correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION

@@ -41,7 +41,8 @@ def sft(model: LanguageModel) -> Objective:
         return value, _metrics(value, outputs)
 
     def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
-        # The weights are known beforehand, so the head's gradient is made while a chunk's logits are at hand.
+        # The weights are known beforehand, so the head's gradient is computed while a chunk's logits are in
+        # memory.
         reads = batch.read, batch.targets, batch.token_weights
         total, lp = weighted_read_logp(model, params, model.hidden(params, batch, key), reads)
         return -total, _metrics(-total, _outputs(lp, batch))

@@ -1,1 +1,1 @@
-"""Optimizers, their states and updates."""
+"""Optimizers, their state and updates."""

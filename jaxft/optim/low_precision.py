@@ -1,7 +1,7 @@
-"""Adam with its moments in few bits: blocks of 8-bit codes, or bfloat16 with stochastic rounding.
+"""AdamW with moments in 8-bit blocks, or in bfloat16 with stochastic rounding.
 
-`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` holds a quarter of float32 Adam's bytes,
-`adamw_bf16` half of them.
+`optim.optimizer=jaxft.optim.low_precision:adamw_8bit` needs a quarter of the memory of Adam's float32
+moments, `adamw_bf16` half of it.
 """
 
 import math
@@ -22,7 +22,7 @@ from jaxft.optim.update import stochastically_rounded
 from jaxft.tree import OptState, Params, struct
 
 BLOCK = 256  # values that share a scale
-AT_ONCE = 1 << 22  # values that are encoded at a time
+AT_ONCE = 1 << 22  # values that are encoded at once
 SMALL = 4096  # a layer's leaf with fewer values stays in float32, as in bitsandbytes
 
 POSITIVE = dynamic_code(signed=False)
@@ -34,7 +34,7 @@ class Codes:
     """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block`.
 
     The format is that of Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, so that
-    they lie on the mesh as it does; absmax: float32 [rows, blocks].
+    they are sharded as it is; absmax: float32 [rows, blocks].
     """
 
     codes: UInt8[Array, "..."]
@@ -42,9 +42,8 @@ class Codes:
 
 
 def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
-    """(rows, values a row) of an array whose blocks run within rows.
-
-    A row is the last axis, or all of a layer where that is short.
+    """Return (rows, values per row) of an array; no block crosses rows. A row is the last axis, or all of a
+    layer if the last axis is shorter than a block.
     """
     whole = math.prod(shape)
     lead = shape[0] if layers else 1
@@ -53,7 +52,9 @@ def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
 
 
 def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
-    """The nearest codes. layers: whether the first axis stacks layers, which then share no block."""
+    """Return the nearest codes. layers: whether the first axis stacks layers, which then share no block.
+    signed: whether values may be negative.
+    """
     rows, size = _rows(x.shape, layers)
     room = -size % BLOCK
     bounds = jnp.asarray(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS)
@@ -68,20 +69,22 @@ def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     parts = next((n for n in range(1, rows + 1) if rows % n == 0 and x.size // n <= AT_ONCE), 1)
     if parts == 1 or is_multi_device():
         codes, absmax = some(x.reshape(rows, size))
-    else:  # the search has several temporaries of its input's size
+    else:  # searchsorted has several temporaries of its input's size
         codes, absmax = jax.lax.map(some, x.reshape(parts, rows // parts, size))
     return Codes(codes.reshape(x.shape), absmax.reshape(rows, -1))
 
 
 def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
-    """`encode(jnp.zeros(shape), ...)`, which XLA would spend seconds on as it compiles, folding constants."""
+    """Return `encode_blocks(jnp.zeros(shape), ...)` without computing it: XLA would spend seconds on constant
+    folding.
+    """
     rows, size = _rows(shape, layers)
     code = np.searchsorted(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS, 0.0)
     return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
 
 
 def decode_blocks(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
-    """Undo encode."""
+    """Return the values of the codes."""
     rows, size = _rows(c.codes.shape, layers)
     each = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
     table = jnp.asarray(DYNAMIC if signed else POSITIVE)
@@ -100,7 +103,7 @@ class Adam(NamedTuple):
 def _adam(
     hyper: Adam, updates: Params, count: Array, moments: tuple[Params, Params]
 ) -> tuple[Any, Array, Any, Any]:
-    """(direction, count, mu, nu) of a step of Adam in float32."""
+    """Return (direction, count, mu, nu) of a step of Adam in float32."""
     b1, b2, eps = hyper
 
     def wide(x: Array) -> Array:
@@ -117,8 +120,8 @@ def _adam(
 def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
     """optax.scale_by_adam with moments stored as Codes between steps, except those of small leaves.
 
-    Each layer of a stacked leaf has blocks of its own. A step computes with exact moments; only what is
-    stored is rounded.
+    Each layer of a stacked leaf has separate blocks. A step computes in float32; only the stored moments are
+    rounded.
     """
     stacked = {path: "layers" in s.axes for path, s in spec_paths(specs).items()}
 
@@ -160,7 +163,7 @@ def scale_by_adam_bf16(hyper: Adam) -> optax.GradientTransformation:
     """optax.scale_by_adam with moments in bfloat16, rounded stochastically so that small changes persist.
 
     The random bits follow from the step, the leaf and its first value (the layers of a layerwise update have
-    the same step and leaf), so a resumed run draws the same ones.
+    the same step and leaf), so a resumed run has the same bits.
     """
 
     def rounded(moment: Params, count: Array, salt: int) -> Params:

@@ -1,4 +1,6 @@
-"""The Optimizer type, its settings and schedules, AdamW, Adafactor, transformations that know the axes."""
+"""The Optimizer type, its settings and schedules; AdamW, Adafactor, and transformations that read parameter
+axes.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -31,31 +33,29 @@ Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen
 
 
 def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """lr after a linear warm-up from 0."""
+    """Linear warm-up from 0 to lr, then constant; `end` is ignored."""
     return optax.join_schedules(
         [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
     )
 
 
 def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to lr, then a line to `end * lr` at the last step."""
+    """Linear warm-up from 0 to lr, then linear decay to `end * lr` at the last step."""
     down = optax.linear_schedule(lr, end * lr, max(1, steps - warmup))
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
 
 
 def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to lr, then half a cosine to `end * lr` at the last step."""
+    """Linear warm-up from 0 to lr, then cosine decay to `end * lr` at the last step."""
     down = optax.cosine_decay_schedule(lr, max(1, steps - warmup), alpha=end)
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
 
 
 class UpdateRule(NamedTuple):
-    """An optax transformation, and what it allows.
-
-    rowwise: updates of a row depend on no other row, so that the rows of a large matrix may be
-    updated in pieces. replicated: fields of its state that every device stores in full where their
-    shape isn't their parameter's (factored moments, scales); other state of that kind is an error on
-    a mesh, see state_sharding.
+    """An optax transformation with facts about its updates and state. rowwise: the update of a row depends on
+    no other row, so that a large matrix may be updated in blocks of rows. replicated: fields of its state
+    that every device stores in full if their shape differs from their parameter's (factored moments, scales);
+    other fields of another shape are an error on a mesh, see state_sharding.
     """
 
     transform: optax.GradientTransformation
@@ -66,10 +66,10 @@ class UpdateRule(NamedTuple):
 class Optimizer(NamedTuple):
     """Pure functions that turn gradients into new parameters.
 
-    init(params) -> opt_state. update(grads, opt_state, params, info) -> (params, opt_state), unchanged
-    if not `info.finite`. schedule(step) -> learning rate. name: for people. layerwise: stacked layers
-    are updated one after the other; fused_backward: inside the backward pass, through `parts`.
-    replicated: as of UpdateRule.
+    init(params) -> opt_state. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not
+    `info.finite`. schedule(step) -> learning rate. name: for messages and the model card. layerwise: stacked
+    layers are updated one after the other; fused_backward: inside the backward pass, through `parts`.
+    replicated: see UpdateRule.
     """
 
     init: Callable[[Params], OptState]
@@ -122,10 +122,10 @@ class Optim:
     with a rising learning rate. end: the schedule's last value as a fraction of lr. clip: largest global
     gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
     multiplied by the factor of the first pattern that matches it (LoRA+: `(("adapter/.*/b", 16.0),)`).
-    layerwise: update stacked layers one after the other, so that memory holds the updates of one; results
-    are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
-    backward pass, so that memory holds the gradient of one layer only. It needs one microbatch per step and
-    clip=none, since the global norm is known only afterwards; if a gradient is not finite, the layers above
+    layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
+    results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
+    backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
+    clip=none, since the global norm is known only at the end; if a gradient is not finite, the layers above
     it have been updated already.
     """
 
@@ -162,7 +162,7 @@ class Optim:
             )
         try:
             inspect.signature(self.optimizer).bind(self.schedule, None, self.weight_decay, **self.hyper)
-        except (TypeError, ValueError) as error:  # of bind, and of a partial that the function doesn't take
+        except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
             given = ", ".join(f"optim.{name}={value}" for name, value in self.hyper.items())
             raise ValueError(
                 f"optim.optimizer={name_of(self.optimizer)} can't be called as (schedule, specs, weight_decay"
@@ -239,7 +239,7 @@ def from_optax(
 
 
 def promoting(schedule: optax.Schedule) -> optax.Schedule:
-    """Let a schedule of optax mix dtypes whatever JAX's settings forbid elsewhere."""
+    """Evaluate an optax schedule with standard dtype promotion, even if JAX is set to strict promotion."""
 
     def learning_rate(step: Array) -> Array:
         with standard_promotion():
@@ -249,7 +249,7 @@ def promoting(schedule: optax.Schedule) -> optax.Schedule:
 
 
 def _one_layer(s: ParamSpec) -> ParamSpec:
-    """The spec of one layer of a stacked parameter."""
+    """Return the spec of one layer of a stacked parameter."""
     if "layers" not in s.axes:
         return s
     i = s.axes.index("layers")
@@ -257,7 +257,7 @@ def _one_layer(s: ParamSpec) -> ParamSpec:
 
 
 def decay_mask(specs: Any) -> Any:
-    """True for matrices: two axes in addition to the stacked layers. Norms and scalars are not decayed."""
+    """Return True for matrices (two axes, not counting stacked layers). Norms and scalars are not decayed."""
     return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
 
 
@@ -267,7 +267,7 @@ def with_decay(
     """Chain a direction, decoupled weight decay of matrices, and the negative learning rate."""
     decayed = tree.paths(decay_mask(specs))
 
-    def mask(params: Params) -> Any:  # of all leaves or of some
+    def mask(params: Params) -> Any:  # params may have None at some leaves
         return tree.map_with_path(lambda path, _: decayed[path], params)
 
     return optax.chain(
@@ -278,10 +278,8 @@ def with_decay(
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf as to a parameter of its own.
-
-    Other leaves are taken as they are. What looks at a whole parameter (factored moments, block RMS) would
-    otherwise mix the layers.
+    """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
+    unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
     """
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     any_layers = any(jax.tree.leaves(stacked))
@@ -290,7 +288,7 @@ def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> op
         return (None, None) if x is None else tree.partition(x, stacked)
 
     def init(params: Params) -> OptState:
-        if not jax.tree.leaves(params):  # one node in place of all parameters, see init_layerwise
+        if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
             return (transform.init(params) if any_layers else None, transform.init(params))
         layers, rest = split(params)
         return (jax.vmap(transform.init)(layers) if any_layers else None, transform.init(rest))
@@ -317,7 +315,9 @@ def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.G
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Scale updates down to a global norm of at most `limit`; `norm` is a norm that is known already."""
+    """Scale updates down to a global norm of at most `limit`. norm: the global norm if it is already
+    computed.
+    """
 
     def update(
         updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any

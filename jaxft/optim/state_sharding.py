@@ -14,7 +14,7 @@ from jaxft.tree import OptState, Params
 
 @dataclass(frozen=True)
 class _Array:
-    """An array of the state and its path: no pytree, so that tree_map_params passes it on as a leaf."""
+    """Path and shape of a state array; not a pytree, so that tree_map_params treats it as a leaf."""
 
     path: str
     shape: tuple[int, ...]
@@ -29,8 +29,8 @@ def state_shardings(
 
     State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
     device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one
-    per layer) is replicated. Raises ValueError for anything else: a copy of a large state on every device
-    would be a silent cost.
+    per layer) is replicated. Raises ValueError for anything else, because a full copy on every device would
+    silently cost memory.
     """
     everywhere = sharding.replicated(mesh)
     layers = {x.shape[:1] for x in jax.tree.leaves(params)}

@@ -1,6 +1,5 @@
-"""One update of parameters and optimizer state, whole or layer by layer.
-
-It is skipped when not finite, and bfloat16 parameters are rounded stochastically.
+"""Update parameters and optimizer state, all at once or layer by layer. A non-finite update is skipped, and
+bfloat16 parameters are rounded stochastically.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from jaxft.distributed import sharding
 from jaxft.nn.param import is_spec, spec_paths
 from jaxft.tree import Grads, OptState, Params
 
-LARGE = 1 << 26  # elements from which a matrix is updated in pieces of rows
-PIECE = 1 << 24  # elements of such a piece at most
+LARGE = 1 << 26  # a matrix with at least this many elements is updated in blocks of rows
+PIECE = 1 << 24  # maximum number of elements of such a block
 
 Updated = tuple[Params, OptState]
 
@@ -55,7 +54,9 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of stacked leaves, the others, and each large matrix."""
+    """Optimizer states of a layerwise optimizer: of the stacked leaves, of the other leaves, and of each
+    large matrix.
+    """
 
     layers: OptState
     rest: OptState
@@ -66,8 +67,8 @@ class LayerwiseState(NamedTuple):
 class LayerGroups:
     """Which trainable leaves a layerwise optimizer updates together.
 
-    stacked: mask of the leaves with a layers axis. large: paths of matrices without layers that are updated
-    in pieces of rows.
+    stacked: mask of the leaves with a layers axis. large: paths of matrices without a layers axis that are
+    updated in blocks of rows.
     """
 
     stacked: Any
@@ -82,7 +83,7 @@ def to_float32(x: Any) -> Any:
 def stochastically_rounded(x: Float[Array, "..."], key: Key[Array, ""]) -> Float[Array, "..."]:
     """Round float32 to one of its two neighbours in bfloat16, the nearer more often: unbiased in expectation.
 
-    A random number is added to the 16 bits that are dropped. Non-finite values are kept.
+    Random bits are added to the 16 bits that are dropped. Non-finite values are unchanged.
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
@@ -110,7 +111,7 @@ def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -
 
 @contextlib.contextmanager
 def standard_promotion() -> Iterator[None]:
-    """Allow optax's implicit dtype and rank promotions, whatever JAX's settings forbid elsewhere."""
+    """Allow optax's implicit dtype and rank promotion, even if JAX is set to strict promotion."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -139,7 +140,9 @@ def guarded_update(
 
 
 def _after(x: Array, done: Array) -> Array:
-    """Return x such that XLA can't compute it before `done`; x itself on a mesh, where that moves `done`."""
+    """Make x depend on `done`, so that XLA computes it later. On a mesh return x itself, because `done` would
+    be communicated.
+    """
     if sharding.is_multi_device():
         return x
 
@@ -150,7 +153,9 @@ def _after(x: Array, done: Array) -> Array:
 
 
 def layer_groups(specs: Any, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated apart."""
+    """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
+    separately.
+    """
     stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     large = [
         path
@@ -163,7 +168,7 @@ def layer_groups(specs: Any, rowwise: bool) -> LayerGroups:
 def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
-    """Return the optimizer state of each group, that of the layers stacked."""
+    """Return the optimizer state of each group; that of stacked leaves is stacked too."""
     any_layers = any(jax.tree.leaves(groups.stacked))
     if not jax.tree.leaves(
         params
@@ -178,7 +183,7 @@ def init_layerwise(
 def update_layerwise(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after an update of the layers one by one and of the rest."""
+    """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
     layers, state = parts.split(params)[0], opt_state.layers
     if state is not None:
@@ -196,7 +201,7 @@ def update_rest(
     params: Params,
     info: StepInfo,
 ) -> Updated:
-    """Update the leaves without layers; the stacked ones and their state are None in the result."""
+    """Update the leaves without a layers axis; the stacked ones and their state are None in the result."""
     _, rest_grads, large_grads = _split(groups, grads)
     _, rest, large = _split(groups, params)
     update = partial(_update_piece, partial(guarded_update, transform), info)
@@ -211,7 +216,7 @@ def update_rest(
 
 
 def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups) -> LayerParts:
-    """Build the parts of a layerwise update from an optax transformation that sees one layer at a time."""
+    """Build a layerwise update from an optax transformation, which is applied to one layer at a time."""
 
     def split(x: Params) -> tuple[Params, Params]:
         return tree.partition(x, groups.stacked)
@@ -225,7 +230,7 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
 
 
 def no_layer_parts(update: Callable[[Grads, OptState, Params, StepInfo], Updated]) -> LayerParts:
-    """Build the parts of an update of all leaves at once: none is updated as a layer, all are of the rest."""
+    """Build the parts of an update of all leaves at once: no leaf counts as stacked."""
 
     def split(x: Params) -> tuple[Params, Params]:
         return jax.tree.map(lambda _: None, x), x
@@ -234,7 +239,7 @@ def no_layer_parts(update: Callable[[Grads, OptState, Params, StepInfo], Updated
 
 
 def _split(groups: LayerGroups, x: Any) -> tuple[Any, Any, list[Any]]:
-    """Return (stacked leaves, the rest, each large matrix alone) of a tree like the trainable parameters."""
+    """Split a tree like the trainable parameters into (stacked leaves, other leaves, [each large matrix])."""
     layers, others = tree.partition(x, groups.stacked)
 
     def only(name: str) -> Any:
@@ -247,13 +252,15 @@ def _split(groups: LayerGroups, x: Any) -> tuple[Any, Any, list[Any]]:
 def _update_piece(
     update: Callable, info: StepInfo, grads: Grads, before: Updated, key: Key[Array, ""] | None
 ) -> Updated:
-    """`update` with (parameters, optimizer state) as one value and a key of the piece's own."""
+    """Call `update` on a block of rows or layers, with (parameters, optimizer state) as one value and a
+    separate key.
+    """
     params, opt_state = before
     return update(grads, opt_state, params, info._replace(key=key))
 
 
 def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """`update(grads, before, key)` for each index of the leaves' first axis, written in place."""
+    """Apply `update(grads, before, key)` to each index of the leaves' first axis, in place."""
 
     def one(i: Array, now: Any) -> Any:
         at = partial(jax.tree.map, lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False))
@@ -264,7 +271,9 @@ def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Ar
 
 
 def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """`_piece_by_piece` over a large matrix's rows on one device; state without rows is the same for all."""
+    """Apply `_piece_by_piece` to blocks of rows of a large matrix; state without rows is the same for all
+    blocks. On a mesh update the matrix at once.
+    """
     matrix = jax.tree.leaves(grads)[0]
     rows = matrix.shape[0]
     pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and matrix.size // n <= PIECE)

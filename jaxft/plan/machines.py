@@ -1,4 +1,6 @@
-"""Machines to plan for without having them: data sheets of chips, and device topologies to compile for."""
+"""Machines that a plan can be made for without owning them: data sheets of chips, and device topologies to
+compile for.
+"""
 
 import math
 import os

@@ -170,7 +170,7 @@ def _shards(mesh: MeshShape) -> int:
 def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     """Estimate a choice without compiling: (excess memory, seconds of a step, bytes per device).
 
-    Excess memory is in quarters of the limit, rounded up; 0 if it fits. Activations are 16-bit numbers.
+    Excess memory is in quarters of the limit, rounded up; 0 if it fits. Activations are 16-bit floats.
     """
     chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None

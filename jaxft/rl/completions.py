@@ -71,7 +71,7 @@ class ScoredCompletions:
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """A rollout as batches are made of it: rows of all prompts, without weights.
+    """A rollout from which training batches are built: rows of all prompts, without weights.
 
     policy_mask: completions (or pairs) that the policy is trained on. scored: completions that have a score.
     """

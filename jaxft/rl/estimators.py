@@ -141,7 +141,7 @@ def actor_critic(
 
 
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
-    """A small rollout with distinct scores, on which an estimator can be tried before anything is sampled.
+    """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
     facts: of the objective, which say if there are a reference, values and a KL penalty in the rewards.
     """

@@ -1,4 +1,4 @@
-"""Lay completions out as rows: a prompt once and all of its completions, which do not attend to one another.
+"""Arrange completions in rows: a prompt once, then its completions, which do not attend to one another.
 
 On the host a rollout has per-token arrays [G N, S] of N completions of each of G prompts, 0 beyond the
 length; a program reads rows [G, M] of read positions. `to_rows` and `to_completions` convert between the two.
@@ -21,7 +21,7 @@ ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longe
 
 @dataclass(frozen=True)
 class RolloutShapes:
-    """Shapes of a rollout's rows: the smallest of a few that holds the completions is used.
+    """Shapes of a rollout's rows. A rollout uses the smallest of them that holds its completions.
 
     prompt_size: tokens that prompts are padded to for sampling. rows: the row shapes, smallest first.
     batches: of an optimizer step [micro, rows, ...], one for each row shape.
@@ -105,9 +105,8 @@ def to_completions(rows: Float[np.ndarray, "G M"], lengths: GroupLengths, size: 
 
 
 def to_microbatches(rows: Batch, like: Batch, padding: int) -> Batch:
-    """Reshape rows [n, ...] to [micro, rows, ...] and append the empty rows that `like` has more.
-
-    padding: the answer id that marks padding.
+    """Reshape rows [n, ...] to [micro, rows, ...] and append empty rows up to the shape of `like`. padding:
+    the completion id that marks padding.
     """
     micro, padded_rows = like.ids.shape[:2]
     grid = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), rows)

@@ -29,7 +29,8 @@ class OnlinePairs(Rollouts):
     """Data of a preference loss on the policy's own completions: prompts, and the rules by which completions
     are scored.
 
-    Of the rules, rewards, reward_weights, combine, shape and train_on_truncated apply; others are refused.
+    Of the rules, rewards, reward_weights, combine, shape and train_on_truncated apply; others raise
+    ValueError.
     """
 
     group: int = 2
@@ -103,7 +104,7 @@ class OnlinePairSource(RolloutSource):
         return (pair_shapes(self.data, self.pair_shape, self.shards),)
 
     def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundOnlinePairs":
-        """Compile what sampling and the rewards need and return the source that samples with this run."""
+        """Compile the sampler and the rewards for a run and return the source that uses them."""
         programs = self.programs(run, without_logps)
         return BoundOnlinePairs(
             source=self,

@@ -1,4 +1,4 @@
-"""The compiled run that a rollout source is bound to, and passes of its model over the rows of a rollout."""
+"""The run that a rollout source is bound to, and compiled passes of its model over the rows of a rollout."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ RolloutPass = Callable[[Completions, TrainState], Any]
 
 @dataclass(frozen=True)
 class BoundRun:
-    """What a rollout source needs of a compiled run.
+    """The parts of a run that a rollout source uses.
 
     state, frozen_shapes: shapes and shardings of TrainState and of the frozen parameters. frozen: their
     arrays. stop: tokens that end a completion. folder: of completions.jsonl. fused_backward: whether

@@ -158,8 +158,8 @@ def is_classifier(ref: str) -> bool:
 class HeadReward(Reward):
     """A frozen reward model on the run's base: the one of Run.heads with this name.
 
-    pad: a token at which rewards are not read but before it, as transformers' classifiers are not read at
-    padding.
+    pad: a token at which no reward is read, as transformers' classifiers do at padding; the reward is read
+    before it.
     """
 
     name: str = "reward"

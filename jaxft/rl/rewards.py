@@ -150,7 +150,9 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """The score that a value is; NaN and a fault if it is no real number, such as a text or an array."""
+    """Convert a reward's return value to a score; NaN and a fault if it is no real number, such as a string
+    or an array.
+    """
     score = math.nan
     if not isinstance(value, str | bytes | complex | np.complexfloating):
         try:

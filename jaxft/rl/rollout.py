@@ -31,12 +31,14 @@ from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, co
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
-EVALUATION = 2**31 - 1  # the rollout number that gives evaluation on held-out prompts its random key
+EVALUATION = 2**31 - 1  # rollout number from which the sampling keys of held-out prompts are derived
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Prompts):
-    """Data of a run with a policy objective: prompts, and the rules for their completions."""
+    """Data of a run with a policy objective: prompts, and the rules by which completions are scored and
+    trained on.
+    """
 
     rules: Rules
 
@@ -51,7 +53,7 @@ class Rollouts(Prompts):
 
 @dataclass(frozen=True)
 class RolloutSource:
-    """The tokenised prompts of a run; see data.source.Source. `bind` compiles what sampling needs."""
+    """The tokenised prompts of a run; see data.source.Source. `bind` compiles the sampler and the scorer."""
 
     data: Rollouts
     tokenizer: Any
@@ -77,7 +79,7 @@ class RolloutSource:
         return self.rollout_shapes.batches
 
     def bind(self, run: BoundRun, saved: dict[str, Any] | None) -> "BoundRollouts":
-        """Compile what rollouts need and return the source that samples with this run.
+        """Compile the sampler and the scorer for a run and return the source that uses them.
 
         saved: `state_dict` of the checkpoint to resume from. Raises ValueError for an objective or an
         optimizer that contradicts the settings.
@@ -96,7 +98,9 @@ class RolloutSource:
         )
 
     def programs(self, run: BoundRun, complete: Any) -> RolloutPrograms:
-        """Return what compiles passes over rows. complete(rows) adds the fields that a training batch has."""
+        """Return the row shapes of this source with a compiler of passes over them; see RolloutPrograms.
+        complete(rows) adds the fields of a training batch.
+        """
         sizes = self.rollout_shapes
         shapes = {row: complete(batch) for row, batch in zip(sizes.rows, sizes.batches, strict=True)}
         return RolloutPrograms(run, shapes, self.data.units_per_step, complete)
@@ -114,7 +118,7 @@ class RolloutSource:
         )
 
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
-        """Return which prompts a rollout uses."""
+        """Return the indices of the prompts that a rollout uses."""
         return prompts.prompts_of_rollout(self.data, len(self.train), number)
 
     def row_names(self, step: int) -> list[str]:
@@ -136,7 +140,7 @@ class RolloutSource:
 class BoundRollouts:
     """The rollouts of a compiled run; see data.source.Source.
 
-    shapes: those of training batches. moments: those of all scores so far, for Rules.scale. A batch is a
+    shapes: of training batches. moments: of all scores so far, for Rules.scale. A batch is a
     function of step, state and moments; the current rollout is cached until the next one begins.
     """
 
@@ -177,7 +181,7 @@ class BoundRollouts:
         return {"moments": self.moments.tolist()}
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Return the batch of a step and the metrics of its rollout, which is sampled at its first step."""
+        """Return the batch of a step and its rollout's metrics. A rollout is sampled at its first step."""
         number, part = divmod(step, self.data.steps_per_rollout)
         if self._current is None or self._current.number != number:
             if part:
@@ -226,7 +230,7 @@ class BoundRollouts:
         return self._training_rollout(number, scored, state)
 
     def _training_rollout(self, number: int, scored: ScoredCompletions, state: TrainState) -> TrainingRollout:
-        """Estimate advantages and lay the per-token values out as rows."""
+        """Estimate advantages and convert per-token values to rows."""
         rules, completions = self.data.rules, scored.completions
         rollout = self.scorer.rollout_scores(scored, state)
         if rules.scale is not None:

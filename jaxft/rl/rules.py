@@ -1,4 +1,6 @@
-"""Rules: how completions are scored, and which of them are trained on with which advantages and weights."""
+"""Rules of a rollout: how completions are scored, which of them are trained on, with which advantages and
+weights.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

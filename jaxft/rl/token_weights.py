@@ -53,10 +53,9 @@ def constant_length(
 
 
 def sequence_sum(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupScores:
-    """Return `1 / completions`: a completion weighs as much as it is long, as in RLOO and LUSPO
-    (arXiv:2602.05261).
-
-    The weights sum to the mean length of the completions in the mask; loss and gradients are as much larger.
+    """Return `1 / completions`: the weight of a completion is proportional to its length, as in RLOO and
+    LUSPO (arXiv:2602.05261). The weights sum to the mean length of the completions in the mask, by which loss
+    and gradients are larger.
     """
     mask = _with_tokens(lengths, mask)
     return mask / max(int(mask.sum()), 1)

@@ -1,4 +1,5 @@
-"""Verified checkpoints. Orbax writes and reads the arrays; a manifest says what they must be.
+"""Verified checkpoints. Orbax writes and reads the arrays; a manifest lists the expected shapes, dtypes and
+hashes.
 
 `<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path; `<folder>/<step>/manifest.json` has
 each leaf's shape, dtype and hashes of its shards as they were in memory, hashes of all files, library
@@ -8,10 +9,10 @@ renamed to `<step>`. A checkpoint that does not match its manifest later is rena
 Each of several processes writes, hashes and reads its own shards, in a folder that all of them see. They go
 from one stage of a save to the next together, and an error of one process is raised on all.
 
-Publishing and pruning are not left to orbax's CheckpointManager, because it breaks two promises. It publishes
-a step and deletes older ones before anybody has read it back, so a disk that garbles writes can cost the last
-good checkpoint. And where a write fails on one process, the others wait for it at the manager's barriers
-until these time out after 5 to 20 minutes.
+Publishing and pruning are not left to orbax's CheckpointManager, for two reasons. It publishes a step and
+deletes older ones before the step has been read back, so a disk that corrupts writes can destroy the last
+good checkpoint. And if a write fails on one process, the others wait at the manager's barriers until these
+time out after 5 to 20 minutes.
 """
 
 import asyncio
@@ -152,7 +153,7 @@ class Checkpoints:
             raise OSError(errno.ENOENT, text)
 
     def _start_writing(self, folder: Path, leaves: dict[str, Any]) -> Callable[[], None]:
-        """Hand the arrays to Orbax, which copies them. Return a function that waits until this process's are
+        """Pass the arrays to Orbax, which copies them. Return a function that waits until this process's are
         written.
         """
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}  # zarr has no empty arrays
@@ -227,7 +228,9 @@ class Checkpoints:
             self.report(f"an old checkpoint could not be removed: {error}")
 
     def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
-        """The error of a save in process 0's words; in this process's own where process 0 cannot be asked."""
+        """Return a save's error as process 0 reports it, or as this process does if process 0 does not
+        respond.
+        """
         try:
             if isinstance(error, TimeoutError):
                 raise error
@@ -321,8 +324,8 @@ class Checkpoints:
 
 
 def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
-    """The array as Orbax takes it: one that each process has for itself is the same on all, and process 0
-    writes it.
+    """Return the array as Orbax expects it. An array that every process has in full is the same on all, and
+    process 0 writes it.
     """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)

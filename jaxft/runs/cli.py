@@ -1,4 +1,4 @@
-"""What every script starts with: one line for a user's mistake, quiet libraries, the compilation cache."""
+"""Setup of every script: one-line user errors, quiet libraries, the compilation cache."""
 
 import os
 import sys

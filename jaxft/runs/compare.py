@@ -1,4 +1,4 @@
-"""Runs side by side: a table of where each one ended, and the curves of all of them in one picture."""
+"""Compare runs: a table of their final metrics, and the curves of all of them in one picture."""
 
 import io
 import math
@@ -113,9 +113,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Table:
-    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks the
-    number.
-    """
+    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it."""
 
     labels: tuple[str, ...]
     titles: tuple[str, ...]
@@ -161,7 +159,7 @@ class Table:
         return "\n".join([*head, *rows, "", *(f"- {note}" for note in self._notes())])
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
-        """The numbers in full, by label and title."""
+        """Return the unrounded values, by label and title."""
         pairs = zip(self.labels, self.rows, strict=True)
         return {label: dict(zip(self.titles, row, strict=True)) for label, row in pairs}
 

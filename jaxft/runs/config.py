@@ -3,8 +3,7 @@
 A config is a Python file with a function `config(knob=default, ...)` that returns a tree of frozen
 dataclasses, such as a `Run`. `knob=value` sets a parameter of that function, `section.field=value` a field of
 the value it returns. Knobs come first: `config` is called once, with them, and then the fields are replaced.
-A field therefore overrides whatever a knob put there; `Resolved` has both, and they are printed and recorded
-with the run.
+A field therefore overrides a knob; `Resolved` has both, and they are printed and recorded with the run.
 
 A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the
 knobs.
@@ -46,7 +45,7 @@ __all__ = [
     "resolve_config",
 ]
 
-# Old name of a setting -> its name today. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
+# Old name of a setting -> its new name. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
 # value of either (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of
 # such functions.
 RENAMED: dict[str, str] = {
@@ -100,7 +99,9 @@ class Resolved:
     fields: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """The record of the settings: the value as JSON, and under "command" how it was asked for."""
+        """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
+        were set.
+        """
         return {
             **describe(self.value),
             "command": {"knobs": describe(self.knobs), "fields": describe(self.fields)},
@@ -251,7 +252,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
 
 
 def _renamed_value(key: str, text: str) -> str | None:
-    """`key=value` as it is written today, for a value that was renamed."""
+    """Return `key=value` with the new name of a value that was renamed."""
     if f"{key}={text}" in RENAMED:
         return RENAMED[f"{key}={text}"]
     items = []
@@ -294,7 +295,7 @@ def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
 
 
 def _refuse_renamed(key: str, steps: Steps) -> None:
-    """Raise ValueError with today's name of a key that was renamed, as a whole or in one of its sections."""
+    """Raise ValueError with the new name of a key if it, or one of its sections, was renamed."""
     for end in range(len(steps), 0, -1):
         new = RENAMED.get(".".join(steps[:end]))
         if new:
@@ -381,7 +382,7 @@ def _comments(definition: Any) -> dict[str, str]:
 
 
 def _as_written(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """Format a value as on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(_as_written, value)) + "," * (len(value) == 1)
     if value is None or isinstance(value, bool):

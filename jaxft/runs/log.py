@@ -115,7 +115,7 @@ class Log:
             self._view.message(text)
 
     def close(self) -> None:
-        """Flush everything and give the terminal back. A second call does nothing."""
+        """Flush everything and restore the terminal. A second call does nothing."""
         with contextlib.ExitStack() as stack:
             while self._trackers:
                 stack.callback(self._trackers.pop(0).close)

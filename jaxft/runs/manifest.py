@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its leaves and files must be, and whether they are.
+"""The manifest of a checkpoint: expected shapes, dtypes and hashes of its leaves and files, and their checks.
 
 manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by
 the shard's index ("0:4,0:8"); each file's size and hash; and a hash of itself.
@@ -145,7 +145,7 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
 
 
 def check_files(folder: Path, files: dict[str, Any]) -> None:
-    """Raise Corrupt if a file is not what the manifest says."""
+    """Raise Corrupt if a file does not match the manifest."""
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():

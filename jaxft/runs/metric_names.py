@@ -1,5 +1,5 @@
-"""Names of metrics that the log, the tables and the pictures look up: each is spelled here or beside the
-objective that computes it.
+"""Names of metrics that logs, tables and plots look up: each is defined here or next to the objective that
+computes it.
 
 A held-out metric has the prefix HELD_OUT.
 """

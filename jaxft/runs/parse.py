@@ -107,7 +107,7 @@ def load_callable(text: str) -> Any:
 
 
 def describe_kind(kind: Any) -> str:
-    """What a value of an annotation looks like on the command line, for help and errors."""
+    """Describe how a value of an annotation is written on the command line, for help and errors."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     members = union_members(kind)
     if len(members) > 1:

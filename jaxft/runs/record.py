@@ -1,6 +1,4 @@
-"""The record of a run's settings: values as JSON that can be compared, and the differences between two
-records.
-"""
+"""Records of a run's settings: values as comparable JSON, and the differences between two records."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a run tells its user: start-up lines, result lines and the model card, each from plain values."""
+"""Texts for the user of a run: start-up lines, result lines and the model card."""
 
 import os
 import shlex
@@ -29,7 +29,7 @@ class Sample(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """What is measured before the first step and after the last one."""
+    """The evaluation before the first step or after the last one."""
 
     metrics: dict[str, float]
     samples: list[Sample]
@@ -52,7 +52,7 @@ class StepRows:
     """The rows of an optimizer step as the settings have them, and the row slots of its compiled program.
 
     unit: rows, pairs or prompts. batch, micro, minibatches: the settings of that name in `data`; a rollout's
-    batch is learned from in `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's
+    batch is divided into `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's
     rows into.
     """
 
@@ -64,7 +64,7 @@ class StepRows:
 
     @property
     def filled(self) -> int:
-        """Rows that a step learns from."""
+        """Rows of a step that have data."""
         return self.batch // self.minibatches
 
     @property
@@ -160,8 +160,8 @@ def _same_prompts(before: Evaluation, after: Evaluation) -> list[tuple[Sample, S
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that a run's README.md says. base: the base model as a reader knows it; hosted: its name on the
-    hub, None off it.
+    """The contents of a run's model card, README.md. base: the base model as a reader knows it; hosted: its
+    name on the hub, None off it.
 
     merged: the weights are a whole model, into which the adapter, if there was one, is merged. pad: the
     padding token id that a reward model is loaded with. completions: a section with sampled completions, or

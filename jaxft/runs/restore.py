@@ -1,4 +1,4 @@
-"""Read a checkpoint: compare the files with the manifest, and put the arrays onto the mesh.
+"""Read a checkpoint: compare the files with the manifest, and load the arrays onto the mesh.
 
 The work is divided over the processes, and none has more of a leaf in memory than its own shards or one slab.
 """
@@ -33,7 +33,7 @@ def verify(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
-    """Put a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it
+    """Write a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it
     does.
     """
     try:
@@ -52,8 +52,8 @@ def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) ->
 def _read_leaves(folder: Path, expected: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
     """Read this process's shards of all leaves.
 
-    A shard that was saved with the same index is compared with its hash as it arrives. Shards that were
-    sharded differently are read back for that, each by one of the processes.
+    A shard that was saved with the same index is compared with its hash once it is loaded. Other shards are
+    read back separately for this check, each by one process.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {name: leaf.sharding or here for name, leaf in expected.items()}

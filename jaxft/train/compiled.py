@@ -36,7 +36,9 @@ class Compiled:
         ]
 
     def evaluation(self, states: States) -> list[Evaluation]:
-        """All that is measured before the first step and after the last one."""
+        """Evaluate held-out rows, general text and sample completions, before the first and after the last
+        step.
+        """
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
         held_out = self.held_out_metrics(states)
         metrics = [{**own, **more} for own, more in zip(held_out, general, strict=True)]

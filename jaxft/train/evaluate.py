@@ -73,7 +73,8 @@ def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: i
 
 
 def selection_score(metrics: dict[str, float]) -> float | None:
-    """Return what the best checkpoint has least of: held-out loss or minus the held-out reward.
+    """Return the score that selects the best checkpoint, the lower the better: held-out loss, or minus
+    held-out reward.
 
     None without held-out rows.
     """

@@ -54,7 +54,7 @@ class Logs:
 
 
 def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
-    """Print what begins now, and let the watchdog wait for it."""
+    """Print the phase that begins, and start its time limit."""
     watchdog.at(line)
     logs.message(line)
 

@@ -1,4 +1,4 @@
-"""Training: `run` tells the whole story of a run, or of a sweep of several, from settings to results."""
+"""The train loop: `run` takes a run, or a sweep of several, from its settings to its results."""
 
 import time
 from contextlib import ExitStack, closing
@@ -35,14 +35,14 @@ from jaxft.train.sweep_programs import compile_sweep
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run, or a sweep, whose members are trained together. record: a run's settings as JSON.
-    Returns 0 if finished, 128 + n if stopped by signal n with everything saved. Raises ValueError,
-    FileNotFoundError or OSError with one line that says what to change.
+    settings: a run, or a sweep, whose members are trained together. record: the settings as JSON, stored in
+    config.json. Returns 0 if finished, 128 + n if stopped by signal n with everything saved. Raises
+    ValueError, FileNotFoundError or OSError with one line that says what to change.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
     with ExitStack() as stack:
-        # ---------- Settings, rows, shapes: a mistake ends the run here, on all processes alike ----------
+        # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
         with processes.agreement():
             processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
@@ -94,7 +94,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
                     logs.step(done, *meters.read())
                 stop = stop or stopping()
                 if done % job.rollout_steps and done < job.steps:
-                    continue  # a run is saved, evaluated and stopped between rollouts only
+                    continue  # save, evaluate and stop between rollouts only
                 scores = []
                 if due(loop.eval_every, done, job) and done < job.steps and job.info.stats.held_out:
                     watchdog.at(f"the evaluation after step {done}")
@@ -125,5 +125,5 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
 
 def due(every: int | None, done: int, job: Job) -> bool:
-    """Whether a multiple of `every` steps lies after the previous point that could be saved, up to `done`."""
+    """Whether a multiple of `every` was reached since the last step at which the run could be saved."""
     return every is not None and done // every > (done - job.rollout_steps) // every

@@ -62,7 +62,7 @@ class Job:
 
     @property
     def lead(self) -> Member:
-        """The member whose held-out rows, general text, tokenizer, mesh and cadences are used for all."""
+        """The member whose held-out rows, general text, tokenizer, mesh and intervals are used for all."""
         return self.members[0]
 
     @property

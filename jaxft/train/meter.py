@@ -30,8 +30,8 @@ class Meter:
     model trains on it.
 
     rates: the learning rate of each step. max_bad: non-finite steps in a row that end the run, None for any
-    number. counters: what `counters()` returned when the checkpoint was saved. index: the member's place in
-    metrics of a sweep, which have a leading members axis; None for a run alone.
+    number. counters: what `counters()` returned when the checkpoint was saved. index: the member's index in
+    the metrics of a sweep, which have a leading members axis; None for a run alone.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Meters:
         self._each = []
         for number, member in enumerate(job.members):
             rates = np.asarray(jax.jit(jax.vmap(member.programs.optimizer.schedule))(jnp.arange(job.steps)))
-            # a sweep's member that becomes non-finite stays as it is, and the others continue
+            # a member of a sweep that becomes non-finite is frozen, and the others continue
             max_bad, index = (member.run.loop.max_bad, None) if job.sweep is None else (None, number)
             own = None if counters is None else counters[number]
             self._each.append(Meter(member, rates, job.source_of(number), max_bad, own, index))

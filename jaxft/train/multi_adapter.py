@@ -1,8 +1,7 @@
 """Several adapters on one base in one program, each with its loss, learning rate, clipping and skipped steps.
 
-`lax.map` runs over blocks of `at_once` adapters, so that activations are those of one block however many
-adapters there are. Within a block the rows go through the model together. The reference policy runs once
-for all of them.
+`lax.map` runs over blocks of `at_once` adapters, so that activations are stored for one block at a time. The
+rows of a block go through the model together. The reference policy runs once for all of them.
 
 Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
 """
@@ -28,7 +27,7 @@ from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
 
 class SharedFrozen(NamedTuple):
-    """Frozen parameters: the base, and of each adapter what else is frozen (its scales)."""
+    """Frozen parameters: the shared base, and the other frozen leaves of each adapter (its scales)."""
 
     base: Params
     own: tuple[Params, ...]

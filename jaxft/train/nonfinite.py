@@ -9,8 +9,8 @@ the first step where one of them is not finite this writes `runs/<name>/nonfinit
                  [pass, micro, 1 + layer, row]; the first is the embedding's
 
 and logs the first layer whose output is not finite, or if all are finite the layer whose gradient is the
-first that is not: gradients are computed from the last layer to the first. The run goes on with the
-parameters as they were before the step, until `loop.max_bad` such steps come in a row.
+first that is not: gradients are computed from the last layer to the first. The run continues with the
+parameters from before the step, until `loop.max_bad` such steps come in a row.
 """
 
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def write_diagnosis(folder: Path, found: Diagnosis, batch: Batch, names: list[st
 
 
 def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
-    """Return what was the first to be non-finite, with the names of its rows."""
+    """Describe the first non-finite array of a step, with the names of its rows."""
     for path, x in tree.paths(batch).items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             bad = ~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1)

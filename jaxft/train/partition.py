@@ -118,8 +118,8 @@ def trains_base(partition: Partition) -> bool:
 
 
 def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
-    """Return (trainable, frozen) of the whole tree; None stands for the leaves of the other one. A QTensor is
-    one leaf.
+    """Return (trainable, frozen) of the whole tree; the leaves of the other one are None. A QTensor is one
+    leaf.
     """
 
     def is_leaf(x: Any) -> bool:

@@ -29,7 +29,7 @@ from jaxft.weights import init, pretrained, storage
 class Programs:
     """The jitted programs of a run. state, frozen: ShapeDtypeStructs with shardings.
 
-    eval_step: of held-out rows. text_step: the token loss of general text, whatever is trained.
+    eval_step: of held-out rows. text_step: the token loss of general text, for any objective.
     """
 
     partition: partition.Partition
@@ -87,7 +87,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     eval_step = jax.jit(evaluate.make_eval_step(objective), out_shardings=everywhere)
     text_step = jax.jit(evaluate.make_eval_step(objective.text or objective), out_shardings=everywhere)
     if optimizer.fused_backward and objective.facts.reference != "precomputed":
-        shards = sharding.row_shards(mesh)  # what can't be fused is refused here, before anything is loaded
+        shards = sharding.row_shards(mesh)  # raises here, before loading, if the step can't be fused
         jax.eval_shape(train_step, state, frozen, run.data.abstract(shards))
     return Programs(parts, mesh, objective, optimizer, watch, state, frozen, train_step, eval_step, text_step)
 

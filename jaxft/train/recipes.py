@@ -1,5 +1,4 @@
-"""What the recipes in configs/ share: groups of knobs with their defaults, and the names of the rows that
-ship.
+"""Groups of knobs with defaults that the recipes in configs/ share, and the names of the shipped data files.
 
 A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
 """
@@ -74,8 +73,8 @@ class LoraKnobs(ModelKnobs):
     def reward_model(
         self, reward: str | Callable | None, max_length: int
     ) -> tuple[dict[str, HeadSettings], tuple[Any, ...]]:
-        """(heads on the base, rewards) for a reward function, or for the name of a reward model; none for
-        None.
+        """Return (heads on the base, rewards) of a reward function, or of a reward model by its name; both
+        empty for None.
 
         max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is
         quantised as that is, but never stored as its files have it.
@@ -89,7 +88,7 @@ class LoraKnobs(ModelKnobs):
 
 @dataclass(frozen=True)
 class LoraOrFullKnobs(LoraKnobs):
-    """A LoRA adapter, or with full=true the base model's own weights, are trained."""
+    """Train a LoRA adapter, or with full=true all weights of the base model."""
 
     full: bool = False  # train all weights instead of an adapter
 
@@ -111,7 +110,7 @@ class LoraOrFullKnobs(LoraKnobs):
 
 @dataclass(frozen=True)
 class LlamaKnobs(LoraOrFullKnobs):
-    """The same for a model of billions of parameters on a GPU: less is stored for the backward pass."""
+    """LoraOrFullKnobs for models of billions of parameters on a GPU: less is stored for the backward pass."""
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
@@ -119,13 +118,13 @@ class LlamaKnobs(LoraOrFullKnobs):
 
     @property
     def learning_rate(self) -> float:
-        """lr, or the usual one."""
+        """lr, or the default of LoRA or of full fine-tuning."""
         return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
 
 
 def choose_reference(asked: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
-    """The reference that is asked for; else none for a reference-free loss, the base without its adapter
-    where there is one, and log-probs that are computed once where all weights are trained.
+    """Return the requested reference, or the default: None for a reference-free loss, "start" for LoRA,
+    "precomputed" for full fine-tuning.
     """
     if asked is not None:
         return asked

@@ -1,4 +1,6 @@
-"""What a finished run leaves: weights of the last and best step, model card, summary, a sweep's table."""
+"""Write the results of a finished run: weights of the last and best step, model card, summary, a sweep's
+table.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Param
 def export_best(
     job: Job, saved: Checkpoints, frozen: tuple[Params, ...], after: list[Evaluation], logs: Logs
 ) -> None:
-    """Write `best/` for each member with a stored checkpoint better on held-out rows than its last step."""
+    """Write `best/` for each member that has a checkpoint with a better held-out score than its last step."""
     for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
         best, last = saved.best(number), selection_score(end["metrics"])
         if best is None or last is None or best[1] >= last:

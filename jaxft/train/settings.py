@@ -17,14 +17,14 @@ from jaxft.optim.optimizer import Optim
 
 @dataclass(frozen=True)
 class Loop:
-    """Cadences, in optimizer steps, and debugging.
+    """Length of a run and its intervals, in optimizer steps, and debugging.
 
-    steps: length of the run, None for data.epochs. log_every: metrics are means over as many steps.
-    keep_last, keep_best: how many of the newest checkpoints are kept, and of those with the best held-out
-    score. max_bad: non-finite steps in a row that end the run. profile: first and last step of a profiler
-    trace (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of
-    parameter. debug_nonfinite: write the first non-finite step into the run folder and log the first layer
-    that is not finite, see train/nonfinite.py.
+    steps: None for data.epochs. log_every: a logged metric is the mean over this many steps. keep_last,
+    keep_best: how many of the newest checkpoints to retain, and of those with the best held-out score.
+    max_bad: non-finite steps in a row that end the run. profile: first and last step of a profiler trace
+    (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of parameter.
+    debug_nonfinite: write the first non-finite step into the run folder and log the first layer that is not
+    finite, see train/nonfinite.py.
     """
 
     steps: int | None = None
@@ -47,22 +47,23 @@ class Loop:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
-                "loop.profile is the first and the last step of a trace, counted from 1; "
-                f"found {self.profile}"
+                f"loop.profile is the first and the last step of a trace, counted from 1; got {self.profile}"
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """All of a run. `objective(model)` gives the objective, `data.open(tokenizer)` the source of batches.
+    """The settings of a run. `objective(model)` returns the objective, `data.open(tokenizer)` the source of
+    batches.
 
-    weights: where the base comes from (see weights.hub). adapter: LoRA, None trains the base. start: a PEFT
-    folder, or a run's, whose adapter training begins with. train: a path pattern of what is trained instead
-    of the default. quant: how the frozen base is held, None in the compute dtype. params: how trained weights
-    of the base are held; bfloat16 ones have bfloat16 gradients, added up in float32 over microbatches, and
-    are rounded stochastically. general: a text file whose loss before and after shows forgetting. samples:
-    prompts of held-out rows answered before and after. heads: further models with scalar heads on the base,
-    by name (see models/heads.py).
+    weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base. start:
+    a PEFT folder, or a run's, with the adapter to start from. train: a regular expression over parameter
+    paths that selects the trainable parameters instead of the default. quant: how the frozen base is stored;
+    None for the compute dtype. params: the dtype of trainable base weights; in bfloat16 their gradients are
+    bfloat16 too, summed over microbatches in float32, and updates are rounded stochastically. general: a text
+    file whose loss before and after training shows forgetting. samples: number of held-out prompts that are
+    completed before and after training. heads: further models with scalar heads on the base, by name (see
+    models/heads.py).
     """
 
     name: str

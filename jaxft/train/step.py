@@ -79,8 +79,8 @@ def apply_gradients(
 def keep_policy(is_frozen: Bool[Array, ""], new: Any, old: Any, trainable: Params) -> Any:
     """Return `new`, with the leaves of the policy (its adapter and base) taken from `old` if `is_frozen`.
 
-    new, old: trees of parameters, or of optimizer state, whose leaves lie below the names that they
-    have in `trainable`.
+    new, old: trees of parameters, or of optimizer state, whose leaves are under the names that they have in
+    `trainable`.
     """
 
     def leaf(path: tuple[Any, ...], new: Array, old: Array) -> Array:

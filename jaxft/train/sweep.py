@@ -1,8 +1,8 @@
-"""A sweep: runs trained together on one base, held once, with an adapter, an optimizer and a log for each.
+"""A sweep: runs trained together on one base in memory, with an adapter, an optimizer and a log for each.
 
-Every member comes out as its run alone would: `runs/<sweep>/<label>/` is a run's folder, with metrics.jsonl,
-config.json, adapter/ and a model card. The sweep's own folder has the table (README.md, summary.json),
-curves.png and the checkpoints of all members.
+Every member has the same results as if it were trained alone: `runs/<sweep>/<label>/` is a run's folder, with
+metrics.jsonl, config.json, adapter/ and a model card. The sweep's own folder has the table (README.md,
+summary.json), curves.png and the checkpoints of all members.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class Sweep:
 
     @property
     def lead(self) -> Run:
-        """The run whose mesh, cadences and held-out rows are used for all."""
+        """The run whose mesh, intervals and held-out rows are used for all."""
         return next(iter(self.runs.values()))
 
     def __post_init__(self) -> None:
@@ -107,6 +107,6 @@ def write_table(
 
 
 def _of_training(entries: list[dict]) -> dict[str, float]:
-    """What the table shows of the training steps: how many were skipped, and the last one's metrics."""
+    """Return the table's training metrics: the number of skipped steps, and the metrics of the last one."""
     last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
     return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}

@@ -1,4 +1,4 @@
-"""Adapters in folders: settings, weights on a mesh, and the base that they were trained on."""
+"""Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import json
 from dataclasses import asdict

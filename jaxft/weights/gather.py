@@ -1,4 +1,6 @@
-"""Copy a parameter to the host one layer at a time, also one that the devices of several processes store."""
+"""Copy a parameter to the host one layer at a time, also if it is sharded over the devices of several
+processes.
+"""
 
 import functools
 from collections.abc import Callable

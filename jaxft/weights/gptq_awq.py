@@ -124,9 +124,7 @@ def _read_eights(
     index: Index,
     order: Iterable[int] = IN_ORDER,
 ) -> np.ndarray:
-    """Read the part at `index` of 4-bit numbers of this shape, which are stored eight to an int32 along
-    `axis`.
-    """
+    """Read the part at `index` of 4-bit numbers of this shape, of which `axis` has eight in each int32."""
     wanted = full_index(index, shape)[axis]
     words = tuple(
         slice(wanted.start // 8, -(-wanted.stop // 8)) if i == axis else s for i, s in enumerate(index)

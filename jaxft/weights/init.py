@@ -61,7 +61,7 @@ def _init_parts(
     settings: HeadSettings,
     ref: str | None = None,
 ) -> dict[str, Params]:
-    """Return an adapter, a head, or both; or a whole base with a head. What no folder contains is
+    """Return an adapter, a head, or both; or a whole base with a head. Parameters that no folder contains are
     initialised.
     """
     dtype = np.promote_types(model.dtype, np.float32)

@@ -1,6 +1,4 @@
-"""Merge a base and an adapter into one model's weights, each tensor when it is written, so that memory holds
-one tensor.
-"""
+"""Merge a base and an adapter into one model's weights, one tensor at a time as it is written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class LazyTensor:
 
 
 class RoundingError:
-    """Sums up what rounding changes in the weights that were made so far."""
+    """The accumulated rounding error of the weights that were made so far."""
 
     def __init__(self) -> None:
         self._error, self._total = 0.0, 0.0

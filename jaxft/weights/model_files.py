@@ -1,4 +1,4 @@
-"""The tensors in a model's files under their Hugging Face names, whatever the format of the files."""
+"""The tensors in a model's files under their Hugging Face names, for every file format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

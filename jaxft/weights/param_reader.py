@@ -1,4 +1,4 @@
-"""Read a model's parameters from its files in parts, so that none is ever whole in host memory."""
+"""Read a model's parameters from its files in parts, so that host memory never holds a full parameter."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ COLUMNS = 16  # that a transposing copy takes at a time: 4 times as fast as all 
 
 @dataclass(frozen=True)
 class ParamReader:
-    """A parameter in a model's files: what `read_values` and `read_quantised` read parts of.
+    """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
 
     names: its tensors, one per layer if it is `stacked`, else one. shape: the parameter's, with the layers
     axis. transposed: whether the files store [out, in]. dtype: the files' dtype, float32 if its tensors

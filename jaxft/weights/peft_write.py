@@ -16,7 +16,7 @@ from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import PREFIX, SCORE, SEQ_CLS, linear_weight_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 
-PEFT_VERSION = "0.17.0"  # whose fields these are; all later versions read them
+PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
 
 
 def save_adapter(

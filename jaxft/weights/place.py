@@ -85,7 +85,7 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
 
 
 def joined(parts: set[Limits]) -> list[Limits]:
-    """Return the one part that these disjoint parts of an array form, or the parts if they form none."""
+    """Merge disjoint parts of an array into one if their union is a box; otherwise return them sorted."""
 
     def size(part: Limits) -> int:
         return math.prod(stop - start for start, stop in part)
@@ -170,9 +170,7 @@ def load_with_quantised_scales(
 
 
 def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> np.ndarray:
-    """Return the scale [..., 1, out] of each output channel over all inputs: the largest of the scales of its
-    parts.
-    """
+    """Return the scale [..., 1, out] of each output channel: the largest scale of the parts of its inputs."""
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
@@ -214,12 +212,12 @@ def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> 
 
 
 def shard_host_array(array: np.ndarray, to: Sharding) -> jax.Array:
-    """Place an array that every process has on a mesh; each process copies only its own shards."""
+    """Shard an array that every process has in full; each process copies only its own shards."""
     return jax.make_array_from_callback(array.shape, to, lambda index: array[index])
 
 
 def gather(fn: Callable[..., jax.Array], x: Any, *rest: Any) -> Any:
-    """Return `fn(x, *rest)`, computed on the mesh of x, on every host."""
+    """Compute `fn(x, *rest)` on the mesh of x and return it as a NumPy array on every host."""
     return np.asarray(jax.jit(fn, out_shardings=sharding.replicated(x.sharding.mesh))(x, *rest))
 
 
@@ -229,7 +227,7 @@ def take_layer(x: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def take_all(x: jax.Array, layer: jax.Array) -> jax.Array:
-    """`x`, which has no layers."""
+    """`x`, an array without a layers axis."""
     return x
 
 

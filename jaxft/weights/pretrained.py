@@ -157,7 +157,7 @@ def load_base(ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] =
     """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its
     devices store.
 
-    skip: paths in the whole tree of parameters that are not read; None stands for them.
+    skip: paths in the whole tree of parameters that are not read and are None in the result.
     """
     readers = open_params(ref, stored.model)
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read in part and written one at a time; and the JSON files beside them."""
+"""Tensors in safetensors files, read in part and written one at a time; and the JSON files next to them."""
 
 import json
 import math

@@ -2,8 +2,8 @@
 
 A batch is a number of pairs, not of rows, and all batches have one shape, so their token counts should be
 similar: pairs are sorted into strata of similar length, and every batch gets one pair of each stratum. The
-choice within a stratum is random, except for the stratum with the widest spread of lengths: its long pairs go
-to the batches that the other strata left short.
+choice within a stratum is random, except for the stratum with the widest range of lengths: its long pairs go
+to the batches with the fewest tokens from the other strata.
 """
 
 import numpy as np
@@ -113,7 +113,7 @@ def fit_rows(
     reads: Int[np.ndarray, " all"],
     shape: RowShape,
 ) -> RowPlan:
-    """Pack pairs of no particular batch: from long to short, each into the first row with enough room."""
+    """Pack pairs of no particular batch: from long to short, each into the first row that it fits."""
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
     left[:] = (shape.length, shape.reads, shape.slots)
@@ -135,8 +135,8 @@ def fit_rows(
 
 
 def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"] | None:
-    """Return a partner of another group for each member, every member once; None if one group is more than
-    half.
+    """Return for each member a partner from another group, every member once; None if one group has more than
+    half of the members.
 
     Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """

@@ -52,7 +52,7 @@ Columns = dict[str, str]  # kind of response -> its column
 
 @dataclass(frozen=True)
 class PairTokenSettings:
-    """The settings that decide the tokens of a pair, and with them the key of the cache.
+    """The settings that the tokens of a pair depend on; they are part of the cache key.
 
     extras: columns of numbers. kinds: the kinds of responses of a row, with or without "gold".
     """

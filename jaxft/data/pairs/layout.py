@@ -1,4 +1,4 @@
-"""Lay pairs out in rows of tokens, and read values at token positions back by pair.
+"""Arrange pairs in rows of tokens, and convert values at token positions back to values by pair.
 
 With branches a pair is one segment: the prompt, then its responses one after the other, each continuing at
 the position after the prompt. Without branches every response is a segment of its own with the prompt in
@@ -29,8 +29,8 @@ class PairLayout:
 
 @dataclass(frozen=True)
 class BatchMeans:
-    """What depends on all pairs of an optimizer batch: the weight of each pair and the mean length of each
-    kind.
+    """Quantities that depend on all pairs of an optimizer batch: the weight of each pair and the mean length
+    of each kind.
     """
 
     weights: Float[np.ndarray, " pairs"]
@@ -150,7 +150,7 @@ def _read_arrays(
 ) -> dict[str, Any]:
     """Return the fields [rows, M].
 
-    values: column, response id, place and index into pairs.ids of each target.
+    values: column, response id, position in the response, and index into pairs.ids of each target.
     """
     column, answer, place, where = values
     shape, at = (layout.rows, layout.shape.reads), (row, _count_within(row))
@@ -222,7 +222,7 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
 
 
 def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-    """Return values at read positions by pair, in order of kind and place within the response."""
+    """Return values at read positions by pair, in order of kind and position in the response."""
 
     def flat(a: Any) -> np.ndarray:
         return np.asarray(a).reshape(-1, np.shape(a)[-1])

@@ -79,7 +79,7 @@ class PairRows(DataSettings):
 
     @property
     def token_settings(self) -> PairTokenSettings:
-        """The settings that decide the tokens of a pair."""
+        """The settings that the tokens of a pair depend on."""
         kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
         return PairTokenSettings(
             self.columns, self.format, self.max_length, self.too_long, self.date, self.extras,
@@ -232,7 +232,7 @@ class PairSource(FixedSource[Pairs]):
         return _evaluation_batches(self.pairs, np.asarray(indices, np.int64))
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return values at the read positions of a batch by pair, in order of kind and place within the
+        """Return values at the read positions of a batch by pair, in order of kind and position in the
         response.
         """
         return values_by_pair(batch, x)
@@ -318,7 +318,9 @@ def _evaluation_batches(pairs: PlannedPairs, members: Int[np.ndarray, " n"]) -> 
 
 
 def _fingerprint(pairs: PlannedPairs) -> str:
-    """Hash all that decides the sum over a batch, not its division into microbatches, rows and segments."""
+    """Hash everything that the sum over a batch depends on, but not its division into microbatches, rows and
+    segments.
+    """
     rows, tokenised = pairs.settings, pairs.tokenised
     settings = (rows.batch, rows.seed, rows.weighting, tokenised.kinds, rows.extras)
     digest = hashlib.sha256(repr(settings).encode())

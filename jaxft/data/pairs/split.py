@@ -26,8 +26,7 @@ def held_out_pairs(pairs: TokenisedPairs, seed: int, count: int) -> Bool[np.ndar
 def mismatch_responses(
     pairs: TokenisedPairs, sides: tuple[Int[np.ndarray, " _"], ...], seed: int, limit: int
 ) -> TokenisedPairs:
-    """Add to each pair a response of another pair of its side of the split, if possible of another prompt.
-
+    """Add to each pair a response of another pair of the same split, if possible with another prompt.
     Otherwise the other pair has the same prompt and other responses. limit: tokens of the prompt with that
     response.
     """

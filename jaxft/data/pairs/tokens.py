@@ -3,8 +3,8 @@ rows.
 
 The prompt ends at the first difference between the tokens of the prompt alone (with the generation prompt)
 and those of prompt and response; all responses of a pair share the shortest of these prompts (TRL 1.16,
-dpo_trainer.py, tokenize_fn). A token that spans the border belongs to the response and is counted; a row
-whose border lies further back is an error.
+dpo_trainer.py, tokenize_fn). A token that spans the end of the prompt belongs to the response, and such pairs
+are counted. A row whose prompt differs in more than its last token is an error.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class TokenisedPairs(TokenisedRows):
 
     @cached_property
     def reads(self) -> Int[np.ndarray, "pairs A"]:
-        """Learned tokens of each response."""
+        """Target tokens of each response."""
         before = np.concatenate([[0], np.cumsum(self.learned)])[self.offsets]
         return np.diff(before).reshape(len(self), 1 + len(self.kinds))[:, 1:]
 
@@ -85,7 +85,7 @@ class TokenisedPairs(TokenisedRows):
         return np.array([groups.setdefault(text, len(groups)) for text in texts], np.int64)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "TokenisedPairs":
-        """Add the reference's log-probs of every pair, in order of kind and place within the response."""
+        """Add the reference's log-probs of every pair, in order of kind and position in the response."""
         missing = [self.names[i] for i in range(len(self)) if i not in logps]
         if missing:
             raise ValueError(
@@ -136,8 +136,8 @@ def tokenise_pairs(
 
 
 def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
-    """Add a response "mismatched" to each pair: the first response of pair donors[i], cut to `limit` tokens
-    with the prompt.
+    """Add a response "mismatched" to each pair: the first response of pair donors[i], truncated to `limit`
+    tokens with the prompt.
     """
     first = 1 + (pairs.counts[donors, 1:] > 0).argmax(1)
     counts = np.minimum(pairs.counts[donors, first], limit - pairs.counts[:, 0])
@@ -238,7 +238,9 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _mask_from_border(name: str, border: int, response: Masked) -> Masked:
-    """Return the sequence up to its last target, with targets from the border on."""
+    """Return the sequence up to its last target; all tokens from `border` to the first target become targets
+    too.
+    """
     ids, learned = response[0], response[1].copy()
     learned[: max(border, 1)] = False
     if not learned.any():

@@ -2,7 +2,7 @@
 margin.
 
 `probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each and evaluate_batch call
-it; laws.py judges the results. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y) of the
+it; laws.py checks the results. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y) of the
 chosen response minus that of the rejected one.
 """
 

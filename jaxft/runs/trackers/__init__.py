@@ -1,3 +1,3 @@
-"""Where a run's metrics go, one file per tracker. To add one, write a file here with `open_tracker` and run
-`trackers=its_name`.
+"""Destinations of a run's metrics, one file per tracker. To add one, write a file here with `open_tracker`
+and run `trackers=its_name`.
 """

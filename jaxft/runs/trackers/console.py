@@ -38,7 +38,7 @@ FIRST = (
     names.LEARNING_RATE,
     names.GRAD_NORM,
 )
-# The progress bar shows these, or only unusual values matter.
+# Shown by the progress bar already, or of interest only if unusual.
 HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
 BLOCKS = "▁▂▃▄▅▆▇█"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # rows of data are printed, and must not steer the terminal
@@ -82,7 +82,7 @@ class ConsoleView:
         self._console.print(Text(text), soft_wrap=True, highlight=False)
 
     def close(self) -> None:
-        """Give the terminal back. A second call does nothing."""
+        """Restore the terminal. A second call does nothing."""
         if self._live is not None:
             self._live.stop()
             atexit.unregister(self._live.stop)

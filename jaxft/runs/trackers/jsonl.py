@@ -1,8 +1,8 @@
 """metrics.jsonl: one JSON object per logged step, `{"step": 3, "loss": 1.25, ..., "perf": {...}}`.
 
-Timings and memory are under "perf"; everything else is the same to the bit in a run that is repeated or
-resumed. Floats are written in full (the shortest text that reads back as the same float64). JSON has no NaN
-or infinity: both are written as null.
+Timings and memory are under "perf"; everything else is bit-identical in a run that is repeated or resumed.
+Floats are written in full (the shortest text that reads back as the same float64). JSON has no NaN or
+infinity: both are written as null.
 """
 
 import json
@@ -61,7 +61,7 @@ def _lines(path: Path) -> list[tuple[bytes, Entry]]:
 def truncate(path: Path, step: int) -> list[Entry]:
     """Remove the entries after `step`, atomically; return those of that step itself.
 
-    Step 0 is a fresh start and keeps nothing: its evaluation runs again.
+    Step 0 is a fresh start: all entries are removed and its evaluation runs again.
     """
     lines = [(text, entry) for text, entry in _lines(path) if step > 0 and entry["step"] <= step]
     content = b"".join(text for text, _ in lines)

@@ -1,7 +1,7 @@
 """TensorBoard event files.
 
-tensorboardX's SummaryWriter writes in a thread that dies on a full disk and leaves the run waiting for it. So
-its messages are written here, to a file of our own.
+tensorboardX's SummaryWriter writes in a thread that dies on a full disk, and the run then waits for it
+forever. Its messages are therefore written here, without that thread.
 """
 
 import math
