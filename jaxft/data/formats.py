@@ -244,7 +244,7 @@ def _encodable(row: Row, column: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{row.name}: column {column!r} has half a surrogate pair ({error.reason}); fix the text"
+            f"{row.name}: column {column!r} has an unpaired surrogate ({error.reason}); fix the text"
         ) from error
 
 

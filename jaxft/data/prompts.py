@@ -71,8 +71,8 @@ class Prompts(DataSettings):
             )
         if self.eval_group > self.group:
             raise ValueError(
-                f"data.eval_group={self.eval_group} is more than data.group={self.group}, which rows have "
-                "room for; lower it"
+                f"data.eval_group={self.eval_group} exceeds data.group={self.group}, the number of "
+                f"completions in a row; use at most {self.group}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"data.top_k={self.top_k}; use at least 1, or none")

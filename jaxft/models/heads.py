@@ -109,7 +109,7 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
     taken = {"base", "adapter", *model.heads} & heads.keys()
     if taken:
         raise ValueError(
-            f"a head cannot be named {min(taken)}, as the run's own parameters are; choose another name"
+            f"a head cannot be named {min(taken)}, a name of the run's own parameters; choose another name"
         )
     specs = {name: _specs(model, settings) for name, settings in heads.items()}
     return replace(model, heads={**model.heads, **specs}, scores=scores)

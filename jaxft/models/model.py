@@ -62,7 +62,7 @@ class ModelConfig(Protocol):
 
 def no_scalar_head(params: Params, h: Array) -> Array:
     """The `scores` of a language model. Raises ValueError."""
-    raise ValueError("this model has no scalar head; make it one with models.heads.with_scalar_head")
+    raise ValueError("this model has no scalar head; add one with models.heads.with_scalar_head")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _row_norms(h: Float[Array, "B T D"]) -> Float[Array, " B"]:
 def check_remat(policy: str) -> None:
     """Raise ValueError for a name that is not in REMAT."""
     if policy not in REMAT:
-        raise ValueError(f"remat={policy!r} is not known; use one of {', '.join(get_args(RematPolicy))}")
+        raise ValueError(f"unknown remat={policy!r}; use one of {', '.join(get_args(RematPolicy))}")
 
 
 def scan_layers(

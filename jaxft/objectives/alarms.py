@@ -140,12 +140,10 @@ def check_falling_logp(beta: float | None, memory: Memory, n: Numbers, last: boo
         if depth > REPEAT * memory["reported"]:
             memory["reported"] = depth
             alarms.append(
-                f"the chosen responses keep losing log-prob: {depth:.1f} nats per response {where}. What "
-                "gains it "
-                "may be neither response (likelihood displacement, Razin et al. 2024, arXiv:2410.08847). "
-                "Lower "
-                f"optim.lr, raise beta, or support the chosen response with {LOSSES}:dpop or "
-                "mix((dpo, 1.0), (nll, 1.0)) of that file"
+                f"the log-prob of chosen responses keeps falling: {depth:.1f} nats per response {where}. The "
+                "probability may move to responses in no pair (likelihood displacement, Razin et al. 2024, "
+                f"arXiv:2410.08847). Lower optim.lr, raise beta, or use {LOSSES}:dpop or "
+                "mix((dpo, 1.0), (nll, 1.0)) of the same file"
             )
     return Alarms(memory, [], alarms)
 
@@ -188,9 +186,8 @@ def check_overfitting(memory: Memory, n: Numbers, last: bool) -> Alarms:
         return Alarms({**memory, "worse": worse}, [], [])
     alarm = (
         f"the margin grows while held-out accuracy falls: {memory['best']:.2f} at its best, {accuracy:.2f} "
-        "now. "
-        "The model memorises the pairs. Lower data.epochs or optim.lr, raise beta, or use the weights of an "
-        "earlier step"
+        "now. The model overfits the pairs. Lower data.epochs or optim.lr, raise beta, or use the weights of "
+        "an earlier step"
     )
     return Alarms({**memory, "drop": REPEAT * drop}, [], [alarm])
 
@@ -204,13 +201,11 @@ def check_more_than_length(accuracy: str, memory: Memory, n: Numbers, last: bool
         return Alarms(memory, [], [])
     alarm = (
         f"held-out accuracy is {found:.2f}, and always preferring the {guess[1]} response gives "
-        f"{guess[0]:.2f}: "
-        "the model has learned at most length. Train longer or with a higher optim.lr, or check the pairs "
-        "for "
-        "flipped labels"
+        f"{guess[0]:.2f}: the model may have learned nothing but length. Train longer or with a higher "
+        "optim.lr, or check the pairs for flipped labels"
     )
     if accuracy == ACCURACY:
-        alarm += f". {LOSSES}:rdpo or length_desensitised(dpo) of that file removes length from the loss"
+        alarm += f". {LOSSES}:rdpo or length_desensitised(dpo) of the same file removes length from the loss"
     return Alarms(memory, [], [alarm])
 
 
@@ -220,8 +215,8 @@ def check_skipped_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
     if total < max(1, REPEAT * reported):
         return Alarms({"total": total, "reported": reported}, [], [])
     alarm = (
-        f"{total:g} steps so far had a loss or gradient that was not finite and changed nothing. "
-        "Lower optim.lr, or look at the loss and at the rows of that step"
+        f"{total:g} steps so far had a non-finite loss or gradient and were skipped. Lower optim.lr, or set "
+        "loop.debug_nonfinite=true to record the first such step"
     )
     return Alarms({"total": total, "reported": total}, [], [alarm])
 
@@ -249,8 +244,8 @@ def check_idle_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
     return _report_streak(
         memory,
         idle,
-        "the last {streak} logged steps had nothing to learn from: all scores are equal, or no completion "
-        "counts. Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the "
+        "the last {streak} logged steps had no training signal: all scores are equal, or no completion is "
+        "trained on. Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the "
         "reward",
     )
 
@@ -341,8 +336,8 @@ def _label_line(fraction: float, error: float) -> str:
     percent = f"{100 * fraction:.0f} %"
     if fraction >= UNTRAINED:
         return (
-            f"labels: the model disagrees with {percent} of those it is most certain of; "
-            "it has learned too little to estimate label noise"
+            f"labels: the model disagrees with {percent} of those it is most certain of; it is trained too "
+            "little to estimate label noise"
         )
     advice = f"; use {LOSSES}:robust or cdpo with that label_smoothing" if fraction >= NOISY_LABELS else ""
     two_errors = f"{200 * error:.0f}"

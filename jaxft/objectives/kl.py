@@ -63,7 +63,7 @@ class AdaptiveKL:
     estimate: Estimator = k3
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"AdaptiveKL: coef must be above 0, got {self.coef}; it would stay at 0")
+        require(self.coef > 0, f"AdaptiveKL: coef must be above 0, got {self.coef}; updates only scale it")
         require(
             self.target > 0 and self.horizon > 0,
             f"AdaptiveKL: target and horizon must be above 0, got {self.target} and {self.horizon}",

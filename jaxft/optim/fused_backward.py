@@ -97,9 +97,7 @@ def check_fused(optimizer: Optimizer, trainable: Params, microbatches: int) -> N
             f"set data.micro=1, or {OFF}"
         )
     paths = list(tree.paths(optimizer.parts.split(trainable)[0]))
-    wrong = next((path for path in paths if not path.startswith(LAYERS)), None if paths else "none")
-    if wrong:
-        raise ValueError(
-            "optim.fused_backward updates layers of the base, "
-            f"but the trainable stacked parameters are {wrong}; set {OFF}"
-        )
+    others = [path for path in paths if not path.startswith(LAYERS)]
+    if others or not paths:
+        got = f"{others[0]} is trainable" if others else "none of them is trainable"
+        raise ValueError(f"optim.fused_backward updates layers of the base, but {got}; set {OFF}")

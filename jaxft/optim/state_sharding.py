@@ -38,16 +38,15 @@ def state_shardings(
     def of_parameter(x: _Array, param: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
         if x.shape == param.shape:
             return param.sharding
-        return of_other(x, f"and its parameter {list(param.shape)}")
+        return of_other(x, f"differs from its parameter's {list(param.shape)}")
 
-    def of_other(x: _Array, problem: str = "and no parameter") -> jax.sharding.Sharding:
+    def of_other(x: _Array, problem: str = "belongs to no parameter") -> jax.sharding.Sharding:
         if mesh.size == 1 or not set(x.path.split("/")).isdisjoint(optimizer.replicated):
             return everywhere
         raise ValueError(
-            f"optim.optimizer={optimizer.name}: its state {x.path} has shape {list(x.shape)} {problem}, "
-            "so no sharding can be derived for it. "
-            "Return UpdateRule(transform, replicated=(the state's field, ...)) "
-            "to store it in full on every device."
+            f"optim.optimizer={optimizer.name}: its state {x.path} of shape {list(x.shape)} {problem}, so no "
+            "sharding can be derived for it. Return UpdateRule(transform, replicated=(FIELD_NAME,)) to "
+            "store it in full on every device."
         )
 
     def of_copy(copy: Any, params: Params) -> Any:

@@ -131,7 +131,7 @@ def actor_critic(
     """
     if rollout.values is None:
         raise ValueError(
-            "actor_critic needs a critic's values. Give policy(...) a `value`, or use another estimator."
+            "actor_critic needs a critic's values. Set policy(critic=...), or use another estimator."
         )
     rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
     if whiten_rewards:
@@ -180,8 +180,8 @@ def _kl_coef(rollout: RolloutScores, given: float | None) -> float:
 def _require_no_kl(rollout: RolloutScores, name: str) -> None:
     if rollout.kl_coef is not None:
         raise ValueError(
-            f"{name} ignores the KL penalty that this objective leaves to the rewards. "
-            "Use a number as beta, or another estimate."
+            f"this objective puts the KL penalty into the rewards, but the estimator {name} ignores it. "
+            "Set policy(beta=NUMBER), or use another estimator."
         )
 
 
@@ -196,8 +196,8 @@ def _token_rewards(
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(
-            f"a KL penalty of {coef} in the rewards needs the reference's log-probs. Give policy(...) "
-            "beta=KLInReward(...)."
+            f"a KL penalty of {coef} in the rewards needs the reference's log-probs. Set "
+            "policy(beta=KLInReward(...))."
         )
     kl_values = np.zeros(mask.shape)
     if rollout.reference is not None:

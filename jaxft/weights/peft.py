@@ -118,7 +118,7 @@ def _open_tensors(folder: Path) -> SafetensorsFiles:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        advice = "adapter_model.bin is a pickle and not read: load it with peft and save_pretrained it again"
+        advice = "adapter_model.bin is a pickle and is not read; load it with peft and call save_pretrained"
         raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
     return open_safetensors(path, [path])
 

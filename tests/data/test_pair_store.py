@@ -277,7 +277,7 @@ def test_one_token_across_the_prompt_end_is_counted_and_more_is_an_error(folder)
     assert s.info.stats.prompt_end_moved == 0 and "pairs" not in s.info.preview
     with pytest.raises(
         ValueError,
-        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are unchanged when .*, ' mod' is not",
+        match=r"r.jsonl:1: only 2 of the prompt's 5 tokens are the same with and without .*, ' mod' changes",
     ):
         one("of mod", "el", " is")
 

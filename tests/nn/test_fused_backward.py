@@ -182,7 +182,7 @@ def test_incompatible_settings_are_refused():
     with pytest.raises(ValueError, match="runs the model once per step, and this one runs it 2 times;"):
         step(state, frozen, batch())
     step, state, frozen = case(pattern="base/embed", groups=())(True)
-    with pytest.raises(ValueError, match="the trainable stacked parameters are none"):
+    with pytest.raises(ValueError, match="but none of them is trainable"):
         step(state, frozen, batch())
 
 
@@ -230,7 +230,7 @@ def test_dpo_equals_layerwise_updates(tmp_path, reference):
 
 def test_an_incompatible_run_is_refused_before_it_loads_weights(place):
     for more, words in (
-        ([], "the trainable stacked parameters are adapter"),
+        ([], "updates layers of the base, but adapter"),
         (["full=true", "micro=2"], "has 2 microbatches"),
     ):
         assert place.run(*ARGV, *more, "name=refused") == 1

@@ -316,7 +316,7 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
 
 def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
     model = llama(CONFIG, jnp.float32)
-    with pytest.raises(ValueError, match="a head cannot be named base, as the run.s own parameters are"):
+    with pytest.raises(ValueError, match="a head cannot be named base, a name of the run.s own parameters"):
         heads.with_heads(model, {"base": HeadSettings()})
     with pytest.raises(ValueError, match="targets the language model head"):
         heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})

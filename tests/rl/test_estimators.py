@@ -88,7 +88,7 @@ def test_by_each_normalises_each_reward_alone():
 
 @pytest.mark.parametrize("estimator", [estimators.by_each, estimators.group_whitened])
 def test_an_estimator_without_a_kl_refuses_an_objective_that_leaves_it_to_the_rewards(estimator):
-    with pytest.raises(ValueError, match="ignores the KL penalty that this objective leaves to the rewards"):
+    with pytest.raises(ValueError, match="puts the KL penalty into the rewards, but the estimator"):
         estimator(rollout(kl_coef=0.0))
 
 

@@ -341,7 +341,7 @@ def _preview(pairs: TokenisedPairs, pair: int, tokenizer: Any) -> str:
     if moved:
         lines.append(
             f"in {moved} of {len(pairs.prompt_end_moved)} pairs the response does not begin where the prompt "
-            "ends: a token spans the border"
+            "ends, because a token spans both"
         )
     return "\n".join(lines)
 

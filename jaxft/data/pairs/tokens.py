@@ -223,9 +223,9 @@ def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenize
     if border < len(prompt) - 1:
         lost = tokenizer.decode(prompt[border:])
         raise ValueError(
-            f"{name}: only {border} of the prompt's {len(prompt)} tokens are unchanged when a response "
-            f"follows, {lost!r} is not; end the prompt at a token boundary, or use a chat template that "
-            "renders a prompt alone as it renders it before a response"
+            f"{name}: only {border} of the prompt's {len(prompt)} tokens are the same with and without a "
+            f"response, {lost!r} changes; end the prompt at a token boundary, or use a chat template that "
+            "renders a prompt in the same way with and without a response"
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)
