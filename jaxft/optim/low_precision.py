@@ -45,10 +45,10 @@ def _rows(shape: tuple[int, ...], layers: bool) -> tuple[int, int]:
     """Return (rows, values per row) of an array; no block crosses rows. A row is the last axis, or all of a
     layer if the last axis is shorter than a block.
     """
-    whole = math.prod(shape)
+    total = math.prod(shape)
     lead = shape[0] if layers else 1
-    last = shape[-1] if shape[-1] >= BLOCK else whole // lead
-    return whole // last, last
+    last = shape[-1] if shape[-1] >= BLOCK else total // lead
+    return total // last, last
 
 
 def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
@@ -56,21 +56,21 @@ def encode_blocks(x: Float[Array, "..."], layers: bool, signed: bool) -> Codes:
     signed: whether values may be negative.
     """
     rows, size = _rows(x.shape, layers)
-    room = -size % BLOCK
+    padding = -size % BLOCK
     bounds = jnp.asarray(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS)
 
-    def some(x: Array) -> tuple[Array, Array]:
-        blocks = jnp.pad(x, ((0, 0), (0, room))).reshape(len(x), (size + room) // BLOCK, BLOCK)
+    def encode(x: Array) -> tuple[Array, Array]:
+        blocks = jnp.pad(x, ((0, 0), (0, padding))).reshape(len(x), (size + padding) // BLOCK, BLOCK)
         absmax = jnp.max(jnp.abs(blocks), axis=-1)
         scaled = blocks / jnp.maximum(absmax, np.float32(2.0**-120))[..., None]
         codes = jnp.searchsorted(bounds, scaled, method="scan_unrolled").astype(jnp.uint8)
-        return codes.reshape(len(x), size + room)[:, :size], absmax
+        return codes.reshape(len(x), size + padding)[:, :size], absmax
 
     parts = next((n for n in range(1, rows + 1) if rows % n == 0 and x.size // n <= AT_ONCE), 1)
     if parts == 1 or is_multi_device():
-        codes, absmax = some(x.reshape(rows, size))
+        codes, absmax = encode(x.reshape(rows, size))
     else:  # searchsorted has several temporaries of its input's size
-        codes, absmax = jax.lax.map(some, x.reshape(parts, rows // parts, size))
+        codes, absmax = jax.lax.map(encode, x.reshape(parts, rows // parts, size))
     return Codes(codes.reshape(x.shape), absmax.reshape(rows, -1))
 
 
@@ -86,10 +86,10 @@ def encoded_zeros(shape: tuple[int, ...], layers: bool, signed: bool) -> Codes:
 def decode_blocks(c: Codes, layers: bool, signed: bool) -> Float[Array, "..."]:
     """Return the values of the codes."""
     rows, size = _rows(c.codes.shape, layers)
-    each = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
+    scales = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
     table = jnp.asarray(DYNAMIC if signed else POSITIVE)
     values = table.at[c.codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    return values * each.reshape(c.codes.shape)
+    return values * scales.reshape(c.codes.shape)
 
 
 class Adam(NamedTuple):
@@ -102,7 +102,7 @@ class Adam(NamedTuple):
 
 def _adam(
     hyper: Adam, updates: Params, count: Array, moments: tuple[Params, Params]
-) -> tuple[Any, Array, Any, Any]:
+) -> tuple[Params, Array, Params, Params]:
     """Return (direction, count, mu, nu) of a step of Adam in float32."""
     b1, b2, eps = hyper
 

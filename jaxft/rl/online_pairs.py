@@ -96,7 +96,7 @@ class OnlinePairSource(RolloutSource):
     @property
     def pair_shape(self) -> RowShape:
         """The shape of a row."""
-        return self.data.pair_shape(max(map(len, (*self.train.ids, *self.held.ids))))
+        return self.data.pair_shape(max(map(len, (*self.train.ids, *self.eval_prompts.ids))))
 
     @property
     def shapes(self) -> tuple[Pairs, ...]:

@@ -58,19 +58,19 @@ class RolloutSource:
     data: Rollouts
     tokenizer: Any
     train: TokenisedPrompts
-    held: TokenisedPrompts
+    eval_prompts: TokenisedPrompts
     shards: int
     held_out: tuple[()] = ()
 
     @cached_property
     def info(self) -> SourceInfo:
         """Counts, fingerprint and the number of steps."""
-        return rollout_info(self.data, self.tokenizer, self.train, self.held)
+        return rollout_info(self.data, self.tokenizer, self.train, self.eval_prompts)
 
     @cached_property
     def rollout_shapes(self) -> RolloutShapes:
         """Shapes of the rows of a rollout."""
-        longest = max(map(len, (*self.train.ids, *self.held.ids)))
+        longest = max(map(len, (*self.train.ids, *self.eval_prompts.ids)))
         return rollout_shapes(self.data, longest, self.shards)
 
     @property
@@ -129,7 +129,7 @@ class RolloutSource:
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts."""
-        return [Prompt(list(ids), []) for ids in self.held.ids[:count]]
+        return [Prompt(list(ids), []) for ids in self.eval_prompts.ids[:count]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing is sampled yet."""
@@ -196,9 +196,9 @@ class BoundRollouts:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Score data.eval_group completions of each held-out prompt, always sampled with the same keys."""
-        held, size, parts = self.source.held, self.data.batch, []
-        for start in range(0, len(held), size):
-            part = held.select(range(start, min(start + size, len(held))))
+        eval_prompts, size, parts = self.source.eval_prompts, self.data.batch, []
+        for start in range(0, len(eval_prompts), size):
+            part = eval_prompts.select(range(start, min(start + size, len(eval_prompts))))
             completions = self.sampler.sample(part, self.data.eval_group, EVALUATION - start, state)
             parts.append(self.scorer.score(completions, state))
         if not parts:
@@ -291,15 +291,15 @@ class BoundRollouts:
 
 
 def rollout_info(
-    data: Rollouts, tokenizer: Any, train: TokenisedPrompts, held: TokenisedPrompts
+    data: Rollouts, tokenizer: Any, train: TokenisedPrompts, eval_prompts: TokenisedPrompts
 ) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
-    longest = max(map(len, (*train.ids, *held.ids)))
+    longest = max(map(len, (*train.ids, *eval_prompts.ids)))
     rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
     summary = (
-        f"{len(train)} prompts of at most {longest} tokens, {len(held)} held out, {train.dropped} dropped; "
-        f"a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is used for "
-        f"{data.steps_per_rollout} steps"
+        f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
+        f"dropped; a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is "
+        f"used for {data.steps_per_rollout} steps"
     )
     if tokenizer.eos_token_id is None:
         summary += "; the tokenizer has no end token: unless the model's config has one, completions end at "
@@ -307,9 +307,9 @@ def rollout_info(
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),
-        held_out=len(held),
+        held_out=len(eval_prompts),
         dropped=train.dropped,
-        largest_id=max(max(ids) for ids in (*train.ids, *held.ids)),
+        largest_id=max(max(ids) for ids in (*train.ids, *eval_prompts.ids)),
         summary=summary,
     )
     return SourceInfo(
@@ -317,7 +317,7 @@ def rollout_info(
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
         steps_per_rollout=data.steps_per_rollout,
         samples=True,
-        fingerprint=prompts.prompts_fingerprint(data, train, held),
+        fingerprint=prompts.prompts_fingerprint(data, train, eval_prompts),
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},

@@ -77,6 +77,7 @@ RENAMED: dict[str, str] = {
     "optimizer=adamw_bf16": "optimizer=jaxft.optim.low_precision:adamw_bf16",
     "optimizer=adafactor": "optimizer=jaxft.optim.optimizer:adafactor",
     "jaxft.objectives.policy_losses:plain": "jaxft.objectives.policy_losses:policy_gradient",
+    "judge": "reward_model",
     "keep": "filter",
     "cut_off": "train_on_truncated",
     "jaxft.optim": "jaxft.optim.optimizer",
@@ -277,9 +278,7 @@ def _steps(root: Any, key: str, knobs: list[str]) -> Steps:
     for i, step in enumerate(steps):
         here = ".".join(steps[:i])
         if isinstance(node, Model):
-            raise ValueError(
-                f"{key}: {here} is a whole model; choose another by the knobs {', '.join(knobs)}"
-            )
+            raise ValueError(f"{key}: {here} is a model; change it by the knobs {', '.join(knobs)}")
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
             what = "none" if node is None else f"a {type(node).__name__}"
             raise ValueError(f"{key}: {here} is {what} and has no field {step!r}")

@@ -130,12 +130,12 @@ def hash_file(path: Path) -> str:
 
 def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if the leaves (by name) do not have the manifest's names, shapes and dtypes."""
-    wanted = {n: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for n, leaf in expected.items()}
+    required = {n: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for n, leaf in expected.items()}
     stored = {n: f"{entry['dtype']}{entry['shape']}" for n, entry in entries.items()}
-    wrong = [n for n in {**wanted, **stored} if wanted.get(n) != stored.get(n)]
+    wrong = [n for n in {**required, **stored} if required.get(n) != stored.get(n)]
     if wrong:
         lines = [
-            f"{n}: got {stored.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in wrong[:3]
+            f"{n}: got {stored.get(n, 'nothing')}, expected {required.get(n, 'nothing')}" for n in wrong[:3]
         ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(

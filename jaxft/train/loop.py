@@ -72,7 +72,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         # ---------- The model before training ----------
         if saved is None:
             saved = {"before": compiled.evaluation(states), "counters": None}
-            logs.step(0, [end["metrics"] for end in saved["before"]])
+            logs.step(0, [evaluation["metrics"] for evaluation in saved["before"]])
 
         # ---------- Training ----------
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
@@ -116,7 +116,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- The model after training: evaluation, weights, model card ----------
         after = compiled.evaluation(states)
-        logs.step(job.steps, [end["metrics"] for end in after])
+        logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
         weights = export_members(job, states, frozen)
         del states  # make room for the best step's state
         export_best(job, checkpoints, frozen, after, logs)

@@ -122,12 +122,12 @@ class LlamaKnobs(LoraOrFullKnobs):
         return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
 
 
-def choose_reference(asked: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
+def choose_reference(requested: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
     """Return the requested reference, or the default: None for a reference-free loss, "start" for LoRA,
     "precomputed" for full fine-tuning.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if not declaration(loss).reads_reference:
         return None
     return "precomputed" if full else "start"

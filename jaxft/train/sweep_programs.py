@@ -108,12 +108,12 @@ def compile_sweep_eval(
 
     shapes = jax.tree.map(all_rows, jax.eval_shape(step, trainable, frozen, batches[0], aux))
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _loss_aux(states))
-    judge = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
+    compute_metrics = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
 
     def coupled(states: States) -> list[Numbers]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
-        return read(jax.device_get(judge(joined, jax.device_get(_loss_aux(states)))))
+        return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))
 
     return coupled
 

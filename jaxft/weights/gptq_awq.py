@@ -125,12 +125,10 @@ def _read_eights(
     order: Iterable[int] = IN_ORDER,
 ) -> np.ndarray:
     """Read the part at `index` of 4-bit numbers of this shape, of which `axis` has eight in each int32."""
-    wanted = full_index(index, shape)[axis]
-    words = tuple(
-        slice(wanted.start // 8, -(-wanted.stop // 8)) if i == axis else s for i, s in enumerate(index)
-    )
+    part = full_index(index, shape)[axis]
+    words = tuple(slice(part.start // 8, -(-part.stop // 8)) if i == axis else s for i, s in enumerate(index))
     stored = tuple(n // 8 if i == axis else n for i, n in enumerate(shape))
-    inside = slice(wanted.start % 8, wanted.start % 8 + wanted.stop - wanted.start)
+    inside = slice(part.start % 8, part.start % 8 + part.stop - part.start)
     return _unpack_eights(read_part(files, name, stored, words), axis, order)[
         (slice(None),) * axis + (inside,)
     ]

@@ -88,14 +88,14 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     from huggingface_hub import errors
 
     repo, _, revision = ref.partition("@")
-    wanted = [*SMALL_FILES, *(() if config_only else WEIGHT_FILES)]
+    patterns = [*SMALL_FILES, *(() if config_only else WEIGHT_FILES)]
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision or None,
             cache_dir=cache,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],
             endpoint=where,
         )

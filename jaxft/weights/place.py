@@ -57,8 +57,8 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     if like.outer is not None and (ins_split or outs_split):
         return load_with_quantised_scales(reader, like, shardings, parts)
     if like.block is None and ins_split:
-        whole_scales = channel_scales(reader, like, shardings, parts)
-        return load_quantised(reader, like, shardings, parts, whole_scales)
+        shared_scales = channel_scales(reader, like, shardings, parts)
+        return load_quantised(reader, like, shardings, parts, shared_scales)
     return load_quantised(reader, like, shardings, parts)
 
 
@@ -81,20 +81,20 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
             index[-2] = slice(index[-2].start * inputs_per_code, index[-2].stop * inputs_per_code)
         return tuple(index)
 
-    return {process: [part_of_layer(x) for x in joined(found)] for process, found in shards.items()}
+    return {process: [part_of_layer(x) for x in merge_parts(local)] for process, local in shards.items()}
 
 
-def joined(parts: set[Limits]) -> list[Limits]:
+def merge_parts(parts: set[Limits]) -> list[Limits]:
     """Merge disjoint parts of an array into one if their union is a box; otherwise return them sorted."""
 
     def size(part: Limits) -> int:
         return math.prod(stop - start for start, stop in part)
 
-    around = tuple(
+    box = tuple(
         (min(start for start, _ in dimension), max(stop for _, stop in dimension))
         for dimension in zip(*parts, strict=True)
     )
-    return [around] if sum(map(size, parts)) == size(around) else sorted(parts)
+    return [box] if sum(map(size, parts)) == size(box) else sorted(parts)
 
 
 # Four ways to store a parameter
@@ -127,15 +127,15 @@ def load_quantised(
     like: QTensor,
     shardings: QTensor,
     parts: list[Index],
-    whole_scales: np.ndarray | None = None,
+    shared_scales: np.ndarray | None = None,
 ) -> QTensor:
-    """Quantise each part on its own. whole_scales: scales [..., 1, out] that all parts of a channel share."""
+    """Quantise each part on its own. shared_scales: scales [..., 1, out] for all parts of a channel."""
     buffers = ShardBuffers(like, shardings, reader.stacked)
     for layer in range(len(reader.names)):
         for index in parts:
             scale = None
-            if whole_scales is not None:
-                scale = (whole_scales[layer] if reader.stacked else whole_scales)[:, index[1]]
+            if shared_scales is not None:
+                scale = (shared_scales[layer] if reader.stacked else shared_scales)[:, index[1]]
             with errors_name_tensor(reader, layer, index):
                 value = store_as(read_values(reader, layer, index), like, scale)
             buffers.write(layer, index, value)

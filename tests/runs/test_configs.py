@@ -75,7 +75,7 @@ def _rest(leaf):
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_full", "dpo", "simpo", "orpo", "kto"])
-def test_the_shipped_questions_judge_the_shipped_rows_only(name):
+def test_the_shipped_held_out_rows_evaluate_the_shipped_rows_only(name):
     assert config.load_config(f"configs/{name}.py", []).data.held_out.startswith("configs/data/")
     assert config.load_config(f"configs/{name}.py", ["data=mine.jsonl"]).data.held_out == 0.05
 
@@ -123,8 +123,8 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     def critic(*argv):
         return config.load_config("configs/ppo.py", list(argv)).heads["critic"]
 
-    judge = config.load_config("configs/ppo.py", []).heads["reward"]
-    assert critic() == critic("critic=reward") == replace(judge, trained=True) and judge.start
+    head = config.load_config("configs/ppo.py", []).heads["reward"]
+    assert critic() == critic("critic=reward") == replace(head, trained=True) and head.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
     with pytest.raises(ValueError, match="critic=reward starts from a reward model's adapter"):
@@ -144,7 +144,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
         ),
         (["kl_in=rewards"], "kl_in=rewards needs a beta above 0"),
         (
-            ["reward_weights=0.5", "judge=runs/reward"],
+            ["reward_weights=0.5", "reward_model=runs/reward"],
             r"reward_weights has 1 entries for 2 rewards \(exact, reward\)",
         ),
     ],
