@@ -13,12 +13,12 @@ held-out reward to rise by 1.6 to 1.9 of its standard deviations, at 6 to 10 nat
 reference is the policy at step 0.
 
 `reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a
-classifier with one label in a folder or as org/name@revision, which is a model of its own, stored in bfloat16
-or as quant= says; or a function of (prompt, completion, row). `critic` is one of
-    fresh    an adapter and a head of its own
+classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16
+or as set by quant=; or a function of (prompt, completion, row). `critic` is one of
+    fresh    a fresh adapter and head
     reward   the same, starting as the reward model; the default where that shares the base
     shared   a head on the policy's hidden states, which saves the critic's passes; the default otherwise
-    full     a whole model of its own
+    full     a separate model, trained in full
 """
 
 from collections.abc import Callable

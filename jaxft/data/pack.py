@@ -115,7 +115,7 @@ def pack_examples(
 
 
 def one_per_row(count: int, seed: int, epoch: int) -> RowPlan:
-    """Put each example into a row of its own and shuffle the rows."""
+    """Put each example into a separate row and shuffle the rows."""
     return RowPlan(permutation(count, seed, 1, epoch), np.arange(count + 1))
 
 

@@ -48,7 +48,7 @@ class HeadSettings:
 
 
 def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """Return `h @ params["score"]`, computed in float32 or wider whatever the dtype of h.
+    """Return `h @ params["score"]`, computed in float32 or wider for any dtype of h.
 
     A head [D, K, 1] is K heads; the rows of h are K equal groups, one for each, as nn.matmul.linear takes
     several adapters.

@@ -83,7 +83,7 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def run_alarms(checks: Mapping[str, Check], memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Run several checks, each with a memory of its own."""
+    """Run several checks, each with a separate memory."""
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
     for name, check in checks.items():

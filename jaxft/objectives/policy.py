@@ -261,7 +261,7 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
     """Distance to the sampling policy and clipped fractions over the tokens with a policy weight; the entropy
     of all.
 
-    clip_ratio counts the tokens that the loss clips, whatever loss it is: those whose log-prob has no
+    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no
     gradient although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and
     high_max are those of a completion. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
     """

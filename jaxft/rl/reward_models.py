@@ -306,9 +306,9 @@ def find_reward_model(
 
     An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`. It is read at a
     completion's last token, or, if it was trained with a tokenizer whose padding that is, before it. A
-    classifier (a folder, a run with full=true, or org/name@revision on the hub) is a model of its own,
-    quantised as `quant` says. longest: tokens of a prompt with its completion; a model of its own takes up to
-    twice as many of its own tokens, at least 1024.
+    classifier (a folder, a run with full=true, or org/name@revision on the hub) is a separate model,
+    quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate model accepts up
+    to twice as many of its own tokens, at least 1024.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished

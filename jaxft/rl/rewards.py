@@ -49,7 +49,7 @@ class Reward(Protocol):
         """Load and compile what the reward needs and return the function that scores."""
 
     def fingerprint(self) -> str | None:
-        """Return a hash of the weights of a reward model of its own, None without one."""
+        """Return a hash of the weights of a separate reward model, None without one."""
         return None
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:

@@ -332,7 +332,7 @@ def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
 
 
 def _run_coroutine(make: Callable[[], Any]) -> Any:
-    """Run a coroutine in a thread of its own: this one may have a running event loop, as in a notebook."""
+    """Run a coroutine in a separate thread: this one may have a running event loop, as in a notebook."""
     with concurrent.futures.ThreadPoolExecutor(1) as one:
         return one.submit(lambda: asyncio.run(make())).result()
 

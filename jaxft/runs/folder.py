@@ -30,7 +30,7 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
 )
-NOT_COMPARED = ("command",)  # how the settings were given; the fields say what they are
+NOT_COMPARED = ("command",)  # the overrides; their result is in the other fields
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SAMPLE_BYTES = 1 << 16

@@ -1,4 +1,4 @@
-"""Pictures of curves: a few panels side by side, the same colour for the same label in all of them."""
+"""Plots of curves: a few panels side by side, with the same colour for the same label in all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

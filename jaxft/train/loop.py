@@ -37,7 +37,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
     settings: a run, or a sweep, whose members are trained together. record: the settings as JSON, stored in
     config.json. Returns 0 if finished, 128 + n if stopped by signal n with everything saved. Raises
-    ValueError, FileNotFoundError or OSError with one line that says what to change.
+    ValueError, FileNotFoundError or OSError with one line about the cause and the remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)

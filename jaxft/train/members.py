@@ -125,7 +125,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     """Check the settings, read the rows and build the programs as shapes.
 
     record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError
-    with one line that says what to change. Every process calls it.
+    with one line about the cause and the remedy. Every process calls it.
     """
     sweep = settings if isinstance(settings, Sweep) else None
     runs: Mapping[str, Run] = settings.runs if isinstance(settings, Sweep) else {"": settings}

@@ -45,7 +45,7 @@ class MultiAdapter:
     """K objectives over one base, with an adapter each.
 
     lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see
-    Facts. separate_rows: each adapter has batches of its own, [K * micro, rows, ...], instead of the same for
+    Facts. separate_rows: each adapter has its own batches, [K * micro, rows, ...], instead of the same for
     all. at_once: adapters that go through the model in one forward pass; a divisor of K.
     """
 

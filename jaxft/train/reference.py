@@ -25,24 +25,24 @@ from jaxft.train.settings import Run
 from jaxft.tree import Batch
 
 VERSION = 1  # counts changes of how log-probs are computed
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-def precompute_reference(job: Job, say: Say) -> Job:
+def precompute_reference(job: Job, report: Progress) -> Job:
     """Return the job with the reference's log-probs in every batch, if its objective wants them precomputed.
 
-    say: called with a line about the progress.
+    report: called with lines about the progress.
     """
     if job.lead.programs.objective.facts.reference != "precomputed":
         return job
     sources = [
-        add_reference_logps(member.run, member.programs, source, member.record, say)
+        add_reference_logps(member.run, member.programs, source, member.record, report)
         for member, source in zip(job.members, job.sources, strict=False)
     ]
     return replace(job, sources=tuple(sources))
 
 
-def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, Any], say: Say) -> Any:
+def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, Any], report: Progress) -> Any:
     """Return the pair source with log-probs of the model at step 0, computed now where the cache has none.
 
     record: with the fingerprints of the run's weights.
@@ -56,9 +56,9 @@ def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, An
         for number, batch in enumerate(batches, 1):
             yield np.asarray(logps(params, sharding.shard_batch(p.mesh, batch)))[None]
             if number % 10 == 0 or number == len(batches):
-                say(f"reference log-probs: {number} of {len(batches)} batches")
+                report(f"reference log-probs: {number} of {len(batches)} batches")
 
-    return add_cached_logps(source, cache_file(name), compute, say)
+    return add_cached_logps(source, cache_file(name), compute, report)
 
 
 def reference_fingerprint(weights: str, adapter: str | None, settings: Any) -> str:
@@ -112,7 +112,7 @@ def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
 
 
 def add_cached_logps(
-    source: Any, path: Path, compute: Callable[[list[Batch]], Iterable[np.ndarray]], say: Say
+    source: Any, path: Path, compute: Callable[[list[Batch]], Iterable[np.ndarray]], report: Progress
 ) -> Any:
     """Return the pair source with the reference's log-probs of every pair, from the file where it has them.
 
@@ -123,7 +123,9 @@ def add_cached_logps(
         known = {}
     missing = [i for i, key in enumerate(source.keys) if key not in known]
     count = len(source.keys)
-    say(f"reference log-probs: {count - len(missing)} of {count} pairs are cached, {len(missing)} to compute")
+    report(
+        f"reference log-probs: {count - len(missing)} of {count} pairs are cached, {len(missing)} to compute"
+    )
     if missing:
         batches = source.cover(missing)
         for batch, found in zip(batches, compute(batches), strict=True):
@@ -131,5 +133,5 @@ def add_cached_logps(
             known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
         failure = write_logps(path, known) if processes.is_first() else None
         if failure:
-            say(failure)
+            report(failure)
     return source.with_reference({i: known[key] for i, key in enumerate(source.keys)})

@@ -14,7 +14,7 @@ from jaxft.weights import hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
 PIECE = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
-COLUMNS = 16  # that a transposing copy takes at a time: 4 times as fast as all at once
+COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
 
 
 @dataclass(frozen=True)

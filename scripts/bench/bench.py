@@ -169,14 +169,16 @@ def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
 
 def useful(batch: Any, eos: int) -> int:
     """Count the tokens of a batch without padding and EOS; a prompt counts once per response of its pair."""
-    if hasattr(batch, "responses"):
+    from jaxft.batch import Pairs
+
+    if isinstance(batch, Pairs):
         first = (batch.offsets == 0) & (batch.responses < batch.lengths[0, 0].size)
         prompts = np.take_along_axis(batch.positions, batch.read, -1)[first] + 1
         return int(prompts.sum() + batch.lengths.sum() - (batch.lengths > 0).sum())
     return int(((batch.segments > 0) & (batch.ids != eos)).sum())
 
 
-def measure(run: Any, say: Any) -> dict[str, Any]:
+def measure(run: Any, report: Any) -> dict[str, Any]:
     """Load, compile and train; return the measured fields of the JSON line."""
     import jax
 
@@ -195,17 +197,17 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
         p = programs.build(run, len(steps))
         state, frozen = programs.start(run, p, None)
         jax.block_until_ready((state, frozen))
-        say(f"loaded, peak {peak_gib():.2f} GiB")
+        report(f"loaded, peak {peak_gib():.2f} GiB")
         if p.objective.facts.reference == "precomputed":
             since = time.perf_counter()
             source = reference.add_reference_logps(
-                run, p, source, {"weights_fingerprint": str(time.time())}, say
+                run, p, source, {"weights_fingerprint": str(time.time())}, report
             )
-            say(f"reference log-probs in {time.perf_counter() - since:.1f} s")
+            report(f"reference log-probs in {time.perf_counter() - since:.1f} s")
         begin = time.perf_counter()
         step = programs.compile_step(p, source.shapes[-1])
         compiled = time.perf_counter() - begin
-        say(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
+        report(f"compiled in {compiled:.1f} s, peak {peak_gib():.2f} GiB")
         seconds, tokens, losses = [], [], []
         begin = time.perf_counter()
         for number in steps:
@@ -216,7 +218,7 @@ def measure(run: Any, say: Any) -> dict[str, Any]:
             seconds.append(time.perf_counter() - since)
             tokens.append(useful(batch, tokenizer.eos_token_id))
             losses.append(metrics.as_floats(found)["loss"])
-            say(
+            report(
                 f"step {len(losses)}/{len(steps)}: loss {losses[-1]:.4f}, "
                 f"{tokens[-1] / seconds[-1]:.0f} tokens/s"
             )
@@ -252,11 +254,11 @@ def main() -> int:
             [sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]], check=False
         ).returncode
     a = arguments()
-    say = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
+    report = (lambda _: None) if a.json else (lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory() as folder:
         data, shots = Path(folder) / "rows.jsonl", a.shots if a.objective == "dpo" else None
         data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows, shots)))
-        found = measure(make_run(a, data), say)
+        found = measure(make_run(a, data), report)
     import jax
 
     about = {

@@ -216,7 +216,11 @@ def test_by_each_in_a_group_of_one_is_refused(tmp_path):
         (Rules((number,), by_each), {}, "data.group=1: advantages relative to a group of one are all 0"),
         (Rules((number,), partial(by_group, advantage=lambda scores: scores)), {}, "can.t be called with"),
         (Rules((number,), actor_critic), {}, "actor_critic needs a critic's values"),
-        (Rules((number,), group_whitened), {"kl_in_rewards": True}, "group_whitened ignores the KL penalty"),
+        (
+            Rules((number,), group_whitened),
+            {"kl_in_rewards": True},
+            "estimator group_whitened ignores it",
+        ),
     ],
 )
 def test_an_estimator_that_does_not_fit_the_run_is_refused_before_sampling(rules, facts, message):

@@ -1,8 +1,8 @@
 """Arrange pairs in rows of tokens, and convert values at token positions back to values by pair.
 
 With branches a pair is one segment: the prompt, then its responses one after the other, each continuing at
-the position after the prompt. Without branches every response is a segment of its own with the prompt in
-front. Everything but ids, segments, positions, branches and read is the same either way, in the same order.
+the position after the prompt. Without branches every response is a separate segment that starts with the
+prompt. Everything but ids, segments, positions, branches and read is the same either way, in the same order.
 """
 
 from dataclasses import dataclass

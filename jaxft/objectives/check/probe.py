@@ -168,7 +168,7 @@ def evaluate_batch(probe: Probe, pair: PairBatch) -> LossResult:
 
 
 def evaluate_each(probe: Probe, pair: PairBatch) -> LossResult:
-    """Values and gradients [N] of pairs [N, 1], each in a batch of its own. Raises ValueError if the loss
+    """Values and gradients [N] of pairs [N, 1], each in a separate batch. Raises ValueError if the loss
     fails.
     """
     N = pair.weight.shape[0]
@@ -205,7 +205,7 @@ def same_result(*found: LossResult) -> bool:
 def evaluate_margins(
     probe: Probe, margin: np.ndarray, length: Mapping[str, Any] | int = TOKENS
 ) -> LossResult:
-    """Pairs [N], each a batch of its own; half the margin is gained by the chosen response, half lost by the
+    """Pairs [N], each in a separate batch; half the margin is gained by the chosen response, half lost by the
     rejected one.
 
     The reference's log-probs are low enough for the policy's to stay below 0, and the same for all margins.
