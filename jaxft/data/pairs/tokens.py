@@ -136,12 +136,19 @@ def tokenise_pairs(
 
 
 def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
-    """Add a response "mismatched" to each pair: the first response of pair donors[i], truncated to `limit`
-    tokens with the prompt.
+    """Add a response "mismatched" to each pair: one of pair donors[i], truncated to `limit` tokens with the
+    prompt.
+
+    Of donors with both responses, every other one lends its chosen response and the rest their rejected one:
+    KTO's reference point is a mean over both kinds (arXiv:2402.01306, section 4.1), as in TRL, which makes
+    two rows of a pair.
     """
-    first = 1 + (pairs.counts[donors, 1:] > 0).argmax(1)
-    counts = np.minimum(pairs.counts[donors, first], limit - pairs.counts[:, 0])
-    starts = np.column_stack([pairs.starts, pairs.starts[donors, first]])
+    has_response = pairs.counts[donors, 1:3] > 0
+    column = 1 + has_response.argmax(1)
+    both = np.flatnonzero(has_response.all(1))
+    column[both] = 1 + np.arange(len(both)) % 2
+    counts = np.minimum(pairs.counts[donors, column], limit - pairs.counts[:, 0])
+    starts = np.column_stack([pairs.starts, pairs.starts[donors, column]])
     counts = np.column_stack([pairs.counts, counts])
     where = ranges(starts.ravel(), counts.ravel())
     offsets = np.concatenate([[0], np.cumsum(counts)])
