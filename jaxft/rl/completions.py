@@ -61,10 +61,11 @@ class Faults:
 
 @dataclass(frozen=True)
 class ScoredCompletions:
-    """Completions with the scores of each reward, and their combined and shaped scores; NaN for none."""
+    """Completions with the scores of each reward, their combination, and that after shaping; NaN for none."""
 
     completions: Completions
     reward_scores: Float[np.ndarray, "G N K"]
+    combined: Float[np.ndarray, "G N"]
     scores: Float[np.ndarray, "G N"]
     faults: Faults
 

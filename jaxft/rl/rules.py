@@ -32,7 +32,9 @@ class Rules:
     shape(scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
     scale(scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
         Metrics show the scores before scaling.
-    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups. None for all.
+    filter(scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for all.
+        It sees the scores before `shape`, so that a group with equal rewards does not pass because of its
+        lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
     """
@@ -84,15 +86,16 @@ class Rules:
         lengths = completions.lengths
         each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
         each = each.reshape(*lengths.shape, len(by_reward))
-        scores = self.combine(each, self.reward_weights)
+        combined = scores = self.combine(each, self.reward_weights)
         if self.shape is not None:
-            scores = self.shape(scores, lengths, completions.ended)
-        return ScoredCompletions(completions, each, scores, sum((one.faults for one in by_reward), Faults()))
+            scores = self.shape(combined, lengths, completions.ended)
+        faults = sum((one.faults for one in by_reward), Faults())
+        return ScoredCompletions(completions, each, combined, scores, faults)
 
     def policy_mask(self, scored: ScoredCompletions) -> GroupMask:
         """Return the mask of completions that the policy is trained on."""
         mask = adv.has_score(scored.scores) & (scored.completions.ended | self.train_on_truncated)
-        return mask & (True if self.filter is None else self.filter(scored.scores))
+        return mask & (True if self.filter is None else self.filter(scored.combined))
 
 
 def shape_scores(

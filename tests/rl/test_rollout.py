@@ -29,7 +29,7 @@ from jaxft.rl.layout import fits, pack_rollout
 from jaxft.rl.programs import BoundRun
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import BoundRollouts, Rollouts, RolloutSource
-from jaxft.rl.rules import Rules
+from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.sampler import RolloutScorer
 from jaxft.runs.config import help_text
 from jaxft.runs.parse import find_file, run_file
@@ -239,6 +239,22 @@ def test_completions_outside_of_the_policy_mask_have_no_weight(tmp_path):
             own = weights[row][batch.responses[0, row] == slot]
             assert own.any() == (length < 6 and lengths[row, 0] != lengths[row, 1])
     assert 0 < metrics["frac_learned"].total < metrics["frac_learned"].weight
+
+
+def test_a_filter_sees_the_rewards_before_shaping(tmp_path):
+    """DAPO (arXiv:2503.14476, eq. 11) keeps groups with some right and some wrong answers. A group that is
+    right every time has no advantage but that of its lengths.
+    """
+
+    def right(prompt, completion, row):
+        return 1.0
+
+    shape = partial(shape_scores, overlong=(6, 5), missing_eos=0.5)
+    rules = Rules((right,), shape=shape, filter=nonconstant_groups)
+    source = bound_source(tmp_path, rules)
+    assert not source.batch(0, state_at(0))[0].policy_weights.any()
+    unfiltered = bound_source(tmp_path, Rules((right,), shape=shape)).batch(0, state_at(0))[0]
+    assert unfiltered.advantages.any()  # the shaped scores do differ
 
 
 def test_a_policy_is_frozen_in_the_warm_up(tmp_path):
