@@ -33,22 +33,34 @@ Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen
 
 
 def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to lr, then constant; `end` is ignored."""
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
-    )
+    """Linear warm-up to lr, then constant; `end` is ignored."""
+    return _after_warmup(lr, warmup, optax.constant_schedule(lr))
 
 
 def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to lr, then linear decay to `end * lr` at the last step."""
-    down = optax.linear_schedule(lr, end * lr, max(1, steps - warmup))
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
+    """Linear warm-up to lr, then linear decay to `end * lr` at the last step."""
+    return _after_warmup(lr, warmup, optax.linear_schedule(lr, end * lr, _steps_after_peak(warmup, steps)))
 
 
 def cosine_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to lr, then cosine decay to `end * lr` at the last step."""
-    down = optax.cosine_decay_schedule(lr, max(1, steps - warmup), alpha=end)
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup])
+    """Linear warm-up to lr, then cosine decay to `end * lr` at the last step."""
+    down = optax.cosine_decay_schedule(lr, _steps_after_peak(warmup, steps), alpha=end)
+    return _after_warmup(lr, warmup, down)
+
+
+def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedule:
+    """`lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0; `then` starts at the
+    last of them.
+    """
+    if warmup < 2:
+        return then
+    rising = optax.linear_schedule(lr / warmup, lr, warmup - 1)
+    return optax.join_schedules([rising, then], [warmup - 1])
+
+
+def _steps_after_peak(warmup: int, steps: int) -> int:
+    """Steps from the first with the full rate to the last."""
+    return max(1, steps - max(1, warmup))
 
 
 class UpdateRule(NamedTuple):

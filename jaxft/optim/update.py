@@ -30,12 +30,14 @@ class StepInfo(NamedTuple):
     """Facts about a step that an update needs in addition to the gradients.
 
     norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key:
-    for the stochastic rounding of bfloat16 parameters; None if there are none.
+    for the stochastic rounding of bfloat16 parameters; None if there are none. frozen: if True, the policy
+    and its optimizer state stay unchanged, and without freezable.py all others too; None for no freezing.
     """
 
     norm: Float[Array, ""]
     finite: Bool[Array, ""]
     key: Key[Array, ""] | None = None
+    frozen: Bool[Array, ""] | None = None
 
 
 class LayerParts(NamedTuple):
@@ -116,19 +118,24 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
+def is_updated(info: StepInfo) -> Bool[Array, ""]:
+    """Return whether a step changes parameters and optimizer state."""
+    return info.finite if info.frozen is None else info.finite & ~info.frozen
+
+
 def guarded_update(
     transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after one optax update, unchanged if not `info.finite`.
+    """Return (parameters, optimizer state) after one optax update, unchanged if not `is_updated(info)`.
 
     The state's update depends on the new parameters, so that XLA writes each array in place: otherwise its
     CPU compiler copies the whole state first, because the new parameters read the old state.
     """
     chex.assert_trees_all_equal_shapes(grads, params)
-    transform = optax.with_extra_args_support(transform)
+    transform, moves = optax.with_extra_args_support(transform), is_updated(info)
 
     def select(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(info.finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(moves, n, o), new, old)
 
     with standard_promotion():
         updates, _ = transform.update(grads, opt_state, params, norm=info.norm)

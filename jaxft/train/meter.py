@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data.source import Source
@@ -29,23 +28,22 @@ class Meter:
     non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
     model trains on it.
 
-    rates: the learning rate of each step. max_bad: non-finite steps in a row that end the run, None for any
-    number. counters: what `counters()` returned when the checkpoint was saved. index: the member's index in
+    max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()` returned when the checkpoint was saved. index: the member's index in
     the metrics of a sweep, which have a leading members axis; None for a run alone.
     """
 
     def __init__(
         self,
         member: Member,
-        rates: np.ndarray,
         source: Source[Any],
         max_bad: int | None,
         counters: dict[str, Any] | None,
         index: int | None = None,
     ):
-        start = {"num_tokens": 0, "bad_in_a_row": 0, "good": 0, "skipped": 0, "window": {}, "epoch": {}}
+        counts = dict.fromkeys(("num_tokens", "bad_in_a_row", "good", "skipped"), 0)
+        start = {**counts, "learning_rate": 0.0, "window": {}, "epoch": {}}
         self._counters = {**start, **(counters or {})}
-        self._rates, self._source, self._max_bad, self._index = rates, source, max_bad, index
+        self._source, self._max_bad, self._index = source, max_bad, index
         self._sums = metric.from_json(self._counters["window"])
         self._epoch = metric.from_json(self._counters["epoch"])
         partition = member.programs.partition
@@ -74,7 +72,7 @@ class Meter:
         while len(self._pending) > leave:
             step, tokens, metrics = self._pending.popleft()
             now = self._on_host(metrics)
-            is_bad = bool(now.pop("skipped").total > 0)
+            is_bad, rate = bool(now.pop("skipped").total > 0), float(now.pop("learning_rate").total)
             names = [name for name, value in now.items() if isinstance(value, metric.LabelNoise)]
             by_epoch = {name: now.pop(name) for name in names}
             if not is_bad and step < self._source.info.steps_per_epoch:
@@ -91,6 +89,7 @@ class Meter:
                 }  # loop.watch may have changed
                 self._sums = metric.add(same, now)
             counters["good"] += not is_bad
+            counters["learning_rate"] = counters["learning_rate"] if is_bad else rate
             if self._max_bad is not None and counters["bad_in_a_row"] >= self._max_bad:
                 self._give_up(range(step + 1 - self._max_bad, step + 1))
 
@@ -123,7 +122,7 @@ class Meter:
         out = {
             **metric.as_floats(dict(sorted({**self._sums, **self._epoch}.items()))),
             "skipped": self._counters["skipped"],
-            "learning_rate": float(self._rates[self._last]),
+            "learning_rate": self._counters["learning_rate"],
             "epoch": (self._last + 1) / self._source.info.steps_per_epoch,
             "num_tokens": self._counters["num_tokens"],
         }
@@ -156,11 +155,10 @@ class Meters:
     def __init__(self, job: Job, counters: Sequence[dict[str, Any]] | None):
         self._each = []
         for number, member in enumerate(job.members):
-            rates = np.asarray(jax.jit(jax.vmap(member.programs.optimizer.schedule))(jnp.arange(job.steps)))
             # a member of a sweep that becomes non-finite is frozen, and the others continue
             max_bad, index = (member.run.loop.max_bad, None) if job.sweep is None else (None, number)
             own = None if counters is None else counters[number]
-            self._each.append(Meter(member, rates, job.source_of(number), max_bad, own, index))
+            self._each.append(Meter(member, job.source_of(number), max_bad, own, index))
 
     def add(self, step: int, batches: Sequence[Batch], metrics: Metrics) -> None:
         """Add a step. batches: one for all members, or one of each."""

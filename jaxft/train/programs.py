@@ -14,6 +14,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.objectives.objective import Objective, Outputs
+from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optimizer, make_optimizer
 from jaxft.optim.state_sharding import state_shardings
 from jaxft.runs.report import ModelSummary, StepRows
@@ -66,7 +67,9 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         raise ValueError(
             "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
         )
-    optimizer = make_optimizer(run.optim, parts.trainable_specs, steps)
+    make = partial(make_optimizer, run.optim, steps=steps)
+    specs = parts.trainable_specs
+    optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
     trainable, frozen = partition.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
     opt_state = _with_shardings(opt_state, state_shardings(optimizer, opt_state, trainable, mesh))
@@ -200,7 +203,7 @@ def compile_eval(
         return jax.ShapeDtypeStruct((len(batches) * x.shape[0], *x.shape[1:]), x.dtype)
 
     def loss_metrics(outputs: Outputs, loss_aux: Aux) -> Metrics:
-        return p.objective.loss(outputs, {"loss": loss_aux})[1]
+        return p.objective.for_evaluation().loss(outputs, {"loss": loss_aux})[1]
 
     shapes = jax.eval_shape(step, p.state.trainable, p.frozen, batches[0], p.state.aux)
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p.state.aux.get("loss", {}))

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.objectives.metrics import Sum, add, neutral
 from jaxft.objectives.objective import Objective
+from jaxft.optim.freezable import FreezableState
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
 from jaxft.optim.update import StepInfo, to_float32
@@ -43,7 +44,8 @@ def make_train_step(
         if optimizer.fused_backward:
             keys = (key, rounding_key)
             trainable, opt_state, info, metrics = fused_step(objective, optimizer, state, frozen, batch, keys)
-            new, counts = next_state(objective, state, (trainable, opt_state), info, metrics)
+            updated = trainable, opt_state
+            new, counts = next_state(objective, optimizer, state, updated, info, metrics)
         else:
             grads, metrics = accumulate_gradients(objective, (state.trainable, frozen), batch, key, state.aux)
             new, counts = apply_gradients(objective, optimizer, state, batch, (grads, metrics), rounding_key)
@@ -61,50 +63,55 @@ def apply_gradients(
     summed: tuple[Grads, Metrics],
     rounding_key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer update by summed gradients, and the metrics grad_norm and skipped.
+    """Return the state after one optimizer update by summed gradients, and the metrics of next_state.
 
     If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged
     (with a gradient of 0 Adam would still move them); a critic is updated as usual.
     """
     grads, metrics = summed
     norm = optax.tree.norm(to_float32(grads))
-    info = StepInfo(norm, jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total), rounding_key)
+    frozen = objective.frozen_policy(batch) if objective.facts.freezes_policy else None
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    info = StepInfo(norm, finite, rounding_key, frozen)
     updated = optimizer.update(grads, state.opt_state, state.trainable, info)
-    if objective.facts.freezes_policy:
-        is_frozen, before = objective.frozen_policy(batch), (state.trainable, state.opt_state)
-        updated = keep_policy(is_frozen, updated, before, state.trainable)
-    return next_state(objective, state, updated, info, metrics)
-
-
-def keep_policy(is_frozen: Bool[Array, ""], new: Any, old: Any, trainable: Params) -> Any:
-    """Return `new`, with the leaves of the policy (its adapter and base) taken from `old` if `is_frozen`.
-
-    new, old: trees of parameters, or of optimizer state, whose leaves are under the names that they have in
-    `trainable`.
-    """
-
-    def leaf(path: tuple[Any, ...], new: Array, old: Array) -> Array:
-        name = next((key.key for key in path if getattr(key, "key", None) in trainable), None)
-        return jnp.where(is_frozen, old, new) if name in ("adapter", "base") else new
-
-    return jax.tree_util.tree_map_with_path(leaf, new, old)
+    return next_state(objective, optimizer, state, updated, info, metrics)
 
 
 def next_state(
     objective: Objective,
+    optimizer: Optimizer,
     state: TrainState,
     updated: tuple[Params, OptState],
     info: StepInfo,
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """Return the next step's state, grad_norm and skipped. updated: new parameters and optimizer state."""
+    """Return the next step's state, and the metrics grad_norm, learning_rate and skipped.
+
+    updated: new parameters and optimizer state. info: of the step that made them.
+    """
     trainable, opt_state = updated
     aux = objective.update(state.aux, trainable, metrics)
     aux = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), aux, state.aux)
     bad = jnp.where(info.finite, state.bad * jnp.array([1, 0], jnp.int32), state.bad + 1)
     one = jnp.ones((), info.norm.dtype)
-    counts = {"grad_norm": Sum(info.norm, one), "skipped": Sum((~info.finite).astype(info.norm.dtype), one)}
+    counts = {
+        "grad_norm": Sum(info.norm, one),
+        "learning_rate": Sum(applied_rate(optimizer, state, info).astype(info.norm.dtype), one),
+        "skipped": Sum((~info.finite).astype(info.norm.dtype), one),
+    }
     return TrainState(state.step + 1, trainable, opt_state, aux, bad), counts
+
+
+def applied_rate(optimizer: Optimizer, state: TrainState, info: StepInfo) -> Float[Array, ""]:
+    """Return the learning rate of the policy's update in a step from `state`, 0 if the step freezes it.
+
+    The schedule counts updates: a step that was skipped or frozen is not one.
+    """
+    if isinstance(state.opt_state, FreezableState):
+        rate = jnp.asarray(optimizer.schedule(state.opt_state.policy_updates))
+    else:
+        rate = jnp.asarray(optimizer.schedule(state.step - state.bad[0]))
+    return rate if info.frozen is None else jnp.where(info.frozen, jnp.zeros_like(rate), rate)
 
 
 def accumulate_gradients(

@@ -19,7 +19,10 @@ PER_EPOCH = 10  # of meters.make_meter's source
 def feed(m, step, margin, bad=False):
     one = np.float64(1)
     noise = LabelNoise(counts(margin))
-    found = {"loss": Sum(one, one), "label_noise": noise, "skipped": Sum(np.float64(bad), one)}
+    found = {
+        "loss": Sum(one, one), "learning_rate": Sum(one, one), "label_noise": noise,
+        "skipped": Sum(np.float64(bad), one),
+    }  # fmt: skip
     m.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
 
 

@@ -9,10 +9,23 @@ import optax
 import pytest
 from tiny_run import Place, write_place
 
+from jaxft.batch import TrainState
 from jaxft.nn.param import ParamSpec, full
+from jaxft.objectives.metrics import Sum
+from jaxft.objectives.objective import Objective
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.optimizer import Optim, UpdateRule, adafactor, adamw, make_optimizer
+from jaxft.optim.optimizer import (
+    Optim,
+    UpdateRule,
+    adafactor,
+    adamw,
+    constant_schedule,
+    cosine_schedule,
+    linear_schedule,
+    make_optimizer,
+)
 from jaxft.optim.update import StepInfo
+from jaxft.train.step import make_train_step
 
 SPECS = {"w": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 
@@ -117,3 +130,40 @@ def test_a_run_with_a_partial_ends_with_its_model_card(tmp_path):
     place = Place(tmp_path)
     assert place.run("optim.optimizer=mine.py:slow", "samples=0", "name=partial") == 0, place.err()
     assert "parameters trained, adamw with lr" in (place.runs("partial") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("schedule", [constant_schedule, linear_schedule, cosine_schedule])
+@pytest.mark.parametrize("warmup, steps", [(0, 7), (1, 7), (3, 10), (10, 10), (0, 1)])
+def test_no_step_has_rate_0_and_the_end_is_the_last_step(schedule, warmup, steps):
+    rates = [float(schedule(0.5, 0.1, warmup, steps)(k)) for k in range(steps)]
+    rising = [0.5 * (k + 1) / warmup for k in range(warmup)]
+    np.testing.assert_allclose(rates[:warmup], rising, rtol=1e-6)
+    peak = max(warmup - 1, 0)
+    assert rates[peak] == pytest.approx(0.5) and min(rates) > 0
+    if peak < steps - 1:
+        assert rates[-1] == pytest.approx(0.5 if schedule is constant_schedule else 0.05)
+        assert all(after <= before for before, after in zip(rates[peak:], rates[peak + 1 :], strict=False))
+
+
+def test_the_logged_rate_is_that_of_the_update():
+    """SGD on a gradient of 1 moves a weight by the rate. A skipped step is no update: the schedule waits."""
+    settings = Optim(lr=0.5, optimizer=partial(momentum, decay=None), warmup=0.3, clip=None)
+    optimizer = make_optimizer(settings, SPECS, 10)
+
+    def loss(outputs, aux):
+        one = jnp.ones(())
+        return outputs, {"loss": Sum(outputs, one)}
+
+    objective = Objective(lambda params, batch, key, aux: jnp.sum(params["w"] * batch["x"]), loss)
+    params = {"w": jnp.zeros(SPECS["w"].shape)}
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), {}, jnp.zeros(2, jnp.int32))
+    step, rates = jax.jit(make_train_step(objective, optimizer, 0)), []
+    for number in range(6):
+        bad = number in (1, 4)
+        batch = {"x": jnp.full(1, jnp.nan if bad else 1.0)}
+        new, found = step(state, {"w": None}, batch)
+        moved, rate = float((state.trainable["w"] - new.trainable["w"]).max()), found["learning_rate"].total
+        assert moved == (0 if bad else pytest.approx(float(rate), rel=1e-5))
+        rates += [] if bad else [float(rate)]
+        state = new
+    np.testing.assert_allclose(rates, [float(optimizer.schedule(k)) for k in range(4)], rtol=1e-6)

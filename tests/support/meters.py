@@ -15,11 +15,14 @@ def make_meter(max_bad, counters=None):
     model = SimpleNamespace(forward_flops=lambda tokens, length: 1.0)
     partition = SimpleNamespace(model=model, mask={"base": {}})
     member = SimpleNamespace(programs=SimpleNamespace(partition=partition))
-    return Meter(member, np.zeros(100), source, max_bad, counters)
+    return Meter(member, source, max_bad, counters)
 
 
 def feed(meter, step, loss, bad=False):
     """One step of five tokens with this loss."""
     one = np.float32(1)
-    found = {"loss": metrics.Sum(np.float32(loss), one), "skipped": metrics.Sum(np.float32(bad), one)}
+    found = {
+        name: metrics.Sum(np.float32(x), one)
+        for name, x in (("loss", loss), ("skipped", bad), ("learning_rate", 1e-3))
+    }
     meter.add(step, SimpleNamespace(segments=np.ones((1, 1, 5))), found)
