@@ -114,8 +114,9 @@ class Objective(NamedTuple):
     score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
-    text: the objective that evaluates general text, None for this one. one_pass(params, batch, key, aux) ->
-        (loss, metrics): the same result as loss(forward(...)) at less cost; None to compute it so.
+    eval_loss: the loss of held-out rows, None for `loss`. text: the objective that evaluates general text,
+        None for this one. one_pass(params, batch, key, aux) ->
+        (loss, metrics), a cheaper way to the same as loss(forward(...)), None for none.
     """
 
     forward: Callable[[Params, Batch, Array | None, Aux], Outputs]
@@ -125,6 +126,7 @@ class Objective(NamedTuple):
     score: Callable[[Params, Batch, Aux], Scores] = no_scores
     frozen_policy: Callable[[Batch], Bool[Array, ""]] = never_frozen
     batch_spec: Callable[[Batch], Batch] = same_batch
+    eval_loss: Callable[[Outputs, Aux], tuple[Array, Metrics]] | None = None
     text: "Objective | None" = None
     one_pass: Callable[[Params, Batch, Array | None, Aux], tuple[Array, Metrics]] | None = None
     facts: Facts = Facts()
@@ -137,3 +139,7 @@ class Objective(NamedTuple):
         if self.one_pass is not None:
             return self.one_pass(params, batch, key, aux)
         return self.loss(self.forward(params, batch, key, aux), aux)
+
+    def for_evaluation(self) -> "Objective":
+        """Return the objective with the loss of held-out rows as its loss."""
+        return self if self.eval_loss is None else self._replace(loss=self.eval_loss, one_pass=None)

@@ -146,7 +146,8 @@ class PreferenceLoss:
     means, running statistics). Such a loss is fn(pair, state, ...); it is called once per optimizer step with
     the pairs of all microbatches and mesh parts together, so that accumulation is exact, and slots of weight
     0 must not influence it. state starts as `init`, and `update(state, metrics)` returns the next one after a
-    step, from the metrics of the whole batch. reads_reference: the loss reads `ratio` or `reference`, so that
+    step, from the metrics of the whole batch. eval_state(state) -> the state that the loss of held-out pairs
+    gets. reads_reference: the loss reads `ratio` or `reference`, so that
     the objective needs a reference policy.
     """
 
@@ -155,6 +156,7 @@ class PreferenceLoss:
     reads_reference: bool = True
     init: dict[str, float] = field(default_factory=dict)
     update: Callable[[Any, Metrics], LossState] = same_state
+    eval_state: Callable[[Any], LossState] = dict
 
     def __call__(self, pair: PairBatch, *args: Any, state: LossState | None = None, **knobs: Any) -> Array:
         """Return a value per pair. Raises ValueError for a coupled loss without state, so that no caller
@@ -175,6 +177,7 @@ def coupled(
     *,
     init: dict[str, float] | None = None,
     update: Callable[[Any, Metrics], LossState] = same_state,
+    eval_state: Callable[[Any], LossState] = dict,
 ) -> Any:
     """Declare a loss `fn(pair, state, ...)` whose value for a pair depends on the batch's other pairs; see
     PreferenceLoss.
@@ -182,8 +185,8 @@ def coupled(
     A decorator, plain or with arguments: `@coupled` or `@coupled(init={"mean": 0.0}, update=next_mean)`.
     """
     if fn is None:
-        return partial(coupled, init=init, update=update)
-    return PreferenceLoss(fn, coupled=True, init=init or {}, update=update)
+        return partial(coupled, init=init, update=update, eval_state=eval_state)
+    return PreferenceLoss(fn, coupled=True, init=init or {}, update=update, eval_state=eval_state)
 
 
 def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:

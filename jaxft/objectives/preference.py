@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.batch import Pairs, without_fields
 from jaxft.nn import fused_update
+from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
 from jaxft.objectives.metrics import LOSS, Sum
@@ -33,7 +34,12 @@ from jaxft.objectives.pair import (
     loss_values,
     pair_batch,
 )
-from jaxft.objectives.preference_metrics import LOSS_AT_REFERENCE, pair_metrics, pair_token_metrics
+from jaxft.objectives.preference_metrics import (
+    LOSS_AT_REFERENCE,
+    REFERENCE_RANK_ERROR,
+    pair_metrics,
+    pair_token_metrics,
+)
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, Metrics, Params, struct
@@ -54,6 +60,10 @@ UNUSED = (
 class EMAReference:
     """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 -
     alpha) ref.
+
+    The mean is one of weights. Of LoRA adapters that is the mean of the products a b, which the reference
+    stores with twice the adapter's rank; what this leaves out at the newest update is logged as
+    `reference_rank_error`, a fraction of the products' norm.
     """
 
     alpha: float = 0.6
@@ -159,13 +169,20 @@ def preference(
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
+        if "rank_error" in aux:
+            one = jnp.ones_like(aux["rank_error"])
+            metrics[REFERENCE_RANK_ERROR] = Sum(aux["rank_error"], one)
         if outputs.reference is not None:
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
         return value, jax.lax.stop_gradient(metrics)
 
+    def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        return pair_loss(outputs, {**aux, "loss": declared.eval_state(aux["loss"])})
+
     def init(trainable: Params, at_base: bool) -> Aux:
-        return _reference_at_start(kind, trainable, at_base) | _loss_state(declared)
+        start = _moving_reference(ema, trainable) if ema else _reference_copy(kind, trainable, at_base)
+        return start | _loss_state(declared)
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         out = dict(aux)
@@ -184,6 +201,7 @@ def preference(
         init,
         update,
         score,
+        eval_loss=eval_loss if declared.init else None,
         text=sft(model),
         facts=Facts(coupled=declared.coupled, reference=kind),
         report=Report(partial(preference_alarms, implicit_beta), preference_summary),
@@ -197,16 +215,19 @@ def reference_params(params: Params, aux: Aux) -> Params:
     return {"base": params["base"]}
 
 
-def _reference_at_start(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """Return the aux of the reference at step 0. at_base: the policy is the base without its adapter, so no
-    copy is needed.
+def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
+    """aux for a reference that stays as at step 0. at_base: it is the base without its adapter, so no copy is
+    needed.
     """
-    aux: dict[str, Any] = {}
-    if kind == "moving" or (kind == "start" and not at_base):
-        aux["reference"] = jax.tree.map(jnp.copy, trainable)
-    if kind == "moving":
-        aux["steps"] = jnp.zeros((), jnp.int32)
-    return aux
+    return {"reference": jax.tree.map(jnp.copy, trainable)} if kind == "start" and not at_base else {}
+
+
+def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
+    """aux for a moving reference at step 0, whose adapters get room for blends if it is ever a blend."""
+    reference = jax.tree.map(jnp.copy, trainable)
+    if ema.alpha < 1:
+        reference = widened_pairs(reference)
+    return {"reference": reference, "steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
 
 
 def _loss_state(declared: PreferenceLoss) -> Aux:
@@ -259,11 +280,14 @@ def _at_reference(pair: PairBatch) -> PairBatch:
 
 
 def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
-    """Return the moving reference after a step, and its step count."""
-    steps = aux["steps"] + 1
-    due = steps % ema.every == 0
+    """The moving reference after a step, its count of steps, and the error of its newest update."""
+    steps, old = aux["steps"] + 1, aux["reference"]
 
-    def blend(policy: Array, reference: Array) -> Array:
-        return jnp.where(due, ema.alpha * policy + (1 - ema.alpha) * reference, reference)
+    def updated() -> tuple[Params, Array]:
+        if ema.alpha == 1:
+            return trainable, jnp.zeros_like(aux["rank_error"])
+        blended, error = blend(trainable, old, ema.alpha)
+        return blended, error.astype(aux["rank_error"].dtype)
 
-    return {"steps": steps, "reference": jax.tree.map(blend, trainable, aux["reference"])}
+    reference, error = jax.lax.cond(steps % ema.every == 0, updated, lambda: (old, aux["rank_error"]))
+    return {"steps": steps, "reference": reference, "rank_error": error}

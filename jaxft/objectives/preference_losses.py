@@ -122,8 +122,12 @@ def dpop(pair: PairBatch, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
 
 
 def rdpo(pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta D - alpha (|c| - |r|))`: length is not rewarded (Park et al. 2024, arXiv:2403.19159)."""
-    return logistic(beta * _difference(pair, score) - alpha * (pair.chosen.length - pair.rejected.length))
+    """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, length is not rewarded (Park et al. 2024, arXiv:2403.19159).
+
+    The policy maximises r - alpha |y| with a KL penalty beta, so r = beta log(pi / pi_ref) + alpha |y|: what
+    length explains of the preferences is taken out of the policy's part.
+    """
+    return logistic(beta * _difference(pair, score) + alpha * (pair.chosen.length - pair.rejected.length))
 
 
 def hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
@@ -315,12 +319,19 @@ def mix(*parts: tuple[Callable[..., Array], float]) -> PreferenceLoss:
             out |= {f"{name}.{i}": x for name, x in loss.update(state_of(i, state), metrics).items()}
         return out
 
+    def eval_state(state: LossState) -> dict[str, Any]:
+        out = dict(state)
+        for i, loss in enumerate(declared):
+            out |= {f"{name}.{i}": x for name, x in loss.eval_state(state_of(i, state)).items()}
+        return out
+
     return PreferenceLoss(
         mixed,
         coupled=any(loss.coupled for loss in declared),
         reads_reference=any(loss.reads_reference for loss in declared),
         init={f"{name}.{i}": x for i, loss in enumerate(declared) for name, x in loss.init.items()},
         update=update,
+        eval_state=eval_state,
     )
 
 

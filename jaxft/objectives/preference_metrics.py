@@ -14,6 +14,7 @@ ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 CHOSEN_REWARD, REJECTED_REWARD = "rewards/chosen", "rewards/rejected"
 CHOSEN_LOGP, REJECTED_LOGP = "logps/chosen", "logps/rejected"
 LOSS_AT_REFERENCE = "loss_at_reference"  # the loss where the policy is the reference
+REFERENCE_RANK_ERROR = "reference_rank_error"  # of TR-DPO's newest blend of adapters, see nn/lora_blend.py
 MARGIN_LENGTH_CORRELATION = "length/margin_correlation"
 LONGER_WINS = "length/accuracy_if_longer_wins"
 LABEL_NOISE = "label_noise"

@@ -195,7 +195,7 @@ def _merged(state: LossState, mean: Array, count: Array) -> dict[str, Array]:
     """The running mean reward and its count with `count` more rewards of the given mean."""
     total = state["count"].astype(mean.dtype) + count
     old = state["delta"].astype(mean.dtype)
-    return {"delta": old + (mean - old) * (count / jnp.maximum(total, 1)), "count": total}
+    return {"delta": old + (mean - old) * (count / jnp.maximum(total, 1)), "count": total}  # n / inf is 0
 
 
 def _bco_update(state: LossState, metrics: Metrics) -> dict[str, Array]:
@@ -205,16 +205,21 @@ def _bco_update(state: LossState, metrics: Metrics) -> dict[str, Array]:
     return {name: x.astype(state[name].dtype) for name, x in merged.items()}
 
 
-@coupled(init={"delta": 0.0, "count": 0.0}, update=_bco_update)
+def _bco_eval_state(state: LossState) -> dict[str, Array]:
+    """With infinitely many rewards behind it, the mean does not move."""
+    return {**state, "count": jnp.full_like(state["count"], jnp.inf)}
+
+
+@coupled(init={"delta": 0.0, "count": 0.0}, update=_bco_update, eval_state=_bco_eval_state)
 def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
     """`-LS(beta c - delta)` of a chosen response, `-LS(delta - beta r)` of a rejected one, delta the mean of
     all rewards so far.
 
     Rewards are beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656;
-    TRL 1.13's BCOTrainer). After a step delta is updated from the metrics rewards/chosen and
-    rewards/rejected, so the objective's beta must equal this one. Every response has the same weight in
-    delta, independent of its row's weight. A slot with both responses has the mean of the two. TRL's density
-    ratio weights (UDM) are not implemented.
+    TRL 1.13's BCOTrainer). Held-out pairs are not included: they get the delta that training has left. After
+    a step delta is updated from the metrics rewards/chosen and rewards/rejected, so the objective's beta must
+    equal this one. Every response counts the same in delta whatever its row's weight. A slot with both
+    responses has the mean of the two. TRL's density ratio weights (UDM) are not implemented.
     """
     c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
     used = (pair.weight > 0).astype(c.dtype)

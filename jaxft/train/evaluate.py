@@ -20,6 +20,7 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
     For an objective that couples rows it returns the outputs of the batch; the loss is computed once from
     those of all batches.
     """
+    objective = objective.for_evaluation()
 
     def step(trainable: Params, frozen: Params, batch: Batch, aux: Aux) -> Any:
         rows, params = jax.tree.map(lambda x: x[0], batch), tree.combine(trainable, frozen)

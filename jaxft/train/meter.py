@@ -28,8 +28,9 @@ class Meter:
     non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
     model trains on it.
 
-    max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()` returned when the checkpoint was saved. index: the member's index in
-    the metrics of a sweep, which have a leading members axis; None for a run alone.
+    max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()`
+    returned when the checkpoint was saved. index: the member's index in the metrics of a sweep, which have a
+    leading members axis; None for a run alone.
     """
 
     def __init__(

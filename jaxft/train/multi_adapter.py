@@ -143,7 +143,8 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
     If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of
     all batches together.
     """
-    same_rows = replace(adapters, separate_rows=False)
+    evaluated = tuple(objective.for_evaluation() for objective in adapters.objectives)
+    same_rows = replace(adapters, objectives=evaluated, separate_rows=False)
 
     def step(trainable: Sequence[Params], frozen: SharedFrozen, batch: Batch, aux: Sequence[Aux]) -> Any:
         stacks, rows = _stacks(trainable, frozen), _row_count(batch)
@@ -165,7 +166,7 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
     """Return metrics [K] of outputs [K, rows, ...] of all held-out batches."""
     found = [
-        objective.loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
+        objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
         for k, objective in enumerate(adapters.objectives)
     ]
     return _stack_metrics(found, _union(found))

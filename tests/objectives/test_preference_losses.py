@@ -33,7 +33,7 @@ from preference_rows import (
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
 from jaxft.objectives.metrics import Sum
-from jaxft.objectives.pair import declaration, loss_values
+from jaxft.objectives.pair import PairBatch, Response, declaration, loss_values
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -413,3 +413,43 @@ def test_wpo_refuses_losses_that_couple_pairs_and_mix_refuses_nothing_to_mix():
             P.wpo(loss)
     with pytest.raises(ValueError, match="no losses"):
         P.mix()
+
+
+def best_implicit_reward(loss, lengths, chosen_first):
+    """beta (x_1 - x_2) that minimises the expected loss of two responses with log-ratios x_1, x_2, beta 0.1.
+
+    lengths: of the two. chosen_first: probability that the first is preferred. Found by bisection.
+    """
+
+    def response(x, length):
+        one = jnp.ones((1, 1))
+        return Response(logp=x * one, reference=0 * one, length=length * one, mean_length=one, present=one)
+
+    def expected_loss(x):
+        first, second = response(x, lengths[0]), response(0.0, lengths[1])
+        orders = ((first, second), chosen_first), ((second, first), 1 - chosen_first)
+        total = 0.0
+        for (chosen, rejected), probability in orders:
+            pair = PairBatch({"chosen": chosen, "rejected": rejected}, None, {}, jnp.ones((1, 1)))
+            total += probability * loss(pair, beta=0.1)[0, 0]
+        return total
+
+    slope, (low, high) = jax.jit(jax.grad(expected_loss)), (-100.0, 100.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 0.1 * middle
+
+
+def test_rdpo_learns_nothing_from_preferences_that_length_alone_decides():
+    """Park et al. (arXiv:2403.19159): the policy maximises r - alpha |y| with a KL penalty beta, whose best
+    policy has r = beta log(pi / pi_ref) + alpha |y| + const. Preferences of a judge with r = alpha |y|
+    (Bradley & Terry) are those of pi = pi_ref.
+    """
+    lengths, alpha = (7.0, 5.0), 0.5
+    chosen_first = 1 / (1 + math.exp(-alpha * (lengths[0] - lengths[1])))
+    assert best_implicit_reward(P.dpo, lengths, chosen_first) == pytest.approx(1.0, abs=1e-6)
+    half = partial(P.rdpo, alpha=alpha / 2)
+    assert best_implicit_reward(half, lengths, chosen_first) == pytest.approx(0.5, abs=1e-6)
+    matched = partial(P.rdpo, alpha=alpha)
+    assert best_implicit_reward(matched, lengths, chosen_first) == pytest.approx(0.0, abs=1e-6)

@@ -9,13 +9,16 @@ import optax
 import pytest
 from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, random_pairs, start_aux, table_see
 from preference_rows import EVERY, THIRD
+from tiny_model import tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.nn import lora
+from jaxft.nn.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives import preference_losses as P
 from jaxft.objectives import reference_free_losses as F
-from jaxft.objectives.pair import declaration
+from jaxft.objectives.pair import declaration, pair_batch
 from jaxft.objectives.preference import EMAReference, preference, reference_params
 from jaxft.optim.optimizer import from_optax
 from jaxft.train import evaluate
@@ -131,3 +134,46 @@ def test_every_loss_declares_its_facts():
     assert all(by_table(name)[0].facts.coupled == (name in COUPLED) for name in EVERY)
     free = {name for name, (loss, *_) in EVERY.items() if not declaration(loss).reads_reference}
     assert free == {"nll", "simpo", "alphapo", "alphapo below", "cpo", "cpo_hinge", "cpo_ipo", "orpo", *THIRD}
+
+
+def test_a_moving_reference_of_adapters_is_tr_dpo_on_full_weights():
+    """After two updates the reference's log-probs are those of a base whose full weights were blended."""
+    model, whole = tiny(adapter=Adapter(rank=2))
+    plain, _ = tiny()
+    moving = EMAReference(alpha=0.6, every=1)
+    objective = preference(model, P.dpo, reference=moving)
+    trainable, frozen = tree.partition(whole, tree.mask_by_path(whole, "adapter/.*/[ab]"))
+    fresh = tree.map_with_path(lambda path, x: 0 * x if path.endswith("/b") else x, trainable)
+    aux = start_aux(objective, fresh, True)
+    blended = lora.merge(whole["base"], tree.combine(fresh, frozen)["adapter"], jnp.float64)
+    for number in (1, 2):
+        noise = jax.tree.map(lambda x, n=number: jnp.sin(n + jnp.arange(x.size).reshape(x.shape)), fresh)
+        policy = jax.tree.map(lambda x, change: x + 0.1 * change, fresh, noise)
+        aux = objective.update(aux, policy, {})
+        merged = lora.merge(whole["base"], tree.combine(policy, frozen)["adapter"], jnp.float64)
+        blended = jax.tree.map(lambda p, r: 0.6 * p + 0.4 * r, merged, blended)
+    batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
+    reference = objective.score(tree.combine(policy, frozen), batch, aux).reference
+    expected = preference(plain, P.dpo).score({"base": blended}, batch, {}).logps
+    np.testing.assert_allclose(reference, expected, atol=1e-9)
+    assert aux["rank_error"] < 1e-6
+    assert np.abs(expected - preference(plain, P.dpo).score({"base": merged}, batch, {}).logps).max() > 1e-3
+
+
+def test_held_out_pairs_get_bcos_shift_as_training_left_it():
+    """TRL's BCOTrainer: `running.update` only where the model is trained."""
+    objective, table = by_table("bco")
+    batch = jax.tree.map(jnp.asarray, laid(pairs_for("bco", count=5)))
+    outputs, delta = objective.forward(table, batch, None, {}), 0.7
+    aux = {"loss": {"delta": jnp.float64(delta), "count": jnp.float64(4)}}
+    pair = pair_batch(batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
+    beta, used = EVERY["bco"][2].get("beta", 0.1), pair.weight > 0
+    each = [
+        np.where(x.present, np.log1p(np.exp(-sign * (beta * np.asarray(x.ratio) - delta))), 0)
+        for x, sign in ((pair.chosen, 1), (pair.rejected, -1))
+    ]
+    count = np.asarray(pair.chosen.present + pair.rejected.present)
+    expected = np.sum(np.where(used, pair.weight * sum(each) / np.maximum(count, 1), 0))
+    value, _ = objective.for_evaluation().loss(outputs, aux)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert abs(objective.loss(outputs, aux)[0] - expected) > 1e-4  # in training this batch's rewards count

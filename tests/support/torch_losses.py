@@ -97,7 +97,7 @@ def dpop(p, beta=0.1, penalty=50.0):
 
 
 def rdpo(p, beta=0.1, alpha=0.01):
-    return -LS(beta * (p.c - p.r) - alpha * (p.n("chosen") - p.n("rejected")))
+    return -LS(beta * (p.c - p.r) + alpha * (p.n("chosen") - p.n("rejected")))
 
 
 def hinge(p, beta=0.1, score=reverse_kl):
