@@ -115,8 +115,8 @@ class Objective(NamedTuple):
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
     eval_loss: the loss of held-out rows, None for `loss`. text: the objective that evaluates general text,
-        None for this one. one_pass(params, batch, key, aux) ->
-        (loss, metrics), a cheaper way to the same as loss(forward(...)), None for none.
+        None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
+        loss(forward(...)) at less cost; None to compute it so.
     """
 
     forward: Callable[[Params, Batch, Array | None, Aux], Outputs]

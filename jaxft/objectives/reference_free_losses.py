@@ -218,8 +218,8 @@ def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
     Rewards are beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656;
     TRL 1.13's BCOTrainer). Held-out pairs are not included: they get the delta that training has left. After
     a step delta is updated from the metrics rewards/chosen and rewards/rejected, so the objective's beta must
-    equal this one. Every response counts the same in delta whatever its row's weight. A slot with both
-    responses has the mean of the two. TRL's density ratio weights (UDM) are not implemented.
+    equal this one. Every response has the same weight in delta, independent of its row's weight. A slot
+    with both responses has the mean of the two. TRL's density ratio weights (UDM) are not implemented.
     """
     c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
     used = (pair.weight > 0).astype(c.dtype)
