@@ -168,10 +168,7 @@ def preference(
             **pair_metrics(pair, lambda response: beta * reward(response)),
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
         }
-        metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
-        if "rank_error" in aux:
-            one = jnp.ones_like(aux["rank_error"])
-            metrics[REFERENCE_RANK_ERROR] = Sum(aux["rank_error"], one)
+        metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
         if outputs.reference is not None:
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
@@ -228,6 +225,13 @@ def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
     if ema.alpha < 1:
         reference = widened_pairs(reference)
     return {"reference": reference, "steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
+
+
+def _rank_error(aux: Aux) -> Metrics:
+    """The metric of a moving reference's newest update; {} without one."""
+    if "rank_error" not in aux:
+        return {}
+    return {REFERENCE_RANK_ERROR: Sum(aux["rank_error"], jnp.ones_like(aux["rank_error"]))}
 
 
 def _loss_state(declared: PreferenceLoss) -> Aux:
