@@ -18,7 +18,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, ReferenceKind, RowKnobs, choose_reference
+from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, ReferenceSetting, RowKnobs, choose_reference
 from jaxft.train.settings import Loop, Run
 
 
@@ -29,7 +29,7 @@ def config(
     lr: float = 1e-4,
     loss: Callable = dpo,
     beta: float = 0.1,
-    reference: ReferenceKind | None = None,  # start, or precomputed with full=true
+    reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
 ) -> Run:
     """Direct preference optimisation."""

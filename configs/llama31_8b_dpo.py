@@ -15,7 +15,7 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import LLAMA_8B, PAIRS, LlamaKnobs, ReferenceKind, RowKnobs, choose_reference
+from jaxft.train.recipes import LLAMA_8B, PAIRS, LlamaKnobs, ReferenceSetting, RowKnobs, choose_reference
 from jaxft.train.settings import Loop, Run
 
 
@@ -24,7 +24,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
     beta: float = 0.1,
-    reference: ReferenceKind | None = None,  # start, or precomputed with full=true
+    reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
 ) -> Run:
     """DPO of an 8B model."""
     source = choose_reference(reference, dpo, base.full)

@@ -16,6 +16,7 @@ T = TypeVar("T")
 Params: TypeAlias = Any  # nested dicts of arrays and QTensors, None where a partition has no leaf
 Grads: TypeAlias = Any  # the structure of the trainable Params
 OptState: TypeAlias = Any  # an optimizer's state
+Mask: TypeAlias = Any  # the structure of Params, with a bool at each leaf
 Aux: TypeAlias = Any  # state of the objective and the source in TrainState
 Batch: TypeAlias = Any  # Tokens, Pairs, Rollout, or another struct of arrays with leading rows
 Metrics: TypeAlias = dict[str, Any]  # name -> metrics.Sum, Max or Min in a program, float on the host
@@ -67,7 +68,7 @@ def regex(pattern: str, name: str) -> re.Pattern[str]:
         raise ValueError(f"{name}: {pattern!r} is not a valid regular expression ({e})") from e
 
 
-def mask_by_path(tree: Any, pattern: str) -> Any:
+def mask_by_path(tree: Any, pattern: str) -> Mask:
     """Return True for each leaf whose path, or that of one of its parent nodes, matches the whole regular
     expression.
 
@@ -82,7 +83,7 @@ def mask_by_path(tree: Any, pattern: str) -> Any:
     return mask
 
 
-def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
+def partition(tree: Any, mask: Mask) -> tuple[Any, Any]:
     """Split a tree into leaves where the mask is True and where it is False; the others are None."""
     return (
         jax.tree.map(lambda m, x: x if m else None, mask, tree),

@@ -48,6 +48,11 @@ FOREIGN = {
 # Public names that several modules define for the same meaning, with the reason.
 SHARED_NAMES = {
     "Outputs": "the outputs of an objective's forward pass, one type per objective",
+    "PACKAGES": "the packages that a tracker's file imports",
+    "TOO_LONG": "the choices of data.too_long",
+    "UNUSED": "the fields of a batch that an objective's loss does not read",
+    "VERSION": "the version of what a file stores in a cache",
+    "WEIGHTING": "the choices of data.weighting",
     "open_tracker": "every tracker's file opens it by this name",
 }
 
@@ -268,8 +273,15 @@ def test_a_public_name_means_one_thing():
     where = defaultdict(list)
     for file in MODULES:
         for node in parsed(file).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                where[node.name].append(name_of(file))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            else:
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in names:
+                if not name.startswith("_") and len(name) > 1:  # T is a type variable
+                    where[name].append(name_of(file))
+    where = {name: sorted(set(files)) for name, files in where.items()}
     twice = {name: files for name, files in where.items() if len(files) > 1 and name not in SHARED_NAMES}
     assert not twice
     assert all(len(where[name]) > 1 for name in SHARED_NAMES), (

@@ -136,11 +136,7 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
     )
     mapping: dict[str, str] = {}
     for item in columns:
-        ours, equals, theirs = (part.strip() for part in item.partition("="))
-        if not (ours and equals and theirs):
-            raise ValueError(
-                f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
-            )
+        ours, theirs = split_column(item)
         if ours not in known:
             raise ValueError(
                 f"data.columns: {item!r} maps to unknown column {ours!r}; use one of "
@@ -152,6 +148,16 @@ def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
             )
         mapping[ours] = theirs
     return mapping
+
+
+def split_column(item: str) -> tuple[str, str]:
+    """Split an item of data.columns, "ours=theirs". Raises ValueError for another form."""
+    ours, equals, theirs = (part.strip() for part in item.partition("="))
+    if not (ours and equals and theirs):
+        raise ValueError(
+            f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
+        )
+    return ours, theirs
 
 
 def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:

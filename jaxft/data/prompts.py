@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout
 from jaxft.data import chat, formats
-from jaxft.data.formats import Chat, Message
+from jaxft.data.formats import Chat, Message, split_column
 from jaxft.data.pack import RowShape, permutation, round_up
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
@@ -234,11 +234,7 @@ def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, token
 def _rename_columns(row: Row, columns: tuple[str, ...]) -> Row:
     fields = dict(row.fields)
     for item in columns:
-        ours, equals, theirs = (part.strip() for part in item.partition("="))
-        if not (ours and equals and theirs):
-            raise ValueError(
-                f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
-            )
+        ours, theirs = split_column(item)
         if theirs not in row.fields:
             raise ValueError(
                 f"{row.name}: no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from jaxft.batch import TrainState
 from jaxft.tree import Batch, Metrics
 
-Run = TypeVar("Run", contravariant=True)  # what a source is bound to: `object` for fixed data, rl's BoundRun
+# The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.
+BoundTo = TypeVar("BoundTo", contravariant=True)
 SomeBatch = TypeVar("SomeBatch")
 
 
@@ -58,7 +59,7 @@ class SourceInfo:
     dependencies: dict[str, str] = field(default_factory=dict)
 
 
-class Source(Protocol[Run]):
+class Source(Protocol[BoundTo]):
     """Batches by step.
 
     Arrays of a training batch are [micro, rows, ...], those of a held-out batch [1, rows, ...]; each kind of
@@ -77,7 +78,7 @@ class Source(Protocol[Run]):
     def held_out(self) -> tuple[Batch, ...]:
         """Batches for evaluation. Empty if nothing is held out or `evaluate` does it."""
 
-    def bind(self, run: Run, saved: dict[str, Any] | None) -> "Source[Run]":
+    def bind(self, run: BoundTo, saved: dict[str, Any] | None) -> "Source[BoundTo]":
         """Return the source that makes batches for this run.
 
         saved: `state_dict` of the checkpoint to resume from.

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
@@ -332,7 +333,7 @@ class Votes:
     reached_preemption_sync_point supports only SIGTERM, and only multi-process runs.)
     """
 
-    def __init__(self, mesh: Any):
+    def __init__(self, mesh: Mesh):
         self._sharding = sharding.per_device_vector(mesh)
         self._max = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
         if is_multi_process():

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slices", "data", "fsdp", "context", "tensor")  # from the slowest links to the fastest
 SPARE = ("fsdp", "context")  # axes that shard weights only to save memory: gathered for matmuls
@@ -121,7 +121,7 @@ def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
 
 
 def partition_spec(
-    mesh: Any,
+    mesh: Mesh | AbstractMesh,
     axes: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
     path: str = "",

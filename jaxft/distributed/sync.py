@@ -22,7 +22,7 @@ Exchange = Callable[[str], list[str]]  # this process's text -> the texts of all
 # Seconds that a barrier waits. gloo's collectives time out after 30 s, so a barrier precedes them; whether
 # the run is stalled is decided by the watchdog.
 TIMEOUT = 86400
-KINDS = (OSError, ValueError, MemoryError)
+ERROR_TYPES = (OSError, ValueError, MemoryError)
 
 
 def is_first() -> bool:
@@ -128,7 +128,7 @@ def run_on_all(exchange: Exchange, fn: Callable[[], Any]) -> list[Any]:
         text = json.dumps({"result": fn()})
     except Exception as error:
         local_error = error
-        kind = next((i for i, k in enumerate(KINDS) if isinstance(error, k)), len(KINDS))
+        kind = next((i for i, k in enumerate(ERROR_TYPES) if isinstance(error, k)), len(ERROR_TYPES))
         number = getattr(error, "errno", None)
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = json.dumps({"error": message[:2000] or type(error).__name__, "kind": kind, "errno": number})
@@ -141,7 +141,7 @@ def run_on_all(exchange: Exchange, fn: Callable[[], Any]) -> list[Any]:
 
 def _rebuild_error(process: int, reply: dict[str, Any]) -> Exception:
     text = f"process {process}: {reply['error']}"
-    kind = KINDS[reply["kind"]] if reply["kind"] < len(KINDS) else RuntimeError
+    kind = ERROR_TYPES[reply["kind"]] if reply["kind"] < len(ERROR_TYPES) else RuntimeError
     return OSError(reply["errno"] or errno.EIO, text) if kind is OSError else kind(text)
 
 

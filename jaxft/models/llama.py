@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
@@ -150,7 +151,10 @@ def decode(
 
 
 def llama(
-    config: LlamaConfig, dtype: Any = jnp.bfloat16, remat: RematPolicy = "projections", residual: Any = None
+    config: LlamaConfig,
+    dtype: DTypeLike = jnp.bfloat16,
+    remat: RematPolicy = "projections",
+    residual: DTypeLike | None = None,
 ) -> Model:
     """Build the Model of a Llama config. dtype, remat, residual: see ForwardOptions."""
     f = forward_options(config, dtype, remat, residual)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import is_spec, spec_paths
+from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.scan import RematPolicy, check_remat
 from jaxft.tree import Params
 
@@ -89,7 +89,7 @@ class Model:
     """
 
     config: ModelConfig
-    specs: Any
+    specs: Specs
     weight_names: WeightNames
     dtype: Any
     residual: Any
@@ -134,14 +134,14 @@ def forward_options(
     return ForwardOptions(config, dtype, residual, remat)
 
 
-def layer_axes(specs: Any) -> Any:
+def layer_axes(specs: Specs) -> Any:
     """Return the logical axes of one layer's parameters, without the stacked axis, for
     nn.matmul.gather_layer.
     """
     return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
 
 
-def dense_flops(config: ModelConfig, specs: Any, tokens: int, context: int) -> float:
+def dense_flops(config: ModelConfig, specs: Specs, tokens: int, context: int) -> float:
     """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention,
     the head.
     """

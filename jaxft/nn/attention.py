@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.distributed.sharding import constrain, num_shards, per_device, shard_start
@@ -108,7 +109,7 @@ BEFORE_AMPERE = re.compile(
 )
 
 
-def kernel_for(device: Any, head_dim: int, dtype: Any, packed: bool = True) -> Kernel:
+def kernel_for(device: Any, head_dim: int, dtype: DTypeLike, packed: bool = True) -> Kernel:
     """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all."""
     dtype = jnp.dtype(dtype)
     if device.platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.tree import struct
@@ -16,7 +17,7 @@ from jaxft.tree import struct
 MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> Any:
     return np.promote_types(dtype, np.float32)  # jnp's raises under jax_numpy_dtype_promotion=strict
 
 
@@ -103,7 +104,7 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def _floats(x: jax.Array, dtype: Any) -> jax.Array:
+def _floats(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
@@ -164,7 +165,7 @@ def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[
     return jnp.where(seen_NN[None, None], s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
 
 
-def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: Any, transposed: bool = False) -> jax.Array:
+def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: DTypeLike, transposed: bool = False) -> jax.Array:
     """Return query block i as [K, M, E], or transposed as [K, E, M]."""
     N, K, G, E = x_CNKGE.shape[1:]
     x_NKGE = x_CNKGE[i]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed import sharding
@@ -15,7 +16,7 @@ from jaxft.nn.quant import QTensor, take_rows
 from jaxft.tree import Params
 
 
-def embed(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
     """Return rows of the table [V, D], rounded to `dtype`; a quantised table is dequantised after the
     look-up.
 
@@ -58,14 +59,16 @@ def _embed_bwd(dtype, residuals, g):
 _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
-def embed_tokens(table: Weight, ids: Int[Array, "B T"], dtype: Any, residual: Any) -> Float[Array, "B T D"]:
+def embed_tokens(
+    table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike, residual: DTypeLike
+) -> Float[Array, "B T D"]:
     """Return the start of the residual stream: embeddings, rounded to the compute dtype, as `residual`."""
     h = embed(table, sharding.constrain(ids, "rows", "time"), dtype).astype(residual)
     return sharding.constrain(h, "rows", "time", "act_width")
 
 
 def rms_norm(
-    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: Any
+    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: DTypeLike
 ) -> Float[Array, "... D"]:
     """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), as `out`."""
     wide = x.astype(accumulation_dtype(x.dtype))
@@ -79,7 +82,7 @@ def to_rank(x: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
 
 
 def rope_angles(
-    frequencies: np.ndarray, positions: Int[Array, "B T"], dtype: Any
+    frequencies: np.ndarray, positions: Int[Array, "B T"], dtype: DTypeLike
 ) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
     """Return cos and sin of every position times the frequencies [E/2], in float32 or wider."""
     wide = accumulation_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a tree of their own, attached to the base at trace
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a separate tree that is attached to the base at trace
 time.
 
 An adapter has the base's paths; each adapted kernel [L, I, O] has `a` [L, I, R], `b` [L, R, O] and the frozen
@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, full, kaiming_uniform, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, full, kaiming_uniform, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.tree import static, struct
+from jaxft.tree import Params, static, struct
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Adapted:
     dropout: float = static(default=0.0)
 
 
-def target_paths(specs: Any, targets: str | tuple[str, ...]) -> list[str]:
+def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     """Return the paths of the base kernels that `targets` selects.
 
     Raises ValueError, with near misses, for a target that selects nothing.
@@ -90,7 +91,7 @@ def target_paths(specs: Any, targets: str | tuple[str, ...]) -> list[str]:
     return [p for p in [*blocks, *heads] if p in {path_by_name[name] for name in targets}]
 
 
-def adapter_specs(specs: Any, settings: Adapter) -> dict[str, Any]:
+def adapter_specs(specs: Specs, settings: Adapter) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero."""
     base = spec_paths(specs)
     out: dict[str, Any] = {}
@@ -133,6 +134,15 @@ def attach(base: Any, adapter: Any, dropout: float = 0.0) -> Any:
     return {**base, **{name: attach(base.get(name), node, dropout) for name, node in adapter.items()}}
 
 
+def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
+    """Return {"a", "b", "scale"} of each adapted weight by its path; {} for None."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.paths(adapter or {}).items():
+        above, _, name = path.rpartition("/")
+        pairs.setdefault(above, {})[name] = leaf
+    return pairs
+
+
 def stack_adapters(adapters: Sequence[Any]) -> Any:
     """Stack adapters of the same kernels into one tree, each leaf [K, ...]; smaller ranks are padded with
     zeros.
@@ -154,7 +164,7 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
     return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
 
 
-def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
+def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
     """Return `w + scale a b`, computed in float32 or wider, in `dtype`, of one kernel or a stack."""
     wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
@@ -163,7 +173,7 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: Any) -> jax.Array:
     return (w + low).astype(dtype)
 
 
-def merge(base: Any, adapter: Any, dtype: Any) -> Any:
+def merge(base: Any, adapter: Any, dtype: DTypeLike) -> Any:
     """Return the base tree with the adapter merged into its kernels; an adapted tied head becomes a leaf
     "head".
     """

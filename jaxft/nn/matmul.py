@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
@@ -18,12 +19,12 @@ from jaxft.tree import struct
 Weight = Any  # Array | QTensor | Adapted | GramProbe
 
 
-def accumulation_dtype(dtype: Any) -> Any:
+def accumulation_dtype(dtype: DTypeLike) -> Any:
     """Return the dtype that contractions of `dtype` accumulate in: float32 or wider."""
     return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
 
 
-def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
+def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
     """Contract one axis of each, accumulated in float32 or wider, and cast to `out`.
 
     With tensor parallelism the cast comes before the reduction over devices, which halves its bytes for
@@ -34,7 +35,7 @@ def dot(x: Array, w: Array, contract: tuple[int, int], out: Any) -> Array:
     return jax.lax.dot_general(x, w, dims, preferred_element_type=wide).astype(out)
 
 
-def expand(w: Weight, dtype: Any) -> Array:
+def expand(w: Weight, dtype: DTypeLike) -> Array:
     """Return a weight as a plain array in the compute dtype."""
     return (dequantize(w) if isinstance(w, QTensor) else w).astype(dtype)
 
@@ -85,7 +86,7 @@ def _flat(x: Array) -> Array:
     return x.reshape(rows, x.shape[-1])
 
 
-def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: Any) -> Float[Array, "I O"]:
+def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: DTypeLike) -> Float[Array, "I O"]:
     """Return `x^T g`, the gradient of a weight: the sum over N of outer products, accumulated as in dot.
 
     XLA's CPU compiler runs a 16-bit matmul that contracts the first axis of both operands at about half its
@@ -155,7 +156,7 @@ def to_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def from_bits(x: Array, dtype: Any) -> Array:
+def from_bits(x: Array, dtype: DTypeLike) -> Array:
     """Invert to_bits."""
     return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
 
@@ -224,7 +225,7 @@ lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 
 
 def batched_dot(
-    x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: Any
+    x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: DTypeLike
 ) -> Array:
     """`dot` of K pairs of matrices; axes are counted without K."""
     dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))

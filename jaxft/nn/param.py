@@ -3,21 +3,25 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.tree import Params
 
-Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen or absent
 
 
 def normal(std: float) -> Init:
     """Return an initialiser: Gaussian with the given standard deviation."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return init
@@ -32,7 +36,7 @@ def kaiming_uniform(size: int) -> Init:
     """Return an initialiser: uniform in +-sqrt(1 / size), as torch's kaiming_uniform_(a=sqrt(5))."""
     bound = size**-0.5
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
     return init
@@ -65,12 +69,12 @@ def is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 
 
-def spec_paths(specs: Any) -> dict[str, ParamSpec]:
+def spec_paths(specs: Specs) -> dict[str, ParamSpec]:
     """Return every spec by its path."""
     return tree.paths(specs, is_spec)
 
 
-def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Initialise all parameters. The key of a leaf depends on its path only: adding one changes no other."""
 
     def start(path, spec):
@@ -79,24 +83,24 @@ def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
     return tree.map_with_path(start, specs, is_leaf=is_spec)
 
 
-def abstract_params(specs: Any, dtype: Any = jnp.float32) -> Any:
+def abstract_params(specs: Specs, dtype: DTypeLike = jnp.float32) -> Any:
     """Return the tree of ShapeDtypeStructs that init_params would fill."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
 
 
-def sharding_of(spec: ParamSpec, mesh: Any, path: str) -> Any:
+def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:
     """Return the NamedSharding of a parameter. Raises ValueError that names `path` if it doesn't fit the
     mesh.
     """
     return sharding.array_sharding(mesh, spec.axes, spec.shape, path, spec.heads)
 
 
-def shardings(specs: Any, mesh: Any) -> Any:
+def shardings(specs: Specs, mesh: Mesh) -> Any:
     """Return the NamedSharding of every parameter."""
     return tree.map_with_path(lambda path, s: sharding_of(s, mesh, path), specs, is_leaf=is_spec)
 
 
-def count_params(specs: Any) -> int:
+def count_params(specs: Specs) -> int:
     """Return the number of parameters."""
     return sum(math.prod(s.shape) for s in spec_paths(specs).values())
 

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED
+from jaxft.objectives.metrics import GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, FloatMetrics
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
     ACCURACY_BY_LENGTH,
@@ -24,7 +24,6 @@ from jaxft.objectives.preference_metrics import (
 
 Memory: TypeAlias = dict[str, Any]
 Entry: TypeAlias = dict[str, Any]  # of metrics.jsonl; null stands for a value that was not finite
-Numbers: TypeAlias = dict[str, float]  # the finite values of an entry
 
 
 class Alarms(NamedTuple):
@@ -35,9 +34,9 @@ class Alarms(NamedTuple):
     alarms: list[str]
 
 
-Check: TypeAlias = Callable[[Memory, Numbers, bool], Alarms]
+AlarmCheck: TypeAlias = Callable[[Memory, FloatMetrics, bool], Alarms]
 
-WINDOW = 5  # logged steps whose mean is one point of a curve
+WINDOW_STEPS = 5  # logged steps whose mean is one point of a curve
 FALLS = 3  # consecutive points, each below the one before
 # A fall in log-prob that matters: this many nats per response, and this fraction of its log-prob at step 0.
 FALL_NATS, FALL_FRACTION = 2.0, 0.03
@@ -61,7 +60,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
     beta: of rewards that are beta times the log-ratio to a reference, None for other rewards. last: whether
     the entry is the finished run's.
     """
-    checks: dict[str, Check] = {
+    checks: dict[str, AlarmCheck] = {
         "first loss": check_first_loss,
         "falling": partial(check_falling_logp, beta),
         "overfitting": check_overfitting,
@@ -82,7 +81,7 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     return run_alarms(checks, memory, entry, last)
 
 
-def run_alarms(checks: Mapping[str, Check], memory: Memory, entry: Entry, last: bool) -> Alarms:
+def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, last: bool) -> Alarms:
     """Run several checks, each with a separate memory."""
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
@@ -94,7 +93,7 @@ def run_alarms(checks: Mapping[str, Check], memory: Memory, entry: Entry, last: 
     return Alarms(memory, messages, alarms)
 
 
-def check_first_loss(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Compare the loss before the first update, when the policy equals the reference, with its theoretical
     value.
     """
@@ -117,7 +116,7 @@ def check_first_loss(memory: Memory, n: Numbers, last: bool) -> Alarms:
     return Alarms(memory, [], [causes])
 
 
-def check_falling_logp(beta: float | None, memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Detect a falling log-prob of chosen responses: held-out since step 0, in training relative to the
     reference.
     """
@@ -134,7 +133,7 @@ def check_falling_logp(beta: float | None, memory: Memory, n: Numbers, last: boo
         ratio = n[CHOSEN_REWARD] / beta
         memory, depth = _add_to_window(memory, ratio)
         if depth > max(FALL_NATS, FALL_FRACTION * abs(n[CHOSEN_LOGP] - ratio)):
-            depths.append((depth, f"below the reference, falling for {FALLS * WINDOW} logged steps"))
+            depths.append((depth, f"below the reference, falling for {FALLS * WINDOW_STEPS} logged steps"))
     alarms = []
     for depth, where in depths:
         if depth > REPEAT * memory["reported"]:
@@ -159,18 +158,18 @@ def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
     The noise is the scatter inside of windows, with the newest ones weighted most.
     """
     values = [*memory.get("window", []), value]
-    if len(values) < WINDOW:
+    if len(values) < WINDOW_STEPS:
         return {**memory, "window": values}, 0.0
-    mean = sum(values) / WINDOW
+    mean = sum(values) / WINDOW_STEPS
     square, count = memory.get("noise", (0.0, 0.0))
-    square, count = 0.7 * square + sum((x - mean) ** 2 for x in values), 0.7 * count + WINDOW - 1
+    square, count = 0.7 * square + sum((x - mean) ** 2 for x in values), 0.7 * count + WINDOW_STEPS - 1
     curve = [*memory.get("curve", [0.0]), mean][-FALLS - 1 :]
-    error = (square / count / WINDOW) ** 0.5
+    error = (square / count / WINDOW_STEPS) ** 0.5
     certain = _falls(curve, FALLS + 1) and -mean > STANDARD_ERRORS * error
     return {**memory, "window": [], "noise": (square, count), "curve": curve}, -mean if certain else 0.0
 
 
-def check_overfitting(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Detect held-out accuracy below its best at two evaluations in a row while the margin is above what it
     was then.
     """
@@ -192,7 +191,7 @@ def check_overfitting(memory: Memory, n: Numbers, last: bool) -> Alarms:
     return Alarms({**memory, "drop": REPEAT * drop}, [], [alarm])
 
 
-def check_more_than_length(accuracy: str, memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Compare held-out accuracy at the end with that of always preferring one length. accuracy: the metric's
     name.
     """
@@ -209,7 +208,7 @@ def check_more_than_length(accuracy: str, memory: Memory, n: Numbers, last: bool
     return Alarms(memory, [], [alarm])
 
 
-def check_skipped_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report steps whose loss or gradient was not finite: the first, and each doubling of their number."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
     if total < max(1, REPEAT * reported):
@@ -221,7 +220,7 @@ def check_skipped_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
     return Alarms({"total": total, "reported": total}, [], [alarm])
 
 
-def check_reward_faults(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_reward_faults(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report rewards that raised or returned no number: the first, and each doubling of their fraction."""
     fraction, reported = n.get(FAULTS_RAISED, 0) + n.get(FAULTS_NOT_A_NUMBER, 0), memory.get("reported", 0)
     if not fraction or fraction < REPEAT * reported:
@@ -234,7 +233,7 @@ def check_reward_faults(memory: Memory, n: Numbers, last: bool) -> Alarms:
     return Alarms({"reported": fraction}, [], [alarm])
 
 
-def check_idle_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_idle_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report consecutive steps without a training signal: all scores of the rollout are equal, no completion
     is trained on, or the gradient is 0 because the scores within each group are equal.
     """
@@ -250,7 +249,7 @@ def check_idle_steps(memory: Memory, n: Numbers, last: bool) -> Alarms:
     )
 
 
-def check_all_truncated(memory: Memory, n: Numbers, last: bool) -> Alarms:
+def check_all_truncated(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     """Report consecutive rollouts of which no completion ended."""
     if CLIPPED_RATIO not in n:
         return Alarms(memory, [], [])

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
-from jaxft.nn.param import is_spec
+from jaxft.nn.param import Specs, is_spec
 from jaxft.tree import Params, struct
 
 Graded = tuple[Literal["logp", "entropy"], ...]  # fields of LogProbs with a gradient
@@ -130,7 +131,7 @@ def _padded(x: Array, pad: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _axes(specs: Any, head: Params) -> Axes:
+def _axes(specs: Specs, head: Params) -> Axes:
     """The logical axes of each leaf of the head; () for leaves of a packed weight with other dimensions."""
 
     def axes_of(spec: Any, leaf: Any) -> list[tuple[str, ...]]:
@@ -141,7 +142,7 @@ def _axes(specs: Any, head: Params) -> Axes:
     return tuple(axes for leaf_axes in lists for axes in leaf_axes)
 
 
-def _gather(head: Params, axes: Axes, dtype: Any) -> Params:
+def _gather(head: Params, axes: Axes, dtype: DTypeLike) -> Params:
     """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own."""
     leaves, structure = jax.tree.flatten(head)
 

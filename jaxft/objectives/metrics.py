@@ -12,7 +12,8 @@ from jaxft.tree import Metrics, struct
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED = "grad_norm", "skipped"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
-IGNORED = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
+FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
+IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
 Stored: TypeAlias = (
     Any  # jax arrays in a program, NumPy arrays on the host, or their shapes; stacked in a sweep
@@ -74,9 +75,9 @@ class LabelNoise:
     margin].
 
     Among the pairs that a model is most certain of, those with a negative margin mostly have wrong labels.
-    With r the rank of a pair by |margin|, from 0 to 1, and w = max(r - IGNORED, 0), the estimate is sum_lost
-    w / sum w. It needs pairs that the model was not trained on, and is too high for a model that is certain
-    and wrong.
+    With r the rank of a pair by |margin|, from 0 to 1, and w = max(r - IGNORED_FRACTION, 0), the estimate is
+    sum_lost w / sum w. It needs pairs that the model was not trained on, and is too high for a model that is
+    certain and wrong.
     """
 
     counts: Stored
@@ -113,16 +114,11 @@ class LabelNoise:
         """(fraction of lost pairs, weight of all pairs) for each size of the margin."""
         total = self.counts.sum(0)
         rank = (total.cumsum() - total / 2) / max(total.sum(), 1)
-        return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - IGNORED, 0)
+        return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - IGNORED_FRACTION, 0)
 
 
 SUMS = (Sum, Correlation, LabelNoise)  # added element by element
 Metric = Sum | Max | Min | Correlation | LabelNoise
-
-
-def is_metric(x: Any) -> bool:
-    """Whether x is a metric; for tree functions that stop there."""
-    return isinstance(x, Metric)
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:

@@ -1,9 +1,9 @@
 """Metrics of preference pairs: TRL's names, how margins relate to length, and the names as constants."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.objectives.metrics import ENTROPY, KL, TOKEN_ACCURACY, Correlation, LabelNoise, Sum
@@ -60,7 +60,7 @@ def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metric
     }
 
 
-def longer_wins(longer: Float[Array, "B P"], dtype: Any) -> Float[Array, "B P"]:
+def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "B P"]:
     """Return 1 where the chosen response is the longer one (`longer` > 0), 1/2 for a tie, else 0."""
     return (longer > 0).astype(dtype) + (longer == 0).astype(dtype) / 2
 

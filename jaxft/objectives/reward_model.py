@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs, without_fields
 from jaxft.objectives.alarms import (
+    AlarmCheck,
     Alarms,
-    Check,
     Entry,
     Memory,
     change,
@@ -130,7 +130,7 @@ def _metrics(outputs: Outputs) -> Metrics:
 
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     """Alarms of a reward run: non-finite steps, and a model that is no better than preferring one length."""
-    checks: dict[str, Check] = {
+    checks: dict[str, AlarmCheck] = {
         "skipped": check_skipped_steps,
         "length": partial(check_more_than_length, ACCURACY),
     }

@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxft import tree
 from jaxft.distributed.sharding import is_multi_device
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
-from jaxft.optim.optimizer import Specs, UpdateRule, check_adam, with_decay
+from jaxft.optim.optimizer import UpdateRule, check_adam, with_decay
 from jaxft.optim.update import stochastically_rounded
 from jaxft.tree import OptState, Params, struct
 
 BLOCK = 256  # values that share a scale
-AT_ONCE = 1 << 22  # values that are encoded at once
+AT_ONCE = 1 << 22  # maximum number of values that are encoded at once
 SMALL = 4096  # a layer's leaf with fewer values stays in float32, as in bitsandbytes
 
 POSITIVE = dynamic_code(signed=False)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.param import ParamSpec, is_spec
+from jaxft.nn.param import ParamSpec, Specs, is_spec
 from jaxft.optim.update import (
     LayerParts,
     StepInfo,
@@ -27,9 +27,7 @@ from jaxft.optim.update import (
     to_float32,
     update_layerwise,
 )
-from jaxft.tree import Grads, OptState, Params
-
-Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen
+from jaxft.tree import Grads, Mask, OptState, Params
 
 
 def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
@@ -268,7 +266,7 @@ def _one_layer(s: ParamSpec) -> ParamSpec:
     return replace(s, shape=(*s.shape[:i], *s.shape[i + 1 :]), axes=(*s.axes[:i], *s.axes[i + 1 :]))
 
 
-def decay_mask(specs: Any) -> Any:
+def decay_mask(specs: Specs) -> Mask:
     """Return True for matrices (two axes, not counting stacked layers). Norms and scalars are not decayed."""
     return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
 
@@ -279,7 +277,7 @@ def with_decay(
     """Chain a direction, decoupled weight decay of matrices, and the negative learning rate."""
     decayed = tree.paths(decay_mask(specs))
 
-    def mask(params: Params) -> Any:  # params may have None at some leaves
+    def mask(params: Params) -> Mask:  # params may have None at some leaves
         return tree.map_with_path(lambda path, _: decayed[path], params)
 
     return optax.chain(

@@ -1,6 +1,4 @@
-"""Update parameters and optimizer state, all at once or layer by layer. A non-finite update is skipped, and
-bfloat16 parameters are rounded stochastically.
-"""
+"""Update parameters and optimizer state, all at once or layer by layer, unless the step is non-finite."""
 
 import contextlib
 import math
@@ -17,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.param import is_spec, spec_paths
-from jaxft.tree import Grads, OptState, Params
+from jaxft.nn.param import Specs, is_spec, spec_paths
+from jaxft.tree import Grads, Mask, OptState, Params
 
 LARGE = 1 << 26  # a matrix with at least this many elements is updated in blocks of rows
 PIECE = 1 << 24  # maximum number of elements of such a block
@@ -73,7 +71,7 @@ class LayerGroups:
     updated in blocks of rows.
     """
 
-    stacked: Any
+    stacked: Mask
     large: tuple[str, ...]
 
 
@@ -159,7 +157,7 @@ def _after(x: Array, done: Array) -> Array:
     return jax.lax.platform_dependent(x, done, cpu=wait, default=lambda x, done: x)
 
 
-def layer_groups(specs: Any, rowwise: bool) -> LayerGroups:
+def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
     """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
     separately.
     """

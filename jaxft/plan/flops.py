@@ -11,6 +11,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.train import programs
 from jaxft.train.settings import Run
+from jaxft.tree import Batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Flops:
         return 1 - self.tokens / self.slots
 
 
-def flops(run: Run, p: programs.Programs, batch: Any, traced: Any) -> Flops:
+def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Traced) -> Flops:
     """Count the FLOPs of a train step traced for the batch [micro, rows, ...], inside its mesh context."""
     micro, count, length = batch.ids.shape
     slots, model = micro * count * length, p.partition.model

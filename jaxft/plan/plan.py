@@ -154,7 +154,7 @@ def _oom_plan(
 def _compiled_plan(
     common: dict[str, Any],
     resident: dict[str, int],
-    compiled: Any,
+    compiled: jax.stages.Compiled,
     machine: Machine,
     compilation: tuple[float, bool],
 ) -> Plan:

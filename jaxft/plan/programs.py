@@ -21,6 +21,7 @@ from jaxft.rl.sampler import score_tokens
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run
+from jaxft.tree import Batch, Params
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Program:
     """One program of a run. trace() returns jax.stages.Traced; batch: of a train step, otherwise None."""
 
     name: str
-    trace: Callable[[], Any]
-    batch: Any = None
+    trace: Callable[[], jax.stages.Traced]
+    batch: Batch = None
 
 
 def train_programs(run: Run, p: Programs) -> list[Program]:
@@ -75,7 +76,7 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
     return found
 
 
-def _rollout_programs(run: Run, p: Programs, params: Any, batch: Any) -> list[Program]:
+def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
     """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
     data: Any = run.data
     rows = _prompts(p, data.batch, padded_length(data.max_prompt))

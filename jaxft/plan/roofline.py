@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxft.plan.machines import Machine
-from jaxft.plan.traffic import KINDS, Collective
+from jaxft.plan.traffic import COLLECTIVES, Collective
 
 MATMULS, MEMORY, LINKS = 0.7, 0.8, 0.8  # fractions of the data sheets' rates that good programs reach
 ASSUMED = (
@@ -84,7 +84,7 @@ def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
     A domain is a host or slice. as_all_reduce is the number of runs implemented as all-reduces, absent if 0.
     """
     table: dict[str, dict[str, float]] = {}
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         same = [c for c in found if c.kind == kind]
         if same:
             within, across = (

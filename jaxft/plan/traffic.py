@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send to other slices
 
 
@@ -79,10 +79,10 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
         if between:
             kind = between[1].lower().replace("_", "-")
             slices, size = len(set(domains)), one.arrays[0].bytes
-            kind = kind if kind in KINDS else "collective-permute"
+            kind = kind if kind in COLLECTIVES else "collective-permute"
             made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
             found[where, one.name] = made
-        if kind not in KINDS or between:
+        if kind not in COLLECTIVES or between:
             continue
         chain, channel = (re.search(p, one.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
         key: object = (channel[1], chain[1]) if chain and channel else (where, one.name)

@@ -40,7 +40,7 @@ from jaxft.distributed import sync
 from jaxft.runs import manifest, restore
 from jaxft.runs.manifest import Corrupt, first_line
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CHECKPOINT_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 TIMEOUT_S = 1200.0  # for processes that wait for one another while they save; Orbax has the same
 EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
@@ -113,7 +113,7 @@ class Checkpoints:
             "layout": manifest.LAYOUT,
             "step": step,
             "scores": [None if score is None else float(score) for score in scores],
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "versions": {name: importlib.metadata.version(name) for name in CHECKPOINT_LIBRARIES},
             "meta": meta,
         }
         manifest.format_manifest(body)  # metadata that isn't JSON fails here, before anything is written

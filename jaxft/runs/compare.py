@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from jaxft.objectives.alarms import Entry
 from jaxft.runs import metric_names as names
-from jaxft.runs.plots import Curve, Panel, draw
-from jaxft.runs.trackers.jsonl import Entry
+from jaxft.runs.plots import Panel, Points, draw
 
 Logged = Mapping[str, float]  # metrics by name
 Column = Callable[
@@ -210,7 +210,7 @@ CURVE_METRICS = {
 HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for training rows, which differ by step
 
 
-def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
+def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
     """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level
     means nothing.
     """
@@ -221,12 +221,12 @@ def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
     return [e["step"] for e in known], [v - start for v in values]
 
 
-def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Curve:
+def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
     known = [e for e in entries if e.get(kind.metric) is not None]
     return [e["step"] for e in known], [e[kind.metric] for e in known]
 
 
-def _loss_panel(held: dict[str, Curve], training: dict[str, Curve]) -> Panel:
+def _loss_panel(held: dict[str, Points], training: dict[str, Points]) -> Panel:
     """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are
     compared.
     """
@@ -234,7 +234,7 @@ def _loss_panel(held: dict[str, Curve], training: dict[str, Curve]) -> Panel:
     if min(starts.values()) <= 0 or max(starts.values()) <= 3 * min(starts.values()):
         return Panel("loss, held out", "step", "nats", held, training)
 
-    def relative(curves: dict[str, Curve]) -> dict[str, Curve]:
+    def relative(curves: dict[str, Points]) -> dict[str, Points]:
         return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}
 
     title = "loss over its value at step 0, held out"

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxft.objectives.alarms import Alarms
+from jaxft.objectives.alarms import Alarms, Entry
 from jaxft.runs.trackers import tensorboard
 from jaxft.runs.trackers.console import ConsoleView
-from jaxft.runs.trackers.jsonl import Entry, Jsonl, format_line, read_entries
+from jaxft.runs.trackers.jsonl import Jsonl, format_line, read_entries
 from jaxft.runs.trackers.tracker import Tracker, open_trackers
 
 METRICS = "metrics.jsonl"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+Points = tuple[Sequence[float], Sequence[float]]  # x, y
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -28,8 +28,8 @@ class Panel:
     title: str
     x: str
     y: str
-    curves: Mapping[str, Curve]
-    dashed: Mapping[str, Curve] = field(default_factory=dict)
+    curves: Mapping[str, Points]
+    dashed: Mapping[str, Points] = field(default_factory=dict)
     level: float | None = None
 
 

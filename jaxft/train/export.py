@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sync
@@ -58,7 +59,7 @@ class ExportQuant:
     progress: Callable[[str], None] = lambda line: None
 
 
-def export_model(out: Path, source: ExportSource, dtype: Any, how: ExportQuant | None = None) -> str:
+def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
     """Write a model to the folder `out`, tensor by tensor; return a summary of what rounding changed.
 
     dtype: of the weights that are not quantised. Raises ValueError if `out` is the folder that is read.

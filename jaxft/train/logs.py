@@ -8,6 +8,7 @@ import jax
 
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
+from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.log import Log, NullLog
@@ -17,8 +18,6 @@ from jaxft.train.members import Job
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences
 
-Numbers = dict[str, float]
-
 
 class Logs:
     """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone."""
@@ -26,7 +25,9 @@ class Logs:
     def __init__(self, members: Sequence[Log | NullLog], overview: Log | NullLog | None = None):
         self.members, self._overview = members, overview
 
-    def step(self, step: int, metrics: Sequence[Numbers], perf: Sequence[Numbers] | None = None) -> None:
+    def step(
+        self, step: int, metrics: Sequence[FloatMetrics], perf: Sequence[FloatMetrics] | None = None
+    ) -> None:
         """Log each member's metrics after `step` optimizer steps; a member without any logs nothing."""
         perf = perf or [{} for _ in metrics]
         for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
@@ -59,7 +60,7 @@ def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
     logs.message(line)
 
 
-def total_rates(perf: Sequence[Numbers]) -> Numbers:
+def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
     """Speed of all members together; they share time and memory."""
     if not perf[0]:
         return {}

@@ -13,12 +13,11 @@ import numpy as np
 from jaxft.data.source import Source
 from jaxft.distributed import devices, processes
 from jaxft.objectives import metrics as metric
+from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train.members import Job, Member
 from jaxft.train.partition import trains_base
 from jaxft.train.watch import per_layer
 from jaxft.tree import Batch, Metrics
-
-Numbers = dict[str, float]
 
 
 class Meter:
@@ -115,7 +114,7 @@ class Meter:
         good = self._sums if self._counters["good"] else {}
         return {**self._counters, "window": metric.to_json(good), "epoch": metric.to_json(self._epoch)}
 
-    def read(self) -> tuple[Numbers, Numbers]:
+    def read(self) -> tuple[FloatMetrics, FloatMetrics]:
         """Return (metrics, speed and memory) of the steps since the last call. Waits for the device."""
         self._add_pending(0)
         now = time.perf_counter()
@@ -166,7 +165,7 @@ class Meters:
         for number, meter in enumerate(self._each):
             meter.add(step, batches[min(number, len(batches) - 1)], metrics)
 
-    def read(self) -> tuple[list[Numbers], list[Numbers]]:
+    def read(self) -> tuple[list[FloatMetrics], list[FloatMetrics]]:
         """Return (metrics, speed and memory) of each member since the last call."""
         found = [meter.read() for meter in self._each]
         return [metrics for metrics, _ in found], [perf for _, perf in found]

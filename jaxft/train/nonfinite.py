@@ -32,15 +32,15 @@ from jaxft.train.step import accumulate_gradients, step_keys
 from jaxft.train.watch import make_layer_norms
 from jaxft.tree import Batch, Metrics, Params
 
-Arrays = dict[str, np.ndarray]
+ArraysByPath = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """Norms of a step: of parameters and gradients by path, [L] if stacked; of layer outputs in each pass."""
 
-    parameters: Arrays
-    gradients: Arrays
+    parameters: ArraysByPath
+    gradients: ArraysByPath
     outputs: list[np.ndarray]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sharding
@@ -17,6 +19,7 @@ from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
+from jaxft.nn.param import Specs
 from jaxft.nn.quant import QTensor, Quant, bits_per_param
 from jaxft.weights import pretrained
 from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, leaf_sharding
@@ -32,7 +35,7 @@ class Partition:
 
     stored: StoredModel
     mask: Any
-    trainable_specs: Any
+    trainable_specs: Specs
 
     @property
     def model(self) -> Model:
@@ -56,7 +59,7 @@ def partition_params(
     pattern: str | tuple[str, ...] | None,
     quant: Quant | None = None,
     ref: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Partition:
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
@@ -131,7 +134,7 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
     )
 
 
-def parameter_table(partition: Partition, mesh: Any = None) -> str:
+def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
     """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then
     the counts.
     """

@@ -28,7 +28,7 @@ GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it
 OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
-ReferenceKind = Literal["start", "precomputed"]
+ReferenceSetting = Literal["start", "precomputed"]
 
 
 # The model
@@ -122,7 +122,9 @@ class LlamaKnobs(LoraOrFullKnobs):
         return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
 
 
-def choose_reference(requested: ReferenceKind | None, loss: Callable, full: bool) -> ReferenceKind | None:
+def choose_reference(
+    requested: ReferenceSetting | None, loss: Callable, full: bool
+) -> ReferenceSetting | None:
     """Return the requested reference, or the default: None for a reference-free loss, "start" for LoRA,
     "precomputed" for full fine-tuning.
     """

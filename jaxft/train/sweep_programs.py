@@ -12,6 +12,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import devices, sharding
 from jaxft.objectives import metrics
+from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs.report import Sample
 from jaxft.train import evaluate, samples
 from jaxft.train.compiled import Compiled, States
@@ -28,8 +29,6 @@ from jaxft.train.multi_adapter import (
 )
 from jaxft.train.programs import sharded_batch
 from jaxft.tree import Batch, Metrics, Params
-
-Numbers = dict[str, float]
 
 
 def compile_sweep(job: Job, frozen: tuple[Params, ...]) -> Compiled:
@@ -82,7 +81,7 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
 
 def compile_sweep_eval(
     adapters: MultiAdapter, job: Job, frozen: Any, batches: tuple[Batch, ...]
-) -> Callable[[States], list[Numbers]]:
+) -> Callable[[States], list[FloatMetrics]]:
     """Return `metrics(states)` of held-out batches, compiled for their one shape."""
     count = len(job.members)
     if not batches:
@@ -97,7 +96,7 @@ def compile_sweep_eval(
         own, aux = [s.trainable for s in states], [s.aux for s in states]
         return compiled(own, frozen, sharding.shard_batch(mesh, batch), aux)
 
-    def read(total: Metrics) -> list[Numbers]:
+    def read(total: Metrics) -> list[FloatMetrics]:
         return [metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], total)) for k in range(count)]
 
     if not adapters.coupled:
@@ -110,7 +109,7 @@ def compile_sweep_eval(
     loss_aux = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _loss_aux(states))
     compute_metrics = jax.jit(partial(loss_metrics, adapters)).lower(shapes, loss_aux).compile()
 
-    def coupled(states: States) -> list[Numbers]:
+    def coupled(states: States) -> list[FloatMetrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
         return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))

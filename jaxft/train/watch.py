@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.objectives.metrics import Sum
 from jaxft.optim.update import to_float32
@@ -36,7 +36,7 @@ def kind_of(path: str) -> str:
     return "/".join(part for part in own if part not in ("layers", "base", "adapter"))
 
 
-def make_layer_norms(specs: Any, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
+def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
     """Return `norms(params)`: the norm of each kind of parameter, for each layer if it is stacked.
 
     specs: ParamSpecs of the parameters. name_of(path): the kind that a parameter counts in. An adapter's
@@ -57,7 +57,7 @@ def make_layer_norms(specs: Any, name_of: Callable[[str], str] = kind_of) -> Cal
     return norms
 
 
-def make_watch(specs: Any) -> Watch:
+def make_watch(specs: Specs) -> Watch:
     """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer (see `per_layer`)."""
     norms = make_layer_norms(specs)
 

@@ -19,7 +19,7 @@ from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_i
 from jaxft.weights.quant_layout import array_index, block_layout
 from jaxft.weights.safetensors import map_array
 
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 QUANTISED = {
     "Q8_0": "int8",
     "Q4_0": "int4",
@@ -56,10 +56,10 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
     """Open the tensors of a GGUF file under their Hugging Face names and in that layout."""
     tensors = {_hf_name(name): tensor for name, tensor in header.tensors.items()}
     for name, tensor in header.tensors.items():
-        if tensor.kind not in PLAIN and tensor.kind not in QUANTISED:
+        if tensor.kind not in PLAIN_TYPES and tensor.kind not in QUANTISED:
             raise ValueError(
                 f"{header.path}: tensor {name} has type {tensor.kind}, but jaxft reads "
-                f"{', '.join([*PLAIN, *QUANTISED])}; "
+                f"{', '.join([*PLAIN_TYPES, *QUANTISED])}; "
                 "use a file of this model in one of these types, or its Hugging Face folder"
             )
     heads = {"q_proj": header.required("llama.attention.head_count"), "k_proj": _kv_heads(header)}
@@ -79,7 +79,7 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
     return ModelFiles(
         where=str(header.path),
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: PLAIN.get(tensor.kind, np.dtype(np.float32)) for name, tensor in tensors.items()},
+        dtypes={name: PLAIN_TYPES.get(tensor.kind, np.dtype(np.float32)) for name, tensor in tensors.items()},
         read=read,
         quantised=quantised,
     )
@@ -149,13 +149,13 @@ def _dequantised(path: Path, tensor: GgufTensor, index: Index = ()) -> np.ndarra
     start, stop = ins.start // block * block, -(-ins.stop // block) * block
     first = above[0].start if len(tensor.shape) == 2 else 0
     shape = [s.stop - s.start for s in above]
-    out = np.empty((math.prod(shape), ins.stop - ins.start), PLAIN.get(tensor.kind, np.float32))
+    out = np.empty((math.prod(shape), ins.stop - ins.start), PLAIN_TYPES.get(tensor.kind, np.float32))
     step = max(1, CHUNK // tensor.shape[-1])
     columns = slice(start // block * size, stop // block * size)
     for at in range(0, len(out), step):
         part = out[at : at + step]
         raw = _read_bytes(path, tensor, slice(first + at, first + at + len(part)), columns)
-        values = raw.view(out.dtype) if tensor.kind in PLAIN else dequantize(raw, kind)
+        values = raw.view(out.dtype) if tensor.kind in PLAIN_TYPES else dequantize(raw, kind)
         part[:] = values[:, ins.start - start : ins.stop - start]
     return out.reshape(*shape, ins.stop - ins.start)
 

@@ -21,7 +21,7 @@ from jaxft.nn.matmul import GramProbe
 from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor, quantize
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
-BLOCK = 128  # inputs whose errors are propagated to the later ones together
+INPUT_BLOCK = 128  # inputs whose errors are propagated to the later ones together
 
 
 def second_moments(
@@ -79,7 +79,7 @@ def _codes(weight: Array, moment: Array, plain: QTensor, kind: str) -> Array:
     plain_scale, plain_offset = grid(plain)
     scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
     upper = _inverse_factor(moment / jnp.mean(jnp.diagonal(moment)))
-    size = next(n for n in range(min(BLOCK, ins), 0, -1) if ins % n == 0)
+    size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
     format = FORMATS[kind]
 
     def take(x: Array, at: Array, n: int = size) -> Array:

@@ -14,7 +14,7 @@ from jaxft.weights.quant_layout import same_layout
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
-IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers in old files
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers in old files
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,7 +112,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     allowed = {HEAD[0]} if "head" not in model.weight_names else set()  # some files repeat a tied head
     allowed |= {SCORE[0]} if "score" in model.weight_names else set()
     known = expected.keys() | allowed
-    extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED)]
+    extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED_TENSORS)]
     if extra:
         raise ValueError(
             f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "

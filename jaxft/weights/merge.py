@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models.model import Model
@@ -32,7 +33,7 @@ class LazyTensor:
     def __getitem__(self, layer: int) -> np.ndarray:
         return self.make(layer)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self.make(None)
 
 
@@ -52,7 +53,7 @@ class RoundingError:
         self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
         self._total += float(np.square(exact, dtype=np.float64).sum())
 
-    def cast(self, leaf: LazyTensor, dtype: Any) -> LazyTensor:
+    def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
         """Return the parameter in `dtype`; its error is added when it is made."""
 
         def make(layer: int | None) -> np.ndarray:
@@ -64,14 +65,14 @@ class RoundingError:
         return LazyTensor(leaf.shape, np.dtype(dtype), make)
 
 
-def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: Any) -> Params:
+def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: DTypeLike) -> Params:
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
     An adapted tied head becomes a head of its own. Raises ValueError if the files do not contain the model's
     tensors.
     """
     check_tensors(files, model)
-    pairs = _pairs(adapter)
+    pairs = lora.pairs_by_path(adapter)
     shapes = {path: spec.shape for path, spec in spec_paths(model.specs).items()}
     if "head" in pairs and "head" not in shapes:
         shapes["head"] = shapes["embed"][::-1]
@@ -85,13 +86,13 @@ def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: 
     return _nested(leaves)
 
 
-def merge_params(base: Params, adapter: Params | None, dtype: Any) -> Params:
+def merge_params(base: Params, adapter: Params | None, dtype: DTypeLike) -> Params:
     """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
     The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched.
     An adapted tied head becomes a head of its own.
     """
-    leaves, pairs = tree.paths(base, is_qtensor), _pairs(adapter)
+    leaves, pairs = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
     merged = dict(leaves)
     for path, pair in pairs.items():
         if path in leaves:
@@ -120,20 +121,11 @@ def _merge_layer(
 
 
 def _merge_stored_layer(
-    read: Callable[[int | None], np.ndarray], pair: dict[str, Any], dtype: Any, layer: int | None
+    read: Callable[[int | None], np.ndarray], pair: dict[str, Any], dtype: DTypeLike, layer: int | None
 ) -> np.ndarray:
     weight = read(layer)
     one = {name: layer_on_host(x, layer, False) for name, x in pair.items()}
     return np.asarray(lora.merge_leaf(weight, one, dtype))
-
-
-def _pairs(adapter: Params | None) -> dict[str, dict[str, Any]]:
-    """Return {"a", "b", "scale"} of each adapted weight by its path."""
-    pairs: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.paths(adapter or {}).items():
-        above, _, name = path.rpartition("/")
-        pairs.setdefault(above, {})[name] = leaf
-    return pairs
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:

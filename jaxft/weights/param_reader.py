@@ -13,8 +13,8 @@ from jaxft.nn.quant import QTensor
 from jaxft.weights import hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
-PIECE = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
-COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
+PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
+COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_whole(reader: ParamReader) -> np.ndarray:
 
 
 def small_parts(reader: ParamReader, index: Index) -> list[Index]:
-    """Split a part of a layer into parts of at most PIECE bytes that are contiguous in the files.
+    """Split a part of a layer into parts of at most PIECE_BYTES bytes that are contiguous in the files.
 
     Quantised tensors are not split, because some are dequantised whole.
     """
@@ -97,7 +97,7 @@ def small_parts(reader: ParamReader, index: Index) -> list[Index]:
         return [index]
     axis = len(index) - 1 if reader.transposed else 0
     others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis)
-    step = max(1, PIECE // max(1, others * reader.dtype.itemsize) // COLUMNS) * COLUMNS
+    step = max(1, PIECE_BYTES // max(1, others * reader.dtype.itemsize) // COPY_COLUMNS) * COPY_COLUMNS
     first, last = index[axis].start, index[axis].stop
     return [
         (*index[:axis], slice(start, min(start + step, last)), *index[axis + 1 :])
@@ -128,5 +128,5 @@ def copy_into(out: np.ndarray, value: np.ndarray) -> None:
     if value.ndim < 2 or value.strides[-1] <= value.strides[-2]:
         out[...] = value
         return
-    for start in range(0, value.shape[-1], COLUMNS):
-        out[..., start : start + COLUMNS] = value[..., start : start + COLUMNS]
+    for start in range(0, value.shape[-1], COPY_COLUMNS):
+        out[..., start : start + COPY_COLUMNS] = value[..., start : start + COPY_COLUMNS]

@@ -18,12 +18,12 @@ from jaxft.weights.hf import HEAD
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_model_json, read_tensor
 
 PREFIX = "base_model.model."
-SCORE = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
+SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
 
 # Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
-PLAIN: dict[str, tuple[Any, ...]] = {
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
@@ -103,7 +103,7 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     parts: dict[str, Params] = {"adapter": adapter}
     if has_head:
         parts["score"] = _read_score(files, model.config.width)
-        used.add(SCORE)
+        used.add(SCORE_TENSOR)
     _check_all_used(files, used, targets)
     return parts, replace(settings, targets=tuple(targets))
 
@@ -157,21 +157,21 @@ def _has_head(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
-    if SCORE not in files.shapes:
+    if SCORE_TENSOR not in files.shapes:
         raise ValueError(
-            f"{files.where}: tensor {SCORE} is missing, the head of a sequence classification adapter"
+            f"{files.where}: tensor {SCORE_TENSOR} is missing, the head of a sequence classification adapter"
         )
-    if files.shapes[SCORE] != (1, width):
+    if files.shapes[SCORE_TENSOR] != (1, width):
         raise ValueError(
-            f"{files.where}: {SCORE} has shape {files.shapes[SCORE]}, but a reward model has one label: "
-            f"{(1, width)}"
+            f"{files.where}: {SCORE_TENSOR} has shape {files.shapes[SCORE_TENSOR]}, but a reward model has "
+            f"one label: {(1, width)}"
         )
-    return read_tensor(files, SCORE).T
+    return read_tensor(files, SCORE_TENSOR).T
 
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     where = folder / "adapter_config.json"
-    for key, plain in PLAIN.items():
+    for key, plain in PLAIN_LORA.items():
         if key in config and config[key] not in plain:
             raise ValueError(
                 f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with "

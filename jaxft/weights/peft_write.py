@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.tree import Params
 from jaxft.weights.gather import layer_on_host
-from jaxft.weights.peft import PREFIX, SCORE, SEQ_CLS, linear_weight_names
+from jaxft.weights.peft import PREFIX, SCORE_TENSOR, SEQ_CLS, linear_weight_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
@@ -41,7 +40,10 @@ def save_adapter(
     if score is not None:
         tensors.append(
             TensorToWrite(
-                SCORE, np.dtype(score.dtype), score.shape[::-1], lambda: layer_on_host(score, None, True)
+                SCORE_TENSOR,
+                np.dtype(score.dtype),
+                score.shape[::-1],
+                lambda: layer_on_host(score, None, True),
             )
         )
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -75,11 +77,8 @@ def save_adapter(
 
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
-    """Return {"a", "b", "scale"} of each adapted weight by its path."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.paths(adapter).items():
-        above, _, name = path.rpartition("/")
-        found.setdefault(above, {})[name] = leaf
+    """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
+    found = pairs_by_path(adapter)
     for path, pair in found.items():
         if set(pair) != {"a", "b", "scale"}:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models import families
@@ -111,7 +112,7 @@ def stored_model(
     quant: Quant | None,
     ref: str | None,
     trainable: Collection[str] = (),
-    trainable_dtype: Any = None,
+    trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
     """Choose how each parameter of `model`, a model over the whole tree, is stored (see
     storage.choose_storage).

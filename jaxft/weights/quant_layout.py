@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft.nn.quant import QTensor, Quant, is_paired, quantize
 from jaxft.weights.model_files import Index
@@ -31,8 +32,8 @@ def block_layout(
     kind: str,
     shape: tuple[int, int],
     block: int | None,
-    scale_dtype: Any,
-    offset_dtype: Any = None,
+    scale_dtype: DTypeLike,
+    offset_dtype: DTypeLike | None = None,
     indexed: bool = False,
 ) -> QTensor:
     """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of

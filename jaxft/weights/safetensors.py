@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
@@ -87,7 +88,7 @@ def read_tensor(files: SafetensorsFiles, name: str, index: Index = ()) -> np.nda
 
 
 def read_view(
-    files: SafetensorsFiles, name: str, dtype: Any, shape: tuple[int, ...], index: Index = ()
+    files: SafetensorsFiles, name: str, dtype: DTypeLike, shape: tuple[int, ...], index: Index = ()
 ) -> np.ndarray:
     """Read part of a tensor whose bytes are interpreted as an array of this dtype and shape."""
     index = full_index(index, shape)
@@ -96,7 +97,7 @@ def read_view(
     return map_array(files.paths[name], dtype, files.offsets[name], shape, index)
 
 
-def map_array(path: Path, dtype: Any, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
+def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
     """Copy part of an array that is stored at byte `offset` of a file; only the pages of it are read."""
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sharding
@@ -27,7 +29,7 @@ class Storage:
     and scales are stored unchanged.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     quantize: tuple[str, int | None, bool | None] | None = None
     layout: QTensor | None = None
 
@@ -57,7 +59,7 @@ def choose_storage(
     trainable: Collection[str],
     quant: Quant | None,
     layouts: Mapping[str, QTensor],
-    trainable_dtype: Any = None,
+    trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
     """Choose the storage of every parameter of `model`, which is a model over the whole tree.
 
@@ -142,7 +144,7 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
     return x if arguments is None else jax.eval_shape(lambda x: quantize(x, *arguments), x)
 
 
-def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
+def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
     """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each
     of its arrays.
     """
@@ -159,7 +161,7 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Any, path: str) -> Any:
     return replace(places, codes=sharding.sharding_for_shape(whole, leaf.codes.shape))
 
 
-def sharded_shapes(stored: StoredModel, mesh: Any) -> Any:
+def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
     """Return the whole tree as it is stored on the mesh, as ShapeDtypeStructs with shardings."""
 
     def leaf(path: str, spec: ParamSpec) -> Any:

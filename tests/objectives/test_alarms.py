@@ -10,7 +10,7 @@ from tiny_run import Place
 
 from jaxft.objectives.alarms import (
     FALLS,
-    WINDOW,
+    WINDOW_STEPS,
     preference_alarms,
     preference_summary,
     rollout_alarms,
@@ -65,7 +65,7 @@ def test_a_falling_log_prob_raises_an_alarm_once_and_again_when_it_has_doubled()
 
 
 def test_three_windows_can_suffice_and_a_slow_fall_in_noise_is_detected():
-    assert report_of(train_entries(-1.0 * np.arange(15)))[1][0][0] == FALLS * WINDOW == 15
+    assert report_of(train_entries(-1.0 * np.arange(15)))[1][0][0] == FALLS * WINDOW_STEPS == 15
     for seed in range(20):
         assert report_of(train_entries(-0.02 * np.arange(1500) + noise(seed, 1500)))[1]
 

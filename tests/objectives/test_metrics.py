@@ -87,11 +87,6 @@ def test_as_floats_returns_python_floats():
     assert all(type(x) is float for x in found.values()) and set(found) == {"loss", "longest", "shortest"}
 
 
-def test_is_metric_distinguishes_metrics_from_leaves():
-    assert all(metrics.is_metric(m) for m in PARTS[0].values()) and not metrics.is_metric(jnp.ones(()))
-    assert len(jax.tree.leaves(PARTS[0], is_leaf=metrics.is_metric)) == 3
-
-
 def test_from_json_inverts_to_json():
     whole = {**PARTS[0], "noise": LabelNoise.of(jnp.linspace(-1, 2, 40), jnp.ones(40, bool))}
     back = metrics.from_json(json.loads(json.dumps(metrics.to_json(jax.device_get(whole)))))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft.objectives.check.probe import (
     PAIR,
@@ -108,7 +109,7 @@ def check_shape(probe: Probe) -> Check:
     return Check("shape", True, f"{got.dtype} {list(got.shape)} for a batch {list(expected)}")
 
 
-def extreme_pairs(probe: Probe, dtype: Any) -> PairBatch:
+def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
     """Pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses of 1 and
     LONG tokens.
     """
@@ -126,7 +127,7 @@ def extreme_pairs(probe: Probe, dtype: Any) -> PairBatch:
     return synthetic_pairs(ratio, length, known, probe.columns, 2 * LONG + 1, dtype)
 
 
-def check_finite(probe: Probe, dtype: Any) -> Check:
+def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
     """Values and gradients are finite at the extremes."""
     name, pair = f"finite in {jnp.dtype(dtype).name}", extreme_pairs(probe, dtype)
     found = evaluate_each(probe, pair)

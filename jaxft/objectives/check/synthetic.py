@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft.objectives.pair import PairBatch, PairTokens, Response
 
@@ -22,7 +23,7 @@ def synthetic_pairs(
     reference: Mapping[str, Any] | float = TOKENS * PER_TOKEN,
     columns: Iterable[str] = ("margin",),
     reads: int = READS,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
 ) -> PairBatch:
     """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs: a number or an array
     [N] per kind.
@@ -71,7 +72,9 @@ def synthetic_pairs(
     )
 
 
-def _tokens(logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, reads: int, dtype: Any) -> PairTokens:
+def _tokens(
+    logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, reads: int, dtype: DTypeLike
+) -> PairTokens:
     """Read positions of rows with one slot each, from log-probs per token and lengths [N, A]."""
     N, A = lengths.shape
     response, position = np.full((N, reads), A, np.int32), np.zeros((N, reads), np.int32)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-Entry = dict[str, Any]
+from jaxft.objectives.alarms import Entry
 
 
 def json_value(value: Any) -> Any:
