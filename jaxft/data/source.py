@@ -99,7 +99,7 @@ class Source(Protocol[BoundTo]):
         """Return the first `count` held-out prompts, fewer if there are not as many."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to store in addition to TrainState, as JSON."""
+        """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
 
 
 class Dataset(Protocol):

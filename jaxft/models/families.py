@@ -16,7 +16,7 @@ class Family:
     """A family's functions and data.
 
     config: the class of its configs. from_hf, to_hf: between the dict of a config.json and a config; from_hf
-    raises ValueError for what is not implemented. build(config, dtype=, remat=, residual=) -> Model. presets:
+    raises ValueError for unsupported settings. build(config, dtype=, remat=, residual=) -> Model. presets:
     configs by checkpoint name.
     """
 

@@ -28,7 +28,7 @@ NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(
 
 
 class RewardScores(NamedTuple):
-    """The score of each of n completions by one reward, NaN for none, and what went wrong."""
+    """The scores of n completions by one reward, NaN for no score, and counts of faults."""
 
     scores: Float[np.ndarray, " n"]
     faults: Faults = Faults()
@@ -46,14 +46,14 @@ class Reward(Protocol):
         """The name in metrics and in completions.jsonl."""
 
     def prepare(self, programs: RolloutPrograms) -> ScoreCompletions:
-        """Load and compile what the reward needs and return the function that scores."""
+        """Load the models of the reward, compile their programs, and return the scoring function."""
 
     def fingerprint(self) -> str | None:
         """Return a hash of the weights of a separate reward model, None without one."""
         return None
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
-        """Return shapes and shardings of what the reward stores on the devices in addition to the run."""
+        """Return shapes and shardings of the reward's own arrays on the devices."""
         return {}
 
 

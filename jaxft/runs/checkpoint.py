@@ -199,7 +199,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / EXCHANGE, ignore_errors=True)
 
     def _merge(self, temporary: Path) -> list[str]:
-        """Merge what the processes wrote, on process 0. Return the names of the files."""
+        """Merge the files of all processes, on process 0. Return their names."""
         assert self._orbax is not None
         self._orbax.finalize(epath.Path(temporary / "state"))
         files = [p for p in (temporary / "state").rglob("*") if p.is_file()]
@@ -240,7 +240,8 @@ class Checkpoints:
         return OSError(number, text, str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
-        """Remove what a failed save left. Return the errno and a line that names the intact checkpoints."""
+        """Remove the files of a failed save. Return the errno and a line that names the intact checkpoints.
+        """
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             replaced = self.folder / f"{step}.replaced.tmp"

@@ -189,7 +189,7 @@ class ModelCard:
 
 
 def model_card(card: ModelCard) -> str:
-    """README.md of a run: what was trained on what, with which results and alarms, and how to use it."""
+    """Return README.md of a run: base, data, settings, results, alarms, and how to use the weights."""
     return "\n".join(
         [
             *_front_matter(card),

@@ -60,7 +60,7 @@ class ExportQuant:
 
 
 def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
-    """Write a model to the folder `out`, tensor by tensor; return a summary of what rounding changed.
+    """Write a model to the folder `out`, tensor by tensor; return a summary of the rounding error.
 
     dtype: of the weights that are not quantised. Raises ValueError if `out` is the folder that is read.
     """
@@ -100,8 +100,8 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
 
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
-    """Return what hf_write.save_folder quantises a model's layers with. error: the rounding error is added to
-    it.
+    """Return the quantiser of a model's layers for hf_write.save_folder. error: accumulates the rounding
+    error.
     """
     quant, moments = how.quant, how.moments
     if quant.kind == CHECKPOINT:

@@ -46,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Job:
-    """What `loop.run` trains: the members, and what they share.
+    """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
     sources: batches for all members, or of each member. general: batches of the general text. sweep: its
     settings, None for a single run.
@@ -112,7 +112,7 @@ class Job:
         return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
 
     def to_save(self, counters: list[dict[str, Any]], before: list[Evaluation]) -> dict[str, Any]:
-        """Return what a checkpoint stores in addition to the states, as JSON."""
+        """Return the JSON that a checkpoint stores in addition to the states."""
         return {
             "records": {member.label: member.record for member in self.members},
             "counters": counters,

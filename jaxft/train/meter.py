@@ -109,7 +109,7 @@ class Meter:
         )
 
     def counters(self) -> dict[str, Any]:
-        """Return what a checkpoint after the newest step stores. Waits for the device."""
+        """Return the state that a checkpoint after the newest step stores. Waits for the device."""
         self._add_pending(0)
         good = self._sums if self._counters["good"] else {}
         return {**self._counters, "window": metric.to_json(good), "epoch": metric.to_json(self._epoch)}
@@ -171,7 +171,7 @@ class Meters:
         return [metrics for metrics, _ in found], [perf for _, perf in found]
 
     def counters(self) -> list[dict[str, Any]]:
-        """Return what a checkpoint stores of each member."""
+        """Return the state of each member that a checkpoint stores."""
         return [meter.counters() for meter in self._each]
 
     @contextlib.contextmanager

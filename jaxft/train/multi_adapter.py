@@ -173,7 +173,7 @@ def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -
 
 
 def own_params(params: Params) -> Params:
-    """Return what belongs to one adapter of several: all parameters but the base."""
+    """Return the parameters of one adapter of several: all except the base."""
     return {name: x for name, x in params.items() if name != "base"}
 
 

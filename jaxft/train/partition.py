@@ -114,8 +114,8 @@ def trainable_paths(partition: Partition) -> set[str]:
 
 
 def trains_base(partition: Partition) -> bool:
-    """Whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes what
-    the base does.
+    """Whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes the
+    same as the base.
     """
     return any(jax.tree.leaves(partition.mask["base"]))
 

@@ -125,7 +125,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json in the source's own style, without what no longer applies, and
+    """Return config.json in the source's style, without fields that no longer apply, and
     generation_config.json.
     """
     config, generation = families.config_to_hf(model.config), {}

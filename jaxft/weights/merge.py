@@ -49,7 +49,7 @@ class RoundingError:
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
-        """Add a weight and what it was rounded to."""
+        """Add the rounding error of a weight and its rounded value."""
         self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
         self._total += float(np.square(exact, dtype=np.float64).sum())
 

@@ -155,8 +155,8 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
 
 
 def load_base(ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = ()) -> Params:
-    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only what its
-    devices store.
+    """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only its own
+    devices' shards.
 
     skip: paths in the whole tree of parameters that are not read and are None in the result.
     """

@@ -176,8 +176,8 @@ def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
 
 
 def quantisation_summary(stored: StoredModel) -> str:
-    """Return what fraction of the base is quantised, to what, and the bits per parameter; "" where nothing
-    is.
+    """Summarise the quantised fraction of the base, its format and its bits per parameter; "" if nothing is
+    quantised.
     """
     all_specs = param.spec_paths(stored.specs)
     leaves = [

@@ -265,7 +265,7 @@ def describe_start(probe: Probe) -> Check:
     text = format_number(level[0]) + (" = log 2" if abs(level[0] - math.log(2)) < 1e-5 else "")
     message = f"the value is {text} where the policy is the reference"
     if close(value, np.full_like(value, level[0])):
-        return Check("start", None, f"{message}, whatever log-probs and lengths")
+        return Check("start", None, f"{message}, for all log-probs and lengths")
     low, high = format_number(value.min()), format_number(value.max())
     message += f", at {TOKENS} tokens of log-prob {PER_TOKEN}"
     return Check("start", None, f"{message}; with other lengths and log-probs {low} to {high}")

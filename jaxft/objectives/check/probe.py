@@ -91,7 +91,7 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
     for kinds in (PAIR, *((*PAIR, third) for third in THIRDS)):
         try:
             found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns))))
-        except Exception as error:  # a user's function raises what it likes
+        except Exception as error:  # a user's function may raise anything
             failed.setdefault(one_line(error), (kinds[-1], error))
             continue
         run = partial(_run_with_gradient, loss)

@@ -27,7 +27,7 @@ class TensorBoard:
         self._event, self._scalar, self._crc32c = Event, scalar, masked_crc32c
         self._file = path.open("ab")
         self._write(file_version="brain.Event:2")
-        # A session that starts at a step hides what an earlier process wrote about later steps.
+        # A session that starts at a step hides the entries of an earlier process for later steps.
         start = SessionLog(status=SessionLog.START)
         self._write(step=start_step + 1 if start_step else 0, session_log=start)
 
