@@ -240,7 +240,7 @@ class Checkpoints:
         return OSError(number, text, str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
-        """Remove the files of a failed save. Return the errno and a line that names the intact checkpoints."""
+        """Remove the files of a failed save. Return the errno and a line about intact checkpoints."""
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             replaced = self.folder / f"{step}.replaced.tmp"
