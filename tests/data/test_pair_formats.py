@@ -80,7 +80,7 @@ def test_formats_are_recognised(fields, prompt, plain):
     assert pair(fields).responses == expected
 
 
-def test_answers_may_have_several_turns_after_the_common_ones():
+def test_responses_may_have_several_turns_after_the_common_ones():
     longer = [Q, A, user("r"), answer("c")]
     found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).responses
     assert found["chosen"] == Chat("r:1", tuple(longer), 1) and found["rejected"].messages[1] == B
@@ -106,7 +106,7 @@ def test_an_unpaired_row_has_only_the_response_of_its_label(label):
     assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
 
 
-def test_the_third_answer_is_the_column_reference():
+def test_the_third_response_is_the_column_reference():
     fields = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "a"}
     assert list(pair(fields).responses) == ["chosen", "rejected"]
     assert pair(fields, third="gold").responses["gold"] == Chat("r:1", (Q, A), 1, True)

@@ -111,7 +111,7 @@ def test_there_are_enough_pairs_of_every_topic_and_kind():
 
 @pytest.mark.parametrize("size", [len, lambda text: len(text.split())], ids=["characters", "words"])
 @pytest.mark.parametrize("name", FILES)
-def test_length_tells_nothing_in_any_topic(name, size):
+def test_length_does_not_predict_the_chosen_response_in_any_topic(name, size):
     for topic, rows in _groups(_rows(name), "topic").items():
         ties = len(rows) - len(_differences(rows, size))
         assert ties <= len(rows) / 20, f"{name}, {topic}: {ties} ties in {len(rows)} pairs"
@@ -120,7 +120,7 @@ def test_length_tells_nothing_in_any_topic(name, size):
         )
 
 
-def test_length_tells_nothing_in_the_kinds_that_are_not_about_length():
+def test_length_does_not_predict_the_chosen_response_in_kinds_that_are_not_about_length():
     for kind, rows in _groups(_rows(TRAIN), "kind").items():
         if kind not in BY_LENGTH:
             assert 0.45 <= _longer(rows) <= 0.55, f"{kind}: chosen longer in {_longer(rows):.1%}"

@@ -169,7 +169,7 @@ def test_masked_tokens_change_nothing(kernel):
         assert not np.any(np.where(others, gradient, 0))
 
 
-def test_padding_gives_zeros_even_in_rows_of_nothing_else():
+def test_padding_returns_zeros_even_in_rows_of_padding_only():
     x = arrays(np.random.default_rng(4), 2, 40, 2, 1, 8, jnp.float32)
     for found in value_and_gradients(partial(attention.flash, block=16), *x, jnp.zeros((2, 40), jnp.int32)):
         assert not np.any(found)

@@ -255,7 +255,7 @@ def test_a_remat_policy_stores_what_it_names_and_16_bit_values_as_bits(remat):
 
 
 @pytest.mark.parametrize("adapter", [Adapter(rank=3), None], ids=["lora", "full"])
-def test_stacked_weights_are_never_converted_as_a_whole(adapter):
+def test_stacked_weights_are_never_converted_all_at_once(adapter):
     stacked = deep_program(adapter, "projections")
     kernels = {"q": (32, 40), "k": (32, 20), "o": (40, 32), "gate": (32, 48), "down": (48, 32)}
     for name, dims in kernels.items():

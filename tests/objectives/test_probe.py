@@ -440,7 +440,7 @@ def is_png(path):
     return path.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_bench_prints_checks_and_draws_a_picture(bench, tmp_path):
+def test_the_bench_prints_checks_and_writes_a_plot(bench, tmp_path):
     code, out, error = bench("--loss", "my.py:mine", "--claims", "antisymmetric", "difference", "--only-look")
     assert (code, error) == (0, "")
     assert (

@@ -175,7 +175,7 @@ def test_the_start_is_what_zeros_are_encoded_as(shape, layers, signed):
     )
 
 
-def test_layers_of_a_layerwise_update_draw_their_own_bits():
+def test_layers_of_a_layerwise_update_have_different_random_bits():
     """Two layers that are alike but for their first number are rounded differently."""
     specs = {"layers": ParamSpec((2, 64, 64), ("layers", "width", "mlp"), full(0.0))}
     settings = Optim(optimizer=adamw_bf16, clip=None, layerwise=True, warmup=0.0)
@@ -200,7 +200,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, more", [("adamw_8bit", ["run.params=bfloat16", "optim.layerwise=true"]), ("adamw_bf16", [])]
 )
-def test_a_run_learns_and_goes_on_bit_for_bit(place, name, more):
+def test_a_run_lowers_its_loss_and_resumes_bit_for_bit(place, name, more):
     argv = ["full=true", f"optim.optimizer=jaxft.optim.low_precision:{name}", "lr=0.003", "samples=0", *more]
     assert place.run(*argv, f"name={name}-whole") == 0, place.err()
     place.run_with_a_kill(*argv, name=name)

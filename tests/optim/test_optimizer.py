@@ -109,7 +109,7 @@ def wrong(schedule, specs, weight_decay):
     return (1, 2)
 
 
-def test_a_rule_may_be_updated_by_rows_only_if_it_says_so(monkeypatch):
+def test_a_rule_is_updated_by_rows_only_if_it_declares_rowwise(monkeypatch):
     monkeypatch.setattr("jaxft.optim.update.LARGE", 8)
 
     def by_rows(rule):

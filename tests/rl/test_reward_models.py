@@ -196,7 +196,7 @@ def test_our_adapter_scores_as_peft_does_for_rows_padded_or_not(workdir):
     np.testing.assert_allclose(unpadded, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_is_rewarded_by_a_classifier_of_its_own(workdir):
+def test_a_run_is_rewarded_by_a_separate_classifier(workdir):
     text = "from jaxft.rl.reward_models import ModelReward\n\njudge = ModelReward('judge', max_length=60)\n"
     (workdir.folder / "judged.py").write_text(text)
     argv = ["steps=2", "rewards=judged.py:judge", "batch=4", "group=2", "save=100"]
@@ -283,12 +283,12 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
         np.testing.assert_array_equal(critic["score"], loaded.params["score"])
 
 
-def test_a_critic_with_its_own_base_is_trained_whole():
+def test_a_critic_with_its_own_base_is_trained_in_full():
     with pytest.raises(ValueError, match="weights=base trains a full model"):
         HeadSettings(weights="base", trained=False)
 
 
-def test_ppo_with_a_critic_of_its_own_learns_values(workdir):
+def test_ppo_with_a_separate_critic_learns_values(workdir):
     argv = ["passes=2", "beta=0.0", "batch=16", "group=1", "lr=2e-3", "ppo=true", "full_critic=true"]
     argv += ["max_new=12", "save=4", "rewards=config.py:ascii", "scale=true", "steps=8"]
     assert workdir.run("name=own", *argv) == 0, workdir.err()

@@ -110,7 +110,7 @@ def test_exact_ignores_white_space_and_case_only(completion, score):
 @pytest.mark.parametrize(
     ("completion", "score"), [("<a>7</a>", 1), (" <a>1\n2</a> ", 1), ("so <a>7</a>", 0), ("", 0)]
 )
-def test_matches_needs_the_whole_completion(completion, score):
+def test_matches_requires_the_full_completion(completion, score):
     assert rewards.matches("", completion, {}, pattern="<a>.*</a>") == score
 
 

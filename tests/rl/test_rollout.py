@@ -472,7 +472,7 @@ def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
     assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
 
 
-def test_a_run_ends_with_a_whole_rollout(workdir):
+def test_the_last_rollout_of_a_run_is_used_in_full(workdir):
     with pytest.raises(ValueError, match=r"^loop.steps=5 .* set 4 or 6"):
         prepare(workdir.folder, "steps=5", "passes=2")
 

@@ -78,7 +78,7 @@ def test_dpo_starts_at_log_2_and_falls(bench, monkeypatch, tmp_path, mode):
 
 
 @pytest.mark.parametrize("layout", ["branches", "plain"])
-def test_a_prompt_counts_with_each_of_its_answers(tmp_path, layout):
+def test_a_prompt_counts_with_each_of_its_responses(tmp_path, layout):
     names = runpy.run_path(SCRIPT)
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     settings = PairRows(

@@ -84,7 +84,7 @@ def test_an_error_is_one_line_or_a_traceback_on_request(inspect, monkeypatch, ar
         inspect(*args, "--model", "model")
 
 
-def test_the_exit_code_says_that_it_failed(place):
+def test_the_exit_code_reports_a_failure(place):
     command = [sys.executable, str(SCRIPT), "--data", "bad.jsonl", "--model", "model"]
     done = subprocess.run(
         command,

@@ -241,7 +241,7 @@ def update_case(optimizer, clip):
     "optimizer, clip", [(optim.adamw, 0.3), (optim.adamw, 1e9), (optim.adamw, None), (optim.adafactor, 0.3)]
 )
 @standard_promotion()  # optax's own arithmetic
-def test_an_update_equals_that_of_optax_or_is_skipped_as_a_whole(optimizer, clip):
+def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
     made, grads, start = update_case(optimizer, clip)
     plain = [optax.clip_by_global_norm(clip)] if clip else []
     rule = optimizer(made.schedule, plain_model().specs, 0.1).transform

