@@ -31,6 +31,7 @@ from jaxft.rl.sampler import RolloutScorer, Sampler, compile_rollout_sampler, co
 from jaxft.rl.token_weights import token_mean
 from jaxft.tree import Batch, Metrics
 
+UNBOUND = "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
 EVALUATION = 2**31 - 1  # rollout number from which the sampling keys of held-out prompts are derived
 
 
@@ -107,15 +108,11 @@ class RolloutSource:
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
         """Raise ValueError: only a bound source can sample completions."""
-        raise ValueError(
-            "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
-        )
+        raise ValueError(UNBOUND)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Raise ValueError: only a bound source can sample completions."""
-        raise ValueError(
-            "this source has prompts but no run to sample completions with. Call bind(run, saved) first."
-        )
+        raise ValueError(UNBOUND)
 
     def prompt_numbers(self, number: int) -> Int[np.ndarray, " batch"]:
         """Return the indices of the prompts that a rollout uses."""
