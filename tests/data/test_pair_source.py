@@ -1,5 +1,5 @@
-"""The source of pairs: batches that the step decides, weights that sum to 1, pairs held out, covered and
-given a reference.
+"""The source of pairs: batches depend on the step alone, weights sum to 1; held-out pairs, evaluation
+batches, references.
 """
 
 import dataclasses

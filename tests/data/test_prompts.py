@@ -1,4 +1,4 @@
-"""Prompts of rollouts: what a row asks, which rows are held out, and the order in which rollouts use them."""
+"""Prompts of rollouts: the prompt of a row, the held-out split, and the order of prompts in rollouts."""
 
 import json
 import re

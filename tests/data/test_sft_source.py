@@ -1,5 +1,5 @@
-"""The source of batches: weights that sum to 1, targets that follow, packed rows that hold what unpacked ones
-hold.
+"""The source of SFT batches: weights sum to 1, targets follow their positions, packed and unpacked rows have
+the same examples.
 """
 
 import dataclasses

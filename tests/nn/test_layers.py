@@ -1,4 +1,4 @@
-"""Layers against plain autodiff and transformers; precision, dtypes, and what a backward pass stores."""
+"""Layers against plain autodiff and transformers; precision, dtypes, residuals of the backward pass."""
 
 import functools
 import re

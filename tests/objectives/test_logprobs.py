@@ -36,7 +36,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @functools.cache
 def setting(tied, lora, dtype="float64"):
-    """A model, what its head reads, hidden states, targets and weights for the log-probs (also negative)."""
+    """Return a model, its head's parameters, hidden states, targets and weights of the log-probs (also
+    negative).
+    """
     model = adapted(
         llama(LlamaConfig(**{**CONFIG.__dict__, "tied": tied}), jnp.dtype(dtype)), ADAPTER if lora else None
     )

@@ -61,7 +61,7 @@ ALL = {"w": True, "v": True}
 
 
 def table_see(table, batch, key, aux):
-    """Log-probs, entropy and values looked up by token: what the objective makes of them doesn't depend on
+    """Look log-probs, entropy and values up by token, because the objective's arithmetic doesn't depend on
     the model.
     """
     table = jax.tree.map(jnp.asarray, table)
@@ -197,7 +197,7 @@ def test_tokens_without_weight_and_padding_change_nothing(one_by_one):
 def test_before_the_first_step_the_ratio_is_one_within_rounding_and_exactly_one_without_old_log_probs(
     dtype,
 ):
-    """Log-probs at drawing come from a program of their own, whose sums the compiler may order otherwise."""
+    """Log-probs at sampling come from a separate program, which may add in another order."""
     model, whole, mask = setting(dtype)
     objective = policy(model, P.clipped, temperature=0.9)
     given = laid(rows_of(random_groups(count=6)))
@@ -294,7 +294,7 @@ def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights(
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_frozen_policy_is_unchanged_while_its_critic_is_trained(layerwise):
-    """Whatever momentum the optimizer has, and although the critic reads the policy's own hidden states."""
+    """For any momentum of the optimizer, and although the critic reads the policy's hidden states."""
     model, whole, mask = setting()
     objective = policy(model, LOSS, critic=own_critic(model))
     trainable, frozen = tree.partition(whole, mask)

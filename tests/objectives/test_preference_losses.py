@@ -133,7 +133,9 @@ def test_losses_of_a_mix_have_separate_states():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_pairs_without_weight_change_nothing(name):
-    """Whatever their tokens are: values and gradients of the others stay, and their own gradient is zero."""
+    """For any tokens: values and gradients of the other pairs are the same, and the gradient on these pairs
+    is zero.
+    """
     loss, _, knobs = EVERY[name]
     loss, kinds = with_knobs(loss, knobs), kinds_of(name)
     rows, more = random_rows(5, kinds, seed=1), random_rows(4, kinds, seed=2, scale=30.0)
@@ -277,7 +279,7 @@ def extremes():
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize("name", EXTREME)
 def test_values_and_gradients_are_finite_at_extremes(extremes, name, dtype):
-    """By each answer's summed and per-token log-probs: what reaches a token is a sum of these."""
+    """Gradients by summed and per-token log-probs; the gradient of a token is a sum of these."""
     loss = EXTREME[name]
     pair = seen(extremes[dtype])
     assert pair.weight.dtype == dtype

@@ -1,4 +1,4 @@
-"""The Optimizer type: hyper-parameters of functions and partials, what is refused, a run with one."""
+"""The Optimizer type: hyper-parameters of functions and partials, invalid ones, and a run."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ SPECS = {"w": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 
 
 def momentum(schedule, specs, weight_decay, *, decay=0.9, nesterov=False):
-    """An optimizer of one's own: a plain optax transformation."""
+    """A user's optimizer: a plain optax transformation."""
     return optax.sgd(schedule, decay, nesterov)
 
 

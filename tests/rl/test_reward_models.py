@@ -1,4 +1,4 @@
-"""Reward models: a head on the run's base, a classifier of its own; a critic with its own base."""
+"""Reward models: a head on the run's base, a separate classifier; a critic with its own base."""
 
 import json
 import os
@@ -150,7 +150,9 @@ def test_a_classifier_whose_padding_is_the_end_token_is_read_before_it(workdir):
 
 
 def test_white_space_after_the_end_token_is_dropped_for_our_classifiers_only(workdir):
-    """As ChatML's line break: ours are read at the end token, TRL's at the end of the whole text."""
+    """Such as ChatML's line break: our classifiers are read at the end token, TRL's at the last token of the
+    text.
+    """
     prompts, completions, scores = ["what is 1?", "why?", "so"], ["it is 1", "because", ""], {}
     for name in ("ours", "others"):
         folder = workdir.folder / name

@@ -1,4 +1,4 @@
-"""Rollouts: batches as a function of step and state, and whole runs that learn from rewards."""
+"""Rollouts: batches as a function of step and state, and full runs that learn from rewards."""
 
 import re
 from collections import Counter

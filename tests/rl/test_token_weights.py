@@ -1,4 +1,4 @@
-"""Token weights against their formulas, and what they sum to."""
+"""Token weights against their formulas, and their sums."""
 
 import inspect
 from functools import partial

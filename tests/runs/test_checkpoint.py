@@ -1,5 +1,5 @@
-"""Laws of checkpoints: what comes back is bit for bit what was saved, or an older one that is; never anything
-else.
+"""Laws of checkpoints: a restored state has the bits that were saved, of the newest checkpoint or of an older
+intact one.
 """
 
 import contextlib

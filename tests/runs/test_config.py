@@ -1,5 +1,5 @@
-"""Laws of config files: an override does what it says or is refused in one line; a record says all that
-matters.
+"""Laws of config files: an override is applied exactly or is a one-line error; a record contains every
+setting.
 """
 
 import json

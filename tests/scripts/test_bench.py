@@ -184,7 +184,7 @@ def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_
 
 @pytest.mark.slow
 def test_the_planners_benchmark_measures_what_a_step_holds_and_takes(place):
-    """A tiny model: what it holds is the plan's to the byte, and its growth some of what was planned."""
+    """On a tiny model the stored bytes equal the plan's, and the growth is part of the planned bytes."""
     (place / "mine.py").write_text(MINE)
     command = [
         sys.executable,

@@ -90,7 +90,7 @@ def load(folder, form, mesh, counted):
 
 
 def main(port, count, process, cases, adapter):
-    """Compare every case on every mesh with one device; print what was read."""
+    """Compare every case on every mesh with one device; print the fraction of bytes that was read."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
     counted, fractions = count_reads(), []

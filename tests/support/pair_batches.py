@@ -58,8 +58,8 @@ def swapped(pool):
 
 
 def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
-    """Pairs [rows, ...] of some of the pool; weights: of the pool's pairs, by default its own, and they sum
-    to 1.
+    """Return pairs [rows, ...] of some of the pool. weights: of the pool's pairs, by default those of the
+    pool; they are normalised to sum to 1.
 
     room: (length, reads, slots) of a row, by default enough for a third of the pairs and an empty slot.
     """
@@ -113,7 +113,7 @@ def start_aux(objective, trainable=None, at_base=True):
 
 
 def table_see(params, batch, key, aux):
-    """Log-probs looked up by token and place: what a loss makes of them doesn't depend on the model."""
+    """Look log-probs up by token and position, because a loss doesn't depend on the model."""
     slots = batch.lengths.shape[1] * batch.lengths.shape[2]
     here = lambda w: jnp.where(batch.responses < slots, w[batch.targets] + 0.3 * w[batch.offsets], 0)  # noqa: E731
     logp = -jax.nn.softplus(here(params["w"]))

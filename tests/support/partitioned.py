@@ -30,7 +30,9 @@ class Moved:
 
 @contextlib.contextmanager
 def without_cache():
-    """Programs are compiled, not found in the cache: what is found there is neither dumped nor warned of."""
+    """Switch the compilation cache off: programs from the cache are not dumped, and raise no compiler
+    warnings.
+    """
     _use_cache(False)
     try:
         yield

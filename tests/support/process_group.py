@@ -22,7 +22,7 @@ class ProcessGroup:
         self.processes = []
 
     def start(self, *argv, own=None, hook="", **environment):
-        """Begin the run on all processes. own: further arguments of one of them, by its number."""
+        """Start the run on all processes. own: additional arguments of a process, by its index."""
         coordinator, count = f"127.0.0.1:{free_port()}", len(self.workdirs)
         self.processes = []
         for i, place in enumerate(self.workdirs):

@@ -33,7 +33,7 @@ def random_groups(count=4, most=3, seed=0, longest=6):
 
 
 def alone(groups):
-    """Each completion as a group of its own."""
+    """Return each completion as a separate group."""
     return [(prompt, [one]) for prompt, completions in groups for one in completions]
 
 

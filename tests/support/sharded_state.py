@@ -55,7 +55,9 @@ def like(*shape: int) -> Any:
 
 
 def differs(found: Any, seed: int, *shape: int) -> list[str]:
-    """The leaves of which a shard of this process is not bit for bit what it should be, or not where."""
+    """Return the leaves of which a shard of this process has other bits, or another place on the mesh, than
+    expected.
+    """
     wrong = []
     for (path, leaf), expected, place in zip(
         jax.tree_util.tree_leaves_with_path(found),

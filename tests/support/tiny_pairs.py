@@ -1,4 +1,4 @@
-"""Small preference rows, sources of them, and what a batch of pairs says, read off naively."""
+"""Small preference rows, their sources, and a naive reader of batches of pairs."""
 
 import json
 

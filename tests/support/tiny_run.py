@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model through scripts/train.py, each in a process of its own that may be killed.
+"""Full runs of a tiny model through scripts/train.py, each in a separate process that may be killed.
 
 The processes are forked from a server that has imported everything, so that one starts in a moment.
 """

@@ -1,4 +1,4 @@
-"""Laws of a whole run: signals, kills, finished runs, locks, changes, compilation, logs, exports."""
+"""Laws of a full run: signals, kills, finished runs, locks, changes, compilation, logs, exports."""
 
 import functools
 import json

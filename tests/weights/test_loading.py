@@ -1,5 +1,5 @@
-"""Loading at size: a process reads the bytes of its own shards, holds no more than they, and has one device's
-bits.
+"""Loading in several processes: each reads only the bytes of its own shards, stores no more, and has the bits
+of one device.
 """
 
 import json
@@ -182,8 +182,7 @@ def together(folders, tmp_path_factory):
 
 
 def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_each(together):
-    """What is cut over the mesh is read once by one process; scales of whole channels take a second reading
-    of it.
+    """Sharded parameters are read once, by one process; scales of full channels need a second read.
 
     In act-order an input may be of any block: a part of o and down, which are cut along their inputs, reads
     every scale.

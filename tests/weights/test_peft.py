@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout: ours in peft + torch, peft's here, and what is refused."""
+"""Adapters in PEFT's layout: ours load in peft + torch, peft's load here, others are errors."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Reward models in files: adapters with a head in peft and torch, classifiers in full, what begins with them,
-what is refused.
+"""Reward models in files: adapters with a head in peft and torch, full classifiers, runs that start from
+them, errors.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Hugging Face folders, the hub and PyPI: what comes in equals transformers, what goes out loads there."""
+"""Hugging Face folders, the hub and PyPI: loaded models equal transformers', and written ones load there."""
 
 import json
 import os
