@@ -229,9 +229,9 @@ def test_dpo_equals_layerwise_updates(tmp_path, reference):
 
 
 def test_an_incompatible_run_is_refused_before_it_loads_weights(place):
-    for more, words in (
+    for more, message in (
         ([], "updates layers of the base, but adapter"),
         (["full=true", "micro=2"], "has 2 microbatches"),
     ):
         assert place.run(*ARGV, *more, "name=refused") == 1
-        assert words in place.err() and "Traceback" not in place.err()
+        assert message in place.err() and "Traceback" not in place.err()

@@ -220,8 +220,10 @@ def test_a_resumed_log_prints_only_new_alarms_and_lists_all(tmp_path, capsys):
         log.close()
         return log.alarms, [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm")]
 
-    alone, said = write(tmp_path / "alone", 0, 80)
-    assert said == alone and len(alone) == 3 and [step for step, _ in report_of(entries)[1]] == [15, 30, 60]
+    alone, messages = write(tmp_path / "alone", 0, 80)
+    assert (
+        messages == alone and len(alone) == 3 and [step for step, _ in report_of(entries)[1]] == [15, 30, 60]
+    )
     for cut in (10, 15, 37):
         folder = tmp_path / f"cut{cut}"
         _, early = write(folder, 0, cut + 1)  # killed a step after its checkpoint
@@ -289,14 +291,16 @@ def rollout_alarms_of(entries):
 
 def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doubled():
     faults = [0.0, 0.1, 0.1, 0.15, 0.2]
-    said = rollout_alarms_of([{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults])
-    assert [len(alarms) for alarms in said] == [0, 1, 0, 0, 1] and said[1][0].startswith(
+    messages = rollout_alarms_of(
+        [{"reward_faults/raised": x, "reward_faults/not_a_number": 0.0} for x in faults]
+    )
+    assert [len(alarms) for alarms in messages] == [0, 1, 0, 0, 1] and messages[1][0].startswith(
         "10 % of the rewards raised"
     )
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "message"),
     [
         ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, "had no training signal"),
         ({"reward_std": 0.0}, "had no training signal"),
@@ -304,9 +308,9 @@ def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doub
         ({"completions/clipped_ratio": 1.0}, "no completion of the last"),
     ],
 )
-def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, words):
+def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, message):
     fine = {"frac_reward_zero_std": 1.0, "reward_std": 0.1, "grad_norm": 2.0, "frac_learned": 1.0}
     fine["completions/clipped_ratio"] = 0.5
-    said = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
-    assert [i for i, alarms in enumerate(said) if alarms] == [5, 10]
-    assert all(words in said[i][0] for i in (5, 10))
+    messages = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
+    assert [i for i, alarms in enumerate(messages) if alarms] == [5, 10]
+    assert all(message in messages[i][0] for i in (5, 10))

@@ -431,7 +431,7 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "given, batch, words",
+    "given, batch, message",
     [
         ({"beta": 0.1}, {"reference": None}, "a KL penalty needs the reference's log-probs in the batch"),
         (
@@ -448,9 +448,9 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
         ({"critic": None}, {"coef": -1.0}, "Critic: coef must be above 0, got -1.0"),
     ],
 )
-def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, words):
+def test_invalid_inputs_are_refused_in_one_line(one_by_one, given, batch, message):
     batch_of_arrays = jax.tree.map(jnp.asarray, laid(rows_of(random_groups())))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         if "coef" in batch:
             Critic(lambda *x: x, **batch)
         by_table(**({"beta": 0.0, "critic": None} | given))(TABLE, batch_of_arrays.replace(**batch), None, {})

@@ -328,7 +328,7 @@ def test_the_adaptive_coefficient_follows_its_target():
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    "call, message",
     [
         (lambda d: P.clipped(d, eps_low=1.5), r"eps_low must be in \[0, 1\], got 1.5"),
         (lambda d: P.gspo(d, eps_high=-1), "eps_high must be at least 0, got -1"),
@@ -342,6 +342,6 @@ def test_the_adaptive_coefficient_follows_its_target():
         (lambda d: kl.AdaptiveKL(target=0), "target and horizon must be above 0, got 0 and"),
     ],
 )
-def test_parameters_out_of_range_are_refused(call, words):
-    with pytest.raises(ValueError, match=words):
+def test_parameters_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
         call(random_batch())

@@ -151,7 +151,7 @@ def test_a_widened_batch_gives_the_same_results(one_by_one, name):
 
 
 @pytest.mark.parametrize(
-    "loss, words",
+    "loss, message",
     [
         (
             partial(P.nll, beta=0.1),
@@ -168,6 +168,6 @@ def test_a_widened_batch_gives_the_same_results(one_by_one, name):
         ),
     ],
 )
-def test_a_loss_that_cannot_be_called_is_refused_by_preference(loss, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_loss_that_cannot_be_called_is_refused_by_preference(loss, message):
+    with pytest.raises(ValueError, match=message):
         preference(None, loss)

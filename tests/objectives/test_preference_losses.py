@@ -370,7 +370,7 @@ def test_log1mexp_is_finite_and_monotone_near_0():
 
 
 @pytest.mark.parametrize(
-    "loss, words",
+    "loss, message",
     [
         (partial(P.exo_pair, label_smoothing=0.0), "in \\(0, 1\\), got 0.0"),
         (partial(P.robust, label_smoothing=0.5), "in \\[0, 0.5\\), got 0.5"),
@@ -382,8 +382,8 @@ def test_log1mexp_is_finite_and_monotone_near_0():
         (F.kto, "third response `mismatched`"),
     ],
 )
-def test_a_knob_out_of_range_or_a_missing_response_is_one_clear_line(loss, words):
-    with pytest.raises(ValueError, match=words) as e:
+def test_a_knob_out_of_range_or_a_missing_response_is_one_clear_line(loss, message):
+    with pytest.raises(ValueError, match=message) as e:
         value_of(loss, seen(lay(random_rows())))
     assert "\n" not in str(e.value)
 

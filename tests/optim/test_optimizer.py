@@ -77,7 +77,7 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
         (
             {"optimizer": adafactor, "b1": 0.8},
@@ -91,8 +91,8 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
         ({"warmup": 2.0}, "optim.warmup=2.0 is a fraction of the steps"),
     ],
 )
-def test_hyper_parameters_that_do_not_fit_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
+def test_hyper_parameters_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         Optim(**settings)
 
 

@@ -116,12 +116,12 @@ def test_scores_stay_floating_point():
         np.zeros((2, 3), np.float32), np.array([0.25, -0.6], np.float32), np.array([3, 1]), 0.1
     )
     np.testing.assert_allclose(narrow, rewards, rtol=1e-7)
-    for wrong, words in (
+    for wrong, message in (
         (np.array([[1, 0]]), "scores have dtype int64. Use floats"),
         (np.array([[np.inf, 0.0]]), "1 of 2 scores are infinite"),
     ):
         for fn in (A.grpo, A.rloo, score_metrics, A.has_score):
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises(ValueError, match=message):
                 unchecked(fn)(wrong)
 
 

@@ -115,11 +115,11 @@ def compared(tmp_path, monkeypatch, capsys):
         )
     monkeypatch.chdir(tmp_path)
 
-    def run(*words):
+    def run(*arguments):
         from jaxft.runs import cli
 
         script = Path(__file__).parents[2] / "scripts" / "compare.py"
-        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
         monkeypatch.setattr(sys, "path", [*sys.path])
         code = cli.one_line_errors(runpy.run_path(str(script), run_name="compare")["main"])
         return code, *capsys.readouterr()
@@ -145,14 +145,14 @@ def test_runs_are_compared_by_a_command(compared):
 
 
 @pytest.mark.parametrize(
-    ("words", "reported"),
+    ("arguments", "reported"),
     [
         (("runs/none",), "runs/none: has no metrics.jsonl"),
         (("runs/a", "runs/a"), "two of the runs have the same name"),
     ],
 )
-def test_a_folder_without_metrics_is_a_one_line_error(compared, words, reported):
-    code, _, err = compared(*words)
+def test_a_folder_without_metrics_is_a_one_line_error(compared, arguments, reported):
+    code, _, err = compared(*arguments)
     assert code == 1 and reported in err and err.count("\n") == 1
 
 

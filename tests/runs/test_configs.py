@@ -81,15 +81,15 @@ def test_the_shipped_held_out_rows_evaluate_the_shipped_rows_only(name):
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, message",
     [
         (["rank=4", "start=runs/sft"], "rank=4 is for a fresh adapter"),
         (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains none"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
     ],
 )
-def test_knobs_that_contradict_each_other_are_refused(argv, words):
-    with pytest.raises(ValueError, match=words):
+def test_knobs_that_contradict_each_other_are_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
         config.load_config("configs/dpo.py", argv)
 
 
@@ -132,7 +132,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, message",
     [
         (
             ["advantage=jaxft.rl.advantages:rloo", "estimate=jaxft.rl.estimators:by_each"],
@@ -149,8 +149,8 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
         ),
     ],
 )
-def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, words):
-    with pytest.raises(ValueError, match=words):
+def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
         config.load_config("configs/grpo.py", argv)
 
 

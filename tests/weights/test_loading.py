@@ -233,8 +233,8 @@ def test_a_file_that_is_truncated_after_it_was_opened_is_an_error(tmp_path, dtyp
     path = tmp_path / "file.safetensors"
     files = write_tensor(path, dtype, (9000,), np.zeros(9000, dtype))
     path.write_bytes(path.read_bytes()[:5000])
-    words = "file.safetensors: (not a complete safetensors file|ends inside a tensor; the file changed)"
-    with pytest.raises(ValueError, match=words):
+    message = "file.safetensors: (not a complete safetensors file|ends inside a tensor; the file changed)"
+    with pytest.raises(ValueError, match=message):
         safetensors.read_tensor(files, "it")
 
 
@@ -278,8 +278,8 @@ def test_a_value_that_cannot_be_quantised_is_reported_with_its_tensor_and_part(f
             pretrained.load_base(str(tmp_path), t.stored, mesh)
     reader = pretrained.open_params(str(tmp_path), t.model)["layers/mlp/up"]
     half = (slice(0, 64), slice(0, 256))
-    words = r"1 of 16384 values .* the first nan at .3, 5. .in its part .0:64, 0:256..$"
-    with pytest.raises(ValueError, match=words), param_reader.errors_name_tensor(reader, 1, half):
+    message = r"1 of 16384 values .* the first nan at .3, 5. .in its part .0:64, 0:256..$"
+    with pytest.raises(ValueError, match=message), param_reader.errors_name_tensor(reader, 1, half):
         quantize(param_reader.read_values(reader, 1, half), form)
 
 

@@ -223,8 +223,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_inconsistent_checkpoint_is_one_line(tmp_path, case):
-    settings, words = REFUSED[case]
-    with pytest.raises(ValueError, match=words):
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
         stored(bad(tmp_path, **settings))
 
 
