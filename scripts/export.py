@@ -57,10 +57,12 @@ def main() -> int:
     from jaxft.models import heads
     from jaxft.nn import quant
     from jaxft.rl import reward_models
-    from jaxft.runs.folder import trained_weights
+    from jaxft.runs.folder import check_results, trained_weights
     from jaxft.train import export
     from jaxft.weights import peft, pretrained
 
+    if args.adapter:
+        check_results(args.adapter)
     ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     base_quant = quant.quant_setting(args.quant, record if adapter_folder else None)

@@ -74,8 +74,10 @@ def arguments() -> argparse.Namespace:
 def source_of(args: argparse.Namespace) -> Source:
     """Resolve the command line; for a run, from its config.json and results."""
     from jaxft.nn import quant
-    from jaxft.runs.folder import trained_weights
+    from jaxft.runs.folder import check_results, trained_weights
 
+    if args.adapter:
+        check_results(args.adapter)
     given = (args.model or DEFAULT, args.adapter, None)
     ref, adapter, record = trained_weights(args.run) if args.run else given
     has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()

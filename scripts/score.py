@@ -62,6 +62,8 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     from jaxft.runs import folder
     from jaxft.weights import pretrained
 
+    if args.adapter:
+        folder.check_results(args.adapter)
     ref, adapter, record = folder.trained_weights(args.run) if args.run else (args.model, args.adapter, None)
     has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if has_tokenizer else ref)

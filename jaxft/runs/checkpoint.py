@@ -19,7 +19,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
-import importlib.metadata
 import math
 import os
 import re
@@ -38,9 +37,9 @@ from etils import epath
 
 from jaxft.distributed import sync
 from jaxft.runs import manifest, restore
+from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
 
-CHECKPOINT_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 TIMEOUT_S = 1200.0  # for processes that wait for one another while they save; Orbax has the same
 EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
@@ -113,7 +112,7 @@ class Checkpoints:
             "layout": manifest.LAYOUT,
             "step": step,
             "scores": [None if score is None else float(score) for score in scores],
-            "versions": {name: importlib.metadata.version(name) for name in CHECKPOINT_LIBRARIES},
+            "versions": versions()["packages"],
             "meta": meta,
         }
         manifest.format_manifest(body)  # metadata that isn't JSON fails here, before anything is written

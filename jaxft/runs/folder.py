@@ -1,26 +1,23 @@
 """A run's folder `runs/<name>/`: its lock, its record of settings, and the rules for resuming it."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
-
+from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.record import differences
 from jaxft.runs.trackers.jsonl import json_value
 from jaxft.weights import hf, hub
+from jaxft.weights.file_hash import file_sha256, files_sha256
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
     "weights_path",
+    "weights_revision",
     "loop",
     "data.epochs",
     "trackers",
@@ -30,10 +27,10 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
 )
+HASH = "sha256:"
+RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
+RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 NOT_COMPARED = ("command",)  # the overrides; their result is in the other fields
-
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-SAMPLE_BYTES = 1 << 16
 
 
 # The folder and its files
@@ -70,42 +67,53 @@ def write_durable_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def read_saved_json(path: Path) -> Any:
-    """Read a JSON file of the run folder. Raises ValueError that names a damaged one."""
+def read_saved_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of the run folder. Raises ValueError that names a damaged file."""
+    remedy = "restore it, or choose another name=..."
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}); restore it, or choose another name=..."
-        ) from error
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}; {remedy}")
+    return value
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices and the git commit of this process."""
-    root = Path(__file__).resolve().parents[2]
-    commit = None
-    with contextlib.suppress(OSError):  # git is not installed
-        git = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = git.stdout.strip() or None
-    return {
-        **_versions(),
-        "devices": [d.device_kind for d in jax.devices()],
-        "processes": jax.process_count(),
-        "commit": commit,
-    }
+def write_record(folder: Path, record: dict[str, Any], step: int = 0) -> list[str]:
+    """Write config.json, and add this start to env.json, which keeps those before it.
 
-
-def _versions() -> dict[str, Any]:
-    packages = {name: metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), "packages": packages}
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write config.json and env.json."""
+    step: the steps done before. Return a line for each version, flag or device that has changed since the
+    last start.
+    """
     write_durable_json(folder / "config.json", record)
-    write_durable_json(folder / "env.json", environment())
+    path, now, before, lines = folder / "env.json", environment(step), None, []
+    if path.exists():
+        try:
+            before = read_saved_json(path)
+            lines = environment_changes(before, now)
+        except ValueError as error:
+            lines = [f"the versions of earlier starts are lost: {error}"]
+    write_durable_json(path, with_earlier_starts(now, before))
+    return lines
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run from its config.json. Raises ValueError for a file that is not a run's."""
+    path = folder / "config.json"
+    record = read_saved_json(path)
+    model, data = record.get("model"), record.get("data")
+    if (
+        not isinstance(record.get("weights"), str)
+        or not (isinstance(model, dict) and model.get("dtype") in RUN_DTYPES)
+        or not (isinstance(data, dict) and isinstance(data.get("date"), str))
+        or not isinstance(record.get("quant"), dict | None)
+        or not isinstance(record.get("weights_path"), str | None)
+    ):
+        raise ValueError(
+            f"{path}: not the settings of a run (weights, model, data or quant are missing or of another "
+            "type); restore the file"
+        )
+    return record
 
 
 # Resuming
@@ -114,7 +122,13 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def finished_steps(folder: Path) -> int:
     """The number of steps of a finished run, 0 for one that is not finished."""
     path = folder / "summary.json"
-    return int(read_saved_json(path)["steps"]) if path.exists() else 0
+    steps = read_saved_json(path).get("steps") if path.exists() else 0
+    if type(steps) is not int or steps < 0:
+        raise ValueError(
+            f"{path}: steps is {steps!r}, not a number of steps; remove the file, and the run goes on from "
+            "its last checkpoint"
+        )
+    return steps
 
 
 def changes_since_start(folder: Path, record: dict[str, Any]) -> list[str]:
@@ -142,8 +156,49 @@ def permitted_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) ->
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
     """The settings and library versions that every process of a run must agree on."""
-    own = ("weights_path", "hosts", *NOT_COMPARED)
-    return {**{name: value for name, value in record.items() if name not in own}, **_versions()}
+    own = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
+    return {**{name: value for name, value in record.items() if name not in own}, **versions()}
+
+
+# Results
+
+
+def result_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights, settings and tokenizers that a run has written, by path in its folder."""
+    paths = sorted(
+        path
+        for name in RESULTS
+        for path in (folder / name).rglob("*")
+        if path.is_file() and path.suffix != ".md"  # a model card may be edited
+    )
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return dict(zip(names, files_sha256(paths), strict=True))
+
+
+def check_results(folder: Path) -> None:
+    """Raise ValueError if a file of a run's results is not the one that the finished run wrote.
+
+    folder: of the run, or one of its results, such as adapter/. A run that has not recorded hashes, or is no
+    run, passes.
+    """
+    run = next((f for f in (folder, *folder.resolve().parents[:2]) if (f / "summary.json").is_file()), None)
+    if run is None:
+        return
+    recorded = read_saved_json(run / "summary.json").get("files", {})
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"{run / 'summary.json'}: files has type {type(recorded).__name__}; restore the file"
+        )
+    inside = folder.resolve()
+    names = [name for name in recorded if (run / name).resolve().is_relative_to(inside)]
+    for name in names:
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run / name}: no such file, and the finished run wrote it; restore it")
+        if file_sha256(run / name) != recorded[name]:
+            raise ValueError(
+                f"{run / name}: the file has changed since the run was finished (its sha256 is not that in "
+                "summary.json). Restore it, or copy the folder elsewhere and use it with --adapter or --model"
+            )
 
 
 # Weights
@@ -152,17 +207,22 @@ def process_independent(record: dict[str, Any]) -> dict[str, Any]:
 def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
     """(reference of the weights, adapter folder or None, settings) of a run that has written its weights.
 
-    Raises FileNotFoundError for a folder that is no run's, or one without weights yet.
+    Raises FileNotFoundError for a folder that is no run's, or one without weights yet, and ValueError for
+    weights that have changed since.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder}: not a run's folder, it has no config.json; runs are in runs/<name>"
         )
-    record = read_saved_json(folder / "config.json")
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return _base_weights(folder, record), folder / "adapter", record
-    if (folder / "model" / "config.json").is_file():
-        return str(folder / "model"), None, record
+    record = read_record(folder)
+    for name in ("adapter/adapter_config.json", "model/config.json"):
+        if (folder / name).is_file():
+            check_results((folder / name).parent)
+            return (
+                (str(folder / "model"), None, record)
+                if name.startswith("model")
+                else (_base_weights(folder, record), folder / "adapter", record)
+            )
     raise FileNotFoundError(
         f"{folder}: has neither adapter/ nor model/; finish the run with the command that started it"
     )
@@ -173,8 +233,9 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
         ref = path
-    fingerprint = weights_fingerprint(ref)
-    if fingerprint != record.get("weights_fingerprint", fingerprint):
+    recorded = str(record.get("weights_fingerprint", ""))
+    # Older runs have recorded samples of the files, which cannot be compared.
+    if recorded.startswith(HASH) and recorded != weights_fingerprint(ref):
         raise ValueError(
             f"{folder}: the weights in {ref} have changed since this run was trained; "
             "restore them, or use --model"
@@ -183,21 +244,11 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
 
 
 def weights_fingerprint(ref: str) -> str:
-    """Identify the weights behind `ref`: a hub model's commit, else a hash of samples of the files."""
+    """Return a hash of all bytes of the weights behind `ref`."""
     located = hub.locate(ref)
-    if located.revision:
-        return located.revision
-    digest = hashlib.sha256()
     files = [located.path] if located.kind == "gguf" else hf.weight_files(located.path)
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        starts = {0, max(0, size - SAMPLE_BYTES), *range(0, size, max(SAMPLE_BYTES, size // 64))}
-        with path.open("rb") as file:
-            for start in sorted(starts):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
+    lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]
+    return HASH + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def adapter_fingerprint(folder: Path) -> str:

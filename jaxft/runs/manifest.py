@@ -92,8 +92,8 @@ def format_manifest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest. Raises Corrupt if it is missing or damaged, ValueError if its layout is
-    another one.
+    """Read a checkpoint's manifest. Raises Corrupt if it is missing, damaged or of another step than its
+    folder, ValueError if its layout is another one.
     """
     try:
         body = json.loads((folder / NAME).read_bytes())
@@ -104,6 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Corrupt(f"{NAME} is damaged") from error
     if digest != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
         raise Corrupt(f"{NAME} is damaged")
+    if folder.name.removesuffix(".tmp") != str(body.get("step")):
+        raise Corrupt(f"{NAME} is that of step {body.get('step')}")
     if body.get("layout") != LAYOUT:
         raise ValueError(
             f"{folder} was written by another version of jaxft; use that one, or another name=..."

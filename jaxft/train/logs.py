@@ -85,10 +85,10 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
         ]
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members])
-    trackers, logs = job.lead.run.trackers, []
+    trackers, logs, moved = job.lead.run.trackers, [], []
     for member in job.members:
         member.folder.mkdir(exist_ok=True)
-        runfolder.write_record(member.folder, member.record)
+        moved += runfolder.write_record(member.folder, member.record, first)
         truncate(member.folder / "completions.jsonl", first)
         own = {"trackers": trackers} if job.sweep is None else {"quiet": True}
         logs.append(Log(member.folder, job.steps, first, **own))
@@ -100,6 +100,9 @@ def open_logs(job: Job, first: int, saved: dict[str, Any] | None, changes: list[
     found = Logs(logs, overview)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))):
         found.message(line)
+    if first:
+        for line in dict.fromkeys(moved):
+            found.message(f"changed since the last start: {line}")
     for member, log in zip(job.members, logs, strict=True):
         log.listen(member.programs.objective.report.alarms)
     return found

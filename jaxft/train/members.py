@@ -23,7 +23,7 @@ from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
-from jaxft.weights import pretrained
+from jaxft.weights import hub, pretrained
 from jaxft.weights.adapters import adapter_folder
 
 Record = dict[str, Any]  # settings as JSON
@@ -182,17 +182,22 @@ def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:
 
 
 def weight_fingerprints(run: Run) -> dict[str, Any]:
-    """Return hashes of all weights that a run starts from, and the path of a local base.
+    """Return hashes of all weights that a run starts from, and the path or the commit of its base.
 
-    A run resumes from the same weights only.
+    A run resumes from the same weights only. Raises ValueError for an adapter of a run that has changed since
+    that run was finished.
     """
     found = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
     if Path(run.weights).exists():
         found["weights_path"] = str(Path(run.weights).resolve())
+    revision = hub.locate(run.weights, config_only=True).revision
+    found |= {"weights_revision": revision} if revision else {}
     if run.start:
+        runfolder.check_results(adapter_folder(run.start))
         found["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
     for name, head in run.heads.items():
         if head.start:
+            runfolder.check_results(adapter_folder(head.start))
             found[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
         if head.weights:
             found[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)

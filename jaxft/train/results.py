@@ -83,6 +83,7 @@ def write_reports(
                 "after": after[number],
                 "alarms": logs.members[number].alarms,
             }
+            summary["files"] = runfolder.result_hashes(member.folder)
             runfolder.write_durable_json(member.folder / "summary.json", {"steps": job.steps, **summary})
         if job.sweep is not None:
             ends = [

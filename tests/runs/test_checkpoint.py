@@ -159,6 +159,15 @@ def test_every_bit_of_the_manifest_counts(two, tmp_path):
             manifest.read_manifest(folder)
 
 
+def test_a_checkpoint_in_the_folder_of_another_step_is_not_restored_as_that_step(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    (folder / "2").rename(folder / "7")
+    said: list[str] = []
+    state, _, step = Checkpoints(folder, report=said.append).restore(abstract(make_state(0)))
+    assert step == 1 and is_exactly(state, make_state(1))
+    assert "checkpoint of step 7 is corrupt (manifest.json is that of step 2)" in said[0]
+
+
 def test_a_leaf_that_differs_from_memory_is_detected_in_an_intact_file(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "c")
     path = folder / "2" / "manifest.json"

@@ -299,3 +299,27 @@ def test_a_run_loads_its_moved_base_and_refuses_a_changed_one(script, world, tmp
     file.write_bytes(data)
     code, _, err = script("export", "--run", run, "--out", tmp_path / "out2")
     assert code == 1 and "have changed since this run was trained" in err and err.count("\n") == 1
+
+
+def test_a_result_that_has_changed_since_the_run_was_finished_is_refused_by_every_command(
+    script, world, tmp_path
+):
+    run = shutil.copytree(world[0] / "runs" / "r", tmp_path / "run")
+    summary = {"steps": 1, "files": runfolder.result_hashes(run)}
+    runfolder.write_durable_json(run / "summary.json", summary)
+    assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
+    file = run / "adapter" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    for command in (
+        ("export", "--run", run, "--out", tmp_path / "out2"),
+        ("export", "--model", "base", "--adapter", run / "adapter", "--out", tmp_path / "out2"),
+        ("generate", "--run", run, "--prompt", "x"),
+        ("generate", "--model", "base", "--adapter", run / "adapter", "--prompt", "x"),
+        ("score", "--run", run, "--file", "pairs.jsonl"),
+    ):
+        code, _, err = script(*command)
+        assert code == 1 and "adapter_model.safetensors: the file has changed since" in err, err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "out2").exists()

@@ -1,6 +1,7 @@
 """Laws of a full run: signals, kills, finished runs, locks, changes, compilation, logs, exports."""
 
 import functools
+import hashlib
 import json
 import os
 import random
@@ -122,6 +123,10 @@ def files(folder):
 def test_a_finished_run_is_not_changed_unless_steps_are_added(place, uninterrupted):
     finished = uninterrupted("lora")
     before = files(place.runs("lora"))
+    written = {p.relative_to(place.runs("lora")).as_posix(): p for p in place.runs("lora").rglob("adapter/*")}
+    recorded = json.loads((place.runs("lora") / "summary.json").read_text())["files"]
+    hashes = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in written.items()}
+    assert recorded == {name: known for name, known in hashes.items() if not name.endswith(".md")}
     argv = [*KINDS["lora"], "name=lora"]
     assert place.run(*argv) == 0 and "this run is finished (5 steps)" in place.out() and not place.err()
     assert (
@@ -161,7 +166,10 @@ def test_a_running_run_is_locked_and_a_killed_process_releases_the_lock(place):
         "samples=1",
         "general=general.jsonl",
     ]
-    assert place.run("name=half", *cadences) == 0, place.err()
+    assert place.run("name=half", *cadences, NVIDIA_TF32_OVERRIDE="0") == 0, place.err()
+    assert "changed since the last start: NVIDIA_TF32_OVERRIDE: none -> 0" in place.out()
+    starts = json.loads((place.runs("half") / "env.json").read_text())
+    assert [start["step"] for start in starts["earlier"]] == [0] and starts["step"] >= 2
     for text in ("loop.save_every: 1 -> 3", "samples: 2 -> 1", "general: None -> 'general.jsonl'"):
         assert f"changed since the start: {text}" in place.out()
 

@@ -1,0 +1,51 @@
+"""env.json keeps every start of a run, and a later start reports what has changed."""
+
+import json
+from importlib import metadata
+
+import pytest
+
+from jaxft.runs import environment, folder
+
+
+def test_env_json_has_every_start_and_changes_are_reported(tmp_path, monkeypatch):
+    assert folder.write_record(tmp_path, {"a": 1}) == []
+    assert folder.write_record(tmp_path, {"a": 1}, step=2) == []
+    real = metadata.version
+    monkeypatch.setattr(
+        environment.metadata, "version", lambda name: "0.0.1" if name == "tokenizers" else real(name)
+    )
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    lines = folder.write_record(tmp_path, {"a": 2}, step=5)
+    assert f"tokenizers: {real('tokenizers')} -> 0.0.1" in lines
+    assert any(line.startswith("XLA_FLAGS: ") and line.endswith("deterministic_ops=true") for line in lines)
+    assert len(lines) == 2
+    recorded = json.loads((tmp_path / "env.json").read_text())
+    starts = [*recorded["earlier"], recorded]
+    assert [start["step"] for start in starts] == [0, 2, 5]
+    assert [start["packages"]["tokenizers"] for start in starts] == [real("tokenizers")] * 2 + ["0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["jax", "jaxlib", "numpy", "transformers", "tokenizers", "safetensors", "gguf", "jinja2", "datasets",
+     "tensorstore", "ml_dtypes", "optax", "flax", "orbax-checkpoint"],
+)  # fmt: skip
+def test_the_versions_of_all_that_decides_numbers_are_recorded(name):
+    assert environment.versions()["packages"][name] == metadata.version(name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\xff"])
+def test_a_damaged_env_json_is_reported_and_written_again(tmp_path, text):
+    (tmp_path / "env.json").write_text(text, encoding="latin-1")
+    (line,) = folder.write_record(tmp_path, {}, step=3)
+    assert "env.json" in line and "lost" in line
+    assert json.loads((tmp_path / "env.json").read_text())["earlier"] == []
+
+
+def test_devices_are_compared_by_kind_and_number():
+    before = {"devices": ["cpu"] * 2, "processes": 1}
+    assert environment.environment_changes(before, before) == []
+    now = {"devices": ["H100"], "processes": 2}
+    lines = environment.environment_changes(before, now)
+    assert lines == ["devices: 2 x cpu -> 1 x H100", "processes: 1 -> 2"]

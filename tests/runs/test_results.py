@@ -1,0 +1,85 @@
+"""A finished run records the SHA-256 of its results, and a result that has changed since is refused."""
+
+import hashlib
+import json
+
+import pytest
+
+from jaxft.runs import folder as runfolder
+
+RECORD = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a finished run with an adapter, and a better one in best/."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "runs" / "sft"
+    for name in ("adapter", "best/adapter"):
+        (run / name).mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"):
+            (run / name / file).write_bytes(f"{name} {file}".encode() * 100)
+    (run / "config.json").write_text(json.dumps(RECORD))
+    runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
+    return run
+
+
+def test_every_file_but_the_model_card_is_recorded(run):
+    files = json.loads((run / "summary.json").read_text())["files"]
+    written = [p for f in ("adapter", "best") for p in (run / f).rglob("*") if p.is_file()]
+    assert files == {
+        p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in written
+        if p.name != "README.md"
+    }
+    for folder in (run, run / "adapter", run / "best" / "adapter"):
+        runfolder.check_results(folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "tokenizer.json", "adapter_config.json"])
+def test_a_flipped_bit_in_a_result_is_refused_with_the_file(run, file):
+    path = run / "adapter" / file
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    for folder in (run, run / "adapter"):
+        with pytest.raises(ValueError, match=f"{file}: the file has changed since the run was finished"):
+            runfolder.check_results(folder)
+    with pytest.raises(ValueError, match=f"{file}: the file has changed since"):
+        runfolder.trained_weights(run)
+    runfolder.check_results(run / "best" / "adapter")
+
+
+def test_a_missing_result_is_refused_and_a_card_may_be_edited(run):
+    (run / "adapter" / "README.md").write_text("my own words")
+    runfolder.check_results(run)
+    (run / "adapter" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
+        runfolder.check_results(run / "adapter")
+
+
+def test_folders_without_recorded_hashes_pass(run, tmp_path):
+    (run / "summary.json").write_text('{"steps": 4}')
+    (run / "adapter" / "tokenizer.json").write_text("changed")
+    runfolder.check_results(run / "adapter")
+    runfolder.check_results(tmp_path / "not a run" / "adapter")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"steps": "4"}', '{"steps": -1}', '{"steps": true}', "4", '{"after": 1}', "\xff"]
+)
+def test_a_summary_of_another_shape_is_named(run, text):
+    (run / "summary.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        runfolder.finished_steps(run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [[], {}, {**RECORD, "weights": 3}, {**RECORD, "model": []}, {**RECORD, "model": {"dtype": "int3"}},
+     {**RECORD, "data": {}}, {**RECORD, "quant": "nf4"}, {**RECORD, "weights_path": 3}],
+)  # fmt: skip
+def test_a_config_that_is_no_run_s_is_named(run, record):
+    (run / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        runfolder.trained_weights(run)
