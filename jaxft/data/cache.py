@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.invalid import InvalidRow
 from jaxft.data.rows import Row
 
 CORRUPT_FILE = (  # what zipfile and numpy raise for flipped bits
@@ -22,6 +23,7 @@ CORRUPT_FILE = (  # what zipfile and numpy raise for flipped bits
 )  # fmt: skip
 
 Arrays = dict[str, Any]  # name -> array of the file
+INVALID_DTYPE = {"invalid": np.uint8}  # the array of `pack_invalid`
 
 
 def row_cache_folder(cache: Path | None = None) -> Path:
@@ -42,6 +44,16 @@ def content_key(rows: Sequence[Row], tokenizer: Any, version: Any, settings: tup
     for row in rows:
         digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()[:40]
+
+
+def pack_invalid(invalid: Sequence[InvalidRow]) -> np.ndarray:
+    """Return the invalid rows as an array of bytes, in which a cache file stores them."""
+    return np.frombuffer(json.dumps([row.args for row in invalid]).encode(), np.uint8)
+
+
+def unpack_invalid(packed: np.ndarray) -> list[InvalidRow]:
+    """Return the invalid rows that `pack_invalid` has packed."""
+    return [InvalidRow(*args) for args in json.loads(packed.tobytes())]
 
 
 def load_or_make(

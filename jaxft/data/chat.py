@@ -11,20 +11,21 @@ stop. Every token of a text row is a target.
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
 import jinja2
 import numpy as np
-from jaxtyping import Bool, Int
 
-from jaxft.data.formats import Chat, Completion, Example, Message, Text
+from jaxft.data.example import Chat, Completion, Example, Message, Text
+from jaxft.data.invalid import InvalidRow, attempt
 from jaxft.data.template import DATE, Span, Template, render_marked, render_messages, template_of
 from jaxft.data.turns import extended_end, is_closed, turn_range, with_other_response
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
+MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
 
 
@@ -66,26 +67,37 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
 
 
 def tokenise_examples(
-    examples: Sequence[Example], tokenizer: Any, loss_on: str = "completion", date: str = DATE
-) -> Iterator[tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
-    """Yield (token ids, loss mask) of each example in order, untruncated."""
+    examples: Iterable[Example | InvalidRow], tokenizer: Any, loss_on: str = "completion", date: str = DATE
+) -> Iterator[MaskedTokens | InvalidRow]:
+    """Yield (token ids, loss mask) of each example in order, untruncated, or what is wrong with it."""
     if not tokenizer.is_fast:
         raise ValueError(
             "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
             "(tokenizer.json)"
         )
     template = template_of(tokenizer, date)
+
+    def render_valid(outcome: Example | InvalidRow) -> Rendered:
+        if isinstance(outcome, InvalidRow):
+            raise outcome
+        return render(outcome, template, loss_on)
+
+    def begins(r: Rendered) -> bool:
+        return r.begin and not _has_bos(r.text, tokenizer)
+
+    examples = list(examples)
     for at in range(0, len(examples), 1024):
-        rendered = [render(example, template, loss_on) for example in examples[at : at + 1024]]
-        begins = [r.begin and not _has_bos(r.text, tokenizer) for r in rendered]
+        rendered = [attempt(render_valid, example) for example in examples[at : at + 1024]]
+        texts = [r for r in rendered if isinstance(r, Rendered)]
         encoded = {
-            flag: _encode(
-                [r.text for r, begin in zip(rendered, begins, strict=True) if begin is flag], tokenizer, flag
-            )
+            flag: _encode([r.text for r in texts if begins(r) is flag], tokenizer, flag)
             for flag in (True, False)
         }
-        for r, begin in zip(rendered, begins, strict=True):
-            yield _mask(r, *next(encoded[begin]), tokenizer.eos_token_id)
+        for r in rendered:
+            if isinstance(r, InvalidRow):
+                yield r
+            else:
+                yield _mask(r, *next(encoded[begins(r)]), tokenizer.eos_token_id)
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE) -> list[int]:
@@ -97,24 +109,24 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE
 
 def example_prompt_ids(
     examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
-) -> Iterator[list[int]]:
-    """Yield the token ids that generation of each example's response starts from.
-
-    Raises ValueError that names the row.
-    """
+) -> Iterator[list[int] | InvalidRow]:
+    """Yield the token ids from which the response of each example is generated, or what is wrong with it."""
     template = template_of(tokenizer, date)
-    for example in examples:
+
+    def prompt_of(example: Completion | Chat) -> list[int]:
         if isinstance(example, Completion):
-            yield _plain_ids(example.prompt, tokenizer)
-            continue
+            return _plain_ids(example.prompt, tokenizer)
         try:
-            yield _chat_ids(example.messages[: example.response], example.tools, tokenizer, template)
+            return _chat_ids(example.messages[: example.response], example.tools, tokenizer, template)
         except (jinja2.TemplateError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{example.name}: the chat template rejects the prompt without a response: {reason}; fix the "
-                "row or set data.format=plain"
-            ) from error
+            problem = (
+                f"the chat template rejects the prompt without a response: {reason}; fix the row or set "
+            )
+            problem += "data.format=plain"
+            raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
+
+    return (attempt(prompt_of, example) for example in examples)
 
 
 def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
@@ -182,10 +194,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     targets = [i for i in turns if loss_on != "completion" or i >= chat.response]
     if not targets and loss_on != "all":
-        raise ValueError(
-            f"{chat.name}: the loss mask is empty because there is no assistant turn; add one, remove the "
-            "row or set data.loss_on=all"
-        )
+        problem = "the loss mask is empty because there is no assistant turn; add one or set data.loss_on=all"
+        raise InvalidRow(chat.name, "no assistant turn", problem)
     try:
         if loss_on == "all":
             text = render_messages(template, chat.messages, chat.tools)
@@ -199,18 +209,14 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
             text = render_messages(template, chat.messages, chat.tools)
             learned = [turn_range(template, chat, text, i) for i in targets]
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(
-            f"{chat.name}: the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove "
-            "the row"
-        ) from error
+        problem = f"the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove the row"
+        raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
     bare = [
         template.closing.sub("", text[start:end]) if template.closing else text[start:end]
         for start, end in learned
     ]
     if not any(map(str.strip, bare)):
-        raise ValueError(
-            f"{chat.name}: the loss mask is empty because the chat template omits the response; use another "
-            "tokenizer or chat template"
-        )
+        problem = "the loss mask is empty because the chat template omits the response; use another template"
+        raise InvalidRow(chat.name, "response that the chat template omits", problem)
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not is_closed(template, text)
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)

@@ -13,10 +13,13 @@ Conversations may have a column "tools" (JSON schemas).
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxft.data.example import Chat, Completion, Example, Message, Text
+from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
 from jaxft.tree import nearest
 
@@ -28,8 +31,6 @@ ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,69 +65,65 @@ SFT_SCHEMAS = Schemas(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document; every token is a target."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A plain-text prompt and its completion."""
-
-    name: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation whose response is every assistant turn from message `response` on.
-
-    plain: it was an instruction row, which needs no chat template. tools: JSON schemas.
-    """
-
-    name: str
-    messages: tuple[Message, ...]
-    response: int
-    plain: bool = False
-    tools: list | None = None
-
-
-Example = Text | Completion | Chat
-
-
 def normalise_rows(rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()) -> list[Example]:
-    """Return every row as an Example. The first row decides the format of all.
+    """Return every row as an Example. All have one format, by default the one that most rows fit.
 
-    Raises ValueError, naming the row, if the format is ambiguous or a later row does not have it.
+    Raises InvalidRow for the first row that does not have it, and ValueError for wrong settings.
     """
+    examples: list[Example] = []
+    for outcome in normalise_each(rows, format, columns):
+        if isinstance(outcome, InvalidRow):
+            raise outcome
+        examples.append(outcome)
+    return examples
+
+
+def normalise_each(
+    rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
+) -> Iterator[Example | InvalidRow]:
+    """Yield every row as an Example, or what is wrong with it; see normalise_rows."""
     chosen, renamed = detect_format(rows, format, columns, SFT_SCHEMAS)
-    return [_example(row, chosen) for row in renamed]
+
+    def convert(row: Row | InvalidRow) -> Example:
+        return _example(valid(row), chosen)
+
+    return (attempt(convert, row) for row in renamed)
 
 
 def detect_format(
     rows: Sequence[Row], format: str, columns: Sequence[str], schemas: Schemas
-) -> tuple[str, Iterator[Row]]:
+) -> tuple[str, Iterator[Row | InvalidRow]]:
     """Return the name of the format, and the rows with renamed columns and all columns that the format
-    requires.
+    requires. "auto" chooses the format that most rows fit, of equally many the first.
     """
     mapping = _column_mapping(columns, schemas)
-    first = _rename(rows[0], mapping, schemas)
-    chosen = _detect(first, set(mapping), schemas) if format == "auto" else format
+    renamed = [attempt(_rename, row, mapping, schemas) for row in rows]
+    chosen = _most_common_format(renamed, set(mapping), schemas) if format == "auto" else format
     if chosen not in schemas.required:
         raise ValueError(f"data.format={format!r}; use auto or one of {', '.join(schemas.required)}")
-    return chosen, (_require_columns(_rename(row, mapping, schemas), chosen, schemas) for row in rows)
+
+    def require(row: Row | InvalidRow) -> Row:
+        return _require_columns(valid(row), chosen, schemas)
+
+    return chosen, (attempt(require, row) for row in renamed)
+
+
+def _most_common_format(rows: Sequence[Row | InvalidRow], mapped: set[str], schemas: Schemas) -> str:
+    """Return the format that most rows fit. Raises the first row's InvalidRow if none fits one."""
+    columns = Counter(tuple(row.fields) for row in rows if isinstance(row, Row))
+    examples = {tuple(row.fields): row for row in reversed(rows) if isinstance(row, Row)}
+    votes: Counter[str] = Counter()
+    for names, count in columns.items():
+        format = attempt(_detect, examples[names], mapped, schemas)
+        if not isinstance(format, InvalidRow):
+            votes[format] += count
+    return votes.most_common(1)[0][0] if votes else _detect(valid(rows[0]), mapped, schemas)
 
 
 def describe_schemas(schemas: Schemas) -> str:
     """Return the formats and their columns in one line."""
-    return "; ".join(
-        f"{name} ({' + '.join(' or '.join(c) for c in columns)})"
-        for name, columns in schemas.required.items()
-    )
+    formats = schemas.required.items()
+    return "; ".join(f"{name} ({' + '.join(' or '.join(c) for c in columns)})" for name, columns in formats)
 
 
 def _column_mapping(columns: Sequence[str], schemas: Schemas) -> dict[str, str]:
@@ -165,9 +162,11 @@ def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:
         return row
     for ours, theirs in mapping.items():
         if theirs not in row.fields and not any(ours in extra for extra in schemas.optional.values()):
-            raise ValueError(
-                f"{row.name}: no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
-                f"{', '.join(map(str, row.fields))}"
+            raise InvalidRow(
+                row.name,
+                f"missing column {theirs!r}",
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}",
             )
     spellings = {
         c
@@ -196,13 +195,16 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
         return fits[0]
     columns = ", ".join(map(str, row.fields))
     if fits:
-        raise ValueError(
-            f"{row.name}: the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one "
-            "of them"
+        raise InvalidRow(
+            row.name,
+            "columns of two formats",
+            f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
-    raise ValueError(
-        f"{row.name}: the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename "
-        f"columns with data.columns={schemas.example}"
+    raise InvalidRow(
+        row.name,
+        "columns of no format",
+        f"the columns {columns} fit no format; accepted are {describe_schemas(schemas)}; rename "
+        f"columns with data.columns={schemas.example}",
     )
 
 
@@ -210,9 +212,11 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
     fields, required = row.fields, schemas.required[format]
     if not _has(fields, required):
         missing = next(names for names in required if not any(c in fields for c in names))
-        raise ValueError(
-            f"{row.name}: no column {' or '.join(missing)}, which format {format} requires; the row has "
-            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}"
+        raise InvalidRow(
+            row.name,
+            f"missing column {' or '.join(missing)}",
+            f"no column {' or '.join(missing)}, which format {format} requires; the row has "
+            f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}",
         )
     return row
 
@@ -238,10 +242,13 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
     """
     value = row.fields[column]
     if not isinstance(value, str):
-        raise ValueError(f"{row.name}: column {column!r} has type {type(value).__name__}; use a string")
+        problem = f"column {column!r} has type {type(value).__name__}; use a string"
+        raise InvalidRow(row.name, f"column {column!r} of a wrong type", problem)
     _encodable(row, column, value)
     if not empty and not value.strip():
-        raise ValueError(f"{row.name}: column {column!r} is empty; fill it or remove the row")
+        raise InvalidRow(
+            row.name, f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
+        )
     return value
 
 
@@ -249,9 +256,8 @@ def _encodable(row: Row, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{row.name}: column {column!r} has an unpaired surrogate ({error.reason}); fix the text"
-        ) from error
+        problem = f"column {column!r} has an unpaired surrogate ({error.reason}); fix the text"
+        raise InvalidRow(row.name, "unpaired surrogate", problem) from error
 
 
 def json_of(row: Row, column: str) -> Any:
@@ -272,9 +278,8 @@ def _content(row: Row, column: str, index: int, content: Any) -> Any:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(p.get("text", "")) for p in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError(
-            f"{row.name}: {column}[{index}] has content of type {type(content).__name__}; use a string"
-        )
+        problem = f"{column}[{index}] has content of type {type(content).__name__}; use a string"
+        raise InvalidRow(row.name, "content of a wrong type", problem)
     if content:
         _encodable(row, column, content)
     return content
@@ -288,9 +293,8 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
     value = json_of(row, column)
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
-        raise ValueError(
-            f"{row.name}: column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects"
-        )
+        problem = f"column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects"
+        raise InvalidRow(row.name, "column without messages", problem)
     messages = []
     for index, item in enumerate(value):
         if (
@@ -299,24 +303,28 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
             or not (content in item or "tool_calls" in item)
         ):
             keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
-            raise ValueError(f"{row.name}: {column}[{index}] has {keys}; it needs {role!r} and {content!r}")
+            problem = f"{column}[{index}] has {keys}; it needs {role!r} and {content!r}"
+            raise InvalidRow(row.name, "message without role or content", problem)
         unlearned = next(
             (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
         )
         if unlearned:
-            raise ValueError(
-                f"{row.name}: {column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; "
-                "remove the key or the row, and set data.loss_on"
+            raise InvalidRow(
+                row.name,
+                "message with a training weight",
+                f"{column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; "
+                "remove the key or the row, and set data.loss_on",
             )
         rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
         text = _content(row, column, index, item.get(content))
         if text is None and "tool_calls" not in rest:
-            raise ValueError(f"{row.name}: {column}[{index}] has no content; use a string")
+            raise InvalidRow(
+                row.name, "message without role or content", f"{column}[{index}] has no content; use a string"
+            )
         name = ROLES.get(item[role], item[role])
         if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-            raise ValueError(
-                f"{row.name}: {column}[{index}], an assistant turn, is empty; fill it or remove the row"
-            )
+            problem = f"{column}[{index}], an assistant turn, is empty; fill it or remove the row"
+            raise InvalidRow(row.name, "empty assistant turn", problem)
         messages.append({"role": name, "content": text or "", **rest})
     return messages
 
@@ -333,9 +341,8 @@ def tools_of(row: Row) -> list | None:
         return None
     tools = json_of(row, "tools")
     if not isinstance(tools, list):
-        raise ValueError(
-            f"{row.name}: column 'tools' has type {type(tools).__name__}; use a list of JSON schemas"
-        )
+        problem = f"column 'tools' has type {type(tools).__name__}; use a list of JSON schemas"
+        raise InvalidRow(row.name, "tools of a wrong type", problem)
     return tools
 
 
@@ -347,10 +354,8 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
 def _prompt_completion(row: Row) -> Example:
     lists = [isinstance(json_of(row, c), list | tuple) for c in ("prompt", "completion")]
     if lists[0] != lists[1]:
-        raise ValueError(
-            f"{row.name}: one of 'prompt' and 'completion' is a string and one a list; use two strings or "
-            "two lists"
-        )
+        problem = "one of 'prompt' and 'completion' is a string and one a list; use two strings or two lists"
+        raise InvalidRow(row.name, "prompt and completion of different types", problem)
     if not lists[0]:
         return Completion(row.name, text_of(row, "prompt", empty=True), text_of(row, "completion"))
     prompt = messages_of(row, "prompt")
@@ -360,9 +365,8 @@ def _prompt_completion(row: Row) -> Example:
 def _instruction(row: Row) -> Chat:
     names = [c for c in ("response", "output") if c in row.fields]
     if len(names) > 1:
-        raise ValueError(
-            f"{row.name}: the row has both 'response' and 'output'; choose one with data.columns=response=..."
-        )
+        problem = "the row has both 'response' and 'output'; choose one with data.columns=response=..."
+        raise InvalidRow(row.name, "two responses", problem)
     messages = [*instruction_of(row), {"role": "assistant", "content": text_of(row, names[0])}]
     return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)
 

@@ -14,7 +14,9 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout
 from jaxft.data import chat, formats
-from jaxft.data.formats import Chat, Message, split_column
+from jaxft.data.example import Chat, Message
+from jaxft.data.formats import split_column
+from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.pack import RowShape, permutation, round_up
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
@@ -128,7 +130,8 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
 class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
-    prompts: as strings or lists of messages.
+    prompts: as strings or lists of messages. dropped: number of prompts that were left out because they are
+    too long. invalid: the invalid rows that were left out.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -136,6 +139,7 @@ class TokenisedPrompts:
     prompts: tuple[str | list[Message], ...]
     fields: tuple[dict[str, Any], ...]
     dropped: int = 0
+    invalid: tuple[InvalidRow, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -163,18 +167,22 @@ def prompt_of(row: Row) -> str | list[Message]:
         fields["messages"] = fields.pop("prompt")
     if "instruction" in fields:
         fields["response"] = "-"  # the format requires a response, which is removed below
-    no_prompt = (
-        f"{row.name}: the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction"
+    no_prompt = InvalidRow(
+        row.name,
+        "no prompt",
+        f"the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction",
     )
     if not {"messages", "conversations", "instruction"} & fields.keys():
-        raise ValueError(no_prompt)
+        raise no_prompt
     (example,) = formats.normalise_rows([row._replace(fields=fields)])
     if not isinstance(example, Chat):
-        raise ValueError(no_prompt)
+        raise no_prompt
     messages = list(example.messages)
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not prompt or not str(prompt[-1]["content"]).strip():
-        raise ValueError(f"{row.name}: the prompt is empty; add a user turn before the assistant turn")
+        raise InvalidRow(
+            row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
+        )
     return prompt
 
 
@@ -192,27 +200,34 @@ def _is_conversation(text: str) -> bool:
 def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
     """Read the prompts of `ref` and tokenise them as training does. Raises ValueError that names the row."""
     ids, names, prompts, fields, dropped = [], [], [], [], 0
-    for original in read_rows(ref):
-        row = _rename_columns(original, data.columns)
-        prompt = prompt_of(row)
-        tokens = _tokenise_prompt(row, prompt, data, tokenizer)
-        if len(tokens) > data.max_prompt:
-            if data.too_long == "error":
-                raise ValueError(
-                    f"{row.name}: the prompt has {len(tokens)} tokens, more than "
-                    f"data.max_prompt={data.max_prompt}; raise it or set data.too_long=drop"
-                )
-            dropped += 1
-            continue
-        ids.append(tuple(tokens))
-        names.append(row.name)
-        prompts.append(prompt)
-        fields.append(row.fields)
+    invalid = InvalidRows(data.allowed_invalid)
+    rows = read_rows(ref, invalid)
+    total = len(rows) + len(invalid.found)
+    for original in rows:
+        with invalid.skip():
+            row = _rename_columns(original, data.columns)
+            prompt = prompt_of(row)
+            tokens = _tokenise_prompt(row, prompt, data, tokenizer)
+            if len(tokens) > data.max_prompt:
+                if data.too_long == "error":
+                    raise ValueError(
+                        f"{row.name}: the prompt has {len(tokens)} tokens, more than "
+                        f"data.max_prompt={data.max_prompt}; raise it or set data.too_long=drop"
+                    )
+                dropped += 1
+                continue
+            ids.append(tuple(tokens))
+            names.append(row.name)
+            prompts.append(prompt)
+            fields.append(row.fields)
+    invalid.check(ref, total)
     if not ids:
         raise ValueError(
             f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
         )
-    return TokenisedPrompts(tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped)
+    return TokenisedPrompts(
+        tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped, tuple(invalid.found)
+    )
 
 
 def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, tokenizer: Any) -> list[int]:
@@ -222,12 +237,13 @@ def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, token
             [{"role": "user", "content": prompt}] if as_chat else prompt, tokenizer, data.date
         )
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(
-            f"{row.name}: the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove "
-            "the row"
+        raise InvalidRow(
+            row.name,
+            "row that the chat template rejects",
+            f"the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove the row",
         ) from error
     if not tokens:
-        raise ValueError(f"{row.name}: the prompt has no tokens; fill it or remove the row")
+        raise InvalidRow(row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row")
     return tokens
 
 
@@ -236,9 +252,11 @@ def _rename_columns(row: Row, columns: tuple[str, ...]) -> Row:
     for item in columns:
         ours, theirs = split_column(item)
         if theirs not in row.fields:
-            raise ValueError(
-                f"{row.name}: no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
-                f"{', '.join(map(str, row.fields))}"
+            raise InvalidRow(
+                row.name,
+                f"missing column {theirs!r}",
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}",
             )
         fields[ours] = row.fields[theirs]
     return Row(row.name, fields)
@@ -260,7 +278,8 @@ def split_prompts(data: Prompts, tokenizer: Any) -> tuple[TokenisedPrompts, Toke
     count = data.held_out_count(len(distinct))
     held = {distinct[i] for i in permutation(len(distinct), data.seed, 0)[:count]}
     mask = np.array([ids in held for ids in prompts.ids])
-    train = replace(prompts.select(np.flatnonzero(~mask)), dropped=prompts.dropped)
+    train = prompts.select(np.flatnonzero(~mask))
+    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid)
     return train, prompts.select(np.flatnonzero(mask))
 
 

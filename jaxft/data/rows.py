@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.data.invalid import InvalidRow, InvalidRows, attempt
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,25 +35,38 @@ def find_data(ref: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def read_rows(ref: str) -> list[Row]:
+def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
     """Return all rows of a file, a folder (its files by name) or `org/name[/config][:split]` on the hub.
 
-    Raises FileNotFoundError if `ref` is none of these, and ValueError, naming file and line, if a row cannot
-    be read.
+    invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
+    which names file and line. Raises FileNotFoundError if `ref` is none of these, and ValueError if a file
+    cannot be read.
     """
+    rows: list[Row] = []
+    for row in _read(ref):
+        if isinstance(row, Row):
+            rows.append(row)
+        elif invalid is None:
+            raise row
+        else:
+            invalid.add(row)
+    if not rows and not (invalid and invalid.found):
+        raise ValueError(f"{ref}: the dataset has no rows; add at least one")
+    return rows
+
+
+def _read(ref: str) -> Iterator[Row | InvalidRow]:
     path = find_data(ref)
     if path is not None:
-        rows = [row for file in _files(path) for row in _read_file(file)]
+        for file in _files(path):
+            yield from _read_file(file)
     elif Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
-        rows = list(_read_hub(ref))
+        yield from _read_hub(ref)
     else:
         raise FileNotFoundError(
             f"data {ref!r} not found in {Path.cwd()} or {REPOSITORY}; use a file ({', '.join(SUFFIXES)}), a "
             "folder of such files, or a hub dataset org/name[/config][:split]"
         )
-    if not rows:
-        raise ValueError(f"{ref}: the dataset has no rows; add at least one")
-    return rows
 
 
 def _files(path: Path) -> list[Path]:
@@ -67,7 +82,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row | InvalidRow]:
     try:
         match path.suffix:
             case ".jsonl":
@@ -90,42 +105,57 @@ def _parse(text: bytes, name: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
         near = text[max(0, error.pos - 20) : error.pos + 20].decode(errors="replace").strip()
-        raise ValueError(
-            f"{where}: malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it"
+        raise InvalidRow(
+            where,
+            "malformed JSON",
+            f"malformed JSON, {error.msg} at column {error.colno}, near {near!r}; fix or remove it",
         ) from error
     except RecursionError as error:
-        raise ValueError(f"{name}: malformed JSON, nested too deeply; fix or remove it") from error
+        raise InvalidRow(
+            name, "malformed JSON", "malformed JSON, nested too deeply; fix or remove it"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        raise InvalidRow(
+            name,
+            "not UTF-8",
+            f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
         ) from error
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{name}: malformed JSON, {error}; fix or remove it") from error
+        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {error}; fix or remove it") from error
 
 
 def _row(value: Any, where: str, name: str) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: the row is a {type(value).__name__}; use an object with named columns")
+        raise InvalidRow(
+            where, "not an object", f"the row is a {type(value).__name__}; use an object with named columns"
+        )
     if not any(v not in (None, "", [], {}) for v in value.values()):
-        raise ValueError(f"{where}: the row is empty; fill or remove it")
+        raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")
     return Row(name, value)
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
-    blank = 0  # editors leave blank lines at the end; elsewhere they are errors
+def _line(path: Path, number: int, text: bytes) -> Row:
+    where = f"{path}:{number}"
+    return _row(_parse(text, where), where, f"{path.name}:{number}")
+
+
+def _read_lines(path: Path) -> Iterator[Row | InvalidRow]:
+    blank: list[int] = []  # editors leave blank lines at the end; elsewhere they are errors
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
-                blank = blank or number
+                blank.append(number)
                 continue
-            if blank:
-                raise ValueError(f"{path}:{blank}: the row is empty (a blank line between rows); remove it")
-            yield _row(_parse(line.rstrip(), f"{path}:{number}"), f"{path}:{number}", f"{path.name}:{number}")
+            for at in blank:
+                problem = "the row is empty (a blank line between rows); remove it"
+                yield InvalidRow(f"{path}:{at}", "empty row", problem)
+            blank = []
+            yield attempt(_line, path, number, line.rstrip())
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if text.lstrip()[:1] == b"{":  # JSON lines in a .json file, as in many hub datasets
         try:
@@ -136,10 +166,10 @@ def _read_json(path: Path) -> Iterator[Row]:
     else:
         value = _parse(text, f"{path}:1")
     for number, item in enumerate(value if isinstance(value, list) else [value], 1):
-        yield _row(item, f"{path}:{number}", f"{path.name}:{number}")
+        yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row | InvalidRow]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         csv.field_size_limit(2**31 - 1)
         reader = csv.reader(file, strict=True)
@@ -151,11 +181,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
-                    raise ValueError(
-                        f"{path}:{line}: {len(values)} fields do not fit the {len(header)} columns "
-                        f"({', '.join(header)}); fix the row"
+                    yield InvalidRow(
+                        f"{path}:{line}",
+                        "wrong number of fields",
+                        f"{len(values)} fields do not fit the {len(header)} columns ({', '.join(header)}); "
+                        "fix the row",
                     )
-                yield _row(dict(zip(header, values, strict=False)), f"{path}:{line}", f"{path.name}:{line}")
+                else:
+                    fields = dict(zip(header, values, strict=False))
+                    yield attempt(_row, fields, f"{path}:{line}", f"{path.name}:{line}")
                 line = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"{path}:{line}: malformed CSV, {error}; fix the quoting") from error
@@ -165,7 +199,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -177,10 +211,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
         ) from error
     for number, item in enumerate(table.to_pylist(), 1):
-        yield _row(item, f"{path}:{number}", f"{path.name}:{number}")
+        yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
 
 
-def _read_hub(ref: str) -> Iterator[Row]:
+def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:
     try:
         import datasets
     except ImportError as error:
@@ -200,4 +234,4 @@ def _read_hub(ref: str) -> Iterator[Row]:
             "org/name[/config][:split]"
         ) from error
     for number, item in enumerate(data, 1):
-        yield _row(item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")
+        yield attempt(_row, item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")

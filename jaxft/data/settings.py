@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.data import chat
+from jaxft.data.invalid import INVALID
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class DataSettings:
     train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or
     "none". columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
     micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
-    over the rows, fractions allowed. date: what a chat template that prints today's date prints.
+    over the rows, fractions allowed. date: what a chat template that prints today's date prints. invalid: an
+    invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
+    largest fraction of a dataset's rows that "drop" leaves out.
     """
 
     train: str
@@ -26,9 +29,16 @@ class DataSettings:
     seed: int = 0
     epochs: float = 1.0
     date: str = chat.DATE
+    invalid: str = "error"
+    invalid_limit: float = 0.05
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "batch", "micro")
+        self.require_choice("invalid", INVALID)
+        if not 0 <= self.invalid_limit <= 1:
+            raise ValueError(
+                f"data.invalid_limit={self.invalid_limit}; use a fraction of the rows, from 0 to 1"
+            )
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"data.epochs={self.epochs}; use a number above 0")
         if isinstance(self.held_out, int | float) and not 0 <= self.held_out < 1:
@@ -47,6 +57,11 @@ class DataSettings:
         if getattr(self, name) not in choices:
             known = ", ".join(map(str, choices)).lower()
             raise ValueError(f"data.{name}={getattr(self, name)!r}; use one of {known}")
+
+    @property
+    def allowed_invalid(self) -> float | None:
+        """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
+        return self.invalid_limit if self.invalid == "drop" else None
 
     @property
     def units_per_step(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxft.batch import Tokens, TrainState
 from jaxft.data import chat, pack
+from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, length_percentiles
@@ -66,7 +67,7 @@ class Rows(DataSettings):
         row_count = _rows_per_microbatch(self, shards)
 
         def tokenise(ref: str) -> TokenisedRows:
-            return tokenise_rows(ref, self.token_settings, tokenizer, cache)
+            return tokenise_rows(ref, self.token_settings, tokenizer, cache, self.allowed_invalid)
 
         examples, train, held = split_rows(self, tokenise, self._held_out_mask)
         longest = max(examples.lengths[train].max(), examples.lengths[held].max(initial=0))
@@ -281,6 +282,7 @@ def _stats(
         examples=len(train),
         held_out=len(held),
         dropped=examples.dropped,
+        invalid=count_by_reason(examples.invalid),
         largest_id=int(examples.ids.max()),
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
         f"{len(held)} held out, {examples.dropped} dropped, {truncated} truncated",

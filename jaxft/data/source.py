@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import TrainState
+from jaxft.data.invalid import InvalidCount
 from jaxft.tree import Batch, Metrics
 
 # The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.
@@ -28,12 +29,14 @@ class Prompt(NamedTuple):
 class SourceStats:
     """Counts of a source's rows.
 
-    largest_id: the largest token id. summary: one line for the start of a run.
+    dropped: rows that were left out because they are too long. invalid: the invalid rows that were left out,
+    by reason. largest_id: the largest token id. summary: one line for the start of a run.
     """
 
     examples: int
     held_out: int
     dropped: int
+    invalid: tuple[InvalidCount, ...]
     largest_id: int
     summary: str
 

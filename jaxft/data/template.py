@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from jaxft.data.formats import Chat, Message
+from jaxft.data.example import Chat, Message
 
 DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -12,10 +12,11 @@ from jaxtyping import Bool, Int
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
 from jaxft.data.cache import Arrays
+from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
 
-VERSION = 2  # increase it when the same rows become other tokens
+VERSION = 3  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class TokenisedRows:
     """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
 
     learned: marks the tokens that are targets; the first token of an example never is. row_numbers: the
-    dataset row of each example. truncated: marks truncated examples. names: of the dataset rows. cache: how
-    the arrays came about, see cache.load_or_make.
+    dataset row of each example. truncated: marks truncated examples. names: of the dataset rows. dropped:
+    number of rows that were left out because they are too long. invalid: the invalid rows that were left out.
+    cache: how the arrays came about, see cache.load_or_make.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
@@ -51,6 +53,7 @@ class TokenisedRows:
     truncated: Bool[np.ndarray, " examples"]
     names: tuple[str, ...]
     dropped: int = 0
+    invalid: tuple[InvalidRow, ...] = ()
     cache: str = field(default="off", compare=False)
 
     def __len__(self) -> int:
@@ -75,36 +78,58 @@ class TokenisedRows:
         }
         offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
         names, dropped = self.names + other.names, self.dropped + other.dropped
-        return replace(self, **arrays, offsets=offsets, names=names, dropped=dropped)
+        invalid = self.invalid + other.invalid
+        return replace(self, **arrays, offsets=offsets, names=names, dropped=dropped, invalid=invalid)
 
 
 SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 
 
 def tokenise_rows(
-    ref: str, settings: TokenSettings, tokenizer: Any, cache: Path | None = None
+    ref: str,
+    settings: TokenSettings,
+    tokenizer: Any,
+    cache: Path | None = None,
+    invalid_limit: float | None = None,
 ) -> TokenisedRows:
-    """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
-    rows = read_rows(ref)
+    """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
+
+    invalid_limit: see InvalidRows.
+    """
+    invalid = InvalidRows(invalid_limit)
+    rows = read_rows(ref, invalid)
     key = files.content_key(rows, tokenizer, VERSION, astuple(settings))
     arrays, state = files.load_or_make(
         files.row_cache_folder(cache) / f"{key}.npz",
-        TokenisedRows.DTYPES,
+        TokenisedRows.DTYPES | files.INVALID_DTYPE,
         lambda arrays: _is_sound(arrays, len(rows)),
-        lambda: _tokenise(rows, settings, tokenizer),
+        lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    names = row_names(ref, rows, arrays, settings.max_length)
-    return TokenisedRows(**arrays, names=names, dropped=len(rows) - len(names), cache=state)
+    return TokenisedRows(**arrays_and_rows(ref, rows, arrays, invalid, settings.max_length), cache=state)
 
 
-def row_names(ref: str, rows: Sequence[Row], arrays: Arrays, max_length: int) -> tuple[str, ...]:
-    """Return the names of the rows that were not dropped. Raises ValueError if none is left."""
+def arrays_and_rows(
+    ref: str, rows: Sequence[Row], arrays: Arrays, invalid: InvalidRows, max_length: int
+) -> dict[str, Any]:
+    """Return the fields of TokenisedRows but `cache`: the arrays, names and what was left out.
+
+    rows: those that can be read. arrays: as load_or_make returns them. invalid: the rows that cannot be read.
+    Raises ValueError if too many rows are invalid or none is left.
+    """
+    total = len(rows) + len(invalid.found)
+    arrays = dict(arrays)
+    packed = files.unpack_invalid(arrays.pop("invalid"))
+    for error in packed:
+        invalid.add(error)
+    invalid.check(ref, total)
     if not len(arrays["row_numbers"]):
         raise ValueError(
-            f"{ref}: all {len(rows)} rows were dropped because they are longer than "
+            f"{ref}: all {len(rows) - len(packed)} rows were dropped because they are longer than "
             f"data.max_length={max_length}; raise it"
         )
-    return tuple(rows[i].name for i in arrays["row_numbers"])
+    names = tuple(rows[i].name for i in arrays["row_numbers"])
+    dropped = len(rows) - len(packed) - len(names)
+    return {**arrays, "names": names, "dropped": dropped, "invalid": tuple(invalid.found)}
 
 
 def split_rows(
@@ -131,20 +156,22 @@ def split_rows(
     return examples, everything[~mask], everything[mask]
 
 
-def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> Arrays:
-    examples = formats.normalise_rows(rows, settings.format, settings.columns)
+def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, invalid: InvalidRows) -> Arrays:
+    examples = formats.normalise_each(rows, settings.format, settings.columns) if rows else ()
     pieces, masks, row_numbers, truncated = [], [], [], []
     tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.date)
-    for number, (ids, learned) in enumerate(tokenised):
-        long = len(ids) > settings.max_length
-        if long and settings.too_long == "drop":
-            continue
-        learned[0] = False
-        _check_mask(rows[number].name, learned, settings)
-        pieces.append(ids[: settings.max_length])
-        masks.append(learned[: settings.max_length])
-        row_numbers.append(number)
-        truncated.append(long)
+    for number, outcome in enumerate(tokenised):
+        with invalid.skip():
+            ids, learned = valid(outcome)
+            long = len(ids) > settings.max_length
+            if long and settings.too_long == "drop":
+                continue
+            learned[0] = False
+            _check_mask(rows[number].name, learned, settings)
+            pieces.append(ids[: settings.max_length])
+            masks.append(learned[: settings.max_length])
+            row_numbers.append(number)
+            truncated.append(long)
     values = {
         "ids": np.concatenate(pieces) if pieces else [],
         "learned": np.concatenate(masks) if masks else [],
@@ -152,23 +179,28 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any) -> A
         "row_numbers": row_numbers,
         "truncated": truncated,
     }
-    return {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
+    arrays = {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
+    return {**arrays, "invalid": files.pack_invalid(invalid.found)}
 
 
 def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
     if not learned.any():
-        raise ValueError(
-            f"{name}: the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or "
-            "set another data.loss_on"
+        raise InvalidRow(
+            name,
+            "empty loss mask",
+            f"the loss mask is empty with data.loss_on={settings.loss_on}; fix or remove the row, or "
+            "set another data.loss_on",
         )
     limit = settings.max_length
     if len(learned) <= limit:
         return
     remedy = "raise data.max_length or set data.too_long=drop"
     if not learned[:limit].any():
-        raise ValueError(
-            f"{name}: the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
-            f"room for a response; {remedy}"
+        raise InvalidRow(
+            name,
+            "prompt longer than data.max_length",
+            f"the prompt has {int(learned.argmax())} tokens, and data.max_length={limit} leaves no "
+            f"room for a response; {remedy}",
         )
     if settings.too_long == "error":
         raise ValueError(

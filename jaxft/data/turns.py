@@ -2,7 +2,7 @@
 
 from os.path import commonprefix
 
-from jaxft.data.formats import Chat
+from jaxft.data.example import Chat
 from jaxft.data.template import Span, Template, render_messages
 
 

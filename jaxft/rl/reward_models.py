@@ -18,7 +18,8 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxft.batch import Pairs, Rollout, Tokens, TrainState
 from jaxft.data import chat
-from jaxft.data.formats import Chat, Completion, Example
+from jaxft.data.example import Chat, Completion, Example
+from jaxft.data.invalid import valid
 from jaxft.distributed import sharding
 from jaxft.inference.generate import BUCKET, left_pad
 from jaxft.models import heads
@@ -251,7 +252,8 @@ class ModelReward(Reward):
 
         def score_texts(prompts: Sequence[Any], completions: Sequence[str]) -> Float[np.ndarray, " n"]:
             examples = to_examples(prompts, completions, tokenizer)
-            texts = [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, "all")]
+            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, "all"))
+            texts = [ids.tolist() for ids, _ in tokenised]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)
             fitting = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]

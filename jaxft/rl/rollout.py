@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from jaxft.batch import Rollout, TrainState
 from jaxft.data import prompts
+from jaxft.data.invalid import count_by_reason
 from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
 from jaxft.distributed import processes
@@ -306,6 +307,7 @@ def rollout_info(
         examples=len(train),
         held_out=len(eval_prompts),
         dropped=train.dropped,
+        invalid=count_by_reason((*train.invalid, *eval_prompts.invalid)),
         largest_id=max(max(ids) for ids in (*train.ids, *eval_prompts.ids)),
         summary=summary,
     )

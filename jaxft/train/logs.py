@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxft.data.invalid import invalid_lines
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.metrics import FloatMetrics
@@ -115,7 +116,11 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines = report.header_lines(
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         programs.model_summary(lead.programs),
-        [f"{info.stats.summary}; {job.steps} steps", *report.empty_slot_lines(rows)],
+        [
+            f"{info.stats.summary}; {job.steps} steps",
+            *invalid_lines(info.stats.invalid),
+            *report.empty_slot_lines(rows),
+        ],
         info.preview,
         report.resumed_lines(first, changes) if first else [],
     )

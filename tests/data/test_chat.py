@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, tiny
 
 from jaxft.data import chat
-from jaxft.data.formats import Chat, Completion, Text
+from jaxft.data.example import Chat, Completion, Text
+from jaxft.data.invalid import valid
 from jaxft.data.pack import permutation
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
@@ -25,8 +26,8 @@ def conversation(texts, name="rows.jsonl:1"):
 
 
 def tokenise(example, kind, loss_on="completion"):
-    ((ids, learned),) = chat.tokenise_examples([example], tiny(kind), loss_on)
-    return ids, learned
+    (tokens,) = chat.tokenise_examples([example], tiny(kind), loss_on)
+    return valid(tokens)
 
 
 def learned_text(kind, ids, learned):

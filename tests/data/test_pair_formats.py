@@ -8,7 +8,7 @@ import json
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data.formats import Chat, Completion
+from jaxft.data.example import Chat, Completion
 from jaxft.data.pairs.formats import normalise_pairs
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.rows import Row, read_rows

@@ -15,7 +15,7 @@ from tiny_tokenizers import KINDS, tiny
 
 from jaxft.batch import Tokens
 from jaxft.data import chat
-from jaxft.data.formats import Chat
+from jaxft.data.example import Chat
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.pairs.tokens import tokenise_pairs
 from jaxft.data.rows import Row

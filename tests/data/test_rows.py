@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxft.data import formats
-from jaxft.data.formats import Chat, Completion, Text
+from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.rows import REPOSITORY, Row, read_rows
 
 ROWS = [

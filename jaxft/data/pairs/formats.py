@@ -17,12 +17,14 @@ strings of preference and unpaired rows as plain text instead. A conversation ma
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxft.data import formats
 from jaxft.data.chat import DATE
-from jaxft.data.formats import Chat, Completion, Message, Schemas
+from jaxft.data.example import Chat, Completion, Message
+from jaxft.data.formats import Schemas
+from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
 
 PAIR_SCHEMAS = Schemas(
@@ -78,10 +80,17 @@ class PairExample:
 
 
 def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[PairExample]:
-    """Return every row as a PairExample.
+    """Return every row as a PairExample. All have one format, by default the one that most rows fit.
 
-    The first row decides the format of all. Raises ValueError that names the row.
+    Raises InvalidRow for the first row that does not have it, and ValueError for wrong settings.
     """
+    return [valid(pair) for pair in normalise_each_pair(rows, settings)]
+
+
+def normalise_each_pair(
+    rows: Sequence[Row], settings: PairTokenSettings
+) -> Iterator[PairExample | InvalidRow]:
+    """Yield every row as a PairExample, or what is wrong with it; see normalise_pairs."""
     plain = settings.format == PLAIN
     if settings.format not in ("auto", PLAIN, *PAIR_SCHEMAS.required):
         raise ValueError(
@@ -98,7 +107,11 @@ def normalise_pairs(rows: Sequence[Row], settings: PairTokenSettings) -> list[Pa
             f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, and this row has "
             f"format {format}; set data.format=auto"
         )
-    return [_pair(row, format, settings) for row in renamed]
+
+    def convert(row: Row | InvalidRow) -> PairExample:
+        return _pair(valid(row), format, settings)
+
+    return (attempt(convert, row) for row in renamed)
 
 
 def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
@@ -115,8 +128,10 @@ def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
         1.0 if settings.weight_column is None else _number(row, settings.weight_column, "data.weight_column")
     )
     if weight < 0:
-        raise ValueError(
-            f"{row.name}: the weight in column {settings.weight_column!r} is {weight:g}; use 0 or more"
+        raise InvalidRow(
+            row.name,
+            "negative weight",
+            f"the weight in column {settings.weight_column!r} is {weight:g}; use 0 or more",
         )
     extras = tuple(_number(row, column, "data.extras") for column in settings.extras)
     return PairExample(row.name, {kind: responses.get(kind) for kind in settings.kinds}, extras, weight)
@@ -125,15 +140,21 @@ def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
 def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
     gold = {"gold": "reference"} if "gold" in settings.kinds else {}
     if gold and row.fields.get("reference") is None:
-        raise ValueError(
-            f"{row.name}: no column 'reference', from which data.third=gold reads the third response; the "
-            f"row has {', '.join(map(str, row.fields))}"
+        raise InvalidRow(
+            row.name,
+            "missing column 'reference'",
+            f"no column 'reference', from which data.third=gold reads the third response; the "
+            f"row has {', '.join(map(str, row.fields))}",
         )
     if format != "unpaired":
         return {"chosen": "chosen", "rejected": "rejected", **gold}
     label = row.fields["label"]
     if not isinstance(label, int) or label not in (0, 1):  # bool is an int
-        raise ValueError(f"{row.name}: label is {repr(label)[:40]}; use true or false (or 1 or 0)")
+        raise InvalidRow(
+            row.name,
+            "label that is neither true nor false",
+            f"label is {repr(label)[:40]}; use true or false (or 1 or 0)",
+        )
     return {"chosen" if label else "rejected": "completion", **gold}
 
 
@@ -141,19 +162,25 @@ def _number(row: Row, column: str, setting: str) -> float:
     value = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
-        raise ValueError(
-            f"{row.name}: no number in column {column!r}, which {setting} names; the row has {columns}"
+        raise InvalidRow(
+            row.name,
+            "missing number",
+            f"no number in column {column!r}, which {setting} names; the row has {columns}",
         )
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(
-            f"{row.name}: column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
+        raise InvalidRow(
+            row.name,
+            "missing number",
+            f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
         )
     return float(value)
 
 
 def _require_difference(row: Row, responses: dict) -> None:
     if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
-        raise ValueError(f"{row.name}: chosen and rejected are identical; change one or remove the row")
+        raise InvalidRow(
+            row.name, "identical responses", "chosen and rejected are identical; change one or remove the row"
+        )
 
 
 # ---- conversations
@@ -179,8 +206,10 @@ def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | 
     for kind, turns in found.items():
         _check_response(row, columns[kind], turns)
     if prompt[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{row.name}: the prompt ends with an assistant turn; move that turn into the responses"
+        raise InvalidRow(
+            row.name,
+            "prompt that ends with an assistant turn",
+            "the prompt ends with an assistant turn; move that turn into the responses",
         )
     single = single and all(len(turns) == 1 for turns in found.values())
     tools = formats.tools_of(row)
@@ -191,12 +220,18 @@ def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | 
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
     if not turns or not (turns[-1]["content"].strip() or "tool_calls" in turns[-1]):
-        raise ValueError(f"{row.name}: the response in column {column!r} is empty; fill it or remove the row")
+        raise InvalidRow(
+            row.name,
+            "empty response",
+            f"the response in column {column!r} is empty; fill it or remove the row",
+        )
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
-            raise ValueError(
-                f"{row.name}: the response in column {column!r} {end} with a {turn['role']} turn; it must be "
-                "an assistant turn"
+            raise InvalidRow(
+                row.name,
+                "response that is no assistant turn",
+                f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
+                "an assistant turn",
             )
 
 
@@ -222,9 +257,11 @@ def _after(row: Row, column: str, prompt: Turns, turns: Turns) -> Turns:
     if turns[0]["role"] == "assistant":
         return turns
     at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
-    raise ValueError(
-        f"{row.name}: column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs "
-        "from the prompt's; put the prompt's messages in front, or the response alone"
+    raise InvalidRow(
+        row.name,
+        "conversation that differs from the prompt",
+        f"column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs "
+        "from the prompt's; put the prompt's messages in front, or the response alone",
     )
 
 
@@ -244,9 +281,11 @@ def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns],
     prompt = _shared(list(found.values())) if len(found) > 1 else next(iter(found.values()))[:-1]
     if not prompt or prompt[-1]["content"].strip() != text.strip():
         _require_difference(row, found)
-        raise ValueError(
-            f"{row.name}: the common beginning of the conversations in {' and '.join(columns.values())} does "
-            "not end with the prompt; use the responses alone, or conversations that contain the prompt"
+        raise InvalidRow(
+            row.name,
+            "conversation that differs from the prompt",
+            f"the common beginning of the conversations in {' and '.join(columns.values())} does "
+            "not end with the prompt; use the responses alone, or conversations that contain the prompt",
         )
     return prompt, {kind: turns[len(prompt) :] for kind, turns in found.items()}, False
 
@@ -272,25 +311,30 @@ def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
             row, {kind: dialogue(row, c, formats.text_of(row, c)) for kind, c in pair.items()}
         )
     elif any(isinstance(value, str) for value in values):
-        raise ValueError(
-            f"{row.name}: only one of 'chosen' and 'rejected' is a string; use two strings or two lists of "
-            "messages"
+        raise InvalidRow(
+            row.name,
+            "responses of different types",
+            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
         )
     else:
         whole = {kind: _turns(row, column) for kind, column in pair.items()}
         _require_difference(row, whole)
         prompt = _shared(list(whole.values()))
         if not prompt:
-            raise ValueError(
-                f"{row.name}: chosen and rejected have no common first message, so there is no prompt; use "
-                "conversations with a common beginning, or a column 'prompt'"
+            raise InvalidRow(
+                row.name,
+                "conversations without a common beginning",
+                "chosen and rejected have no common first message, so there is no prompt; use "
+                "conversations with a common beginning, or a column 'prompt'",
             )
         found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
         first = [turns[0] for turns in found.values() if turns]
         if any(turn["role"] != "assistant" for turn in first):
-            raise ValueError(
-                f"{row.name}: chosen and rejected differ in message {len(prompt)}, which is not an assistant "
-                "turn; fix or remove the row"
+            raise InvalidRow(
+                row.name,
+                "dialogues that differ before the last turn",
+                f"chosen and rejected differ in message {len(prompt)}, which is not an assistant "
+                "turn; fix or remove the row",
             )
     if "gold" in columns:
         found["gold"] = _after(row, columns["gold"], prompt, _turns(row, columns["gold"]))
@@ -304,9 +348,11 @@ def dialogue(row: Row, column: str, text: str) -> Turns:
     """
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
-        raise ValueError(
-            f"{row.name}: column {column!r} is a string that does not begin with 'Human:'; without a column "
-            "'prompt' use a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+        raise InvalidRow(
+            row.name,
+            "string that is no dialogue",
+            f"column {column!r} is a string that does not begin with 'Human:'; without a column "
+            "'prompt' use a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'",
         )
     return [
         {"role": _SPEAKERS[who], "content": said.strip()}
@@ -320,12 +366,16 @@ def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, 
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):
         at = len(_shared(list(whole.values()))) + 1
-        raise ValueError(
-            f"{row.name}: the dialogues differ in turn {at}, before their last turn; fix the row so that "
-            "only the last turn differs, or remove it"
+        raise InvalidRow(
+            row.name,
+            "dialogues that differ before the last turn",
+            f"the dialogues differ in turn {at}, before their last turn; fix the row so that "
+            "only the last turn differs, or remove it",
         )
     if not prompt:
-        raise ValueError(
-            f"{row.name}: a dialogue of one turn has no prompt; use '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+        raise InvalidRow(
+            row.name,
+            "dialogue without a prompt",
+            "a dialogue of one turn has no prompt; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
         )
     return prompt, {kind: turns[-1:] for kind, turns in whole.items()}, False

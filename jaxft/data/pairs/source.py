@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs, TrainState
+from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pairs import batches as planning
 from jaxft.data.pairs.formats import PairTokenSettings
@@ -128,7 +129,7 @@ class PairRows(DataSettings):
         """Return all pairs, and the indices of the training and of the held-out ones."""
 
         def tokenise(ref: str) -> TokenisedPairs:
-            return tokenise_pairs(ref, self.token_settings, tokenizer, cache)
+            return tokenise_pairs(ref, self.token_settings, tokenizer, cache, self.allowed_invalid)
 
         def held_out(pairs: TokenisedPairs) -> np.ndarray:
             least = 2 if self.third == "mismatched" else 1
@@ -358,6 +359,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         examples=len(pairs.train),
         held_out=len(pairs.held),
         dropped=tokenised.dropped,
+        invalid=count_by_reason(tokenised.invalid),
         largest_id=int(tokenised.ids.max()),
         summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
         f"({100 * fill:.0f} % full), "

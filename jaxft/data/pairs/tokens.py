@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float, Int
 from jaxft.data import cache as files
 from jaxft.data import chat
 from jaxft.data.cache import Arrays
+from jaxft.data.chat import MaskedTokens
+from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.pack import ranges
-from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_pairs
+from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_each_pair
 from jaxft.data.rows import Row, read_rows
-from jaxft.data.tokens import TokenisedRows, row_names
+from jaxft.data.tokens import TokenisedRows, arrays_and_rows
 
-VERSION = ("pairs", 1)  # increase it when the same rows become other tokens
-
-Masked = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
+VERSION = ("pairs", 2)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,21 +118,27 @@ class TokenisedPairs(TokenisedRows):
 
 
 def tokenise_pairs(
-    ref: str, settings: PairTokenSettings, tokenizer: Any, cache: Path | None = None
+    ref: str,
+    settings: PairTokenSettings,
+    tokenizer: Any,
+    cache: Path | None = None,
+    invalid_limit: float | None = None,
 ) -> TokenisedPairs:
-    """Read the rows of `ref` and tokenise them as pairs, or load the tokens from the cache."""
-    rows = read_rows(ref)
+    """Read the rows of `ref` and tokenise them as pairs, or load the tokens from the cache.
+
+    invalid_limit: see InvalidRows.
+    """
+    invalid = InvalidRows(invalid_limit)
+    rows = read_rows(ref, invalid)
     key = files.content_key(rows, tokenizer, VERSION, astuple(settings))
     arrays, state = files.load_or_make(
         files.row_cache_folder(cache) / f"{key}.npz",
-        TokenisedPairs.DTYPES,
+        TokenisedPairs.DTYPES | files.INVALID_DTYPE,
         lambda arrays: _is_sound(arrays, len(rows), settings),
-        lambda: _tokenise(rows, settings, tokenizer),
+        lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    names = row_names(ref, rows, arrays, settings.max_length)
-    return TokenisedPairs(
-        **arrays, kinds=settings.kinds, names=names, dropped=len(rows) - len(names), cache=state
-    )
+    fields = arrays_and_rows(ref, rows, arrays, invalid, settings.max_length)
+    return TokenisedPairs(**fields, kinds=settings.kinds, cache=state)
 
 
 def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
@@ -162,51 +168,72 @@ def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], li
 # ---- rows to tokens
 
 
-def _tokenise(rows: Sequence[Row], settings: PairTokenSettings, tokenizer: Any) -> Arrays:
-    pairs = normalise_pairs(rows, settings)
-    present = [[response for response in pair.responses.values() if response is not None] for pair in pairs]
+def _tokenise(
+    rows: Sequence[Row], settings: PairTokenSettings, tokenizer: Any, invalid: InvalidRows
+) -> Arrays:
+    pairs = list(normalise_each_pair(rows, settings)) if rows else []
+    present = [
+        [response for response in pair.responses.values() if response is not None]
+        for pair in pairs
+        if isinstance(pair, PairExample)
+    ]
     sequences = chat.tokenise_examples(
         [response for responses in present for response in responses], tokenizer, "completion", settings.date
     )
     prompts = chat.example_prompt_ids([responses[0] for responses in present], tokenizer, settings.date)
     columns: dict[str, Any] = {name: [] for name in TokenisedPairs.DTYPES}
-    for number, pair in enumerate(pairs):
-        responses = {
-            kind: next(sequences) for kind, response in pair.responses.items() if response is not None
-        }
-        border, moved = _border(pair.name, next(prompts), responses, tokenizer)
-        responses = {
-            kind: _mask_from_border(f"{pair.name}: {kind}", border, response)
-            for kind, response in responses.items()
-        }
-        long = any(len(ids) > settings.max_length for ids, _ in responses.values())
-        if long and settings.too_long == "drop":
-            continue
-        responses = {
-            kind: _truncated(f"{pair.name}: {kind}", border, response, settings)
-            for kind, response in responses.items()
-        }
-        _require_different_tokens(pair.name, border, responses, settings.max_length if long else None)
-        _append_pieces(columns, pair, border, responses)
-        values = {
-            "row_numbers": number,
-            "truncated": long,
-            "prompt_end_moved": moved,
-            "extras": pair.extras,
-            "weights": pair.weight,
-        }
-        for name, value in values.items():
-            columns[name].append(value)
+    for number, outcome in enumerate(pairs):
+        with invalid.skip():
+            pair = valid(outcome)
+            found = [(kind, next(sequences)) for kind, x in pair.responses.items() if x is not None]
+            prompt = valid(next(prompts))
+            tokens = _pair_tokens(pair.name, prompt, {k: valid(x) for k, x in found}, settings, tokenizer)
+            if tokens is None:
+                continue
+            border, responses, flags = tokens
+            _append_pieces(columns, pair, border, responses)
+            for name, value in {
+                "row_numbers": number,
+                "extras": pair.extras,
+                "weights": pair.weight,
+                **flags,
+            }.items():
+                columns[name].append(value)
     columns["offsets"] = [0, *np.cumsum(columns["offsets"])]
     for name in ("ids", "learned"):
         columns[name] = np.concatenate(columns[name]) if columns[name] else []
     arrays = {name: np.asarray(columns[name], dtype) for name, dtype in TokenisedPairs.DTYPES.items()}
     arrays["extras"] = arrays["extras"].reshape(len(arrays["row_numbers"]), len(settings.extras))
-    return arrays
+    return {**arrays, "invalid": files.pack_invalid(invalid.found)}
+
+
+def _pair_tokens(
+    name: str,
+    prompt: list[int],
+    responses: dict[str, MaskedTokens],
+    settings: PairTokenSettings,
+    tokenizer: Any,
+) -> tuple[int, dict[str, MaskedTokens], dict[str, bool]] | None:
+    """Return the end of the prompt, the sequences and flags of the pair; None if it is to be left out as too
+    long.
+    """
+    border, moved = _border(name, prompt, responses, tokenizer)
+    responses = {
+        kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()
+    }
+    long = any(len(ids) > settings.max_length for ids, _ in responses.values())
+    if long and settings.too_long == "drop":
+        return None
+    responses = {
+        kind: _truncated(f"{name}: {kind}", border, response, settings)
+        for kind, response in responses.items()
+    }
+    _require_different_tokens(name, border, responses, settings.max_length if long else None)
+    return border, responses, {"truncated": long, "prompt_end_moved": moved}
 
 
 def _append_pieces(
-    columns: dict[str, list], pair: PairExample, border: int, responses: dict[str, Masked]
+    columns: dict[str, list], pair: PairExample, border: int, responses: dict[str, MaskedTokens]
 ) -> None:
     """Append the pieces of a pair; the column `offsets` collects their lengths."""
     ids, learned = next(iter(responses.values()))
@@ -219,7 +246,9 @@ def _append_pieces(
         columns["offsets"].append(len(i))
 
 
-def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenizer: Any) -> tuple[int, bool]:
+def _border(
+    name: str, prompt: list[int], responses: dict[str, MaskedTokens], tokenizer: Any
+) -> tuple[int, bool]:
     """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
     prompt.
 
@@ -229,10 +258,12 @@ def _border(name: str, prompt: list[int], responses: dict[str, Masked], tokenize
     border = min(_common_length(alone, ids) for ids, _ in responses.values())
     if border < len(prompt) - 1:
         lost = tokenizer.decode(prompt[border:])
-        raise ValueError(
-            f"{name}: only {border} of the prompt's {len(prompt)} tokens are the same with and without a "
+        raise InvalidRow(
+            name,
+            "prompt that changes before a response",
+            f"only {border} of the prompt's {len(prompt)} tokens are the same with and without a "
             f"response, {lost!r} changes; end the prompt at a token boundary, or use a chat template that "
-            "renders a prompt in the same way with and without a response"
+            "renders a prompt in the same way with and without a response",
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)
@@ -244,31 +275,35 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else count
 
 
-def _mask_from_border(name: str, border: int, response: Masked) -> Masked:
+def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedTokens:
     """Return the sequence up to its last target; all tokens from `border` to the first target become targets
     too.
     """
     ids, learned = response[0], response[1].copy()
     learned[: max(border, 1)] = False
     if not learned.any():
-        raise ValueError(
-            f"{name}: the response has no token that can be a target; give the row a prompt, or remove it"
+        raise InvalidRow(
+            name,
+            "response without targets",
+            "the response has no token that can be a target; give the row a prompt, or remove it",
         )
     learned[max(border, 1) : learned.argmax()] = True
     end = len(learned) - int(learned[::-1].argmax())
     return ids[:end], learned[:end]
 
 
-def _truncated(name: str, border: int, response: Masked, settings: PairTokenSettings) -> Masked:
+def _truncated(name: str, border: int, response: MaskedTokens, settings: PairTokenSettings) -> MaskedTokens:
     ids, learned = response
     limit = settings.max_length
     if len(ids) <= limit:
         return response
     remedy = "raise it or set data.too_long=drop"
     if not learned[:limit].any():
-        raise ValueError(
-            f"{name}: the prompt has {border} tokens, and data.max_length={limit} leaves no room for a "
-            f"response; {remedy}"
+        raise InvalidRow(
+            name,
+            "prompt longer than data.max_length",
+            f"the prompt has {border} tokens, and data.max_length={limit} leaves no room for a "
+            f"response; {remedy}",
         )
     if settings.too_long == "error":
         raise ValueError(
@@ -279,15 +314,21 @@ def _truncated(name: str, border: int, response: Masked, settings: PairTokenSett
 
 
 def _require_different_tokens(
-    name: str, border: int, responses: dict[str, Masked], truncated_to: int | None
+    name: str, border: int, responses: dict[str, MaskedTokens], truncated_to: int | None
 ) -> None:
     bodies = [responses[kind][0][border:] for kind in ("chosen", "rejected") if kind in responses]
     if len(bodies) == 2 and np.array_equal(bodies[0], bodies[1]):
         if truncated_to is None:
-            raise ValueError(f"{name}: chosen and rejected are the same tokens; change one or remove the row")
-        raise ValueError(
-            f"{name}: chosen and rejected are the same tokens when truncated to "
-            f"data.max_length={truncated_to}; raise it or set data.too_long=drop"
+            raise InvalidRow(
+                name,
+                "responses of the same tokens",
+                "chosen and rejected are the same tokens; change one or remove the row",
+            )
+        raise InvalidRow(
+            name,
+            "responses of the same tokens",
+            f"chosen and rejected are the same tokens when truncated to "
+            f"data.max_length={truncated_to}; raise it or set data.too_long=drop",
         )
 
 
