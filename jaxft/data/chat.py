@@ -13,16 +13,15 @@ Without a chat template, instruction rows use FALLBACK; conversations need a tem
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from jaxft.data.example import Chat, Completion, Example, Message, Text
 from jaxft.data.invalid import InvalidRow, attempt
-from jaxft.data.template import DATE, Span, Template, render_marked, render_messages, template_of
-from jaxft.data.turns import extended_end, is_closed, turn_range, with_other_response
+from jaxft.data.template import DATE, REJECTIONS, Span, Template, render_messages, template_of
+from jaxft.data.template_check import HiddenPart
+from jaxft.data.turns import is_closed, render_turns
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
@@ -118,7 +117,7 @@ def example_prompt_ids(
             return _plain_ids(example.prompt, tokenizer)
         try:
             return _chat_ids(example.messages[: example.response], example.tools, tokenizer, template)
-        except (jinja2.TemplateError, TypeError) as error:
+        except REJECTIONS as error:
             reason = str(error).splitlines()[0]
             problem = (
                 f"the chat template rejects the prompt without a response: {reason}; fix the row or set "
@@ -197,26 +196,25 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         problem = "the loss mask is empty because there is no assistant turn; add one or set data.loss_on=all"
         raise InvalidRow(chat.name, "no assistant turn", problem)
     try:
-        if loss_on == "all":
-            text = render_messages(template, chat.messages, chat.tools)
-            learned = [(0, len(text))]
-        elif template.marked:
-            text, spans = render_marked(template, chat)
-            others = with_other_response(template, chat, targets[0]) if loss_on == "completion" else [""]
-            at = min(len(commonprefix([text, other])) for other in others)
-            learned = [(start, extended_end(template, text, start, end)) for start, end in spans if end > at]
-        else:
-            text = render_messages(template, chat.messages, chat.tools)
-            learned = [turn_range(template, chat, text, i) for i in targets]
-    except (jinja2.TemplateError, TypeError) as error:
-        problem = f"the chat template rejects the row: {str(error).splitlines()[0]}; fix or remove the row"
+        text, learned = render_turns(template, chat, targets)
+    except HiddenPart as error:
+        remedy = "use a tokenizer whose template does, fix or remove the row"
+        if targets[0] < chat.response:
+            remedy += ", or set data.loss_on=completion if that turn is not part of the last response"
+        problem = f"{template.name} hides what is learned: {error}; {remedy}"
+        raise InvalidRow(chat.name, "turn that the chat template hides", problem) from error
+    except REJECTIONS as error:
+        problem = f"{_rejection(chat, error)}; fix or remove the row"
         raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
-    bare = [
-        template.closing.sub("", text[start:end]) if template.closing else text[start:end]
-        for start, end in learned
-    ]
-    if not any(map(str.strip, bare)):
-        problem = "the loss mask is empty because the chat template omits the response; use another template"
-        raise InvalidRow(chat.name, "response that the chat template omits", problem)
-    unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not is_closed(template, text)
+    ended = is_closed(template, text[: learned[-1][1]] if learned else text) or is_closed(template, text)
+    unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not ended
+    if loss_on == "all":
+        learned = [(0, len(text))]
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
+
+
+def _rejection(chat: Chat, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if any(message["content"] is None for message in chat.messages):
+        reason += " (the content of a turn of tool calls is null; not every template renders that)"
+    return f"the chat template rejects the row: {reason}"

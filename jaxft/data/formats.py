@@ -325,7 +325,7 @@ def messages_of(row: Row, column: str, role: str = "role", content: str = "conte
         if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
             problem = f"{column}[{index}], an assistant turn, is empty; fill it or remove the row"
             raise InvalidRow(row.name, "empty assistant turn", problem)
-        messages.append({"role": name, "content": text or "", **rest})
+        messages.append({"role": name, "content": text, **rest})
     return messages
 
 

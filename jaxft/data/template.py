@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any
 
@@ -17,22 +18,35 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 Span = tuple[int, int]  # characters of a rendered text
+REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for messages that it can't render
 
 
 @dataclass(frozen=True)
 class Template:
     """A tokenizer's chat template with a pinned date.
 
-    marked: it has {% generation %} markers. opening: the generation prompt. closing: matches an end-of-turn
-    token.
+    marked: it has {% generation %} markers. opening: the generation prompt. header: without a generation
+    prompt, what comes before a response. ends: the texts that end an assistant turn, such as "<|im_end|>";
+    () if no special token does.
     """
 
     tokenizer: Any
     source: str
     date: str
     marked: bool
-    opening: str
-    closing: re.Pattern | None
+    opening: str = ""
+    header: str = ""
+    ends: tuple[str, ...] = ()
+
+    @cached_property
+    def closing(self) -> re.Pattern | None:
+        """Matches what ends an assistant turn, and whitespace before it. None if no special token does."""
+        return re.compile(rf"\s*(?:{_any_of(self.ends)})") if self.ends else None
+
+    @property
+    def name(self) -> str:
+        """The name for error messages."""
+        return f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
 
 
 def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
@@ -46,49 +60,85 @@ def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
     except ValueError as error:
         raise ValueError(f"data.date={date!r}; use a day like {DATE!r}") from error
     source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
-    bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)), "", None)
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
-        tokenizer.all_special_tokens
-    )
+    return _probed(tokenizer, source, date)
+
+
+@lru_cache(maxsize=8)
+def _probed(tokenizer: Any, source: str, date: str) -> Template:
+    """Return the template with what its renderings of short conversations show."""
+    bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)))
+    question = {"role": "user", "content": "Qx7w"}
+    turns = [question, {"role": "assistant", "content": "Zk9y"}, {"role": "user", "content": "Jv5u"}]
     try:
-        opening = _opening(bare)
-        ends = special - _openers(bare, special, opening)
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        LookupError,
-    ):  # the template rejects or omits parts of a plain conversation
-        opening, ends = "", special
-    closing = re.compile(rf"\s*(?:{_any_of(ends)})+") if ends else None
-    return Template(tokenizer, source, date, bare.marked, opening, closing)
+        asked, opened = render_messages(bare, turns[:1]), render_messages(bare, turns[:1], generation=True)
+        opening = opened[len(commonprefix([asked, opened])) :]
+        answered, behind = render_messages(bare, turns[:2]).split("Zk9y")
+        between = render_messages(bare, turns).split("Zk9y")[1].split("Jv5u")[0]
+    except (*REJECTIONS, LookupError, ValueError):  # it rejects or omits parts of these conversations
+        return replace(bare, ends=(tokenizer.eos_token,) if tokenizer.eos_token else ())
+    header = answered.removeprefix(asked) if not opening and answered.startswith(asked) else ""
+    ends = _ends_of_text(_special_tokens(tokenizer), opening, behind, between)
+    if ends:
+        ends = list(dict.fromkeys([*ends, *_ends_of_calls(bare)]))
+    return replace(bare, opening=opening, header=header if header.strip() else "", ends=tuple(ends))
 
 
-def _any_of(tokens: set[str]) -> str:
+def _any_of(tokens: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
-def _opening(bare: Template) -> str:
-    """Return the generation prompt, "" if the template has none."""
-    user = [{"role": "user", "content": "x"}]
-    without, opened = render_messages(bare, user), render_messages(bare, user, generation=True)
-    return opened[len(commonprefix([without, opened])) :]
+def _special_tokens(tokenizer: Any) -> re.Pattern:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {
+        *tokenizer.all_special_tokens
+    }
+    return re.compile(_any_of(token for token in added if token.strip()) or "(?!)")
 
 
-def _openers(bare: Template, special: set[str], opening: str) -> set[str]:
-    """Return the special tokens that open a turn.
+def _ends_of_text(special: re.Pattern, opening: str, behind: str, between: str) -> list[str]:
+    """Return what ends an assistant turn of text.
 
-    These are the tokens of the generation prompt, and those between a response and the next question that do
-    not follow a last response as well.
+    behind: what follows the last response. between: what follows a response before the next question.
     """
-    turns = [
-        {"role": role, "content": text}
-        for role, text in (("user", "Qx7w"), ("assistant", "Zk9y"), ("user", "Jv5u"))
-    ]
-    find = re.compile(_any_of(special)).findall
-    behind = find(render_messages(bare, turns[:2]).split("Zk9y")[1])
-    between = find(render_messages(bare, turns).split("Zk9y")[1].split("Jv5u")[0])
-    closers = len(behind) if between[: len(behind)] == behind else 1
-    return set(find(opening)) | set(between[closers:])
+    shared = list(special.finditer(commonprefix([behind, between])))
+    if shared:
+        return [behind[shared[0].start() : shared[-1].end()]]
+    last, inner = special.findall(behind), special.findall(between)  # the last turn ends in another way
+    # A single token between two turns opens the second.
+    inner = inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
+    return last[:1] + inner if last else []
+
+
+def _ends_of_calls(bare: Template) -> list[str]:
+    """Return the special token that ends an assistant turn of tool calls, [] if the template renders none."""
+    for count, content in ((2, None), (2, ""), (1, None), (1, "")):
+        calls = [_probe_call(number) for number in range(count)]
+        results = [
+            {"role": "tool", "content": "Rt8p", "name": call["function"]["name"], "tool_call_id": call["id"]}
+            for call in calls
+        ]
+        turns: list[Message] = [
+            {"role": "user", "content": "Qx7w"},
+            {"role": "assistant", "content": content, "tool_calls": calls},
+        ]
+        try:
+            last, inner = render_messages(bare, turns), render_messages(bare, turns + results)
+        except REJECTIONS:
+            continue
+        *within, behind = last.split("Wm3t")
+        between = inner.split("Wm3t")[-1].split("Rt8p")[0]
+        if len(within) != count:
+            continue
+        found = list(_special_tokens(bare.tokenizer).finditer(commonprefix([behind, between])))
+        if not found or behind[found[-1].end() :].strip():
+            return []
+        end = found[-1][0]
+        return [] if any(end in text for text in within[1:]) else [end]  # which would end each call
+    return []
+
+
+def _probe_call(number: int) -> dict[str, Any]:
+    function = {"name": f"Zk9y{number}", "arguments": {"Jv5u": "Wm3t"}}
+    return {"id": f"call0000{number}", "type": "function", "function": function}
 
 
 def render_messages(
@@ -98,18 +148,25 @@ def render_messages(
 
     Raises jinja2.TemplateError or TypeError if the template rejects the messages.
     """
-    return template.tokenizer.apply_chat_template(
-        list(messages), tools=tools, chat_template=template.source, tokenize=False,
-        add_generation_prompt=generation, date_string=template.date,
-    )  # fmt: skip
+    (text,), _ = _render(template, messages, tools, add_generation_prompt=generation)
+    return text
 
 
 def render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
     """Return the conversation as text, and the ranges that the {% generation %} markers enclose."""
+    (text,), (ranges,) = _render(template, chat.messages, chat.tools, return_assistant_tokens_mask=True)
+    return text, ranges
+
+
+def _render(template: Template, messages: Sequence[Message], tools: list | None, **options: Any) -> Any:
+    """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
+
+    Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
+    templates render tool calls only then.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template(  # (texts, ranges)
-        conversations=[list(chat.messages)], tools=chat.tools, chat_template=template.source,
-        return_assistant_tokens_mask=True, date_string=template.date, **template.tokenizer.special_tokens_map,
+    return render_jinja_template(
+        conversations=[list(messages)], tools=tools, chat_template=template.source,
+        date_string=template.date, **options, **template.tokenizer.special_tokens_map,
     )  # fmt: skip
-    return rendered[0][0], rendered[1][0]

@@ -16,7 +16,7 @@ from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
 
-VERSION = 3  # increase it when the same rows become other tokens
+VERSION = 4  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)

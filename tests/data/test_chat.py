@@ -192,9 +192,7 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
 
 
 def test_a_template_that_hides_the_answer_is_refused():
-    with pytest.raises(
-        ValueError, match="rows.jsonl:1: the chat template rejects the row: it omits message 1"
-    ):
+    with pytest.raises(ValueError, match="rows.jsonl:1: .* hides .* not show the content of message 1"):
         chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
 
 

@@ -219,7 +219,7 @@ def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | 
 
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
-    if not turns or not (turns[-1]["content"].strip() or "tool_calls" in turns[-1]):
+    if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
         raise InvalidRow(
             row.name,
             "empty response",
@@ -279,7 +279,7 @@ def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns],
     if all(turns[0]["role"] == "assistant" for turns in found.values()):
         return question, found, True
     prompt = _shared(list(found.values())) if len(found) > 1 else next(iter(found.values()))[:-1]
-    if not prompt or prompt[-1]["content"].strip() != text.strip():
+    if not prompt or (prompt[-1]["content"] or "").strip() != text.strip():
         _require_difference(row, found)
         raise InvalidRow(
             row.name,

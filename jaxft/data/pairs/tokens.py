@@ -27,7 +27,7 @@ from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_e
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.tokens import TokenisedRows, arrays_and_rows
 
-VERSION = ("pairs", 2)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 3)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,169 @@
+"""Check that a rendered assistant turn shows all that the model is to learn from it.
+
+Chat templates drop what they don't know: tool calls, thinking blocks, empty content. A model that is trained
+on such a text learns to say nothing where the row has a tool call.
+"""
+
+import html
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxft.data.example import Message
+from jaxft.data.template import Span
+
+REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # keys of messages, as different templates read them
+
+
+class Part(NamedTuple):
+    """A part of an assistant turn and the spellings that a template may give it."""
+
+    name: str
+    spellings: tuple[str, ...]
+
+
+class HiddenPart(ValueError):
+    """The rendered text lacks a part of an assistant turn, or its end."""
+
+
+def parts_of(message: Message) -> list[Part]:
+    """Return all that a rendering of an assistant turn must show: reasoning, content and tool calls."""
+    parts = [Part(f"the {key}", (message[key],)) for key in REASONING if _is_text(message.get(key))]
+    if _is_text(message["content"]):
+        parts.append(Part("the content", (message["content"],)))
+    for number, call in enumerate(message.get("tool_calls") or (), 1):
+        function = _function(call)
+        parts.append(Part(f"the name of tool call {number}", _spellings(function.get("name"))))
+        for path, value in _leaves(function.get("arguments")):
+            parts.append(Part(f"argument {path} of tool call {number}", _spellings(value)))
+    return parts
+
+
+def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[Part | None, int]:
+    """Search the parts in text[start:end]: return the first missing one (None if there is none), and where
+    the last of them ends.
+
+    Whitespace may differ: templates strip it, and add some around thinking blocks.
+    """
+    last = _last_end(parts, text[start:end])
+    if isinstance(last, int):
+        return None, start + last
+    where = [i for i in range(start, end) if not text[i].isspace()]
+    bare = [Part(part.name, tuple("".join(s.split()) for s in part.spellings)) for part in parts]
+    last = _last_end(bare, "".join(text[i] for i in where))
+    if isinstance(last, Part):
+        return last, start
+    return None, where[last - 1] + 1 if last else start
+
+
+def _last_end(parts: Sequence[Part], text: str) -> Part | int:
+    """Return where the last part ends, each if possible after the one before it, or the first missing one."""
+    at = last = 0
+    for part in parts:
+        found = _first(part, text, at) or _first(part, text, 0)
+        if found is None:
+            return part
+        at = found[1]
+        last = max(last, at)
+    return last
+
+
+def _first(part: Part, text: str, at: int) -> Span | None:
+    """Return where the first spelling that occurs in the text is."""
+    for spelling in part.spellings:
+        found = text.find(spelling, at)
+        if found >= 0:
+            return found, found + len(spelling)
+    return None
+
+
+def shows_null(message: Message, text: str) -> bool:
+    """Whether the rendered turn has the word None in place of a content that is null."""
+    if message["content"] is not None:
+        return False
+    known = sum(max(s.count("None") for s in part.spellings) for part in parts_of(message))
+    return text.count("None") > known
+
+
+def with_markers(message: Message) -> tuple[Message, dict[str, str]]:
+    """Return the turn with another word in the place of each text in it, and the part that each word is of.
+
+    A rendering that lacks a word hides that part, even if the part's own text occurs there by chance.
+    """
+    words: dict[str, str] = {}
+
+    def mark(value: Any, name: str) -> Any:
+        match value:
+            case str() if value.strip():
+                word = f"Qx7w{len(words)}Zk"
+                words[word] = name
+                return word
+            case dict():
+                return {mark(key, name): mark(item, name) for key, item in value.items()}
+            case list() | tuple():
+                return [mark(item, name) for item in value]
+            case _:
+                return value
+
+    def mark_call(call: Any, number: int) -> Any:
+        function = _function(call)
+        marked = {
+            key: mark(function[key], f"the {key} of tool call {number}")
+            for key in ("name", "arguments")
+            if key in function
+        }
+        return {**call, "function": {**function, **marked}} if "function" in call else {**call, **marked}
+
+    other = {
+        key: mark(message[key], f"the {key}") for key in (*REASONING, "content") if _is_text(message.get(key))
+    }
+    if message.get("tool_calls"):
+        other["tool_calls"] = [mark_call(call, i) for i, call in enumerate(message["tool_calls"], 1)]
+    return {**message, **other}, words
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _function(call: Any) -> dict[str, Any]:
+    """Return name and arguments of a tool call, {"function": {...}} or without that level."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict):
+        raise HiddenPart(
+            f"a tool call is {json.dumps(call, default=str)[:60]}; use an object with a function"
+        )
+    return inner
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of each key and each scalar in the arguments of a call."""
+    match value:
+        case dict():
+            for key, item in value.items():
+                inner = f"{path}.{key}" if path else str(key)
+                yield inner, key
+                yield from _leaves(item, inner)
+        case list() | tuple():
+            for item in value:
+                yield from _leaves(item, path)
+        case None if not path:  # no arguments
+            return
+        case _:
+            yield path or "text", value
+
+
+def _spellings(value: Any) -> tuple[str, ...]:
+    """Return a value as JSON, Python and HTML write it, strings without quotes."""
+    if value is None or isinstance(value, bool):
+        return str(value), json.dumps(value), str(value).lower()
+    if not isinstance(value, str):
+        return str(value), json.dumps(value, default=str)
+    return (
+        value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1],
+        html.escape(value),
+    )  # fmt: skip

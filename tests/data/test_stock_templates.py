@@ -1,0 +1,121 @@
+"""Chat templates of well-known models: every learned turn is shown in full, or the row is refused."""
+
+import pytest
+from chat_templates import (
+    HIDDEN,
+    TEMPLATES,
+    TOOLS,
+    Rejected,
+    Turn,
+    conversations,
+    messages_of,
+    stock_tokenizer,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxft.data import chat
+from jaxft.data.example import Chat
+from jaxft.data.formats import normalise_rows
+from jaxft.data.rows import Row
+
+
+def row(turns, tools=None):
+    """The response is the last assistant turn."""
+    return Chat("rows.jsonl:7", messages_of(turns), len(turns) - 1, tools=tools)
+
+
+def expected(name, turns, loss_on):
+    """The texts of the learned turns; None if one of them is hidden, Rejected if the template raises."""
+    learned = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    try:
+        texts = [TEMPLATES[name].shown(turns, i) for i in learned[-1 if loss_on == "completion" else 0 :]]
+    except Rejected:
+        return Rejected
+    return None if HIDDEN in texts else texts
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
+def test_exactly_the_assistant_turns_are_learned_or_the_row_is_refused(name, turns, loss_on):
+    tokenizer, tools = stock_tokenizer(name), TOOLS if any(turn.calls for turn in turns) else None
+    texts = expected(name, turns, loss_on)
+    if texts is None or texts is Rejected:
+        problem = "rejects the row" if texts is Rejected else f"of stock/{name} hides what is learned"
+        with pytest.raises(ValueError, match=f"rows.jsonl:7: the chat template {problem}"):
+            chat.render(row(turns, tools), chat.template_of(tokenizer), loss_on)
+        return
+    rendered = chat.render(row(turns, tools), chat.template_of(tokenizer), loss_on)
+    assert [rendered.text[start:end].strip() for start, end in rendered.learned] == texts
+    ((ids, learned),) = chat.tokenise_examples([row(turns, tools)], tokenizer, loss_on)
+    assert squeezed(tokenizer.decode(ids[learned].tolist())) == squeezed("".join(texts))
+
+
+CALL = ("rank", {"name": "A"})
+QUESTION, ANSWER, RESULT = Turn("user", "q"), Turn("assistant", "two"), Turn("tool", "3")
+
+
+def changed(name, old, new):
+    """The template `name` with one passage replaced."""
+    tokenizer = TEMPLATES[name].tokenizer()
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    return chat.template_of(tokenizer)
+
+
+def test_a_second_call_with_the_same_arguments_is_missed():
+    template = changed("qwen2.5", "for call in m.tool_calls or []", "for call in (m.tool_calls or [])[:1]")
+    turns = (QUESTION, Turn("assistant", "", calls=(CALL, CALL)))
+    with pytest.raises(ValueError, match="does not show the name of tool call 2 of message 1"):
+        chat.render(row(turns), template)
+
+
+def test_a_part_that_occurs_in_the_text_by_chance_is_missed():
+    template = changed("qwen3", "+ content.lstrip('\n') }}", "}}")
+    with pytest.raises(ValueError, match="does not show the content of message 1"):
+        chat.render(row((QUESTION, Turn("assistant", "think"))), template)
+
+
+def test_a_turn_without_an_end_is_refused_unless_it_is_the_last():
+    template = changed("deepseek-v3", "{{- '<｜tool▁calls▁end｜>' + eos_token }}", "")
+    calling = Turn("assistant", "", calls=(CALL,))
+    with pytest.raises(ValueError, match="does not end message 1, an assistant turn, with '<｜end▁of▁sent"):
+        chat.render(row((QUESTION, calling, RESULT, ANSWER)), template, "assistant")
+    last = chat.render(row((QUESTION, calling)), template, "assistant")
+    assert last.end and last.text.endswith("<｜tool▁call▁end｜>")  # EOS is added
+
+
+def test_markers_that_enclose_more_than_the_turn_are_refused():
+    template = changed("marked", "{% endgeneration %}", "{{- 'Bye.' }}{% endgeneration %}")
+    with pytest.raises(ValueError, match="generation markers enclose 'Bye.' after the end of message 1"):
+        chat.render(row((QUESTION, ANSWER)), template)
+
+
+def test_null_that_is_printed_as_a_word_is_refused():
+    template = changed("qwen2.5", "m.content or ''", "m.content | string")
+    turns = (QUESTION, Turn("assistant", None, calls=(CALL,)))
+    with pytest.raises(ValueError, match="content of message 1, which is null, as the word None"):
+        chat.render(row(turns), template)
+
+
+def test_content_that_is_null_stays_null():
+    call = {"type": "function", "function": {"name": "rank", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    (example,) = normalise_rows([Row("rows.jsonl:1", {"messages": messages})])
+    assert example.messages[1]["content"] is None
+
+
+def test_the_remedy_for_an_earlier_turn_is_to_learn_the_last_response():
+    turns = (QUESTION, Turn("assistant", "one", "why"), QUESTION, ANSWER)
+    template = chat.template_of(stock_tokenizer("qwen3"))
+    with pytest.raises(ValueError, match="does not show the content of message 1.*data.loss_on=completion"):
+        chat.render(row(turns), template, "assistant")
+    chat.render(row(turns), template, "completion")
