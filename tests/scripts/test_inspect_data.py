@@ -1,4 +1,6 @@
-"""scripts/inspect_data.py shows exactly the trained tokens, from any folder, or fails with one line."""
+"""scripts/inspect_data.py shows exactly the trained tokens of any config, from any folder, and what is wrong
+with invalid rows, or fails with one line.
+"""
 
 import json
 import os
@@ -10,7 +12,26 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import tiny
 
+from jaxft.runs.config import load_config
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
+CONFIGS = sorted(path.name for path in (SCRIPT.parents[1] / "configs").glob("*.py"))
+ROWS = {  # one that fits the data of every config
+    "rows": {"instruction": "why?", "response": "so"},
+    "pairs": {"prompt": "why?", "chosen": "so", "rejected": "no"},
+    "prompts": {"prompt": "why?", "answer": "so"},
+}
+ASSISTANT = "?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+SHOWN = {
+    "rows": [ASSISTANT + "⟦so<|eot_id|>⟧"],
+    "pairs": [
+        "prompt: <|begin_of_text|>",
+        ASSISTANT + "\n",
+        "chosen: ⟦so<|eot_id|>⟧",
+        "rejected: ⟦no<|eot_id|>⟧",
+    ],
+    "prompts": [ASSISTANT + "\n", "answer='so'"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +86,45 @@ def test_a_config_s_rows_are_printed_with_its_tokenizer(inspect):
     assert shown.count("⟦") == 1 and "<|im_start|>assistant\n⟦" in shown
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, place, name):
+    unit = load_config(f"configs/{name}", ["data=r.jsonl"]).data.unit
+    rows = [json.dumps(ROWS[unit]).replace("why?", f"why {number}?") for number in range(8)]
+    (place / f"{unit}.jsonl").write_text("\n".join(rows))
+    shown = inspect("--config", f"configs/{name}", "--model", "model", "--rows", "2", f"data={unit}.jsonl")
+    assert all(text in shown for text in SHOWN[unit])
+    assert shown.count("⟦") == {"rows": 2, "pairs": 6 if name == "kto.py" else 4, "prompts": 0}[unit]
+    assert shown.count(f"{unit}.jsonl:") == 2 and "no invalid rows" in shown and "lengths" in shown
+
+
+def test_single_responses_are_shown_by_their_label(inspect, place):
+    rows = [{"prompt": f"why {i}?", "completion": "so", "label": i % 2 > 0} for i in range(8)]
+    (place / "unpaired.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = inspect("--config", "configs/kto.py", "--model", "model", "--rows", "8", "data=unpaired.jsonl")
+    assert shown.count("chosen: ⟦so") == shown.count("rejected: ⟦so") > 0
+
+
+def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect, place):
+    rows = [ROWS["pairs"], {**ROWS["pairs"], "rejected": "so"}, {**ROWS["pairs"], "chosen": ""}]
+    rows += [{**ROWS["pairs"], "rejected": " "}, {**ROWS["pairs"], "chosen": " "}]
+    (place / "bad_pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[]")
+    args = ("--data", "bad_pairs.jsonl", "--kind", "pairs", "--model", "model", "held_out=none", "batch=1")
+    for limit, effect in (
+        ("0.9", "data.invalid=drop leaves them out\n"),
+        ("0.5", "data.invalid=drop ends it too: they are more than data.invalid_limit=0.5 of the rows\n"),
+    ):
+        shown = inspect(*args, f"invalid_limit={limit}")
+        assert f"5 invalid rows: data.invalid=error ends a run at the first, {effect}" in shown
+        for line in (
+            "      2  empty column 'chosen': bad_pairs.jsonl:3: column 'chosen' is empty",
+            "      1  empty column 'rejected': bad_pairs.jsonl:4:",
+            "      1  identical responses: bad_pairs.jsonl:2: chosen and rejected are identical",
+            "      1  not an object: bad_pairs.jsonl:6: the row is a list",
+        ):
+            assert line in shown
+        assert shown.count("⟦") == 2
+
+
 @pytest.mark.parametrize(
     ("args", "error"),
     [
@@ -95,6 +155,7 @@ def test_the_exit_code_reports_a_failure(place):
     )
     assert (
         done.returncode == 1
-        and done.stderr.startswith("error: bad.jsonl:1: malformed JSON")
+        and done.stderr.startswith("error: bad.jsonl: 1 of 1 rows are invalid, none is left")
+        and "bad.jsonl:1: malformed JSON" in done.stderr
         and done.stderr.count("\n") == 1
     )
