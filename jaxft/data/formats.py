@@ -214,7 +214,7 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
         missing = next(names for names in required if not any(c in fields for c in names))
         raise InvalidRow(
             row.name,
-            f"missing column {' or '.join(missing)}",
+            f"missing column {' or '.join(map(repr, missing))}",
             f"no column {' or '.join(missing)}, which format {format} requires; the row has "
             f"{', '.join(map(str, fields))}; accepted formats are {describe_schemas(schemas)}",
         )

@@ -3,11 +3,18 @@
 import json
 import re
 
+import jax
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
+from jaxft.data.invalid import InvalidRow, InvalidRows, count_by_reason, invalid_lines
+from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.prompts import Prompts, read_prompts, split_prompts
+from jaxft.data.rows import read_rows
 from jaxft.data.sft import Rows
 
 SFT = [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": ""}]
@@ -52,3 +59,178 @@ def test_an_invalid_row_is_an_error_that_names_the_setting_or_is_left_out(
             assert stats.examples == 3 and [row[:2] for row in stats.invalid] == [(reason, 1)]
     with pytest.raises(ValueError, match=r"r.jsonl:2: .*data.invalid=drop"):  # the cache hides nothing
         stats_of(data, rows, tmp_path, **options)
+
+
+# ---- 2,000 rows with ten kinds of dirt
+
+LONG = "word " * 200
+BROKEN = {  # lines that are no rows, and why not
+    b'{"prompt": "why?", ': "malformed JSON",
+    b"": "empty row",
+    b"[1, 2]": "not an object",
+    b'{"text": "\xff"}': "not UTF-8",
+}
+
+
+def turns(*texts):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]}
+
+
+def clean_rows(kind, count):
+    """Rows of unequal lengths, each with its number in it."""
+    for i in range(count):
+        question, answer = f"why {i}?" + " so" * (i % 7), "because" * (1 + i % 5)
+        yield {
+            "sft": turns(question, answer),
+            "pairs": {"prompt": question, "chosen": answer, "rejected": f"no {i}"},
+            "unpaired": {"prompt": question, "completion": answer, "label": i % 3 > 0},
+            "prompts": {"prompt": question, "answer": answer},
+        }[kind]
+
+
+DIRT = {  # invalid rows of each kind of data, and why they are
+    "sft": [
+        (turns("why?", " "), "empty assistant turn"),
+        (turns("why?", 7), "content of a wrong type"),
+        (turns("why?", "\ud800"), "unpaired surrogate"),
+        (turns("why?"), "no assistant turn"),
+        (turns(LONG, "so"), "prompt longer than data.max_length"),
+        ({"messages": [{"content": "why?"}]}, "message without role or content"),
+    ],
+    "pairs": [
+        ({"prompt": "why?", "chosen": "so", "rejected": "so"}, "identical responses"),
+        ({"prompt": "why?", "chosen": "so", "rejected": " "}, "empty column 'rejected'"),
+        ({"prompt": "why?", "chosen": "so"}, "missing column 'rejected'"),
+        ({"prompt": "why?", "chosen": "so", "rejected": "\ud800"}, "unpaired surrogate"),
+        ({"prompt": LONG, "chosen": "so", "rejected": "no"}, "prompt longer than data.max_length"),
+        ({"prompt": "why?", "chosen": [], "rejected": "no"}, "column without messages"),
+    ],
+    "unpaired": [
+        ({"prompt": "why?", "completion": "so", "label": 7}, "label that is neither true nor false"),
+        ({"prompt": "why?", "completion": " ", "label": True}, "empty column 'completion'"),
+        ({"prompt": "why?", "completion": "so"}, "missing column 'label'"),
+        ({"prompt": "why?", "completion": "\ud800", "label": True}, "unpaired surrogate"),
+        ({"prompt": LONG, "completion": "so", "label": True}, "prompt longer than data.max_length"),
+        ({"prompt": "why?", "completion": [], "label": True}, "column without messages"),
+    ],
+    "prompts": [
+        ({"prompt": " ", "answer": "so"}, "empty column 'prompt'"),
+        ({"question": "why?"}, "no prompt"),
+        ({"prompt": "\ud800"}, "unpaired surrogate"),
+        (turns("why?", 7), "content of a wrong type"),
+        ({"messages": []}, "empty row"),
+        ({"messages": [{"content": "why?"}]}, "message without role or content"),
+    ],
+}
+
+
+def with_dirt(clean, dirt, places):
+    """The lines of a file: clean rows, with invalid ones at these places."""
+    lines = [json.dumps(row).encode() for row in clean]
+    for place, (line, _) in sorted(zip(places, dirt, strict=True), key=lambda pair: pair[0]):
+        lines.insert(place, line)
+    return lines
+
+
+def all_dirt(kind):
+    """(line, reason) of each of the ten kinds of dirt."""
+    return [*BROKEN.items(), *((json.dumps(row).encode(), reason) for row, reason in DIRT[kind])]
+
+
+def opened(kind, path, cache, **options):
+    """A source of the file's rows, or what a rollout source has in its place, with its invalid rows."""
+    options = {"batch": 16, "held_out": 0.1} | options
+    if kind == "prompts":
+        return split_prompts(Prompts(str(path), **options), tiny("chatml"))
+    make = Rows if kind == "sft" else PairRows
+    options |= {"unpaired": True} if kind == "unpaired" else {}
+    return make(str(path), max_length=128, **options).open(tiny("chatml"), cache=cache)
+
+
+def batches_of(kind, source):
+    """All that training and evaluation read from a source, as a list of arrays."""
+    if kind == "prompts":
+        return [np.array(ids) for side in source for ids in side.ids] + [
+            json.dumps([side.fields for side in source])
+        ]
+    steps = [source.batch(step)[0] for step in range(source.info.steps)]
+    return jax.tree.leaves((steps, source.held_out)) + [source.info.fingerprint]
+
+
+def counts_of(kind, source):
+    if kind == "prompts":
+        return {x.reason: x.rows for x in count_by_reason((*source[0].invalid, *source[1].invalid))}
+    return {x.reason: x.rows for x in source.info.stats.invalid}
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", list(DIRT))
+def test_drop_counts_ten_kinds_of_dirt_and_leaves_the_batches_of_the_clean_rows(kind, tmp_path):
+    kinds = all_dirt(kind)
+    assert len(kinds) == 10
+    dirt = [x for number, x in enumerate(kinds, 1) for _ in range(number)]  # 1 of the first, 10 of the last
+    dirt = [dirt[i] for i in permutation(len(dirt), 0)]
+    clean = list(clean_rows(kind, 2000 - len(dirt)))
+    places = permutation(1990, 1)[: len(dirt)]
+    lines = with_dirt(clean, dirt, places)
+    assert len(lines) == 2000
+    (tmp_path / "dirty.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "clean.jsonl").write_text("\n".join(map(json.dumps, clean)))
+    dirty = opened(kind, tmp_path / "dirty.jsonl", tmp_path, invalid="drop")
+    expected = {}
+    for number, (_, reason) in enumerate(kinds, 1):
+        expected[reason] = expected.get(reason, 0) + number
+    assert counts_of(kind, dirty) == expected
+    alone = opened(kind, tmp_path / "clean.jsonl", tmp_path)
+    assert_equal(batches_of(kind, dirty), batches_of(kind, alone))
+
+
+@pytest.mark.parametrize("kind", list(DIRT))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(choice=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=8))
+def test_no_dirt_at_any_place_changes_a_batch(kind, choice, tmp_path):
+    """The first row too may be invalid: it does not decide the format."""
+    clean = list(clean_rows(kind, 24))
+    dirt = [all_dirt(kind)[number] for number, _ in choice]
+    lines = with_dirt(clean, dirt, [place for _, place in choice])
+    (tmp_path / "dirty.jsonl").write_bytes(b"\n".join([*lines, json.dumps(clean[0]).encode()]))
+    (tmp_path / "clean.jsonl").write_text("\n".join(map(json.dumps, [*clean, clean[0]])))
+    dirty = opened(kind, tmp_path / "dirty.jsonl", tmp_path, invalid="drop", invalid_limit=0.5)
+    assert sum(counts_of(kind, dirty).values()) == len(dirt)
+    assert_equal(batches_of(kind, dirty), batches_of(kind, opened(kind, tmp_path / "clean.jsonl", tmp_path)))
+
+
+# ---- what is printed
+
+
+def test_the_first_of_each_reason_is_named_the_most_frequent_first():
+    rows = [InvalidRow(f"r:{i}", reason, "x") for i, reason in enumerate(("b", "a", "a"), 1)]
+    assert invalid_lines(count_by_reason(rows)) == [
+        "3 invalid rows left out (data.invalid=drop):\n      2  a: r:2: x\n      1  b: r:1: x"
+    ]
+    assert invalid_lines(()) == []
+
+
+def test_cells_and_elements_of_tables_are_rows_too(tmp_path):
+    (tmp_path / "r.csv").write_text("text\na\nb,c\n\nd\n")
+    (tmp_path / "r.json").write_text(json.dumps([{"text": "a"}, 7, {}]))
+    for name, reasons in (
+        ("r.csv", ["wrong number of fields", "empty row"]),
+        ("r.json", ["not an object", "empty row"]),
+    ):
+        invalid = InvalidRows(1.0)
+        rows = read_rows(str(tmp_path / name), invalid)
+        assert [row.fields["text"] for row in rows] == (["a", "d"] if name == "r.csv" else ["a"])
+        assert [row.reason for row in invalid.found] == reasons
+
+
+@pytest.mark.parametrize(
+    "options", [{"invalid": "skip"}, {"invalid_limit": 1.5}, {"invalid_limit": float("nan")}]
+)
+def test_settings_out_of_range_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^data.{name}={value!r}; use "):
+        Rows("r.jsonl", **options)
