@@ -203,6 +203,26 @@ def test_no_dirt_at_any_place_changes_a_batch(kind, choice, tmp_path):
     assert_equal(batches_of(kind, dirty), batches_of(kind, opened(kind, tmp_path / "clean.jsonl", tmp_path)))
 
 
+def test_a_dialogue_dataset_with_empty_responses_and_early_differences_can_be_used(tmp_path):
+    """As a public harmlessness set has them."""
+
+    def row(response, last="no", first="why?"):
+        start = f"\n\nHuman: {first}\n\nAssistant: so\n\nHuman: really?\n\nAssistant:"
+        return {"chosen": f"{start.replace(first, 'why?')} {response}", "rejected": f"{start} {last}"}
+
+    clean = [row(f"yes {i}") for i in range(60)]
+    rows = [*clean[:20], row("yes", ""), *clean[20:40], row("yes", "no", "how?"), *clean[40:], row("", "no")]
+    (tmp_path / "dirty.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "clean.jsonl").write_text("\n".join(map(json.dumps, clean)))
+    dirty = opened("pairs", tmp_path / "dirty.jsonl", tmp_path, invalid="drop")
+    assert [x[:2] for x in dirty.info.stats.invalid] == [
+        ("empty response", 2),
+        ("dialogues that differ before the last turn", 1),
+    ]
+    clean_source = opened("pairs", tmp_path / "clean.jsonl", tmp_path)
+    assert_equal(batches_of("pairs", dirty), batches_of("pairs", clean_source))
+
+
 # ---- what is printed
 
 

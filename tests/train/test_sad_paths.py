@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 from meters import feed, make_meter
-from prepared import load_and_compile, prepare
+from prepared import load_and_compile, prepare, working_directory
 from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config
-from tiny_run import Place, write_place
+from tiny_run import Place, rows, write_place
+
+from jaxft.train.logs import startup_lines
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,25 @@ def test_invalid_rows_are_named_by_file_and_line(place, case):
     text, argv, message = DATA[case]
     (place.folder / "bad.jsonl").write_text(text)
     refuses(place, message, "data=bad.jsonl", *argv)
+
+
+def test_rows_that_are_left_out_are_in_the_first_lines_of_a_run(place):
+    lines = [
+        *map(json.dumps, rows()),
+        DATA["malformed"][0].splitlines()[1],
+        '{"prompt": "a", "completion": " "}',
+    ]
+    (place.folder / "dirty.jsonl").write_text("\n".join(lines))
+    refuses(place, r"dirty\.jsonl:41: malformed JSON.*; data\.invalid=drop", "data=dirty.jsonl")
+    job = prepare(place.folder, "data=dirty.jsonl", "data.invalid=drop")
+    with working_directory(place.folder), jax.set_mesh(job.lead.programs.mesh):
+        (line,) = [line for line in startup_lines(job, 0, []) if "left out" in line]
+    header, *reasons = line.splitlines()
+    assert header == "2 invalid rows left out (data.invalid=drop):" and len(reasons) == 2
+    assert reasons[0].startswith("      1  malformed JSON: dirty.jsonl:41: malformed JSON, ")
+    assert reasons[1].startswith(
+        "      1  empty column 'completion': dirty.jsonl:42: column 'completion' is empty"
+    )
 
 
 SETTINGS = {
