@@ -127,6 +127,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
     from jaxft.inference import generate
     from jaxft.models.adapted import adapted
     from jaxft.weights import adapters, pretrained
+    from jaxft.weights.stop_tokens import stop_tokens
 
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     source = source_of(args)
@@ -145,7 +146,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
         params, settings = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}, None
         if source.adapter:
             params["adapter"], settings = adapters.load_adapter(source.adapter, model, mesh)
-        stop = generate.stop_tokens(model.config.eos, tokenizer)
+        stop = stop_tokens(source.ref, model, tokenizer)
         run = generate.make_generate(adapted(model, settings), sampling, stop)
         begin = time.perf_counter()
         new_ids = generate.generate(run, params, ids, jax.random.key(args.seed), args.batch)

@@ -18,7 +18,13 @@ from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, length_percentiles
-from jaxft.data.tokens import TokenisedRows, TokenSettings, split_rows, tokenise_rows
+from jaxft.data.tokens import (
+    TokenisedRows,
+    TokenSettings,
+    count_learned_ends,
+    split_rows,
+    tokenise_rows,
+)
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -87,6 +93,7 @@ class Rows(DataSettings):
             fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
             preview=tokenizer.decode(first, skip_special_tokens=False),
             stats=_stats(examples, (train, held), plan(0), (size, reads)),
+            learned_ends=count_learned_ends(examples, examples.offsets[1:][~examples.truncated], tokenizer),
         )
         shapes = _shapes(self, (row_count, size, reads))
         held_out = _held_out_batches(examples, held_plan, (row_count, size, reads))

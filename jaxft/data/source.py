@@ -49,7 +49,8 @@ class SourceInfo:
     preview: the first training row as text. steps_per_rollout: optimizer steps between two points where the
     run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
-    run's record.
+    run's record. learned_ends: how many training and held-out sequences teach the model to end with each
+    token id; without truncated ones.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class SourceInfo:
     steps_per_rollout: int = 1
     samples: bool = False
     dependencies: dict[str, str] = field(default_factory=dict)
+    learned_ends: dict[int, int] = field(default_factory=dict)
 
 
 class Source(Protocol[BoundTo]):

@@ -27,7 +27,7 @@ class Template:
 
     marked: it has {% generation %} markers. opening: the generation prompt. header: without a generation
     prompt, what comes before a response. ends: the texts that end an assistant turn, such as "<|im_end|>";
-    () if no special token does.
+    () if no special token does. last_ends: those of them that end the last turn of a conversation.
     """
 
     tokenizer: Any
@@ -37,11 +37,18 @@ class Template:
     opening: str = ""
     header: str = ""
     ends: tuple[str, ...] = ()
+    last_ends: tuple[str, ...] = ()
 
     @cached_property
     def closing(self) -> re.Pattern | None:
         """Matches what ends an assistant turn, and whitespace before it. None if no special token does."""
         return re.compile(rf"\s*(?:{_any_of(self.ends)})") if self.ends else None
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The token ids that end the last turn of a conversation, on which generation is to stop."""
+        special = _special_tokens(self.tokenizer)
+        return tuple(self.tokenizer.convert_tokens_to_ids(special.findall(end)[-1]) for end in self.last_ends)
 
     @property
     def name(self) -> str:
@@ -77,10 +84,10 @@ def _probed(tokenizer: Any, source: str, date: str) -> Template:
     except (*REJECTIONS, LookupError, ValueError):  # it rejects or omits parts of these conversations
         return replace(bare, ends=(tokenizer.eos_token,) if tokenizer.eos_token else ())
     header = answered.removeprefix(asked) if not opening and answered.startswith(asked) else ""
-    ends = _ends_of_text(_special_tokens(tokenizer), opening, behind, between)
-    if ends:
-        ends = list(dict.fromkeys([*ends, *_ends_of_calls(bare)]))
-    return replace(bare, opening=opening, header=header if header.strip() else "", ends=tuple(ends))
+    last, inner = _ends_of_text(_special_tokens(tokenizer), opening, behind, between)
+    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare)])) if last else ()
+    ends = tuple(dict.fromkeys([*last, *inner]))
+    return replace(bare, opening=opening, header=header if header.strip() else "", ends=ends, last_ends=last)
 
 
 def _any_of(tokens: Iterable[str]) -> str:
@@ -94,18 +101,22 @@ def _special_tokens(tokenizer: Any) -> re.Pattern:
     return re.compile(_any_of(token for token in added if token.strip()) or "(?!)")
 
 
-def _ends_of_text(special: re.Pattern, opening: str, behind: str, between: str) -> list[str]:
-    """Return what ends an assistant turn of text.
+def _ends_of_text(
+    special: re.Pattern, opening: str, behind: str, between: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return what ends the last assistant turn of a conversation, and what ends those before it.
 
     behind: what follows the last response. between: what follows a response before the next question.
     """
     shared = list(special.finditer(commonprefix([behind, between])))
     if shared:
-        return [behind[shared[0].start() : shared[-1].end()]]
-    last, inner = special.findall(behind), special.findall(between)  # the last turn ends in another way
+        end = behind[shared[0].start() : shared[-1].end()]
+        return [end], [end]
+    last, inner = special.findall(behind), special.findall(between)
+    if not last:
+        return [], []
     # A single token between two turns opens the second.
-    inner = inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
-    return last[:1] + inner if last else []
+    return last[:1], inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
 
 
 def _ends_of_calls(bare: Template) -> list[str]:

@@ -132,6 +132,23 @@ def arrays_and_rows(
     return {**arrays, "names": names, "dropped": dropped, "invalid": tuple(invalid.found)}
 
 
+def count_learned_ends(
+    rows: TokenisedRows, ends: Int[np.ndarray, " sequences"], tokenizer: Any
+) -> dict[int, int]:
+    """Count the token ids that are the last target of a sequence, apart from whitespace after it.
+
+    ends: index after the last token of each sequence.
+    """
+    targets = np.flatnonzero(rows.learned)
+    last = np.searchsorted(targets, ends) - 1
+    for _ in range(2):  # templates with markers learn the line break after an end-of-turn token
+        found = rows.ids[targets[last]]
+        blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
+        last = np.maximum(last - np.isin(found, blank), 0)
+    ids, counts = np.unique(rows.ids[targets[last]], return_counts=True)
+    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
 def split_rows(
     settings: DataSettings, tokenise: Callable[[str], SomeRows], held_out: Callable[[SomeRows], np.ndarray]
 ) -> tuple[SomeRows, Int[np.ndarray, " train"], Int[np.ndarray, " held"]]:

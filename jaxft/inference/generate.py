@@ -39,11 +39,6 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, or none; got {self.top_p}")
 
 
-def stop_tokens(eos: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids that end a completion: those of the model's config and of the tokenizer."""
-    return tuple(sorted({*eos, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}))
-
-
 def truncate_logits(logits: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
     """Return logits over the temperature, with -inf outside top-k, then top-p (as in transformers)."""
     logits = logits / s.temperature

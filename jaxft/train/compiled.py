@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding
+from jaxft.inference.generate import Decoding
 from jaxft.runs.report import Evaluation, Sample
 from jaxft.train import samples
 from jaxft.train.members import Job
@@ -52,9 +53,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...]) -> Compiled:
     held_out = compile_eval(p, p.eval_step, own, source.held_out)
     general = compile_eval(p, p.text_step, own, job.general)
     params = tree.combine(p.state.trainable, p.frozen)
-    complete = samples.compile_sampler(
-        p.partition.model, run.sampling, source.prompts(run.samples), job.tokenizer, params
-    )
+    decoding = Decoding(p.partition.model, run.sampling, job.stop)
+    complete = samples.compile_sampler(decoding, source.prompts(run.samples), job.tokenizer, params)
     train_step = compile_step(p, *source.shapes)
 
     def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:

@@ -12,7 +12,6 @@ import numpy as np
 from jaxft.batch import TrainState, widened
 from jaxft.data.source import Source, SourceInfo
 from jaxft.distributed import processes, sharding
-from jaxft.inference.generate import stop_tokens
 from jaxft.rl.programs import BoundRun
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
@@ -25,6 +24,7 @@ from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import hub, pretrained
 from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.stop_tokens import stop_tokens
 
 Record = dict[str, Any]  # settings as JSON
 
@@ -48,8 +48,8 @@ class Member:
 class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
-    sources: batches for all members, or of each member. general: batches of the general text. sweep: its
-    settings, None for a single run.
+    sources: batches for all members, or of each member. stop: the token ids that end a completion. general:
+    batches of the general text. sweep: its settings, None for a single run.
     """
 
     folder: Path
@@ -57,6 +57,7 @@ class Job:
     sources: tuple[Source[Any], ...]
     steps: int
     tokenizer: Any
+    stop: tuple[int, ...]
     general: tuple[Batch, ...]
     sweep: Sweep | None
 
@@ -153,7 +154,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         members.append(Member(label, run, folder / label, settings_, programs))
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    return Job(folder, tuple(members), sources, steps, tokenizer, held_out, sweep)
+    stop = stop_tokens(lead.weights, lead.model, tokenizer)
+    return Job(folder, tuple(members), sources, steps, tokenizer, stop, held_out, sweep)
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:
@@ -261,7 +263,7 @@ def bind_sources(job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | N
         state=p.state,
         frozen_shapes=p.frozen,
         frozen=frozen[0],
-        stop=stop_tokens(job.lead.run.model.config.eos, job.tokenizer),
+        stop=job.stop,
         folder=job.folder,
         fused_backward=p.optimizer.fused_backward,
     )

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from jaxft.data.source import Prompt
-from jaxft.inference.generate import Sampling, left_pad, make_generate, stop_tokens
-from jaxft.models.model import Model
+from jaxft.inference.generate import Decoding, left_pad, make_generate
 from jaxft.runs.report import Sample
 from jaxft.tree import Params
 
@@ -39,7 +38,7 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
 
 
 def compile_sampler(
-    model: Model, sampling: Sampling, prompts: list[Prompt], tokenizer: Any, params: Params
+    decoding: Decoding, prompts: list[Prompt], tokenizer: Any, params: Params
 ) -> Callable[[Params], list[Sample]]:
     """Return `sample(params)`: each prompt with the model's completion and the row's own, as text.
 
@@ -48,8 +47,8 @@ def compile_sampler(
     if not prompts:
         return lambda params: []
     ids, key = left_pad([prompt.ids for prompt in prompts], len(prompts)), jax.random.key(0)
-    stop = stop_tokens(model.config.eos, tokenizer)
-    generate: Any = make_generate(model, sampling, stop)
+    stop = decoding.stop
+    generate: Any = make_generate(decoding.model, decoding.sampling, stop)
     compiled = generate.lower(params, ids, key).compile()
     last_turn = make_last_turn(tokenizer)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import devices, sharding
+from jaxft.inference.generate import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.runs.report import Sample
@@ -132,8 +133,8 @@ def compile_samplers(job: Job, frozen: tuple[Params, ...]) -> Callable[[States],
         params = tree.combine(p.state.trainable, p.frozen)
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
-            model = p.partition.model
-            by_shape[key] = samples.compile_sampler(model, run.sampling, prompts, job.tokenizer, params)
+            decoding = Decoding(p.partition.model, run.sampling, job.stop)
+            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params)
         complete.append(by_shape[key])
 
     def sample(states: States) -> list[list[Sample]]:

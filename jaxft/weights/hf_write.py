@@ -22,6 +22,7 @@ from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
+from jaxft.weights.stop_tokens import extended_eos
 
 MAX_SHARD = 5_000_000_000  # bytes
 # In config.json: our classifiers are read at the end token, not at what a template adds after it.
@@ -167,6 +168,7 @@ def _write_configs(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+        generation["eos_token_id"] = extended_eos(generation["eos_token_id"], tokenizer)
     write_model_json(
         folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
     )

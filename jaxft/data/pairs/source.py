@@ -30,7 +30,7 @@ from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, length_percentiles
-from jaxft.data.tokens import split_rows
+from jaxft.data.tokens import count_learned_ends, split_rows
 from jaxft.tree import Metrics
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -122,6 +122,7 @@ class PairRows(DataSettings):
             fingerprint=_fingerprint(pairs),
             preview=_preview(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
+            learned_ends=count_learned_ends(tokenised, _response_ends(tokenised), tokenizer),
         )
         return _source(info, pairs)
 
@@ -275,6 +276,12 @@ def _prompts_of_row(batch: Pairs, row: int, count: int) -> list[Prompt]:
         ids = batch.ids[0, row, inside[0] : last + 1].tolist()
         prompts.append(Prompt(ids, batch.targets[0, row, where].tolist()))
     return prompts
+
+
+def _response_ends(pairs: TokenisedPairs) -> Int[np.ndarray, " responses"]:
+    """Return the index after the last token of each response that is not truncated."""
+    kept = (pairs.counts[:, 1:] > 0) & ~pairs.truncated[:, None]
+    return (pairs.starts + pairs.counts)[:, 1:][kept]
 
 
 def _require_both_responses(pairs: TokenisedPairs) -> None:

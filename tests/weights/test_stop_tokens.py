@@ -1,0 +1,124 @@
+"""Completions end where the model learned to end: by its configs, its tokenizer and its chat template."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from chat_templates import TEMPLATES, stock_tokenizer
+from prepared import prepare, working_directory
+from tiny_llama import tiny_torch, write_folder
+from tiny_pairs import make_rows, write
+from tiny_run import write_place
+from tiny_tokenizers import KINDS, tiny
+
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.sft import Rows
+from jaxft.data.template import template_of
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.train.logs import startup_lines
+from jaxft.weights import hf_write, pretrained
+from jaxft.weights.stop_tokens import stop_lines, stop_tokens
+
+ENDS = {  # what ends the last turn of text, and of tool calls where it is another token
+    "chatml": "<|im_end|>",
+    "smollm2": "<|im_end|>",
+    "llama3.0": "<|eot_id|>",
+    "llama3.1": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "deepseek-v3": "<｜end▁of▁sentence｜>",
+    "deepseek-r1": "<｜end▁of▁sentence｜>",
+    "marked": "<|im_end|>",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_torch())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_shows_what_ends_a_turn(name):
+    tokenizer = stock_tokenizer(name)
+    assert tokenizer.convert_ids_to_tokens(template_of(tokenizer).stop_tokens) == [ENDS[name]]
+
+
+def test_a_call_that_ends_with_a_token_of_its_own_is_a_stop():
+    tokenizer = TEMPLATES["qwen2.5"].tokenizer()
+    source = tokenizer.chat_template.replace(
+        "{{- '<|im_end|>\n' }}\n    {%- elif m.role == 'tool'",
+        "{{- ('<|eom_id|>' if m.tool_calls else '<|im_end|>') + '\n' }}\n    {%- elif m.role == 'tool'",
+    )
+    assert source != tokenizer.chat_template
+    tokenizer.chat_template = source
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eom_id|>"]})
+    stops = template_of(tokenizer).stop_tokens
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|im_end|>", "<|eom_id|>"]
+
+
+def test_stop_tokens_are_those_of_config_generation_config_tokenizer_and_template(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    model, tokenizer = pretrained.model_for(str(folder)), tiny("gemma")  # config.json has 257
+    eos, end = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert eos == tokenizer.eos_token_id != end
+    assert stop_tokens(str(folder), model, tokenizer) == tuple(sorted({3, 5, 257, eos, end}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id has '</s>'; use a token id"):
+        stop_tokens(str(folder), model, tokenizer)
+    (folder / "generation_config.json").unlink()
+    assert stop_tokens(str(folder), model, tokenizer) == tuple(sorted({257, eos, end}))
+
+
+def chat_rows(count=8):
+    turns = [("user", "what is {}?"), ("assistant", "it is {}"), ("user", "and {}?"), ("assistant", "{} too")]
+    return [
+        {"messages": [{"role": role, "content": text.format(i)} for role, text in turns]}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ("llama3", "chatml", "gemma", "marked", "plain"))
+def test_training_sequences_end_with_stop_tokens(kind, tmp_path):
+    write(tmp_path / "r.jsonl", chat_rows())
+    tokenizer = tiny(kind)
+    info = Rows(str(tmp_path / "r.jsonl"), max_length=128).open(tokenizer, cache=tmp_path).info
+    end = KINDS[kind][3].strip() or tokenizer.eos_token  # the plain template ends with a line break, then EOS
+    assert info.learned_ends == {tokenizer.convert_tokens_to_ids(end): 8}
+    write(tmp_path / "p.jsonl", make_rows(9))
+    info = PairRows(str(tmp_path / "p.jsonl"), held_out=0.2, batch=3).open(tokenizer, cache=tmp_path).info
+    assert info.learned_ends == {tokenizer.convert_tokens_to_ids(end): 18}
+
+
+def test_a_learned_end_that_is_no_stop_token_is_a_warning():
+    tokenizer = tiny("gemma")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    (line,) = stop_lines((tokenizer.eos_token_id,), {tokenizer.eos_token_id: 3}, tokenizer)
+    assert line == f"completions end at '<eos>' ({tokenizer.eos_token_id})"
+    _, warning = stop_lines((tokenizer.eos_token_id,), {end: 9, tokenizer.eos_token_id: 3}, tokenizer)
+    assert warning.startswith(
+        f"warning: 9 of 12 responses (75 %) end otherwise, most often with '<end_of_turn>' ({end})"
+    )
+
+
+def test_a_run_says_where_its_completions_end_before_it_starts(tmp_path):
+    write_place(tmp_path)
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    job = prepare(tmp_path)
+    assert job.stop == (256, 257)
+    with working_directory(tmp_path):
+        assert "completions end at '<s>' (256), '</s>' (257)" in startup_lines(job, 0, [])
+
+
+def test_an_exported_model_ends_where_its_template_ends_a_turn(folder, tmp_path):
+    model = pretrained.model_for(str(folder))
+    base = jax.tree.map(np.asarray, pretrained.load_frozen(str(folder), model, make_mesh(MeshShape())))
+    tokenizer = tiny("gemma")
+    hf_write.save_folder(tmp_path, model, base, tokenizer, str(folder))
+    written = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert written == [257, *tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])]
+    hf_write.save_folder(tmp_path, model, base, None, str(folder))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 257
