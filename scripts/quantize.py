@@ -41,6 +41,9 @@ def arguments() -> argparse.Namespace:
         "--calibrate", metavar="ROWS", help="calibration rows: a file, a folder or a hub dataset"
     )
     parser.add_argument("--columns", help="column names of the rows: prompt=question,completion=answer")
+    parser.add_argument(
+        "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens to use (default 16384)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row (default 512)")
     parser.add_argument(
@@ -61,6 +64,7 @@ def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
     import jax
     import jax.numpy as jnp
 
+    from jaxft.data.invalid import invalid_lines
     from jaxft.data.sft import Rows
     from jaxft.distributed import sharding
     from jaxft.objectives.sft import sft
@@ -75,9 +79,17 @@ def calibrate(args: argparse.Namespace, model: Any, tokenizer: Any, quant: Any) 
         shards = sharding.row_shards(mesh)
         columns = tuple(args.columns.split(",")) if args.columns else ()
         rows = Rows(
-            args.calibrate, held_out=0.0, columns=columns, loss_on="all", max_length=args.max_length, batch=4
+            args.calibrate,
+            held_out=0.0,
+            columns=columns,
+            invalid=args.invalid,
+            loss_on="all",
+            max_length=args.max_length,
+            batch=4,
         )
         source = rows.open(tokenizer, shards)
+        for line in invalid_lines(source.info.stats.invalid):
+            progress(line)
         base = pretrained.load_frozen(args.model, model, mesh)
         paths = [path for path in storage.quantised_paths(model.specs, quant) if path.startswith("layers/")]
         steps = min(source.info.steps, -(-args.tokens // (rows.batch * rows.max_length)))

@@ -189,10 +189,13 @@ def quantized(place, monkeypatch, capsys):
 def test_a_calibrated_base_is_closer_to_the_model_than_an_uncalibrated_one(place, quantized):
     form = ("--model", "base", "--kind", "int4", "--block", "32", "--targets", "layers/attn/.*")
     assert quantized(*form, "--out", "plain")[0] == 0
-    code, reported = quantized(
-        *form, "--out", "looked", "--calibrate", "rows.jsonl", "--tokens", "512", "--max-length", "64"
-    )
+    (place / "dirty.jsonl").write_text((place / "rows.jsonl").read_text() + '{"text": 7}\n')
+    rows = ("--calibrate", "dirty.jsonl", "--tokens", "512", "--max-length", "64")
+    code, reported = quantized(*form, "--out", "looked", *rows)
+    assert code == 1 and "dirty.jsonl:61: column 'text' has type int" in reported
+    code, reported = quantized(*form, "--out", "looked", *rows, "--invalid", "drop")
     assert code == 0 and "calibrating on batch 2 of 2" in reported, reported
+    assert "1 invalid rows left out" in reported
     text = [json.loads(line)["text"] for line in (place / "rows.jsonl").read_text().splitlines()][-4:]
     ids, logits = (
         np.array([pretrained.load_tokenizer(str(place / "base")).encode(t)[:28] for t in text], np.int32),
