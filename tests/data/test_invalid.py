@@ -14,7 +14,7 @@ from jaxft.data.invalid import InvalidRow, InvalidRows, count_by_reason, invalid
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
-from jaxft.data.rows import read_rows
+from jaxft.data.rows import REPOSITORY, read_rows
 from jaxft.data.sft import Rows
 
 SFT = [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": ""}]
@@ -254,3 +254,18 @@ def test_settings_out_of_range_are_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"^data.{name}={value!r}; use "):
         Rows("r.jsonl", **options)
+
+
+def test_every_error_about_a_row_is_an_invalid_row():
+    """Others end a run with data.invalid=drop: only too_long=error and a tokenizer that fits no row may."""
+    folder = REPOSITORY / "jaxft" / "data"
+    raised = [
+        (file.name, text)
+        for file in folder.rglob("*.py")
+        for text in re.findall(
+            r'raise ValueError\(\s*f"\{[\w.]*\bname\}.*?\n +\)\n', file.read_text(), re.DOTALL
+        )
+    ]
+    assert len(raised) >= 3  # the pattern finds some
+    others = [x for x in raised if not re.search(r"too_long|{remedy} or|the tokenizer has none", x[1])]
+    assert not others
