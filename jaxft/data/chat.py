@@ -106,6 +106,23 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE
     return _chat_ids(prompt, None, tokenizer, template_of(tokenizer, date))
 
 
+def tools_warnings(
+    examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
+) -> tuple[str, ...]:
+    """Return a warning if the tools of the first example that has some don't change the rendered prompt."""
+    template = template_of(tokenizer, date)
+    chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
+    if template is None or chat is None:
+        return ()
+    prompt = chat.messages[: chat.response] or chat.messages
+    try:
+        same = render_messages(template, prompt, chat.tools) == render_messages(template, prompt)
+    except REJECTIONS:
+        return ()
+    lost = f"{chat.name}: {template.name} renders the prompt without the row's tools, so the model does not "
+    return (f"warning: {lost}see them; use a tokenizer whose template has tools",) if same else ()
+
+
 def example_prompt_ids(
     examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
 ) -> Iterator[list[int] | InvalidRow]:

@@ -93,6 +93,7 @@ class Rows(DataSettings):
             fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
             preview=tokenizer.decode(first, skip_special_tokens=False),
             stats=_stats(examples, (train, held), plan(0), (size, reads)),
+            warnings=examples.warnings,
             learned_ends=count_learned_ends(examples, examples.offsets[1:][~examples.truncated], tokenizer),
         )
         shapes = _shapes(self, (row_count, size, reads))

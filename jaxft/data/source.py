@@ -50,7 +50,7 @@ class SourceInfo:
     run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
     run's record. learned_ends: how many training and held-out sequences teach the model to end with each
-    token id; without truncated ones.
+    token id; without truncated ones. warnings: lines for the start of a run.
     """
 
     steps: int
@@ -62,6 +62,7 @@ class SourceInfo:
     samples: bool = False
     dependencies: dict[str, str] = field(default_factory=dict)
     learned_ends: dict[int, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Source(Protocol[BoundTo]):

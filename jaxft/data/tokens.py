@@ -38,7 +38,7 @@ class TokenisedRows:
     learned: marks the tokens that are targets; the first token of an example never is. row_numbers: the
     dataset row of each example. truncated: marks truncated examples. names: of the dataset rows. dropped:
     number of rows that were left out because they are too long. invalid: the invalid rows that were left out.
-    cache: how the arrays came about, see cache.load_or_make.
+    warnings: lines for the start of a run. cache: how the arrays came about, see cache.load_or_make.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
@@ -54,6 +54,7 @@ class TokenisedRows:
     names: tuple[str, ...]
     dropped: int = 0
     invalid: tuple[InvalidRow, ...] = ()
+    warnings: tuple[str, ...] = ()
     cache: str = field(default="off", compare=False)
 
     def __len__(self) -> int:
@@ -79,7 +80,10 @@ class TokenisedRows:
         offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
         names, dropped = self.names + other.names, self.dropped + other.dropped
         invalid = self.invalid + other.invalid
-        return replace(self, **arrays, offsets=offsets, names=names, dropped=dropped, invalid=invalid)
+        warnings = tuple(dict.fromkeys(self.warnings + other.warnings))
+        return replace(
+            self, **arrays, offsets=offsets, names=names, dropped=dropped, invalid=invalid, warnings=warnings
+        )
 
 
 SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
@@ -105,7 +109,20 @@ def tokenise_rows(
         lambda arrays: _is_sound(arrays, len(rows)),
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    return TokenisedRows(**arrays_and_rows(ref, rows, arrays, invalid, settings.max_length), cache=state)
+    with_tools = first_row_with_tools(rows, settings.columns)
+    examples = formats.normalise_each(with_tools, settings.format, settings.columns) if with_tools else ()
+    return TokenisedRows(
+        **arrays_and_rows(ref, rows, arrays, invalid, settings.max_length),
+        warnings=chat.tools_warnings(examples, tokenizer, settings.date),
+        cache=state,
+    )
+
+
+def first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """Return the first row that has tools, [] without any. columns: see data.columns."""
+    renamed = (item.partition("=") for item in columns)
+    name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
+    return [row for row in rows if row.fields.get(name)][:1]
 
 
 def arrays_and_rows(

@@ -125,6 +125,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         info.preview,
         report.resumed_lines(first, changes) if first else [],
     )
+    lines += info.warnings
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):

@@ -1,5 +1,7 @@
 """Chat templates of well-known models: every learned turn is shown in full, or the row is refused."""
 
+import json
+
 import pytest
 from chat_templates import (
     HIDDEN,
@@ -17,7 +19,9 @@ from hypothesis import strategies as st
 from jaxft.data import chat
 from jaxft.data.example import Chat
 from jaxft.data.formats import normalise_rows
+from jaxft.data.pairs.source import PairRows
 from jaxft.data.rows import Row
+from jaxft.data.sft import Rows
 
 
 def row(turns, tools=None):
@@ -111,6 +115,28 @@ def test_content_that_is_null_stays_null():
     ]
     (example,) = normalise_rows([Row("rows.jsonl:1", {"messages": messages})])
     assert example.messages[1]["content"] is None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tools_that_change_nothing_in_the_text_are_a_warning(name, tmp_path):
+    messages = [{"role": role, "content": "q"} for role in ("user", "assistant")]
+    pair = {"prompt": messages[:1], "chosen": "a", "rejected": "b", "tools": TOOLS}
+    (tmp_path / "r.jsonl").write_text(
+        "\n".join(json.dumps({"messages": messages, **more}) for more in ({}, {"functions": TOOLS}))
+    )
+    (tmp_path / "p.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "chosen": "c"}))
+    has_tools = name in ("llama3.1", "mistral", "qwen2.5", "qwen3", "marked")
+    rows = Rows(str(tmp_path / "r.jsonl"), columns=("tools=functions",), held_out=None)
+    pairs = PairRows(str(tmp_path / "p.jsonl"), held_out=None, batch=1)
+    sources = [(rows, "r.jsonl:2"), (rows, "r.jsonl:2")]  # the second from the cache
+    if name != "deepseek-r1":  # its prompts end with "<think>", its training texts do not: pairs are refused
+        sources.append((pairs, "p.jsonl:1"))
+    for data, first in sources:
+        warnings = data.open(stock_tokenizer(name), cache=tmp_path).info.warnings
+        text = (
+            f"warning: {first}: the chat template of stock/{name} renders the prompt without the row's tools"
+        )
+        assert not warnings if has_tools else [w.startswith(text) for w in warnings] == [True]
 
 
 def test_the_remedy_for_an_earlier_turn_is_to_learn_the_last_response():

@@ -104,13 +104,17 @@ def test_a_learned_end_that_is_no_stop_token_is_a_warning():
     )
 
 
-def test_a_run_says_where_its_completions_end_before_it_starts(tmp_path):
+def test_a_run_says_before_it_starts_where_its_completions_end_and_what_its_template_drops(tmp_path):
     write_place(tmp_path)
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
-    job = prepare(tmp_path)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "tools.jsonl", [{"messages": messages, "tools": [{"name": "sum"}]}] * 9)
+    job = prepare(tmp_path, "data=tools.jsonl")
     assert job.stop == (256, 257)
     with working_directory(tmp_path):
-        assert "completions end at '<s>' (256), '</s>' (257)" in startup_lines(job, 0, [])
+        lines = startup_lines(job, 0, [])
+    assert "completions end at '<s>' (256), '</s>' (257)" in lines
+    assert any(line.startswith("warning: tools.jsonl:1: the chat template of base renders") for line in lines)
 
 
 def test_an_exported_model_ends_where_its_template_ends_a_turn(folder, tmp_path):

@@ -122,6 +122,7 @@ class PairRows(DataSettings):
             fingerprint=_fingerprint(pairs),
             preview=_preview(tokenised, int(train.min()), tokenizer),
             stats=_stats(pairs, saved),
+            warnings=tokenised.warnings,
             learned_ends=count_learned_ends(tokenised, _response_ends(tokenised), tokenizer),
         )
         return _source(info, pairs)

@@ -21,11 +21,12 @@ from jaxft.data import cache as files
 from jaxft.data import chat
 from jaxft.data.cache import Arrays
 from jaxft.data.chat import MaskedTokens
+from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.pack import ranges
 from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_each_pair
 from jaxft.data.rows import Row, read_rows
-from jaxft.data.tokens import TokenisedRows, arrays_and_rows
+from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_row_with_tools
 
 VERSION = ("pairs", 3)  # increase it when the same rows become other tokens
 
@@ -138,7 +139,16 @@ def tokenise_pairs(
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
     fields = arrays_and_rows(ref, rows, arrays, invalid, settings.max_length)
-    return TokenisedPairs(**fields, kinds=settings.kinds, cache=state)
+    with_tools = first_row_with_tools(rows, settings.columns)
+    warnings = chat.tools_warnings(_responses(with_tools, settings), tokenizer, settings.date)
+    return TokenisedPairs(**fields, kinds=settings.kinds, warnings=warnings, cache=state)
+
+
+def _responses(rows: Sequence[Row], settings: PairTokenSettings) -> list[Chat | Completion]:
+    """Return all responses of those rows that are valid."""
+    pairs = normalise_each_pair(rows, settings) if rows else ()
+    found = [pair.responses.values() for pair in pairs if not isinstance(pair, InvalidRow)]
+    return [response for responses in found for response in responses if response is not None]
 
 
 def with_mismatched(pairs: TokenisedPairs, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedPairs:
