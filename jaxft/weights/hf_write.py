@@ -23,6 +23,7 @@ from jaxft.weights.hf import HEAD
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import extended_eos
+from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
 # In config.json: our classifiers are read at the end token, not at what a template adds after it.
@@ -34,12 +35,14 @@ class LayerQuantizer:
     """Quantises the weights that `save_folder` writes.
 
     layouts: the layout of a layer [in, out] by parameter path. quantize(path, layer number or None, layer):
-    returns a QTensor of that layout. settings: config.json's quantization_config.
+    returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
+    about the layout of the files.
     """
 
     layouts: Mapping[str, QTensor]
     quantize: Callable[[str, int | None, np.ndarray], QTensor]
     settings: dict[str, Any]
+    layout_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,21 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
     for name in ("bos_token_id", "eos_token_id"):
         generation.setdefault(name, config.get(name))
-    return config, generation
+    return _with_rope_of_4(config), generation
+
+
+def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with rope's settings also where transformers 4 and llama.cpp's converter look.
+
+    A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
+    """
+    new = config.get("rope_parameters")
+    if not isinstance(new, dict) or config.get("rope_scaling"):
+        return config
+    old = {"rope_theta": new["rope_theta"]} if "rope_theta" in new else {}
+    if new.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {name: value for name, value in new.items() if name != "rope_theta"}
+    return {**config, **old}
 
 
 def _write_configs(
@@ -166,7 +183,7 @@ def _write_configs(
     config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
     write_model_json(folder / "config.json", config)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        write_tokenizer(folder, tokenizer)
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)
         generation["eos_token_id"] = extended_eos(generation["eos_token_id"], tokenizer)
     write_model_json(

@@ -1,7 +1,7 @@
 """Merge a base and an adapter into one model's weights, one tensor at a time as it is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import check_tensors
-from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.model_files import Index, ModelFiles, full_index
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,36 @@ def merge_files(files: ModelFiles, model: Model, adapter: Params | None, dtype: 
             shape, np.dtype(dtype), partial(_merge_layer, read, pairs.get(path), np.dtype(dtype))
         )
     return _nested(leaves)
+
+
+def merge_on_read(files: ModelFiles, model: Model, adapter: Params) -> ModelFiles:
+    """Return the files with an adapter merged into the weights, in float32, as they are read.
+
+    Raises ValueError for an adapter of a tied head, which the files have no weight of.
+    """
+    merged: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # scaled a [in, R] and b [R, out] by weight name
+    for path, pair in lora.pairs_by_path(adapter).items():
+        if path not in model.weight_names:
+            raise ValueError(
+                f"{files.where}: an adapter of the head, which is tied to the embeddings, cannot be merged "
+                "while it is read; write the merged model with scripts/export.py and use it as model="
+            )
+        name = model.weight_names[path][0]
+        for i in range(pair["a"].shape[0]) if "{i}" in name else (None,):
+            one = pair if i is None else {key: x[i] for key, x in pair.items()}
+            a, b, scale = (np.asarray(one[key], np.float32) for key in ("a", "b", "scale"))
+            merged[name.format(i=i)] = (a * scale, b)
+
+    def read(name: str, index: Index = ()) -> np.ndarray:
+        value = files.read(name, index)
+        if name not in merged:
+            return value
+        (a, b), (outs, ins) = merged[name], full_index(index, files.shapes[name])
+        return value.astype(np.float32) + (a[ins] @ b[:, outs]).T
+
+    dtypes = {**files.dtypes, **dict.fromkeys(merged, np.dtype(np.float32))}
+    quantised = {name: x for name, x in files.quantised.items() if name not in merged}
+    return replace(files, dtypes=dtypes, read=read, quantised=quantised)
 
 
 def merge_params(base: Params, adapter: Params | None, dtype: DTypeLike) -> Params:

@@ -21,7 +21,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights import gguf, gguf_header, gguf_tokenizer, hf, hub, place
+from jaxft.weights import gguf, gguf_header, gguf_tokenizer, hf, hub, merge, peft, place, tokenizer_files
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers
 from jaxft.weights.safetensors import read_model_json
@@ -88,17 +88,10 @@ def load_tokenizer(ref: str) -> Any:
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
         return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(located.path), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = tokenizer_files.read_tokenizer(located.path)
     except Exception as e:  # transformers and tokenizers raise many kinds here
-        reason = hub.short_message(e)
-        raise ValueError(
-            f"{ref}: no tokenizer could be loaded from {located.path} ({reason}); it needs a tokenizer.json"
-        ) from e
+        raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:
         raise ValueError(
             f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches "
@@ -154,13 +147,19 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
     return layouts
 
 
-def load_base(ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = ()) -> Params:
+def load_base(
+    ref: str, stored: StoredModel, mesh: Mesh, skip: Collection[str] = (), adapter: Path | None = None
+) -> Params:
     """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only its own
     devices' shards.
 
-    skip: paths in the whole tree of parameters that are not read and are None in the result.
+    skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
+    folder, which is merged into the weights in float32.
     """
-    readers = open_params(ref, stored.model)
+    files = open_files(ref)
+    if adapter is not None:
+        files = merge.merge_on_read(files, stored.model, peft.read_adapter(adapter, stored.model)[0])
+    readers = param_readers(files, stored.model)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, reader = f"base/{path}", readers[path]

@@ -1,0 +1,107 @@
+"""Tokenizer files of folders: read them, and write them so that transformers 4 and 5 load them."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxft.weights.safetensors import read_model_json, write_model_json
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "*.jinja",
+)  # fmt: skip
+# transformers 4, and vLLM and llama.cpp's converter with it, cannot load these classes of transformers 5.
+ONLY_IN_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
+IN_BOTH = "PreTrainedTokenizerFast"  # both take tokenizer.json as it is
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Read a folder's tokenizer with transformers, without running code in the folder.
+
+    Return a fast or a slow tokenizer; raises what transformers and tokenizers raise.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def reading_failed(folder: Path, error: Exception) -> str:
+    """Say why a folder's tokenizer cannot be read, and what helps."""
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        return (
+            f"{folder} has a SentencePiece tokenizer.model and no tokenizer.json; write one once, after "
+            "`pip install sentencepiece protobuf`, with "
+            f"transformers.AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
+        )
+    reason = " ".join(str(error).split())[:300]
+    return f"no tokenizer could be loaded from {folder} ({reason}); it needs a tokenizer.json"
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer so that AutoTokenizer of transformers 4.57 and 5 load it without arguments.
+
+    The files that it was read from are copied unchanged if it has not been changed since and both versions
+    know its class. Otherwise its own state is written under a class that both know. Files of another
+    tokenizer in the folder are removed.
+    """
+    source = Path(tokenizer.name_or_path) if tokenizer.name_or_path else None
+    if source is not None and not (source / "tokenizer.json").is_file():
+        source = None
+    if source is not None and folder.resolve() == source.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in _files(folder):
+        stale.unlink()
+    if source is not None and _known_to_both(source) and _is_unchanged(tokenizer, source):
+        for path in _files(source):
+            shutil.copyfile(path, folder / path.name)
+        return
+    _write_state(folder, tokenizer)
+    if source is not None and (source / "tokenizer.model").is_file():  # llama.cpp's converter reads it
+        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _known_to_both(source: Path) -> bool:
+    """Whether transformers 4.57 and 5 read the same tokenizer from a folder."""
+    path = source / "tokenizer_config.json"
+    config = read_model_json(path) if path.is_file() else {}
+    name = config.get("tokenizer_class")  # without one, 4.57 takes the model's class, which may add a BOS
+    return (
+        isinstance(name, str)
+        and name not in ONLY_IN_5
+        and not isinstance(config.get("extra_special_tokens"), list)
+    )
+
+
+def _is_unchanged(tokenizer: Any, source: Path) -> bool:
+    return _state(tokenizer) == _state(read_tokenizer(source))
+
+
+def _state(tokenizer: Any) -> tuple[Any, ...]:
+    """What tokens and texts depend on, without the padding and truncation of the last call."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"padding": None, "truncation": None}
+    return backend, tokenizer.special_tokens_map, tokenizer.chat_template
+
+
+def _write_state(folder: Path, tokenizer: Any) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template from a tokenizer in memory."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(str(folder))
+    config = read_model_json(folder / "tokenizer_config.json")
+    config = {name: value for name, value in config.items() if name not in ("backend", "is_local")}
+    config["tokenizer_class"] = IN_BOTH
+    if isinstance(config.get("extra_special_tokens"), list):  # 4.57 takes a dict only; 5 reads both names
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    first_step = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in first_step:  # 4.57 would set it to its own default, False
+        config["add_prefix_space"] = first_step["add_prefix_space"]
+    write_model_json(folder / "tokenizer_config.json", config)
