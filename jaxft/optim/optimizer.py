@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.nn.param import ParamSpec, Specs, is_spec
+from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import (
     LayerParts,
     StepInfo,
@@ -24,7 +25,6 @@ from jaxft.optim.update import (
     layerwise_parts,
     no_layer_parts,
     standard_promotion,
-    to_float32,
     update_layerwise,
 )
 from jaxft.tree import Grads, Mask, OptState, Params
@@ -127,7 +127,8 @@ class Optim:
 
     optimizer: `(schedule, specs, weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation`, with
     its hyper-parameters as keyword arguments: adamw, adafactor, those of low_precision, your own, or
-    `partial(adamw, b1=0.8)`. b1, b2, eps: passed to an optimizer that has them; None for its default.
+    `partial(adamw, b1=0.8)`; or an optimizer of optax, such as `optax:lion`. b1, b2, eps: passed to an
+    optimizer that has them; None for its default.
     schedule: constant_schedule, linear_schedule, cosine_schedule or your own. warmup: fraction of the steps
     with a rising learning rate. end: the schedule's last value as a fraction of lr. clip: largest global
     gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a leaf's updates are
@@ -171,13 +172,20 @@ class Optim:
                 f"optim.clip={self.clip} needs it; set optim.clip=none, or optim.fused_backward=false"
             )
         try:
-            inspect.signature(self.optimizer).bind(self.schedule, None, self.weight_decay, **self.hyper)
+            of_optax = takes_learning_rate(self.optimizer)
+            given_first = (self.schedule,) if of_optax else (self.schedule, None, self.weight_decay)
+            inspect.signature(self.optimizer).bind(*given_first, **self.hyper)
         except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
             given = ", ".join(f"optim.{name}={value}" for name, value in self.hyper.items())
             raise ValueError(
                 f"optim.optimizer={name_of(self.optimizer)} can't be called as (schedule, specs, weight_decay"
                 f"{', **hyper' if given else ''}): {error}{f'; leave out {given}' if given else ''}"
             ) from error
+        if of_optax and self.weight_decay and not decays_by_mask(self.optimizer):
+            raise ValueError(
+                f"optim.optimizer={name_of(self.optimizer)} has no weight decay that leaves out norms; set "
+                f"optim.weight_decay=0, got {self.weight_decay}"
+            )
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -216,13 +224,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
             f"optim.schedule={name_of(o.schedule)} does not take (lr, end, warmup, steps); "
             "use constant_schedule, linear_schedule or cosine_schedule"
         ) from error
-    rule = o.optimizer(schedule, rule_specs, o.weight_decay, **o.hyper)
-    rule = rule if isinstance(rule, UpdateRule) else UpdateRule(rule)
-    if not isinstance(rule.transform, optax.GradientTransformation):
-        raise ValueError(
-            f"optim.optimizer={name_of(o.optimizer)} returned a {type(rule.transform).__name__}, "
-            "expected an optax.GradientTransformation or an UpdateRule"
-        )
+    rule = make_rule(o, schedule, rule_specs)
     chain: list[optax.GradientTransformation] = [clip_by_global_norm(o.clip)] if o.clip is not None else []
     chain.append(rule.transform)
     if o.lr_groups:
@@ -234,6 +236,57 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     init, parts = partial(init_layerwise, transform, groups), layerwise_parts(transform, groups)
     update = partial(update_layerwise, parts)
     return Optimizer(init, update, schedule, name, parts, True, o.fused_backward, rule.replicated)
+
+
+def takes_learning_rate(optimizer: Callable) -> bool:
+    """Whether a function makes an optimizer as those of optax do, `(learning_rate, ...)`."""
+    return next(iter(inspect.signature(optimizer).parameters), "") == "learning_rate"
+
+
+def decays_by_mask(optimizer: Callable) -> bool:
+    """Whether a function of optax takes a weight decay, and a mask of the parameters that are decayed."""
+    return {"weight_decay", "mask"} <= inspect.signature(optimizer).parameters.keys()
+
+
+def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
+    """Call `o.optimizer`. A function of optax gets the schedule as its learning rate, decays matrices only,
+    and updates each layer as a parameter of its own.
+
+    Raises ValueError for what is not an optimizer or cannot update parameters of these shapes.
+    """
+    name, of_optax = name_of(o.optimizer), takes_learning_rate(o.optimizer)
+    masked = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}
+    arguments = (schedule,) if of_optax else (schedule, specs, o.weight_decay)
+    extra = masked if of_optax and decays_by_mask(o.optimizer) else {}
+    try:
+        rule = o.optimizer(*arguments, **o.hyper, **extra)
+    except (TypeError, AttributeError) as error:  # its parameters mean something else
+        raise _unusable(name, error) from error
+    if of_optax and isinstance(rule, optax.GradientTransformation):
+        rule = apply_per_layer(rule, specs)
+    if isinstance(rule, UpdateRule) and isinstance(rule.transform, optax.GradientTransformation):
+        return rule
+    if not isinstance(rule, optax.GradientTransformation):
+        wrong = rule.transform if isinstance(rule, UpdateRule) else rule
+        raise ValueError(
+            f"optim.optimizer={name} returned a {type(wrong).__name__}, "
+            "expected an optax.GradientTransformation or an UpdateRule"
+        )
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
+    try:
+        with standard_promotion():
+            jax.eval_shape(lambda params: rule.update(params, rule.init(params), params), shapes)
+    except Exception as error:  # whatever optax or the function raises on shapes that it cannot update
+        raise _unusable(name, error) from error
+    return UpdateRule(rule)
+
+
+def _unusable(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"optim.optimizer={name} cannot update these parameters from their gradients alone ({reason}); "
+        "use adamw, adafactor, or a function (schedule, specs, weight_decay) of your own"
+    )
 
 
 def from_optax(
@@ -271,85 +324,18 @@ def decay_mask(specs: Specs) -> Mask:
     return jax.tree.map(lambda s: len(s.axes) - ("layers" in s.axes) >= 2, specs, is_leaf=is_spec)
 
 
+def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:
+    """Return a function from parameters, None at some leaves, to their decay mask."""
+    decayed = tree.paths(decay_mask(specs))
+    return lambda params: tree.map_with_path(lambda path, _: decayed[path], params)
+
+
 def with_decay(
     direction: optax.GradientTransformation, schedule: optax.Schedule, specs: Specs, weight_decay: float
 ) -> optax.GradientTransformation:
     """Chain a direction, decoupled weight decay of matrices, and the negative learning rate."""
-    decayed = tree.paths(decay_mask(specs))
-
-    def mask(params: Params) -> Mask:  # params may have None at some leaves
-        return tree.map_with_path(lambda path, _: decayed[path], params)
-
     return optax.chain(
         direction,
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, mask_of_matrices(specs)),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
-    unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
-    """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
-    any_layers = any(jax.tree.leaves(stacked))
-
-    def split(x: Params | None) -> tuple[Params, Params]:
-        return (None, None) if x is None else tree.partition(x, stacked)
-
-    def init(params: Params) -> OptState:
-        if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
-            return (transform.init(params) if any_layers else None, transform.init(params))
-        layers, rest = split(params)
-        return (jax.vmap(transform.init)(layers) if any_layers else None, transform.init(rest))
-
-    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        (layers, rest), (p_layers, p_rest) = split(updates), split(params)
-        new_rest, rest_state = transform.update(rest, state[1], p_rest)
-        if state[0] is None:
-            return new_rest, (None, rest_state)
-        new_layers, layers_state = jax.vmap(transform.update)(layers, state[0], p_layers)
-        return tree.combine(new_layers, new_rest), (layers_state, rest_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:
-    """Multiply each leaf's update by the factor of the first pattern that matches its path."""
-    factors = jax.tree.map(lambda _: 1.0, specs, is_leaf=is_spec)
-    for pattern, factor in reversed(groups):
-        mask = tree.mask_by_path(factors, pattern)
-        factors = jax.tree.map(lambda hit, old, new=factor: new if hit else old, mask, factors)
-    by_path = tree.paths(factors)
-    return optax.stateless(lambda updates, _: tree.map_with_path(lambda path, u: by_path[path] * u, updates))
-
-
-def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Scale updates down to a global norm of at most `limit`. norm: the global norm if it is already
-    computed.
-    """
-
-    def update(
-        updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any
-    ) -> tuple[Params, OptState]:
-        norm = optax.tree.norm(updates) if norm is None else norm
-        factor = jnp.minimum(limit / norm, jnp.ones((), norm.dtype))
-        return jax.tree.map(lambda u: u * factor, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
-def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Cast 16-bit gradients and parameters to float32 for a transformation.
-
-    Its state and updates are then float32 as well.
-    """
-    transform = optax.with_extra_args_support(transform)
-
-    def update(
-        updates: Params, state: OptState, params: Params | None = None, **extra: Any
-    ) -> tuple[Params, OptState]:
-        params = None if params is None else to_float32(params)
-        return transform.update(to_float32(updates), state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(lambda params: transform.init(to_float32(params)), update)

@@ -167,3 +167,56 @@ def test_the_logged_rate_is_that_of_the_update():
         rates += [] if bad else [float(rate)]
         state = new
     np.testing.assert_allclose(rates, [float(optimizer.schedule(k)) for k in range(4)], rtol=1e-6)
+
+
+STACKED = {
+    "w": ParamSpec((3, 4, 6), ("layers", "width", "mlp"), full(0.0)),
+    "norm": ParamSpec((3, 4), ("layers", "width"), full(0.0)),
+}
+
+
+def first_step(settings, params):
+    """(parameters after one step with gradients that differ from layer to layer, its learning rate)."""
+    made = make_optimizer(settings, STACKED, 10)
+    grads = jax.tree.map(lambda x: jnp.sin(jnp.arange(1.0, 1 + x.size)).reshape(x.shape) * 0.1, params)
+    info = StepInfo(jnp.float32(1), jnp.array(True))
+    return made.update(grads, made.init(params), params, info)[0], float(made.schedule(0)), grads
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_lion_of_optax_moves_by_the_sign_of_the_gradient_and_decays_matrices_only(layerwise):
+    """Chen et al. 2023, algorithm 2: with a momentum of 0 the first update is lr (sign(g) + wd w)."""
+    plain = {"lr": 0.1, "clip": None, "warmup": 0.0, "layerwise": layerwise}
+    settings = Optim(optimizer=optax.lion, weight_decay=0.5, **plain)
+    params = {"w": jnp.full((3, 4, 6), 2.0), "norm": jnp.full((3, 4), 2.0)}
+    after, lr, grads = first_step(settings, params)
+    assert lr > 0
+    np.testing.assert_allclose(after["w"], 2.0 - lr * (np.sign(grads["w"]) + 0.5 * 2.0), rtol=1e-6)
+    np.testing.assert_allclose(after["norm"], 2.0 - lr * np.sign(grads["norm"]), rtol=1e-6)
+    assert make_optimizer(settings, STACKED, 10).name == "lion"
+
+
+def test_an_optimizer_of_optax_treats_each_layer_as_a_parameter_of_its_own():
+    """LAMB scales a parameter's update by the norm of the parameter, so layers must not share it."""
+    sizes = jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    params = {"w": jnp.ones((3, 4, 6)) * sizes, "norm": jnp.ones((3, 4))}
+    settings = Optim(lr=0.1, optimizer=optax.lamb, clip=None, warmup=0.0)
+    after, lr, _ = first_step(settings, params)
+    moved = np.linalg.norm(np.asarray(after["w"] - params["w"]).reshape(3, -1), axis=1)
+    np.testing.assert_allclose(moved, lr * np.sqrt(24.0) * np.array([1.0, 10.0, 100.0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer, settings, words",
+    [
+        (optax.lbfgs, {}, "optim.optimizer=lbfgs cannot update these parameters from their gradients alone"),
+        (optax.scale_by_lion, {}, "optim.optimizer=scale_by_lion cannot update these parameters"),
+        (optax.sgd, {"weight_decay": 0.1}, "optim.optimizer=sgd has no weight decay .*optim.weight_decay=0"),
+        (optax.lion, {"eps": 1e-6}, "optim.optimizer=lion can't be called .*leave out optim.eps=1e-06"),
+        (optax.cosine_decay_schedule, {}, "optim.optimizer=cosine_decay_schedule "),
+    ],
+)
+def test_what_optax_has_and_cannot_be_used_is_one_line(optimizer, settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make_optimizer(Optim(optimizer=optimizer, **settings), STACKED, 10)
+    assert "\n" not in str(caught.value)

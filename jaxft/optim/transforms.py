@@ -1,0 +1,81 @@
+"""Transformations of updates that know a parameter's layers, path or dtype."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxft import tree
+from jaxft.nn.param import Specs, is_spec
+from jaxft.optim.update import to_float32
+from jaxft.tree import OptState, Params
+
+
+def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
+    """Apply a transformation to each layer of a stacked leaf as to a separate parameter. Other leaves are
+    unaffected. Statistics of a full parameter (factored moments, block RMS) would otherwise mix layers.
+    """
+    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
+    any_layers = any(jax.tree.leaves(stacked))
+
+    def split(x: Params | None) -> tuple[Params, Params]:
+        return (None, None) if x is None else tree.partition(x, stacked)
+
+    def init(params: Params) -> OptState:
+        if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
+            return (transform.init(params) if any_layers else None, transform.init(params))
+        layers, rest = split(params)
+        return (jax.vmap(transform.init)(layers) if any_layers else None, transform.init(rest))
+
+    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        (layers, rest), (p_layers, p_rest) = split(updates), split(params)
+        new_rest, rest_state = transform.update(rest, state[1], p_rest)
+        if state[0] is None:
+            return new_rest, (None, rest_state)
+        new_layers, layers_state = jax.vmap(transform.update)(layers, state[0], p_layers)
+        return tree.combine(new_layers, new_rest), (layers_state, rest_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:
+    """Multiply each leaf's update by the factor of the first pattern that matches its path."""
+    factors = jax.tree.map(lambda _: 1.0, specs, is_leaf=is_spec)
+    for pattern, factor in reversed(groups):
+        mask = tree.mask_by_path(factors, pattern)
+        factors = jax.tree.map(lambda hit, old, new=factor: new if hit else old, mask, factors)
+    by_path = tree.paths(factors)
+    return optax.stateless(lambda updates, _: tree.map_with_path(lambda path, u: by_path[path] * u, updates))
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scale updates down to a global norm of at most `limit`. norm: the global norm if it is already
+    computed.
+    """
+
+    def update(
+        updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any
+    ) -> tuple[Params, OptState]:
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.minimum(limit / norm, jnp.ones((), norm.dtype))
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Cast 16-bit gradients and parameters to float32 for a transformation.
+
+    Its state and updates are then float32 as well.
+    """
+    transform = optax.with_extra_args_support(transform)
+
+    def update(
+        updates: Params, state: OptState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, OptState]:
+        params = None if params is None else to_float32(params)
+        return transform.update(to_float32(updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: transform.init(to_float32(params)), update)
