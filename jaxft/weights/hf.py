@@ -14,6 +14,9 @@ from jaxft.weights.quant_layout import same_layout
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
+QUANTISATION_SCALES = (
+    ".weight_scale", ".weight_scale_inv", ".input_scale", ".weight_scale_2", ".activation_scale"
+)  # fmt: skip
 IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers in old files
 
 
@@ -113,6 +116,12 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     allowed |= {SCORE[0]} if "score" in model.weight_names else set()
     known = expected.keys() | allowed
     extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED_TENSORS)]
+    scales = [name for name in extra if name.endswith(QUANTISATION_SCALES)]
+    if scales:
+        raise ValueError(
+            f"{files.where}: tensor {scales[0]} is a scale of quantised weights (FP8 or so), and config.json "
+            "has no quantization_config that describes them; use the model's unquantised weights"
+        )
     if extra:
         raise ValueError(
             f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "

@@ -15,27 +15,13 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
 from jaxft.weights.hf import HEAD
-from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_model_json, read_tensor
+from jaxft.weights.peft_refusals import MERGE, check_plain_lora, check_tensor_names, read_adapter_config
+from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 
 PREFIX = "base_model.model."
 SCORE_TENSOR = f"{PREFIX}score.weight"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
 BASE_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.embed_tokens.weight")
-
-# Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
-PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "lora_bias": (False,),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
-}
 
 
 class Pair(NamedTuple):
@@ -69,9 +55,10 @@ def read_parts(folder: str | Path, model: Model) -> tuple[dict[str, Params], Ada
     read_adapter does, and if the head is missing or has several labels.
     """
     folder = Path(folder)
-    config = read_model_json(folder / "adapter_config.json")
+    config = read_adapter_config(folder)
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
     files = _open_tensors(folder)
+    check_tensor_names(files)
     rank = max([default.rank, *_ranks(files)])
     settings = default
     if rank != default.rank:
@@ -152,7 +139,7 @@ def _has_head(folder: Path, config: dict[str, Any]) -> bool:
         f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not "
         "supported; jaxft reads "
         "plain LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
-        "modules_to_save=['score']"
+        f"modules_to_save=['score']; {MERGE}"
     )
 
 
@@ -171,12 +158,7 @@ def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     where = folder / "adapter_config.json"
-    for key, plain in PLAIN_LORA.items():
-        if key in config and config[key] not in plain:
-            raise ValueError(
-                f"{where}: {key}={config[key]!r} is not supported; jaxft reads plain LoRA with "
-                f"{key}={plain[0]!r}"
-            )
+    check_plain_lora(where, config)
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)

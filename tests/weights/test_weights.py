@@ -264,6 +264,29 @@ def test_tensors_that_do_not_fit_the_config_are_named(source, broken):
     check_refuses(broken, "model.layers.0.mlp.gate_proj.bias", "do not belong")
 
 
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "input_scale"])
+def test_scales_of_quantised_weights_are_named_for_what_they_are(broken, scale):
+    name = f"model.layers.0.mlp.gate_proj.{scale}"
+    rewrite(broken, lambda s: s.update({name: np.ones((1,), np.float32)}))
+    check_refuses(broken, name, "is a scale of quantised weights", "use the model's unquantised weights")
+
+
+def test_rope_of_a_config_by_transformers_5_is_written_for_transformers_4_too(tmp_path):
+    for kind, rope in (("llama3", LLAMA3), ("default", {"rope_type": "default", "rope_theta": 500000.0})):
+        source = write_folder(tmp_path / kind, tiny_torch(rope_parameters=rope))
+        assert "rope_theta" not in json.loads((source / "config.json").read_text())
+        model, base = load(source)
+        hf_write.save_folder(tmp_path / "out", model, base, None, str(source))
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert written["rope_theta"] == rope["rope_theta"] and written["rope_parameters"] == rope
+        scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+        assert written.get("rope_scaling") == (scaling if kind == "llama3" else None)
+        assert pretrained.model_for(str(tmp_path / "out")).config == pretrained.model_for(str(source)).config
+        from transformers import AutoConfig
+
+        assert AutoConfig.from_pretrained(str(tmp_path / "out")).rope_parameters == rope
+
+
 def test_buffers_of_old_files_and_a_repeated_tied_head_are_ignored(tmp_path):
     folder = write_folder(tmp_path, tiny_torch(tie_word_embeddings=True))
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32)}

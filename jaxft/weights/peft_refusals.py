@@ -1,0 +1,100 @@
+"""Refuse adapters in PEFT's layout that jaxft does not read, with what is the case and what helps."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxft.weights.safetensors import SafetensorsFiles, read_model_json
+
+MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="
+
+# Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+# Fields that are read elsewhere, or that do not change what a trained adapter computes.
+OTHERS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "task_type",
+    "modules_to_save", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+)  # fmt: skip
+# Initialisations that subtract the first pair from the base's weights.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CONVERT = (
+    "the adapter belongs to weights that its initialisation has changed; write it as plain LoRA with peft: "
+    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises FileNotFoundError, also with the names of adapters in subfolders."""
+    path = folder / "adapter_config.json"
+    if folder.is_dir() and not path.is_file():
+        named = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+        if named:
+            raise FileNotFoundError(
+                f"{path}: no such file, but adapters are in its subfolders ({', '.join(named)}), as peft "
+                f"saves adapters with names; use one of them, such as {folder / named[0]}"
+            )
+        if (folder / "model" / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; {folder} has a whole model and no adapter, so use "
+                f"model={folder / 'model'}"
+            )
+    return read_model_json(path)
+
+
+def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError, naming the field, for a configuration of anything but plain LoRA."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        raise ValueError(f"{where}: init_lora_weights={start!r}: {CONVERT}")
+    for key, plain in PLAIN_LORA.items():
+        if key in config and config[key] not in plain:
+            raise ValueError(
+                f"{where}: {key}={_short(config[key])} is not supported; jaxft reads plain LoRA with "
+                f"{key}={plain[0]!r}; {MERGE}"
+            )
+    for key, value in config.items():
+        if key not in PLAIN_LORA and key not in OTHERS and value not in (None, False, [], {}):
+            raise ValueError(
+                f"{where}: jaxft does not know the field {_short(key)} (={_short(value)}), which may change "
+                f"what the adapter computes; set it to null if it does not, else {MERGE}"
+            )
+
+
+def check_tensor_names(files: SafetensorsFiles) -> None:
+    """Raise ValueError for tensors of adapters that are no LoRA pairs of linear layers, or are named
+    otherwise than peft's save_pretrained names them.
+    """
+    for name in files.shapes:
+        if "lora_embedding_" in name or "embed_tokens.lora_" in name:
+            raise ValueError(
+                f"{files.where}: tensor {name} is a LoRA pair of the embedding table, and jaxft reads pairs "
+                f"of linear layers only; {MERGE}"
+            )
+        if "lora_magnitude_vector" in name:
+            raise ValueError(f"{files.where}: tensor {name} belongs to DoRA, not to plain LoRA; {MERGE}")
+        if ".lora_A." in name or ".lora_B." in name:
+            letter = "A" if ".lora_A." in name else "B"
+            adapter = name.partition(f".lora_{letter}.")[2].removesuffix("weight").strip(".")
+            if adapter and adapter != "bias":
+                raise ValueError(
+                    f"{files.where}: tensor {name} has the adapter's name {adapter!r} in it, as in a "
+                    "state_dict; save the adapter with peft's save_pretrained, which leaves it out"
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
