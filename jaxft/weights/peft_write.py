@@ -11,6 +11,7 @@ from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.tree import Params
+from jaxft.weights import hub
 from jaxft.weights.gather import layer_on_host
 from jaxft.weights.peft import PREFIX, SCORE_TENSOR, SEQ_CLS, linear_weight_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
@@ -48,12 +49,12 @@ def save_adapter(
         )
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
-    repo, _, revision = base_ref.partition("@")
+    base, revision = hub.hub_name(base_ref) or (base_ref, None)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if score is None else SEQ_CLS,
-        "base_model_name_or_path": repo,
-        "revision": revision or None,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
         "lora_dropout": settings.dropout,

