@@ -1,6 +1,7 @@
 """SFT of every weight: the same rows and model as configs/sft.py, for comparison.
 
     python scripts/train.py --config configs/sft_full.py
+    python scripts/train.py --config configs/sft_full.py start=runs/sft name=more   # after configs/sft.py
 
 SmolLM2-135M-Instruct in full: float32 weights and AdamW moments, bfloat16 compute. About 7 minutes and 4 GB
 on a 2-core CPU. The learning rate is 1/40 of LoRA's; `general_loss` before and after shows what the model
@@ -10,12 +11,12 @@ forgets.
 from jaxft.data.sft import Rows
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import FINETUNING, GENERAL, ModelKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, GENERAL, FullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
-    base: ModelKnobs = ModelKnobs(),
+    base: FullKnobs = FullKnobs(),
     rows: RowKnobs = RowKnobs(FINETUNING, batch=4, epochs=3.0),
     name: str = "sft_full",
     lr: float = 5e-5,
@@ -24,11 +25,9 @@ def config(
     """Full fine-tuning."""
     return Run(
         name=name,
-        weights=base.model,
-        model=base.build(),
+        **base.sections(),
         objective=sft,
         data=Rows(**rows.settings()),
-        adapter=None,
         train=train,
         optim=Optim(lr=lr, weight_decay=0.01),
         loop=Loop(eval_every=20, save_every=40, keep_last=1),

