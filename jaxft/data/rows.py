@@ -235,3 +235,9 @@ def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:
         ) from error
     for number, item in enumerate(data, 1):
         yield attempt(_row, item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")
+
+
+def hub_dataset(ref: str) -> str | None:
+    """Return the `org/name` of rows that are a dataset on the hub, None for files."""
+    named = re.match(r"[\w-][\w.-]*/[\w.-]+(?=[/:]|$)", ref)
+    return named[0] if named and find_data(ref) is None and Path(ref).suffix not in SUFFIXES else None

@@ -160,17 +160,16 @@ def _same_prompts(before: Evaluation, after: Evaluation) -> list[tuple[Sample, S
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The contents of a run's model card, README.md. base: the base model as a reader knows it; hosted: its
-    name on the hub, None off it.
+    """The contents of a run's model card, README.md.
 
-    merged: the weights are a whole model, into which the adapter, if there was one, is merged. pad: the
-    padding token id that a reward model is loaded with. completions: a section with sampled completions, or
-    "".
+    metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
+    the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
+    id that a reward model is loaded with. completions: a section with sampled completions, or "".
     """
 
     name: str
+    metadata: str
     base: str
-    hosted: str | None
     data: str
     examples: int
     steps: int
@@ -192,7 +191,7 @@ def model_card(card: ModelCard) -> str:
     """Return README.md of a run: base, data, settings, results, alarms, and how to use the weights."""
     return "\n".join(
         [
-            *_front_matter(card),
+            card.metadata,
             f"# {card.name}\n",
             *_description(card),
             *_results(card),
@@ -201,12 +200,6 @@ def model_card(card: ModelCard) -> str:
             *_held_out_samples(card),
         ]
     )
-
-
-def _front_matter(card: ModelCard) -> list[str]:
-    library = "transformers" if card.merged else "peft"
-    base = [f"base_model: {card.hosted}"] if card.hosted else []
-    return ["---", f"library_name: {library}", *base, "tags: [jaxft]", "---"]
 
 
 def _description(card: ModelCard) -> list[str]:

@@ -22,11 +22,13 @@ from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import gptq, hf_write, hub, peft_write, pretrained, quantised_write
+from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf import HEAD
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.quant_layout import quantize_layout
 from jaxft.weights.quantised import dequantised
 from jaxft.weights.storage import quantised_paths
+from jaxft.weights.tokenizer_files import write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ExportSource:
 
     ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
     base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
-    the scalar head [D, 1] of a scorer, by default the one in the files.
+    the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
+    from, for the model card.
     """
 
     ref: str
@@ -44,6 +47,7 @@ class ExportSource:
     adapter: Params | None = None
     quant: Quant | None = None
     score: Params | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,10 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, LazyTensor))
     options = hf_write.WriteOptions(quant=quantizer)
     hf_write.save_folder(out, model, base, source.tokenizer, located, options)
+    write_card(out, _card(out.name, source, quantizer))
     summary = []
+    if quantizer:
+        summary.append(quantizer.layout_name)
     if layouts:
         sizes = {path: math.prod(layout.shape) for path, layout in layouts.items()}
         mean = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items()) / sum(
@@ -97,6 +104,18 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     if cast.fraction:
         summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
     return "; ".join(summary)
+
+
+def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:
+    """The model card of an exported folder."""
+    merged = " with a LoRA adapter merged into it" if source.adapter else ""
+    text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
+    library = "transformers"
+    if quantizer is not None:
+        text += f" Its linear layers are quantised: {quantizer.layout_name.removeprefix('warning: ')}."
+        library = "jaxft" if quantizer.settings["quant_method"] == "jaxft" else library
+    relation: Relation = "finetune" if quantizer is None else "quantized"
+    return Card(title, source.ref, relation, library, text, source.data, not source.model.generates)
 
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
@@ -137,9 +156,9 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     plain = {
         name.removesuffix(".weight").rpartition(".")[2] for path, name in names.items() if path not in layouts
     }
-    method = quantised_write.method_for(layouts.values())
+    method, layout_name = quantised_write.method_for(layouts)
     settings = quantised_write.quantization_config(quant, method, sorted(plain))
-    return hf_write.LayerQuantizer(layouts, quantize_layer, settings)
+    return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name)
 
 
 def weights_gib(folder: Path) -> float:
@@ -156,7 +175,7 @@ def export_run(partition: Partition, params: Params, run: Run, tokenizer: Any, f
         out, score = folder / "adapter", params.get("score")
         peft_write.save_adapter(out, params["adapter"], run.adapter, run.model, run.weights, score)
         tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
-        sync.exchange_first(sync.gather_texts, lambda: bool(tokenizer.save_pretrained(out)))
+        sync.exchange_first(sync.gather_texts, lambda: write_tokenizer(out, tokenizer))
         return out
     base = merge_params(params["base"], params.get("adapter"), run.model.dtype)
     base |= {"score": params["score"]} if "score" in params else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.distributed import processes
+from jaxft.distributed import processes, sync
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.checkpoint import Checkpoints
@@ -15,10 +15,11 @@ from jaxft.runs.report import Evaluation
 from jaxft.train import export, programs
 from jaxft.train.evaluate import selection_score
 from jaxft.train.logs import Logs
-from jaxft.train.members import Job
+from jaxft.train.members import Job, Member
 from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf_write, hub
+from jaxft.weights.card import Card, base_name, front_matter, write_card
 
 
 def report_finished(job: Job, steps: int) -> int:
@@ -37,9 +38,7 @@ def report_finished(job: Job, steps: int) -> int:
 def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Params, ...]) -> list[Path]:
     """Write the members' weights; return their folders. Every process calls it."""
     return [
-        export.export_run(
-            m.programs.partition, tree.combine(state.trainable, own), m.run, job.tokenizer, m.folder
-        )
+        _export(m, tree.combine(state.trainable, own), job.tokenizer, m.folder)
         for m, state, own in zip(job.members, states, frozen, strict=True)
     ]
 
@@ -55,9 +54,7 @@ def export_best(
         restored: Any = saved.restore(job.abstract_states, best[0])
         states = restored[0]
         params = tree.combine(states[number].trainable, frozen[number])
-        folder = export.export_run(
-            member.programs.partition, params, member.run, job.tokenizer, member.folder / "best"
-        )
+        folder = _export(member, params, job.tokenizer, member.folder / "best")
         name = f"{member.label}: " if member.label else ""
         logs.message(
             f"{name}step {best[0]} has a better held-out score than the last step; "
@@ -118,17 +115,46 @@ def _result_lines(
     return [*alarms, f"\n{table}", f"{where}, each member's folder next to them"]
 
 
+def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Path:
+    """Write a member's weights and their model card into `folder`; return where the weights are."""
+    out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder)
+    card = _weights_card(member, tokenizer, out)
+    sync.exchange_first(sync.gather_texts, lambda: write_card(out, card))
+    return out
+
+
+def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
+    """The card of the folder with a member's weights; the run's own card has its metadata too."""
+    run, merged = member.run, out.name == "model"
+    kind = "Weights"
+    if run.adapter and not merged:
+        kind = f"A LoRA adapter (rank {run.adapter.rank}, alpha {run.adapter.alpha:g})"
+    scores = not run.model.generates
+    text = (
+        f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
+        f"`{Path(run.data.train).name}`. The run's README.md has settings and results."
+    )
+    return Card(
+        title=run.name,
+        base=run.weights,
+        relation="finetune" if merged else "adapter",
+        library="transformers" if merged else "peft",
+        description=text,
+        data=run.data.train,
+        scores=scores,
+        pad=hf_write.with_distinct_pad_token(tokenizer).pad_token_id if scores else None,
+    )
+
+
 def _card(
     job: Job, number: int, weights: Path, ends: tuple[Evaluation, Evaluation], notes: list[str]
 ) -> report.ModelCard:
     member = job.members[number]
     run, model = member.run, programs.model_summary(member.programs)
-    located = hub.locate(run.weights, config_only=True)
-    hosted = run.weights.partition("@")[0] if located.revision else None
     return report.ModelCard(
         name=run.name,
-        base=run.weights if hosted or run.weights.startswith("pypi:") else Path(run.weights).name,
-        hosted=hosted,
+        metadata=front_matter(_weights_card(member, job.tokenizer, weights)),
+        base=run.weights if hub.hub_name(run.weights) else Path(run.weights).name,
         data=Path(run.data.train).name,
         examples=job.source_of(number).info.stats.examples,
         steps=job.steps,

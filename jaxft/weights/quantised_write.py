@@ -2,7 +2,7 @@
 arrays.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,22 @@ from jaxft.weights.quant_layout import array_names
 from jaxft.weights.safetensors import TensorToWrite
 
 
-def method_for(layouts: Iterable[QTensor]) -> str:
-    """Return "bitsandbytes" for nf4 and fp4 if blocks divide the inputs, as its flat blocks require; else
-    "jaxft".
+def method_for(layouts: Mapping[str, QTensor]) -> tuple[str, str]:
+    """Return the quantisation method whose layout is written, and one sentence for the user.
+
+    It is "bitsandbytes" for nf4 and fp4 if blocks divide the inputs of every weight, as its flat blocks
+    require; else "jaxft". layouts: by parameter path.
     """
-    fits = all(q.kind in TABLES and q.block and q.shape[-2] % q.block == 0 for q in layouts)
-    return "bitsandbytes" if fits else "jaxft"
+    own = "jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)"
+    for path, q in layouts.items():
+        if q.kind not in TABLES:
+            return "jaxft", own
+        if not q.block or q.shape[-2] % q.block:
+            return "jaxft", (
+                f"warning: {own} and not bitsandbytes', because {path} has {q.shape[-2]} inputs, which are "
+                f"not a multiple of the block size {q.block}"
+            )
+    return "bitsandbytes", "bitsandbytes' layout, which transformers and vLLM load"
 
 
 def tensors_of(name: str, layout: QTensor, make: Callable[[], QTensor], method: str) -> list[TensorToWrite]:

@@ -140,6 +140,60 @@ def test_a_run_its_adapter_and_the_merged_model_generate_the_same_text(script, t
     assert script("generate", "--model", tmp_path / "m", "--dtype", "float32", *ask)[:2] == (0, answers)
 
 
+def test_an_adapter_generates_and_merges_on_its_own_base(script, world, tmp_path):
+    root = world[0]
+    ask = ("--prompt", "ab", "--max-new", "6", "--dtype", "float32", "--json")
+    expected = script("generate", "--model", "base", "--adapter", "adapter", *ask)[1]
+    moved = shutil.copytree(root / "adapter", tmp_path / "adapter")
+    for adapter in ("adapter", "runs/r/adapter", "runs/r", moved):
+        code, out, _ = script("generate", "--adapter", adapter, *ask)
+        assert (code, out) == (0, expected), adapter
+    assert script("export", "--adapter", moved, "--out", tmp_path / "own")[0] == 0
+    assert script("export", "--run", "runs/r", "--out", tmp_path / "run")[0] == 0
+    own, run = load(tmp_path / "own").state_dict(), load(tmp_path / "run").state_dict()
+    assert all(torch.equal(own[name], value) for name, value in run.items())
+
+
+def test_an_adapter_on_another_base_is_a_warning_and_on_other_shapes_an_error(script, world, tmp_path):
+    write_folder(tmp_path / "sister", tiny_torch(seed=5))
+    write_folder(tmp_path / "wider", tiny_torch(hidden_size=96))
+    ask = ("--adapter", "adapter", "--prompt", "x", "--max-new", "2", "--dtype", "float32")
+    code, _, err = script("generate", "--model", tmp_path / "sister", *ask)
+    assert code == 0 and f"is for the base '{world[0] / 'base'}'" in err and str(tmp_path / "sister") in err
+    assert "is for the base" not in script("generate", "--model", "base", *ask)[2]
+    code, _, err = script("generate", "--model", tmp_path / "wider", *ask)
+    assert code == 1 and "error: adapter/adapter_model.safetensors: " in err
+    assert "(4, 64)" in err and "(4, 96)" in err
+
+
+def test_an_export_has_a_card_and_a_tokenizer_for_transformers_4_and_5(script, world, tmp_path):
+    (world[0] / "base" / "README.md").write_text("---\nlicense: mit\nbase_model: org/root\n---\n")
+    for name, extra in (("merged", ()), ("packed", ("--pack", "int8"))):
+        assert script("export", "--run", "runs/r", "--out", tmp_path / name, *extra)[0] == 0
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in config
+        card = (tmp_path / name / "README.md").read_text()
+        assert card.startswith("---\nbase_model: org/root\n") and "license: mit\n" in card
+        assert str(world[0]) not in card
+    assert "library_name: transformers\n" in (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model_relation: quantized\n" in card and "library_name: jaxft\n" in card
+
+
+@pytest.mark.parametrize(
+    "mlp, words",
+    [
+        (128, ("bitsandbytes' layout, which transformers and vLLM load",)),
+        (96, ("warning: jaxft's own layout", "layers/mlp/down has 96 inputs", "block size 64")),
+    ],
+)
+def test_pack_names_the_layout_and_why_it_is_not_bitsandbytes(script, tmp_path, mlp, words):
+    write_folder(tmp_path / "base", tiny_torch(intermediate_size=mlp))
+    code, out, _ = script("export", "--model", tmp_path / "base", "--out", tmp_path / "m", "--pack", "nf4")
+    method = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert code == 0 and method == ("bitsandbytes" if mlp == 128 else "jaxft")
+    assert all(word in out for word in words), out
+
+
 def test_generated_text_equals_transformers_with_the_template_and_raw(script, world, tmp_path):
     from transformers import AutoTokenizer
 
@@ -242,6 +296,7 @@ def test_a_user_error_is_one_line(script, world, command, words):
         ("export --out m", "--run"),
         ("export --run r --model base --out m", "--run"),
         ("export --run r --adapter a --out m", "--adapter"),
+        ("score --run r --adapter a --file f", "--adapter"),
     ],
 )
 def test_missing_or_contradictory_options_are_named(script, command, word):

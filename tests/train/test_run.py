@@ -278,3 +278,26 @@ def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(plac
     assert one.read_bytes() != other.read_bytes()
     assert place.run("name=better", "steps=2", "loop.eval_every=1", "lr=1e-3") == 0, place.err()
     assert not (place.runs("better") / "best").exists()
+
+
+def test_a_full_run_starts_from_an_adapter_with_the_loss_that_it_ended_with(place, uninterrupted):
+    uninterrupted("lora")
+    assert place.run("full=true", "start=runs/lora", "steps=1", "lr=0.001", "name=after") == 0, place.err()
+    ended, begun = (json.loads((place.runs(name) / "summary.json").read_text()) for name in ("lora", "after"))
+    base = ended["before"]["metrics"]["eval_loss"]
+    assert abs(ended["after"]["metrics"]["eval_loss"] - base) > 1e-2
+    assert abs(begun["before"]["metrics"]["eval_loss"] - ended["after"]["metrics"]["eval_loss"]) < 1e-4
+
+
+def test_the_folders_of_weights_have_cards_and_portable_tokenizers(place, uninterrupted):
+    for kind, folder, library in (("lora", "adapter", "peft"), ("full", "model", "transformers")):
+        uninterrupted(kind)
+        weights = place.runs(kind) / folder
+        run_card, card = (
+            path.read_text() for path in (place.runs(kind) / "README.md", weights / "README.md")
+        )
+        metadata = card.split("---\n")[1]
+        assert f"library_name: {library}\n" in metadata and "pipeline_tag: text-generation\n" in metadata
+        assert run_card.split("---\n")[1] == metadata and "license: unknown\n" in metadata
+        config = json.loads((weights / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

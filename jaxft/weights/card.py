@@ -1,0 +1,124 @@
+"""Model cards: a README.md next to written weights, with the metadata that the Hugging Face hub reads."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxft.data.rows import hub_dataset
+from jaxft.weights import gguf_header, hub
+
+Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card of a folder of weights states.
+
+    base: where the base comes from, see weights.hub. library: which loads the weights. data: where the
+    training rows came from, None for untrained weights. scores: the model is a classifier that returns
+    rewards. pad: the padding token id that such an adapter is loaded with.
+    """
+
+    title: str
+    base: str
+    relation: Relation
+    library: str
+    description: str
+    data: str | None = None
+    scores: bool = False
+    pad: int | None = None
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write README.md into a folder of weights."""
+    text = "\n".join([front_matter(card), f"# {card.title}\n", card.description, "", *_usage(card)])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def front_matter(card: Card) -> str:
+    """Return the metadata as YAML between two lines `---`: base_model, license, library_name, pipeline_tag,
+    tags and datasets, as far as they are names on the hub.
+    """
+    import huggingface_hub
+
+    source = _source_metadata(card.base)
+    named = hub.hub_name(card.base)
+    base = named[0] if named else source.get("base_model")
+    dataset = hub_dataset(card.data) if card.data else None
+    licence = {key: source[key] for key in LICENSE_KEYS if key in source}
+    fields: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": card.relation if base else None,
+        "library_name": card.library,
+        "license": "unknown",
+        **licence,
+        "pipeline_tag": "text-classification" if card.scores else "text-generation",
+        "tags": ["jaxft", *(["lora"] if card.relation == "adapter" else [])],
+        "datasets": [dataset] if dataset else None,
+    }
+    known = {name: value for name, value in fields.items() if value is not None}
+    return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
+
+
+def base_name(ref: str) -> str:
+    """Return a base model as a reader knows it: its name on the hub, or the last part of a path."""
+    named = hub.hub_name(ref)
+    return named[0] if named else Path(ref).name
+
+
+def _source_metadata(ref: str) -> dict[str, Any]:
+    """Return the license fields, and a base_model on the hub, that the base's own files state."""
+    try:
+        located = hub.locate(ref, config_only=True)
+    except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
+        return {}
+    found: Any = {}
+    if located.kind == "gguf":
+        found = {"license": gguf_header.read_gguf_header(located.path).metadata.get("general.license")}
+    elif (located.path / "README.md").is_file():
+        found = _front_matter_of(located.path / "README.md")
+    texts = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
+    if not re.fullmatch(r"[a-z0-9.-]{1,60}", texts.get("license", "")):  # not a name on the hub's list
+        texts = {}
+    base = found.get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    is_name = isinstance(base, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base)
+    return {**texts, **({"base_model": base} if is_name else {})}
+
+
+def _front_matter_of(path: Path) -> dict[str, Any]:
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.metadata_load(path)
+    except Exception:  # a card by others; the parser of YAML raises many kinds
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _usage(card: Card) -> list[str]:
+    if card.library == "jaxft":
+        return [
+            "The quantised weights are in jaxft's own layout, which other libraries do not read:\n",
+            "    python scripts/generate.py --model FOLDER --quant checkpoint --prompt ...",
+            "    python scripts/train.py --config configs/sft.py model=FOLDER quant=checkpoint\n",
+        ]
+    kind = "SequenceClassification" if card.scores else "CausalLM"
+    maker = f"AutoPeftModelFor{kind}" if card.library == "peft" else f"AutoModelFor{kind}"
+    options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
+    lines = [
+        "```python",
+        f"from {card.library} import {maker}",
+        "from transformers import AutoTokenizer\n",
+        f"model = {maker}.from_pretrained(FOLDER{options})",
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+        "```\n",
+    ]
+    if card.scores:
+        lines.append(
+            "`logits[:, 0]` are rewards, read at the last token, which has to be the response's end token: "
+            "leave out what a chat template adds after it.\n"
+        )
+    return lines
