@@ -4,6 +4,7 @@ Code that reads, normalises, renders or tokenises a row raises InvalidRow. A loo
 errors on as values (`attempt`) and ends in `InvalidRows.skip`, which raises or collects them.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,17 +67,19 @@ class InvalidRows:
         """Raise ValueError if all of the `total` rows of dataset `ref` are invalid, or more than `limit`
         allows.
         """
-        count, limit = len(self.found), self.limit
-        if limit is None or not self.found or (count <= limit * total and count < total):
+        if self.limit is None or not self.found:
             return
-        allows = (
-            f"data.invalid_limit={limit:g} allows {int(limit * total)}" if count < total else "none is left"
-        )
-        reasons = "; ".join(
-            f"{n} x {reason} (first {first})" for reason, n, first in count_by_reason(self.found)
-        )
+        count, allowed = len(self.found), math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29
+        if count <= allowed and count < total:
+            return
+        allows = f"data.invalid_limit={self.limit:g} allows {allowed}" if count < total else "none is left"
         remedy = "fix the rows, correct data.format or data.columns, or raise data.invalid_limit"
-        raise ValueError(f"{ref}: {count} of {total} rows are invalid, {allows}; {remedy}: {reasons}")
+        reasons = count_by_reason(self.found)
+        listed = [f"{rows} x {reason} (first {first[:300]})" for reason, rows, first in reasons[:5]]
+        listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
+        raise ValueError(
+            f"{ref}: {count} of {total} rows are invalid, {allows}; {remedy}: {'; '.join(listed)}"
+        )
 
 
 def attempt(function: Callable[..., Value], *args: object) -> Value | InvalidRow:

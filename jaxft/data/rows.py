@@ -40,7 +40,7 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
 
     invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
     which names file and line. Raises FileNotFoundError if `ref` is none of these, and ValueError if a file
-    cannot be read.
+    cannot be read or too many rows cannot.
     """
     rows: list[Row] = []
     for row in _read(ref):
@@ -50,7 +50,9 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
             raise row
         else:
             invalid.add(row)
-    if not rows and not (invalid and invalid.found):
+    if invalid is not None:
+        invalid.check(ref, len(rows) + len(invalid.found))
+    if not rows:
         raise ValueError(f"{ref}: the dataset has no rows; add at least one")
     return rows
 

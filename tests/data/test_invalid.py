@@ -223,6 +223,20 @@ def test_a_dialogue_dataset_with_empty_responses_and_early_differences_can_be_us
     assert_equal(batches_of("pairs", dirty), batches_of("pairs", clean_source))
 
 
+@pytest.mark.parametrize("count", [29, 30])
+def test_the_limit_is_a_fraction_of_all_rows_of_a_dataset(count, tmp_path):
+    texts = [7] * count + [f"text {i}" for i in range(100 - count)]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = Rows(str(tmp_path / "r.jsonl"), held_out="none", invalid="drop", invalid_limit=0.29)
+    if count == 29:
+        assert data.open(tiny("chatml"), cache=tmp_path).info.stats.examples == 71
+    else:
+        with pytest.raises(
+            ValueError, match=r"30 of 100 rows are invalid, data.invalid_limit=0.29 allows 29"
+        ):
+            data.open(tiny("chatml"), cache=tmp_path)
+
+
 # ---- what is printed
 
 
