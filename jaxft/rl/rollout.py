@@ -300,7 +300,9 @@ def rollout_info(
         f"used for {data.steps_per_rollout} steps"
     )
     if tokenizer.eos_token_id is None:
-        summary += "; the tokenizer has no end token: unless the model's config has one, completions end at "
+        summary += (
+            "; the tokenizer has no end token: unless the model or its template has one, completions end at "
+        )
         summary += "data.max_new"
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(

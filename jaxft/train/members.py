@@ -146,15 +146,16 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
             "use scripts/train.py"
         )
     weights, members = weight_fingerprints(lead), []
+    stop = stop_tokens(lead.weights, lead.model, tokenizer)
+    sampled = {"stop_tokens": list(stop)} if sources[0].info.samples else {}
     for number, (label, run) in enumerate(runs.items()):
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
-        fingerprints = {"data_fingerprint": source.info.fingerprint, **weights, **source.info.dependencies}
-        settings_ = {**(record or describe(run)), **fingerprints}
+        own = {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
+        settings_ = {**(record or describe(run)), **weights, **sampled, **own}
         members.append(Member(label, run, folder / label, settings_, programs))
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
-    stop = stop_tokens(lead.weights, lead.model, tokenizer)
     return Job(folder, tuple(members), sources, steps, tokenizer, stop, held_out, sweep)
 
 

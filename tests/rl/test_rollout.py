@@ -1,5 +1,6 @@
 """Rollouts: batches as a function of step and state, and full runs that learn from rewards."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -33,6 +34,7 @@ from jaxft.rl.rules import Rules, shape_scores
 from jaxft.rl.sampler import RolloutScorer
 from jaxft.runs.config import help_text
 from jaxft.runs.parse import find_file, run_file
+from jaxft.runs.record import differences
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +472,15 @@ def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
     assert "the tokenizer has no end token" in workdir.out()
     (line,) = [line for line in workdir.metrics("endless") if "reward" in line]
     assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
+
+
+def test_a_run_whose_completions_would_end_elsewhere_is_not_resumed(workdir):
+    path = workdir.folder / "base" / "generation_config.json"
+    before, record = path.read_text(), prepare(workdir.folder).lead.record
+    path.write_text(json.dumps({**json.loads(before), "eos_token_id": [257, 3]}))
+    changed = prepare(workdir.folder).lead.record
+    path.write_text(before)
+    assert differences(record, changed) == ["stop_tokens: [257] -> [3, 257]"]
 
 
 def test_the_last_rollout_of_a_run_is_used_in_full(workdir):

@@ -114,6 +114,8 @@ def write_without_eos(folder):
         path = folder / "endless" / f"{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
     (folder / "endless" / "special_tokens_map.json").unlink(missing_ok=True)
+    template = folder / "endless" / "chat_template.jinja"  # it ends turns with the end token
+    template.write_text(template.read_text().replace("</s>", "\n"))
 
 
 KILL = """
