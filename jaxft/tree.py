@@ -3,15 +3,17 @@
 A path is the leaf's dict keys and field names joined by "/", e.g. `base/layers/attn/q`.
 """
 
+import dataclasses
 import difflib
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
+import regex as regex_package
 from flax import struct as _flax_struct
 
 T = TypeVar("T")
+MATCH_SECONDS = 2.0  # for a regular expression on one name
 
 Params: TypeAlias = Any  # nested dicts of arrays and QTensors, None where a partition has no leaf
 Grads: TypeAlias = Any  # the structure of the trainable Params
@@ -60,12 +62,33 @@ def _prefixes(path: str) -> list[str]:
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def regex(pattern: str, name: str) -> re.Pattern[str]:
+@dataclasses.dataclass(frozen=True)
+class BoundedPattern:
+    """A regular expression from a setting or a file. name: of the setting, for messages."""
+
+    pattern: str
+    name: str
+
+    def fullmatch(self, text: str) -> bool:
+        """Whether the whole text matches. Raises ValueError if this takes longer than MATCH_SECONDS, as
+        nested repetitions such as (a+)+ may.
+        """
+        try:
+            return regex_package.fullmatch(self.pattern, text, timeout=MATCH_SECONDS) is not None
+        except TimeoutError as e:
+            raise ValueError(
+                f"{self.name}: the regular expression {self.pattern[:100]!r} takes more than "
+                f"{MATCH_SECONDS} s on {text[:100]!r}; write it without nested repetitions"
+            ) from e
+
+
+def regex(pattern: str, name: str) -> BoundedPattern:
     """Compile a regular expression. Raises ValueError that names the setting if it is malformed."""
     try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise ValueError(f"{name}: {pattern!r} is not a valid regular expression ({e})") from e
+        regex_package.compile(pattern)
+    except (regex_package.error, OverflowError, RecursionError) as e:
+        raise ValueError(f"{name}: {pattern[:100]!r} is not a valid regular expression ({e})") from e
+    return BoundedPattern(pattern, name)
 
 
 def mask_by_path(tree: Any, pattern: str) -> Mask:

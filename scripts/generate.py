@@ -123,12 +123,14 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
     import jax
     import jax.numpy as jnp
 
+    from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
     from jaxft.inference import generate
     from jaxft.models.adapted import adapted
     from jaxft.weights import adapters, pretrained
     from jaxft.weights.stop_tokens import stop_tokens
 
+    check_seed(args.seed, "--seed")
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     source = source_of(args)
     tokenizer = pretrained.load_tokenizer(source.tokenizer)
@@ -138,6 +140,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
         longest, limit = max(map(len, ids)), model.config.max_positions
+        pretrained.check_token_id(source.ref, max(max(x, default=0) for x in ids), model.config.vocab)
         if longest + args.max_new > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "

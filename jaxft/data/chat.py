@@ -41,6 +41,13 @@ class Rendered:
     begin: bool
     end: bool
 
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"its text has half a surrogate pair ({error.reason}); fix the text"
+            raise InvalidRow(self.name, "half a surrogate pair", problem) from error
+
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
     """Render an example and mark the parts of it that are targets. Raises ValueError that names the row."""

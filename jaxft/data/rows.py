@@ -8,11 +8,12 @@ print.
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.data.invalid import InvalidRow, InvalidRows, attempt
+from jaxft.data.limits import LINE_BYTES
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,6 +59,8 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
 
 
 def _read(ref: str) -> Iterator[Row | InvalidRow]:
+    if not ref.strip():
+        raise ValueError("data is empty; name a file, a folder or a hub dataset")
     path = find_data(ref)
     if path is not None:
         for file in _files(path):
@@ -72,8 +75,8 @@ def _read(ref: str) -> Iterator[Row | InvalidRow]:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
+    if not path.is_dir():
+        return [_regular(path)]
     files = sorted(
         p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith((".", "dataset_info"))
     )
@@ -81,7 +84,14 @@ def _files(path: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{path}: the folder has no data files; add {' or '.join('*' + s for s in SUFFIXES)}"
         )
-    return files
+    return [_regular(file) for file in files]
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a file. Raises ValueError for a pipe or a device, which may never end."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file; copy the rows into one")
+    return path
 
 
 def _read_file(path: Path) -> Iterator[Row | InvalidRow]:
@@ -99,6 +109,10 @@ def _read_file(path: Path) -> Iterator[Row | InvalidRow]:
                 raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
     except PermissionError as error:
         raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+    except OSError as error:
+        if error.filename or not error.strerror:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _parse(text: bytes, name: str, line: int = 1) -> Any:
@@ -144,7 +158,13 @@ def _line(path: Path, number: int, text: bytes) -> Row:
 def _read_lines(path: Path) -> Iterator[Row | InvalidRow]:
     blank: list[int] = []  # editors leave blank lines at the end; elsewhere they are errors
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
+            if len(line) > LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LINE_BYTES)
+                problem = f"the line has more than {LINE_BYTES >> 20} MiB; split or remove the row"
+                yield InvalidRow(f"{path}:{number}", "too large", problem)
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
@@ -162,7 +182,7 @@ def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
     if text.lstrip()[:1] == b"{":  # JSON lines in a .json file, as in many hub datasets
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield from _read_lines(path)
             return
     else:
@@ -173,7 +193,7 @@ def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
 
 def _read_csv(path: Path) -> Iterator[Row | InvalidRow]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        csv.field_size_limit(2**31 - 1)
+        csv.field_size_limit(LINE_BYTES)
         reader = csv.reader(file, strict=True)
         line = 1
         try:
@@ -212,8 +232,23 @@ def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
         raise ValueError(
             f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); download it again"
         ) from error
-    for number, item in enumerate(table.to_pylist(), 1):
-        yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
+    try:
+        items: Iterable[Any] = table.to_pylist()
+    except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
+        items = (attempt(_table_row, table, i, f"{path}:{i + 1}") for i in range(table.num_rows))
+    for number, item in enumerate(items, 1):
+        if isinstance(item, InvalidRow):
+            yield item
+        else:
+            yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
+
+
+def _table_row(table: Any, index: int, where: str) -> Any:
+    try:
+        return table.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        problem = f"a value cannot be read ({str(error).splitlines()[0]}); fix or remove it"
+        raise InvalidRow(where, "unreadable value", problem) from error
 
 
 def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:

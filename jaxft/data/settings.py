@@ -9,6 +9,12 @@ from jaxft.data import chat
 from jaxft.data.invalid import INVALID
 
 
+def check_seed(seed: int, setting: str) -> None:
+    """Raise ValueError for a seed that random keys cannot be made of. setting: its name."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{setting}={seed}; use a whole number from 0 to 2^63 - 1")
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Where rows come from and how many an optimizer step uses.
@@ -34,6 +40,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "batch", "micro")
+        check_seed(self.seed, "data.seed")
         self.require_choice("invalid", INVALID)
         if not 0 <= self.invalid_limit <= 1:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from jaxft.data import limits
 from jaxft.data.example import Chat, Message
 
 DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
@@ -77,6 +78,8 @@ def _probed(tokenizer: Any, source: str, date: str) -> Template:
     question = {"role": "user", "content": "Qx7w"}
     turns = [question, {"role": "assistant", "content": "Zk9y"}, {"role": "user", "content": "Jv5u"}]
     try:
+        with limits.memory_limit(limits.RENDER_BYTES):
+            render_messages(bare, turns)
         asked, opened = render_messages(bare, turns[:1]), render_messages(bare, turns[:1], generation=True)
         opening = opened[len(commonprefix([asked, opened])) :]
         answered, behind = render_messages(bare, turns[:2]).split("Zk9y")
@@ -177,7 +180,24 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    return render_jinja_template(
-        conversations=[list(messages)], tools=tools, chat_template=template.source,
-        date_string=template.date, **options, **template.tokenizer.special_tokens_map,
-    )  # fmt: skip
+    special: dict[str, Any] = {
+        key: str(token) for key, token in template.tokenizer.special_tokens_map.items()
+    }
+    try:
+        with limits.time_limit(limits.RENDER_SECONDS):
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)], tools=tools, chat_template=template.source,
+                date_string=template.date, **options, **special,
+            )  # fmt: skip
+    except REJECTIONS:
+        raise
+    except limits.TooSlow as error:
+        raise jinja2.TemplateError(f"it takes more than {limits.RENDER_SECONDS:g} s") from error
+    except MemoryError as error:
+        raise jinja2.TemplateError("it takes too much memory") from error
+    except Exception as error:  # a template is a program, and may raise anything
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+    size = len(rendered[0][0])
+    if size > limits.RENDER_CHARACTERS:
+        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")
+    return rendered

@@ -31,6 +31,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_new < 1:
             raise ValueError(f"max_new must be at least 1, got {self.max_new}")
+        if self.max_new >= 2**31:
+            raise ValueError(f"max_new must be below 2^31, got {self.max_new}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:

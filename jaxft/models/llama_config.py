@@ -50,6 +50,9 @@ class LlamaConfig:
             size = getattr(self, name)
             if not isinstance(size, int) or not 0 < size < 2**24:
                 raise ValueError(f"config: {name} must be a positive whole number below 2^24, got {size!r}")
+        for token in (*self.eos, *([] if self.bos is None else [self.bos])):
+            if type(token) is not int:
+                raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
             raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
         if self.head_dim % 2:

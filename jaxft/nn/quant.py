@@ -39,6 +39,10 @@ class Quant:
     targets: str = "all-linear"
 
     def __post_init__(self) -> None:
+        for name, kinds in (("kind", str), ("block", int | None), ("double", bool | None), ("targets", str)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (name == "block" and isinstance(value, bool)):
+                raise ValueError(f"quant.{name}={value!r} has type {type(value).__name__}")
         with_defaults(self.kind, self.block, self.double)
 
     @classmethod
@@ -52,7 +56,12 @@ def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quan
     if kind is not None:
         return Quant.parse(kind)
     settings = (record or {}).get("quant")
-    return Quant(**settings) if settings else None
+    if not settings:
+        return None
+    try:
+        return Quant(**settings)
+    except TypeError as e:
+        raise ValueError(f"the run's config.json has unknown settings of quant ({e}); set --quant") from e
 
 
 def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:

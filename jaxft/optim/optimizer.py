@@ -155,8 +155,8 @@ class Optim:
     fused_backward: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr < float("inf"):
-            raise ValueError(f"optim.lr={self.lr} must be finite and at least 0")
+        if not 0 <= self.lr < 3.4e38 or 0 < self.lr < 1.2e-38:
+            raise ValueError(f"optim.lr={self.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
         check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self.hyper})
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and at least 0")

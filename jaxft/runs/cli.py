@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxft.runs.terminal import printable_line
+
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
@@ -43,8 +45,8 @@ def one_line_errors(main: Callable[[], int]) -> int:
     """
     try:
         return main()
-    except (KeyboardInterrupt, *USER_ERRORS) as error:
-        if not isinstance(error, KeyboardInterrupt) and _line(error) is None:
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
             raise
         return print_error(error)
 
@@ -54,7 +56,7 @@ def print_error(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    text = _line(error) if isinstance(error, USER_ERRORS) else None
+    text = error_line(error)
     if text is None or os.environ.get("JAXFT_TRACEBACK"):
         traceback.print_exception(error)
     if text is not None:
@@ -62,14 +64,19 @@ def print_error(error: BaseException) -> int:
     return 1
 
 
-def _line(error: Exception) -> str | None:
-    """The error in one line; None for a bug."""
-    text = " ".join(str(error).split())
+def error_line(error: BaseException) -> str | None:
+    """A user's error in one line of printable characters; None for a bug."""
+    if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
+        return printable_line(f"the tokenizer's files cannot be used: {error}")
+    if not isinstance(error, USER_ERRORS):
+        return None
+    text = printable_line(str(error))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
         remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
         return f"out of memory ({text[:200]}); {remedy}"
     if isinstance(error, RuntimeError):  # jax has no device of the kind that JAX_PLATFORMS asks for
         return text[:400] if text.startswith("Unable to initialize backend") else None
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
-        return f"{error.filename}: {error.strerror}"
-    return text
+        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
+        return printable_line(f"{name}: {error.strerror}")
+    return text or type(error).__name__

@@ -71,6 +71,8 @@ def read_saved_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of the run folder. Raises ValueError that names a damaged file."""
     remedy = "restore it, or choose another name=..."
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error

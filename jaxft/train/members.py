@@ -19,7 +19,7 @@ from jaxft.runs.record import describe, differences
 from jaxft.runs.report import Evaluation
 from jaxft.train import evaluate
 from jaxft.train.programs import Programs, build, sharded_batch, start
-from jaxft.train.settings import Run
+from jaxft.train.settings import LONGEST, Run
 from jaxft.train.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import hub, pretrained
@@ -139,6 +139,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     for source in (*sources, *([general] if general else [])):
         _check_token_ids(source, lead)
     steps = lead.loop.steps or min(source.info.steps for source in sources)
+    if steps > LONGEST:
+        raise ValueError(f"the run would have {steps} steps, more than 2^31 - 1; lower data.epochs")
     _check_whole_rollouts(steps, sources[0].info.steps_per_rollout)
     if sweep and sources[0].info.samples:
         raise ValueError(
@@ -164,13 +166,7 @@ def _check_token_ids(source: Source[Any], run: Run) -> None:
 
     A gather would silently read another row for it.
     """
-    largest, vocab = source.info.stats.largest_id, run.model.config.vocab
-    if largest >= vocab:
-        raise ValueError(
-            f"{run.weights}: the tokenizer produces token id {largest}, "
-            f"but the model has embeddings for 0 to {vocab - 1} "
-            "only. Use the tokenizer that belongs to the model."
-        )
+    pretrained.check_token_id(run.weights, source.info.stats.largest_id, run.model.config.vocab)
 
 
 def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:

@@ -57,6 +57,16 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         raise ValueError(
             f"data.max_length={run.data.max_length} is beyond the model's {longest} positions. Lower it."
         )
+    if run.samples and run.sampling.max_new >= longest:
+        raise ValueError(
+            f"sampling.max_new={run.sampling.max_new} leaves no position for a prompt in the model's "
+            f"{longest}. Lower it."
+        )
+    if run.adapter and run.adapter.rank > run.model.config.width:
+        raise ValueError(
+            f"adapter.rank={run.adapter.rank} is above the model's width of {run.model.config.width}, which "
+            "is full rank. Lower it, or train all weights with full=true."
+        )
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     model = with_heads(run.model, run.heads)
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxft.data.settings import check_seed
 from jaxft.data.source import Dataset
 from jaxft.distributed import processes, sharding
 from jaxft.inference.generate import Sampling
@@ -13,6 +14,8 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
+
+LONGEST = 2**31 - 1  # steps; they are counted in int32
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Loop:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"loop.{name}={value}; expected at least 1")
+            if value is not None and value > LONGEST:
+                raise ValueError(f"loop.{name}={value}; expected at most 2^31 - 1")
         if self.keep_best < 0:
             raise ValueError(f"loop.keep_best={self.keep_best}; expected at least 0")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
@@ -89,6 +94,7 @@ class Run:
     heads: dict[str, HeadSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "seed")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:

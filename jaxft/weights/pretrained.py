@@ -53,15 +53,16 @@ def model_for(ref: str, **options: Any) -> Model:
     if preset is not None:
         return preset
     located = hub.locate(ref, config_only=True)
+    where = located.path / "config.json" if located.kind == "folder" else located.path
     try:
         config = read_config(located)
         family = families.family_of(config)
         parsed = family.from_hf(config)
     except ValueError as e:
-        raise ValueError(str(e) if str(located.path) in str(e) else f"{located.path}: {e}") from e
+        raise ValueError(str(e) if str(located.path) in str(e) else f"{where}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
-            f"{located.path}: its configuration has a missing or invalid value ({hub.short_message(e)})"
+            f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)})"
         ) from e
     return family.build(parsed, **options)
 
@@ -90,6 +91,9 @@ def load_tokenizer(ref: str) -> Any:
         return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
     try:
         tokenizer = tokenizer_files.read_tokenizer(located.path)
+        tokenizer("a 1", verbose=False)
+        if not isinstance(tokenizer.chat_template, str | None):
+            raise ValueError(f"chat_template has type {type(tokenizer.chat_template).__name__}")
     except Exception as e:  # transformers and tokenizers raise many kinds here
         raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:
@@ -98,6 +102,18 @@ def load_tokenizer(ref: str) -> Any:
             "require"
         )
     return tokenizer
+
+
+def check_token_id(ref: str, largest: int, vocab: int) -> None:
+    """Raise ValueError if a token id is beyond the model's embeddings.
+
+    A gather would silently read another row for it.
+    """
+    if largest >= vocab:
+        raise ValueError(
+            f"{ref}: the tokenizer produces token id {largest}, but the model has embeddings for 0 to "
+            f"{vocab - 1} only. Use the tokenizer that belongs to the model."
+        )
 
 
 def stored_model(

@@ -30,7 +30,7 @@ def open_quantised(files: SafetensorsFiles, settings: dict[str, Any]) -> ModelFi
     inconsistent tensors.
     """
     method = settings.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"{files.where}: its config.json has quant_method={method!r}, but jaxft reads "
             f"{', '.join(METHODS)}; "

@@ -64,6 +64,8 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
 
 
 def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file; use a safetensors file")
     if not path.stat().st_size:
         raise ValueError(f"{path}: not a complete safetensors file (it is empty); download it again")
     try:
@@ -101,6 +103,8 @@ def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...],
     """Copy part of an array that is stored at byte `offset` of a file; only the pages of it are read."""
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     except ValueError as e:
         raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read") from e
 
@@ -194,10 +198,12 @@ def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> N
 def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

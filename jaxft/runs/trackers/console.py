@@ -3,7 +3,6 @@
 import atexit
 import collections
 import math
-import re
 import sys
 import time
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxft.runs import metric_names as names
+from jaxft.runs.terminal import printable_text
 
 SHORT_NAMES = {
     names.LEARNING_RATE: "lr",
@@ -41,7 +41,6 @@ FIRST = (
 # Shown by the progress bar already, or of interest only if unusual.
 HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
 BLOCKS = "▁▂▃▄▅▆▇█"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # rows of data are printed, and must not steer the terminal
 
 
 class ConsoleView:
@@ -77,7 +76,7 @@ class ConsoleView:
 
     def message(self, text: str) -> None:
         """Print a line, above the live view where there is one."""
-        text, encoding = CONTROL.sub("\ufffd", text), self._console.encoding
+        text, encoding = printable_text(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
         self._console.print(Text(text), soft_wrap=True, highlight=False)
 

@@ -1,0 +1,28 @@
+"""Text from files, rows and servers, made safe to print: no control characters, no passwords of URLs."""
+
+import re
+
+# What moves the cursor, changes colours or reorders text; tabs and new lines are left.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+URL_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/]{1,500}@")
+LONGEST_LINE = 2000
+
+
+def without_passwords(text: str) -> str:
+    """Return the text with user name and password of every URL replaced by ***."""
+    return URL_USER.sub(r"\1***@", text)
+
+
+def printable_text(text: str) -> str:
+    """Return text for a terminal: every control character is replaced by U+FFFD, and passwords by ***."""
+    return without_passwords(CONTROL.sub("\ufffd", text))
+
+
+def printable_line(text: str) -> str:
+    """Return text as one line of printable characters, at most LONGEST_LINE; others are written as \\x1b."""
+    line = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(text[: 10 * LONGEST_LINE].split())
+    )
+    line = without_passwords(line)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 4]} ..."
