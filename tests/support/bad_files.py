@@ -1,0 +1,99 @@
+"""Damaged folders of models, adapters and runs: what is changed, and what the line must name."""
+
+import json
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = 10**400
+
+# Values of a model's config.json.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "head_dim", "max_position_embeddings")  # fmt: skip
+SCALINGS = (
+    "linear", [1], {"rope_type": "yarn", "factor": 2}, {"rope_type": "linear"}, {"factor": 2},
+    {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": -1},
+    {"rope_type": "linear", "factor": "x"}, {"rope_type": "llama3", "factor": 8},
+    {"rope_type": 3, "factor": 2}, {"rope_type": "linear", "factor": HUGE},
+)  # fmt: skip
+CONFIGS = [
+    *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, HUGE)),
+    *(({name: 7}, "model") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
+    *(({"rms_norm_eps": value}, "config.json") for value in ("small", [1], None, HUGE, {})),
+    *(({"rope_theta": value, "rope_parameters": None}, "config.json") for value in ("wide", [], HUGE, {})),
+    *(({"rope_scaling": value, "rope_parameters": None}, "config.json") for value in SCALINGS),
+    *(({"model_type": value}, "config.json") for value in ("mamba", "", 3, ["llama"], {"a": 1})),
+    *(({"quantization_config": {"quant_method": value}}, "quant_method")
+      for value in ("hqq", ["gptq"], {"a": 1}, 3, "")),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    *(({"eos_token_id": value}, "config.json") for value in ({"a": 1}, "x", [[1]], 1.5)),
+]  # fmt: skip
+CONFIG_TEXTS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    '"x"',
+    "3",
+    DEEP,
+    '{"a": ' + DEEP + "}",
+    "\xff\xfe",
+    '{"vocab_size": ' + "9" * 5000 + "}",
+]
+
+# Chat templates.
+LOOP = "{% for i in range(99999) %}"
+TEMPLATES = [
+    "{{ 1/0 }}", "{{ messages[0]['content'] / 0 }}", "{{ messages[99]['content'] }}", "{{ undefined() }}",
+    "{{ raise_exception('no') }}", "{% for", "{{ ", "{% endfor %}", "{{ messages | nothing }}",
+    "{% include 'x' %}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% generation %}",
+    "{{ range(10**12) | list }}", "{{ 'x'.x.y }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    LOOP * 3 + "{% endfor %}" * 3, "{{ 'x' * 10**11 }}", "{{ '%99999999999d' % 1 }}",
+    "{{ 'x'.center(10**11) }}", "{{ 10**10**9 ~ '' }}", "nothing at all",
+]  # fmt: skip
+
+# Values of an adapter's adapter_config.json.
+PEFT = [
+    *(({"r": value}, "adapter_config.json") for value in (0, -1, 2**20, "2", None, 1.5, [2], HUGE)),
+    *(({"lora_alpha": value}, "adapter_config.json") for value in ("4", None, [], HUGE, True)),
+    *(({"lora_dropout": value}, "adapter") for value in ("0.1", [], HUGE, 1.5, -0.1)),
+    *(({"peft_type": value}, "peft_type") for value in ("IA3", None, 3, ["LORA"], {})),
+    *(({"bias": value}, "bias") for value in ("all", 3, None)),
+    *(({name: True}, name) for name in ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias")),
+    *(({"task_type": value}, "task_type") for value in ("SEQ_2_SEQ_LM", 3, ["CAUSAL_LM"])),
+    *(({"modules_to_save": value}, "modules_to_save") for value in (["embed_tokens"], "score", {"a": 1})),
+    *(({"rank_pattern": value}, "rank_pattern") for value in (
+        "q_proj", [2], {"q_proj": 0}, {"q_proj": "2"}, {"q_proj": 1.5}, {"(": 2}, {"[a-": 2}, 3)),
+    *(({"alpha_pattern": value}, "alpha_pattern") for value in (
+        "q_proj", [2], {"q_proj": "2"}, {"q_proj": None}, {"q_proj": HUGE}, {"(?P<": 2})),
+    *(({"layers_pattern": "h", "layer_replication": value}, "layer_replication") for value in ([[0, 1]],
+    "x")),
+    *(({"init_lora_weights": value}, "init_lora_weights") for value in ("pissa", "loftq", 3)),
+    ({"target_parameters": ["x"]}, "target_parameters"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+]  # fmt: skip
+
+# Files of a run's folder.
+RUNS = [
+    *((name, text, name) for name in ("config.json", "summary.json") for text in (
+        "", "{", "[]", "null", "3", '"x"', DEEP, "\xff", '{"steps": 1, "files": []}',
+        '{"steps": "x", "weights": 3}')),
+    *(("config.json", json.dumps(value), "config.json") for value in (
+        {}, {"weights": None}, {"weights": ["base"], "model": {"dtype": "float32"}, "data": {"date": "x"}},
+        {"weights": "base", "model": {"dtype": "float7"}, "data": {"date": "x"}},
+        {"weights": "base", "model": None, "data": {"date": "x"}},
+        {"weights": "base", "model": {"dtype": "float32"}},
+        {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": 3}})),
+    *(("config.json",
+    json.dumps({"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "x"}, "quant": quant}),
+       "quant") for quant in ({"kind": "nf5"}, {"kind": 3}, {"kind": "nf4", "block": "64"},
+       {"kind": "nf4", "new": 1},
+                              {"kind": "nf4", "targets": 3}, {"kind": "nf4", "double": "x"})),
+    *(("summary.json", json.dumps({"steps": steps}), "summary.json") for steps in (-1, 1.5, True, "4", None,
+    [4])),
+    ("summary.json", json.dumps({"steps": 1, "files": {"adapter/adapter_config.json": "0" * 64}}),
+    "adapter_config.json"),
+    ("summary.json", json.dumps({"steps": 1, "files": {"adapter/adapter_config.json": 3}}),
+    "adapter_config.json"),
+    ("summary.json", json.dumps({"steps": 1, "files": {"adapter/gone": "0" * 64}}), "gone"),
+]  # fmt: skip

@@ -1,0 +1,197 @@
+"""Bad inputs as users and hostile files have them: exit code 1 and one line that names the place.
+
+The cases are data in support/bad_*.py. They run in this process, as the commands' last lines do.
+"""
+
+import json
+import os
+
+import jax
+import pytest
+from bad_files import CONFIG_TEXTS, CONFIGS, PEFT, RUNS, TEMPLATES
+from bad_rows import FILES, GOOD, LINE, ROWS, TEXTS
+from bad_settings import SETTINGS
+from fuzzing import bounded
+from prepared import prepare
+from tiny_llama import tiny_torch, write_folder
+from tiny_run import write_place
+from tiny_tokenizers import tiny
+
+from jaxft.data import chat, limits, rows
+from jaxft.data.pairs.source import PairRows
+from jaxft.data.prompts import prompt_of
+from jaxft.data.rows import read_rows
+from jaxft.data.sft import Rows
+from jaxft.nn.lora import Adapter, adapter_specs
+from jaxft.nn.param import init_params
+from jaxft.nn.quant import quant_setting
+from jaxft.runs import cli
+from jaxft.runs import folder as runfolder
+from jaxft.weights import peft, peft_write, pretrained
+
+
+def refused(capsys, work, word):
+    """Check that a command that does `work` exits with 1 and one printable line with `word`."""
+
+    def main():
+        work()
+        return 0
+
+    capsys.readouterr()
+    with bounded():
+        code = cli.one_line_errors(main)
+    out, err = capsys.readouterr()
+    assert code == 1 and not out, (code, out, err)
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert err.rstrip("\n").isprintable() and word in err, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    write_place(folder)
+    (folder / "folder").mkdir()
+    (folder / "empty.jsonl").write_text("")
+    os.mkfifo(folder / "pipe.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize(("argv", "word"), SETTINGS, ids=[repr(argv) for argv, _ in SETTINGS])
+def test_settings(place, capsys, argv, word):
+    line = refused(capsys, lambda: prepare(place, *argv.split(" "), devices=1), word)
+    assert "secret" not in line
+
+
+def open_rows(kind, path):
+    """Read and tokenise a file of rows as a run or the script that takes them does."""
+    options, tokenizer = {"held_out": "none", "batch": 1, "max_length": 64}, tiny("chatml")
+    if kind in ("pairs", "labels"):
+        return PairRows(str(path), **options).open(tokenizer, 1)
+    if kind == "prompts":
+        return [chat.prompt_ids(prompt_of(row), tokenizer) for row in read_rows(str(path))]
+    return Rows(str(path), **options).open(tokenizer, 1)
+
+
+def after_good_rows(kind, line):
+    return "".join(json.dumps(GOOD[kind]) + "\n" for _ in range(2)) + line + "\n"
+
+
+BAD_ROWS = [
+    *(("sft", "rows.jsonl", after_good_rows("sft", text), LINE) for text in TEXTS),
+    *((kind, "rows.jsonl", after_good_rows(kind, json.dumps(row)), LINE) for kind, row in ROWS),
+    *FILES,
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_ROWS)))
+def test_rows(tmp_path, monkeypatch, capsys, number):
+    kind, name, content, word = BAD_ROWS[number]
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(capsys, lambda: open_rows(kind, tmp_path / name), word)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model."""
+    return write_folder(tmp_path_factory.mktemp("files") / "model", tiny_torch(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS) + len(CONFIG_TEXTS)))
+def test_config_json(model, capsys, number):
+    path = model / "config.json"
+    sound = path.read_text()
+    if number < len(CONFIGS):
+        changes, word = CONFIGS[number]
+        text = json.dumps(json.loads(sound) | changes)
+    else:
+        text, word = CONFIG_TEXTS[number - len(CONFIGS)], "config.json"
+
+    def work():
+        found = pretrained.model_for(str(model))
+        pretrained.open_params(str(model), found)
+
+    path.write_text(text, encoding="latin-1")
+    try:
+        refused(capsys, work, word)
+    finally:
+        path.write_text(sound)
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_chat_templates(monkeypatch, capsys, source):
+    monkeypatch.setattr(limits, "RENDER_SECONDS", 0.6)
+    monkeypatch.setattr(limits, "RENDER_BYTES", 1 << 30)
+    tokenizer = tiny.__wrapped__("chatml")
+    tokenizer.chat_template = source
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
+    example = chat.Chat("rows.jsonl:7", turns, 1)
+
+    def work():
+        for outcome in chat.tokenise_examples([example], tokenizer):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    refused(capsys, work, "rows.jsonl:7")
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """(a tiny model, the folder of an adapter for it)."""
+    found, settings = pretrained.model_for(str(model)), Adapter(rank=2)
+    folder = tmp_path_factory.mktemp("files") / "run" / "adapter"
+    fresh = init_params(adapter_specs(found.specs, settings), jax.random.key(0))
+    peft_write.save_adapter(folder, fresh, settings, found, str(model))
+    return found, folder
+
+
+@pytest.mark.parametrize("number", range(len(PEFT)))
+def test_peft_folders(adapter, capsys, number):
+    changes, word = PEFT[number]
+    found, folder = adapter
+    path = folder / "adapter_config.json"
+    sound = path.read_text()
+    path.write_text(json.dumps(json.loads(sound) | changes))
+    try:
+        refused(capsys, lambda: peft.read_parts(folder, found), word)
+    finally:
+        path.write_text(sound)
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_run_folders(adapter, capsys, number):
+    name, text, word = RUNS[number]
+    folder = adapter[1].parent
+    record = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "summary.json").write_text('{"steps": 1}')
+    (folder / name).write_text(text, encoding="latin-1")
+
+    def work():
+        runfolder.finished_steps(folder)
+        quant_setting(None, runfolder.trained_weights(folder)[2])
+
+    refused(capsys, work, word)
+
+
+def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "LINE_BYTES", 1000)
+    long = {"prompt": "a" * 2000, "completion": "b"}
+    (tmp_path / "rows.jsonl").write_text(after_good_rows("sft", json.dumps(long)))
+    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.jsonl"), LINE)
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n" + "a" * 2000 + ",b\n")
+    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.csv"), "rows.csv:3")
+
+
+def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    times = pyarrow.array([0, 10**18], pyarrow.timestamp("us"))
+    table = pyarrow.table({"prompt": ["a", "b"], "completion": ["c", "d"], "time": times})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.parquet"), "rows.parquet:2")
+
+
+def test_there_are_enough_cases():
+    count = len(SETTINGS) + len(BAD_ROWS) + len(CONFIGS) + len(CONFIG_TEXTS) + len(TEMPLATES)
+    assert count + len(PEFT) + len(RUNS) >= 400
