@@ -13,6 +13,7 @@ Without a chat template, instruction rows use FALLBACK; conversations need a tem
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,27 @@ def tools_warnings(
         return ()
     lost = f"{chat.name}: {template.name} renders the prompt without the row's tools, so the model does not "
     return (f"warning: {lost}see them; use a tokenizer whose template has tools",) if same else ()
+
+
+def prompt_warnings(
+    examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
+) -> tuple[str, ...]:
+    """Return a warning if the first conversation renders otherwise than the prompt that generation gets."""
+    template = template_of(tokenizer, date)
+    chat = next((e for e in examples if isinstance(e, Chat) and 0 < e.response < len(e.messages)), None)
+    if template is None or chat is None:
+        return ()
+    try:
+        prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
+        text = render_messages(template, chat.messages, chat.tools)
+    except REJECTIONS:
+        return ()
+    same = len(commonprefix([prompt, text]))
+    if same == len(prompt):
+        return ()
+    lost = f"{chat.name}: {template.name} ends a prompt with {prompt[same:]!r}, which is not in front of the "
+    lost += "row's response: completions begin where the model is not trained; use another chat template"
+    return (f"warning: {lost}",)
 
 
 def example_prompt_ids(

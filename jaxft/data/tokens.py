@@ -109,11 +109,12 @@ def tokenise_rows(
         lambda arrays: _is_sound(arrays, len(rows)),
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    with_tools = first_row_with_tools(rows, settings.columns)
-    examples = formats.normalise_each(with_tools, settings.format, settings.columns) if with_tools else ()
+    some = [*rows[:1], *first_row_with_tools(rows, settings.columns)]
+    examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
+    warnings = chat.tools_warnings(examples, tokenizer, settings.date)
     return TokenisedRows(
         **arrays_and_rows(ref, rows, arrays, invalid, settings.max_length),
-        warnings=chat.tools_warnings(examples, tokenizer, settings.date),
+        warnings=(*warnings, *chat.prompt_warnings(examples, tokenizer, settings.date)),
         cache=state,
     )
 
