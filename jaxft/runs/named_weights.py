@@ -1,5 +1,6 @@
 """The weights that a command line names: a run, a model, an adapter, or an adapter on its own base."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,9 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
         raise ValueError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; use --model"
         )
-    for path in (Path(name).expanduser(), folder / name):
-        if path.exists():
-            return str(path), []
+    for path in (os.path.expanduser(name), str(folder / name)):
+        if os.path.exists(path):  # False for what cannot be a path
+            return path, []
     ref = f"{name}@{revision}" if isinstance(revision, str) and revision else name
     try:
         hub.locate(ref, config_only=True)
@@ -70,7 +71,8 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
         package = next((f"pypi:{p}" for p, wheel in hub.WHEELS.items() if wheel.name == name), None)
         if package is None:
             raise type(error)(
-                f"{folder}: its base {ref} cannot be read ({hub.short_message(error)}); use --model"
+                f"{folder}: its base {hub.short_message(repr(ref))} cannot be read "
+                f"({hub.short_message(error)}); use --model"
             ) from error
         return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
     return ref, []

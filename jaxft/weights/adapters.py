@@ -1,6 +1,7 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,9 +89,10 @@ def other_base_name(folder: Path, ref: str) -> list[str]:
     theirs, ours = hub.hub_name(name), hub.hub_name(ref)
     if theirs and ours and theirs[0].casefold() == ours[0].casefold():
         return []
-    if Path(name).exists() and Path(ref).exists() and Path(name).samefile(ref):
+    if os.path.exists(name) and os.path.exists(ref) and os.path.samefile(name, ref):
         return []
-    return [f"warning: the adapter in {folder} is for the base {name!r}, but it is used with {ref}"]
+    shown = hub.short_message(repr(name))
+    return [f"warning: the adapter in {folder} is for the base {shown}, but it is used with {ref}"]
 
 
 def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None) -> list[str]:

@@ -32,9 +32,12 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write README.md into a folder of weights."""
+    """Write README.md into a folder of weights. A card that jaxft has not written is left as it is."""
+    path = folder / "README.md"
+    if path.exists() and "jaxft" not in str(_front_matter_of(path).get("tags")):
+        return
     text = "\n".join([front_matter(card), f"# {card.title}\n", card.description, "", *_usage(card)])
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def front_matter(card: Card) -> str:
@@ -70,15 +73,15 @@ def base_name(ref: str) -> str:
 
 def _source_metadata(ref: str) -> dict[str, Any]:
     """Return the license fields, and a base_model on the hub, that the base's own files state."""
+    found: dict[str, Any] = {}
     try:
         located = hub.locate(ref, config_only=True)
+        if located.kind == "gguf":
+            found = {"license": gguf_header.read_gguf_header(located.path).metadata.get("general.license")}
+        elif (located.path / "README.md").is_file():
+            found = _front_matter_of(located.path / "README.md")
     except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
         return {}
-    found: Any = {}
-    if located.kind == "gguf":
-        found = {"license": gguf_header.read_gguf_header(located.path).metadata.get("general.license")}
-    elif (located.path / "README.md").is_file():
-        found = _front_matter_of(located.path / "README.md")
     texts = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
     if not re.fullmatch(r"[a-z0-9.-]{1,60}", texts.get("license", "")):  # not a name on the hub's list
         texts = {}

@@ -66,7 +66,7 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     """
     if ref.startswith("pypi:"):
         return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))  # which leaves ~unknown as it is
     if path.is_dir():
         odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
         if odd:  # reading a pipe would never end
@@ -93,8 +93,8 @@ def hub_name(ref: str) -> tuple[str, str | None] | None:
     if ref.startswith("pypi:"):
         wheel = WHEELS.get(ref.removeprefix("pypi:"))
         return (wheel.name, None) if wheel else None
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(ref))
+    if os.path.exists(path):
         cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", str(path.resolve()))
         return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else None
     repo, _, revision = ref.partition("@")

@@ -49,11 +49,17 @@ def test_the_default_model_comes_from_its_package_where_the_hub_is_out_of_reach(
 
 
 def test_a_base_that_is_out_of_reach_or_not_named_is_one_line_with_model(tmp_path, no_hub):
-    for base, error in (("org/unknown", FileNotFoundError), (None, ValueError), (7, ValueError)):
-        folder = adapter(tmp_path / str(base).replace("/", "-"), base)
+    cases = (
+        ("org/unknown", FileNotFoundError), (None, ValueError), (7, ValueError),
+        ("x" * 5000, FileNotFoundError), ("~nobody-here/x", FileNotFoundError), ("a\0b", FileNotFoundError),
+        ("\x1b[2J", FileNotFoundError),
+    )  # fmt: skip
+    for number, (base, error) in enumerate(cases):
+        folder = adapter(tmp_path / str(number), base)
         with pytest.raises(error, match="use --model") as caught:
             named_weights(None, None, folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
 
 
 def test_another_base_than_the_adapters_is_a_warning(tmp_path, no_hub):

@@ -1,6 +1,7 @@
 """Model cards: metadata that the hub accepts, from the files of the base."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -77,3 +78,14 @@ def test_only_datasets_of_the_hub_are_named(tmp_path):
     (tmp_path / "rows").mkdir()
     for local in (f"{tmp_path}/rows", "rows/mine.jsonl", "configs/data/pairs.jsonl", "../a/b", "./a/b", "a"):
         assert hub_dataset(local) is None, local
+
+
+def test_a_card_by_hand_stays_and_one_by_jaxft_is_renewed(tmp_path):
+    card = Card("second", str(tmp_path / "gone"), "finetune", "transformers", "New text.")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# by hand\n")
+    write_card(tmp_path, card)
+    assert "# by hand" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    write_card(tmp_path, replace(card, title="first"))
+    write_card(tmp_path, card)
+    assert "# second" in (tmp_path / "README.md").read_text()
