@@ -75,20 +75,27 @@ def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
 def _probed(tokenizer: Any, source: str, date: str) -> Template:
     """Return the template with what its renderings of short conversations show."""
     bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)))
-    question = {"role": "user", "content": "Qx7w"}
-    turns = [question, {"role": "assistant", "content": "Zk9y"}, {"role": "user", "content": "Jv5u"}]
-    try:
-        with limits.memory_limit(limits.RENDER_BYTES):
-            render_messages(bare, turns)
-        asked, opened = render_messages(bare, turns[:1]), render_messages(bare, turns[:1], generation=True)
-        opening = opened[len(commonprefix([asked, opened])) :]
-        answered, behind = render_messages(bare, turns[:2]).split("Zk9y")
-        between = render_messages(bare, turns).split("Zk9y")[1].split("Jv5u")[0]
-    except (*REJECTIONS, LookupError, ValueError):  # it rejects or omits parts of these conversations
-        return replace(bare, ends=(tokenizer.eos_token,) if tokenizer.eos_token else ())
-    header = answered.removeprefix(asked) if not opening and answered.startswith(asked) else ""
-    last, inner = _ends_of_text(_special_tokens(tokenizer), opening, behind, between)
-    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare)])) if last else ()
+    for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
+        try:
+            return _probed_after(bare, system)
+        except (*REJECTIONS, LookupError, ValueError):  # it rejects or omits parts of these conversations
+            continue
+    return replace(bare, ends=(tokenizer.eos_token,) if tokenizer.eos_token else ())
+
+
+def _probed_after(bare: Template, system: list[Message]) -> Template:
+    """Read from renderings of conversations that begin with `system` how turns begin and end."""
+    asked = [*system, {"role": "user", "content": "Qx7w"}]
+    answered = [*asked, {"role": "assistant", "content": "Zk9y"}]
+    with limits.memory_limit(limits.RENDER_BYTES):
+        longest = render_messages(bare, [*answered, {"role": "user", "content": "Jv5u"}])
+    prompt, opened = render_messages(bare, asked), render_messages(bare, asked, generation=True)
+    opening = opened[len(commonprefix([prompt, opened])) :]
+    before, behind = render_messages(bare, answered).split("Zk9y")
+    between = longest.split("Zk9y")[1].split("Jv5u")[0]
+    header = before.removeprefix(prompt) if not opening and before.startswith(prompt) else ""
+    last, inner = _ends_of_text(_special_tokens(bare.tokenizer), opening, behind, between)
+    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked)])) if last else ()
     ends = tuple(dict.fromkeys([*last, *inner]))
     return replace(bare, opening=opening, header=header if header.strip() else "", ends=ends, last_ends=last)
 
@@ -122,18 +129,18 @@ def _ends_of_text(
     return last[:1], inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
 
 
-def _ends_of_calls(bare: Template) -> list[str]:
-    """Return the special token that ends an assistant turn of tool calls, [] if the template renders none."""
+def _ends_of_calls(bare: Template, asked: list[Message]) -> list[str]:
+    """Return the special token that ends an assistant turn of tool calls, [] if the template renders none.
+
+    asked: a question.
+    """
     for count, content in ((2, None), (2, ""), (1, None), (1, "")):
         calls = [_probe_call(number) for number in range(count)]
         results = [
             {"role": "tool", "content": "Rt8p", "name": call["function"]["name"], "tool_call_id": call["id"]}
             for call in calls
         ]
-        turns: list[Message] = [
-            {"role": "user", "content": "Qx7w"},
-            {"role": "assistant", "content": content, "tool_calls": calls},
-        ]
+        turns = [*asked, {"role": "assistant", "content": content, "tool_calls": calls}]
         try:
             last, inner = render_messages(bare, turns), render_messages(bare, turns + results)
         except REJECTIONS:

@@ -72,6 +72,15 @@ def changed(name, old, new):
     return chat.template_of(tokenizer)
 
 
+def test_ends_are_found_in_a_template_that_requires_a_system_message():
+    required = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    template = changed("llama3.0", "{% for m in messages %}", required + "{% for m in messages %}")
+    assert template.ends == template.last_ends == ("<|eot_id|>",)
+    turns = (Turn("system", "s"), QUESTION, ANSWER, QUESTION, ANSWER)
+    rendered = chat.render(row(turns), template, "assistant")
+    assert [rendered.text[a:b] for a, b in rendered.learned] == ["two<|eot_id|>"] * 2
+
+
 def test_a_second_call_with_the_same_arguments_is_missed():
     template = changed("qwen2.5", "for call in m.tool_calls or []", "for call in (m.tool_calls or [])[:1]")
     turns = (QUESTION, Turn("assistant", "", calls=(CALL, CALL)))
