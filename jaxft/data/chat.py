@@ -261,6 +261,6 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
 
 def _rejection(chat: Chat, error: Exception) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if any(message["content"] is None for message in chat.messages):
+    if "None" in reason and any(message["content"] is None for message in chat.messages):
         reason += " (the content of a turn of tool calls is null; not every template renders that)"
     return f"the chat template rejects the row: {reason}"

@@ -116,6 +116,12 @@ def test_null_that_is_printed_as_a_word_is_refused():
         chat.render(row(turns), template)
 
 
+def test_a_template_that_cannot_render_null_is_reported_with_the_cause():
+    turns = (QUESTION, Turn("assistant", None, calls=(CALL,)))
+    with pytest.raises(ValueError, match=r"NoneType.* \(the content of a turn of tool calls is null;"):
+        chat.render(row(turns), chat.template_of(stock_tokenizer("chatml")))
+
+
 def test_content_that_is_null_stays_null():
     call = {"type": "function", "function": {"name": "rank", "arguments": {}}}
     messages = [
