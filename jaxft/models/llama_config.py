@@ -74,26 +74,28 @@ def inverse_frequencies(c: LlamaConfig) -> np.ndarray:
     return freqs * ((1 - np.clip(smooth, 0, 1)) / s.factor + np.clip(smooth, 0, 1))
 
 
-ROPE_KEYS = (
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings",
+ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "partial_rotary_factor",
 )  # fmt: skip
+ROPE_KEYS = ("rope_type", "type", *ROPE_NUMBERS)
+ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # the first that is not empty counts, as in transformers
 SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    if "factor" in rope and not rope.keys() & {"rope_type", "type"}:
-        raise ValueError(
-            f"config: rope has a factor ({rope['factor']}) but no rope_type; use default, linear or llama3"
-        )
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    """Return rope's theta and scaling. Raises ValueError for settings that are not supported."""
+    rope = _rope_settings(hf)
+    kind = rope["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"config: rope type {kind!r} is not supported; jaxft has default, linear and llama3")
-    if unknown := rope.keys() - ROPE_KEYS:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"config: rope setting {names} is not supported; jaxft reads {', '.join(ROPE_KEYS)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        rotated = rope["partial_rotary_factor"]
+        raise ValueError(f"config: rope's partial_rotary_factor={rotated} is not supported; use 1.0")
+    needed = {"default": (), "linear": ROPE_NUMBERS[1:2], "llama3": ROPE_NUMBERS[1:5]}[kind]
+    if missing := [name for name in needed if name not in rope]:
+        raise ValueError(f"config: rope type {kind!r} needs {', '.join(missing)}")
+    theta = float(rope["rope_theta"])
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -101,6 +103,56 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     original = int(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original)
+
+
+def _rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the rope settings that transformers uses: those of rope_scaling if there are some, else those of
+    rope_parameters; then those at the top level of config.json, then its defaults.
+
+    Raises ValueError if another of these places states a setting with another value: which one the weights
+    were trained with is not known.
+    """
+    groups = {name: _rope_group(hf, name) for name in ROPE_GROUPS}
+    top = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+    groups["config.json"] = {name: hf[name] for name in top if hf.get(name) is not None}
+    for where, group in groups.items():
+        for name in group.keys() & set(ROPE_NUMBERS):
+            value = group[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"config: {name} of {where} must be a finite number, got {value!r}")
+    used = next((name for name in ROPE_GROUPS if groups[name]), "config.json")
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **groups["config.json"], **groups[used]}
+    for where, group in groups.items():
+        for name, value in group.items():
+            if rope.get(name) != value:
+                raise ValueError(
+                    f"config: {where} has {name}={value!r}, but {used}, which counts before it, means "
+                    f"{name}={rope.get(name)!r}; remove the one that the model was not trained with"
+                )
+    return rope
+
+
+def _rope_group(hf: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of config.json's rope_scaling or rope_parameters, the type as rope_type."""
+    group = hf.get(where)
+    if not group:
+        return {}
+    if not isinstance(group, dict):
+        raise ValueError(f"config: {where} must be an object with a rope_type, got {group!r}")
+    if unknown := group.keys() - ROPE_KEYS:
+        names = ", ".join(sorted(map(repr, unknown)))
+        raise ValueError(
+            f"config: rope setting {names} in {where} is not supported; jaxft reads {', '.join(ROPE_KEYS)}"
+        )
+    group = {name: value for name, value in group.items() if value is not None}
+    kinds = [group.pop(name) for name in ("rope_type", "type") if name in group]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(f"config: {where} has rope_type={kinds[0]!r} and type={kinds[1]!r}; remove one")
+    if "factor" in group and not kinds:
+        raise ValueError(
+            f"config: {where} has a factor ({group['factor']}) but no rope_type; use default, linear or llama3"
+        )
+    return group | ({"rope_type": kinds[0]} if kinds else {})
 
 
 def fields_from_hf(hf: dict[str, Any], model_type: str, fixed: dict[str, Any]) -> dict[str, Any]:

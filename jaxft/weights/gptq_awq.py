@@ -22,12 +22,13 @@ def find_gptq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
     """Find GPTQ weights: eight inputs per int32, scales and zeros per group, with desc_act a group index for
     each input.
 
-    Zeros are stored less 1, except in checkpoint_format gptq_v2. With sym=true all zeros are 8, which is
-    int4; others are affine4.
+    Zeros are stored less 1, except in format gptq_v2. With sym=true all zeros are 8, which is int4; others
+    are affine4.
     """
+    format = _format(files.where, settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"))
     group, sym = _group_size(settings, files.where), settings.get("sym", True)
     indexed = bool(settings.get("desc_act", False) and group)
-    zero_shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    zero_shift = 0 if format == "gptq_v2" else 1
     found, consumed = {}, set()
     for name, shape in files.shapes.items():
         stem, mark, _ = name.partition(".qweight")
@@ -76,9 +77,8 @@ def find_awq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
     """Find AWQ weights: eight output channels per int32 in AWQ's order, scales and zeros per group of inputs;
     affine4.
     """
-    group, version = _group_size(settings, files.where), str(settings.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise ValueError(f"{files.where}: AWQ weights of version {version!r}, but jaxft reads version 'gemm'")
+    _format(files.where, settings, ("version", "format", "checkpoint_format"), ("gemm",))
+    group = _group_size(settings, files.where)
     found, consumed = {}, set()
     for name, shape in files.shapes.items():
         stem, mark, _ = name.partition(".qweight")
@@ -100,6 +100,28 @@ def _read_awq(files: SafetensorsFiles, stem: str, layout: QTensor, index: Index 
     codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 1, index, AWQ_ORDER)
     zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
     return _affine(layout, codes, read_part(files, f"{stem}.scales", (blocks, outs), rows), zeros)
+
+
+def _format(where: str, settings: dict[str, Any], keys: tuple[str, ...], readable: tuple[str, ...]) -> str:
+    """Return the layout of the packed weights, which tools name under several keys; by default the first of
+    `readable`.
+
+    Raises ValueError for a layout that is not readable, and for keys that disagree.
+    """
+    given = {key: settings[key] for key in keys if settings.get(key) is not None}
+    names = {str(value).lower() for value in given.values()} or {readable[0]}
+    stated = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: quantization_config has {stated}, which are different layouts; remove the wrong one"
+        )
+    if not names <= set(readable):
+        method = settings["quant_method"]
+        raise ValueError(
+            f"{where}: {method} weights with {stated} in quantization_config, but jaxft reads "
+            f"{' and '.join(readable)}"
+        )
+    return names.pop()
 
 
 def _group_size(settings: dict[str, Any], where: str) -> int | None:

@@ -142,7 +142,11 @@ GROUPED = {
     "gptq, one group": dict(method="gptq", group=-1, ordered=True),
     "gptq, groups with a rest": dict(method="gptq", group=40),
     "gptq_v2": dict(method="gptq", less=0, checkpoint_format="gptq_v2"),
+    "gptq_v2 by format": dict(method="gptq", less=0, format="gptq_v2"),
+    "gptq_v2 by both": dict(method="gptq", less=0, format="GPTQ_v2", checkpoint_format="gptq_v2"),
+    "gptq by format": dict(method="gptq", format="gptq", checkpoint_format=None),
     "awq": dict(method="awq", zero_point=True, version="gemm"),
+    "awq by format": dict(method="awq", format="gemm"),
 }
 
 
@@ -198,7 +202,20 @@ REFUSED = {
     "group size": (dict(group_size=0), "group_size is 0, expected a number of inputs or -1"),
     "a version": (
         dict(method="awq", version="gemv"),
-        "AWQ weights of version 'gemv', but jaxft reads version 'gemm'",
+        "awq weights with version='gemv' in quantization_config, but jaxft reads gemm",
+    ),
+    "a format": (
+        dict(format="marlin"),
+        "gptq weights with format='marlin' in quantization_config, but jaxft reads gptq and gptq_v2",
+    ),
+    "a format that is no name": (dict(format=["gptq"]), r"format=\['gptq'\] in quantization_config"),
+    "an AWQ format": (
+        dict(method="awq", format="gemv_fast"),
+        "awq weights with format='gemv_fast' in quantization_config, but jaxft reads gemm",
+    ),
+    "two formats": (
+        dict(format="gptq", checkpoint_format="gptq_v2"),
+        "has checkpoint_format='gptq_v2', format='gptq', which are different layouts",
     ),
     "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; is the download complete"),
     "scales of another shape": (
