@@ -139,6 +139,8 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=residual)
+        for line in pretrained.head_notes(source.ref, model):
+            print(line, file=sys.stderr)
         longest, limit = max(map(len, ids)), model.config.max_positions
         pretrained.check_token_id(source.ref, max(max(x, default=0) for x in ids), model.config.vocab)
         if longest + args.max_new > limit:

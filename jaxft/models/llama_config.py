@@ -150,7 +150,8 @@ def _rope_group(hf: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"config: {where} has rope_type={kinds[0]!r} and type={kinds[1]!r}; remove one")
     if "factor" in group and not kinds:
         raise ValueError(
-            f"config: {where} has a factor ({group['factor']}) but no rope_type; use default, linear or llama3"
+            f"config: {where} has a factor ({group['factor']}) but no rope_type; use default, linear or "
+            "llama3"
         )
     return group | ({"rope_type": kinds[0]} if kinds else {})
 

@@ -13,6 +13,7 @@ from jaxft.runs.record import differences
 from jaxft.runs.trackers.jsonl import json_value
 from jaxft.weights import hf, hub
 from jaxft.weights.file_hash import file_sha256, files_sha256
+from jaxft.weights.gguf_header import part_files
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -248,7 +249,7 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
 def weights_fingerprint(ref: str) -> str:
     """Return a hash of all bytes of the weights behind `ref`."""
     located = hub.locate(ref)
-    files = [located.path] if located.kind == "gguf" else hf.weight_files(located.path)
+    files = part_files(located.path) if located.kind == "gguf" else hf.weight_files(located.path)
     lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]
     return HASH + hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -6,10 +6,11 @@ package's reader takes seconds for a vocabulary.
 
 import math
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,12 +30,18 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 
 
+T = TypeVar("T", int, float, str, bool)
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "a Boolean"}
+PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of llama.cpp's split files, counted from 1
+
+
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor in the file: name of its type, shape (rows first), bytes per row, and its first byte in the
+    """A tensor: its file, name of its type, shape (rows first), bytes per row, and its first byte in the
     file.
     """
 
+    path: Path
     kind: str
     shape: tuple[int, ...]
     row_bytes: int
@@ -43,17 +50,42 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensors of a GGUF file."""
+    """Metadata and tensors of a GGUF file. path: the file, the first part of a split one."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
-    def required(self, key: str) -> Any:
-        """Return a metadata value. Raises ValueError if it is missing."""
+    def required(self, key: str, kind: type[T]) -> T:
+        """Return a metadata value. Raises ValueError if it is missing or of another type."""
         if key not in self.metadata:
             raise ValueError(f"{self.path}: metadata {key} is missing; use a GGUF file of a Llama model")
-        return self.metadata[key]
+        return self._typed(f"metadata {key}", self.metadata[key], kind)
+
+    def optional(self, key: str, default: T) -> T:
+        """Return a metadata value, or the default without one. Raises ValueError if it is of another type."""
+        return self.required(key, type(default)) if key in self.metadata else default
+
+    def array(self, key: str, kind: type[T]) -> list[T] | None:
+        """Return a metadata array, None without one. Raises ValueError unless its items are of this type."""
+        if key not in self.metadata:
+            return None
+        items = self.metadata[key]
+        if not isinstance(items, list):
+            raise ValueError(f"{self.path}: metadata {key} must be an array, got {_short(items)}")
+        return [self._typed(f"metadata {key}[{i}]", item, kind) for i, item in enumerate(items)]
+
+    def _typed(self, what: str, value: Any, kind: type[T]) -> T:
+        accepted: Any = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{self.path}: {what} must be {TYPE_NAMES[kind]}, got {_short(value)}")
+        return kind(value)
+
+
+def _short(value: Any) -> str:
+    """Return a metadata value for a message, at most 60 characters of it."""
+    text = f"an array of {len(value)}" if isinstance(value, list) else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Cursor:
@@ -92,18 +124,69 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read metadata and tensor table of a GGUF file. Raises ValueError for an invalid or incomplete file."""
+    """Read metadata and tensor table of a GGUF file, and of the other parts of a split one, whichever is
+    given.
+
+    Raises ValueError for an invalid or incomplete file, FileNotFoundError for a part that is missing.
+    """
+    parts = part_files(path)
+    header = _read_part(parts[0], 0, len(parts))
+    for number, part in enumerate(parts[1:], 1):
+        tensors = _read_part(part, number, len(parts)).tensors
+        if repeated := next(iter(header.tensors.keys() & tensors.keys()), None):
+            raise ValueError(f"{part}: tensor {repeated} is in an earlier part too; download the parts again")
+        header = replace(header, tensors={**header.tensors, **tensors})
+    expected = header.optional("split.tensors.count", len(header.tensors))
+    if expected != len(header.tensors):
+        raise ValueError(
+            f"{header.path}: the parts have {len(header.tensors)} tensors, but its metadata "
+            f"split.tensors.count is {expected}; download the parts again"
+        )
+    return header
+
+
+def part_files(path: Path) -> list[Path]:
+    """Return all parts of a split GGUF file by the name of any of them; else the file alone."""
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [path]
+    count = int(match[3])
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for i, part in enumerate(parts, 1):
+        if not part.is_file():
+            raise FileNotFoundError(
+                f"{part}: part {i} of {count} of a split GGUF file is missing; download it to the same folder"
+            )
+    return parts
+
+
+def _read_part(path: Path, number: int, count: int) -> GgufHeader:
+    """Read one file, which must be part `number` (counted from 0) of `count`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not a regular file; use a .gguf file")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            metadata, tensors = _parse(_Cursor(data), len(data))
+            metadata, tensors = _parse(_Cursor(data), len(data), path)
     except (ValueError, OverflowError, struct.error) as e:
         raise ValueError(f"{path}: not a complete GGUF file: {e}; download it again") from e
-    return GgufHeader(path, metadata, tensors)
+    header = GgufHeader(path, metadata, tensors)
+    stated = header.optional("split.no", 0), max(1, header.optional("split.count", 1))
+    if stated != (number, count):
+        raise ValueError(
+            f"{path}: by its metadata it is part {stated[0] + 1} of {stated[1]}, by its name part "
+            f"{number + 1} of {count}; the parts must be named NAME-00001-of-{stated[1]:05}.gguf and so on"
+        )
+    return header
 
 
-def _parse(cursor: _Cursor, total: int) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def block_size(kind: str) -> tuple[int, int]:
+    """Return (elements, bytes) of a block of a tensor type."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if cursor.take(4) != b"GGUF":
@@ -141,9 +224,11 @@ def _parse(cursor: _Cursor, total: int) -> tuple[dict[str, Any], dict[str, GgufT
         except (ValueError, KeyError) as e:
             raise ValueError(f"tensor {name} has type {code}, which this gguf package does not know") from e
         shape = tuple(reversed(dims)) or (1,)
-        info = GgufTensor(kind.name, shape, shape[-1] // block * size, start + offset)
+        info = GgufTensor(path, kind.name, shape, shape[-1] // block * size, start + offset)
         end = info.offset + math.prod(shape[:-1]) * info.row_bytes
         if shape[-1] % block or end > total:
             raise ValueError(f"tensor {name} {shape} ends at byte {end}, the file has {total}")
+        if name in tensors:
+            raise ValueError(f"tensor {name} is in it twice")
         tensors[name] = info
     return metadata, tensors

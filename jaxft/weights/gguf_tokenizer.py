@@ -1,7 +1,8 @@
-"""The tokenizer in a GGUF file's metadata: byte-level BPE, built with `tokenizers`.
+"""The tokenizer in a GGUF file's metadata, built with `tokenizers`: byte-level BPE (tokenizer.ggml.model is
+gpt2) or SentencePiece BPE (llama).
 
-transformers' AutoTokenizer(gguf_file=...) needs torch, and does not split digits as the published tokenizers
-do.
+transformers' AutoTokenizer(gguf_file=...) needs torch, does not split digits as the published tokenizers do,
+and drops a space at the start of a SentencePiece text, which llama.cpp and SentencePiece keep.
 """
 
 from typing import Any
@@ -17,49 +18,143 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
+SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
+SPACE = "\u2581"  # SentencePiece's mark of a space
+LONGEST_PIECE = 512  # characters of a token that can be the result of merges
 
 
 def build_tokenizer(header: GgufHeader) -> Any:
     """Build a transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
 
-    Raises ValueError for a vocabulary that is not byte-level BPE or an unknown pre-tokenizer.
+    Raises ValueError for a vocabulary of another type, an unknown pre-tokenizer and invalid metadata.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    metadata, required = header.metadata, header.required
-    if required("tokenizer.ggml.model") != "gpt2":
+    tokens = header.array("tokenizer.ggml.tokens", str)
+    kind = header.required("tokenizer.ggml.model", str)
+    if kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"{header.path}: its tokenizer is of type {required('tokenizer.ggml.model')!r}; only "
-            "byte-level BPE ('gpt2') is "
-            "read from GGUF. Use the model's Hugging Face folder"
+            f"{header.path}: its tokenizer is of type {kind[:60]!r}; only byte-level BPE ('gpt2') and "
+            "SentencePiece BPE ('llama') are read from GGUF. Use the model's Hugging Face folder"
         )
-    pre, tokens = metadata.get("tokenizer.ggml.pre", "gpt-2"), required("tokenizer.ggml.tokens")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in required("tokenizer.ggml.merges")]
-    if len(vocab) != len(tokens) or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{header.path}: its vocabulary repeats a token, or a merge is not a pair")
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
-    except Exception as e:  # tokenizers raises plain Exception
-        raise ValueError(f"{header.path}: its merges do not fit its vocabulary: {e}") from e
-    tokenizer.pre_tokenizer = _pre_tokenizer(header, pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata.get("tokenizer.ggml.token_type") or []
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            added = AddedToken(token, normalized=False, special=kind == CONTROL)
-            (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)([added])
-    special = _special_tokens(header, tokens)
-    tokenizer.post_processor = _post_processor(header, pre, special)
+    if tokens is None or len(set(tokens)) != len(tokens):
+        what = "is missing" if tokens is None else "repeats a token"
+        raise ValueError(f"{header.path}: metadata tokenizer.ggml.tokens {what}")
+    types = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(header, tokens, types)
+    for token, type_ in zip(tokens, types, strict=False):
+        if type_ in (CONTROL, USER_DEFINED):
+            added = AddedToken(token, normalized=False, special=type_ == CONTROL)
+            (tokenizer.add_special_tokens if type_ == CONTROL else tokenizer.add_tokens)([added])
+    ids = {name: special_token_id(header, name) for name in ("bos", "eos", "unk", "pad")}
+    special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    tokenizer.post_processor = _post_processor(header, ids, tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=header.optional("tokenizer.chat_template", "") or None,
         clean_up_tokenization_spaces=False,
-        model_max_length=required("llama.context_length"),
+        model_max_length=header.required("llama.context_length", int),
         **special,
     )
+
+
+def special_token_id(header: GgufHeader, name: str) -> int | None:
+    """Return the id of a special token (a key of SPECIAL_TOKENS), None without one. Raises ValueError for an
+    id that is not in the vocabulary.
+    """
+    key = f"tokenizer.ggml.{SPECIAL_TOKENS[name]}_token_id"
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else None
+    if key not in header.metadata:
+        sentencepiece = header.metadata.get("tokenizer.ggml.model") == "llama"
+        default = SENTENCEPIECE_IDS.get(name) if sentencepiece else None
+        return None if default is None or count is None or default >= count else default
+    index = header.required(key, int)
+    if index < 0 or (count is not None and index >= count):
+        raise ValueError(
+            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens"
+        )
+    return index
+
+
+def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
+    from tokenizers import decoders
+
+    pre = header.optional("tokenizer.ggml.pre", GPT2[0])
+    listed = header.array("tokenizer.ggml.merges", str)
+    if listed is None:
+        raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges is missing")
+    merges = [tuple(merge.split(" ")) for merge in listed]
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair")
+    tokenizer = _bpe(header, tokens, merges, ignore_merges=pre in LLAMA3)
+    tokenizer.pre_tokenizer = _pre_tokenizer(header, pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, ...]], **settings: Any) -> Any:
+    from tokenizers import Tokenizer, models
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        return Tokenizer(models.BPE(vocab=vocab, merges=merges, **settings))
+    except Exception as e:  # tokenizers raises plain Exception
+        raise ValueError(f"{header.path}: its merges do not fit its vocabulary: {e}") from e
+
+
+def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
+    """SentencePiece BPE, as the published tokenizer.json of Llama 1 and 2 has it: a space before the text and
+    after each special token, spaces as SPACE, characters that are not in the vocabulary as their bytes.
+    """
+    from tokenizers import decoders, normalizers
+
+    scores = header.array("tokenizer.ggml.scores", float)
+    if scores is None or len(scores) != len(tokens) or len(types) != len(tokens):
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.scores and token_type must have an entry for each of "
+            f"the {len(tokens)} tokens"
+        )
+    plain = {
+        token: score
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+        if kind not in (UNKNOWN, CONTROL, UNUSED, BYTE)
+    }
+    unknown = special_token_id(header, "unk")
+    tokenizer = _bpe(
+        header,
+        tokens,
+        _merges(header, plain),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    prefix = header.optional("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces] if prefix else [spaces])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
+
+
+def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, ...]]:
+    """Return every pair of tokens that makes a token, in the order of the tokens' scores, best first:
+    SentencePiece merges the neighbours that make the token with the best score.
+    """
+    merges: list[tuple[float, str, str]] = []
+    for token, score in scores.items():
+        if len(token) > LONGEST_PIECE:
+            raise ValueError(
+                f"{header.path}: token {token[:20]!r}... has {len(token)} characters, which is more than "
+                f"{LONGEST_PIECE}; use the model's Hugging Face folder"
+            )
+        parts = ((token[:at], token[at:]) for at in range(1, len(token)))
+        merges += [(score, *part) for part in parts if part[0] in scores and part[1] in scores]
+    merges.sort(key=lambda merge: (-merge[0], -len(merge[1])))
+    return [merge[1:] for merge in merges]
 
 
 def _pre_tokenizer(header: GgufHeader, pre: str) -> Any:
@@ -83,31 +178,23 @@ def _pre_tokenizer(header: GgufHeader, pre: str) -> Any:
     )
 
 
-def _special_tokens(header: GgufHeader, tokens: list[str]) -> dict[str, str]:
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None:
-            if not 0 <= index < len(tokens):
-                raise ValueError(
-                    f"{header.path}: {key}_token_id is {index}, the vocabulary has {len(tokens)} tokens"
-                )
-            special[f"{name}_token"] = tokens[index]
-    return special
-
-
-def _post_processor(header: GgufHeader, pre: str, special: dict[str, str]) -> Any:
+def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
+    """Add the start and end tokens that the metadata says, by default as llama.cpp does."""
     from tokenizers import processors
 
-    bos = header.metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3) and special.get("bos_token")
-    eos = header.metadata.get("tokenizer.ggml.add_eos_token", False) and special.get("eos_token")
-    if not bos and not eos:
+    sentencepiece = header.required("tokenizer.ggml.model", str) == "llama"
+    starts = sentencepiece or header.optional("tokenizer.ggml.pre", GPT2[0]) in LLAMA3
+    add_bos = header.optional("tokenizer.ggml.add_bos_token", starts) and ids["bos"] is not None
+    add_eos = header.optional("tokenizer.ggml.add_eos_token", False) and ids["eos"] is not None
+    if not add_bos and not add_eos:
         return processors.ByteLevel(trim_offsets=False)
-    ids = {name: header.required("tokenizer.ggml.tokens").index(name) for name in {bos, eos} if name}
-    single = " ".join(part for part in (bos, "$A", eos) if part)
-    pair = " ".join(
-        part
-        for part in (bos, "$A", eos, f"{bos}:1" if bos else "", "$B:1", f"{eos}:1" if eos else "")
-        if part
-    )
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))
+    bos, eos = (tokens[ids[name] or 0] if add else "" for name, add in (("bos", add_bos), ("eos", add_eos)))
+    single = [part for part in (bos, "$A", eos) if part]
+    second = (bos and f"{bos}:1", "$B:1", eos and f"{eos}:1")
+    named = list({token: ids[name] for name, token in (("bos", bos), ("eos", eos)) if token}.items())
+    try:
+        return processors.TemplateProcessing(
+            single=single, pair=[*single, *(part for part in second if part)], special_tokens=named
+        )
+    except Exception as e:  # tokenizers raises plain Exception
+        raise ValueError(f"{header.path}: its start or end token cannot be added to texts: {e}") from e

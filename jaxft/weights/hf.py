@@ -14,6 +14,8 @@ from jaxft.weights.quant_layout import same_layout
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 
 HEAD = ("lm_head.weight", True)  # also of an adapted tied head, which has no name in a Model
+EMBEDDING = "model.embed_tokens.weight"
+COMPARED_VALUES = 1 << 22  # values of a head and an embedding at a time
 QUANTISATION_SCALES = (
     ".weight_scale", ".weight_scale_inv", ".input_scale", ".weight_scale_2", ".activation_scale"
 )  # fmt: skip
@@ -128,6 +130,11 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             f"{extra[0]}; "
             "is it another architecture, or does it have more layers than its config.json says?"
         )
+    if model.generates and "head" not in model.weight_names and has_other_head(files):
+        raise ValueError(
+            f"{files.where}: its head is tied to the embedding, but {HEAD[0]} is another matrix; use this "
+            "folder itself as the model, which then has a head of its own"
+        )
     for name, shape in expected.items():
         if files.shapes[name] != shape:
             raise ValueError(
@@ -135,6 +142,26 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             )
         if files.dtypes[name] not in FLOATS.values():
             raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
+
+
+def has_other_head(files: ModelFiles) -> bool:
+    """Whether the files have a language model head that is not the embedding, compared value by value."""
+    shape = files.shapes.get(HEAD[0])
+    if shape is None or EMBEDDING not in files.shapes:
+        return False
+    if files.shapes[EMBEDDING] != shape or len(shape) != 2:
+        return True
+    rows = max(1, COMPARED_VALUES // max(1, shape[1]))
+    return not all(
+        _equal(*(files.read(name, (slice(at, min(at + rows, shape[0])),)) for name in (HEAD[0], EMBEDDING)))
+        for at in range(0, shape[0], rows)
+    )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return True
+    return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
 
 
 def _expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:

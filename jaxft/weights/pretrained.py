@@ -21,7 +21,18 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights import gguf, gguf_header, gguf_tokenizer, hf, hub, merge, peft, place, tokenizer_files
+from jaxft.weights import (
+    gguf,
+    gguf_config,
+    gguf_header,
+    gguf_tokenizer,
+    hf,
+    hub,
+    merge,
+    peft,
+    place,
+    tokenizer_files,
+)
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers
 from jaxft.weights.safetensors import read_model_json
@@ -39,7 +50,7 @@ from jaxft.weights.storage import (
 def read_config(located: hub.Located) -> dict[str, Any]:
     """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata."""
     if located.kind == "gguf":
-        return gguf.gguf_config(gguf_header.read_gguf_header(located.path))
+        return gguf_config.gguf_config(gguf_header.read_gguf_header(located.path))
     return read_model_json(located.path / "config.json")
 
 
@@ -47,7 +58,8 @@ def model_for(ref: str, **options: Any) -> Model:
     """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual).
 
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
-    Raises ValueError for an architecture that is not implemented.
+    A config that ties the head to the embedding does not count where the weights are here and have another
+    head. Raises ValueError for an architecture that is not implemented.
     """
     preset = None if Path(ref).is_dir() else families.preset(ref, **options)
     if preset is not None:
@@ -56,6 +68,8 @@ def model_for(ref: str, **options: Any) -> Model:
     where = located.path / "config.json" if located.kind == "folder" else located.path
     try:
         config = read_config(located)
+        if config.get("tie_word_embeddings") and _has_other_head(located):
+            config = {**config, "tie_word_embeddings": False}
         family = families.family_of(config)
         parsed = family.from_hf(config)
     except ValueError as e:
@@ -65,6 +79,29 @@ def model_for(ref: str, **options: Any) -> Model:
             f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)})"
         ) from e
     return family.build(parsed, **options)
+
+
+def _has_other_head(located: hub.Located) -> bool:
+    """Whether the model's files, if they are here and can be read, have a head that is not the embedding."""
+    if located.kind != "folder":
+        return False
+    try:
+        return hf.has_other_head(hf.open_folder(located.path))
+    except (ValueError, FileNotFoundError):  # which loading them reports
+        return False
+
+
+def head_notes(ref: str, model: Model) -> list[str]:
+    """Return a line if `model` has a head of its own although its config.json ties it to the embedding."""
+    located = hub.locate(ref, config_only=True)
+    if located.kind != "folder" or "head" not in model.weight_names:
+        return []
+    if not read_config(located).get("tie_word_embeddings"):
+        return []
+    return [
+        f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD[0]} is not the embedding: the "
+        "head is a matrix of its own"
+    ]
 
 
 def open_files(ref: str) -> ModelFiles:
@@ -196,7 +233,7 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
-    reason.
+    reason; before them one for a head that the config ties to the embedding, but that is not it.
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
@@ -208,7 +245,8 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
         change = _storage_change(stored.storage[f"base/{path}"], layout, tensor)
         if change:
             groups.setdefault(change, []).append(path)
-    return [f"weights {change}: {', '.join(paths)}" for change, paths in groups.items()]
+    changes = [f"weights {change}: {', '.join(paths)}" for change, paths in groups.items()]
+    return head_notes(ref, stored.model) + changes
 
 
 def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedTensor) -> str:

@@ -1,4 +1,4 @@
-"""Rope settings of config.json, in all places where files have them, against transformers' own frequencies."""
+"""Rope settings of config.json, wherever files have them, against transformers' own frequencies."""
 
 import copy
 

@@ -1,6 +1,7 @@
 """GGUF files of tiny torch models, written with the gguf package."""
 
 import gguf as gguf_package
+import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 from jaxft.weights import gguf
@@ -32,10 +33,34 @@ def gguf_tensors(reference):
         yield f"blk.{i}.{short}.weight", permute(value, heads) if heads else value
 
 
-def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), extra=()):
-    """A GGUF file of a torch Llama: matrices as `kind`, norms as F32. fields: (method, arguments)."""
+# Where the blocks of types that the gguf package does not quantise to have float16 scales (ggml-common.h).
+SCALES = {
+    Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,), Kind.IQ3_S: (0,), Kind.IQ2_XXS: (0,),
+}  # fmt: skip
+
+
+def blocks_of(value, kind, seed=0):
+    """The bytes of a matrix in a type: quantised, or random blocks where nothing here quantises to it."""
+    if kind not in SCALES:
+        return gguf_package.quants.quantize(value, kind)
+    block, size = gguf_package.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng([seed, *value.shape])
+    raw = rng.integers(0, 256, (value.shape[0], value.shape[1] // block, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        scale = rng.uniform(-2e-4, 2e-4, (*raw.shape[:2], 1)).astype(np.float16)
+        raw[..., at : at + 2] = scale.view(np.uint8)
+    return raw.reshape(len(raw), -1)
+
+
+def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), extra=(), split=0):
+    """A GGUF file of a torch Llama: norms as F32, matrices as `kind`, a type or a function of the name.
+
+    fields: (method of the writer, arguments). extra: more tensors. split: tensors of a part, 0 for one file;
+    returns the path of the first.
+    """
     config = reference.config
-    writer = gguf_package.GGUFWriter(path, architecture)
+    writer = gguf_package.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -47,15 +72,17 @@ def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), 
     writer.add_rope_dimension_count(config.head_dim)
     for method, *values in fields:
         getattr(writer, method)(*values)
-    for name, value in [*gguf_tensors(reference), *extra]:
-        stored = kind if value.ndim == 2 else Kind.F32
-        data = gguf_package.quants.quantize(value, stored)
-        writer.add_tensor(name, data, raw_dtype=stored)
+    for i, (name, value) in enumerate([*gguf_tensors(reference), *extra]):
+        stored = kind(name) if callable(kind) else kind
+        if value.ndim != 2 or value.dtype != np.float32:
+            writer.add_tensor(name, value)
+            continue
+        writer.add_tensor(name, blocks_of(value, stored, i), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if not split else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))[0]
 
 
 def byte_level(fields, tokens, **kinds):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.models.llama_config import inverse_frequencies
+from jaxft.runs.folder import weights_fingerprint
 from jaxft.weights import gguf, hf_write, hub, pretrained
 
 torch = pytest.importorskip("torch")
@@ -120,12 +121,19 @@ def test_every_tensor_type_is_what_the_gguf_package_dequantises(tmp_path, kind, 
         np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32), err_msg=out.name)
 
 
+LINEAR = gguf_package.RopeScalingType.LINEAR
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+SCALE_LINEAR = ("add_float32", "llama.rope.scale_linear", 4.0)
 ROPE = {
     "default": ({"rope_type": "default", "rope_theta": 300.0}, ()),
-    "linear": (
-        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-        (("add_rope_scaling_factor", 4.0),),
+    "no factor": (
+        {"rope_type": "default", "rope_theta": 1e4},
+        [("add_rope_scaling_type", LINEAR), ("add_rope_scaling_factor", 0.0)],
     ),
+    "linear": (LINEAR_ROPE, [("add_rope_scaling_type", LINEAR), ("add_rope_scaling_factor", 4.0)]),
+    "linear by default": (LINEAR_ROPE, [("add_rope_scaling_factor", 4.0)]),  # as llama.cpp reads it
+    "an old linear": (LINEAR_ROPE, [SCALE_LINEAR]),
+    "old and new": (LINEAR_ROPE, [SCALE_LINEAR, ("add_rope_scaling_factor", 4.0)]),
     "llama3": (
         {
             "rope_type": "llama3",
@@ -144,8 +152,6 @@ ROPE = {
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
     rope, fields = ROPE[name]
     extra = ()
-    if name == "linear":
-        fields = [("add_rope_scaling_type", gguf_package.RopeScalingType.LINEAR), *fields]
     reference = tiny_torch(rope_parameters=rope, max_position_embeddings=16384)
     if name == "llama3":  # what convert_hf_to_gguf.py stores: the divisor of each frequency
         plain = rope["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
@@ -161,6 +167,17 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
     np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)
 
 
+def test_contradictions_of_rope_are_refused(tmp_path):
+    path, table = tmp_path / "tiny.gguf", [("rope_freqs.weight", np.ones(8, np.float32))]
+    write_gguf(path, tiny_torch(), fields=[SCALE_LINEAR, ("add_rope_scaling_factor", 2.0)])
+    check_refuses(path, "llama.rope.scaling.factor=2.0 and llama.rope.scale_linear=4.0 contradict")
+    none = ("add_rope_scaling_type", gguf_package.RopeScalingType.NONE)
+    write_gguf(path, tiny_torch(), fields=[SCALE_LINEAR, none])
+    check_refuses(path, "rope has the linear factor 4.0 and llama.rope.scaling.type=none")
+    write_gguf(path, tiny_torch(), fields=[SCALE_LINEAR], extra=table)
+    check_refuses(path, "rope has the linear factor 4.0 and rope_freqs.weight")
+
+
 def check_refuses(path, *words):
     with pytest.raises(ValueError) as caught:
         load(path)
@@ -173,8 +190,6 @@ def test_an_unsupported_gguf_file_is_an_error_that_names_it(tmp_path):
     reference, path = tiny_torch(), tmp_path / "tiny.gguf"
     write_gguf(path, reference, architecture="qwen2")
     check_refuses(path, "qwen2", "architecture")
-    write_gguf(path, reference, Kind.Q5_1)
-    check_refuses(path, "Q5_1", "token_embd.weight", "Q4_1")
     write_gguf(path, reference, fields=[("add_expert_count", 8)])
     check_refuses(path, "experts")
     write_gguf(path, reference, fields=[("add_rope_scaling_type", gguf_package.RopeScalingType.YARN)])
@@ -185,6 +200,52 @@ def test_an_unsupported_gguf_file_is_an_error_that_names_it(tmp_path):
     check_refuses(path, "blk.0.attn_q.bias")
     write_gguf(path, reference, fields=[("add_key_length", 32)])
     check_refuses(path, "rope rotates 16 of 32")
+    write_gguf(path, reference, fields=[("add_value_length", 8)])
+    check_refuses(path, "values have 8 of 16")
+    write_gguf(path, reference, fields=[("add_head_count_kv", [2, 2, 1])])
+    check_refuses(path, "head_count_kv must be the same for all layers, got [2, 2, 1]")
+    write_gguf(path, reference, fields=[("add_logit_scale", 0.5)])  # Granite's, under the name of llama
+    check_refuses(path, "llama.logit_scale='0.5' is not supported, because it may change what the model")
+    write_gguf(path, reference, fields=[("add_float32", "llama.attention.scale", 0.5)])
+    check_refuses(path, "llama.attention.scale='0.5' is not supported")
+
+
+def test_values_that_change_nothing_are_no_variant_of_the_architecture(tmp_path):
+    fields = [("add_logit_scale", 1.0), ("add_expert_count", 0), ("add_value_length", 16)]
+    fields += [("add_vocab_size", 320), ("add_head_count_kv", [2, 2, 2])]
+    model, _ = load(write_gguf(tmp_path / "tiny.gguf", tiny_torch(), fields=fields))
+    assert model.config.kv_heads == 2
+
+
+WRONG = {
+    "general.architecture": ("add_uint32", 5, "a string, got 5"),
+    "llama.block_count": ("add_string", "three", "a whole number, got 'three'"),
+    "llama.embedding_length": ("add_float32", 64.0, "a whole number, got 64.0"),
+    "llama.context_length": ("add_bool", True, "a whole number, got True"),
+    "llama.attention.head_count": ("add_array", ["4"], "[0] must be a whole number, got '4'"),
+    "llama.attention.head_count_kv": ("add_uint32", 0, "must be above 0, got 0"),
+    "llama.feed_forward_length": ("add_array", [96, 96], "a whole number, got an array of 2"),
+    "llama.attention.layer_norm_rms_epsilon": ("add_string", "x" * 99, "a number, got 'xxx"),
+    "llama.attention.key_length": ("add_string", "16", "a whole number, got '16'"),
+    "llama.rope.dimension_count": ("add_float64", 16.5, "a whole number, got 16.5"),
+    "llama.rope.freq_base": ("add_array", [1e4], "a number, got an array of 1"),
+    "llama.rope.scaling.type": ("add_uint32", 1, "a string, got 1"),
+    "llama.rope.scaling.factor": ("add_string", "4", "a number, got '4'"),
+    "llama.expert_count": ("add_string", "none", "a whole number, got 'none'"),
+    "tokenizer.ggml.eos_token_id": ("add_string", "</s>", "a whole number, got '</s>'"),
+    "tokenizer.ggml.eot_token_id": ("add_int32", -1, "eot_token_id is -1"),
+    "split.count": ("add_string", "1", "a whole number, got '1'"),
+    "split.no": ("add_float32", 0.0, "a whole number, got 0.0"),
+    "split.tensors.count": ("add_array", [1], "a whole number, got an array of 1"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_metadata_of_another_type_is_one_line_that_names_it(tmp_path, key):
+    method, value, words = WRONG[key]
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=[(method, key, value)])
+    check_refuses(path, key.rpartition(".")[2], words)
+    assert len(str(pytest.raises(ValueError, load, path).value)) < 300
 
 
 def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path):
@@ -247,7 +308,8 @@ def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):
     merges, tokens, _ = toy_vocabulary()
     good = [("add_tokenizer_pre", "smollm"), ("add_token_merges", merges)]
     cases = {
-        "'llama'": [("add_tokenizer_model", "llama"), ("add_token_list", tokens)],
+        "'bert'": [("add_tokenizer_model", "bert"), ("add_token_list", tokens)],
+        "token_type must have an entry": [("add_tokenizer_model", "llama"), ("add_token_list", tokens)],
         "tekken": byte_level([("add_tokenizer_pre", "tekken"), ("add_token_merges", merges)], tokens),
         "tokenizer.ggml.merges": byte_level([("add_tokenizer_pre", "smollm")], tokens),
         "repeats": byte_level(good, tokens + ["a"]),
@@ -259,3 +321,61 @@ def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):
         path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=fields)
         with pytest.raises(ValueError, match=word):
             pretrained.load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_all_parts_of_a_split_file_are_read_whichever_is_named(tmp_path, given):
+    reference = tiny_torch(tie_word_embeddings=False)
+    whole = write_gguf(tmp_path / "whole.gguf", reference, Kind.Q8_0)
+    first = write_gguf(tmp_path / "parts.gguf", reference, Kind.Q8_0, split=8)
+    parts = sorted(tmp_path.glob("parts-*-of-00004.gguf"))
+    assert len(parts) == 4 and first == parts[0]
+    assert all(0 < len(gguf_package.GGUFReader(part).tensors) <= 8 for part in parts)
+    expected, files = (pretrained.open_files(str(path)) for path in (whole, parts[given]))
+    assert files.shapes == expected.shapes and files.quantised.keys() == expected.quantised.keys()
+    for name in files.shapes:
+        np.testing.assert_array_equal(files.read(name), expected.read(name), err_msg=name)
+    model, _ = load(parts[given])
+    assert model.config == load(whole)[0].config
+    before = weights_fingerprint(str(parts[given]))
+    raw = bytearray(parts[2].read_bytes())
+    raw[-1] ^= 1
+    parts[2].write_bytes(raw)
+    assert weights_fingerprint(str(parts[given])) != before  # of all parts
+
+
+def test_a_split_file_that_is_not_complete_is_one_line(tmp_path):
+    reference = tiny_torch(num_hidden_layers=1)
+    write_gguf(tmp_path / "tiny.gguf", reference, split=4)
+    first, second, third = sorted(tmp_path.glob("*.gguf"))
+    data = {path: path.read_bytes() for path in (first, second, third)}
+    third.unlink()
+    with pytest.raises(FileNotFoundError, match="tiny-00003-of-00003.gguf: part 3 of 3 of a split"):
+        load(first)
+    third.write_bytes(data[second])
+    check_says(first, "tiny-00003-of-00003.gguf: by its metadata it is part 2 of 3, by its name part 3 of 3")
+    for path in (first, second, third):
+        path.unlink()
+    alone = tmp_path / "renamed.gguf"
+    alone.write_bytes(data[first])
+    check_says(alone, "metadata it is part 1 of 3, by its name part 1 of 1", "NAME-00001-of-00003.gguf")
+    alone.with_name("x-00001-of-00002.gguf").write_bytes(data[first])
+    alone.with_name("x-00002-of-00002.gguf").write_bytes(data[second])
+    check_says(alone.with_name("x-00002-of-00002.gguf"), "it is part 1 of 3, by its name part 1 of 2")
+
+
+def test_parts_that_repeat_or_lack_a_tensor_are_refused(tmp_path):
+    header = [("add_uint16", "split.count", 2)]
+    parts = [tmp_path / f"y-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for i, part in enumerate(parts):
+        write_gguf(part, tiny_torch(num_hidden_layers=1), fields=[*header, ("add_uint16", "split.no", i)])
+    check_says(parts[0], "y-00002-of-00002.gguf: tensor", "is in an earlier part too")
+    one = tmp_path / "z.gguf"
+    write_gguf(one, tiny_torch(num_hidden_layers=1), fields=[("add_int32", "split.tensors.count", 99)])
+    check_says(one, "the parts have 11 tensors, but its metadata split.tensors.count is 99")
+
+
+def check_says(path, *words):
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
