@@ -10,7 +10,7 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -60,7 +60,10 @@ class GgufHeader:
         """Return a metadata value. Raises ValueError if it is missing or of another type."""
         if key not in self.metadata:
             raise ValueError(f"{self.path}: metadata {key} is missing; use a GGUF file of a Llama model")
-        return self._typed(f"metadata {key}", self.metadata[key], kind)
+        value = self.metadata[key]
+        if not _has_type(value, kind):
+            self._refuse(key, value, kind)
+        return kind(value)
 
     def optional(self, key: str, default: T) -> T:
         """Return a metadata value, or the default without one. Raises ValueError if it is of another type."""
@@ -73,13 +76,19 @@ class GgufHeader:
         items = self.metadata[key]
         if not isinstance(items, list):
             raise ValueError(f"{self.path}: metadata {key} must be an array, got {_short(items)}")
-        return [self._typed(f"metadata {key}[{i}]", item, kind) for i, item in enumerate(items)]
+        wrong = next((i for i, item in enumerate(items) if not _has_type(item, kind)), None)
+        if wrong is not None:
+            self._refuse(f"{key}[{wrong}]", items[wrong], kind)
+        return items
 
-    def _typed(self, what: str, value: Any, kind: type[T]) -> T:
-        accepted: Any = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{self.path}: {what} must be {TYPE_NAMES[kind]}, got {_short(value)}")
-        return kind(value)
+    def _refuse(self, key: str, value: Any, kind: type) -> NoReturn:
+        raise ValueError(f"{self.path}: metadata {key} must be {TYPE_NAMES[kind]}, got {_short(value)}")
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    """Whether a metadata value has this type; a whole number is a number too, a Boolean is neither."""
+    accepted: Any = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
 
 
 def _short(value: Any) -> str:

@@ -87,16 +87,18 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     listed = header.array("tokenizer.ggml.merges", str)
     if listed is None:
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges is missing")
-    merges = [tuple(merge.split(" ")) for merge in listed]
-    if any(len(merge) != 2 for merge in merges):
+    pairs = [merge.split(" ") for merge in listed]
+    if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair")
-    tokenizer = _bpe(header, tokens, merges, ignore_merges=pre in LLAMA3)
+    tokenizer = _bpe(
+        header, tokens, [(first, second) for first, second in pairs], ignore_merges=pre in LLAMA3
+    )
     tokenizer.pre_tokenizer = _pre_tokenizer(header, pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, ...]], **settings: Any) -> Any:
+def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, str]], **settings: Any) -> Any:
     from tokenizers import Tokenizer, models
 
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -140,7 +142,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
     return tokenizer
 
 
-def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, ...]]:
+def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str]]:
     """Return every pair of tokens that makes a token, in the order of the tokens' scores, best first:
     SentencePiece merges the neighbours that make the token with the best score.
     """
@@ -154,7 +156,7 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, ...
         parts = ((token[:at], token[at:]) for at in range(1, len(token)))
         merges += [(score, *part) for part in parts if part[0] in scores and part[1] in scores]
     merges.sort(key=lambda merge: (-merge[0], -len(merge[1])))
-    return [merge[1:] for merge in merges]
+    return [(first, second) for _, first, second in merges]
 
 
 def _pre_tokenizer(header: GgufHeader, pre: str) -> Any:

@@ -372,7 +372,7 @@ def test_parts_that_repeat_or_lack_a_tensor_are_refused(tmp_path):
     check_says(parts[0], "y-00002-of-00002.gguf: tensor", "is in an earlier part too")
     one = tmp_path / "z.gguf"
     write_gguf(one, tiny_torch(num_hidden_layers=1), fields=[("add_int32", "split.tensors.count", 99)])
-    check_says(one, "the parts have 11 tensors, but its metadata split.tensors.count is 99")
+    check_says(one, "the parts have 12 tensors, but its metadata split.tensors.count is 99")
 
 
 def check_says(path, *words):
