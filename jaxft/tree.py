@@ -64,17 +64,22 @@ def _prefixes(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class BoundedPattern:
-    """A regular expression from a setting or a file. name: of the setting, for messages."""
+    """A regular expression from a setting or a file.
+
+    name: of the setting, for messages. dotall: a dot matches line ends too.
+    """
 
     pattern: str
     name: str
+    dotall: bool = False
 
     def fullmatch(self, text: str) -> bool:
         """Whether the whole text matches. Raises ValueError if this takes longer than MATCH_SECONDS, as
         nested repetitions such as (a+)+ may.
         """
         try:
-            return regex_package.fullmatch(self.pattern, text, timeout=MATCH_SECONDS) is not None
+            flags = regex_package.DOTALL if self.dotall else 0
+            return regex_package.fullmatch(self.pattern, text, flags, timeout=MATCH_SECONDS) is not None
         except TimeoutError as e:
             raise ValueError(
                 f"{self.name}: the regular expression {self.pattern[:100]!r} takes more than "
@@ -82,13 +87,13 @@ class BoundedPattern:
             ) from e
 
 
-def regex(pattern: str, name: str) -> BoundedPattern:
+def regex(pattern: str, name: str, dotall: bool = False) -> BoundedPattern:
     """Compile a regular expression. Raises ValueError that names the setting if it is malformed."""
     try:
         regex_package.compile(pattern)
     except (regex_package.error, OverflowError, RecursionError) as e:
         raise ValueError(f"{name}: {pattern[:100]!r} is not a valid regular expression ({e})") from e
-    return BoundedPattern(pattern, name)
+    return BoundedPattern(pattern, name, dotall)
 
 
 def mask_by_path(tree: Any, pattern: str) -> Mask:

@@ -170,6 +170,8 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
 
 def main() -> int:
     """Complete and print."""
+    from jaxft.runs.terminal import printable_text
+
     args = arguments()
     prompts = prompts_of(args)
     if not prompts:
@@ -182,7 +184,8 @@ def main() -> int:
         if not isinstance(text, str):
             text = "\n".join(f"{m['role']}: {m['content']}" for m in text)
         truncated = "" if result["finish"] == "stop" else " [...]"
-        print(f"--- prompt\n{text}\n--- completion\n{result['completion'].strip()}{truncated}\n")
+        text = f"--- prompt\n{text}\n--- completion\n{result['completion'].strip()}{truncated}\n"
+        print(printable_text(text) if sys.stdout.isatty() else text)
     return 0
 
 

@@ -78,6 +78,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         quant.quant_setting(args.quant, record if adapter else None),
         jnp.dtype(args.dtype),
     )
+    pretrained.check_token_id(ref, source.info.stats.largest_id, loaded.model.config.vocab)
     found: dict[int, tuple[float, float]] = {}
     with jax.set_mesh(mesh):
         objective = reward(loaded.model)

@@ -134,3 +134,13 @@ def test_a_struct_is_frozen_and_its_static_fields_are_structure():
 def test_nearest_prefers_similar_names_and_is_never_empty():
     assert tree.nearest("gamma", ["beta", "gama", "delta"])[0] == "gama"
     assert tree.nearest("zzz", ["beta", "gama"]) == ["beta", "gama"]
+
+
+def test_a_regular_expression_that_takes_too_long_is_an_error_with_its_name(monkeypatch):
+    monkeypatch.setattr(tree, "MATCH_SECONDS", 0.2)
+    slow = tree.regex(r"(?:a?){40}a{40}b|(a|a)*c|(.*)(.*)(.*)(.*)(.*)(.*)x", "quant.targets")
+    with pytest.raises(ValueError, match=r"quant\.targets: the regular expression .* takes more than 0\.2 s"):
+        slow.fullmatch("a" * 400)
+    assert tree.regex("a.b", "x", dotall=True).fullmatch("a\nb") and not tree.regex("a.b", "x").fullmatch(
+        "a\nb"
+    )

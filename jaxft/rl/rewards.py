@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.rl.completions import Completions, Faults
@@ -196,8 +197,11 @@ def number(
 
 
 def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> float:
-    """Return 1 if the whole completion, stripped of white space, matches a regular expression, else 0."""
-    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)
+    """Return 1 if the whole completion, stripped of white space, matches a regular expression, else 0.
+
+    Raises ValueError if that takes more than tree.MATCH_SECONDS.
+    """
+    return float(tree.regex(pattern, "pattern", dotall=True).fullmatch(completion.strip()))
 
 
 def last_number(text: Any) -> float | None:
