@@ -112,7 +112,7 @@ def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer |
     text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
     library = "transformers"
     if quantizer is not None:
-        text += f" Its linear layers are quantised: {quantizer.layout_name.removeprefix('warning: ')}."
+        text += f" Its linear layers are quantised, in {quantizer.layout_name.removeprefix('warning: ')}."
         library = "jaxft" if quantizer.settings["quant_method"] == "jaxft" else library
     relation: Relation = "finetune" if quantizer is None else "quantized"
     return Card(title, source.ref, relation, library, text, source.data, not source.model.generates)

@@ -113,8 +113,11 @@ def _usage(card: Card) -> list[str]:
     options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
     lines = [
         "```python",
-        f"from {card.library} import {maker}",
-        "from transformers import AutoTokenizer\n",
+        *(
+            [f"from transformers import {maker}, AutoTokenizer\n"]
+            if card.library == "transformers"
+            else [f"from {card.library} import {maker}", "from transformers import AutoTokenizer\n"]
+        ),
         f"model = {maker}.from_pretrained(FOLDER{options})",
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
         "```\n",
