@@ -79,6 +79,15 @@ def sentencepiece():
     return PreTrainedTokenizerFast(tokenizer_object=core, **named, chat_template=tiny_tokenizers.PLAIN)
 
 
+def sentencepiece_of_gguf(folder):
+    """Llama 2's kind, built from a GGUF file."""
+    pytest.importorskip("torch")  # which makes the file's tensors
+    from test_gguf_sentencepiece import write
+
+    folder.mkdir()
+    return pretrained.load_tokenizer(str(write(folder)))
+
+
 SOURCES = {
     "gguf": lambda _: pretrained.load_tokenizer(SMOLLM2),
     "by transformers 5": lambda folder: pretrained.load_tokenizer(str(written_by_5(folder))),
@@ -91,6 +100,7 @@ SOURCES = {
     ),
     "prefix space": lambda _: byte_level_with_prefix_space(),
     "sentencepiece": lambda _: sentencepiece(),
+    "sentencepiece of gguf": sentencepiece_of_gguf,
     "no template": lambda _: tiny_tokenizers.tiny("none"),
 }
 
