@@ -210,9 +210,9 @@ def test_run_folders(tmp_path, monkeypatch):
 
     def work():
         runfolder.finished_steps(folder)
+        adapters.base_differences(str(folder), "base", "sha256:0", None)
         found = runfolder.trained_weights(folder)[2]
         quant_setting(None, found)
-        adapters.base_differences(str(folder), "sha256:0", None)
         runfolder.write_record(folder, found, 2)
         compare.panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
         jsonl.truncate(folder / "metrics.jsonl", 1)

@@ -1,6 +1,5 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -106,13 +105,14 @@ def base_differences(start: str, ref: str, fingerprint: str, quant: Quant | None
     if not path.is_file() or adapter_folder(start) == Path(start):
         config = adapter_folder(start) / "adapter_config.json"
         return other_base_name(config.parent, ref) if config.is_file() else []
-    record, lines = json.loads(path.read_text()), []
+    record, lines = read_model_json(path), []
     if record.get("weights_fingerprint", fingerprint) != fingerprint:
         lines.append(
-            f"the adapter in {start} was trained on {record['weights']}, whose weights differ from this run's"
+            f"the adapter in {start} was trained on {record.get('weights')}, whose weights differ from this "
+            "run's"
         )
     before, now = (
-        (settings or {}).get("kind", "none")
+        settings.get("kind") if isinstance(settings, dict) else "none"
         for settings in (record.get("quant"), asdict(quant) if quant else None)
     )
     if before != now:
