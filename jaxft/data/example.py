@@ -1,6 +1,6 @@
-"""A row before it is tokenised: a document, a plain prompt with its completion, or a conversation."""
+"""Rows before they are tokenised: a document, a plain prompt with its completion, or a conversation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
@@ -25,9 +25,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation whose response is every assistant turn from message `response` on.
+    """A conversation: the prompt is messages[:response], the response is what follows.
 
-    plain: it was an instruction row, which needs no chat template. tools: JSON schemas.
+    plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
+    further arguments of the chat template.
     """
 
     name: str
@@ -35,6 +36,15 @@ class Chat:
     response: int
     plain: bool = False
     tools: list | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 Example = Text | Completion | Chat
+
+
+def as_given(prompt: Chat | Completion) -> str | list[Message]:
+    """Return a prompt as reward functions read it: one instruction as a string, else the messages."""
+    if isinstance(prompt, Completion):
+        return prompt.prompt
+    is_string = prompt.plain and len(prompt.messages) == 1
+    return str(prompt.messages[0]["content"]) if is_string else list(prompt.messages)

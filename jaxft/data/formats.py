@@ -4,33 +4,27 @@ Accepted formats (`format="auto"` uses the one whose columns are present):
 
     text               {"text"}
     messages           {"messages": [{"role", "content"}, ...]} and optionally "system"
-    prompt-completion  {"prompt", "completion"}, each a string or both lists of messages
-    instruction        {"instruction", "response" or "output"} and optionally "input" and "system" (Alpaca)
+    prompt-completion  {"prompt", "completion"}: strings or messages, see conversation.py
+    instruction        {"instruction", "response" or "output"} and optionally "input", "history", "system"
     conversations      {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
 
-`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's.
-Conversations may have a column "tools" (JSON schemas).
+`format="plain"` takes the strings of prompt and completion as plain text. `columns=("prompt=question",
+"completion=answer")` renames columns: left jaxft's name, right the dataset's. All formats but text may have
+the columns "tools" (JSON schemas) and "chat_template_kwargs".
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jaxft.data.example import Chat, Completion, Example, Message, Text
+from jaxft.data.columns import text_of
+from jaxft.data.conversation import PLAIN, chat_of, chats_of, plain_texts, response_index, split_row
+from jaxft.data.example import Example, Text
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
 from jaxft.tree import nearest
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,10 @@ SFT_SCHEMAS = Schemas(
     },
     optional={
         "text": (),
-        "messages": ("system", "tools"),
-        "prompt-completion": ("tools",),
-        "instruction": ("input", "system"),
-        "conversations": ("system", "tools"),
+        "messages": ("system", *TEMPLATE_COLUMNS),
+        "prompt-completion": ("system", *TEMPLATE_COLUMNS),
+        "instruction": ("input", "history", "system", *TEMPLATE_COLUMNS),
+        "conversations": ("system", *TEMPLATE_COLUMNS),
     },
     example="prompt=...,completion=...",
 )
@@ -82,10 +76,12 @@ def normalise_each(
     rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
 ) -> Iterator[Example | InvalidRow]:
     """Yield every row as an Example, or what is wrong with it; see normalise_rows."""
-    chosen, renamed = detect_format(rows, format, columns, SFT_SCHEMAS)
+    plain = format == PLAIN
+    chosen, renamed = detect_format(rows, "auto" if plain else format, columns, SFT_SCHEMAS)
+    require_strings(plain, chosen, ("text", "prompt-completion"))
 
     def convert(row: Row | InvalidRow) -> Example:
-        return _example(valid(row), chosen)
+        return _example(valid(row), PLAIN if plain and chosen == "prompt-completion" else chosen)
 
     return (attempt(convert, row) for row in renamed)
 
@@ -100,7 +96,8 @@ def detect_format(
     renamed = [attempt(_rename, row, mapping, schemas) for row in rows]
     chosen = _most_common_format(renamed, set(mapping), schemas) if format == "auto" else format
     if chosen not in schemas.required:
-        raise ValueError(f"data.format={format!r}; use auto or one of {', '.join(schemas.required)}")
+        known = ", ".join(schemas.required)
+        raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
 
     def require(row: Row | InvalidRow) -> Row:
         return _require_columns(valid(row), chosen, schemas)
@@ -221,159 +218,35 @@ def _require_columns(row: Row, format: str, schemas: Schemas) -> Row:
     return row
 
 
+def require_strings(plain: bool, format: str, formats: Sequence[str]) -> None:
+    """Raise ValueError if data.format=plain is set for rows of a format without a prompt as a string."""
+    if plain and format not in formats:
+        raise ValueError(
+            f"data.format={PLAIN} is for {' and '.join(formats)} rows, and these rows have format {format}; "
+            "set data.format=auto"
+        )
+
+
 def _example(row: Row, format: str) -> Example:
-    match format:
-        case "text":
-            return Text(row.name, text_of(row, "text"))
-        case "messages":
-            return _chat(row, system_of(row) + messages_of(row, "messages"))
-        case "conversations":
-            return _chat(row, system_of(row) + messages_of(row, "conversations", "from", "value"))
-        case "prompt-completion":
-            return _prompt_completion(row)
-        case _:
-            return _instruction(row)
+    if format == "text":
+        return Text(row.name, text_of(row, "text"))
+    if format == PLAIN:
+        return plain_texts(row, {"completion": "completion"})["completion"]
+    if format in ("prompt-completion", "instruction"):
+        prompt = "prompt" if format == "prompt-completion" else format
+        response = "completion" if format == "prompt-completion" else response_column(row)
+        return chats_of(row, split_row(row, prompt, {"completion": response}))["completion"]
+    turns = split_row(row, format, {}).prompt
+    return chat_of(row, turns, response_index(turns))
 
 
-def text_of(row: Row, column: str, empty: bool = False) -> str:
-    """Return the column's text.
-
-    Raises ValueError, naming the row, if it is no string, or blank and not `empty`.
-    """
-    value = row.fields[column]
-    if not isinstance(value, str):
-        problem = f"column {column!r} has type {type(value).__name__}; use a string"
-        raise InvalidRow(row.name, f"column {column!r} of a wrong type", problem)
-    _encodable(row, column, value)
-    if not empty and not value.strip():
-        raise InvalidRow(
-            row.name, f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
-        )
-    return value
-
-
-def _encodable(row: Row, column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"column {column!r} has an unpaired surrogate ({error.reason}); fix the text"
-        raise InvalidRow(row.name, "unpaired surrogate", problem) from error
-
-
-def json_of(row: Row, column: str) -> Any:
-    """Return the column, parsed if a table format has stored a list of objects as a JSON string."""
-    value = row.fields[column]
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            found = json.loads(value)
-        except json.JSONDecodeError:
-            return value
-        return (
-            found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
-        )
-    return value
-
-
-def _content(row: Row, column: str, index: int, content: Any) -> Any:
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(p.get("text", "")) for p in content)
-    if content is not None and not isinstance(content, str):
-        problem = f"{column}[{index}] has content of type {type(content).__name__}; use a string"
-        raise InvalidRow(row.name, "content of a wrong type", problem)
-    if content:
-        _encodable(row, column, content)
-    return content
-
-
-def messages_of(row: Row, column: str, role: str = "role", content: str = "content") -> list[Message]:
-    """Return the column's messages with the roles user, assistant, system and tool.
-
-    Errors name the row and the message.
-    """
-    value = json_of(row, column)
-    if not isinstance(value, list | tuple) or not value:
-        what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
-        problem = f"column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects"
-        raise InvalidRow(row.name, "column without messages", problem)
-    messages = []
-    for index, item in enumerate(value):
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get(role), str)
-            or not (content in item or "tool_calls" in item)
-        ):
-            keys = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
-            problem = f"{column}[{index}] has {keys}; it needs {role!r} and {content!r}"
-            raise InvalidRow(row.name, "message without role or content", problem)
-        unlearned = next(
-            (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
-        )
-        if unlearned:
-            raise InvalidRow(
-                row.name,
-                "message with a training weight",
-                f"{column}[{index}] has {unlearned}={item[unlearned]!r}, which is not supported; "
-                "remove the key or the row, and set data.loss_on",
-            )
-        rest = {k: v for k, v in item.items() if k not in (role, content) and v is not None}
-        text = _content(row, column, index, item.get(content))
-        if text is None and "tool_calls" not in rest:
-            raise InvalidRow(
-                row.name, "message without role or content", f"{column}[{index}] has no content; use a string"
-            )
-        name = ROLES.get(item[role], item[role])
-        if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-            problem = f"{column}[{index}], an assistant turn, is empty; fill it or remove the row"
-            raise InvalidRow(row.name, "empty assistant turn", problem)
-        messages.append({"role": name, "content": text, **rest})
-    return messages
-
-
-def system_of(row: Row) -> list[Message]:
-    """Return the column `system` as a message, [] without one."""
-    text = row.fields.get("system")
-    return [{"role": "system", "content": text_of(row, "system")}] if text else []
-
-
-def tools_of(row: Row) -> list | None:
-    """Return the column `tools`, None without one."""
-    if not row.fields.get("tools"):
-        return None
-    tools = json_of(row, "tools")
-    if not isinstance(tools, list):
-        problem = f"column 'tools' has type {type(tools).__name__}; use a list of JSON schemas"
-        raise InvalidRow(row.name, "tools of a wrong type", problem)
-    return tools
-
-
-def _chat(row: Row, messages: list[Message]) -> Chat:
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return Chat(row.name, tuple(messages), turns[-1] if turns else len(messages), tools=tools_of(row))
-
-
-def _prompt_completion(row: Row) -> Example:
-    lists = [isinstance(json_of(row, c), list | tuple) for c in ("prompt", "completion")]
-    if lists[0] != lists[1]:
-        problem = "one of 'prompt' and 'completion' is a string and one a list; use two strings or two lists"
-        raise InvalidRow(row.name, "prompt and completion of different types", problem)
-    if not lists[0]:
-        return Completion(row.name, text_of(row, "prompt", empty=True), text_of(row, "completion"))
-    prompt = messages_of(row, "prompt")
-    return Chat(row.name, (*prompt, *messages_of(row, "completion")), len(prompt), tools=tools_of(row))
-
-
-def _instruction(row: Row) -> Chat:
+def response_column(row: Row) -> str:
+    """Return the column of the response to an instruction, response or output."""
     names = [c for c in ("response", "output") if c in row.fields]
     if len(names) > 1:
-        problem = "the row has both 'response' and 'output'; choose one with data.columns=response=..."
-        raise InvalidRow(row.name, "two responses", problem)
-    messages = [*instruction_of(row), {"role": "assistant", "content": text_of(row, names[0])}]
-    return Chat(row.name, tuple(messages), len(messages) - 1, plain=True)
-
-
-def instruction_of(row: Row) -> list[Message]:
-    """Return the columns `instruction`, `input` and `system` as the messages before a response."""
-    user = text_of(row, "instruction")
-    if row.fields.get("input"):
-        user = f"{user}\n\n{text_of(row, 'input')}"
-    return [*system_of(row), {"role": "user", "content": user}]
+        raise InvalidRow(
+            row.name,
+            "two response columns",
+            "the row has both 'response' and 'output'; choose one with data.columns=response=...",
+        )
+    return names[0]

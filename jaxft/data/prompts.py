@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
-import jinja2
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout
-from jaxft.data import chat, formats
-from jaxft.data.example import Chat, Message
+from jaxft.data import chat
+from jaxft.data.conversation import PROMPT_FORMATS, prompt_of
+from jaxft.data.example import Chat, Completion, Message, as_given
 from jaxft.data.formats import split_column
-from jaxft.data.invalid import InvalidRow, InvalidRows
+from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
 from jaxft.data.pack import RowShape, permutation, round_up
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
 
 TOO_LONG = ("drop", "error")
 LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program
-RESPONSE_COLUMNS = ("response", "output", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,16 @@ class Prompts(DataSettings):
     """Prompts of a run that trains on its own completions, with the settings of sampling and of the optimizer
     steps.
 
-    format: "chat" uses a string as the user's turn, "plain" as text to continue. max_prompt, max_new: tokens
-    of a prompt and of a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts
+    format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
+    conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: tokens of a prompt and of
+    a completion. too_long: "drop" leaves longer prompts out, "error" stops. batch: prompts
     of a rollout. group: completions of each. eval_group: completions of each held-out prompt. temperature,
     top_k, top_p: of the sampler. passes: how often the policy is trained on a rollout (PPO's epochs, GRPO's
     iterations), each time in `minibatches` optimizer steps, each of these in `micro` microbatches. Other
     fields: see DataSettings.
     """
 
-    format: str = "chat"
+    format: str = "auto"
     max_prompt: int = 256
     max_new: int = 128
     too_long: str = "drop"
@@ -56,7 +56,7 @@ class Prompts(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("format", ("chat", "plain"))
+        self.require_choice("format", PROMPT_FORMATS)
         self.require_choice("too_long", TOO_LONG)
         self.require_at_least(1, "max_prompt", "max_new", "group", "eval_group", "passes", "minibatches")
         if self.batch % (self.minibatches * self.micro):
@@ -130,19 +130,24 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
 class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
-    prompts: as strings or lists of messages. dropped: number of prompts that were left out because they are
-    too long. invalid: the invalid rows that were left out.
+    prompts: what the ids were made from. dropped: number of prompts that were left out because they are too
+    long. invalid: the invalid rows that were left out. date: of the chat template.
     """
 
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
-    prompts: tuple[str | list[Message], ...]
+    prompts: tuple[Chat | Completion, ...]
     fields: tuple[dict[str, Any], ...]
     dropped: int = 0
     invalid: tuple[InvalidRow, ...] = ()
+    date: str = chat.DATE
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def as_given(self, number: int) -> str | list[Message]:
+        """Return a prompt as reward functions read it: a string or the messages."""
+        return as_given(self.prompts[number])
 
     def select(self, chosen: Sequence[int] | Int[np.ndarray, " n"]) -> "TokenisedPrompts":
         """Return the prompts with these indices."""
@@ -152,49 +157,8 @@ class TokenisedPrompts:
             names=tuple(self.names[i] for i in numbers),
             prompts=tuple(self.prompts[i] for i in numbers),
             fields=tuple(self.fields[i] for i in numbers),
+            date=self.date,
         )
-
-
-def prompt_of(row: Row) -> str | list[Message]:
-    """Return a row's prompt: a string, or the messages up to the response.
-
-    Raises ValueError that names the row.
-    """
-    fields = {name: value for name, value in row.fields.items() if name not in RESPONSE_COLUMNS}
-    if isinstance(fields.get("prompt"), str) and not _is_conversation(fields["prompt"]):
-        return formats.text_of(row, "prompt")
-    if "prompt" in fields:
-        fields["messages"] = fields.pop("prompt")
-    if "instruction" in fields:
-        fields["response"] = "-"  # the format requires a response, which is removed below
-    no_prompt = InvalidRow(
-        row.name,
-        "no prompt",
-        f"the columns {', '.join(row.fields)} have no prompt; add prompt, messages or instruction",
-    )
-    if not {"messages", "conversations", "instruction"} & fields.keys():
-        raise no_prompt
-    (example,) = formats.normalise_rows([row._replace(fields=fields)])
-    if not isinstance(example, Chat):
-        raise no_prompt
-    messages = list(example.messages)
-    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not prompt or not str(prompt[-1]["content"]).strip():
-        raise InvalidRow(
-            row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
-        )
-    return prompt
-
-
-def _is_conversation(text: str) -> bool:
-    """Whether a string is a JSON list of messages."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        turns = json.loads(text)
-    except ValueError:
-        return False
-    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
 
 
 def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
@@ -203,11 +167,18 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
     invalid = InvalidRows(data.allowed_invalid)
     rows = read_rows(ref, invalid)
     total = len(rows) + len(invalid.found)
-    for original in rows:
+    renamed = [attempt(_rename_columns, row, data.columns) for row in rows]
+    examples = [attempt(lambda row: prompt_of(valid(row), data.format), row) for row in renamed]
+    found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
+    tokenised = chat.example_prompt_ids(found, tokenizer, data.date)
+    for outcome, example in zip(renamed, examples, strict=True):
         with invalid.skip():
-            row = _rename_columns(original, data.columns)
-            prompt = prompt_of(row)
-            tokens = _tokenise_prompt(row, prompt, data, tokenizer)
+            row, prompt = valid(outcome), valid(example)
+            tokens = valid(next(tokenised))
+            if not tokens:
+                raise InvalidRow(
+                    row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row"
+                )
             if len(tokens) > data.max_prompt:
                 if data.too_long == "error":
                     raise ValueError(
@@ -226,25 +197,8 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
             f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
         )
     return TokenisedPrompts(
-        tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped, tuple(invalid.found)
+        tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped, tuple(invalid.found), data.date
     )
-
-
-def _tokenise_prompt(row: Row, prompt: str | list[Message], data: Prompts, tokenizer: Any) -> list[int]:
-    as_chat = isinstance(prompt, str) and data.format == "chat"
-    try:
-        tokens = chat.prompt_ids(
-            [{"role": "user", "content": prompt}] if as_chat else prompt, tokenizer, data.date
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise InvalidRow(
-            row.name,
-            "row that the chat template rejects",
-            f"the chat template rejects the prompt: {str(error).splitlines()[0]}; fix or remove the row",
-        ) from error
-    if not tokens:
-        raise InvalidRow(row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row")
-    return tokens
 
 
 def _rename_columns(row: Row, columns: tuple[str, ...]) -> Row:

@@ -240,6 +240,7 @@ def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
         if isinstance(item, InvalidRow):
             yield item
         else:
+            item = without_added_nulls(item)
             yield attempt(_row, item, f"{path}:{number}", f"{path.name}:{number}")
 
 
@@ -270,7 +271,7 @@ def _read_hub(ref: str) -> Iterator[Row | InvalidRow]:
             f"data {ref!r} is not a local file and cannot be loaded from the hub ({reason}); use "
             "org/name[/config][:split]"
         ) from error
-    for number, item in enumerate(data, 1):
+    for number, item in enumerate(map(without_added_nulls, data), 1):
         yield attempt(_row, item, f"{dataset}:{split}:{number}", f"{name}:{split}:{number}")
 
 
@@ -278,3 +279,17 @@ def hub_dataset(ref: str) -> str | None:
     """Return the `org/name` of rows that are a dataset on the hub, None for files."""
     named = re.match(r"[\w-][\w.-]*/[\w.-]+(?=[/:]|$)", ref)
     return named[0] if named and find_data(ref) is None and Path(ref).suffix not in SUFFIXES else None
+
+
+def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without the nulls that Arrow gives nested objects for keys of other rows.
+
+    Columns keep their nulls.
+    """
+    return {column: _without_nulls(value) for column, value in item.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from os.path import commonprefix
@@ -28,7 +28,8 @@ class Template:
 
     marked: it has {% generation %} markers. opening: the generation prompt. header: without a generation
     prompt, what comes before a response. ends: the texts that end an assistant turn, such as "<|im_end|>";
-    () if no special token does. last_ends: those of them that end the last turn of a conversation.
+    () if no special token does. last_ends: those of them that end the last turn of a conversation. arguments:
+    further arguments that it is rendered with.
     """
 
     tokenizer: Any
@@ -39,6 +40,7 @@ class Template:
     header: str = ""
     ends: tuple[str, ...] = ()
     last_ends: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -193,8 +195,8 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     try:
         with limits.time_limit(limits.RENDER_SECONDS):
             rendered: Any = render_jinja_template(
-                conversations=[list(messages)], tools=tools, chat_template=template.source,
-                date_string=template.date, **options, **special,
+                conversations=[list(messages)], tools=tools, chat_template=template.source, **options,
+                **{**special, "date_string": template.date, **template.arguments},
             )  # fmt: skip
     except REJECTIONS:
         raise

@@ -103,7 +103,7 @@ def append_table(path: Path, step: int, scored: ScoredCompletions, names: list[s
             entry = {
                 "step": step,
                 "row": prompts.names[i // group],
-                "prompt": prompts.prompts[i // group],
+                "prompt": prompts.as_given(i // group),
                 "completion": completions.texts[i],
                 "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
                 "reward": _json_number(scores[i]),

@@ -235,14 +235,17 @@ class ModelReward(Reward):
 
         def score(completions: Completions, state: TrainState) -> RewardScores:
             prompts = [completions.prompts.prompts[i] for i in completions.prompt_index]
-            return check_scores(score_texts(prompts, completions.texts), self.name, completions.row_names)
+            scores = score_texts(prompts, completions.texts, completions.prompts.date)
+            return check_scores(scores, self.name, completions.row_names)
 
         return score
 
-    def load(
-        self, mesh: jax.sharding.Mesh
-    ) -> Callable[[Sequence[Any], Sequence[str]], Float[np.ndarray, " n"]]:
-        """Load the weights and return `(prompts, completions) -> scores`, NaN for a text that is too long."""
+    def load(self, mesh: jax.sharding.Mesh) -> Callable[..., Float[np.ndarray, " n"]]:
+        """Load the weights and return `(prompts, completions, date) -> scores`, NaN for a text that is too
+        long.
+
+        prompts: without responses. date: of the chat template.
+        """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         tokenizer = pretrained.load_tokenizer(self.ref)
         ends_at_eos = hf_write.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
@@ -250,9 +253,11 @@ class ModelReward(Reward):
         empty = {size: left_pad([[0] * size], self.batch) for size in text_lengths(self.max_length)}
         programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
 
-        def score_texts(prompts: Sequence[Any], completions: Sequence[str]) -> Float[np.ndarray, " n"]:
-            examples = to_examples(prompts, completions, tokenizer)
-            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, "all"))
+        def score_texts(
+            prompts: Sequence[Chat | Completion], completions: Sequence[str], date: str = chat.DATE
+        ) -> Float[np.ndarray, " n"]:
+            examples = list(map(with_response, prompts, completions))
+            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, "all", date))
             texts = [ids.tolist() for ids, _ in tokenised]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)
@@ -284,21 +289,12 @@ def until_eos(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[: end + 1] if not tokenizer.decode(ids[end + 1 :]).strip() else ids
 
 
-def to_examples(prompts: Sequence[Any], completions: Sequence[str], tokenizer: Any) -> list[Example]:
-    """Convert prompts (strings or messages) and completions to conversations.
-
-    Strings stay plain text if the tokenizer has no chat template.
-    """
-    plain = chat.template_of(tokenizer) is None
-    examples: list[Example] = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        name = f"completion {i}"
-        if isinstance(prompt, str) and plain:
-            examples.append(Completion(name, prompt, completion))
-            continue
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        examples.append(Chat(name, (*turns, {"role": "assistant", "content": completion}), len(turns)))
-    return examples
+def with_response(prompt: Chat | Completion, response: str) -> Example:
+    """Return the prompt followed by a response: as plain text, or as the assistant's turn."""
+    if isinstance(prompt, Completion):
+        return replace(prompt, completion=response)
+    turn = {"role": "assistant", "content": response}
+    return replace(prompt, messages=(*prompt.messages, turn), response=len(prompt.messages))
 
 
 def find_reward_model(

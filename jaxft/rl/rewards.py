@@ -91,7 +91,7 @@ class FunctionReward(Reward):
             def on_first() -> list[Any]:
                 scores, faults = call_reward(
                     self,
-                    [prompts.prompts[i] for i in completions.prompt_index],
+                    [prompts.as_given(i) for i in completions.prompt_index],
                     completions.texts,
                     [(prompts.names[i], prompts.fields[i]) for i in completions.prompt_index],
                 )

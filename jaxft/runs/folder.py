@@ -31,7 +31,10 @@ MAY_CHANGE = (
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
-NOT_COMPARED = ("command",)  # the overrides; their result is in the other fields
+NOT_COMPARED = (
+    "command",  # the overrides; their result is in the other fields
+    "chat_template",  # the fingerprint of the rows depends on it
+)
 
 
 # The folder and its files
@@ -202,6 +205,50 @@ def check_results(folder: Path) -> None:
                 f"{run / name}: the file has changed since the run was finished (its sha256 is not that in "
                 "summary.json). Restore it, or copy the folder elsewhere and use it with --adapter or --model"
             )
+
+
+# Runs that this one continues
+
+
+def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
+    """Lines that say how prompts of this run differ from those that the weights `ref` were trained on.
+
+    ref: a run's folder, or one of its adapter or model; nothing is known about others. record: this run's
+    settings with the fingerprint of its chat template.
+    """
+    old = next(filter(None, (_run_record(folder) for folder in (Path(ref), Path(ref).parent))), None)
+    if old is None:
+        return []
+    was_plain, is_plain = (r["data"].get("format") == "plain" for r in (old, record))
+    if was_plain != is_plain:
+        names = ("plain text", "turns of a chat")
+        was, now = names if was_plain else names[::-1]
+        remedy = "plain" if was_plain else "auto"
+        return [
+            f"{ref} was trained on other prompts than this run's: strings were {was} there and are {now} "
+            f"here; data.format={remedy} continues with the same prompts"
+        ]
+    if is_plain:
+        return []
+    lines = []
+    was, now = old.get("chat_template"), record.get("chat_template")
+    if was is not None and was != now:
+        lines.append(
+            f"{ref} was trained with another chat template than this run's, so prompts differ; "
+            f"use the tokenizer of {ref} to continue with the same prompts"
+        )
+    was, now = (r["data"].get("date") for r in (old, record))
+    if was is not None and was != now:
+        lines.append(f"{ref} was trained with data.date={was}, and this run has data.date={now}")
+    return lines
+
+
+def _run_record(folder: Path) -> dict[str, Any] | None:
+    """The settings of a run, None for a folder that is no run's."""
+    path = folder / "config.json"
+    found = read_saved_json(path) if path.is_file() else None
+    is_run = isinstance(found, dict) and isinstance(found.get("data"), dict) and "objective" in found
+    return found if is_run else None
 
 
 # Weights

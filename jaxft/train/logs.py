@@ -130,9 +130,11 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += pretrained.storage_changes(lead.run.weights, lead.programs.partition.stored)
     for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
         if start:
+            lines += runfolder.prompt_differences(start, lead.record)
             lines += base_differences(
                 start, lead.run.weights, lead.record["weights_fingerprint"], lead.run.quant
             )
+    lines += runfolder.prompt_differences(lead.run.weights, lead.record)
     if job.sweep is not None:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
         lines.append("\n".join([f"{len(members)} runs on one base:", *members]))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxft.batch import TrainState, widened
+from jaxft.data.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo
 from jaxft.distributed import processes, sharding
 from jaxft.rl.programs import BoundRun
@@ -154,6 +155,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
         own = {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
+        own["chat_template"] = template_fingerprint(tokenizer)
         settings_ = {**(record or describe(run)), **weights, **sampled, **own}
         members.append(Member(label, run, folder / label, settings_, programs))
     processes.check_same(runfolder.process_independent(members[0].record), differences)

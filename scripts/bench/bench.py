@@ -136,7 +136,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     else:
         kind = {
             "objective": sft,
-            "data": Rows(str(data), format="prompt-completion", packing=a.packing, **rows),
+            "data": Rows(str(data), format="plain", packing=a.packing, **rows),
         }
     return Run(
         name="bench",

@@ -124,7 +124,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     else:
         kind = {
             "objective": sft,
-            "data": Rows(str(data), format="prompt-completion", max_length=length, **rows),
+            "data": Rows(str(data), format="plain", max_length=length, **rows),
         }
     return Run(
         name="bench",

@@ -67,7 +67,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
         rows = Rows(
             str(data),
             held_out=str(data),
-            format="prompt-completion",
+            format="plain",
             loss_on="all",
             max_length=a.max_length,
             batch=4,

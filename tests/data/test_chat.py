@@ -253,7 +253,8 @@ def test_tool_calls_are_learned():
 def test_prompt_ids_are_where_training_starts_to_learn(kind):
     example = conversation(["what is a rank?", "a number", "why?", "the matrix"])
     ids, learned = tokenise(example, kind, "completion")
-    assert chat.prompt_ids(example.messages[:3], tiny(kind)) == ids[: learned.argmax()].tolist()
+    (prompt,) = chat.example_prompt_ids([example], tiny(kind))
+    assert prompt == ids[: learned.argmax()].tolist()
 
 
 def test_order_of_examples_is_kept_among_kinds_and_chunks():

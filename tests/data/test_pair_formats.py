@@ -106,6 +106,23 @@ def test_an_unpaired_row_has_only_the_response_of_its_label(label):
     assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
 
 
+@pytest.mark.parametrize("name", ("label", "kto_tag"))
+def test_a_labelled_conversation_is_an_unpaired_row(name):
+    turns = [*LONG, A]
+    for fields in (
+        {"messages": turns},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in turns]},
+    ):
+        found = pair({**fields, name: False}).responses
+        assert found == {"chosen": None, "rejected": Chat("r:1", tuple(turns), len(LONG))}
+    found = pair({"instruction": "q", "input": "", "output": "a", name: True}).responses
+    assert found == {"chosen": Chat("r:1", (Q, A), 1, True), "rejected": None}
+    found = pair({"prompt": "q", "completion": "a", name: True}).responses
+    assert found == {"chosen": Chat("r:1", (Q, A), 1, True), "rejected": None}
+    with pytest.raises(ValueError, match="r:1: the response in column 'messages' is empty"):
+        pair({"messages": [*LONG, A, Q], name: True})
+
+
 def test_the_third_response_is_the_column_reference():
     fields = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "a"}
     assert list(pair(fields).responses) == ["chosen", "rejected"]

@@ -8,6 +8,8 @@ import pytest
 from tiny_llama import tiny_tokenizer
 
 from jaxft.data import prompts
+from jaxft.data.conversation import prompt_of
+from jaxft.data.example import Completion, as_given
 from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.data.rows import Row
 
@@ -47,14 +49,17 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it(tmp_path, row, message
 
 @pytest.mark.parametrize("text", ["[1, 2, 3] sort this list", "[INST] hi [/INST]", "[1, 2]"])
 def test_a_prompt_that_starts_with_a_bracket_is_text(text):
-    assert prompts.prompt_of(Row("rows:1", {"prompt": text})) == text
+    assert as_given(prompt_of(Row("rows:1", {"prompt": text}))) == text
     turns = [{"role": "user", "content": "why?"}]
-    assert prompts.prompt_of(Row("rows:1", {"prompt": json.dumps(turns)})) == turns
+    assert as_given(prompt_of(Row("rows:1", {"prompt": json.dumps(turns)}))) == turns
 
 
 def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(monkeypatch):
     rows = TokenisedPrompts(
-        tuple((i % 5, 1) for i in range(20)), tuple(map(str, range(20))), ("p",) * 20, ({},) * 20
+        tuple((i % 5, 1) for i in range(20)),
+        tuple(map(str, range(20))),
+        (Completion("r", "p", ""),) * 20,
+        ({},) * 20,
     )
     monkeypatch.setattr(prompts, "read_prompts", lambda ref, data, tokenizer: rows)
     train, held = prompts.split_prompts(Prompts("rows", held_out=0.4, seed=3), None)

@@ -145,7 +145,15 @@ TURNS = (turn("user", "q"), turn("assistant", "a"))
     ("fields", "expected"),
     [
         ({"text": "a", "id": 3}, Text("r:1", "a")),
-        ({"prompt": "q", "completion": "a"}, Completion("r:1", "q", "a")),
+        ({"prompt": "q", "completion": "a"}, Chat("r:1", TURNS, 1, plain=True)),
+        (
+            {"prompt": "q", "completion": "a", "system": "s"},
+            Chat("r:1", ({"role": "system", "content": "s"}, *TURNS), 2, plain=True),
+        ),
+        ({"prompt": "q", "completion": [TURNS[1]]}, Chat("r:1", TURNS, 1, plain=True)),
+        ({"prompt": [TURNS[0]], "completion": "a"}, Chat("r:1", TURNS, 1)),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, Chat("r:1", TURNS, 1)),
+        ({"messages": [*TURNS, TURNS[0]]}, Chat("r:1", (*TURNS, TURNS[0]), 3)),
         ({"messages": list(TURNS), "prompt": "q"}, Chat("r:1", TURNS, 1)),
         ({"messages": json.dumps(TURNS)}, Chat("r:1", TURNS, 1)),
         (
@@ -180,8 +188,10 @@ def test_formats_are_recognised(fields, expected):
 def test_columns_rename_and_say_which_format_is_meant():
     row = Row("r:1", {"question": "q", "answer": "a", "text": "other"})
     assert formats.normalise_rows([row], columns=("prompt=question", "completion=answer")) == [
-        Completion("r:1", "q", "a")
+        Chat("r:1", TURNS, 1, plain=True)
     ]
+    names = ("prompt=question", "completion=answer")
+    assert formats.normalise_rows([row], "plain", names) == [Completion("r:1", "q", "a")]
     assert formats.normalise_rows([row], columns=("instruction=question", "response=answer")) == [
         Chat("r:1", TURNS, 1, plain=True)
     ]
@@ -211,7 +221,11 @@ def test_columns_rename_and_say_which_format_is_meant():
             {"format": "instruction"},
             r"r:1: no column instruction, which format instruction requires; the row has text",
         ),
-        ({"text": "t"}, {"format": "alpaca"}, "data.format='alpaca'; use auto or one of text, messages"),
+        (
+            {"text": "t"},
+            {"format": "alpaca"},
+            "data.format='alpaca'; use auto, plain or one of text, messages",
+        ),
         (
             {"text": "t"},
             {"columns": ("prompt=question",)},
@@ -228,7 +242,13 @@ def test_columns_rename_and_say_which_format_is_meant():
             {},
             "r:1: the row has both 'response' and 'output'",
         ),
-        ({"prompt": "q", "completion": [TURNS[1]]}, {}, "is a string and one a list"),
+        (
+            {"prompt": "q", "completion": [TURNS[0]]},
+            {},
+            "the conversations in completion does not end with the prompt",
+        ),
+        ({"messages": list(TURNS)}, {"format": "plain"}, "data.format=plain is for text and prompt-compl"),
+        ({"prompt": [TURNS[0]], "completion": "a"}, {"format": "plain"}, "column 'prompt' has type list"),
         ({"messages": []}, {}, "r:1: column 'messages' is an empty list"),
         ({"messages": "[{]"}, {}, "r:1: column 'messages' is str; use a list of"),
         (
@@ -259,3 +279,139 @@ def test_a_later_row_that_lacks_a_column_is_named():
     rows = [Row("r:1", {"prompt": "q", "completion": "a"}), Row("r:2", {"prompt": "q", "chosen": "a"})]
     with pytest.raises(ValueError, match="r:2: no column completion.*the row has prompt, chosen"):
         formats.normalise_rows(rows)
+
+
+# ---- tools and their arguments
+
+
+def call(arguments, **other):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}, **other}
+
+
+def calling(calls):
+    return {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+
+
+def calls_of(fields):
+    (example,) = formats.normalise_rows([Row("r:1", fields)])
+    return example.messages[1]["tool_calls"]
+
+
+def test_nulls_that_a_table_adds_are_removed_at_every_level(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    schemas = [
+        {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}},
+        {"name": "say", "parameters": {"properties": {"text": {"type": "string", "enum": ["x"]}}}},
+    ]
+    rows = [
+        {**calling([call({"a": 1}), call({"text": "x"}, id="7")]), "tools": schemas, "answer": None},
+        {"messages": list(TURNS), "tools": schemas[1:], "answer": "a"},
+    ]
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stored, exact = (read_rows(str(tmp_path / f"r.{suffix}")) for suffix in ("parquet", "jsonl"))
+    assert [row.fields for row in stored] == rows == [row.fields for row in exact]  # columns keep their nulls
+    explicit = calling([call({"a": None})])
+    (tmp_path / "n.jsonl").write_text(json.dumps(explicit))
+    assert read_rows(str(tmp_path / "n.jsonl"))[0].fields == explicit  # a null of the row itself stays
+
+
+def test_nulls_of_a_hub_dataset_are_removed_too(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    item = {"messages": [{**TURNS[0], "tool_calls": None}, {**TURNS[1], "tool_calls": None}], "answer": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([item]))
+    assert read_rows("org/set")[0].fields == {"messages": list(TURNS), "answer": None}
+
+
+@pytest.mark.parametrize("arguments", ({"a": 1}, '{"a": 1}'))
+def test_arguments_may_be_a_json_string(arguments):
+    expected = [call({"a": 1})]
+    assert calls_of(calling([call(arguments)])) == expected
+    assert calls_of(calling(json.dumps([call(arguments)]))) == expected
+    flat = {"name": "add", "arguments": arguments}
+    assert calls_of(calling([flat])) == [{"name": "add", "arguments": {"a": 1}}]
+    older = {"role": "assistant", "content": None, "function_call": flat}
+    assert calls_of({"messages": [TURNS[0], older]}) == expected
+    assert calls_of(calling([call("")])) == [call({})]
+
+
+def test_turns_of_llama_factory_are_tool_calls_and_their_results():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "function_call", "value": '[{"name": "add", "arguments": "{}"}, {"name": "add"}]'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "a"},
+    ]
+    (example,) = formats.normalise_rows([Row("r:1", {"conversations": turns})])
+    assert [m["role"] for m in example.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert example.messages[1]["tool_calls"] == [call({"a": 1})]
+    assert [c["function"] for c in example.messages[3]["tool_calls"]] == [
+        {"name": "add", "arguments": {}},
+        {"name": "add"},
+    ]
+    assert not example.messages[1]["content"] and example.messages[2]["content"] == "2"
+
+
+SCHEMAS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "expected"),
+    [
+        (SCHEMAS, SCHEMAS),
+        (json.dumps(SCHEMAS), SCHEMAS),
+        (json.dumps(SCHEMAS[0]), SCHEMAS),
+        ([json.dumps(SCHEMAS[0])], SCHEMAS),
+        (SCHEMAS[0], SCHEMAS),
+        ("[]", None),
+        ("", None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_tools_may_be_a_json_string(tools, expected):
+    (example,) = formats.normalise_rows([Row("r:1", {"messages": list(TURNS), "tools": tools})])
+    assert example.tools == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        (
+            calling([call('{"a": ')]),
+            r"r:1: messages\[1\] calls a tool with arguments '.*', which is no JSON object",
+        ),
+        (calling([call("[1]")]), r"r:1: messages\[1\] calls a tool with arguments"),
+        (calling("add"), r"r:1: messages\[1\] has tool_calls that are no list of objects"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": "add(1)"},
+                ]
+            },
+            r"r:1: conversations\[1\] is a function_call without JSON",
+        ),
+        (
+            {"messages": list(TURNS), "tools": "add"},
+            "r:1: column 'tools' has type str and is no list of JSON",
+        ),
+        ({"messages": list(TURNS), "tools": [1]}, "r:1: column 'tools' has type list and is no list of JSON"),
+        ({"messages": list(TURNS), "tools": "[" * 100000}, "r:1: column 'tools' has type str"),
+    ],
+)
+def test_tools_that_cannot_be_read_are_one_line(fields, error):
+    with pytest.raises(ValueError, match=error) as raised:
+        formats.normalise_rows([Row("r:1", fields)])
+    assert "\n" not in str(raised.value)

@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def source(folder, kind="llama3", **options):
-    options = {"max_length": 64, "batch": 4} | options
+    options = {"max_length": 64, "batch": 4, "format": "plain"} | options
     return Rows(str(folder / "r.jsonl"), **options).open(tiny(kind), cache=folder / "cache")
 
 
@@ -68,7 +68,7 @@ def segments_of(tokens):
 
 def expected_examples(folder, kind="llama3"):
     """{ids: [(target, place)]} straight from tokenise."""
-    examples = normalise_rows(read_rows(str(folder / "r.jsonl")))
+    examples = normalise_rows(read_rows(str(folder / "r.jsonl")), "plain")
     result = {}
     for ids, learned in chat.tokenise_examples(examples, tiny(kind)):
         result[tuple(ids.tolist())] = [(int(ids[i]), i - 1) for i in range(1, len(ids)) if learned[i]]
@@ -262,8 +262,8 @@ def test_an_empty_loss_mask_names_the_row(folder):
     ]
     (folder / "r.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in lines))
     with pytest.raises(ValueError, match="r.jsonl:2: the loss mask is empty"):
-        source(folder, held_out="none")
-    assert source(folder, held_out="none", loss_on="all").info.stats.examples == 2
+        source(folder, held_out="none", format="auto")
+    assert source(folder, held_out="none", format="auto", loss_on="all").info.stats.examples == 2
 
 
 # ---- settings

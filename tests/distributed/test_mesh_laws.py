@@ -12,6 +12,7 @@ from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import tree
+from jaxft.data.example import Completion
 from jaxft.data.pack import RowShape
 from jaxft.data.prompts import TokenisedPrompts
 from jaxft.distributed import sharding
@@ -159,7 +160,7 @@ def test_read_positions_are_grouped_by_shard_of_time():
 def test_completions_of_a_group_share_the_prompt_also_across_shards_of_time(prompt):
     """The last prompt token is before, at or after the shard boundary at 8."""
     group, length = 20, 64
-    prompts = TokenisedPrompts((tuple(range(1, prompt + 1)),), ("row",), ("",), ({},))
+    prompts = TokenisedPrompts((tuple(range(1, prompt + 1)),), ("row",), (Completion("row", "", ""),), ({},))
     lengths = np.full((1, group), 2)
     lengths[0, 0] = 10  # the first completion fills the rest of the shard
     rows = pack_rollout(prompts, np.ones((1, group, 10), np.int32), lengths, RowShape(length, length))

@@ -7,7 +7,9 @@ import pytest
 from smollm2 import REF, reference
 from test_llama import tokens_of
 
-from jaxft.data.chat import prompt_ids
+from jaxft.data.chat import example_prompt_ids
+from jaxft.data.conversation import prompt_of
+from jaxft.data.rows import Row
 from jaxft.distributed import sharding
 from jaxft.inference import generate
 from jaxft.models.adapted import adapted
@@ -63,7 +65,7 @@ def test_logits_on_real_text_equal_transformers(both):
 
 def test_greedy_completions_of_a_ragged_batch_equal_transformers(both):
     theirs, model, whole, tokenizer = both
-    prompts = [prompt_ids([{"role": "user", "content": text}], tokenizer) for text in PROMPTS]
+    prompts = list(example_prompt_ids([prompt_of(Row("r", {"prompt": text})) for text in PROMPTS], tokenizer))
     sizes = [len(prompt) for prompt in prompts]
     assert len(set(sizes)) == len(sizes) and max(sizes) > 64 > min(sizes)
     run = generate.make_generate(model, generate.Sampling(max_new=64), (tokenizer.eos_token_id,))

@@ -20,7 +20,9 @@ from tiny_run import Place
 
 from jaxft import tree
 from jaxft.data import chat
+from jaxft.data.conversation import prompt_of
 from jaxft.data.pack import RowShape
+from jaxft.data.rows import Row
 from jaxft.distributed import sharding
 from jaxft.inference.generate import left_pad
 from jaxft.models import heads
@@ -59,12 +61,17 @@ def score_texts(folder, prompts, completions, mesh=None, **options):
     """The scores of a ModelReward."""
     mesh = one_device() if mesh is None else mesh
     with jax.set_mesh(mesh):
-        return ModelReward(str(folder), **options).load(mesh)(prompts, completions)
+        return ModelReward(str(folder), **options).load(mesh)(as_prompts(prompts), completions)
+
+
+def as_prompts(given):
+    """Strings and messages as the prompts of a rollout."""
+    return [prompt_of(Row("r", {"prompt": prompt})) for prompt in given]
 
 
 def token_ids(prompts, completions, tokenizer):
     """The texts that a reward model reads, as lists of ids."""
-    examples = reward_models.to_examples(prompts, completions, tokenizer)
+    examples = list(map(reward_models.with_response, as_prompts(prompts), completions))
     return [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, "all")]
 
 

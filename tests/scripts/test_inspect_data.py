@@ -61,7 +61,7 @@ def inspect(place, monkeypatch, capsys):
     return run
 
 
-DATA = ("--model", "model", "max_length=32", "held_out=none")
+DATA = ("--model", "model", "max_length=32", "held_out=none", "format=plain")
 
 
 def test_trained_tokens_are_in_brackets(inspect):

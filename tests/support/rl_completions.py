@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from jaxft.data.example import Completion
 from jaxft.data.prompts import TokenisedPrompts
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0)
@@ -17,7 +18,7 @@ def random_completions(lengths, seed=0, size=7):
     tokens = rng.integers(0, 40, (*lengths.shape, size))
     tokens[np.arange(size) >= lengths[..., None]] = -1
     names = tuple(f"rows:{i}" for i in range(len(ids)))
-    return TokenisedPrompts(ids, names, ("",) * len(ids), ({},) * len(ids)), tokens
+    return TokenisedPrompts(ids, names, (Completion("", "", ""),) * len(ids), ({},) * len(ids)), tokens
 
 
 def random_prompts(count, group=1):

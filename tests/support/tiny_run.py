@@ -46,7 +46,7 @@ def config(
         weights=model,
         model=model_for(model, dtype=jnp.float32, remat=remat),
         objective=sft,
-        data=Rows(data, held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
+        data=Rows(data, format="plain", held_out=0.1, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs),
         adapter=None if full else Adapter(rank=4, dropout=dropout),
         quant=None if quant == "none" else Quant(quant),
         optim=Optim(lr=lr),

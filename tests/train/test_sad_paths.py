@@ -76,7 +76,7 @@ DATA = {
     ),
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
-        [],
+        ["data.format=auto"],
         r"bad\.jsonl:1: the loss mask is empty",
     ),
     "no rows": ("", [], r"bad\.jsonl: the dataset has no rows"),

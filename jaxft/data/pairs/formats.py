@@ -2,54 +2,76 @@
 
 Accepted formats (`format="auto"` uses the one whose columns are present):
 
-    preference   {"prompt", "chosen", "rejected"}
-    implicit     {"chosen", "rejected"}, whole conversations: their common beginning is the prompt
-    ranking      {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT), optionally "system"
-    instruction  {"instruction", "chosen", "rejected"} and optionally "input" and "system" (Alpaca)
-    unpaired     {"prompt", "completion", "label"}: one response, the chosen one if the label is true
+    preference              {"prompt", "chosen", "rejected"}
+    implicit                {"chosen", "rejected"}, whole conversations: their common beginning is the prompt
+    ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
+    instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
+    unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
+    unpaired-messages       {"messages", "label"}: the response is the last turn
+    unpaired-conversations  {"conversations", "label"} (ShareGPT)
+    unpaired-instruction    {"instruction", "response" or "output", "label"} (Alpaca)
 
-A response is a string, a message or a list of messages: the turns after the prompt, or the whole
-conversation. A prompt is a list of messages or a string, which is the user's turn; `format="plain"` uses the
-strings of preference and unpaired rows as plain text instead. A conversation may be one string as in hh-rlhf,
-"\\n\\nHuman: ...\\n\\nAssistant: ...". A third response, "gold" (data.third), is read from the column
-"reference".
+"label" may be called "kto_tag". Prompts, responses and the columns that go with them are read as for SFT, see
+conversation.py; `format="plain"` takes the strings of preference and unpaired rows as plain text. A third
+response, "gold" (data.third), is read from the column "reference".
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxft.data import formats
 from jaxft.data.chat import DATE
-from jaxft.data.example import Chat, Completion, Message
-from jaxft.data.formats import Schemas
+from jaxft.data.conversation import (
+    PLAIN,
+    Columns,
+    SplitRow,
+    Turns,
+    chats_of,
+    plain_texts,
+    require_difference,
+    response_index,
+    split_row,
+)
+from jaxft.data.example import Chat, Completion
+from jaxft.data.formats import TEMPLATE_COLUMNS, Schemas
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
 
+_COMPARED = (("chosen",), ("rejected",))
+_LABEL = ("label", "kto_tag")
+_PROMPT_COLUMNS = {
+    "preference": "prompt",
+    "implicit": None,
+    "ranking": "conversations",
+    "instruction": "instruction",
+    "unpaired": "prompt",
+    "unpaired-messages": "messages",
+    "unpaired-conversations": "conversations",
+    "unpaired-instruction": "instruction",
+}
 PAIR_SCHEMAS = Schemas(
     required={
-        "preference": (("prompt",), ("chosen",), ("rejected",)),
-        "implicit": (("chosen",), ("rejected",)),
-        "ranking": (("conversations",), ("chosen",), ("rejected",)),
-        "instruction": (("instruction",), ("chosen",), ("rejected",)),
-        "unpaired": (("prompt",), ("completion",), ("label",)),
+        "preference": (("prompt",), *_COMPARED),
+        "implicit": _COMPARED,
+        "ranking": (("conversations",), *_COMPARED),
+        "instruction": (("instruction",), *_COMPARED),
+        "unpaired": (("prompt",), ("completion",), _LABEL),
+        "unpaired-messages": (("messages",), _LABEL),
+        "unpaired-conversations": (("conversations",), _LABEL),
+        "unpaired-instruction": (("instruction",), ("response", "output"), _LABEL),
     },
     optional={
-        "preference": ("system", "tools", "reference"),
-        "implicit": ("tools", "reference"),
-        "ranking": ("system", "tools", "reference"),
-        "instruction": ("input", "system", "reference"),
-        "unpaired": ("system", "tools", "reference"),
+        name: (
+            "system",
+            "reference",
+            *TEMPLATE_COLUMNS,
+            *(("input", "history") if "instruction" in name else ()),
+        )
+        for name in _PROMPT_COLUMNS
     },
     example="prompt=...,chosen=...,rejected=...",
 )
-PLAIN = "plain"
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-Turns = list[Message]
-Columns = dict[str, str]  # kind of response -> its column
 
 
 @dataclass(frozen=True)
@@ -102,11 +124,7 @@ def normalise_each_pair(
     format, renamed = formats.detect_format(
         rows, "auto" if plain else settings.format, settings.columns, schemas
     )
-    if plain and format not in ("preference", "unpaired"):
-        raise ValueError(
-            f"{rows[0].name}: data.format={PLAIN} is for preference and unpaired rows, and this row has "
-            f"format {format}; set data.format=auto"
-        )
+    formats.require_strings(plain, format, ("preference", "unpaired"))
 
     def convert(row: Row | InvalidRow) -> PairExample:
         return _pair(valid(row), format, settings)
@@ -118,12 +136,10 @@ def _pair(row: Row, format: str, settings: PairTokenSettings) -> PairExample:
     columns = _columns(row, format, settings)
     responses: dict[str, Chat | Completion]
     if settings.format == PLAIN:
-        prompt = formats.text_of(row, "prompt", empty=True)
-        texts = {kind: formats.text_of(row, column) for kind, column in columns.items()}
-        _require_difference(row, texts)
-        responses = {kind: Completion(row.name, prompt, text) for kind, text in texts.items()}
+        responses = dict(plain_texts(row, columns))
+        require_difference(row, responses)
     else:
-        responses = _conversations(row, format, columns)
+        responses = dict(chats_of(row, _split(row, format, columns)))
     weight = (
         1.0 if settings.weight_column is None else _number(row, settings.weight_column, "data.weight_column")
     )
@@ -146,16 +162,20 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
             f"no column 'reference', from which data.third=gold reads the third response; the "
             f"row has {', '.join(map(str, row.fields))}",
         )
-    if format != "unpaired":
+    if not format.startswith("unpaired"):
         return {"chosen": "chosen", "rejected": "rejected", **gold}
-    label = row.fields["label"]
+    name = next(name for name in _LABEL if name in row.fields)
+    label = row.fields[name]
     if not isinstance(label, int) or label not in (0, 1):  # bool is an int
         raise InvalidRow(
             row.name,
             "label that is neither true nor false",
-            f"label is {repr(label)[:40]}; use true or false (or 1 or 0)",
+            f"{name} is {repr(label)[:40]}; use true or false (or 1 or 0)",
         )
-    return {"chosen" if label else "rejected": "completion", **gold}
+    response = "completion" if format == "unpaired" else _PROMPT_COLUMNS[format]
+    if format == "unpaired-instruction":
+        response = formats.response_column(row)
+    return {"chosen" if label else "rejected": str(response), **gold}
 
 
 def _number(row: Row, column: str, setting: str) -> float:
@@ -176,46 +196,25 @@ def _number(row: Row, column: str, setting: str) -> float:
     return float(value)
 
 
-def _require_difference(row: Row, responses: dict) -> None:
-    if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
-        raise InvalidRow(
-            row.name, "identical responses", "chosen and rejected are identical; change one or remove the row"
-        )
-
-
-# ---- conversations
-
-
-def _conversations(row: Row, format: str, columns: Columns) -> dict[str, Chat | Completion]:
-    single = False
-    match format:
-        case "implicit":
-            prompt, found = _implicit(row, columns)
-        case "ranking":
-            prompt = formats.system_of(row) + formats.messages_of(row, "conversations", "from", "value")
-            found = _after_each(row, columns, prompt)
-        case "instruction":
-            prompt, single = formats.instruction_of(row), True
-            found = _after_each(row, columns, prompt)
-        case _ if isinstance(formats.json_of(row, "prompt"), str):
-            prompt, found, single = _string_prompt(row, columns)
-        case _:
-            prompt = formats.system_of(row) + formats.messages_of(row, "prompt")
-            found = _after_each(row, columns, prompt)
-    _require_difference(row, found)
-    for kind, turns in found.items():
+def _split(row: Row, format: str, columns: Columns) -> SplitRow:
+    """Return the row's prompt and responses, which are checked."""
+    prompt_column = _PROMPT_COLUMNS[format]
+    require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
+    split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
+    ending = [kind for kind, column in columns.items() if column == prompt_column]
+    if ending:  # the conversation ends with the response
+        at = response_index(split.prompt)
+        split = SplitRow(split.prompt[:at], {ending[0]: split.prompt[at:], **split.responses})
+    require_difference(row, split.responses)
+    for kind, turns in split.responses.items():
         _check_response(row, columns[kind], turns)
-    if prompt[-1]["role"] == "assistant":
+    if split.prompt and split.prompt[-1]["role"] == "assistant":
         raise InvalidRow(
             row.name,
             "prompt that ends with an assistant turn",
             "the prompt ends with an assistant turn; move that turn into the responses",
         )
-    single = single and all(len(turns) == 1 for turns in found.values())
-    tools = formats.tools_of(row)
-    return {
-        kind: Chat(row.name, (*prompt, *turns), len(prompt), single, tools) for kind, turns in found.items()
-    }
+    return split
 
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
@@ -233,149 +232,3 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
                 f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
                 "an assistant turn",
             )
-
-
-def _turns(row: Row, column: str) -> Turns:
-    """Return the column's messages; a string is an assistant turn."""
-    value = formats.json_of(row, column)
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": formats.text_of(row, column)}]
-    items = [value] if isinstance(value, dict) else value
-    first = items[0] if isinstance(items, list) and items else None
-    names = ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
-    return formats.messages_of(Row(row.name, {column: items}), column, *names)
-
-
-def _after_each(row: Row, columns: Columns, prompt: Turns) -> dict[str, Turns]:
-    return {kind: _after(row, column, prompt, _turns(row, column)) for kind, column in columns.items()}
-
-
-def _after(row: Row, column: str, prompt: Turns, turns: Turns) -> Turns:
-    """Return the turns after the prompt from a column with these turns or with the whole conversation."""
-    if turns[: len(prompt)] == prompt:
-        return turns[len(prompt) :]
-    if turns[0]["role"] == "assistant":
-        return turns
-    at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
-    raise InvalidRow(
-        row.name,
-        "conversation that differs from the prompt",
-        f"column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs "
-        "from the prompt's; put the prompt's messages in front, or the response alone",
-    )
-
-
-def _string_prompt(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns], bool]:
-    text = formats.text_of(row, "prompt")
-    strings = all(isinstance(formats.json_of(row, column), str) for column in columns.values())
-    if strings and text.lstrip().startswith("Human:") and text.rstrip().endswith("\n\nAssistant:"):
-        whole = {
-            kind: dialogue(row, "prompt", f"{text} {formats.text_of(row, column)}")
-            for kind, column in columns.items()
-        }
-        return _dialogue_ends(row, whole)
-    question = [*formats.system_of(row), {"role": "user", "content": text}]
-    found = {kind: _turns(row, column) for kind, column in columns.items()}
-    if all(turns[0]["role"] == "assistant" for turns in found.values()):
-        return question, found, True
-    prompt = _shared(list(found.values())) if len(found) > 1 else next(iter(found.values()))[:-1]
-    if not prompt or (prompt[-1]["content"] or "").strip() != text.strip():
-        _require_difference(row, found)
-        raise InvalidRow(
-            row.name,
-            "conversation that differs from the prompt",
-            f"the common beginning of the conversations in {' and '.join(columns.values())} does "
-            "not end with the prompt; use the responses alone, or conversations that contain the prompt",
-        )
-    return prompt, {kind: turns[len(prompt) :] for kind, turns in found.items()}, False
-
-
-def _shared(conversations: list[Turns]) -> Turns:
-    """Return the common first messages of all conversations."""
-    first = conversations[0]
-
-    def differs(i: int) -> bool:
-        return any(i >= len(c) or c[i] != first[i] for c in conversations)
-
-    return first[: next((i for i in range(len(first)) if differs(i)), len(first))]
-
-
-# ---- implicit prompts: the common beginning of the responses
-
-
-def _implicit(row: Row, columns: Columns) -> tuple[Turns, dict[str, Turns]]:
-    pair = {kind: column for kind, column in columns.items() if kind != "gold"}
-    values = [formats.json_of(row, column) for column in pair.values()]
-    if all(isinstance(value, str) for value in values):
-        prompt, found, _ = _dialogue_ends(
-            row, {kind: dialogue(row, c, formats.text_of(row, c)) for kind, c in pair.items()}
-        )
-    elif any(isinstance(value, str) for value in values):
-        raise InvalidRow(
-            row.name,
-            "responses of different types",
-            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
-        )
-    else:
-        whole = {kind: _turns(row, column) for kind, column in pair.items()}
-        _require_difference(row, whole)
-        prompt = _shared(list(whole.values()))
-        if not prompt:
-            raise InvalidRow(
-                row.name,
-                "conversations without a common beginning",
-                "chosen and rejected have no common first message, so there is no prompt; use "
-                "conversations with a common beginning, or a column 'prompt'",
-            )
-        found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
-        first = [turns[0] for turns in found.values() if turns]
-        if any(turn["role"] != "assistant" for turn in first):
-            raise InvalidRow(
-                row.name,
-                "dialogues that differ before the last turn",
-                f"chosen and rejected differ in message {len(prompt)}, which is not an assistant "
-                "turn; fix or remove the row",
-            )
-    if "gold" in columns:
-        found["gold"] = _after(row, columns["gold"], prompt, _turns(row, columns["gold"]))
-    return prompt, found
-
-
-def dialogue(row: Row, column: str, text: str) -> Turns:
-    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns.
-
-    Raises ValueError that names the row.
-    """
-    before, *parts = _TURN.split("\n\n" + text.lstrip())
-    if before.strip() or not parts or parts[0] != "Human":
-        raise InvalidRow(
-            row.name,
-            "string that is no dialogue",
-            f"column {column!r} is a string that does not begin with 'Human:'; without a column "
-            "'prompt' use a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'",
-        )
-    return [
-        {"role": _SPEAKERS[who], "content": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-def _dialogue_ends(row: Row, whole: dict[str, Turns]) -> tuple[Turns, dict[str, Turns], bool]:
-    """Split dialogues that differ in their last turn alone into the prompt and the responses."""
-    _require_difference(row, whole)
-    prompt, *others = [turns[:-1] for turns in whole.values()]
-    if any(other != prompt for other in others):
-        at = len(_shared(list(whole.values()))) + 1
-        raise InvalidRow(
-            row.name,
-            "dialogues that differ before the last turn",
-            f"the dialogues differ in turn {at}, before their last turn; fix the row so that "
-            "only the last turn differs, or remove it",
-        )
-    if not prompt:
-        raise InvalidRow(
-            row.name,
-            "dialogue without a prompt",
-            "a dialogue of one turn has no prompt; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
-        )
-    return prompt, {kind: turns[-1:] for kind, turns in whole.items()}, False

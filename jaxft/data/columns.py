@@ -1,0 +1,306 @@
+"""Columns of a row as text, messages and tools.
+
+What public files have in place of a list of messages or tools is accepted: a JSON string, ShareGPT's "from"
+and "value", LLaMA-Factory's "function_call" and "observation" turns, arguments of a tool call as a JSON
+string. Errors name the row.
+"""
+
+import json
+import re
+from typing import Any
+
+from jaxft.data.example import Message
+from jaxft.data.invalid import InvalidRow
+from jaxft.data.rows import Row
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+SET_BY_JAXFT = (
+    "conversation", "conversations", "messages", "tools", "chat_template", "tokenize",
+    "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs",
+)  # fmt: skip
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def text_of(row: Row, column: str, empty: bool = False) -> str:
+    """Return the column's text.
+
+    Raises InvalidRow if it is no string, or blank and not `empty`.
+    """
+    value = row.fields[column]
+    if not isinstance(value, str):
+        raise InvalidRow(
+            row.name,
+            f"column {column!r} of a wrong type",
+            f"column {column!r} has type {type(value).__name__}; use a string",
+        )
+    _encodable(row, column, value)
+    if not empty and not value.strip():
+        raise InvalidRow(
+            row.name, f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
+        )
+    return value
+
+
+def _encodable(row: Row, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRow(
+            row.name,
+            "unpaired surrogate",
+            f"column {column!r} has an unpaired surrogate ({error.reason}); fix the text",
+        ) from error
+
+
+def json_of(row: Row, column: str) -> Any:
+    """Return the column, parsed if a table format has stored a list of objects as a JSON string."""
+    value = row.fields[column]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        found = _parsed(value)
+        return (
+            found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
+        )
+    return value
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON string, or the string itself if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+# ---- messages
+
+
+def messages_of(row: Row, column: str) -> list[Message]:
+    """Return the column's messages with the roles user, assistant, system and tool.
+
+    A message has "role" and "content" or ShareGPT's "from" and "value". Errors name the row and the message.
+    """
+    value = json_of(row, column)
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    sharegpt = column == "conversations" or (isinstance(first, dict) and "from" in first)
+    role, content = ("from", "value") if sharegpt else ("role", "content")
+    if not isinstance(value, list | tuple) or not value:
+        what = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
+        raise InvalidRow(
+            row.name,
+            "column without messages",
+            f"column {column!r} is {what}; use a list of {{{role!r}, {content!r}}} objects",
+        )
+    return [_message(row, f"{column}[{index}]", item, (role, content)) for index, item in enumerate(value)]
+
+
+def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
+    """Return a message with the role's usual name and parsed tool calls. where: for errors."""
+    role, content = keys
+    calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
+    if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
+        found = ", ".join(map(str, item)) if isinstance(item, dict) else type(item).__name__
+        raise InvalidRow(
+            row.name,
+            "message without role or content",
+            f"{where} has {found}; it needs {role!r} and {content!r}",
+        )
+    unlearned = next(
+        (k for k in ("weight", "train") if k in item and item[k] is not None and not item[k]), None
+    )
+    if unlearned:
+        raise InvalidRow(
+            row.name,
+            "message with a training weight",
+            f"{where} has {unlearned}={item[unlearned]!r}, which is not supported; remove the key or the "
+            "row, and set data.loss_on",
+        )
+    rest = {k: v for k, v in item.items() if k not in (role, content, "function_call") and v is not None}
+    text = _content(row, where, item.get(content))
+    if item[role] == "function_call":
+        rest["tool_calls"], text = _calls_of_text(row, where, text), None
+    elif calls:
+        rest["tool_calls"] = _tool_calls(row, where, calls)
+    else:
+        rest.pop("tool_calls", None)
+    if text is None and "tool_calls" not in rest:
+        raise InvalidRow(row.name, "message without role or content", f"{where} has no content; use a string")
+    name = ROLES.get(item[role], item[role])
+    if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
+        raise InvalidRow(
+            row.name,
+            "empty assistant turn",
+            f"{where}, an assistant turn, is empty; fill it or remove the row",
+        )
+    return {"role": name, "content": text, **rest}
+
+
+def _content(row: Row, where: str, content: Any) -> str | None:
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(p.get("text", "")) for p in content)
+    if content is not None and not isinstance(content, str):
+        raise InvalidRow(
+            row.name,
+            "content of a wrong type",
+            f"{where} has content of type {type(content).__name__}; use a string",
+        )
+    if content:
+        _encodable(row, where, content)
+    return content
+
+
+def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
+    """Return the tool calls of a "function_call" turn: {"name", "arguments"} as JSON, or a list of these."""
+    calls = _parsed(text or "")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):
+        raise InvalidRow(
+            row.name,
+            "function call that is no JSON",
+            f"{where} is a function_call without JSON; use "
+            '{"name": ..., "arguments": {...}} or a list of these',
+        )
+    return _tool_calls(row, where, [{"type": "function", "function": call} for call in calls])
+
+
+def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
+    """Return tool calls as templates read them: arguments are an object, not its JSON string."""
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    if isinstance(calls, dict):  # OpenAI's older key function_call
+        calls = [{"type": "function", "function": calls}]
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
+        raise InvalidRow(
+            row.name,
+            "tool calls of a wrong type",
+            f"{where} has tool_calls that are no list of objects; use "
+            '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
+        )
+    return [_tool_call(row, where, call) for call in calls]
+
+
+def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _tool_call(row, where, call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    parsed = _parsed(arguments) if arguments.strip() else {}
+    if not isinstance(parsed, dict):
+        raise InvalidRow(
+            row.name,
+            "arguments that are no JSON object",
+            f"{where} calls a tool with arguments {arguments[:40]!r}, which is no JSON object; fix or remove "
+            "the row",
+        )
+    return {**call, "arguments": parsed}
+
+
+def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns."""
+    before, *parts = _TURN.split("\n\n" + text.lstrip())
+    if before.strip() or not parts or parts[0] != "Human":
+        raise InvalidRow(
+            row.name,
+            "string that is no dialogue",
+            f"column {column!r} is a string that does not begin with 'Human:'; without a column 'prompt' use "
+            "a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+        )
+    return [
+        {"role": _SPEAKERS[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def is_open_dialogue(text: str) -> bool:
+    """Whether a string is a dialogue of hh-rlhf that an answer of the assistant continues."""
+    return text.lstrip().startswith("Human:") and text.rstrip().endswith("\n\nAssistant:")
+
+
+# ---- columns that go with messages
+
+
+def with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """Return the turns after the column `system`, if the row has one and the turns do not begin with it."""
+    if not row.fields.get("system"):
+        return turns
+    system = {"role": "system", "content": text_of(row, "system")}
+    if not turns or turns[0]["role"] != "system":
+        return [system, *turns]
+    if turns[0]["content"].strip() != system["content"].strip():
+        raise InvalidRow(
+            row.name,
+            "two system messages",
+            "column 'system' and the first message are different system messages; remove one of them",
+        )
+    return turns
+
+
+def instruction_of(row: Row) -> list[Message]:
+    """Return the columns `instruction`, `input`, `history` and `system` (Alpaca) as messages.
+
+    history: earlier turns as [question, answer] pairs.
+    """
+    user = text_of(row, "instruction")
+    if row.fields.get("input"):
+        user = f"{user}\n\n{text_of(row, 'input')}"
+    earlier: list[Message] = []
+    history = row.fields.get("history") or []
+    history = _parsed(history) if isinstance(history, str) else history
+    for pair in history if isinstance(history, list | tuple) else [None]:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            raise InvalidRow(
+                row.name,
+                "column 'history' of a wrong type",
+                "column 'history' is no list of [question, answer] strings; fix or remove it",
+            )
+        earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return with_system(row, [*earlier, {"role": "user", "content": user}])
+
+
+def tools_of(row: Row) -> list | None:
+    """Return the column `tools`, a list of JSON schemas or its JSON string; None without any."""
+    tools = row.fields.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools) if tools.strip() else None
+    tools = [tools] if isinstance(tools, dict) else tools
+    if isinstance(tools, list | tuple):
+        tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in tools]
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidRow(
+            row.name,
+            "tools of a wrong type",
+            f"column 'tools' has type {type(row.fields['tools']).__name__} and is no list of JSON schemas; "
+            "use such a list, or its JSON string",
+        )
+    return tools
+
+
+def template_arguments_of(row: Row) -> dict[str, Any]:
+    """Return the column `chat_template_kwargs`, further arguments of the chat template; {} without any."""
+    found = row.fields.get("chat_template_kwargs") or {}
+    found = _parsed(found) if isinstance(found, str) else found
+    if not isinstance(found, dict):
+        raise InvalidRow(
+            row.name,
+            "column 'chat_template_kwargs' of a wrong type",
+            "column 'chat_template_kwargs' is no object; use names and values of the template's arguments",
+        )
+    taken = sorted(set(found) & set(SET_BY_JAXFT))
+    if taken:
+        raise InvalidRow(
+            row.name,
+            "template arguments that are set by jaxft",
+            f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft sets itself; remove it",
+        )
+    return found

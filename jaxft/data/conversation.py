@@ -1,0 +1,354 @@
+"""Split a row into its prompt and its responses: one way for SFT, preferences, reward models, rollouts and
+generation.
+
+A string as a prompt is the user's turn and a string as a response is the assistant's, except with
+`data.format=plain`, which takes strings as plain text. A prompt may also be an open dialogue of hh-rlhf,
+"\\n\\nHuman: ...\\n\\nAssistant:". A response is a string, a message or a list of messages: the turns after
+the prompt, or the whole conversation. The columns `system`, `tools` and `chat_template_kwargs` go with every
+prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxft.data.columns import (
+    dialogue_of,
+    instruction_of,
+    is_open_dialogue,
+    json_of,
+    messages_of,
+    template_arguments_of,
+    text_of,
+    tools_of,
+    with_system,
+)
+from jaxft.data.example import Chat, Completion, Message
+from jaxft.data.invalid import InvalidRow
+from jaxft.data.rows import Row
+
+PLAIN = "plain"  # the value of data.format that takes strings as plain text
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations")
+PROMPT_FORMATS = ("auto", PLAIN, *PROMPT_COLUMNS, "implicit")
+
+Turns = list[Message]
+Columns = dict[str, str]  # kind of response -> its column
+
+
+@dataclass(frozen=True)
+class SplitRow:
+    """A prompt and the responses to it, by kind.
+
+    instruction: the prompt is one instruction, with or without a system message; it needs no chat template.
+    """
+
+    prompt: Turns
+    responses: dict[str, Turns]
+    instruction: bool = False
+
+
+def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
+    """Split a row into messages.
+
+    column: where the prompt is: prompt, instruction, messages or conversations; None: in the common beginning
+    of the responses, which are whole conversations. Without responses the prompt is the whole conversation.
+    Raises InvalidRow.
+    """
+    if column is None:
+        return _split_conversations(row, responses)
+    if column == "prompt":
+        prompt, instruction = _prompt(row, responses)
+    elif column == "instruction":
+        prompt, instruction = instruction_of(row), not row.fields.get("history")
+    else:
+        prompt, instruction = with_system(row, messages_of(row, column)), False
+    found = {kind: _after(row, name, prompt) for kind, name in responses.items()}
+    return SplitRow(prompt, found, instruction and all(len(turns) == 1 for turns in found.values()))
+
+
+def response_index(turns: Sequence[Message]) -> int:
+    """Return the index of the assistant turn that ends a conversation, its length if another turn does."""
+    return len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
+
+
+def chats_of(row: Row, split: SplitRow) -> dict[str, Chat]:
+    """Return the prompt with each response, by kind."""
+    return {
+        kind: chat_of(row, (*split.prompt, *turns), len(split.prompt), split.instruction)
+        for kind, turns in split.responses.items()
+    }
+
+
+def chat_of(row: Row, turns: Sequence[Message], response: int, instruction: bool = False) -> Chat:
+    """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row."""
+    return Chat(row.name, tuple(turns), response, instruction, tools_of(row), template_arguments_of(row))
+
+
+def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
+    """Return the plain-text prompt with each response, by kind."""
+    prompt = _plain_prompt(row, empty=True)
+    return {kind: Completion(row.name, prompt, text_of(row, column)) for kind, column in responses.items()}
+
+
+def _plain_prompt(row: Row, empty: bool = False) -> str:
+    for column in ("system", "tools", "chat_template_kwargs"):
+        if row.fields.get(column):
+            raise InvalidRow(
+                row.name,
+                f"column {column!r} with plain text",
+                f"column {column!r} cannot be part of plain text; remove it, or set data.format=auto",
+            )
+    return text_of(row, "prompt", empty)
+
+
+def require_difference(row: Row, responses: dict) -> None:
+    """Raise InvalidRow if the chosen and the rejected response are the same."""
+    if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
+        raise InvalidRow(
+            row.name, "identical responses", "chosen and rejected are identical; change one or remove the row"
+        )
+
+
+# ---- the prompt alone, of a row of any kind
+
+
+class _Reading(NamedTuple):
+    """A column that holds the prompt, and the columns of responses that it is completed from."""
+
+    column: str | None
+    responses: tuple[str, ...] = ()
+
+
+def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
+    """Return a row's prompt, without a response: the one that SFT and preferences have for the same row.
+
+    format: one of PROMPT_FORMATS; other than "auto" and "plain" it names the column that holds the prompt, or
+    "implicit", the common beginning of chosen and rejected. Raises InvalidRow, also if several columns hold
+    different prompts.
+    """
+    if format == PLAIN:
+        _require_column(row, "prompt" in row.fields)
+        return Completion(row.name, _plain_prompt(row), "")
+    (first, split), *others = [(reading, _read(row, reading)) for reading in _readings(row, format)]
+    for other, also in others:
+        if also.prompt != split.prompt:
+            names = " and ".join(_describe(reading) for reading in (first, other))
+            raise InvalidRow(
+                row.name,
+                "columns with different prompts",
+                f"{names} hold different prompts; choose one with data.format=prompt, instruction, messages, "
+                "conversations or implicit, or remove a column",
+            )
+    if not split.prompt or not (split.prompt[-1]["content"] or "").strip():
+        raise InvalidRow(
+            row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
+        )
+    return chat_of(row, split.prompt, len(split.prompt), split.instruction)
+
+
+def _readings(row: Row, format: str) -> list[_Reading]:
+    """Return all ways in which SFT and preferences find the row's prompt."""
+
+    def has(*columns: str) -> bool:
+        return all(row.fields.get(column) is not None for column in columns)
+
+    compared = ("chosen", "rejected")
+    if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
+        _require_column(row, has(*compared))
+        return [_Reading(None, compared)]
+    sets = [columns for columns in (("completion",), compared) if has(*columns)]
+    if format != "auto":
+        _require_column(row, has(format))
+        return [_Reading(format, columns) for columns in (sets if format == "prompt" and sets else [()])]
+    found = [_Reading(column) for column in ("messages", "conversations") if has(column)]
+    if has("prompt") and (sets or not found):
+        found += [_Reading("prompt", columns) for columns in sets or [()]]
+    if has("instruction") and (has("response") or has("output") or not found):
+        found.append(_Reading("instruction"))
+    _require_column(row, bool(found))
+    return found
+
+
+def _read(row: Row, reading: _Reading) -> SplitRow:
+    responses = {column: column for column in reading.responses}
+    if reading.column in ("messages", "conversations"):
+        turns = split_row(row, reading.column, {}).prompt
+        return SplitRow(turns[: response_index(turns)], {})
+    if reading.column != "prompt":
+        return split_row(row, reading.column, responses)
+    prompt, instruction = _prompt(row, responses)
+    if prompt[-1]["role"] == "assistant":
+        raise InvalidRow(
+            row.name,
+            "prompt that ends with an assistant turn",
+            "the prompt ends with an assistant turn; move that turn into the response",
+        )
+    return SplitRow(prompt, {}, instruction)
+
+
+def _describe(reading: _Reading) -> str:
+    column = [] if reading.column is None else [repr(reading.column)]
+    return " with ".join([*column, *([", ".join(map(repr, reading.responses))] if reading.responses else [])])
+
+
+def _require_column(row: Row, present: bool) -> None:
+    if not present:
+        raise InvalidRow(
+            row.name,
+            "no prompt",
+            f"the columns {', '.join(map(str, row.fields))} have no prompt; add prompt, messages or "
+            "instruction, or rename columns with data.columns=prompt=...",
+        )
+
+
+# ---- prompts
+
+
+def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
+    """Return the column `prompt` as messages, and whether it is one instruction.
+
+    A string is the user's last turn: if the responses are whole conversations, the prompt is their beginning.
+    """
+    if not isinstance(json_of(row, "prompt"), str):
+        return with_system(row, messages_of(row, "prompt")), False
+    text = text_of(row, "prompt")
+    if is_open_dialogue(text):
+        return with_system(row, dialogue_of(row, "prompt", f"{text} -")[:-1]), False
+    whole = [turns for name in responses.values() if (turns := _whole_conversation(row, name))]
+    if not whole:
+        return with_system(row, [{"role": "user", "content": text}]), True
+    prompt = _shared(whole) if len(whole) > 1 else whole[0][:-1]
+    if len(whole) < len(responses) or not prompt or (prompt[-1]["content"] or "").strip() != text.strip():
+        names = " and ".join(responses.values())
+        raise InvalidRow(
+            row.name,
+            "conversation that differs from the prompt",
+            f"the common beginning of the conversations in {names} does not end with the prompt; use the "
+            "responses alone, or conversations that contain the prompt",
+        )
+    return with_system(row, prompt), False
+
+
+def _whole_conversation(row: Row, column: str) -> Turns | None:
+    """Return a response that begins before the assistant's turn, None for another."""
+    value = json_of(row, column)
+    if not isinstance(value, list | tuple | dict) or not value:
+        return None
+    turns = _turns(row, column)
+    return None if turns[0]["role"] == "assistant" else turns
+
+
+def _shared(conversations: Sequence[Turns]) -> Turns:
+    """Return the common first messages of all conversations."""
+    first = conversations[0]
+
+    def differs(i: int) -> bool:
+        return any(i >= len(c) or c[i] != first[i] for c in conversations)
+
+    return first[: next((i for i in range(len(first)) if differs(i)), len(first))]
+
+
+# ---- responses
+
+
+def _turns(row: Row, column: str) -> Turns:
+    """Return the column's messages; a string is an assistant turn."""
+    value = json_of(row, column)
+    if not isinstance(value, str):
+        items = [value] if isinstance(value, dict) else value
+        return messages_of(Row(row.name, {column: items}), column)
+    text, prompt = text_of(row, column), row.fields.get("prompt")
+    if not (isinstance(prompt, str) and is_open_dialogue(prompt)):
+        return [{"role": "assistant", "content": text}]
+    turns = dialogue_of(row, column, f"Human: -\n\nAssistant: {text}")
+    if len(turns) > 2:
+        raise InvalidRow(
+            row.name,
+            "response with further turns",
+            f"column {column!r} continues the dialogue with further turns; use the assistant's next turn "
+            "alone",
+        )
+    return turns[1:]
+
+
+def _after(row: Row, column: str, prompt: Turns) -> Turns:
+    """Return the turns after the prompt from a column with these turns or with the whole conversation."""
+    turns = _turns(row, column)
+    if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
+        prompt = prompt[1:]  # the column `system` is not repeated in the responses
+    if turns[: len(prompt)] == prompt:
+        return turns[len(prompt) :]
+    if turns[0]["role"] == "assistant":
+        return turns
+    at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
+    raise InvalidRow(
+        row.name,
+        "conversation that differs from the prompt",
+        f"column {column!r} begins with a {turns[0]['role']} turn, and its message {at} differs from the "
+        "prompt's; put the prompt's messages in front, or the response alone",
+    )
+
+
+# ---- implicit prompts: the common beginning of the responses
+
+
+def _split_conversations(row: Row, columns: Columns) -> SplitRow:
+    pair = {kind: column for kind, column in columns.items() if kind != "gold"}
+    values = [json_of(row, column) for column in pair.values()]
+    if all(isinstance(value, str) for value in values):
+        split = _split_dialogues(
+            row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
+        )
+    elif any(isinstance(value, str) for value in values):
+        raise InvalidRow(
+            row.name,
+            "responses of different types",
+            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
+        )
+    else:
+        split = _split_at_difference(row, {kind: _turns(row, column) for kind, column in pair.items()})
+    prompt = with_system(row, split.prompt)
+    gold = {"gold": _after(row, columns["gold"], prompt)} if "gold" in columns else {}
+    return SplitRow(prompt, split.responses | gold)
+
+
+def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
+    require_difference(row, whole)
+    prompt = _shared(list(whole.values()))
+    if not prompt:
+        raise InvalidRow(
+            row.name,
+            "conversations without a common beginning",
+            "chosen and rejected have no common first message, so there is no prompt; use conversations with "
+            "a common beginning, or a column 'prompt'",
+        )
+    found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
+    if any(turns and turns[0]["role"] != "assistant" for turns in found.values()):
+        raise InvalidRow(
+            row.name,
+            "dialogues that differ before the last turn",
+            f"chosen and rejected differ in message {len(prompt)}, which is not an assistant turn; fix or "
+            "remove the row",
+        )
+    return SplitRow(prompt, found)
+
+
+def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
+    """Split dialogues that differ in their last turn alone."""
+    require_difference(row, whole)
+    prompt, *others = [turns[:-1] for turns in whole.values()]
+    if any(other != prompt for other in others):
+        at = len(_shared(list(whole.values()))) + 1
+        raise InvalidRow(
+            row.name,
+            "dialogues that differ before the last turn",
+            f"the dialogues differ in turn {at}, before their last turn; fix the row so that only the last "
+            "turn differs, or remove it",
+        )
+    if not prompt:
+        raise InvalidRow(
+            row.name,
+            "dialogue without a prompt",
+            "a dialogue of one turn has no prompt; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+        )
+    return SplitRow(prompt, {kind: turns[-1:] for kind, turns in whole.items()})
