@@ -19,8 +19,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import chat, limits, rows
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import prompt_of
-from jaxft.data.rows import read_rows
+from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.param import init_params
@@ -69,7 +68,7 @@ def open_rows(kind, path):
     if kind in ("pairs", "labels"):
         return PairRows(str(path), **options).open(tokenizer, 1)
     if kind == "prompts":
-        return [chat.prompt_ids(prompt_of(row), tokenizer) for row in read_rows(str(path))]
+        return read_prompts(str(path), Prompts(str(path)), tokenizer)
     return Rows(str(path), **options).open(tokenizer, 1)
 
 

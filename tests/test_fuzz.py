@@ -15,10 +15,9 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_tokenizers import tiny
 
 from jaxft.data import chat
-from jaxft.data.formats import Chat, Completion, Text
+from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.pairs.source import PairRows
-from jaxft.data.prompts import prompt_of
-from jaxft.data.rows import read_rows
+from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.param import init_params
@@ -258,8 +257,7 @@ def test_rows(tmp_path):
         if current[0] in ("pairs", "turns", "labels"):
             PairRows(str(path), **options).open(tokenizer, 1)
         elif current[0] == "prompts":
-            for row in read_rows(str(path)):
-                chat.prompt_ids(prompt_of(row), tokenizer)
+            read_prompts(str(path), Prompts(str(path)), tokenizer)
         else:
             Rows(str(path), **options).open(tokenizer, 1)
 

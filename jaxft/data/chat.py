@@ -27,6 +27,7 @@ from jaxft.data.turns import is_closed, render_turns
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
+NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def prompt_warnings(
     chat = next((e for e in examples if isinstance(e, Chat) and 0 < e.response < len(e.messages)), None)
     if template is None or chat is None:
         return ()
+    template = replace(template, arguments=chat.arguments)
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)
@@ -240,12 +242,17 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
 
 def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-    targets = [i for i in turns if loss_on != "completion" or i >= chat.response]
-    if not targets and loss_on != "all":
+    first = chat.response if loss_on == "completion" else chat.given
+    targets = [i for i in turns if (i >= first or loss_on == "all") and loss_on != NOTHING]
+    if not targets and loss_on not in ("all", NOTHING):
         problem = "the loss mask is empty because there is no assistant turn; add one or set data.loss_on=all"
         raise InvalidRow(chat.name, "no assistant turn", problem)
     try:
-        text, learned = render_turns(template, chat, targets)
+        text, learned = (
+            (render_messages(template, chat.messages, chat.tools), [])
+            if loss_on == NOTHING
+            else render_turns(template, chat, targets)
+        )
     except HiddenPart as error:
         remedy = "use a tokenizer whose template does, fix or remove the row"
         if targets[0] < chat.response:

@@ -271,7 +271,6 @@ def tools_of(row: Row) -> list | None:
     tools = row.fields.get("tools")
     if isinstance(tools, str):
         tools = _parsed(tools) if tools.strip() else None
-    tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, list | tuple):
         tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in tools]
     if not tools:

@@ -73,15 +73,22 @@ def response_index(turns: Sequence[Message]) -> int:
 
 def chats_of(row: Row, split: SplitRow) -> dict[str, Chat]:
     """Return the prompt with each response, by kind."""
+    at = len(split.prompt)
     return {
-        kind: chat_of(row, (*split.prompt, *turns), len(split.prompt), split.instruction)
+        kind: chat_of(row, (*split.prompt, *turns), at, split.instruction, at)
         for kind, turns in split.responses.items()
     }
 
 
-def chat_of(row: Row, turns: Sequence[Message], response: int, instruction: bool = False) -> Chat:
-    """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row."""
-    return Chat(row.name, tuple(turns), response, instruction, tools_of(row), template_arguments_of(row))
+def chat_of(
+    row: Row, turns: Sequence[Message], response: int, instruction: bool = False, given: int = 0
+) -> Chat:
+    """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
+
+    given: see Chat.
+    """
+    tools, arguments = tools_of(row), template_arguments_of(row)
+    return Chat(row.name, tuple(turns), response, instruction, tools, arguments, given)
 
 
 def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
@@ -143,7 +150,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
         raise InvalidRow(
             row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
         )
-    return chat_of(row, split.prompt, len(split.prompt), split.instruction)
+    return chat_of(row, split.prompt, len(split.prompt), split.instruction, len(split.prompt))
 
 
 def _readings(row: Row, format: str) -> list[_Reading]:
@@ -156,13 +163,14 @@ def _readings(row: Row, format: str) -> list[_Reading]:
     if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
         _require_column(row, has(*compared))
         return [_Reading(None, compared)]
-    sets = [columns for columns in (("completion",), compared) if has(*columns)]
+    known: tuple[tuple[str, ...], ...] = (("completion",), compared)
+    sets = [columns for columns in known if has(*columns)] or [()]
     if format != "auto":
         _require_column(row, has(format))
-        return [_Reading(format, columns) for columns in (sets if format == "prompt" and sets else [()])]
+        return [_Reading(format, columns) for columns in (sets if format == "prompt" else [()])]
     found = [_Reading(column) for column in ("messages", "conversations") if has(column)]
-    if has("prompt") and (sets or not found):
-        found += [_Reading("prompt", columns) for columns in sets or [()]]
+    if has("prompt") and (sets != [()] or not found):
+        found += [_Reading("prompt", columns) for columns in sets]
     if has("instruction") and (has("response") or has("output") or not found):
         found.append(_Reading("instruction"))
     _require_column(row, bool(found))

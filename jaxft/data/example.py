@@ -28,7 +28,8 @@ class Chat:
     """A conversation: the prompt is messages[:response], the response is what follows.
 
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
-    further arguments of the chat template.
+    further arguments of the chat template. given: earlier assistant turns than this message are never learned
+    with data.loss_on=assistant; 0 in a conversation, `response` where the row has a prompt of its own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chat:
     plain: bool = False
     tools: list | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    given: int = field(default=0, compare=False)
 
 
 Example = Text | Completion | Chat

@@ -167,13 +167,19 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
     invalid = InvalidRows(data.allowed_invalid)
     rows = read_rows(ref, invalid)
     total = len(rows) + len(invalid.found)
+
+    def read(row: Row | InvalidRow) -> Chat | Completion:
+        return prompt_of(valid(row), data.format)
+
     renamed = [attempt(_rename_columns, row, data.columns) for row in rows]
-    examples = [attempt(lambda row: prompt_of(valid(row), data.format), row) for row in renamed]
+    examples = [attempt(read, row) for row in renamed]
     found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
     tokenised = chat.example_prompt_ids(found, tokenizer, data.date)
     for outcome, example in zip(renamed, examples, strict=True):
         with invalid.skip():
-            row, prompt = valid(outcome), valid(example)
+            row = valid(outcome)
+            if isinstance(example, InvalidRow):
+                raise example
             tokens = valid(next(tokenised))
             if not tokens:
                 raise InvalidRow(
@@ -189,7 +195,7 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
                 continue
             ids.append(tuple(tokens))
             names.append(row.name)
-            prompts.append(prompt)
+            prompts.append(example)
             fields.append(row.fields)
     invalid.check(ref, total)
     if not ids:

@@ -17,7 +17,7 @@ from jaxft.data import chat, pack
 from jaxft.data.invalid import count_by_reason
 from jaxft.data.pack import RowPlan
 from jaxft.data.settings import DataSettings
-from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, length_percentiles
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
 from jaxft.data.tokens import (
     TokenisedRows,
     TokenSettings,
@@ -36,8 +36,9 @@ class Rows(DataSettings):
     """Documents, prompts with completions, or conversations for next-token prediction: the data of an SFT
     run.
 
-    format: "auto" or a name of formats.FORMATS. loss_on: "completion" (the last response), "assistant" (every
-    assistant turn) or "all"; every token of a text row is a target. max_length: tokens of a row. too_long:
+    format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
+    conversation), "completion" (the response that ends it) or "all"; of a row with a prompt of its own only
+    the response is a target, and every token of a text row is one. max_length: tokens of a row. too_long:
     "truncate" keeps the start, "drop" leaves the example out, "error" stops. packing: several examples share
     a row of max_length tokens and do not attend to one another. weighting: "token" gives every target token
     of the optimizer batch the same weight, "sequence" every example. Other fields: see DataSettings; batch
@@ -45,7 +46,7 @@ class Rows(DataSettings):
     """
 
     format: str = "auto"
-    loss_on: str = "completion"
+    loss_on: str = "assistant"
     max_length: int = 1024
     too_long: str = "truncate"
     packing: bool = True
@@ -92,7 +93,7 @@ class Rows(DataSettings):
             steps_per_epoch=per_epoch,
             fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
             preview=tokenizer.decode(first, skip_special_tokens=False),
-            stats=_stats(examples, (train, held), plan(0), (size, reads)),
+            stats=_stats(self, examples, (train, held), plan(0), (size, reads)),
             warnings=examples.warnings,
             learned_ends=count_learned_ends(examples, examples.offsets[1:][~examples.truncated], tokenizer),
         )
@@ -155,7 +156,7 @@ class RowSource(FixedSource[Tokens]):
         return self._rows_of(step).names(self.examples.names)
 
     def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts; a response begins at its first token with a loss."""
+        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss."""
         found: list[Prompt] = []
         for batch in self.held_out:
             for row in range(batch.ids.shape[1]):
@@ -163,10 +164,11 @@ class RowSource(FixedSource[Tokens]):
                 reads = batch.read[0, row][batch.token_weights[0, row] > 0]
                 for segment in range(1, int(segments.max(initial=0)) + 1):
                     inside = np.flatnonzero(segments == segment)
-                    first = reads[segments[reads] == segment].min() + 1
+                    targets = np.sort(reads[segments[reads] == segment]) + 1
+                    first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
+                    end = int(targets[-1]) + 1
                     if len(found) < count and first > inside[0]:
-                        response = ids[first : inside[-1] + 1].tolist()
-                        found.append(Prompt(ids[inside[0] : first].tolist(), response))
+                        found.append(Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist()))
         return found
 
     def _rows_of(self, step: int) -> RowPlan:
@@ -278,7 +280,11 @@ def _fingerprint(
 
 
 def _stats(
-    examples: TokenisedRows, split: tuple[np.ndarray, np.ndarray], plan: RowPlan, shape: tuple[int, int]
+    rows: Rows,
+    examples: TokenisedRows,
+    split: tuple[np.ndarray, np.ndarray],
+    plan: RowPlan,
+    shape: tuple[int, int],
 ) -> RowStats:
     """Count rows and tokens. split: indices of the training and the held-out examples. shape: T, M."""
     train, held = split
@@ -294,6 +300,7 @@ def _stats(
         largest_id=int(examples.ids.max()),
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
         f"{len(held)} held out, {examples.dropped} dropped, {truncated} truncated",
+        learned=_learned_line(rows, examples, train),
         truncated=truncated,
         tokens=tokens,
         learned_tokens=int(examples.reads[train].sum()),
@@ -304,3 +311,15 @@ def _stats(
         read_length=reads,
         cache=examples.cache,
     )
+
+
+def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray) -> str:
+    """Return the line about the learned fraction of the response tokens of the training examples."""
+    targets = int(examples.learned_responses[train].sum())
+    others = int(examples.reads[train].sum()) - targets
+    detail = f"data.loss_on={rows.loss_on}"
+    detail += f", and {others:,} tokens of prompts" if others else ""
+    cut = int(examples.truncated[train].sum())
+    if cut:
+        detail += f", {cut:,} of {len(train):,} rows are truncated to data.max_length={rows.max_length}"
+    return learned_line(int(examples.responses[train].sum()), targets, detail)

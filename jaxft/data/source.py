@@ -2,6 +2,7 @@
 step.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -30,7 +31,8 @@ class SourceStats:
     """Counts of a source's rows.
 
     dropped: rows that were left out because they are too long. invalid: the invalid rows that were left out,
-    by reason. largest_id: the largest token id. summary: one line for the start of a run.
+    by reason. largest_id: the largest token id. summary: one line for the start of a run. learned: one line
+    about the fraction of the response tokens that is learned.
     """
 
     examples: int
@@ -39,6 +41,7 @@ class SourceStats:
     invalid: tuple[InvalidCount, ...]
     largest_id: int
     summary: str
+    learned: str
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,15 @@ class FixedSource(Generic[SomeBatch]):
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing changes during a run."""
         return {}
+
+
+def learned_line(tokens: int, targets: int, detail: str) -> str:
+    """Return the line about the fraction of the response tokens that are targets, which is never rounded up.
+
+    detail: which responses, and what else is learned.
+    """
+    percent = math.floor(1000 * targets / max(1, tokens)) / 10
+    return f"{percent:.1f} % of the {tokens:,} response tokens are learned ({detail})"
 
 
 def length_percentiles(lengths: Int[np.ndarray, " examples"]) -> dict[str, float]:

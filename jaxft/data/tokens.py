@@ -1,6 +1,6 @@
 """SFT rows as token ids with a loss mask, and the split into training and held-out rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
 from jaxft.data.cache import Arrays
+from jaxft.data.example import Chat, Completion, Example
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
@@ -36,14 +37,16 @@ class TokenisedRows:
     """Examples one after the other: example i is ids[offsets[i]:offsets[i + 1]].
 
     learned: marks the tokens that are targets; the first token of an example never is. row_numbers: the
-    dataset row of each example. truncated: marks truncated examples. names: of the dataset rows. dropped:
-    number of rows that were left out because they are too long. invalid: the invalid rows that were left out.
-    warnings: lines for the start of a run. cache: how the arrays came about, see cache.load_or_make.
+    dataset row of each example. truncated: marks truncated examples. responses, learned_responses: tokens of
+    each example's responses before it is truncated, and how many of them are targets. names: of the dataset
+    rows. dropped: number of rows that were left out because they are too long. invalid: the invalid rows that
+    were left out. warnings: lines for the start of a run. cache: how the arrays came about, see
+    cache.load_or_make.
     """
 
     DTYPES: ClassVar[dict[str, Any]] = {
         "ids": np.int32, "learned": np.bool_, "offsets": np.int64, "row_numbers": np.int64,
-        "truncated": np.bool_,
+        "truncated": np.bool_, "responses": np.int64, "learned_responses": np.int64,
     }  # fmt: skip
 
     ids: Int[np.ndarray, " tokens"]
@@ -51,6 +54,8 @@ class TokenisedRows:
     offsets: Int[np.ndarray, " examples_plus_1"]
     row_numbers: Int[np.ndarray, " examples"]
     truncated: Bool[np.ndarray, " examples"]
+    responses: Int[np.ndarray, " examples"]
+    learned_responses: Int[np.ndarray, " examples"]
     names: tuple[str, ...]
     dropped: int = 0
     invalid: tuple[InvalidRow, ...] = ()
@@ -192,10 +197,12 @@ def split_rows(
 
 
 def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, invalid: InvalidRows) -> Arrays:
-    examples = formats.normalise_each(rows, settings.format, settings.columns) if rows else ()
+    examples = list(formats.normalise_each(rows, settings.format, settings.columns)) if rows else []
     pieces, masks, row_numbers, truncated = [], [], [], []
+    counts: list[tuple[int, int]] = []
     tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.date)
-    for number, outcome in enumerate(tokenised):
+    responses = _response_masks(examples, settings, tokenizer)
+    for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
         with invalid.skip():
             ids, learned = valid(outcome)
             long = len(ids) > settings.max_length
@@ -207,15 +214,38 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, inva
             masks.append(learned[: settings.max_length])
             row_numbers.append(number)
             truncated.append(long)
+            mask = learned if response is None else response
+            counts.append((int(mask[1:].sum()), int((mask & learned)[1 : settings.max_length].sum())))
     values = {
         "ids": np.concatenate(pieces) if pieces else [],
         "learned": np.concatenate(masks) if masks else [],
         "offsets": np.cumsum([0, *map(len, pieces)]),
         "row_numbers": row_numbers,
         "truncated": truncated,
+        "responses": [total for total, _ in counts],
+        "learned_responses": [targets for _, targets in counts],
     }
     arrays = {name: np.asarray(values[name], dtype) for name, dtype in TokenisedRows.DTYPES.items()}
     return {**arrays, "invalid": files.pack_invalid(invalid.found)}
+
+
+def _response_masks(
+    examples: Sequence[Example | InvalidRow], settings: TokenSettings, tokenizer: Any
+) -> Iterator[np.ndarray | None]:
+    """Yield a mask of the response tokens of each example, None where it is the loss mask or is not known."""
+
+    def differs(example: Example | InvalidRow) -> bool:
+        if settings.loss_on == "completion":
+            return isinstance(example, Chat) and any(
+                m["role"] == "assistant" for m in example.messages[example.given : example.response]
+            )
+        return settings.loss_on == "all" and isinstance(example, Chat | Completion)
+
+    others = [example for example in examples if differs(example)]
+    tokenised = chat.tokenise_examples(others, tokenizer, "assistant", settings.date)
+    for example in examples:
+        found = next(tokenised) if differs(example) else None
+        yield None if found is None or isinstance(found, InvalidRow) else found[1]
 
 
 def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None:
@@ -245,7 +275,8 @@ def _check_mask(name: str, learned: np.ndarray, settings: TokenSettings) -> None
 
 def _is_sound(arrays: Arrays, row_count: int) -> bool:
     """Whether the sizes of loaded arrays agree with one another and with the number of rows."""
-    sizes = [len(arrays[name]) for name in ("ids", "learned", "offsets", "row_numbers", "truncated")]
-    tokens, examples = sizes[0], sizes[3]
-    fits = sizes == [tokens, tokens, examples + 1, examples, examples] and arrays["offsets"][-1] == tokens
+    tokens, examples = len(arrays["ids"]), len(arrays["row_numbers"])
+    sizes = {"learned": tokens, "offsets": examples + 1}
+    sizes |= dict.fromkeys(("truncated", "responses", "learned_responses"), examples)
+    fits = all(len(arrays[name]) == size for name, size in sizes.items()) and arrays["offsets"][-1] == tokens
     return bool(fits and (arrays["row_numbers"] < row_count).all())

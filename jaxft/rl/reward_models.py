@@ -257,7 +257,7 @@ class ModelReward(Reward):
             prompts: Sequence[Chat | Completion], completions: Sequence[str], date: str = chat.DATE
         ) -> Float[np.ndarray, " n"]:
             examples = list(map(with_response, prompts, completions))
-            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, "all", date))
+            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, chat.NOTHING, date))
             texts = [ids.tolist() for ids, _ in tokenised]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)

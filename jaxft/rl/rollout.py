@@ -312,6 +312,7 @@ def rollout_info(
         invalid=count_by_reason((*train.invalid, *eval_prompts.invalid)),
         largest_id=max(max(ids) for ids in (*train.ids, *eval_prompts.ids)),
         summary=summary,
+        learned=learned_completions(data.rules),
     )
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
@@ -323,6 +324,15 @@ def rollout_info(
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
     )
+
+
+def learned_completions(rules: Rules) -> str:
+    """Return the line about the fraction of the sampled tokens that is learned."""
+    out = [] if rules.train_on_truncated else ["those that are cut off at data.max_new"]
+    out += [] if rules.filter is None else ["those that the filter leaves out"]
+    if not out:
+        return "100.0 % of the tokens of completions are learned"
+    return f"all tokens of completions are learned, except of {' and '.join(out)}"
 
 
 def check_policy_run(data: Rollouts, run: BoundRun) -> None:

@@ -231,15 +231,18 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
     if is_plain:
         return []
     lines = []
-    was, now = old.get("chat_template"), record.get("chat_template")
-    if was is not None and was != now:
+    template = old.get("chat_template")
+    if template is not None and template != record.get("chat_template"):
         lines.append(
             f"{ref} was trained with another chat template than this run's, so prompts differ; "
             f"use the tokenizer of {ref} to continue with the same prompts"
         )
-    was, now = (r["data"].get("date") for r in (old, record))
-    if was is not None and was != now:
-        lines.append(f"{ref} was trained with data.date={was}, and this run has data.date={now}")
+    date, today = (r["data"].get("date") for r in (old, record))
+    if date is not None and date != today:
+        lines.append(
+            f"{ref} was trained with data.date={date}, and this run has {today}; "
+            f'"data.date={date}" continues with the same prompts'
+        )
     return lines
 
 

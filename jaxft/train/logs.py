@@ -119,6 +119,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         programs.model_summary(lead.programs),
         [
             f"{info.stats.summary}; {job.steps} steps",
+            info.stats.learned,
             *invalid_lines(info.stats.invalid),
             *report.empty_slot_lines(rows),
         ],

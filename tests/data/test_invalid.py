@@ -108,7 +108,7 @@ DIRT = {  # invalid rows of each kind of data, and why they are
     "unpaired": [
         ({"prompt": "why?", "completion": "so", "label": 7}, "label that is neither true nor false"),
         ({"prompt": "why?", "completion": " ", "label": True}, "empty column 'completion'"),
-        ({"prompt": "why?", "completion": "so"}, "missing column 'label'"),
+        ({"prompt": "why?", "completion": "so"}, "missing column 'label' or 'kto_tag'"),
         ({"prompt": "why?", "completion": "\ud800", "label": True}, "unpaired surrogate"),
         ({"prompt": LONG, "completion": "so", "label": True}, "prompt longer than data.max_length"),
         ({"prompt": "why?", "completion": [], "label": True}, "column without messages"),

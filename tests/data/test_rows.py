@@ -371,9 +371,7 @@ SCHEMAS = [{"type": "function", "function": {"name": "add", "parameters": {"type
     [
         (SCHEMAS, SCHEMAS),
         (json.dumps(SCHEMAS), SCHEMAS),
-        (json.dumps(SCHEMAS[0]), SCHEMAS),
         ([json.dumps(SCHEMAS[0])], SCHEMAS),
-        (SCHEMAS[0], SCHEMAS),
         ("[]", None),
         ("", None),
         ([], None),
@@ -407,6 +405,7 @@ def test_tools_may_be_a_json_string(tools, expected):
             {"messages": list(TURNS), "tools": "add"},
             "r:1: column 'tools' has type str and is no list of JSON",
         ),
+        ({"messages": list(TURNS), "tools": {"name": "add"}}, "r:1: column 'tools' has type dict"),
         ({"messages": list(TURNS), "tools": [1]}, "r:1: column 'tools' has type list and is no list of JSON"),
         ({"messages": list(TURNS), "tools": "[" * 100000}, "r:1: column 'tools' has type str"),
     ],

@@ -385,3 +385,71 @@ def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
     }
     assert learned == {row["response"] + "<|im_end|>" for row in rows}
     assert s.info.stats.fill > 0.9 and rows[0]["instruction"] in s.info.preview
+
+
+# ---- which turns are learned
+
+
+def turns_of(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def learned_texts(folder, row, **options):
+    (folder / "r.jsonl").write_text(json.dumps(row))
+    s = source(folder, "chatml", **{"held_out": "none", "format": "auto", "max_length": 256, **options})
+    (example,) = segments_of(s.batch(0)[0])
+    text = tiny("chatml").decode([target for target, *_ in example[2]])
+    return [part for part in text.split("<|im_end|>") if part], s.info.stats
+
+
+def test_every_assistant_turn_of_a_conversation_is_learned_by_default(folder):
+    turns = turns_of("q", "one", "r", "two", "s", "three")
+    for row in (
+        {"messages": turns},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in turns]},
+        {"messages": [*turns, turns[0]]},
+    ):
+        assert learned_texts(folder, row)[0] == ["one", "two", "three"]
+    assert learned_texts(folder, {"messages": turns}, loss_on="completion")[0] == ["three"]
+
+
+def test_of_a_row_with_a_prompt_of_its_own_the_response_is_learned(folder):
+    turns = turns_of("q", "one", "r", "two")
+    for row in (
+        {"prompt": turns[:3], "completion": turns[3:]},
+        {"instruction": "r", "history": [["q", "one"]], "output": "two"},
+        {"prompt": "\n\nHuman: q\n\nAssistant: one\n\nHuman: r\n\nAssistant:", "completion": " two"},
+    ):
+        assert learned_texts(folder, row)[0] == ["two"]
+
+
+def test_the_learned_line_counts_response_tokens(folder):
+    """Each turn has the tokens of its text and <|im_end|>, after which there is a newline."""
+    row = {"messages": turns_of("q", "a", "r", "b", "s", "1 2")}
+    counts = [len(tiny("chatml")(text).input_ids) + 1 for text in ("a", "b", "1 2")]
+    total = sum(counts)
+    texts = tiny("chatml").apply_chat_template(row["messages"], tokenize=True, return_dict=True)
+
+    def line(**options):
+        return learned_texts(folder, row, **options)[1].learned
+
+    def expected(learned, detail):
+        percent = int(1000 * learned / total) / 10
+        return f"{percent:.1f} % of the {total} response tokens are learned (data.loss_on={detail})"
+
+    assert line() == expected(total, "assistant")
+    assert line(loss_on="completion") == expected(counts[2], "completion")
+    others = len(texts["input_ids"]) - 1 - total  # the first token is never a target
+    assert line(loss_on="all") == expected(total, f"all, and {others} tokens of prompts")
+    limit = len(texts["input_ids"]) - 3  # without the newline, <|im_end|> and one token of the response
+    detail = f"assistant, 1 of 1 rows are truncated to data.max_length={limit}"
+    assert line(max_length=limit) == expected(total - 2, detail)
+
+
+def test_a_sample_of_a_conversation_ends_before_its_last_response(folder):
+    rows = [{"messages": turns_of("q", "one", "r", f"two {i}")} for i in range(2)]
+    (folder / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (sample,) = source(folder, "chatml", held_out=0.5, format="auto").prompts(5)
+    tokenizer = tiny("chatml")
+    assert tokenizer.decode(sample.ids).endswith("r<|im_end|>\n<|im_start|>assistant\n")
+    assert re.fullmatch(r"two \d<\|im_end\|>", tokenizer.decode(sample.response))

@@ -72,7 +72,7 @@ def as_prompts(given):
 def token_ids(prompts, completions, tokenizer):
     """The texts that a reward model reads, as lists of ids."""
     examples = list(map(reward_models.with_response, as_prompts(prompts), completions))
-    return [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, "all")]
+    return [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, chat.NOTHING)]
 
 
 def by_transformers(folder, texts):
@@ -238,11 +238,14 @@ import jax
 from jaxft.distributed import sharding
 from jaxft.rl import reward_models
 from jaxft.weights import pretrained
+from jaxft.data.conversation import prompt_of
+from jaxft.data.rows import Row
+prompts = [prompt_of(Row("r", {"prompt": text})) for text in ("what is 1?", "so")]
 mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 for ref in sys.argv[2:]:
     _, judge = reward_models.find_reward_model(ref, pretrained.model_for(sys.argv[1]), longest=64)
     with jax.set_mesh(mesh):
-        scores = judge.load(mesh)(["what is 1?", "so"], ["it is 1", "why"]).tolist()
+        scores = judge.load(mesh)(prompts, ["it is 1", "why"]).tolist()
     print(judge.name, judge.fingerprint(), scores)
 """
 

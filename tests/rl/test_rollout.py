@@ -327,7 +327,8 @@ def test_log_probs_are_recomputed_unless_the_ratio_is_1(settings, facts, recompu
 
 def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     reward = SimpleNamespace(name="judge", fingerprint=lambda: "abc")
-    data = replace(Rollouts("x", rules=Rules((number,))), rules=SimpleNamespace(rewards=(reward,)))
+    rules = SimpleNamespace(rewards=(reward,), train_on_truncated=True, filter=None)
+    data = replace(Rollouts("x", rules=Rules((number,))), rules=rules)
     info = rollouts.rollout_info(data, TOKENIZER, random_prompts(2), random_prompts(2))
     assert info.dependencies == {"reward_judge_fingerprint": "abc"}
     plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[random_prompts(2)] * 2)

@@ -29,7 +29,7 @@ from jaxft.data.pairs.split import held_out_pairs, mismatch_responses
 from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import RowStats
-from jaxft.data.source import FixedSource, Prompt, SourceInfo, length_percentiles
+from jaxft.data.source import FixedSource, Prompt, SourceInfo, learned_line, length_percentiles
 from jaxft.data.tokens import count_learned_ends, split_rows
 from jaxft.tree import Metrics
 
@@ -372,6 +372,13 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
         f"({100 * fill:.0f} % full), "
         f"{len(pairs.held)} held out, {tokenised.dropped} dropped, {truncated} truncated",
+        learned=learned_line(
+            int(tokenised.responses[pairs.train].sum()),
+            int(tokenised.learned_responses[pairs.train].sum()),
+            f"{truncated:,} pairs are truncated to data.max_length={pairs.settings.max_length}"
+            if truncated
+            else "all responses are whole",
+        ),
         truncated=truncated,
         tokens=total,
         learned_tokens=int(reads.sum()),

@@ -223,9 +223,9 @@ def _pair_tokens(
     responses: dict[str, MaskedTokens],
     settings: PairTokenSettings,
     tokenizer: Any,
-) -> tuple[int, dict[str, MaskedTokens], dict[str, bool]] | None:
-    """Return the end of the prompt, the sequences and flags of the pair; None if it is to be left out as too
-    long.
+) -> tuple[int, dict[str, MaskedTokens], dict[str, int]] | None:
+    """Return the end of the prompt, the sequences, and flags and counts of the pair; None if it is to be left
+    out as too long.
     """
     border, moved = _border(name, prompt, responses, tokenizer)
     responses = {
@@ -234,12 +234,15 @@ def _pair_tokens(
     long = any(len(ids) > settings.max_length for ids, _ in responses.values())
     if long and settings.too_long == "drop":
         return None
+    total = sum(int(learned.sum()) for _, learned in responses.values())
     responses = {
         kind: _truncated(f"{name}: {kind}", border, response, settings)
         for kind, response in responses.items()
     }
     _require_different_tokens(name, border, responses, settings.max_length if long else None)
-    return border, responses, {"truncated": long, "prompt_end_moved": moved}
+    targets = sum(int(learned.sum()) for _, learned in responses.values())
+    counts = {"responses": total, "learned_responses": targets}
+    return border, responses, {"truncated": long, "prompt_end_moved": moved, **counts}
 
 
 def _append_pieces(
@@ -346,7 +349,8 @@ def _is_sound(arrays: Arrays, row_count: int, settings: PairTokenSettings) -> bo
     """Whether the shapes of loaded arrays agree with one another, the settings and the number of rows."""
     pairs, tokens, kinds = len(arrays["row_numbers"]), len(arrays["ids"]), len(settings.kinds)
     fits = all(
-        arrays[name].shape == (pairs,) for name in ("row_numbers", "truncated", "prompt_end_moved", "weights")
+        arrays[name].shape == (pairs,)
+        for name in ("truncated", "prompt_end_moved", "weights", "responses", "learned_responses")
     )
     fits = fits and arrays["extras"].shape == (pairs, len(settings.extras))
     fits = fits and arrays["learned"].shape == (tokens,)
