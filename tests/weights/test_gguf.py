@@ -344,6 +344,18 @@ def test_all_parts_of_a_split_file_are_read_whichever_is_named(tmp_path, given):
     assert weights_fingerprint(str(parts[given])) != before  # of all parts
 
 
+def test_a_folder_of_one_gguf_model_is_that_model(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), split=4)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert hub.locate(str(tmp_path)).path == parts[0] and len(parts) == 3
+    assert load(tmp_path)[0].config == load(parts[0])[0].config
+    (tmp_path / "other.gguf").write_bytes(parts[0].read_bytes())
+    with pytest.raises(ValueError, match="2 GGUF models .other.gguf, tiny-00001-of-00003.gguf. and no"):
+        hub.locate(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.locate(str(tmp_path)).kind == "folder"
+
+
 def test_a_split_file_that_is_not_complete_is_one_line(tmp_path):
     reference = tiny_torch(num_hidden_layers=1)
     write_gguf(tmp_path / "tiny.gguf", reference, split=4)
