@@ -35,7 +35,8 @@ class FusedLayers:
     layers: a tree with the trainable leaves [L, ...], in which `pick` finds the layers. frozen: the other
     leaves of the layers, None for a trainable one. state: the optimizer state, [L, ...], integers as
     `float_bits`, since only floats have cotangents. update: (gradients of a layer of `layers`, their norm,
-    (that layer, its state), i) -> (layer, state). calls: counts the uses of these layers.
+    (that layer, its state), i) -> ((layer, state), the norm, NaN for an update that is not finite). calls:
+    counts the uses of these layers.
     """
 
     layers: Any
@@ -112,7 +113,7 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
             _, pull = jax.vjp(partial(one, i=i), layer_at(inputs, i), layer)
             dh, grads = pull(dh)
             norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
-            layer, own = c.update(grads, norm, (layer, layer_at(state, i)), i)
+            (layer, own), norm = c.update(grads, norm, (layer, layer_at(state, i)), i)
             return dh, put_layer(layers, layer, i), put_layer(state, own, i), squares + norm * norm
 
         return jax.lax.fori_loop(0, count, step, (dh, layers, state, squares))

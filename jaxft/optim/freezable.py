@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxft.nn.param import is_spec
 from jaxft.optim.optimizer import Optimizer, Specs
@@ -44,6 +44,13 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
             policy.init(own), None if heads is None else heads.init(others), jnp.zeros((), jnp.int32)
         )
 
+    def check(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Bool[Array, ""]:
+        (own_grads, head_grads), (own, others) = _split(grads), _split(params)
+        fine = policy.check(own_grads, opt_state.policy, own, info)
+        if heads is not None:
+            fine &= heads.check(head_grads, opt_state.heads, others, info._replace(frozen=None))
+        return fine
+
     def update(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Updated:
         (own_grads, head_grads), (own, others) = _split(grads), _split(params)
         moves, info = is_updated(info), info._replace(frozen=None)
@@ -54,7 +61,7 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
         updates = opt_state.policy_updates + moves.astype(jnp.int32)
         return _join(own, others), FreezableState(policy_state, head_state, updates)
 
-    return policy._replace(init=init, update=update)
+    return policy._replace(init=init, check=check, update=update)
 
 
 def _split(params: Params) -> tuple[Params, Params]:

@@ -12,7 +12,7 @@ from jaxft.batch import TrainState
 from jaxft.nn.fused_update import CallCount, FusedLayers, float_bits, from_float_bits
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.update import StepInfo, Updated, to_float32
+from jaxft.optim.update import StepInfo, Updated, all_finite, to_float32
 from jaxft.tree import Batch, Grads, Metrics, OptState, Params
 
 LAYERS = "base/layers/"
@@ -39,22 +39,26 @@ def fused_step(
     """Compute the loss of a batch [1, rows, ...] and update every parameter on the way back.
 
     keys: for the objective and for stochastic rounding. A non-finite loss changes nothing. If only the
-    gradient of a layer is non-finite, that layer and the leaves without layers stay unchanged; the layers
-    above it have been updated already. Raises ValueError where no layers of the base are trained, for several
-    microbatches, and for an objective that runs the model more than once.
+    gradient or the update of a layer is non-finite, that layer and the leaves without layers stay unchanged;
+    the other layers are updated. The norm of such a step is NaN. Raises ValueError where no layers of the
+    base are trained, for several microbatches, and for an objective that runs the model more than once.
     """
     parts = optimizer.parts
     check_fused(optimizer, state.trainable, jax.tree.leaves(batch)[0].shape[0])
     (layers, rest), layers_state = parts.split(state.trainable), state.opt_state.layers
     rounding, uses = parts.layers_key(keys[1]), CallCount()
 
-    def update_layer(grads: Grads, norm: Float[Array, ""], before: Updated, i: Array) -> Updated:
+    def update_layer(
+        grads: Grads, norm: Float[Array, ""], before: Updated, i: Array
+    ) -> tuple[Updated, Float[Array, ""]]:
         layer, own_state = before
         own_state = jax.tree.map(from_float_bits, own_state, layers_state)
         key = None if rounding is None else jax.random.fold_in(rounding, i)
         info = StepInfo(norm, jnp.isfinite(norm), key)
-        layer, own_state = parts.update_layer(grads, own_state, layer, info)
-        return layer, jax.tree.map(float_bits, own_state)
+        new = parts.update_layer(grads, own_state, layer, info)
+        finite = info.finite & all_finite(new[0])
+        layer, own_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (layer, own_state))
+        return (layer, jax.tree.map(float_bits, own_state)), jnp.where(finite, norm, jnp.nan)
 
     def loss(rest: Params, layers: Params, layers_state: OptState, squares: Array) -> tuple[Array, Metrics]:
         params = tree.combine(rest, frozen)
@@ -83,6 +87,7 @@ def fused_step(
     grads, new_layers, new_layers_state, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
     norm = jnp.sqrt(squares + optax.tree.norm(to_float32(grads), squared=True))
     info = StepInfo(norm, jnp.isfinite(norm) & fine, keys[1])
+    info = info._replace(finite=parts.check_rest(grads, state.opt_state, state.trainable, info))
     new_rest, opt_state = parts.update_rest(grads, state.opt_state, state.trainable, info)
     opt_state = opt_state._replace(layers=jax.tree.map(from_float_bits, new_layers_state, layers_state))
     return FusedStep(tree.combine(new_layers, new_rest), opt_state, info, metrics)

@@ -15,18 +15,17 @@ from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.nn.param import ParamSpec, Specs, is_spec
-from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
-from jaxft.optim.update import (
+from jaxft.optim.layerwise import (
     LayerParts,
-    StepInfo,
-    guarded_update,
     init_layerwise,
     layer_groups,
+    layers_stay_finite,
     layerwise_parts,
     no_layer_parts,
-    standard_promotion,
     update_layerwise,
 )
+from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
+from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 
 
@@ -76,13 +75,15 @@ class UpdateRule(NamedTuple):
 class Optimizer(NamedTuple):
     """Pure functions that turn gradients into new parameters.
 
-    init(params) -> opt_state. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not
-    `info.finite`. schedule(step) -> learning rate. name: for messages and the model card. layerwise: stacked
-    layers are updated one after the other; fused_backward: inside the backward pass, through `parts`.
-    replicated: see UpdateRule.
+    init(params) -> opt_state. check(grads, opt_state, params, info) -> whether the step and its update are
+    finite. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not `info.finite`, to
+    which the caller has added `check`. schedule(step) -> learning rate. name: for messages and the model
+    card. layerwise: stacked layers are updated one after the other; fused_backward: inside the backward pass,
+    through `parts`. replicated: see UpdateRule.
     """
 
     init: Callable[[Params], OptState]
+    check: UpdateCheck
     update: Callable[[Grads, OptState, Params, StepInfo], tuple[Params, OptState]]
     schedule: optax.Schedule
     name: str
@@ -136,8 +137,8 @@ class Optim:
     layerwise: update stacked layers one after the other, so that only one layer's updates are in memory;
     results are the same, except for the random bits of stochastic rounding. fused_backward: do so inside the
     backward pass, so that only one layer's gradient is in memory. It needs one microbatch per step and
-    clip=none, since the global norm is known only at the end; if a gradient is not finite, the layers above
-    it have been updated already.
+    clip=none, since the global norm is known only at the end; if a gradient or an update is not finite, the
+    layers above it have been updated already.
     """
 
     lr: float = 2e-4
@@ -164,8 +165,15 @@ class Optim:
             raise ValueError(f"optim.end={self.end} is not between 0 and 1")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"optim.warmup={self.warmup} is a fraction of the steps; use 0 to 1")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"optim.clip={self.clip} is not above 0; use a positive norm, or none")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise ValueError(
+                f"optim.clip={self.clip} is not finite and above 0; use a positive norm, or none"
+            )
+        for pattern, factor in self.lr_groups:
+            if not 0 <= factor < float("inf"):
+                raise ValueError(
+                    f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
+                )
         if self.fused_backward and self.clip is not None:
             raise ValueError(
                 "optim.fused_backward updates layers before the global gradient norm is known, and "
@@ -199,8 +207,8 @@ def check_adam(b1: float, b2: float, eps: float) -> None:
     for name, beta in (("b1", b1), ("b2", b2)):
         if not 0 <= beta < 1:
             raise ValueError(f"optim.{name}={beta} is out of range; use 0 <= {name} < 1")
-    if not eps > 0:
-        raise ValueError(f"optim.eps={eps} is not above 0")
+    if not 1e-37 < eps < 3.4e38:  # float32, in which the smallest numbers count as 0
+        raise ValueError(f"optim.eps={eps} is not above 0 and finite in float32; use one such as 1e-8")
 
 
 def name_of(fn: Callable) -> str:
@@ -234,8 +242,8 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
         return from_optax(transform, schedule, name, rule.replicated)
     groups = layer_groups(specs, rule.rowwise)
     init, parts = partial(init_layerwise, transform, groups), layerwise_parts(transform, groups)
-    update = partial(update_layerwise, parts)
-    return Optimizer(init, update, schedule, name, parts, True, o.fused_backward, rule.replicated)
+    check, update = partial(layers_stay_finite, parts), partial(update_layerwise, parts)
+    return Optimizer(init, check, update, schedule, name, parts, True, o.fused_backward, rule.replicated)
 
 
 def takes_learning_rate(optimizer: Callable) -> bool:
@@ -296,9 +304,9 @@ def from_optax(
     replicated: tuple[str, ...] = (),
 ) -> Optimizer:
     """Make an Optimizer that applies an optax transformation to all trainable leaves at once."""
-    update = partial(guarded_update, transform)
-    parts = no_layer_parts(update)
-    return Optimizer(transform.init, update, schedule, name, parts, replicated=replicated)
+    check, update = partial(stays_finite, transform), partial(guarded_update, transform)
+    parts = no_layer_parts(update, check)
+    return Optimizer(transform.init, check, update, schedule, name, parts, replicated=replicated)
 
 
 def promoting(schedule: optax.Schedule) -> optax.Schedule:

@@ -1,10 +1,8 @@
-"""Update parameters and optimizer state, all at once or layer by layer, unless the step is non-finite."""
+"""Update parameters and optimizer state at once, unless the step or its result is non-finite."""
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -13,13 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.param import Specs, is_spec, spec_paths
-from jaxft.tree import Grads, Mask, OptState, Params
-
-LARGE = 1 << 26  # a matrix with at least this many elements is updated in blocks of rows
-PIECE = 1 << 24  # maximum number of elements of such a block
+from jaxft.tree import Grads, OptState, Params
 
 Updated = tuple[Params, OptState]
 
@@ -38,41 +31,7 @@ class StepInfo(NamedTuple):
     frozen: Bool[Array, ""] | None = None
 
 
-class LayerParts(NamedTuple):
-    """A layerwise update in two parts, for a backward pass that updates a layer once its gradient exists.
-
-    split(tree): (leaves with a layers axis, other leaves), None on the other side. update_layer(grads,
-    opt_state, params, info): update one layer; layer i rounds with `fold_in(layers_key(key), i)`.
-    update_rest(grads, opt_state, params, info): update the other leaves; the stacked ones and their state are
-    None in its result.
-    """
-
-    split: Callable[[Params], tuple[Params, Params]]
-    layers_key: Callable[[Key[Array, ""] | None], Key[Array, ""] | None]
-    update_layer: Callable[[Grads, OptState, Params, StepInfo], Updated]
-    update_rest: Callable[[Grads, OptState, Params, StepInfo], Updated]
-
-
-class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves, of the other leaves, and of each
-    large matrix.
-    """
-
-    layers: OptState
-    rest: OptState
-    large: tuple[OptState, ...]
-
-
-@dataclass(frozen=True)
-class LayerGroups:
-    """Which trainable leaves a layerwise optimizer updates together.
-
-    stacked: mask of the leaves with a layers axis. large: paths of matrices without a layers axis that are
-    updated in blocks of rows.
-    """
-
-    stacked: Mask
-    large: tuple[str, ...]
+UpdateCheck = Callable[[Grads, OptState, Params, StepInfo], Bool[Array, ""]]
 
 
 def to_float32(x: Any) -> Any:
@@ -121,6 +80,46 @@ def is_updated(info: StepInfo) -> Bool[Array, ""]:
     return info.finite if info.frozen is None else info.finite & ~info.frozen
 
 
+def stays_finite(
+    transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
+) -> Bool[Array, ""]:
+    """Return whether the step is finite and its optax update would leave every parameter finite.
+
+    A learning rate, a factor of lr_groups or a moment may be too large although loss and gradients are
+    finite. This pass over the arrays writes only the flag, so `guarded_update` can still update in place: a
+    barrier keeps XLA from storing the update until the flag is known.
+    """
+    grads = jax.lax.optimization_barrier(grads)
+    transform = optax.with_extra_args_support(transform)
+
+    def leaf(p: Array, u: Array) -> Array:
+        new = jnp.abs(to_float32(p) + u)
+        return _all(new <= float(jnp.finfo(p.dtype).max))  # False for NaN, too
+
+    with standard_promotion():
+        updates, _ = transform.update(grads, opt_state, params, norm=info.norm)
+        fine = jax.tree.leaves(jax.tree.map(leaf, params, updates))
+    stays = functools.reduce(jnp.logical_and, fine, info.finite)
+    return stays if info.frozen is None else stays | (info.finite & info.frozen)
+
+
+def all_finite(params: Params) -> Bool[Array, ""]:
+    """Return whether no parameter is infinite or NaN."""
+    return functools.reduce(jnp.logical_and, (_all(jnp.isfinite(x)) for x in jax.tree.leaves(params)))
+
+
+def _all(x: Bool[Array, "..."]) -> Bool[Array, ""]:
+    """Return jnp.all(x). XLA's CPU compiler stores what it reduces, and reduces flags slowly, so in fours."""
+    if sharding.is_multi_device() or x.size % 4:
+        return jnp.all(x)
+
+    def words(x: Array) -> Array:
+        bytes_in_fours = x.astype(jnp.uint8).reshape(x.size // 4, 4)
+        return jnp.all(jax.lax.bitcast_convert_type(bytes_in_fours, jnp.uint32) == 0x01010101)
+
+    return jax.lax.platform_dependent(x, cpu=words, default=jnp.all)
+
+
 def guarded_update(
     transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
 ) -> Updated:
@@ -155,146 +154,3 @@ def _after(x: Array, done: Array) -> Array:
         return jnp.where(jnp.isfinite(done.ravel()[0]), x, jnp.zeros((), x.dtype))
 
     return jax.lax.platform_dependent(x, done, cpu=wait, default=lambda x, done: x)
-
-
-def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
-    separately.
-    """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
-    large = [
-        path
-        for path, s in spec_paths(specs).items()
-        if rowwise and "layers" not in s.axes and len(s.shape) == 2 and math.prod(s.shape) >= LARGE
-    ]
-    return LayerGroups(stacked, tuple(large))
-
-
-def init_layerwise(
-    transform: optax.GradientTransformation, groups: LayerGroups, params: Params
-) -> LayerwiseState:
-    """Return the optimizer state of each group; that of stacked leaves is stacked too."""
-    any_layers = any(jax.tree.leaves(groups.stacked))
-    if not jax.tree.leaves(
-        params
-    ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
-        state = transform.init(params)
-        return LayerwiseState(state if any_layers else None, state, (state,) * len(groups.large))
-    layers, rest, large = _split(groups, params)
-    state = jax.vmap(transform.init)(layers) if any_layers else None
-    return LayerwiseState(state, transform.init(rest), tuple(map(transform.init, large)))
-
-
-def update_layerwise(
-    parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
-) -> Updated:
-    """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
-    rest, rest_state = parts.update_rest(grads, opt_state, params, info)
-    layers, state = parts.split(params)[0], opt_state.layers
-    if state is not None:
-        update = partial(_update_piece, parts.update_layer, info)
-        layer_grads, key = parts.split(grads)[0], parts.layers_key(info.key)
-        layers, state = _piece_by_piece(update, layer_grads, (layers, state), key)
-    return tree.combine(layers, rest), rest_state._replace(layers=state)
-
-
-def update_rest(
-    transform: optax.GradientTransformation,
-    groups: LayerGroups,
-    grads: Grads,
-    opt_state: LayerwiseState,
-    params: Params,
-    info: StepInfo,
-) -> Updated:
-    """Update the leaves without a layers axis; the stacked ones and their state are None in the result."""
-    _, rest_grads, large_grads = _split(groups, grads)
-    _, rest, large = _split(groups, params)
-    update = partial(_update_piece, partial(guarded_update, transform), info)
-    keys = [None if info.key is None else jax.random.fold_in(info.key, i) for i in range(1, 2 + len(large))]
-    rest, rest_state = update(rest_grads, (rest, opt_state.rest), keys[0])
-    done = [
-        _rows_in_pieces(update, g, (p, state), key)
-        for g, p, state, key in zip(large_grads, large, opt_state.large, keys[1:], strict=True)
-    ]
-    state = LayerwiseState(None, rest_state, tuple(state for _, state in done))
-    return tree.combine(rest, *(p for p, _ in done)), state
-
-
-def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups) -> LayerParts:
-    """Build a layerwise update from an optax transformation, which is applied to one layer at a time."""
-
-    def split(x: Params) -> tuple[Params, Params]:
-        return tree.partition(x, groups.stacked)
-
-    def layers_key(key: Key[Array, ""] | None) -> Key[Array, ""] | None:
-        return None if key is None else jax.random.fold_in(key, 0)
-
-    return LayerParts(
-        split, layers_key, partial(guarded_update, transform), partial(update_rest, transform, groups)
-    )
-
-
-def no_layer_parts(update: Callable[[Grads, OptState, Params, StepInfo], Updated]) -> LayerParts:
-    """Build the parts of an update of all leaves at once: no leaf counts as stacked."""
-
-    def split(x: Params) -> tuple[Params, Params]:
-        return jax.tree.map(lambda _: None, x), x
-
-    return LayerParts(split, lambda key: key, update_layer=update, update_rest=update)
-
-
-def _split(groups: LayerGroups, x: Any) -> tuple[Any, Any, list[Any]]:
-    """Split a tree like the trainable parameters into (stacked leaves, other leaves, [each large matrix])."""
-    layers, others = tree.partition(x, groups.stacked)
-
-    def only(name: str) -> Any:
-        return tree.map_with_path(lambda path, x: x if path == name else None, others)
-
-    rest = tree.map_with_path(lambda path, x: None if path in groups.large else x, others)
-    return layers, rest, [only(name) for name in groups.large]
-
-
-def _update_piece(
-    update: Callable, info: StepInfo, grads: Grads, before: Updated, key: Key[Array, ""] | None
-) -> Updated:
-    """Call `update` on a block of rows or layers, with (parameters, optimizer state) as one value and a
-    separate key.
-    """
-    params, opt_state = before
-    return update(grads, opt_state, params, info._replace(key=key))
-
-
-def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """Apply `update(grads, before, key)` to each index of the leaves' first axis, in place."""
-
-    def one(i: Array, now: Any) -> Any:
-        at = partial(jax.tree.map, lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False))
-        new = update(at(grads), at(now), None if key is None else jax.random.fold_in(key, i))
-        return jax.tree.map(lambda x, piece: jax.lax.dynamic_update_index_in_dim(x, piece, i, 0), now, new)
-
-    return jax.lax.fori_loop(0, jax.tree.leaves(grads)[0].shape[0], one, before)
-
-
-def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """Apply `_piece_by_piece` to blocks of rows of a large matrix; state without rows is the same for all
-    blocks. On a mesh update the matrix at once.
-    """
-    matrix = jax.tree.leaves(grads)[0]
-    rows = matrix.shape[0]
-    pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and matrix.size // n <= PIECE)
-    if sharding.is_multi_device():
-        return update(grads, before, key)
-
-    def has_rows(x: Array) -> bool:
-        return x.ndim > 0 and x.shape[0] == rows
-
-    def divide(x: Array) -> Array:
-        if has_rows(x):
-            return x.reshape(pieces, rows // pieces, *x.shape[1:])
-        return jnp.repeat(x[None], pieces, 0)
-
-    def join(x: Array, like: Array) -> Array:
-        return x.reshape(like.shape) if has_rows(like) else x[0]
-
-    done = _piece_by_piece(update, jax.tree.map(divide, grads), jax.tree.map(divide, before), key)
-    return jax.tree.map(join, done, before)

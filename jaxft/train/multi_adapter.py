@@ -121,8 +121,8 @@ def gradients(
 def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
     """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)` of adapter k.
 
-    It is the second half of its train step. An adapter whose loss or gradient is not finite stays unchanged;
-    the others continue.
+    It is the second half of its train step. An adapter whose loss, gradient or update is not finite stays
+    unchanged; the others continue.
     """
     no_rounding = jax.random.key(0)  # adapters are float32
 

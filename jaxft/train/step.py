@@ -35,8 +35,8 @@ def make_train_step(
     """Return `train_step(state, frozen, batch [micro, rows, ...]) -> (state, metrics)`.
 
     The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step
-    whose loss or gradient norm is not finite leaves parameters, optimizer state and aux unchanged and is
-    counted. watch: returns further metrics of the gradients and the old and new parameters.
+    whose loss, gradient norm or update is not finite leaves parameters, optimizer state and aux unchanged and
+    is counted. watch: returns further metrics of the gradients and the old and new parameters.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -73,6 +73,7 @@ def apply_gradients(
     frozen = objective.frozen_policy(batch) if objective.facts.freezes_policy else None
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     info = StepInfo(norm, finite, rounding_key, frozen)
+    info = info._replace(finite=optimizer.check(grads, state.opt_state, state.trainable, info))
     updated = optimizer.update(grads, state.opt_state, state.trainable, info)
     return next_state(objective, optimizer, state, updated, info, metrics)
 

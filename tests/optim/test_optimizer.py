@@ -110,7 +110,7 @@ def wrong(schedule, specs, weight_decay):
 
 
 def test_a_rule_is_updated_by_rows_only_if_it_declares_rowwise(monkeypatch):
-    monkeypatch.setattr("jaxft.optim.update.LARGE", 8)
+    monkeypatch.setattr("jaxft.optim.layerwise.LARGE", 8)
 
     def by_rows(rule):
         made = make_optimizer(Optim(optimizer=rule, layerwise=True), SPECS, 10)

@@ -48,7 +48,7 @@ def sharded(optimizer, shape=MESH, **settings):
 def test_state_of_a_parameters_shape_is_sharded_as_it_is_and_all_else_is_on_every_device(
     optimizer, layerwise, monkeypatch
 ):
-    monkeypatch.setattr("jaxft.optim.update.LARGE", 1000)
+    monkeypatch.setattr("jaxft.optim.layerwise.LARGE", 1000)
     monkeypatch.setattr("jaxft.optim.low_precision.SMALL", 256)
     state, places, params, mesh = sharded(optimizer, layerwise=layerwise, lr_groups=((".*/q", 2.0),))
     matched = set()

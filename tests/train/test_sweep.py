@@ -324,6 +324,21 @@ def test_a_non_finite_adapter_is_frozen_and_the_others_continue(weights, each_se
     )
 
 
+def infinite(lr, end, warmup, steps):
+    return lambda step: jnp.full((), jnp.inf)
+
+
+def test_an_adapter_with_an_infinite_update_is_unchanged_and_the_others_continue(weights, each_separate):
+    ones = [MIXED[0], replace(MIXED[0], optim=Optim(schedule=infinite)), MIXED[1]]
+    with standard():
+        states, logged = train_together(ones, weights, in_parts(1))
+        initial = begin(ones[1], weights)[3]
+        kept = [jax.tree.map(lambda x: x[jnp.array([0, 2])], now) for now in logged]
+        assert_equal_to_separate(([states[0], states[2]], kept), each_separate[:2])
+    assert_close((states[1].trainable, states[1].opt_state), (initial.trainable, initial.opt_state), 0)
+    assert states[1].bad.tolist() == [STEPS, STEPS]
+
+
 # Evaluation, cost
 
 
