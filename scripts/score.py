@@ -50,7 +50,10 @@ def arguments() -> argparse.Namespace:
 
 
 def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """Return (reward of the chosen, reward of the rejected completion) by pair number."""
+    """Return (reward of the chosen, reward of the rejected completion) by pair number.
+
+    Raises ValueError for a reward that is not finite.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -92,6 +95,11 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
             for at, pair in np.ndenumerate(batch.index[0]):
                 if pair >= 0:
                     found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
+                    if not np.isfinite(found[int(pair)]).all():
+                        raise ValueError(
+                            f"{args.file}: the rewards of pair {pair + 1} are not finite: "
+                            f"{found[int(pair)]}; use --dtype float32, or check the reward model"
+                        )
     return dict(sorted(found.items()))
 
 

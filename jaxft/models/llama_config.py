@@ -20,7 +20,7 @@ class RopeScaling:
     def __post_init__(self):
         if not (0 < self.factor < math.inf and self.original_max_positions > 0):
             raise ValueError(f"config: rope's factor and original length must be above 0, got {self}")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ValueError(
                 f"config: rope's low_freq_factor must be above 0 and below high_freq_factor, got {self}"
             )
@@ -57,6 +57,16 @@ class LlamaConfig:
             raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
         if self.head_dim % 2:
             raise ValueError(f"config: rope rotates pairs, so head_dim must be even; got {self.head_dim}")
+        if not 1e-37 < self.norm_eps < 3.4e38:
+            raise ValueError(
+                f"config: rms_norm_eps must be above 0 and finite in float32, got {self.norm_eps}"
+            )
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"config: rope_theta must be finite and at least 1, got {self.rope_theta}")
+        with np.errstate(over="ignore"):
+            angles = self.max_positions * np.abs(inverse_frequencies(self))
+        if not (angles < 3.4e38).all():
+            raise ValueError(f"config: rope's angles are not finite with {self.rope_scaling}")
 
 
 def inverse_frequencies(c: LlamaConfig) -> np.ndarray:

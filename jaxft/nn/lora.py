@@ -38,7 +38,7 @@ class Adapter:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
-        if not 0.0 < abs(self.alpha) < float("inf"):
+        if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
             raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter.dropout must be in [0, 1), got {self.dropout}")

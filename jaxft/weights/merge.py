@@ -50,15 +50,17 @@ class RoundingError:
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
         """Add the rounding error of a weight and its rounded value."""
-        self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
-        self._total += float(np.square(exact, dtype=np.float64).sum())
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the writer
+            self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
+            self._total += float(np.square(exact, dtype=np.float64).sum())
 
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
         """Return the parameter in `dtype`; its error is added when it is made."""
 
         def make(layer: int | None) -> np.ndarray:
             exact = leaf.make(layer)
-            value = exact.astype(dtype)
+            with np.errstate(over="ignore"):
+                value = exact.astype(dtype)
             self.add(exact, value.astype(exact.dtype))
             return value
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
-from jaxft.weights import hf
+from jaxft.weights import finite, hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
 PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
@@ -59,10 +59,11 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
 
 def read_values(reader: ParamReader, layer: int, index: Index) -> np.ndarray:
     """Read the part of a layer [in, out] at `index` in the reader's dtype, dequantised if the files store it
-    quantised.
+    quantised. Raises ValueError for values that are not finite.
     """
     in_file = index[::-1] if reader.transposed else index
-    value = reader.files.read(reader.names[layer], in_file).astype(reader.dtype, copy=False)
+    value = finite.require_finite(reader.files.read(reader.names[layer], in_file))
+    value = value.astype(reader.dtype, copy=False)
     return value.T if reader.transposed else value
 
 
@@ -70,9 +71,9 @@ def read_quantised(reader: ParamReader, layer: int, index: Index) -> QTensor:
     """Read the codes and scales of the part of a layer [in, out] at `index`, whose limits are limits of
     blocks.
 
-    Only for a reader with a layout.
+    Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
-    value = reader.files.quantised[reader.names[layer]].read(index)
+    value = finite.require_finite_scales(reader.files.quantised[reader.names[layer]].read(index))
     assert isinstance(value, QTensor)
     return value
 

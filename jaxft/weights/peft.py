@@ -14,6 +14,7 @@ from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.tree import Params
+from jaxft.weights import finite
 from jaxft.weights.hf import HEAD
 from jaxft.weights.peft_refusals import MERGE, check_plain_lora, check_tensor_names, read_adapter_config
 from jaxft.weights.safetensors import SafetensorsFiles, open_safetensors, read_tensor
@@ -153,7 +154,14 @@ def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
             f"{files.where}: {SCORE_TENSOR} has shape {files.shapes[SCORE_TENSOR]}, but a reward model has "
             f"one label: {(1, width)}"
         )
-    return read_tensor(files, SCORE_TENSOR).T
+    return _read_finite(files, SCORE_TENSOR).T
+
+
+def _read_finite(files: SafetensorsFiles, name: str) -> np.ndarray:
+    """Read a tensor, at most in float32. Raises ValueError that names it if a value is not finite."""
+    with finite.errors_name(f"{files.where}: tensor {name}"):
+        value = finite.require_finite(read_tensor(files, name))
+        return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
 
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
@@ -165,7 +173,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     numbers = all(map(_is_finite, (alpha, dropout)))
     if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
-            f"{where}: expected numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and "
+            f"{where}: expected finite numbers r, lora_alpha and lora_dropout, got {rank!r}, {alpha!r} and "
             f"{dropout!r}"
         )
     for key in ("rank_pattern", "alpha_pattern"):
@@ -178,7 +186,10 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
                 0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
             ):
                 raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
-    return Adapter(rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False)))
+    with finite.errors_name(str(where)):
+        return Adapter(
+            rank, float(alpha), float(dropout), "all-linear", bool(config.get("use_rslora", False))
+        )
 
 
 def _is_finite(value: Any) -> bool:
@@ -193,7 +204,7 @@ def _read_pair(files: SafetensorsFiles, module: str, shape: tuple[int, ...], con
             raise ValueError(f"{files.where}: tensor {name} is missing")
         if len(files.shapes[name]) != 2:
             raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected two dimensions")
-        arrays.append(read_tensor(files, name).T)
+        arrays.append(_read_finite(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (shape[0], rank) or b.shape != (rank, shape[1]):

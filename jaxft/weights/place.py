@@ -24,6 +24,7 @@ from jax.sharding import Sharding
 from jaxft.distributed import sharding
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
+from jaxft.weights import finite
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (
     ParamReader,
@@ -199,13 +200,15 @@ def is_quantised(like: Leaf) -> bool:
 def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> Leaf:
     """Cast or quantise values on the host to the dtype, kind and blocks of `like`. scale: see
     nn.quant.quantize.
+
+    Raises ValueError for values or scales that are too large for their dtype.
     """
     if not isinstance(like, QTensor):
-        return value.astype(like.dtype, copy=False)
+        return finite.cast_finite(value, like.dtype)
     if like.kind == "bits":
-        return quantize(value.astype(like.dtype, copy=False), "bits")
+        return quantize(finite.cast_finite(value, like.dtype), "bits")
     packed: Any = quantize(value, like.kind, like.block, like.outer is not None, scale)
-    return replace(packed, dtype=like.dtype)
+    return replace(finite.require_finite_scales(packed), dtype=like.dtype)
 
 
 # Between the host and the mesh

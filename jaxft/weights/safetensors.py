@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
+from jaxft.weights import finite
 from jaxft.weights.model_files import Index, full_index, lengths
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
@@ -28,6 +29,7 @@ FLOATS = {
 DTYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNSUPPORTED = np.dtype(np.void)
+WRITE_ADVICE = "find the step that made them, or, if it is only the range of the dtype, choose a wider one"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
     """Write a safetensors file one tensor at a time, and rename it into place when it is complete.
 
     With several processes, all call this and fetch the same tensors; process 0 writes, and its error is
-    raised on all.
+    raised on all. Raises ValueError, and leaves no file, if a tensor has values that are not finite.
     """
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
 
@@ -161,6 +163,8 @@ def _write_all(path: Path, tensors: list[TensorToWrite]) -> None:
                         f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got "
                         f"{value.dtype}{value.shape}"
                     )
+                with finite.errors_name(f"{path}: not written: tensor {tensor.name}"):
+                    finite.require_finite(value, WRITE_ADVICE)
                 file.write(
                     value.reshape(-1).view(np.uint8).data
                 )  # tofile's error for a full disk has no errno
