@@ -110,7 +110,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.runs import cli, streams
 
     cli.quiet()
+    streams.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -1,8 +1,8 @@
 """Train: `python scripts/train.py --config configs/sft.py [knob=value ...] [section.field=value ...]`.
 
-The same command resumes a stopped run. SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or
-130; a second one exits immediately. JAXFT_TRACEBACK=1 prints the traceback of errors. `loop.profile=10:15`
-profiles steps 10 to 15.
+The same command resumes a stopped run. SIGTERM, Ctrl-C or SIGHUP finishes the step, saves and exits with code
+143, 130 or 129; a second one exits immediately. JAXFT_TRACEBACK=1 prints the traceback of errors.
+`loop.profile=10:15` profiles steps 10 to 15.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.runs import cli, streams
 
     cli.quiet()
+    streams.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -39,7 +39,8 @@ def means_peer_lost(text: str) -> bool:
 
 def exit_for_restart(text: str) -> NoReturn:
     """Print `text` to stderr and exit immediately with RESTART_CODE, without waiting for other threads."""
-    os.write(2, f"{text}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{text}\n".encode())
     exit_now(RESTART_CODE)
 
 

@@ -104,8 +104,9 @@ class Watchdog:
     def _end_process(self) -> None:
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(file=2, all_threads=True)
-        if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # the live view hides the cursor
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h")  # the live view hides the cursor
         limit = f"limit {self._limit:g} s: {self._setting}"
         exit.exit_for_restart(
             f"{processes.process_name()}: no progress for {self._waited:.0f} s in {self._phase} ({limit}); "

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxft.runs import streams
 from jaxft.runs.terminal import printable_line
 
+READER_GONE = 141  # exit code of a command whose reader ended, as of one that SIGPIPE ends
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
@@ -20,6 +22,7 @@ def quiet() -> None:
 
     What the user has set in the environment takes precedence.
     """
+    streams.open_missing()
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     # A cache that cannot be read or written only costs time.
@@ -41,10 +44,15 @@ def _without_late_writes(raised: Any) -> None:
 
 def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`. A user's error becomes one line on stderr and exit code 1; JAXFT_TRACEBACK=1 adds its
-    traceback.
+    traceback. A command whose results nobody reads any more (`| head`) ends silently with READER_GONE.
     """
     try:
-        return main()
+        code = main()
+        streams.flush_output()
+        return code
+    except BrokenPipeError:
+        streams.discard_output(1)
+        return READER_GONE
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
             raise

@@ -1,5 +1,10 @@
-"""SIGTERM and SIGINT: the first stops a run after its step, the second ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP: the first stops a run after its step, the second ends the process at once.
 
+A terminal that hangs up sends SIGHUP, often twice, so that a second one has no effect. Where it is ignored
+from the start (nohup), it stays ignored.
+"""
+
+import contextlib
 import os
 import signal
 import sys
@@ -11,7 +16,7 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt:
-    """A context in which the first SIGTERM or SIGINT only sets `signal`, to be checked between steps."""
+    """A context in which the first SIGTERM, SIGINT or SIGHUP only sets `signal`, checked between steps."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -19,20 +24,21 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         for handled in self._old:  # the system's default, which also ends a process inside a long computation
-            signal.signal(handled, signal.SIG_DFL)
-        if (
-            sys.stdout.isatty()
-        ):  # the live view hides the cursor, and a second signal leaves no time to show it
-            os.write(1, SHOW_CURSOR)
+            signal.signal(handled, signal.SIG_IGN if handled == signal.SIGHUP else signal.SIG_DFL)
         text = f"\n{signal_name(number)}: finishing this step and saving; a second signal stops at once\n"
-        os.write(2, text.encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            # the live view hides the cursor, and a second signal leaves no time to show it
+            if sys.stdout.isatty():
+                os.write(1, SHOW_CURSOR)
+            os.write(2, text.encode())
 
     def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():

@@ -160,7 +160,7 @@ def child(folder, streams, argv, environment, devices):
         os.dup2(os.open(f"{streams}.{name}", os.O_WRONLY | os.O_APPEND), number)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ.update(environment)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = [str(ROOT / "scripts" / argv[0]), *argv[1:]]
     exec(environment["HOOK"], {})
