@@ -49,9 +49,18 @@ NOISY_LABELS, UNTRAINED = 0.1, 0.4
 IDLE_STEPS = 5  # consecutive logged steps without a training signal
 LOSSES = "jaxft.objectives.preference_losses"
 
+# Of the train loop.
+GENERAL_LOSS = "general_loss"
 # Rollout metrics that the alarms read, computed in rl/.
 FRAC_LEARNED, REWARD_STD, CLIPPED_RATIO = "frac_learned", "reward_std", "completions/clipped_ratio"
 FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_a_number"
+
+
+def training_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
+    """Alarms of any run that learns from rows."""
+    return run_alarms(
+        {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}, memory, entry, last
+    )
 
 
 def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bool) -> Alarms:
@@ -66,6 +75,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
         "overfitting": check_overfitting,
         "length": partial(check_more_than_length, ACCURACY),
         "skipped": check_skipped_steps,
+        "no gradient": check_zero_gradient,
     }
     return run_alarms(checks, memory, entry, last)
 
@@ -82,9 +92,14 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Run several checks, each with a separate memory."""
+    """Run several checks, each with a separate memory, and report held-out losses that are not finite."""
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
+    alarms += [
+        f"{name} is not finite. Lower optim.lr, or use the weights of an earlier step"
+        for name in (HELD_OUT + LOSS, GENERAL_LOSS)
+        if name in entry and entry[name] is None
+    ]
     for name, check in checks.items():
         found = check(memory.get(name, {}), numbers, last)
         memory[name] = found.memory
@@ -209,13 +224,13 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
 
 
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps whose loss or gradient was not finite: the first, and each doubling of their number."""
+    """Report steps with a non-finite loss, gradient or update: the first, and each time they have doubled."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
     if total < max(1, REPEAT * reported):
         return Alarms({"total": total, "reported": reported}, [], [])
     alarm = (
-        f"{total:g} steps so far had a non-finite loss or gradient and were skipped. Lower optim.lr, or set "
-        "loop.debug_nonfinite=true to record the first such step"
+        f"{total:g} steps so far had a non-finite loss, gradient or update and were skipped. Lower optim.lr, "
+        "or set loop.debug_nonfinite=true to record the first such step"
     )
     return Alarms({"total": total, "reported": total}, [], [alarm])
 
@@ -246,6 +261,18 @@ def check_idle_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
         "the last {streak} logged steps had no training signal: all scores are equal, or no completion is "
         "trained on. Raise data.temperature or data.group, or look at runs/<name>/completions.jsonl and the "
         "reward",
+    )
+
+
+def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
+    """Report consecutive logged steps whose gradient is exactly 0."""
+    if GRAD_NORM not in n:
+        return Alarms(memory, [], [])
+    return _report_streak(
+        memory,
+        n[GRAD_NORM] == 0,
+        "the gradient was exactly 0 in the last {streak} logged steps, so nothing is learned. Check that the "
+        "loss depends on the trainable parameters (train, adapter.targets) and that its weights are not 0",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxft.objectives.alarms import Alarms
+from jaxft.objectives.alarms import Alarms, training_alarms
 from jaxft.tree import Aux, Batch, Metrics, Params
 
 Outputs = Any  # of one objective's forward pass: a struct of arrays with leading rows
@@ -56,11 +56,6 @@ class Facts:
     target_kl: float | None = None
 
 
-def no_alarms(memory: dict[str, Any], entry: dict[str, Any], last: bool) -> Alarms:
-    """Raise no alarm."""
-    return Alarms(memory, [], [])
-
-
 def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     """Return no lines."""
     return []
@@ -74,7 +69,7 @@ class Report(NamedTuple):
     value.
     """
 
-    alarms: Callable[[dict[str, Any], dict[str, Any], bool], Alarms] = no_alarms
+    alarms: Callable[[dict[str, Any], dict[str, Any], bool], Alarms] = training_alarms
     summary: Callable[[dict[str, Any], dict[str, Any]], list[str]] = no_summary
 
 

@@ -16,6 +16,7 @@ from jaxft.objectives.alarms import (
     change,
     check_more_than_length,
     check_skipped_steps,
+    check_zero_gradient,
     has_numbers,
     length_note,
     run_alarms,
@@ -132,6 +133,7 @@ def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     """Alarms of a reward run: non-finite steps, and a model that is no better than preferring one length."""
     checks: dict[str, AlarmCheck] = {
         "skipped": check_skipped_steps,
+        "no gradient": check_zero_gradient,
         "length": partial(check_more_than_length, ACCURACY),
     }
     return run_alarms(checks, memory, entry, last)

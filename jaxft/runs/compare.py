@@ -101,7 +101,7 @@ NOTES = {
     "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
     "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
-    "skipped steps": "skipped steps: their loss or gradient was not finite, and they changed nothing",
+    "skipped steps": "skipped steps: their loss, gradient or update was not finite, and they changed nothing",
     "held-out reward": "held-out reward: of one completion per prompt, sampled with the same keys every time",
     "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
     "scores alone": "scores alone: the same for the scores before penalties such as missing_eos",

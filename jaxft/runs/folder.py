@@ -137,6 +137,12 @@ def finished_steps(folder: Path) -> int:
     return steps
 
 
+def failed_members(folder: Path) -> list[str]:
+    """The labels of a sweep's members that ended with steps or losses that are not finite."""
+    path = folder / "summary.json"
+    return list(read_saved_json(path).get("failed", [])) if path.exists() else []
+
+
 def changes_since_start(folder: Path, record: dict[str, Any]) -> list[str]:
     """`permitted_changes` to the settings in the folder's config.json, if it has one."""
     path = folder / "config.json"

@@ -4,7 +4,7 @@ computes it.
 A held-out metric has the prefix HELD_OUT.
 """
 
-from jaxft.objectives.alarms import REWARD_STD
+from jaxft.objectives.alarms import GENERAL_LOSS, REWARD_STD
 from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY
 from jaxft.objectives.preference_metrics import (
     ACCURACY,
@@ -53,6 +53,5 @@ COMPLETION_KL = "objective/kl"
 COMPLETION_LENGTH = "completions/mean_length"
 
 # Of the train loop (jaxft/train)
-GENERAL_LOSS = "general_loss"
 LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
 SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"

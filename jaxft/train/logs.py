@@ -49,6 +49,13 @@ class Logs:
         """Print a line."""
         (self._overview or self.members[0]).message(text)
 
+    def alarm(self, number: int, step: int, text: str) -> None:
+        """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
+        text = f"alarm after step {step}: {text}"
+        self.members[number].alarms.append(text)
+        if self._overview is None:
+            self.message(text)  # a sweep prints all alarms at its end
+
     def close(self) -> None:
         """Close all logs."""
         with contextlib.ExitStack() as stack:

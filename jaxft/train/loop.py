@@ -30,14 +30,15 @@ from jaxft.train.results import export_best, export_members, report_finished, wr
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.sweep_programs import compile_sweep
+from jaxft.train.verdict import evaluate_start, finished_members
 
 
 def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("runs")) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
     settings: a run, or a sweep, whose members are trained together. record: the settings as JSON, stored in
-    config.json. Returns 0 if finished, 128 + n if stopped by signal n with everything saved. Raises
-    ValueError, FileNotFoundError or OSError with one line about the cause and the remedy.
+    config.json. Returns 0 if finished, 1 if a member of a sweep is not (see verdict), 128 + n if stopped by
+    signal n and saved. Raises ValueError or OSError with one line about the cause and the remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder = lead.loop, runfolder.folder_of(root, settings.name)
@@ -71,8 +72,7 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
 
         # ---------- The model before training ----------
         if saved is None:
-            saved = {"before": compiled.evaluation(states), "counters": None}
-            logs.step(0, [evaluation["metrics"] for evaluation in saved["before"]])
+            saved = {"before": evaluate_start(job, compiled, states, frozen, logs), "counters": None}
 
         # ---------- Training ----------
         meters, nonfinite = Meters(job, saved["counters"]), NonfiniteRecorder(job, logs)
@@ -117,11 +117,12 @@ def run(settings: Run | Sweep, record: Record | None = None, root: Path = Path("
         # ---------- The model after training: evaluation, weights, model card ----------
         after = compiled.evaluation(states)
         logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
-        weights = export_members(job, states, frozen)
+        finished = finished_members(job, states, after, logs)
+        weights = export_members(job, states, frozen, finished)
         del states  # make room for the best step's state
         export_best(job, checkpoints, frozen, after, logs)
         write_reports(job, logs, weights, saved["before"], after)
-        return 0
+        return 0 if all(finished) else 1
 
 
 def due(every: int | None, done: int, job: Job) -> bool:

@@ -60,7 +60,7 @@ class Meter:
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
         """Queue the metrics of a step and add those of the step before, for which this waits.
 
-        Raises ValueError that names the rows if too many steps in a row had a non-finite loss or gradient.
+        Raises ValueError that names the rows if too many steps in a row were not finite.
         """
         tokens, self._length = int((batch.segments > 0).sum()), batch.segments.shape[-1]
         self._tokens += tokens
@@ -102,7 +102,7 @@ class Meter:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]
         shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
         raise ValueError(
-            f"loss or gradient was not finite in {len(steps)} steps in a row "
+            f"loss, gradient or update was not finite in {len(steps)} steps in a row "
             f"(steps {steps[0] + 1} to {steps[-1] + 1}). "
             "The parameters are those from before these steps. "
             f"Check the rows {shown}, or lower optim.lr with another name=..."

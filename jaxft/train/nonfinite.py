@@ -1,30 +1,36 @@
 """A record of a run's first non-finite step, for "my loss is NaN" (`loop.debug_nonfinite=true`).
 
 The loss and gradient norm of every step are checked at once, which costs the overlap of host and device. At
-the first step where one of them is not finite this writes `runs/<name>/nonfinite/step-<n>/`:
+the first step where one of them, or the update, is not finite this writes `runs/<name>/nonfinite/step-<n>/`:
 
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
     norms.json   norms of parameters and gradients by path, and of layer outputs
                  [pass, micro, 1 + layer, row]; the first is the embedding's
 
-and logs the first layer whose output is not finite, or if all are finite the layer whose gradient is the
-first that is not: gradients are computed from the last layer to the first. The run continues with the
+and logs the first parameter or layer output that is not finite, or if all are finite the layer whose gradient
+is the first that is not: gradients are computed from the last layer to the first. The run continues with the
 parameters from before the step, until `loop.max_bad` such steps come in a row.
+
+A loss that is not finite at the very first step ends the run with that record, whatever the setting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
+from jaxft.nn.param import spec_paths
+from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.scan import record_layer_outputs
+from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
@@ -42,6 +48,7 @@ class Diagnosis:
     parameters: ArraysByPath
     gradients: ArraysByPath
     outputs: list[np.ndarray]
+    nonfinite: str = ""  # the first parameter that is not finite
 
 
 class NonfiniteRecorder:
@@ -59,12 +66,17 @@ class NonfiniteRecorder:
         batches: Sequence[Batch],
         metrics: Metrics,
     ) -> None:
-        """Write a step that was not finite. states: after the step, which left the parameters unchanged."""
-        if not self._watched:
+        """Write a step that was not finite. states: after the step, which left the parameters unchanged.
+
+        Raises AgreedError if the loss of a run's first step is not finite.
+        """
+        if not self._watched and step:
             return
         skipped = np.atleast_1d(np.asarray(jax.device_get(metrics["skipped"].total)))
-        for number in self._watched.intersection(np.flatnonzero(skipped).tolist()):
-            self._watched.remove(number)
+        loss = np.atleast_1d(np.asarray(jax.device_get(metrics["loss"].total)))
+        ends = set() if step else set(np.flatnonzero(~np.isfinite(loss)).tolist())
+        for number in sorted(ends | self._watched.intersection(np.flatnonzero(skipped).tolist())):
+            self._watched.discard(number)
             member, batch = self._job.members[number], batches[min(number, len(batches) - 1)]
             names = self._job.source_of(number).row_names(step)
             found = diagnose(member, step, states[number], frozen[number], batch)
@@ -74,35 +86,83 @@ class NonfiniteRecorder:
             label = f"{member.label}: " if member.label else ""
             text = first_nonfinite(found, batch, names)
             self._logs.message(
-                f"{label}step {step + 1}: the loss or gradient is not finite; {text}. Details: {folder}"
+                f"{label}step {step + 1}: the loss, gradient or update is not finite; {text}. "
+                f"Details: {folder}"
             )
+            if number in ends:
+                raise processes.AgreedError(
+                    f"{member.folder}: the loss of the first step is not finite: {text}. Check the weights, "
+                    f"the rows and the settings of the loss; details are in {folder}"
+                )
 
 
 def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch: Batch) -> Diagnosis:
     """Repeat a step's forward and backward pass and return norms of everything in between."""
     p, (key, _) = member.programs, step_keys(member.run.seed, step)
-    objective, norms = (
-        p.objective,
-        make_layer_norms(p.partition.specs, lambda path: path.replace("layers/", "")),
-    )
+    norms = make_layer_norms(p.partition.specs, lambda path: path.replace("layers/", ""))
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
-        return norms(accumulate_gradients(objective, (trainable, frozen), batch, key, aux)[0])
+        return norms(accumulate_gradients(p.objective, (trainable, frozen), batch, key, aux)[0])
+
+    everywhere = sharding.replicated(p.mesh)
+    args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
+    outputs = make_layer_outputs(p.objective, key)
+    found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
+    params = tree.combine(state.trainable, frozen)
+    parameters = jax.jit(norms, out_shardings=everywhere)(params)
+    parameters, gradient_norms, output_norms = jax.device_get((parameters, *found))
+    nonfinite = first_parameter(params, p.partition.specs, p.mesh)
+    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite)
+
+
+def make_layer_outputs(objective: Objective, key: Any) -> Callable[..., Any]:
+    """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs as in Diagnosis. key: of dropout."""
 
     def outputs(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
         def microbatch(i: Any) -> Any:
             rows = jax.tree.map(lambda x: x[i], batch)
+            own_key = None if key is None else jax.random.fold_in(key, i)
             with record_layer_outputs() as recorded:
-                objective.forward(tree.combine(trainable, frozen), rows, jax.random.fold_in(key, i), aux)
+                objective.forward(tree.combine(trainable, frozen), rows, own_key, aux)
             return recorded
 
         return jax.lax.map(microbatch, np.arange(jax.tree.leaves(batch)[0].shape[0]))
 
-    everywhere = sharding.replicated(p.mesh)
-    args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
-    found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
-    parameters = jax.jit(norms, out_shardings=everywhere)(tree.combine(state.trainable, frozen))
-    return Diagnosis(*jax.device_get((parameters, *found)))
+    return outputs
+
+
+def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
+    """Return the path of the first parameter that is not finite, with its layer; "" if all are finite."""
+    stacked = {path: "layers" in spec.axes for path, spec in spec_paths(specs).items()}
+
+    def bad(params: Params) -> dict[str, Any]:
+        found = {}
+        for path, leaf in tree.paths(params, is_leaf=is_qtensor).items():
+            value = dequantize(leaf) if is_qtensor(leaf) else leaf
+            axes = tuple(range(1 if stacked[path] else 0, value.ndim))
+            found[path] = jnp.any(~jnp.isfinite(value), axes)
+        return found
+
+    for path, wrong in jax.device_get(jax.jit(bad, out_shardings=sharding.replicated(mesh))(params)).items():
+        if wrong.any():
+            layer = f" in layer {int(np.flatnonzero(wrong)[0])}" if wrong.ndim else ""
+            return f"the parameter {path} is not finite{layer}"
+    return ""
+
+
+def first_of_model(
+    member: Member, state: TrainState, frozen: Params, objective: Objective, batches: Sequence[Batch]
+) -> str:
+    """Return the first parameter, or the first layer output of these batches, that is not finite."""
+    p = member.programs
+    found = first_parameter(tree.combine(state.trainable, frozen), p.partition.specs, p.mesh)
+    outputs = jax.jit(make_layer_outputs(objective, None), out_shardings=sharding.replicated(p.mesh))
+    for batch in () if found else batches:
+        norms = jax.device_get(
+            outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
+        )
+        found = found or first_output(norms)[0]
+    return found or "all parameters and all outputs of layers are finite, so it is the loss itself"
 
 
 def write_diagnosis(folder: Path, found: Diagnosis, batch: Batch, names: list[str]) -> None:
@@ -125,15 +185,11 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             bad = ~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1)
             return f"the batch is not finite in {path} of {_rows(bad, names)}"
-    for outputs in found.outputs:  # [micro, 1 + L, rows]
-        bad_layers = np.flatnonzero((~np.isfinite(outputs)).any((0, 2)))
-        if len(bad_layers):
-            layer = int(bad_layers[0])
-            where = f"layer {layer - 1}" if layer else "the embedding"
-            return (
-                f"the first output that is not finite is that of {where}, "
-                f"in {_rows(~np.isfinite(outputs[:, layer]), names)}"
-            )
+    if found.nonfinite:
+        return found.nonfinite
+    text, bad = first_output(found.outputs)
+    if text:
+        return f"{text}, in {_rows(bad, names)}"
     layers = {path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if x.ndim == 1}
     last = max((int(bad[-1]) for bad in layers.values() if len(bad)), default=None)
     if last is not None:
@@ -145,6 +201,20 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
     return (
         "all outputs of layers and their gradients are finite: it is the loss, or a parameter without layers"
     )
+
+
+def first_output(outputs: list[np.ndarray]) -> tuple[str, np.ndarray]:
+    """Return (which layer's output is the first that is not finite, its rows [micro, rows]); "" for none.
+
+    outputs: of each pass, [micro, 1 + layer, row].
+    """
+    for norms in outputs:
+        bad_layers = np.flatnonzero((~np.isfinite(norms)).any((0, 2)))
+        if len(bad_layers):
+            layer = int(bad_layers[0])
+            where = f"layer {layer - 1}" if layer else "the embedding"
+            return f"the first output that is not finite is that of {where}", ~np.isfinite(norms[:, layer])
+    return "", np.zeros((0, 0), bool)
 
 
 def _rows(bad: np.ndarray, names: list[str]) -> str:

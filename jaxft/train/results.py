@@ -24,22 +24,27 @@ from jaxft.weights.card import Card, base_name, front_matter, write_card
 
 def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
+    failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
     if not processes.is_first():
-        return 0
+        return int(bool(failed))
     card, name = job.folder / "README.md", "name=..." if job.sweep is None else "--name"
     if job.sweep is not None:
         print(card.read_text(encoding="utf-8"))
     kind = "run" if job.sweep is None else "sweep"
     print(f"{job.folder}: this {kind} is finished ({steps} steps); its results are in {card}")
     print(f"to continue it, raise loop.steps or data.epochs; to start again, choose another {name}")
-    return 0
+    if failed:
+        print(f"{', '.join(failed)}: not finished, the steps or the held-out loss are not finite")
+    return int(bool(failed))
 
 
-def export_members(job: Job, states: tuple[TrainState, ...], frozen: tuple[Params, ...]) -> list[Path]:
-    """Write the members' weights; return their folders. Every process calls it."""
+def export_members(
+    job: Job, states: tuple[TrainState, ...], frozen: tuple[Params, ...], finished: list[bool]
+) -> list[Path | None]:
+    """Write the finished members' weights; return their folders, None for others. Every process calls it."""
     return [
-        _export(m, tree.combine(state.trainable, own), job.tokenizer, m.folder)
-        for m, state, own in zip(job.members, states, frozen, strict=True)
+        _export(m, tree.combine(state.trainable, own), job.tokenizer, m.folder) if is_finished else None
+        for m, state, own, is_finished in zip(job.members, states, frozen, finished, strict=True)
     ]
 
 
@@ -49,7 +54,7 @@ def export_best(
     """Write `best/` for each member that has a checkpoint with a better held-out score than its last step."""
     for number, (member, end) in enumerate(zip(job.members, after, strict=True)):
         best, last = saved.best(number), selection_score(end["metrics"])
-        if best is None or last is None or best[1] >= last:
+        if best is None or last is None or not best[1] < last:
             continue
         restored: Any = saved.restore(job.abstract_states, best[0])
         states = restored[0]
@@ -63,9 +68,12 @@ def export_best(
 
 
 def write_reports(
-    job: Job, logs: Logs, weights: list[Path], before: list[Evaluation], after: list[Evaluation]
+    job: Job, logs: Logs, weights: list[Path | None], before: list[Evaluation], after: list[Evaluation]
 ) -> None:
-    """Write model cards, summaries and a sweep's table; then print the results. Every process calls it."""
+    """Write model cards, summaries and a sweep's table; then print the results. Every process calls it.
+
+    weights: the folders that `export_members` returned; without one there is no model card.
+    """
     notes = [
         m.programs.objective.report.summary(log.first, log.last) + log.alarms
         for m, log in zip(job.members, logs.members, strict=True)
@@ -73,8 +81,10 @@ def write_reports(
     table = ""
     if processes.is_first():
         for number, member in enumerate(job.members):
-            card = _card(job, number, weights[number], (before[number], after[number]), notes[number])
-            (member.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
+            folder = weights[number]
+            if folder is not None:
+                card = _card(job, number, folder, (before[number], after[number]), notes[number])
+                (member.folder / "README.md").write_text(report.model_card(card), encoding="utf-8")
             summary = {
                 "before": before[number],
                 "after": after[number],
@@ -83,11 +93,12 @@ def write_reports(
             summary["files"] = runfolder.result_hashes(member.folder)
             runfolder.write_durable_json(member.folder / "summary.json", {"steps": job.steps, **summary})
         if job.sweep is not None:
-            ends = [
+            first, last = (
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}
                 for end in (before, after)
-            ]
-            table = write_table(job.folder, job.sweep.name, job.steps, *ends)
+            )
+            failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
+            table = write_table(job.folder, job.sweep.name, job.steps, first, last, failed)
     processes.barrier()  # the run is finished for all processes or for none
     for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
@@ -96,7 +107,7 @@ def write_reports(
 def _result_lines(
     job: Job,
     logs: Logs,
-    weights: list[Path],
+    weights: list[Path | None],
     ends: tuple[list[Evaluation], list[Evaluation]],
     notes: list[list[str]],
     table: str,
@@ -105,6 +116,7 @@ def _result_lines(
     if job.sweep is None:
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
+        assert weights[0] is not None
         return report.result_lines(job.folder, weights[0], before, after, notes[0], generates)
     alarms = [
         f"{member.label}: {alarm}"

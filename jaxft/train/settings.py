@@ -24,10 +24,10 @@ class Loop:
 
     steps: None for data.epochs. log_every: a logged metric is the mean over this many steps. keep_last,
     keep_best: how many of the newest checkpoints to retain, and of those with the best held-out score.
-    max_bad: non-finite steps in a row that end the run. profile: first and last step of a profiler trace
-    (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of parameter.
-    debug_nonfinite: write the first non-finite step into the run folder and log the first layer that is not
-    finite, see train/nonfinite.py.
+    max_bad: non-finite steps in a row that end the run; one that ends with any is not finished either.
+    profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
+    update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
+    run folder and log the first layer that is not finite, see train/nonfinite.py.
     """
 
     steps: int | None = None

@@ -93,16 +93,18 @@ def write_table(
     steps: int,
     before: Mapping[str, dict[str, float]],
     after: Mapping[str, dict[str, float]],
+    failed: list[str],
 ) -> str:
     """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table.
 
-    before, after: metrics of each member, by label.
+    before, after: metrics of each member, by label. failed: labels of members that are not finished.
     """
     curves = {label: read_entries(folder / label / "metrics.jsonl") for label in before}
     ends = [{**after[label], **_of_training(curves[label])} for label in before]
     table = compare.Table.of(list(before), list(before.values()), ends)
     compare.write(folder, name, table, curves)
-    runfolder.write_durable_json(folder / "summary.json", {"steps": steps, "members": table.as_json()})
+    summary = {"steps": steps, "members": table.as_json(), "failed": failed}
+    runfolder.write_durable_json(folder / "summary.json", summary)
     return table.text()
 
 

@@ -15,6 +15,7 @@ from jaxft.objectives.alarms import (
     preference_summary,
     rollout_alarms,
 )
+from jaxft.objectives.objective import Objective
 from jaxft.runs.log import Log
 from jaxft.runs.trackers.jsonl import read_entries
 
@@ -314,3 +315,17 @@ def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(e
     messages = rollout_alarms_of([fine, *[{**fine, **entry}] * 10, fine, *[{**fine, **entry}] * 4])
     assert [i for i, alarms in enumerate(messages) if alarms] == [5, 10]
     assert all(message in messages[i][0] for i in (5, 10))
+
+
+def test_a_gradient_of_exactly_zero_for_many_steps_raises_an_alarm_for_every_objective():
+    memory, found = {}, []
+    for step, norm in enumerate([0.0] * 4 + [1e-30] + [0.0] * 10 + [1.0, None], 1):
+        memory, _, new = Objective(None, None).report.alarms(memory, {"step": step, "grad_norm": norm}, False)
+        found += [(step, alarm) for alarm in new]
+    assert [step for step, _ in found] == [10, 15]
+    assert "exactly 0 in the last 5 logged steps" in found[0][1] and "last 10" in found[1][1]
+
+
+def test_a_held_out_loss_that_is_not_finite_raises_an_alarm():
+    found = Objective(None, None).report.alarms({}, {"step": 4, "eval_loss": None, "eval_x": None}, False)
+    assert len(found.alarms) == 1 and found.alarms[0].startswith("eval_loss is not finite. ")

@@ -1,28 +1,32 @@
-"""Norms per layer (loop.watch) and the record of the first non-finite step (loop.debug_nonfinite)."""
+"""Norms per layer (loop.watch), the record of the first non-finite step, and runs that are not finished."""
 
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_model import tiny
 from tiny_run import Place, write_place
 
 from jaxft import tree
-from jaxft.train import watch
+from jaxft.batch import TrainState
+from jaxft.train import verdict, watch
 from jaxft.train.nonfinite import Diagnosis, first_nonfinite
 
-NAN_IN_A_LAYER = """
+CHANGE_A_LAYER = """
 import jax
 from jaxft.train import loop
 load = loop.load_members
 def load_broken(job, restored):
     states, frozen = load(job, restored)
     mlp = frozen[0]["base"]["layers"]["mlp"]
-    mlp["up"] = jax.tree.map(lambda x: x.at[1, 0, 0].set(float("nan")), mlp["up"])
+    mlp["up"] = jax.tree.map(lambda x: x.at[1].set({value}), mlp["up"])
     return states, frozen
 loop.load_members = load_broken
 """
+NAN_IN_A_LAYER = CHANGE_A_LAYER.format(value="float('nan')")
+OVERFLOW_IN_A_LAYER = CHANGE_A_LAYER.format(value="3e38")
 NAN_IN_A_ROW = """
 import numpy as np
 from jaxft.train import members
@@ -46,26 +50,74 @@ def place(tmp_path_factory):
     return Place(folder)
 
 
-def test_the_first_layer_with_a_non_finite_output_is_named(place):
-    assert place.run(*ARGV, "name=layer", hook=NAN_IN_A_LAYER) == 0, place.err()
-    assert "the first output that is not finite is that of layer 1, in the rows rows.jsonl:" in place.out()
+def test_a_loss_that_is_not_finite_at_the_first_step_ends_the_run_and_names_the_layer(place):
+    argv = [x for x in ARGV if "debug" not in x]
+    assert place.run(*argv, "name=layer", hook=OVERFLOW_IN_A_LAYER) == 1
+    named = "the first output that is not finite is that of layer 1, in the rows rows.jsonl:"
+    assert place.err().startswith("error: runs/layer: the loss of the first step is not finite: " + named)
+    assert place.err().count("\n") == 1 and named in place.out()
     folder = place.runs("layer") / "nonfinite" / "step-1"
-    assert place.out().count("nonfinite/step-") == 1 and not folder.with_name("step-2").exists()
     norms = json.loads((folder / "norms.json").read_text())
     layers = np.array(norms["outputs"][0][0], float)  # null becomes nan
     assert np.isfinite(layers[:2]).all() and np.isnan(layers[2:]).all() and len(layers) == 4
-    finite = [x is not None for x in norms["parameters"]["base/mlp/up"]]
-    assert finite == [True, False, True]
     with np.load(folder / "batch.npz") as batch:
         assert batch["ids"].shape == batch["segments"].shape and batch["ids"].ndim == 3
     assert len(json.loads((folder / "rows.json").read_text())) == 4
+    assert not place.checkpoints("layer") and not (place.runs("layer") / "adapter").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_before_training_names_the_parameter_or_layer(place):
+    assert place.run("name=parameter", "samples=0", hook=NAN_IN_A_LAYER) == 1
+    start = "the loss on held-out rows is not finite before the first step: "
+    line = "the parameter base/layers/mlp/up is not finite in layer 1"
+    assert place.err().startswith(f"error: runs/parameter: {start}{line}. ")
+    assert [entry["step"] for entry in place.metrics("parameter")] == [0]
+    assert place.run("name=output", "samples=0", hook=OVERFLOW_IN_A_LAYER) == 1
+    line = "the first output that is not finite is that of layer 1"
+    assert place.err().startswith(f"error: runs/output: {start}{line}. ")
+
+
+def test_a_run_that_ends_with_a_bad_step_is_not_finished_until_more_steps_are_good(place):
+    argv, hook = ["name=end", "samples=0"], NAN_IN_A_ROW.replace("step == 1", "step == 3")
+    for _ in range(2):  # the same command ends in the same way
+        assert place.run(*argv, hook=hook) == 1
+        assert "alarm after step 4: the last of 4 steps was not finite. " in place.out()
+        assert place.err() == "error: runs/end: not finished: the last of 4 steps was not finite\n"
+        assert not (place.runs("end") / "adapter").exists()
+        assert not (place.runs("end") / "summary.json").exists()
+    assert [m["skipped"] for m in place.metrics("end") if "loss" in m] == [0, 0, 0, 1]
+    assert place.run(*argv, "steps=5", hook=hook) == 0, place.err()
+    tensors = load_file(place.runs("end") / "adapter" / "adapter_model.safetensors")
+    assert all(np.isfinite(x).all() for x in tensors.values())
+    alarms = json.loads((place.runs("end") / "summary.json").read_text())["alarms"]
+    assert len(alarms) == 1 and "1 steps so far had a non-finite loss, gradient or update" in alarms[0]
+
+
+@pytest.mark.parametrize(
+    "bad, metrics, expected",
+    [
+        ([0, 0], {"eval_loss": 1.0, "eval_margin": np.nan}, []),
+        ([5, 0], {}, []),
+        ([6, 0], {}, ["only 4 of 10 steps were finite"]),
+        ([3, 2], {}, ["the last 2 of 10 steps were not finite"]),
+        ([1, 1], {"eval_loss": 1.0}, ["the last of 10 steps was not finite"]),
+        ([0, 0], {"eval_loss": np.inf}, ["the loss on held-out rows is not finite"]),
+        ([0, 0], {"eval_loss": 1.0, "general_loss": np.nan}, ["the loss on general text is not finite"]),
+    ],
+    ids=str,
+)
+def test_why_a_run_is_not_finished(bad, metrics, expected):
+    state = TrainState(jnp.int32(10), {}, (), {}, jnp.array(bad, jnp.int32))
+    assert verdict.faults(state, 10, metrics) == expected
 
 
 def test_a_row_with_a_non_finite_weight_is_named(place):
-    assert place.run(*ARGV, "name=row", hook=NAN_IN_A_ROW) == 0, place.err()
+    assert place.run(*ARGV, "name=row", hook=NAN_IN_A_ROW) == 1
+    assert "not finished: the last of 2 steps was not finite" in place.err()
     names = json.loads((place.runs("row") / "nonfinite" / "step-2" / "rows.json").read_text())
     message = (
-        "step 2: the loss or gradient is not finite; the batch is not finite in token_weights of the rows "
+        "step 2: the loss, gradient or update is not finite; "
+        "the batch is not finite in token_weights of the rows "
     )
     assert f"{message}{names[2]}. " in place.out()
 

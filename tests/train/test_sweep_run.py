@@ -122,7 +122,11 @@ def test_supervised_members_of_different_seeds_and_ranks_equal_their_separate_ru
 
 
 def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(place):
-    sweep(place, "steps=5", "--over", "lr=0.002,1e30", "--name", "wild")
+    argv = ["steps=5", "--over", "lr=0.002,1e30", "--name", "wild"]
+    sweep(place, *argv, code=1)
+    for lr, exists in (("0.002", True), ("1e30", False)):  # only finished members have weights and a card
+        folder = place.runs(f"wild/lr={lr}")
+        assert (folder / "adapter").exists() == (folder / "README.md").exists() == exists
     fine, wild = (place.metrics(f"wild/lr={lr}") for lr in ("0.002", "1e30"))
     assert sum(line.get("skipped", 0) for line in wild) >= 1 and not sum(
         line.get("skipped", 0) for line in fine
@@ -135,12 +139,14 @@ def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(plac
     alarms = json.loads((place.runs("wild/lr=1e30") / "summary.json").read_text())["alarms"]
     assert (
         any(
-            "non-finite loss or gradient and were skipped." in alarm and "optim.lr" in alarm
+            "non-finite loss, gradient or update and were skipped." in alarm and "optim.lr" in alarm
             for alarm in alarms
         )
         and "not finite" in place.out()
     )
     assert not any("higher optim.lr" in alarm for alarm in alarms)
+    assert any("The run is not finished and its weights are not written" in alarm for alarm in alarms)
+    assert "lr=1e30: not finished" in sweep(place, *argv, code=1)
     alone(place, "steps=5", "lr=0.002", "name=tame")
     assert_same_run(place, "wild/lr=0.002", "tame")
 
