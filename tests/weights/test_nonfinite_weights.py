@@ -163,15 +163,18 @@ def test_settings_of_an_adapter_that_are_not_finite_are_named(adapter, model, ch
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
-            "rope_theta must be finite",
+            "rope_theta .*must be (a )?finite",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
-            "rope_theta must be finite",
+            "rope_theta .*must be (a )?finite",
         ),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta must be finite"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta .*must be (a )?finite"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, "rope's angles are not finite"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "rope's factor"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": float("nan")}},
+            "factor of rope_parameters must be a finite number",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
