@@ -122,7 +122,9 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
     files = pretrained.open_files(ref)
     in_both = {**specs["base"], **({"score": specs["score"]} if SCORE[0] in files.shapes else {})}
     names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
-    readers = param_readers(files, replace(model, specs=in_both, weight_names=names, heads={}))
+    readers = param_readers(
+        files, replace(model, specs=in_both, weight_names=names, heads={}, generates=False)
+    )
 
     def load(path: str, spec: param.ParamSpec) -> jax.Array:
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
