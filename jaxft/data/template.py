@@ -206,6 +206,10 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
         raise jinja2.TemplateError("it takes too much memory") from error
     except Exception as error:  # a template is a program, and may raise anything
         raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+    try:
+        rendered[0][0].encode()
+    except UnicodeEncodeError as error:
+        raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
     size = len(rendered[0][0])
     if size > limits.RENDER_CHARACTERS:
         raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")

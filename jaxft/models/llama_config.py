@@ -48,7 +48,7 @@ class LlamaConfig:
     def __post_init__(self):
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
             size = getattr(self, name)
-            if not isinstance(size, int) or not 0 < size < 2**24:
+            if type(size) is not int or not 0 < size < 2**24:
                 raise ValueError(f"config: {name} must be a positive whole number below 2^24, got {size!r}")
         for token in (*self.eos, *([] if self.bos is None else [self.bos])):
             if type(token) is not int:

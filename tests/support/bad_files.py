@@ -15,7 +15,7 @@ SCALINGS = (
     {"rope_type": 3, "factor": 2}, {"rope_type": "linear", "factor": HUGE},
 )  # fmt: skip
 CONFIGS = [
-    *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, HUGE)),
+    *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, True, HUGE)),
     *(({name: 7}, "model") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
     *(({"rms_norm_eps": value}, "config.json") for value in ("small", [1], None, HUGE, {})),
     *(({"rope_theta": value, "rope_parameters": None}, "config.json") for value in ("wide", [], HUGE, {})),

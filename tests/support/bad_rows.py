@@ -60,6 +60,7 @@ ROWS = [
             [Q, {**A, "weight": 0}], [Q, {**A, "train": False}], "[]", '[{"role": "user"}]',
         )
     ),
+    ("prompts", {"prompt": [{"role": SURROGATE, "content": "x"}]}),
     ("chat", {"messages": [Q, A], "tools": 3}), ("chat", {"messages": [Q, A], "tools": {"name": "f"}}),
     ("chat", {"messages": [Q, A], "system": 3}), ("chat", {"messages": [Q, A], "system": ["s"]}),
 ]  # fmt: skip
