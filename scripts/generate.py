@@ -185,7 +185,7 @@ def main() -> int:
             continue
         text = result["prompt"]
         if not isinstance(text, str):
-            text = "\n".join(f"{m['role']}: {m['content']}" for m in text)
+            text = "\n".join(f"{m['role']}: {m['content'] or ''}" for m in text)
         truncated = "" if result["finish"] == "stop" else " [...]"
         text = f"--- prompt\n{text}\n--- completion\n{result['completion'].strip()}{truncated}\n"
         print(printable_text(text) if sys.stdout.isatty() else text)

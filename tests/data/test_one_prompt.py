@@ -53,10 +53,10 @@ def showing_all():
 
 
 @cache
-def generate_script():
-    """scripts/generate.py as a module."""
-    path, before = Path(__file__).resolve().parents[2] / "scripts" / "generate.py", list(sys.path)
-    spec = importlib.util.spec_from_file_location("script_generate", path)
+def script(name):
+    """A script as a module."""
+    path, before = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py", list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path[:] = before
@@ -145,11 +145,11 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     sft = tokenise_rows(str(path), Rows("x", loss_on="completion", **long).token_settings, tokenizer, folder)
     dpo = tokenise_pairs(str(path), PairRows("x", **long).token_settings, tokenizer, folder)
     rollout = read_prompts(str(path), Prompts(str(path), max_prompt=4096, **options), tokenizer)
-    script = generate_script()
+    generate = script("generate")
     record = {"data": {"format": "auto", "date": chat.DATE, **options}}
-    source = script.Source("", None, "", "float32", None, record)
-    generated = script.encode(
-        script.prompts_of(Namespace(raw=False, prompt=[], file=str(path)), source), tokenizer, source
+    source = generate.Source("", None, "", "float32", None, record)
+    generated = generate.encode(
+        generate.prompts_of(Namespace(raw=False, prompt=[], file=str(path)), source), tokenizer, source
     )
     judged = with_response(rollout.prompts[0], "so")
     ((whole, _),) = chat.tokenise_examples([judged], tokenizer, "all")
@@ -196,6 +196,15 @@ def test_plain_strings_have_one_prompt_too(tmp_path_factory, question):
     found = prompts_by_stage(tmp_path_factory.mktemp("one"), row, tiny("llama3"), format="plain")
     assert len(set(map(tuple, found.values()))) == 1, found
     assert tiny("llama3").decode(found["SFT"]) == f"<|begin_of_text|>{question}\n"
+
+
+def test_score_reads_prompts_as_the_reward_model_was_trained():
+    data = {"format": "plain", "date": "01 Jan 2025", "batch": 3}
+    assert script("score").prompt_settings({"data": data}) == {"format": "plain", "date": "01 Jan 2025"}
+    assert script("score").prompt_settings({"data": {**data, "format": "implicit"}}) == {
+        "date": "01 Jan 2025"
+    }
+    assert script("score").prompt_settings(None) == {}
 
 
 Q, A = turn("user", "q"), turn("assistant", "a")
