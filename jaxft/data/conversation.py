@@ -240,7 +240,8 @@ def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
 def _whole_conversation(row: Row, column: str) -> Turns | None:
     """Return a response that begins before the assistant's turn, None for another."""
     value = json_of(row, column)
-    if not isinstance(value, list | tuple | dict) or not value:
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list | tuple) or not items or not all(isinstance(i, dict) for i in items):
         return None
     turns = _turns(row, column)
     return None if turns[0]["role"] == "assistant" else turns

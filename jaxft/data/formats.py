@@ -107,8 +107,9 @@ def detect_format(
 
 def _most_common_format(rows: Sequence[Row | InvalidRow], mapped: set[str], schemas: Schemas) -> str:
     """Return the format that most rows fit. Raises the first row's InvalidRow if none fits one."""
-    columns = Counter(tuple(row.fields) for row in rows if isinstance(row, Row))
-    examples = {tuple(row.fields): row for row in reversed(rows) if isinstance(row, Row)}
+    readable = [row for row in rows if isinstance(row, Row)]
+    columns = Counter(tuple(_present(row.fields)) for row in readable)
+    examples = {tuple(_present(row.fields)): row for row in reversed(readable)}
     votes: Counter[str] = Counter()
     for names, count in columns.items():
         format = attempt(_detect, examples[names], mapped, schemas)
@@ -176,6 +177,11 @@ def _rename(row: Row, mapping: dict[str, str], schemas: Schemas) -> Row:
     return Row(row.name, others | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
 
 
+def _present(fields: dict) -> dict:
+    """Return the columns without those that are null, as tables have them for rows of another format."""
+    return {column: value for column, value in fields.items() if value is not None}
+
+
 def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
     return all(any(c in fields for c in names) for names in columns)
 
@@ -186,8 +192,13 @@ def _detect(row: Row, mapped: set[str], schemas: Schemas) -> str:
     def uses_mapped(name: str) -> bool:  # a format without a column of data.columns is not meant
         return mapped <= {c for names in needed[name] for c in names} | set(schemas.optional[name])
 
-    fits = [name for name, columns in needed.items() if _has(row.fields, columns) and uses_mapped(name)]
-    fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
+    def fitting(fields: dict) -> list[str]:
+        fits = [name for name, columns in needed.items() if _has(fields, columns) and uses_mapped(name)]
+        return [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
+
+    fits = fitting(row.fields)
+    if len(fits) > 1:
+        fits = fitting(_present(row.fields)) or fits
     if len(fits) == 1:
         return fits[0]
     columns = ", ".join(map(str, row.fields))
@@ -242,7 +253,8 @@ def _example(row: Row, format: str) -> Example:
 
 def response_column(row: Row) -> str:
     """Return the column of the response to an instruction, response or output."""
-    names = [c for c in ("response", "output") if c in row.fields]
+    columns = [c for c in ("response", "output") if c in row.fields]
+    names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
         raise InvalidRow(
             row.name,

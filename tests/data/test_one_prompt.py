@@ -224,6 +224,7 @@ LONG = [turn("system", "s"), turn("user", "p"), A, Q]
             Chat("r", (Q,), 1),
         ),
         ({"messages": [*LONG, A], "prompt": "p"}, Chat("r", tuple(LONG), 4)),  # as SFT reads it
+        ({"prompt": "q", "completion": ["x"]}, Chat("r", (Q,), 1, plain=True)),  # a reward's own column
         ({"messages": LONG, "prompt": None}, Chat("r", tuple(LONG), 4)),  # Arrow's null for a missing column
         ({"instruction": "q", "history": [["p", "a"]]}, Chat("r", (turn("user", "p"), A, Q), 3)),
     ],

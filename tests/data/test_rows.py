@@ -153,6 +153,8 @@ TURNS = (turn("user", "q"), turn("assistant", "a"))
         ({"prompt": "q", "completion": [TURNS[1]]}, Chat("r:1", TURNS, 1, plain=True)),
         ({"prompt": [TURNS[0]], "completion": "a"}, Chat("r:1", TURNS, 1)),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, Chat("r:1", TURNS, 1)),
+        ({"messages": list(TURNS), "prompt": None, "completion": None}, Chat("r:1", TURNS, 1)),
+        ({"instruction": "q", "response": "a", "output": None}, Chat("r:1", TURNS, 1, plain=True)),
         ({"messages": [*TURNS, TURNS[0]]}, Chat("r:1", (*TURNS, TURNS[0]), 3)),
         ({"messages": list(TURNS), "prompt": "q"}, Chat("r:1", TURNS, 1)),
         ({"messages": json.dumps(TURNS)}, Chat("r:1", TURNS, 1)),

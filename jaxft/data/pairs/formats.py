@@ -164,7 +164,8 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
         )
     if not format.startswith("unpaired"):
         return {"chosen": "chosen", "rejected": "rejected", **gold}
-    name = next(name for name in _LABEL if name in row.fields)
+    names = [name for name in _LABEL if name in row.fields]
+    name = next((name for name in names if row.fields[name] is not None), names[0])
     label = row.fields[name]
     if not isinstance(label, int) or label not in (0, 1):  # bool is an int
         raise InvalidRow(
