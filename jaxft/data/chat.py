@@ -116,8 +116,8 @@ def tools_warnings(
     examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
 ) -> tuple[str, ...]:
     """Return a warning if the tools of the first example that has some don't change the rendered prompt."""
-    template = template_of(tokenizer, date)
     chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
+    template = template_of(tokenizer, date) if chat else None
     if template is None or chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Rollout, TrainState
-from jaxft.data import prompts
+from jaxft.data import chat, prompts
 from jaxft.data.invalid import count_by_reason
 from jaxft.data.prompts import Prompts, TokenisedPrompts
 from jaxft.data.source import Prompt, SourceInfo, SourceStats
@@ -323,6 +323,7 @@ def rollout_info(
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
+        warnings=chat.tools_warnings(train.prompts, tokenizer, data.date),
     )
 
 

@@ -15,6 +15,7 @@ import rl_workdir
 from prepared import load_and_compile, prepare
 from rl_completions import TOKENIZER, random_prompts
 from safetensors.numpy import load_file
+from tiny_llama import tiny_tokenizer
 from tiny_run import Place
 
 from jaxft.batch import TrainState
@@ -473,6 +474,14 @@ def test_a_tokenizer_without_an_end_token_is_reported_and_nothing_ends(workdir):
     assert "the tokenizer has no end token" in workdir.out()
     (line,) = [line for line in workdir.metrics("endless") if "reward" in line]
     assert line["completions/clipped_ratio"] == 1 and line["completions/mean_length"] == 4
+
+
+def test_tools_that_the_template_leaves_out_of_a_prompt_are_a_warning(tmp_path):
+    row = {"prompt": "what is 1 plus 1?", "tools": [{"name": "add"}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row))
+    data = Rollouts(str(tmp_path / "r.jsonl"), held_out=None, rules=Rules((word_length,)))
+    (warning,) = data.open(tiny_tokenizer()).info.warnings
+    assert warning.startswith("warning: r.jsonl:1: ") and "without the row's tools" in warning
 
 
 def test_a_run_whose_completions_would_end_elsewhere_is_not_resumed(workdir):

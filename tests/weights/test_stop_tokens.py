@@ -109,7 +109,7 @@ def test_a_run_says_before_it_starts_where_its_completions_end_and_what_its_temp
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     write(tmp_path / "tools.jsonl", [{"messages": messages, "tools": [{"name": "sum"}]}] * 9)
-    job = prepare(tmp_path, "data=tools.jsonl")
+    job = prepare(tmp_path, "data=tools.jsonl", "data.format=auto")
     assert job.stop == (256, 257)
     with working_directory(tmp_path):
         lines = startup_lines(job, 0, [])
