@@ -34,6 +34,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-length", type=int, default=1024, help="tokens of prompt plus completion (default 1024)"
     )
+    parser.add_argument(
+        "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
         "--dtype",
@@ -49,8 +52,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """Return (reward of the chosen, reward of the rejected completion) by pair number.
+def rewards(args: argparse.Namespace) -> list[tuple[str, float, float]]:
+    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each pair.
 
     Raises ValueError for a reward that is not finite.
     """
@@ -58,6 +61,7 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     import jax.numpy as jnp
     import numpy as np
 
+    from jaxft.data.invalid import invalid_lines
     from jaxft.data.pairs.source import PairRows
     from jaxft.distributed import sharding
     from jaxft.nn import quant
@@ -73,8 +77,10 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     mesh = sharding.make_mesh(sharding.MeshShape())
     sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
-    rows = PairRows(args.file, **sizes, **prompt_settings(record))
+    rows = PairRows(args.file, invalid=args.invalid, **sizes, **prompt_settings(record))
     source = rows.open(tokenizer, sharding.row_shards(mesh))
+    for line in invalid_lines(source.info.stats.invalid):
+        print(line, file=sys.stderr)
     loaded = reward_models.load_reward_model(
         ref,
         mesh,
@@ -100,7 +106,8 @@ def rewards(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
                             f"{args.file}: the rewards of pair {pair + 1} are not finite: "
                             f"{found[int(pair)]}; use --dtype float32, or check the reward model"
                         )
-    return dict(sorted(found.items()))
+    names = source.pairs.tokenised.names
+    return [(names[number], *scores) for number, scores in sorted(found.items())]
 
 
 def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
@@ -113,14 +120,14 @@ def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
 def main() -> int:
     """Score and print."""
     args = arguments()
-    found: dict[int, Any] = rewards(args)
-    for number, (chosen, rejected) in found.items():
+    found = rewards(args)
+    for number, (name, chosen, rejected) in enumerate(found):
         if args.json:
-            print(json.dumps({"pair": number, "chosen": chosen, "rejected": rejected}))
+            print(json.dumps({"pair": number, "row": name, "chosen": chosen, "rejected": rejected}))
         else:
             wrong = "" if chosen > rejected else "wrong"
-            print(f"pair {number + 1:4d}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
-    won = sum(chosen > rejected for chosen, rejected in found.values())
+            print(f"{name:16s}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
+    won = sum(chosen > rejected for _, chosen, rejected in found)
     print(
         f"the chosen completion has the higher reward in {won} of {len(found)} pairs "
         f"({won / len(found):.2f})",

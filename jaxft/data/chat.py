@@ -47,8 +47,8 @@ class Rendered:
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
-            problem = f"its text has half a surrogate pair ({error.reason}); fix the text"
-            raise InvalidRow(self.name, "half a surrogate pair", problem) from error
+            problem = f"its text has an unpaired surrogate ({error.reason}); fix the text"
+            raise InvalidRow(self.name, "unpaired surrogate", problem) from error
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:

@@ -299,7 +299,7 @@ def _stats(
         invalid=count_by_reason(examples.invalid),
         largest_id=int(examples.ids.max()),
         summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
-        f"{len(held)} held out, {examples.dropped} dropped, {truncated} truncated",
+        f"{len(held)} held out, {examples.dropped} dropped as too long, {truncated} truncated",
         learned=_learned_line(rows, examples, train),
         truncated=truncated,
         tokens=tokens,

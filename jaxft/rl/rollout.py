@@ -296,8 +296,8 @@ def rollout_info(
     rollouts = max(1, -(-int(1e9 * data.epochs * len(train)) // int(1e9 * data.batch)))
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
-        f"dropped; a rollout of {data.batch} x {data.group} completions of at most {data.max_new} tokens is "
-        f"used for {data.steps_per_rollout} steps"
+        f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} steps"
     )
     if tokenizer.eos_token_id is None:
         summary += (

@@ -63,7 +63,9 @@ def test_a_run_its_adapter_and_its_merged_model_have_the_same_scores(place):
     run(place, "name=scored", "steps=6")
     shutil.rmtree(place.folder / "merged", ignore_errors=True)
     found = {}
-    argv = ["--file", "pairs.jsonl", "--json", "--dtype", "float32"]
+    valid = (place.folder / "pairs.jsonl").read_text().splitlines()
+    (place.folder / "dirty.jsonl").write_text("\n".join([*valid[:3], '{"prompt": "a"}', *valid[3:]]))
+    argv = ["--file", "dirty.jsonl", "--invalid", "drop", "--json", "--dtype", "float32"]
     for way, model in {
         "run": ["--run", "runs/scored"],
         "parts": ["--model", "base", "--adapter", "runs/scored/adapter"],
@@ -71,12 +73,14 @@ def test_a_run_its_adapter_and_its_merged_model_have_the_same_scores(place):
         script(place, "score.py", *model, *argv)
         found[way] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
     assert "the chosen completion has the higher reward in" in place.err()
+    assert "1 invalid rows left out (data.invalid=drop):" in place.err()
+    assert [row["row"] for row in found["run"]][2:4] == ["dirty.jsonl:3", "dirty.jsonl:5"]
     script(place, "export.py", "--run", "runs/scored", "--out", "merged", "--dtype", "float32")
     script(place, "score.py", "--model", "merged", *argv)
     found["merged"] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
     assert len(found["run"]) == 24 and found["run"] == found["parts"]
     for one, other in zip(found["run"], found["merged"], strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+        assert one.pop("row") == other.pop("row") and one == pytest.approx(other, rel=1e-4, abs=1e-4)
     script(place, "export.py", "--run", "runs/scored", "--out", "packed", "--pack", "nf4")
     packed = json.loads((place.folder / "packed" / "config.json").read_text())
     assert packed["architectures"] == ["LlamaForSequenceClassification"] and packed["quantization_config"]

@@ -371,7 +371,7 @@ def _stats(pairs: PlannedPairs, saved: float) -> PairStats:
         largest_id=int(tokenised.ids.max()),
         summary=f"{len(pairs.train)} pairs in {rows} rows of {shape.length} tokens "
         f"({100 * fill:.0f} % full), "
-        f"{len(pairs.held)} held out, {tokenised.dropped} dropped, {truncated} truncated",
+        f"{len(pairs.held)} held out, {tokenised.dropped} dropped as too long, {truncated} truncated",
         learned=learned_line(
             int(tokenised.responses[pairs.train].sum()),
             int(tokenised.learned_responses[pairs.train].sum()),
