@@ -95,7 +95,7 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     rows = [Row("--prompt", {"prompt": text}) for text in args.prompt]
     if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
-        if path is None:
+        if path is None or not path.is_file():
             raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
         lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]

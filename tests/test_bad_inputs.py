@@ -5,14 +5,16 @@ The cases are data in support/bad_*.py. They run in this process, as the command
 
 import json
 import os
+import shutil
 
 import jax
 import pytest
 from bad_files import CONFIG_TEXTS, CONFIGS, PEFT, RUNS, TEMPLATES
 from bad_rows import FILES, GOOD, LINE, ROWS, TEXTS
-from bad_settings import SETTINGS
+from bad_settings import COMMANDS, SETTINGS
 from fuzzing import bounded
 from prepared import prepare
+from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_place
 from tiny_tokenizers import tiny
@@ -194,3 +196,23 @@ def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
 def test_there_are_enough_cases():
     count = len(SETTINGS) + len(BAD_ROWS) + len(CONFIGS) + len(CONFIG_TEXTS) + len(TEMPLATES)
     assert count + len(PEFT) + len(RUNS) >= 400
+
+
+@pytest.mark.parametrize(("command", "word"), COMMANDS)
+def test_commands(model, place, monkeypatch, capsys, command, word):
+    monkeypatch.chdir(place)
+    name, *argv = command.replace("MODEL", str(model)).split(" ")
+    code, out, err = call(monkeypatch, capsys, name, *argv)
+    assert code == 1 and not out, (code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "x.safetensors"])
+def test_a_pipe_in_a_folder_is_not_waited_for(model, tmp_path, capsys, name):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(capsys, lambda: pretrained.model_for(str(folder)), name)
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "summary.json")
+    refused(capsys, lambda: runfolder.finished_steps(tmp_path / "run"), "summary.json")
