@@ -61,7 +61,7 @@ def moved(lowered, folder):
         alone = (
             one.opcode != "collective-permute" and max(map(len, groups)) == 1
         )  # groups of one device: nothing moves
-        if one.opcode in traffic.KINDS and not alone:
+        if one.opcode in traffic.COLLECTIVES and not alone:
             name = re.search(r'op_name="([^"]*)"', one.attributes)
             found += [Moved(one.opcode, x.dtype, x.shape, name[1] if name else "") for x in one.arrays]
     return found
