@@ -116,6 +116,6 @@ COMMANDS = [
     ("compare missing", "missing"),
     ("compare MODEL", "metrics.jsonl"),
     ("inspect_data --config missing.py", "missing.py"),
-    ("plan --config missing.py --devices h100:1", "missing.py"),
+    ("plan --config configs/sft.py --devices nothing:1", "nothing"),
     ("sweep --config missing.py --over lr=1,2", "missing.py"),
 ]
