@@ -238,14 +238,13 @@ class Place:
         """Metrics, weights, card and summary of a run, in whose texts the name `hidden` is NAME."""
         folder = self.runs(name)
         out = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
-        texts = ("README.md", "summary.json", "completions.jsonl")
+        texts = [folder / text for text in ("README.md", "summary.json", "completions.jsonl")]
+        texts.append(out / "README.md")
         return {
             "metrics": self.metrics(name),
-            "files": {p.name: p.read_bytes() for p in out.iterdir()},
+            "files": {p.name: p.read_bytes() for p in out.iterdir() if p not in texts},
             **{
-                text: (folder / text).read_text().replace(hidden, "NAME")
-                for text in texts
-                if (folder / text).exists()
+                str(p.relative_to(folder)): p.read_text().replace(hidden, "NAME") for p in texts if p.exists()
             },
         }
 
