@@ -100,9 +100,7 @@ def test_every_token_of_prompt_and_completion_counts_once_and_eos_does_not(tmp_p
     (tmp_path / "gsm.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     rows = names["plain_rows"](str(tmp_path / "gsm.jsonl"), 20, None)
     data.write_text("\n".join(map(json.dumps, rows)))
-    settings = Rows(
-        str(data), held_out=None, format="prompt-completion", max_length=32, batch=2, packing=packing
-    )
+    settings = Rows(str(data), held_out=None, format="plain", max_length=32, batch=2, packing=packing)
     tokenizer = tiny_tokenizer()
     source = settings.open(tokenizer, cache=tmp_path)
     counted = sum(
