@@ -353,7 +353,7 @@ def test_evaluation_of_several_adapters_equals_one_evaluation_per_adapter(weight
         found = loss_metrics(t, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *seen), aux)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES[:2])
         for k, (_, objective, _, state, own) in enumerate(begun):
-            expected = jit(lambda *x, o=objective: o(*x))(
+            expected = jit(lambda *x, o=objective: o.for_evaluation()(*x))(
                 tree.combine(state.trainable, own), whole, None, state.aux
             )[1]
             mine = metrics.as_floats(jax.tree.map(lambda x, k=k: x[k], found))
