@@ -39,9 +39,11 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
     learned = [np.full(len(piece), number % (1 + len(kinds)) > 0) for number, piece in enumerate(pieces)]
     offsets, none = np.cumsum([0, *lengths]), np.zeros(count, bool)
     numbers = rng.normal(0, 1, (count, 1))
+    responses = np.array(lengths).reshape(count, 1 + len(kinds))[:, 1:].sum(1)
     return TokenisedPairs(
         kinds=kinds, ids=np.concatenate(pieces), learned=np.concatenate(learned), offsets=offsets,
         row_numbers=np.arange(count), truncated=none, prompt_end_moved=none, extras=numbers,
+        responses=responses, learned_responses=responses,
         weights=rng.integers(1, 4, count).astype(float), names=tuple(f"pair {i}" for i in range(count)),
     )  # fmt: skip
 
