@@ -30,6 +30,7 @@ from jaxft.objectives.check.probe import (
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
 from jaxft.objectives.check.traits import check_antisymmetry, check_difference
 from jaxft.objectives.pair import coupled
+from jaxft.runs import streams
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
@@ -66,7 +67,7 @@ def test_every_shipped_loss_passes_all_checks(name):
 def test_the_description_of_dpo():
     found = check_loss(probe("dpo", P.dpo), claims=("antisymmetric", "difference"))
     assert all(c.ok for c in found if c.name in ("antisymmetric", "difference"))
-    assert "0.6931 = log 2 where the policy is the reference, whatever" in message(found, "start")
+    assert "0.6931 = log 2 where the policy is the reference, for all log-probs" in message(found, "start")
     assert "-0.05 on chosen, 0.05 on rejected" in message(found, "first step")
     assert "= -0.1 times the margin of summed log-ratios" in message(found, "antisymmetric")
     assert "the value is the same" in message(found, "length, sums equal")
@@ -425,6 +426,7 @@ def bench(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.py").write_text(LOSSES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(streams, "outlive_console", lambda: None)  # capsys replaces the streams too
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", [SCRIPT, *args])
