@@ -119,12 +119,15 @@ def test_without_a_reference_only_held_out_pairs_raise_the_alarm():
     assert report_of(held_out_entries([-100, -105, -110]), beta=None)[1]
 
 
-def test_values_that_are_not_finite_are_ignored():
+def test_values_that_are_not_finite_are_no_measurements_and_a_held_out_loss_is_an_alarm():
     entries = [
         {name: None if name != "step" else x for name, x in entry.items()}
         for entry in train_entries(np.zeros(20))
     ]
-    assert report_of([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries]) == ([], [])
+    assert report_of(entries) == ([], [])
+    lines, alarms = report_of([{"step": 0, "eval_loss": None, "eval_logps/chosen": None}, *entries])
+    assert lines == [] and [step for step, _ in alarms] == [0]
+    assert alarms[0][1].startswith("eval_loss is not finite.")
     assert preference_summary({"eval_rewards/margins": None}, {"eval_rewards/margins": None}) == []
 
 
