@@ -15,7 +15,7 @@ START = """
 import json, os, sys
 import jax
 def print_value(value):
-    print("\\ntold " + json.dumps(value), flush=True)
+    print("\\nvalue " + json.dumps(value), flush=True)
 me, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -85,12 +85,12 @@ def test_a_non_finite_weight_cannot_be_quantised_and_is_named(place):
     start = int.from_bytes(stored[:8], "little") + 8
     offset = start + json.loads(stored[8:start])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
     path.write_bytes(stored[:offset] + np.float32(np.nan).tobytes() + stored[offset + 4 :])
-    message = (
-        rf"layers.1.mlp.up_proj.weight: 1 of {96 * 64} values are not finite or too large, the first nan "
-    )
-    with pytest.raises(ValueError, match=message + r"at \(0, 0\)"):
-        load_and_compile(place.folder, *SHORT, "quant=nf4")
-    path.write_bytes(stored)
+    message = rf"layers.1.mlp.up_proj.weight: 1 of {96 * 64} values are NaN or infinite, the first at .0, 0.;"
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_and_compile(place.folder, *SHORT, "quant=nf4")
+    finally:
+        path.write_bytes(stored)
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])

@@ -23,7 +23,7 @@ def place(tmp_path_factory):
 
 
 KINDS = {
-    "lora": ["dropout=0.3", "micro=2", "loop.log_every=3", "loop.eval_every=2", "steps=5"],
+    "small_lora": ["dropout=0.3", "micro=2", "loop.log_every=3", "loop.eval_every=2", "steps=5"],
     "full": ["full=true", "lr=0.001", "loop.save_every=2", "general=general.jsonl", "steps=5"],
 }
 
@@ -69,7 +69,7 @@ def kill_and_finish(place, kind, kills, seed):
 
 def test_a_run_killed_at_random_moments_has_the_results_of_an_uninterrupted_one(place, uninterrupted):
     """Also while a checkpoint is written; tests/train/test_resume.py has every kind of state."""
-    assert_same(uninterrupted("lora"), kill_and_finish(place, "lora", kills=3, seed=1))
+    assert_same(uninterrupted("small_lora"), kill_and_finish(place, "small_lora", kills=3, seed=1))
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_a_run_killed_eight_times_has_the_results_of_an_uninterrupted_one(place,
 
 
 def test_sigterm_and_sigint_save_and_the_same_command_resumes(place, uninterrupted):
-    argv = [*KINDS["lora"], "name=signals", "loop.save_every=100"]
+    argv = [*KINDS["small_lora"], "name=signals", "loop.save_every=100"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = place.checkpoints("signals")
         process = place.start(*argv, hook=SLOW_STEPS)
@@ -92,7 +92,7 @@ def test_sigterm_and_sigint_save_and_the_same_command_resumes(place, uninterrupt
         assert saved[-1] not in before and f"stopped by {name} after step {saved[-1]}, saved" in place.out()
         assert place.err().strip() == f"{name}: finishing this step and saving; a second signal stops at once"
     assert place.run(*argv) == 0, place.err()
-    assert_same(uninterrupted("lora"), place.results("signals", 5))
+    assert_same(uninterrupted("small_lora"), place.results("signals", 5))
 
 
 def test_a_second_signal_ends_the_process_at_once(place):
@@ -121,29 +121,35 @@ def files(folder):
 
 
 def test_a_finished_run_is_not_changed_unless_steps_are_added(place, uninterrupted):
-    finished = uninterrupted("lora")
-    before = files(place.runs("lora"))
-    written = {p.relative_to(place.runs("lora")).as_posix(): p for p in place.runs("lora").rglob("adapter/*")}
-    recorded = json.loads((place.runs("lora") / "summary.json").read_text())["files"]
+    finished = uninterrupted("small_lora")
+    before = files(place.runs("small_lora"))
+    written = {
+        p.relative_to(place.runs("small_lora")).as_posix(): p
+        for p in place.runs("small_lora").rglob("adapter/*")
+    }
+    recorded = json.loads((place.runs("small_lora") / "summary.json").read_text())["files"]
     hashes = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in written.items()}
     assert recorded == {name: known for name, known in hashes.items() if not name.endswith(".md")}
-    argv = [*KINDS["lora"], "name=lora"]
+    argv = [*KINDS["small_lora"], "name=small_lora"]
     assert place.run(*argv) == 0 and "this run is finished (5 steps)" in place.out() and not place.err()
     assert (
-        place.run(*argv[:-2], "steps=3", "name=lora") == 0 and "this run is finished (5 steps)" in place.out()
+        place.run(*argv[:-2], "steps=3", "name=small_lora") == 0
+        and "this run is finished (5 steps)" in place.out()
     )
-    assert files(place.runs("lora")) == before
-    shutil.copytree(place.runs("lora"), place.runs("longer"))
+    assert files(place.runs("small_lora")) == before
+    shutil.copytree(place.runs("small_lora"), place.runs("longer"))
     for old in ("config.json", "checkpoints"):
         assert (place.runs("longer") / old).exists()
-    assert place.run(*argv[:-2], "steps=7", "name=lora") == 0, place.err()
+    assert place.run(*argv[:-2], "steps=7", "name=small_lora") == 0, place.err()
     assert "loop.steps: 5 -> 7" in place.out()
-    logged = place.metrics("lora")
+    logged = place.metrics("small_lora")
     assert logged[: len(finished["metrics"])] == finished["metrics"]
-    assert [m["step"] for m in logged if "loss" in m] == [3, 5, 6, 7] and place.checkpoints("lora")[-1] == 7
-    assert json.loads((place.runs("lora") / "summary.json").read_text())["steps"] == 7
-    shutil.rmtree(place.runs("lora"))
-    shutil.move(place.runs("longer"), place.runs("lora"))
+    assert [m["step"] for m in logged if "loss" in m] == [3, 5, 6, 7] and place.checkpoints("small_lora")[
+        -1
+    ] == 7
+    assert json.loads((place.runs("small_lora") / "summary.json").read_text())["steps"] == 7
+    shutil.rmtree(place.runs("small_lora"))
+    shutil.move(place.runs("longer"), place.runs("small_lora"))
 
 
 def test_a_running_run_is_locked_and_a_killed_process_releases_the_lock(place):
@@ -175,11 +181,11 @@ def test_a_running_run_is_locked_and_a_killed_process_releases_the_lock(place):
 
 
 def test_changed_settings_data_or_weights_are_refused_by_name(place, uninterrupted):
-    uninterrupted("lora")
+    uninterrupted("small_lora")
     write_rows(place.folder / "other.jsonl", rows(30))
     shutil.copytree(place.folder / "base", place.folder / "other", dirs_exist_ok=True)
-    argv = [*KINDS["lora"], "name=lora"]
-    before = files(place.runs("lora"))
+    argv = [*KINDS["small_lora"], "name=small_lora"]
+    before = files(place.runs("small_lora"))
     changed = [a for a in argv if not a.startswith(("micro", "dropout"))]
     assert (
         place.run(
@@ -218,7 +224,7 @@ def test_changed_settings_data_or_weights_are_refused_by_name(place, uninterrupt
     with pytest.raises(ValueError, match="original run: weights_fingerprint[^>]*->[^>]*$"):
         resume(place.folder, *argv)
     path.write_bytes(stored)
-    assert files(place.runs("lora")) == before
+    assert files(place.runs("small_lora")) == before
 
 
 def test_nothing_is_traced_or_compiled_after_the_loop_begins(place):
@@ -281,16 +287,20 @@ def test_the_best_checkpoint_is_also_exported_if_it_is_better_than_the_last(plac
 
 
 def test_a_full_run_starts_from_an_adapter_with_the_loss_that_it_ended_with(place, uninterrupted):
-    uninterrupted("lora")
-    assert place.run("full=true", "start=runs/lora", "steps=1", "lr=0.001", "name=after") == 0, place.err()
-    ended, begun = (json.loads((place.runs(name) / "summary.json").read_text()) for name in ("lora", "after"))
+    uninterrupted("small_lora")
+    assert place.run("full=true", "start=runs/small_lora", "steps=1", "lr=0.001", "name=after") == 0, (
+        place.err()
+    )
+    ended, begun = (
+        json.loads((place.runs(name) / "summary.json").read_text()) for name in ("small_lora", "after")
+    )
     base = ended["before"]["metrics"]["eval_loss"]
     assert abs(ended["after"]["metrics"]["eval_loss"] - base) > 1e-2
     assert abs(begun["before"]["metrics"]["eval_loss"] - ended["after"]["metrics"]["eval_loss"]) < 1e-4
 
 
 def test_the_folders_of_weights_have_cards_and_portable_tokenizers(place, uninterrupted):
-    for kind, folder, library in (("lora", "adapter", "peft"), ("full", "model", "transformers")):
+    for kind, folder, library in (("small_lora", "adapter", "peft"), ("full", "model", "transformers")):
         uninterrupted(kind)
         weights = place.runs(kind) / folder
         run_card, card = (
