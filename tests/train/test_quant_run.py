@@ -111,7 +111,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     run = place.runs("trained")
     monkeypatch.chdir(place.folder)
     script = lambda name, *args: call(monkeypatch, capsys, name, *args)  # noqa: E731
-    prompts = ["--prompt", "what is 20 plus 20?", "--prompt", "ab", "--max-new", "6", "--json"]
+    prompts = ["--prompt", "what is 20 plus 20?", "--prompt", "ab", "--raw", "--max-new", "6", "--json"]
 
     def completions(*args):
         code, out, err = script("generate", *args, *prompts)
