@@ -50,6 +50,10 @@ class ExportSource:
     data: str | None = None
 
 
+def no_progress(line: str) -> None:
+    """Print nothing."""
+
+
 @dataclass(frozen=True)
 class ExportQuant:
     """How written weights are quantised, each rounded once from float32.
@@ -60,7 +64,7 @@ class ExportQuant:
 
     quant: Quant
     moments: dict[str, Any] = field(default_factory=dict)
-    progress: Callable[[str], None] = lambda line: None
+    progress: Callable[[str], None] = no_progress
 
 
 def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
