@@ -1,6 +1,7 @@
 """Blockwise attention in plain XLA for packed rows, on every backend (attention.py defines visibility)."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from jaxft.tree import struct
+from jaxft.tree import static, struct
 
 MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
 
@@ -26,66 +27,114 @@ def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=_wide(x.dtype))
 
 
-def visible(segments_T, segments_S, branches_T, branches_S, causal_TS):
-    """Return which keys S are visible to each query T; causal_TS: keys that are not after the query."""
-    visible_TS = (
-        causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
-    )
-    if branches_T is not None:
-        shared = (branches_S == 0)[..., None, :]
-        visible_TS &= shared | (branches_T[..., :, None] == branches_S[..., None, :])
-    return visible_TS
+@struct
+class Visibility:
+    """What determines together with storage order which keys are visible, for each token of rows."""
+
+    segments: Any  # integers [..., T]; 0 is padding
+    branches: Any = None  # as segments, or None: no shared prompts
+    positions: Any = None  # as segments; only a window reads them
 
 
 @struct
-class Visibility:
-    """Together with storage order these determine which keys are visible: segments, and branches or None,
-    both [B, T].
+class AttentionRule:
+    """What a layer's attention does in addition to visibility.
+
+    window: a query at position p sees keys at positions above p - window: its own and the window - 1 before
+    it. An int, or an int32 scalar array, which may differ between the layers of a scan; None: no window.
+    softcap: scores s become softcap * tanh(s / softcap) before the mask; None: as they are.
     """
 
-    segments: Any  # integers [..., T]
-    branches: Any  # as segments, or None
+    window: Any = None
+    softcap: float | None = static(default=None)
+
+
+PLAIN_RULE = AttentionRule()  # neither a window nor a soft cap
+
+
+@struct
+class KeyMask:
+    """Which keys each of T successive queries of longer rows sees, and how their scores are capped.
+
+    queries, keys: their visibility. start: storage position of the first query.
+    """
+
+    queries: Visibility
+    keys: Visibility
+    start: Any
+    rule: AttentionRule
+
+
+def visible(
+    queries: Visibility, keys: Visibility, causal_TS: Bool[Array, "..."], window: Any = None
+) -> Bool[Array, "..."]:
+    """Return which keys S are visible to each query T; causal_TS: keys that are not after the query."""
+    segments_T, segments_S = queries.segments, keys.segments
+    visible_TS = (
+        causal_TS & (segments_T[..., :, None] == segments_S[..., None, :]) & (segments_T[..., :, None] != 0)
+    )
+    if queries.branches is not None:
+        shared = (keys.branches == 0)[..., None, :]
+        visible_TS &= shared | (queries.branches[..., :, None] == keys.branches[..., None, :])
+    if window is not None:
+        visible_TS &= queries.positions[..., :, None] - keys.positions[..., None, :] < window
+    return visible_TS
+
+
+def checked(rows: Visibility, rule: AttentionRule) -> tuple[Visibility, AttentionRule]:
+    """Return rows and rule with positions only where a window reads them, and the window as an array.
+
+    Raises ValueError if there is a window but no positions.
+    """
+    if rule.window is None:
+        return replace(rows, positions=None), rule
+    if rows.positions is None:
+        raise ValueError("a sliding window needs the positions of the tokens: set Visibility.positions")
+    return rows, replace(rule, window=jnp.asarray(rule.window, jnp.int32))
+
+
+def soft_capped(scores: jax.Array, cap: float | None) -> jax.Array:
+    """Return cap * tanh(scores / cap); without a cap the scores."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def flash(
     q_BTHE: Float[Array, "B T H E"],
     k_BTKE: Float[Array, "B T K E"],
     v_BTKE: Float[Array, "B T K E"],
-    segments_BT: Int[Array, "B T"],
-    branches_BT: Int[Array, "B T"] | None = None,
+    rows: Visibility,
+    rule: AttentionRule = PLAIN_RULE,
     block: int = 256,
 ) -> Float[Array, "B T H E"]:
     """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with T
     x T.
 
-    Blocks of keys that are visible to no query of a block are skipped, row by row. The backward pass
-    recomputes the probabilities; with a remat policy that saves "attn_out" and "attn_lse" it skips the
-    forward pass.
+    Blocks of keys that are visible to no query of a block are skipped, row by row, so that the cost of a
+    layer with a window grows with T x window. The backward pass recomputes the probabilities; with a remat
+    policy that saves "attn_out" and "attn_lse" it skips the forward pass.
     """
-    seen = Visibility(segments_BT, branches_BT)
-    return flash_part(q_BTHE, k_BTKE, v_BTKE, (seen, seen), jnp.int32(0), block)
+    return flash_part(q_BTHE, k_BTKE, v_BTKE, KeyMask(rows, rows, jnp.int32(0), rule), block)
 
 
 def flash_part(
     q_BTHE: Float[Array, "B T H E"],
     k_BSKE: Float[Array, "B S K E"],
     v_BSKE: Float[Array, "B S K E"],
-    seen: tuple[Visibility, Visibility],
-    start: Int[Array, ""],
+    mask: KeyMask,
     block: int = 256,
 ) -> Float[Array, "B T H E"]:
-    """flash for T successive queries of longer rows, the first at storage position `start`.
-
-    seen: visibility of the queries and of the keys.
-    """
+    """flash for T successive queries of longer rows; see KeyMask."""
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]
     count = -(-T // block)
     step = math.gcd(block, 16)
     block = -(-T // (count * step)) * step  # the smallest size that makes `count` blocks: least padding
-    queries = jax.tree.map(lambda x: pad_time(x, -T % block), (q_BTHE.reshape(B, T, K, H // K, E), seen[0]))
-    keys = jax.tree.map(lambda x: pad_time(x, -x.shape[1] % block), (k_BSKE, v_BSKE, seen[1]))
-    return _flash(queries, keys, start, block).reshape(B, T + -T % block, H, E)[:, :T]
+    (queries, rule), (keys, _) = checked(mask.queries, mask.rule), checked(mask.keys, mask.rule)
+    q_BTKGE = q_BTHE.reshape(B, T, K, H // K, E)
+    q, queries = jax.tree.map(lambda x: pad_time(x, -T % block), (q_BTKGE, queries))
+    k, v, keys = jax.tree.map(lambda x: pad_time(x, -x.shape[1] % block), (k_BSKE, v_BSKE, keys))
+    o = _flash((q, k, v), KeyMask(queries, keys, mask.start, rule), block)
+    return o.reshape(B, T + -T % block, H, E)[:, :T]
 
 
 def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
@@ -128,14 +177,34 @@ def _overlap(
     return (low_BC[:, :, None] <= high_BD[:, None]) & (low_BD[:, None] <= high_BC[:, :, None])
 
 
-def _visits(seen: tuple[Visibility, Visibility], start, block):
+def _reaches(queries: Visibility, keys: Visibility, window: jax.Array, step: int) -> Bool[Array, "B C D"]:
+    """Whether a block's last key may be in the window of a block's first query, segment by segment.
+
+    A token's place is its position plus `step` times its segment. Two tokens of a segment are as far apart
+    as their positions, whatever `step` is; if it is at least a row's length, the segments of a sorted row
+    don't overlap. step * segment is bounded so that it fits into an int32.
+    """
+
+    def places(rows: Visibility, padding: int) -> jax.Array:
+        at = jnp.minimum(rows.segments, 2**30 // step) * step + rows.positions
+        return jnp.where(rows.segments == 0, padding, at)
+
+    info = np.iinfo(np.int32)
+    first_BC, last_BD = places(queries, info.max).min(2), places(keys, info.min).max(2)
+    return last_BD[:, None, :] > (first_BC - window)[:, :, None]
+
+
+def _visits(mask: KeyMask, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return per query block the key blocks that it must visit, as indices into all key blocks (the first
     `count` entries), `count`, and the storage position of its first query, on the scale of that list.
     """
-    (B, T), S = seen[0].segments.shape, seen[1].segments.shape[1]
+    (B, T), S = mask.queries.segments.shape, mask.keys.segments.shape[1]
     C, D = T // block, S // block
-    queries, keys = (jax.tree.map(lambda x: x.reshape(B, x.shape[1] // block, block), s) for s in seen)
-    first_C = start + block * jnp.arange(C, dtype=jnp.int32)
+    queries, keys = (
+        jax.tree.map(lambda x: x.reshape(B, x.shape[1] // block, block), rows)
+        for rows in (mask.queries, mask.keys)
+    )
+    first_C = mask.start + block * jnp.arange(C, dtype=jnp.int32)
     overlapping = block * jnp.arange(D, dtype=jnp.int32)[None, :] < first_C[:, None] + block
     empty = queries.segments == 0, keys.segments == 0
     overlapping = overlapping[None] & _overlap(queries.segments, keys.segments, empty)
@@ -143,26 +212,28 @@ def _visits(seen: tuple[Visibility, Visibility], start, block):
         shared = (keys.branches == 0).any(2)[:, None]
         none = jnp.zeros(queries.branches.shape, bool), jnp.zeros(keys.branches.shape, bool)
         overlapping &= shared | _overlap(queries.branches, keys.branches, none)
+    if mask.rule.window is not None:
+        overlapping &= _reaches(queries, keys, mask.rule.window, S)
     row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * D
     key_blocks = row + jnp.argsort(~overlapping, axis=2, stable=True).astype(jnp.int32)
     firsts = (row[:, :, 0] * block + first_C[None]).reshape(B * C)
     return key_blocks.reshape(B * C, D), overlapping.sum(2, dtype=jnp.int32).reshape(B * C), firsts
 
 
-def _scores(q_KME, k_KNE, seen: tuple[Visibility, Visibility], first, at: tuple[jax.Array, jax.Array]):
-    """Masked scores of query block i, which starts at storage position `first`, and key block j, in float32
-    or wider.
+def _scores(q_KME, k_KNE, mask: KeyMask, first, at: tuple[jax.Array, jax.Array]):
+    """Return the masked scores of query block i, which starts at storage position `first`, and key block j,
+    in float32 or wider; and the derivative of the soft cap, also of masked scores, or None.
     """
-    (K, M, E), (i, j) = q_KME.shape, at
+    (K, M, E), (i, j), cap = q_KME.shape, at, mask.rule.softcap
     N = k_KNE.shape[1]
     steps = jnp.arange(N, dtype=jnp.int32)
     causal_NN = (j * N + steps)[None, :] <= (first + steps)[:, None]
-    of_queries, of_keys = (
-        s if s is None else s[n] for s, n in ((seen[0].branches, i), (seen[1].branches, j))
-    )
-    seen_NN = visible(seen[0].segments[i], seen[1].segments[j], of_queries, of_keys, causal_NN)
-    s_KMN = wide_einsum("kme,kne->kmn", q_KME, k_KNE) * E**-0.5
-    return jnp.where(seen_NN[None, None], s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
+    queries, keys = jax.tree.map(lambda x: x[i], mask.queries), jax.tree.map(lambda x: x[j], mask.keys)
+    seen_NN = visible(queries, keys, causal_NN, mask.rule.window)
+    s_KMN = soft_capped(wide_einsum("kme,kne->kmn", q_KME, k_KNE) * E**-0.5, cap)
+    slope_KMN = None if cap is None else 1 - jnp.square(s_KMN / cap)
+    masked = jnp.where(seen_NN[None, None], s_KMN.reshape(K, M // N, N, N), MASKED).reshape(K, M, N)
+    return masked, slope_KMN
 
 
 def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: DTypeLike, transposed: bool = False) -> jax.Array:
@@ -180,12 +251,17 @@ def _storage(x_KME: jax.Array, N: int) -> jax.Array:
     return _bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 
 
-def _forward(queries, keys, start, block, dtype):
+def _in_blocks(mask: KeyMask, block: int) -> KeyMask:
+    queries, keys = jax.tree.map(lambda x: _blocks(x, block), (mask.queries, mask.keys))
+    return replace(mask, queries=queries, keys=keys)
+
+
+def _forward(qkv, mask, block, dtype):
     """Return o [B, T, K, G, E] as bits and the log-sum-exp of the scores [C, K, M]."""
-    B, T, K, G, E = queries[0].shape
+    B, T, K, G, E = qkv[0].shape
     M, wide = G * block, _wide(dtype)
-    key_blocks, counts, firsts = _visits((queries[1], keys[2]), start, block)
-    (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = jax.tree.map(lambda x: _blocks(x, block), (queries, keys))
+    (key_blocks, counts, firsts), mask = _visits(mask, block), _in_blocks(mask, block)
+    q_CNKGE, k_DNKE, v_DNKE = (_blocks(x, block) for x in qkv)
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
 
     def query_block(i):
@@ -194,7 +270,7 @@ def _forward(queries, keys, start, block, dtype):
         def visit(n, carry):
             o_KME, m_KM, l_KM = carry
             j = key_blocks[i, n]
-            s_KMN = _scores(q_KME, _floats(k_DKNE[j], dtype), (seen_CN, seen_DN), firsts[i], (i, j))
+            s_KMN, _ = _scores(q_KME, _floats(k_DKNE[j], dtype), mask, firsts[i], (i, j))
             top_KM = jnp.maximum(m_KM, s_KMN.max(2))
             p_KMN = jnp.exp(s_KMN - top_KM[:, :, None])
             shrink_KM = jnp.exp(m_KM - top_KM)
@@ -214,16 +290,15 @@ def _forward(queries, keys, start, block, dtype):
     return o_CNKGE.reshape(B, T, K, G, E), lse_CKM
 
 
-def _backward(queries, keys, start, results, block, dtype):
+def _backward(qkv, mask, results, block, dtype):
     """Return the gradients of q, k and v; results: o, its log-sum-exp and its cotangent.
 
     Transposed copies of q and do keep all five matmuls on the fast path.
     """
-    (B, T, K, G, E), S = queries[0].shape, keys[0].shape[1]
+    (B, T, K, G, E), S = qkv[0].shape, qkv[1].shape[1]
     (o, lse_CKM, do), M, wide = results, G * block, _wide(dtype)
-    key_blocks, counts, firsts = _visits((queries[1], keys[2]), start, block)
-    (queries, keys), o, do = jax.tree.map(lambda x: _blocks(x, block), ((queries, keys), o, do))
-    (q_CNKGE, seen_CN), (k_DNKE, v_DNKE, seen_DN) = queries, keys
+    (key_blocks, counts, firsts), mask = _visits(mask, block), _in_blocks(mask, block)
+    q_CNKGE, k_DNKE, v_DNKE, o, do = (_blocks(x, block) for x in (*qkv, o, do))
     k_DKNE, v_DKNE = k_DNKE.swapaxes(1, 2), v_DNKE.swapaxes(1, 2)
 
     def query_block(carry, i):
@@ -236,11 +311,12 @@ def _backward(queries, keys, start, results, block, dtype):
             dq_KME, dk_DKEN, dv_DKEN = carry
             j = key_blocks[i, n]
             k_KNE = _floats(k_DKNE[j], dtype)
-            s_KMN = _scores(q_KME, k_KNE, (seen_CN, seen_DN), firsts[i], (i, j))
+            s_KMN, slope_KMN = _scores(q_KME, k_KNE, mask, firsts[i], (i, j))
             p_KMN = jnp.exp(s_KMN - lse_KM[:, :, None]).astype(dtype)
             dv_DKEN = _add(dv_DKEN, j, wide_einsum("kem,kmn->ken", do_KEM, p_KMN))
             dp_KMN = wide_einsum("kme,kne->kmn", do_KME, _floats(v_DKNE[j], dtype))
-            ds_KMN = (p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5).astype(dtype)
+            ds_KMN = p_KMN.astype(wide) * (dp_KMN - delta_KM[:, :, None]) * E**-0.5
+            ds_KMN = (ds_KMN if slope_KMN is None else ds_KMN * slope_KMN).astype(dtype)
             dk_DKEN = _add(dk_DKEN, j, wide_einsum("kem,kmn->ken", q_KEM, ds_KMN))
             return dq_KME + wide_einsum("kmn,kne->kme", ds_KMN, k_KNE), dk_DKEN, dv_DKEN
 
@@ -257,26 +333,22 @@ def _add(x: jax.Array, j: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, j, 0, keepdims=False) + y, j, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _flash(queries, keys, start, block):
-    return _flash_forward(queries, keys, start, block)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _flash(qkv, mask, block):
+    return _flash_forward(qkv, mask, block)[0]
 
 
-def _as_bits(queries, keys):
-    return (_bits(queries[0]), queries[1]), (_bits(keys[0]), _bits(keys[1]), keys[2])
-
-
-def _flash_forward(queries, keys, start, block):
-    dtype = queries[0].dtype
-    o, lse = _forward(*_as_bits(queries, keys), start, block, dtype)
+def _flash_forward(qkv, mask, block):
+    dtype = qkv[0].dtype
+    o, lse = _forward(tuple(_bits(x) for x in qkv), mask, block, dtype)
     o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return _floats(o, dtype), (queries, keys, start, o, lse)
+    return _floats(o, dtype), (qkv, mask, o, lse)
 
 
 def _flash_backward(block, saved, do):
-    queries, keys, start, o, lse = saved
-    dq, dk, dv = _backward(*_as_bits(queries, keys), start, (o, lse, _bits(do)), block, queries[0].dtype)
-    return (dq, None), (dk, dv, None), None
+    qkv, mask, o, lse = saved
+    results = o, lse, _bits(do)
+    return _backward(tuple(_bits(x) for x in qkv), mask, results, block, qkv[0].dtype), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

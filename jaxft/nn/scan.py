@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.nn import fused_update
 from jaxft.nn.attention import attention, cached_attention
+from jaxft.nn.flash_attention import Visibility
 from jaxft.nn.matmul import accumulation_dtype, from_bits, to_bits
 from jaxft.tree import Batch, Params
 
@@ -96,9 +97,10 @@ def scan_layers(
     keys: a random key per layer for dropout, or None.
     """
     policy = REMAT[remat]
+    rows = Visibility(tokens.segments, tokens.branches, tokens.positions)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attention(q, k, v, tokens.segments, tokens.branches, tokens.packed), None
+        return attention(q, k, v, rows, tokens.packed), None
 
     def body(h: Array, x: tuple[Params, Array | None]) -> tuple[Array, None]:
         p, key = x
@@ -166,9 +168,10 @@ def prefill_layers(
 
     Prompts are left-padded (segment 0), so that every row writes its next token to the same slot.
     """
+    rows = Visibility(tokens.segments, tokens.branches, tokens.positions)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        o = attention(q, k, v, tokens.segments, tokens.branches, tokens.packed)
+        o = attention(q, k, v, rows, tokens.packed)
         return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
 
     h_BTD, (k, v) = jax.lax.scan(lambda h, p: layer(p, h, attend, None), h_BTD, layers)

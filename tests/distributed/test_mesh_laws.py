@@ -18,6 +18,7 @@ from jaxft.data.prompts import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import attention
+from jaxft.nn.flash_attention import Visibility
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor, quantize
@@ -128,15 +129,15 @@ def test_attention_with_sharded_time_equals_one_device(mesh, heads, kv_heads):
     """Heads that divide over tensor x context, replicated kv heads, and heads that do not divide."""
     rng, devices = np.random.default_rng(8), make_mesh(mesh)
     q, k, v, do = arrays(rng, 2, 40, heads, kv_heads, 8, jnp.float64)
-    segments, branches = packed(rng, 2, 40)
-    expected = value_and_gradients(attention.dense, q, k, v, do, segments, branches)
+    rows = Visibility(*packed(rng, 2, 40))
+    expected = value_and_gradients(attention.dense, q, k, v, do, rows)
     shard = lambda x, *axes: jax.device_put(x, sharding.array_sharding(devices, axes, x.shape))  # noqa: E731
     axes = ("heads", "kv_heads", "kv_heads", "heads")
     sharded = [
         shard(x, "rows", "time", axis, "head_dim") for x, axis in zip((q, k, v, do), axes, strict=True)
     ]
     with jax.set_mesh(devices):
-        assert_close(value_and_gradients(attention.attention, *sharded, segments, branches), expected)
+        assert_close(value_and_gradients(attention.attention, *sharded, rows), expected)
 
 
 def test_read_positions_are_grouped_by_shard_of_time():

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention, flash_attention
-from jaxft.nn.flash_attention import Visibility
+from jaxft.nn.flash_attention import PLAIN_RULE, KeyMask, Visibility
 
 QUERIES, KEYS, ROW = (
     ("rows", "time", "heads", "head_dim"),
@@ -80,7 +80,7 @@ def test_dense_is_the_definition(branched):
         q, k, v, _ = arrays(rng, 3, 17, 4, 2, 8, jnp.float64)
         segments, branches = packed(rng, 3, 17)
         branches = branches if branched else None
-        found = attention.dense(q, k, v, segments, branches)
+        found = attention.dense(q, k, v, Visibility(segments, branches))
         np.testing.assert_allclose(found, by_the_definition(q, k, v, segments, branches), atol=1e-13)
 
 
@@ -101,7 +101,7 @@ def test_flash_equals_dense_in_value_and_gradient(B, T, H, K, E, block, branched
     with jax.enable_x64(True):
         x = arrays(rng, B, T, H, K, E, jnp.float64)
         segments, branches = packed(rng, B, T)
-        rest = (segments, branches if branched else None)
+        rest = (Visibility(segments, branches if branched else None),)
         expected = value_and_gradients(attention.dense, *x, *rest)
         assert_close(value_and_gradients(partial(attention.flash, block=block), *x, *rest), expected, 1e-10)
 
@@ -118,7 +118,7 @@ def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, bra
     """Unsorted rows, which no packer writes: skipping blocks must not lose a visible key."""
     with jax.enable_x64(True):
         x = arrays(np.random.default_rng(0), 1, 30, 2, 1, 4, jnp.float64)
-        rest = (jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32))
+        rest = (Visibility(jnp.asarray([segments], jnp.int32), jnp.asarray([branches], jnp.int32)),)
         expected = value_and_gradients(attention.dense, *x, *rest)
         assert_close(value_and_gradients(BLOCKS_OF_8, *x, *rest), expected, 1e-10)
 
@@ -129,7 +129,7 @@ def test_flash_equals_dense_for_any_order_of_segments_and_branches(segments, bra
 def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
     rng = np.random.default_rng(1)
     narrow = arrays(rng, 2, 80, 4, 2, 16, dtype)
-    rest = packed(rng, 2, 80)
+    rest = (Visibility(*packed(rng, 2, 80)),)
     found = value_and_gradients(partial(attention.flash, block=32), *narrow, *rest)
     assert all(x.dtype == dtype for x in found)
     with jax.enable_x64(True):
@@ -140,11 +140,11 @@ def test_error_of_narrow_dtypes_is_their_rounding(dtype, tolerance):
 def test_large_scores_stay_finite():
     rng = np.random.default_rng(2)
     q, k, v, do = arrays(rng, 1, 40, 2, 1, 8, jnp.float32)
-    segments, _ = packed(rng, 1, 40)
+    rows = Visibility(packed(rng, 1, 40)[0])
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in (100 * q, 100 * k, v, do))
-        expected = value_and_gradients(attention.dense, *wide, segments)
-    found = value_and_gradients(partial(attention.flash, block=16), 100 * q, 100 * k, v, do, segments)
+        expected = value_and_gradients(attention.dense, *wide, rows)
+    found = value_and_gradients(partial(attention.flash, block=16), 100 * q, 100 * k, v, do, rows)
     assert_close(found, expected, 0.02)  # the resolution of float32 at a score of 10^4 is 10^-3
 
 
@@ -155,14 +155,15 @@ def test_masked_tokens_change_nothing(kernel):
     q, k, v, do = arrays(rng, 1, 64, 2, 1, 8, jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2, 3, 0]], jnp.int32), 16, axis=1)
     branches = jnp.asarray([[0] * 20 + [1] * 6 + [2] * 6 + [0] * 32], jnp.int32)
+    rows = Visibility(segments, branches)
     mine = jnp.asarray(
         [*range(16, 20), *range(26, 30)]
     )  # the prompt of the second segment, and most of its second branch
     others = jnp.ones(64, bool).at[mine].set(False)[None, :, None, None]
     do = jnp.where(others, 0, do)
-    before = value_and_gradients(kernel, q, k, v, do, segments, branches)
+    before = value_and_gradients(kernel, q, k, v, do, rows)
     noisy = (jnp.where(others, x + 50, x) for x in (q, k, v))
-    after = value_and_gradients(kernel, *noisy, do, segments, branches)
+    after = value_and_gradients(kernel, *noisy, do, rows)
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x[:, mine], y[:, mine])
     for gradient in after[1:]:
@@ -171,7 +172,8 @@ def test_masked_tokens_change_nothing(kernel):
 
 def test_padding_returns_zeros_even_in_rows_of_padding_only():
     x = arrays(np.random.default_rng(4), 2, 40, 2, 1, 8, jnp.float32)
-    for found in value_and_gradients(partial(attention.flash, block=16), *x, jnp.zeros((2, 40), jnp.int32)):
+    rows = Visibility(jnp.zeros((2, 40), jnp.int32))
+    for found in value_and_gradients(partial(attention.flash, block=16), *x, rows):
         assert not np.any(found)
 
 
@@ -180,11 +182,10 @@ def test_packed_examples_equal_examples_alone():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 1, 50, 4, 2, 8, jnp.float64)
         segments = jnp.asarray([[1] * 11 + [2] * 30 + [3] * 9], jnp.int32)
-        together = attention.flash(q, k, v, segments, block=16)
+        together = attention.flash(q, k, v, Visibility(segments), block=16)
         for start, stop in ((0, 11), (11, 41), (41, 50)):
-            alone = attention.flash(
-                *(x[:, start:stop] for x in (q, k, v)), jnp.ones((1, stop - start), jnp.int32), block=16
-            )
+            rows = Visibility(jnp.ones((1, stop - start), jnp.int32))
+            alone = attention.flash(*(x[:, start:stop] for x in (q, k, v)), rows, block=16)
             np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-12)
 
 
@@ -193,21 +194,27 @@ def test_completions_after_a_shared_prompt_equal_prompt_and_completion_alone():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 1, 40, 4, 2, 8, jnp.float64)
         branches = jnp.asarray([[0] * 13 + [1] * 12 + [2] * 15], jnp.int32)
-        together = attention.flash(q, k, v, jnp.ones((1, 40), jnp.int32), branches, block=16)
+        together = attention.flash(q, k, v, Visibility(jnp.ones((1, 40), jnp.int32), branches), block=16)
         for start, stop in ((13, 25), (25, 40)):
             at = jnp.asarray([*range(13), *range(start, stop)])
-            alone = attention.flash(q[:, at], k[:, at], v[:, at], jnp.ones((1, len(at)), jnp.int32), block=16)
+            rows = Visibility(jnp.ones((1, len(at)), jnp.int32))
+            alone = attention.flash(q[:, at], k[:, at], v[:, at], rows, block=16)
             np.testing.assert_allclose(together[:, at], alone, atol=1e-12)
+
+
+def visits(rows, block, rule=PLAIN_RULE):
+    """Return the key blocks that each query block visits, and how many."""
+    return flash_attention._visits(KeyMask(rows, rows, jnp.int32(0), rule), block)[:2]
 
 
 def test_visits_skip_later_blocks_other_segments_padding_and_other_branches():
     segments = jnp.repeat(jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]], jnp.int32), 4, axis=1)
-    places, counts, _ = flash_attention._visits((Visibility(segments, None),) * 2, 0, 4)
+    places, counts = visits(Visibility(segments), 4)
     assert counts.tolist() == [1, 2, 1, 2, 0, 1, 2, 3, 4, 5]
     assert places[3, :2].tolist() == [2, 3]
     assert places[8, :4].tolist() == [5, 6, 7, 8]
     branches = jnp.repeat(jnp.asarray([[0, 1, 2, 3, 3]] * 2, jnp.int32), 4, axis=1)
-    places, counts, _ = flash_attention._visits((Visibility(segments, branches),) * 2, 0, 4)
+    places, counts = visits(Visibility(segments, branches), 4)
     assert counts.tolist()[5:] == [1, 2, 2, 2, 3]
     assert places[9, :3].tolist() == [5, 8, 9]
 
@@ -217,7 +224,7 @@ def test_cached_attention_is_the_last_row_of_dense():
     with jax.enable_x64(True):
         q, k, v, _ = arrays(rng, 3, 20, 4, 2, 8, jnp.float64)
         segments = jnp.ones((3, 20), jnp.int32)
-        expected = attention.dense(q, k, v, segments)[:, -1]
+        expected = attention.dense(q, k, v, Visibility(segments))[:, -1]
         room = ((0, 0), (2, 7), (0, 0), (0, 0))  # the cache has free slots
         visible = (jnp.arange(29) >= 2) & (jnp.arange(29) < 22)
         k_BSKE, v_BSKE = (jnp.pad(x, room, constant_values=9.0) for x in (k, v))
@@ -234,13 +241,13 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
     with jax.enable_x64(True):
         x = arrays(rng, 8, 40, 4, 2, 8, jnp.float64)
         segments, branches = packed(rng, 8, 40)
-        rest = (segments, branches) if branched else (segments,)
-        expected = value_and_gradients(attention.dense, *x, *rest)
-        axes = (QUERIES, KEYS, KEYS, QUERIES, *(ROW for _ in rest))
+        rest = Visibility(segments, branches if branched else None)
+        expected = value_and_gradients(attention.dense, *x, rest)
         placed = [
             jax.device_put(a, array_sharding(mesh, names, a.shape))
-            for a, names in zip((*x, *rest), axes, strict=True)
+            for a, names in zip(x, (QUERIES, KEYS, KEYS, QUERIES), strict=True)
         ]
+        placed.append(jax.tree.map(lambda a: jax.device_put(a, array_sharding(mesh, ROW, a.shape)), rest))
         with jax.set_mesh(mesh):
             compiled = value_and_gradients.lower(attention.attention, *placed).compile()
             assert_close(compiled(*placed), expected, 1e-10)
@@ -250,11 +257,11 @@ def test_sharded_equals_unsharded_and_moves_nothing(shape, branched):
     assert not re.search(between_devices, compiled.as_text())
 
 
-def layers(q, k, v, segments, policy):
+def layers(q, k, v, rows, policy):
     """Three layers as a model runs them: scanned, rematerialised."""
 
     def layer(x, _):
-        return jax.checkpoint(lambda x: attention.flash(x, k, v, segments, block=16), policy=policy)(x), None
+        return jax.checkpoint(lambda x: attention.flash(x, k, v, rows, block=16), policy=policy)(x), None
 
     return jax.lax.scan(layer, q, length=3)[0]
 
@@ -266,10 +273,10 @@ def products(fn, *args):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_saved_names_avoid_recomputing_the_forward_pass(dtype):
     q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
-    segments = jnp.ones((1, 32), jnp.int32)
+    rows = Visibility(jnp.ones((1, 32), jnp.int32))
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
     count = {
-        policy: products(partial(value_and_gradients, partial(layers, policy=policy)), q, k, v, do, segments)
+        policy: products(partial(value_and_gradients, partial(layers, policy=policy)), q, k, v, do, rows)
         for policy in (
             names,
             jax.checkpoint_policies.everything_saveable,
@@ -286,8 +293,8 @@ def test_no_program_has_a_t_by_t_matrix():
 
     def temporaries(T):
         shapes = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.bfloat16) for heads in (4, 2, 2, 4)]
-        segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
-        compiled = value_and_gradients.lower(attention.flash, *shapes, segments).compile()
+        rows = Visibility(jax.ShapeDtypeStruct((1, T), jnp.int32))
+        compiled = value_and_gradients.lower(attention.flash, *shapes, rows).compile()
         assert not re.search(rf"\[(\d+,)*{T},{T}[,\]]", compiled.as_text())
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -337,12 +344,12 @@ def test_the_kernel_follows_from_the_ambient_mesh_at_trace_time(monkeypatch, pac
     for name in ("triton", "cudnn", "splash", "flash"):
         monkeypatch.setattr(attention, name, spy(name))
     shapes = [jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
-    args = *shapes, jax.ShapeDtypeStruct((2, 40), jnp.int32)
+    row = jax.ShapeDtypeStruct((2, 40), jnp.int32)
     fn = jax.jit(partial(attention.attention, packed=packed))
-    fn.trace(*args)
+    fn.trace(*shapes, Visibility(row))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=H100)):
-        fn.trace(*args)
-        fn.trace(*args[:4], branches_BT=args[3])
+        fn.trace(*shapes, Visibility(row))
+        fn.trace(*shapes, Visibility(row, branches=row))
     assert used == ["flash", expected, "flash"]
 
 
@@ -359,8 +366,9 @@ def test_lengths_equal_segments_for_rows_of_one_example():
     segments = (np.arange(40)[None] < np.array([[40], [17], [0]])).astype(np.int32)
     do = jnp.where(segments[:, :, None, None] == 0, 0, do)
     with jax.numpy_dtype_promotion("standard"):
-        found = value_and_gradients(partial(attention.cudnn, implementation="xla"), q, k, v, do, segments)
-    expected = value_and_gradients(attention.dense, q, k, v, do, segments)
+        kernel = partial(attention.cudnn, implementation="xla")
+        found = value_and_gradients(kernel, q, k, v, do, Visibility(segments))
+    expected = value_and_gradients(attention.dense, q, k, v, do, Visibility(segments))
     real = segments[:, :, None, None] != 0
     assert np.all(np.isfinite(found[0]))
     assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-5)
@@ -374,8 +382,8 @@ def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
     segments, _ = packed(rng, 2, T)
     do = jnp.where(segments[:, :, None, None] == 0, 0, do)
     with jax.numpy_dtype_promotion("standard"):
-        found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, segments)
-    expected = value_and_gradients(attention.dense, q, k, v, do, segments)
+        found = value_and_gradients(partial(kernel, interpret=True), q, k, v, do, Visibility(segments))
+    expected = value_and_gradients(attention.dense, q, k, v, do, Visibility(segments))
     real = segments[:, :, None, None] != 0  # padding queries may return any finite number
     assert np.all(np.isfinite(found[0]))
     assert_close([jnp.where(real, x, 0) for x in found], expected, 1e-4)
@@ -384,7 +392,7 @@ def test_accelerated_kernels_equal_dense_when_interpreted(kernel, T):
 @pytest.mark.parametrize(("kernel", "platform"), [(attention.triton, "cuda"), (attention.splash, "tpu")])
 def test_accelerated_kernels_lower_for_their_platform(kernel, platform):
     shapes = [jax.ShapeDtypeStruct((2, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2, 4)]
-    segments = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+    rows = Visibility(jax.ShapeDtypeStruct((2, 200), jnp.int32))
     with jax.numpy_dtype_promotion("standard"):
-        lowered = value_and_gradients.trace(kernel, *shapes, segments).lower(lowering_platforms=(platform,))
+        lowered = value_and_gradients.trace(kernel, *shapes, rows).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("custom_call") >= 3
