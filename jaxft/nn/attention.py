@@ -258,21 +258,21 @@ def attention_line(
 
     rules: those of the model's layers, with windows as ints; layers of one scan have one kernel.
     """
-    T, lines = q_BTHE.shape[1], []
+    T, reasons = q_BTHE.shape[1], []
     rules = [replace(rule, window=needed_window(rule.window, T)) for rule in rules]
     windows = sorted({rule.window for rule in rules if rule.window is not None})
     caps = sorted({rule.softcap for rule in rules if rule.softcap is not None})
     rule = AttentionRule(min(windows, default=None), min(caps, default=None))
     layout, kernel = _choice(q_BTHE, kv_heads, branches, packed, rule)
-    if kernel is flash and windows:
-        lines.append(f"this model has sliding windows of {' and '.join(map(str, windows))}")
-    if kernel is flash and caps:
-        lines.append(f"this model has a soft cap of {' and '.join(f'{cap:g}' for cap in caps)} on scores")
+    features = [f"sliding windows of {' and '.join(map(str, windows))}"] if windows else []
+    features += [f"scores capped at {' and '.join(f'{cap:g}' for cap in caps)}"] if caps else []
+    if kernel is flash and features:
+        reasons.append(f"this model has {' and '.join(features)}")
     if kernel is flash and branches:
-        lines.append("responses share their prompts")
+        reasons.append("responses share their prompt")
     if layout == "queries":
-        lines.append(f"{q_BTHE.shape[2]} heads do not divide over mesh.context x mesh.tensor")
-    return f"attention: {KERNEL_NAMES[kernel]}" + (f": {', '.join(lines)}" if lines else "")
+        reasons.append(f"{q_BTHE.shape[2]} heads do not divide over mesh.context x mesh.tensor")
+    return f"attention: {KERNEL_NAMES[kernel]}" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
 def _of_arrays(kernel: Kernel, softcap: float | None) -> Kernel:

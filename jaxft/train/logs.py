@@ -125,6 +125,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, processes: {jax.process_count()}",
         programs.model_summary(lead.programs),
         [
+            programs.attention_summary(lead.programs, job.abstract_batch),
             f"{info.stats.summary}; {job.steps} steps",
             info.stats.learned,
             *invalid_lines(info.stats.invalid),

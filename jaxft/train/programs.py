@@ -13,6 +13,7 @@ from jaxft.data.source import Dataset
 from jaxft.distributed import devices, sharding
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
+from jaxft.nn.attention import attention_line
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optimizer, make_optimizer
@@ -251,3 +252,12 @@ def model_summary(p: Programs) -> ModelSummary:
     counts = param.count_params(p.partition.trainable_specs), param.count_params(p.partition.specs)
     quantised = storage.quantisation_summary(p.partition.stored)
     return ModelSummary(*counts, quantised, p.partition.model.generates)
+
+
+def attention_summary(p: Programs, batch: Batch) -> str:
+    """Return which attention kernel the train step runs for a batch [micro, rows, ...], and why."""
+    model, (_, rows, length) = p.partition.model, batch.ids.shape
+    shape = rows, length, model.config.heads, model.config.head_dim
+    queries = jax.ShapeDtypeStruct(shape, model.dtype)
+    with jax.set_mesh(p.mesh):
+        return attention_line(queries, model.config.kv_heads, batch.branches is not None, batch.packed)

@@ -327,8 +327,8 @@ def test_a_window_that_no_row_reaches_leaves_the_fast_kernel(monkeypatch):
         ),
         (
             TPU, (1, 1), True, True, [AttentionRule(512, 50.0), AttentionRule(None, 50.0)],
-            "blockwise XLA (flash): this model has sliding windows of 512, this model has a soft cap of 50 "
-            "on scores, responses share their prompts",
+            "blockwise XLA (flash): this model has sliding windows of 512 and scores capped at 50; responses "
+            "share their prompt",
         ),
         (H100, (4, 1), True, False, [PLAIN_RULE], "Triton"),
         (

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_llama import edit_config
 from tiny_run import Place, rows, write_place
 
 from jaxft.train.logs import startup_lines
+from jaxft.train.programs import attention_summary
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,15 @@ DATA = {
     ),
     "no rows": ("", [], r"bad\.jsonl: the dataset has no rows"),
 }
+
+
+def test_the_first_lines_of_a_run_name_the_attention_kernel(place):
+    job = prepare(place.folder)
+    with working_directory(place.folder), jax.set_mesh(job.lead.programs.mesh):
+        assert "attention: blockwise XLA (flash)" in startup_lines(job, 0, [])
+    branched = replace(job.abstract_batch, branches=job.abstract_batch.ids)
+    line = attention_summary(job.lead.programs, branched)
+    assert line == "attention: blockwise XLA (flash): responses share their prompt"
 
 
 @pytest.mark.parametrize("case", DATA)
