@@ -9,11 +9,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
-from jaxft.models.llama_config import PRESETS, LlamaConfig, RopeScaling, from_hf, inverse_frequencies, to_hf
+from jaxft.models.llama_config import PRESETS, LlamaConfig, from_hf, to_hf
 from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
-from jaxft.nn.layers import embed_tokens, gated_mlp, rms_norm, rope, rope_angles, saveable, split_keys
+from jaxft.nn.layers import embed_tokens, gated_mlp, rms_norm, saveable, split_keys
 from jaxft.nn.matmul import accumulation_dtype, gather_layer, head_params, linear, lm_head
 from jaxft.nn.param import ParamSpec, fan_in, full, normal
+from jaxft.nn.rope import cache_lengths, example_lengths, needs_lengths, rope_angles, rotate
 from jaxft.nn.scan import (
     Attend,
     Cache,
@@ -25,7 +26,7 @@ from jaxft.nn.scan import (
 )
 from jaxft.tree import Batch, Params
 
-__all__ = ["PRESETS", "LlamaConfig", "RopeScaling", "from_hf", "llama", "to_hf"]
+__all__ = ["PRESETS", "LlamaConfig", "from_hf", "llama", "to_hf"]
 
 
 def llama_specs(c: LlamaConfig) -> dict[str, Any]:
@@ -82,8 +83,8 @@ def project_qkv(
     q = linear(x_BTD, p["q"], keys[0]).reshape(B, T, c.heads, c.head_dim)
     k = linear(x_BTD, p["k"], keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
     v = linear(x_BTD, p["v"], keys[2]).reshape(B, T, c.kv_heads, c.head_dim)
-    q = constrain(rope(q, *angles), "rows", "time", "heads", "head_dim")
-    k = constrain(rope(k, *angles), "rows", "time", "kv_heads", "head_dim")
+    q = constrain(rotate(q, *angles), "rows", "time", "heads", "head_dim")
+    k = constrain(rotate(k, *angles), "rows", "time", "kv_heads", "head_dim")
     v = constrain(v, "rows", "time", "kv_heads", "head_dim")
     return saveable(q, "q"), saveable(k, "k"), saveable(v, "v")
 
@@ -118,7 +119,9 @@ def hidden(
     """Return the hidden states after the final norm, in the compute dtype."""
     c = f.config
     check_context_divides(tokens.ids.shape[1])
-    angles = rope_angles(inverse_frequencies(c), constrain(tokens.positions, "rows", "time"), f.dtype)
+    positions = constrain(tokens.positions, "rows", "time")
+    lengths = example_lengths(positions, tokens.segments) if needs_lengths(c.rope) else None
+    angles = rope_angles(c.rope, c.head_dim, positions, lengths, f.dtype)
     keys = None if key is None else jax.random.split(key, c.layers)
     h = embed_tokens(params["embed"], tokens.ids, f.dtype, f.residual)
     h = scan_layers(partial(block, f, angles), h, params["layers"], tokens, keys, f.remat)
@@ -129,10 +132,12 @@ def prefill(
     f: ForwardOptions[LlamaConfig], params: Params, tokens: Batch, size: int
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Return hidden states [B, T, D] of left-padded prompts and a key/value cache with `size` slots a row."""
-    angles = rope_angles(inverse_frequencies(f.config), tokens.positions, f.dtype)
+    c, positions = f.config, tokens.positions
+    slots = jnp.arange(positions.shape[1], dtype=positions.dtype)
+    angles = rope_angles(c.rope, c.head_dim, positions, cache_lengths(positions, slots, size), f.dtype)
     h = embed_tokens(params["embed"], tokens.ids, f.dtype, f.residual)
     h, cache = prefill_layers(partial(block, f, angles), h, params["layers"], tokens, size)
-    return rms_norm(h, params["final_norm"], f.config.norm_eps, f.dtype), cache
+    return rms_norm(h, params["final_norm"], c.norm_eps, f.dtype), cache
 
 
 def decode(
@@ -144,10 +149,12 @@ def decode(
     slot: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Decode one token a row into `slot`; return hidden states [B, D] and the cache."""
-    angles = rope_angles(inverse_frequencies(f.config), positions[:, None], f.dtype)
+    c, size = f.config, cache["visible"].shape[1]
+    lengths = cache_lengths(positions[:, None], slot[None].astype(positions.dtype), size)
+    angles = rope_angles(c.rope, c.head_dim, positions[:, None], lengths, f.dtype)
     h = embed_tokens(params["embed"], ids[:, None], f.dtype, f.residual)
     h, cache = decode_layers(partial(block, f, angles), h, params["layers"], cache, slot)
-    return rms_norm(h[:, 0], params["final_norm"], f.config.norm_eps, f.dtype), cache
+    return rms_norm(h[:, 0], params["final_norm"], c.norm_eps, f.dtype), cache
 
 
 def llama(

@@ -1,11 +1,10 @@
-"""The layers that families are made of: embedding, norm, rope, gated MLP, and names for remat policies."""
+"""The layers that families are made of: embedding, norm, gated MLP, and names for remat policies."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -79,24 +78,6 @@ def rms_norm(
 def to_rank(x: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
     """Add leading axes of size 1, as NumPy's rank promotion does implicitly."""
     return jnp.expand_dims(x, range(rank - x.ndim))
-
-
-def rope_angles(
-    frequencies: np.ndarray, positions: Int[Array, "B T"], dtype: DTypeLike
-) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
-    """Return cos and sin of every position times the frequencies [E/2], in float32 or wider."""
-    wide = accumulation_dtype(dtype)
-    angles = positions[..., None].astype(wide) * to_rank(jnp.asarray(frequencies, wide), positions.ndim + 1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rope(
-    x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"]
-) -> Float[Array, "B T N E"]:
-    """Rotate the two halves of each head (Su et al. 2021, arXiv:2104.09864; pairs as in Hugging Face)."""
-    x1, x2 = jnp.split(x.astype(cos.dtype), 2, -1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
 def swiglu(gate: Array, up: Array) -> Array:

@@ -15,6 +15,7 @@ from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import families
 from jaxft.models.model import Model, WeightNames
+from jaxft.models.rope_config import for_transformers_4
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights import quantised_write
@@ -152,10 +153,7 @@ def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
     new = config.get("rope_parameters")
     if not isinstance(new, dict) or config.get("rope_scaling"):
         return config
-    old = {"rope_theta": new["rope_theta"]} if "rope_theta" in new else {}
-    if new.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {name: value for name, value in new.items() if name != "rope_theta"}
-    return {**config, **old}
+    return {**config, **for_transformers_4(new, config.get("model_type", ""))}
 
 
 def _write_configs(

@@ -32,13 +32,13 @@ LLAMA3 = dict(
         ({"full_attention": {"rope_theta": 5e5}}, "full_attention"),
         ({"rope_type": "linear", "factor": 0.0}, "factor"),
         ({**LLAMA3, "high_freq_factor": 1.0}, "low_freq_factor"),
-        ({"rope_type": "yarn", "factor": 2.0}, "'yarn'"),
+        ({"rope_type": "mrope", "factor": 2.0}, "'mrope'"),
     ],
 )
 def test_unsupported_rope_scaling_is_an_error(rope, text):
     with pytest.raises(ValueError, match=text):
         from_hf({**HF, "rope_scaling": rope})
-    assert from_hf({**HF, "rope_scaling": LLAMA3}).rope_scaling.factor == 8.0
+    assert from_hf({**HF, "rope_scaling": LLAMA3}).rope.factor == 8.0
 
 
 def test_dtype_of_trainable_base_weights_needs_some():

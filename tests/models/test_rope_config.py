@@ -1,13 +1,24 @@
 """Rope settings of config.json, wherever files have them, against transformers' own frequencies."""
 
 import copy
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.models import llama_config
+from jaxft.models.dense_config import FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.llama import LlamaConfig
+from jaxft.models.rope_config import for_transformers_4, rope_to_hf, ropes_from_hf
+from jaxft.nn import rope as our_rope
+from jaxft.nn.rope import Rope
+from jaxft.weights import pretrained
 
 pytest.importorskip("torch")
 SIZES = {
@@ -19,10 +30,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 LINEAR = {"type": "linear", "factor": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LONG = {
+    "type": "longrope", "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 4096,
+}  # fmt: skip
 
 
 def frequencies(**rope):
-    return llama_config.inverse_frequencies(llama_config.from_hf({**SIZES, **rope}))
+    config = llama_config.from_hf({**SIZES, **rope})
+    return our_rope.frequencies(config.rope, config.head_dim)
 
 
 def transformers_frequencies(**rope):
@@ -48,6 +65,13 @@ SAME = {
         rope_scaling={k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
         original_max_position_embeddings=8192,
     ),
+    "yarn": dict(rope_theta=5e5, rope_scaling=YARN),
+    "yarn without an original length": dict(rope_scaling={"type": "yarn", "factor": 2.0}),
+    "dynamic": dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "longrope as of Phi-3's first files": dict(
+        rope_scaling={**LONG, "type": "longrope"}, original_max_position_embeddings=4096
+    ),
+    "a setting that the type does not use": dict(rope_parameters={"rope_theta": 3e4, "beta_fast": 32}),
     "nothing rotated less": dict(rope_parameters={"rope_theta": 3e4, "partial_rotary_factor": 1.0}),
 }
 
@@ -91,7 +115,34 @@ REFUSED = {
         "rope type 'llama3' needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
     ),
     "part of a head": (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
-    "unknown": (dict(rope_parameters={"mscale": 1.0}), "rope setting 'mscale' in rope_parameters"),
+    "unknown": (
+        dict(rope_parameters={"mrope_section": [2, 2, 4]}),
+        "rope setting 'mrope_section' in rope_parameters",
+    ),
+    "unknown type": (
+        dict(rope_scaling={"type": "mrope"}),
+        "rope type 'mrope' is not supported; jaxft has",
+    ),
+    "factors that are no list": (
+        dict(rope_scaling={**LONG, "long_factor": 2.0}),
+        "long_factor of rope_scaling must be a list of finite numbers, got 2.0",
+    ),
+    "too few factors": (
+        dict(rope_scaling={**LONG, "short_factor": [1.0]}),
+        "short_factor must have 8 numbers, one for each frequency of 16 rotated dimensions, got 1",
+    ),
+    "a switch as text": (
+        dict(rope_scaling={**YARN, "truncate": "no"}),
+        "truncate of rope_scaling must be true or false, got 'no'",
+    ),
+    "no original length": (
+        dict(rope_scaling={k: v for k, v in LONG.items() if k != "original_max_position_embeddings"}),
+        "rope type 'longrope' needs original_max_position_embeddings",
+    ),
+    "one rope per layer type": (
+        dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+        "rope setting 'full_attention' in rope_parameters is not supported",
+    ),
 }
 
 
@@ -105,7 +156,10 @@ def test_contradictory_or_invalid_rope_settings_are_one_line(name):
 
 THETAS = st.sampled_from([{}, {"rope_theta": 10000}, {"rope_theta": 5e5}])
 TYPES = st.sampled_from(
-    [{}, LLAMA3, LINEAR, {**LINEAR, "rope_type": "linear"}, {"type": "default"}, {**LLAMA3, "factor": 32}]
+    [
+        *({}, LLAMA3, LINEAR, {**LINEAR, "rope_type": "linear"}, {"type": "default"}, YARN, LONG),
+        {**LLAMA3, "factor": 32},
+    ]
 )
 GROUPS = st.builds(lambda kind, theta: {**kind, **theta}, TYPES, THETAS)
 
@@ -120,3 +174,172 @@ def test_any_accepted_rope_setting_gives_transformers_frequencies(scaling, param
         assert "counts before it" in str(e)
         return
     np.testing.assert_allclose(ours, transformers_frequencies(**rope), rtol=1e-6)
+
+
+def read_by(config_class, config):
+    """What transformers' own class makes of a config.json."""
+    import transformers
+
+    return getattr(transformers, config_class).from_dict(copy.deepcopy(config)).to_dict()
+
+
+PLAIN = Rope(theta=3e5)
+ROPES = {
+    "default": PLAIN,
+    "linear": Rope(kind="linear", factor=4.0),
+    "dynamic": Rope(kind="dynamic", factor=2.0, original_max_positions=512),
+    "llama3": Rope(5e5, "llama3", 8.0, 512, low_freq_factor=1.0, high_freq_factor=2.0),
+    "yarn": Rope(kind="yarn", factor=2.0, original_max_positions=512),
+    "yarn with all": Rope(
+        kind="yarn", factor=2.0, original_max_positions=512, attention_factor=0.9, mscale=1.0,
+        mscale_all_dim=0.5, beta_fast=20.0, beta_slow=2.0, truncate=False,
+    ),
+    "longrope": Rope(
+        kind="longrope", factor=2.0, original_max_positions=512,
+        short_factor=tuple(LONG["short_factor"]), long_factor=tuple(LONG["long_factor"]),
+    ),
+    "longrope with all": Rope(
+        kind="longrope", factor=3.0, original_max_positions=512, attention_factor=1.2,
+        short_factor=tuple(LONG["short_factor"]), long_factor=tuple(LONG["long_factor"]),
+    ),
+    "proportional": Rope(kind="proportional", rotated=0.5),
+}  # fmt: skip
+FAMILIES = {
+    "LlamaConfig": FileFormat("llama", "LlamaForCausalLM"),
+    "Phi3Config": FileFormat("phi3", "Phi3ForCausalLM", partial_rope=True),
+    "Qwen3Config": FileFormat("qwen3", "Qwen3ForCausalLM", {"attention_bias": False}),
+    "SmolLM3Config": FileFormat("smollm3", "SmolLM3ForCausalLM", defaults={"rope_theta": 2e6}),
+}
+LAYERED = {
+    "Gemma3TextConfig": FileFormat(
+        "gemma3_text", "Gemma3ForCausalLM",
+        defaults={"rope_theta": {"full_attention": 1e6, "sliding_attention": 1e4}},
+        activation="hidden_activation", local_theta="rope_local_base_freq",
+    ),
+    "Olmo3Config": FileFormat(
+        "olmo3", "Olmo3ForCausalLM", defaults={"rope_theta": 5e5}, local_theta="rope_theta"
+    ),
+}  # fmt: skip
+
+
+def some_config(rope, **changes):
+    sizes = dict(vocab=64, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96)
+    return LlamaConfig(**{**sizes, "rope": rope, "max_positions": 1024, "eos": (2, 3), **changes})
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (family, name)
+        for family in FAMILIES
+        for name, rope in ROPES.items()
+        if family != "Phi3Config" or rope.kind in ("default", "longrope")  # Phi-3 has no other kind
+    ],
+)
+def test_what_is_written_is_read_again_by_us_and_through_transformers(family, name):
+    form = FAMILIES[family]
+    part = 0.5 if form.partial_rope and ROPES[name].kind == "default" else ROPES[name].rotated
+    config = some_config(replace(ROPES[name], rotated=part))
+    form = replace(form, partial_rope=part != 1)
+    written = fields_to_hf(config, form)
+    assert LlamaConfig(**fields_from_hf(written, form)) == config
+    assert LlamaConfig(**fields_from_hf(read_by(family, written), form)) == config
+
+
+@pytest.mark.parametrize("name", ["default", "linear", "yarn", "longrope"])
+@pytest.mark.parametrize("family", LAYERED)
+def test_ropes_of_layer_types_are_written_for_us_and_for_transformers(family, name):
+    form, rope = LAYERED[family], replace(ROPES[name], theta=5e5)
+    local = Rope(theta=1e4 if family == "Gemma3TextConfig" else 5e5)
+    config = some_config(rope, activation="gelu_tanh")
+    written = fields_to_hf(config, form, local)
+    assert written[form.activation] == "gelu_pytorch_tanh"
+    new_style = {k: v for k, v in written.items() if k not in OLD_STYLE}
+    old_style = {k: v for k, v in written.items() if k != "rope_parameters"}
+    for file in (written, new_style, old_style, read_by(family, written), read_by(family, old_style)):
+        fields = fields_from_hf(file, form)
+        assert fields.pop("local_rope") == local
+        assert LlamaConfig(**fields) == config
+    parameters = read_by(family, written)["rope_parameters"]
+    assert parameters["full_attention"]["rope_type"] == rope.kind
+    assert parameters["sliding_attention"]["rope_theta"] == local.theta
+
+
+OLD_STYLE = ("rope_theta", "rope_local_base_freq", "rope_scaling")
+GEMMA3 = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}}
+
+
+def test_gemma_3_of_transformers_4_has_scaled_global_and_plain_local_layers():
+    ropes = ropes_from_hf(GEMMA3, 4096, LAYERED["Gemma3TextConfig"].defaults["rope_theta"], OLD_STYLE[1])
+    assert ropes == {
+        "full_attention": Rope(1e6, "linear", 8.0),
+        "sliding_attention": Rope(1e4),
+    }
+    nothing = ropes_from_hf({}, 4096, {"full_attention": 1e6, "sliding_attention": 1e4}, OLD_STYLE[1])
+    assert nothing == {"full_attention": Rope(1e6), "sliding_attention": Rope(1e4)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 2e4}}},
+            "rope_local_base_freq of config.json has rope_theta=10000.0, but rope_parameters.sliding",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
+            "rope_parameters.full_attention has factor=4.0, but rope_scaling",
+        ),
+        ({"rope_parameters": {"rope_type": "default"}}, "must have an object for each of full_attention and"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention must be an object"),
+        ({"rope_local_base_freq": "wide"}, "rope_theta of rope_local_base_freq of config.json must be a fin"),
+    ],
+)
+def test_contradictions_between_layer_types_are_one_line(changes, words):
+    thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
+    with pytest.raises(ValueError) as caught:
+        ropes_from_hf({**GEMMA3, **changes}, 4096, thetas, "rope_local_base_freq")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_yarn_and_dynamic_extend_may_be_used():
+    """max_position_embeddings is the original length in files whose user added rope_scaling."""
+    for file in ({"type": "dynamic", "factor": 4.0}, {**YARN, "original_max_position_embeddings": 16384}):
+        assert llama_config.from_hf({**SIZES, "rope_scaling": file}).max_positions == 65536
+    assert llama_config.from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_logits_beyond_the_original_length_equal_transformers_and_decoding(kind, tmp_path):
+    parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    reference = tiny_torch(rope_parameters=parameters, max_position_embeddings=16)
+    folder = str(write_folder(tmp_path, reference))
+    model = pretrained.model_for(folder, dtype=jnp.float32)
+    params = load_on_host(folder, model, lambda path, x: jnp.asarray(x))
+    tokens = some_tokens(time=24)
+    ours = our_logits(model, params, tokens)
+    np.testing.assert_allclose(ours, torch_logits(reference, tokens), atol=1e-4)
+    prompts = jax.tree.map(lambda x: x[:, :20], tokens)
+    h, cache = model.prefill(params, prompts, 24)
+    found, decode = [np.asarray(model.logits(model.head(params), h))], jax.jit(model.decode)
+    for t in range(20, 24):
+        at = jnp.full(2, t, jnp.int32)
+        h, cache = decode(params, cache, tokens.ids[:, t], at, jnp.int32(t))
+        found.append(np.asarray(model.logits(model.head(params), h))[:, None])
+    np.testing.assert_allclose(np.concatenate(found, 1), ours, atol=1e-4)
+
+
+def test_a_file_of_transformers_5_gains_what_transformers_4_reads():
+    new = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, **LONG}
+    del new["type"]
+    lists = {name: LONG[name] for name in ("short_factor", "long_factor")}
+    assert for_transformers_4(new, "phi3") == {
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", **lists},  # Phi-3 of transformers 4 refuses a fourth setting
+    }
+    layered = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": None}
+    assert for_transformers_4(layered, "gemma3_text") == {"rope_theta": 1e6, "rope_scaling": None}
+    with pytest.raises(ValueError, match="without rope"):
+        rope_to_hf(Rope(kind="none"), 1024, "smollm3")

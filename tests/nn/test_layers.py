@@ -13,7 +13,6 @@ from tiny_model import assert_close, examples, one_by_one, tiny
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.llama import LlamaConfig, llama
-from jaxft.models.llama_config import inverse_frequencies
 from jaxft.nn import layers, matmul
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import dequantize, quantize
@@ -130,51 +129,6 @@ def test_rms_norm_equals_transformers():
             layers.rms_norm(scale * x, weight, 1e-3, jnp.float32), target, rtol=2e-6, atol=1e-6
         )
     assert layers.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("scaling", [None, "llama3"])
-def test_rope_equals_transformers(scaling):
-    torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig as TheirConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    from jaxft.models.llama import from_hf
-
-    factors = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-    parameters = (
-        {"rope_type": scaling, "rope_theta": 5e5, **factors}
-        if scaling
-        else {"rope_type": "default", "rope_theta": 5e5}
-    )
-    config = TheirConfig(
-        hidden_size=96, num_attention_heads=4, num_key_value_heads=2, rope_parameters=parameters
-    )
-    q, k = random(2, 9, 4, 24, dtype=jnp.float32), random(2, 9, 2, 24, dtype=jnp.float32)
-    positions = np.array([np.arange(9), np.r_[0:4, 500:505]])
-    angles = layers.rope_angles(
-        inverse_frequencies(from_hf(config.to_dict())), jnp.asarray(positions), jnp.float32
-    )
-
-    def heads_first(x):
-        return torch.tensor(np.asarray(x)).transpose(1, 2)
-
-    cos, sin = LlamaRotaryEmbedding(config)(heads_first(q), torch.tensor(positions))
-    target = apply_rotary_pos_emb(heads_first(q), heads_first(k), cos, sin)
-    for x, theirs in zip((q, k), target):
-        np.testing.assert_allclose(layers.rope(x, *angles), theirs.transpose(1, 2).numpy(), atol=1e-4)
-
-
-def test_rope_preserves_norms_and_depends_on_distance_only():
-    frequencies = inverse_frequencies(DEEP)
-    q, k = random(1, 1, 1, 10, dtype=jnp.float32), random(1, 1, 1, 10, dtype=jnp.float32)
-
-    def turn(x, at):
-        return layers.rope(x, *layers.rope_angles(frequencies, jnp.array([[at]]), jnp.float32))
-
-    np.testing.assert_allclose(jnp.linalg.norm(turn(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
-    near, far = jnp.vdot(turn(q, 7), turn(k, 4)), jnp.vdot(turn(q, 53), turn(k, 50))
-    np.testing.assert_allclose(near, far, rtol=1e-4, atol=1e-5)
-    assert abs(near - jnp.vdot(turn(q, 8), turn(k, 4))) > 1e-3
 
 
 def test_swiglu_equals_torch():

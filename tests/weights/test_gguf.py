@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
-from jaxft.models.llama_config import inverse_frequencies
+from jaxft.nn import rope as our_rope
 from jaxft.runs.folder import weights_fingerprint
 from jaxft.weights import gguf, hf_write, hub, pretrained
 
@@ -161,7 +161,7 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(tmp_path, name):
         assert extra[0][1].max() > 7.9 and extra[0][1].min() < 1.01
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, fields=fields, extra=extra))
     np.testing.assert_allclose(
-        inverse_frequencies(model.config), reference.model.rotary_emb.inv_freq.numpy(), rtol=1e-6
+        our_rope.frequencies(model.config.rope, 16), reference.model.rotary_emb.inv_freq.numpy(), rtol=1e-6
     )
     tokens = some_tokens()
     np.testing.assert_allclose(our_logits(model, base, tokens), torch_logits(reference, tokens), atol=1e-4)

@@ -17,10 +17,11 @@ from scripts_in_process import call
 from tiny_llama import edit_config, tiny_torch, write_folder
 
 from jaxft.distributed import sharding
-from jaxft.models.llama_config import LlamaConfig, RopeScaling
+from jaxft.models.llama_config import LlamaConfig
 from jaxft.nn.lora import Adapter, adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
+from jaxft.nn.rope import Rope
 from jaxft.optim.optimizer import Optim
 from jaxft.weights import finite, peft, peft_write, pretrained, safetensors
 from jaxft.weights.safetensors import TensorToWrite
@@ -187,9 +188,9 @@ def test_settings_of_a_model_that_are_not_finite_are_named(base, tmp_path, chang
 
 def test_rope_scaling_with_an_infinite_factor_is_refused():
     with pytest.raises(ValueError, match="low_freq_factor must be above 0 and below high_freq_factor"):
-        RopeScaling("llama3", 8.0, high_freq_factor=float("inf"))
+        Rope(kind="llama3", factor=8.0, original_max_positions=8192, high_freq_factor=float("inf"))
     fine = LlamaConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp=8)
-    assert replace(fine, rope_scaling=RopeScaling("linear", 1e-3)).rope_scaling.factor == 1e-3
+    assert replace(fine, rope=Rope(kind="linear", factor=1e-3)).rope.factor == 1e-3
 
 
 @pytest.mark.parametrize(

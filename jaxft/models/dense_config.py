@@ -1,0 +1,201 @@
+"""The configuration that all dense decoder families share: its fields, and config.json in and out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from jaxft.models.rope_config import (
+    LAYER_TYPES,
+    extended_positions,
+    rope_from_hf,
+    rope_to_hf,
+    ropes_from_hf,
+    ropes_to_hf,
+)
+from jaxft.nn.rope import Rope, check_rope
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+# Names of activations in config.json; the first of each is written.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Sizes and settings of a dense decoder; families add their own fields in subclasses.
+
+    heads * head_dim may differ from width. tied: the embedding is also the head. rope: of all layers, or of
+    those with full attention. max_positions: the longest row. activation: of the gated MLP's gate; gelu is
+    exact, gelu_tanh its tanh approximation. Raises ValueError for a value out of range.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    tied: bool = False
+    max_positions: int = 2048
+    bos: int | None = 1
+    eos: tuple[int, ...] = (2,)
+    activation: Activation = "silu"
+
+    def __post_init__(self):
+        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size < 2**24:
+                raise ValueError(f"config: {name} must be a positive whole number below 2^24, got {size!r}")
+        for token in (*self.eos, *([] if self.bos is None else [self.bos])):
+            if type(token) is not int:
+                raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"config: {self.heads} heads do not divide into {self.kv_heads} kv heads")
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"config: activation {self.activation!r} is not implemented; use "
+                f"{', '.join(get_args(Activation))}"
+            )
+        if not 1e-37 < self.norm_eps < 3.4e38:
+            raise ValueError(
+                f"config: rms_norm_eps must be above 0 and finite in float32, got {self.norm_eps}"
+            )
+        check_rope(self.rope, self.head_dim, self.max_positions)
+
+
+# What transformers takes for a setting that config.json doesn't have.
+DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048, "bos_token_id": 1,
+    "eos_token_id": 2, "rope_theta": 10000.0, "hidden_act": "silu", "head_dim": None,
+}  # fmt: skip
+SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """What a family's config.json has of its own.
+
+    fixed: settings that would change the arithmetic, and the only value that the family implements; they are
+    written too. defaults: the family's values for settings that config.json doesn't have, where they are not
+    those of DEFAULTS; rope_theta may have one value per type of layer. activation: the setting that names
+    the MLP's activation. partial_rope: the family's layers can rotate a part of each head. local_theta: for a
+    family with one rope per type of layer, where transformers 4 has the theta of sliding attention (see
+    rope_config.ropes_from_hf).
+    """
+
+    model_type: str
+    architecture: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    activation: str = "hidden_act"
+    partial_rope: bool = False
+    local_theta: str | None = None
+
+
+def fields_from_hf(hf: dict[str, Any], form: FileFormat) -> dict[str, Any]:
+    """Read the fields of a DenseConfig from a config.json (transformers 4 or 5 style).
+
+    With form.local_theta there is also local_rope, the Rope of sliding attention. Raises ValueError that
+    names a missing or unsupported value.
+    """
+    if hf.get("model_type", form.model_type) != form.model_type:
+        raise ValueError(f"config: model_type {hf['model_type']!r} is not {form.model_type!r}")
+    for name, only in form.fixed.items():
+        if hf.get(name, only) != only:
+            raise ValueError(f"config: {name}={hf[name]!r} is not supported; use {name}={only!r}")
+    for name in SIZE_KEYS:
+        if name not in hf:
+            raise ValueError(f"config: {name} is missing")
+
+    def get(name: str) -> Any:
+        return hf.get(name, form.defaults.get(name, DEFAULTS.get(name)))
+
+    width, heads, eos = hf["hidden_size"], hf["num_attention_heads"], get("eos_token_id")
+    ropes = _ropes(hf, form, get("max_position_embeddings"))
+    return {
+        "vocab": hf["vocab_size"],
+        "width": width,
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": get("head_dim") or (width // heads if type(width) is type(heads) is int and heads else 0),
+        "mlp": hf["intermediate_size"],
+        "norm_eps": _number(get("rms_norm_eps"), "rms_norm_eps"),
+        "tied": bool(get("tie_word_embeddings")),
+        "max_positions": extended_positions(ropes["rope"], get("max_position_embeddings")),
+        "bos": get("bos_token_id"),
+        "eos": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
+        "activation": _activation(hf.get(form.activation, DEFAULTS["hidden_act"]), form.activation),
+        **ropes,
+    }
+
+
+def _ropes(hf: dict[str, Any], form: FileFormat, max_positions: Any) -> dict[str, Rope]:
+    theta = form.defaults.get("rope_theta", DEFAULTS["rope_theta"])
+    if form.local_theta is None:
+        ropes = {"rope": rope_from_hf(hf, max_positions, theta)}
+    else:
+        thetas = theta if isinstance(theta, Mapping) else dict.fromkeys(LAYER_TYPES, theta)
+        full, sliding = ropes_from_hf(hf, max_positions, thetas, form.local_theta).values()
+        ropes = {"rope": full, "local_rope": sliding}
+    for rope in ropes.values():
+        if rope.rotated != 1 and not form.partial_rope:
+            raise ValueError(
+                f"config: rope's partial_rotary_factor={rope.rotated} is not supported for model_type "
+                f"{form.model_type!r}; use 1.0"
+            )
+    return ropes
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        raise ValueError(f"config: {name} must be above 0 and finite, got {value!r:.60}")
+    return float(value)
+
+
+def _activation(name: Any, key: str) -> Activation:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(f"config: {key}={name!r:.60} is not supported; use {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def fields_to_hf(c: DenseConfig, form: FileFormat, local_rope: Rope | None = None) -> dict[str, Any]:
+    """Return the config.json of a dense family, with rope in the form that transformers 4 and 5 both read.
+
+    local_rope: the Rope of sliding attention, for a family with form.local_theta.
+    """
+    length = c.max_positions
+    if c.rope.kind == "dynamic":  # transformers has the original length there
+        length = c.rope.original_max_positions or length
+    if local_rope is None:
+        rope = rope_to_hf(c.rope, length, form.model_type)
+    else:
+        ropes = dict(zip(LAYER_TYPES, (c.rope, local_rope), strict=True))
+        rope = ropes_to_hf(ropes, length, form.model_type)
+    names = (name for name, ours in ACTIVATIONS.items() if ours == c.activation)
+    return {
+        "architectures": [form.architecture],
+        "model_type": form.model_type,
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp,
+        form.activation: next(names),
+        **form.fixed,
+        "rms_norm_eps": c.norm_eps,
+        **rope,
+        "tie_word_embeddings": c.tied,
+        "max_position_embeddings": length,
+        "bos_token_id": c.bos,
+        "eos_token_id": c.eos[0] if len(c.eos) == 1 else list(c.eos) or None,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }

@@ -1,0 +1,316 @@
+"""Rotary position embeddings: the frequencies of every kind that transformers has, and the rotation.
+
+Su et al. 2021 (arXiv:2104.09864). Pairs are (i, i + half) of a head's rotated dimensions, as in Hugging Face.
+
+Two kinds depend on the number of tokens: `dynamic` and `longrope` use other frequencies beyond the original
+length. That number is the length of the *example* a token belongs to (`example_lengths`), not of the row: a
+packed row has the angles that transformers computes for each of its examples alone. Responses that share a
+prompt are one example, as long as its longest response. A sampler doesn't know yet how long a completion will
+be, so generation uses the capacity of a row's cache, the prompt and the most new tokens (`cache_lengths`), as
+vLLM decides by max_model_len; transformers switches in the middle of a text instead.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxft.nn.layers import to_rank
+from jaxft.nn.matmul import accumulation_dtype
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
+
+# The settings that a kind uses, in addition to theta and rotated.
+USED: dict[RopeKind, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_positions"),
+    "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor", "original_max_positions", "attention_factor", "mscale", "mscale_all_dim", "beta_fast",
+        "beta_slow", "truncate",
+    ),
+    "longrope": ("factor", "original_max_positions", "attention_factor", "short_factor", "long_factor"),
+    "proportional": ("factor",),
+    "none": (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary position embedding of a model, or of one kind of its layers.
+
+    theta: base of the frequencies theta^(-2i/d).
+    kind:
+      default;
+      linear: frequencies divided by `factor`;
+      dynamic: a larger theta for examples longer than original_max_positions (NTK-aware);
+      llama3: long wavelengths divided by `factor`, by low_freq_factor and high_freq_factor;
+      yarn: arXiv:2309.00071, by beta_fast, beta_slow and truncate;
+      longrope: arXiv:2402.13753, divided by short_factor or, for examples longer than
+        original_max_positions, by long_factor; both have a number per frequency;
+      proportional: the frequencies of the whole head, of which all after the first `rotated` are 0;
+      none: no rotation.
+    rotated: fraction of a head's dimensions, from the first on, that are rotated.
+    attention_factor: what cos and sin are multiplied by (yarn, longrope); None: computed from factor, mscale
+      and mscale_all_dim as in transformers.
+
+    Raises ValueError for a value out of range, or for a setting that `kind` doesn't use.
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    rotated: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in get_args(RopeKind):
+            raise ValueError(
+                f"config: rope type {self.kind!r} is not supported; jaxft has {', '.join(get_args(RopeKind))}"
+            )
+        used = ("theta", "kind", "rotated", *USED[self.kind])
+        for f in fields(self):
+            if f.name not in used and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"config: rope type {self.kind!r} does not use {f.name}={getattr(self, f.name)!r}; "
+                    "remove it"
+                )
+        if not 1 <= self.theta < math.inf:
+            raise ValueError(f"config: rope_theta must be finite and at least 1, got {self.theta}")
+        if not 0 < self.rotated <= 1:
+            raise ValueError(
+                f"config: rope's partial_rotary_factor must be above 0 and at most 1, got {self.rotated}"
+            )
+        original = self.original_max_positions
+        needs_original = "original_max_positions" in used
+        if not 0 < self.factor < math.inf or (needs_original and (original is None or original < 1)):
+            raise ValueError(
+                "config: rope's factor and original length must be above 0, got "
+                f"factor={self.factor}, original_max_position_embeddings={original}"
+            )
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                "config: rope's low_freq_factor must be above 0 and below high_freq_factor, got "
+                f"{low} and {high}"
+            )
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            raise ValueError(
+                "config: rope's beta_slow must be above 0 and at most beta_fast, got "
+                f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}"
+            )
+        if self.kind == "yarn" and self.theta == 1:
+            raise ValueError("config: rope type 'yarn' needs rope_theta above 1")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"config: rope's {name} must be finite and not negative, got {value}")
+        for name in ("short_factor", "long_factor"):
+            if not all(0 < x < math.inf for x in getattr(self, name)):
+                raise ValueError(f"config: rope's {name} must be finite numbers above 0")
+        if self.kind == "longrope" and self.original_max_positions == 1:
+            raise ValueError("config: rope type 'longrope' needs an original length above 1")
+
+
+def rotated_dims(rope: Rope, head_dim: int) -> int:
+    """Return how many of a head's dimensions have an angle, two for each frequency."""
+    return head_dim if rope.kind in ("proportional", "none") else int(head_dim * rope.rotated)
+
+
+def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
+    """Raise ValueError if a rope doesn't fit the head, or if its angles up to max_positions overflow."""
+    dims = rotated_dims(rope, head_dim)
+    if dims % 2 or not dims:
+        part = "" if dims == head_dim else f" (partial_rotary_factor={rope.rotated} of {head_dim})"
+        raise ValueError(f"config: rope rotates pairs, so head_dim must be even; got {dims}{part}")
+    if rope.kind == "dynamic" and dims == 2:
+        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions of a head")
+    for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+        if rope.kind == "longrope" and len(factors) != dims // 2:
+            raise ValueError(
+                f"config: rope's {name} must have {dims // 2} numbers, one for each frequency of "
+                f"{dims} rotated dimensions, got {len(factors)}"
+            )
+    with np.errstate(over="ignore"):
+        angles = [max_positions * np.abs(f) for f in (frequencies(rope, head_dim), _long(rope, head_dim))]
+    if not all((x < 3.4e38).all() for x in angles):
+        raise ValueError(f"config: rope's angles are not finite with {rope}")
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Return the angles per position, [d/2] in float64, of examples up to the original length.
+
+    For every kind but dynamic and longrope they are those of all examples. kind none: zeros.
+    """
+    dims = rotated_dims(rope, head_dim)
+    freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
+    if rope.kind == "linear":
+        return freqs / rope.factor
+    if rope.kind == "proportional":
+        return np.where(np.arange(dims // 2) < int(rope.rotated * head_dim // 2), freqs / rope.factor, 0)
+    if rope.kind == "llama3":
+        return _llama3(rope, freqs)
+    if rope.kind == "yarn":
+        return _yarn(rope, freqs)
+    if rope.kind == "longrope":
+        return freqs / np.asarray(rope.short_factor, np.float64)
+    return np.zeros(dims // 2) if rope.kind == "none" else freqs
+
+
+def _long(rope: Rope, head_dim: int) -> np.ndarray:
+    """The frequencies of longrope beyond the original length; those of other kinds."""
+    freqs = frequencies(rope, head_dim)
+    if rope.kind != "longrope":
+        return freqs
+    return freqs * np.asarray(rope.short_factor, np.float64) / np.asarray(rope.long_factor, np.float64)
+
+
+def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
+    """Divide long wavelengths by the factor, as Llama 3.1's reference code does."""
+    wavelength = 2 * math.pi / freqs
+    smooth = (_original(rope) / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    return freqs * ((1 - np.clip(smooth, 0, 1)) / rope.factor + np.clip(smooth, 0, 1))
+
+
+def _yarn(rope: Rope, freqs: np.ndarray) -> np.ndarray:
+    """Divide by the factor the frequencies that turn fewer than beta_slow times in the original length, keep
+    those that turn more than beta_fast times, and blend linearly in between.
+    """
+    dims = 2 * len(freqs)
+
+    def index(turns: float) -> float:  # of the frequency that turns so often
+        return dims * math.log(_original(rope) / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    width = high - low or 0.001  # as in transformers
+    divided = np.clip((np.arange(len(freqs)) - low) / width, 0, 1)
+    return freqs * (divided / rope.factor + (1 - divided))
+
+
+def _original(rope: Rope) -> int:
+    assert rope.original_max_positions is not None  # checked by Rope
+    return rope.original_max_positions
+
+
+def attention_scaling(rope: Rope) -> float:
+    """Return what cos and sin are multiplied by: 1 but for yarn and longrope."""
+    if rope.kind not in ("yarn", "longrope"):
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(_original(rope)))
+    above, below = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
+    return (0.1 * above * math.log(rope.factor) + 1) / (0.1 * below * math.log(rope.factor) + 1)
+
+
+def needs_lengths(rope: Rope) -> bool:
+    """Whether the angles depend on the number of tokens (dynamic, longrope)."""
+    return rope.kind in ("dynamic", "longrope")
+
+
+def example_lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return for each token the length of its example: the largest position of its segment, plus 1.
+
+    segments: 0 (padding) to T. The responses to a shared prompt are in its segment.
+    """
+    rows = jnp.arange(segments.shape[0], dtype=segments.dtype)[:, None]
+    largest = jnp.zeros((segments.shape[0], segments.shape[1] + 1), positions.dtype)
+    return largest.at[rows, segments].max(positions)[rows, segments] + 1
+
+
+def cache_lengths(positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int) -> Int[Array, "B T"]:
+    """Return for each token of a generation how many tokens its row can hold in a cache of `size` slots.
+
+    slots: the slots of the tokens. A left-padded row has the same length at prefill and at each decoding
+    step, whatever other prompts are in the batch.
+    """
+    return positions + (size - slots)[None]
+
+
+def rope_angles(
+    rope: Rope,
+    head_dim: int,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B T"] | None,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]]:
+    """Return cos and sin of every position's angles, [B, T, rotated/2] in float32 or wider.
+
+    lengths: tokens of the example of each position; needed only if `needs_lengths(rope)`. The attention
+    factor of yarn and longrope is multiplied in. kind none: 1 and 0.
+    """
+    wide = accumulation_dtype(dtype)
+    if rope.kind == "none":
+        shape = (*positions.shape, head_dim // 2)
+        return jnp.ones(shape, wide), jnp.zeros(shape, wide)
+    freqs = jnp.asarray(frequencies(rope, head_dim), wide)
+    if needs_lengths(rope):
+        if lengths is None:
+            raise ValueError(f"rope type {rope.kind!r} needs the lengths of the examples")
+        freqs = _by_length(rope, head_dim, lengths, freqs)
+    angles = positions[..., None].astype(wide) * to_rank(freqs, positions.ndim + 1)
+    cos, sin, scaling = jnp.cos(angles), jnp.sin(angles), attention_scaling(rope)
+    if scaling == 1:
+        return cos, sin
+    return cos * jnp.asarray(scaling, wide), sin * jnp.asarray(scaling, wide)
+
+
+def _by_length(
+    rope: Rope, head_dim: int, lengths: Int[Array, "B T"], freqs: Float[Array, " E2"]
+) -> Float[Array, "B T E2"]:
+    """The frequencies of examples of these lengths; freqs: those up to the original length."""
+    original, wide = _original(rope), freqs.dtype
+    freqs = to_rank(freqs, 3)
+    if rope.kind == "longrope":
+        long = to_rank(jnp.asarray(_long(rope, head_dim), wide), 3)
+        return jnp.where(lengths[..., None] > original, long, freqs)
+    # theta * g^(d/(d-2)) with g = factor * length / original - (factor - 1), as powers of g alone; log1p is
+    # exactly 0 up to the original length.
+    dims = 2 * freqs.shape[-1]
+    beyond = jnp.maximum(lengths - original, 0).astype(wide) * jnp.asarray(rope.factor / original, wide)
+    powers = jnp.asarray(np.arange(0, dims, 2) / (dims - 2), wide)
+    return freqs * jnp.exp(-jnp.log1p(beyond)[..., None] * to_rank(powers, 3))
+
+
+def rotate(
+    x: Float[Array, "B T N E"],
+    cos: Float[Array, "B T E2"],
+    sin: Float[Array, "B T E2"],
+    scale: float = 1.0,
+) -> Float[Array, "B T N E"]:
+    """Rotate each head and multiply it by `scale`, in cos's dtype; the result is rounded to x's dtype once.
+
+    Dimensions beyond 2 * cos.shape[-1] are not rotated, but scaled.
+    """
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(cos.dtype), (half, 2 * half), -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    out = jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, -1)
+    return (out if scale == 1 else out * jnp.asarray(scale, out.dtype)).astype(x.dtype)
