@@ -1,4 +1,4 @@
-"""Tensors of GGUF files of Llama architecture, read without torch: the gguf package dequantises blocks."""
+"""Tensors of GGUF files, read without torch: the gguf package dequantises blocks."""
 
 import math
 import re
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import pack
+from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count
 from jaxft.weights.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
 from jaxft.weights.gguf_header import GgufHeader, GgufTensor, block_size
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
@@ -19,30 +20,7 @@ from jaxft.weights.safetensors import map_array
 
 PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CHUNK = 2**22  # elements that are dequantised at a time
-
-NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _hf_name(name: str) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match and match[2] in BLOCK_NAMES:
-        return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.weight"
-    return NAMES.get(name, name)
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # see gguf_rope
 
 
 def open_gguf(header: GgufHeader) -> ModelFiles:
@@ -51,7 +29,9 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
     Every type that the gguf package dequantises can be read. Those of gguf_blocks.BLOCK_FORMATS can also be
     stored as QTensors with the same values.
     """
-    tensors = {_hf_name(name): tensor for name, tensor in header.tensors.items()}
+    architecture = architecture_of(header)
+    weights = {name: tensor for name, tensor in header.tensors.items() if name not in ROPE_TABLES}
+    tensors = {hf_name(architecture, name): tensor for name, tensor in weights.items()}
     for name, tensor in header.tensors.items():
         if not _is_readable(tensor.kind):
             raise ValueError(
@@ -60,12 +40,14 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
                 "Hugging Face folder"
             )
     heads = {"q_proj": head_count(header), "k_proj": kv_head_count(header)}
+    shifted = {name for name in tensors if architecture.norms_plus_one and name.endswith("norm.weight")}
 
     def heads_of(name: str) -> int | None:
-        return heads.get(name.split(".")[-2]) if name.count(".") else None
+        return heads.get(name.split(".")[-2]) if architecture.interleaved and name.count(".") else None
 
     def read(name: str, index: Index = ()) -> np.ndarray:
-        return _read_values(tensors[name], heads_of(name), index)
+        values = _read_values(tensors[name], heads_of(name), index)
+        return values.astype(np.float32) - np.float32(1) if name in shifted else values
 
     quantised = {}
     for name, tensor in tensors.items():
@@ -79,10 +61,11 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
         layout = block_layout(format.kind, shape, format.sub_block, format.scale_dtype, format.offset_dtype)
         packed = partial(_read_blocks, tensor, format, layout, heads_of(name))
         quantised[name] = QuantisedTensor(method, shape, layout, packed, format.reason)
+    dtypes = {name: PLAIN_TYPES.get(tensor.kind, np.dtype(np.float32)) for name, tensor in tensors.items()}
     return ModelFiles(
         where=str(header.path),
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: PLAIN_TYPES.get(tensor.kind, np.dtype(np.float32)) for name, tensor in tensors.items()},
+        dtypes=dtypes | dict.fromkeys(shifted, np.dtype(np.float32)),
         read=read,
         quantised=quantised,
     )
@@ -202,30 +185,3 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's order of q and k rows: it interleaves the two halves that rope rotates together."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def head_count(header: GgufHeader) -> int:
-    """Return the number of query heads."""
-    heads = _same_in_all_layers(header, "llama.attention.head_count")
-    if heads < 1:
-        raise ValueError(f"{header.path}: metadata llama.attention.head_count must be above 0, got {heads}")
-    return heads
-
-
-def kv_head_count(header: GgufHeader) -> int:
-    """Return the number of key and value heads."""
-    key = "llama.attention.head_count_kv"
-    heads = _same_in_all_layers(header, key) if key in header.metadata else head_count(header)
-    if heads < 1:
-        raise ValueError(f"{header.path}: metadata {key} must be above 0, got {heads}")
-    return heads
-
-
-def _same_in_all_layers(header: GgufHeader, key: str) -> int:
-    """Return a metadata value that some files repeat for every layer."""
-    if not isinstance(header.metadata.get(key), list):
-        return header.required(key, int)
-    counts = header.array(key, int) or []
-    if len(set(counts)) != 1:
-        raise ValueError(f"{header.path}: metadata {key} must be the same for all layers, got {counts[:8]}")
-    return counts[0]

@@ -56,10 +56,19 @@ class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture, with which its metadata begin."""
+        return self.required("general.architecture", str)
+
+    def key(self, name: str) -> str:
+        """Return the metadata key of a setting of the architecture: llama.block_count for block_count."""
+        return f"{self.architecture}.{name}"
+
     def required(self, key: str, kind: type[T]) -> T:
         """Return a metadata value. Raises ValueError if it is missing or of another type."""
         if key not in self.metadata:
-            raise ValueError(f"{self.path}: metadata {key} is missing; use a GGUF file of a Llama model")
+            raise ValueError(f"{self.path}: metadata {key} is missing; use a GGUF file of a language model")
         value = self.metadata[key]
         if not _has_type(value, kind):
             self._refuse(key, value, kind)

@@ -8,16 +8,8 @@ and drops a space at the start of a SentencePiece text, which llama.cpp and Sent
 from typing import Any
 
 from jaxft.weights.gguf_header import GgufHeader
+from jaxft.weights.gguf_pre_tokenizers import apply_pre_tokenizer, pre_tokenizer_of
 
-# How text is split before merging, by tokenizer.ggml.pre. The pattern is from Llama 3's published
-# tokenizer.json.
-GPT2 = ("gpt-2", "default")
-DIGITS = ("smollm", "starcoder", "refact")
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
@@ -34,21 +26,20 @@ def build_tokenizer(header: GgufHeader) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokens = header.array("tokenizer.ggml.tokens", str)
-    kind = header.required("tokenizer.ggml.model", str)
-    if kind not in ("gpt2", "llama"):
+    model = header.required("tokenizer.ggml.model", str)
+    if model not in ("gpt2", "llama"):
         raise ValueError(
-            f"{header.path}: its tokenizer is of type {kind[:60]!r}; only byte-level BPE ('gpt2') and "
+            f"{header.path}: its tokenizer is of type {model[:60]!r}; only byte-level BPE ('gpt2') and "
             "SentencePiece BPE ('llama') are read from GGUF. Use the model's Hugging Face folder"
         )
     if tokens is None or len(set(tokens)) != len(tokens):
         what = "is missing" if tokens is None else "repeats a token"
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.tokens {what}")
     types = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
-    tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(header, tokens, types)
-    for token, type_ in zip(tokens, types, strict=False):
-        if type_ in (CONTROL, USER_DEFINED):
-            added = AddedToken(token, normalized=False, special=type_ == CONTROL)
-            (tokenizer.add_special_tokens if type_ == CONTROL else tokenizer.add_tokens)([added])
+    tokenizer = (_byte_level if model == "gpt2" else _sentencepiece)(header, tokens, types)
+    for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        named = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind]
+        add([AddedToken(token, normalized=False, special=kind == CONTROL) for token in named])
     ids = {name: special_token_id(header, name) for name in ("bos", "eos", "unk", "pad")}
     special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     tokenizer.post_processor = _post_processor(header, ids, tokens)
@@ -56,7 +47,7 @@ def build_tokenizer(header: GgufHeader) -> Any:
         tokenizer_object=tokenizer,
         chat_template=header.optional("tokenizer.chat_template", "") or None,
         clean_up_tokenization_spaces=False,
-        model_max_length=header.required("llama.context_length", int),
+        model_max_length=header.required(header.key("context_length"), int),
         **special,
     )
 
@@ -83,17 +74,16 @@ def special_token_id(header: GgufHeader, name: str) -> int | None:
 def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     from tokenizers import decoders
 
-    pre = header.optional("tokenizer.ggml.pre", GPT2[0])
+    pre = pre_tokenizer_of(header)
     listed = header.array("tokenizer.ggml.merges", str)
     if listed is None:
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges is missing")
     pairs = [merge.split(" ") for merge in listed]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair")
-    tokenizer = _bpe(
-        header, tokens, [(first, second) for first, second in pairs], ignore_merges=pre in LLAMA3
-    )
-    tokenizer.pre_tokenizer = _pre_tokenizer(header, pre)
+    merges = [(first, second) for first, second in pairs]
+    tokenizer = _bpe(header, tokens, merges, ignore_merges=pre.whole_words)
+    apply_pre_tokenizer(tokenizer, pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -159,33 +149,11 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
     return [(first, second) for _, first, second in merges]
 
 
-def _pre_tokenizer(header: GgufHeader, pre: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    if pre in GPT2:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence(
-            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-    if pre in LLAMA3:
-        split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
-        return pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-    raise ValueError(
-        f"{header.path}: pre-tokenizer {pre!r} is not known ({', '.join([*GPT2, *DIGITS, *LLAMA3])}); "
-        "use the model's Hugging Face folder"
-    )
-
-
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
     """Add the start and end tokens that the metadata says, by default as llama.cpp does."""
     from tokenizers import processors
 
-    sentencepiece = header.required("tokenizer.ggml.model", str) == "llama"
-    starts = sentencepiece or header.optional("tokenizer.ggml.pre", GPT2[0]) in LLAMA3
+    starts = header.required("tokenizer.ggml.model", str) == "llama" or pre_tokenizer_of(header).bos
     add_bos = header.optional("tokenizer.ggml.add_bos_token", starts) and ids["bos"] is not None
     add_eos = header.optional("tokenizer.ggml.add_eos_token", False) and ids["eos"] is not None
     if not add_bos and not add_eos:

@@ -4,7 +4,7 @@ import gguf as gguf_package
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from jaxft.weights import gguf
+from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
 
 
 def permute(weight, heads):
@@ -22,13 +22,14 @@ def gguf_tensors(reference):
     state = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    names = {value: key for key, value in gguf.NAMES.items()}
+    names = {value: key for key, value in NAMES.items()}
+    modules = {value: key for key, value in ARCHITECTURES["llama"].modules.items()}
     for name, value in state.items():
         if name in names:
             yield names[name], value
             continue
         _, _, i, module = name.removesuffix(".weight").split(".", 3)
-        short = {v: k for k, v in gguf.BLOCK_NAMES.items()}[module]
+        short = modules[module]
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
         yield f"blk.{i}.{short}.weight", permute(value, heads) if heads else value
 
@@ -60,19 +61,26 @@ def write_gguf(path, reference, kind=Kind.F32, architecture="llama", fields=(), 
     returns the path of the first.
     """
     config = reference.config
+    sizes = [
+        ("add_block_count", config.num_hidden_layers),
+        ("add_context_length", config.max_position_embeddings),
+        ("add_embedding_length", config.hidden_size),
+        ("add_feed_forward_length", config.intermediate_size),
+        ("add_head_count", config.num_attention_heads),
+        ("add_head_count_kv", config.num_key_value_heads),
+        ("add_layer_norm_rms_eps", config.rms_norm_eps),
+        ("add_rope_freq_base", config.rope_parameters["rope_theta"]),
+        ("add_rope_dimension_count", config.head_dim),
+    ]
+    return write_file(path, architecture, [*sizes, *fields], [*gguf_tensors(reference), *extra], kind, split)
+
+
+def write_file(path, architecture, fields, tensors, kind=Kind.F32, split=0):
+    """A GGUF file of these metadata and (name, value) tensors; see write_gguf."""
     writer = gguf_package.GGUFWriter(path, architecture, split_max_tensors=split)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
     for method, *values in fields:
         getattr(writer, method)(*values)
-    for i, (name, value) in enumerate([*gguf_tensors(reference), *extra]):
+    for i, (name, value) in enumerate(tensors):
         stored = kind(name) if callable(kind) else kind
         if value.ndim != 2 or value.dtype != np.float32:
             writer.add_tensor(name, value)

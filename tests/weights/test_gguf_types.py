@@ -15,7 +15,8 @@ from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
-from jaxft.weights import gguf, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.gguf_architectures import ARCHITECTURES, hf_name
 from jaxft.weights.model_files import full_index
 from jaxft.weights.quantised import dequantised_part
 
@@ -41,7 +42,7 @@ def values_by_gguf(reference, kind):
         stored = kind(name) if callable(kind) else kind
         if value.ndim == 2 and "attn_q" not in name and "attn_k" not in name:
             raw = blocks_of(value, stored, i)
-            out[gguf._hf_name(name)] = gguf_package.quants.dequantize(raw, stored)
+            out[hf_name(ARCHITECTURES["llama"], name)] = gguf_package.quants.dequantize(raw, stored)
     return out
 
 

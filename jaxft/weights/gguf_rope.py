@@ -1,0 +1,202 @@
+"""Rope in a GGUF file's metadata and tables, as the rope_scaling of a config.json.
+
+Keys and defaults are those of llama.cpp (src/llama-model.cpp, src/llama-context.cpp).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxft.weights.gguf import PLAIN_TYPES, read_dequantised
+from jaxft.weights.gguf_header import GgufHeader
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names
+YARN_KEYS = {*YARN_NUMBERS, "yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"}
+ROPE_METADATA = {
+    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "rope.scaling.attn_factor", *(f"rope.scaling.{key}" for key in YARN_KEYS),
+}  # fmt: skip
+
+
+def shortest(value: float) -> float:
+    """Return a float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
+
+
+def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float = 10000.0) -> float:
+    """Return the base of rope's frequencies."""
+    return shortest(header.optional(header.key(name), default))
+
+
+def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return theta and scaling as one value of the rope_parameters of a config.json in transformers 5."""
+    scaling = rope_scaling(header, rotated) or {"rope_type": "default"}
+    return {**scaling, "rope_theta": rope_theta(header)}
+
+
+def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
+    """Return the rope_scaling of a config.json, None without one. rotated: the head dimensions that rope
+    turns.
+
+    Raises ValueError for metadata and tables that contradict each other, or that no rope_scaling represents.
+    """
+    kind_key = header.key("rope.scaling.type")
+    kind = header.optional(kind_key, "linear")  # llama.cpp's default
+    if LONG in header.tensors or SHORT in header.tensors:
+        kind = "longrope" if kind_key not in header.metadata else kind  # Phi-3's files do not state it
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ValueError(
+            f"{header.path}: rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, "
+            "longrope and Llama 3's scaling"
+        )
+    _check_keys(header, kind)
+    if kind == "yarn":
+        return _yarn_scaling(header)
+    if kind == "longrope":
+        return _longrope_scaling(header, rotated)
+    factor, has_table = _linear_factor(header), FREQUENCIES in header.tensors
+    if factor != 1.0 and (kind == "none" or has_table):
+        other = FREQUENCIES if has_table else f"{kind_key}=none"
+        raise ValueError(f"{header.path}: rope has the linear factor {factor} and {other}; remove one")
+    if has_table:
+        return _llama3_scaling(header, rotated)
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _check_keys(header: GgufHeader, kind: str) -> None:
+    """Raise ValueError for a table or metadata of another kind of scaling than the file's."""
+    tables = {FREQUENCIES: {"none", "linear"}, LONG: {"longrope"}, SHORT: {"longrope"}}
+    numbers = {f"rope.scaling.{name}": {"yarn"} for name in YARN_KEYS}
+    numbers["rope.scaling.attn_factor"] = {"yarn", "longrope"}
+    stated = [name for name in tables if name in header.tensors and kind not in tables[name]]
+    for name, kinds in numbers.items():
+        value = header.optional(header.key(name), 1.0)
+        neutral = (1.0, -1.0, 0.0) if name.endswith("yarn_ext_factor") else (1.0,)
+        stated += [f"metadata {header.key(name)}"] if kind not in kinds and value not in neutral else []
+    if stated:
+        raise ValueError(
+            f"{header.path}: {stated[0]} does not belong to rope scaling {kind!r}, which the file has; use "
+            "the model's Hugging Face folder"
+        )
+
+
+def _linear_factor(header: GgufHeader) -> float:
+    """Return by how much positions are divided. rope.scale_linear is the key of files before September 2023;
+    0 means 1, as in llama.cpp.
+    """
+    keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
+    given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
+    if len(set(given.values())) > 1:
+        stated = " and ".join(f"{key}={value}" for key, value in given.items())
+        raise ValueError(f"{header.path}: metadata {stated} contradict each other; remove the wrong one")
+    return shortest(next(iter(given.values()), 1.0))
+
+
+def _original_length(header: GgufHeader) -> int:
+    """Return the context length before scaling: the one that is stated, else the model's."""
+    length = header.required(header.key("context_length"), int)
+    return header.optional(header.key("rope.scaling.original_context_length"), length)
+
+
+def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
+    """Return YaRN's scaling. yarn_attn_factor is config.json's attention_factor, yarn_log_multiplier its
+    mscale_all_dim (the converter, conversion/base.py and mistral3.py); rope.scaling.attn_factor multiplies
+    the default factor of attention, 0.1 log(factor) + 1.
+    """
+    factor = _linear_factor(header)
+    extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
+    if not math.isfinite(factor) or factor < 1 or extrapolation not in (1.0, -1.0):
+        wrong = f"factor {factor}" if extrapolation in (1.0, -1.0) else f"yarn_ext_factor {extrapolation}"
+        raise ValueError(
+            f"{header.path}: yarn rope scaling with {wrong} is not supported; use the model's Hugging Face "
+            "folder"
+        )
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": _original_length(header),
+    }
+
+    def stated(name: str) -> float | None:
+        key = header.key(f"rope.scaling.{name}")
+        return shortest(header.required(key, float)) if key in header.metadata else None
+
+    for name, hf in YARN_NUMBERS.items():
+        scaling |= {} if stated(name) is None else {hf: stated(name)}
+    attention, extra = stated("yarn_attn_factor"), stated("attn_factor") or 1.0
+    if multiplier := stated("yarn_log_multiplier"):
+        if attention is not None or extra != 1.0:
+            raise ValueError(f"{header.path}: yarn rope scaling states its factor of attention twice")
+        return scaling | {"mscale": 1.0, "mscale_all_dim": multiplier}
+    if attention is None and extra != 1.0:
+        attention = extra * (0.1 * math.log(factor) + 1.0)
+    return scaling | ({} if attention is None else {"attention_factor": attention})
+
+
+def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return LongRoPE's scaling from its two tables of divisors, and rope.scaling.attn_factor as its
+    attention_factor where that is not config.json's default, sqrt(1 + log(s) / log(original length)) with
+    s = context length / original length.
+    """
+    missing = [name for name in (LONG, SHORT) if name not in header.tensors]
+    if missing:
+        raise ValueError(f"{header.path}: rope scaling 'longrope' needs tensor {missing[0]}")
+    long, short = (_table(header, name) for name in (LONG, SHORT))
+    for name, table in ((LONG, long), (SHORT, short)):
+        if len(table) != rotated // 2:
+            raise ValueError(
+                f"{header.path}: {name} has {len(table)} numbers, but rope turns {rotated // 2} pairs of "
+                "dimensions"
+            )
+    scaling = {
+        "rope_type": "longrope",
+        "long_factor": [shortest(x) for x in long],
+        "short_factor": [shortest(x) for x in short],
+        "original_max_position_embeddings": _original_length(header),
+    }
+    length, original = header.required(header.key("context_length"), int), _original_length(header)
+    if original < 2 or length < original:
+        raise ValueError(
+            f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported"
+        )
+    default = math.sqrt(1 + math.log(length / original) / math.log(original))
+    attention = shortest(header.optional(header.key("rope.scaling.attn_factor"), 1.0))
+    if not math.isclose(attention, default, rel_tol=1e-5):
+        scaling["attention_factor"] = attention
+    return scaling
+
+
+def _table(header: GgufHeader, name: str) -> np.ndarray:
+    """Return a table of divisors in float64. Raises ValueError for one that is not of positive numbers."""
+    table = header.tensors[name]
+    if table.kind not in PLAIN_TYPES or not math.prod(table.shape):
+        raise ValueError(f"{header.path}: {name} must be numbers of type {', '.join(PLAIN_TYPES)}")
+    divisors = read_dequantised(table).astype(np.float64).ravel()
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ValueError(f"{header.path}: {name} must contain finite numbers above 0")
+    return divisors
+
+
+def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return Llama 3's scaling by the factor of the largest divisor. Raises ValueError for another table."""
+    divisors = _table(header, FREQUENCIES)
+    factor = shortest(divisors.max())
+    wavelengths = 2 * math.pi * rope_theta(header) ** (np.arange(0, rotated, 2) / rotated)
+    smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ValueError(
+            f"{header.path}: {FREQUENCIES} is not Llama 3's scaling (1, 4, 8192), the only table that is "
+            "supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
