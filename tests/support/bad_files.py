@@ -9,7 +9,7 @@ HUGE = 10**400
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size", "head_dim", "max_position_embeddings")  # fmt: skip
 SCALINGS = (
-    "linear", [1], {"rope_type": "yarn", "factor": 2}, {"rope_type": "linear"}, {"factor": 2},
+    "linear", [1], {"rope_type": "mrope", "factor": 2}, {"rope_type": "linear"}, {"factor": 2},
     {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": -1},
     {"rope_type": "linear", "factor": "x"}, {"rope_type": "llama3", "factor": 8},
     {"rope_type": 3, "factor": 2}, {"rope_type": "linear", "factor": HUGE},
