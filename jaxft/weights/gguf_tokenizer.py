@@ -14,6 +14,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
 SPACE = "\u2581"  # SentencePiece's mark of a space
+SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that do not swallow them
 LONGEST_PIECE = 512  # characters of a token that can be the result of merges
 
 
@@ -37,9 +38,21 @@ def build_tokenizer(header: GgufHeader) -> Any:
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.tokens {what}")
     types = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     tokenizer = (_byte_level if model == "gpt2" else _sentencepiece)(header, tokens, types)
+    # As the published tokenizer.json of Phi-3 and 3.5, and llama.cpp by the model's name (llama-vocab.cpp)
+    phi3 = header.architecture == "phi3" and model == "llama"
     for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
         named = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind]
-        add([AddedToken(token, normalized=False, special=kind == CONTROL) for token in named])
+        add(
+            [
+                AddedToken(
+                    token,
+                    normalized=False,
+                    special=kind == CONTROL,
+                    rstrip=phi3 and token not in SPACES_AFTER,
+                )
+                for token in named
+            ]
+        )
     ids = {name: special_token_id(header, name) for name in ("bos", "eos", "unk", "pad")}
     special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     tokenizer.post_processor = _post_processor(header, ids, tokens)

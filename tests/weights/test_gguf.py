@@ -134,6 +134,14 @@ ROPE = {
     "linear by default": (LINEAR_ROPE, [("add_rope_scaling_factor", 4.0)]),  # as llama.cpp reads it
     "an old linear": (LINEAR_ROPE, [SCALE_LINEAR]),
     "old and new": (LINEAR_ROPE, [SCALE_LINEAR, ("add_rope_scaling_factor", 4.0)]),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4},
+        [
+            ("add_rope_scaling_type", gguf_package.RopeScalingType.YARN),
+            ("add_rope_scaling_factor", 4.0),
+            ("add_rope_scaling_orig_ctx_len", 8),
+        ],
+    ),
     "llama3": (
         {
             "rope_type": "llama3",

@@ -128,3 +128,18 @@ def test_gemmas_tokenizer_equals_sentencepiece(tmp_path):
     ]:
         assert ours.encode(text) == [bos, *model.encode(text)], text
         assert ours.decode(model.encode(text)) == text
+
+
+def test_phi3s_special_tokens_swallow_the_spaces_after_them(tmp_path):
+    """But for the first and the last of a text, so that "<|user|>\\nhi" is "<|user|>hi"."""
+    special = ["<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>"]
+    letters = ["\u2581", *"hi\n"]
+    tokens = ["<unk>", *special, *(f"<0x{i:02X}>" for i in range(256)), *letters]
+    types = [UNKNOWN, *[CONTROL] * len(special), *[BYTE] * 256, *[NORMAL] * len(letters)]
+    fields = [("add_tokenizer_model", "llama"), ("add_token_list", tokens), ("add_token_types", types)]
+    fields.append(("add_token_scores", [-float(i) for i in range(len(tokens))]))
+    files = {name: write_family(tmp_path / f"{name}.gguf", name, fields=fields) for name in ("phi3", "llama")}
+    phi3, llama = (pretrained.load_tokenizer(str(path)) for path in files.values())
+    assert phi3.encode("<|user|>\n hi<|end|>\n") == phi3.encode("<|user|>hi<|end|>")
+    assert phi3.encode("<|endoftext|>\nhi") != phi3.encode("<|endoftext|>hi")
+    assert llama.encode("<|user|>\nhi") != llama.encode("<|user|>hi")
