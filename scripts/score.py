@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
     )
+    parser.add_argument("--columns", default="", help="as data.columns, such as chosen=good,rejected=bad")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
         "--dtype",
@@ -77,7 +78,8 @@ def rewards(args: argparse.Namespace) -> list[tuple[str, float, float]]:
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     mesh = sharding.make_mesh(sharding.MeshShape())
     sizes = {"held_out": "none", "batch": args.batch, "max_length": args.max_length}
-    rows = PairRows(args.file, invalid=args.invalid, **sizes, **prompt_settings(record))
+    columns = tuple(item.strip() for item in args.columns.split(",") if item.strip())
+    rows = PairRows(args.file, invalid=args.invalid, columns=columns, **sizes, **prompt_settings(record))
     source = rows.open(tokenizer, sharding.row_shards(mesh))
     for line in invalid_lines(source.info.stats.invalid):
         print(line, file=sys.stderr)
@@ -114,7 +116,9 @@ def prompt_settings(record: dict[str, Any] | None) -> dict[str, Any]:
     """Return the data settings of a run that decide how a row becomes a prompt."""
     data = record["data"] if record else {}
     format = {"format": "plain"} if data.get("format") == "plain" else {}
-    return {**format, **{name: data[name] for name in ("date",) if name in data}}
+    names = [name for name in ("date", "chat_template_kwargs", "system") if name in data]
+    found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
+    return {**format, **found}
 
 
 def main() -> int:

@@ -20,8 +20,10 @@ import numpy as np
 
 from jaxft.data.example import Chat, Completion, Example, Message, Text
 from jaxft.data.invalid import InvalidRow, attempt
-from jaxft.data.template import DATE, REJECTIONS, Span, Template, render_messages, template_of
+from jaxft.data.rejections import rejection
+from jaxft.data.template import REJECTIONS, Span, Template, render_messages, template_of
 from jaxft.data.template_check import HiddenPart
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.turns import is_closed, render_turns
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
@@ -62,7 +64,7 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
                 name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True
             )
         case Chat() if template is not None:
-            return _render_chat(example, replace(template, arguments=example.arguments), loss_on)
+            return _render_chat(example, template.with_arguments(example.arguments), loss_on)
         case Chat(name, messages, response, plain=True):
             prompt = fallback_prompt(messages[:response])
             return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
@@ -79,7 +81,10 @@ def _no_template(example: Example) -> ValueError:
 
 
 def tokenise_examples(
-    examples: Iterable[Example | InvalidRow], tokenizer: Any, loss_on: str = "completion", date: str = DATE
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    loss_on: str = "completion",
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[MaskedTokens | InvalidRow]:
     """Yield (token ids, loss mask) of each example in order, untruncated, or what is wrong with it."""
     if not tokenizer.is_fast:
@@ -87,7 +92,7 @@ def tokenise_examples(
             "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
             "(tokenizer.json)"
         )
-    template = template_of(tokenizer, date)
+    template = template_of(tokenizer, settings)
 
     def render_valid(outcome: Example | InvalidRow) -> Rendered:
         if isinstance(outcome, InvalidRow):
@@ -113,15 +118,17 @@ def tokenise_examples(
 
 
 def tools_warnings(
-    examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
     """Return a warning if the tools of the first example that has some don't change the rendered prompt."""
     chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
-    template = template_of(tokenizer, date) if chat else None
+    template = template_of(tokenizer, settings) if chat else None
     if template is None or chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages
-    template = replace(template, arguments=chat.arguments)
+    template = template.with_arguments(chat.arguments)
     try:
         same = render_messages(template, prompt, chat.tools) == render_messages(template, prompt)
     except REJECTIONS:
@@ -131,48 +138,69 @@ def tools_warnings(
 
 
 def prompt_warnings(
-    examples: Iterable[Example | InvalidRow], tokenizer: Any, date: str = DATE
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if the first conversation renders otherwise than the prompt that generation gets."""
-    template = template_of(tokenizer, date)
-    chat = next((e for e in examples if isinstance(e, Chat) and 0 < e.response < len(e.messages)), None)
-    if template is None or chat is None:
+    """Return a warning if a conversation renders otherwise than the prompt that generation gets, about the
+    first such.
+    """
+    template = template_of(tokenizer, settings)
+    if template is None:
         return ()
-    template = replace(template, arguments=chat.arguments)
+    for chat in examples:
+        if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
+            continue
+        own = template.with_arguments(chat.arguments)
+        lost = _prompt_that_is_not_trained(own, chat)
+        if lost:
+            merges = replace(own, merges=True)
+            remedy = "use another chat template"
+            if chat.messages[0]["role"] == "system" and not _prompt_that_is_not_trained(merges, chat):
+                remedy = "set data.system=merge: this template moves or drops the system message"
+            return (
+                f"warning: {chat.name}: {own.name} ends a prompt with {lost!r}, which is not in front of the "
+                f"row's response: completions begin where the model is not trained; {remedy}",
+            )
+    return ()
+
+
+def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
+    """Return what of the prompt for the response is not in front of it in training; "" for a rejected row."""
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)
     except REJECTIONS:
-        return ()
-    same = len(commonprefix([prompt, text]))
-    if same == len(prompt):
-        return ()
-    lost = f"{chat.name}: {template.name} ends a prompt with {prompt[same:]!r}, which is not in front of the "
-    lost += "row's response: completions begin where the model is not trained; use another chat template"
-    return (f"warning: {lost}",)
+        return ""
+    return prompt[len(commonprefix([prompt, text])) :]
 
 
 def example_prompt_ids(
-    examples: Sequence[Completion | Chat], tokenizer: Any, date: str = DATE
+    examples: Sequence[Completion | Chat],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[list[int] | InvalidRow]:
     """Yield the token ids from which the response of each example is generated, or what is wrong with it.
 
     All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
     """
-    template = template_of(tokenizer, date)
+    template = template_of(tokenizer, settings)
 
     def prompt_of(example: Completion | Chat) -> list[int]:
         if isinstance(example, Completion):
             return _plain_ids(example.prompt, tokenizer)
+        messages = example.messages[: example.response]
+        if template is None:
+            if not example.plain:
+                raise _no_template(example)
+            return _plain_ids(fallback_prompt(messages), tokenizer)
+        own = template.with_arguments(example.arguments)
         try:
-            return _chat_ids(example, tokenizer, template)
+            text = render_messages(own, messages, example.tools, generation=True)
         except REJECTIONS as error:
-            reason = str(error).splitlines()[0]
-            problem = (
-                f"the chat template rejects the prompt without a response: {reason}; fix the row or set "
-            )
-            problem += "data.format=plain"
+            problem = rejection(own, messages, example.tools, error, "prompt without a response")
             raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
+        return tokenizer(text, add_special_tokens=False).input_ids
 
     return (attempt(prompt_of, example) for example in examples)
 
@@ -181,18 +209,6 @@ def _plain_ids(prompt: str, tokenizer: Any) -> list[int]:
     begin = not _has_bos(prompt, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=begin).input_ids
     return ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _chat_ids(chat: Chat, tokenizer: Any, template: Template | None) -> list[int]:
-    messages = chat.messages[: chat.response]
-    if template is None:
-        if not chat.plain:
-            raise _no_template(chat)
-        return _plain_ids(fallback_prompt(messages), tokenizer)
-    template = replace(template, arguments=chat.arguments)
-    return tokenizer(
-        render_messages(template, messages, chat.tools, generation=True), add_special_tokens=False
-    ).input_ids
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
@@ -260,17 +276,10 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         problem = f"{template.name} hides what is learned: {error}; {remedy}"
         raise InvalidRow(chat.name, "turn that the chat template hides", problem) from error
     except REJECTIONS as error:
-        problem = f"{_rejection(chat, error)}; fix or remove the row"
+        problem = rejection(template, chat.messages, chat.tools, error, "row")
         raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
     ended = is_closed(template, text[: learned[-1][1]] if learned else text) or is_closed(template, text)
     unfinished = bool(turns) and turns[-1] == len(chat.messages) - 1 and not ended
     if loss_on == "all":
         learned = [(0, len(text))]
     return Rendered(chat.name, text, tuple(learned), begin=False, end=unfinished)
-
-
-def _rejection(chat: Chat, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if "None" in reason and any(message["content"] is None for message in chat.messages):
-        reason += " (the content of a turn of tool calls is null; not every template renders that)"
-    return f"the chat template rejects the row: {reason}"

@@ -20,6 +20,7 @@ from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
 from jaxft.data.pack import RowShape, permutation, round_up
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 
 TOO_LONG = ("drop", "error")
 LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program
@@ -39,7 +40,6 @@ class Prompts(DataSettings):
     fields: see DataSettings.
     """
 
-    format: str = "auto"
     max_prompt: int = 256
     max_new: int = 128
     too_long: str = "drop"
@@ -131,7 +131,7 @@ class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
     prompts: what the ids were made from. dropped: number of prompts that were left out because they are too
-    long. invalid: the invalid rows that were left out. date: of the chat template.
+    long. invalid: the invalid rows that were left out. template: how they are rendered.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -140,7 +140,7 @@ class TokenisedPrompts:
     fields: tuple[dict[str, Any], ...]
     dropped: int = 0
     invalid: tuple[InvalidRow, ...] = ()
-    date: str = chat.DATE
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -157,7 +157,7 @@ class TokenisedPrompts:
             names=tuple(self.names[i] for i in numbers),
             prompts=tuple(self.prompts[i] for i in numbers),
             fields=tuple(self.fields[i] for i in numbers),
-            date=self.date,
+            template=self.template,
         )
 
 
@@ -171,10 +171,10 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
     def read(row: Row | InvalidRow) -> Chat | Completion:
         return prompt_of(valid(row), data.format)
 
-    renamed = [attempt(_rename_columns, row, data.columns) for row in rows]
+    renamed = [attempt(rename_columns, row, data.columns) for row in rows]
     examples = [attempt(read, row) for row in renamed]
     found = [prompt for prompt in examples if not isinstance(prompt, InvalidRow)]
-    tokenised = chat.example_prompt_ids(found, tokenizer, data.date)
+    tokenised = chat.example_prompt_ids(found, tokenizer, data.template_settings)
     for outcome, example in zip(renamed, examples, strict=True):
         with invalid.skip():
             row = valid(outcome)
@@ -203,11 +203,21 @@ def read_prompts(ref: str, data: Prompts, tokenizer: Any) -> TokenisedPrompts:
             f"{ref}: all {dropped} prompts have more tokens than data.max_prompt={data.max_prompt}; raise it"
         )
     return TokenisedPrompts(
-        tuple(ids), tuple(names), tuple(prompts), tuple(fields), dropped, tuple(invalid.found), data.date
+        tuple(ids),
+        tuple(names),
+        tuple(prompts),
+        tuple(fields),
+        dropped,
+        tuple(invalid.found),
+        data.template_settings,
     )
 
 
-def _rename_columns(row: Row, columns: tuple[str, ...]) -> Row:
+def rename_columns(row: Row, columns: Sequence[str]) -> Row:
+    """Return the row with the columns that items of data.columns, "ours=theirs", name, and all others.
+
+    Raises InvalidRow if the row lacks one of them.
+    """
     fields = dict(row.fields)
     for item in columns:
         ours, theirs = split_column(item)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.data import chat
+from jaxft.data.conversation import PLAIN
 from jaxft.data.invalid import INVALID
+from jaxft.data.template_settings import DATE, TURN, TemplateSettings
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -20,21 +21,28 @@ class DataSettings:
     """Where rows come from and how many an optimizer step uses.
 
     train: a file, folder or hub dataset (see rows.py). held_out: a fraction of the rows, another file, or
-    "none". columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices.
+    "none". format: how rows are read; each kind of data lists its own. columns: renames columns,
+    "ours=theirs". batch: rows of one optimizer step, over all devices.
     micro: number of microbatches that a step is computed in. seed: of the split and the order. epochs: passes
-    over the rows, fractions allowed. date: what a chat template that prints today's date prints. invalid: an
+    over the rows, fractions allowed. date: what a chat template that prints today's date prints.
+    chat_template_kwargs: further arguments of the chat template, "name=value", such as
+    enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
+    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: an
     invalid row ends the run ("error"), or is left out, counted and reported ("drop"). invalid_limit: the
     largest fraction of a dataset's rows that "drop" leaves out.
     """
 
     train: str
     held_out: str | float | None = 0.05
+    format: str = "auto"
     columns: tuple[str, ...] = ()
     batch: int = 8
     micro: int = 1
     seed: int = 0
     epochs: float = 1.0
-    date: str = chat.DATE
+    date: str = DATE
+    chat_template_kwargs: tuple[str, ...] = ()
+    system: str = TURN
     invalid: str = "error"
     invalid_limit: float = 0.05
 
@@ -42,6 +50,11 @@ class DataSettings:
         self.require_at_least(1, "batch", "micro")
         check_seed(self.seed, "data.seed")
         self.require_choice("invalid", INVALID)
+        if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
+            raise ValueError(
+                f"data.format={PLAIN} renders no chat template, which data.chat_template_kwargs and "
+                "data.system are for; remove them, or set data.format=auto"
+            )
         if not 0 <= self.invalid_limit <= 1:
             raise ValueError(
                 f"data.invalid_limit={self.invalid_limit}; use a fraction of the rows, from 0 to 1"
@@ -64,6 +77,11 @@ class DataSettings:
         if getattr(self, name) not in choices:
             known = ", ".join(map(str, choices)).lower()
             raise ValueError(f"data.{name}={getattr(self, name)!r}; use one of {known}")
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        """The settings that decide how a chat template renders a row."""
+        return TemplateSettings(self.date, self.chat_template_kwargs, self.system)
 
     @property
     def allowed_invalid(self) -> float | None:

@@ -45,7 +45,6 @@ class Rows(DataSettings):
     counts packed rows, or examples without packing.
     """
 
-    format: str = "auto"
     loss_on: str = "assistant"
     max_length: int = 1024
     too_long: str = "truncate"
@@ -63,7 +62,7 @@ class Rows(DataSettings):
     def token_settings(self) -> TokenSettings:
         """The settings that the tokens of a row depend on."""
         return TokenSettings(
-            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.date
+            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.template_settings
         )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RowSource":

@@ -13,8 +13,9 @@ import jinja2
 
 from jaxft.data import limits
 from jaxft.data.example import Chat, Message
+from jaxft.data.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
+from jaxft.tree import nearest
 
-DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
@@ -27,9 +28,11 @@ class Template:
     """A tokenizer's chat template with a pinned date.
 
     marked: it has {% generation %} markers. opening: the generation prompt. header: without a generation
-    prompt, what comes before a response. ends: the texts that end an assistant turn, such as "<|im_end|>";
-    () if no special token does. last_ends: those of them that end the last turn of a conversation. arguments:
-    further arguments that it is rendered with.
+    prompt, what comes before a response. earlier_header: what comes before a response that others follow;
+    None if the template renders the prompt of such a response in another way. ends: the texts that end an
+    assistant turn, such as "<|im_end|>"; () if no special token does. last_ends: those of them that end the
+    last turn of a conversation. arguments: further arguments that it is rendered with. merges: whether a
+    system message is put in front of the first user turn.
     """
 
     tokenizer: Any
@@ -38,9 +41,11 @@ class Template:
     marked: bool
     opening: str = ""
     header: str = ""
+    earlier_header: str | None = None
     ends: tuple[str, ...] = ()
     last_ends: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    merges: bool = False
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -56,27 +61,64 @@ class Template:
     @property
     def name(self) -> str:
         """The name for error messages."""
-        return f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
+        return name_of_template(self.tokenizer)
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "Template":
+        """Return the template with a row's own arguments, which override those of the run."""
+        return replace(self, arguments={**self.arguments, **arguments}) if arguments else self
 
 
-def template_of(tokenizer: Any, date: str = DATE) -> Template | None:
-    """Return the tokenizer's template with today's date replaced by `date` ("26 Jul 2024"), None if it has
+def name_of_template(tokenizer: Any) -> str:
+    """Return the name of a tokenizer's chat template for messages."""
+    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
+    """Return the tokenizer's template, with today's date replaced by that of the settings; None if it has
     none.
+
+    Raises ValueError for an argument that the template does not read.
     """
+    unread = _unread_arguments(tokenizer, settings)
+    if unread:
+        words = sorted(set(re.findall(r"[A-Za-z_]\w+", tokenizer.chat_template or "")))
+        near = f"near: {', '.join(nearest(unread[0], words))}" if words else "the tokenizer has none"
+        raise ValueError(
+            f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
+            "correct or remove it"
+        )
     if not tokenizer.chat_template:
         return None
     try:
-        day = datetime.strptime(date, "%d %b %Y")
+        day = datetime.strptime(settings.date, "%d %b %Y")
     except ValueError as error:
-        raise ValueError(f"data.date={date!r}; use a day like {DATE!r}") from error
+        raise ValueError(f"data.date={settings.date!r}; use a day like {DATE!r}") from error
     source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
-    return _probed(tokenizer, source, date)
+    return _probed(tokenizer, source, settings)
+
+
+def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings:
+    """Return the settings without arguments that the tokenizer's template does not read.
+
+    For another model's template than the run's, such as a reward model's.
+    """
+    unread = _unread_arguments(tokenizer, settings)
+    kept = (item for item in settings.chat_template_kwargs if item.partition("=")[0].strip() not in unread)
+    return replace(settings, chat_template_kwargs=tuple(kept))
+
+
+def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
+    source = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return [name for name in settings.arguments if not re.search(rf"\b{name}\b", source)]
 
 
 @lru_cache(maxsize=8)
-def _probed(tokenizer: Any, source: str, date: str) -> Template:
+def _probed(tokenizer: Any, source: str, settings: TemplateSettings) -> Template:
     """Return the template with what its renderings of short conversations show."""
-    bare = Template(tokenizer, source, date, bool(_GENERATION.search(source)))
+    bare = Template(
+        tokenizer, source, settings.date, bool(_GENERATION.search(source)), arguments=settings.arguments,
+        merges=settings.system == MERGE,
+    )  # fmt: skip
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
             return _probed_after(bare, system)
@@ -96,10 +138,15 @@ def _probed_after(bare: Template, system: list[Message]) -> Template:
     before, behind = render_messages(bare, answered).split("Zk9y")
     between = longest.split("Zk9y")[1].split("Jv5u")[0]
     header = before.removeprefix(prompt) if not opening and before.startswith(prompt) else ""
+    earlier = longest.split("Zk9y")[0]
+    earlier_header = earlier.removeprefix(prompt) if earlier.startswith(prompt) else None
     last, inner = _ends_of_text(_special_tokens(bare.tokenizer), opening, behind, between)
     last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked)])) if last else ()
     ends = tuple(dict.fromkeys([*last, *inner]))
-    return replace(bare, opening=opening, header=header if header.strip() else "", ends=ends, last_ends=last)
+    header = header if header.strip() else ""
+    return replace(
+        bare, opening=opening, header=header, earlier_header=earlier_header, ends=ends, last_ends=last
+    )
 
 
 def _any_of(tokens: Iterable[str]) -> str:
@@ -164,6 +211,19 @@ def _probe_call(number: int) -> dict[str, Any]:
     return {"id": f"call0000{number}", "type": "function", "function": function}
 
 
+def with_merged_system(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with a system message in front of the content of the first user turn.
+
+    Without a user turn they stay as they are.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None or messages[0]["role"] != "system":
+        return list(messages)
+    system, user = messages[0]["content"] or "", messages[first]
+    merged = {**user, "content": f"{system}\n\n{user['content'] or ''}"}
+    return [*messages[1:first], merged, *messages[first + 1 :]]
+
+
 def render_messages(
     template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
 ) -> str:
@@ -195,7 +255,8 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     try:
         with limits.time_limit(limits.RENDER_SECONDS):
             rendered: Any = render_jinja_template(
-                conversations=[list(messages)], tools=tools, chat_template=template.source, **options,
+                conversations=[with_merged_system(messages) if template.merges else list(messages)],
+                tools=tools, chat_template=template.source, **options,
                 **{**special, "date_string": template.date, **template.arguments},
             )  # fmt: skip
     except REJECTIONS:

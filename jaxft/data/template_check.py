@@ -6,6 +6,7 @@ on such a text learns to say nothing where the row has a tool call.
 
 import html
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ REASONING = (
     "reasoning",
     "thinking",
 )  # keys of messages, as different templates read them
+THINKING = "the thinking block"
+_THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)", re.DOTALL)
 
 
 class Part(NamedTuple):
@@ -31,10 +34,16 @@ class HiddenPart(ValueError):
 
 
 def parts_of(message: Message) -> list[Part]:
-    """Return all that a rendering of an assistant turn must show: reasoning, content and tool calls."""
+    """Return all that a rendering of an assistant turn must show: reasoning, content and tool calls.
+
+    A thinking block that content begins with, up to </think>, is a part of its own.
+    """
     parts = [Part(f"the {key}", (message[key],)) for key in REASONING if _is_text(message.get(key))]
     if _is_text(message["content"]):
-        parts.append(Part("the content", (message["content"],)))
+        thought = _THOUGHT.fullmatch(message["content"])
+        texts = [(THINKING, thought["thought"])] if thought else []
+        texts.append(("the content", thought["content"] if thought else message["content"]))
+        parts += [Part(name, (text.strip(),)) for name, text in texts if text.strip()]
     for number, call in enumerate(message.get("tool_calls") or (), 1):
         function = _function(call)
         parts.append(Part(f"the name of tool call {number}", _spellings(function.get("name"))))
@@ -118,9 +127,14 @@ def with_markers(message: Message) -> tuple[Message, dict[str, str]]:
         }
         return {**call, "function": {**function, **marked}} if "function" in call else {**call, **marked}
 
-    other = {
-        key: mark(message[key], f"the {key}") for key in (*REASONING, "content") if _is_text(message.get(key))
-    }
+    other = {key: mark(message[key], f"the {key}") for key in REASONING if _is_text(message.get(key))}
+    if _is_text(message["content"]):
+        thought = _THOUGHT.fullmatch(message["content"])
+        other["content"] = mark(thought["content"] if thought else message["content"], "the content")
+        if thought and thought["thought"].strip():
+            other["content"] = (
+                f"<think>\n{mark(thought['thought'], THINKING)}\n</think>\n\n{other['content']}"
+            )
     if message.get("tool_calls"):
         other["tool_calls"] = [mark_call(call, i) for i, call in enumerate(message["tool_calls"], 1)]
     return {**message, **other}, words

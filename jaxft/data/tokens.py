@@ -16,8 +16,9 @@ from jaxft.data.example import Chat, Completion, Example
 from jaxft.data.invalid import InvalidRow, InvalidRows, valid
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
+from jaxft.data.template_settings import TemplateSettings
 
-VERSION = 4  # increase it when the same rows become other tokens
+VERSION = 5  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TokenSettings:
     loss_on: str
     max_length: int
     too_long: str
-    date: str
+    template: TemplateSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +115,12 @@ def tokenise_rows(
         lambda arrays: _is_sound(arrays, len(rows)),
         lambda: _tokenise(rows, settings, tokenizer, InvalidRows(invalid_limit)),
     )
-    some = [*rows[:1], *first_row_with_tools(rows, settings.columns)]
+    some = [*rows[:1], *_first_row_with_system(rows), *first_row_with_tools(rows, settings.columns)]
     examples = list(formats.normalise_each(some, settings.format, settings.columns)) if some else []
-    warnings = chat.tools_warnings(examples, tokenizer, settings.date)
+    warnings = chat.tools_warnings(examples, tokenizer, settings.template)
     return TokenisedRows(
         **arrays_and_rows(ref, rows, arrays, invalid, settings.max_length),
-        warnings=(*warnings, *chat.prompt_warnings(examples, tokenizer, settings.date)),
+        warnings=(*warnings, *chat.prompt_warnings(examples, tokenizer, settings.template)),
         cache=state,
     )
 
@@ -129,6 +130,16 @@ def first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Ro
     renamed = (item.partition("=") for item in columns)
     name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
     return [row for row in rows if row.fields.get(name)][:1]
+
+
+def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
+    """Return the first row with a column of messages that begins with a system message, [] without any."""
+
+    def begins(value: Any) -> bool:
+        first = value[0] if isinstance(value, list | tuple) and value else None
+        return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
+
+    return [row for row in rows if row.fields.get("system") or any(map(begins, row.fields.values()))][:1]
 
 
 def arrays_and_rows(
@@ -164,7 +175,7 @@ def count_learned_ends(
     """
     targets = np.flatnonzero(rows.learned)
     last = np.searchsorted(targets, ends) - 1
-    for _ in range(2):  # templates with markers learn the line break after an end-of-turn token
+    for _ in range(2):  # a template that ends turns with a line break learns it
         found = rows.ids[targets[last]]
         blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
         last = np.maximum(last - np.isin(found, blank), 0)
@@ -200,7 +211,7 @@ def _tokenise(rows: Sequence[Row], settings: TokenSettings, tokenizer: Any, inva
     examples = list(formats.normalise_each(rows, settings.format, settings.columns)) if rows else []
     pieces, masks, row_numbers, truncated = [], [], [], []
     counts: list[tuple[int, int]] = []
-    tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.date)
+    tokenised = chat.tokenise_examples(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for number, (outcome, response) in enumerate(zip(tokenised, responses, strict=True)):
         with invalid.skip():
@@ -242,7 +253,7 @@ def _response_masks(
         return settings.loss_on == "all" and isinstance(example, Chat | Completion)
 
     others = [example for example in examples if differs(example)]
-    tokenised = chat.tokenise_examples(others, tokenizer, "assistant", settings.date)
+    tokenised = chat.tokenise_examples(others, tokenizer, "assistant", settings.template)
     for example in examples:
         found = next(tokenised) if differs(example) else None
         yield None if found is None or isinstance(found, InvalidRow) else found[1]

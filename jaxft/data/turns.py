@@ -1,10 +1,11 @@
 """Find the assistant turns in a rendered conversation, as ranges of characters that show all of the turn."""
 
+from collections.abc import Sequence
 from os.path import commonprefix
 
-from jaxft.data.example import Chat
+from jaxft.data.example import Chat, Message
 from jaxft.data.template import REJECTIONS, Span, Template, render_marked, render_messages
-from jaxft.data.template_check import HiddenPart, find_parts, parts_of, shows_null, with_markers
+from jaxft.data.template_check import THINKING, HiddenPart, find_parts, parts_of, shows_null, with_markers
 
 
 def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[str, list[Span]]:
@@ -37,13 +38,19 @@ def _marked_turn(template: Template, chat: Chat, text: str, index: int, spans: l
     learn to stop.
     """
     start, end = spans[0][0], spans[-1][1]
+    if not text[:start].endswith(template.opening):  # some markers enclose the turn's header too
+        begin = _start(template, chat, text, index)
+        if begin is not None and start < begin < spans[0][1]:
+            spans = [(begin, spans[0][1]), *spans[1:]]
+            start = begin
     closing = template.closing.match(text, end) if template.closing else None
     if closing and not is_closed(template, text[start:end]):
         end = closing.end()
-    after = text[_checked_end(template, chat, text, index, (start, end)) : end].strip()
+    last = _checked_end(template, chat, text, index, (start, end))
+    after = text[last:end].strip()
     if after:
         raise HiddenPart(f"its generation markers enclose {after[:40]!r} after the end of message {index}")
-    return [*spans[:-1], (spans[-1][0], end)]
+    return [*spans[:-1], (spans[-1][0], max(last, spans[-1][0]))]
 
 
 def _spans_of_each(
@@ -75,18 +82,28 @@ def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:
 def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
     """Return where generation would start: after the previous messages and the generation prompt or header.
 
+    With enable_thinking=false, Qwen 3's generation prompt ends with an empty thinking block that earlier
+    turns lack; they start after the header that the template gives them.
+
     None if the template renders the previous messages in another way when a response follows.
     """
     if index == 0:
         return None
-    prefix = render_messages(template, chat.messages[:index], chat.tools, generation=True) + template.header
+    before = chat.messages[:index]
+    prefix = render_messages(template, before, chat.tools, generation=True) + template.header
+    if text.startswith(prefix):
+        return len(prefix)
+    if template.earlier_header is None:
+        return None
+    prefix = render_messages(template, before, chat.tools) + template.earlier_header
     return len(prefix) if text.startswith(prefix) else None
 
 
 def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: int) -> Span | None:
     """Return the range of a turn of text alone, if its content and an end-of-turn token follow the start."""
     message = chat.messages[index]
-    if [part.name for part in parts_of(message)] != ["the content"] or template.closing is None:
+    alone = all(part.name in (THINKING, "the content") for part in parts_of(message))
+    if not (alone and message["content"]) or template.closing is None:
         return None
     near = text[start : start + 100]
     content, stripped = message["content"], message["content"].strip()
@@ -112,20 +129,31 @@ def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
         return None
     marker = "Jv5uQx7w"
     following = {**chat.messages[index + 1], "content": marker}
-    try:
-        longer, found, _ = render_messages(template, [*through, following], chat.tools).rpartition(marker)
-    except REJECTIONS:
-        return None
-    return len(longer) if found and text.startswith(longer) else None
+    for after in ((), chat.messages[index + 2 :]):  # where tools are shown may depend on the last question
+        try:
+            marked = render_messages(template, [*through, following, *after], chat.tools)
+        except REJECTIONS:
+            continue
+        longer, found, _ = marked.rpartition(marker)
+        if found and text.startswith(longer):
+            return len(longer)
+    return None
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
     """Return the range that changes with the response: two others have no common first or last character."""
     before, after = chat.messages[:index], chat.messages[index + 1 :]
     turns = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
-    others = [render_messages(template, [*before, turn, *after], chat.tools) for turn in turns]
-    first = min(len(commonprefix([text, other])) for other in others)
-    last = len(text) - min(len(commonprefix([text[::-1], other[::-1]])) for other in others)
+
+    def common(after: Sequence[Message], order: int) -> int:
+        others = [render_messages(template, [*before, turn, *after], chat.tools) for turn in turns]
+        return min(len(commonprefix([text[::order], other[::order]])) for other in others)
+
+    try:
+        first, last = common(after, 1), len(text) - common(after, -1)
+    except REJECTIONS:  # for results of tools that the other turn has not called
+        following = next((i for i, m in enumerate(after) if m["role"] == "user"), len(after))
+        first, last = common(after[following:], 1), len(text)
     closing = template.closing.match(text, last) if template.closing else None
     return min(first, last), closing.end() if closing else last
 

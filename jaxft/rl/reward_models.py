@@ -20,6 +20,8 @@ from jaxft.batch import Pairs, Rollout, Tokens, TrainState
 from jaxft.data import chat
 from jaxft.data.example import Chat, Completion, Example
 from jaxft.data.invalid import valid
+from jaxft.data.template import settings_for
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.distributed import sharding
 from jaxft.inference.generate import BUCKET, left_pad
 from jaxft.models import heads
@@ -235,16 +237,17 @@ class ModelReward(Reward):
 
         def score(completions: Completions, state: TrainState) -> RewardScores:
             prompts = [completions.prompts.prompts[i] for i in completions.prompt_index]
-            scores = score_texts(prompts, completions.texts, completions.prompts.date)
+            scores = score_texts(prompts, completions.texts, completions.prompts.template)
             return check_scores(scores, self.name, completions.row_names)
 
         return score
 
     def load(self, mesh: jax.sharding.Mesh) -> Callable[..., Float[np.ndarray, " n"]]:
-        """Load the weights and return `(prompts, completions, date) -> scores`, NaN for a text that is too
-        long.
+        """Load the weights and return `(prompts, completions, settings) -> scores`, NaN for a text that is
+        too long.
 
-        prompts: without responses. date: of the chat template.
+        prompts: without responses. settings: of the run's chat template; the model's own gets those of its
+        arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         tokenizer = pretrained.load_tokenizer(self.ref)
@@ -254,10 +257,13 @@ class ModelReward(Reward):
         programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
 
         def score_texts(
-            prompts: Sequence[Chat | Completion], completions: Sequence[str], date: str = chat.DATE
+            prompts: Sequence[Chat | Completion],
+            completions: Sequence[str],
+            settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
         ) -> Float[np.ndarray, " n"]:
             examples = list(map(with_response, prompts, completions))
-            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, chat.NOTHING, date))
+            own = settings_for(tokenizer, settings)
+            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, chat.NOTHING, own))
             texts = [ids.tolist() for ids, _ in tokenised]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)

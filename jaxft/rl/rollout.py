@@ -323,7 +323,7 @@ def rollout_info(
         preview=tokenizer.decode(train.ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=chat.tools_warnings(train.prompts, tokenizer, data.date),
+        warnings=chat.tools_warnings(train.prompts, tokenizer, data.template_settings),
     )
 
 

@@ -249,6 +249,19 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
             f"{ref} was trained with data.date={date}, and this run has {today}; "
             f'"data.date={date}" continues with the same prompts'
         )
+    return lines + _template_differences(ref, old["data"], record["data"])
+
+
+def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines about settings of the chat template, of runs that have recorded them."""
+    lines = []
+    for name in ("chat_template_kwargs", "system"):
+        was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in (old.get(name), new.get(name)))
+        if was is not None and was != now:
+            lines.append(
+                f"{ref} was trained with data.{name}={was}, and this run has {now or 'none'}; "
+                f'"data.{name}={was}" continues with the same prompts'
+            )
     return lines
 
 

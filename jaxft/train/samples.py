@@ -31,8 +31,9 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
     header = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
 
     def last_turn(prompt: str) -> str | None:
-        _, found, rest = prompt.removesuffix(tail).rpartition(header)
-        return rest.strip() if header and found and prompt.endswith(tail) else None
+        question = prompt.rpartition(tail)[0] if tail else prompt  # an empty thinking block may follow
+        _, found, rest = question.rpartition(header) if header else ("", "", "")
+        return rest.strip() if found else None
 
     return last_turn
 

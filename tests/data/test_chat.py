@@ -13,6 +13,7 @@ from jaxft.data import chat
 from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.invalid import valid
 from jaxft.data.pack import permutation
+from jaxft.data.template_settings import DATE, TemplateSettings
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
 WORDS = st.text(st.sampled_from("abc the rank? 12\n\té ü漢字🙂👩‍🔬<|>[]{}\"'"), min_size=1, max_size=30)
@@ -77,7 +78,7 @@ def test_tokens_are_those_of_transformers_with_one_bos(kind):
     tokenizer, example = tiny(kind), conversation(["what is a rank?", "a number", "why?", "héllo 🙂"])
     ids, _ = tokenise(example, kind, "all")
     target = tokenizer.apply_chat_template(
-        list(example.messages), tokenize=True, return_dict=True, date_string=chat.DATE
+        list(example.messages), tokenize=True, return_dict=True, date_string=DATE
     )["input_ids"]
     assert ids.tolist()[: len(target)] == target
     assert ids.tolist()[len(target) :] == ([tokenizer.eos_token_id] if kind == "plain" else [])
@@ -202,10 +203,12 @@ def test_date_is_pinned_for_string_and_for_function():
         "Today Date: 26 Jul 2024" in chat.render(conversation(["a", "b"]), chat.template_of(tokenizer)).text
     )
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
-    text = chat.render(conversation(["a", "b"]), chat.template_of(tokenizer, "03 Feb 2025")).text
+    text = chat.render(
+        conversation(["a", "b"]), chat.template_of(tokenizer, TemplateSettings("03 Feb 2025"))
+    ).text
     assert text.startswith("2025-02-03") and "Today Date: 03 Feb 2025" in text
     with pytest.raises(ValueError, match=r"data.date='2025'; use a day like"):
-        chat.template_of(tokenizer, "2025")
+        chat.template_of(tokenizer, TemplateSettings("2025"))
 
 
 def test_instruction_without_a_template_has_a_plain_form():
@@ -223,7 +226,10 @@ def test_a_row_that_the_template_refuses_is_named():
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     )
-    with pytest.raises(ValueError, match="r:7: the chat template rejects the row: System role not supported"):
+    with pytest.raises(
+        ValueError,
+        match="r:7: the chat template of .* rejects the row: System role not supported; set data.system",
+    ):
         tokenise(Chat("r:7", messages, 2), "gemma")
 
 

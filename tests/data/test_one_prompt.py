@@ -22,6 +22,7 @@ from jaxft.data.pairs.tokens import tokenise_pairs
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
+from jaxft.data.template_settings import DATE
 from jaxft.data.tokens import tokenise_rows
 from jaxft.rl.reward_models import with_response
 
@@ -146,13 +147,14 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     dpo = tokenise_pairs(str(path), PairRows("x", **long).token_settings, tokenizer, folder)
     rollout = read_prompts(str(path), Prompts(str(path), max_prompt=4096, **options), tokenizer)
     generate = script("generate")
-    record = {"data": {"format": "auto", "date": chat.DATE, **options}}
+    record = {"data": {"format": "auto", "date": DATE, **options}}
     source = generate.Source("", None, "", "float32", None, record)
-    generated = generate.encode(
-        generate.prompts_of(Namespace(raw=False, prompt=[], file=str(path)), source), tokenizer, source
+    args = Namespace(
+        raw=False, prompt=[], file=str(path), columns=None, chat_template_kwargs=None, system=None
     )
+    generated = generate.encode(args, generate.prompts_of(args, source), tokenizer, source)
     judged = with_response(rollout.prompts[0], "so")
-    ((whole, _),) = chat.tokenise_examples([judged], tokenizer, "all")
+    ((whole, _),) = chat.tokenise_examples([judged], tokenizer, "all", rollout.template)
     (ids,) = rollout.ids
     return {
         "rollout": list(ids),
@@ -175,6 +177,20 @@ def test_a_row_has_one_prompt_at_every_stage(tmp_path_factory, row):
         "add" if "tools" in row else None,
     ]
     assert all(part in text for part in shown if part) and text.endswith("<|im_start|>assistant\n")
+
+
+@settings(max_examples=30, deadline=None)
+@given(row=rows())
+def test_template_settings_of_a_run_reach_every_stage_and_a_row_overrides_its_arguments(
+    tmp_path_factory, row
+):
+    options = {"chat_template_kwargs": ("mood=calm",), "system": "merge"}
+    found = prompts_by_stage(tmp_path_factory.mktemp("one"), row, showing_all(), **options)
+    assert len(set(map(tuple, found.values()))) == 1, found
+    text = showing_all().decode(found["SFT"])
+    mood = row.get("chat_template_kwargs", {}).get("mood", "calm")
+    assert text.startswith(f"<|im_start|>mood\n{mood}<|im_end|>\n")
+    assert "<|im_start|>system" not in text and (row.get("system") or "") in text
 
 
 @settings(max_examples=30, deadline=None)
@@ -205,6 +221,39 @@ def test_score_reads_prompts_as_the_reward_model_was_trained():
         "date": "01 Jan 2025"
     }
     assert script("score").prompt_settings(None) == {}
+    recorded = {"chat_template_kwargs": ["mood=calm"], "system": "merge"}  # as config.json has them
+    assert script("score").prompt_settings({"data": recorded}) == {
+        "chat_template_kwargs": ("mood=calm",),
+        "system": "merge",
+    }
+
+
+def generated(tmp_path, row, record, **options):
+    """What generate.py makes of a row of --file, as text."""
+    path, generate = tmp_path / "g.jsonl", script("generate")
+    path.write_text(json.dumps(row))
+    names = dict.fromkeys(("columns", "chat_template_kwargs", "system"))
+    args = Namespace(raw=False, prompt=[], file=str(path), **{**names, **options})
+    source = generate.Source("", None, "", "float32", None, record)
+    prompts = generate.prompts_of(args, source)
+    return showing_all().decode(generate.encode(args, prompts, showing_all(), source)[0])
+
+
+def test_generate_reads_columns_as_the_run_does_and_its_options_replace_those_of_the_run(tmp_path):
+    data = {
+        "date": DATE,
+        "columns": ["prompt=question", "completion=reply"],
+        "chat_template_kwargs": ["mood=a"],
+    }
+    row, record = {"question": "q", "other": "o", "system": "s"}, {"data": data}
+    asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\ns<|im_end|>\n"
+    assert generated(tmp_path, row, record) == f"<|im_start|>mood\na<|im_end|>\n{system}{asked}"
+    assert generated(tmp_path, {"prompt": "q"}, {"data": data | {"chat_template_kwargs": []}}) == asked
+    options = {"columns": "prompt=other", "chat_template_kwargs": "mood=b", "system": "merge"}
+    merged = "<|im_start|>user\ns\n\no<|im_end|>\n<|im_start|>assistant\n"
+    assert generated(tmp_path, row, record, **options) == f"<|im_start|>mood\nb<|im_end|>\n{merged}"
+    assert generated(tmp_path, row, None, **options) == f"<|im_start|>mood\nb<|im_end|>\n{merged}"
 
 
 Q, A = turn("user", "q"), turn("assistant", "a")

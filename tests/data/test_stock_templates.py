@@ -1,20 +1,14 @@
 """Chat templates of well-known models: every learned turn is shown in full, or the row is refused."""
 
 import json
+from functools import cache
+from pathlib import Path
 
 import pytest
-from chat_templates import (
-    HIDDEN,
-    TEMPLATES,
-    TOOLS,
-    Rejected,
-    Turn,
-    conversations,
-    messages_of,
-    stock_tokenizer,
-)
+from chat_templates import TEMPLATES, TOOLS, conversations, stock_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stock_turns import HIDDEN, Rejected, Turn, messages_of
 
 from jaxft.data import chat
 from jaxft.data.example import Chat
@@ -44,20 +38,47 @@ def squeezed(text):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
 def test_exactly_the_assistant_turns_are_learned_or_the_row_is_refused(name, turns, loss_on):
-    tokenizer, tools = stock_tokenizer(name), TOOLS if any(turn.calls for turn in turns) else None
+    check_learned(name, stock_tokenizer(name), turns, loss_on)
+
+
+def check_learned(name, tokenizer, turns, loss_on):
+    tools, settings = TOOLS if any(turn.calls for turn in turns) else None, TEMPLATES[name].settings
     texts = expected(name, turns, loss_on)
+    template = chat.template_of(tokenizer, settings)
     if texts is None or texts is Rejected:
-        problem = "rejects the row" if texts is Rejected else f"of stock/{name} hides what is learned"
-        with pytest.raises(ValueError, match=f"rows.jsonl:7: the chat template {problem}"):
-            chat.render(row(turns, tools), chat.template_of(tokenizer), loss_on)
+        problem = "rejects the row" if texts is Rejected else "hides what is learned"
+        with pytest.raises(ValueError, match=f"rows.jsonl:7: the chat template of stock/{name} {problem}"):
+            chat.render(row(turns, tools), template, loss_on)
         return
-    rendered = chat.render(row(turns, tools), chat.template_of(tokenizer), loss_on)
+    rendered = chat.render(row(turns, tools), template, loss_on)
     assert [rendered.text[start:end].strip() for start, end in rendered.learned] == texts
-    ((ids, learned),) = chat.tokenise_examples([row(turns, tools)], tokenizer, loss_on)
+    ((ids, learned),) = chat.tokenise_examples([row(turns, tools)], tokenizer, loss_on, settings)
     assert squeezed(tokenizer.decode(ids[learned].tolist())) == squeezed("".join(texts))
+
+
+OF_TRL = {
+    "llama3.0": "llama3", "gemma": "gemma", "gemma3": "gemma3", "phi3": "phi3", "qwen2.5": "qwen2_5",
+    "qwen3": "qwen3", "qwen3-no-thinking": "qwen3", "deepseek-r1-distill": "deepseek_r1_distill",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_TRL)
+@settings(max_examples=30, deadline=None)
+@given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
+def test_the_same_is_learned_in_the_copies_that_trl_ships(name, turns, loss_on):
+    check_learned(name, tokenizer_of_trl(name), turns, loss_on)
+
+
+@cache
+def tokenizer_of_trl(name):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    tokenizer = TEMPLATES[name].tokenizer()
+    tokenizer.chat_template = (folder / f"{OF_TRL[name]}.jinja").read_text()
+    tokenizer.name_or_path = f"stock/{name}"
+    return tokenizer
 
 
 CALL = ("rank", {"name": "A"})
@@ -140,11 +161,11 @@ def test_tools_that_change_nothing_in_the_text_are_a_warning(name, tmp_path):
         "\n".join(json.dumps({"messages": messages, **more}) for more in ({}, {"functions": TOOLS}))
     )
     (tmp_path / "p.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "chosen": "c"}))
-    has_tools = name in ("llama3.1", "mistral", "qwen2.5", "qwen3", "marked")
+    has_tools = name.startswith(("llama3.1", "mistral", "qwen", "marked", "smollm3", "olmo3", "granite"))
     rows = Rows(str(tmp_path / "r.jsonl"), columns=("tools=functions",), held_out=None)
     pairs = PairRows(str(tmp_path / "p.jsonl"), held_out=None, batch=1)
     sources = [(rows, "r.jsonl:2"), (rows, "r.jsonl:2")]  # the second from the cache
-    if name != "deepseek-r1":  # see the test below
+    if not name.startswith("deepseek-r1"):  # see the test below
         sources.append((pairs, "p.jsonl:1"))
     for data, first in sources:
         warnings = data.open(stock_tokenizer(name), cache=tmp_path).info.warnings
@@ -161,9 +182,9 @@ def test_a_prompt_that_training_does_not_show_is_a_warning(name, tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": messages}))
     data = Rows(str(tmp_path / "r.jsonl"), held_out=None)
     warnings = data.open(stock_tokenizer(name), cache=tmp_path).info.warnings
-    if name == "deepseek-r1":  # generation begins in a thinking block, training without one
+    if name.startswith("deepseek-r1"):  # generation begins in a thinking block, training without one
         (warning,) = warnings
-        assert "stock/deepseek-r1 ends a prompt with '<think>\\n', which is not in front of" in warning
+        assert f"stock/{name} ends a prompt with '<think>\\n', which is not in front of" in warning
     else:
         assert not warnings
 
@@ -171,6 +192,8 @@ def test_a_prompt_that_training_does_not_show_is_a_warning(name, tmp_path):
 def test_the_remedy_for_an_earlier_turn_is_to_learn_the_last_response():
     turns = (QUESTION, Turn("assistant", "one", "why"), QUESTION, ANSWER)
     template = chat.template_of(stock_tokenizer("qwen3"))
-    with pytest.raises(ValueError, match="does not show the content of message 1.*data.loss_on=completion"):
+    with pytest.raises(
+        ValueError, match="does not show the thinking block of message 1.*data.loss_on=completion"
+    ):
         chat.render(row(turns), template, "assistant")
     chat.render(row(turns), template, "completion")

@@ -6,11 +6,11 @@ import pytest
 from prepared import prepare, working_directory
 from tiny_run import write_place
 
-from jaxft.data import chat
+from jaxft.data.template_settings import DATE
 from jaxft.runs.folder import prompt_differences
 from jaxft.train.logs import startup_lines
 
-SAME = {"objective": {}, "data": {"format": "auto", "date": chat.DATE}, "chat_template": "ab"}
+SAME = {"objective": {}, "data": {"format": "auto", "date": DATE}, "chat_template": "ab"}
 
 
 def record(**changes):
@@ -40,6 +40,15 @@ def record(**changes):
             {},
             ["was trained with data.date=01 Jan 2025, and this run has 26 Jul 2024"],
         ),
+        (
+            {"chat_template_kwargs": ["enable_thinking=false"], "system": "merge"},
+            {"chat_template_kwargs": (), "system": "turn"},
+            [
+                'data.chat_template_kwargs=enable_thinking=false, and this run has none; "data.chat_template',
+                "was trained with data.system=merge, and this run has turn",
+            ],
+        ),
+        ({}, {"chat_template_kwargs": (), "system": "turn"}, []),  # a run that has not recorded them
         ({"format": "plain", "chat_template": "cd"}, {"format": "plain"}, []),  # the template is not used
     ],
 )

@@ -58,6 +58,7 @@ SETTINGS = [
     ("data.packing=tetris", "packing"), ("data.too_long=shrug", "too_long"), ("data.format=xml", "format"),
     ("data.invalid=ignore", "invalid"), ("data.invalid_limit=2", "invalid_limit"),
     ("data.invalid_limit=-1", "invalid_limit"),
+    ("data.chat_template_kwargs=thinking", "name=value"), ("data.system=user", "data.system"),
     ("data.date=tomorrow", "data.date"), ("data.date=2024-07-26", "data.date"),
     ("data.columns=prompt", "data.columns"),
     ("data.columns=prompt=nothing", "nothing"), ("data.columns=nothing=prompt", "nothing"),

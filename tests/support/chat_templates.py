@@ -4,84 +4,13 @@ What a template renders is stated here a second time, from the parts of a turn a
 tests share nothing with the search for turns in a rendered text.
 """
 
-import json
-from dataclasses import dataclass, field
 from functools import cache
 
+from family_templates import FAMILIES
 from hypothesis import strategies as st
-from tiny_tokenizers import tiny
+from stock_turns import HIDDEN, Rejected, Stock, Turn, as_json, text_alone
 
-HIDDEN = None  # the template shows only a part of the turn, or doesn't end it
-
-
-class Rejected(Exception):
-    """The template raises for the conversation."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A turn by its parts. text: None stands for a content that is null.
-
-    key: whether the thought is a key of its own or a block in the content.
-    """
-
-    role: str
-    text: str | None
-    thought: str = ""
-    key: bool = False
-    calls: tuple = ()
-
-    def message(self, number):
-        content = self.text
-        extra = {}
-        if self.thought and self.key:
-            extra["reasoning_content"] = self.thought
-        elif self.thought:
-            content = f"<think>\n{self.thought}\n</think>\n\n{self.text or ''}"
-        if self.calls:
-            extra["tool_calls"] = [
-                {"id": f"{number:04}{i:05}", "type": "function", "function": {"name": n, "arguments": a}}
-                for i, (n, a) in enumerate(self.calls)
-            ]
-        if self.role == "tool":
-            extra = {"name": "tool", "tool_call_id": f"{number - 1:04}00000"}
-        return {"role": self.role, "content": content, **extra}
-
-    @property
-    def content(self):
-        return self.message(0)["content"]
-
-
-def messages_of(turns):
-    return tuple(turn.message(number) for number, turn in enumerate(turns))
-
-
-@dataclass(frozen=True)
-class Stock:
-    """A template and its special tokens.
-
-    shown(turns, index): what it renders of an assistant turn after the generation prompt, up to the end of
-    the turn. Raises Rejected where the template raises.
-    """
-
-    source: str
-    shown: object
-    eos: str
-    bos: str = "<s>"
-    special: tuple = field(default=())
-
-    def tokenizer(self):
-        tokenizer = tiny.__wrapped__("none")
-        tokenizer.add_special_tokens(
-            {"bos_token": self.bos, "eos_token": self.eos, "additional_special_tokens": list(self.special)}
-        )
-        tokenizer.chat_template = self.source
-        return tokenizer
-
-
-def as_json(value):
-    return json.dumps(value, ensure_ascii=False)
-
+from jaxft.data.template_settings import TemplateSettings
 
 # ---- ChatML and SmolLM2: no tool calls
 
@@ -95,20 +24,6 @@ SMOLLM2 = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
 ) + CHATML
-
-
-def text_alone(end, strip=False, none_is_text=False):
-    """A template that concatenates content and drops all else."""
-
-    def shown(turns, index):
-        if any(turn.content is None for turn in turns) and not none_is_text:
-            raise Rejected
-        turn = turns[index]
-        if turn.calls or (turn.thought and turn.key):
-            return HIDDEN
-        return (turn.content.strip() if strip else turn.content) + end
-
-    return shown
 
 
 # ---- Llama 3.0 and 3.1
@@ -273,7 +188,10 @@ QWEN3 = f"""{_QWEN_TOOLS}
         {{%- if loop.index0 > ns.query and (loop.last or thought) %}}
             {{{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}}}
         {{%- else %}}{{{{- content }}}}{{%- endif %}}
-        {_QWEN_CALLS}{_QWEN_REST}"""
+        {_QWEN_CALLS}{_QWEN_REST}
+{{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}}
+    {{{{- '<think>\n\n</think>\n\n' }}}}
+{{%- endif %}}"""
 
 
 def _qwen_calls(text, calls):
@@ -295,6 +213,12 @@ def qwen3(turns, index):
     answer = _qwen_calls(turn.text or "", turn.calls) + "<|im_end|>"
     last = index == len(turns) - 1
     return f"<think>\n{turn.thought}\n</think>\n\n{answer}" if turn.thought or last else answer
+
+
+def qwen3_without_thinking(turns, index):
+    """The generation prompt has the empty thinking block of the last turn."""
+    shown = qwen3(turns, index)
+    return shown if shown is HIDDEN else shown.removeprefix("<think>\n\n</think>\n\n")
 
 
 # ---- DeepSeek: thinking blocks are cut, tool outputs follow the end of the turn
@@ -389,8 +313,13 @@ TEMPLATES = {
     "qwen3": Stock(QWEN3, qwen3, "<|im_end|>", special=_IM),
     "deepseek-v3": Stock(DEEPSEEK_V3, deepseek_v3, _EOS, special=_DEEPSEEK),
     "deepseek-r1": Stock(DEEPSEEK_R1, deepseek_r1, _EOS, special=_DEEPSEEK),
+    "qwen3-no-thinking": Stock(
+        QWEN3, qwen3_without_thinking, "<|im_end|>", special=_IM,
+        settings=TemplateSettings(chat_template_kwargs=("enable_thinking=false",)),
+    ),
     "marked": Stock(MARKED, qwen25, "<|im_end|>", special=_IM),
-}
+    **FAMILIES,
+}  # fmt: skip
 
 
 @cache

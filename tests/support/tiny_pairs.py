@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat
 from jaxft.data.pack import permutation
 from jaxft.data.pairs.source import PairRows
+from jaxft.data.template_settings import DATE
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 
@@ -111,7 +111,7 @@ def trl(row, tokenizer, kinds=("chosen", "rejected")):
     """
 
     def ids(messages, **options):
-        options |= {"tokenize": True, "return_dict": True, "date_string": chat.DATE}
+        options |= {"tokenize": True, "return_dict": True, "date_string": DATE}
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     question = [{"role": "user", "content": row["prompt"]}]

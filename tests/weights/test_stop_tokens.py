@@ -32,7 +32,23 @@ ENDS = {  # what ends the last turn of text, and of tool calls where it is anoth
     "qwen3": "<|im_end|>",
     "deepseek-v3": "<｜end▁of▁sentence｜>",
     "deepseek-r1": "<｜end▁of▁sentence｜>",
+    "qwen3-no-thinking": "<|im_end|>",
     "marked": "<|im_end|>",
+    "gemma2-merged": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "mistral-7b-v0.3": "</s>",
+    "mistral-7b-merged": "</s>",
+    "mistral-nemo": "</s>",
+    "mistral-small": "</s>",
+    "phi4": "<|im_end|>",
+    "phi4-first": "<|im_end|>",
+    "phi4-mini": "<|end|>",
+    "smollm3": "<|im_end|>",
+    "smollm3-no-thinking": "<|im_end|>",
+    "olmo2": "<|endoftext|>",
+    "olmo3": "<|endoftext|>",
+    "granite3": "<|end_of_text|>",
+    "deepseek-r1-distill": "<｜end▁of▁sentence｜>",
 }
 
 
@@ -44,7 +60,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_shows_what_ends_a_turn(name):
     tokenizer = stock_tokenizer(name)
-    assert tokenizer.convert_ids_to_tokens(template_of(tokenizer).stop_tokens) == [ENDS[name]]
+    stops = template_of(tokenizer, TEMPLATES[name].settings).stop_tokens
+    assert tokenizer.convert_ids_to_tokens(stops) == [ENDS[name]]
 
 
 def test_a_call_that_ends_with_a_token_of_its_own_is_a_stop():

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxft.data import formats
-from jaxft.data.chat import DATE
 from jaxft.data.conversation import (
     PLAIN,
     Columns,
@@ -37,6 +36,7 @@ from jaxft.data.example import Chat, Completion
 from jaxft.data.formats import TEMPLATE_COLUMNS, Schemas
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows import Row
+from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 
 _COMPARED = (("chosen",), ("rejected",))
 _LABEL = ("label", "kto_tag")
@@ -85,7 +85,7 @@ class PairTokenSettings:
     format: str = "auto"
     max_length: int = 1024
     too_long: str = "truncate"
-    date: str = DATE
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
     extras: tuple[str, ...] = ()
     weight_column: str | None = None
     kinds: tuple[str, ...] = ("chosen", "rejected")

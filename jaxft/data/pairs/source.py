@@ -55,7 +55,6 @@ class PairRows(DataSettings):
     reference, for TPO). Other fields: see DataSettings; batch counts pairs.
     """
 
-    format: str = "auto"
     max_length: int = 1024
     too_long: str = "truncate"
     weighting: str = "pair"
@@ -83,8 +82,8 @@ class PairRows(DataSettings):
         """The settings that the tokens of a pair depend on."""
         kinds = ("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected")
         return PairTokenSettings(
-            self.columns, self.format, self.max_length, self.too_long, self.date, self.extras,
-            self.weight_column, kinds,
+            self.columns, self.format, self.max_length, self.too_long, self.template_settings,
+            self.extras, self.weight_column, kinds,
         )  # fmt: skip
 
     @property

@@ -28,7 +28,7 @@ from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_e
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_row_with_tools
 
-VERSION = ("pairs", 3)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 4)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def tokenise_pairs(
     )
     fields = arrays_and_rows(ref, rows, arrays, invalid, settings.max_length)
     with_tools = first_row_with_tools(rows, settings.columns)
-    warnings = chat.tools_warnings(_responses(with_tools, settings), tokenizer, settings.date)
+    warnings = chat.tools_warnings(_responses(with_tools, settings), tokenizer, settings.template)
     return TokenisedPairs(**fields, kinds=settings.kinds, warnings=warnings, cache=state)
 
 
@@ -188,9 +188,12 @@ def _tokenise(
         if isinstance(pair, PairExample)
     ]
     sequences = chat.tokenise_examples(
-        [response for responses in present for response in responses], tokenizer, "completion", settings.date
+        [response for responses in present for response in responses],
+        tokenizer,
+        "completion",
+        settings.template,
     )
-    prompts = chat.example_prompt_ids([responses[0] for responses in present], tokenizer, settings.date)
+    prompts = chat.example_prompt_ids([responses[0] for responses in present], tokenizer, settings.template)
     columns: dict[str, Any] = {name: [] for name in TokenisedPairs.DTYPES}
     for number, outcome in enumerate(pairs):
         with invalid.skip():
@@ -276,7 +279,8 @@ def _border(
             "prompt that changes before a response",
             f"only {border} of the prompt's {len(prompt)} tokens are the same with and without a "
             f"response, {lost!r} changes; end the prompt at a token boundary, or use a chat template that "
-            "renders a prompt in the same way with and without a response",
+            "renders a prompt in the same way with and without a response (data.system=merge if it moves the "
+            "system message)",
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)

@@ -1,0 +1,76 @@
+"""What to do about a row that a chat template rejects: remedies that are found by trying them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxft.data.example import Message
+from jaxft.data.template import REJECTIONS, Template, render_messages
+
+NINE = re.compile(r"[A-Za-z0-9]{9}")  # an id of a tool call, as Mistral's templates require it
+
+
+def rejection(
+    template: Template, messages: Sequence[Message], tools: list | None, error: Exception, what: str
+) -> str:
+    """Return a line on why a template rejects messages, and what to do. what: the messages, such as "row"."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "None" in reason and any(message["content"] is None for message in messages):
+        reason += " (the content of a turn of tool calls is null; not every template renders that)"
+    remedies = [
+        _remedy_for_system(template, messages, tools),
+        _remedy_for_ids(template, messages, tools),
+        _remedy_for_turns(messages, reason),
+    ]
+    remedy = next((found for found in remedies if found), "fix or remove the row")
+    return f"{template.name} rejects the {what}: {reason.rstrip('.')}; {remedy}"
+
+
+def _renders(template: Template, messages: Sequence[Message], tools: list | None) -> bool:
+    try:
+        render_messages(template, messages, tools)
+    except REJECTIONS:
+        return False
+    return True
+
+
+def _remedy_for_system(template: Template, messages: Sequence[Message], tools: list | None) -> str | None:
+    if template.merges or not messages or messages[0]["role"] != "system":
+        return None
+    if not _renders(replace(template, merges=True), messages, tools):
+        return None
+    return "set data.system=merge, which puts the system message in front of the first user turn"
+
+
+def _remedy_for_ids(template: Template, messages: Sequence[Message], tools: list | None) -> str | None:
+    """Return the remedy for tool calls without ids, or with ids of another form than Mistral's."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    results = [message for message in messages if message["role"] == "tool"]
+    ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in results]
+    if all(isinstance(name, str) and NINE.fullmatch(name) for name in ids):
+        return None
+    if not _renders(template, list(map(_with_ids, messages)), tools):
+        return None
+    return "give every tool call an id of 9 letters and digits, and its result that id as tool_call_id"
+
+
+def _with_ids(message: Message) -> Message:
+    calls = [{**call, "id": "a" * 9} for call in message.get("tool_calls") or ()]
+    result = {"tool_call_id": "a" * 9} if message["role"] == "tool" else {}
+    return {**message, **result, **({"tool_calls": calls} if calls else {})}
+
+
+def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
+    """Return the remedy for turns that do not alternate."""
+    if "alternat" not in reason.lower():
+        return None
+    turns = [
+        i for i, m in enumerate(messages) if m["role"] in ("user", "assistant") and not m.get("tool_calls")
+    ]
+    roles = [messages[i]["role"] for i in turns]
+    for number, (one, other) in enumerate(zip(roles, roles[1:], strict=False)):
+        if one == other:
+            return f"messages {turns[number]} and {turns[number + 1]} are both {one} turns; join them"
+    if roles and roles[0] == "assistant":
+        return "the conversation begins with an assistant turn; begin it with a user turn"
+    return None

@@ -1,0 +1,61 @@
+"""How chat templates are rendered: the settings that every stage of a run shares."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jaxft.data.columns import SET_BY_JAXFT
+
+DATE = "26 Jul 2024"  # Llama 3's default; a template that prints today's date would change tokens at midnight
+TURN, MERGE = "turn", "merge"
+SYSTEM = (TURN, MERGE)  # the choices of data.system
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """The settings of DataSettings that decide how a chat template renders a row; see there.
+
+    Raises ValueError for an argument that is no name=value pair, or that jaxft sets itself.
+    """
+
+    date: str = DATE
+    chat_template_kwargs: tuple[str, ...] = ()
+    system: str = TURN
+
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEM:
+            raise ValueError(f"data.system={self.system!r}; use one of {', '.join(SYSTEM)}")
+        _ = self.arguments
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the template by name; values are parsed as JSON, other text is a string."""
+        found: dict[str, Any] = {}
+        for item in self.chat_template_kwargs:
+            name, equals, text = (part.strip() for part in item.partition("="))
+            if not (equals and text and name.isidentifier()):
+                raise ValueError(
+                    f"data.chat_template_kwargs: {item!r} is not of the form name=value, for example "
+                    "enable_thinking=false"
+                )
+            if name in SET_BY_JAXFT:
+                raise ValueError(f"data.chat_template_kwargs: jaxft sets {name} itself; remove it")
+            if name in found:
+                raise ValueError(f"data.chat_template_kwargs: {name} is set twice; keep one")
+            found[name] = _parsed(text)
+        return found
+
+
+def _parsed(text: str) -> Any:
+    """Return true, false, none and JSON as values, other text as it is."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+DEFAULT_TEMPLATE_SETTINGS = TemplateSettings()
