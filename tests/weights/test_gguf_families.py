@@ -97,7 +97,7 @@ def test_the_file_is_the_family_of_the_models_config_json(family):
     hf.check_tensors(pretrained.open_files(str(path)), ours)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi4 mini", "granite"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi4 mini", "granite"])
 def test_logits_of_the_file_equal_the_models(tmp_path, name):
     """Of the families with most settings in the metadata; every family has the tests of its folder."""
     if FAMILIES[name][1] not in families.FAMILIES:
