@@ -202,6 +202,7 @@ def test_completions_after_a_shared_prompt_equal_prompt_and_completion_alone():
             np.testing.assert_allclose(together[:, at], alone, atol=1e-12)
 
 
+@partial(jax.jit, static_argnums=1)
 def visits(rows, block, rule=PLAIN_RULE):
     """Return the key blocks that each query block visits, and how many."""
     return flash_attention._visits(KeyMask(rows, rows, jnp.int32(0), rule), block)[:2]
