@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models import llama, llama_config
+from jaxft.models import llama, llama_config, mistral, qwen
 from jaxft.models.model import Model, ModelConfig
 
 
@@ -35,7 +35,24 @@ FAMILIES: dict[str, Family] = {
         llama.llama,
         llama_config.PRESETS,
     ),
+    "mistral": Family(
+        mistral.MistralConfig,
+        mistral.mistral_from_hf,
+        mistral.mistral_to_hf,
+        mistral.mistral,
+        mistral.MISTRAL_PRESETS,
+    ),
+    "ministral": Family(
+        mistral.MistralConfig, mistral.ministral_from_hf, mistral.mistral_to_hf, mistral.mistral, {}
+    ),
+    "qwen2": Family(qwen.QwenConfig, qwen.qwen2_from_hf, qwen.qwen2_to_hf, qwen.qwen2, qwen.QWEN2_PRESETS),
+    "qwen3": Family(qwen.Qwen3Config, qwen.qwen3_from_hf, qwen.qwen3_to_hf, qwen.qwen3, qwen.QWEN3_PRESETS),
 }
+
+
+def preset_config(ref: str) -> ModelConfig | None:
+    """Return the config of a preset checkpoint name; None for another name."""
+    return next((f.presets[ref] for f in FAMILIES.values() if ref in f.presets), None)
 
 
 def preset(ref: str, **options: Any) -> Model | None:

@@ -9,24 +9,28 @@ from jaxft.nn.rope import Rope
 
 @dataclass(frozen=True)
 class LlamaConfig(DenseConfig):
-    """Sizes of a Llama."""
+    """Sizes of a Llama. attention_bias, mlp_bias: whether the projections have biases."""
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
 
 FORMAT = FileFormat(
     "llama",
     "LlamaForCausalLM",
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    fixed={"hidden_act": "silu", "pretraining_tp": 1},
 )
 
 
 def from_hf(hf: dict[str, Any]) -> LlamaConfig:
     """Parse a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
-    return LlamaConfig(**fields_from_hf(hf, FORMAT))
+    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
+    return LlamaConfig(**fields_from_hf(hf, FORMAT), **biases)
 
 
 def to_hf(c: LlamaConfig) -> dict[str, Any]:
     """Return the dict of a Llama's config.json."""
-    return fields_to_hf(c, FORMAT)
+    return fields_to_hf(c, FORMAT) | {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
 
 
 _LLAMA3: dict[str, Any] = {

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import Specs, is_spec, spec_paths
 from jaxft.nn.scan import RematPolicy, check_remat
@@ -72,6 +73,7 @@ class Model:
     config: sizes.
     specs: ParamSpec tree of all parameters.
     weight_names: path -> (tensor name in Hugging Face's layout with {i} for the layer, transposed?).
+    attention: rope, window and soft cap of each layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or Rollout.
         key: for dropout; None disables it.
@@ -91,6 +93,7 @@ class Model:
     config: ModelConfig
     specs: Specs
     weight_names: WeightNames
+    attention: AttentionLayers
     dtype: Any
     residual: Any
     hidden: Callable[..., Float[Array, "B T D"]]
@@ -141,11 +144,21 @@ def layer_axes(specs: Specs) -> Any:
     return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
 
 
-def dense_flops(config: ModelConfig, specs: Specs, tokens: int, context: int) -> float:
-    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention,
-    the head.
+def dense_flops(
+    config: ModelConfig, specs: Specs, attention: AttentionLayers, tokens: int, context: int
+) -> float:
+    """Count a forward pass of a dense decoder, a multiply-add as two: its layers' matrices, causal attention
+    within the layers' windows, the head.
     """
     matrices = [spec.shape for spec in spec_paths(specs["layers"]).values() if len(spec.shape) == 3]
     per_layer = sum(prod(shape[1:]) for shape in matrices)
-    scores = 2 * config.heads * config.head_dim * context / 2
-    return 2.0 * tokens * (config.layers * (per_layer + scores) + config.width * config.vocab)
+    keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
+    scores = 2 * config.heads * config.head_dim * keys
+    return 2.0 * tokens * (config.layers * per_layer + scores + config.width * config.vocab)
+
+
+def mean_keys(window: int | None, context: int) -> float:
+    """Return how many keys a query of a text of `context` tokens sees on average, causally in a window."""
+    if window is None or window >= context:
+        return context / 2
+    return window * (1 - window / (2 * context))

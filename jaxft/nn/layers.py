@@ -1,5 +1,6 @@
 """The layers that families are made of: embedding, norm, gated MLP, and names for remat policies."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,17 +81,27 @@ def to_rank(x: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
     return jnp.expand_dims(x, range(rank - x.ndim))
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """Return `silu(gate) * up`, computed in float32 or wider."""
+def gated(gate: Array, up: Array, activation: Callable[[Array], Array] = jax.nn.silu) -> Array:
+    """Return `activation(gate) * up`, computed in float32 or wider."""
     wide = accumulation_dtype(gate.dtype)
-    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+    return (activation(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
 
 
-def gated_mlp(p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> Float[Array, "B T D"]:
-    """`down(silu(gate(x)) * up(x))`; keys: three dropout keys, or None for each."""
-    gate = saveable(sharding.constrain(linear(x_BTD, p["gate"], keys[0]), "rows", "time", "mlp"), "gate")
-    up = saveable(sharding.constrain(linear(x_BTD, p["up"], keys[1]), "rows", "time", "mlp"), "up")
-    return linear(swiglu(gate, up), p["down"], keys[2])
+def biased_linear(p: Params, name: str, x: Float[Array, "... I"], key: Array | None) -> Float[Array, "... O"]:
+    """Return `x @ p[name]`, plus the bias `p[name_bias]` if the family declares one."""
+    y, bias = linear(x, p[name], key), p.get(f"{name}_bias")
+    return y if bias is None else y + to_rank(bias.astype(y.dtype), y.ndim)
+
+
+def gated_mlp(
+    p: Params, x_BTD: Float[Array, "B T D"], keys: Any, activation: Callable[[Array], Array] = jax.nn.silu
+) -> Float[Array, "B T D"]:
+    """`down(activation(gate(x)) * up(x))`; keys: three dropout keys, or None for each."""
+    gate = saveable(
+        sharding.constrain(biased_linear(p, "gate", x_BTD, keys[0]), "rows", "time", "mlp"), "gate"
+    )
+    up = saveable(sharding.constrain(biased_linear(p, "up", x_BTD, keys[1]), "rows", "time", "mlp"), "up")
+    return biased_linear(p, "down", gated(gate, up, activation), keys[2])
 
 
 def split_keys(key: Array | None, count: int) -> Any:

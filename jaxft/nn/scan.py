@@ -1,8 +1,8 @@
-"""Run the stacked layers of a model: one `lax.scan` in training, at prefill, and in decoding with a cache.
+"""Run the stacked layers of a model by one `lax.scan` (prefill and decoding: cache.py).
 
 A family defines one function, `layer(params, h, attend, key) -> (h, extra)`: a layer on the residual stream
-[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] after
-rope, and returns this `extra`.
+[B, T, D]. It calls `attend(q, k, v) -> (o, extra)` once, with q [B, T, H, E] and k, v [B, T, K, E] before
+rope, and returns this `extra`. `attend` applies what may differ between layers: rope, window and soft cap.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,17 +14,25 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jaxft.distributed.sharding import constrain
 from jaxft.nn import fused_update
-from jaxft.nn.attention import attention, cached_attention
+from jaxft.nn.attention import attention
 from jaxft.nn.flash_attention import Visibility
-from jaxft.nn.matmul import accumulation_dtype, from_bits, to_bits
+from jaxft.nn.layer_attention import (
+    Attend,
+    AttentionLayers,
+    angles_of,
+    checked_values,
+    example_angles,
+    rotated,
+    rule_of,
+)
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.tree import Batch, Params
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 Layer = Callable[[Params, Array, Attend, Array | None], tuple[Array, Any]]
-Cache = dict[str, Array]  # k [L, B, K, E, S] and v [L, B, K, S, E] as raw bits, visible [B, S]
 
 RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "none"]
 
@@ -52,6 +60,14 @@ REMAT: dict[RematPolicy, Remat] = {
     "projections": Remat(("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")),
     "none": Remat(None),  # everything
 }
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """How layers run: how each attends, and what is stored for the backward pass."""
+
+    attention: AttentionLayers
+    remat: RematPolicy
 
 
 _RECORDED: ContextVar[list[Array] | None] = ContextVar("recorded layer outputs", default=None)
@@ -88,36 +104,40 @@ def scan_layers(
     layers: Params,
     tokens: Batch,
     keys: Array | None,
-    remat: RematPolicy,
+    options: LayerOptions,
 ) -> Float[Array, "B T D"]:
     """Return the residual stream after all layers, differentiable under the remat policy.
 
     layers: the stacked parameters, or FusedLayers, which the backward pass updates. tokens: Tokens, Pairs or
-    Rollout.
-    keys: a random key per layer for dropout, or None.
+    Rollout. keys: a random key per layer for dropout, or None.
     """
+    remat, a, T = options.remat, options.attention, h_BTD.shape[1]
     policy = REMAT[remat]
-    rows = Visibility(tokens.segments, tokens.branches, tokens.positions)
+    angles = example_angles(a, constrain(tokens.positions, "rows", "time"), tokens.segments, h_BTD.dtype)
+    rows = Visibility(tokens.segments, tokens.branches, tokens.positions if a.longest_window else None)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attention(q, k, v, rows, tokens.packed), None
+    def body(h: Array, x: Any) -> tuple[Array, None]:
+        p, (key, kind) = x
 
-    def body(h: Array, x: tuple[Params, Array | None]) -> tuple[Array, None]:
-        p, key = x
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            (q, k), v = rotated(a, q, k, angles_of(angles, kind)), checked_values(v)
+            return attention(q, k, v, rows, tokens.packed, rule_of(a, kind, T)), None
+
         h = checkpoint_name(h, "layer_in") if policy.offload else h
         return layer(p, h, attend, key)[0], None
 
+    kinds = None if a.kind_numbers is None else jnp.asarray(a.kind_numbers)
     if isinstance(layers, fused_update.FusedLayers):
         if remat != "full":
             raise ValueError(
                 f"optim.fused_backward recomputes layers from their inputs: use remat=full, got remat={remat}"
             )
-        return fused_update.fused_scan(body, h_BTD, layers, keys)
-    xs = layers, keys
+        return fused_update.fused_scan(body, h_BTD, layers, (keys, kinds))
+    xs = layers, (keys, kinds)
     recorded = _RECORDED.get()
     if recorded is not None:
 
-        def recording(h: Array, x: tuple[Params, Array | None]) -> tuple[Array, Array]:
+        def recording(h: Array, x: Any) -> tuple[Array, Array]:
             h, _ = body(h, x)
             return h, _row_norms(h)
 
@@ -159,67 +179,3 @@ def _rematerialised(body: Callable, remat: Remat) -> Callable:
     else:
         policy = policies.save_only_these_names(*saved)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
-
-
-def prefill_layers(
-    layer: Layer, h_BTD: Float[Array, "B T D"], layers: Params, tokens: Batch, size: int
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return the residual stream of prompts after all layers, and a key/value cache with `size` slots a row.
-
-    Prompts are left-padded (segment 0), so that every row writes its next token to the same slot.
-    """
-    rows = Visibility(tokens.segments, tokens.branches, tokens.positions)
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        o = attention(q, k, v, rows, tokens.packed)
-        return o, (to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2)))
-
-    h_BTD, (k, v) = jax.lax.scan(lambda h, p: layer(p, h, attend, None), h_BTD, layers)
-    free = size - tokens.ids.shape[1]
-    visible = jnp.pad(tokens.segments > 0, ((0, 0), (0, free)))
-    return h_BTD, {"k": _pad_axis(k, 4, free), "v": _pad_axis(v, 3, free), "visible": visible}
-
-
-def _pad_axis(x: Array, axis: int, count: int) -> Array:
-    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
-
-
-def decode_layers(
-    layer: Layer, h_B1D: Float[Array, "B 1 D"], layers: Params, cache: Cache, slot: Int[Array, ""]
-) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Return the residual stream of one token a row after all layers; its keys and values go to `slot` of the
-    cache.
-
-    The cache is carried through the scan and updated in place: through xs and ys all of it would be copied
-    for each token.
-    """
-    visible = cache["visible"] | (jnp.arange(cache["visible"].shape[1], dtype=slot.dtype) == slot)[None]
-    zero = jnp.zeros_like(slot)  # of one integer type, whatever literals would have
-
-    def body(carry: tuple[Array, Array, Array], x: tuple[Params, Array]) -> tuple[Any, None]:
-        h, k_all, v_all = carry
-        p, i = x
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            k, v = to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.swapaxes(1, 2))
-            k_new = jax.lax.dynamic_update_slice(k_all, k[None], (i, zero, zero, zero, slot))
-            v_new = jax.lax.dynamic_update_slice(v_all, v[None], (i, zero, zero, slot, zero))
-            k_BKES, v_BKSE = (
-                from_bits(jax.lax.dynamic_index_in_dim(x, i, 0, False), q.dtype) for x in (k_new, v_new)
-            )
-            return cached_attention(q[:, 0], k_BKES, v_BKSE, visible)[:, None], (k_new, v_new)
-
-        h, (k_all, v_all) = layer(p, h, attend, None)
-        return (h, k_all, v_all), None
-
-    count = jax.tree.leaves(layers)[0].shape[0]
-    carry = h_B1D, cache["k"], cache["v"]
-    (h_B1D, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(count, dtype=slot.dtype)))
-    return h_B1D, {"k": k, "v": v, "visible": visible}
-
-
-def repeat_cache(cache: Cache, count: int) -> Cache:
-    """Return the cache with each row `count` times in succession, for as many completions of each prompt."""
-    if count == 1:
-        return cache
-    return {name: jnp.repeat(x, count, axis=0 if name == "visible" else 1) for name, x in cache.items()}

@@ -14,6 +14,7 @@ from jaxft.distributed import devices, sharding
 from jaxft.models.heads import HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.nn.attention import attention_line
+from jaxft.nn.flash_attention import AttentionRule
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optimizer, make_optimizer
@@ -258,6 +259,7 @@ def attention_summary(p: Programs, batch: Batch) -> str:
     """Return which attention kernel the train step runs for a batch [micro, rows, ...], and why."""
     model, (_, rows, length) = p.partition.model, batch.ids.shape
     shape = rows, length, model.config.heads, model.config.head_dim
-    queries = jax.ShapeDtypeStruct(shape, model.dtype)
+    queries, layers = jax.ShapeDtypeStruct(shape, model.dtype), model.attention
+    rules = [AttentionRule(kind.window, layers.softcap) for kind in layers.kinds]
     with jax.set_mesh(p.mesh):
-        return attention_line(queries, model.config.kv_heads, batch.branches is not None, batch.packed)
+        return attention_line(queries, model.config.kv_heads, batch.branches is not None, batch.packed, rules)

@@ -2,6 +2,7 @@
 packages.
 """
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.models import families
 from jaxft.models.adapted import adapted
-from jaxft.models.model import Model
+from jaxft.models.model import Model, ModelConfig
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import ParamSpec
@@ -112,10 +113,33 @@ def open_files(ref: str) -> ModelFiles:
     return hf.open_folder(located.path)
 
 
+def check_preset(ref: str, config: ModelConfig) -> None:
+    """Raise ValueError if the files of `ref`, a preset's name, have other settings than the preset `config`.
+
+    Names, token ids and the longest row do not count: they change no value that the model computes.
+    """
+    if Path(ref).is_dir() or families.preset_config(ref) != config:
+        return
+    located = hub.locate(ref)
+    hf_config = read_config(located)
+    found = families.family_of(hf_config).from_hf(hf_config)
+    differing = [
+        f"{name} {getattr(config, name)!r} and {getattr(found, name)!r}"
+        for name in (field.name for field in dataclasses.fields(found))  # type: ignore[arg-type]
+        if name not in ("bos", "eos", "max_positions") and getattr(config, name) != getattr(found, name)
+    ]
+    if type(found) is not type(config) or differing:
+        raise ValueError(
+            f"{ref}: the settings that jaxft has for this name differ from those of the files: "
+            f"{'; '.join(differing) or 'another family'}. Use the files' folder as the model: {located.path}"
+        )
+
+
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
     """Return a reader for every base parameter in the files of `ref` by path. Raises ValueError if names or
     shapes differ.
     """
+    check_preset(ref, model.config)
     return param_readers(open_files(ref), model)
 
 
@@ -209,6 +233,7 @@ def load_base(
     skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
     folder, which is merged into the weights in float32.
     """
+    check_preset(ref, stored.model.config)
     files = open_files(ref)
     if adapter is not None:
         files = merge.merge_on_read(files, stored.model, peft.read_adapter(adapter, stored.model)[0])

@@ -129,7 +129,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     return Run(
         name="bench",
         weights=case.preset,
-        model=llama(config, jnp.bfloat16, case.remat, residual=jnp.bfloat16),
+        model=llama(config, jnp.bfloat16, remat=case.remat, residual=jnp.bfloat16),
         adapter=None if case.trains == "all" else Adapter(rank=16, alpha=32.0),
         quant=None if case.quant == "none" else Quant(case.quant),
         optim=optimizer.Optim(lr=1e-4, warmup=0.0),

@@ -131,12 +131,12 @@ def test_rms_norm_equals_transformers():
     assert layers.rms_norm(x, weight, 1e-3, jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_swiglu_equals_torch():
+def test_gated_equals_torch():
     torch = pytest.importorskip("torch")
     gate, up = random(3, 7, dtype=jnp.float32), random(3, 7, dtype=jnp.float32)
     target = torch.nn.functional.silu(torch.tensor(np.asarray(gate))) * torch.tensor(np.asarray(up))
-    np.testing.assert_allclose(layers.swiglu(gate, up), target.numpy(), rtol=1e-6, atol=1e-6)
-    assert layers.swiglu(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(layers.gated(gate, up), target.numpy(), rtol=1e-6, atol=1e-6)
+    assert layers.gated(gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_embedding_from_a_quantised_table_equals_the_dequantised_one():

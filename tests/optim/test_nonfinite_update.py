@@ -134,7 +134,7 @@ def test_a_check_needs_no_copy_of_the_parameters():
 def trained(**settings):
     """(train step, first state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(jnp.float32, remat="full")
-    parts = partition.partition_params(llama(model.config, jnp.float32, "full"), None, None)
+    parts = partition.partition_params(llama(model.config, jnp.float32, remat="full"), None, None)
     trainable, frozen = partition.split_params(parts, whole)
     optimizer = make_optimizer(Optim(clip=None, **settings), parts.trainable_specs, 10)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable), {}, jnp.zeros(2, jnp.int32))

@@ -62,7 +62,14 @@ def tiny(remat="projections", full=False, quant=None, **kwargs):
     rows = Rows("none", batch=8, micro=2, max_length=64)
     adapter = None if full else Adapter(rank=4)
     return Run(
-        "tiny", "tiny", llama(TINY, jnp.float32, remat), sft, rows, adapter=adapter, quant=quant, **kwargs
+        "tiny",
+        "tiny",
+        llama(TINY, jnp.float32, remat=remat),
+        sft,
+        rows,
+        adapter=adapter,
+        quant=quant,
+        **kwargs,
     )
 
 

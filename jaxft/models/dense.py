@@ -1,0 +1,286 @@
+"""What all dense decoder families share: embedding, stacked layers, final norm, and the parts of a layer.
+
+A family (llama.py, qwen.py, ...) declares a `DenseArchitecture`: parameters, their names in Hugging Face's
+files, how its layers attend, and one function for a layer. `dense_model` makes the Model of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxft.distributed.sharding import check_context_divides, constrain
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import ForwardOptions, Model, WeightNames, dense_flops, forward_options, layer_axes
+from jaxft.nn.cache import Cache, NextToken, decode_layers, prefill_layers, repeat_cache
+from jaxft.nn.layer_attention import Attend, AttentionLayers
+from jaxft.nn.layers import biased_linear, embed_tokens, gated_mlp, rms_norm, saveable, split_keys
+from jaxft.nn.matmul import accumulation_dtype, gather_layer, head_params, lm_head
+from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
+from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, scan_layers
+from jaxft.tree import Batch, Params
+
+# (options, params, h [B, T, D], attend, dropout key) -> (h, what attend returned); see nn/scan.py.
+LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Any]]
+Norm = Callable[[Array, Array, float, DTypeLike], Array]
+
+
+@dataclass(frozen=True)
+class DenseArchitecture:
+    """What a family's builder declares.
+
+    specs, names: the parameters and their tensors in Hugging Face's files. layer: one layer on the residual
+    stream. attention: rope, windows and soft cap of each layer. norm: the final one. embed_scale: factor of
+    the embeddings. logits: (head parameters, h) -> logits.
+    """
+
+    specs: Specs
+    names: WeightNames
+    layer: LayerFunction
+    attention: AttentionLayers
+    norm: Norm = rms_norm
+    embed_scale: float | None = None
+    logits: Callable[[Params, Array], Array] = lm_head
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """An architecture and the options that it is computed with."""
+
+    options: ForwardOptions
+    architecture: DenseArchitecture
+
+
+def dense_model(
+    config: DenseConfig,
+    architecture: DenseArchitecture,
+    dtype: DTypeLike = jnp.bfloat16,
+    remat: RematPolicy = "projections",
+    residual: DTypeLike | None = None,
+) -> Model:
+    """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions."""
+    d = Decoder(forward_options(config, dtype, remat, residual), architecture)
+    return Model(
+        config=config,
+        specs=architecture.specs,
+        weight_names=architecture.names,
+        attention=architecture.attention,
+        dtype=d.options.dtype,
+        residual=d.options.residual,
+        hidden=partial(hidden, d),
+        head=head_params,
+        logits=architecture.logits,
+        prefill=partial(prefill, d),
+        decode=partial(decode, d),
+        repeat_cache=repeat_cache,
+        forward_flops=partial(dense_flops, config, architecture.specs, architecture.attention),
+    )
+
+
+def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
+    f, arch = d.options, d.architecture
+    h = embed_tokens(params["embed"], ids, f.dtype, f.residual)
+    if arch.embed_scale is None:
+        return h
+    scale = jnp.asarray(arch.embed_scale, f.dtype)  # rounded to the compute dtype, as in transformers
+    return (h.astype(f.dtype) * scale).astype(f.residual)
+
+
+def _one_layer(d: Decoder) -> Layer:
+    """Return the layer function of nn/scan.py: gathers the layer's parameters, sums in float32 or wider, and
+    rounds the residual stream once to its own dtype.
+    """
+    f, arch = d.options, d.architecture
+
+    def layer(p: Params, h: Array, attend: Attend, key: Array | None) -> tuple[Array, Any]:
+        p = gather_layer(p, layer_axes(arch.specs))
+        out, extra = arch.layer(f, p, h.astype(accumulation_dtype(f.dtype)), attend, key)
+        return out.astype(h.dtype), extra
+
+    return layer
+
+
+def _final_norm(d: Decoder, params: Params, h: Array) -> Array:
+    return d.architecture.norm(h, params["final_norm"], d.options.config.norm_eps, d.options.dtype)
+
+
+def hidden(d: Decoder, params: Params, tokens: Batch, key: Array | None = None) -> Float[Array, "B T D"]:
+    """Return the hidden states after the final norm, in the compute dtype."""
+    check_context_divides(tokens.ids.shape[1])
+    keys = None if key is None else jax.random.split(key, d.options.config.layers)
+    h = _embed(d, params, tokens.ids)
+    options = LayerOptions(d.architecture.attention, d.options.remat)
+    h = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
+    return _final_norm(d, params, h)
+
+
+def prefill(d: Decoder, params: Params, tokens: Batch, size: int) -> tuple[Float[Array, "B T D"], Cache]:
+    """Return hidden states [B, T, D] of left-padded prompts and a cache with `size` slots a row."""
+    h, layers = _embed(d, params, tokens.ids), params["layers"]
+    h, cache = prefill_layers(_one_layer(d), h, layers, tokens, size, d.architecture.attention)
+    return _final_norm(d, params, h), cache
+
+
+def decode(
+    d: Decoder,
+    params: Params,
+    cache: Cache,
+    ids: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Decode one token a row into `slot`; return hidden states [B, D] and the cache."""
+    h, at = _embed(d, params, ids[:, None]), NextToken(positions, slot)
+    h, cache = decode_layers(_one_layer(d), h, params["layers"], cache, at, d.architecture.attention)
+    return _final_norm(d, params, h)[:, 0], cache
+
+
+# Parts of layers. Sums of the residual stream are in float32 or wider; matmuls in the compute dtype.
+
+
+def no_norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
+    """Return queries and keys unchanged: a family without norms on them."""
+    return q, k
+
+
+def self_attention(
+    c: DenseConfig,
+    p: Params,
+    x_BTD: Float[Array, "B T D"],
+    attend: Attend,
+    keys: Any,
+    norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Project to heads, attend, project back; keys: four dropout keys, or None for each.
+
+    norms(p, q [B, T, H, E], k [B, T, K, E]): applied before rope.
+    """
+    B, T, _ = x_BTD.shape
+    q = biased_linear(p, "q", x_BTD, keys[0]).reshape(B, T, c.heads, c.head_dim)
+    k = biased_linear(p, "k", x_BTD, keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
+    v = biased_linear(p, "v", x_BTD, keys[2]).reshape(B, T, c.kv_heads, c.head_dim)
+    o_BTHE, extra = attend(*norms(p, q, k), v)
+    return attention_output(p, o_BTHE, keys[3]), extra
+
+
+def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Float[Array, "B T D"]:
+    """Project the heads back to the width."""
+    B, T, H, E = o_BTHE.shape
+    o = biased_linear(p, "o", o_BTHE.reshape(B, T, H * E), key)
+    return saveable(constrain(o, "rows", "time", "act_width"), "o")
+
+
+def prenorm_layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
+    norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
+) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+    """Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
+    c, keys = f.config, split_keys(key, 7)
+    x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
+    o, extra = self_attention(c, p["attn"], x, attend, keys[:4], norms)
+    h_BTD = h_BTD + o.astype(h_BTD.dtype)
+    x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
+    down = constrain(gated_mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
+    return h_BTD + down.astype(h_BTD.dtype), extra
+
+
+def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:
+    """Return the `norms` of families that normalise each head of queries and keys (q_norm, k_norm [E])."""
+
+    def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
+        return norm(q, p["q_norm"], c.norm_eps, dtype), norm(k, p["k_norm"], c.norm_eps, dtype)
+
+    return norms
+
+
+# Declarations of parameters that many families share.
+
+
+def llama_specs(c: DenseConfig) -> dict[str, Any]:
+    """Declare Llama's parameters, one line each."""
+    L, D, F, V = c.layers, c.width, c.mlp, c.vocab
+    Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    specs = {
+        "embed": ParamSpec((V, D), ("vocab", "table_width"), normal(0.02)),
+        "layers": {
+            "attn_norm": ParamSpec((L, D), ("layers", "norm"), full(1.0)),
+            "attn": {
+                "q": ParamSpec((L, D, Q), ("layers", "width", "heads"), fan_in(D), c.heads),
+                "k": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
+                "v": ParamSpec((L, D, K), ("layers", "width", "kv_heads"), fan_in(D), c.kv_heads),
+                "o": ParamSpec((L, Q, D), ("layers", "from_heads", "out_width"), fan_in(Q), c.heads),
+            },
+            "mlp_norm": ParamSpec((L, D), ("layers", "norm"), full(1.0)),
+            "mlp": {
+                "gate": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
+                "up": ParamSpec((L, D, F), ("layers", "width", "mlp"), fan_in(D)),
+                "down": ParamSpec((L, F, D), ("layers", "from_mlp", "out_width"), fan_in(F)),
+            },
+        },
+        "final_norm": ParamSpec((D,), ("norm",), full(1.0)),
+    }
+    if not c.tied:
+        specs["head"] = ParamSpec((D, V), ("table_width", "vocab"), fan_in(D))
+    return specs
+
+
+def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
+    """Declare biases of the projections to queries, keys and values."""
+    Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return {
+        "q_bias": ParamSpec((c.layers, Q), ("layers", "heads"), full(0.0), c.heads),
+        "k_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
+        "v_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
+    }
+
+
+def attention_biases(c: DenseConfig) -> dict[str, ParamSpec]:
+    """Declare biases of all four projections of attention."""
+    return qkv_biases(c) | {"o_bias": ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))}
+
+
+def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
+    """Declare biases of the three projections of a gated MLP."""
+    L, D, F = c.layers, c.width, c.mlp
+    return {
+        "gate_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
+        "up_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
+        "down_bias": ParamSpec((L, D), ("layers", "norm"), full(0.0)),
+    }
+
+
+LLAMA_NAMES: WeightNames = {
+    "embed": ("model.embed_tokens.weight", False),
+    "layers/attn_norm": ("model.layers.{i}.input_layernorm.weight", False),
+    "layers/attn/q": ("model.layers.{i}.self_attn.q_proj.weight", True),
+    "layers/attn/k": ("model.layers.{i}.self_attn.k_proj.weight", True),
+    "layers/attn/v": ("model.layers.{i}.self_attn.v_proj.weight", True),
+    "layers/attn/o": ("model.layers.{i}.self_attn.o_proj.weight", True),
+    "layers/mlp_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
+    "layers/mlp/gate": ("model.layers.{i}.mlp.gate_proj.weight", True),
+    "layers/mlp/up": ("model.layers.{i}.mlp.up_proj.weight", True),
+    "layers/mlp/down": ("model.layers.{i}.mlp.down_proj.weight", True),
+    "final_norm": ("model.norm.weight", False),
+    "head": ("lm_head.weight", True),
+    # those that only some families have
+    "layers/attn/q_bias": ("model.layers.{i}.self_attn.q_proj.bias", False),
+    "layers/attn/k_bias": ("model.layers.{i}.self_attn.k_proj.bias", False),
+    "layers/attn/v_bias": ("model.layers.{i}.self_attn.v_proj.bias", False),
+    "layers/attn/o_bias": ("model.layers.{i}.self_attn.o_proj.bias", False),
+    "layers/mlp/gate_bias": ("model.layers.{i}.mlp.gate_proj.bias", False),
+    "layers/mlp/up_bias": ("model.layers.{i}.mlp.up_proj.bias", False),
+    "layers/mlp/down_bias": ("model.layers.{i}.mlp.down_proj.bias", False),
+    "layers/attn/q_norm": ("model.layers.{i}.self_attn.q_norm.weight", False),
+    "layers/attn/k_norm": ("model.layers.{i}.self_attn.k_norm.weight", False),
+}
+
+
+def names_of(specs: Specs, others: WeightNames | None = None) -> WeightNames:
+    """Return the Hugging Face name of every declared parameter; others: the family's own, before Llama's."""
+    known = LLAMA_NAMES | (others or {})
+    return {path: known[path] for path in spec_paths(specs)}

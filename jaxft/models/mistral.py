@@ -1,0 +1,90 @@
+"""Mistral and Ministral: Llama's layer with a sliding window in all layers, in some, or in none."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, names_of, prenorm_layer
+from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import Model
+from jaxft.nn.layer_attention import LayerKind
+from jaxft.nn.rope import Rope
+
+
+@dataclass(frozen=True)
+class MistralConfig(DenseConfig):
+    """Sizes of a Mistral. window: of the layers whose type is "sliding_attention"; () for no such layer."""
+
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+
+def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Mistral config. options: remat and residual of dense_model."""
+    specs = llama_specs(config)
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
+    attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
+    return dense_model(
+        config, DenseArchitecture(specs, names_of(specs), prenorm_layer, attention), dtype, **options
+    )
+
+
+_DEFAULTS = {"max_position_embeddings": 4096 * 32}
+_MISTRAL = FileFormat("mistral", "MistralForCausalLM", defaults=_DEFAULTS)
+_MINISTRAL = FileFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
+
+
+def _from_hf(hf: dict[str, Any], form: FileFormat) -> MistralConfig:
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
+    types = (SLIDING if window else FULL,) * fields["layers"]  # of a mistral, whose layers are all alike
+    if form is _MINISTRAL:
+        types = read_layer_types(hf, types)
+    if SLIDING not in types:
+        return MistralConfig(**fields)
+    if window is None:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    return MistralConfig(**fields, window=window, layer_types=types)
+
+
+def mistral_from_hf(hf: dict[str, Any]) -> MistralConfig:
+    """Parse a Mistral's config.json. Raises ValueError that names a missing or unsupported value."""
+    return _from_hf(hf, _MISTRAL)
+
+
+def ministral_from_hf(hf: dict[str, Any]) -> MistralConfig:
+    """Parse a Ministral's config.json. Raises ValueError that names a missing or unsupported value."""
+    return _from_hf(hf, _MINISTRAL)
+
+
+def mistral_to_hf(c: MistralConfig) -> dict[str, Any]:
+    """Return the dict of a config.json: model_type "ministral" where only some layers have a window."""
+    if len(set(c.layer_types)) == 2:
+        return fields_to_hf(c, _MINISTRAL) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+    return fields_to_hf(c, _MISTRAL) | {"sliding_window": c.window}
+
+
+_7B: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)
+
+MISTRAL_PRESETS: dict[str, MistralConfig] = {
+    "mistralai/Mistral-7B-v0.1": MistralConfig(
+        vocab=32000, **_7B, max_positions=32768, window=4096, layer_types=(SLIDING,) * 32
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": MistralConfig(
+        vocab=32000, **_7B, rope=Rope(1e6), max_positions=32768
+    ),
+    "mistralai/Mistral-7B-v0.3": MistralConfig(vocab=32768, **_7B, rope=Rope(1e6), max_positions=32768),
+    "mistralai/Mistral-7B-Instruct-v0.3": MistralConfig(
+        vocab=32768, **_7B, rope=Rope(1e6), max_positions=32768
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": MistralConfig(
+        vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=14336, rope=Rope(1e6),
+        max_positions=131072,
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": MistralConfig(
+        vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=32768, rope=Rope(1e8),
+        max_positions=32768,
+    ),
+}  # fmt: skip

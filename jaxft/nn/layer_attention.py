@@ -1,0 +1,133 @@
+"""How the layers of a model attend: rope, sliding windows and soft caps, which may differ between layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxft.distributed.sharding import constrain
+from jaxft.nn.attention import needed_window
+from jaxft.nn.flash_attention import AttentionRule
+from jaxft.nn.layers import saveable
+from jaxft.nn.rope import Rope, cache_lengths, example_lengths, needs_lengths, rope_angles, rotate
+
+EVERY_KEY = np.int32(
+    2**30
+)  # a window that hides nothing, in a model that has layers with a window and without
+
+Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer. window: how many keys a query sees, itself included; None for all."""
+
+    rope: Rope
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not 0 < self.window < EVERY_KEY:
+            raise ValueError(f"config: a sliding window must be a number from 1 to 2^30, got {self.window}")
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """How each layer of a model attends.
+
+    kinds: the different kinds of layers. layout: for every layer the index of its kind. scale: of the scores
+    q k^T; None: 1 / sqrt(head_dim). softcap: scores s become softcap * tanh(s / softcap); None leaves them.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    layout: tuple[int, ...]
+    head_dim: int
+    scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def windowed(self) -> np.ndarray:
+        """Whether each layer has a window: bools [L]."""
+        return np.array([self.kinds[kind].window is not None for kind in self.layout])
+
+    @property
+    def longest_window(self) -> int:
+        """The longest window of any layer; 0 if none has one."""
+        return max((kind.window or 0 for kind in self.kinds), default=0)
+
+    @property
+    def kind_numbers(self) -> np.ndarray | None:
+        """The kind of each layer as int32 [L], for the scan; None if all are of one kind."""
+        return None if len(self.kinds) == 1 else np.array(self.layout, np.int32)
+
+
+def uniform(count: int, head_dim: int, rope: Rope, window: int | None = None) -> AttentionLayers:
+    """Return the AttentionLayers of `count` equal layers."""
+    return AttentionLayers((LayerKind(rope, window),), (0,) * count, head_dim)
+
+
+def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
+    """Return the window of a layer in rows of `length` tokens: None if no layer needs one, an int if all
+    layers are alike, else an int32 scalar array.
+    """
+    windows = [needed_window(k.window, length) for k in a.kinds]
+    if kind is None or not any(windows):
+        return windows[0] if kind is None else None
+    numbers = np.array([EVERY_KEY if window is None else window for window in windows], np.int32)
+    return jnp.asarray(numbers)[kind]
+
+
+def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
+    """Return window and soft cap of a layer in rows of `length` tokens."""
+    return AttentionRule(window_of(a, kind, length), a.softcap)
+
+
+def example_angles(
+    a: AttentionLayers, positions: Int[Array, "B T"], segments: Int[Array, "B T"], dtype: DTypeLike
+) -> list[Angles]:
+    """Return cos and sin [B, T, E/2] of packed rows for each kind of layer."""
+    lengths = None
+    if any(needs_lengths(kind.rope) for kind in a.kinds):
+        lengths = example_lengths(positions, segments)
+    return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
+
+
+def cache_angles(
+    a: AttentionLayers, positions: Int[Array, "B T"], slots: Int[Array, " T"], size: int, dtype: DTypeLike
+) -> list[Angles]:
+    """Return cos and sin [B, T, E/2] of tokens in these slots of a cache of `size` slots, for each kind of
+    layer.
+    """
+    lengths = cache_lengths(positions, slots, size)
+    return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
+
+
+def angles_of(angles: list[Angles], kind: Array | None) -> Angles:
+    """Select the angles of a layer's kind."""
+    if kind is None:
+        return angles[0]
+    cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
+    return tuple(jax.lax.dynamic_index_in_dim(x, kind, 0, keepdims=False) for x in (cos, sin))
+
+
+def rotated(
+    a: AttentionLayers, q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], angles: Angles
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"]]:
+    """Apply rope to queries and keys, saveable by a remat policy.
+
+    Attention divides scores by sqrt(E); queries are multiplied so that the scale becomes the model's.
+    """
+    factor = 1.0 if a.scale is None else a.scale * a.head_dim**0.5
+    q = constrain(rotate(q, *angles, factor), "rows", "time", "heads", "head_dim")
+    k = constrain(rotate(k, *angles), "rows", "time", "kv_heads", "head_dim")
+    return saveable(q, "q"), saveable(k, "k")
+
+
+def checked_values(v: Float[Array, "B T K E"]) -> Float[Array, "B T K E"]:
+    """Return values, sharded over their heads and saveable by a remat policy."""
+    return saveable(constrain(v, "rows", "time", "kv_heads", "head_dim"), "v")

@@ -1,0 +1,97 @@
+"""A tiny random model by transformers of every family that jaxft implements."""
+
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.batch import Tokens
+from jaxft.models.families import family_of
+
+VOCAB = 96
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0, tie_word_embeddings=False,
+)  # fmt: skip
+
+# Name of the row: model_type, and what differs from SIZES. Windows are shorter than the texts of the tests.
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("mistral", dict(sliding_window=None, head_dim=16)),
+    "mistral with a window": ("mistral", dict(sliding_window=7)),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2 with windows": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
+    "qwen3": ("qwen3", dict(head_dim=16)),
+}
+ZERO_CENTRED = ("gemma",)  # families whose norms multiply by 1 + weight
+
+
+@cache
+def torch_model(name, seed=0):
+    """The row's transformers model with random weights, biases and norms, eager attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = FAMILIES[name]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    low = -0.5 if kind.startswith(ZERO_CENTRED) else 0.5
+    for path, p in model.named_parameters():
+        if "norm" in path:
+            torch.nn.init.uniform_(p, low, low + 1.0)
+        elif p.ndim == 1:
+            torch.nn.init.uniform_(p, -0.5, 0.5)
+    return model
+
+
+def our_model(name, dtype=jnp.float32, **options):
+    """The jaxft model of a row."""
+    config = torch_model(name).config.to_dict()
+    family = family_of(config)
+    return family.build(family.from_hf(config), dtype=dtype, **options)
+
+
+def params_of(torch_state, model, dtype=jnp.float32):
+    """The parameter tree of {name: tensor}, by the model's table of names."""
+    out = {}
+    for path, (name, transpose) in model.weight_names.items():
+        layers = range(model.config.layers) if "{i}" in name else [None]
+        parts = [torch_state[name.format(i=i)].detach().numpy() for i in layers]
+        parts = [p.T if transpose else p for p in parts]
+        node = out
+        *lead, last = path.split("/")
+        for part in lead:
+            node = node.setdefault(part, {})
+        node[last] = jnp.asarray(np.stack(parts) if "{i}" in name else parts[0], dtype)
+    return out
+
+
+def both(name, dtype=jnp.float32):
+    """(transformers model, jaxft model, the same parameters)."""
+    theirs, ours = torch_model(name), our_model(name, dtype)
+    return theirs, ours, params_of(theirs.state_dict(), ours, dtype)
+
+
+def rows(ids, segments=None, positions=None, branches=None):
+    """A batch of rows; by default each is one example."""
+    ids = np.asarray(ids, np.int32)
+    if segments is None:
+        segments = np.ones_like(ids)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    as_int = [None if x is None else jnp.asarray(x, jnp.int32) for x in (segments, positions, branches)]
+    read = jnp.zeros((len(ids), 1), jnp.int32)
+    return Tokens(jnp.asarray(ids), *as_int[:2], read, read, read.astype(jnp.float32), as_int[2])
+
+
+def random_ids(count, time, seed=0):
+    """Random token ids that are neither padding nor an end."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (count, time)).astype(np.int32)
+
+
+def logits_of(model, params, batch):
+    """Logits [B, T, V]."""
+    return np.asarray(model.logits(model.head(params), model.hidden(params, batch)))
