@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
 from host_weights import load_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
+from jaxft.batch import Tokens
+from jaxft.distributed.sharding import MeshShape, make_mesh, shard_batch
 from jaxft.models import llama_config
 from jaxft.models.dense_config import FileFormat, fields_from_hf, fields_to_hf
-from jaxft.models.llama import LlamaConfig
+from jaxft.models.llama import LlamaConfig, llama
 from jaxft.models.rope_config import for_transformers_4, rope_to_hf, ropes_from_hf
+from jaxft.nn import param
 from jaxft.nn import rope as our_rope
 from jaxft.nn.rope import Rope
 from jaxft.weights import pretrained
@@ -275,6 +279,13 @@ def test_gemma_3_of_transformers_4_has_scaled_global_and_plain_local_layers():
         "full_attention": Rope(1e6, "linear", 8.0),
         "sliding_attention": Rope(1e4),
     }
+    both = {
+        "rope_parameters": {"full_attention": {"rope_theta": 1e6}},
+        "rope_scaling": GEMMA3["rope_scaling"],
+    }
+    theirs = read_by("Gemma3TextConfig", both)["rope_parameters"]["full_attention"]
+    assert (theirs["rope_theta"], theirs["factor"]) == (1e6, 8.0)
+    assert ropes_from_hf(both, 4096, {name: 1e4 for name in ropes}, OLD_STYLE[1]) == ropes
     nothing = ropes_from_hf({}, 4096, {"full_attention": 1e6, "sliding_attention": 1e4}, OLD_STYLE[1])
     assert nothing == {"full_attention": Rope(1e6), "sliding_attention": Rope(1e4)}
 
@@ -327,6 +338,46 @@ def test_logits_beyond_the_original_length_equal_transformers_and_decoding(kind,
         h, cache = decode(params, cache, tokens.ids[:, t], at, jnp.int32(t))
         found.append(np.asarray(model.logits(model.head(params), h))[:, None])
     np.testing.assert_allclose(np.concatenate(found, 1), ours, atol=1e-4)
+
+
+SHORT = tuple(1 + i / 4 for i in range(4))
+BY_LENGTH = {
+    "dynamic": Rope(kind="dynamic", factor=4.0, original_max_positions=8),
+    "longrope": Rope(
+        kind="longrope", factor=4.0, original_max_positions=8, short_factor=SHORT, long_factor=SHORT[::-1]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_packed_row_has_the_hidden_states_of_its_examples_alone_on_one_device_and_a_mesh(kind, x64):
+    model = llama(replace(tiny_model.CONFIG, rope=BY_LENGTH[kind]), jnp.float64)
+    params = param.init_params(model.specs, jax.random.key(0), jnp.float64)
+    first, second = (np.random.default_rng(3).integers(0, 40, n) for n in (6, 14))
+    tokens, hidden = rows_of_examples([[first, second], [second, first]], 24), jax.jit(model.hidden)
+    found = np.asarray(hidden(params, tokens))
+    alone = [np.asarray(hidden(params, rows_of_examples([[x]], len(x))))[0] for x in (first, second)]
+    np.testing.assert_allclose(found[0, :20], np.concatenate(alone), rtol=1e-10)
+    np.testing.assert_allclose(found[1, :20], np.concatenate(alone[::-1]), rtol=1e-10)
+    mesh = make_mesh(MeshShape(2, context=4))
+    with jax.set_mesh(mesh):
+        batch = shard_batch(mesh, jax.tree.map(lambda x: x[None], tokens))
+        sharded = jax.device_get(
+            jax.jit(lambda p, b: model.hidden(p, jax.tree.map(lambda x: x[0], b)))(params, batch)
+        )
+    real = np.asarray(tokens.segments) > 0
+    np.testing.assert_allclose(sharded[real], found[real], rtol=1e-9, atol=1e-12)
+
+
+def rows_of_examples(rows, size):
+    """Rows of several examples each, padded to `size` tokens."""
+    ids, segments, positions = (np.zeros((len(rows), size), np.int32) for _ in range(3))
+    for r, row in enumerate(rows):
+        ends = np.cumsum([len(example) for example in row])
+        for i, (example, end) in enumerate(zip(row, ends, strict=True)):
+            at = slice(end - len(example), end)
+            ids[r, at], segments[r, at], positions[r, at] = example, i + 1, np.arange(len(example))
+    return Tokens(ids, segments, positions, positions, ids, np.ones(ids.shape))
 
 
 def test_a_file_of_transformers_5_gains_what_transformers_4_reads():

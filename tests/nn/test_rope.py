@@ -30,6 +30,9 @@ KINDS = {
     "default": {"rope_type": "default", "rope_theta": 5e5},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+    "dynamic, another original length": {  # which transformers ignores
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0, "original_max_position_embeddings": 32,
+    },
     "llama3": {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 48,
@@ -39,6 +42,7 @@ KINDS = {
     "yarn, not truncated": {**YARN, "truncate": False},
     "yarn, betas": {**YARN, "beta_fast": 20.0, "beta_slow": 2.5},
     "yarn, narrow": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0},
+    "yarn, one point": {**YARN, "beta_fast": 1.82, "beta_slow": 1.82, "truncate": False},
     "yarn, attention factor": {**YARN, "attention_factor": 0.8},
     "yarn, mscale": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7},
     "yarn, one mscale": {**YARN, "mscale": 1.2},
