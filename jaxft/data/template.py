@@ -52,11 +52,16 @@ class Template:
         """Matches what ends an assistant turn, and whitespace before it. None if no special token does."""
         return re.compile(rf"\s*(?:{_any_of(self.ends)})") if self.ends else None
 
+    @cached_property
+    def special(self) -> re.Pattern:
+        """Matches any special token of the tokenizer."""
+        return _special_tokens(self.tokenizer)
+
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The token ids that end the last turn of a conversation, on which generation is to stop."""
-        special = _special_tokens(self.tokenizer)
-        return tuple(self.tokenizer.convert_tokens_to_ids(special.findall(end)[-1]) for end in self.last_ends)
+        last = (self.special.findall(end)[-1] for end in self.last_ends)
+        return tuple(self.tokenizer.convert_tokens_to_ids(token) for token in last)
 
     @property
     def name(self) -> str:
@@ -81,7 +86,7 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
     """
     unread = _unread_arguments(tokenizer, settings)
     if unread:
-        words = sorted(set(re.findall(r"[A-Za-z_]\w+", tokenizer.chat_template or "")))
+        words = sorted(set(re.findall(r"[A-Za-z_]\w+", _source(tokenizer))))
         near = f"near: {', '.join(nearest(unread[0], words))}" if words else "the tokenizer has none"
         raise ValueError(
             f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
@@ -93,7 +98,7 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
         day = datetime.strptime(settings.date, "%d %b %Y")
     except ValueError as error:
         raise ValueError(f"data.date={settings.date!r}; use a day like {DATE!r}") from error
-    source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), tokenizer.get_chat_template())
+    source = _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), _source(tokenizer))
     return _probed(tokenizer, source, settings)
 
 
@@ -107,8 +112,12 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
     return replace(settings, chat_template_kwargs=tuple(kept))
 
 
+def _source(tokenizer: Any) -> str:
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+
+
 def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
-    source = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    source = _source(tokenizer)
     return [name for name in settings.arguments if not re.search(rf"\b{name}\b", source)]
 
 
@@ -245,20 +254,18 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
 
     Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
-    templates render tool calls only then.
+    templates render tool calls only then. The arguments of a call are an object, or its JSON text for a
+    template that concatenates them, such as DeepSeek-R1's.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    special: dict[str, Any] = {
-        key: str(token) for key, token in template.tokenizer.special_tokens_map.items()
-    }
+    conversation = with_merged_system(messages) if template.merges else list(messages)
     try:
         with limits.time_limit(limits.RENDER_SECONDS):
-            rendered: Any = render_jinja_template(
-                conversations=[with_merged_system(messages) if template.merges else list(messages)],
-                tools=tools, chat_template=template.source, **options,
-                **{**special, "date_string": template.date, **template.arguments},
-            )  # fmt: skip
+            try:
+                rendered = _run(template, conversation, tools, options)
+            except TypeError:
+                if not any(message.get("tool_calls") for message in conversation):
+                    raise
+                rendered = _run(template, list(map(_with_text_arguments, conversation)), tools, options)
     except REJECTIONS:
         raise
     except limits.TooSlow as error:
@@ -275,3 +282,32 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     if size > limits.RENDER_CHARACTERS:
         raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")
     return rendered
+
+
+def _run(template: Template, conversation: list[Message], tools: list | None, options: dict[str, Any]) -> Any:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    special: dict[str, Any] = {
+        key: str(token) for key, token in template.tokenizer.special_tokens_map.items()
+    }
+    return render_jinja_template(
+        conversations=[conversation], tools=tools, chat_template=template.source, **options,
+        **{**special, "date_string": template.date, **template.arguments},
+    )  # fmt: skip
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its tool calls as JSON text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": as_text(call["function"])}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if arguments is not None
+            else call
+        )
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [as_text(call) for call in calls]} if calls else message

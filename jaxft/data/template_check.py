@@ -82,12 +82,10 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
-    """Return where the first spelling that occurs in the text is."""
-    for spelling in part.spellings:
-        found = text.find(spelling, at)
-        if found >= 0:
-            return found, found + len(spelling)
-    return None
+    """Return where one of the spellings first occurs in the text, the longest of several there."""
+    found = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
+    start, length = min((pair for pair in found if pair[0] >= 0), default=(-1, 0))
+    return None if start < 0 else (start, start - length)
 
 
 def shows_null(message: Message, text: str) -> bool:

@@ -154,6 +154,10 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
     except REJECTIONS:  # for results of tools that the other turn has not called
         following = next((i for i, m in enumerate(after) if m["role"] == "user"), len(after))
         first, last = common(after[following:], 1), len(text)
+    first = next((t.start() for t in template.special.finditer(text) if t.start() < first < t.end()), first)
+    header = template.earlier_header or ""
+    if header.strip() and text.startswith(header, first):
+        first += len(header)
     closing = template.closing.match(text, last) if template.closing else None
     return min(first, last), closing.end() if closing else last
 

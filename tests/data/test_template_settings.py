@@ -8,8 +8,10 @@ from chat_templates import TEMPLATES, TOOLS, stock_tokenizer
 
 from jaxft.data import chat
 from jaxft.data.example import Chat
+from jaxft.data.formats import normalise_rows
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 from jaxft.data.template import settings_for
 from jaxft.data.template_settings import TemplateSettings
@@ -19,6 +21,7 @@ from jaxft.runs.parse import parse_value
 from jaxft.runs.record import describe
 from jaxft.train.samples import make_last_turn
 
+EOS = "<｜end▁of▁sentence｜>"
 NO_THINKING = ("enable_thinking=false",)
 
 
@@ -145,7 +148,7 @@ def test_deepseek_r1_hides_the_thinking_of_every_turn(name):
     with pytest.raises(ValueError, match=f"stock/{name} hides .* the thinking block of message 1"):
         render(name, Q, answer, loss_on="completion")
     text, learned = render(name, Q, answer, Q, A, loss_on="completion")
-    assert learned == ["a<｜end▁of▁sentence｜>"] and "why" not in text
+    assert learned == [f"a{EOS}"] and "why" not in text
 
 
 def test_markers_that_enclose_the_header_of_a_turn_do_not_make_it_a_target():
@@ -188,6 +191,25 @@ def test_ids_of_nine_characters_are_rendered_with_the_result():
     )
     assert learned == ['[TOOL_CALLS][{"name": "rank", "arguments": {}, "id": "Ab3Ab3Ab3"}]</s>', "a</s>"]
     assert '[TOOL_RESULTS]{"content": 3, "call_id": "Ab3Ab3Ab3"}[/TOOL_RESULTS]' in text
+
+
+def test_a_calls_text_that_occurs_again_in_the_results_header_does_not_move_its_end():
+    quoted = {"function": {"name": "rank", "arguments": {"of": 't"'}}, "id": "Ab3" * 3}
+    calling, result = turn("assistant", None, tool_calls=[quoted]), turn("tool", "3", tool_call_id="Ab3" * 3)
+    _, learned = render("mistral-nemo", Q, calling, result, A, turn("user", "why?"), A, tools=TOOLS)
+    shown = '{"name": "rank", "arguments": {"of": "t\\""}, "id": "Ab3Ab3Ab3"}'
+    assert learned == [f"[TOOL_CALLS][{shown}]</s>", "a</s>", "a</s>"]  # content" has t" too
+
+
+def test_arguments_are_json_text_for_a_template_that_concatenates_them():
+    function = {"name": "rank", "arguments": {"of": "é"}}
+    row = {"messages": [Q, turn("assistant", None, tool_calls=[{"type": "function", "function": function}])]}
+    (example,) = normalise_rows([Row("r:1", row)])
+    template = chat.template_of(stock_tokenizer("deepseek-r1"))
+    rendered = chat.render(example, template)
+    assert rendered.text.endswith(
+        'rank\n```json\n{"of": "é"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' + EOS
+    )
 
 
 def write(path, row):

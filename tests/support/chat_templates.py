@@ -269,9 +269,9 @@ def deepseek_v3(turns, index):
 
 
 def deepseek_r1(turns, index):
-    if any(turn.calls and turn.content is None for turn in turns):
-        raise Rejected  # arguments are an object, and it concatenates them
     turn = turns[index]
+    if turn.calls and turn.content is None:
+        return deepseek_v3(turns, index)
     return HIDDEN if turn.thought or turn.calls else f"{turn.content}{_EOS}"
 
 

@@ -296,11 +296,26 @@ _DEEPSEEK_EOS = "<｜end▁of▁sentence｜>"
 
 
 def r1_distill(turns, index):
-    if any(turn.calls and turn.content is None for turn in turns):
-        raise Rejected  # arguments are an object, and it concatenates them
     turn = turns[index]
+    if turn.calls and turn.content is None:
+        return r1_calls(turns, index)
     cut = turn.thought and (turn.key or turns[index - 1].role != "tool")
     return HIDDEN if cut or turn.calls else turn.content + _DEEPSEEK_EOS
+
+
+def r1_calls(turns, index):
+    """The first call of a conversation opens a turn and doesn't end it; each other one ends it."""
+    turn, is_last = turns[index], index == len(turns) - 1
+    is_first = not any(t.calls and t.content is None for t in turns[:index])
+    if turn.thought or (is_first and len(turn.calls) == 1 and not is_last):
+        return HIDDEN
+    calls = [
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{n}\n```json\n{as_json(a)}\n```<｜tool▁call▁end｜>"
+        for n, a in turn.calls
+    ]
+    end = f"<｜tool▁calls▁end｜>{_DEEPSEEK_EOS}"
+    ended = [call + ("" if is_first and i == 0 else end) for i, call in enumerate(calls)]
+    return ("<｜tool▁calls▁begin｜>" if is_first else "") + "\n".join(ended)
 
 
 _TOOLS = ("AVAILABLE_TOOLS", "TOOL_RESULTS", "INST", "SYSTEM_PROMPT")
