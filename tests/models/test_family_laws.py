@@ -1,22 +1,30 @@
 """The laws of layout for every family, in float64: accumulation, packing, shared prompts, meshes, QLoRA."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pair_batches import laid, random_pairs
+from pair_batches import assert_same, laid, loss_gradients_metrics, random_pairs, start_aux
 from test_mesh_laws import MESHES, gradient_of, rows_of
 from tiny_families import FAMILIES, our_model, params_of, torch_model
 from tiny_model import assert_close, batch_of, examples, micro
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.distributed.sharding import make_mesh
 from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import dequantize, is_qtensor, quantize
+from jaxft.objectives import preference_losses as P
+from jaxft.objectives.preference import preference
+from jaxft.objectives.sft import sft
+from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.train.partition import partition_params, split_params
+from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 QUICK = ("qwen2 with windows",)  # rows that are tested in the default run, the others in the slow one
@@ -80,6 +88,35 @@ def test_sharing_prompts_changes_no_gradient(name):
     pairs, parts = random_pairs(8), full_training(name)
     shared, alone = (micro(laid(pairs, rows=8, room=(72, 48, 4), branches=s), 1) for s in (True, False))
     assert_close(gradient_of("dpo", parts, shared)[0], gradient_of("dpo", parts, alone)[0])
+
+
+@every_family
+def test_a_coupled_loss_of_microbatches_is_that_of_the_whole_batch(name):
+    model, params, pattern = lora(name)
+    mask = tree.map_with_path(lambda path, _: bool(re.fullmatch(pattern, path)), params)
+    objective, pairs = preference(model, P.aot), laid(random_pairs(16), rows=8, room=(72, 48, 4))
+    whole, parts = (
+        loss_gradients_metrics(objective, params, mask, micro(pairs, count), start_aux(objective))
+        for count in (1, 4)
+    )
+    assert_same(parts, whole)
+
+
+@every_family
+def test_updates_inside_the_backward_pass_equal_those_after_it(name):
+    def two_steps(fused):
+        model = our_model(name, jnp.float64, remat="full")
+        t = partition_params(model, None, None)
+        trainable, frozen = split_params(t, full_training(name)[1])
+        settings = Optim(0.01, layerwise=True, fused_backward=fused, clip=None, warmup=0.0)
+        made = make_optimizer(settings, t.trainable_specs, 10)
+        step = jax.jit(make_train_step(sft(t.model), made, 0))
+        state = TrainState(jnp.int32(0), trainable, made.init(trainable), {}, jnp.zeros(2, jnp.int32))
+        for _ in range(2):
+            state, _ = step(state, frozen, rows_of("sft"))
+        return state.trainable
+
+    assert_close(two_steps(True), two_steps(False))
 
 
 def mesh_cases():

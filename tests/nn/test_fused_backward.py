@@ -39,7 +39,7 @@ def case(
 ):
     """step(fused) -> (compiled step, initial state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
-    t = partition.partition_params(llama(model.config, dtype, "full"), None, pattern, None, None, held)
+    t = partition.partition_params(llama(model.config, dtype, remat="full"), None, pattern, None, None, held)
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
     trainable, frozen = partition.split_params(t, whole)
 
