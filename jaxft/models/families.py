@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models import llama, llama_config, mistral, qwen
+from jaxft.models import granite, llama, llama_config, mistral, olmo, qwen
 from jaxft.models.model import Model, ModelConfig
+from jaxft.models.unsupported import refusal
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(qwen.QwenConfig, qwen.qwen2_from_hf, qwen.qwen2_to_hf, qwen.qwen2, qwen.QWEN2_PRESETS),
     "qwen3": Family(qwen.Qwen3Config, qwen.qwen3_from_hf, qwen.qwen3_to_hf, qwen.qwen3, qwen.QWEN3_PRESETS),
+    "olmo2": Family(olmo.Olmo2Config, olmo.olmo2_from_hf, olmo.olmo2_to_hf, olmo.olmo2, olmo.OLMO2_PRESETS),
+    "olmo3": Family(olmo.Olmo3Config, olmo.olmo3_from_hf, olmo.olmo3_to_hf, olmo.olmo3, olmo.OLMO3_PRESETS),
+    "granite": Family(
+        granite.GraniteConfig,
+        granite.granite_from_hf,
+        granite.granite_to_hf,
+        granite.granite,
+        granite.GRANITE_PRESETS,
+    ),
 }
 
 
@@ -64,10 +74,12 @@ def preset(ref: str, **options: Any) -> Model | None:
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
-    """Return the family of a config.json. Raises ValueError for a model_type that is not implemented."""
+    """Return the family of a config.json. Raises ValueError, with what the model has that jaxft lacks, for a
+    model_type that is not implemented.
+    """
     kind = hf_config.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not implemented; jaxft has {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(refusal(hf_config, list(FAMILIES)))
     return FAMILIES[kind]
 
 

@@ -15,6 +15,11 @@ SIZES = dict(
     pad_token_id=0, tie_word_embeddings=False,
 )  # fmt: skip
 
+YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0,
+    rope_theta=1e4,
+)  # fmt: skip
+
 # Name of the row: model_type, and what differs from SIZES. Windows are shorter than the texts of the tests.
 FAMILIES = {
     "llama": ("llama", {}),
@@ -24,7 +29,21 @@ FAMILIES = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2 with windows": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
     "qwen3": ("qwen3", dict(head_dim=16)),
-}
+    "olmo2": ("olmo2", {}),
+    "olmo3 with yarn in full attention": ("olmo3", dict(
+        sliding_window=7, attention_bias=True,
+        rope_parameters=dict(
+            full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=5e3)
+        ),
+    )),
+    "granite": ("granite", dict(
+        tie_word_embeddings=True, embedding_multiplier=3.0, attention_multiplier=0.2,
+        residual_multiplier=0.22, logits_scaling=0.5,
+    )),
+    "granite with biases": ("granite", dict(
+        attention_bias=True, mlp_bias=True, attention_multiplier=0.4, residual_multiplier=0.5,
+    )),
+}  # fmt: skip
 ZERO_CENTRED = ("gemma",)  # families whose norms multiply by 1 + weight
 
 

@@ -1,0 +1,175 @@
+"""OLMo 2 and OLMo 3: norms after attention and MLP instead of before, and norms over all heads of queries and
+keys; OLMo 3 has sliding windows in three of four layers, which have their own rope.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxft.distributed.sharding import constrain
+from jaxft.models.dense import (
+    DenseArchitecture,
+    attention_biases,
+    dense_model,
+    llama_specs,
+    names_of,
+    self_attention,
+)
+from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import ForwardOptions, Model, WeightNames
+from jaxft.nn.layer_attention import Attend, LayerKind, uniform
+from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
+from jaxft.nn.param import ParamSpec, Specs, full
+from jaxft.nn.rope import Rope
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True)
+class Olmo2Config(DenseConfig):
+    """Sizes of an OLMo 2. attention_bias: whether all four projections of attention have biases."""
+
+    attention_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Olmo3Config(Olmo2Config):
+    """Sizes of an OLMo 3. layer_types: of each layer, "full_attention" (uses rope) or "sliding_attention"
+    (uses local_rope and the window).
+    """
+
+    local_rope: Rope = Rope()
+    window: int | None = 4096
+    layer_types: tuple[str, ...] = ()
+
+
+def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
+    specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
+    arch = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
+    specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
+    arch = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def _specs(c: Olmo2Config) -> Specs:
+    specs, L = llama_specs(c), c.layers
+    layers = specs["layers"]
+    for norm in ("attn_norm", "mlp_norm"):
+        layers[f"{norm.removesuffix('norm')}post_norm"] = layers.pop(norm)
+    for norm, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads)):
+        layers["attn"][norm] = ParamSpec((L, heads * c.head_dim), ("layers", "norm"), full(1.0))
+    if c.attention_bias:
+        layers["attn"] |= attention_biases(c)
+    return specs
+
+
+_NAMES: WeightNames = {
+    "layers/attn_post_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
+    "layers/mlp_post_norm": ("model.layers.{i}.post_feedforward_layernorm.weight", False),
+}
+
+
+def _layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
+) -> tuple[Float[Array, "B T D"], Any]:
+    """`h += norm(attention(h)); h += norm(mlp(h))`."""
+    c, keys = f.config, split_keys(key, 7)
+
+    def norm(x: Array, weight: Array) -> Array:
+        return rms_norm(x.reshape(*x.shape[:2], -1), weight, c.norm_eps, f.dtype).reshape(x.shape)
+
+    def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
+        return norm(q, p["q_norm"]), norm(k, p["k_norm"])
+
+    o, extra = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
+    h_BTD = h_BTD + rms_norm(o, p["attn_post_norm"], c.norm_eps, h_BTD.dtype)
+    down = constrain(gated_mlp(p["mlp"], h_BTD.astype(f.dtype), keys[4:]), "rows", "time", "act_width")
+    return h_BTD + rms_norm(down, p["mlp_post_norm"], c.norm_eps, h_BTD.dtype), extra
+
+
+_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
+_OLMO2 = FileFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS)
+_OLMO3 = FileFormat(
+    "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0},
+    local_theta="rope_theta",
+)  # fmt: skip
+
+
+def olmo2_from_hf(hf: dict[str, Any]) -> Olmo2Config:
+    """Parse an OLMo 2's config.json. Raises ValueError that names a missing or unsupported value."""
+    return Olmo2Config(**fields_from_hf(hf, _OLMO2), attention_bias=bool(hf.get("attention_bias", False)))
+
+
+def olmo3_from_hf(hf: dict[str, Any]) -> Olmo3Config:
+    """Parse an OLMo 3's config.json. Raises ValueError that names a missing or unsupported value."""
+    fields, window = fields_from_hf(hf, _OLMO3), window_from_hf({"sliding_window": 4096, **hf})
+    types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
+    if window is None and SLIDING in types:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    bias = bool(hf.get("attention_bias", False))
+    return Olmo3Config(**fields, attention_bias=bias, window=window, layer_types=types)
+
+
+def olmo2_to_hf(c: Olmo2Config) -> dict[str, Any]:
+    """Return the dict of an OLMo 2's config.json."""
+    return fields_to_hf(c, _OLMO2) | {"attention_bias": c.attention_bias}
+
+
+def olmo3_to_hf(c: Olmo3Config) -> dict[str, Any]:
+    """Return the dict of an OLMo 3's config.json."""
+    out = fields_to_hf(c, _OLMO3, c.local_rope)
+    if c.rope.theta != c.local_rope.theta:  # transformers 4 has one for both; 5 reads rope_parameters
+        del out["rope_theta"]
+    own = {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+    return out | {"attention_bias": c.attention_bias} | own
+
+
+def _every_fourth_full(count: int) -> tuple[str, ...]:
+    return tuple(FULL if i % 4 == 3 else SLIDING for i in range(count))
+
+
+_OLMO: dict[str, Any] = dict(
+    head_dim=128, rope=Rope(500000.0), norm_eps=1e-6, bos=None, eos=(100257,)  # <|endoftext|>
+)  # fmt: skip
+_YARN = Rope(
+    500000.0, kind="yarn", factor=8.0, original_max_positions=8192, beta_fast=32.0, beta_slow=1.0,
+    attention_factor=1.2079441541679836,
+)  # fmt: skip
+
+
+def _olmo2(name: str, **sizes: Any) -> dict[str, Olmo2Config]:
+    """Presets of a base model and its instruction-tuned form, whose files have the same settings."""
+    config = Olmo2Config(vocab=100352, max_positions=4096, **_OLMO, **sizes)
+    return {f"allenai/{name}": config, f"allenai/{name}-Instruct": config}
+
+
+def _olmo3(name: str, layers: int, **sizes: Any) -> dict[str, Olmo3Config]:
+    settings = _OLMO | {"rope": _YARN, "local_rope": _OLMO["rope"], "layers": layers}
+    types = _every_fourth_full(layers)
+    return {
+        f"allenai/{name}": Olmo3Config(
+            vocab=100278, max_positions=65536, layer_types=types, **settings, **sizes
+        )
+    }
+
+
+OLMO2_PRESETS: dict[str, Olmo2Config] = {
+    **_olmo2("OLMo-2-0425-1B", width=2048, layers=16, heads=16, kv_heads=16, mlp=8192),
+    **_olmo2("OLMo-2-1124-7B", width=4096, layers=32, heads=32, kv_heads=32, mlp=11008),
+    **_olmo2("OLMo-2-1124-13B", width=5120, layers=40, heads=40, kv_heads=40, mlp=13824),
+    **_olmo2("OLMo-2-0325-32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
+}
+OLMO3_PRESETS: dict[str, Olmo3Config] = {
+    **_olmo3("Olmo-3-1025-7B", width=4096, layers=32, heads=32, kv_heads=32, mlp=11008),
+    **_olmo3("Olmo-3-1125-32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
+}
