@@ -1,0 +1,48 @@
+"""Presets: their settings are compared with the files before these are loaded."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from tiny_llama import tiny_torch, write_folder
+
+from jaxft.models import families, llama_config
+from jaxft.nn.rope import Rope
+from jaxft.weights import hub, pretrained
+
+NAME = "someone/tiny-llama"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The files of a hub model, without a hub."""
+    path = write_folder(tmp_path, tiny_torch())
+    monkeypatch.setattr(hub, "locate", lambda ref, **_: hub.Located("folder", path, ref))
+    return path
+
+
+def preset_of(folder, monkeypatch, **changes):
+    """The model of a preset that differs from the folder's config.json by `changes`."""
+    config = replace(pretrained.model_for(str(folder), dtype=jnp.float32).config, **changes)
+    monkeypatch.setitem(llama_config.PRESETS, NAME, config)
+    return families.preset(NAME, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eos": (1, 2), "max_positions": 99}])
+def test_a_preset_with_the_settings_of_the_files_is_loaded(folder, monkeypatch, changes):
+    assert pretrained.open_params(NAME, preset_of(folder, monkeypatch, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, named", [({"norm_eps": 1e-3}, "norm_eps 0.001"), ({"rope": Rope(500.0)}, "rope Rope")]
+)
+def test_a_preset_with_other_settings_than_the_files_is_refused(folder, monkeypatch, changes, named):
+    model = preset_of(folder, monkeypatch, **changes)
+    with pytest.raises(ValueError, match="differ from those of the files") as error:
+        pretrained.open_params(NAME, model)
+    assert named in str(error.value) and str(folder) in str(error.value)
+
+
+def test_every_preset_name_has_one_family():
+    names = [name for family in families.FAMILIES.values() for name in family.presets]
+    assert len(names) == len(set(names)) > 30
