@@ -39,7 +39,7 @@ def find_gptq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
         layout = block_layout(kind, size, group, np.float16, offset_dtype, indexed)
         read = partial(_read_gptq, files, stem, layout, zero_shift)
         found[f"{stem}.weight"] = QuantisedTensor("gptq", size, layout, read)
-        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
     return found, consumed
 
 
@@ -53,7 +53,6 @@ def _read_gptq(
     zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows) + np.uint8(zero_shift) & np.uint8(
         15
     )
-    _check_no_bias(files, stem)
     in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
     groups = read_part(files, f"{stem}.g_idx", (ins,)) if f"{stem}.g_idx" in files.shapes else in_order
     if groups.min() < 0 or groups.max() >= blocks:
@@ -89,14 +88,13 @@ def find_awq(files: SafetensorsFiles, settings: dict[str, Any]) -> Found:
         found[f"{stem}.weight"] = QuantisedTensor(
             "awq", size, layout, partial(_read_awq, files, stem, layout)
         )
-        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "bias")}
+        consumed |= {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales")}
     return found, consumed
 
 
 def _read_awq(files: SafetensorsFiles, stem: str, layout: QTensor, index: Index = ()) -> QTensor:
     (ins, outs), index = layout.shape, full_index(index, layout.shape)
     blocks, rows = layout.scale.shape[0], array_index(layout, "scale", index)
-    _check_no_bias(files, stem)
     codes = _read_eights(files, f"{stem}.qweight", (ins, outs), 1, index, AWQ_ORDER)
     zeros = _read_eights(files, f"{stem}.qzeros", (blocks, outs), 1, rows, AWQ_ORDER)
     return _affine(layout, codes, read_part(files, f"{stem}.scales", (blocks, outs), rows), zeros)
@@ -174,8 +172,3 @@ def _affine(
     offset = None if layout.offset is None else -zeros.astype(np.float32) * scale.astype(np.float32)
     index = None if layout.index is None else groups
     return replace(layout, codes=qf.pack(codes), scale=scale, offset=offset, index=index)
-
-
-def _check_no_bias(files: SafetensorsFiles, stem: str) -> None:
-    if f"{stem}.bias" in files.shapes and read_part(files, f"{stem}.bias").any():
-        raise ValueError(f"{files.where}: {stem} has a bias, but jaxft's Llama has none")

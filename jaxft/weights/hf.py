@@ -118,6 +118,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     allowed |= {SCORE[0]} if "score" in model.weight_names else set()
     known = expected.keys() | allowed
     extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED_TENSORS)]
+    extra = [name for name in extra if not _is_zero_bias(files, name)]
     scales = [name for name in extra if name.endswith(QUANTISATION_SCALES)]
     if scales:
         raise ValueError(
@@ -142,6 +143,21 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             )
         if files.dtypes[name] not in FLOATS.values():
             raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
+
+
+def _is_zero_bias(files: ModelFiles, name: str) -> bool:
+    """Whether a tensor is a bias that GPTQ tools write for a quantised weight that has none. Raises
+    ValueError if it is not zero.
+    """
+    stem, dot, _ = name.rpartition(".bias")
+    if not dot or f"{stem}.weight" not in files.quantised:
+        return False
+    if files.read(name).any():
+        raise ValueError(
+            f"{files.where}: {name} is not zero, but {stem} has no bias in this architecture; does its "
+            "config.json belong to it?"
+        )
+    return True
 
 
 def has_other_head(files: ModelFiles) -> bool:

@@ -5,20 +5,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import edit_config, tiny_torch, write_folder
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+)  # fmt: skip
 SIZES = dict(hidden_size=64, intermediate_size=192)
 
 
 def is_linear(name):
-    return name.split(".")[-2] in LINEAR
+    return name.endswith(".weight") and name.split(".")[-2] in LINEAR
 
 
-def by_bitsandbytes(folder, kind, double, **changes):
-    """(folder, dequantised weights by name) of a tiny model that transformers quantised."""
+def by_bitsandbytes(folder, kind, double, make=tiny_torch, exact=False, **changes):
+    """(folder, dequantised weights by name) of a tiny model that transformers quantised. make: returns the
+    model. exact: dequantised in float32, not rounded to bfloat16.
+    """
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    plain = write_folder(folder / "plain", tiny_torch(**{**SIZES, **changes}).to(torch.bfloat16))
+    plain = write_folder(folder / "plain", make(**{**SIZES, **changes}).to(torch.bfloat16))
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
     model = AutoModelForCausalLM.from_pretrained(
         str(plain), quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
@@ -28,6 +32,7 @@ def by_bitsandbytes(folder, kind, double, **changes):
     for name, module in model.named_modules():
         if name.split(".")[-1] in LINEAR:
             state, shape = module.weight.quant_state, module.weight.quant_state.shape
+            state.dtype = torch.float32 if exact else state.dtype
             state.shape = torch.Size(
                 (1, shape.numel())
             )  # on a CPU it takes rows of less than whole blocks for whole ones
@@ -48,9 +53,11 @@ def pack_int32(codes, axis, order=range(8)):
     ).contiguous()
 
 
-def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, changes=SIZES, **settings):
-    """(folder, torch model with the same numbers) of random GPTQ or AWQ weights."""
-    reference = tiny_torch(**changes)
+def write_grouped(
+    folder, method, group=32, sym=False, ordered=False, less=1, changes=SIZES, make=tiny_torch, **settings
+):
+    """(folder, torch model with the same numbers) of random GPTQ or AWQ weights. make: returns the model."""
+    reference = make(**changes)
     write_folder(folder, reference)
     state, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
     for name in [n for n in state if is_linear(n)]:
@@ -75,11 +82,33 @@ def write_grouped(folder, method, group=32, sym=False, ordered=False, less=1, ch
             state |= {f"{stem}.qweight": pack_int32(codes, 0), f"{stem}.qzeros": pack_int32(zeros - less, 1)}
             state |= {
                 f"{stem}.g_idx": torch.tensor(index, dtype=torch.int32),
-                f"{stem}.bias": torch.zeros(outs),
+                f"{stem}.bias": state.get(f"{stem}.bias", torch.zeros(outs)),
             }
     save_file(state, folder / "model.safetensors")
     known = {"quant_method": method, "bits": 4, "group_size": group, **settings}
     edit_config(
         folder, quantization_config=known | ({"sym": sym, "desc_act": ordered} if method == "gptq" else {})
     )
+    return folder, reference
+
+
+def by_llm_int8(folder, make=tiny_torch):
+    """(folder, torch model with the same numbers) of weights in bitsandbytes' 8-bit layout. make: returns the
+    model.
+    """
+    reference = make(**SIZES)
+    write_folder(folder, reference)
+    state = load_file(folder / "model.safetensors")
+    for name in [n for n in state if is_linear(n)]:
+        scb = state[name].abs().amax(1)
+        codes = torch.round(state[name] * (127 / scb[:, None])).to(torch.int8)
+        state |= {
+            name: codes,
+            name.replace("weight", "SCB"): scb,
+            f"{name}_format": torch.zeros((), dtype=torch.uint8),
+        }
+        with torch.no_grad():
+            reference.get_parameter(name).copy_(codes.float() * (scb * np.float32(1 / 127))[:, None])
+    save_file(state, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     return folder, reference

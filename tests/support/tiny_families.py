@@ -50,12 +50,17 @@ ZERO_CENTRED = ("gemma",)  # families whose norms multiply by 1 + weight
 @cache
 def torch_model(name, seed=0):
     """The row's transformers model with random weights, biases and norms, eager attention."""
+    return random_torch(name, seed)
+
+
+def random_torch(name, seed=0, **more):
+    """A new model of the row; more: further changes of its configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, changes = FAMILIES[name]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**SIZES, **changes})
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes, **more})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     low = -0.5 if kind.startswith(ZERO_CENTRED) else 0.5
     for path, p in model.named_parameters():
