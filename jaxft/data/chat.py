@@ -12,6 +12,7 @@ Without a chat template, instruction rows use FALLBACK; conversations need a tem
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
@@ -21,7 +22,14 @@ import numpy as np
 from jaxft.data.example import Chat, Completion, Example, Message, Text
 from jaxft.data.invalid import InvalidRow, attempt
 from jaxft.data.rejections import rejection
-from jaxft.data.template import REJECTIONS, Span, Template, render_messages, template_of
+from jaxft.data.template import (
+    REJECTIONS,
+    Span,
+    Template,
+    UnusableTemplate,
+    render_messages,
+    template_of,
+)
 from jaxft.data.template_check import HiddenPart
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.turns import is_closed, render_turns
@@ -64,12 +72,22 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
                 name, text, ((0 if loss_on == "all" else len(prompt), len(text)),), begin=True, end=True
             )
         case Chat() if template is not None:
-            return _render_chat(example, template.with_arguments(example.arguments), loss_on)
+            with _named(example):
+                return _render_chat(example, template.with_arguments(example.arguments), loss_on)
         case Chat(name, messages, response, plain=True):
             prompt = fallback_prompt(messages[:response])
             return render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
         case _:
             raise _no_template(example)
+
+
+@contextmanager
+def _named(example: Chat) -> Iterator[None]:
+    """Name the row at which the template turned out to be of no use."""
+    try:
+        yield
+    except UnusableTemplate as error:
+        raise UnusableTemplate(f"{example.name}: {error}") from error
 
 
 def _no_template(example: Example) -> ValueError:
@@ -195,11 +213,12 @@ def example_prompt_ids(
                 raise _no_template(example)
             return _plain_ids(fallback_prompt(messages), tokenizer)
         own = template.with_arguments(example.arguments)
-        try:
-            text = render_messages(own, messages, example.tools, generation=True)
-        except REJECTIONS as error:
-            problem = rejection(own, messages, example.tools, error, "prompt without a response")
-            raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
+        with _named(example):
+            try:
+                text = render_messages(own, messages, example.tools, generation=True)
+            except REJECTIONS as error:
+                problem = rejection(own, messages, example.tools, error, "prompt without a response")
+                raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
         return tokenizer(text, add_special_tokens=False).input_ids
 
     return (attempt(prompt_of, example) for example in examples)

@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+import jinja2
+
 from jaxft.data.example import Message
-from jaxft.data.template import REJECTIONS, Template, render_messages
+from jaxft.data.template import REJECTIONS, Template, UnusableTemplate, render_messages
 
 NINE = re.compile(r"[A-Za-z0-9]{9}")  # an id of a tool call, as Mistral's templates require it
 
@@ -13,8 +15,16 @@ NINE = re.compile(r"[A-Za-z0-9]{9}")  # an id of a tool call, as Mistral's templ
 def rejection(
     template: Template, messages: Sequence[Message], tools: list | None, error: Exception, what: str
 ) -> str:
-    """Return a line on why a template rejects messages, and what to do. what: the messages, such as "row"."""
+    """Return a line on why a template rejects messages, and what to do. what: the messages, such as "row".
+
+    Raises UnusableTemplate if the template fails in the same way for a mere question and a response.
+    """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    always = bool(str(error)) and str(error) == template.failure
+    if always and not (type(error) is jinja2.TemplateError and error.__cause__ is None):  # raise_exception
+        raise UnusableTemplate(
+            f"{template.name} fails ({reason.rstrip('.')}); use another tokenizer"
+        ) from error
     if "None" in reason and any(message["content"] is None for message in messages):
         reason += " (the content of a turn of tool calls is null; not every template renders that)"
     remedies = [
@@ -22,7 +32,10 @@ def rejection(
         _remedy_for_ids(template, messages, tools),
         _remedy_for_turns(messages, reason),
     ]
-    remedy = next((found for found in remedies if found), "fix or remove the row")
+    other = "fix or remove the row"
+    if always:
+        other = "it rejects a mere question with a response too: use another tokenizer"
+    remedy = next((found for found in remedies if found), other)
     return f"{template.name} rejects the {what}: {reason.rstrip('.')}; {remedy}"
 
 

@@ -20,7 +20,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 Span = tuple[int, int]  # characters of a rendered text
+PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
 REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for messages that it can't render
+
+
+class UnusableTemplate(ValueError):
+    """A chat template fails whatever the row, or takes too long; it ends a run with data.invalid=drop too."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Template:
     None if the template renders the prompt of such a response in another way. ends: the texts that end an
     assistant turn, such as "<|im_end|>"; () if no special token does. last_ends: those of them that end the
     last turn of a conversation. arguments: further arguments that it is rendered with. merges: whether a
-    system message is put in front of the first user turn.
+    system message is put in front of the first user turn. failure: why it renders not even a question with a
+    response, "" if it does.
     """
 
     tokenizer: Any
@@ -46,6 +52,7 @@ class Template:
     last_ends: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     merges: bool = False
+    failure: str = ""
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -128,20 +135,30 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings) -> Template
         tokenizer, source, settings.date, bool(_GENERATION.search(source)), arguments=settings.arguments,
         merges=settings.system == MERGE,
     )  # fmt: skip
+    failures = []
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
             return _probed_after(bare, system)
-        except (*REJECTIONS, LookupError, ValueError):  # it rejects or omits parts of these conversations
-            continue
-    return replace(bare, ends=(tokenizer.eos_token,) if tokenizer.eos_token else ())
+        except UnusableTemplate:
+            raise
+        except REJECTIONS as error:
+            failures.append(str(error))
+        except (LookupError, ValueError):  # it omits parts of these conversations
+            failures.append("")
+    ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    return replace(bare, ends=ends, failure=failures[0] if all(failures) else "")
 
 
 def _probed_after(bare: Template, system: list[Message]) -> Template:
     """Read from renderings of conversations that begin with `system` how turns begin and end."""
     asked = [*system, {"role": "user", "content": "Qx7w"}]
     answered = [*asked, {"role": "assistant", "content": "Zk9y"}]
-    with limits.memory_limit(limits.RENDER_BYTES):
-        longest = render_messages(bare, [*answered, {"role": "user", "content": "Jv5u"}])
+    longest = render_messages(bare, [*answered, {"role": "user", "content": "Jv5u"}])
+    places = [longest.find(word) for word in PROBES]
+    if min(places) >= 0 and places != sorted(places):
+        raise UnusableTemplate(
+            f"{bare.name} does not render the turns of a conversation in their order; use another tokenizer"
+        )
     prompt, opened = render_messages(bare, asked), render_messages(bare, asked, generation=True)
     opening = opened[len(commonprefix([prompt, opened])) :]
     before, behind = render_messages(bare, answered).split("Zk9y")
@@ -238,7 +255,8 @@ def render_messages(
 ) -> str:
     """Return the conversation as the template renders it, with the generation prompt if asked to.
 
-    Raises jinja2.TemplateError or TypeError if the template rejects the messages.
+    Raises jinja2.TemplateError or TypeError if the template rejects the messages, and UnusableTemplate if it
+    takes too long.
     """
     (text,), _ = _render(template, messages, tools, add_generation_prompt=generation)
     return text
@@ -259,7 +277,7 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     """
     conversation = with_merged_system(messages) if template.merges else list(messages)
     try:
-        with limits.time_limit(limits.RENDER_SECONDS):
+        with limits.render_limits():
             try:
                 rendered = _run(template, conversation, tools, options)
             except TypeError:
@@ -269,18 +287,19 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     except REJECTIONS:
         raise
     except limits.TooSlow as error:
-        raise jinja2.TemplateError(f"it takes more than {limits.RENDER_SECONDS:g} s") from error
+        slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
+        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
     except MemoryError as error:
-        raise jinja2.TemplateError("it takes too much memory") from error
+        raise jinja2.TemplateError(f"it takes more than {limits.RENDER_BYTES} bytes of memory") from error
     except Exception as error:  # a template is a program, and may raise anything
         raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+    size = len(rendered[0][0])
+    if size > limits.RENDER_CHARACTERS:
+        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")
     try:
         rendered[0][0].encode()
     except UnicodeEncodeError as error:
         raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
-    size = len(rendered[0][0])
-    if size > limits.RENDER_CHARACTERS:
-        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.RENDER_CHARACTERS}")
     return rendered
 
 

@@ -18,7 +18,7 @@ from jaxft.data.rows import Row, read_rows
 from jaxft.data.settings import DataSettings
 from jaxft.data.template_settings import TemplateSettings
 
-VERSION = 5  # increase it when the same rows become other tokens
+VERSION = 6  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True)

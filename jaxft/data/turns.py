@@ -1,5 +1,6 @@
 """Find the assistant turns in a rendered conversation, as ranges of characters that show all of the turn."""
 
+import itertools
 from collections.abc import Sequence
 from os.path import commonprefix
 
@@ -20,12 +21,14 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
         text = render_messages(template, chat.messages, chat.tools)
         return text, [_turn(template, chat, text, index) for index in learned]
     text, marked = render_marked(template, chat)
-    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-    spans = [[span] for span in marked]
-    if len(marked) != len(turns):
-        spans = _spans_of_each(template, chat, text, marked, turns)
-    of_turn = dict(zip(turns, spans, strict=True))
-    return text, [span for i in learned for span in _marked_turn(template, chat, text, i, of_turn[i])]
+    of_turn = _one_of_each(template, chat, text, marked)
+    return text, [
+        span
+        for i in learned
+        for span in _marked_turn(
+            template, chat, text, i, of_turn.get(i) or _inside(template, chat, text, marked, i)
+        )
+    ]
 
 
 def is_closed(template: Template, text: str) -> bool:
@@ -33,38 +36,54 @@ def is_closed(template: Template, text: str) -> bool:
     return bool(template.ends) and text.rstrip().endswith(template.ends)
 
 
+def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) -> dict[int, list[Span]]:
+    """Return the marked range of each assistant turn; {} if it takes further renderings to tell.
+
+    It takes none if there are as many ranges as turns and each begins where generation does.
+    """
+    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+    opening = template.opening
+    if len(marked) != len(turns) or not opening.strip() or template.closing is None:
+        return {}
+    if not all(text.endswith(opening, 0, start) for start, _ in marked):
+        return {}
+    return {i: [span] for i, span in zip(turns, marked, strict=True)}
+
+
+def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index: int) -> list[Span]:
+    """Return the marked ranges inside of turn `index`, without the turn's header if they enclose that too.
+
+    Templates may mark several ranges of a turn, and other turns.
+    """
+    start, limit = _start(template, chat, text, index), _limit(template, chat, text, index)
+    if start is None or limit is None:
+        first, last = _exchange(template, chat, text, index)
+        start, limit = first if start is None else start, last if limit is None else limit
+    spans = [(max(span[0], start), span[1]) for span in marked if start < span[1] and span[0] < limit]
+    if not spans:
+        raise HiddenPart(f"its generation markers do not enclose message {index}, an assistant turn")
+    after = text[limit : spans[-1][1]].strip()
+    if after:
+        raise HiddenPart(f"its generation markers enclose {after[:40]!r} after the end of message {index}")
+    return spans
+
+
 def _marked_turn(template: Template, chat: Chat, text: str, index: int, spans: list[Span]) -> list[Span]:
     """Return the marked ranges of a turn, extended by its end-of-turn token: without it the model would not
     learn to stop.
     """
     start, end = spans[0][0], spans[-1][1]
-    if not text[:start].endswith(template.opening):  # some markers enclose the turn's header too
-        begin = _start(template, chat, text, index)
-        if begin is not None and start < begin < spans[0][1]:
-            spans = [(begin, spans[0][1]), *spans[1:]]
-            start = begin
     closing = template.closing.match(text, end) if template.closing else None
     if closing and not is_closed(template, text[start:end]):
         end = closing.end()
-    last = _checked_end(template, chat, text, index, (start, end))
+    shown = text
+    for (_, left), (right, _) in itertools.pairwise(spans):  # what lies between them is not learned
+        shown = shown[:left] + "\n" * (right - left) + shown[right:]
+    last = _checked_end(template, chat, shown, index, (start, end))
     after = text[last:end].strip()
     if after:
         raise HiddenPart(f"its generation markers enclose {after[:40]!r} after the end of message {index}")
     return [*spans[:-1], (spans[-1][0], max(last, spans[-1][0]))]
-
-
-def _spans_of_each(
-    template: Template, chat: Chat, text: str, marked: list[Span], turns: list[int]
-) -> list[list[Span]]:
-    """Return the marked ranges of each turn, of a template that has several of a turn or none."""
-    begin, spans = 0, []
-    for index in turns:
-        limit = _limit(template, chat, text, index) or len(text)
-        spans.append([span for span in marked if begin <= span[0] < limit])
-        if not spans[-1]:
-            raise HiddenPart(f"its generation markers do not enclose message {index}, an assistant turn")
-        begin = spans[-1][-1][1]
-    return spans
 
 
 def _turn(template: Template, chat: Chat, text: str, index: int) -> Span:

@@ -42,6 +42,10 @@ CONFIG_TEXTS = [
 ]
 
 # Chat templates.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 LOOP = "{% for i in range(99999) %}"
 TEMPLATES = [
     "{{ 1/0 }}", "{{ messages[0]['content'] / 0 }}", "{{ messages[99]['content'] }}", "{{ undefined() }}",
@@ -50,6 +54,9 @@ TEMPLATES = [
     "{{ range(10**12) | list }}", "{{ 'x'.x.y }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     LOOP * 3 + "{% endfor %}" * 3, "{{ 'x' * 10**11 }}", "{{ '%99999999999d' % 1 }}",
     "{{ 'x'.center(10**11) }}", "{{ 10**10**9 ~ '' }}", "nothing at all",
+    *(f"{{% if messages[0].content == 'hi' %}}{text}{{% endif %}}{CHATML}" for text in (  # on some rows alone
+        "{{ 'a' * 3000000000 }}", "{% set x = 9 ** (9 ** 9) %}", LOOP * 2 + "{% endfor %}" * 2, "{{ 1/0 }}",
+        "{{ raise_exception('no') }}", "{{ 'a' * 17000000 }}")),
 ]  # fmt: skip
 
 # Values of an adapter's adapter_config.json.

@@ -28,7 +28,7 @@ from jaxft.data.pairs.formats import PairExample, PairTokenSettings, normalise_e
 from jaxft.data.rows import Row, read_rows
 from jaxft.data.tokens import TokenisedRows, arrays_and_rows, first_row_with_tools
 
-VERSION = ("pairs", 4)  # increase it when the same rows become other tokens
+VERSION = ("pairs", 5)  # increase it when the same rows become other tokens
 
 
 @dataclass(frozen=True, kw_only=True)

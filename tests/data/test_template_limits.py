@@ -1,0 +1,135 @@
+"""Chat templates are programs of others: what they may cost, and what is refused whatever the row."""
+
+import json
+import resource
+import signal
+import threading
+import time
+
+import pytest
+from tiny_tokenizers import tiny
+
+from jaxft.data import chat, limits
+from jaxft.data.example import Chat
+from jaxft.data.invalid import InvalidRow
+from jaxft.data.sft import Rows
+from jaxft.data.template import UnusableTemplate
+
+LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+HUGE_POWER = "{% set power = 9 ** (9 ** 9) %}"
+
+
+def tokenizer_with(before, template=None):
+    tokenizer = tiny.__wrapped__("chatml")
+    tokenizer.chat_template = before + (template or tokenizer.chat_template)
+    return tokenizer
+
+
+def for_row(text, template):
+    return f"{{% if '{text}' in messages[0].content %}}{template}{{% endif %}}"
+
+
+def asked(name, text):
+    return Chat(name, ({"role": "user", "content": text}, {"role": "assistant", "content": "a"}), 1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(limits, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "RENDER_BYTES", 64 << 20)
+
+
+@pytest.mark.parametrize("text", ["{{ 'a' * 2 * 10**8 }}", "{% set x = 'a' * 2 * 10**8 %}"])
+def test_a_row_for_which_the_template_takes_much_memory_is_invalid(small, text):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    tokenizer = tokenizer_with(for_row("big", text))
+    rows = [asked("r:1", "big"), asked("r:2", "small")]
+    first, (ids, _) = chat.tokenise_examples(rows, tokenizer)
+    assert isinstance(first, InvalidRow) and len(ids)
+    assert "takes more than 67108864 bytes of memory" in str(first)
+    (prompt,) = chat.example_prompt_ids(rows[:1], tokenizer)
+    assert isinstance(prompt, InvalidRow)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize("text", [LOOP, HUGE_POWER])
+def test_a_template_that_takes_too_long_for_a_row_ends_the_run_at_once(small, tmp_path, text):
+    tokenizer = tokenizer_with(for_row("slow", text))
+    rows = [asked("r:1", "quick"), *(asked(f"r:{i}", "slow") for i in range(2, 99))]
+    line = r"^r:2: the chat template of the tokenizer takes more than 0.3 s .*; use another tokenizer$"
+    with pytest.raises(UnusableTemplate, match=line):
+        list(chat.tokenise_examples(rows, tokenizer))
+    with pytest.raises(UnusableTemplate, match=line):
+        list(chat.example_prompt_ids(rows, tokenizer))
+    (tmp_path / "r.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": p, "completion": "a"}) for p in ("quick", "slow"))
+    )
+    with pytest.raises(UnusableTemplate, match="r.jsonl:2"):
+        Rows(str(tmp_path / "r.jsonl"), held_out=None, invalid="drop").open(tokenizer, cache=tmp_path)
+
+
+def test_a_template_that_always_takes_too_long_is_refused_with_the_tokenizer(small):
+    with pytest.raises(UnusableTemplate, match="^the chat template of the tokenizer takes more than 0.3 s"):
+        chat.template_of(tokenizer_with(LOOP))
+
+
+def test_another_timer_of_the_process_goes_on_after_a_template(small):
+    class Late(BaseException):
+        pass
+
+    def late(signum, frame):
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    try:
+        with pytest.raises(UnusableTemplate):  # after 0.3 s, though SIGALRM is in use
+            chat.template_of(tokenizer_with(HUGE_POWER))
+        with pytest.raises(Late):
+            time.sleep(5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_the_limits_hold_in_other_threads_too_and_end_with_the_last_of_them(small):
+    before, outcomes = resource.getrlimit(resource.RLIMIT_AS), []
+
+    def render():
+        with pytest.raises(UnusableTemplate):
+            list(chat.tokenise_examples([asked("r:1", "slow")], tokenizer))
+        outcomes.append(resource.getrlimit(resource.RLIMIT_AS))
+
+    tokenizer = tokenizer_with(for_row("slow", LOOP))
+    chat.template_of(tokenizer)
+    threads = [threading.Thread(target=render) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 2 and outcomes[-1] == before
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [("{{ 1/0 }}", "ZeroDivisionError: division by zero"), ("{{ missing.x.y }}", "'missing' is undefined")],
+)
+def test_a_template_that_fails_on_every_row_is_not_a_fault_of_the_row(tmp_path, template, reason):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}))
+    data = Rows(str(tmp_path / "r.jsonl"), held_out=None)
+    with pytest.raises(UnusableTemplate, match="fails .*; use another tokenizer$") as raised:
+        data.open(tokenizer_with(template), cache=tmp_path)
+    assert reason in str(raised.value) and "data.invalid" not in str(raised.value)
+
+
+def test_a_template_that_rejects_even_a_question_says_so():
+    tokenizer = tokenizer_with("{{ raise_exception('no chats') }}")
+    (row,) = chat.tokenise_examples([asked("r:1", "q")], tokenizer)
+    assert "rejects the row: no chats; it rejects a mere question with a response too" in str(row)
+
+
+def test_a_template_that_changes_the_order_of_the_turns_is_refused():
+    tokenizer = tiny.__wrapped__("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages | reverse")
+    with pytest.raises(UnusableTemplate, match="does not render the turns of a conversation in their order"):
+        chat.template_of(tokenizer)
