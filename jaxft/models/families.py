@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models import granite, llama, llama_config, mistral, olmo, qwen
+from jaxft.models import exaone, granite, llama, llama_config, llama_relatives, mistral, olmo, qwen
 from jaxft.models.model import Model, ModelConfig
 from jaxft.models.unsupported import refusal
 
@@ -56,6 +56,31 @@ FAMILIES: dict[str, Family] = {
         granite.granite_to_hf,
         granite.granite,
         granite.GRANITE_PRESETS,
+    ),
+    "exaone4": Family(exaone.Exaone4Config, exaone.exaone4_from_hf, exaone.exaone4_to_hf, exaone.exaone4, {}),
+    "seed_oss": Family(
+        llama_relatives.SeedOssConfig,
+        llama_relatives.seed_oss_from_hf,
+        llama_relatives.seed_oss_to_hf,
+        llama_relatives.seed_oss,
+        {},
+    ),
+    "cwm": Family(
+        llama_relatives.CwmConfig, llama_relatives.cwm_from_hf, llama_relatives.cwm_to_hf, mistral.mistral, {}
+    ),
+    "internlm3": Family(
+        llama_relatives.InternLM3Config,
+        llama_relatives.internlm3_from_hf,
+        llama_relatives.internlm3_to_hf,
+        llama.llama,
+        {},
+    ),
+    "iquestcoder": Family(
+        llama_relatives.IQuestCoderConfig,
+        llama_relatives.iquestcoder_from_hf,
+        llama_relatives.iquestcoder_to_hf,
+        llama.llama,
+        {},
     ),
 }
 

@@ -1,6 +1,6 @@
 """Mistral and Ministral: Llama's layer with a sliding window in all layers, in some, or in none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,24 +67,22 @@ def mistral_to_hf(c: MistralConfig) -> dict[str, Any]:
 
 
 _7B: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)
+_WINDOW = MistralConfig(vocab=32000, **_7B, max_positions=32768, window=4096, layer_types=(SLIDING,) * 32)
+_V3 = MistralConfig(vocab=32768, **_7B, rope=Rope(1e6), max_positions=32768)
+_NEMO = MistralConfig(
+    vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=14336, rope=Rope(1e6),
+    max_positions=131072,
+)  # fmt: skip
+_SMALL = replace(_NEMO, mlp=32768, rope=Rope(1e8), max_positions=32768)
 
 MISTRAL_PRESETS: dict[str, MistralConfig] = {
-    "mistralai/Mistral-7B-v0.1": MistralConfig(
-        vocab=32000, **_7B, max_positions=32768, window=4096, layer_types=(SLIDING,) * 32
-    ),
-    "mistralai/Mistral-7B-Instruct-v0.2": MistralConfig(
-        vocab=32000, **_7B, rope=Rope(1e6), max_positions=32768
-    ),
-    "mistralai/Mistral-7B-v0.3": MistralConfig(vocab=32768, **_7B, rope=Rope(1e6), max_positions=32768),
-    "mistralai/Mistral-7B-Instruct-v0.3": MistralConfig(
-        vocab=32768, **_7B, rope=Rope(1e6), max_positions=32768
-    ),
-    "mistralai/Mistral-Nemo-Instruct-2407": MistralConfig(
-        vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=14336, rope=Rope(1e6),
-        max_positions=131072,
-    ),
-    "mistralai/Mistral-Small-24B-Instruct-2501": MistralConfig(
-        vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=32768, rope=Rope(1e8),
-        max_positions=32768,
-    ),
-}  # fmt: skip
+    "mistralai/Mistral-7B-v0.1": _WINDOW,
+    "mistralai/Mistral-7B-Instruct-v0.1": _WINDOW,
+    "mistralai/Mistral-7B-Instruct-v0.2": replace(_V3, vocab=32000),
+    "mistralai/Mistral-7B-v0.3": _V3,
+    "mistralai/Mistral-7B-Instruct-v0.3": _V3,
+    "mistralai/Mistral-Nemo-Base-2407": replace(_NEMO, max_positions=128000),
+    "mistralai/Mistral-Nemo-Instruct-2407": _NEMO,
+    "mistralai/Mistral-Small-24B-Base-2501": _SMALL,
+    "mistralai/Mistral-Small-24B-Instruct-2501": _SMALL,
+}

@@ -2,6 +2,7 @@
 keys; OLMo 3 has sliding windows in three of four layers, which have their own rope.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_laye
 from jaxft.models.model import ForwardOptions, Model, WeightNames
 from jaxft.nn.layer_attention import Attend, LayerKind, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
-from jaxft.nn.param import ParamSpec, Specs, full
+from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.tree import Params
 
@@ -49,7 +50,7 @@ class Olmo3Config(Olmo2Config):
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
@@ -57,44 +58,56 @@ def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
     specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
-    arch = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
-def _specs(c: Olmo2Config) -> Specs:
-    specs, L = llama_specs(c), c.layers
-    layers = specs["layers"]
-    for norm in ("attn_norm", "mlp_norm"):
-        layers[f"{norm.removesuffix('norm')}post_norm"] = layers.pop(norm)
+def _specs(c: Olmo2Config) -> dict[str, Any]:
+    specs = postnorm_specs(c)
     for norm, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads)):
-        layers["attn"][norm] = ParamSpec((L, heads * c.head_dim), ("layers", "norm"), full(1.0))
+        shape = (c.layers, heads * c.head_dim)
+        specs["layers"]["attn"][norm] = ParamSpec(shape, ("layers", "norm"), full(1.0))
     if c.attention_bias:
-        layers["attn"] |= attention_biases(c)
+        specs["layers"]["attn"] |= attention_biases(c)
     return specs
 
 
-_NAMES: WeightNames = {
-    "layers/attn_post_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
-    "layers/mlp_post_norm": ("model.layers.{i}.post_feedforward_layernorm.weight", False),
-}
-
-
-def _layer(
-    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
-) -> tuple[Float[Array, "B T D"], Any]:
-    """`h += norm(attention(h)); h += norm(mlp(h))`."""
-    c, keys = f.config, split_keys(key, 7)
-
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
     def norm(x: Array, weight: Array) -> Array:
-        return rms_norm(x.reshape(*x.shape[:2], -1), weight, c.norm_eps, f.dtype).reshape(x.shape)
+        return rms_norm(x.reshape(*x.shape[:2], -1), weight, f.config.norm_eps, f.dtype).reshape(x.shape)
 
     def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
         return norm(q, p["q_norm"]), norm(k, p["k_norm"])
 
+    return postnorm_layer(f, p, h, attend, key, norms)
+
+
+# A layer whose norms are after attention and MLP.
+
+POST_NORM_NAMES: WeightNames = {
+    "layers/post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
+    "layers/post_mlp_norm": ("model.layers.{i}.post_feedforward_layernorm.weight", False),
+}
+
+
+def postnorm_specs(c: DenseConfig) -> dict[str, Any]:
+    """Declare Llama's parameters, with the norms of a layer after attention and MLP."""
+    specs = llama_specs(c)
+    for norm in ("attn_norm", "mlp_norm"):
+        specs["layers"][f"post_{norm}"] = specs["layers"].pop(norm)
+    return specs
+
+
+def postnorm_layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
+    norms: Callable[[Params, Array, Array], tuple[Array, Array]],
+) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+    """`h += norm(attention(h)); h += norm(mlp(h))`; norms: of queries and keys."""
+    c, keys = f.config, split_keys(key, 7)
     o, extra = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
-    h_BTD = h_BTD + rms_norm(o, p["attn_post_norm"], c.norm_eps, h_BTD.dtype)
+    h_BTD = h_BTD + rms_norm(o, p["post_attn_norm"], c.norm_eps, h_BTD.dtype)
     down = constrain(gated_mlp(p["mlp"], h_BTD.astype(f.dtype), keys[4:]), "rows", "time", "act_width")
-    return h_BTD + rms_norm(down, p["mlp_post_norm"], c.norm_eps, h_BTD.dtype), extra
+    return h_BTD + rms_norm(down, p["post_mlp_norm"], c.norm_eps, h_BTD.dtype), extra
 
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}

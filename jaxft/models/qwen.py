@@ -130,12 +130,14 @@ def _qwen25(size: str, **sizes: Any) -> dict[str, QwenConfig]:
         vocab=152064, head_dim=128, rope=Rope(1e6), norm_eps=1e-6, max_positions=32768, bos=_ENDOFTEXT
     )
     c = common | sizes
-    chat = QwenConfig(**c, eos=(_IM_END, _ENDOFTEXT))
+    base = {
+        "max_positions": 131072 if c["width"] > 2048 else 32768,
+        "norm_eps": 1e-5 if c["width"] >= 5120 else 1e-6,  # 14B and larger
+        "eos": (_ENDOFTEXT,),
+    }
     return {
-        f"Qwen/Qwen2.5-{size}": QwenConfig(
-            **(c | {"max_positions": 131072 if c["width"] > 2048 else 32768}), eos=(_ENDOFTEXT,)
-        ),
-        f"Qwen/Qwen2.5-{size}-Instruct": chat,
+        f"Qwen/Qwen2.5-{size}": QwenConfig(**(c | base)),
+        f"Qwen/Qwen2.5-{size}-Instruct": QwenConfig(**c, eos=(_IM_END, _ENDOFTEXT)),
     }
 
 

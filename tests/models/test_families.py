@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import FAMILIES, both, params_of, random_ids, rows, torch_model
+from tiny_families import FAMILIES, SAME_PROGRAMS, both, params_of, random_ids, rows, torch_model
 
 from jaxft.inference.generate import Sampling, make_generate
 from jaxft.models.families import config_to_hf, family_of
@@ -15,7 +15,8 @@ from jaxft.weights import hf, hf_write, param_reader, pretrained
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)
-FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items())}  # the first row of each model_type
+# the first row of each model_type
+FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items()) if name not in SAME_PROGRAMS}
 one_row_per_type = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FIRST.values() else pytest.mark.slow) for n in FAMILIES]
 )

@@ -43,7 +43,14 @@ FAMILIES = {
     "granite with biases": ("granite", dict(
         attention_bias=True, mlp_bias=True, attention_multiplier=0.4, residual_multiplier=0.5,
     )),
+    "exaone4": ("exaone4", dict(sliding_window=7, head_dim=16)),
+    "exaone4 without windows": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4)),
+    "seed_oss": ("seed_oss", dict(head_dim=16, attention_out_bias=True)),
+    "cwm": ("cwm", dict(sliding_window=7, head_dim=16)),
+    "internlm3": ("internlm3", dict(attention_bias=True, mlp_bias=True, head_dim=16)),
+    "iquestcoder": ("iquestcoder", dict(head_dim=16)),
 }  # fmt: skip
+SAME_PROGRAMS = ("seed_oss", "cwm", "internlm3", "iquestcoder")  # rows whose programs are those of other rows
 ZERO_CENTRED = ("gemma",)  # families whose norms multiply by 1 + weight
 
 

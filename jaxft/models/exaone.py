@@ -1,0 +1,83 @@
+"""EXAONE 4: OLMo's layer with norms of each head of queries and keys; where some layers have a sliding
+window, only these have rope.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxft.models.dense import DenseArchitecture, dense_model, head_norms, names_of
+from jaxft.models.dense_config import DenseConfig, FileFormat, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.olmo import POST_NORM_NAMES, postnorm_layer, postnorm_specs
+from jaxft.nn.layer_attention import Attend, LayerKind
+from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.rope import Rope
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True)
+class Exaone4Config(DenseConfig):
+    """Sizes of an EXAONE 4. window: of the layers whose type is "sliding_attention"; with None, layers with
+    full attention have rope.
+    """
+
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+
+def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an EXAONE 4 config. options: remat and residual of dense_model."""
+    specs, norm = (
+        postnorm_specs(config),
+        ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0)),
+    )
+    specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
+    whole = LayerKind(config.rope if config.window is None else Rope(kind="none"))
+    kinds = {FULL: whole, SLIDING: LayerKind(config.rope, config.window)}
+    attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
+    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
+    return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
+
+
+_EXAONE4 = FileFormat(
+    "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
+)
+
+
+def exaone4_from_hf(hf: dict[str, Any]) -> Exaone4Config:
+    """Parse an EXAONE 4's config.json. Raises ValueError that names a missing or unsupported value."""
+    fields, window = fields_from_hf(hf, _EXAONE4), window_from_hf({"sliding_window": 4096, **hf})
+    pattern, L = hf.get("sliding_window_pattern", 4), fields["layers"]
+    if window is None:
+        default = [FULL] * L
+    elif type(pattern) is int and pattern > 0:
+        default = [SLIDING if (i + 1) % pattern else FULL for i in range(L)]
+    elif "layer_types" not in hf:
+        raise ValueError(
+            f"config: sliding_window_pattern={pattern!r:.60} is not supported; write layer_types, a list of "
+            f"{FULL} and {SLIDING}"
+        )
+    else:
+        default = []
+    types = read_layer_types(hf, default)
+    if window is None and SLIDING in types:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    return Exaone4Config(**fields, window=window, layer_types=types)
+
+
+def exaone4_to_hf(c: Exaone4Config) -> dict[str, Any]:
+    """Return the dict of an EXAONE 4's config.json."""
+    types = list(c.layer_types or (FULL,) * c.layers)
+    return fields_to_hf(c, _EXAONE4) | {
+        "sliding_window": c.window,
+        "sliding_window_pattern": None if c.window is None else 4,
+        "layer_types": types,
+    }
