@@ -70,9 +70,9 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_place(folder):
-    """A working directory with base/, rows.jsonl and config.py."""
-    write_folder(folder / "base", tiny_torch())
+def write_place(folder, model=None):
+    """A working directory with base/ (a tiny Llama, or `model`), rows.jsonl and config.py."""
+    write_folder(folder / "base", tiny_torch() if model is None else model)
     write_rows(folder / "rows.jsonl", rows())
     (folder / "general.jsonl").write_text('{"text": "a general text that has nothing to do with sums"}\n')
     (folder / "config.py").write_text(CONFIG)

@@ -4,10 +4,13 @@ A run is killed in its fourth step, after the checkpoint of step 2 and the log l
 two steps, so this is inside the second rollout. PPO is killed again after it has sampled that rollout again.
 """
 
+from functools import cache, partial
+
 import dpo_place
 import pytest
 import reward_place
 import rl_workdir
+from tiny_families import FAMILIES, random_torch
 from tiny_run import Place, kill_hook, write_place
 
 ADAFACTOR = "optim.optimizer=jaxft.optim.optimizer:adafactor"
@@ -37,25 +40,35 @@ QUANTISED = {
     kind: ("sft", [f"quant={kind}", "dropout=0.2", "micro=2"], set())
     for kind in ("int8", "int4", "fp4", "affine4")
 }  # nf4: with dropout above
+# Rows of tiny_families: a windowed one in the default run, the others in the slow one.
+OF_FAMILIES = {name: (name, ["dropout=0.2", "micro=2"], set()) for name in FAMILIES}
+WINDOWED = "qwen2 with windows"
 SWEEP = ["loop.eval_every=1", "reference=moving", "--over", "beta=0.1,0.4"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A working directory for each kind of data."""
-    root = tmp_path_factory.mktemp("resume")
+    """Makes a working directory of each kind of data, or of a family's model, on first use."""
     write = {
         "sft": write_place,
         "pairs": dpo_place.write_pair_place,
         "reward": reward_place.write_place,
         "rollouts": rl_workdir.write_workdir,
     }
-    found = {}
-    for name, make in write.items():
-        (root / name).mkdir()
-        make(root / name)
-        found[name] = Place(root / name)
-    return found
+
+    @cache
+    def place(name):
+        folder = tmp_path_factory.mktemp("resume")
+        write.get(name, partial(write_family_place, name))(folder)
+        return Place(folder)
+
+    return place
+
+
+def write_family_place(name, folder):
+    """write_place with a model of tiny_families and the vocabulary of tiny_tokenizer."""
+    tokens = dict(vocab_size=320, bos_token_id=256, eos_token_id=257, pad_token_id=None)
+    write_place(folder, random_torch(name, max_position_embeddings=256, **tokens))
 
 
 def run_killed(place, hook, *argv, **options):
@@ -64,12 +77,15 @@ def run_killed(place, hook, *argv, **options):
     assert process.exitcode == -9, place.err()
 
 
+SLOW = [*QUANTISED, *(name for name in OF_FAMILIES if name != WINDOWED)]
+
+
 @pytest.mark.parametrize(
-    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTISED)]
+    "kind", [*KINDS, WINDOWED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 )
 def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
-    folder, argv, aux = (KINDS | QUANTISED)[kind]
-    place, alone, resumed = folders[folder], f"alone_{kind}", f"resumed_{kind}"
+    folder, argv, aux = (KINDS | QUANTISED | OF_FAMILIES)[kind]
+    place, alone, resumed = folders(folder), *(f"{x}_{kind.replace(' ', '_')}" for x in ("alone", "resumed"))
     cache = {"JAXFT_CACHE": str(place.folder / alone)}
     argv = [*argv, "steps=4", *([] if folder == "rollouts" else ["loop.save_every=2"])]
     assert place.run(*argv, f"name={alone}", **cache) == 0, place.err()
@@ -87,7 +103,7 @@ def test_four_steps_are_two_a_kill_a_resume_and_two(folders, kind):
 
 
 def test_four_steps_of_a_sweep_are_two_a_kill_a_resume_and_two(folders):
-    place = folders["pairs"]
+    place = folders("pairs")
     argv = [*SWEEP, "steps=4", "loop.save_every=2", "--name"]
     assert place.run(*argv, "alone", script="sweep.py") == 0, place.err()
     run_killed(place, kill_hook("killed", step=4, saved=2), *argv, "killed", script="sweep.py")
