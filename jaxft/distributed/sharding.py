@@ -28,6 +28,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "width": SPARE,
     "act_width": (),
     "norm": (),
+    "experts": (),  # each expert's kernel is sharded along its own axes, as a dense one
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "spread_heads": ("tensor", "context"),  # inside attention, where every head has the full time

@@ -2,6 +2,11 @@
 
 A family (llama.py, qwen.py, ...) declares a `DenseArchitecture`: parameters, their names in Hugging Face's
 files, how its layers attend, and one function for a layer. `dense_model` makes the Model of it.
+
+A layer's MLP is one function, called by the family's layer function. A family with experts calls its own
+there and declares kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"); it also needs its own
+forward_flops (dense_flops counts matrices) and a name per expert in WeightNames. LoRA and quantisation select
+kernels of two axes, so they leave experts alone.
 """
 
 from collections.abc import Callable
