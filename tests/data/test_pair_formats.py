@@ -93,6 +93,23 @@ def test_plain_format_keeps_text_as_it_is():
     assert found == {"chosen": Completion("r:1", "", "a"), "rejected": None}
 
 
+@pytest.mark.parametrize("name", ("label", "kto_tag"))
+@pytest.mark.parametrize("written", ("true", "False", " TRUE", "1", "0", "1.0", "0.0", 1.0, 0.0))
+def test_a_label_of_a_table_is_read_however_it_is_written(written, name):
+    is_chosen = str(written).strip().lower() in ("true", "1", "1.0")
+    found = pair({"prompt": "q", "completion": "a", name: written}).responses
+    assert (found["chosen"] is not None, found["rejected"] is not None) == (is_chosen, not is_chosen)
+
+
+def test_labels_and_numbers_of_a_csv_file_are_read(tmp_path):
+    text = "prompt,completion,kto_tag,label,weight\nq,a,,True,2\nq,b,0,,0.5\nq,c,True,,1e0\n"
+    (tmp_path / "r.csv").write_text(text)
+    settings = PairRows("r", weight_column="weight").token_settings
+    found = normalise_pairs(read_rows(str(tmp_path / "r.csv")), settings)
+    assert [p.responses["chosen"] is not None for p in found] == [True, False, True]
+    assert [p.weight for p in found] == [2.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("label", (True, False, 1, 0))
 def test_an_unpaired_row_has_only_the_response_of_its_label(label):
     for fields, plain in (
@@ -227,7 +244,9 @@ SAD = [
     ({"prompt": "q", "completion": "a", "label": "yes"}, {}, "label is 'yes'; use true or false"),
     ({"prompt": "q", "completion": "a", "label": 2}, {}, "label is 2; use true or false"),
     ({"prompt": "q", "completion": "a", "label": None}, {}, "label is None; use true or false"),
-    ({"prompt": "q", "completion": "a", "label": 1.0}, {}, r"label is 1\.0; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": 0.5}, {}, r"label is 0\.5; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": ""}, {}, "label is ''; use true or false"),
+    ({"prompt": "q", "completion": "a", "label": [True]}, {}, r"label is \[True\]; use true or false"),
     ({**GOOD, "conversations": GPT}, {}, "fit the formats preference and ranking; set data.format"),
     (GOOD, {"third": "gold"}, "no column 'reference', from which data.third=gold"),
     (
@@ -235,7 +254,7 @@ SAD = [
         {"extras": ("margin",)},
         r"no number in column 'margin', which data.extras names; the row has prompt, chosen, rejected",
     ),
-    ({**GOOD, "margin": "1"}, {"extras": ("margin",)}, "column 'margin' .* is '1'; use a finite number"),
+    ({**GOOD, "margin": "one"}, {"extras": ("margin",)}, "column 'margin' .* is 'one'; use a finite number"),
     ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True; use a finite number"),
     (
         {**GOOD, "margin": float("nan")},

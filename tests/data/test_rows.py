@@ -9,6 +9,7 @@ import pytest
 
 from jaxft.data import formats
 from jaxft.data.example import Chat, Completion, Text
+from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.rows import REPOSITORY, Row, read_rows
 
 ROWS = [
@@ -416,3 +417,54 @@ def test_tools_that_cannot_be_read_are_one_line(fields, error):
     with pytest.raises(ValueError, match=error) as raised:
         formats.normalise_rows([Row("r:1", fields)])
     assert "\n" not in str(raised.value)
+
+
+def csv_rows(path, data, limit=0.5):
+    """(texts of the rows by name, errors) of a CSV file, invalid rows left out."""
+    path.write_bytes(data)
+    invalid = InvalidRows(limit)
+    rows = read_rows(str(path), invalid)
+    texts = {row.name.partition(":")[2]: list(row.fields.values()) for row in rows}
+    return texts, list(map(str, invalid.found))
+
+
+GOOD_CSV = b'q,a\nhi,yo\n"two\nlines","a ""b"", c"\nno,yes\n'
+
+
+@pytest.mark.parametrize(
+    "bad, problem",
+    [
+        (b'x,"y" z\n', "malformed CSV, ',' expected after '\"'; fix the quoting"),
+        (b'"x,y\n', "malformed CSV, "),  # opens a field that swallows the rows after it
+        (b'x,"y\n', "malformed CSV, "),
+        (b"x,\xff\n", "not UTF-8 text (invalid start byte at byte 2 of the row)"),
+        (b'"x\n\xe4",y\n', "not UTF-8 text (invalid continuation byte at byte 3 of the row)"),
+        (b"x\n", "1 fields do not fit the 2 columns"),
+        (b"\n", "the row is empty"),
+    ],
+    ids=str,
+)
+def test_a_broken_row_of_a_csv_file_is_one_invalid_row(tmp_path, bad, problem):
+    """The rows before and after it are the same as without it, and it is named by its first line."""
+    clean, none = csv_rows(tmp_path / "r.csv", GOOD_CSV + b"last,row\n" * 4)
+    assert list(clean) == ["2", "3", "5", "6", "7", "8", "9"] and clean["3"] == ["two\nlines", 'a "b", c']
+    assert not none
+    found, errors = csv_rows(tmp_path / "r.csv", GOOD_CSV + bad + b"last,row\n" * 4)
+    assert list(found.values()) == list(clean.values())
+    assert len(errors) == 1 and errors[0].startswith(f"{tmp_path / 'r.csv'}:6: {problem}")
+    lines = bad.count(b"\n")
+    assert list(found)[-4:] == [str(6 + lines + i) for i in range(4)]
+    with pytest.raises(InvalidRow, match=r"r\.csv:6: "):
+        read_rows(str(tmp_path / "r.csv"))
+
+
+def test_a_quote_that_is_never_closed_is_said_so_and_costs_one_row(tmp_path):
+    found, errors = csv_rows(tmp_path / "r.csv", b'q,a\nhi,yo\n"open,a\n' + b"x,y\n" * 10)
+    assert len(found) == 11 and list(found)[-1] == "13"
+    assert "r.csv:3: malformed CSV, a quote is never closed; fix the quoting or remove" in errors[0]
+
+
+def test_a_wrong_quote_in_a_file_of_one_column_ends_it(tmp_path):
+    """There any line passes for a row, also the rest of a broken one."""
+    with pytest.raises(ValueError, match=r"r\.csv:3: malformed CSV, .* the next row cannot be found"):
+        csv_rows(tmp_path / "r.csv", b'text\na\n"b "c"\nrest of b"\nd\n')

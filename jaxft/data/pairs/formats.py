@@ -19,6 +19,7 @@ response, "gold" (data.third), is read from the column "reference".
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxft.data import formats
 from jaxft.data.conversation import (
@@ -40,6 +41,8 @@ from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSett
 
 _COMPARED = (("chosen",), ("rejected",))
 _LABEL = ("label", "kto_tag")
+# CSV files have strings alone, and pandas writes integers of a column with gaps as floats.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _PROMPT_COLUMNS = {
     "preference": "prompt",
     "implicit": None,
@@ -165,13 +168,13 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
     if not format.startswith("unpaired"):
         return {"chosen": "chosen", "rejected": "rejected", **gold}
     names = [name for name in _LABEL if name in row.fields]
-    name = next((name for name in names if row.fields[name] is not None), names[0])
-    label = row.fields[name]
-    if not isinstance(label, int) or label not in (0, 1):  # bool is an int
+    name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
+    label = _LABELS.get(str(row.fields[name]).strip().lower())
+    if label is None:
         raise InvalidRow(
             row.name,
             "label that is neither true nor false",
-            f"{name} is {repr(label)[:40]}; use true or false (or 1 or 0)",
+            f"{name} is {repr(row.fields[name])[:40]}; use true or false (or 1 or 0)",
         )
     response = "completion" if format == "unpaired" else _PROMPT_COLUMNS[format]
     if format == "unpaired-instruction":
@@ -180,7 +183,7 @@ def _columns(row: Row, format: str, settings: PairTokenSettings) -> Columns:
 
 
 def _number(row: Row, column: str, setting: str) -> float:
-    value = row.fields.get(column)
+    value: Any = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise InvalidRow(
@@ -188,13 +191,17 @@ def _number(row: Row, column: str, setting: str) -> float:
             "missing number",
             f"no number in column {column!r}, which {setting} names; the row has {columns}",
         )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise InvalidRow(
             row.name,
             "missing number",
             f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
         )
-    return float(value)
+    return number
 
 
 def _split(row: Row, format: str, columns: Columns) -> SplitRow:
