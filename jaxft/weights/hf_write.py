@@ -23,7 +23,7 @@ from jaxft.weights.gather import layer_on_host
 from jaxft.weights.hf import HEAD
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
-from jaxft.weights.stop_tokens import extended_eos
+from jaxft.weights.stop_tokens import extended_eos, joined_eos
 from jaxft.weights.tokenizer_files import write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
@@ -131,7 +131,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json in the source's style, without fields that no longer apply, and
-    generation_config.json.
+    generation_config.json, whose EOS tokens are its own and those of the config.
     """
     config, generation = families.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
@@ -140,8 +140,8 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
         if (located.path / "generation_config.json").is_file():
             generation = read_model_json(located.path / "generation_config.json")
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
-    for name in ("bos_token_id", "eos_token_id"):
-        generation.setdefault(name, config.get(name))
+    generation.setdefault("bos_token_id", config.get("bos_token_id"))
+    generation["eos_token_id"] = joined_eos(generation.get("eos_token_id"), model.config.eos)
     return _with_rope_of_4(config), generation
 
 

@@ -1,5 +1,6 @@
 """The token ids that end a completion, from everything that comes with a model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from jaxft.data.template import template_of
@@ -22,7 +23,12 @@ def extended_eos(eos: int | list[int] | None, tokenizer: Any) -> int | list[int]
     """Return the eos_token_id of a generation_config.json with what the tokenizer and its template end turns
     with, so that vLLM and transformers stop there too.
     """
-    ids = list(dict.fromkeys([*_as_list(eos), *_tokenizer_ends(tokenizer)]))
+    return joined_eos(eos, _tokenizer_ends(tokenizer))
+
+
+def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
+    """Return an eos_token_id with further token ids, as a list if it has several."""
+    ids = list(dict.fromkeys([*_as_list(eos), *more]))
     return ids[0] if len(ids) == 1 else ids or None
 
 

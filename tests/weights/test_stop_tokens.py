@@ -143,3 +143,23 @@ def test_an_exported_model_ends_where_its_template_ends_a_turn(folder, tmp_path)
     assert written == [257, *tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])]
     hf_write.save_folder(tmp_path, model, base, None, str(folder))
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 257
+
+
+@pytest.mark.parametrize(
+    "in_config, generation, expected",
+    [([2, 7], 9, [9, 2, 7]), (2, [9, 2], [9, 2]), ([2, 7], None, [2, 7]), (2, 2, 2), (7, "absent", 7)],
+)
+def test_an_exported_model_ends_where_its_config_does_too(tmp_path, in_config, generation, expected):
+    """What a run stops at is the union of both files; vLLM and transformers read generation_config.json."""
+    source = write_folder(tmp_path / "in", tiny_torch(num_hidden_layers=1))
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": in_config}
+    (source / "config.json").write_text(json.dumps(config))
+    path = source / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if generation != "absent":
+        path.write_text(json.dumps({"eos_token_id": generation}))
+    model = pretrained.model_for(str(source))
+    base = jax.tree.map(np.asarray, pretrained.load_frozen(str(source), model, make_mesh(MeshShape())))
+    hf_write.save_folder(tmp_path / "out", model, base, None, str(source))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert written == expected
