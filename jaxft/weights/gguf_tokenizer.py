@@ -36,12 +36,19 @@ def build_tokenizer(header: GgufHeader) -> Any:
     if tokens is None or len(set(tokens)) != len(tokens):
         what = "is missing" if tokens is None else "repeats a token"
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.tokens {what}")
-    types = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    types = header.array("tokenizer.ggml.token_type", int)
+    if types is None and model == "gpt2":
+        types = [NORMAL] * len(tokens)
+    if types is None or len(types) != len(tokens):
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.token_type has {len(types or [])} entries, but the "
+            f"vocabulary has {len(tokens)} tokens; convert the model to GGUF again"
+        )
     tokenizer = (_byte_level if model == "gpt2" else _sentencepiece)(header, tokens, types)
     # As the published tokenizer.json of Phi-3 and 3.5, and llama.cpp by the model's name (llama-vocab.cpp)
     phi3 = header.architecture == "phi3" and model == "llama"
     for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
-        named = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind]
+        named = [token for token, type_ in zip(tokens, types, strict=True) if type_ == kind]
         add(
             [
                 AddedToken(
@@ -118,10 +125,10 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
     from tokenizers import decoders, normalizers
 
     scores = header.array("tokenizer.ggml.scores", float)
-    if scores is None or len(scores) != len(tokens) or len(types) != len(tokens):
+    if scores is None or len(scores) != len(tokens):
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.scores and token_type must have an entry for each of "
-            f"the {len(tokens)} tokens"
+            f"{header.path}: metadata tokenizer.ggml.scores must have an entry for each of the "
+            f"{len(tokens)} tokens"
         )
     plain = {
         token: score

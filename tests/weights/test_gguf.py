@@ -317,7 +317,13 @@ def test_vocabularies_that_cannot_be_read_are_refused(tmp_path):
     good = [("add_tokenizer_pre", "smollm"), ("add_token_merges", merges)]
     cases = {
         "'bert'": [("add_tokenizer_model", "bert"), ("add_token_list", tokens)],
-        "token_type must have an entry": [("add_tokenizer_model", "llama"), ("add_token_list", tokens)],
+        "token_type has 0 entries": [("add_tokenizer_model", "llama"), ("add_token_list", tokens)],
+        "token_type has 1 entries, but the vocabulary has": [
+            ("add_tokenizer_model", "gpt2"),
+            ("add_token_list", tokens),
+            ("add_token_types", [3]),
+            *good,
+        ],
         "command-r": byte_level([("add_tokenizer_pre", "command-r"), ("add_token_merges", merges)], tokens),
         "tokenizer.ggml.merges": byte_level([("add_tokenizer_pre", "smollm")], tokens),
         "repeats": byte_level(good, tokens + ["a"]),

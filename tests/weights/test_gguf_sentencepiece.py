@@ -174,8 +174,8 @@ def test_ids_that_are_not_in_the_metadata_are_llama_cpps(tmp_path):
 
 
 INVALID = {
-    "no scores": (lambda t, s, k: (t, s[:-1], k), "tokenizer.ggml.scores and token_type must have an entry"),
-    "no types": (lambda t, s, k: (t, s, k[:-1]), "tokenizer.ggml.scores and token_type must have an entry"),
+    "no scores": (lambda t, s, k: (t, s[:-1], k), "tokenizer.ggml.scores must have an entry"),
+    "no types": (lambda t, s, k: (t, s, k[:-1]), "tokenizer.ggml.token_type has"),
     "a type of another type": (
         lambda t, s, k: (t, s, [*map(str, k)]),
         "type[0] must be a whole number",
